@@ -1,0 +1,45 @@
+"""What every test shares: no network, one thread, fixed seeds, and a small masked-diffusion backbone."""
+
+import os
+
+# The environment is read when torch and the Hugging Face libraries are imported, so it is set before them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MASK_TOKEN_ID = 49
+
+
+@pytest.fixture(autouse=True)
+def _same_draws_in_every_test() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (libraries under test read the legacy global state)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """A bidirectional Llama with grouped queries: 2 layers, d 24, 4 heads over 2 key-value heads, 50 tokens, mask last."""
+    config = LlamaConfig(
+        vocab_size=MASK_TOKEN_ID + 1,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    config.is_causal = False
+    config.mask_token_id = MASK_TOKEN_ID
+    return LlamaForCausalLM(config).eval()
