@@ -28,7 +28,7 @@ def _same_draws_in_every_test() -> None:
 
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
-    """A bidirectional Llama with grouped queries: 2 layers, d 24, 4 heads over 2 key-value heads, 50 tokens, mask last."""
+    """A bidirectional Llama: 2 layers, d 24, 4 heads over 2 key-value ones, 50 tokens of which the mask is the last."""
     config = LlamaConfig(
         vocab_size=MASK_TOKEN_ID + 1,
         hidden_size=24,

@@ -1,0 +1,85 @@
+"""What is promised around the code: the wheel, the extras, the README's commands and its Python."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands_with(words: str) -> list[str]:
+    return [line for block in code_blocks("bash") for line in block.splitlines() if words in line]
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel_names):
+    package = {name for name in wheel_names if ".dist-info/" not in name}
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "nara_diffusion").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert package == sources
+    assert "nara_diffusion/py.typed" in package
+    assert "nara_diffusion/dllm/__init__.py" in package
+
+
+def test_the_wheel_carries_the_licence(wheel_names):
+    assert any(name.endswith("licenses/LICENSE") for name in wheel_names)
+
+
+def test_each_requirement_is_a_range_and_only_the_tools_are_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    ranged = [*project["dependencies"], *extras["train"], *extras["test"]]
+    assert not [requirement for requirement in ranged if "==" in requirement]
+    pinned = [requirement for requirement in extras["dev"] if not requirement.startswith("nara-diffusion")]
+    assert all("==" in requirement for requirement in pinned)
+
+
+def test_continuous_integration_runs_the_readmes_test_command():
+    (command,) = commands_with("-m pytest")
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_readme_has_one_command_that_sets_up_and_runs_the_main_job():
+    (command,) = (line for line in commands_with("accelerate launch train_scripts/dllm.py") if "venv" in line)
+    assert command.startswith("python3 -m venv .venv && ")
+    assert command.endswith("accelerate launch train_scripts/dllm.py")
+
+
+def test_local_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README.read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    blocks = code_blocks("python")
+    assert blocks
+    exec(compile("\n".join(blocks), str(README), "exec"), {"__name__": "readme"})
