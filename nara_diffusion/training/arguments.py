@@ -1,0 +1,147 @@
+"""The arguments that both train scripts share, in three groups; a script adds its own by inheriting from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from nara_diffusion.training.cli import option
+
+
+@dataclass
+class AdapterArguments:
+    """Adapter"""
+
+    rank: int = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")
+    lora_alpha: float | None = option(
+        None, "The update is scaled by lora_alpha / rank; none means rank, so by 1 as in the paper."
+    )
+    lora_dropout: float = option(0.0, "Dropout on the input of A.", unit="probability")
+    use_rslora: bool = option(False, "Scale the update by lora_alpha / sqrt(rank) instead.")
+    target_modules: list[str] = option(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], "Names of the modules to adapt, or all-linear."
+    )
+    use_dora: bool = option(False, "NaRA-DoRA: learn the norm of each output row beside the update.")
+    core_type: str = option(
+        "hypernetwork", "What makes C: hypernetwork (NaRA), constant (NaRA-C), identity (plain LoRA)."
+    )
+    core_scale: float = option(0.1, "η in C(λ) = I + η F(e(λ)).")
+    core_hidden_dims: list[int] = option([256, 512], "Widths of the hidden layers of F.", unit="features")
+    core_init: str = option("zero_last", "How F starts: zero_last and zero_all give C = I, kaiming a random C.")
+    core_input: str = option("noise_level", "What F reads: noise_level, mask_density, or both.")
+    core_sharing: str = option(
+        "global", "Layers that share one F: global (all), module_type (of one name), layer (none)."
+    )
+    noise_embedding: str = option(
+        "fourier", "e(λ): fourier (frozen Gaussian features), mlp (learned), or raw (λ itself)."
+    )
+    noise_embedding_dim: int = option(64, "Width of e(λ).", unit="features")
+    fourier_scale: float = option(16.0, "Standard deviation of the Fourier frequencies.", unit="radians per unit of λ")
+    mask_density_radius: int = option(8, "Neighbours on each side that count for the mask density.", unit="tokens")
+
+
+@dataclass
+class OptimizationArguments:
+    """Optimization"""
+
+    train_batch_size: int = option(32, "Samples of one forward on one process.", unit="samples")
+    gradient_accumulation_steps: int = option(1, "Forwards that make one optimizer step.", unit="forwards")
+    max_train_steps: int | None = option(
+        None, "Optimizer steps to train; none leaves it to --num_train_epochs.", unit="optimizer steps"
+    )
+    num_train_epochs: float = option(
+        1.0, "Passes over the training data, where --max_train_steps is none.", unit="epochs"
+    )
+    learning_rate: float = option(1e-4, "Peak learning rate of A and B.")
+    core_learning_rate: float | None = option(None, "Peak learning rate of the core's F; none means --learning_rate.")
+    core_start_step: int = option(
+        0, "Train A and B alone, with C = I, up to this step, then all: the paper's two stages.", unit="optimizer steps"
+    )
+    lr_scheduler: str = option("linear", "Shape of the learning rate: a name that transformers.get_scheduler knows.")
+    lr_warmup_steps: float = option(
+        0.0, "Steps over which the learning rate rises from 0; below 1, a share of all steps.", unit="optimizer steps"
+    )
+    adam_beta1: float = option(0.9, "AdamW's decay of the gradients' mean.")
+    adam_beta2: float = option(0.999, "AdamW's decay of the gradients' mean square.")
+    adam_epsilon: float = option(1e-8, "AdamW's guard against division by zero.")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
+    max_grad_norm: float | None = option(1.0, "Norm to which gradients are clipped; none disables it.")
+    mixed_precision: str | None = option(
+        None, "Precision of the forward; none means what `accelerate config` says.", choices=("no", "fp16", "bf16")
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward: less memory, more time.")
+    dataloader_num_workers: int = option(
+        0, "Processes that prepare batches; 0 does it in the main one.", resumable=True
+    )
+
+
+@dataclass
+class RunArguments:
+    """Run, checkpoints and reports"""
+
+    output_dir: str | None = option(
+        None, "Folder of everything that is written; none makes a fresh numbered one under outputs/.", resumable=True
+    )
+    seed: int = option(0, "Seed of the weights, the order of the data, masks and dropout.")
+    logging_steps: int = option(10, "Write to metrics.jsonl every so often.", unit="optimizer steps", resumable=True)
+    validation_steps: int | None = option(
+        100, "Measure the validation loss every so often; none never.", unit="optimizer steps", resumable=True
+    )
+    checkpointing_steps: int | None = option(
+        500, "Write a checkpoint-N folder every so often; none never.", unit="optimizer steps", resumable=True
+    )
+    checkpoints_total_limit: int | None = option(
+        2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", resumable=True
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "Continue from this checkpoint-N folder, or from the latest one of --output_dir.", resumable=True
+    )
+    report_to: list[str] | None = option(
+        None, "Trackers beside metrics.jsonl: tensorboard, wandb, or others of accelerate.", resumable=True
+    )
+    push_to_hub: bool = option(
+        False, "Upload the output folder, without checkpoints, to the Hugging Face Hub.", resumable=True
+    )
+    hub_model_id: str | None = option(
+        None, "Repository to upload to; none means the name of the output folder.", resumable=True
+    )
+
+
+def check_arguments(args: Any) -> None:
+    """Refuses values that no run can use; called from the `__post_init__` of a script's arguments.
+
+    Raises:
+        ValueError: naming the argument, its value and what it may be.
+    """
+    for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        _require(args, name, getattr(args, name) >= 1, "at least 1")
+    for name in ("max_train_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
+        value = getattr(args, name)
+        _require(args, name, value is None or value >= 1, "at least 1, or none")
+    for name in ("learning_rate", "num_train_epochs"):
+        _require(args, name, getattr(args, name) > 0, "above 0")
+    for name in ("core_start_step", "lr_warmup_steps", "weight_decay", "dataloader_num_workers"):
+        _require(args, name, getattr(args, name) >= 0, "at least 0")
+    _require(
+        args, "core_learning_rate", args.core_learning_rate is None or args.core_learning_rate > 0, "above 0, or none"
+    )
+    _require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "in [0, 1)")
+    _require(args, "max_grad_norm", args.max_grad_norm is None or args.max_grad_norm > 0, "above 0, or none")
+    if args.core_start_step and (args.core_type == "hypernetwork" and args.core_init == "kaiming"):
+        raise ValueError(
+            "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
+            "use core_init 'zero_last', or core_start_step 0."
+        )
+
+
+def config_differences(args: Any, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (saved value, current value)} of the arguments that a resumed run may not change."""
+    current = dataclasses.asdict(args)
+    fixed = [field.name for field in dataclasses.fields(args) if not field.metadata.get("resumable")]
+    return {name: (saved.get(name), current[name]) for name in fixed if saved.get(name) != current[name]}
+
+
+def _require(args: Any, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {getattr(args, name)}.")

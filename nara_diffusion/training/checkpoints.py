@@ -1,0 +1,191 @@
+"""checkpoint-N: all that a run needs to go on after step N as if it had never stopped.
+
+    checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as PeftModel.save_pretrained writes it
+                 optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16)
+                 random_states_P.pkl                              of process P
+                 checkpoint.json                                  step, processes, arguments, SHA-256 of every file above
+
+The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). The frozen
+base model isn't in a checkpoint. A checkpoint is written under another name and renamed when it is complete, and a file that
+has changed since is named when it is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+from nara_diffusion.training.arguments import config_differences
+from nara_diffusion.training.output import partial_name, whole_folder, write_json
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"
+
+
+def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int) -> Path:
+    """Writes `folder/checkpoint-{step}`, called by every process, then deletes those beyond `--checkpoints_total_limit`.
+
+    Raises:
+        OSError: it couldn't be written (a full disk, say); nothing of it is left, earlier checkpoints are untouched.
+    """
+    target = folder / f"checkpoint-{step}"
+    try:
+        _write(accelerator, args, target, step)
+    except Exception as error:
+        kept = find_checkpoints(folder)
+        last = f"the last whole one is {kept[max(kept)]}" if kept else "there is no earlier one"
+        raise OSError(f"{target} could not be written ({error}); {last}. Is the disk full?") from error
+    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        _delete_oldest(folder, args.checkpoints_total_limit)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def find_checkpoints(folder: Path) -> dict[int, Path]:
+    """{step: folder} of the complete checkpoints in a run's folder."""
+    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in matches.items() if match and path.is_dir()}
+
+
+def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> Path:
+    """The folder that `--resume_from_checkpoint` means; `latest` looks in `output_dir`.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    if resume_from_checkpoint != "latest":
+        folder = Path(resume_from_checkpoint)
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"--resume_from_checkpoint {folder} is no checkpoint: it has no {MANIFEST}. Name a checkpoint-N folder, "
+                "or `latest` with the --output_dir of the run."
+            )
+        return folder
+    found = find_checkpoints(output_dir) if output_dir is not None else {}
+    if not found:
+        where = output_dir if output_dir is not None else "outputs/"
+        raise ValueError(f"--resume_from_checkpoint latest: {where} holds no checkpoint-N folder to continue from.")
+    return found[max(found)]
+
+
+def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
+    """Checks that `checkpoint` is whole and was written by a run with these arguments; returns its step.
+
+    Raises:
+        ValueError: naming the file that is missing or corrupt, or the arguments that differ.
+    """
+    manifest = _read_manifest(checkpoint)
+    for name, digest in manifest["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise ValueError(f"{checkpoint} is incomplete: {name} is missing. Resume from another checkpoint.")
+        if _sha256(file) != digest:
+            raise ValueError(f"{file} is corrupt: its content isn't what was saved. Resume from another checkpoint.")
+    differences = config_differences(args, manifest["arguments"])
+    if differences:
+        listed = ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items())
+        raise ValueError(
+            f"{checkpoint} belongs to a run of another configuration ({listed}). Give the same arguments "
+            f"(--config {checkpoint.parent / 'config.yaml'} holds them), or start a new run."
+        )
+    if manifest["processes"] != processes:
+        raise ValueError(
+            f"{checkpoint} was written by {manifest['processes']} processes and this run has {processes}, which makes "
+            "another global batch: launch as many."
+        )
+    return manifest["step"]
+
+
+def load_adapter_weights(model: PeftModel, checkpoint: Path) -> None:
+    """Puts the checkpoint's adapter into `model`, before accelerate wraps it."""
+    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+
+
+def keep_adapter_only(accelerator: Accelerator) -> None:
+    """Makes `accelerator.save_state` write the adapter in place of the whole model, and `load_state` leave the model alone."""
+
+    def save(models: list[Any], weights: list[dict], output_dir: str) -> None:
+        for model in models:
+            state = weights.pop() if weights else None
+            if accelerator.is_main_process and state is not None:
+                save_adapter(accelerator, model, Path(output_dir), state)
+
+    def load(models: list[Any], input_dir: str) -> None:
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_adapter(accelerator: Accelerator, model: Any, folder: Path, state: dict | None = None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors of the wrapped `model`; `state` is its gathered state dict."""
+    unwrapped = accelerator.unwrap_model(model)
+    prefix = "module."
+    if state is not None:
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    unwrapped.save_pretrained(str(folder), state_dict=state)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
+
+
+def _write(accelerator: Accelerator, args: Any, target: Path, step: int) -> None:
+    if accelerator.num_processes == 1:
+        with whole_folder(target) as partial:
+            accelerator.save_state(str(partial))
+            _write_manifest(accelerator, args, partial, step)
+        return
+    partial = partial_name(target)  # every process writes its random states into the same folder
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _write_manifest(accelerator, args, partial, step)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    accelerator.wait_for_everyone()
+
+
+def _write_manifest(accelerator: Accelerator, args: Any, folder: Path, step: int) -> None:
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = {
+        "step": step,
+        "processes": accelerator.num_processes,
+        "arguments": dataclasses.asdict(args),
+        "files": files,
+    }
+    write_json(folder / MANIFEST, content)
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return {name: manifest[name] for name in ("step", "processes", "arguments", "files")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is missing or corrupt ({error}). Resume from another checkpoint.") from error
+
+
+def _delete_oldest(folder: Path, limit: int) -> None:
+    found = find_checkpoints(folder)
+    for step in sorted(found)[:-limit]:
+        logger.info("deleting %s (--checkpoints_total_limit %d)", found[step], limit)
+        shutil.rmtree(found[step])
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""A dataclass of arguments becomes a command line and a YAML file: one declaration, three uses.
+
+Each field is declared with `option(default, help, unit=…)`. The type annotation decides how text is read: bool becomes
+`--flag/--no-flag`, a list takes words separated by spaces or commas, `X | None` also takes `none`. Flags win over the file
+given as `--config`, the file wins over the defaults, and a key that the dataclass lacks is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+Arguments = TypeVar("Arguments")
+
+
+def option(default: Any, help: str, *, unit: str = "", choices: Sequence[str] = (), resumable: bool = False) -> Any:
+    """Declares one argument.
+
+    Args:
+        default: its value when neither the file nor a flag sets it; a list is copied for each instance.
+        help: one sentence for `--help`.
+        unit: what a number counts, for `--help`.
+        choices: the words that are allowed.
+        resumable: True if a resumed run may have another value than the run that it continues.
+    """
+    metadata = {"help": help, "unit": unit, "choices": tuple(choices), "resumable": resumable}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_arguments(cls: type[Arguments], argv: Sequence[str] | None = None, description: str = "") -> Arguments:
+    """Reads the command line (and the file that `--config` names) into an instance of `cls`; exits with usage on an error."""
+    parser = build_parser(cls, description)
+    flags = vars(parser.parse_args(argv))
+    try:
+        file = flags.pop("config", None)
+        values = read_config(cls, file) if file else {}
+        return cls(**{**values, **flags})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def build_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
+    """The parser of `cls`, one group of flags for each class that contributes fields, named by its docstring's first line."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="Arguments as YAML; flags on the command line win over it."
+    )
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for owner in reversed(cls.__mro__):
+        own = [name for name in vars(owner).get("__annotations__", {}) if name in fields]
+        if own:
+            group = parser.add_argument_group((owner.__doc__ or owner.__name__).strip().splitlines()[0])
+            for name in own:
+                _add_flag(group, fields[name], hints[name])
+    return parser
+
+
+def read_config(cls: type, path: str | Path) -> dict[str, Any]:
+    """Values of the YAML file at `path`, converted to the types of `cls`.
+
+    Raises:
+        ValueError: the file is missing, is no mapping, holds an unknown key, or a value of another type.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} can't be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} must hold `key: value` lines, got {type(content).__name__}.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), list(fields), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else " --help lists the known ones."
+            raise ValueError(f"--config {path} holds the unknown key {key!r}.{hint}")
+    try:
+        return {key: convert(key, value, hints[key], fields[key].metadata["choices"]) for key, value in content.items()}
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+
+
+def convert(name: str, value: Any, hint: Any, choices: Sequence[str] = ()) -> Any:
+    """`value`, text from the command line or a YAML value, as the type `hint`.
+
+    Raises:
+        ValueError: it isn't one; the message names the argument, what it got and what it takes.
+    """
+    kind, optional, is_list = _parts(hint)
+    if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
+        return None
+    if is_list:
+        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            items = [items]
+        return [_scalar(name, item, kind, choices) for item in items]
+    return _scalar(name, value, kind, choices)
+
+
+def _scalar(name: str, value: Any, kind: type, choices: Sequence[str]) -> Any:
+    wrong = ValueError(f"{name} takes {_describe(kind, choices)}, got {value!r}.")
+    if isinstance(value, bool) is not (kind is bool) or value is None:
+        raise wrong
+    if kind is int and isinstance(value, float):
+        raise wrong
+    try:
+        result = kind(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if choices and result not in choices:
+        raise wrong
+    return result
+
+
+def _describe(kind: type, choices: Sequence[str]) -> str:
+    if choices:
+        return "one of " + ", ".join(choices)
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+
+
+def _parts(hint: Any) -> tuple[type, bool, bool]:
+    """(scalar type, may be None, is a list) of an annotation such as `int`, `float | None`, `list[str] | None`."""
+    optional = False
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        members = [member for member in typing.get_args(hint) if member is not type(None)]
+        optional, hint = True, members[0]
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], optional, True
+    return hint, optional, False
+
+
+def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
+    kind, _, is_list = _parts(hint)
+    help = _help(field)
+    if kind is bool:
+        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=help)
+        return
+    metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+    if field.metadata["choices"]:
+        metavar = "{" + ",".join(field.metadata["choices"]) + "}"
+    group.add_argument(
+        f"--{field.name}",
+        action=_convert_action(hint, field.metadata["choices"]),
+        nargs="+" if is_list else None,
+        metavar=metavar,
+        help=help,
+    )
+
+
+def _help(field: dataclasses.Field) -> str:
+    default = field.default_factory() if callable(field.default_factory) else field.default  # type: ignore[misc]
+    if isinstance(default, list):
+        default = ",".join(map(str, default))
+    unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
+    return f"{field.metadata['help']}{unit} (default: {str(default).lower()})".replace("%", "%%")
+
+
+def _convert_action(hint: Any, choices: Sequence[str]) -> Callable[..., argparse.Action]:
+    class Convert(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            text = " ".join(values) if isinstance(values, list) else values
+            try:
+                setattr(namespace, self.dest, convert(self.dest, text, hint, choices))
+            except ValueError as error:
+                raise argparse.ArgumentError(self, str(error)) from None
+
+    return Convert

@@ -1,0 +1,39 @@
+"""A picture of the loss over the noise level, for a base model and its adapted self (Figure 1 of the paper, as a tool)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nara_diffusion.training.output import whole_file
+
+
+def plot_noise_level_curves(
+    path: Path, noise_levels: Sequence[float], base: Sequence[float], adapted: Sequence[float], title: str, unit: str
+) -> None:
+    """Writes a PNG: on the left both losses over λ, on the right the adapter's gain, base − adapted.
+
+    Args:
+        path: the file to write.
+        noise_levels: λ of each point, in [0, 1].
+        base, adapted: the losses there.
+        title: what was measured, on what.
+        unit: unit of the losses, for the axes.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
+    left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")
+    left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1), ylim=(0, None))
+    left.legend()
+    gains = [before - after for before, after in zip(base, adapted, strict=True)]
+    right.axhline(0, color="tab:gray", linewidth=1)
+    right.plot(noise_levels, gains, marker="o", color="tab:green")
+    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain: base − adapted ({unit})", xlim=(0, 1))
+    figure.suptitle(title)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)

@@ -1,0 +1,24 @@
+"""--push_to_hub: a run's folder as a model repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+
+def create_hub_repo(hub_model_id: str | None, folder: Path) -> str:
+    """Makes the repository (or finds it) before training, so that a missing login shows now; returns its full id."""
+    return HfApi().create_repo(hub_model_id or folder.resolve().name, exist_ok=True).repo_id
+
+
+def push_to_hub(hub_model_id: str | None, folder: Path) -> str:
+    """Uploads `folder` without its checkpoints; returns the repository's id."""
+    repo_id = create_hub_repo(hub_model_id, folder)
+    HfApi().upload_folder(
+        repo_id=repo_id,
+        folder_path=str(folder),
+        commit_message="End of training",
+        ignore_patterns=["checkpoint-*/**", ".partial-*"],
+    )
+    return repo_id

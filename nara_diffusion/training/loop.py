@@ -1,0 +1,149 @@
+"""The training loop that both scripts share: accumulate, check, clip, step, log, validate, save, stop.
+
+The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean over its samples, accelerate
+divides by the accumulated forwards, and DDP averages over processes. All forwards have equally many samples (`stream`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nara_diffusion.training.checkpoints import find_checkpoints, save_checkpoint
+from nara_diffusion.training.interrupt import InterruptRequest
+from nara_diffusion.training.metrics import LossWindow
+from nara_diffusion.training.optimization import hold_core
+from nara_diffusion.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class StepLoss(Protocol):
+    """What a loss function returns: the scalar to differentiate, and the losses (b,) and λ (b,) of its samples."""
+
+    loss: Tensor
+    per_sample: Tensor
+    noise_level: Tensor
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss or its gradient is no longer a finite number."""
+
+
+def train(
+    run: Run,
+    model: torch.nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    loader: Iterable[Any],
+    total_steps: int,
+    compute_loss: Callable[[Any], StepLoss],
+    validate: Callable[[], dict[str, float]],
+) -> None:
+    """Takes the optimizer steps from `run.step` to `total_steps`; every argument but the functions is accelerate-prepared.
+
+    Args:
+        compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
+        validate: {name: value} to log every `--validation_steps` steps; leaves the global random state alone.
+
+    Raises:
+        TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those of the step before.
+        SystemExit: code 130 after Ctrl-C, once a checkpoint is written.
+    """
+    accelerator, args = run.accelerator, run.args
+    window = LossWindow()
+    bar = tqdm(total=total_steps, initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
+    model.train()
+    with InterruptRequest() as interrupt, bar:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                step = compute_loss(batch)
+                _collect(run, window, step)
+                accelerator.backward(step.loss)
+                if accelerator.sync_gradients:
+                    _prepare_gradients(run, model, optimizer)
+                optimizer.step()
+                if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                    scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            run.step += 1
+            bar.update()
+            if run.step % args.logging_steps == 0 or run.step == total_steps:
+                _report(run, bar, window, optimizer)
+            if _due(run.step, args.validation_steps):
+                run.log.write(run.step, validate())
+                model.train()
+            if _any_process(run, interrupt.made):
+                _stop(run)
+            if _due(run.step, args.checkpointing_steps):
+                save_checkpoint(accelerator, args, run.folder, run.step)
+
+
+def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
+    """Gathers the losses of all processes and refuses one that isn't finite, before it can reach the weights."""
+    mine = torch.stack([step.per_sample.detach().float(), step.noise_level.detach().float()], dim=1)  # (b, 2)
+    losses, levels = run.accelerator.gather(mine).unbind(1)
+    if not losses.isfinite().all():
+        raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
+    window.add(losses, levels)
+
+
+def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None:
+    """Holds the core in the first stage, clips, and refuses gradients that aren't finite."""
+    if run.step < run.args.core_start_step:
+        hold_core(optimizer)
+    limit = math.inf if run.args.max_grad_norm is None else run.args.max_grad_norm
+    norm = run.accelerator.clip_grad_norm_(model.parameters(), limit)
+    # with fp16 an overflow is expected now and then: the scaler skips the step and lowers its scale
+    if norm is not None and run.accelerator.scaler is None and not math.isfinite(float(norm)):
+        raise _diverged(run, f"the gradient's norm became {float(norm)}")
+
+
+def _report(run: Run, bar: tqdm, window: LossWindow, optimizer: Any) -> None:
+    values = window.means()
+    rates = {group.get("name", "adapter"): group["lr"] for group in optimizer.param_groups}
+    values["learning_rate"] = rates["adapter"]
+    if "core" in rates:
+        values["core_learning_rate"] = rates["core"]
+    run.log.write(run.step, values)
+    bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in values.items()})
+
+
+def _diverged(run: Run, what: str) -> TrainingDiverged:
+    found = find_checkpoints(run.folder)
+    last = f"The last good checkpoint is {found[max(found)]}" if found else "There is no checkpoint yet"
+    return TrainingDiverged(
+        f"{what} in step {run.step + 1}; training stops and nothing is overwritten. {last}. Start again with a lower "
+        "--learning_rate or --core_learning_rate, a longer --lr_warmup_steps, or --mixed_precision bf16 in place of fp16."
+    )
+
+
+def _stop(run: Run) -> None:
+    checkpoint = save_checkpoint(run.accelerator, run.args, run.folder, run.step)
+    logger.warning(
+        "stopped after step %d. To continue, run the same command with --resume_from_checkpoint %s",
+        run.step,
+        checkpoint,
+    )
+    run.accelerator.end_training()
+    raise SystemExit(130)
+
+
+def _any_process(run: Run, flag: bool) -> bool:
+    """Whether `flag` is set on any process, so that all of them stop at the same step."""
+    if run.accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor([int(flag)], device=run.accelerator.device)
+    return bool(run.accelerator.reduce(flags).item())
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

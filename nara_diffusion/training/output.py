@@ -1,0 +1,112 @@
+"""Where a run writes: choosing a folder, and files that are whole or absent.
+
+A run never writes into another run's folder, and never leaves a file half-written: everything goes to a temporary name on
+the same disk first and is renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def check_output_dir(output_dir: str | None, resuming: bool) -> None:
+    """Refuses a folder that the user named and that holds something, unless the run in it is resumed.
+
+    Raises:
+        ValueError: naming what was found and the two remedies.
+    """
+    if output_dir is None or resuming:
+        return
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
+        raise ValueError(
+            f"--output_dir {folder} already holds another run or other files ({found}). Name a fresh folder, or add "
+            "--resume_from_checkpoint latest to continue the run in it."
+        )
+
+
+def create_output_dir(output_dir: str | None, name: str, root: str | Path = "outputs") -> Path:
+    """Makes the run's folder: the one that was named, or the first free `root/name-N`."""
+    if output_dir is not None:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    number = max(numbered_dirs(name, root), default=0) + 1
+    while True:
+        folder = Path(root) / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run took the number a moment ago
+            number += 1
+        else:
+            return folder
+
+
+def numbered_dirs(name: str, root: str | Path = "outputs") -> dict[int, Path]:
+    """{N: folder} of the folders `name-N` under `root`."""
+    found = {}
+    for folder in Path(root).glob(f"{name}-*"):
+        number = folder.name.removeprefix(f"{name}-")
+        if folder.is_dir() and number.isdecimal():
+            found[int(number)] = folder
+    return found
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder beside `folder` that becomes `folder` at the end, or vanishes on any error."""
+    partial = partial_name(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` that becomes `path` at the end, or vanishes on any error."""
+    partial = partial_name(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def partial_name(path: Path) -> Path:
+    """The name under which `path` is written; the suffix stays last, since some writers choose their format by it."""
+    return path.with_name(f".partial-{path.name}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path`, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as indented JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_yaml(path: Path, content: Any) -> None:
+    """Writes `content` as YAML, keys in their own order."""
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

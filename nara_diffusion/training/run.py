@@ -1,0 +1,128 @@
+"""One training run: its accelerator, its folder, the step that it has reached, and its log."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+
+from nara_diffusion.training.checkpoints import (
+    find_checkpoints,
+    keep_adapter_only,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from nara_diffusion.training.hub import create_hub_repo
+from nara_diffusion.training.metrics import MetricLog
+from nara_diffusion.training.optimization import check_scheduler
+from nara_diffusion.training.output import check_output_dir, create_output_dir, numbered_dirs, write_yaml
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """State of a run.
+
+    Attributes:
+        accelerator: accelerate's engine.
+        args: the arguments as given.
+        name: names numbered output folders and trackers' projects.
+        checkpoint: the folder that the run continues from, or None.
+        step: optimizer steps done.
+        folder: where the run writes; set by `open`.
+        log: metrics.jsonl and the trackers; set by `open`.
+    """
+
+    accelerator: Accelerator
+    args: Any
+    name: str
+    checkpoint: Path | None = None
+    step: int = 0
+    folder: Path = Path()
+    log: MetricLog = dataclasses.field(init=False)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step, over all processes and accumulated forwards."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the frozen weights: that of the forward's mixed precision."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def open(self) -> None:
+        """Makes the output folder and saves the configuration in it; called when data and model have proved usable."""
+        folder = [create_output_dir(_output_dir(self), self.name) if self.accelerator.is_main_process else None]
+        self.folder = broadcast_object_list(folder)[0]
+        self.log = MetricLog(self.accelerator, self.folder, self.step)
+        if self.accelerator.is_main_process:
+            write_yaml(self.folder / "config.yaml", dataclasses.asdict(self.args) | {"output_dir": str(self.folder)})
+        self.accelerator.project_configuration.set_directories(str(self.folder))
+        if self.args.report_to:
+            flat = {name: _flat(value) for name, value in dataclasses.asdict(self.args).items()}
+            self.accelerator.init_trackers(self.name, config=flat)
+        if self.args.push_to_hub and self.accelerator.is_main_process:
+            create_hub_repo(self.args.hub_model_id, self.folder)
+        logger.info("writing to %s", self.folder)
+
+
+def start_run(args: Any, name: str) -> Run:
+    """Checks what can be checked before anything is loaded, starts accelerate, and seeds every generator.
+
+    Raises:
+        ValueError: the output folder holds another run; there is nothing to resume from, or it doesn't fit this run;
+            a tracker isn't installed; the schedule is unknown.
+    """
+    check_scheduler(args.lr_scheduler)
+    _check_trackers(args.report_to)
+    check_output_dir(args.output_dir, resuming=args.resume_from_checkpoint is not None)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(),
+        step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
+    )
+    run = Run(accelerator, args, name)
+    if args.resume_from_checkpoint is not None:
+        run.checkpoint = resolve_checkpoint(args.resume_from_checkpoint, _latest_run(args, name))
+        run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes)
+    keep_adapter_only(accelerator)
+    set_seed(args.seed)
+    return run
+
+
+def _output_dir(run: Run) -> str | None:
+    """A resumed run goes on writing where it was, unless another folder was named."""
+    if run.args.output_dir is None and run.checkpoint is not None:
+        return str(run.checkpoint.parent)
+    return run.args.output_dir
+
+
+def _latest_run(args: Any, name: str) -> Path | None:
+    """The folder in which `latest` is looked for: --output_dir, or the newest numbered one that holds a checkpoint."""
+    if args.output_dir is not None:
+        return Path(args.output_dir)
+    runs = numbered_dirs(name)
+    return next((runs[number] for number in sorted(runs, reverse=True) if find_checkpoints(runs[number])), None)
+
+
+def _check_trackers(report_to: list[str] | None) -> None:
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for tracker in report_to or []:
+        if tracker not in available:
+            installed = ", ".join(available) or "none"
+            raise ValueError(f"report_to names {tracker!r}, which isn't installed here (installed: {installed}).")
+
+
+def _flat(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value if value is not None else "none"

@@ -1,0 +1,63 @@
+"""The order of the training data, as a function of (seed, position) and nothing else.
+
+Position p of the endless stream is sample π_e[p mod n] of epoch e = ⌊p / n⌋, π_e a permutation drawn from (seed, e). Optimizer
+step k takes the G positions k·G … (k+1)·G − 1, G the global batch, whatever the number of processes or of accumulated forwards;
+an epoch's last batch is filled from the next epoch, so that each step averages over exactly G samples. To resume, start at k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class ShuffledStream(Dataset):
+    """`stream[p]` is the dict at position p, with its position under the key "position"."""
+
+    def __init__(self, samples: Sequence[dict[str, Any]] | Any, seed: int):
+        if len(samples) == 0:
+            raise ValueError("there are no training samples: the data is empty.")
+        self.samples = samples
+        self.seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        epoch, offset = divmod(position, len(self.samples))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(len(self.samples), generator=generator).tolist()
+            self._epoch = epoch
+        return {**self.samples[self._order[offset]], "position": position}
+
+
+def stream_loader(
+    stream: ShuffledStream,
+    collate: Callable[[list[dict]], Any],
+    *,
+    batch_size: int,
+    first: int,
+    stop: int,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Batches of consecutive positions from `first` to before `stop`, for accelerate to deal out to the processes in turn."""
+    return DataLoader(
+        stream,
+        batch_size=batch_size,
+        sampler=range(first, stop),
+        collate_fn=collate,
+        num_workers=num_workers,
+        # a loader without a generator draws from the global one when it starts, and a resumed run would start it once more
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def count_steps(samples: int, global_batch: int, max_train_steps: int | None, num_train_epochs: float) -> int:
+    """Optimizer steps of a run: `max_train_steps`, or as many as cover `num_train_epochs`."""
+    if max_train_steps is not None:
+        return max_train_steps
+    return max(1, math.ceil(num_train_epochs * samples / global_batch))
