@@ -1,1 +1,1 @@
-"""What the train scripts share, whatever they train: arguments, runs, checkpoints, the loop, reports. Needs `[train]`."""
+"""What the train scripts share, whatever they train: arguments, runs, checkpoints, loop, reports."""

@@ -1,5 +1,6 @@
 """The arguments that both train scripts share, in three groups; a script adds its own by inheriting from them."""
 
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
 import dataclasses

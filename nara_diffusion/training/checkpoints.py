@@ -3,11 +3,11 @@
     checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as PeftModel.save_pretrained writes it
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16)
                  random_states_P.pkl                              of process P
-                 checkpoint.json                                  step, processes, arguments, SHA-256 of every file above
+                 checkpoint.json                                  step, processes, arguments, SHA-256 of each file above
 
-The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). The frozen
-base model isn't in a checkpoint. A checkpoint is written under another name and renamed when it is complete, and a file that
-has changed since is named when it is loaded.
+The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). The
+frozen base model isn't in a checkpoint. A checkpoint is written under another name and renamed when it is complete,
+and a file that has changed since is named when it is loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MANIFEST = "checkpoint.json"
 
 
 def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int) -> Path:
-    """Writes `folder/checkpoint-{step}`, called by every process, then deletes those beyond `--checkpoints_total_limit`.
+    """Writes `folder/checkpoint-{step}`, called by every process; deletes those beyond `--checkpoints_total_limit`.
 
     Raises:
         OSError: it couldn't be written (a full disk, say); nothing of it is left, earlier checkpoints are untouched.
@@ -67,8 +67,8 @@ def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> 
         folder = Path(resume_from_checkpoint)
         if not (folder / MANIFEST).is_file():
             raise ValueError(
-                f"--resume_from_checkpoint {folder} is no checkpoint: it has no {MANIFEST}. Name a checkpoint-N folder, "
-                "or `latest` with the --output_dir of the run."
+                f"--resume_from_checkpoint {folder} is no checkpoint: it has no {MANIFEST}. Name a checkpoint-N "
+                "folder, or `latest` with the --output_dir of the run."
             )
         return folder
     found = find_checkpoints(output_dir) if output_dir is not None else {}
@@ -112,7 +112,7 @@ def load_adapter_weights(model: PeftModel, checkpoint: Path) -> None:
 
 
 def keep_adapter_only(accelerator: Accelerator) -> None:
-    """Makes `accelerator.save_state` write the adapter in place of the whole model, and `load_state` leave the model alone."""
+    """Makes `accelerator.save_state` write the adapter alone, and `load_state` leave the model as it is."""
 
     def save(models: list[Any], weights: list[dict], output_dir: str) -> None:
         for model in models:
@@ -128,7 +128,7 @@ def keep_adapter_only(accelerator: Accelerator) -> None:
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, state: dict | None = None) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors of the wrapped `model`; `state` is its gathered state dict."""
+    """Writes adapter_config.json and adapter_model.safetensors; `state` is the wrapped model's gathered state dict."""
     unwrapped = accelerator.unwrap_model(model)
     prefix = "module."
     if state is not None:

@@ -1,8 +1,8 @@
 """A dataclass of arguments becomes a command line and a YAML file: one declaration, three uses.
 
-Each field is declared with `option(default, help, unit=…)`. The type annotation decides how text is read: bool becomes
-`--flag/--no-flag`, a list takes words separated by spaces or commas, `X | None` also takes `none`. Flags win over the file
-given as `--config`, the file wins over the defaults, and a key that the dataclass lacks is an error.
+Each field is declared with `option(default, help, unit=…)`. The type annotation decides how text is read: bool
+becomes `--flag/--no-flag`, a list takes words separated by spaces or commas, `X | None` also takes `none`. Flags win
+over the file given as `--config`, the file wins over the defaults, and a key that the dataclass lacks is an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def option(default: Any, help: str, *, unit: str = "", choices: Sequence[str] = 
 
 
 def parse_arguments(cls: type[Arguments], argv: Sequence[str] | None = None, description: str = "") -> Arguments:
-    """Reads the command line (and the file that `--config` names) into an instance of `cls`; exits with usage on an error."""
+    """The command line, and the file that `--config` names, as an instance of `cls`; exits with usage on an error."""
     parser = build_parser(cls, description)
     flags = vars(parser.parse_args(argv))
     try:
@@ -50,7 +50,7 @@ def parse_arguments(cls: type[Arguments], argv: Sequence[str] | None = None, des
 
 
 def build_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
-    """The parser of `cls`, one group of flags for each class that contributes fields, named by its docstring's first line."""
+    """The parser of `cls`: a group of flags for each class that declares some, titled by its docstring's first line."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

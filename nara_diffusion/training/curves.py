@@ -1,4 +1,4 @@
-"""A picture of the loss over the noise level, for a base model and its adapted self (Figure 1 of the paper, as a tool)."""
+"""A picture of the loss over the noise level, for a base model and its adapted self: Figure 1 of the paper."""
 
 from __future__ import annotations
 

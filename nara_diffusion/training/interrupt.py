@@ -9,7 +9,7 @@ from typing import Any
 
 
 class InterruptRequest:
-    """`with InterruptRequest() as request: …`; `request.made` says whether SIGINT came. The earlier handler is restored.
+    """`with InterruptRequest() as request: …`; `request.made` says whether SIGINT came. Restores the earlier handler.
 
     Outside the main thread, where Python allows no handlers, it never is.
     """

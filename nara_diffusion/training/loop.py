@@ -1,7 +1,8 @@
 """The training loop that both scripts share: accumulate, check, clip, step, log, validate, save, stop.
 
-The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean over its samples, accelerate
-divides by the accumulated forwards, and DDP averages over processes. All forwards have equally many samples (`stream`).
+The loss of an optimizer step is the mean over its global batch: each forward's loss is the mean over its samples,
+accelerate divides by the accumulated forwards, and DDP averages over processes. All forwards have equally many
+samples (`stream`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def train(
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
 ) -> None:
-    """Takes the optimizer steps from `run.step` to `total_steps`; every argument but the functions is accelerate-prepared.
+    """Takes the optimizer steps from `run.step` to `total_steps`, with what `accelerator.prepare` returned.
 
     Args:
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
@@ -90,7 +91,7 @@ def train(
 def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
     """Gathers the losses of all processes and refuses one that isn't finite, before it can reach the weights."""
     mine = torch.stack([step.per_sample.detach().float(), step.noise_level.detach().float()], dim=1)  # (b, 2)
-    losses, levels = run.accelerator.gather(mine).unbind(1)
+    losses, levels = cast(Tensor, run.accelerator.gather(mine)).unbind(1)
     if not losses.isfinite().all():
         raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
     window.add(losses, levels)
@@ -122,7 +123,7 @@ def _diverged(run: Run, what: str) -> TrainingDiverged:
     last = f"The last good checkpoint is {found[max(found)]}" if found else "There is no checkpoint yet"
     return TrainingDiverged(
         f"{what} in step {run.step + 1}; training stops and nothing is overwritten. {last}. Start again with a lower "
-        "--learning_rate or --core_learning_rate, a longer --lr_warmup_steps, or --mixed_precision bf16 in place of fp16."
+        "--learning_rate or --core_learning_rate, a longer --lr_warmup_steps, or bf16 in place of fp16."
     )
 
 
@@ -142,7 +143,7 @@ def _any_process(run: Run, flag: bool) -> bool:
     if run.accelerator.num_processes == 1:
         return flag
     flags = torch.tensor([int(flag)], device=run.accelerator.device)
-    return bool(run.accelerator.reduce(flags).item())
+    return bool(cast(Tensor, run.accelerator.reduce(flags)).item())
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -27,7 +27,7 @@ class LossWindow:
         self._levels.append(noise_levels)
 
     def means(self) -> dict[str, float]:
-        """{"loss", "loss_low", "loss_mid", "loss_high"}: the means of all and of each third of λ; empty thirds are left out."""
+        """{"loss", "loss_low", "loss_mid", "loss_high"}: means of all, and of each third of λ that isn't empty."""
         losses, levels = torch.cat(self._losses), torch.cat(self._levels)
         self._losses, self._levels = [], []
         values = {"loss": losses.mean().item()}

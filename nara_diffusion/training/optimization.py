@@ -13,7 +13,7 @@ CORE_MARK = "nara_core."
 
 
 def build_optimizer(model: nn.Module, args: Any) -> torch.optim.AdamW:
-    """AdamW over what is trainable, in groups named "adapter" (lr) and "core" (core_learning_rate); an empty one is left out.
+    """AdamW over what is trainable, in groups "adapter" (learning_rate) and "core" (core_learning_rate), if not empty.
 
     Raises:
         ValueError: nothing in `model` is trainable, or `core_start_step` is set and there is no core.

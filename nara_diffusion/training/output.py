@@ -1,7 +1,7 @@
 """Where a run writes: choosing a folder, and files that are whole or absent.
 
-A run never writes into another run's folder, and never leaves a file half-written: everything goes to a temporary name on
-the same disk first and is renamed when it is complete.
+A run never writes into another run's folder, and never leaves a file half-written: everything goes to a temporary
+name on the same disk first and is renamed when it is complete.
 """
 
 from __future__ import annotations

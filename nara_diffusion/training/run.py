@@ -61,8 +61,10 @@ class Run:
 
     def open(self) -> None:
         """Makes the output folder and saves the configuration in it; called when data and model have proved usable."""
-        folder = [create_output_dir(_output_dir(self), self.name) if self.accelerator.is_main_process else None]
-        self.folder = broadcast_object_list(folder)[0]
+        folder = [Path()]
+        if self.accelerator.is_main_process:
+            folder = [create_output_dir(_output_dir(self), self.name)]
+        self.folder = broadcast_object_list(folder)[0]  # the main process alone picks a number
         self.log = MetricLog(self.accelerator, self.folder, self.step)
         if self.accelerator.is_main_process:
             write_yaml(self.folder / "config.yaml", dataclasses.asdict(self.args) | {"output_dir": str(self.folder)})

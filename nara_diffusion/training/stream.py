@@ -1,8 +1,9 @@
 """The order of the training data, as a function of (seed, position) and nothing else.
 
-Position p of the endless stream is sample π_e[p mod n] of epoch e = ⌊p / n⌋, π_e a permutation drawn from (seed, e). Optimizer
-step k takes the G positions k·G … (k+1)·G − 1, G the global batch, whatever the number of processes or of accumulated forwards;
-an epoch's last batch is filled from the next epoch, so that each step averages over exactly G samples. To resume, start at k.
+Position p of the endless stream is sample π_e[p mod n] of epoch e = ⌊p / n⌋, π_e a permutation drawn from (seed, e).
+Optimizer step k takes the G positions k·G … (k+1)·G − 1, G the global batch, whatever the number of processes or of
+accumulated forwards; an epoch's last batch is filled from the next epoch, so that each step averages over exactly G
+samples. To resume, start at k.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def stream_loader(
     stop: int,
     num_workers: int = 0,
 ) -> DataLoader:
-    """Batches of consecutive positions from `first` to before `stop`, for accelerate to deal out to the processes in turn."""
+    """Batches of consecutive positions from `first` to before `stop`; accelerate deals them out to the processes."""
     return DataLoader(
         stream,
         batch_size=batch_size,
         sampler=range(first, stop),
         collate_fn=collate,
         num_workers=num_workers,
-        # a loader without a generator draws from the global one when it starts, and a resumed run would start it once more
+        # without one, the loader draws from the global generator when it starts, and a resumed run starts it twice
         generator=torch.Generator().manual_seed(0),
     )
 
