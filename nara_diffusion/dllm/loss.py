@@ -1,0 +1,155 @@
+"""LLaDA's objective for supervised fine-tuning, arXiv 2502.09992, algorithm 2.
+
+    L = 1/B Σ_i  1/n_i Σ_{j masked}  − log p(x_ij | masked x_i) / λ_i
+
+with n_i the length of answer i, its EOS padding included where that is trained on. Each sequence has its own λ and
+its adapters are told that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nara_diffusion.dllm.conditioning import conditioned
+from nara_diffusion.dllm.heads import cross_entropy_in_head, head_of, language_model, token_cross_entropy
+from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
+
+LOGITS = ("masked", "all")
+
+
+@dataclass(frozen=True)
+class MaskedDiffusionLoss:
+    """What a step of training needs; b' is 2b with complementary masks, else b.
+
+    Attributes:
+        loss: scalar, the mean of `per_sample`.
+        per_sample: (b',) each sequence's share, divided by its λ and its answer's length.
+        noise_level: (b',) float32, λ.
+        masked: (b', l) bool.
+        token_loss: (b', l) cross-entropy, zero where nothing is masked.
+        answer: (b', l) bool.
+    """
+
+    loss: torch.Tensor
+    per_sample: torch.Tensor
+    noise_level: torch.Tensor
+    masked: torch.Tensor
+    token_loss: torch.Tensor
+    answer: torch.Tensor
+
+
+def masked_diffusion_loss(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    prompt_lengths: torch.Tensor | Sequence[int],
+    *,
+    attention_mask: torch.Tensor | None = None,
+    answer_lengths: torch.Tensor | Sequence[int] | None = None,
+    noise_level: torch.Tensor | float | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    sample_indices: torch.Tensor | Sequence[int] | None = None,
+    stratified: bool = True,
+    group_size: int | None = None,
+    complementary: bool = False,
+    mask_token_id: int | None = None,
+    logits: str = "masked",
+    chunk_size: int = 256,
+) -> MaskedDiffusionLoss:
+    """Mask the answers at random, and score how well `model` fills them in.
+
+    Args:
+        model: the outermost module, as `accelerator.prepare` or `get_peft_model` returned it; it is entered by its
+            `__call__`.
+        input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
+        prompt_lengths: (b,) tokens before the answer.
+        attention_mask, answer_lengths: where the answers end, one of the two; at l if neither is given.
+        noise_level: λ in (0, 1], (b,) or one number, instead of drawing it.
+        generator, seed, sample_indices: random numbers; `seed` with the samples' indices in the training stream
+            makes them the same at any number of processes (see `nara_diffusion.dllm.masking`).
+        stratified, group_size: stratify λ over each `group_size` consecutive indices (default: over this batch).
+        complementary: train on every sequence twice, with complementary masks.
+        mask_token_id: default `model.config.mask_token_id`.
+        logits: "masked" computes logits at masked positions, `chunk_size` at a time, and again in backward; "all"
+            computes them everywhere at once, as most trainers do. The values are the same. Models whose head can't be
+            reached (`nara_diffusion.dllm.heads.head_of` is None) always take "all".
+        chunk_size: positions whose logits exist at one time.
+
+    Raises:
+        ValueError: see `mask_answers`; or an unknown `logits`; or no mask token.
+    """
+    batch = mask_answers(
+        input_ids,
+        prompt_lengths,
+        mask_token_id=mask_token_of(model, mask_token_id),
+        attention_mask=attention_mask,
+        answer_lengths=answer_lengths,
+        noise_level=noise_level,
+        generator=generator,
+        seed=seed,
+        sample_indices=sample_indices,
+        stratified=stratified,
+        group_size=group_size,
+        complementary=complementary,
+    )
+    token_loss = masked_cross_entropy(model, batch, logits=logits, chunk_size=chunk_size)  # (b', l)
+    per_sample = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)
+    return MaskedDiffusionLoss(
+        loss=per_sample.mean(),
+        per_sample=per_sample,
+        noise_level=batch.noise_level,
+        masked=batch.masked,
+        token_loss=token_loss,
+        answer=batch.answer,
+    )
+
+
+def masked_cross_entropy(
+    model: nn.Module, batch: MaskedBatch, *, logits: str = "masked", chunk_size: int = 256
+) -> torch.Tensor:
+    """− log p of the clean token at each masked position, zero elsewhere: (b, l), float32 or wider."""
+    if logits not in LOGITS:
+        raise ValueError(f"logits is {logits!r}, expected one of {', '.join(map(repr, LOGITS))}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected 1 at least")
+    padding = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+    head = head_of(model) if logits == "masked" else None
+    with conditioned(model, batch.noise_level, masked=batch.masked, answer=batch.answer):
+        if head is None:
+            output = logits_of(model(batch.input_ids, **padding))  # (b, l, v)
+            return token_cross_entropy(output, batch.targets) * batch.masked
+        with cross_entropy_in_head(model, head, batch.targets, batch.masked, chunk_size=chunk_size):
+            output = logits_of(model(batch.input_ids, **padding))  # (b, l, 1)
+    if output.shape != (*batch.masked.shape, 1):
+        raise ValueError(
+            f"{type(language_model(model)).__name__} changes what its output head returns, so that the loss can't be "
+            'computed within it: pass logits="all"'
+        )
+    return output.squeeze(-1)
+
+
+def logits_of(output: object) -> torch.Tensor:
+    """The logits of a forward: `output.logits`, or `output` itself where a model returns a bare tensor."""
+    return output if isinstance(output, torch.Tensor) else output.logits  # type: ignore[attr-defined]
+
+
+def mask_token_of(model: nn.Module, mask_token_id: int | None = None) -> int:
+    """`mask_token_id` if given, else the one in the model's configuration.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    inner = language_model(model)
+    known = (
+        mask_token_id if mask_token_id is not None else getattr(getattr(inner, "config", None), "mask_token_id", None)
+    )
+    if known is None:
+        raise ValueError(
+            "the model's configuration has no mask_token_id: load it with load_backbone(…, mask_token_id=N), "
+            "or pass mask_token_id=N here"
+        )
+    return int(known)
