@@ -5,9 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from nara_diffusion import NaraConfig
 from nara_diffusion.training.cli import option
+
+
+def core_option(name: str, unit: str = "") -> Any:
+    """An argument that is a field of NaraConfig, with that field's default, choices and help."""
+    field = {field.name: field for field in dataclasses.fields(NaraConfig)}[name]
+    hint = get_type_hints(NaraConfig)[name]
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    return option(default, field.metadata["help"], unit=unit, choices=choices)
 
 
 @dataclass
@@ -24,22 +34,16 @@ class AdapterArguments:
         ["q_proj", "k_proj", "v_proj", "o_proj"], "Names of the modules to adapt, or all-linear."
     )
     use_dora: bool = option(False, "NaRA-DoRA: learn the norm of each output row beside the update.")
-    core_type: str = option(
-        "hypernetwork", "What makes C: hypernetwork (NaRA), constant (NaRA-C), identity (plain LoRA)."
-    )
-    core_scale: float = option(0.1, "η in C(λ) = I + η F(e(λ)).")
-    core_hidden_dims: list[int] = option([256, 512], "Widths of the hidden layers of F.", unit="features")
-    core_init: str = option("zero_last", "How F starts: zero_last and zero_all give C = I, kaiming a random C.")
-    core_input: str = option("noise_level", "What F reads: noise_level, mask_density, or both.")
-    core_sharing: str = option(
-        "global", "Layers that share one F: global (all), module_type (of one name), layer (none)."
-    )
-    noise_embedding: str = option(
-        "fourier", "e(λ): fourier (frozen Gaussian features), mlp (learned), or raw (λ itself)."
-    )
-    noise_embedding_dim: int = option(64, "Width of e(λ).", unit="features")
-    fourier_scale: float = option(16.0, "Standard deviation of the Fourier frequencies.", unit="radians per unit of λ")
-    mask_density_radius: int = option(8, "Neighbours on each side that count for the mask density.", unit="tokens")
+    core_type: str = core_option("core_type")
+    core_scale: float = core_option("core_scale")
+    core_hidden_dims: list[int] = core_option("core_hidden_dims", unit="features")
+    core_init: str = core_option("core_init")
+    core_input: str = core_option("core_input")
+    core_sharing: str = core_option("core_sharing")
+    noise_embedding: str = core_option("noise_embedding")
+    noise_embedding_dim: int = core_option("noise_embedding_dim", unit="features")
+    fourier_scale: float = core_option("fourier_scale", unit="radians per unit of λ")
+    mask_density_radius: int = core_option("mask_density_radius", unit="tokens")
 
 
 @dataclass

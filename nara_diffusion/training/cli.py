@@ -52,6 +52,7 @@ def parse_arguments(cls: type[Arguments], argv: Sequence[str] | None = None, des
 def build_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
     """The parser of `cls`: a group of flags for each class that declares some, titled by its docstring's first line."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE …]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -62,7 +63,7 @@ def build_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
     )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for owner in reversed(cls.__mro__):
+    for owner in cls.__mro__:
         own = [name for name in vars(owner).get("__annotations__", {}) if name in fields]
         if own:
             group = parser.add_argument_group((owner.__doc__ or owner.__name__).strip().splitlines()[0])

@@ -1,0 +1,36 @@
+"""Losses by thirds of λ, and the lines of metrics.jsonl."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from nara_diffusion.training.metrics import LossWindow, MetricLog
+
+
+def test_losses_are_averaged_by_thirds_of_the_noise_level() -> None:
+    window = LossWindow()
+    window.add(torch.tensor([1.0, 2.0, 8.0]), torch.tensor([0.1, 0.3, 0.5]))
+    window.add(torch.tensor([4.0, 5.0]), torch.tensor([0.7, 1.0]))
+    assert window.means() == {"loss": 4.0, "loss_low": 1.5, "loss_mid": 8.0, "loss_high": 4.5}
+    window.add(torch.tensor([3.0]), torch.tensor([0.9]))
+    assert window.means() == {"loss": 3.0, "loss_high": 3.0}
+
+
+def test_a_resumed_run_forgets_the_steps_that_it_takes_again(tmp_path) -> None:
+    accelerator = Accelerator(cpu=True)
+    log = MetricLog(accelerator, tmp_path, first_step=0)
+    for step in (10, 20, 30):
+        log.write(step, {"loss": step / 10})
+    log = MetricLog(accelerator, tmp_path, first_step=20)
+    log.write(30, {"loss": 7.0})
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert lines == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 30, "loss": 7.0}]
+
+
+@pytest.mark.parametrize(("level", "name"), [(1 / 3 - 1e-6, "loss_low"), (0.34, "loss_mid"), (0.67, "loss_high")])
+def test_edges_of_the_thirds(level: float, name: str) -> None:
+    window = LossWindow()
+    window.add(torch.tensor([1.0]), torch.tensor([level]))
+    assert set(window.means()) == {"loss", name}

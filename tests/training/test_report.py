@@ -1,0 +1,46 @@
+"""Table, page of samples, model card, picture of the curves."""
+
+import yaml
+from PIL import Image
+
+from nara_diffusion.training.curves import plot_noise_level_curves
+from nara_diffusion.training.report import format_table, write_model_card, write_samples
+
+
+def test_table_aligns_columns() -> None:
+    assert format_table(["", "before", "after"], [["exact match", "1.0 %", "97.5 %"]]) == (
+        "             before   after\n-----------  ------  ------\nexact match   1.0 %  97.5 %"
+    )
+
+
+def test_samples_are_escaped_and_marked(tmp_path) -> None:
+    path = tmp_path / "samples.html"
+    write_samples(
+        path, "Samples", ["question", "answer"], [[("a < b", None), ("<no>", False)], [("c", None), ("d", True)]]
+    )
+    page = path.read_text()
+    assert "a &lt; b" in page
+    assert '<td class="wrong">&lt;no&gt;</td>' in page
+    assert '<td class="right">d</td>' in page
+    assert [entry.name for entry in tmp_path.iterdir()] == ["samples.html"]
+
+
+def test_card_has_front_matter_that_the_hub_accepts(tmp_path) -> None:
+    arguments = {"title": "T", "summary": "S", "tags": ["text"], "sections": {"How good": "97 %"}}
+    write_model_card(tmp_path, base_model="org/model", **arguments)
+    _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {"library_name": "peft", "tags": ["nara", "text"], "base_model": "org/model"}
+    assert body == "\n# T\n\nS\n\n## How good\n\n97 %\n"
+
+
+def test_card_names_no_path_of_this_disk_as_a_hub_model(tmp_path) -> None:
+    write_model_card(tmp_path, base_model=str(tmp_path), title="T", summary="S", tags=[], sections={})
+    assert "base_model" not in (tmp_path / "README.md").read_text()
+
+
+def test_picture_is_written_whole(tmp_path) -> None:
+    path = tmp_path / "curve.png"
+    plot_noise_level_curves(path, [0.1, 0.5, 0.9], [1.0, 2.0, 3.0], [0.5, 1.0, 2.9], "Loss over λ", "nats per token")
+    with Image.open(path) as picture:
+        assert picture.size == (1200, 480)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["curve.png"]
