@@ -1,0 +1,20 @@
+"""NaRA, noise-aware LoRA, as a PEFT and Diffusers plugin (arXiv 2605.29716)."""
+
+from . import registry
+from .config import NaraConfig
+from .core import shared_factors
+from .model import NaraModel, core_matrix
+from .noise import noise_level, set_noise_source
+
+__version__ = "0.1.0"
+__all__ = [
+    "NaraConfig",
+    "NaraModel",
+    "__version__",
+    "core_matrix",
+    "noise_level",
+    "set_noise_source",
+    "shared_factors",
+]
+
+registry.register()

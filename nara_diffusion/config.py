@@ -1,0 +1,174 @@
+"""`NaraConfig`: PEFT's LoraConfig and what the noise-conditioned core adds to it. What cannot work is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+from peft import LoraConfig
+
+CORE_TYPES = ("hypernetwork", "constant", "identity")
+NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "core_type": CORE_TYPES,
+    "core_init": ("zero_last", "kaiming", "zero_all"),
+    "core_input": ("noise_level", "mask_density", "both"),
+    "core_sharing": ("global", "module_type", "layer"),
+    "noise_embedding": NOISE_EMBEDDINGS,
+}
+
+_REFUSED: dict[str, str] = {
+    "target_parameters": "parameters are adapted by merging the update before each forward, at no λ",
+    "layer_replication": "replicated layers would share one core under several names",
+    "megatron_config": "Megatron's parallel layers have no rule for C(λ)",
+    "alora_invocation_tokens": "aLoRA is another LoRA variant of the same layer",
+    "arrow_config": "Arrow routes between static updates",
+    "use_bdlora": "BD-LoRA is another LoRA variant of the same layer",
+    "use_qalora": "QA-LoRA is another LoRA variant of the same layer",
+    "velora_config": "VeLoRA is another LoRA variant of the same layer",
+    "monteclora_config": "MonteCLoRA is another LoRA variant of the same layer",
+    "kasa_config": "KaSA is another LoRA variant of the same layer",
+}
+
+_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "orthogonal")
+_SUPPORTED_INITS = ("gaussian", *_BASE_CHANGING_INITS)
+_REFUSED_INITS = {
+    "eva": "EVA redistributes ranks after the core has been made",
+    "mica": "MiCA is another LoRA variant of the same layer",
+    "corda": "CorDA takes statistics of the base model from an earlier pass at no λ",
+    "lora_ga": "LoRA-GA takes gradients of the base model from an earlier pass at no λ",
+}
+
+
+class NaraPeftType(str, Enum):
+    """NaRA's entry among PEFT's types. PEFT prints it where it refuses to mix types, so it says what to do there."""
+
+    NARA = "NARA"
+
+    def __str__(self) -> str:
+        return (
+            "NARA (in one PeftModel all adapters have one type: a plain LoRA joins NaRA ones as "
+            'NaraConfig(core_type="identity"))'
+        )
+
+    __format__ = object.__format__
+
+
+@dataclass
+class NaraConfig(LoraConfig):
+    """Configuration of NaRA: ΔW(λ) = s · B · C(λ) · A with C(λ) = I + η F(e(λ)) (arXiv 2605.29716, section 4).
+
+    All fields of `peft.LoraConfig` keep their meaning (`use_dora=True` is NaRA-DoRA). With `rank_pattern`, one core of
+    the largest rank serves all: a layer of rank r' reads the leading block C(λ)[:r', :r'].
+
+    Raises:
+        ValueError: a choice that does not exist, a number out of range, or a LoRA option that has no meaning for an
+            update that depends on λ; the message names the option.
+    """
+
+    core_type: Literal["hypernetwork", "constant", "identity"] = field(
+        default="hypernetwork",
+        metadata={
+            "help": "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), "
+            "'identity' is plain LoRA (C = I; no λ needed, may be merged)."
+        },
+    )
+    core_scale: float = field(default=0.1, metadata={"help": "η in C = I + η F(e(λ)); greater than 0."})
+    core_hidden_dims: tuple[int, ...] = field(
+        default=(256, 512), metadata={"help": "Widths of the hidden layers of the hypernetwork F."}
+    )
+    core_init: Literal["zero_last", "kaiming", "zero_all"] = field(
+        default="zero_last",
+        metadata={
+            "help": "Initialisation of F: 'zero_last' (last layer zero, so that C = I at step 0), 'zero_all' (all zero: "
+            "only the last bias receives a gradient at first), 'kaiming' (C is not I at step 0)."
+        },
+    )
+    core_input: Literal["noise_level", "mask_density", "both"] = field(
+        default="noise_level",
+        metadata={"help": "What F reads: λ, the mask density around masked tokens (masked LMs only), or both."},
+    )
+    core_sharing: Literal["global", "module_type", "layer"] = field(
+        default="global",
+        metadata={
+            "help": "Which adapted modules share one F: all of them, those of one name such as q_proj, or none "
+            "('layer': each adapted module has its own)."
+        },
+    )
+    noise_embedding: Literal["fourier", "mlp", "raw"] = field(
+        default="fourier",
+        metadata={"help": "e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself."},
+    )
+    noise_embedding_dim: int = field(
+        default=64, metadata={"help": "Width of e(λ); even for 'fourier', unused by 'raw'."}
+    )
+    fourier_scale: float = field(
+        default=16.0, metadata={"help": "Standard deviation of the Fourier frequencies, in radians per unit of λ."}
+    )
+    mask_density_radius: int = field(
+        default=4,
+        metadata={"help": "Radius R, in tokens, of the neighbourhood whose masked share is the mask density."},
+    )
+    noise_convention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of λ's definition in training, e.g. 'masked_share'; a source of λ with another name is refused. "
+            "None is unknown."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
+        self.core_hidden_dims = tuple(self.core_hidden_dims)
+        self._check_core_fields()
+        if self.core_type != "identity":
+            self._check_lora_fields()
+
+    def _check_core_fields(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
+        if not self.core_hidden_dims or not all(_is_positive_int(dim) for dim in self.core_hidden_dims):
+            raise ValueError(f"core_hidden_dims is {self.core_hidden_dims}: pass one positive integer a hidden layer.")
+        for name in ("noise_embedding_dim", "mask_density_radius"):
+            if not _is_positive_int(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a positive integer.")
+        if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
+            raise ValueError(
+                f"noise_embedding_dim is {self.noise_embedding_dim}: Fourier features are sine and cosine pairs, so "
+                "pass an even number."
+            )
+        for name in ("core_scale", "fourier_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}: pass a finite number greater than 0.")
+
+    def _check_lora_fields(self) -> None:
+        for name, why in _REFUSED.items():
+            if getattr(self, name, None):
+                raise ValueError(f"NaRA does not support {name}: {why}. Remove it, or use core_type='identity'.")
+        init = self.init_lora_weights
+        if isinstance(init, bool):
+            return
+        kind = str(init).lower().split("_niter_")[0]
+        if kind in _REFUSED_INITS:
+            raise ValueError(
+                f"NaRA does not support init_lora_weights={init!r}: {_REFUSED_INITS[kind]}. "
+                f"Use True, False or one of {', '.join(map(repr, _SUPPORTED_INITS))}."
+            )
+        if kind not in _SUPPORTED_INITS:
+            raise ValueError(
+                f"init_lora_weights is {init!r}, which NaRA does not know: use True, False or one of "
+                f"{', '.join(map(repr, _SUPPORTED_INITS))}."
+            )
+        if kind in _BASE_CHANGING_INITS and self.core_init == "kaiming":
+            raise ValueError(
+                f"init_lora_weights={init!r} needs C = I at step 0, but core_init is 'kaiming': use core_init='zero_last'."
+            )
+
+
+def _is_positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

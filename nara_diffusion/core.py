@@ -1,0 +1,239 @@
+"""The noise-conditioned core C(λ), with torch alone.
+
+    ΔW(λ) = s · B · C(λ) · A          C(λ) = I + η · F(e(λ))                     (NaRA, arXiv 2605.29716, section 4)
+
+Shapes: A (r, d_in), C (b, r, r), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noise. A core is a module
+λ (b,) → C (b, r, r), or (1, r, r) where C does not depend on the sample. Its class attribute `needs_noise` says
+whether λ has to be known at all.
+
+Different from the reference implementation on purpose: C is one matrix per *sample*; the product is B·C·A as in the
+paper (the reference computes B·Cᵀ·A); every core stores float32 and computes in float32, whatever the model does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CoreInput = Literal["noise_level", "mask_density", "both"]
+CoreInit = Literal["zero_last", "kaiming", "zero_all"]
+
+
+class Float32Module(nn.Module):
+    """A module whose floating-point tensors follow `.to(device)` but never leave float32.
+
+    `model.to(bfloat16)` would move C − I by five per cent, so a change of dtype reaches only the device.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Dense(Float32Module):
+    """y = x Wᵀ + b in float32. Not an `nn.Linear`, so that quantisers, casters and "all-linear" pass it by."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+
+    def reset(self, zero: bool) -> None:
+        """Zero weight, or Kaiming-uniform with a = √5; the bias is zero in both cases (paper, appendix)."""
+        nn.init.zeros_(self.bias)
+        if zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
+class FourierEmbedding(Float32Module):
+    """e(λ) = [sin(λ w), cos(λ w)], w ~ N(0, scale²) frozen. (b,) → (b, dim). No factor 2π, as in the reference."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__()
+        self.out_dim = dim
+        self.register_buffer("frequencies", torch.randn(dim // 2, dtype=torch.float32) * scale)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        angle = noise_level[:, None] * self.frequencies.float()  # (b, dim / 2)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class MlpEmbedding(Float32Module):
+    """e(λ) = SiLU(w λ + b), learnable. (b,) → (b, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out_dim = dim
+        self.projection = Dense(1, dim)
+        self.projection.reset(zero=False)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        return F.silu(self.projection(noise_level[:, None]))
+
+
+class RawEmbedding(Float32Module):
+    """e(λ) = λ. (b,) → (b, 1)."""
+
+    out_dim = 1
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        return noise_level[:, None]
+
+
+def make_embedding(kind: str, dim: int, scale: float) -> FourierEmbedding | MlpEmbedding | RawEmbedding:
+    """The embedding named `kind`: "fourier", "mlp" or "raw"."""
+    if kind == "fourier":
+        return FourierEmbedding(dim, scale)
+    return MlpEmbedding(dim) if kind == "mlp" else RawEmbedding()
+
+
+class HypernetworkCore(Float32Module):
+    """C(λ) = I + η F(e(λ)): F is Linear–SiLU–…–Linear with output r², shared by all layers of its group.
+
+    Args:
+        rank: r, the largest rank that reads this core. A layer of smaller rank r' reads C(λ)[:r', :r'].
+        scale: η, `core_scale`.
+        hidden_dims: widths of F's hidden layers.
+        init: "zero_last" and "zero_all" give C = I exactly at step 0; "kaiming" does not.
+        core_input: which signals are embedded: λ, the mask density (b,), or both (embeddings concatenated).
+        embedding: makes one embedding of a signal; called once a signal.
+    """
+
+    needs_noise = True
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        scale: float,
+        hidden_dims: Sequence[int],
+        init: CoreInit,
+        core_input: CoreInput,
+        embedding: Callable[[], FourierEmbedding | MlpEmbedding | RawEmbedding],
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.scale = scale
+        signals = ("noise_level", "mask_density") if core_input == "both" else (core_input,)
+        self.embeddings = nn.ModuleDict({signal: embedding() for signal in signals})
+        widths = [sum(e.out_dim for e in self.embeddings.values()), *hidden_dims, rank * rank]
+        self.layers = nn.ModuleList(Dense(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            layer.reset(zero=init == "zero_all" or (init == "zero_last" and index == last))
+
+    @property
+    def needs_density(self) -> bool:
+        return "mask_density" in self.embeddings
+
+    def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
+        """λ (b,), density (b,) or None → C (b, r, r), float32."""
+        signals = {"noise_level": noise_level, "mask_density": mask_density}
+        with torch.autocast(noise_level.device.type, enabled=False):
+            h = torch.cat([embed(signals[name].float()) for name, embed in self.embeddings.items()], dim=-1)
+            for layer in self.layers[:-1]:
+                h = F.silu(layer(h))
+            deviation = self.layers[-1](h).view(-1, self.rank, self.rank)  # (b, r, r)
+            return torch.eye(self.rank, device=h.device) + self.scale * deviation
+
+
+class ConstantCore(Float32Module):
+    """NaRA-C: C = I + η D with one learnable D (r, r) and no noise input; an ablation of the paper."""
+
+    needs_noise = False
+    needs_density = False
+
+    def __init__(self, rank: int, *, scale: float, init: CoreInit) -> None:
+        super().__init__()
+        self.rank = rank
+        self.scale = scale
+        self.deviation = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32))
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
+
+    def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
+        """→ C (1, r, r), float32."""
+        return (torch.eye(self.rank, device=self.deviation.device) + self.scale * self.deviation.float())[None]
+
+
+class IdentityCore(Float32Module):
+    """C = I: plain LoRA. It has no parameters, and layers leave it out of the product."""
+
+    needs_noise = False
+    needs_density = False
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
+        """→ I (1, r, r), float32."""
+        return torch.eye(self.rank)[None]
+
+
+def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
+    """‖W0 + s K A‖ by row, without the (b, d_out, d_in) product; for NaRA-DoRA (paper, appendix M).
+
+        ‖W0 + s K A‖²_row = ‖W0‖²_row + 2 s Σ_r (K ⊙ P) + s² Σ_r ((K G) ⊙ K),   P = W0 Aᵀ (d_out, r),  G = A Aᵀ (r, r)
+
+    Args:
+        weight: W0 (d_out, d_in). A: (r, d_in). K: B·C (b, d_out, r). scaling: s.
+
+    Returns:
+        (b, d_out), float32, not part of the graph: DoRA treats the norm as a constant (DoRA, section 4.3).
+    """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        P = (weight @ A.to(weight.dtype).T).float()  # (d_out, r)
+        A, K = A.float(), K.float()
+        base = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # (d_out,)
+        # ‖W0‖² + Σ_r K ⊙ (2 s P + s² K G)
+        norm_squared = base + (K * torch.add(2 * scaling * P, K @ (A @ A.T), alpha=scaling**2)).sum(-1)
+        return norm_squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
+def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """N update matrices as one pair of factors and N cores: ΔW_i = B · C_i · A (paper, theorem 4.1).
+
+    B and A are orthonormal bases of the joint column and row spaces, and C_i = Bᵀ ΔW_i Aᵀ.
+
+    Args:
+        updates: (n, d_out, d_in), floating point.
+        rank: r. None takes the smallest r that reproduces every update; a smaller r keeps the leading directions.
+
+    Returns:
+        B (d_out, r), cores (n, r, r), A (r, d_in).
+
+    Raises:
+        ValueError: `updates` is not (n, d_out, d_in), or `rank` is not in [1, min(d_out, d_in)].
+    """
+    if updates.dim() != 3 or not updates.is_floating_point():
+        raise ValueError(
+            f"updates has shape {tuple(updates.shape)} and dtype {updates.dtype}: "
+            "pass floating-point matrices stacked as (n, d_out, d_in)."
+        )
+    n, d_out, d_in = updates.shape
+    if rank is not None and not 1 <= rank <= min(d_out, d_in):
+        raise ValueError(f"rank is {rank}: it has to lie between 1 and min(d_out, d_in) = {min(d_out, d_in)}.")
+    U, left, _ = torch.linalg.svd(updates.permute(1, 0, 2).reshape(d_out, n * d_in), full_matrices=False)
+    _, right, Vh = torch.linalg.svd(updates.reshape(n * d_out, d_in), full_matrices=False)
+    if rank is None:
+        floor = max(d_out, d_in) * n * torch.finfo(updates.dtype).eps
+        rank = max(1, *(int((s > floor * s.max().clamp_min(1e-300)).sum()) for s in (left, right)))
+        rank = min(rank, d_out, d_in)
+    B, A = U[:, :rank], Vh[:rank]
+    return B, B.T @ updates @ A.T, A

@@ -1,0 +1,251 @@
+"""The holder of an adapted model's cores: it sits at the model's root and makes C(λ) once a forward.
+
+It is itself a PEFT tuner layer, because PEFT and Diffusers enable, freeze, activate, delete and move adapters by
+walking over those. Data flows one way: λ → holder → channel → layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .channel import CoreChannel, Frame, checkpoint_with_core, checkpoint_without_core
+from .config import NaraConfig
+from .core import ConstantCore, HypernetworkCore, IdentityCore, make_embedding
+from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals
+
+HOLDER_NAME = "nara_core"
+"""The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
+
+
+def build_core(config: NaraConfig, rank: int) -> nn.Module:
+    """The core that `config` describes, for layers of rank up to `rank`."""
+    if config.core_type == "identity":
+        return IdentityCore(rank)
+    if config.core_type == "constant":
+        return ConstantCore(rank, scale=config.core_scale, init=config.core_init)
+    return HypernetworkCore(
+        rank,
+        scale=config.core_scale,
+        hidden_dims=config.core_hidden_dims,
+        init=config.core_init,
+        core_input=config.core_input,
+        embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+    )
+
+
+class CoreHolder(nn.Module, BaseTunerLayer):
+    """Holds `cores[adapter][group]` for one adapted model and feeds its layers through `channel`.
+
+    Adapters without a core of their own (identity) are listed too, so that PEFT's bookkeeping finds the same names
+    here as on any layer.
+    """
+
+    is_core_holder = True
+    adapter_layer_names = ("cores",)
+    other_param_names = ("r", "density_radius", "convention")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cores = nn.ModuleDict()
+        self.channel = CoreChannel()
+        self.source: NoiseSource | None = None
+        self.r: dict[str, int] = {}
+        self.density_radius: dict[str, int] = {}
+        self.convention: dict[str, str | None] = {}
+        self.merged_adapters: list[str] = []
+        self.merged_noise_level: float | None = None
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self._handles: list[Any] = []
+
+    # ------------------------------------------------------------------ adapters
+
+    def add(self, adapter_name: str, config: NaraConfig, ranks: dict[str, int]) -> None:
+        """Make the cores of one adapter. `ranks`: group → the largest rank among its layers.
+
+        Raises:
+            ValueError: the model's source of λ speaks another convention than `config`.
+        """
+        _check_convention(self.source, adapter_name, config.noise_convention)
+        self.cores[adapter_name] = nn.ModuleDict({group: build_core(config, rank) for group, rank in ranks.items()})
+        self.r[adapter_name] = max(ranks.values(), default=config.r)
+        self.density_radius[adapter_name] = config.mask_density_radius
+        self.convention[adapter_name] = config.noise_convention
+
+    def set_source(self, source: NoiseSource | None) -> None:
+        """See `nara_diffusion.set_noise_source`."""
+        for adapter_name, convention in self.convention.items():
+            _check_convention(source, adapter_name, convention)
+        self.source = source
+
+    def _serving(self) -> list[str]:
+        """The adapters that take part in a forward now."""
+        if self.disable_adapters or self.merged:
+            return []
+        names = active_adapter_names(self.channel) or self.active_adapters
+        return [name for name in dict.fromkeys(names) if name in self.cores]
+
+    def _cores_of(self, names: list[str]) -> list[Any]:
+        return [core for name in names for core in self.cores[name].values()]  # type: ignore[operator]
+
+    @property
+    def needs_noise(self) -> bool:
+        return any(core.needs_noise for core in self._cores_of(self._serving()))
+
+    @property
+    def density_radii(self) -> set[int]:
+        names = [name for name in self._serving() if any(core.needs_density for core in self._cores_of([name]))]
+        return {self.density_radius[name] for name in names}
+
+    # ------------------------------------------------------------------ C(λ)
+
+    def forward(self, signals: NoiseSignals | None, names: list[str]) -> dict[tuple[str, str], Tensor]:
+        """The frame (adapter, group) → C (b or 1, r, r) of the named adapters; identities are left out."""
+        frame = {}
+        for name in names:
+            rows = self._rows(name, signals)
+            for group, core in self.cores[name].items():  # type: ignore[operator]
+                if isinstance(core, IdentityCore):
+                    continue
+                frame[name, group] = core(*_on_device_of(core, rows)) if core.needs_noise else core()
+        return frame
+
+    def _rows(self, adapter_name: str, signals: NoiseSignals | None) -> NoiseSignals | None:
+        """The signals of those samples that `adapter_name` serves, under PEFT's `adapter_names`."""
+        names = active_adapter_names(self.channel)
+        if names is None or signals is None:
+            return signals
+        rows = [index for index, name in enumerate(names) if name == adapter_name]
+
+        def pick(signal: Tensor | None) -> Tensor | None:
+            if signal is None or signal.shape[0] == 1:
+                return signal
+            if signal.shape[0] != len(names):
+                raise ValueError(f"noise_level has {signal.shape[0]} values, but adapter_names has {len(names)}.")
+            return signal[rows]
+
+        return NoiseSignals(pick(signals.noise_level), pick(signals.mask_density))  # type: ignore[arg-type]
+
+    def check_signals(self, signals: NoiseSignals | None, names: list[str], remedy: str) -> NoiseSignals | None:
+        """`signals`, if they are all that the cores of the named adapters need."""
+        cores = self._cores_of(names)
+        if signals is None and any(core.needs_noise for core in cores):
+            raise ValueError(f"λ is not known, but adapter(s) {', '.join(map(repr, names))} depend on it: {remedy}")
+        if any(core.needs_density for core in cores) and (signals is None or signals.mask_density is None):
+            raise ValueError(
+                f"The mask density is not known, but adapter(s) {', '.join(map(repr, names))} read it: pass "
+                "noise_level(model, value, mask_density=…), or set a source that tells it."
+            )
+        return signals
+
+    def _signals_for(self, root: nn.Module, names: list[str], args: Any, kwargs: Any) -> NoiseSignals | None:
+        signals = active_signals(self.channel)
+        needs_noise = any(core.needs_noise for core in self._cores_of(names))
+        if signals is None and needs_noise and self.source is not None:
+            signals = self.source(root, args, kwargs)
+        return self.check_signals(
+            signals,
+            names,
+            "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
+            "`set_noise_source(model, source)`.",
+        )
+
+    # ------------------------------------------------------------------ the root's forward
+
+    def attach(self, root: nn.Module) -> None:
+        """Become a child of `root` and make C(λ) before each of its forwards. Harmless when repeated."""
+        if getattr(root, HOLDER_NAME, None) is self:
+            return
+        setattr(root, HOLDER_NAME, self)
+        self._handles = [
+            root.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            root.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def detach(self, root: nn.Module) -> None:
+        """Leave `root` as it was before `attach`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        checkpoint_without_core(root, self.channel)
+        delattr(root, HOLDER_NAME)
+
+    @torch.compiler.disable(recursive=True)
+    def _before_forward(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        self.channel.begin()  # first of all: `_after_forward` also runs if what follows raises
+        self.channel.fill(self._frame_for(root, args, kwargs))
+
+    def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
+        self.channel.end()
+
+    def _frame_for(self, root: nn.Module, args: Any, kwargs: Any) -> Frame:
+        if self.merged and not self.disable_adapters:
+            self._check_merged_level()
+        names = self._serving()
+        if not names:
+            return {}
+        if torch.is_grad_enabled():
+            checkpoint_with_core(root, self.channel)
+        return self(self._signals_for(root, names, args, kwargs), names)
+
+    def _check_merged_level(self) -> None:
+        signals = active_signals(self.channel)
+        merged_level = self.merged_noise_level
+        if signals is None or merged_level is None:
+            return
+        if not torch.equal(signals.noise_level, torch.full_like(signals.noise_level, merged_level)):
+            raise ValueError(
+                f"The adapter is merged at noise_level {merged_level:.6g}, but this forward asks for "
+                f"{signals.noise_level.tolist()}: call unmerge_adapter() first."
+            )
+
+    # ------------------------------------------------------------------ BaseTunerLayer
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self.merged_adapters.extend(name for name in names if name in self.cores and name not in self.merged_adapters)
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
+        self.merged_noise_level = None
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """The scale s belongs to the layers; C has none."""
+
+    def scale_layer(self, scale: float) -> None:
+        """The scale s belongs to the layers; C has none."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """The scale s belongs to the layers; C has none."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if device is not None and adapter_name in self.cores:
+            self.cores[adapter_name].to(device)
+
+    @property
+    def weight(self) -> Tensor:
+        raise AttributeError("A holder of cores wraps no layer, so it has no weight.")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError("A holder of cores wraps no layer, so it has no bias.")
+
+
+def _check_convention(source: NoiseSource | None, adapter_name: str, convention: str | None) -> None:
+    if source is None or convention is None or source.convention == convention:
+        return
+    raise ValueError(
+        f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
+        f"{source.convention!r}: use a source of the same convention."
+    )
+
+
+def _on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
+    assert signals is not None
+    device = next((t.device for t in (*core.parameters(), *core.buffers())), torch.device("cpu"))
+    level, density = signals
+    return level.to(device), None if density is None else density.to(device)

@@ -1,0 +1,277 @@
+"""The forward rules of adapted layers: NaRA and NaRA-DoRA on Linear (quantised or not), Conv and Embedding.
+
+    NaRA        y = W0 x + b + s B C A x                              (paper, equation 4)
+    NaRA-DoRA   y = m / ‖W0 + s B C A‖_row ⊙ (W0 x + s B C A x) + b    (paper, appendix M; the norm is a constant)
+
+with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r), K = B C (b, d_out, r). Rules are PEFT "LoRA
+variants": PEFT's own layers hold A and B and call `forward`. A rule reads its C from the model's channel and knows
+neither the core that made it nor the modality that it serves. A layer of rank r below its core's reads C[:r, :r].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraVariant, MultiheadAttention, ParamWrapper, _ConvNd
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from .channel import CoreChannel
+from .core import factored_row_norm
+
+
+class NaraVariant(LoraVariant):
+    """What all rules share: where C comes from, the product B·C, and merging at one fixed C.
+
+    Args:
+        channel: where the model's root puts C(λ) for the time of a forward.
+        adapter_name, group: which C of the frame is this layer's.
+        layer_name: for error messages.
+    """
+
+    def __init__(self, channel: CoreChannel, adapter_name: str, group: str, layer_name: str) -> None:
+        self.channel = channel
+        self.key = (adapter_name, group)
+        self.layer_name = layer_name
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to create: PEFT has made A, B and the magnitude, and the core belongs to the root."""
+
+    def read_core(self, rank: int) -> Tensor:
+        """C (b, r, r) or (1, r, r), float32, of the forward that is running."""
+        frame = self.channel.frame
+        if frame is None or self.key not in frame:
+            raise RuntimeError(
+                f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. C is made when the forward "
+                "of the whole adapted model is called: call that instead of a submodule, and do not recompute a part "
+                "of it by a checkpoint function other than the model's own (`model.gradient_checkpointing_enable()`)."
+            )
+        return frame[self.key][:, :rank, :rank]
+
+    def batch_core(self, rank: int, batch: int) -> Tensor:
+        """`read_core`, refused unless it holds one matrix, or one for each of `batch` samples."""
+        core = self.read_core(rank)
+        if core.shape[0] not in (1, batch):
+            raise ValueError(
+                f"noise_level has {core.shape[0]} values, but the batch inside layer '{self.layer_name}' is {batch}: "
+                "pass one value, or one a sample of the batch as the layer sees it (after beams, repeats or CFG)."
+            )
+        return core
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The base weight with this adapter merged at the C of the frame, which has to hold a single matrix."""
+        core = self.batch_core(module.r[active_adapter], batch=1)
+        factor = self.merge_factor(module, active_adapter, core)
+        module._cache_store(f"{active_adapter}-nara", (core, factor))
+        # read again: finding DoRA's norm may have taken other merged adapters out and put them back
+        weight = dequantize_module_weight(module.get_base_layer()).data
+        return (factor * (weight + _delta_weight(module, active_adapter, core))).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        core, factor = module._cache_pop(f"{active_adapter}-nara")
+        return (orig_weight.data / factor - _delta_weight(module, active_adapter, core)).to(orig_weight.dtype)
+
+    def merge_factor(self, module: LoraLayer, active_adapter: str, core: Tensor) -> Tensor | float:
+        """What a merged row is multiplied with: 1, or DoRA's m / ‖W0 + ΔW‖."""
+        return 1.0
+
+
+class NaraLinear(NaraVariant):
+    """y = W0 x + b + s B C A x, in one batched product onto the base layer's output."""
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        B = module.lora_B[active_adapter]
+        K = _times_core(B.weight, self.batch_core(module.r[active_adapter], x.shape[0]))
+        h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (b, …, r)
+        scaling = module.scaling[active_adapter]
+        result = _add_product(result, h, K, scaling)
+        return result if B.bias is None else result + scaling * B.bias
+
+
+class NaraEmbedding(NaraVariant):
+    """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout."""
+
+    def forward(self, module: Embedding, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        K = _times_core(module.lora_embedding_B[active_adapter], self.batch_core(module.r[active_adapter], x.shape[0]))
+        h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
+        embed_scale = module._get_embed_scale()
+        if embed_scale is not None:
+            h = h * embed_scale.to(h.dtype)
+        return _add_product(result, h, K, module.scaling[active_adapter])
+
+
+class NaraConv(NaraVariant):
+    """The same with A a convolution and B of kernel 1, on any number of spatial axes."""
+
+    def forward(self, module: _ConvNd, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        core = self.batch_core(module.r[active_adapter], x.shape[0])
+        K = _times_core(_factors(module, active_adapter)[1], core)
+        dropped = module.lora_dropout[active_adapter](x)
+        return result + module.scaling[active_adapter] * _conv_update(module, active_adapter, dropped, K)
+
+
+class NaraDoraLinear(NaraVariant):
+    """y = m / ‖W0 + s K A‖ ⊙ (W0 x + s K A x) + b, the norm from its factors.
+
+    With dropout, as in PEFT, the dropped input also goes through the magnitude's share of the base product.
+    """
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling = module.scaling[active_adapter]
+        base_layer = module.get_base_layer()
+        core = self.batch_core(module.r[active_adapter], x.shape[0])
+        K = _times_core(B.weight, core)
+        weight = _base_matrix(module)
+        norm = factored_row_norm(weight, A.weight, K, scaling)  # (b, d_out)
+        magnitude = module.lora_magnitude_vector[active_adapter].weight
+        gain = (magnitude / norm).to(x.dtype)
+        gain = gain.view(gain.shape[0], *(1,) * (x.dim() - 2), -1)  # (b, …, d_out)
+        bias = base_layer.bias
+        if _is_dropout_free(module, active_adapter):
+            base = result if bias is None else result - bias
+            result = gain * _add_product(base, A(x), K, scaling)
+            result = result if bias is None else result + bias
+        else:
+            dropped = module.lora_dropout[active_adapter](x)
+            base = F.linear(dropped, weight.to(dropped.dtype))
+            result = result - base + gain * _add_product(base, A(dropped), K, scaling)
+        return result if B.bias is None else result + gain * scaling * B.bias
+
+    def merge_factor(self, module: LoraLayer, active_adapter: str, core: Tensor) -> Tensor:
+        A, B = _factors(module, active_adapter)
+        with module._unmerged_base_weight(safe_merge=True) as weight:
+            matrix = transpose(weight, getattr(module, "fan_in_fan_out", False)).flatten(1)
+            norm = factored_row_norm(matrix, A, _times_core(B, core), module.scaling[active_adapter])[0]
+        factor = module.lora_magnitude_vector[active_adapter].weight.detach().flatten() / norm
+        if isinstance(module, _ConvNd):
+            return factor.view(-1, *(1,) * (module._kernel_dim - 1))
+        return transpose(factor[:, None], getattr(module, "fan_in_fan_out", False))
+
+
+class NaraDoraConv(NaraDoraLinear):
+    """NaRA-DoRA on a convolution: rows are output channels, over input channels and kernel."""
+
+    def forward(self, module: _ConvNd, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        A, B = _factors(module, active_adapter)
+        base_layer = module.get_base_layer()
+        axes = (1,) * (result.dim() - 2)
+        K = _times_core(B, self.batch_core(module.r[active_adapter], x.shape[0]))
+        scaling = module.scaling[active_adapter]
+        norm = factored_row_norm(base_layer.weight.flatten(1), A, K, scaling)  # (b, d_out)
+        gain = (module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm).to(x.dtype)
+        gain = gain.view(*gain.shape, *axes)  # (b, d_out, 1, …)
+        dropped = module.lora_dropout[active_adapter](x)
+        if _is_dropout_free(module, active_adapter):
+            base = result if base_layer.bias is None else result - base_layer.bias.view(1, -1, *axes)
+        else:
+            base = base_layer._conv_forward(dropped, base_layer.weight, None)
+        return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, K)
+
+
+def make_variant(
+    layer: LoraLayer, use_dora: bool, channel: CoreChannel, key: tuple[str, str], name: str
+) -> NaraVariant:
+    """The rule for `layer`, which PEFT has made.
+
+    Args:
+        layer: the adapted layer. key: (adapter name, group) of its C. name: the layer's, for messages.
+
+    Raises:
+        ValueError: no rule exists for this kind of layer, or PEFT's class of it does not consult rules.
+    """
+    kind = type(layer.get_base_layer()).__name__
+    consults = "lora_variant" in type(layer).forward.__code__.co_names
+    if isinstance(layer, (MultiheadAttention, ParamWrapper)) or not consults:
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({kind}, adapted by PEFT's {type(layer).__name__}): that class merges or skips "
+            'λ-dependent updates. Leave it out by `exclude_modules`, or use core_type="identity".'
+        )
+    if isinstance(layer, Embedding):
+        if use_dora:
+            raise ValueError(
+                f"NaRA-DoRA cannot adapt '{name}' ({kind}): the norm of a whole vocabulary would be needed for each "
+                "sample. Leave it out by `exclude_modules`, or set use_dora=False."
+            )
+        return NaraEmbedding(channel, *key, name)
+    if isinstance(layer, _ConvNd):
+        if use_dora and layer.get_base_layer().groups > 1:
+            raise ValueError(
+                f"NaRA-DoRA cannot adapt '{name}' ({kind} with groups > 1): leave it out by `exclude_modules`, "
+                "or set use_dora=False."
+            )
+        return (NaraDoraConv if use_dora else NaraConv)(channel, *key, name)
+    return (NaraDoraLinear if use_dora else NaraLinear)(channel, *key, name)
+
+
+def _times_core(B: Tensor, core: Tensor) -> Tensor:
+    """K = B·C: (d_out, r), (b, r, r) → (b, d_out, r), in float32 also under autocast, so that C − I is not rounded."""
+    with torch.autocast(B.device.type, enabled=False):
+        return torch.matmul(B.float(), core.to(B.device)).to(B.dtype)
+
+
+def _add_product(base: Tensor, h: Tensor, K: Tensor, scaling: float) -> Tensor:
+    """base + s · h Kᵀ by one (batched) product: base (b, …, d_out), h (b, …, r), K (b or 1, d_out, r)."""
+    dtype = torch.promote_types(base.dtype, h.dtype)
+    K, h = K.to(dtype), h.to(dtype)
+    if K.shape[0] == 1:
+        flat = torch.addmm(
+            base.to(dtype).reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), K[0].T, alpha=scaling
+        )
+    else:
+        batch = K.shape[0]
+        flat = torch.baddbmm(
+            base.to(dtype).reshape(batch, -1, base.shape[-1]),
+            h.reshape(batch, -1, h.shape[-1]),
+            K.transpose(1, 2),
+            alpha=scaling,
+        )
+    return flat.view(base.shape)
+
+
+def _conv_update(module: _ConvNd, adapter_name: str, x: Tensor, K: Tensor) -> Tensor:
+    """K A(x), with B's bias: x (b, d_in, …), K (b or 1, d_out, r) → (b, d_out, …)."""
+    h = module.lora_A[adapter_name](x)  # (b, r, …)
+    update = torch.matmul(K.to(h.dtype), h.flatten(2)).view(h.shape[0], -1, *h.shape[2:])
+    bias = module.lora_B[adapter_name].bias
+    return update if bias is None else update + bias.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def _is_dropout_free(module: LoraLayer, adapter_name: str) -> bool:
+    return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
+
+
+def _factors(module: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A (r, k) and B (d_out, r) of any layer, kernels flattened and groups written out."""
+    if isinstance(module, Embedding):
+        return module.lora_embedding_A[adapter_name], module.lora_embedding_B[adapter_name]
+    A, B = module.lora_A[adapter_name].weight.flatten(1), module.lora_B[adapter_name].weight.flatten(1)
+    groups = getattr(module.get_base_layer(), "groups", 1)
+    return A, B if groups == 1 else torch.block_diag(*B.chunk(groups))
+
+
+def _base_matrix(module: LoraLayer) -> Tensor:
+    """W0 (d_out, d_in) of a linear layer, dequantised if need be."""
+    weight = dequantize_module_weight(module.get_base_layer())
+    return transpose(weight, getattr(module, "fan_in_fan_out", False))
+
+
+def _delta_weight(module: LoraLayer, adapter_name: str, core: Tensor) -> Tensor:
+    """s B C A for one C (1, r, r), in the layout of the base layer's weight."""
+    A, B = (factor.detach().float() for factor in _factors(module, adapter_name))
+    delta = module.scaling[adapter_name] * (_times_core(B, core)[0] @ A)  # (d_out, k)
+    if isinstance(module, Embedding):
+        return delta.T
+    if isinstance(module, _ConvNd):
+        return delta.view(module.get_base_layer().weight.shape)
+    return transpose(delta, getattr(module, "fan_in_fan_out", False))

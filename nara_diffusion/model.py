@@ -1,0 +1,329 @@
+"""`NaraModel`: PEFT's LoRA tuner, whose layers read C(λ) from a core at the adapted model's root."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from peft.utils.integrations import init_empty_weights
+from torch import Tensor, nn
+
+from .checkpoint import check_adapter_tensors
+from .config import NaraConfig
+from .holder import HOLDER_NAME, CoreHolder
+from .layers import make_variant
+from .noise import NoiseSignals, active_signals, as_signal, core_holders, mixed_adapters
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class NaraModel(LoraModel):
+    """A model adapted with NaRA: LoRA layers whose update is s · B · C(λ) · A (arXiv 2605.29716, section 4).
+
+    Args and attributes are those of `peft.LoraModel`; the config is a `NaraConfig`. λ comes from
+    `nara_diffusion.noise_level` or a source. What of LoraModel would be wrong for an update that depends on λ is made
+    right here (merging takes a λ) or raises (weighted sums, conversion of initialisations).
+    """
+
+    tuner_layer_cls = (LoraLayer, CoreHolder)  # type: ignore[assignment]
+
+    # ------------------------------------------------------------------ injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As `peft.LoraModel.inject_adapter`; then the adapter's core is made at the root of `model`."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, NaraConfig):
+            raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
+        holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder()
+        self._injecting = _Injection(holder)
+        layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None)
+            with init_empty_weights(include_buffers=True) if low_cpu_mem_usage else nullcontext():
+                holder.add(adapter_name, config, self._injecting.ranks)
+        except Exception:
+            self._injecting.undo(adapter_name)
+            raise
+        finally:
+            injected, self._injecting = self._injecting, None
+        core = holder.cores[adapter_name]
+        if not any(p.is_meta for p in core.parameters()):
+            core.to(injected.device)
+        active = self.active_adapters
+        core.requires_grad_(adapter_name in active and not config.inference_mode)
+        holder._active_adapter = list(active)
+        holder._disable_adapters = injected.disabled
+        holder.attach(model)
+
+    def _create_and_replace(  # type: ignore[override]
+        self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
+    ) -> None:
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        layer = getattr(parent, target_name)
+        injecting = self._injecting
+        assert injecting is not None
+        injecting.layers.append((parent, target_name, layer))
+        group = _group(lora_config.core_sharing, current_key)
+        injecting.ranks[group] = max(layer.r[adapter_name], injecting.ranks.get(group, 0))
+        if lora_config.core_type != "identity":
+            key = (adapter_name, group)
+            variant = make_variant(layer, lora_config.use_dora, injecting.holder.channel, key, current_key)
+            layer.lora_variant[adapter_name] = variant
+
+    # ------------------------------------------------------------------ merging at one λ
+
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        noise_level: float | None = None,
+    ) -> None:
+        """Merge the update of one λ into the base weights, until `unmerge_adapter`.
+
+        Args:
+            adapter_names, safe_merge: as in PEFT.
+            noise_level: λ in [0, 1]. None takes that of the active `noise_level(…)` context.
+
+        Raises:
+            ValueError: an adapter depends on λ and none is known, or it differs between samples.
+        """
+        with self._fixed_core(adapter_names, noise_level):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        noise_level: float | None = None,
+    ) -> nn.Module:
+        """The base model with the update of one λ in its weights; see `merge_adapter` for arguments and errors."""
+        with self._fixed_core(adapter_names, noise_level):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _fixed_core(self, adapter_names: list[str] | None, level: float | None) -> Iterator[None]:
+        (holder,) = core_holders(self.model)
+        names = [name for name in adapter_names or self.active_adapters if name in holder.cores]
+        signals = active_signals(holder.channel) if level is None else NoiseSignals(as_signal(level))
+        holder.check_signals(
+            signals,
+            names,
+            "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
+            "`with noise_level(model, value):`.",
+        )
+        fixed = next(iter(signals.noise_level.unique().tolist())) if signals is not None else None
+        if signals is not None and signals.noise_level.unique().numel() > 1:
+            raise ValueError(f"noise_level is {signals.noise_level.tolist()}: merging needs a single value.")
+        if holder.merged and holder.merged_noise_level != fixed:
+            raise ValueError(
+                f"Adapters are merged at noise_level {holder.merged_noise_level}, not {fixed}: call unmerge_adapter() first."
+            )
+        if signals is not None:
+            signals = NoiseSignals(*(s if s is None else s[:1] for s in signals))
+        with torch.no_grad(), holder.channel.using(holder(signals, names)):
+            yield
+        holder.merged_noise_level = fixed
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for holder in core_holders(self.model):
+            holder.detach(self.model)
+        return model  # type: ignore[return-value]
+
+    # ------------------------------------------------------------------ refused, or right only for some adapters
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """PEFT's, for adapters with `core_type="identity"` alone.
+
+        Raises:
+            ValueError: one of `adapters` has a core, whose update no weighted sum of A's and B's can express.
+        """
+        self._refuse_cores("add_weighted_adapter", adapters)
+        super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    def subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None) -> Any:
+        """PEFT's, for adapters with `core_type="identity"` alone; the others raise ValueError."""
+        self._refuse_cores("subtract_mutated_init", [adapter_name])
+        return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(  # type: ignore[override]
+        cls, peft_model: Any, peft_config: NaraConfig, path: str, output_state_dict: dict[str, Tensor], kwargs: Any
+    ) -> dict[str, Tensor]:
+        if peft_config.core_type != "identity":
+            raise ValueError(
+                "path_initial_model_for_weight_conversion would write the difference of two static updates, which NaRA's "
+                "is not: call save_pretrained without it, and load the adapter on the base model that it was trained on."
+            )
+        return super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is a plain LoRA already; an update that depends on λ is no single LoRA."""
+        return self.peft_config[adapter_name].core_type == "identity" and all(
+            layer.supports_lora_conversion(adapter_name) for layer in self.modules() if isinstance(layer, LoraLayer)
+        )
+
+    def _refuse_cores(self, what: str, adapter_names: list[str]) -> None:
+        for name in adapter_names:
+            if name in self.peft_config and self.peft_config[name].core_type != "identity":
+                raise ValueError(
+                    f"{what} would ignore the core of adapter '{name}', whose update depends on λ. Activate several "
+                    "adapters together instead: model.base_model.set_adapter([…])."
+                )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        self._check_mixed_batch(names)
+        (holder,) = core_holders(self.model)
+        with super()._enable_peft_forward_hooks(*args, **kwargs), mixed_adapters(holder.channel, list(names)):
+            yield
+
+    def _check_mixed_batch(self, adapter_names: list[str]) -> None:
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer) and set(layer.lora_embedding_A) & set(layer.lora_variant) & set(
+                adapter_names
+            ):
+                raise ValueError(
+                    f"adapter_names cannot be used while the embedding '{name}' is adapted with NaRA: PEFT would apply "
+                    "it without its core. Use one adapter a batch."
+                )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        prefix, holder, rest = key.rpartition(f"{HOLDER_NAME}.cores.{adapter_name}.")
+        if holder:
+            return f"{prefix}{HOLDER_NAME}.{rest}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for holder in core_holders(model):
+            for key in holder.cores[adapter_name].state_dict():
+                if not any(name.endswith(f"{HOLDER_NAME}.cores.{adapter_name}.{key}") for name in selected):
+                    raise ValueError(
+                        f"'{key}' of the core of adapter '{adapter_name}' is missing from what would be saved. Is "
+                        f"another adapter named like a part of it ({', '.join(unwanted_adapter_names)})? Rename that one."
+                    )
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        present = model.state_dict()
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
+        expected = _filter_state_dict_by_key_prefixes(present, prefixes)
+        mapped = {key if key in present else key.removeprefix(_PEFT_PREFIX): value for key, value in mapped.items()}
+        check_adapter_tensors(mapped, expected, present, f"{HOLDER_NAME}.cores.{adapter_name}.")
+        return mapped
+
+
+class _Injection:
+    """What one call of `inject_adapter` has done so far, and how to take it back."""
+
+    def __init__(self, holder: CoreHolder) -> None:
+        self.holder = holder
+        self.layers: list[tuple[nn.Module, str, LoraLayer]] = []
+        self.ranks: dict[str, int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        parameters = (p for _, _, layer in self.layers for p in layer.parameters())  # type: ignore[attr-defined]
+        return next((p.device for p in parameters if p.device.type != "meta"), torch.device("cpu"))
+
+    @property
+    def disabled(self) -> bool:
+        return any(layer.disable_adapters for _, _, layer in self.layers)
+
+    def undo(self, adapter_name: str) -> None:
+        for parent, name, layer in reversed(self.layers):
+            layer._active_adapter = [active for active in layer.active_adapters if active != adapter_name]
+            layer.delete_adapter(adapter_name)
+            if not layer.r:
+                setattr(parent, name, layer.base_layer)
+
+
+def _group(sharing: str, module_name: str) -> str:
+    """The name of the core that an adapted module reads: one for all, one for modules of its name, or its own."""
+    if sharing == "global":
+        return "global"
+    if sharing == "module_type":
+        group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
+    else:
+        group = module_name.replace(".", "-")
+    return f"{group}_" if hasattr(nn.ModuleDict, group) else group
+
+
+def core_matrix(
+    model: nn.Module,
+    noise_level: float | Tensor,
+    adapter_name: str = "default",
+    *,
+    module: str | None = None,
+    mask_density: float | Tensor | None = None,
+) -> Tensor:
+    """C(λ) of one adapter, to look at: (b, r, r) for λ (b,), (1, r, r) for a float or a core without noise input.
+
+    Args:
+        model: an adapted model. noise_level: λ in [0, 1], a float or (b,).
+        module: for `core_sharing` other than "global", the name of an adapted module (as in `named_modules()`).
+        mask_density: for `core_input` "mask_density" or "both".
+
+    Raises:
+        ValueError: no NaRA adapter of that name, λ out of range, or `module` missing or not adapted.
+    """
+    (holder,) = core_holders(model)
+    if adapter_name not in holder.cores:
+        raise ValueError(f"There is no adapter '{adapter_name}': the model has {', '.join(map(repr, holder.cores))}.")
+    cores = holder.cores[adapter_name]
+    if len(cores) == 1 and module is None:
+        (core,) = cores.values()
+    else:
+        core = cores[_group_of(model, module, adapter_name, list(cores))]
+    if core.needs_density and mask_density is None:
+        raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")
+    density = None if mask_density is None else as_signal(mask_density, "mask_density")
+    device = next(holder.parameters(), torch.empty(0)).device
+    return core(as_signal(noise_level).to(device), None if density is None else density.to(device))
+
+
+def _group_of(model: nn.Module, module: str | None, adapter_name: str, groups: list[str]) -> str:
+    if module is None:
+        raise ValueError(f'The adapter has {len(groups)} cores: pass module="name of an adapted module".')
+    for name, layer in model.named_modules():
+        if name == module or name == _PEFT_PREFIX + module:
+            variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+            if variant is not None:
+                return variant.key[1]
+    raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

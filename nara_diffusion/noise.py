@@ -1,0 +1,157 @@
+"""λ: its unit, and how a forward of an adapted model learns it.
+
+λ is a float32 tensor (1,) or (b,) in [0, 1]; 1 is pure noise. It reaches a forward of an adapted model by
+
+1. `with noise_level(model, value): …`, which beats
+2. a source set once by `set_noise_source(model, source)`, asked at each forward.
+
+λ lives in a `ContextVar`: neither threads nor async tasks see each other's, and a thread started inside the context
+does not inherit it (it raises instead, since it finds none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .channel import CoreChannel
+
+
+class NoiseSignals(NamedTuple):
+    """What a core may be told about the noise of a batch: λ (b,) or (1,), and the mask density, likewise, or None."""
+
+    noise_level: Tensor
+    mask_density: Tensor | None = None
+
+
+class NoiseSource(Protocol):
+    """Tells λ from a forward's own arguments. `convention` names λ's definition, e.g. "masked_share"."""
+
+    convention: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals: ...
+
+
+_active: ContextVar[Mapping[CoreChannel, NoiseSignals]] = ContextVar("nara_noise_level", default={})
+_adapter_names: ContextVar[Mapping[CoreChannel, list[str]]] = ContextVar("nara_adapter_names", default={})
+
+
+def as_signal(value: float | Tensor, name: str = "noise_level") -> Tensor:
+    """`value` as a float32 tensor (1,) or (b,).
+
+    Raises:
+        ValueError: not a number or one-dimensional tensor, or an element that is NaN or outside [0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise ValueError(f"{name} is {value!r}: pass a float in [0, 1], or a tensor of shape (batch,).")
+    signal = torch.as_tensor(value).detach()
+    if signal.is_complex() or signal.dtype == torch.bool or signal.dim() > 1 or signal.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(signal.shape)} and dtype {signal.dtype}: "
+            "pass one number, or a tensor of shape (batch,)."
+        )
+    signal = signal.float().reshape(-1)
+    if not bool(((signal >= 0) & (signal <= 1)).all()):
+        raise ValueError(f"{name} is {signal.tolist()}: every value has to lie in [0, 1], where 1 is pure noise.")
+    return signal
+
+
+@contextmanager
+def noise_level(
+    model: nn.Module, value: float | Tensor, *, mask_density: float | Tensor | None = None
+) -> Iterator[None]:
+    """Inside the context, forwards of `model` run at noise level λ = `value`; it beats any source.
+
+    Contexts nest, and the previous value comes back on exit, after an exception too. Other threads and async tasks
+    do not see it.
+
+    Args:
+        model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
+        value: λ in [0, 1], 1 = pure noise: a float, or a tensor (b,) with one value a sample.
+        mask_density: for `core_input` "mask_density" or "both": a float or (b,), in [0, 1].
+
+    Raises:
+        ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
+    """
+    density = None if mask_density is None else as_signal(mask_density, "mask_density")
+    signals = NoiseSignals(as_signal(value), density)
+    channels = [holder.channel for holder in core_holders(model)]
+    token = _active.set({**_active.get(), **dict.fromkeys(channels, signals)})
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def active_signals(channel: CoreChannel) -> NoiseSignals | None:
+    """What `noise_level(…)` says for the model of `channel` here and now."""
+    return _active.get().get(channel)
+
+
+@contextmanager
+def mixed_adapters(channel: CoreChannel, adapter_names: list[str]) -> Iterator[None]:
+    """PEFT's `adapter_names`: inside, sample i of a batch is served by adapter `adapter_names[i]`."""
+    token = _adapter_names.set({**_adapter_names.get(), channel: adapter_names})
+    try:
+        yield
+    finally:
+        _adapter_names.reset(token)
+
+
+def active_adapter_names(channel: CoreChannel) -> list[str] | None:
+    """The adapter of each sample, if `mixed_adapters` says so here and now."""
+    return _adapter_names.get().get(channel)
+
+
+def find_holders(model: nn.Module) -> list[Any]:
+    """The core holders below `model`, in order. A holder is told by its `is_core_holder` attribute."""
+    return [module for module in model.modules() if getattr(type(module), "is_core_holder", False)]
+
+
+def core_holders(model: nn.Module) -> list[Any]:
+    """`find_holders`, where finding none is the caller's mistake."""
+    holders = find_holders(model)
+    if not holders:
+        raise ValueError(
+            f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
+        )
+    return holders
+
+
+def is_noise_aware(model: nn.Module) -> bool:
+    """Whether an enabled, active adapter of `model` needs λ."""
+    return any(holder.needs_noise for holder in find_holders(model))
+
+
+def needs_mask_density(model: nn.Module) -> bool:
+    """Whether an enabled, active adapter of `model` reads the mask density."""
+    return mask_density_radius(model) is not None
+
+
+def mask_density_radius(model: nn.Module) -> int | None:
+    """The radius R, in tokens, of the mask density that the active adapters of `model` read, or None.
+
+    Raises:
+        ValueError: active adapters read densities of different radii.
+    """
+    radii = {radius for holder in find_holders(model) for radius in holder.density_radii}
+    if len(radii) > 1:
+        raise ValueError(
+            f"Active adapters read mask densities of different radii, {sorted(radii)}: activate one at a time."
+        )
+    return radii.pop() if radii else None
+
+
+def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
+    """Let `source` tell λ at each forward of `model` for which no `noise_level(…)` is active. None removes it.
+
+    Raises:
+        ValueError: `model` holds no NaRA adapter, or one was trained with another convention of λ.
+    """
+    for holder in core_holders(model):
+        holder.set_source(source)
