@@ -82,8 +82,8 @@ class NaraConfig(LoraConfig):
     core_init: Literal["zero_last", "kaiming", "zero_all"] = field(
         default="zero_last",
         metadata={
-            "help": "Initialisation of F: 'zero_last' (last layer zero, so that C = I at step 0), 'zero_all' (all zero: "
-            "only the last bias receives a gradient at first), 'kaiming' (C is not I at step 0)."
+            "help": "Initialisation of F: 'zero_last' (last layer zero, so that C = I at step 0), 'zero_all' (all "
+            "zero: only the last bias receives a gradient at first), 'kaiming' (C is not I at step 0)."
         },
     )
     core_input: Literal["noise_level", "mask_density", "both"] = field(
@@ -114,8 +114,8 @@ class NaraConfig(LoraConfig):
     noise_convention: str | None = field(
         default=None,
         metadata={
-            "help": "Name of λ's definition in training, e.g. 'masked_share'; a source of λ with another name is refused. "
-            "None is unknown."
+            "help": "Name of λ's definition in training, e.g. 'masked_share'; a source of λ with another name is "
+            "refused. None is unknown."
         },
     )
 
@@ -166,7 +166,8 @@ class NaraConfig(LoraConfig):
             )
         if kind in _BASE_CHANGING_INITS and self.core_init == "kaiming":
             raise ValueError(
-                f"init_lora_weights={init!r} needs C = I at step 0, but core_init is 'kaiming': use core_init='zero_last'."
+                f"init_lora_weights={init!r} needs C = I at step 0, but core_init is 'kaiming': "
+                "use core_init='zero_last'."
             )
 
 

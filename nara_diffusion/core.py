@@ -12,6 +12,7 @@ paper (the reference computes B·Cᵀ·A); every core stores float32 and compute
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -130,12 +131,13 @@ class HypernetworkCore(Float32Module):
         self.rank = rank
         self.scale = scale
         signals = ("noise_level", "mask_density") if core_input == "both" else (core_input,)
-        self.embeddings = nn.ModuleDict({signal: embedding() for signal in signals})
-        widths = [sum(e.out_dim for e in self.embeddings.values()), *hidden_dims, rank * rank]
-        self.layers = nn.ModuleList(Dense(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            layer.reset(zero=init == "zero_all" or (init == "zero_last" and index == last))
+        embeddings = {signal: embedding() for signal in signals}
+        widths = [sum(e.out_dim for e in embeddings.values()), *hidden_dims, rank * rank]
+        layers = [Dense(i, o) for i, o in itertools.pairwise(widths)]
+        for layer in layers:
+            layer.reset(zero=init == "zero_all" or (init == "zero_last" and layer is layers[-1]))
+        self.embeddings = nn.ModuleDict(embeddings)
+        self.layers = nn.ModuleList(layers)
 
     @property
     def needs_density(self) -> bool:

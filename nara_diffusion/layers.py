@@ -5,7 +5,8 @@
 
 with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r), K = B C (b, d_out, r). Rules are PEFT "LoRA
 variants": PEFT's own layers hold A and B and call `forward`. A rule reads its C from the model's channel and knows
-neither the core that made it nor the modality that it serves. A layer of rank r below its core's reads C[:r, :r].
+neither the core that made it nor the modality that it serves. (`module` is PEFT's layer, whose attributes are typed
+too loosely to check.) A layer of rank r below its core's reads C[:r, :r].
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, LoraVariant, MultiheadAttention, ParamWrapper, _ConvNd
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
@@ -41,7 +41,7 @@ class NaraVariant(LoraVariant):
     def supports_lora_conversion(self) -> bool:
         return False
 
-    def init(self, module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+    def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Nothing to create: PEFT has made A, B and the magnitude, and the core belongs to the root."""
 
     def read_core(self, rank: int) -> Tensor:
@@ -49,9 +49,9 @@ class NaraVariant(LoraVariant):
         frame = self.channel.frame
         if frame is None or self.key not in frame:
             raise RuntimeError(
-                f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. C is made when the forward "
-                "of the whole adapted model is called: call that instead of a submodule, and do not recompute a part "
-                "of it by a checkpoint function other than the model's own (`model.gradient_checkpointing_enable()`)."
+                f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. C is made when the "
+                "forward of the whole adapted model is called: call that instead of a submodule, and do not recompute "
+                "a part of it by a checkpoint other than the model's own (`model.gradient_checkpointing_enable()`)."
             )
         return frame[self.key][:, :rank, :rank]
 
@@ -65,7 +65,7 @@ class NaraVariant(LoraVariant):
             )
         return core
 
-    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at the C of the frame, which has to hold a single matrix."""
         core = self.batch_core(module.r[active_adapter], batch=1)
         factor = self.merge_factor(module, active_adapter, core)
@@ -74,14 +74,14 @@ class NaraVariant(LoraVariant):
         weight = dequantize_module_weight(module.get_base_layer()).data
         return (factor * (weight + _delta_weight(module, active_adapter, core))).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
 
-    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         core, factor = module._cache_pop(f"{active_adapter}-nara")
         return (orig_weight.data / factor - _delta_weight(module, active_adapter, core)).to(orig_weight.dtype)
 
-    def merge_factor(self, module: LoraLayer, active_adapter: str, core: Tensor) -> Tensor | float:
+    def merge_factor(self, module: Any, active_adapter: str, core: Tensor) -> Tensor | float:
         """What a merged row is multiplied with: 1, or DoRA's m / ‖W0 + ΔW‖."""
         return 1.0
 
@@ -89,7 +89,7 @@ class NaraVariant(LoraVariant):
 class NaraLinear(NaraVariant):
     """y = W0 x + b + s B C A x, in one batched product onto the base layer's output."""
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         B = module.lora_B[active_adapter]
         K = _times_core(B.weight, self.batch_core(module.r[active_adapter], x.shape[0]))
         h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (b, …, r)
@@ -101,7 +101,7 @@ class NaraLinear(NaraVariant):
 class NaraEmbedding(NaraVariant):
     """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout."""
 
-    def forward(self, module: Embedding, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         K = _times_core(module.lora_embedding_B[active_adapter], self.batch_core(module.r[active_adapter], x.shape[0]))
         h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
         embed_scale = module._get_embed_scale()
@@ -113,7 +113,7 @@ class NaraEmbedding(NaraVariant):
 class NaraConv(NaraVariant):
     """The same with A a convolution and B of kernel 1, on any number of spatial axes."""
 
-    def forward(self, module: _ConvNd, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         core = self.batch_core(module.r[active_adapter], x.shape[0])
         K = _times_core(_factors(module, active_adapter)[1], core)
         dropped = module.lora_dropout[active_adapter](x)
@@ -126,7 +126,7 @@ class NaraDoraLinear(NaraVariant):
     With dropout, as in PEFT, the dropped input also goes through the magnitude's share of the base product.
     """
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling = module.scaling[active_adapter]
         base_layer = module.get_base_layer()
@@ -148,7 +148,7 @@ class NaraDoraLinear(NaraVariant):
             result = result - base + gain * _add_product(base, A(dropped), K, scaling)
         return result if B.bias is None else result + gain * scaling * B.bias
 
-    def merge_factor(self, module: LoraLayer, active_adapter: str, core: Tensor) -> Tensor:
+    def merge_factor(self, module: Any, active_adapter: str, core: Tensor) -> Tensor:
         A, B = _factors(module, active_adapter)
         with module._unmerged_base_weight(safe_merge=True) as weight:
             matrix = transpose(weight, getattr(module, "fan_in_fan_out", False)).flatten(1)
@@ -162,7 +162,7 @@ class NaraDoraLinear(NaraVariant):
 class NaraDoraConv(NaraDoraLinear):
     """NaRA-DoRA on a convolution: rows are output channels, over input channels and kernel."""
 
-    def forward(self, module: _ConvNd, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         A, B = _factors(module, active_adapter)
         base_layer = module.get_base_layer()
         axes = (1,) * (result.dim() - 2)
@@ -179,9 +179,7 @@ class NaraDoraConv(NaraDoraLinear):
         return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, K)
 
 
-def make_variant(
-    layer: LoraLayer, use_dora: bool, channel: CoreChannel, key: tuple[str, str], name: str
-) -> NaraVariant:
+def make_variant(layer: Any, use_dora: bool, channel: CoreChannel, key: tuple[str, str], name: str) -> NaraVariant:
     """The rule for `layer`, which PEFT has made.
 
     Args:
@@ -194,8 +192,8 @@ def make_variant(
     consults = "lora_variant" in type(layer).forward.__code__.co_names
     if isinstance(layer, (MultiheadAttention, ParamWrapper)) or not consults:
         raise ValueError(
-            f"NaRA cannot adapt '{name}' ({kind}, adapted by PEFT's {type(layer).__name__}): that class merges or skips "
-            'λ-dependent updates. Leave it out by `exclude_modules`, or use core_type="identity".'
+            f"NaRA cannot adapt '{name}' ({kind}, adapted by PEFT's {type(layer).__name__}): that class merges or "
+            'skips λ-dependent updates. Leave it out by `exclude_modules`, or use core_type="identity".'
         )
     if isinstance(layer, Embedding):
         if use_dora:
@@ -205,7 +203,7 @@ def make_variant(
             )
         return NaraEmbedding(channel, *key, name)
     if isinstance(layer, _ConvNd):
-        if use_dora and layer.get_base_layer().groups > 1:
+        if use_dora and getattr(layer.get_base_layer(), "groups", 1) > 1:
             raise ValueError(
                 f"NaRA-DoRA cannot adapt '{name}' ({kind} with groups > 1): leave it out by `exclude_modules`, "
                 "or set use_dora=False."
@@ -239,7 +237,7 @@ def _add_product(base: Tensor, h: Tensor, K: Tensor, scaling: float) -> Tensor:
     return flat.view(base.shape)
 
 
-def _conv_update(module: _ConvNd, adapter_name: str, x: Tensor, K: Tensor) -> Tensor:
+def _conv_update(module: Any, adapter_name: str, x: Tensor, K: Tensor) -> Tensor:
     """K A(x), with B's bias: x (b, d_in, …), K (b or 1, d_out, r) → (b, d_out, …)."""
     h = module.lora_A[adapter_name](x)  # (b, r, …)
     update = torch.matmul(K.to(h.dtype), h.flatten(2)).view(h.shape[0], -1, *h.shape[2:])
@@ -247,11 +245,11 @@ def _conv_update(module: _ConvNd, adapter_name: str, x: Tensor, K: Tensor) -> Te
     return update if bias is None else update + bias.view(1, -1, *(1,) * (x.dim() - 2))
 
 
-def _is_dropout_free(module: LoraLayer, adapter_name: str) -> bool:
+def _is_dropout_free(module: Any, adapter_name: str) -> bool:
     return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
 
 
-def _factors(module: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+def _factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A (r, k) and B (d_out, r) of any layer, kernels flattened and groups written out."""
     if isinstance(module, Embedding):
         return module.lora_embedding_A[adapter_name], module.lora_embedding_B[adapter_name]
@@ -260,13 +258,13 @@ def _factors(module: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     return A, B if groups == 1 else torch.block_diag(*B.chunk(groups))
 
 
-def _base_matrix(module: LoraLayer) -> Tensor:
+def _base_matrix(module: Any) -> Tensor:
     """W0 (d_out, d_in) of a linear layer, dequantised if need be."""
     weight = dequantize_module_weight(module.get_base_layer())
     return transpose(weight, getattr(module, "fan_in_fan_out", False))
 
 
-def _delta_weight(module: LoraLayer, adapter_name: str, core: Tensor) -> Tensor:
+def _delta_weight(module: Any, adapter_name: str, core: Tensor) -> Tensor:
     """s B C A for one C (1, r, r), in the layout of the base layer's weight."""
     A, B = (factor.detach().float() for factor in _factors(module, adapter_name))
     delta = module.scaling[adapter_name] * (_times_core(B, core)[0] @ A)  # (d_out, k)

@@ -126,15 +126,15 @@ class NaraModel(LoraModel):
             "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
             "`with noise_level(model, value):`.",
         )
-        fixed = next(iter(signals.noise_level.unique().tolist())) if signals is not None else None
-        if signals is not None and signals.noise_level.unique().numel() > 1:
-            raise ValueError(f"noise_level is {signals.noise_level.tolist()}: merging needs a single value.")
+        fixed = None
+        if signals is not None:
+            signals = _single(signals)
+            fixed = signals.noise_level.item()
         if holder.merged and holder.merged_noise_level != fixed:
             raise ValueError(
-                f"Adapters are merged at noise_level {holder.merged_noise_level}, not {fixed}: call unmerge_adapter() first."
+                f"Adapters are merged at noise_level {holder.merged_noise_level}, not {fixed}: "
+                "call unmerge_adapter() first."
             )
-        if signals is not None:
-            signals = NoiseSignals(*(s if s is None else s[:1] for s in signals))
         with torch.no_grad(), holder.channel.using(holder(signals, names)):
             yield
         holder.merged_noise_level = fixed
@@ -167,20 +167,23 @@ class NaraModel(LoraModel):
     ) -> dict[str, Tensor]:
         if peft_config.core_type != "identity":
             raise ValueError(
-                "path_initial_model_for_weight_conversion would write the difference of two static updates, which NaRA's "
-                "is not: call save_pretrained without it, and load the adapter on the base model that it was trained on."
+                "path_initial_model_for_weight_conversion would write the difference of two static updates, which "
+                "NaRA's is not: save without it, and load the adapter on the base model that it was trained on."
             )
         return super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA already; an update that depends on λ is no single LoRA."""
-        return self.peft_config[adapter_name].core_type == "identity" and all(
+        return self._core_type(adapter_name) == "identity" and all(
             layer.supports_lora_conversion(adapter_name) for layer in self.modules() if isinstance(layer, LoraLayer)
         )
 
+    def _core_type(self, adapter_name: str) -> str:
+        return getattr(self.peft_config[adapter_name], "core_type", "identity")
+
     def _refuse_cores(self, what: str, adapter_names: list[str]) -> None:
         for name in adapter_names:
-            if name in self.peft_config and self.peft_config[name].core_type != "identity":
+            if name in self.peft_config and self._core_type(name) != "identity":
                 raise ValueError(
                     f"{what} would ignore the core of adapter '{name}', whose update depends on λ. Activate several "
                     "adapters together instead: model.base_model.set_adapter([…])."
@@ -232,7 +235,7 @@ class NaraModel(LoraModel):
                 if not any(name.endswith(f"{HOLDER_NAME}.cores.{adapter_name}.{key}") for name in selected):
                     raise ValueError(
                         f"'{key}' of the core of adapter '{adapter_name}' is missing from what would be saved. Is "
-                        f"another adapter named like a part of it ({', '.join(unwanted_adapter_names)})? Rename that one."
+                        f"another adapter named like a part of it ({', '.join(unwanted_adapter_names)})? Rename that."
                     )
         return selected
 
@@ -272,6 +275,18 @@ class _Injection:
             layer.delete_adapter(adapter_name)
             if not layer.r:
                 setattr(parent, name, layer.base_layer)
+
+
+def _single(signals: NoiseSignals) -> NoiseSignals:
+    """The signals of a batch whose samples agree, as those of one sample."""
+
+    def one(signal: Tensor) -> Tensor:
+        if signal.unique().numel() > 1:
+            raise ValueError(f"noise_level is {signal.tolist()}: merging needs a single value.")
+        return signal[:1]
+
+    level, density = signals
+    return NoiseSignals(one(level), None if density is None else one(density))
 
 
 def _group(sharing: str, module_name: str) -> str:

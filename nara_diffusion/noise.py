@@ -11,9 +11,10 @@ does not inherit it (it raises instead, since it finds none).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -37,8 +38,9 @@ class NoiseSource(Protocol):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals: ...
 
 
-_active: ContextVar[Mapping[CoreChannel, NoiseSignals]] = ContextVar("nara_noise_level", default={})
-_adapter_names: ContextVar[Mapping[CoreChannel, list[str]]] = ContextVar("nara_adapter_names", default={})
+_NOTHING: Mapping[CoreChannel, Any] = MappingProxyType({})
+_active: ContextVar[Mapping[CoreChannel, NoiseSignals]] = ContextVar("nara_noise_level", default=_NOTHING)
+_adapter_names: ContextVar[Mapping[CoreChannel, list[str]]] = ContextVar("nara_adapter_names", default=_NOTHING)
 
 
 def as_signal(value: float | Tensor, name: str = "noise_level") -> Tensor:
