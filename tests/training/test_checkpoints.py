@@ -1,0 +1,113 @@
+"""What a checkpoint holds, and every reason to refuse one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from nara_diffusion.training.checkpoints import find_checkpoints, resolve_checkpoint, verify_checkpoint
+from nara_diffusion.training.run import start_run
+
+
+@pytest.fixture
+def checkpoint(small_args, small_run) -> Path:
+    return small_run(small_args(max_train_steps=2)).run.folder / "checkpoint-2"
+
+
+def test_it_holds_all_that_a_resume_needs(checkpoint: Path) -> None:
+    assert sorted(entry.name for entry in checkpoint.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoint.json",
+        "optimizer.bin",
+        "random_states_0.pkl",
+        "scheduler.bin",
+    ]
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    assert (manifest["step"], manifest["processes"], manifest["arguments"]["rank"]) == (2, 1, 3)
+    assert len(manifest["files"]) == 5
+
+
+def test_its_adapter_is_the_models(small_args, small_run) -> None:
+    result = small_run(small_args(max_train_steps=2))
+    saved = load_file(result.run.folder / "checkpoint-2" / "adapter_model.safetensors")
+    current = get_peft_model_state_dict(result.model)
+    assert saved.keys() == current.keys()
+    assert any("nara_core." in name for name in saved)
+    for name, value in current.items():
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+def test_a_corrupt_file_is_named(checkpoint: Path, small_args, name: str) -> None:
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is corrupt"):
+        start_run(small_args(max_train_steps=2, resume_from_checkpoint="latest"), "small")
+
+
+def test_a_missing_file_is_named(checkpoint: Path, small_args) -> None:
+    (checkpoint / "scheduler.bin").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 is incomplete: scheduler.bin is missing"):
+        start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 2}'])
+def test_a_corrupt_manifest_is_named(checkpoint: Path, small_args, content: str) -> None:
+    (checkpoint / "checkpoint.json").write_text(content)
+    with pytest.raises(ValueError, match=r"checkpoint.json is missing or corrupt"):
+        verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=1)
+
+
+def test_another_configuration_is_refused(checkpoint: Path, small_args) -> None:
+    args = small_args(
+        max_train_steps=2, learning_rate=0.5, core_type="constant", resume_from_checkpoint=str(checkpoint)
+    )
+    with pytest.raises(ValueError, match=r"another configuration") as error:
+        start_run(args, "small")
+    assert "learning_rate: 0.01 there, 0.5 now" in str(error.value)
+    assert "core_type: 'hypernetwork' there, 'constant' now" in str(error.value)
+    assert "rank" not in str(error.value)
+
+
+def test_what_does_not_change_the_result_may_differ(checkpoint: Path, small_args) -> None:
+    args = small_args(max_train_steps=2, logging_steps=7, checkpoints_total_limit=9, report_to=None)
+    assert verify_checkpoint(checkpoint, args, processes=1) == 2
+
+
+def test_another_number_of_processes_is_refused(checkpoint: Path, small_args) -> None:
+    with pytest.raises(ValueError, match="written by 1 processes and this run has 2"):
+        verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=2)
+
+
+def test_latest_is_the_highest_number_and_skips_unfinished_folders(checkpoint: Path) -> None:
+    folder = checkpoint.parent
+    shutil.copytree(checkpoint, folder / "checkpoint-10")
+    shutil.copytree(checkpoint, folder / ".partial-checkpoint-30")
+    (folder / "checkpoint-best").mkdir()
+    (folder / "checkpoint-99").write_text("a file")
+    assert sorted(find_checkpoints(folder)) == [2, 10]
+    assert resolve_checkpoint("latest", folder) == folder / "checkpoint-10"
+
+
+def test_nothing_to_resume_from_is_said(tmp_path, small_args) -> None:
+    with pytest.raises(ValueError, match=r"latest: .* holds no checkpoint-N folder"):
+        start_run(small_args(resume_from_checkpoint="latest"), "small")
+    with pytest.raises(ValueError, match=r"is no checkpoint: it has no checkpoint.json"):
+        start_run(small_args(resume_from_checkpoint=str(tmp_path)), "small")
+
+
+def test_without_output_dir_latest_looks_in_the_newest_numbered_run(
+    checkpoint: Path, small_args, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "outputs/small-3/checkpoint-2")
+    (tmp_path / "outputs/small-4").mkdir()
+    run = start_run(small_args(max_train_steps=2, output_dir=None, resume_from_checkpoint="latest"), "small")
+    run.open()
+    assert (run.step, run.folder) == (2, Path("outputs/small-3"))

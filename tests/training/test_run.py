@@ -1,0 +1,80 @@
+"""Starting a run: what is refused at once, what is written first, where a push goes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from nara_diffusion.training import hub
+from nara_diffusion.training.run import start_run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"max_train_steps": 0}, "max_train_steps must be at least 1, or none, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"core_learning_rate": -1.0}, "core_learning_rate must be above 0, or none"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, or none"),
+        ({"lr_warmup_steps": -1.0}, "lr_warmup_steps must be at least 0"),
+        ({"core_start_step": 5, "core_init": "kaiming"}, "core_start_step trains A and B with C = I first"),
+    ],
+)
+def test_impossible_arguments(small_args, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_args(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_scheduler": "square"}, "lr_scheduler is 'square', expected one of linear, cosine"),
+        ({"report_to": ["wendb"]}, "report_to names 'wendb', which isn't installed here"),
+    ],
+)
+def test_refused_before_anything_is_loaded(small_args, changes: dict, message: str) -> None:
+    args = small_args(**changes)
+    with pytest.raises(ValueError, match=message):
+        start_run(args, "small")
+    assert not Path(args.output_dir).exists()
+
+
+def test_another_runs_folder_is_refused(small_args, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"already holds another run or other files \(config.yaml\)"):
+        start_run(small_args(), "small")
+
+
+def test_the_configuration_is_saved_when_the_run_opens(small_args) -> None:
+    args = small_args(core_hidden_dims=[3])
+    run = start_run(args, "small")
+    assert not Path(args.output_dir).exists()
+    run.open()
+    saved = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert type(args)(**saved) == args
+
+
+def test_a_push_uploads_the_folder_without_checkpoints(small_args, monkeypatch) -> None:
+    calls = []
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls.append(("create", name, exist_ok))
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, **arguments):
+            calls.append(("upload", arguments))
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    run = start_run(small_args(push_to_hub=True), "small")
+    run.open()
+    assert calls == [("create", "run", True)]  # a missing login shows before training
+    assert hub.push_to_hub("mine", run.folder) == "me/mine"
+    assert calls[1] == ("create", "mine", True)
+    assert calls[2][1]["repo_id"] == "me/mine"
+    assert calls[2][1]["folder_path"] == str(run.folder)
+    assert "checkpoint-*/**" in calls[2][1]["ignore_patterns"]
