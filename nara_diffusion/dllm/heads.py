@@ -40,6 +40,15 @@ def language_model(model: nn.Module) -> PreTrainedModel | None:
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """The longest sequence that the model's position embeddings can tell apart; None if unknown."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            return module.num_embeddings - reserved
+    return getattr(getattr(language_model(model), "config", None), "max_position_embeddings", None)
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """The module that makes logits from hidden states, or None where hooking it would not be right."""
     inner = language_model(model)

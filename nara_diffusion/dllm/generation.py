@@ -1,0 +1,291 @@
+"""LLaDA's semi-autoregressive sampler (arXiv 2502.09992, algorithms 4 and 5).
+
+The answer starts as `gen_length` masks and is filled block by block, the later blocks' masks in sight. At each step the
+model predicts every mask of the block, and those that the remasking rule ranks highest are kept:
+
+    low_confidence   rank by the probability of the predicted token
+    random           rank by a uniform random number
+
+either `steps` in all, spread evenly over the blocks and their tokens, or, with `confidence_threshold`, every token
+whose probability exceeds it and one at least a step (parallel decoding, arXiv 2505.22618). Tokens are argmax(logits
+/ T + Gumbel noise); classifier-free guidance combines logits as (1 + w) · l(x) − w · l(x with its prompt masked).
+
+A noise-aware model is told λ = masked share of the answer, per sample, at each step, over all blocks, so it goes
+from 1 to 0; the guided half of a batch has the λ of its sample. What differs from LLaDA's own generate():
+
+- prompts of unequal length: each answer follows its own prompt directly, and padding stands on the right, as in
+  training;
+- the mask token is never predicted, so that a step cannot undo another;
+- a row whose first end-of-sequence token has no mask before it is done: the rest of its answer is filled with that
+  token. When all rows are done, sampling stops;
+- steps that have no token to place are skipped. That changes nothing, since λ counts masks and not steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nara_diffusion.dllm.conditioning import conditioned
+from nara_diffusion.dllm.heads import language_model, logits_at, position_limit
+from nara_diffusion.dllm.loss import logits_of, mask_token_of
+from nara_diffusion.dllm.modes import evaluating
+from nara_diffusion.dllm.prompts import Canvas, place_prompts
+from nara_diffusion.dllm.remasking import above, confidence_of, highest, sample_tokens
+
+REMASKING = ("low_confidence", "random")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Attributes:
+    sequences: (b, l) prompt, answer, padding.
+    answers: (b, gen_length).
+    prompt_lengths: (b,) where each answer starts.
+    forwards: how often the model ran; a guided step counts once.
+    """
+
+    sequences: torch.Tensor
+    answers: torch.Tensor
+    prompt_lengths: torch.Tensor
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; the arguments of `generate`, checked.
+
+    Raises:
+        ValueError: an impossible combination.
+    """
+
+    gen_length: int
+    steps: int | None
+    block_length: int
+    temperature: float
+    cfg_scale: float
+    remasking: str
+    confidence_threshold: float | None
+
+    def __post_init__(self) -> None:
+        if self.gen_length < 1:
+            raise ValueError(f"gen_length is {self.gen_length}, expected 1 at least")
+        if self.block_length < 1 or self.gen_length % self.block_length:
+            raise ValueError(
+                f"block_length {self.block_length} doesn't divide gen_length {self.gen_length}: answers are whole blocks"
+            )
+        blocks = self.gen_length // self.block_length
+        if self.steps is not None and (self.steps < blocks or self.steps % blocks):
+            raise ValueError(
+                f"steps is {self.steps} and there are {blocks} blocks: pass a multiple of {blocks}, e.g. {blocks} or "
+                f"{self.gen_length}"
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        if not 0 <= self.cfg_scale < float("inf"):
+            raise ValueError(f"cfg_scale is {self.cfg_scale}, expected 0 (no guidance) or more")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"remasking is {self.remasking!r}, expected one of {', '.join(map(repr, REMASKING))}")
+        if self.confidence_threshold is not None:
+            if not 0 <= self.confidence_threshold <= 1:
+                raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected a probability")
+            if self.steps is not None or self.remasking != "low_confidence":
+                raise ValueError(
+                    "confidence_threshold decides itself how many tokens a step places, by their confidence: leave out "
+                    "steps, and use remasking='low_confidence'"
+                )
+
+    def tokens_per_step(self) -> list[int] | None:
+        """How many tokens each step of a block places, the larger numbers first; None if confidence decides."""
+        if self.confidence_threshold is not None:
+            return None
+        steps = (self.steps or self.gen_length) // (self.gen_length // self.block_length)
+        whole, rest = divmod(self.block_length, steps)
+        return [whole + (step < rest) for step in range(steps)]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    gen_length: int = 128,
+    steps: int | None = None,
+    block_length: int | None = None,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    confidence_threshold: float | None = None,
+    prompt_lengths: torch.Tensor | Sequence[int] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    mask_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    stop_at_eos: bool = True,
+    pad_token_id: int | None = None,
+    return_stats: bool = False,
+) -> torch.Tensor | Generation:
+    """Answer the prompts in `input_ids`.
+
+    Args:
+        model: the outermost module. Of a DistributedDataParallel its `.module` runs, since processes may need different
+            numbers of steps; under FSDP and DeepSpeed ZeRO-3 give every process the same number (stop_at_eos=False
+            and no confidence_threshold).
+        input_ids: (b, p) prompts.
+        gen_length: tokens of each answer.
+        steps: forwards in all; default one a token.
+        block_length: tokens of a block; default one block.
+        temperature: T; 0 is greedy.
+        cfg_scale: w.
+        remasking: "low_confidence" or "random".
+        confidence_threshold: place every token above it, instead of counting `steps`.
+        prompt_lengths: (b,) of prompts padded on the right.
+        attention_mask: (b, p), the other way to say so; here padding may stand on either side.
+        generator: for Gumbel noise and random remasking, on the model's device.
+        mask_token_id, eos_token_id, pad_token_id: default: the model's configuration. Several eos tokens may be given.
+        stop_at_eos: finish a row at its first eos token.
+        return_stats: return a `Generation`, with the number of forwards, in place of the sequences.
+
+    Returns:
+        (b, longest prompt + gen_length) token ids: prompt, answer, and padding on the right of shorter rows.
+
+    Raises:
+        ValueError: impossible arguments, or more positions than the model has.
+    """
+    sampling = Sampling(
+        gen_length=gen_length,
+        steps=steps,
+        block_length=gen_length if block_length is None else block_length,
+        temperature=temperature,
+        cfg_scale=cfg_scale,
+        remasking=remasking,
+        confidence_threshold=confidence_threshold,
+    )
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    config = getattr(language_model(model), "config", None)
+    ends = _token_ids(eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None))
+    mask = mask_token_of(model, mask_token_id)
+    padding = pad_token_id if pad_token_id is not None else getattr(config, "pad_token_id", None)
+    canvas = place_prompts(
+        input_ids,
+        gen_length=gen_length,
+        mask_token_id=mask,
+        pad_token_id=mask if padding is None else padding,
+        prompt_lengths=prompt_lengths,
+        attention_mask=attention_mask,
+        max_length=position_limit(model),
+    )
+    state = _State(model, canvas, sampling, mask, generator)
+    with evaluating(model):
+        for block in range(gen_length // sampling.block_length):
+            state.fill_block(block, ends if stop_at_eos else [])
+            if not state.masked.any():
+                break
+    return state.result() if return_stats else state.sequences
+
+
+class _State:
+    """Sequences on their way, and the one step that moves them on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        canvas: Canvas,
+        sampling: Sampling,
+        mask_token_id: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.model, self.sampling, self.generator = model, sampling, generator
+        self.sequences, self.starts, self.mask_token_id = canvas.sequences, canvas.starts, mask_token_id
+        self.attention_mask = None if canvas.real.all() else canvas.real.long()  # (b, l)
+        device = canvas.sequences.device
+        self.positions = canvas.starts[:, None] + torch.arange(sampling.gen_length, device=device)  # (b, g)
+        self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
+        self.answer = torch.zeros_like(canvas.real).scatter(1, self.positions, True)  # (b, l)
+        self.forwards = 0
+
+    @property
+    def answers(self) -> torch.Tensor:
+        """(b, g) token ids."""
+        return self.sequences.gather(1, self.positions)
+
+    def fill_block(self, block: int, ends: list[int]) -> None:
+        """Place every token of a block."""
+        columns = slice(block * self.sampling.block_length, (block + 1) * self.sampling.block_length)
+        for count in self.sampling.tokens_per_step() or [None] * self.sampling.block_length:
+            if count != 0 and self.masked[:, columns].any():
+                self._step(columns, count)
+                self._finish_rows(ends)
+
+    def _step(self, columns: slice, count: int | None) -> None:
+        positions, masked = self.positions[:, columns], self.masked[:, columns]  # (b, k)
+        logits = self._guided_logits(positions)  # (b, k, v)
+        logits[..., self.mask_token_id] = float("-inf")
+        tokens = sample_tokens(logits, self.sampling.temperature, self.generator)
+        if self.sampling.remasking == "random":
+            rank = torch.rand(masked.shape, device=masked.device, generator=self.generator)
+        else:
+            rank = confidence_of(logits, tokens)
+        if count is None:
+            chosen = above(rank, masked, self.sampling.confidence_threshold or 0.0)
+        else:
+            chosen = highest(rank, masked, count)
+        current = self.sequences.gather(1, positions)
+        self.sequences = self.sequences.scatter(1, positions, torch.where(chosen, tokens, current))
+        self.masked = self.masked.clone()
+        self.masked[:, columns] &= ~chosen
+
+    def _guided_logits(self, positions: torch.Tensor) -> torch.Tensor:
+        w = self.sampling.cfg_scale
+        self.forwards += 1
+        if w == 0:
+            return self._logits(self.sequences, positions, copies=1)
+        prompt = torch.arange(self.sequences.shape[1], device=positions.device) < self.starts[:, None]
+        both = torch.cat([self.sequences, self.sequences.masked_fill(prompt, self.mask_token_id)])  # (2b, l)
+        conditional, unconditional = self._logits(both, positions.repeat(2, 1), copies=2).chunk(2)
+        return unconditional + (w + 1) * (conditional - unconditional)
+
+    def _logits(self, sequences: torch.Tensor, positions: torch.Tensor, *, copies: int) -> torch.Tensor:
+        """Logits (copies · b, k, v) at `positions` of the answers, under the λ of each sample."""
+        masked = torch.zeros_like(self.answer).scatter(1, self.positions, self.masked)  # (b, l)
+        share = self.masked.float().mean(1)  # (b,)
+        padding = {} if self.attention_mask is None else {"attention_mask": self.attention_mask.repeat(copies, 1)}
+        conditions = conditioned(
+            self.model,
+            share.repeat(copies),
+            masked=masked.repeat(copies, 1),
+            answer=self.answer.repeat(copies, 1),
+        )
+        with conditions, logits_at(self.model, positions) as selected:
+            logits = logits_of(self.model(sequences, **padding))
+        if not selected:
+            logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+        return logits.clone()
+
+    def _finish_rows(self, ends: list[int]) -> None:
+        """Fill the rest of each row whose first end token has no mask before it."""
+        if not ends:
+            return
+        answers = self.answers
+        is_end = torch.isin(answers, torch.tensor(ends, device=answers.device)) & ~self.masked  # (b, g)
+        first = torch.where(is_end.any(1), is_end.int().argmax(1), self.sampling.gen_length)  # (b,)
+        columns = torch.arange(self.sampling.gen_length, device=answers.device)
+        done = is_end.any(1) & ~(self.masked & (columns < first[:, None])).any(1)  # (b,)
+        rest = done[:, None] & (columns > first[:, None])  # (b, g)
+        end = answers.gather(1, first.clamp(max=self.sampling.gen_length - 1)[:, None])  # (b, 1)
+        self.sequences = self.sequences.scatter(1, self.positions, torch.where(rest, end, answers))
+        self.masked = self.masked & ~rest
+
+    def result(self) -> Generation:
+        return Generation(self.sequences, self.answers, self.starts, self.forwards)
+
+
+def _token_ids(ids: int | Sequence[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)

@@ -1,0 +1,60 @@
+"""Models trained to predict the next token at each position (Dream, DiffuLLaMA), read so that position i predicts
+token i.
+
+The output head works position by position, so shifting the hidden states before it is the same as shifting the
+logits after
+it, and cheaper:  head(cat(h[:, :1], h[:, :-1])) = cat(logits[:, :1], logits[:, :-1]).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+
+class ShiftedLogits:
+    """Mixed into a causal language model of transformers: the same weights, the logits moved one position on."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (b, l, v), of which position i predicts token i; arguments as in the stock class.
+
+        Raises:
+            ValueError: `labels` were given; the stock loss would shift once more.
+        """
+        if labels is not None:
+            raise ValueError("this model doesn't take labels: use nara_diffusion.dllm.masked_diffusion_loss")
+        outputs = self.model(  # type: ignore[attr-defined]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # (b, l, d)
+        shifted = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(shifted),  # type: ignore[attr-defined]
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ShiftedQwen2ForCausalLM(ShiftedLogits, Qwen2ForCausalLM):
+    """Dream: Qwen2 with the logits of token i at position i."""
+
+
+class ShiftedLlamaForCausalLM(ShiftedLogits, LlamaForCausalLM):
+    """Llama with the logits of token i at position i."""

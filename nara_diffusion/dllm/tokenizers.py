@@ -1,0 +1,92 @@
+"""Tokenizers of masked language models, and which of their tokens is the mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+
+# Kinds of checkpoint whose tokenizer class may exist in their own code only: the stock class that reads their files.
+_STOCK_TOKENIZERS = {
+    "llada": PreTrainedTokenizerFast,
+    "illada": PreTrainedTokenizerFast,
+    "dream": Qwen2Tokenizer,
+}
+
+
+def load_tokenizer(name: str, *, family: str, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, without running its code and without asking on the terminal.
+
+    Args:
+        name: folder or repository.
+        family: its `model_type`.
+        trust_remote_code: let the checkpoint's own tokenizer class run; not for the kinds known here.
+        **hub: where the files come from, as for `from_pretrained`.
+    """
+    stock = _STOCK_TOKENIZERS.get(family.lower())
+    if stock is not None:
+        return stock.from_pretrained(name, **hub)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+
+
+def resolve_mask_token(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    fields: dict[str, Any],
+    vocab_size: int,
+    mask_token_id: int | None = None,
+    mask_token: str | None = None,
+) -> int:
+    """The mask token's id: as given, or else as config.json or the tokenizer has it.
+
+    Raises:
+        ValueError: nothing names one, the name isn't a token, the two given disagree, or the id is outside the
+            vocabulary.
+    """
+    if mask_token is not None:
+        named = tokenizer.get_vocab().get(mask_token)
+        if named is None:
+            raise ValueError(f"mask_token {mask_token!r} isn't a token of {name}: name one that its vocabulary has")
+        if mask_token_id not in (None, named):
+            raise ValueError(f"mask_token {mask_token!r} is {named}, mask_token_id {mask_token_id}: pass one of them")
+        mask_token_id = named
+    candidates: tuple[Any, ...] = (mask_token_id, fields.get("mask_token_id"), tokenizer.mask_token_id)
+    known = next((int(candidate) for candidate in candidates if candidate is not None), None)
+    if known is None:
+        raise ValueError(
+            f"neither config.json nor the tokenizer of {name} names a mask token: call "
+            "load_backbone(…, mask_token='…') or load_backbone(…, mask_token_id=N) with a token that no text contains, "
+            "such as a reserved one"
+        )
+    if not 0 <= known < vocab_size:
+        raise ValueError(f"mask_token_id {known} is outside the vocabulary of {name}, which has {vocab_size} tokens")
+    return known
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
+    """Make model and tokenizer agree on mask, end and padding; padding is the end token where there is no other."""
+    config: Any = model.config
+    config.mask_token_id = mask_token_id
+    if tokenizer.mask_token_id != mask_token_id:
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
+    end: Any = first_token_id(config.eos_token_id)
+    if end is None:
+        end = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
+        config.eos_token_id = end
+    if tokenizer.eos_token is None and end is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.pad_token is None and end is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
+    config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"
+
+
+def first_token_id(token_ids: int | list[int] | None) -> int | None:
+    """Configurations hold one id, a list, or None."""
+    return (token_ids[0] if token_ids else None) if isinstance(token_ids, list) else token_ids
