@@ -76,7 +76,7 @@ class Sampling:
             raise ValueError(f"gen_length is {self.gen_length}, expected 1 at least")
         if self.block_length < 1 or self.gen_length % self.block_length:
             raise ValueError(
-                f"block_length {self.block_length} doesn't divide gen_length {self.gen_length}: answers are whole blocks"
+                f"block_length {self.block_length} doesn't divide gen_length {self.gen_length}, as it has to"
             )
         blocks = self.gen_length // self.block_length
         if self.steps is not None and (self.steps < blocks or self.steps % blocks):

@@ -57,7 +57,7 @@ def place_prompts(
         )
     positions = torch.arange(longest, device=device)
     in_answer = (positions >= starts[:, None]) & (positions < starts[:, None] + gen_length)
-    sequences = torch.full((b, longest), pad_token_id, device=device, dtype=input_ids.dtype)
+    sequences = torch.full((input_ids.shape[0], longest), pad_token_id, device=device, dtype=input_ids.dtype)
     sequences[positions < starts[:, None]] = input_ids[kept]  # both run through rows in order, and tokens in order
     sequences[in_answer] = mask_token_id
     return Canvas(sequences, starts, positions < starts[:, None] + gen_length)
