@@ -213,9 +213,15 @@ def make_variant(layer: Any, use_dora: bool, channel: CoreChannel, key: tuple[st
 
 
 def _times_core(B: Tensor, core: Tensor) -> Tensor:
-    """K = B·C: (d_out, r), (b, r, r) → (b, d_out, r), in float32 also under autocast, so that C − I is not rounded."""
+    """K = B·C: (d_out, r), (b, r, r) → (b, d_out, r), in float32 also under autocast, so that C − I is not rounded.
+
+    One plain product Cᵀ Bᵀ for the whole batch, whose transpose is what the layers multiply with.
+    """
+    batch, rank, _ = core.shape
     with torch.autocast(B.device.type, enabled=False):
-        return torch.matmul(B.float(), core.to(B.device)).to(B.dtype)
+        rows = core.to(B.device).transpose(1, 2).reshape(batch * rank, rank)
+        product = rows @ B.float().T  # (b r, d_out)
+    return product.view(batch, rank, -1).transpose(1, 2).to(B.dtype)
 
 
 def _add_product(base: Tensor, h: Tensor, K: Tensor, scaling: float) -> Tensor:
