@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def start_run(args: Any, name: str) -> Run:
 
     Raises:
         ValueError: the output folder holds another run; there is nothing to resume from, or it doesn't fit this run;
-            a tracker isn't installed; the schedule is unknown.
+            a tracker isn't installed; the schedule is unknown; accelerate sees fewer processes than were launched.
     """
     check_scheduler(args.lr_scheduler)
     _check_trackers(args.report_to)
@@ -94,6 +95,7 @@ def start_run(args: Any, name: str) -> Run:
         project_config=ProjectConfiguration(),
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
+    _check_processes(accelerator.num_processes)
     run = Run(accelerator, args, name)
     if args.resume_from_checkpoint is not None:
         run.checkpoint = resolve_checkpoint(args.resume_from_checkpoint, _latest_run(args, name))
@@ -124,6 +126,19 @@ def _check_trackers(report_to: list[str] | None) -> None:
         if tracker not in available:
             installed = ", ".join(available) or "none"
             raise ValueError(f"report_to names {tracker!r}, which isn't installed here (installed: {installed}).")
+
+
+def _check_processes(seen: int) -> None:
+    """Refuses to train N times over, or once, where N processes were asked for: on CPU, accelerate has to be told."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    asked_for_more = (
+        "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ
+    )  # `accelerate launch --cpu` without MPI
+    if launched != seen or asked_for_more:
+        raise ValueError(
+            f"{launched if launched > 1 else 'several'} processes were asked for, but accelerate sees {seen}. On CPU, launch "
+            "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N (--cpu alone starts one process)."
+        )
 
 
 def _flat(value: Any) -> Any:

@@ -42,6 +42,14 @@ def test_refused_before_anything_is_loaded(small_args, changes: dict, message: s
     assert not Path(args.output_dir).exists()
 
 
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}])
+def test_processes_that_accelerate_does_not_see_are_refused(small_args, monkeypatch, environment) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"processes were asked for, but accelerate sees 1"):
+        start_run(small_args(), "small")
+
+
 def test_another_runs_folder_is_refused(small_args, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
