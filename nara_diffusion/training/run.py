@@ -131,13 +131,12 @@ def _check_trackers(report_to: list[str] | None) -> None:
 def _check_processes(seen: int) -> None:
     """Refuses to train N times over, or once, where N processes were asked for: on CPU, accelerate has to be told."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    asked_for_more = (
-        "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ
-    )  # `accelerate launch --cpu` without MPI
-    if launched != seen or asked_for_more:
+    # what `accelerate launch --cpu --num_processes N` leaves behind when it starts one process after all
+    ignored = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if launched != seen or (ignored and "WORLD_SIZE" not in os.environ):
         raise ValueError(
-            f"{launched if launched > 1 else 'several'} processes were asked for, but accelerate sees {seen}. On CPU, launch "
-            "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N (--cpu alone starts one process)."
+            f"{launched if launched > 1 else 'several'} processes were asked for, but accelerate sees {seen}. On CPU, "
+            "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N (--cpu starts one)."
         )
 
 

@@ -42,7 +42,7 @@ def test_refused_before_anything_is_loaded(small_args, changes: dict, message: s
     assert not Path(args.output_dir).exists()
 
 
-@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}])
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"MASTER_ADDR": "::1", "ACCELERATE_USE_CPU": "True"}])
 def test_processes_that_accelerate_does_not_see_are_refused(small_args, monkeypatch, environment) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
