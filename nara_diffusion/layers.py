@@ -65,6 +65,20 @@ class NaraVariant(LoraVariant):
             )
         return core
 
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one."""
+        if x.dim() < self.batched_dims(module):
+            return self.update(module, active_adapter, x[None], result[None])[0]
+        return self.update(module, active_adapter, x, result)
+
+    def batched_dims(self, module: Any) -> int:
+        """How many axes an input with a batch axis has at least."""
+        return 2
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """`forward` for x (b, …)."""
+        raise NotImplementedError
+
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at the C of the frame, which has to hold a single matrix."""
         core = self.batch_core(module.r[active_adapter], batch=1)
@@ -89,7 +103,7 @@ class NaraVariant(LoraVariant):
 class NaraLinear(NaraVariant):
     """y = W0 x + b + s B C A x, in one batched product onto the base layer's output."""
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         B = module.lora_B[active_adapter]
         K = _times_core(B.weight, self.batch_core(module.r[active_adapter], x.shape[0]))
         h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (b, …, r)
@@ -101,7 +115,10 @@ class NaraLinear(NaraVariant):
 class NaraEmbedding(NaraVariant):
     """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout."""
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def batched_dims(self, module: Any) -> int:
+        return 1
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         K = _times_core(module.lora_embedding_B[active_adapter], self.batch_core(module.r[active_adapter], x.shape[0]))
         h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
         embed_scale = module._get_embed_scale()
@@ -113,7 +130,10 @@ class NaraEmbedding(NaraVariant):
 class NaraConv(NaraVariant):
     """The same with A a convolution and B of kernel 1, on any number of spatial axes."""
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def batched_dims(self, module: Any) -> int:
+        return module._kernel_dim
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         core = self.batch_core(module.r[active_adapter], x.shape[0])
         K = _times_core(_factors(module, active_adapter)[1], core)
         dropped = module.lora_dropout[active_adapter](x)
@@ -126,7 +146,7 @@ class NaraDoraLinear(NaraVariant):
     With dropout, as in PEFT, the dropped input also goes through the magnitude's share of the base product.
     """
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling = module.scaling[active_adapter]
         base_layer = module.get_base_layer()
@@ -146,7 +166,7 @@ class NaraDoraLinear(NaraVariant):
             dropped = module.lora_dropout[active_adapter](x)
             base = F.linear(dropped, weight.to(dropped.dtype))
             result = result - base + gain * _add_product(base, A(dropped), K, scaling)
-        return result if B.bias is None else result + gain * scaling * B.bias
+        return result
 
     def merge_factor(self, module: Any, active_adapter: str, core: Tensor) -> Tensor:
         A, B = _factors(module, active_adapter)
@@ -162,7 +182,10 @@ class NaraDoraLinear(NaraVariant):
 class NaraDoraConv(NaraDoraLinear):
     """NaRA-DoRA on a convolution: rows are output channels, over input channels and kernel."""
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def batched_dims(self, module: Any) -> int:
+        return module._kernel_dim
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B = _factors(module, active_adapter)
         base_layer = module.get_base_layer()
         axes = (1,) * (result.dim() - 2)
