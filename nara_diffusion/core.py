@@ -151,7 +151,7 @@ class HypernetworkCore(Float32Module):
             for layer in self.layers[:-1]:
                 h = F.silu(layer(h))
             deviation = self.layers[-1](h).view(-1, self.rank, self.rank)  # (b, r, r)
-            return torch.eye(self.rank, device=h.device) + self.scale * deviation
+            return torch.eye(self.rank, dtype=torch.float32, device=h.device) + self.scale * deviation
 
 
 class ConstantCore(Float32Module):
@@ -170,7 +170,8 @@ class ConstantCore(Float32Module):
 
     def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
         """→ C (1, r, r), float32."""
-        return (torch.eye(self.rank, device=self.deviation.device) + self.scale * self.deviation.float())[None]
+        identity = torch.eye(self.rank, dtype=torch.float32, device=self.deviation.device)
+        return (identity + self.scale * self.deviation.float())[None]
 
 
 class IdentityCore(Float32Module):
@@ -185,7 +186,7 @@ class IdentityCore(Float32Module):
 
     def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
         """→ I (1, r, r), float32."""
-        return torch.eye(self.rank)[None]
+        return torch.eye(self.rank, dtype=torch.float32)[None]
 
 
 def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
@@ -211,31 +212,40 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
 def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """N update matrices as one pair of factors and N cores: ΔW_i = B · C_i · A (paper, theorem 4.1).
 
-    B and A are orthonormal bases of the joint column and row spaces, and C_i = Bᵀ ΔW_i Aᵀ.
+    B and A are orthonormal bases of the joint column and row spaces, filled up with zeros where one space is smaller
+    than the other, and C_i = Bᵀ ΔW_i Aᵀ.
 
     Args:
-        updates: (n, d_out, d_in), floating point.
-        rank: r. None takes the smallest r that reproduces every update; a smaller r keeps the leading directions.
+        updates: (n, d_out, d_in), float32 or float64, n ≥ 1.
+        rank: r. None takes the smallest r that reproduces every update: the larger dimension of the two spaces. A
+            smaller r keeps the leading directions.
 
     Returns:
         B (d_out, r), cores (n, r, r), A (r, d_in).
 
     Raises:
-        ValueError: `updates` is not (n, d_out, d_in), or `rank` is not in [1, min(d_out, d_in)].
+        ValueError: `updates` is not (n, d_out, d_in), of another dtype, or not finite; or `rank` is not in
+            [1, max(d_out, d_in)].
     """
-    if updates.dim() != 3 or not updates.is_floating_point():
+    if updates.dim() != 3 or updates.numel() == 0 or updates.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"updates has shape {tuple(updates.shape)} and dtype {updates.dtype}: "
-            "pass floating-point matrices stacked as (n, d_out, d_in)."
+            "pass float32 or float64 matrices stacked as (n, d_out, d_in)."
         )
+    if not bool(torch.isfinite(updates).all()):
+        raise ValueError("updates holds NaN or infinity: pass finite matrices.")
     n, d_out, d_in = updates.shape
-    if rank is not None and not 1 <= rank <= min(d_out, d_in):
-        raise ValueError(f"rank is {rank}: it has to lie between 1 and min(d_out, d_in) = {min(d_out, d_in)}.")
+    if rank is not None and not 1 <= rank <= max(d_out, d_in):
+        raise ValueError(f"rank is {rank}: it has to lie between 1 and max(d_out, d_in) = {max(d_out, d_in)}.")
     U, left, _ = torch.linalg.svd(updates.permute(1, 0, 2).reshape(d_out, n * d_in), full_matrices=False)
     _, right, Vh = torch.linalg.svd(updates.reshape(n * d_out, d_in), full_matrices=False)
     if rank is None:
         floor = max(d_out, d_in) * n * torch.finfo(updates.dtype).eps
-        rank = max(1, *(int((s > floor * s.max().clamp_min(1e-300)).sum()) for s in (left, right)))
-        rank = min(rank, d_out, d_in)
-    B, A = U[:, :rank], Vh[:rank]
+        rank = max(1, *(int((values > floor * values.max()).sum()) for values in (left, right)))
+    B, A = _first_columns(U, rank), _first_columns(Vh.T, rank).T
     return B, B.T @ updates @ A.T, A
+
+
+def _first_columns(basis: Tensor, count: int) -> Tensor:
+    """The first `count` columns of (d, k), zeros after the last one: (d, count)."""
+    return F.pad(basis[:, :count], (0, max(0, count - basis.shape[1])))
