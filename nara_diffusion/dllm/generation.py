@@ -28,12 +28,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nara_diffusion.dllm.conditioning import conditioned
 from nara_diffusion.dllm.heads import language_model, logits_at, position_limit
 from nara_diffusion.dllm.loss import logits_of, mask_token_of
-from nara_diffusion.dllm.modes import evaluating
+from nara_diffusion.dllm.modes import evaluating, without_ddp
 from nara_diffusion.dllm.prompts import Canvas, place_prompts
 from nara_diffusion.dllm.remasking import above, confidence_of, highest, sample_tokens
 
@@ -165,8 +164,7 @@ def generate(
         remasking=remasking,
         confidence_threshold=confidence_threshold,
     )
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    model = without_ddp(model)
     config = getattr(language_model(model), "config", None)
     ends = _token_ids(eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None))
     mask = mask_token_of(model, mask_token_id)

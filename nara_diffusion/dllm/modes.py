@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""How a model is run outside training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
@@ -18,3 +19,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The module inside a DistributedDataParallel, which has the same weights.
+
+    DDP's own forward synchronises buffers, so it waits for ever if processes run different numbers of forwards.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model

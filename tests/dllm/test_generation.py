@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level

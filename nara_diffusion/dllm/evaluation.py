@@ -1,0 +1,229 @@
+"""How good a masked language model is: its loss at each noise level, and its answers compared with the right ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from nara_diffusion.dllm.data import AnswerCollator, end_token_id
+from nara_diffusion.dllm.generation import Generation, generate
+from nara_diffusion.dllm.heads import language_model
+from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
+from nara_diffusion.dllm.masking import mask_answers
+from nara_diffusion.dllm.modes import evaluating, without_ddp
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_CHOICE = re.compile(r"\b(?:(?:answer|option|solution|ending)\s?\d+|true|false|[A-E](?=[).:]|$))", re.IGNORECASE)
+
+
+@torch.no_grad()
+def noise_level_curve(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    noise_levels: Sequence[float],
+    *,
+    collator: AnswerCollator,
+    batch_size: int = 16,
+    repeats: int = 1,
+    seed: int = 0,
+    mask_token_id: int | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """The validation loss at each noise level, in nats a masked token.
+
+    The training objective at fixed λ, with its expected number of masked tokens λ·n replaced by the actual one:
+
+        loss(λ) = Σ_i (1/n_i) Σ_{j masked} − log p(x_ij)  /  Σ_i (1/n_i) Σ_{j masked} 1
+
+    over all rows i with answers of n_i tokens. That ratio, and masks that depend on (seed, row, λ) alone and grow
+    with λ,
+    keep the variance low: two models, or two λ, are compared on the same masks.
+
+    Args:
+        model: the outermost module.
+        rows: of `encode_records`.
+        noise_levels: λ in (0, 1].
+        collator: how rows become a batch; where its padding is trained on, it counts here.
+        repeats: sets of masks to average over.
+
+    Returns:
+        One loss a noise level; NaN where no token got masked.
+    """
+    mask = mask_token_of(model, mask_token_id)
+    model = without_ddp(model)
+    losses = []
+    with (
+        evaluating(model),
+        tqdm(
+            total=len(noise_levels) * len(rows) * repeats, desc="loss over λ", unit="row", disable=not progress
+        ) as bar,
+    ):
+        for level in noise_levels:
+            total = count = 0.0
+            for repeat in range(repeats):
+                for start in range(0, len(rows), batch_size):
+                    indices = range(start, min(start + batch_size, len(rows)))
+                    batch = collator([rows[i] for i in indices])
+                    batch.pop("sample_indices", None)
+                    masked = mask_answers(
+                        **_to(batch, _device(model)),
+                        mask_token_id=mask,
+                        noise_level=level,
+                        seed=seed,
+                        sample_indices=[repeat * len(rows) + i for i in indices],
+                    )
+                    lengths = masked.answer.sum(1)
+                    total += (masked_cross_entropy(model, masked).double().sum(1) / lengths).sum().item()
+                    count += (masked.masked.double().sum(1) / lengths).sum().item()
+                    bar.update(len(indices))
+            losses.append(total / count if count else float("nan"))
+    return losses
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Attributes:
+    score: share of right answers, in [0, 1].
+    correct, total: their numbers.
+    generations: one {instruction, generation, extracted, answer, correct} a row, in the rows' order.
+    forwards: how often the model ran.
+    """
+
+    score: float
+    correct: int
+    total: int
+    generations: list[dict[str, Any]]
+    forwards: int
+
+
+def exact_match(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    gen_length: int,
+    batch_size: int = 16,
+    extract: str | Callable[[str], str] = "text",
+    progress: bool = True,
+    **sampling: Any,
+) -> ExactMatch:
+    """Generate an answer to each row's prompt, and count those that equal the right one.
+
+    A generation is the text before its first end token. What `extract` makes of it has to equal what it makes of
+    the row's `answer`:
+
+        "text"     the text, with runs of white space as one space
+        "number"   the last number in it, by value ("1,000.0" equals "1000")
+        "choice"   the last of option1, answer2, solution3, ending4, true, false, or a letter A to E that stands alone
+        a function of one's own, from text to text
+
+    Args:
+        model: the outermost module.
+        rows: of `encode_records`: `input_ids`, `prompt_length`, `answer`.
+        gen_length: tokens of an answer, at most.
+        **sampling: further arguments of `generate`.
+
+    Raises:
+        ValueError: no rows, or an unknown `extract`.
+    """
+    if len(rows) == 0:
+        raise ValueError("there are no rows to evaluate on")
+    if isinstance(extract, str) and extract not in EXTRACTORS:
+        raise ValueError(f"extract is {extract!r}, expected one of {', '.join(map(repr, EXTRACTORS))}, or a function")
+    extracted = EXTRACTORS[extract] if isinstance(extract, str) else extract
+    ends = stop_token_ids(model, tokenizer)
+    by_length = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_length"])
+    texts: dict[int, str] = {}
+    forwards = 0
+    with tqdm(total=len(rows), desc="generate", unit="row", disable=not progress) as bar:
+        for start in range(0, len(rows), batch_size):
+            indices = by_length[start : start + batch_size]
+            result = _answer(model, [rows[i] for i in indices], gen_length, {"eos_token_id": ends, **sampling})
+            forwards += result.forwards
+            for i, answer in zip(indices, result.answers.tolist(), strict=True):
+                texts[i] = decode_answer(tokenizer, answer, ends)
+            bar.update(len(indices))
+    generations = [_judged(rows[i], texts[i], extracted) for i in range(len(rows))]
+    correct = sum(generation["correct"] for generation in generations)
+    return ExactMatch(correct / len(rows), correct, len(rows), generations, forwards)
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the model's end tokens, the tokenizer's, and the end of a turn if the vocabulary has it."""
+    config_ids = getattr(getattr(language_model(model), "config", None), "eos_token_id", None)
+    ids = [*(config_ids if isinstance(config_ids, list) else [config_ids]), end_token_id(tokenizer)]
+    vocabulary = tokenizer.get_vocab()
+    ids += [vocabulary.get(turn_end) for turn_end in ("<|eot_id|>", "<|im_end|>")]
+    return sorted({token for token in ids if token is not None})
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], ends: Sequence[int]) -> str:
+    """The text before the first end token."""
+    length = next((j for j, token in enumerate(answer) if token in ends), len(answer))
+    text = tokenizer.decode(list(answer[:length]), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text.strip()
+
+
+def last_number(text: str) -> str:
+    """The last number in `text`, in one spelling; "" if there is none."""
+    found = _NUMBER.findall(text)
+    return format(float(found[-1].replace(",", "")), "g") if found else ""
+
+
+def last_choice(text: str) -> str:
+    """The last choice that `text` names, in lower case; "" if it names none."""
+    found = _CHOICE.findall(text)
+    return found[-1].lower().replace(" ", "") if found else ""
+
+
+EXTRACTORS: dict[str, Callable[[str], str]] = {
+    "text": lambda text: " ".join(text.split()),
+    "number": last_number,
+    "choice": last_choice,
+}
+
+
+def _judged(row: Mapping[str, Any], text: str, extract: Callable[[str], str]) -> dict[str, Any]:
+    found, right = extract(text), extract(row["answer"])
+    return {
+        "instruction": row["instruction"],
+        "generation": text,
+        "extracted": found,
+        "answer": row["answer"],
+        "correct": found == right and right != "",
+    }
+
+
+def _answer(
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], gen_length: int, sampling: dict[str, Any]
+) -> Generation:
+    lengths = [row["prompt_length"] for row in rows]
+    prompts = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        prompts[i, :length] = torch.as_tensor(row["input_ids"][:length])
+    result = generate(
+        model,
+        prompts.to(_device(model)),
+        prompt_lengths=lengths,
+        gen_length=gen_length,
+        return_stats=True,
+        **sampling,
+    )
+    assert isinstance(result, Generation)
+    return result
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _to(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
