@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -30,11 +31,13 @@ _REFUSED: dict[str, str] = {
     "velora_config": "VeLoRA is another LoRA variant of the same layer",
     "monteclora_config": "MonteCLoRA is another LoRA variant of the same layer",
     "kasa_config": "KaSA is another LoRA variant of the same layer",
+    "ensure_weight_tying": "tied layers use A and B the other way round, so that one would read C and the other Cᵀ",
 }
 
-_BASE_CHANGING_INITS = ("pissa", "olora", "loftq", "orthogonal")
+_BASE_CHANGING_INITS = ("pissa", "olora", "orthogonal")
 _SUPPORTED_INITS = ("gaussian", *_BASE_CHANGING_INITS)
 _REFUSED_INITS = {
+    "loftq": "LoftQ fits A and B to a quantisation error without C, on a GPU alone",
     "eva": "EVA redistributes ranks after the core has been made",
     "mica": "MiCA is another LoRA variant of the same layer",
     "corda": "CorDA takes statistics of the base model from an earlier pass at no λ",
@@ -122,7 +125,8 @@ class NaraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
-        self.core_hidden_dims = tuple(self.core_hidden_dims)
+        if isinstance(self.core_hidden_dims, list):  # as JSON has it
+            self.core_hidden_dims = tuple(self.core_hidden_dims)
         self._check_core_fields()
         if self.core_type != "identity":
             self._check_lora_fields()
@@ -131,7 +135,8 @@ class NaraConfig(LoraConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
-        if not self.core_hidden_dims or not all(_is_positive_int(dim) for dim in self.core_hidden_dims):
+        dims = self.core_hidden_dims
+        if not isinstance(dims, tuple) or not dims or not all(_is_positive_int(dim) for dim in dims):
             raise ValueError(f"core_hidden_dims is {self.core_hidden_dims}: pass one positive integer a hidden layer.")
         for name in ("noise_embedding_dim", "mask_density_radius"):
             if not _is_positive_int(getattr(self, name)):
@@ -145,6 +150,10 @@ class NaraConfig(LoraConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}: pass a finite number greater than 0.")
+        if self.noise_convention is not None and not (isinstance(self.noise_convention, str) and self.noise_convention):
+            raise ValueError(
+                f"noise_convention is {self.noise_convention!r}: pass the name of λ's definition, or None if unknown."
+            )
 
     def _check_lora_fields(self) -> None:
         for name, why in _REFUSED.items():
@@ -153,10 +162,10 @@ class NaraConfig(LoraConfig):
         init = self.init_lora_weights
         if isinstance(init, bool):
             return
-        kind = str(init).lower().split("_niter_")[0]
-        if kind in _REFUSED_INITS:
+        kind = re.sub(r"^pissa_niter_\d+$", "pissa", str(init))
+        if kind.lower() in _REFUSED_INITS:
             raise ValueError(
-                f"NaRA does not support init_lora_weights={init!r}: {_REFUSED_INITS[kind]}. "
+                f"NaRA does not support init_lora_weights={init!r}: {_REFUSED_INITS[kind.lower()]}. "
                 f"Use True, False or one of {', '.join(map(repr, _SUPPORTED_INITS))}."
             )
         if kind not in _SUPPORTED_INITS:
