@@ -1,0 +1,57 @@
+"""The model card of llada-tiny and the files that it shows, written from the run's own figures."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from matplotlib.figure import Figure
+from tiny_tasks import FAMILIES, LETTER_FAMILIES, questions
+
+CURVE_FILE = "training_curve"
+CARD_TEMPLATE = Path(__file__).with_name("llada_tiny_card.md")
+
+
+def write_card(directory: Path, arguments: dict[str, Any], results: dict[str, Any], curve: list[dict]) -> None:
+    """training_curve.csv, training_curve.png and README.md, in ``directory``."""
+    with (directory / f"{CURVE_FILE}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(curve[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(curve)
+    _plot(curve, directory / f"{CURVE_FILE}.png")
+    (directory / "README.md").write_text(_card(arguments, results), encoding="utf-8")
+
+
+def _plot(curve: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    for name in ("train_loss", "validation_loss"):
+        axes.plot([row["step"] for row in curve], [row[name] for row in curve], label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="masked-diffusion loss (nats a token)", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=80)
+
+
+def _family_rows(results: dict[str, Any]) -> str:
+    rows = []
+    for name in FAMILIES:
+        question, answer = questions(name, 1, seed=2)[0]
+        source = "own" if name in LETTER_FAMILIES else "reasoning_gym"
+        rows.append(f"| {name} | {source} | `{question}` | `{answer}` | {results['exact_match'][name]:.2f} |")
+    return "\n".join(rows)
+
+
+def _card(arguments: dict[str, Any], results: dict[str, Any]) -> str:
+    figures = arguments | {
+        "million": f"{results['parameters'] / 1e6:.2f}",
+        "minutes": f"{results['minutes']:.0f}",
+        "decay_share": f"{arguments['decay_share']:.0%}",
+        "validation_loss": f"{results['validation_loss']:.3f}",
+        "families": _family_rows(results),
+        "steps": results["steps"],
+        "max_tokens": results["max_tokens"],
+    }
+    return Template(CARD_TEMPLATE.read_text(encoding="utf-8")).substitute(figures)
