@@ -1,21 +1,47 @@
 """How C(λ) travels from the root of an adapted model to its layers, in forward, recomputation and compiled graphs.
 
-A frame exists only while the root's forward runs, and only for the thread that runs it: a layer that finds none
-raises, so that C can be missing, but never stale or somebody else's. (A forward does not yield to another async task,
-so a thread is separation enough; unlike a `ContextVar`, a thread-local can be read inside a compiled graph.)
+What layers may read is kept for the thread that runs the root's forward, and only while it does: a layer that finds
+nothing raises, so that C can be missing, but never stale or somebody else's. (A forward does not yield to another
+async task, so a thread is separation enough; unlike a `ContextVar`, a thread-local can be read inside a compiled
+graph.)
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Frame = Mapping[tuple[str, str], Tensor]
 """(adapter name, group name) → C (b or 1, r, r)."""
+
+
+def backward_pass() -> int | None:
+    """The number of the backward pass that runs in this thread: −1 for none, None where a compiler is tracing."""
+    return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+class Scope(NamedTuple):
+    """What layers may read, until when.
+
+    Attributes:
+        frame: the cores. backward: `backward_pass()` when it began.
+        call: the Python call that has to be running still, or None if a `finally` ends the scope.
+    """
+
+    frame: Frame
+    backward: int | None
+    call: FrameType | None
+
+    def is_over(self) -> bool:
+        """Whether the forward was cut short by what runs no hook, such as a KeyboardInterrupt."""
+        return self.call is not None and not _is_running(self.call)
 
 
 class CoreChannel:
@@ -28,79 +54,57 @@ class CoreChannel:
         return CoreChannel, ()
 
     @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """Of this thread, the innermost last: a forward may run inside another one of the same model."""
+        return getattr(self.local, "scopes", ())
+
+    @property
     def frame(self) -> Frame | None:
-        return getattr(self.local, "frame", None)
+        """What layers may read here and now.
 
-    def begin(self) -> None:
-        """A forward of the root begins: layers find an empty frame until `fill`."""
-        self.local.outer = (*getattr(self.local, "outer", ()), self.frame)
-        self.local.frame = {}
+        Nothing in a backward pass that began after the forward: it recomputes a part of some other forward.
+        """
+        scopes = self.scopes
+        if torch.compiler.is_compiling():
+            return scopes[-1].frame if scopes else None
+        for scope in reversed(scopes):
+            if not scope.is_over():
+                return scope.frame if scope.backward in (None, backward_pass()) else None
+        return None
 
-    def fill(self, frame: Frame) -> None:
-        """Layers read `frame` until `end`."""
-        self.local.frame = frame
+    def begin(self, frame: Frame) -> None:
+        """To be called by a forward pre-hook of the root: layers read `frame` until its forward ends."""
+        running = tuple(scope for scope in self.scopes if not scope.is_over())
+        self.local.scopes = (*running, Scope(frame, backward_pass(), _root_call()))
 
     def end(self) -> None:
-        """The forward is over: what was read before it began, usually nothing, is back."""
-        outer = getattr(self.local, "outer", ())
-        if outer:  # empty if somebody else's hook raised before `begin`
-            self.local.outer, self.local.frame = outer[:-1], outer[-1]
+        """To be called by a forward hook of the root: ends what `begin` began in the same call, if it did."""
+        call = _root_call()
+        calls = [scope.call for scope in self.scopes]
+        if call in calls:
+            self.local.scopes = self.scopes[: calls.index(call)]
 
     @contextmanager
     def using(self, frame: Frame) -> Iterator[None]:
-        """Layers read `frame` inside; the previous frame comes back afterwards."""
-        previous = self.frame
-        self.local.frame = frame
+        """Layers read `frame` inside; what they read before comes back afterwards."""
+        outer = self.scopes
+        self.local.scopes = (*outer, Scope(frame, backward_pass(), None))
         try:
             yield
         finally:
-            self.local.frame = previous
+            self.local.scopes = outer
 
 
-class CheckpointWithCore:
-    """Gradient checkpointing whose recomputation sees the C(λ) of its own forward.
-
-    It stands in for a module's `_gradient_checkpointing_func` (Transformers and Diffusers both call that) and passes
-    C as explicit tensor inputs, which is right for reentrant and non-reentrant checkpoints alike, in whatever thread
-    the backward pass recomputes, and lets gradients flow from the block to C.
-    """
-
-    def __init__(self, checkpoint: Callable[..., Any], channel: CoreChannel) -> None:
-        self.checkpoint = checkpoint
-        self.channel = channel
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        frame = self.channel.frame
-        if not frame:
-            return self.checkpoint(function, *args, **kwargs)
-        keys = tuple(frame)
-
-        def run(*inputs: Any, **run_kwargs: Any) -> Any:
-            with self.channel.using(dict(zip(keys, inputs[: len(keys)], strict=True))):
-                return function(*inputs[len(keys) :], **run_kwargs)
-
-        return self.checkpoint(run, *frame.values(), *args, **kwargs)
+def _root_call() -> FrameType:
+    """The call of the root, as seen from one of its hooks: the innermost running `nn.Module.__call__`."""
+    frame = sys._getframe(1)
+    while frame.f_code is not nn.Module._call_impl.__code__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
-def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Make every checkpointed block below `root` carry C(λ); called at each forward, harmless when repeated."""
-    for module in root.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not _carries(checkpoint, channel):
-            module._gradient_checkpointing_func = CheckpointWithCore(checkpoint, channel)  # type: ignore[assignment]
-
-
-def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Undo `checkpoint_with_core`."""
-    for module in root.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(checkpoint, CheckpointWithCore) and checkpoint.channel is channel:
-            module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
-
-
-def _carries(checkpoint: Any, channel: CoreChannel) -> bool:
-    while isinstance(checkpoint, CheckpointWithCore):
-        if checkpoint.channel is channel:
-            return True
-        checkpoint = checkpoint.checkpoint
-    return False
+def _is_running(call: FrameType) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is call

@@ -12,10 +12,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .channel import CoreChannel, Frame, checkpoint_with_core, checkpoint_without_core
+from .channel import CoreChannel, Frame
 from .config import NaraConfig
 from .core import ConstantCore, HypernetworkCore, IdentityCore, make_embedding
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals
+from .recompute import checkpoint_with_core, checkpoint_without_core
 
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
@@ -57,7 +58,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         self.density_radius: dict[str, int] = {}
         self.convention: dict[str, str | None] = {}
         self.merged_adapters: list[str] = []
-        self.merged_noise_level: float | None = None
+        self.merged_signals: NoiseSignals | None = None
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._handles: list[Any] = []
@@ -84,10 +85,10 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     def _serving(self) -> list[str]:
         """The adapters that take part in a forward now."""
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return []
         names = active_adapter_names(self.channel) or self.active_adapters
-        return [name for name in dict.fromkeys(names) if name in self.cores]
+        return [name for name in dict.fromkeys(names) if name in self.cores and name not in self.merged_adapters]
 
     def _cores_of(self, names: list[str]) -> list[Any]:
         return [core for name in names for core in self.cores[name].values()]  # type: ignore[operator]
@@ -176,14 +177,16 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable(recursive=True)
     def _before_forward(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        self.channel.begin()  # first of all: `_after_forward` also runs if what follows raises
-        self.channel.fill(self._frame_for(root, args, kwargs))
+        self.channel.begin(self._frame_for(root, args, kwargs))
 
+    @torch.compiler.disable(recursive=True)
     def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
         self.channel.end()
 
     def _frame_for(self, root: nn.Module, args: Any, kwargs: Any) -> Frame:
-        if self.merged and not self.disable_adapters:
+        if self.merged and self.disable_adapters:
+            unmerge_all(root)  # every layer of it, and not only those that this forward reaches
+        elif self.merged:
             self._check_merged_level()
         names = self._serving()
         if not names:
@@ -193,15 +196,15 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         return self(self._signals_for(root, names, args, kwargs), names)
 
     def _check_merged_level(self) -> None:
-        signals = active_signals(self.channel)
-        merged_level = self.merged_noise_level
-        if signals is None or merged_level is None:
+        signals, merged = active_signals(self.channel), self.merged_signals
+        if signals is None or merged is None:
             return
-        if not torch.equal(signals.noise_level, torch.full_like(signals.noise_level, merged_level)):
-            raise ValueError(
-                f"The adapter is merged at noise_level {merged_level:.6g}, but this forward asks for "
-                f"{signals.noise_level.tolist()}: call unmerge_adapter() first."
-            )
+        for name, given, fixed in zip(NoiseSignals._fields, signals, merged, strict=True):
+            if given is not None and fixed is not None and not bool((given == fixed.to(given.device)).all()):
+                raise ValueError(
+                    f"The adapter is merged at {name} {fixed.item():.6g}, but this forward asks for "
+                    f"{given.tolist()}: call unmerge_adapter() first."
+                )
 
     # ------------------------------------------------------------------ BaseTunerLayer
 
@@ -211,7 +214,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()
-        self.merged_noise_level = None
+        self.merged_signals = None
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """The scale s belongs to the layers; C has none."""
@@ -233,6 +236,13 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     @property
     def bias(self) -> Tensor:
         raise AttributeError("A holder of cores wraps no layer, so it has no bias.")
+
+
+def unmerge_all(root: nn.Module) -> None:
+    """Take every merged adapter out of the base weights of the layers below `root`."""
+    for module in root.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            module.unmerge()
 
 
 def _check_convention(source: NoiseSource | None, adapter_name: str, convention: str | None) -> None:
