@@ -28,8 +28,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from nara_diffusion.channel import CheckpointWithCore
 from nara_diffusion.noise import find_holders
+from nara_diffusion.recompute import CheckpointWithCore
 
 # Configuration fields of transformers under which a model changes its logits after the head.
 _LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier_scale")

@@ -75,7 +75,8 @@ class InputIdsNoise:
                 "λ can't be read from input_ids that continue a cache, since they are a part of the sequence only: "
                 "use noise_level(model, masked share of the whole answer)"
             )
-        answer = self._answer(input_ids, kwargs.get("attention_mask"))  # (B, l)
+        attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        answer = self._answer(input_ids, attention_mask)  # (B, l)
         masked = answer & (input_ids == self.mask_token_id)
         radius = mask_density_radius(module)
         density = None if radius is None else mask_density(masked, answer, radius)
@@ -109,8 +110,8 @@ class InputIdsNoise:
             if self.repeated == "tiled":
                 return lengths.repeat(rows // known)
         raise ValueError(
-            f"λ can't be read: {name} has {known} values and this forward {rows} rows. Say how the sampler repeats rows, "
-            "repeated='tiled' (all, then all again, as in classifier-free guidance) or 'interleaved' (each several "
+            f"λ can't be read: {name} has {known} values and this forward {rows} rows. Say how the sampler repeats "
+            "rows, repeated='tiled' (all, then all again, as in classifier-free guidance) or 'interleaved' (each several "
             "times), or give one value a row"
         )
 

@@ -27,7 +27,7 @@ def reference_generate(
 
     Args:
         logits_of: (tokens, λ) → (len(tokens), v) float64.
-        uniform: ("gumbel" or "random", forward's number) → the uniform numbers of one step for this row, (block, v) or (block,).
+        uniform: ("gumbel" or "random", forward's number) → this row's uniform numbers, (block, v) or (block,).
     """
     answer = [mask] * gen_length
     levels: list[float] = []
