@@ -37,7 +37,15 @@ def option(default: Any, help: str, *, unit: str = "", choices: Sequence[str] = 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse_arguments(cls: type[Arguments], argv: Sequence[str] | None = None, description: str = "") -> Arguments:
+def redefault(cls: type, name: str, default: Any) -> Any:
+    """The argument `name` of the dataclass `cls` with another default, for a class that inherits from it."""
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    return option(default, **field.metadata)
+
+
+def parse_arguments(
+    cls: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None
+) -> Arguments:
     """The command line, and the file that `--config` names, as an instance of `cls`; exits with usage on an error."""
     parser = build_parser(cls, description)
     flags = vars(parser.parse_args(argv))
@@ -49,8 +57,8 @@ def parse_arguments(cls: type[Arguments], argv: Sequence[str] | None = None, des
         parser.error(str(error))
 
 
-def build_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
-    """The parser of `cls`: a group of flags for each class that declares some, titled by its docstring's first line."""
+def build_parser(cls: type, description: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `cls`: a group of flags for each class that introduces some, titled by its docstring's start"""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE …]",
         description=description,
@@ -63,8 +71,9 @@ def build_parser(cls: type, description: str = "") -> argparse.ArgumentParser:
     )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    owners = {name: owner for owner in cls.__mro__ for name in vars(owner).get("__annotations__", {})}
     for owner in cls.__mro__:
-        own = [name for name in vars(owner).get("__annotations__", {}) if name in fields]
+        own = [name for name in fields if owners[name] is owner]
         if own:
             group = parser.add_argument_group((owner.__doc__ or owner.__name__).strip().splitlines()[0])
             for name in own:

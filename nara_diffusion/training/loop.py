@@ -28,9 +28,12 @@ logger = logging.getLogger(__name__)
 class StepLoss(Protocol):
     """What a loss function returns: the scalar to differentiate, and the losses (b,) and λ (b,) of its samples."""
 
-    loss: Tensor
-    per_sample: Tensor
-    noise_level: Tensor
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def per_sample(self) -> Tensor: ...
+    @property
+    def noise_level(self) -> Tensor: ...
 
 
 class TrainingDiverged(ArithmeticError):

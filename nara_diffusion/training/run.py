@@ -51,9 +51,28 @@ class Run:
     log: MetricLog = dataclasses.field(init=False)
 
     @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.accelerator.is_main_process
+
+    @property
+    def hardware(self) -> str:
+        """What the run runs on, in words."""
+        if self.accelerator.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.accelerator.device)
+        else:
+            device = f"{self.accelerator.device.type}, {torch.get_num_threads()} threads"
+        return f"{self.accelerator.num_processes} x {device}"
+
+    @property
     def global_batch(self) -> int:
         """Samples of one optimizer step, over all processes and accumulated forwards."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def batches(self, total_steps: int) -> dict[str, int]:
+        """What `stream_loader` needs to know: the batch of one forward, and the positions that are left to train on."""
+        first, stop = self.step * self.global_batch, total_steps * self.global_batch
+        return {"batch_size": self.args.train_batch_size, "first": first, "stop": stop}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,7 +80,10 @@ class Run:
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
 
     def open(self) -> None:
-        """Makes the output folder and saves the configuration in it; called when data and model have proved usable."""
+        """Makes the output folder, saves the configuration in it, restores a checkpoint's optimizer and random states.
+
+        Called when data and model have proved usable, and `accelerator.prepare` has seen what is to be restored.
+        """
         folder = [Path()]
         if self.accelerator.is_main_process:
             folder = [create_output_dir(_output_dir(self), self.name)]
@@ -75,6 +97,8 @@ class Run:
             self.accelerator.init_trackers(self.name, config=flat)
         if self.args.push_to_hub and self.accelerator.is_main_process:
             create_hub_repo(self.args.hub_model_id, self.folder)
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
         logger.info("writing to %s", self.folder)
 
 

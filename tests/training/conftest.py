@@ -85,14 +85,10 @@ def small_run(tiny_llama) -> Callable[..., SmallRun]:
         loader = stream_loader(
             ShuffledStream(samples, args.seed),
             lambda batch: (torch.stack([s["ids"] for s in batch]), torch.tensor([s["position"] for s in batch])),
-            batch_size=args.train_batch_size,
-            first=run.step * run.global_batch,
-            stop=args.max_train_steps * run.global_batch,
+            **run.batches(args.max_train_steps),
         )
         model, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
         run.open()
-        if run.checkpoint:
-            run.accelerator.load_state(str(run.checkpoint))
         losses = []
 
         def compute_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> Any:

@@ -1,0 +1,221 @@
+"""Fine-tunes a masked-diffusion language model (LLaDA, Dream, …) with NaRA, and measures what that brought.
+
+The shipped model and task, offline, on CPU, in minutes:
+    accelerate launch train_scripts/dllm.py
+LLaDA-8B on one GPU; then on all of them, with gradient_accumulation_steps divided by their number:
+    accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
+    accelerate launch --multi_gpu train_scripts/dllm.py --config … --gradient_accumulation_steps 4
+
+Written to the output folder: adapter_config.json and adapter_model.safetensors, README.md (the model card),
+config.yaml, results.json, metrics.jsonl, noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
+"""
+
+# ruff: noqa: RUF009 (option() and redefault() are dataclasses.field() with metadata, not shared defaults)
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm.data import end_token_id
+from nara_diffusion.dllm.measurement import compare, measure, validation_losses
+from nara_diffusion.dllm.records import FieldNames, normalized, records_from_file
+from nara_diffusion.dllm.run_report import results_table, write_run_report
+from nara_diffusion.training.adapter import adapter_config, add_adapter
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments, check_arguments
+from nara_diffusion.training.checkpoints import load_adapter_weights, save_adapter
+from nara_diffusion.training.cli import option, parse_arguments, redefault
+from nara_diffusion.training.hub import push_to_hub
+from nara_diffusion.training.loop import train
+from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.output import write_json
+from nara_diffusion.training.run import start_run
+from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
+
+ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
+SHIPPED_TASK = ASSETS / "two-step"
+SAMPLING = (
+    "gen_length",
+    "block_length",
+    "temperature",
+    "cfg_scale",
+    "remasking",
+    "extract",
+)  # as `exact_match` takes them
+
+
+@dataclass
+class ModelArguments:
+    """Model and data"""
+
+    pretrained_model_name_or_path: str = option(str(ASSETS / "llada-tiny"), "Folder or Hub id of the model to adapt.")
+    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
+    mask_token: str | None = option(None, "Text of the mask token, where the checkpoint doesn't name it.")
+    dataset_name: str | None = option(
+        None, "Data set on the Hub, or a folder that `datasets` reads, in place of files."
+    )
+    dataset_config_name: str | None = option(None, "Configuration of that data set.")
+    train_file: str | None = option(None, "JSON list or JSON Lines to learn from; without any data, the shipped task.")
+    validation_file: str | None = option(None, "Records for the validation loss; none holds out --validation_samples.")
+    test_file: str | None = option(None, "Records for exact match, before and after; none takes the validation ones.")
+    validation_samples: int = option(128, "Records held out of the training data, if there is no file.", unit="records")
+    test_samples: int | None = option(None, "Use the first so many test records; none uses all.", unit="records")
+    instruction_field: str = option("instruction", "Field of a record with the question.")
+    input_field: str = option("input", "Field with the question's second part; records may lack it.")
+    output_field: str = option("output", "Field with what the model learns to write.")
+    answer_field: str = option("answer", "Field with what a generation is compared with.")
+    max_length: int = option(512, "Length of prompt and answer together; longer answers are cut.", unit="tokens")
+
+
+@dataclass
+class ObjectiveArguments:
+    """Objective and evaluation"""
+
+    trained_padding: str = option(
+        "3",
+        "End tokens after an answer that are trained on: a number, longest (of the batch), or max_length.",
+        unit="tokens",
+    )
+    complementary: bool = option(False, "Train on each sample twice, with complementary masks.")
+    eval_batch_size: int = option(64, "Samples of one forward in evaluation.", unit="samples")
+    gen_length: int = option(12, "Length of a generated answer.", unit="tokens")
+    generation_steps: int | None = option(None, "Denoising steps of an answer; none takes one a token.", unit="steps")
+    block_length: int | None = option(
+        None, "Block that is finished before the next is begun; none is one.", unit="tokens"
+    )
+    temperature: float = option(0.0, "Of sampling; 0 takes the likeliest token.")
+    cfg_scale: float = option(0.0, "Classifier-free guidance; 0 disables it.")
+    remasking: str = option("low_confidence", "Which tokens stay masked.", choices=("low_confidence", "random"))
+    extract: str = option(
+        "text", "What is compared: text, the last number, choice.", choices=("text", "number", "choice")
+    )
+    curve_points: int = option(10, "Noise levels at which the picture shows the loss.", unit="points")
+
+
+@dataclass
+class Arguments(ModelArguments, AdapterArguments, OptimizationArguments, ObjectiveArguments, RunArguments):
+    """Values that suit the shipped run"""
+
+    target_modules: list[str] = redefault(AdapterArguments, "target_modules", ["all-linear"])
+    max_train_steps: int | None = redefault(OptimizationArguments, "max_train_steps", 400)
+    learning_rate: float = redefault(OptimizationArguments, "learning_rate", 1e-2)
+    core_learning_rate: float | None = redefault(OptimizationArguments, "core_learning_rate", 1e-3)
+    lr_scheduler: str = redefault(OptimizationArguments, "lr_scheduler", "cosine")
+
+    def __post_init__(self) -> None:
+        check_arguments(self)
+        if self.train_file is None and self.dataset_name is None:
+            self.train_file = str(SHIPPED_TASK / "train.jsonl")
+            self.validation_file = self.validation_file or str(SHIPPED_TASK / "validation.jsonl")
+            self.test_file = self.test_file or str(SHIPPED_TASK / "test.jsonl")
+        elif self.train_file is not None and self.dataset_name is not None:
+            raise ValueError("dataset_name and train_file are two sources of training data: give one.")
+        if self.trained_padding not in ("longest", "max_length") and not self.trained_padding.isdecimal():
+            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected a number, longest or max_length.")
+
+
+def main(args: Arguments) -> dict[str, Any]:
+    """Trains, measures before and after, saves; returns what results.json holds."""
+    started = time.perf_counter()
+
+    # Setup
+    run = start_run(args, "dllm")
+    config = adapter_config(args, noise_convention="masked_share")
+
+    # Data
+    records = load_records(args)
+
+    # Model
+    options = {
+        "mask_token": args.mask_token,
+        "dtype": run.dtype,
+        **({"revision": args.revision} if args.revision else {}),
+    }
+    backbone, tokenizer = load_backbone(args.pretrained_model_name_or_path, **options)
+    train_rows, validation_rows, test_rows = (
+        encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main).rows for part in records
+    )
+    padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
+    collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length)
+    if args.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = add_adapter(backbone, config)
+    if run.checkpoint is not None:
+        load_adapter_weights(model, run.checkpoint)
+
+    # Train
+    steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
+    optimizer = build_optimizer(model, args)
+    scheduler = build_scheduler(optimizer, args, steps)
+    stream = ShuffledStream(train_rows, args.seed)
+    loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)
+    model, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
+    run.open()
+    adapted = run.accelerator.unwrap_model(model)
+    draws = {"seed": args.seed, "group_size": run.global_batch, "complementary": args.complementary}
+    held_out = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
+    train(
+        run,
+        model,
+        optimizer,
+        scheduler,
+        loader,
+        steps,
+        compute_loss=lambda batch: masked_diffusion_loss(model, **batch, **draws),
+        validate=lambda: validation_losses(run.accelerator, adapted, validation_rows, **held_out),
+    )
+
+    # Save
+    save_adapter(run.accelerator, model, run.folder)
+    sampling = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
+    parts = (run.accelerator, adapted, tokenizer, validation_rows, test_rows)
+    with adapted.disable_adapter():
+        before = measure(*parts, **held_out, curve_points=args.curve_points, **sampling)
+    after = measure(*parts, **held_out, curve_points=args.curve_points, **sampling)
+    results = {"seconds": round(time.perf_counter() - started, 1), "n": len(test_rows), **compare(before, after)}
+    if run.is_main:
+        facts = {
+            "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
+            "trainable parameters": f"{sum(p.numel() for p in adapted.parameters() if p.requires_grad):,}",
+            "time": f"{results['seconds']:.0f} s in all, {run.hardware}",
+        }
+        write_run_report(run.folder, asdict(args), facts, before, after)
+        write_json(run.folder / "results.json", results)
+        print(f"\n{results_table(before, after)}\n\n{results['seconds']:.0f} s; everything is in {run.folder}")
+        if args.push_to_hub:
+            print(f"pushed to https://huggingface.co/{push_to_hub(args.hub_model_id, run.folder)}")
+    run.accelerator.end_training()
+    return results
+
+
+def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
+    """(training, validation, test) records, from files or the Hub."""
+    fields = FieldNames(args.instruction_field, args.input_field, args.output_field, args.answer_field)
+    if args.dataset_name is not None:
+        data = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
+        records = normalized(data, fields, source=args.dataset_name)
+    else:
+        records = records_from_file(str(args.train_file), fields)
+    if args.validation_file is not None:
+        validation = records_from_file(args.validation_file, fields)
+    elif len(records) > args.validation_samples:
+        parts = records.train_test_split(test_size=args.validation_samples, seed=args.seed)
+        records, validation = parts["train"], parts["test"]
+    else:
+        raise ValueError(
+            f"{len(records)} training records can't spare {args.validation_samples} for validation: lower "
+            "validation_samples, or give a validation_file."
+        )
+    test = validation if args.test_file is None else records_from_file(args.test_file, fields)
+    return records, validation, test.select(range(min(len(test), args.test_samples or len(test))))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main(parse_arguments(Arguments, description=__doc__))
