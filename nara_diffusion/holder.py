@@ -93,9 +93,13 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     def _cores_of(self, names: list[str]) -> list[Any]:
         return [core for name in names for core in self.cores[name].values()]  # type: ignore[operator]
 
+    def depend_on_noise(self, names: list[str]) -> bool:
+        """Whether a core of the named adapters needs λ."""
+        return any(core.needs_noise for core in self._cores_of(names))
+
     @property
     def needs_noise(self) -> bool:
-        return any(core.needs_noise for core in self._cores_of(self._serving()))
+        return self.depend_on_noise(self._serving())
 
     @property
     def density_radii(self) -> set[int]:
@@ -134,7 +138,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     def check_signals(self, signals: NoiseSignals | None, names: list[str], remedy: str) -> NoiseSignals | None:
         """`signals`, if they are all that the cores of the named adapters need."""
         cores = self._cores_of(names)
-        if signals is None and any(core.needs_noise for core in cores):
+        if signals is None and self.depend_on_noise(names):
             raise ValueError(f"λ is not known, but adapter(s) {', '.join(map(repr, names))} depend on it: {remedy}")
         if any(core.needs_density for core in cores) and (signals is None or signals.mask_density is None):
             raise ValueError(
@@ -145,8 +149,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     def _signals_for(self, root: nn.Module, names: list[str], args: Any, kwargs: Any) -> NoiseSignals | None:
         signals = active_signals(self.channel)
-        needs_noise = any(core.needs_noise for core in self._cores_of(names))
-        if signals is None and needs_noise and self.source is not None:
+        if signals is None and self.depend_on_noise(names) and self.source is not None:
             signals = self.source(root, args, kwargs)
         return self.check_signals(
             signals,

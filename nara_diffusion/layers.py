@@ -81,6 +81,11 @@ class NaraVariant(LoraVariant):
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at the C of the frame, which has to hold a single matrix."""
+        if module.lora_bias[active_adapter] and module.get_base_layer().bias is None:
+            raise ValueError(
+                f"lora_bias=True on layer '{self.layer_name}', which has no bias of its own: there is nothing to merge "
+                "the bias into."
+            )
         core = self.batch_core(module.r[active_adapter], batch=1)
         factor = self.merge_factor(module, active_adapter, core)
         module._cache_store(f"{active_adapter}-nara", (core, factor))

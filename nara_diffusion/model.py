@@ -8,8 +8,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import _filter_state_dict_by_key_prefixes, _get_tuner_state_dict_key_prefixes
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import (
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
@@ -17,12 +20,13 @@ from .checkpoint import check_adapter_tensors
 from .config import NaraConfig
 from .holder import HOLDER_NAME, CoreHolder
 from .layers import make_variant
-from .noise import NoiseSignals, active_signals, as_signal, core_holders, mixed_adapters
+from .merging import MergesAtOneLevel
+from .noise import as_signal, core_holders, mixed_adapters
 
 _PEFT_PREFIX = "base_model.model."
 
 
-class NaraModel(LoraModel):
+class NaraModel(MergesAtOneLevel):
     """A model adapted with NaRA: LoRA layers whose update is s · B · C(λ) · A (arXiv 2605.29716, section 4).
 
     Args and attributes are those of `peft.LoraModel`; the config is a `NaraConfig`. λ comes from
@@ -84,60 +88,7 @@ class NaraModel(LoraModel):
             variant = make_variant(layer, lora_config.use_dora, injecting.holder.channel, key, current_key)
             layer.lora_variant[adapter_name] = variant
 
-    # ------------------------------------------------------------------ merging at one λ
-
-    def merge_adapter(
-        self,
-        adapter_names: list[str] | None = None,
-        safe_merge: bool = False,
-        noise_level: float | None = None,
-    ) -> None:
-        """Merge the update of one λ into the base weights, until `unmerge_adapter`.
-
-        Args:
-            adapter_names, safe_merge: as in PEFT.
-            noise_level: λ in [0, 1]. None takes that of the active `noise_level(…)` context.
-
-        Raises:
-            ValueError: an adapter depends on λ and none is known, or it differs between samples.
-        """
-        with self._fixed_core(adapter_names, noise_level):
-            super().merge_adapter(adapter_names, safe_merge)
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        noise_level: float | None = None,
-    ) -> nn.Module:
-        """The base model with the update of one λ in its weights; see `merge_adapter` for arguments and errors."""
-        with self._fixed_core(adapter_names, noise_level):
-            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    @contextmanager
-    def _fixed_core(self, adapter_names: list[str] | None, level: float | None) -> Iterator[None]:
-        (holder,) = core_holders(self.model)
-        names = [name for name in adapter_names or self.active_adapters if name in holder.cores]
-        signals = active_signals(holder.channel) if level is None else NoiseSignals(as_signal(level))
-        holder.check_signals(
-            signals,
-            names,
-            "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
-            "`with noise_level(model, value):`.",
-        )
-        fixed = None
-        if signals is not None:
-            signals = _single(signals)
-            fixed = signals.noise_level.item()
-        if holder.merged and holder.merged_noise_level != fixed:
-            raise ValueError(
-                f"Adapters are merged at noise_level {holder.merged_noise_level}, not {fixed}: "
-                "call unmerge_adapter() first."
-            )
-        with torch.no_grad(), holder.channel.using(holder(signals, names)):
-            yield
-        holder.merged_noise_level = fixed
+    # ------------------------------------------------------------------ unloading
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -275,18 +226,6 @@ class _Injection:
             layer.delete_adapter(adapter_name)
             if not layer.r:
                 setattr(parent, name, layer.base_layer)
-
-
-def _single(signals: NoiseSignals) -> NoiseSignals:
-    """The signals of a batch whose samples agree, as those of one sample."""
-
-    def one(signal: Tensor) -> Tensor:
-        if signal.unique().numel() > 1:
-            raise ValueError(f"noise_level is {signal.tolist()}: merging needs a single value.")
-        return signal[:1]
-
-    level, density = signals
-    return NoiseSignals(one(level), None if density is None else one(density))
 
 
 def _group(sharing: str, module_name: str) -> str:

@@ -1,0 +1,375 @@
+"""Merging an update that depends on λ: at one λ, all or nothing, and undone exactly; without a λ it is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from nara_diffusion import noise_level, set_noise_source
+from nara_diffusion.noise import NoiseSignals, is_noise_aware
+from tests.adapted import OneLayer, TwoLayers, adapted, default_core, disturb, nara_config, relative_error
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Already following adapters were merged"
+)  # PEFT tells of each further one
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(7, 5), torch.randn(3, 4, 7)),
+    "transformers Conv1D": (lambda: Conv1D(5, 7), torch.randn(3, 4, 7)),
+    "conv2d": (lambda: nn.Conv2d(7, 5, 3), torch.randn(3, 7, 6, 5)),
+    "conv1d": (lambda: nn.Conv1d(7, 5, 3), torch.randn(3, 7, 6)),
+    "embedding": (lambda: nn.Embedding(13, 5), torch.randint(13, (3, 4))),
+}
+LAYERS_WITH_DORA = [
+    pytest.param(make, x, dora, id=f"{name}{'-DoRA' * dora}")
+    for name, (make, x) in LAYERS.items()
+    for dora in (False, True)
+    if not (dora and name == "embedding")
+]
+
+
+def tensors_of_base(model: Any) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n and "nara_core" not in n}
+
+
+def unmerged_output(model: Any, x: torch.Tensor, level: float) -> torch.Tensor:
+    with noise_level(model, level), torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True], ids=["", "safe"])
+@pytest.mark.parametrize("by_argument", [False, True], ids=["context", "argument"])
+@pytest.mark.parametrize(("make", "x", "dora"), LAYERS_WITH_DORA)
+def test_merging_equals_the_forward_at_that_level_and_is_undone(make, x, dora, by_argument, safe_merge):
+    fan_in_fan_out = isinstance(make(), Conv1D)
+    model = adapted(OneLayer(make()), target_modules=["layer"], use_dora=dora, fan_in_fan_out=fan_in_fan_out)
+    before, expected = tensors_of_base(model), unmerged_output(model, x, 0.35)
+    if by_argument:
+        model.merge_adapter(noise_level=0.35, safe_merge=safe_merge)
+    else:
+        with noise_level(model, 0.35):
+            model.merge_adapter(safe_merge=safe_merge)
+    assert not is_noise_aware(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)  # no λ is needed any more
+    torch.testing.assert_close(unmerged_output(model, x, 0.35), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    for name, tensor in tensors_of_base(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    other = unmerged_output(model, x, 0.8)
+    assert (other - expected).abs().max() > 1e-2
+    torch.testing.assert_close(unmerged_output(model, x, 0.35), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_merged_weight_is_that_of_the_formula():
+    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"])
+    layer = model.base_model.model.layer
+    A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    C = default_core(model, torch.tensor([0.35]))[0]
+    expected = layer.get_base_layer().weight.double() + 6 / 4 * B @ C @ A
+    merged = model.merge_and_unload(noise_level=0.35)
+    assert relative_error(merged.layer.weight, expected) < 1e-6
+
+
+@pytest.mark.parametrize("safe_merge", [False, True], ids=["", "safe"])
+@pytest.mark.parametrize(("make", "x", "dora"), LAYERS_WITH_DORA)
+def test_merge_and_unload_leaves_a_plain_model_of_that_level(make, x, dora, safe_merge):
+    fan_in_fan_out = isinstance(make(), Conv1D)
+    base = OneLayer(make())
+    names = set(base.state_dict())
+    model = adapted(base, target_modules=["layer"], use_dora=dora, fan_in_fan_out=fan_in_fan_out)
+    expected = unmerged_output(model, x, 0.35)
+    merged = model.merge_and_unload(noise_level=0.35, safe_merge=safe_merge)
+    assert merged is base
+    assert set(merged.state_dict()) == names
+    assert not hasattr(merged, "nara_core")
+    assert not merged._forward_pre_hooks
+    assert not merged._forward_hooks
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="holds no NaRA adapter"), noise_level(merged, 0.3):
+        pass
+
+
+def test_merging_lora_bias():
+    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], lora_bias=True)
+    x = torch.randn(3, 7)
+    expected = unmerged_output(model, x, 0.35)
+    model.merge_adapter(noise_level=0.35)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_without_a_level_merging_raises_and_says_what_to_do(merge):
+    model = adapted(TwoLayers(), target_modules=["first", "second"])
+    before = tensors_of_base(model)
+    with pytest.raises(
+        ValueError, match=r"only be merged at one λ\. Pass noise_level=.*with noise_level\(model, value\)"
+    ):
+        getattr(model, merge)()
+    with pytest.raises(ValueError, match="merging needs a single value"), noise_level(model, torch.tensor([0.1, 0.2])):
+        getattr(model, merge)()
+    with pytest.raises(ValueError, match="has to lie in"):
+        getattr(model, merge)(noise_level=1.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of_base(model).items())
+    assert is_noise_aware(model)
+
+
+def test_a_level_repeated_for_each_sample_is_a_single_level():
+    model = adapted(TwoLayers(), target_modules=["first", "second"])
+    x = torch.randn(3, 7)
+    expected = unmerged_output(model, x, 0.35)
+    with noise_level(model, torch.full((3,), 0.35)):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_source_does_not_stand_in_for_the_level_of_a_merge():
+    model = adapted(TwoLayers(), target_modules=["first"])
+
+    def source(module: nn.Module, args: Any, kwargs: Any) -> NoiseSignals:
+        return NoiseSignals(torch.tensor([0.5]))
+
+    source.convention = "any"
+    set_noise_source(model, source)
+    with pytest.raises(ValueError, match="only be merged at one λ"):
+        model.merge_adapter()
+
+
+def test_a_forward_at_another_level_while_merged_raises():
+    model = adapted(TwoLayers(), target_modules=["first", "second"])
+    x = torch.randn(2, 7)
+    model.merge_adapter(noise_level=0.35)
+    for other in (0.36, torch.tensor([0.35, 0.4])):
+        with (
+            noise_level(model, other),
+            pytest.raises(ValueError, match=r"merged at noise_level 0\.35.*unmerge_adapter"),
+        ):
+            model(x)
+    with pytest.raises(ValueError, match=r"merged at noise_level 0\.35, not 0\.5"):
+        model.merge_adapter(noise_level=0.5)
+    model.unmerge_adapter()
+    model.merge_adapter(noise_level=0.5)
+    model.unmerge_adapter()
+    with noise_level(model, 0.36):
+        model(x)
+
+
+def test_a_merge_reads_the_mask_density_from_the_context():
+    model = adapted(TwoLayers(), target_modules=["first"], core_input="both")
+    x = torch.randn(2, 7)
+    with noise_level(model, 0.35, mask_density=0.6):
+        expected = model(x)
+    with pytest.raises(ValueError, match="mask density is not known"):
+        model.merge_adapter(noise_level=0.35)
+    with noise_level(model, 0.35, mask_density=0.6):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("core_type", ["constant", "identity"])
+def test_a_core_without_noise_input_merges_without_a_level(core_type):
+    model = adapted(TwoLayers(), target_modules=["first", "second"], core_type=core_type)
+    x = torch.randn(2, 7)
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    with noise_level(model, 0.9):
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- several adapters
+
+
+def three_adapters(use_dora: bool = False) -> Any:
+    """ "default" and "other" depend on λ, "plain" is a LoRA; the second has another rank, η and set of layers."""
+    model = adapted(TwoLayers(), target_modules=["first", "second"], use_dora=use_dora)
+    model.add_adapter("other", nara_config(r=2, core_scale=0.3, target_modules=["first"], use_dora=use_dora))
+    model.add_adapter("plain", nara_config(r=3, target_modules=["second"], core_type="identity"))
+    disturb(model, seed=4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+@pytest.mark.parametrize("names", [["default", "other"], ["other", "plain"], ["default", "other", "plain"]])
+def test_active_adapters_merge_together(names, use_dora):
+    model = three_adapters()
+    model.base_model.set_adapter(names)
+    x = torch.randn(3, 7)
+    expected = unmerged_output(model, x, 0.35)
+    before = tensors_of_base(model)
+    model.merge_adapter(noise_level=0.35)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    for name, tensor in tensors_of_base(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["default", "plain", "other"])
+def test_adapters_merge_one_after_the_other(first):
+    model = three_adapters()
+    names = ["default", "other", "plain"]
+    model.base_model.set_adapter(names)
+    x = torch.randn(3, 7)
+    expected = unmerged_output(model, x, 0.35)
+    names.remove(first)
+    model.merge_adapter([first], noise_level=None if first == "plain" else 0.35)
+    for name in names:
+        model.merge_adapter([name], noise_level=None if name == "plain" else 0.35)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    with noise_level(model, 0.5), pytest.raises(ValueError, match=r"merged at noise_level 0\.35"):
+        model(x)
+
+
+def test_dora_adapters_that_merge_one_after_the_other_see_the_unmerged_weight():
+    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"])
+    model.add_adapter("dora", nara_config(target_modules=["layer"], use_dora=True))
+    disturb(model, seed=4)
+    model.base_model.set_adapter(["default", "dora"])
+    x = torch.randn(3, 7)
+    expected = unmerged_output(model, x, 0.35)
+    before = tensors_of_base(model)
+    model.merge_adapter(["default"], noise_level=0.35)
+    model.merge_adapter(["dora"], noise_level=0.35)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    for name, tensor in tensors_of_base(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_while_one_is_merged_layers_that_it_does_not_adapt_still_serve_the_others():
+    model = adapted(TwoLayers(), target_modules=["first"])
+    model.add_adapter("other", nara_config(target_modules=["second"]))
+    disturb(model, seed=4)
+    model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(3, 7)
+    expected = unmerged_output(model, x, 0.35)
+    model.merge_adapter(["default"], noise_level=0.35)
+    torch.testing.assert_close(unmerged_output(model, x, 0.35), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="λ is not known, but adapter"):
+        model(x)
+
+
+def test_merging_only_one_of_two_leaves_the_other_out():
+    model = three_adapters()
+    x = torch.randn(3, 7)
+    model.set_adapter("other")
+    expected = unmerged_output(model, x, 0.35)
+    model.base_model.set_adapter(["default", "other"])
+    merged = model.merge_and_unload(adapter_names=["other"], noise_level=0.35)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- while merged
+
+
+def test_disabling_while_merged_gives_the_base_model_and_enabling_the_adapter():
+    base = TwoLayers()
+    x = torch.randn(3, 7)
+    plain = base(x)
+    model = adapted(base, target_modules=["first", "second"])
+    expected = unmerged_output(model, x, 0.35)
+    model.merge_adapter(noise_level=0.35)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), plain, rtol=1e-5, atol=1e-5)
+    # PEFT takes the merge back as soon as a disabled layer runs: the model depends on λ again
+    torch.testing.assert_close(unmerged_output(model, x, 0.35), expected, rtol=1e-5, atol=1e-5)
+    assert (unmerged_output(model, x, 0.9) - expected).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="λ is not known"):
+        model(x)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+def test_setting_an_adapter_takes_a_merge_back():
+    model = three_adapters()
+    x = torch.randn(3, 7)
+    model.set_adapter("other")
+    expected = unmerged_output(model, x, 0.9)
+    model.set_adapter("default")
+    model.merge_adapter(noise_level=0.35)
+    model.set_adapter("other")
+    torch.testing.assert_close(unmerged_output(model, x, 0.9), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_adapter_cannot_be_deleted():
+    model = adapted(TwoLayers(), target_modules=["first"])
+    model.merge_adapter(noise_level=0.35)
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("default")
+
+
+def test_a_merged_model_saves_the_adapter_that_it_had(tmp_path):
+    model = adapted(TwoLayers(), target_modules=["first"])
+    model.save_pretrained(tmp_path / "before")
+    model.merge_adapter(noise_level=0.35)
+    model.save_pretrained(tmp_path / "after")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("before", "after")]
+    assert files[0] == files[1]
+
+
+def test_a_merged_model_can_be_copied():
+    model = adapted(TwoLayers(), target_modules=["first"])
+    x = torch.randn(3, 7)
+    model.merge_adapter(noise_level=0.35)
+    expected = model(x)
+    twin = copy.deepcopy(model)
+    model.unmerge_adapter()
+    assert torch.equal(twin(x), expected)
+    with noise_level(twin, 0.5), pytest.raises(ValueError, match=r"merged at noise_level 0\.35"):
+        twin(x)
+    twin.unmerge_adapter()
+    torch.testing.assert_close(unmerged_output(twin, x, 0.8), unmerged_output(model, x, 0.8), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- all or nothing
+
+
+class LinearThenGrouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(6, 8, 1)
+        self.second = nn.Conv1d(8, 8, 3, groups=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_that_one_layer_refuses_touches_none(merge):
+    model = adapted(LinearThenGrouped(), target_modules=["first", "second"])
+    x = torch.randn(3, 6, 5)
+    expected, before = unmerged_output(model, x, 0.35), tensors_of_base(model)
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        getattr(model, merge)(noise_level=0.35)
+    for name, tensor in tensors_of_base(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(unmerged_output(model, x, 0.35), expected, rtol=1e-5, atol=1e-5)
+    assert is_noise_aware(model)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_a_bias_without_a_place_to_go_is_refused_before_the_weight_changes():
+    model = adapted(OneLayer(nn.Linear(7, 5, bias=False)), target_modules=["layer"], lora_bias=True)
+    before = tensors_of_base(model)
+    with pytest.raises(ValueError, match="lora_bias=True on layer 'layer', which has no bias"):
+        model.merge_adapter(noise_level=0.35)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of_base(model).items())
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_safe_merge_of_a_broken_adapter_touches_nothing(merge):
+    model = adapted(TwoLayers(), target_modules=["first", "second"])
+    before = tensors_of_base(model)
+    model.base_model.model.second.lora_B["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        getattr(model, merge)(noise_level=0.35, safe_merge=True)
+    for name, tensor in tensors_of_base(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
+    assert is_noise_aware(model)
