@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .channel import CoreChannel, Frame
 from .config import NaraConfig
 from .core import ConstantCore, HypernetworkCore, IdentityCore, make_embedding
-from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals
+from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
 from .recompute import checkpoint_with_core, checkpoint_without_core
 
 HOLDER_NAME = "nara_core"
@@ -77,11 +77,10 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         self.density_radius[adapter_name] = config.mask_density_radius
         self.convention[adapter_name] = config.noise_convention
 
-    def set_source(self, source: NoiseSource | None) -> None:
-        """See `nara_diffusion.set_noise_source`."""
+    def check_source(self, source: NoiseSource | None) -> None:
+        """Raises ValueError if `source` speaks another convention than an adapter."""
         for adapter_name, convention in self.convention.items():
             _check_convention(source, adapter_name, convention)
-        self.source = source
 
     def _serving(self) -> list[str]:
         """The adapters that take part in a forward now."""
@@ -150,7 +149,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     def _signals_for(self, root: nn.Module, names: list[str], args: Any, kwargs: Any) -> NoiseSignals | None:
         signals = active_signals(self.channel)
         if signals is None and self.depend_on_noise(names) and self.source is not None:
-            signals = self.source(root, args, kwargs)
+            signals = as_signals(*self.source(root, args, kwargs))
         return self.check_signals(
             signals,
             names,
@@ -249,11 +248,12 @@ def unmerge_all(root: nn.Module) -> None:
 
 
 def _check_convention(source: NoiseSource | None, adapter_name: str, convention: str | None) -> None:
-    if source is None or convention is None or source.convention == convention:
+    told = getattr(source, "convention", None)
+    if source is None or convention is None or told == convention:
         return
     raise ValueError(
         f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
-        f"{source.convention!r}: use a source of the same convention."
+        f"{told!r}: use a source of the same convention."
     )
 
 

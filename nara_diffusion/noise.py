@@ -6,7 +6,9 @@
 2. a source set once by `set_noise_source(model, source)`, asked at each forward.
 
 λ lives in a `ContextVar`: neither threads nor async tasks see each other's, and a thread started inside the context
-does not inherit it (it raises instead, since it finds none).
+does not inherit it (it raises instead, since it finds none). What does inherit it, such as an async task, loses it
+when the context is left. A generator that yields inside the context lends its λ to its caller until it goes on, as it
+would a `torch.no_grad()`.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .channel import CoreChannel
+from .channel import CoreChannel, backward_pass
 
 
 class NoiseSignals(NamedTuple):
@@ -38,9 +41,19 @@ class NoiseSource(Protocol):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals: ...
 
 
-_NOTHING: Mapping[CoreChannel, Any] = MappingProxyType({})
-_active: ContextVar[Mapping[CoreChannel, NoiseSignals]] = ContextVar("nara_noise_level", default=_NOTHING)
-_adapter_names: ContextVar[Mapping[CoreChannel, list[str]]] = ContextVar("nara_adapter_names", default=_NOTHING)
+@dataclass(eq=False)
+class _Context:
+    """One `with noise_level(…)`. It knows itself whether it is over: a copy of the `ContextVar` may outlive it."""
+
+    channels: frozenset[CoreChannel]
+    signals: NoiseSignals
+    is_open: bool = True
+    backward: int | None = field(default_factory=backward_pass)
+
+
+_NO_NAMES: Mapping[CoreChannel, list[str]] = MappingProxyType({})
+_contexts: ContextVar[tuple[_Context, ...]] = ContextVar("nara_noise_level", default=())
+_adapter_names: ContextVar[Mapping[CoreChannel, list[str]]] = ContextVar("nara_adapter_names", default=_NO_NAMES)
 
 
 def as_signal(value: float | Tensor, name: str = "noise_level") -> Tensor:
@@ -51,7 +64,7 @@ def as_signal(value: float | Tensor, name: str = "noise_level") -> Tensor:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise ValueError(f"{name} is {value!r}: pass a float in [0, 1], or a tensor of shape (batch,).")
-    signal = torch.as_tensor(value).detach()
+    signal = torch.as_tensor(value).detach().clone()  # whoever writes to `value` later does not move λ
     if signal.is_complex() or signal.dtype == torch.bool or signal.dim() > 1 or signal.numel() == 0:
         raise ValueError(
             f"{name} has shape {tuple(signal.shape)} and dtype {signal.dtype}: "
@@ -63,6 +76,23 @@ def as_signal(value: float | Tensor, name: str = "noise_level") -> Tensor:
     return signal
 
 
+def as_signals(noise_level: float | Tensor, mask_density: float | Tensor | None = None) -> NoiseSignals:
+    """Both by `as_signal`, and of one length: a value shared by the batch is repeated beside one a sample.
+
+    Raises:
+        ValueError: see `as_signal`; or two different lengths.
+    """
+    level = as_signal(noise_level)
+    if mask_density is None:
+        return NoiseSignals(level)
+    density = as_signal(mask_density, "mask_density").to(level.device)
+    if len(level) != len(density) and 1 not in (len(level), len(density)):
+        raise ValueError(
+            f"mask_density has {len(density)} values, noise_level {len(level)}: pass one value, or one a sample."
+        )
+    return NoiseSignals(*torch.broadcast_tensors(level, density))
+
+
 @contextmanager
 def noise_level(
     model: nn.Module, value: float | Tensor, *, mask_density: float | Tensor | None = None
@@ -70,7 +100,7 @@ def noise_level(
     """Inside the context, forwards of `model` run at noise level λ = `value`; it beats any source.
 
     Contexts nest, and the previous value comes back on exit, after an exception too. Other threads and async tasks
-    do not see it.
+    do not see it. (`value` is copied.)
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
@@ -80,19 +110,34 @@ def noise_level(
     Raises:
         ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
     """
-    density = None if mask_density is None else as_signal(mask_density, "mask_density")
-    signals = NoiseSignals(as_signal(value), density)
-    channels = [holder.channel for holder in core_holders(model)]
-    token = _active.set({**_active.get(), **dict.fromkeys(channels, signals)})
+    channels = frozenset(holder.channel for holder in core_holders(model))
+    context = _Context(channels, as_signals(value, mask_density))
+    _contexts.set((*_contexts.get(), context))
     try:
         yield
     finally:
-        _active.reset(token)
+        # not `ContextVar.reset`: contexts that generators hold may end in any order, and in other threads and tasks
+        context.is_open = False
+        _contexts.set(tuple(other for other in _contexts.get() if other.is_open))
 
 
 def active_signals(channel: CoreChannel) -> NoiseSignals | None:
-    """What `noise_level(…)` says for the model of `channel` here and now."""
-    return _active.get().get(channel)
+    """What `noise_level(…)` says for the model of `channel` here and now.
+
+    Raises:
+        ValueError: a backward pass that began inside the context recomputes a whole forward, whose λ may have been
+            another.
+    """
+    contexts = [context for context in _contexts.get() if context.is_open and channel in context.channels]
+    if not contexts:
+        return None
+    if contexts[-1].backward not in (None, backward_pass()):
+        raise ValueError(
+            "A backward pass runs the whole adapted model again (a checkpoint function around it?), and the λ that is "
+            "active now may not be that of the first run: enter `with noise_level(model, value):` inside the "
+            "checkpointed function, or use the model's own `gradient_checkpointing_enable()`."
+        )
+    return contexts[-1].signals
 
 
 @contextmanager
@@ -155,5 +200,8 @@ def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
     Raises:
         ValueError: `model` holds no NaRA adapter, or one was trained with another convention of λ.
     """
-    for holder in core_holders(model):
-        holder.set_source(source)
+    holders = core_holders(model)
+    for holder in holders:
+        holder.check_source(source)
+    for holder in holders:
+        holder.source = source
