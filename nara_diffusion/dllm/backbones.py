@@ -90,6 +90,8 @@ def load_backbone(
     mask = resolve_mask_token(name, tokenizer, fields, config.vocab_size, mask_token_id, mask_token)
     if mapping:
         kwargs["key_mapping"] = mapping
+    if model_class in _REMOTE_CLASSES.values():
+        kwargs["trust_remote_code"] = trust_remote_code  # unset, transformers would ask on the terminal
     model, loading = model_class.from_pretrained(
         name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
@@ -116,7 +118,7 @@ def _class_and_config(
     if shifted:
         raise ValueError(f"shift_logits is for Llama and Qwen2 models, and {name} has model_type {family!r}")
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
-        return AutoModelForMaskedLM, AutoConfig.from_pretrained(name, **hub), None
+        return AutoModelForMaskedLM, AutoConfig.from_pretrained(name, trust_remote_code=False, **hub), None
     remote = [key for key in _REMOTE_CLASSES if key in fields.get("auto_map", {})]
     if trust_remote_code and remote:
         return _REMOTE_CLASSES[remote[0]], AutoConfig.from_pretrained(name, trust_remote_code=True, **hub), None

@@ -111,8 +111,8 @@ class InputIdsNoise:
                 return lengths.repeat(rows // known)
         raise ValueError(
             f"λ can't be read: {name} has {known} values and this forward {rows} rows. Say how the sampler repeats "
-            "rows, repeated='tiled' (all, then all again, as in classifier-free guidance) or 'interleaved' (each several "
-            "times), or give one value a row"
+            "rows, repeated='tiled' (all, then all again, as in classifier-free guidance) or 'interleaved' (each "
+            "several times), or give one value a row"
         )
 
 

@@ -75,9 +75,10 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     config.mask_token_id = mask_token_id
     if tokenizer.mask_token_id != mask_token_id:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
-    end: Any = first_token_id(config.eos_token_id)
-    if end is None:
-        end = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
+    # a configuration's default can be an id that this vocabulary doesn't have
+    candidates: list[Any] = [first_token_id(config.eos_token_id), tokenizer.eos_token_id, tokenizer.sep_token_id]
+    end = next((i for i in candidates if i is not None and tokenizer.convert_ids_to_tokens(i) is not None), None)
+    if end is None or end != candidates[0]:
         config.eos_token_id = end
     if tokenizer.eos_token is None and end is not None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
