@@ -82,6 +82,11 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         for adapter_name, convention in self.convention.items():
             _check_convention(source, adapter_name, convention)
 
+    def set_source(self, source: NoiseSource | None) -> None:
+        """See `nara_diffusion.set_noise_source`."""
+        self.check_source(source)
+        self.source = source
+
     def _serving(self) -> list[str]:
         """The adapters that take part in a forward now."""
         if self.disable_adapters:

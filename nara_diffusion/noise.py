@@ -204,4 +204,4 @@ def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
     for holder in holders:
         holder.check_source(source)
     for holder in holders:
-        holder.source = source
+        holder.set_source(source)
