@@ -161,7 +161,8 @@ def save_tokenizer(folder: Path, vocab_size: int, *, mask: bool = True, chat: bo
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     if chat:
         tokenizer.chat_template = (
-            "{% for message in messages %}{{ 'w2 ' + message['content'] + ' w3 ' }}{% endfor %}"
+            "{% for message in messages %}{{ 'w2 ' if message['role'] == 'user' else 'w4 ' }}"
+            "{{ message['content'] + ' w3 ' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'w4 ' }}{% endif %}"
         )
     tokenizer.save_pretrained(folder)
