@@ -32,3 +32,38 @@ def test_first_example_moves_the_points_and_keeps_them_when_saved(tmp_path, caps
     assert "gives the ring again: True" in printed
     assert "gives the same points: True" in printed
     assert (tmp_path / "01_first_nara_adapter.png").stat().st_size > 0
+
+
+def test_generation_example_shows_each_step_and_compares_ways(capsys):
+    found = import_module("02_generate_with_llada").main(n=20)
+    printed = capsys.readouterr().out
+    assert "λ = 1.00   ▒ ▒ ▒ ▒ ▒ ▒ ▒ ▒ ▒ ▒ ▒ ▒" in printed
+    assert "answer     tenalp" in printed
+    forwards = {name: count for name, (_, count) in found.items()}
+    assert forwards["one token a step"] == 12
+    assert forwards["all at once"] == 1
+    assert forwards["every token above 0.9"] < 12
+
+
+def test_loss_over_noise_example_draws_its_picture(tmp_path, capsys):
+    results = import_module("03_loss_over_noise").main(steps=2, n=8, output_dir=tmp_path)
+    assert set(results) == {"before", "after"}
+    assert "right answers: " in capsys.readouterr().out
+    assert (tmp_path / "03_loss_over_noise.png").stat().st_size > 0
+
+
+def test_several_adapters_example_trains_switches_and_merges(capsys):
+    table = import_module("04_several_adapters").main(steps=2, n=4)
+    assert set(table) == {"shift", "upper", "plain", "none"}
+    printed = capsys.readouterr().out
+    assert "merging without a noise level: λ is not known" in printed
+    assert "merged at λ = 0.5" in printed
+
+
+def test_benchmark_loss_variance_compares_the_four_ways(tmp_path):
+    main = import_module("benchmark_loss_variance").main
+    variances = main(questions=2, draws=4, steps=2, output_dir=tmp_path)["variances"]
+    assert len(variances) == 4
+    assert variances["independent"]["gradient_relative"] == 1
+    assert all(found["gradient"] > 0 and found["loss"] > 0 for found in variances.values())
+    assert (tmp_path / "benchmark_loss_variance.json").exists()
