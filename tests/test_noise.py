@@ -509,9 +509,9 @@ def test_a_source_of_another_convention_is_refused() -> None:
     model = make(None)
     set_noise_source(model, Share())
     refused = nara_config(target_modules=TARGETS, noise_convention="masked_share")
-    with pytest.raises(ValueError, match=message.format("second", "'positive_share'")):
-        model.add_adapter("second", refused)
-    assert "second" not in model.base_model.model.first.lora_A
+    with pytest.raises(ValueError, match=message.format("other", "'positive_share'")):
+        model.add_adapter("other", refused)
+    assert "other" not in model.base_model.model.first.lora_A
     x = torch.randn(3, 7)
     disturb(model)
     assert relative_error(run(model, x), expect(model, x, (x > 0).float().mean(1))) < 2e-6
