@@ -46,6 +46,19 @@ def check_adapter_tensors(
             )
 
 
+def refuse_name_in_key(key: str, adapter_names: Iterable[str]) -> None:
+    """PEFT saves an adapter without those of its tensors whose key holds another adapter's name as one of its parts.
+
+    Raises:
+        ValueError: one of `adapter_names` is such a part of `key`.
+    """
+    for name in set(adapter_names).intersection(key.split(".")):
+        raise ValueError(
+            f"adapter '{name}' is named like a part of '{key}': beside another adapter it would make PEFT leave "
+            "tensors out when saving. Choose another name."
+        )
+
+
 def _some(keys: list[str]) -> str:
     shown = ", ".join(f"'{key}'" for key in keys[:3])
     return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more tensors"

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
-from .checkpoint import check_adapter_tensors
+from .checkpoint import check_adapter_tensors, refuse_name_in_key
 from .config import NaraConfig
-from .holder import HOLDER_NAME, CoreHolder
+from .holder import HOLDER_NAME, CoreHolder, build_core
 from .layers import make_variant
 from .merging import MergesAtOneLevel
 from .noise import as_signal, core_holders, mixed_adapters
@@ -50,6 +50,7 @@ class NaraModel(MergesAtOneLevel):
         config = self.peft_config[adapter_name]
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
+        self._check_name(model, adapter_name, config)
         holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder()
         self._injecting = _Injection(holder)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
@@ -74,6 +75,8 @@ class NaraModel(MergesAtOneLevel):
     def _create_and_replace(  # type: ignore[override]
         self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
+        group = _group(lora_config.core_sharing, current_key)
+        refuse_name_in_key(f"{_PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -81,12 +84,24 @@ class NaraModel(MergesAtOneLevel):
         injecting = self._injecting
         assert injecting is not None
         injecting.layers.append((parent, target_name, layer))
-        group = _group(lora_config.core_sharing, current_key)
         injecting.ranks[group] = max(layer.r[adapter_name], injecting.ranks.get(group, 0))
         if lora_config.core_type != "identity":
             key = (adapter_name, group)
             variant = make_variant(layer, lora_config.use_dora, injecting.holder.channel, key, current_key)
             layer.lora_variant[adapter_name] = variant
+
+    def _check_name(self, model: nn.Module, adapter_name: str, config: NaraConfig) -> None:
+        """Refuse names that PEFT would confuse when it saves; `_create_and_replace` looks at the names of layers."""
+        others = set(self.peft_config) - {adapter_name}
+        if others:
+            for key in _filter_state_dict_by_key_prefixes(
+                model.state_dict(), _get_tuner_state_dict_key_prefixes(model)
+            ):
+                refuse_name_in_key(f"{_PEFT_PREFIX}{key}", {adapter_name})
+            with torch.device("meta"):
+                core = build_core(config, rank=1)
+            parts = (HOLDER_NAME, "cores", *core.state_dict(), "lora_A", "lora_B", "weight", "bias")
+            refuse_name_in_key(".".join(parts), others)
 
     # ------------------------------------------------------------------ unloading
 
@@ -198,7 +213,8 @@ class NaraModel(MergesAtOneLevel):
         present = model.state_dict()
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
         expected = _filter_state_dict_by_key_prefixes(present, prefixes)
-        mapped = {key if key in present else key.removeprefix(_PEFT_PREFIX): value for key, value in mapped.items()}
+        for key in [key for key in mapped if key not in present and key.removeprefix(_PEFT_PREFIX) in present]:
+            mapped[key.removeprefix(_PEFT_PREFIX)] = mapped.pop(key)
         check_adapter_tensors(mapped, expected, present, f"{HOLDER_NAME}.cores.{adapter_name}.")
         return mapped
 

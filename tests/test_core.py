@@ -233,11 +233,11 @@ def test_autocast_does_not_round_the_core():
 
 def test_all_linear_never_adapts_a_core():
     model = adapted(TwoLayers(), target_modules="all-linear")
-    model.add_adapter("second", nara_config(target_modules="all-linear"))
+    model.add_adapter("other", nara_config(target_modules="all-linear"))
     holder = model.base_model.model.nara_core
     assert all(type(m).__name__ != "Linear" for m in holder.modules())
     assert len([m for m in holder.modules() if isinstance(m, Dense)]) == 2 * 3
-    assert {n.split(".lora_A")[0] for n in model.state_dict() if ".lora_A.second" in n} == {
+    assert {n.split(".lora_A")[0] for n in model.state_dict() if ".lora_A.other" in n} == {
         "base_model.model.first",
         "base_model.model.second",
     }
