@@ -1,0 +1,209 @@
+"""Loss over λ, exact match and likelihood against sums written out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from nara_diffusion import noise_level
+from nara_diffusion.dllm import (
+    AnswerCollator,
+    encode_records,
+    exact_match,
+    generate,
+    log_likelihood,
+    mask_answers,
+    noise_level_curve,
+)
+from nara_diffusion.dllm.evaluation import last_choice, last_number, stop_token_ids
+from nara_diffusion.dllm.likelihood import stratified_masks
+from nara_diffusion.dllm.records import normalized
+
+from .llada_reference import save_tokenizer
+
+MASK, END = 49, 1
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, END], "prompt_length": 2},
+    {"input_ids": [9, 6, 7, 8, 9, 10, 11, END], "prompt_length": 1},
+    {"input_ids": [5, 6, 12, 13, 14, END], "prompt_length": 3},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_noise_level_curve_is_the_ratio_of_its_docstring(adapted_llama: PeftModel, batch_size: int) -> None:
+    collator = AnswerCollator(END, trained_padding=1)
+    levels = [0.2, 0.7, 1.0]
+    curve = noise_level_curve(
+        adapted_llama, ROWS, levels, collator=collator, batch_size=batch_size, repeats=2, seed=3, progress=False
+    )
+    expected = []
+    for level in levels:
+        total = count = 0.0
+        for repeat, (index, row) in itertools.product(range(2), enumerate(ROWS)):
+            batch = mask_answers(
+                **collator([row]), mask_token_id=MASK, noise_level=level, seed=3, sample_indices=[3 * repeat + index]
+            )
+            with noise_level(adapted_llama, level):
+                logits = adapted_llama(batch.input_ids).logits[0]
+            length = len(row["input_ids"]) + 1 - row["prompt_length"]
+            for j in batch.masked[0].nonzero().flatten().tolist():
+                total -= F.log_softmax(logits[j].double(), -1)[batch.targets[0, j]].item() / length
+                count += 1 / length
+        expected.append(total / count)
+    assert curve == pytest.approx(expected, rel=1e-5)
+
+
+def test_curves_leave_the_model_as_it_was_and_are_repeatable(adapted_llama: PeftModel) -> None:
+    adapted_llama.train()
+    adapted_llama.base_model.model.lm_head.eval()
+    modes = [module.training for module in adapted_llama.modules()]
+    collator = AnswerCollator(END)
+    one, two = (
+        noise_level_curve(adapted_llama, ROWS, [0.5], collator=collator, progress=False, repeats=4) for _ in range(2)
+    )
+    assert one == two
+    assert [module.training for module in adapted_llama.modules()] == modes
+    assert math.isnan(noise_level_curve(adapted_llama, ROWS, [1e-6], collator=collator, progress=False)[0])
+
+
+# exact match
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path):
+    save_tokenizer(tmp_path, 50, chat=True)
+    return AutoTokenizer.from_pretrained(tmp_path)
+
+
+def encoded(tokenizer, answers: list[str]):
+    questions = ["w5", "w6 w7 w8", "w9 w10", "w11 w12 w13 w14"]
+    records = [{"instruction": q, "output": a, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    return encode_records(normalized(records, source="test"), tokenizer, max_length=64).rows
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_exact_match_counts_what_generate_answers(tiny_llama: LlamaForCausalLM, tokenizer, batch_size: int) -> None:
+    options = {"gen_length": 4, "steps": 2, "block_length": 2}
+    tiny_llama.config.eos_token_id = END
+    rows = encoded(tokenizer, ["w20"] * 4)
+    answers = []
+    for row in rows:
+        prompt = torch.tensor([row["input_ids"][: row["prompt_length"]]])
+        tokens = generate(tiny_llama, prompt, **options)[0, prompt.shape[1] :].tolist()
+        tokens = tokens[: tokens.index(END)] if END in tokens else tokens
+        answers.append(" ".join(f"w{token}" for token in tokens))
+    rows = encoded(tokenizer, [answers[0], "w20 w21", answers[2].replace(" ", "  "), "w30"])
+    result = exact_match(tiny_llama, tokenizer, rows, batch_size=batch_size, progress=False, **options)
+    assert [generation["generation"] for generation in result.generations] == answers
+    assert [generation["correct"] for generation in result.generations] == [True, False, True, False]
+    assert (result.score, result.correct, result.total) == (0.5, 2, 4)
+    assert result.forwards == 2 * math.ceil(4 / batch_size)
+    mine = exact_match(
+        tiny_llama,
+        tokenizer,
+        rows,
+        batch_size=batch_size,
+        progress=False,
+        extract=lambda text: text[:0] + "x",
+        **options,
+    )
+    assert mine.score == 1.0
+
+
+def test_answers_end_at_any_end_token(tiny_llama: LlamaForCausalLM, tokenizer) -> None:
+    tiny_llama.config.eos_token_id = [END, 7]
+    assert stop_token_ids(tiny_llama, tokenizer) == [1, 7]
+    tokenizer.add_tokens(["<|eot_id|>"])
+    assert stop_token_ids(tiny_llama, tokenizer) == [1, 7, len(tokenizer) - 1]
+
+
+@pytest.mark.parametrize(
+    ("extract", "text", "expected"),
+    [
+        (last_number, "so 3 + 4 = 7, and 1,250.50 is the answer", "1250.5"),
+        (last_number, "the answer is -12.", "-12"),
+        (last_number, "none", ""),
+        (last_choice, "the correct answer is Option2", "option2"),
+        (last_choice, "True or false? false", "false"),
+        (last_choice, "The answer is (B).", "b"),
+        (last_choice, "I say A Dog", ""),
+    ],
+)
+def test_extraction(extract, text: str, expected: str) -> None:
+    assert extract(text) == expected
+
+
+def test_exact_match_refuses_no_rows_and_unknown_rules(tiny_llama: LlamaForCausalLM, tokenizer) -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        exact_match(tiny_llama, tokenizer, [], gen_length=4)
+    with pytest.raises(ValueError, match="extract is 'digits', expected one of 'text', 'number', 'choice'"):
+        exact_match(tiny_llama, tokenizer, ROWS, gen_length=4, extract="digits")
+
+
+# likelihood
+
+
+class Independent(nn.Module):
+    """A model whose prediction doesn't depend on its input: its likelihood is exact, whatever is masked."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*input_ids.shape, -1)
+
+
+def test_likelihood_of_an_independent_model_is_exact_in_expectation() -> None:
+    model = Independent(torch.randn(50, dtype=torch.float64))
+    input_ids = torch.tensor([[5, 6, 7, 8, 9, 1, 1], [5, 6, 7, 8, 9, 10, 11]])
+    estimate = log_likelihood(
+        model, input_ids, [2, 4], answer_lengths=[3, 3], samples=4000, batch_size=500, mask_token_id=MASK
+    )
+    log_p = model.logits.log_softmax(0)
+    expected = torch.stack([log_p[[7, 8, 9]].sum(), log_p[[9, 10, 11]].sum()])
+    assert torch.allclose(estimate, expected, rtol=0.02)
+
+
+@torch.no_grad()
+def test_likelihood_is_the_sum_over_counts_and_masks(adapted_llama: PeftModel) -> None:
+    """All masks of all counts, enumerated, against the estimate; λ = k / n reaches the adapter."""
+    input_ids = torch.tensor([[5, 6, 7, 8, 9]])
+    exact = 0.0
+    for k in (1, 2, 3):
+        subsets = list(itertools.combinations((2, 3, 4), k))
+        for subset in subsets:
+            tokens = input_ids.clone()
+            tokens[0, list(subset)] = MASK
+            with noise_level(adapted_llama, k / 3):
+                log_p = adapted_llama(tokens).logits[0].double().log_softmax(-1)
+            exact += sum(log_p[j, input_ids[0, j]].item() for j in subset) * 3 / k / len(subsets) / 3
+    estimate = log_likelihood(adapted_llama, input_ids, [2], samples=3000, batch_size=200)
+    assert estimate.item() == pytest.approx(exact, rel=0.01)
+    again = log_likelihood(adapted_llama, input_ids, [2], samples=3000, batch_size=77)
+    assert again.item() == pytest.approx(estimate.item(), rel=1e-6)
+
+
+def test_counts_are_stratified() -> None:
+    answer = torch.tensor([False, True, True, True, True, False])
+    masks, counts = stratified_masks(answer, 8, np.random.default_rng(0))
+    assert counts.tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert torch.equal(masks.sum(1), counts)
+    assert not masks[:, ~answer].any()
+    _, counts = stratified_masks(answer, 400, np.random.default_rng(1))
+    assert torch.bincount(counts).tolist() == [0, 100, 100, 100, 100]
+
+
+def test_likelihood_refusals(tiny_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="samples is 0"):
+        log_likelihood(tiny_llama, torch.ones(1, 4, dtype=torch.long), [1], samples=0)
