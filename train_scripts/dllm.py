@@ -22,20 +22,26 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.data import end_token_id
-from nara_diffusion.dllm.measurement import compare, measure, validation_losses
+from nara_diffusion.dllm.measurement import Measurement, compare, measure, validation_losses
 from nara_diffusion.dllm.records import FieldNames, normalized, records_from_file
 from nara_diffusion.dllm.run_report import results_table, write_run_report
-from nara_diffusion.training.adapter import adapter_config, add_adapter
-from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments, check_arguments
+from nara_diffusion.training.adapter import adapter_config, add_adapter, recompute_activations
+from nara_diffusion.training.arguments import (
+    AdapterArguments,
+    OptimizationArguments,
+    RunArguments,
+    check_arguments,
+    require,
+)
 from nara_diffusion.training.checkpoints import load_adapter_weights, save_adapter
 from nara_diffusion.training.cli import option, parse_arguments, redefault
 from nara_diffusion.training.hub import push_to_hub
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.output import write_json
-from nara_diffusion.training.run import start_run
+from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
@@ -110,6 +116,9 @@ class Arguments(ModelArguments, AdapterArguments, OptimizationArguments, Objecti
 
     def __post_init__(self) -> None:
         check_arguments(self)
+        for name in ("validation_samples", "max_length", "eval_batch_size", "gen_length", "curve_points"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "test_samples", self.test_samples is None or self.test_samples >= 1, "at least 1, or none")
         if self.train_file is None and self.dataset_name is None:
             self.train_file = str(SHIPPED_TASK / "train.jsonl")
             self.validation_file = self.validation_file or str(SHIPPED_TASK / "validation.jsonl")
@@ -132,19 +141,15 @@ def main(args: Arguments) -> dict[str, Any]:
     records = load_records(args)
 
     # Model
-    options = {
-        "mask_token": args.mask_token,
-        "dtype": run.dtype,
-        **({"revision": args.revision} if args.revision else {}),
-    }
-    backbone, tokenizer = load_backbone(args.pretrained_model_name_or_path, **options)
+    name, options = args.pretrained_model_name_or_path, {"mask_token": args.mask_token, "dtype": run.dtype}
+    backbone, tokenizer = load_backbone(name, **options, **({"revision": args.revision} if args.revision else {}))
     train_rows, validation_rows, test_rows = (
         encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main).rows for part in records
     )
     padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
     collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length)
     if args.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(backbone)
     model = add_adapter(backbone, config)
     if run.checkpoint is not None:
         load_adapter_weights(model, run.checkpoint)
@@ -156,8 +161,10 @@ def main(args: Arguments) -> dict[str, Any]:
     stream = ShuffledStream(train_rows, args.seed)
     loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)
     model, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
-    run.open()
     adapted = run.accelerator.unwrap_model(model)
+    sampling = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
+    exact_match(adapted, tokenizer, test_rows.select([0]), **sampling, progress=False)  # bad settings show now
+    run.open()
     draws = {"seed": args.seed, "group_size": run.global_batch, "complementary": args.complementary}
     held_out = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
     train(
@@ -173,25 +180,29 @@ def main(args: Arguments) -> dict[str, Any]:
 
     # Save
     save_adapter(run.accelerator, model, run.folder)
-    sampling = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
     parts = (run.accelerator, adapted, tokenizer, validation_rows, test_rows)
     with adapted.disable_adapter():
         before = measure(*parts, **held_out, curve_points=args.curve_points, **sampling)
     after = measure(*parts, **held_out, curve_points=args.curve_points, **sampling)
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(test_rows), **compare(before, after)}
+    facts = {
+        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
+        "trainable parameters": f"{sum(p.numel() for p in adapted.parameters() if p.requires_grad):,}",
+        "time": f"{results['seconds']:.0f} s in all, {run.hardware}",
+    }
     if run.is_main:
-        facts = {
-            "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
-            "trainable parameters": f"{sum(p.numel() for p in adapted.parameters() if p.requires_grad):,}",
-            "time": f"{results['seconds']:.0f} s in all, {run.hardware}",
-        }
-        write_run_report(run.folder, asdict(args), facts, before, after)
-        write_json(run.folder / "results.json", results)
-        print(f"\n{results_table(before, after)}\n\n{results['seconds']:.0f} s; everything is in {run.folder}")
-        if args.push_to_hub:
-            print(f"pushed to https://huggingface.co/{push_to_hub(args.hub_model_id, run.folder)}")
+        publish(run, results, facts, before, after)
     run.accelerator.end_training()
     return results
+
+
+def publish(run: Run, results: dict[str, Any], facts: dict[str, str], before: Measurement, after: Measurement) -> None:
+    """Writes the reports, shows the table, and uploads the folder if asked to."""
+    write_run_report(run.folder, asdict(run.args), facts, before, after)
+    write_json(run.folder / "results.json", results)
+    print(f"\n{results_table(before, after)}\n\n{results['seconds']:.0f} s; everything is in {run.folder}")
+    if run.args.push_to_hub:
+        print(f"pushed to https://huggingface.co/{push_to_hub(run.args.hub_model_id, run.folder)}")
 
 
 def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:

@@ -54,6 +54,13 @@ def add_adapter(model: PreTrainedModel, config: NaraConfig) -> PeftModel:
     return get_peft_model(model, config)
 
 
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing by the model's own call, in the form that needs no gradient at the inputs."""
+    # its name up to transformers 5.23 and, as a deprecated one, since
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
 def check_target_modules(model: nn.Module, targets: Any) -> None:
     """Refuses names that match no module, by PEFT's rule: a module's whole name, or its end after a dot."""
     if isinstance(targets, str):

@@ -120,19 +120,19 @@ def check_arguments(args: Any) -> None:
         ValueError: naming the argument, its value and what it may be.
     """
     for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-        _require(args, name, getattr(args, name) >= 1, "at least 1")
+        require(args, name, getattr(args, name) >= 1, "at least 1")
     for name in ("max_train_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
         value = getattr(args, name)
-        _require(args, name, value is None or value >= 1, "at least 1, or none")
+        require(args, name, value is None or value >= 1, "at least 1, or none")
     for name in ("learning_rate", "num_train_epochs"):
-        _require(args, name, getattr(args, name) > 0, "above 0")
+        require(args, name, getattr(args, name) > 0, "above 0")
     for name in ("core_start_step", "lr_warmup_steps", "weight_decay", "dataloader_num_workers"):
-        _require(args, name, getattr(args, name) >= 0, "at least 0")
-    _require(
+        require(args, name, getattr(args, name) >= 0, "at least 0")
+    require(
         args, "core_learning_rate", args.core_learning_rate is None or args.core_learning_rate > 0, "above 0, or none"
     )
-    _require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "in [0, 1)")
-    _require(args, "max_grad_norm", args.max_grad_norm is None or args.max_grad_norm > 0, "above 0, or none")
+    require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "in [0, 1)")
+    require(args, "max_grad_norm", args.max_grad_norm is None or args.max_grad_norm > 0, "above 0, or none")
     if args.core_start_step and (args.core_type == "hypernetwork" and args.core_init == "kaiming"):
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
@@ -147,6 +147,7 @@ def config_differences(args: Any, saved: dict[str, Any]) -> dict[str, tuple[Any,
     return {name: (saved.get(name), current[name]) for name in fixed if saved.get(name) != current[name]}
 
 
-def _require(args: Any, name: str, holds: bool, expected: str) -> None:
+def require(args: Any, name: str, holds: bool, expected: str) -> None:
+    """Raises ValueError with the argument's name, its value and what was `expected`, unless `holds`."""
     if not holds:
         raise ValueError(f"{name} must be {expected}, got {getattr(args, name)}.")

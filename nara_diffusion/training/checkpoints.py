@@ -133,7 +133,8 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, state: dict
     prefix = "module."
     if state is not None:
         state = {name.removeprefix(prefix): value for name, value in state.items()}
-    unwrapped.save_pretrained(str(folder), state_dict=state)
+    # embeddings are the base model's; PEFT would look its configuration up again to find that out
+    unwrapped.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
 
 

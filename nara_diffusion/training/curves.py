@@ -28,12 +28,12 @@ def plot_noise_level_curves(
     left, right = figure.subplots(1, 2)
     left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
     left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")
-    left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1), ylim=(0, None))
+    left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1.02), ylim=(0, None))
     left.legend()
     gains = [before - after for before, after in zip(base, adapted, strict=True)]
     right.axhline(0, color="tab:gray", linewidth=1)
     right.plot(noise_levels, gains, marker="o", color="tab:green")
-    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain: base − adapted ({unit})", xlim=(0, 1))
+    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain: base − adapted ({unit})", xlim=(0, 1.02))
     figure.suptitle(title)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120)

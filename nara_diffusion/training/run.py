@@ -107,7 +107,8 @@ def start_run(args: Any, name: str) -> Run:
 
     Raises:
         ValueError: the output folder holds another run; there is nothing to resume from, or it doesn't fit this run;
-            a tracker isn't installed; the schedule is unknown; accelerate sees fewer processes than were launched.
+            a tracker isn't installed; the schedule is unknown; accelerate sees fewer processes than were launched;
+            fp16 without a GPU.
     """
     check_scheduler(args.lr_scheduler)
     _check_trackers(args.report_to)
@@ -120,6 +121,8 @@ def start_run(args: Any, name: str) -> Run:
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
     _check_processes(accelerator.num_processes)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU, and accelerate found none: use bf16 or no.")
     run = Run(accelerator, args, name)
     if args.resume_from_checkpoint is not None:
         run.checkpoint = resolve_checkpoint(args.resume_from_checkpoint, _latest_run(args, name))

@@ -1,0 +1,133 @@
+"""Bad input: a clear message, and nothing half-written."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from train_scripts.dllm import Arguments, main
+
+
+def refused(args: Arguments, message: str, error: type[Exception] = ValueError) -> None:
+    """`main` raises `message` and leaves no output folder."""
+    with pytest.raises(error, match=message):
+        main(args)
+    assert not Path(args.output_dir).exists()
+
+
+GOOD = '{"instruction": "upper: ab", "output": "AB", "answer": "AB"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"there is no file .*train.jsonl"),
+        ("", r"train.jsonl is empty"),
+        (GOOD + GOOD + '{"instruction": "upper: cd", "outp\n', r"train.jsonl breaks at line 3"),
+        (f"[{GOOD.strip()},\n {GOOD.strip()},\n {{]", r"train.jsonl breaks at line 3"),
+        (
+            GOOD + '{"instruction": "upper: ab", "answer": "AB"}\n',
+            r"record 2 of .*: its output, field 'output', is missing",
+        ),
+        (
+            GOOD + '{"instruction": "upper: ab", "output": "AB"}\n',
+            r"record 2 of .*: its answer, field 'answer', is missing",
+        ),
+        (GOOD + '{"instruction": "", "output": "AB", "answer": "AB"}\n', r"its instruction, .* is empty"),
+    ],
+)
+def test_bad_data_files(arguments, tmp_path, content: str | None, message: str) -> None:
+    file = tmp_path / "train.jsonl"
+    if content is not None:
+        file.write_text(content)
+    refused(arguments(train_file=str(file)), message)
+
+
+def test_too_few_records_to_hold_some_out(arguments) -> None:
+    refused(
+        arguments(validation_file=None, validation_samples=11), r"11 training records can't spare 11 for validation"
+    )
+
+
+def test_cut_answers_are_counted(arguments, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        main(arguments(max_length=20, max_train_steps=1))
+    kept = [record for record in caplog.messages if record.startswith("11 records: ")]
+    assert kept
+    assert "0 of them cut, 0 dropped" not in kept[0]
+
+
+def test_nothing_left_after_cutting(arguments) -> None:
+    refused(arguments(max_length=5), r"none of 11 records is left: their prompts alone have 5 tokens \(max_length\)")
+
+
+def test_target_modules_that_match_nothing(arguments) -> None:
+    refused(arguments(target_modules=["attn_out"]), r"target_modules attn_out match no module.*o_proj, q_proj")
+
+
+def test_a_model_without_mask_token(arguments, llada_folder, tmp_path) -> None:
+    folder = tmp_path / "maskless"
+    shutil.copytree(llada_folder, folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        fields = json.loads((folder / name).read_text())
+        fields.pop("mask_token_id", None)
+        fields.pop("mask_token", None)
+        (folder / name).write_text(json.dumps(fields))
+    refused(arguments(pretrained_model_name_or_path=str(folder)), r"names a mask token.*mask_token=")
+    args = arguments(pretrained_model_name_or_path=str(folder), mask_token="<|mdm_mask|>", max_train_steps=1)
+    assert main(args)["n"] == 5
+
+
+def test_a_folder_with_another_run(arguments) -> None:
+    args = arguments(max_train_steps=1)
+    main(args)
+    before = (Path(args.output_dir) / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"already holds another run or other files \(README.md"):
+        main(args)
+    assert (Path(args.output_dir) / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_resuming_another_configuration(arguments) -> None:
+    args = arguments(max_train_steps=1, checkpointing_steps=1)
+    main(args)
+    with pytest.raises(ValueError, match=r"another configuration \(rank: 3 there, 4 now\)"):
+        main(arguments(max_train_steps=1, rank=4, resume_from_checkpoint="latest"))
+
+
+def test_a_corrupt_checkpoint(arguments) -> None:
+    args = arguments(max_train_steps=1, checkpointing_steps=1)
+    main(args)
+    weights = Path(args.output_dir) / "checkpoint-1" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"checkpoint-1/adapter_model.safetensors is corrupt"):
+        main(arguments(max_train_steps=1, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": "org/data"}, "dataset_name and train_file are two sources of training data"),
+        ({"trained_padding": "shortest"}, "trained_padding is 'shortest', expected a number, longest or max_length"),
+        ({"validation_samples": 0}, "validation_samples must be at least 1, got 0"),
+        ({"test_samples": 0}, "test_samples must be at least 1, or none, got 0"),
+        ({"curve_points": 0}, "curve_points must be at least 1, got 0"),
+        ({"gen_length": 0}, "gen_length must be at least 1, got 0"),
+    ],
+)
+def test_impossible_arguments(arguments, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(**changes)
+
+
+def test_choices_of_the_adapter_are_refused_before_anything_is_loaded(arguments, tmp_path) -> None:
+    refused(arguments(core_scale=-1.0, pretrained_model_name_or_path=str(tmp_path / "nothing")), "core_scale is -1.0")
+
+
+def test_impossible_generation_settings_are_refused_before_training(arguments) -> None:
+    refused(arguments(gen_length=10, block_length=4), "block_length")
+
+
+def test_fp16_without_a_gpu(arguments) -> None:
+    refused(arguments(mixed_precision="fp16"), "mixed_precision fp16 needs a GPU")
