@@ -65,13 +65,12 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ adapters
 
-    def add(self, adapter_name: str, config: NaraConfig, ranks: dict[str, int]) -> None:
-        """Make the cores of one adapter. `ranks`: group → the largest rank among its layers.
+    def check_convention(self, adapter_name: str, convention: str | None) -> None:
+        """Raises ValueError if the model's source of λ speaks another convention than a new adapter."""
+        _check_convention(self.source, adapter_name, convention)
 
-        Raises:
-            ValueError: the model's source of λ speaks another convention than `config`.
-        """
-        _check_convention(self.source, adapter_name, config.noise_convention)
+    def add(self, adapter_name: str, config: NaraConfig, ranks: dict[str, int]) -> None:
+        """Make the cores of one adapter. `ranks`: group → the largest rank among its layers."""
         self.cores[adapter_name] = nn.ModuleDict({group: build_core(config, rank) for group, rank in ranks.items()})
         self.r[adapter_name] = max(ranks.values(), default=config.r)
         self.density_radius[adapter_name] = config.mask_density_radius

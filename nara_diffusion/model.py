@@ -52,6 +52,7 @@ class NaraModel(MergesAtOneLevel):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
         self._check_name(model, adapter_name, config)
         holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder()
+        holder.check_convention(adapter_name, config.noise_convention)
         self._injecting = _Injection(holder)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:
@@ -164,8 +165,16 @@ class NaraModel(MergesAtOneLevel):
             return
         self._check_mixed_batch(names)
         (holder,) = core_holders(self.model)
-        with super()._enable_peft_forward_hooks(*args, **kwargs), mixed_adapters(holder.channel, list(names)):
-            yield
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]  # as `generate` repeats the batch
+        failure = None
+        with super()._enable_peft_forward_hooks(*args, **kwargs), mixed_adapters(holder.channel, repeated):
+            try:
+                yield
+            except BaseException as error:  # PEFT takes its hooks away only if nothing is raised here
+                failure = error
+        if failure is not None:
+            raise failure
 
     def _check_mixed_batch(self, adapter_names: list[str]) -> None:
         for name, layer in self.model.named_modules():
