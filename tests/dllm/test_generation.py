@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level
@@ -99,3 +100,110 @@ def _check(result, prompts: torch.Tensor, case, ends, logits_of) -> None:
         assert result.sequences[row, : length + len(answer)].tolist() == prompt + answer
         longest = max(longest, len(levels))
     assert result.forwards == longest
+
+
+def test_padding_on_either_side_gives_the_same_answers(double_llama: LlamaForCausalLM, prompts: torch.Tensor) -> None:
+    options = {"gen_length": 6, "block_length": 3, "return_stats": True}
+    expected = generate(double_llama, prompts, prompt_lengths=PROMPT_LENGTHS, **options)
+    right = torch.tensor([[1] * length + [0] * (7 - length) for length in PROMPT_LENGTHS])
+    left_ids = torch.stack([row.roll(7 - length) for row, length in zip(prompts, PROMPT_LENGTHS, strict=True)])
+    for input_ids, attention_mask in ((prompts, right), (left_ids, right.flip(1))):
+        result = generate(double_llama, input_ids, attention_mask=attention_mask, **options)
+        assert torch.equal(result.sequences, expected.sequences)
+    assert expected.prompt_lengths.tolist() == PROMPT_LENGTHS
+    padding = torch.arange(13) >= torch.tensor(PROMPT_LENGTHS)[:, None] + 6
+    assert (expected.sequences[padding] == double_llama.config.pad_token_id).all()
+    assert torch.equal(generate(double_llama, prompts[:, :3], gen_length=6)[:, :3], prompts[:, :3])
+
+
+def test_the_mask_token_is_never_an_answer(double_llama: LlamaForCausalLM, prompts: torch.Tensor) -> None:
+    with torch.no_grad():
+        double_llama.model.norm.weight.fill_(1)
+        double_llama.lm_head.weight[MASK] = 10 * double_llama.lm_head.weight[3]
+        double_llama.lm_head.weight[3] *= -1
+    answers = generate(double_llama, prompts, gen_length=6, return_stats=True).answers
+    assert (answers != MASK).all()
+
+
+def test_sampling_stops_when_every_row_has_ended(double_llama: LlamaForCausalLM, prompts: torch.Tensor) -> None:
+    options = {"gen_length": 12, "block_length": 4, "return_stats": True}
+    everything = [*range(MASK)]  # whatever comes first ends the answer, once it has no mask before it
+    result = generate(double_llama, prompts, eos_token_id=everything, **options)
+    assert (result.answers == result.answers[:, :1]).all()
+    assert result.forwards < 12
+    double_llama.config.eos_token_id = everything
+    by_configuration = generate(double_llama, prompts, **options)
+    assert torch.equal(by_configuration.answers, result.answers)
+    assert generate(double_llama, prompts, stop_at_eos=False, **options).forwards == 12
+
+
+def test_thresholds_set_the_number_of_forwards(double_llama: LlamaForCausalLM, prompts: torch.Tensor) -> None:
+    options = {"gen_length": 8, "block_length": 4, "return_stats": True, "stop_at_eos": False}
+    assert generate(double_llama, prompts, confidence_threshold=0.0, **options).forwards == 2
+    assert generate(double_llama, prompts, confidence_threshold=1.0, **options).forwards == 8
+    one_by_one = generate(double_llama, prompts, confidence_threshold=1.0, **options)
+    assert torch.equal(one_by_one.answers, generate(double_llama, prompts, steps=8, **options).answers)
+
+
+def test_the_head_runs_at_the_block_only_and_elsewhere_all_logits_serve(
+    double_llama: LlamaForCausalLM, prompts: torch.Tensor
+) -> None:
+    shapes = []
+    handle = double_llama.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    expected = generate(double_llama, prompts, gen_length=6, block_length=3)
+    assert set(shapes) == {(3, 3, MASK + 1)}
+    handle.remove()
+    double_llama.config.final_logit_softcapping = 50.0  # says that the head isn't the last thing, so it isn't hooked
+    assert torch.equal(generate(double_llama, prompts, gen_length=6, block_length=3), expected)
+
+
+def test_modes_come_back_and_dropout_is_off(adapted_llama: PeftModel, prompts: torch.Tensor) -> None:
+    expected = generate(adapted_llama, prompts, gen_length=4)
+    for module in adapted_llama.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(0.9)
+    adapted_llama.train()
+    adapted_llama.base_model.model.lm_head.eval()
+    assert torch.equal(generate(adapted_llama, prompts, gen_length=4), expected)
+    assert adapted_llama.training
+    assert not adapted_llama.base_model.model.lm_head.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gen_length": 0}, "gen_length is 0"),
+        ({"block_length": 3}, "block_length 3 doesn't divide gen_length 8"),
+        ({"block_length": 4, "steps": 3}, "steps is 3 and there are 2 blocks: pass a multiple of 2"),
+        ({"block_length": 2, "steps": 2}, "steps is 2 and there are 4 blocks"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"cfg_scale": -1.0}, "cfg_scale is -1.0"),
+        ({"remasking": "high"}, "remasking is 'high', expected one of 'low_confidence', 'random'"),
+        ({"confidence_threshold": 1.5}, "confidence_threshold is 1.5"),
+        ({"confidence_threshold": 0.9, "steps": 8}, "leave out steps"),
+        ({"confidence_threshold": 0.9, "remasking": "random"}, "use remasking='low_confidence'"),
+        ({"gen_length": 58}, "the longest prompt has 7 tokens and gen_length is 58, together 65, and the model has 64"),
+        ({"prompt_lengths": [1, 2]}, "prompt_lengths is"),
+        ({"prompt_lengths": [1, 2, 8]}, "between 0 and 7"),
+        ({"prompt_lengths": [1, 2, 3], "attention_mask": torch.ones(3, 7)}, "pass one of them"),
+        ({"attention_mask": torch.ones(3, 6)}, "attention_mask has shape"),
+        ({"input_ids": torch.ones(7, dtype=torch.long)}, "input_ids has shape"),
+        ({"input_ids": torch.ones(0, 7, dtype=torch.long)}, "input_ids has shape"),
+    ],
+)
+def test_impossible_arguments(
+    tiny_llama: LlamaForCausalLM, prompts: torch.Tensor, arguments: dict, message: str
+) -> None:
+    arguments = {"input_ids": prompts, "gen_length": 8, **arguments}
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_llama, **arguments)
+
+
+def test_a_model_without_mask_token_is_told_how_to_name_one(
+    tiny_llama: LlamaForCausalLM, prompts: torch.Tensor
+) -> None:
+    del tiny_llama.config.mask_token_id
+    with pytest.raises(ValueError, match=r"no mask_token_id.*pass mask_token_id=N"):
+        generate(tiny_llama, prompts)
+    assert generate(tiny_llama, prompts, gen_length=2, mask_token_id=MASK).shape == (3, 9)
