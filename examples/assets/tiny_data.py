@@ -13,6 +13,8 @@ from tiny_tokenizer import EOT
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from nara_diffusion.dllm.data import prompt_text
+
 MAX_TOKENS = 36
 LONGEST_TAIL = 3  # EOS tokens after the longest answer of a batch, at most
 
@@ -39,12 +41,7 @@ class Rows:
 
 def encode(items: list[Question], tokenizer: PreTrainedTokenizerFast) -> Rows:
     """Raises ValueError if a question and its answer don't fit into MAX_TOKENS."""
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        for question, _ in items
-    ]
+    prompts = [prompt_text(tokenizer, question) for question, _ in items]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     answer_ids = tokenizer([answer + EOT for _, answer in items], add_special_tokens=False)["input_ids"]
     rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
