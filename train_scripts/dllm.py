@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,16 +168,9 @@ def main(args: Arguments) -> dict[str, Any]:
     run.open()
     draws = {"seed": args.seed, "group_size": run.global_batch, "complementary": args.complementary}
     held_out = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
-    train(
-        run,
-        model,
-        optimizer,
-        scheduler,
-        loader,
-        steps,
-        compute_loss=lambda batch: masked_diffusion_loss(model, **batch, **draws),
-        validate=lambda: validation_losses(run.accelerator, adapted, validation_rows, **held_out),
-    )
+    loss = partial(masked_diffusion_loss, model, **draws)
+    validate = partial(validation_losses, run.accelerator, adapted, validation_rows, **held_out)
+    train(run, model, optimizer, scheduler, loader, steps, lambda batch: loss(**batch), validate)
 
     # Save
     save_adapter(run.accelerator, model, run.folder)
@@ -229,4 +223,5 @@ def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
     main(parse_arguments(Arguments, description=__doc__))

@@ -68,13 +68,18 @@ def small_args(tmp_path) -> Callable[..., SmallArguments]:
 
 @pytest.fixture
 def small_run(tiny_llama) -> Callable[..., SmallRun]:
-    """Trains by the script's order of calls; `meddle(step, loss)` may replace each loss."""
+    """Trains by the script's order of calls; `meddle(step, loss)` may replace each loss, `scaler` is that of fp16."""
     start = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
     generator = torch.Generator().manual_seed(1)
     samples = [{"ids": torch.randint(1, 49, (10,), generator=generator)} for _ in range(9)]
 
-    def go(args: SmallArguments, meddle: Callable[[int, Any], Any] = lambda step, loss: loss) -> SmallRun:
+    def go(
+        args: SmallArguments,
+        meddle: Callable[[int, Any], Any] = lambda step, loss: loss,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> SmallRun:
         run = start_run(args, "small")
+        run.accelerator.scaler = scaler
         backbone = type(tiny_llama)(tiny_llama.config)
         backbone.load_state_dict(start)
         model = add_adapter(backbone, adapter_config(args))

@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_nothing_half_written(small_args, small_run) -> None:
 
     def fill(step: int, loss):
         if step == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limits[1]))
         return loss
 
     try:
@@ -165,3 +165,24 @@ def test_bf16_trains_to_nearly_the_same_losses(small_args, small_run, tmp_path) 
     torch.testing.assert_close(half.losses, full.losses, rtol=0.02, atol=0)
     assert half.losses != full.losses
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters() if parameter.requires_grad)
+
+
+def test_steps_that_fp16_skips_move_neither_weights_nor_schedule(small_args, small_run) -> None:
+    """A loss scale that overflows in the first two steps; accelerate gives a scaler on GPUs only, so we hand it one."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
+    arguments = {"checkpointing_steps": 1, "max_grad_norm": None, "lr_warmup_steps": 3.0}
+    folder = small_run(small_args(**arguments), scaler=scaler).run.folder
+    rates = [line["learning_rate"] for line in read_metrics(folder) if "loss" in line]
+    skipped = rates.count(0.0)
+    assert 1 <= skipped <= 3
+    torch.testing.assert_close(rates[skipped : skipped + 2], [1e-2 / 3, 2e-2 / 3])
+    before, after = (load_file(folder / f"checkpoint-{step}" / WEIGHTS) for step in (1, skipped))
+    assert all(before[name].equal(value) for name, value in after.items())
+    moved = load_file(folder / f"checkpoint-{skipped + 2}" / WEIGHTS)
+    assert not all(before[name].equal(value) for name, value in moved.items())
+
+    expected = (folder / WEIGHTS).read_bytes()
+    assert (folder / "checkpoint-3" / "scaler.pt").is_file()
+    resume = small_args(**arguments, resume_from_checkpoint=str(folder / "checkpoint-3"))
+    small_run(resume, scaler=torch.amp.GradScaler("cpu"))
+    assert (folder / WEIGHTS).read_bytes() == expected
