@@ -43,6 +43,9 @@ class MergesAtOneLevel(LoraModel):
         noise_level: float | None = None,
     ) -> nn.Module:
         """The base model with the update of one λ in its weights; see `merge_adapter` for arguments and errors."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if all(getattr(self.peft_config.get(name), "core_type", "identity") == "identity" for name in names):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         self.merge_adapter(adapter_names, safe_merge, noise_level)
         return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)  # type: ignore[return-value]
 
