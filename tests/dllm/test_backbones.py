@@ -16,6 +16,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
@@ -424,3 +425,16 @@ def test_code_of_other_checkpoints_runs_only_when_it_is_trusted(tmp_path: Path) 
     model, _ = load_backbone(str(folder), trust_remote_code=True)
     assert type(model).__name__ == "OwnModel"
     assert model.config.mask_token_id == 39
+
+
+def test_quantised_weights_are_those_of_the_stock_class(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = CONFIG | {"d_model": 64, "mlp_hidden_size": 128}
+    save_checkpoint(tmp_path / "llada", config, random_tensors(config), shards=2)
+    model, _ = load_backbone(str(tmp_path / "llada"))
+    model.save_pretrained(tmp_path / "stock")
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": {"": "cpu"}}
+    quantised, _ = load_backbone(str(tmp_path / "llada"), **options)
+    stock = LlamaForCausalLM.from_pretrained(tmp_path / "stock", **options)
+    assert type(quantised.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
+    assert torch.equal(logits_of(quantised), logits_of(stock))
