@@ -161,6 +161,41 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             "`set_noise_source(model, source)`.",
         )
 
+    # ------------------------------------------------------------------ merging at one λ
+
+    def signals_to_merge(self, names: list[str]) -> NoiseSignals | None:
+        """The signals, of one sample, at which the named adapters are to be merged; None if they need none.
+
+        Raises:
+            ValueError: λ is not known, differs between samples, or is not that of what is merged already.
+        """
+        if not self.depend_on_noise(names):
+            return None
+        signals, merged = active_signals(self.channel) or self.merged_signals, self.merged_signals
+        self.check_signals(
+            signals,
+            names,
+            "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
+            "`with noise_level(model, value):`.",
+        )
+        signals = _single(signals)  # type: ignore[arg-type]
+        if merged is not None and signals.noise_level.item() != merged.noise_level.item():
+            raise ValueError(
+                f"Adapters are merged at noise_level {merged.noise_level.item():.6g}, not "
+                f"{signals.noise_level.item():.6g}: call unmerge_adapter() first."
+            )
+        return signals
+
+    @torch.no_grad()
+    def core_to_merge(self, adapter_name: str, group: str) -> Tensor:
+        """C (1, r, r) for a layer that is being merged now. Its λ is then the only one to run at, until `unmerge`."""
+        signals = self.signals_to_merge([adapter_name])
+        if signals is not None:
+            self.merged_signals = signals
+            self.merge(adapter_names=[adapter_name])
+        core = self.cores[adapter_name][group]  # type: ignore[index]
+        return core(*_on_device_of(core, signals)) if core.needs_noise else core()
+
     # ------------------------------------------------------------------ the root's forward
 
     def attach(self, root: nn.Module) -> None:
@@ -183,6 +218,9 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable(recursive=True)
     def _before_forward(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        if not hasattr(root, "peft_config"):
+            self.detach(root)  # adapters were unloaded by what does not know of cores, such as Diffusers' `unload_lora`
+            return
         self.channel.begin(self._frame_for(root, args, kwargs))
 
     @torch.compiler.disable(recursive=True)
@@ -242,6 +280,15 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     @property
     def bias(self) -> Tensor:
         raise AttributeError("A holder of cores wraps no layer, so it has no bias.")
+
+
+def _single(signals: NoiseSignals) -> NoiseSignals:
+    """The signals of a batch whose samples agree, as those of one sample."""
+    for name, signal in zip(NoiseSignals._fields, signals, strict=True):
+        if signal is not None and signal.unique().numel() > 1:
+            raise ValueError(f"{name} is {signal.tolist()}: merging needs a single value.")
+    level, density = signals
+    return NoiseSignals(level[:1], None if density is None else density[:1])
 
 
 def unmerge_all(root: nn.Module) -> None:

@@ -11,6 +11,7 @@ too loosely to check.) A layer of rank r below its core's reads C[:r, :r].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,12 +30,21 @@ class NaraVariant(LoraVariant):
 
     Args:
         channel: where the model's root puts C(λ) for the time of a forward.
-        adapter_name, group: which C of the frame is this layer's.
+        core_to_merge: (adapter name, group) → C (1, r, r) of the λ at which layers are being merged.
+        adapter_name, group: which C is this layer's.
         layer_name: for error messages.
     """
 
-    def __init__(self, channel: CoreChannel, adapter_name: str, group: str, layer_name: str) -> None:
+    def __init__(
+        self,
+        channel: CoreChannel,
+        core_to_merge: Callable[[str, str], Tensor],
+        adapter_name: str,
+        group: str,
+        layer_name: str,
+    ) -> None:
         self.channel = channel
+        self.core_to_merge = core_to_merge
         self.key = (adapter_name, group)
         self.layer_name = layer_name
 
@@ -80,13 +90,14 @@ class NaraVariant(LoraVariant):
         raise NotImplementedError
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The base weight with this adapter merged at the C of the frame, which has to hold a single matrix."""
+        """The base weight with this adapter merged at one C."""
         if module.lora_bias[active_adapter] and module.get_base_layer().bias is None:
             raise ValueError(
                 f"lora_bias=True on layer '{self.layer_name}', which has no bias of its own: there is nothing to merge "
                 "the bias into."
             )
-        core = self.batch_core(module.r[active_adapter], batch=1)
+        rank = module.r[active_adapter]
+        core = self.core_to_merge(*self.key)[:, :rank, :rank]
         factor = self.merge_factor(module, active_adapter, core)
         module._cache_store(f"{active_adapter}-nara", (core, factor))
         # read again: finding DoRA's norm may have taken other merged adapters out and put them back
@@ -207,11 +218,8 @@ class NaraDoraConv(NaraDoraLinear):
         return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, K)
 
 
-def make_variant(layer: Any, use_dora: bool, channel: CoreChannel, key: tuple[str, str], name: str) -> NaraVariant:
-    """The rule for `layer`, which PEFT has made.
-
-    Args:
-        layer: the adapted layer. key: (adapter name, group) of its C. name: the layer's, for messages.
+def rule_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
+    """The rule for `layer`, which PEFT has made; `name` is the layer's, for messages.
 
     Raises:
         ValueError: no rule exists for this kind of layer, or PEFT's class of it does not consult rules.
@@ -229,15 +237,15 @@ def make_variant(layer: Any, use_dora: bool, channel: CoreChannel, key: tuple[st
                 f"NaRA-DoRA cannot adapt '{name}' ({kind}): the norm of a whole vocabulary would be needed for each "
                 "sample. Leave it out by `exclude_modules`, or set use_dora=False."
             )
-        return NaraEmbedding(channel, *key, name)
+        return NaraEmbedding
     if isinstance(layer, _ConvNd):
         if use_dora and getattr(layer.get_base_layer(), "groups", 1) > 1:
             raise ValueError(
                 f"NaRA-DoRA cannot adapt '{name}' ({kind} with groups > 1): leave it out by `exclude_modules`, "
                 "or set use_dora=False."
             )
-        return (NaraDoraConv if use_dora else NaraConv)(channel, *key, name)
-    return (NaraDoraLinear if use_dora else NaraLinear)(channel, *key, name)
+        return NaraDoraConv if use_dora else NaraConv
+    return NaraDoraLinear if use_dora else NaraLinear
 
 
 def _times_core(B: Tensor, core: Tensor) -> Tensor:

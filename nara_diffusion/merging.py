@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from . import noise
 from .holder import CoreHolder
-from .noise import NoiseSignals, active_signals, as_signal, core_holders
+from .noise import core_holders
 
 
 class MergesAtOneLevel(LoraModel):
@@ -32,7 +32,11 @@ class MergesAtOneLevel(LoraModel):
         Raises:
             ValueError: an adapter depends on λ and none is known, or it differs between samples.
         """
-        with self._fixed_core(adapter_names, noise_level), self._all_or_nothing():
+        (holder,) = core_holders(self.model)
+        names = self.active_adapters if adapter_names is None else adapter_names
+        level = nullcontext() if noise_level is None else noise.noise_level(self.model, noise_level)
+        with level, self._all_or_nothing(holder):
+            holder.signals_to_merge([name for name in names if name in holder.cores])
             super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -50,23 +54,10 @@ class MergesAtOneLevel(LoraModel):
         return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)  # type: ignore[return-value]
 
     @contextmanager
-    def _fixed_core(self, adapter_names: list[str] | None, level: float | None) -> Iterator[None]:
-        """Inside, layers find the C of the λ at which to merge."""
-        (holder,) = core_holders(self.model)
-        names = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in names if name in holder.cores]
-        signals = _merge_signals(holder, names, level)
-        # finding DoRA's norm takes what is merged already out of the weight and puts it back
-        names = [*names, *(name for name in holder.merged_adapters if name not in names)]
-        with torch.no_grad(), holder.channel.using(holder(signals, names)):
-            yield
-        holder.merged_signals = signals
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
+    def _all_or_nothing(self, holder: CoreHolder) -> Iterator[None]:
         """If merging fails in one layer, the layers before it are put back."""
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        before = [list(layer.merged_adapters) for layer in layers]
+        before, signals = [list(layer.merged_adapters) for layer in layers], holder.merged_signals
         try:
             yield
         except Exception:
@@ -75,38 +66,5 @@ class MergesAtOneLevel(LoraModel):
                     layer.unmerge()
                     if names:
                         layer.merge(adapter_names=names)
+            holder.merged_signals = signals
             raise
-
-
-def _single(signals: NoiseSignals) -> NoiseSignals:
-    """The signals of a batch whose samples agree, as those of one sample."""
-    for name, signal in zip(NoiseSignals._fields, signals, strict=True):
-        if signal is not None and signal.unique().numel() > 1:
-            raise ValueError(f"{name} is {signal.tolist()}: merging needs a single value.")
-    level, density = signals
-    return NoiseSignals(level[:1], None if density is None else density[:1])
-
-
-def _merge_signals(holder: CoreHolder, names: list[str], level: float | None) -> NoiseSignals | None:
-    """λ, one value, at which the named adapters are to be merged; what is merged already, where they need none.
-
-    Raises:
-        ValueError: λ is not known, differs between samples, or is not that of what is merged already.
-    """
-    signals = active_signals(holder.channel) if level is None else NoiseSignals(as_signal(level))
-    holder.check_signals(
-        signals,
-        names,
-        "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
-        "`with noise_level(model, value):`.",
-    )
-    if signals is None or not holder.depend_on_noise(names):
-        return holder.merged_signals
-    signals, merged = _single(signals), holder.merged_signals
-    if merged is not None:
-        now, then = signals.noise_level.item(), merged.noise_level.item()
-        if now != then:
-            raise ValueError(
-                f"Adapters are merged at noise_level {then:.6g}, not {now:.6g}: call unmerge_adapter() first."
-            )
-    return signals

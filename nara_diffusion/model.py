@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .checkpoint import check_adapter_tensors, refuse_name_in_key
 from .config import NaraConfig
 from .holder import HOLDER_NAME, CoreHolder, build_core
-from .layers import make_variant
+from .layers import rule_for
 from .merging import MergesAtOneLevel
 from .noise import as_signal, core_holders, mixed_adapters
 
@@ -87,8 +87,9 @@ class NaraModel(MergesAtOneLevel):
         injecting.layers.append((parent, target_name, layer))
         injecting.ranks[group] = max(layer.r[adapter_name], injecting.ranks.get(group, 0))
         if lora_config.core_type != "identity":
-            key = (adapter_name, group)
-            variant = make_variant(layer, lora_config.use_dora, injecting.holder.channel, key, current_key)
+            rule = rule_for(layer, lora_config.use_dora, current_key)
+            holder = injecting.holder
+            variant = rule(holder.channel, holder.core_to_merge, adapter_name, group, current_key)
             layer.lora_variant[adapter_name] = variant
 
     def _check_name(self, model: nn.Module, adapter_name: str, config: NaraConfig) -> None:
