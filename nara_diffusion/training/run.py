@@ -92,6 +92,7 @@ class Run:
         if self.accelerator.is_main_process:
             write_yaml(self.folder / "config.yaml", dataclasses.asdict(self.args) | {"output_dir": str(self.folder)})
         self.accelerator.project_configuration.set_directories(str(self.folder))
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
         if self.args.report_to:
             flat = {name: _flat(value) for name, value in dataclasses.asdict(self.args).items()}
             self.accelerator.init_trackers(self.name, config=flat)
@@ -117,7 +118,7 @@ def start_run(args: Any, name: str) -> Run:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
-        project_config=ProjectConfiguration(),
+        project_config=ProjectConfiguration(logging_dir="."),  # asked for by trackers; `Run.open` gives the true one
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
     _check_processes(accelerator.num_processes)

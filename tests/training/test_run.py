@@ -1,10 +1,12 @@
 """Starting a run: what is refused at once, what is written first, where a push goes."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate import tracking
 
 from nara_diffusion.training import hub
 from nara_diffusion.training.run import start_run
@@ -86,3 +88,34 @@ def test_a_push_uploads_the_folder_without_checkpoints(small_args, monkeypatch) 
     assert calls[2][1]["repo_id"] == "me/mine"
     assert calls[2][1]["folder_path"] == str(run.folder)
     assert "checkpoint-*/**" in calls[2][1]["ignore_patterns"]
+
+
+def test_trackers_get_the_folder_the_arguments_and_every_line(small_args, small_run, monkeypatch) -> None:
+    made = []
+
+    class Board(tracking.GeneralTracker):
+        name = "tensorboard"
+        requires_logging_directory = True
+        main_process_only = True
+
+        def __init__(self, run_name, logging_dir):
+            self.folder, self.config, self.lines = logging_dir, {}, []
+            made.append(self)
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values):
+            self.config = values
+
+        def log(self, values, step, **kwargs):
+            self.lines.append({"step": step, **values})
+
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Board)
+    folder = small_run(small_args(report_to=["tensorboard"])).run.folder
+    assert len(made) == 1
+    assert made[0].folder == str(folder)
+    assert (made[0].config["rank"], made[0].config["core_hidden_dims"]) == (3, "5,7")
+    assert made[0].lines == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
