@@ -19,6 +19,12 @@ def disturb(model: torch.nn.Module, scale: float = 0.3) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
+def enable_checkpointing(model: torch.nn.Module, options: dict[str, bool]) -> None:
+    """By the name that the installed transformers has for it."""
+    new_name = "activation_checkpointing_enable"
+    getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")(options)
+
+
 @pytest.fixture
 def double_llama(tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
     return tiny_llama.double()

@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import AnswerCollator, masked_diffusion_loss
 
+from .conftest import enable_checkpointing
+
 MASK, END = 49, 1
 ROWS = [
     {"input_ids": [5, 6, 7, 8, END], "prompt_length": 2, "position": 40},
@@ -71,7 +73,7 @@ def run(rank: int, kind: str) -> list[tuple[torch.Tensor, dict[str, torch.Tensor
         wrapped = fully_shard(model)
     else:
         if kind == "ddp-checkpointed":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, {"use_reentrant": False})
             model.train()
         wrapped = DistributedDataParallel(model)
     results = []

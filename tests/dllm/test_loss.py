@@ -28,7 +28,7 @@ from nara_diffusion.dllm import mask_answers, masked_cross_entropy, masked_diffu
 from nara_diffusion.dllm.heads import head_of
 from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
 
-from .conftest import disturb
+from .conftest import disturb, enable_checkpointing
 
 MASK = 49
 SIZES = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -152,7 +152,7 @@ def test_loss_and_gradients_are_those_of_the_formula(name: str, complementary: b
 def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
     model = make(name)
     expected = gradients(model, masked_diffusion_loss(model, **BATCH, seed=2).loss)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(model, {"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     model.train()
@@ -260,6 +260,23 @@ def test_models_whose_logits_change_after_the_head_take_all_of_them() -> None:
     assert head_of(model) is None
     result = masked_diffusion_loss(model, **BATCH, seed=4)
     assert torch.equal(result.loss, masked_diffusion_loss(model, **BATCH, seed=4, logits="all").loss)
+
+
+@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "a wrapper around it"])
+def test_compiled_models_take_all_logits(how: str) -> None:
+    model = make("untied")
+    expected = masked_diffusion_loss(model, **BATCH, seed=4).loss
+    compiled = copy.deepcopy(model)
+    if how == "model.compile()":
+        compiled.compile(backend="eager")
+    else:
+        compiled = torch.compile(compiled, backend="eager")
+    if how == "a wrapper around it":
+        compiled = nn.ModuleDict({"inner": compiled})
+    assert head_of(compiled) is None
+    assert head_of(model) is not None
+    if how != "a wrapper around it":
+        assert torch.allclose(masked_diffusion_loss(compiled, **BATCH, seed=4).loss, expected)
 
 
 def test_a_model_that_changes_logits_unannounced_is_refused() -> None:
