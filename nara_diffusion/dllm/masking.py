@@ -99,6 +99,8 @@ def mask_answers(
         if sample_indices is not None:
             raise ValueError("sample_indices were given without a seed: pass seed=, or leave both out")
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, expected 0 or more")
     indices = _index_list(sample_indices, b)
     if noise_level is None:
         noise_level = draw_noise_levels(
@@ -175,11 +177,11 @@ def draw_noise_levels(
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}: it counts the samples of a global batch, so 1 at least")
     n = group_size if stratified else 1
-    levels = []
-    for i in sample_indices:
-        shift = int(np.random.default_rng((seed, _SHIFT_STREAM, i // n)).integers(n))
-        u = np.random.default_rng((seed, _LEVEL_STREAM, i)).random()
-        levels.append(((i + shift) % n + u) / n)
+    shifts = {group: int(_random(seed, _SHIFT_STREAM, group).integers(n)) for group in {i // n for i in sample_indices}}
+    levels = [
+        ((i + shifts[i // n]) % n + _random(seed, _LEVEL_STREAM, i).random()) / n  # one stratum each, moved as a whole
+        for i in sample_indices
+    ]
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
     u = torch.tensor(levels, dtype=torch.float64)
     return (MIN_NOISE_LEVEL + (top - MIN_NOISE_LEVEL) * u).float()
@@ -194,11 +196,14 @@ def draw_masks(
     losses at two λ are compared on nested masks.
     """
     uniform = np.ones(answer.shape)
-    for row, (i, length) in enumerate(zip(sample_indices, answer.sum(1).tolist(), strict=True)):
-        start = int(answer[row].int().argmax())
-        uniform[row, start : start + length] = np.random.default_rng((seed, _MASK_STREAM, i)).random(length)
+    for row, columns in enumerate(answer.cpu().numpy()):
+        uniform[row, columns] = _random(seed, _MASK_STREAM, sample_indices[row]).random(int(columns.sum()))
     chosen = torch.from_numpy(uniform) < noise_level.cpu().double()[:, None]  # (b, l)
     return answer & chosen.to(answer.device)
+
+
+def _random(seed: int, stream: int, number: int) -> np.random.Generator:
+    return np.random.default_rng((seed, stream, number))
 
 
 def _index_list(sample_indices: torch.Tensor | Sequence[int] | None, b: int) -> list[int]:

@@ -48,7 +48,7 @@ def records_from_file(path: str | Path, fields: FieldNames = FieldNames()) -> Da
     return normalized(_parse(text, path), fields, source=str(path))
 
 
-def records_from_hub(name: str, *, split: str = "train", fields: FieldNames = FieldNames(), **kwargs: Any) -> Dataset:
+def records_from_hub(path: str, *, split: str = "train", fields: FieldNames = FieldNames(), **kwargs: Any) -> Dataset:
     """The same from a data set on the Hub, or a folder that `datasets` reads; kwargs as for `datasets.load_dataset`.
 
     Raises:
@@ -56,7 +56,7 @@ def records_from_hub(name: str, *, split: str = "train", fields: FieldNames = Fi
     """
     from datasets import load_dataset
 
-    return normalized(load_dataset(name, split=split, **kwargs), fields, source=f"{name} ({split})")
+    return normalized(load_dataset(path, split=split, **kwargs), fields, source=f"{path} ({split})")
 
 
 def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldNames(), *, source: str) -> Dataset:

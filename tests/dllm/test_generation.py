@@ -6,10 +6,18 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    Qwen2Config,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import generate
+from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
 
 from .generation_reference import reference_generate
 
@@ -76,6 +84,28 @@ def test_each_sample_is_denoised_at_its_own_noise_level(adapted_llama: PeftModel
 
     result = generate(model, prompts, **case, prompt_lengths=PROMPT_LENGTHS, eos_token_id=ENDS, return_stats=True)
     _check(result, prompts, case, ENDS, logits_of)
+
+
+@pytest.mark.parametrize("kind", ["dream", "bert", "roberta"])
+def test_shifted_models_and_encoders_are_sampled_alike(prompts: torch.Tensor, kind: str) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    if kind == "dream":
+        config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+        config.is_causal = False
+        model = ShiftedQwen2ForCausalLM(config)
+    elif kind == "bert":
+        model = BertForMaskedLM(BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=19))
+    else:
+        config = RobertaConfig(**sizes, num_attention_heads=4, max_position_embeddings=20, pad_token_id=0)
+        model = RobertaForMaskedLM(config)
+    model = model.double().eval()
+    prompts = prompts.clamp(min=2)  # 0 is padding, by which RoBERTa counts positions
+    options = {"prompt_lengths": PROMPT_LENGTHS, "mask_token_id": MASK, "eos_token_id": ENDS}
+    result = generate(model, prompts, **CASES[2], **options, return_stats=True)
+    _check(result, prompts, CASES[2], ENDS, lambda tokens, level: model(torch.tensor([tokens])).logits[0])
+    if kind != "dream":
+        with pytest.raises(ValueError, match="together 20, and the model has 19 positions"):
+            generate(model, prompts, gen_length=13, mask_token_id=MASK)
 
 
 @torch.no_grad()

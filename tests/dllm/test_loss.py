@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.dllm import mask_answers, masked_cross_entropy, masked_diffusion_loss
+from nara_diffusion.dllm import mask_answers, mask_density, masked_cross_entropy, masked_diffusion_loss
 from nara_diffusion.dllm.heads import head_of
 from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
 
@@ -194,6 +194,26 @@ def test_the_model_sees_the_ratio_that_masked_each_sample(adapted_llama: PeftMod
     assert torch.equal(seen[0], result.noise_level)
     share = result.masked.sum(1) / result.answer.sum(1)
     assert (result.noise_level != share).any()
+
+
+def test_the_mask_density_is_fed_where_a_core_asks_for_it() -> None:
+    model = llama()
+    model.config.mask_token_id = MASK
+    config = NaraConfig(
+        r=3, target_modules=["q_proj"], core_hidden_dims=(8, 8), core_input="both", mask_density_radius=2
+    )
+    model = get_peft_model(model, config)
+    disturb(model)
+    result = masked_diffusion_loss(model.eval(), **BATCH, seed=7)
+    batch = mask_answers(**BATCH, mask_token_id=MASK, seed=7)
+    density = mask_density(result.masked, result.answer, 2)
+    losses = []
+    for values in (density, 1 - density):
+        with noise_level(model, result.noise_level, mask_density=values):
+            logits = model(batch.input_ids, attention_mask=ATTENTION_MASK).logits
+        losses.append(F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none") * result.masked)
+    assert torch.allclose(result.token_loss, losses[0], atol=1e-5)
+    assert not torch.allclose(result.token_loss, losses[1], atol=1e-5)
 
 
 def test_a_batch_without_masks_has_zero_loss_and_zero_gradients() -> None:

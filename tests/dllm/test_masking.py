@@ -166,6 +166,7 @@ def test_complementary_masks_cover_each_answer_exactly_once() -> None:
         ({"seed": None, "sample_indices": [1, 2]}, "without a seed"),
         ({"sample_indices": [1]}, "one index >= 0 a sample"),
         ({"group_size": -1}, "group_size is -1"),
+        ({"seed": -3}, "seed is -3"),
     ],
 )
 def test_refusals(arguments: dict, message: str) -> None:
