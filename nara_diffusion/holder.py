@@ -310,6 +310,8 @@ def _check_convention(source: NoiseSource | None, adapter_name: str, convention:
 
 def _on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
     assert signals is not None
-    device = next((t.device for t in (*core.parameters(), *core.buffers())), torch.device("cpu"))
+    tensors = (*core.parameters(), *core.buffers())
+    # all on "meta": offloaded, and brought in by the core's own modules
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), signals.noise_level.device)
     level, density = signals
     return level.to(device), None if density is None else density.to(device)

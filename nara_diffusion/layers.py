@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .channel import CoreChannel
 from .core import factored_row_norm
+from .offload import is_offloaded, onloaded
 
 
 class NaraVariant(LoraVariant):
@@ -77,6 +78,12 @@ class NaraVariant(LoraVariant):
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one."""
+        if is_offloaded(*_weights(module, active_adapter)):
+            with onloaded(module):
+                return self._update_any(module, active_adapter, x, result)
+        return self._update_any(module, active_adapter, x, result)
+
+    def _update_any(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         if x.dim() < self.batched_dims(module):
             return self.update(module, active_adapter, x[None], result[None])[0]
         return self.update(module, active_adapter, x, result)
@@ -291,11 +298,16 @@ def _is_dropout_free(module: Any, adapter_name: str) -> bool:
     return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
 
 
-def _factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A (r, k) and B (d_out, r) of any layer, kernels flattened and groups written out."""
+def _weights(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A and B of any layer, as PEFT keeps them."""
     if isinstance(module, Embedding):
         return module.lora_embedding_A[adapter_name], module.lora_embedding_B[adapter_name]
-    A, B = module.lora_A[adapter_name].weight.flatten(1), module.lora_B[adapter_name].weight.flatten(1)
+    return module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+
+
+def _factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A (r, k) and B (d_out, r) of any layer, kernels flattened and groups written out."""
+    A, B = (weight.flatten(1) for weight in _weights(module, adapter_name))
     groups = getattr(module.get_base_layer(), "groups", 1)
     return A, B if groups == 1 else torch.block_diag(*B.chunk(groups))
 

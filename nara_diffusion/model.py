@@ -56,7 +56,10 @@ class NaraModel(MergesAtOneLevel):
         self._injecting = _Injection(holder)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None)
+            with _without_holder(model):
+                super().inject_adapter(
+                    model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
+                )
             with init_empty_weights(include_buffers=True) if low_cpu_mem_usage else nullcontext():
                 holder.add(adapter_name, config, self._injecting.ranks)
         except Exception:
@@ -252,6 +255,17 @@ class _Injection:
             layer.delete_adapter(adapter_name)
             if not layer.r:
                 setattr(parent, name, layer.base_layer)
+
+
+@contextmanager
+def _without_holder(root: nn.Module) -> Iterator[None]:
+    """Inside, PEFT does not see the cores, whose parts are named as a base model's may be ("embeddings", "layers")."""
+    holder = root._modules.pop(HOLDER_NAME, None)
+    try:
+        yield
+    finally:
+        if holder is not None:
+            root._modules[HOLDER_NAME] = holder
 
 
 def _group(sharing: str, module_name: str) -> str:

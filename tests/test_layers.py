@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -249,7 +250,7 @@ def test_a_half_precision_base_keeps_float32_adapters_and_its_own_output_dtype(b
     with noise_level(model, LEVELS):
         actual = model(x)
     assert actual.dtype == base_dtype
-    # the base product, DoRA's subtraction of the bias and the result are each rounded to eps / 2, magnified at most twice
+    # the base product, DoRA's subtraction of the bias and the result are each rounded to eps / 2, and at most doubled
     error = relative_error(actual, linear_by_hand(model, x, default_core(model, LEVELS), use_dora))
     assert error < 3 * torch.finfo(base_dtype).eps
 
@@ -389,6 +390,27 @@ def test_the_norm_at_llada_width_is_exact_to_float32():
     W0, A, K = torch.randn(512, 768) * 0.02, torch.randn(32, 768) * 0.02, torch.randn(4, 512, 32)
     exact = (W0.double() + 0.5 * K.double() @ A.double()).norm(dim=2)
     assert relative_error(factored_row_norm(W0, A, K, 0.5), exact) < 1e-6
+
+
+# ---------------------------------------------------------------- weights that are elsewhere
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+@pytest.mark.parametrize("noise_embedding", ["fourier", "raw"])
+@pytest.mark.parametrize(("make", "shape"), [(linear, (3, 6, 7)), CONVOLUTIONS["conv2d"]], ids=["linear", "conv2d"])
+def test_offloaded_weights_are_brought_in_for_the_update_and_taken_away_again(make, shape, noise_embedding, use_dora):
+    model = adapted(OneLayer(make()), target_modules=["layer"], use_dora=use_dora, noise_embedding=noise_embedding)
+    x = torch.randn(shape)
+    with noise_level(model, LEVELS), torch.no_grad():
+        expected = model(x)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(p.is_meta for p in model.parameters())
+        for _ in range(2):
+            assert torch.equal(model(x), expected)
+            assert all(p.is_meta for p in model.parameters())
+    model.merge_adapter(noise_level=0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[1], expected[1], rtol=1e-5, atol=1e-5)  # LEVELS[1] is 0.5
 
 
 def test_refused_layers_are_named():

@@ -199,6 +199,15 @@ def test_a_failing_injection_leaves_the_model_as_it_was(options, message, first_
         model.add_adapter("other", nara_config(target_modules=TARGETS))
 
 
+def test_modules_to_save_named_like_a_part_of_a_core_are_those_of_the_base_model():
+    base = TwoLayers()
+    base.embeddings, base.projection = nn.Linear(3, 3), nn.Linear(2, 2)
+    model = adapted(base, target_modules=["first"], noise_embedding="mlp")
+    model.add_adapter("other", nara_config(target_modules=["second"], modules_to_save=["embeddings", "projection"]))
+    wrapped = {name for name, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"}
+    assert wrapped == {"base_model.model.embeddings", "base_model.model.projection"}
+
+
 # ---------------------------------------------------------------- off, deleted, unloaded
 
 
