@@ -32,17 +32,27 @@ class CheckpointWithCore:
         frame = self.channel.frame
         if not frame:
             return self.checkpoint(function, *args, **kwargs)
-        keys = tuple(frame)
+        return self.checkpoint(_WithCores(function, tuple(frame), self.channel), *frame.values(), *args, **kwargs)
 
-        def run(*inputs: Any, **run_kwargs: Any) -> Any:
-            cores, inputs = inputs[: len(keys)], inputs[len(keys) :]
-            if torch.compiler.is_compiling() and self.channel.frame:
-                # traced as a part of the root's forward, whose C the graph itself hands to the recomputation
-                return function(*inputs, **run_kwargs)
-            with self.channel.using(dict(zip(keys, cores, strict=True))):
-                return function(*inputs, **run_kwargs)
 
-        return self.checkpoint(run, *frame.values(), *args, **kwargs)
+class _WithCores:
+    """`function`, preceded by the cores of `keys` among its arguments.
+
+    An object, not a closure: Diffusers asks for its `__call__`, which a compiler cannot trace on a function.
+    """
+
+    def __init__(self, function: Callable[..., Any], keys: tuple[tuple[str, str], ...], channel: CoreChannel) -> None:
+        self.function = function
+        self.keys = keys
+        self.channel = channel
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        cores, args = inputs[: len(self.keys)], inputs[len(self.keys) :]
+        if torch.compiler.is_compiling() and self.channel.frame:
+            # traced as a part of the root's forward, whose C the graph itself hands to the recomputation
+            return self.function(*args, **kwargs)
+        with self.channel.using(dict(zip(self.keys, cores, strict=True))):
+            return self.function(*args, **kwargs)
 
 
 def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
