@@ -43,8 +43,7 @@ def noise_level_curve(
         loss(λ) = Σ_i (1/n_i) Σ_{j masked} − log p(x_ij)  /  Σ_i (1/n_i) Σ_{j masked} 1
 
     over all rows i with answers of n_i tokens. That ratio, and masks that depend on (seed, row, λ) alone and grow
-    with λ,
-    keep the variance low: two models, or two λ, are compared on the same masks.
+    with λ, keep the variance low: two models, or two λ, are compared on the same masks.
 
     Args:
         model: the outermost module.
@@ -58,31 +57,26 @@ def noise_level_curve(
     """
     mask = mask_token_of(model, mask_token_id)
     model = without_ddp(model)
+    starts = range(0, len(rows), batch_size)
     losses = []
-    with (
-        evaluating(model),
-        tqdm(
-            total=len(noise_levels) * len(rows) * repeats, desc="loss over λ", unit="row", disable=not progress
-        ) as bar,
-    ):
+    bar = tqdm(total=len(noise_levels) * repeats * len(starts), desc="loss over λ", unit="batch", disable=not progress)
+    with evaluating(model), bar:
         for level in noise_levels:
             total = count = 0.0
             for repeat in range(repeats):
-                for start in range(0, len(rows), batch_size):
+                for start in starts:
                     indices = range(start, min(start + batch_size, len(rows)))
-                    batch = collator([rows[i] for i in indices])
-                    batch.pop("sample_indices", None)
-                    masked = mask_answers(
-                        **_to(batch, _device(model)),
+                    batch = mask_answers(
+                        **_on_device(collator([rows[i] for i in indices]), model),
                         mask_token_id=mask,
                         noise_level=level,
                         seed=seed,
                         sample_indices=[repeat * len(rows) + i for i in indices],
                     )
-                    lengths = masked.answer.sum(1)
-                    total += (masked_cross_entropy(model, masked).double().sum(1) / lengths).sum().item()
-                    count += (masked.masked.double().sum(1) / lengths).sum().item()
-                    bar.update(len(indices))
+                    lengths = batch.answer.sum(1)
+                    total += (masked_cross_entropy(model, batch).double().sum(1) / lengths).sum().item()
+                    count += (batch.masked.double().sum(1) / lengths).sum().item()
+                    bar.update()
             losses.append(total / count if count else float("nan"))
     return losses
 
@@ -225,5 +219,6 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _to(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+def _on_device(batch: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, Any]:
+    """Without the places in a training stream that rows may have brought: here they are counted otherwise."""
+    return {name: tensor.to(_device(model)) for name, tensor in batch.items() if name != "sample_indices"}

@@ -35,8 +35,7 @@ from nara_diffusion.dllm.loss import logits_of, mask_token_of
 from nara_diffusion.dllm.modes import evaluating, without_ddp
 from nara_diffusion.dllm.prompts import Canvas, place_prompts
 from nara_diffusion.dllm.remasking import above, confidence_of, highest, sample_tokens
-
-REMASKING = ("low_confidence", "random")
+from nara_diffusion.dllm.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -52,59 +51,6 @@ class Generation:
     answers: torch.Tensor
     prompt_lengths: torch.Tensor
     forwards: int
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn; the arguments of `generate`, checked.
-
-    Raises:
-        ValueError: an impossible combination.
-    """
-
-    gen_length: int
-    steps: int | None
-    block_length: int
-    temperature: float
-    cfg_scale: float
-    remasking: str
-    confidence_threshold: float | None
-
-    def __post_init__(self) -> None:
-        if self.gen_length < 1:
-            raise ValueError(f"gen_length is {self.gen_length}, expected 1 at least")
-        if self.block_length < 1 or self.gen_length % self.block_length:
-            raise ValueError(
-                f"block_length {self.block_length} doesn't divide gen_length {self.gen_length}, as it has to"
-            )
-        blocks = self.gen_length // self.block_length
-        if self.steps is not None and (self.steps < blocks or self.steps % blocks):
-            raise ValueError(
-                f"steps is {self.steps} and there are {blocks} blocks: pass a multiple of {blocks}, e.g. {blocks} or "
-                f"{self.gen_length}"
-            )
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if not 0 <= self.cfg_scale < float("inf"):
-            raise ValueError(f"cfg_scale is {self.cfg_scale}, expected 0 (no guidance) or more")
-        if self.remasking not in REMASKING:
-            raise ValueError(f"remasking is {self.remasking!r}, expected one of {', '.join(map(repr, REMASKING))}")
-        if self.confidence_threshold is not None:
-            if not 0 <= self.confidence_threshold <= 1:
-                raise ValueError(f"confidence_threshold is {self.confidence_threshold}, expected a probability")
-            if self.steps is not None or self.remasking != "low_confidence":
-                raise ValueError(
-                    "confidence_threshold decides itself how many tokens a step places, by their confidence: leave out "
-                    "steps, and use remasking='low_confidence'"
-                )
-
-    def tokens_per_step(self) -> list[int] | None:
-        """How many tokens each step of a block places, the larger numbers first; None if confidence decides."""
-        if self.confidence_threshold is not None:
-            return None
-        steps = (self.steps or self.gen_length) // (self.gen_length // self.block_length)
-        whole, rest = divmod(self.block_length, steps)
-        return [whole + (step < rest) for step in range(steps)]
 
 
 @torch.no_grad()
@@ -166,9 +112,9 @@ def generate(
     )
     model = without_ddp(model)
     config = getattr(language_model(model), "config", None)
-    ends = _token_ids(eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None))
     mask = mask_token_of(model, mask_token_id)
     padding = pad_token_id if pad_token_id is not None else getattr(config, "pad_token_id", None)
+    ends = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
     canvas = place_prompts(
         input_ids,
         gen_length=gen_length,
@@ -178,12 +124,9 @@ def generate(
         attention_mask=attention_mask,
         max_length=position_limit(model),
     )
-    state = _State(model, canvas, sampling, mask, generator)
+    state = _State(model, canvas, sampling, mask, _token_ids(ends) if stop_at_eos else [], generator)
     with evaluating(model):
-        for block in range(gen_length // sampling.block_length):
-            state.fill_block(block, ends if stop_at_eos else [])
-            if not state.masked.any():
-                break
+        state.fill()
     return state.result() if return_stats else state.sequences
 
 
@@ -196,9 +139,10 @@ class _State:
         canvas: Canvas,
         sampling: Sampling,
         mask_token_id: int,
+        ends: list[int],
         generator: torch.Generator | None,
     ) -> None:
-        self.model, self.sampling, self.generator = model, sampling, generator
+        self.model, self.sampling, self.ends, self.generator = model, sampling, ends, generator
         self.sequences, self.starts, self.mask_token_id = canvas.sequences, canvas.starts, mask_token_id
         self.attention_mask = None if canvas.real.all() else canvas.real.long()  # (b, l)
         device = canvas.sequences.device
@@ -212,13 +156,16 @@ class _State:
         """(b, g) token ids."""
         return self.sequences.gather(1, self.positions)
 
-    def fill_block(self, block: int, ends: list[int]) -> None:
-        """Place every token of a block."""
-        columns = slice(block * self.sampling.block_length, (block + 1) * self.sampling.block_length)
-        for count in self.sampling.tokens_per_step() or [None] * self.sampling.block_length:
-            if count != 0 and self.masked[:, columns].any():
-                self._step(columns, count)
-                self._finish_rows(ends)
+    def fill(self) -> None:
+        """Place every token, block by block."""
+        width = self.sampling.block_length
+        counts = self.sampling.tokens_per_step() or [None] * width
+        for start in range(0, self.sampling.gen_length, width):
+            columns = slice(start, start + width)
+            for count in counts:
+                if count != 0 and self.masked[:, columns].any():
+                    self._step(columns, count)
+                    self._finish_rows()
 
     def _step(self, columns: slice, count: int | None) -> None:
         positions, masked = self.positions[:, columns], self.masked[:, columns]  # (b, k)
@@ -265,12 +212,12 @@ class _State:
             logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
         return logits.clone()
 
-    def _finish_rows(self, ends: list[int]) -> None:
+    def _finish_rows(self) -> None:
         """Fill the rest of each row whose first end token has no mask before it."""
-        if not ends:
+        if not self.ends:
             return
         answers = self.answers
-        is_end = torch.isin(answers, torch.tensor(ends, device=answers.device)) & ~self.masked  # (b, g)
+        is_end = torch.isin(answers, torch.tensor(self.ends, device=answers.device)) & ~self.masked  # (b, g)
         first = torch.where(is_end.any(1), is_end.int().argmax(1), self.sampling.gen_length)  # (b,)
         columns = torch.arange(self.sampling.gen_length, device=answers.device)
         done = is_end.any(1) & ~(self.masked & (columns < first[:, None])).any(1)  # (b,)

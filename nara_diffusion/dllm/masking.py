@@ -95,13 +95,7 @@ def mask_answers(
     answer = answer_positions(input_ids, prompt_lengths, attention_mask=attention_mask, answer_lengths=answer_lengths)
     if attention_mask is None and answer_lengths is not None:
         attention_mask = (torch.arange(width, device=device) <= _last_position(answer)[:, None]).long()
-    if seed is None:
-        if sample_indices is not None:
-            raise ValueError("sample_indices were given without a seed: pass seed=, or leave both out")
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, expected 0 or more")
-    indices = _index_list(sample_indices, b)
+    seed, indices = _key(seed, sample_indices, generator, b)
     if noise_level is None:
         noise_level = draw_noise_levels(
             indices, seed=seed, stratified=stratified, group_size=group_size or b, symmetric=complementary
@@ -206,13 +200,21 @@ def _random(seed: int, stream: int, number: int) -> np.random.Generator:
     return np.random.default_rng((seed, stream, number))
 
 
-def _index_list(sample_indices: torch.Tensor | Sequence[int] | None, b: int) -> list[int]:
-    if sample_indices is None:
-        return list(range(b))
-    indices = [int(i) for i in sample_indices]
+def _key(
+    seed: int | None, sample_indices: torch.Tensor | Sequence[int] | None, generator: torch.Generator | None, b: int
+) -> tuple[int, list[int]]:
+    """(seed, indices of the b samples), by which all random numbers are drawn."""
+    if seed is None:
+        if sample_indices is not None:
+            raise ValueError("sample_indices were given without a seed: pass seed=, or leave both out")
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, expected 0 or more")
+    indices = list(range(b)) if sample_indices is None else [int(i) for i in sample_indices]
     if len(indices) != b or min(indices) < 0:
         raise ValueError(f"sample_indices is {indices}, the batch is {b}: pass one index >= 0 a sample")
-    return indices
+    return seed, indices
 
 
 def _lengths(name: str, lengths: torch.Tensor | Sequence[int], b: int, device: torch.device) -> torch.Tensor:

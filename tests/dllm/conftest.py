@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -37,3 +39,13 @@ def adapted_llama(tiny_llama: LlamaForCausalLM) -> PeftModel:
     model = get_peft_model(tiny_llama, config)
     disturb(model)
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may wait for an answer on the terminal."""
+
+    def ask(*_: object) -> str:
+        raise AssertionError("a question on the terminal")
+
+    monkeypatch.setattr(builtins, "input", ask)
