@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Embedding, LoraVariant, MultiheadAttention, ParamWrapper, _ConvNd
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from .channel import CoreChannel
 from .core import factored_row_norm
 from .offload import is_offloaded, onloaded
+from .quantized import base_weight, check_mergeable
 
 
 class NaraVariant(LoraVariant):
@@ -98,23 +98,20 @@ class NaraVariant(LoraVariant):
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at one C."""
-        if module.lora_bias[active_adapter] and module.get_base_layer().bias is None:
-            raise ValueError(
-                f"lora_bias=True on layer '{self.layer_name}', which has no bias of its own: there is nothing to merge "
-                "the bias into."
-            )
+        check_mergeable(module, active_adapter, self.layer_name)
         rank = module.r[active_adapter]
         core = self.core_to_merge(*self.key)[:, :rank, :rank]
         factor = self.merge_factor(module, active_adapter, core)
         module._cache_store(f"{active_adapter}-nara", (core, factor))
         # read again: finding DoRA's norm may have taken other merged adapters out and put them back
-        weight = dequantize_module_weight(module.get_base_layer()).data
+        weight = base_weight(module.get_base_layer()).data
         return (factor * (weight + _delta_weight(module, active_adapter, core))).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        check_mergeable(module, active_adapter, self.layer_name)
         core, factor = module._cache_pop(f"{active_adapter}-nara")
         return (orig_weight.data / factor - _delta_weight(module, active_adapter, core)).to(orig_weight.dtype)
 
@@ -314,7 +311,7 @@ def _factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
 
 def _base_matrix(module: Any) -> Tensor:
     """W0 (d_out, d_in) of a linear layer, dequantised if need be."""
-    weight = dequantize_module_weight(module.get_base_layer())
+    weight = base_weight(module.get_base_layer())
     return transpose(weight, getattr(module, "fan_in_fan_out", False))
 
 
