@@ -189,6 +189,37 @@ class IdentityCore(Float32Module):
         return torch.eye(self.rank, dtype=torch.float32)[None]
 
 
+def times_core(B: Tensor, core: Tensor) -> Tensor:
+    """K = B·C: (d_out, r), (b, r, r) → (b, d_out, r), in float32 also under autocast, so that C − I is not rounded.
+
+    One plain product Cᵀ Bᵀ for the whole batch, whose transpose is what the layers multiply with.
+    """
+    batch, rank, _ = core.shape
+    with torch.autocast(B.device.type, enabled=False):
+        rows = core.to(B.device).transpose(1, 2).reshape(batch * rank, rank)
+        product = rows @ B.float().T  # (b r, d_out)
+    return product.view(batch, rank, -1).transpose(1, 2).to(B.dtype)
+
+
+def add_product(base: Tensor, h: Tensor, K: Tensor, scaling: float) -> Tensor:
+    """base + s · h Kᵀ by one (batched) product: base (b, …, d_out), h (b, …, r), K (b or 1, d_out, r)."""
+    dtype = torch.promote_types(base.dtype, h.dtype)
+    K, h = K.to(dtype), h.to(dtype)
+    if K.shape[0] == 1:
+        flat = torch.addmm(
+            base.to(dtype).reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), K[0].T, alpha=scaling
+        )
+    else:
+        batch = K.shape[0]
+        flat = torch.baddbmm(
+            base.to(dtype).reshape(batch, -1, base.shape[-1]),
+            h.reshape(batch, -1, h.shape[-1]),
+            K.transpose(1, 2),
+            alpha=scaling,
+        )
+    return flat.view(base.shape)
+
+
 def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
     """‖W0 + s K A‖ by row, without the (b, d_out, d_in) product; for NaRA-DoRA (paper, appendix M).
 

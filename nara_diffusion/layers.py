@@ -21,7 +21,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from .channel import CoreChannel
-from .core import factored_row_norm
+from .core import add_product, factored_row_norm, times_core
 from .offload import is_offloaded, onloaded
 from .quantized import base_weight, check_mergeable
 
@@ -125,10 +125,10 @@ class NaraLinear(NaraVariant):
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         B = module.lora_B[active_adapter]
-        K = _times_core(B.weight, self.batch_core(module.r[active_adapter], x.shape[0]))
+        K = times_core(B.weight, self.batch_core(module.r[active_adapter], x.shape[0]))
         h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (b, …, r)
         scaling = module.scaling[active_adapter]
-        result = _add_product(result, h, K, scaling)
+        result = add_product(result, h, K, scaling)
         return result if B.bias is None else result + scaling * B.bias
 
 
@@ -139,12 +139,12 @@ class NaraEmbedding(NaraVariant):
         return 1
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        K = _times_core(module.lora_embedding_B[active_adapter], self.batch_core(module.r[active_adapter], x.shape[0]))
+        K = times_core(module.lora_embedding_B[active_adapter], self.batch_core(module.r[active_adapter], x.shape[0]))
         h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
         embed_scale = module._get_embed_scale()
         if embed_scale is not None:
             h = h * embed_scale.to(h.dtype)
-        return _add_product(result, h, K, module.scaling[active_adapter])
+        return add_product(result, h, K, module.scaling[active_adapter])
 
 
 class NaraConv(NaraVariant):
@@ -155,7 +155,7 @@ class NaraConv(NaraVariant):
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         core = self.batch_core(module.r[active_adapter], x.shape[0])
-        K = _times_core(_factors(module, active_adapter)[1], core)
+        K = times_core(_factors(module, active_adapter)[1], core)
         dropped = module.lora_dropout[active_adapter](x)
         return result + module.scaling[active_adapter] * _conv_update(module, active_adapter, dropped, K)
 
@@ -171,7 +171,7 @@ class NaraDoraLinear(NaraVariant):
         scaling = module.scaling[active_adapter]
         base_layer = module.get_base_layer()
         core = self.batch_core(module.r[active_adapter], x.shape[0])
-        K = _times_core(B.weight, core)
+        K = times_core(B.weight, core)
         weight = _base_matrix(module)
         norm = factored_row_norm(weight, A.weight, K, scaling)  # (b, d_out)
         magnitude = module.lora_magnitude_vector[active_adapter].weight
@@ -180,19 +180,19 @@ class NaraDoraLinear(NaraVariant):
         bias = base_layer.bias
         if _is_dropout_free(module, active_adapter):
             base = result if bias is None else result - bias
-            result = gain * _add_product(base, A(x), K, scaling)
+            result = gain * add_product(base, A(x), K, scaling)
             result = result if bias is None else result + bias
         else:
             dropped = module.lora_dropout[active_adapter](x)
             base = F.linear(dropped, weight.to(dropped.dtype))
-            result = result - base + gain * _add_product(base, A(dropped), K, scaling)
+            result = result - base + gain * add_product(base, A(dropped), K, scaling)
         return result
 
     def merge_factor(self, module: Any, active_adapter: str, core: Tensor) -> Tensor:
         A, B = _factors(module, active_adapter)
         with module._unmerged_base_weight(safe_merge=True) as weight:
             matrix = transpose(weight, getattr(module, "fan_in_fan_out", False)).flatten(1)
-            norm = factored_row_norm(matrix, A, _times_core(B, core), module.scaling[active_adapter])[0]
+            norm = factored_row_norm(matrix, A, times_core(B, core), module.scaling[active_adapter])[0]
         factor = module.lora_magnitude_vector[active_adapter].weight.detach().flatten() / norm
         if isinstance(module, _ConvNd):
             return factor.view(-1, *(1,) * (module._kernel_dim - 1))
@@ -209,7 +209,7 @@ class NaraDoraConv(NaraDoraLinear):
         A, B = _factors(module, active_adapter)
         base_layer = module.get_base_layer()
         axes = (1,) * (result.dim() - 2)
-        K = _times_core(B, self.batch_core(module.r[active_adapter], x.shape[0]))
+        K = times_core(B, self.batch_core(module.r[active_adapter], x.shape[0]))
         scaling = module.scaling[active_adapter]
         norm = factored_row_norm(base_layer.weight.flatten(1), A, K, scaling)  # (b, d_out)
         gain = (module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm).to(x.dtype)
@@ -252,37 +252,6 @@ def rule_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
     return NaraDoraLinear if use_dora else NaraLinear
 
 
-def _times_core(B: Tensor, core: Tensor) -> Tensor:
-    """K = B·C: (d_out, r), (b, r, r) → (b, d_out, r), in float32 also under autocast, so that C − I is not rounded.
-
-    One plain product Cᵀ Bᵀ for the whole batch, whose transpose is what the layers multiply with.
-    """
-    batch, rank, _ = core.shape
-    with torch.autocast(B.device.type, enabled=False):
-        rows = core.to(B.device).transpose(1, 2).reshape(batch * rank, rank)
-        product = rows @ B.float().T  # (b r, d_out)
-    return product.view(batch, rank, -1).transpose(1, 2).to(B.dtype)
-
-
-def _add_product(base: Tensor, h: Tensor, K: Tensor, scaling: float) -> Tensor:
-    """base + s · h Kᵀ by one (batched) product: base (b, …, d_out), h (b, …, r), K (b or 1, d_out, r)."""
-    dtype = torch.promote_types(base.dtype, h.dtype)
-    K, h = K.to(dtype), h.to(dtype)
-    if K.shape[0] == 1:
-        flat = torch.addmm(
-            base.to(dtype).reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), K[0].T, alpha=scaling
-        )
-    else:
-        batch = K.shape[0]
-        flat = torch.baddbmm(
-            base.to(dtype).reshape(batch, -1, base.shape[-1]),
-            h.reshape(batch, -1, h.shape[-1]),
-            K.transpose(1, 2),
-            alpha=scaling,
-        )
-    return flat.view(base.shape)
-
-
 def _conv_update(module: Any, adapter_name: str, x: Tensor, K: Tensor) -> Tensor:
     """K A(x), with B's bias: x (b, d_in, …), K (b or 1, d_out, r) → (b, d_out, …)."""
     h = module.lora_A[adapter_name](x)  # (b, r, …)
@@ -318,7 +287,7 @@ def _base_matrix(module: Any) -> Tensor:
 def _delta_weight(module: Any, adapter_name: str, core: Tensor) -> Tensor:
     """s B C A for one C (1, r, r), in the layout of the base layer's weight."""
     A, B = (factor.detach().float() for factor in _factors(module, adapter_name))
-    delta = module.scaling[adapter_name] * (_times_core(B, core)[0] @ A)  # (d_out, k)
+    delta = module.scaling[adapter_name] * (times_core(B, core)[0] @ A)  # (d_out, k)
     if isinstance(module, Embedding):
         return delta.T
     if isinstance(module, _ConvNd):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .checkpoint import check_adapter_tensors, refuse_name_in_key
 from .config import NaraConfig
 from .holder import HOLDER_NAME, CoreHolder, build_core
+from .injection import Injection, without_holder
 from .layers import rule_for
 from .merging import MergesAtOneLevel
 from .noise import as_signal, core_holders, mixed_adapters
@@ -53,10 +54,10 @@ class NaraModel(MergesAtOneLevel):
         self._check_name(model, adapter_name, config)
         holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder()
         holder.check_convention(adapter_name, config.noise_convention)
-        self._injecting = _Injection(holder)
+        self._injecting = Injection(holder)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:
-            with _without_holder(model):
+            with without_holder(model):
                 super().inject_adapter(
                     model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
                 )
@@ -230,42 +231,6 @@ class NaraModel(MergesAtOneLevel):
             mapped[key.removeprefix(_PEFT_PREFIX)] = mapped.pop(key)
         check_adapter_tensors(mapped, expected, present, f"{HOLDER_NAME}.cores.{adapter_name}.")
         return mapped
-
-
-class _Injection:
-    """What one call of `inject_adapter` has done so far, and how to take it back."""
-
-    def __init__(self, holder: CoreHolder) -> None:
-        self.holder = holder
-        self.layers: list[tuple[nn.Module, str, LoraLayer]] = []
-        self.ranks: dict[str, int] = {}
-
-    @property
-    def device(self) -> torch.device:
-        parameters = (p for _, _, layer in self.layers for p in layer.parameters())  # type: ignore[attr-defined]
-        return next((p.device for p in parameters if p.device.type != "meta"), torch.device("cpu"))
-
-    @property
-    def disabled(self) -> bool:
-        return any(layer.disable_adapters for _, _, layer in self.layers)
-
-    def undo(self, adapter_name: str) -> None:
-        for parent, name, layer in reversed(self.layers):
-            layer._active_adapter = [active for active in layer.active_adapters if active != adapter_name]
-            layer.delete_adapter(adapter_name)
-            if not layer.r:
-                setattr(parent, name, layer.base_layer)
-
-
-@contextmanager
-def _without_holder(root: nn.Module) -> Iterator[None]:
-    """Inside, PEFT does not see the cores, whose parts are named as a base model's may be ("embeddings", "layers")."""
-    holder = root._modules.pop(HOLDER_NAME, None)
-    try:
-        yield
-    finally:
-        if holder is not None:
-            root._modules[HOLDER_NAME] = holder
 
 
 def _group(sharing: str, module_name: str) -> str:

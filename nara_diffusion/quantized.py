@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def base_weight(base_layer: Any) -> Tensor:
@@ -15,6 +15,8 @@ def base_weight(base_layer: Any) -> Tensor:
     On a CPU, bitsandbytes reorders 4-bit weights at the first inference, after which they dequantise to nonsense; then
     the layer itself is asked: W0ᵀ = layer(I) − b.
     """
+    if type(getattr(base_layer, "weight", None)) is nn.Parameter and not hasattr(base_layer, "W_q"):
+        return base_layer.weight  # nothing to ask PEFT about, whose way to find out would break a compiled graph
     if not _is_packed(base_layer):
         return dequantize_module_weight(base_layer)
     with torch.no_grad():
