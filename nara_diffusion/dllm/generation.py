@@ -18,7 +18,8 @@ from 1 to 0; the guided half of a batch has the λ of its sample. What differs f
 - the mask token is never predicted, so that a step cannot undo another;
 - a row whose first end-of-sequence token has no mask before it is done: the rest of its answer is filled with that
   token. When all rows are done, sampling stops;
-- steps that have no token to place are skipped. That changes nothing, since λ counts masks and not steps.
+- steps that have no token to place are skipped, and rows that have none sit out. That changes nothing, since λ counts
+  masks and not steps.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from nara_diffusion.dllm.heads import language_model, logits_at, position_limit
 from nara_diffusion.dllm.loss import logits_of, mask_token_of
 from nara_diffusion.dllm.modes import evaluating, without_ddp
 from nara_diffusion.dllm.prompts import Canvas, place_prompts
-from nara_diffusion.dllm.remasking import above, confidence_of, highest, sample_tokens
+from nara_diffusion.dllm.remasking import RowRandom, above, confidence_of, highest, sample_tokens
 from nara_diffusion.dllm.sampling import Sampling
 
 
@@ -90,7 +91,8 @@ def generate(
         confidence_threshold: place every token above it, instead of counting `steps`.
         prompt_lengths: (b,) of prompts padded on the right.
         attention_mask: (b, p), the other way to say so; here padding may stand on either side.
-        generator: for Gumbel noise and random remasking, on the model's device.
+        generator: seeds a stream of random numbers a row, for Gumbel noise and random remasking: what a row draws
+            doesn't depend on the rows beside it, but for its place among them.
         mask_token_id, eos_token_id, pad_token_id: default: the model's configuration. Several eos tokens may be given.
         stop_at_eos: finish a row at its first eos token.
         return_stats: return a `Generation`, with the number of forwards, in place of the sequences.
@@ -142,13 +144,14 @@ class _State:
         ends: list[int],
         generator: torch.Generator | None,
     ) -> None:
-        self.model, self.sampling, self.ends, self.generator = model, sampling, ends, generator
+        self.model, self.sampling, self.ends = model, sampling, ends
         self.sequences, self.starts, self.mask_token_id = canvas.sequences, canvas.starts, mask_token_id
         self.attention_mask = None if canvas.real.all() else canvas.real.long()  # (b, l)
         device = canvas.sequences.device
         self.positions = canvas.starts[:, None] + torch.arange(sampling.gen_length, device=device)  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
         self.answer = torch.zeros_like(canvas.real).scatter(1, self.positions, True)  # (b, l)
+        self.random = RowRandom(generator, len(canvas.starts), device) if sampling.is_random else None
         self.forwards = 0
 
     @property
@@ -168,44 +171,43 @@ class _State:
                     self._finish_rows()
 
     def _step(self, columns: slice, count: int | None) -> None:
-        positions, masked = self.positions[:, columns], self.masked[:, columns]  # (b, k)
-        logits = self._guided_logits(positions)  # (b, k, v)
+        rows = self.masked[:, columns].any(1).nonzero()[:, 0]  # (a,); rows that are done with the block sit out
+        positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
+        logits = self._guided_logits(rows, positions)  # (a, k, v)
         logits[..., self.mask_token_id] = float("-inf")
-        tokens = sample_tokens(logits, self.sampling.temperature, self.generator)
+        tokens = sample_tokens(logits, self.sampling.temperature, self.random, rows)
         if self.sampling.remasking == "random":
-            rank = torch.rand(masked.shape, device=masked.device, generator=self.generator)
+            assert self.random is not None
+            rank = self.random.uniform(rows, masked.shape[1])
         else:
             rank = confidence_of(logits, tokens)
         if count is None:
             chosen = above(rank, masked, self.sampling.confidence_threshold or 0.0)
         else:
             chosen = highest(rank, masked, count)
-        current = self.sequences.gather(1, positions)
-        self.sequences = self.sequences.scatter(1, positions, torch.where(chosen, tokens, current))
-        self.masked = self.masked.clone()
-        self.masked[:, columns] &= ~chosen
+        current = self.sequences[rows].gather(1, positions)
+        placed = self.sequences[rows].scatter(1, positions, torch.where(chosen, tokens, current))
+        self.sequences = self.sequences.index_copy(0, rows, placed)
+        self.masked[rows, columns] = masked & ~chosen
 
-    def _guided_logits(self, positions: torch.Tensor) -> torch.Tensor:
+    def _guided_logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits (a, k, v) of `rows` (a,) at `positions` (a, k)."""
         w = self.sampling.cfg_scale
+        sequences = self.sequences[rows]  # (a, l)
         self.forwards += 1
         if w == 0:
-            return self._logits(self.sequences, positions, copies=1)
-        prompt = torch.arange(self.sequences.shape[1], device=positions.device) < self.starts[:, None]
-        both = torch.cat([self.sequences, self.sequences.masked_fill(prompt, self.mask_token_id)])  # (2b, l)
-        conditional, unconditional = self._logits(both, positions.repeat(2, 1), copies=2).chunk(2)
+            return self._logits(rows, sequences, positions)
+        prompt = torch.arange(sequences.shape[1], device=rows.device) < self.starts[rows, None]
+        both = torch.cat([sequences, sequences.masked_fill(prompt, self.mask_token_id)])  # (2a, l)
+        conditional, unconditional = self._logits(rows.repeat(2), both, positions.repeat(2, 1)).chunk(2)
         return unconditional + (w + 1) * (conditional - unconditional)
 
-    def _logits(self, sequences: torch.Tensor, positions: torch.Tensor, *, copies: int) -> torch.Tensor:
-        """Logits (copies · b, k, v) at `positions` of the answers, under the λ of each sample."""
-        masked = torch.zeros_like(self.answer).scatter(1, self.positions, self.masked)  # (b, l)
-        share = self.masked.float().mean(1)  # (b,)
-        padding = {} if self.attention_mask is None else {"attention_mask": self.attention_mask.repeat(copies, 1)}
-        conditions = conditioned(
-            self.model,
-            share.repeat(copies),
-            masked=masked.repeat(copies, 1),
-            answer=self.answer.repeat(copies, 1),
-        )
+    def _logits(self, rows: torch.Tensor, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What the model makes of `sequences`, which are `rows` with or without their prompts, at the λ of those."""
+        masked = torch.zeros_like(self.answer[rows]).scatter(1, self.positions[rows], self.masked[rows])
+        share = self.masked[rows].float().mean(1)  # λ of each
+        padding = {} if self.attention_mask is None else {"attention_mask": self.attention_mask[rows]}
+        conditions = conditioned(self.model, share, masked=masked, answer=self.answer[rows])
         with conditions, logits_at(self.model, positions) as selected:
             logits = logits_of(self.model(sequences, **padding))
         if not selected:

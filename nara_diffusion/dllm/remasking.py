@@ -7,15 +7,31 @@ import torch
 _NEVER = float("-inf")
 
 
-def sample_tokens(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
-    """Tokens (b, k) from logits (b, k, v): the argmax at temperature 0, a draw from softmax(logits / T) above.
+class RowRandom:
+    """Uniform random numbers in [0, 1), an own stream a row."""
 
-    The draw is the argmax of logits / T + Gumbel noise, in float64: in lower precision the noise has too few
-    values, and samples get visibly worse (arXiv 2409.02908).
+    def __init__(self, generator: torch.Generator | None, rows: int, device: torch.device) -> None:
+        source = "cpu" if generator is None else generator.device
+        seeds = torch.randint(2**62, (rows,), generator=generator, device=source)
+        self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
+
+    def uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The next numbers of `rows` (a,): (a, *shape)."""
+        streams = [self.streams[row] for row in rows.tolist()]
+        return torch.stack([torch.rand(shape, dtype=dtype, device=s.device, generator=s) for s in streams])
+
+
+def sample_tokens(
+    logits: torch.Tensor, temperature: float, random: RowRandom | None, rows: torch.Tensor
+) -> torch.Tensor:
+    """Tokens (a, k) of `rows` (a,) from logits (a, k, v): the argmax at temperature 0, else from softmax(logits / T).
+
+    The draw is the argmax of logits / T + Gumbel noise, in float64: in lower precision the noise has too few values,
+    and samples get visibly worse (arXiv 2409.02908).
     """
-    if temperature == 0:
+    if temperature == 0 or random is None:
         return logits.argmax(-1)
-    uniform = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
+    uniform = random.uniform(rows, *logits.shape[1:], dtype=torch.float64)
     gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float64).tiny)))
     return (logits.double() / temperature + gumbel).argmax(-1)
 

@@ -58,3 +58,8 @@ class Sampling:
         steps = (self.steps or self.gen_length) // (self.gen_length // self.block_length)
         whole, rest = divmod(self.block_length, steps)
         return [whole + (step < rest) for step in range(steps)]
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two runs can differ."""
+        return self.temperature > 0 or self.remasking == "random"

@@ -31,16 +31,17 @@ def prompts() -> torch.Tensor:
     return torch.randint(0, MASK, (3, 7), generator=torch.Generator().manual_seed(1))
 
 
-def draws(seed: int, forwards: int, block: int, *, temperature: float, remasking: str):
-    """The uniform numbers of each step, in the order that the sampler takes them from a generator."""
-    generator = torch.Generator().manual_seed(seed)
+def draws(row: int, forwards: int, block: int, *, temperature: float, remasking: str) -> list[dict[str, torch.Tensor]]:
+    """The uniform numbers of one row's steps, in the order in which the sampler takes them from the row's stream."""
+    seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(seeds[row].item())
     steps = []
     for _ in range(forwards):
         step = {}
         if temperature > 0:
-            step["gumbel"] = torch.rand((3, block, MASK + 1), dtype=torch.float64, generator=generator)
+            step["gumbel"] = torch.rand((block, MASK + 1), dtype=torch.float64, generator=generator)
         if remasking == "random":
-            step["random"] = torch.rand((3, block), generator=generator)
+            step["random"] = torch.rand((block,), generator=generator)
         steps.append(step)
     return steps
 
@@ -114,7 +115,7 @@ def _check(result, prompts: torch.Tensor, case, ends, logits_of) -> None:
     for row, length in enumerate(PROMPT_LENGTHS):
         prompt = prompts[row, :length].tolist()
         options = {"temperature": case.get("temperature", 0.0), "remasking": case.get("remasking", "low_confidence")}
-        steps = draws(5, 40, case["block_length"], **options)
+        steps = draws(row, 40, case["block_length"], **options)
         settings = {key: value for key, value in case.items() if key not in ("confidence_threshold", "steps")}
         answer, levels = reference_generate(
             logits_of,
@@ -124,7 +125,7 @@ def _check(result, prompts: torch.Tensor, case, ends, logits_of) -> None:
             threshold=case.get("confidence_threshold"),
             mask=MASK,
             ends=ends,
-            uniform=lambda kind, number, row=row, steps=steps: steps[number][kind][row],
+            uniform=lambda kind, number, steps=steps: steps[number][kind],
         )
         assert result.answers[row].tolist() == answer
         assert result.sequences[row, : length + len(answer)].tolist() == prompt + answer
@@ -165,6 +166,17 @@ def test_sampling_stops_when_every_row_has_ended(double_llama: LlamaForCausalLM,
     by_configuration = generate(double_llama, prompts, **options)
     assert torch.equal(by_configuration.answers, result.answers)
     assert generate(double_llama, prompts, stop_at_eos=False, **options).forwards == 12
+
+
+def test_rows_that_are_done_sit_out(double_llama: LlamaForCausalLM, prompts: torch.Tensor) -> None:
+    sizes: list[int] = []
+    double_llama.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    options = {"prompt_lengths": PROMPT_LENGTHS, "gen_length": 8, "block_length": 4, "temperature": 0.7}
+    generator = torch.Generator().manual_seed(5)
+    generate(double_llama, prompts, **options, eos_token_id=ENDS, generator=generator)
+    assert sizes[0] == 3
+    assert min(sizes) < 3
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_thresholds_set_the_number_of_forwards(double_llama: LlamaForCausalLM, prompts: torch.Tensor) -> None:
