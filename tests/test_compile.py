@@ -1,0 +1,303 @@
+"""`torch.compile` of adapted models: the values of eager mode, one graph, and no recompilation when λ changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers import LlamaForCausalLM
+
+from nara_diffusion import noise_level, set_noise_source
+from nara_diffusion.noise import NoiseSignals
+from tests.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+    # Dynamo looks at the gradient of each input; it hides its warning only where warnings are no errors
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+LEVELS = [torch.tensor([0.05, 0.5, 0.93]), torch.tensor([0.8, 0.2, 0.6]), torch.tensor([0.0, 1.0, 1.0])]
+TARGETS = ["q_proj", "down_proj"]
+Forward = Callable[[nn.Module], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def llama_logits(model: nn.Module) -> Tensor:
+    return model(input_ids=torch.arange(15).view(3, 5) + 7, use_cache=False).logits
+
+
+def output(model: nn.Module, named: nn.Module, forward: Forward, level: float | Tensor) -> Tensor:
+    with noise_level(named, level), torch.no_grad():
+        return forward(model)
+
+
+def gradients(model: nn.Module, named: nn.Module, forward: Forward, level: float | Tensor) -> dict[str, Tensor]:
+    named.zero_grad()
+    with noise_level(named, level):
+        forward(model).square().mean().backward()
+    return {name: p.grad.clone() for name, p in named.named_parameters() if p.grad is not None}
+
+
+def check_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert any("nara_core." in name for name in expected)
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient) < 1e-6, name
+
+
+def compiled(model: nn.Module, how: str, backend: Any) -> nn.Module:
+    if how == "torch.compile(model)":
+        return torch.compile(model, backend=backend)  # type: ignore[return-value]
+    model.compile(backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()"])
+def test_one_graph_serves_all_levels(tiny_llama: LlamaForCausalLM, how: str, use_dora: bool) -> None:
+    model = adapted(tiny_llama, target_modules=TARGETS, use_dora=use_dora)
+    expected = [output(model, model, llama_logits, level) for level in LEVELS]
+    assert relative_error(expected[0], expected[1]) > 0.01
+    backend = CompileCounterWithBackend("eager")
+    fast = compiled(model, how, backend)
+    assert relative_error(output(fast, model, llama_logits, LEVELS[0]), expected[0]) < 1e-6
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for level, reference in zip(LEVELS, expected, strict=True):
+            assert relative_error(output(fast, model, llama_logits, level), reference) < 1e-6
+    assert backend.frame_count == 1
+    assert not counters["graph_break"]
+
+
+def test_one_graph_serves_all_shared_levels_and_sources(tiny_llama: LlamaForCausalLM) -> None:
+    model = adapted(tiny_llama, target_modules=TARGETS)
+    levels = [0.3, 0, 1, torch.tensor(0.7)]
+    expected = [output(model, model, llama_logits, level) for level in levels]
+    backend = CompileCounterWithBackend("eager")
+    fast = compiled(model, "torch.compile(model)", backend)
+    output(fast, model, llama_logits, 0.5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for level, reference in zip(levels, expected, strict=True):
+            assert relative_error(output(fast, model, llama_logits, level), reference) < 1e-6
+            set_noise_source(model, lambda *_, level=level: NoiseSignals(torch.tensor([float(level)])))  # type: ignore[arg-type]
+            with torch.no_grad():
+                assert relative_error(llama_logits(fast), reference) < 1e-6
+        set_noise_source(model, None)
+        with pytest.raises(ValueError, match="λ is not known"):
+            llama_logits(fast)
+    assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_training(tiny_llama: LlamaForCausalLM, use_dora: bool) -> None:
+    model = adapted(tiny_llama, target_modules=TARGETS, use_dora=use_dora).train()
+    expected = [gradients(model, model, llama_logits, level) for level in LEVELS]
+    backend = CompileCounterWithBackend("aot_eager")
+    fast = compiled(model, "torch.compile(model)", backend)
+    check_gradients(gradients(fast, model, llama_logits, LEVELS[0]), expected[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for level, reference in zip(LEVELS, expected, strict=True):
+            check_gradients(gradients(fast, model, llama_logits, level), reference)
+    assert backend.frame_count == 1
+    assert not counters["graph_break"]
+
+
+def test_two_forwards_before_one_backward_pass(tiny_llama: LlamaForCausalLM) -> None:
+    """Checkpointed or not, one graph: the recomputation is a part of it."""
+    model = adapted(tiny_llama, target_modules=TARGETS).train()
+
+    def both(fast: nn.Module) -> Callable[[nn.Module], Tensor]:
+        def forward(_: nn.Module) -> Tensor:
+            with noise_level(model, LEVELS[0]):
+                first = llama_logits(fast)
+            with noise_level(model, LEVELS[1]):
+                return torch.cat([first, llama_logits(fast)])
+
+        return forward
+
+    expected = gradients(model, model, both(model), 0.5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.base_model.model.disable_input_require_grads()
+    backend = CompileCounterWithBackend("aot_eager")
+    fast = compiled(model, "torch.compile(model)", backend)
+    check_gradients(gradients(model, model, both(fast), 0.5), expected)
+    assert backend.frame_count == 1
+    assert not counters["graph_break"]
+
+
+def test_a_checkpoint_that_cannot_be_compiled_is_right_too(tiny_llama: LlamaForCausalLM) -> None:
+    model = adapted(tiny_llama, target_modules=TARGETS).train()
+    expected = gradients(model, model, llama_logits, LEVELS[0])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+    fast = compiled(model, "torch.compile(model)", "eager")
+    check_gradients(gradients(fast, model, llama_logits, LEVELS[0]), expected)
+    assert counters["graph_break"]
+
+
+def test_blocks_compiled_one_by_one(tiny_llama: LlamaForCausalLM) -> None:
+    """Blocks, and models, share compiled code, but neither λ nor C."""
+    models = [adapted(tiny_llama, target_modules=TARGETS)]
+    models.append(adapted(type(tiny_llama)(tiny_llama.config).eval(), target_modules=TARGETS))
+    disturb(models[1], seed=5)
+    expected = [[output(model, model, llama_logits, level) for level in LEVELS] for model in models]
+    backend = CompileCounterWithBackend("eager")
+    for model in models:
+        for block in model.base_model.model.model.layers:
+            block.compile(backend=backend)
+    for model, references in zip(models, expected, strict=True):
+        output(model, model, llama_logits, LEVELS[0])
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for level, reference in zip(LEVELS, references, strict=True):
+                assert relative_error(output(model, model, llama_logits, level), reference) < 1e-6
+    block = models[0].base_model.model.model.layers[0]
+    states = torch.randn(3, 5, 24)
+    rotary = models[0].base_model.model.model.rotary_emb(states, torch.arange(5)[None])
+    with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
+        block(states, position_embeddings=rotary)
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    model = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    model.requires_grad_(False)
+    return model
+
+
+def denoised(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    sample = torch.randn(3, 3, 4, 4, generator=generator)
+    text = torch.randn(3, 4, 12, generator=generator)
+    return model(sample, torch.tensor([900, 500, 20]), text).sample
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # in Diffusers
+def test_a_unet(unet: UNet2DConditionModel) -> None:
+    unet.add_adapter(nara_config(target_modules=["to_q", "to_v", "conv1", "proj_in"], use_dora=True))
+    disturb(unet)
+    unet.train()
+    expected = [gradients(unet, unet, denoised, level) for level in LEVELS]
+    unet.enable_gradient_checkpointing()
+    backend = CompileCounterWithBackend("aot_eager")
+    fast = compiled(unet, "model.compile()", backend)
+    check_gradients(gradients(fast, unet, denoised, LEVELS[0]), expected[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for level, reference in zip(LEVELS, expected, strict=True):
+            check_gradients(gradients(fast, unet, denoised, level), reference)
+    assert backend.frame_count == 1
+    assert not counters["graph_break"]
+
+
+# ---------------------------------------------------------------------- small models
+
+
+@pytest.fixture
+def small() -> PeftModel:
+    return adapted(TwoLayers(), target_modules=["first", "second"])
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 7)
+
+
+def test_threads(small: PeftModel, x: Tensor) -> None:
+    workers, rounds = 3, 40
+    levels = [torch.rand(3) for _ in range(workers)]
+    expected = [output(small, small, lambda model: model(x), level) for level in levels]
+    fast = torch.compile(small, backend="eager")
+    output(fast, small, lambda model: model(x), levels[0])
+    barrier = threading.Barrier(workers)
+
+    def work(index: int) -> int:
+        right = 0
+        for _ in range(rounds):
+            barrier.wait()
+            right += relative_error(output(fast, small, lambda model: model(x), levels[index]), expected[index]) < 1e-6
+        return right
+
+    with ThreadPoolExecutor(workers) as pool:
+        assert list(pool.map(work, range(workers))) == [rounds] * workers
+
+
+def test_a_compiled_forward_that_failed_leaves_nothing_behind(small: PeftModel, x: Tensor) -> None:
+    expected = output(small, small, lambda model: model(x), 0.3)
+    fast = torch.compile(small, backend="eager")
+    for _ in range(2):
+        assert torch.equal(output(fast, small, lambda model: model(x), 0.3), expected)
+        with pytest.raises(ValueError, match="2 values, but the batch inside layer"):
+            output(fast, small, lambda model: model(x), torch.rand(2))
+        with pytest.raises(Exception, match=r"mat1|size|shape"):
+            output(fast, small, lambda model: model(x[:, :3]), 0.3)
+        with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
+            small.base_model.model.first(x)
+
+
+def test_a_layer_compiled_alone_raises_without_its_root(small: PeftModel, x: Tensor) -> None:
+    first = small.base_model.model.first
+    first.compile(backend="eager")
+    expected = output(small, small, lambda model: model(x), 0.3)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
+            first(x)
+        assert torch.equal(output(small, small, lambda model: model(x), 0.3), expected)
+
+
+def test_the_context_may_be_inside_of_what_is_compiled(small: PeftModel, x: Tensor) -> None:
+    def step(x: Tensor, level: Tensor) -> Tensor:
+        with noise_level(small, level):
+            once = small(x)
+        with noise_level(small, level.flip(0)):
+            return once - small(x)
+
+    levels = [torch.rand(3) for _ in range(3)]
+    with torch.no_grad():
+        expected = [step(x, level) for level in levels]
+        fast = torch.compile(step, backend="eager")
+        for level, reference in zip(levels, expected, strict=True):
+            assert relative_error(fast(x, level), reference) < 1e-6
+    with pytest.raises(ValueError, match="λ is not known"):
+        small(x)
+
+
+def test_adapters_may_be_switched(small: PeftModel, x: Tensor) -> None:
+    small.add_adapter("other", nara_config(target_modules=["first"], r=3))
+    disturb(small, seed=4)
+    fast = torch.compile(small, backend="eager")
+    for _ in range(2):
+        for names in (["default"], ["other"], ["default", "other"]):
+            small.base_model.set_adapter(names)
+            expected = output(small, small, lambda model: model(x), LEVELS[0])
+            assert relative_error(output(fast, small, lambda model: model(x), LEVELS[0]), expected) < 1e-6
+        with small.disable_adapter(), torch.no_grad():
+            assert torch.equal(fast(x), small(x))
