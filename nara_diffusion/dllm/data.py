@@ -187,14 +187,18 @@ class AnswerCollator:
         elif self.trained_padding < 0:
             raise ValueError(f"trained_padding is {self.trained_padding}, expected 0 tokens or more")
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
         ends = torch.maximum(self._ends(rows, lengths), lengths)
         input_ids = torch.full((len(rows), int(ends.max())), self.end_token_id)
         for i, row in enumerate(rows):
             input_ids[i, : lengths[i]] = torch.as_tensor(row["input_ids"])
-        batch = {"input_ids": input_ids, "prompt_lengths": prompt_lengths, "answer_lengths": ends - prompt_lengths}
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "prompt_lengths": prompt_lengths,
+            "answer_lengths": ends - prompt_lengths,
+        }
         if "position" in rows[0]:
             batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
         return batch

@@ -219,6 +219,6 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _on_device(batch: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, Any]:
+def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Without the places in a training stream that rows may have brought: here they are counted otherwise."""
     return {name: tensor.to(_device(model)) for name, tensor in batch.items() if name != "sample_indices"}

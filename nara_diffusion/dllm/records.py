@@ -36,13 +36,16 @@ def records_from_file(path: str | Path, fields: FieldNames = FieldNames()) -> Da
     """The records of a JSON or JSON Lines file: a Dataset of strings `instruction`, `input`, `output`, `answer`.
 
     Raises:
-        ValueError: no such file, an empty one, JSON that breaks (with the line), a record without instruction, output
-            or answer (with its number).
+        ValueError: no such file, an empty one, no UTF-8, JSON that breaks (with the line), a record without instruction,
+            output or answer (with its number).
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}: pass a JSON or JSON Lines file of {{instruction, output, answer}}")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8 text (byte {error.start}: {error.reason})") from None
     if not text.strip():
         raise ValueError(f"{path} is empty: it has to hold one record at least")
     return normalized(_parse(text, path), fields, source=str(path))
@@ -66,7 +69,7 @@ def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldN
     rows = [dict(record) for record in records]
     if not rows:
         raise ValueError(f"{source} holds no records")
-    answered = any(_text(row.get(fields.answer)) for row in rows)
+    answered = any(_text(row.get(fields.answer)).strip() for row in rows)
     return Dataset.from_list(
         [_normal(row, fields, answered, f"record {n} of {source}") for n, row in enumerate(rows, 1)]
     )
@@ -75,7 +78,7 @@ def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldN
 def _normal(row: Mapping[str, Any], fields: FieldNames, answered: bool, where: str) -> dict[str, str]:
     def required(name: str, what: str) -> str:
         value = _text(row.get(name))
-        if not value:
+        if not value.strip():
             state = "is empty" if name in row else f"is missing; the record has {', '.join(row) or 'no fields'}"
             raise ValueError(f"{where}: its {what}, field {name!r}, {state}")
         return value
@@ -85,12 +88,13 @@ def _normal(row: Mapping[str, Any], fields: FieldNames, answered: bool, where: s
         "instruction": required(fields.instruction, "instruction"),
         "input": _text(row.get(fields.input)),
         "output": output,
-        "answer": required(fields.answer, "answer") if answered else output,
+        "answer": required(fields.answer, "answer").strip() if answered else output,
     }
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+    """As it stands: white space at the start of an output can be Python's."""
+    return "" if value is None else str(value)
 
 
 def _parse(text: str, path: Path) -> list[dict[str, Any]]:

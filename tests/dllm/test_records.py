@@ -75,6 +75,18 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
         records_from_file(write(tmp_path / "data.json", text))
 
 
+def test_white_space_of_an_output_is_kept(tmp_path: Path) -> None:
+    record = {"instruction": "Indent.", "output": "    return 1\n", "answer": " 1 "}
+    (row,) = records_from_file(write(tmp_path / "data.jsonl", json.dumps(record)))
+    assert (row["output"], row["answer"]) == ("    return 1\n", "1")
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_bytes(b'[{"instruction": "\xff"}]')
+    with pytest.raises(ValueError, match=r"data\.json isn't UTF-8 text \(byte 18"):
+        records_from_file(tmp_path / "data.json")
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no file .*none\.json: pass a JSON or JSON Lines file"):
         records_from_file(tmp_path / "none.json")
