@@ -3,7 +3,8 @@
 from . import registry
 from .config import NaraConfig
 from .core import shared_factors
-from .model import NaraModel, core_matrix
+from .inspection import core_matrix
+from .model import NaraModel
 from .noise import noise_level, set_noise_source
 
 __version__ = "0.1.0"

@@ -111,7 +111,11 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ C(λ)
 
-    def forward(self, signals: NoiseSignals | None, names: list[str]) -> dict[tuple[str, str], Tensor]:
+    def forward(self, x: Any) -> Any:
+        """The identity: a root such as `nn.Sequential` calls its children, of which the holder is one."""
+        return x
+
+    def cores_at(self, signals: NoiseSignals | None, names: list[str]) -> dict[tuple[str, str], Tensor]:
         """The frame (adapter, group) → C (b or 1, r, r) of the named adapters; identities are left out."""
         frame = {}
         for name in names:
@@ -119,7 +123,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             for group, core in self.cores[name].items():  # type: ignore[operator]
                 if isinstance(core, IdentityCore):
                     continue
-                frame[name, group] = core(*_on_device_of(core, rows)) if core.needs_noise else core()
+                frame[name, group] = core(*on_device_of(core, rows)) if core.needs_noise else core()
         return frame
 
     def _rows(self, adapter_name: str, signals: NoiseSignals | None) -> NoiseSignals | None:
@@ -194,7 +198,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             self.merged_signals = signals
             self.merge(adapter_names=[adapter_name])
         core = self.cores[adapter_name][group]  # type: ignore[index]
-        return core(*_on_device_of(core, signals)) if core.needs_noise else core()
+        return core(*on_device_of(core, signals)) if core.needs_noise else core()
 
     # ------------------------------------------------------------------ the root's forward
 
@@ -237,7 +241,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             return {}
         if torch.is_grad_enabled():
             checkpoint_with_core(root, self.channel)
-        return self(self._signals_for(root, names, args, kwargs), names)
+        return self.cores_at(self._signals_for(root, names, args, kwargs), names)
 
     def _check_merged_level(self) -> None:
         signals, merged = active_signals(self.channel), self.merged_signals
@@ -308,7 +312,8 @@ def _check_convention(source: NoiseSource | None, adapter_name: str, convention:
     )
 
 
-def _on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
+def on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
+    """λ and the mask density where `core` computes."""
     assert signals is not None
     tensors = (*core.parameters(), *core.buffers())
     # all on "meta": offloaded, and brought in by the core's own modules

@@ -10,8 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from . import noise
-from .holder import CoreHolder
-from .noise import core_holders
+from .holder import HOLDER_NAME, CoreHolder
 
 
 class MergesAtOneLevel(LoraModel):
@@ -32,7 +31,7 @@ class MergesAtOneLevel(LoraModel):
         Raises:
             ValueError: an adapter depends on λ and none is known, or it differs between samples.
         """
-        (holder,) = core_holders(self.model)
+        holder: CoreHolder = getattr(self.model, HOLDER_NAME)
         names = self.active_adapters if adapter_names is None else adapter_names
         level = nullcontext() if noise_level is None else noise.noise_level(self.model, noise_level)
         with level, self._all_or_nothing(holder):

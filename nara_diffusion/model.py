@@ -22,7 +22,7 @@ from .holder import HOLDER_NAME, CoreHolder, build_core
 from .injection import Injection, without_holder
 from .layers import rule_for
 from .merging import MergesAtOneLevel
-from .noise import as_signal, core_holders, mixed_adapters
+from .noise import core_holders, mixed_adapters
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -113,8 +113,8 @@ class NaraModel(MergesAtOneLevel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for holder in core_holders(self.model):
-            holder.detach(self.model)
+        holder: CoreHolder = getattr(self.model, HOLDER_NAME)
+        holder.detach(self.model)
         return model  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ refused, or right only for some adapters
@@ -169,7 +169,7 @@ class NaraModel(MergesAtOneLevel):
                 yield
             return
         self._check_mixed_batch(names)
-        (holder,) = core_holders(self.model)
+        holder: CoreHolder = getattr(self.model, HOLDER_NAME)
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]  # as `generate` repeats the batch
         failure = None
@@ -242,47 +242,3 @@ def _group(sharing: str, module_name: str) -> str:
     else:
         group = module_name.replace(".", "-")
     return f"{group}_" if hasattr(nn.ModuleDict, group) else group
-
-
-def core_matrix(
-    model: nn.Module,
-    noise_level: float | Tensor,
-    adapter_name: str = "default",
-    *,
-    module: str | None = None,
-    mask_density: float | Tensor | None = None,
-) -> Tensor:
-    """C(λ) of one adapter, to look at: (b, r, r) for λ (b,), (1, r, r) for a float or a core without noise input.
-
-    Args:
-        model: an adapted model. noise_level: λ in [0, 1], a float or (b,).
-        module: for `core_sharing` other than "global", the name of an adapted module (as in `named_modules()`).
-        mask_density: for `core_input` "mask_density" or "both".
-
-    Raises:
-        ValueError: no NaRA adapter of that name, λ out of range, or `module` missing or not adapted.
-    """
-    (holder,) = core_holders(model)
-    if adapter_name not in holder.cores:
-        raise ValueError(f"There is no adapter '{adapter_name}': the model has {', '.join(map(repr, holder.cores))}.")
-    cores = holder.cores[adapter_name]
-    if len(cores) == 1 and module is None:
-        (core,) = cores.values()
-    else:
-        core = cores[_group_of(model, module, adapter_name, list(cores))]
-    if core.needs_density and mask_density is None:
-        raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")
-    density = None if mask_density is None else as_signal(mask_density, "mask_density")
-    device = next(holder.parameters(), torch.empty(0)).device
-    return core(as_signal(noise_level).to(device), None if density is None else density.to(device))
-
-
-def _group_of(model: nn.Module, module: str | None, adapter_name: str, groups: list[str]) -> str:
-    if module is None:
-        raise ValueError(f'The adapter has {len(groups)} cores: pass module="name of an adapted module".')
-    for name, layer in model.named_modules():
-        if name == module or name == _PEFT_PREFIX + module:
-            variant = getattr(layer, "lora_variant", {}).get(adapter_name)
-            if variant is not None:
-                return variant.key[1]
-    raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

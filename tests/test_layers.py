@@ -256,6 +256,23 @@ def test_a_half_precision_base_keeps_float32_adapters_and_its_own_output_dtype(b
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_in_half_precision_read_a_float32_core(dtype, use_dora):
+    config = nara_config(target_modules=["layer"], use_dora=use_dora)
+    model = get_peft_model(OneLayer(linear()).to(dtype), config, autocast_adapter_dtype=False)
+    disturb(model)
+    dtypes = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad}
+    assert {t for n, t in dtypes.items() if "lora_" in n} == {dtype}
+    assert {t for n, t in dtypes.items() if "nara_core" in n} == {torch.float32}
+    x = torch.randn(3, 6, 7).to(dtype)
+    with noise_level(model, LEVELS):
+        actual = model(x)
+    assert actual.dtype == dtype
+    error = relative_error(actual, linear_by_hand(model, x, default_core(model, LEVELS), use_dora))
+    assert error < 8 * torch.finfo(dtype).eps / 2  # h, B·C, W0 x, three sums and the result are rounded
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 def test_autocast_rounds_products_but_not_the_core(use_dora):
     model = adapted(OneLayer(linear()), target_modules=["layer"], use_dora=use_dora)
     x = torch.randn(3, 6, 7)
@@ -335,6 +352,59 @@ def test_with_the_identity_core_an_embedding_is_that_of_peft():
     ids = torch.randint(13, (3, 6))
     with noise_level(ours, LEVELS):
         torch.testing.assert_close(ours(ids), theirs(ids), rtol=1e-5, atol=1e-6)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma 3 has it: what is looked up is multiplied by a constant."""
+
+    embed_scale = 3.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+def test_with_the_identity_core_a_scaled_and_padded_embedding_is_that_of_peft():
+    theirs, ours = identical_pair(lambda: ScaledEmbedding(13, 5, padding_idx=2))
+    ids = torch.randint(13, (3, 6))
+    results = []
+    for model in (theirs, ours):
+        if model is ours:
+            with noise_level(model, LEVELS):
+                output = model(ids)
+        else:
+            output = model(ids)
+        output.square().sum().backward()
+        results.append((output, {n: p.grad for n, p in model.named_parameters() if "lora_" in n}))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_with_the_identity_core_adapters_with_and_without_dora_combine_as_in_peft(dora, dropout):
+    results, x = [], torch.randn(3, 4, 7)
+    for config in (lora_config, nara_config):
+        torch.manual_seed(3)
+        model = get_peft_model(TwoLayers(), config(target_modules=["first"], use_dora=dora[0], lora_dropout=dropout))
+        model.add_adapter("other", config(target_modules=["first"], r=2, use_dora=dora[1], lora_dropout=dropout))
+        model.base_model.set_adapter(["default", "other"])
+        core = {n: p.clone() for n, p in model.named_parameters() if "nara_core" in n}
+        generator = torch.Generator().manual_seed(1)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data.copy_(torch.randn(p.shape, generator=generator).abs() * 0.5)
+        torch.manual_seed(8)
+        if core:
+            with noise_level(model, LEVELS):
+                output = model.train()(x)
+        else:
+            output = model.train()(x)
+        output.square().sum().backward()
+        results.append((output, {n: p.grad for n, p in model.named_parameters() if "lora_" in n}))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_of_the_core_is_that_of_the_formula():

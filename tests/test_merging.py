@@ -184,6 +184,18 @@ def test_a_core_without_noise_input_merges_without_a_level(core_type):
     torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+def test_a_tied_embedding_merges_into_both_places(tiny_llama):
+    config = copy.deepcopy(tiny_llama.config)
+    config.tie_word_embeddings = True
+    base = type(tiny_llama)(config).eval()
+    model = adapted(base, target_modules=["embed_tokens"])
+    ids = torch.randint(50, (2, 5))
+    merged = model.merge_and_unload(noise_level=0.35)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged(ids).logits.shape == (2, 5, 50)
+
+
 # ---------------------------------------------------------------- several adapters
 
 

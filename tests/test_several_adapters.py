@@ -11,7 +11,7 @@ from peft.functional import delete_adapter, set_adapter
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 
-from nara_diffusion import noise_level, set_noise_source
+from nara_diffusion import core_matrix, noise_level, set_noise_source
 from nara_diffusion.noise import is_noise_aware
 from tests.adapted import (
     OneLayer,
@@ -525,3 +525,40 @@ def test_status_and_counts_tell_of_every_adapter():
     assert names == ["model.first", "model.second", "model.nara_core"]
     model.merge_adapter(noise_level=0.3)
     assert model.get_model_status().merged_adapters == ["default"]
+
+
+# ---------------------------------------------------------------- adapted models inside a module
+
+
+class Pair(nn.Module):
+    """Two adapted models under one roof, as a pipeline's parts may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = adapted(TwoLayers(), target_modules=["first"])
+        self.right = get_peft_model(TwoLayers(), nara_config(target_modules=["second"], r=2), adapter_name="other")
+        disturb(self.right, seed=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+def test_one_level_serves_every_adapted_model_below():
+    pair = Pair()
+    x = torch.randn(3, 7)
+    with noise_level(pair, LEVELS):
+        both = pair(x)
+    with noise_level(pair.left, LEVELS), noise_level(pair.right, LEVELS):
+        assert torch.equal(pair(x), both)
+    with noise_level(pair.left, LEVELS), pytest.raises(ValueError, match="λ is not known"):
+        pair(x)
+    assert core_matrix(pair, 0.3, "other").shape == (1, 2, 2)
+    with pytest.raises(ValueError, match="no adapter 'nobody': the model has 'default', 'other'"):
+        core_matrix(pair, 0.3, "nobody")
+
+
+def test_two_adapters_of_one_name_need_the_model_that_is_meant():
+    pair = Pair()
+    pair.right = adapted(TwoLayers(), target_modules=["first"])
+    with pytest.raises(ValueError, match="2 models below Pair have an adapter 'default': pass the one that is meant"):
+        core_matrix(pair, 0.3)

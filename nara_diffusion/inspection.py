@@ -1,0 +1,64 @@
+"""Looking at what an adapter's core has become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .holder import on_device_of
+from .noise import as_signals, core_holders
+
+
+def core_matrix(
+    model: nn.Module,
+    noise_level: float | Tensor,
+    adapter_name: str = "default",
+    *,
+    module: str | None = None,
+    mask_density: float | Tensor | None = None,
+) -> Tensor:
+    """C(λ) of one adapter, to look at: (b, r, r) for λ (b,), (1, r, r) for a float or a core without noise input.
+
+    Args:
+        model: an adapted model. noise_level: λ in [0, 1], a float or (b,).
+        module: for `core_sharing` other than "global", the name of an adapted module (as in `named_modules()`).
+        mask_density: for `core_input` "mask_density" or "both".
+
+    Raises:
+        ValueError: no NaRA adapter of that name, or several; λ out of range, or `module` missing or not adapted.
+    """
+    cores = _cores_of(model, adapter_name)
+    if len(cores) == 1 and module is None:
+        (core,) = cores.values()
+    else:
+        core = cores[_group_of(model, module, adapter_name, list(cores))]
+    if core.needs_density and mask_density is None:
+        raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")
+    return core(*on_device_of(core, as_signals(noise_level, mask_density)))
+
+
+def _cores_of(model: nn.Module, adapter_name: str) -> Any:
+    """group → core."""
+    holders = core_holders(model)
+    found = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
+    if not found:
+        names = dict.fromkeys(repr(name) for holder in holders for name in holder.cores)
+        raise ValueError(f"There is no adapter '{adapter_name}': the model has {', '.join(names)}.")
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} models below {type(model).__name__} have an adapter '{adapter_name}': pass the one that is "
+            "meant."
+        )
+    return found[0]
+
+
+def _group_of(model: nn.Module, module: str | None, adapter_name: str, groups: list[str]) -> str:
+    if module is None:
+        raise ValueError(f'The adapter has {len(groups)} cores: pass module="name of an adapted module".')
+    for name, layer in model.named_modules():
+        if name == module or name == f"base_model.model.{module}":
+            variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+            if variant is not None:
+                return variant.key[1]
+    raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")
