@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.noise import find_holders
-from tests.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
+from tests.adapted import TwoLayers, adapted, default_core, disturb, lora_config, nara_config, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 
@@ -345,6 +346,21 @@ def test_inject_adapter_works_without_a_wrapper(x: Tensor) -> None:
     outputs = at(model, LEVELS, x)
     one_by_one = torch.cat([at(model, float(level), x[i : i + 1]) for i, level in enumerate(LEVELS)])
     assert relative_error(outputs, one_by_one) < 1e-6
+
+
+def test_a_root_that_calls_its_children(x: Tensor) -> None:
+    model = adapted(nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 5)), target_modules=["0", "2"])
+    first, _, second = list(model.base_model.model)[:3]
+    C = default_core(model, LEVELS)
+    expected = x.double()
+    for layer in (first, torch.tanh, second):
+        if layer is torch.tanh:
+            expected = torch.tanh(expected)
+            continue
+        A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        base = F.linear(expected, layer.base_layer.weight.double(), layer.base_layer.bias.double())
+        expected = base + 6 / 4 * torch.einsum("or,brs,si,bi->bo", B, C, A, expected)
+    assert relative_error(at(model, LEVELS, x), expected) < 2e-6
 
 
 def test_constant_and_identity_cores_need_no_level(x: Tensor) -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level, set_noise_source
@@ -141,18 +142,6 @@ def test_two_forwards_before_one_backward_pass(tiny_llama: LlamaForCausalLM) -> 
     assert not counters["graph_break"]
 
 
-def test_a_checkpoint_that_cannot_be_compiled_is_right_too(tiny_llama: LlamaForCausalLM) -> None:
-    model = adapted(tiny_llama, target_modules=TARGETS).train()
-    expected = gradients(model, model, llama_logits, LEVELS[0])
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    for layer in model.base_model.model.model.layers:
-        layer.mlp.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
-    fast = compiled(model, "torch.compile(model)", "eager")
-    check_gradients(gradients(fast, model, llama_logits, LEVELS[0]), expected)
-    assert counters["graph_break"]
-
-
 def test_blocks_compiled_one_by_one(tiny_llama: LlamaForCausalLM) -> None:
     """Blocks, and models, share compiled code, but neither λ nor C."""
     models = [adapted(tiny_llama, target_modules=TARGETS)]
@@ -206,14 +195,13 @@ def test_a_unet(unet: UNet2DConditionModel) -> None:
     unet.add_adapter(nara_config(target_modules=["to_q", "to_v", "conv1", "proj_in"], use_dora=True))
     disturb(unet)
     unet.train()
-    expected = [gradients(unet, unet, denoised, level) for level in LEVELS]
+    expected = [gradients(unet, unet, denoised, level) for level in LEVELS[:2]]
     unet.enable_gradient_checkpointing()
-    backend = CompileCounterWithBackend("aot_eager")
+    backend = CompileCounterWithBackend("eager")
     fast = compiled(unet, "model.compile()", backend)
     check_gradients(gradients(fast, unet, denoised, LEVELS[0]), expected[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for level, reference in zip(LEVELS, expected, strict=True):
-            check_gradients(gradients(fast, unet, denoised, level), reference)
+        check_gradients(gradients(fast, unet, denoised, LEVELS[1]), expected[1])
     assert backend.frame_count == 1
     assert not counters["graph_break"]
 
@@ -301,3 +289,24 @@ def test_adapters_may_be_switched(small: PeftModel, x: Tensor) -> None:
             assert relative_error(output(fast, small, lambda model: model(x), LEVELS[0]), expected) < 1e-6
         with small.disable_adapter(), torch.no_grad():
             assert torch.equal(fast(x), small(x))
+
+
+def test_a_checkpoint_that_cannot_be_compiled_is_right_too(x: Tensor) -> None:
+    """The recomputation then runs outside the graph."""
+    model = adapted(nn.Sequential(checkpoint_wrapper(TwoLayers())), target_modules=["first", "second"]).train()
+
+    def both(fast: nn.Module) -> Callable[[nn.Module], Tensor]:
+        def forward(_: nn.Module) -> Tensor:
+            with noise_level(model, LEVELS[0]):
+                first = fast(x)
+            with noise_level(model, LEVELS[1]):
+                return torch.cat([first, fast(x)])
+
+        return forward
+
+    expected = gradients(model, model, both(model), 0.5)
+    second = model.base_model.model[0]._checkpoint_wrapped_module.second
+    second.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
+    fast = compiled(model, "torch.compile(model)", "eager")
+    check_gradients(gradients(model, model, both(fast), 0.5), expected)
+    assert counters["graph_break"]
