@@ -36,8 +36,8 @@ def records_from_file(path: str | Path, fields: FieldNames = FieldNames()) -> Da
     """The records of a JSON or JSON Lines file: a Dataset of strings `instruction`, `input`, `output`, `answer`.
 
     Raises:
-        ValueError: no such file, an empty one, no UTF-8, JSON that breaks (with the line), a record without instruction,
-            output or answer (with its number).
+        ValueError: no such file, an empty one, no UTF-8, JSON that breaks (with the line), a record without
+            instruction, output or answer (with its number).
     """
     path = Path(path)
     if not path.is_file():

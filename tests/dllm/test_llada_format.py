@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.llada_format import KEY_MAPPING, checkpoint_name
+from nara_diffusion.dllm.llada_format import KEY_MAPPING, checkpoint_name, llama_config
 
 from .checkpoints import INPUT_IDS, REAL, logits_of
 from .llada_reference import CONFIG, random_tensors, reference_logits, save_checkpoint
@@ -138,6 +138,28 @@ def test_options_that_llama_can_t_express_are_refused_by_name(tmp_path: Path, ch
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
     with pytest.raises(ValueError, match=message):
         load_backbone(str(tmp_path))
+
+
+def test_llada_8b_has_its_size() -> None:
+    sizes = {
+        "d_model": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 32,
+        "mlp_hidden_size": 12288,
+        "embedding_size": 126464,
+        "vocab_size": 126464,
+        "max_sequence_length": 4096,
+        "rope_theta": 500000.0,
+        "mask_token_id": 126336,
+        "eos_token_id": 126081,
+        "pad_token_id": 126081,
+    }
+    config = llama_config(CONFIG | sizes)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == 8.016
+    assert config.rope_parameters["rope_theta"] == 500000.0
 
 
 def test_multi_query_attention_stands_for_one_key_value_head(tmp_path: Path) -> None:
