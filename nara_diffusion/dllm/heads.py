@@ -159,7 +159,7 @@ def _masked_cross_entropy(
         hidden, targets, masked = hidden.flatten(0, 1)[None], targets.reshape(1, -1), masked.reshape(1, -1)
     counts = masked.sum(1)
     width = max(int(counts.max()), 1)  # with nothing masked, still one column: every parameter has to get a gradient
-    order = torch.argsort(~masked, dim=1, stable=True)[:, :width]  # (b, k) masked positions first, then others
+    order = (~masked).byte().argsort(dim=1, stable=True)[:, :width]  # (b, k) masked positions first, then others
     valid = torch.arange(width, device=masked.device) < counts[:, None]  # (b, k)
     chosen = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))  # (b, k, d)
     chosen_targets = targets.gather(1, order)  # (b, k)
