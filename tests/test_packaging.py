@@ -66,7 +66,7 @@ def test_continuous_integration_runs_the_readmes_test_command():
 
 
 def test_the_readme_has_one_command_that_sets_up_and_runs_the_main_job():
-    (command,) = (line for line in commands_with("accelerate launch train_scripts/dllm.py") if "venv" in line)
+    (command,) = (line for line in commands_with("accelerate launch train_scripts/dllm.py") if "-m venv" in line)
     assert command.startswith("python3 -m venv .venv && ")
     assert command.endswith("accelerate launch train_scripts/dllm.py")
 
