@@ -165,7 +165,12 @@ def main(args: Arguments) -> dict[str, Any]:
     adapted = run.accelerator.unwrap_model(model)
     sampling = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
     exact_match(adapted, tokenizer, test_rows.select([0]), **sampling, progress=False)  # bad settings show now
-    run.open()
+    facts = {
+        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
+        "trainable parameters": f"{sum(p.numel() for p in adapted.parameters() if p.requires_grad):,}",
+        "hardware": run.hardware,
+    }
+    run.open(facts)
     draws = {"seed": args.seed, "group_size": run.global_batch, "complementary": args.complementary}
     held_out = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
     loss = partial(masked_diffusion_loss, model, **draws)
@@ -179,24 +184,20 @@ def main(args: Arguments) -> dict[str, Any]:
         before = measure(*parts, **held_out, curve_points=args.curve_points, **sampling)
     after = measure(*parts, **held_out, curve_points=args.curve_points, **sampling)
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(test_rows), **compare(before, after)}
-    facts = {
-        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
-        "trainable parameters": f"{sum(p.numel() for p in adapted.parameters() if p.requires_grad):,}",
-        "time": f"{results['seconds']:.0f} s in all, {run.hardware}",
-    }
     if run.is_main:
-        publish(run, results, facts, before, after)
-    run.accelerator.end_training()
+        publish(run, results, facts | {"time": f"{results['seconds']:.0f} s, evaluation included"}, before, after)
+    run.close()
     return results
 
 
 def publish(run: Run, results: dict[str, Any], facts: dict[str, str], before: Measurement, after: Measurement) -> None:
     """Writes the reports, shows the table, and uploads the folder if asked to."""
-    write_run_report(run.folder, asdict(run.args), facts, before, after)
+    write_run_report(run.folder, asdict(run.args), facts, before, after, load_from=run.hub_id or str(run.folder))
     write_json(run.folder / "results.json", results)
     print(f"\n{results_table(before, after)}\n\n{results['seconds']:.0f} s; everything is in {run.folder}")
-    if run.args.push_to_hub:
-        print(f"pushed to https://huggingface.co/{push_to_hub(run.args.hub_model_id, run.folder)}")
+    if run.hub_id is not None:
+        push_to_hub(run.hub_id, run.folder)
+        print(f"pushed to https://huggingface.co/{run.hub_id}")
 
 
 def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:

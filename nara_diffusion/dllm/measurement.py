@@ -101,8 +101,8 @@ def validation_losses(
     def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
         pairs: list[tuple[float, float]] = []
         for start in range(0, len(indices), batch_size):
-            batch = collator([{**rows[i], "position": i} for i in indices[start : start + batch_size]])
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            chosen = [{**rows[i], "position": i} for i in indices[start : start + batch_size]]
+            batch: dict[str, Any] = {name: value.to(accelerator.device) for name, value in collator(chosen).items()}
             # λ stratified over all rows; another seed than that of training, whose draws have the same indices
             loss = masked_diffusion_loss(model, **batch, seed=seed + 1, group_size=len(rows))
             pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)

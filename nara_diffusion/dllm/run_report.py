@@ -43,7 +43,12 @@ def results_table(before: Measurement, after: Measurement) -> str:
 
 
 def write_run_report(
-    folder: Path, arguments: Mapping[str, Any], facts: Mapping[str, str], before: Measurement, after: Measurement
+    folder: Path,
+    arguments: Mapping[str, Any],
+    facts: Mapping[str, str],
+    before: Measurement,
+    after: Measurement,
+    load_from: str,
 ) -> None:
     """Writes noise_level_curve.png, samples.html and README.md into `folder`.
 
@@ -51,6 +56,7 @@ def write_run_report(
         arguments: those of the run.
         facts: {what: value} of the run for the card, such as the number of trainable parameters.
         before, after: of the base model, and of the same with the adapter.
+        load_from: where the card says to load the adapter from, a path or a repository.
     """
     name = Path(arguments["pretrained_model_name_or_path"]).name
     plot_noise_level_curves(
@@ -71,7 +77,7 @@ def write_run_report(
         for old, new in zip(before.generations[:SAMPLES], after.generations[:SAMPLES], strict=True)
     ]
     write_samples(folder / "samples.html", f"{name}: samples", ["question", "answer", "before", "after"], rows)
-    _write_card(folder, name, arguments, facts, before, after)
+    _write_card(folder, name, arguments, facts, before, after, load_from)
 
 
 def _write_card(
@@ -81,6 +87,7 @@ def _write_card(
     facts: Mapping[str, str],
     before: Measurement,
     after: Measurement,
+    load_from: str,
 ) -> None:
     data = arguments["dataset_name"] or arguments["train_file"]
     kind = "NaRA-DoRA" if arguments["use_dora"] else "NaRA"
@@ -93,7 +100,7 @@ def _write_card(
     )
     loading = _LOADING.format(
         base=arguments["pretrained_model_name_or_path"],
-        folder=str(folder),
+        folder=load_from,
         instruction=after.generations[0]["instruction"],
         gen_length=arguments["gen_length"],
         steps=arguments["generation_steps"],

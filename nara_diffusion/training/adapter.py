@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -51,7 +52,10 @@ def add_adapter(model: PreTrainedModel, config: NaraConfig) -> PeftModel:
         ValueError: a name in `target_modules` matches nothing; the message names modules that would.
     """
     check_target_modules(model, config.target_modules)
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks by a name that transformers deprecated in 5.24
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

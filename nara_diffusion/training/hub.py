@@ -12,13 +12,11 @@ def create_hub_repo(hub_model_id: str | None, folder: Path) -> str:
     return HfApi().create_repo(hub_model_id or folder.resolve().name, exist_ok=True).repo_id
 
 
-def push_to_hub(hub_model_id: str | None, folder: Path) -> str:
-    """Uploads `folder` without its checkpoints; returns the repository's id."""
-    repo_id = create_hub_repo(hub_model_id, folder)
+def push_to_hub(repo_id: str, folder: Path) -> None:
+    """Uploads `folder`, without its checkpoints, to the repository `repo_id`."""
     HfApi().upload_folder(
         repo_id=repo_id,
         folder_path=str(folder),
         commit_message="End of training",
         ignore_patterns=["checkpoint-*/**", ".partial-*"],
     )
-    return repo_id

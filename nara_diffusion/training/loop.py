@@ -24,6 +24,15 @@ from nara_diffusion.training.run import Run
 
 logger = logging.getLogger(__name__)
 
+# the bar has one line for all
+_SHORT = {
+    "loss_low": "low λ",
+    "loss_mid": "mid λ",
+    "loss_high": "high λ",
+    "learning_rate": "lr",
+    "core_learning_rate": "core lr",
+}
+
 
 class StepLoss(Protocol):
     """What a loss function returns: the scalar to differentiate, and the losses (b,) and λ (b,) of its samples."""
@@ -118,7 +127,7 @@ def _report(run: Run, bar: tqdm, window: LossWindow, optimizer: Any) -> None:
     if "core" in rates:
         values["core_learning_rate"] = rates["core"]
     run.log.write(run.step, values)
-    bar.set_postfix({name.removeprefix("loss_"): f"{value:.3g}" for name, value in values.items()})
+    bar.set_postfix({_SHORT.get(name, name): f"{value:.3g}" for name, value in values.items()})
 
 
 def _diverged(run: Run, what: str) -> TrainingDiverged:
@@ -137,7 +146,7 @@ def _stop(run: Run) -> None:
         run.step,
         checkpoint,
     )
-    run.accelerator.end_training()
+    run.close()
     raise SystemExit(130)
 
 

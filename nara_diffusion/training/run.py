@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Run:
         step: optimizer steps done.
         folder: where the run writes; set by `open`.
         log: metrics.jsonl and the trackers; set by `open`.
+        hub_id: the repository to push to, or None; set by `open`.
     """
 
     accelerator: Accelerator
@@ -48,6 +50,7 @@ class Run:
     checkpoint: Path | None = None
     step: int = 0
     folder: Path = Path()
+    hub_id: str | None = None
     log: MetricLog = dataclasses.field(init=False)
 
     @property
@@ -79,10 +82,11 @@ class Run:
         """Dtype of the frozen weights: that of the forward's mixed precision."""
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
 
-    def open(self) -> None:
+    def open(self, facts: Mapping[str, str] | None = None) -> None:
         """Makes the output folder, saves the configuration in it, restores a checkpoint's optimizer and random states.
 
         Called when data and model have proved usable, and `accelerator.prepare` has seen what is to be restored.
+        `facts` about the run are logged.
         """
         folder = [Path()]
         if self.accelerator.is_main_process:
@@ -97,10 +101,21 @@ class Run:
             flat = {name: _flat(value) for name, value in dataclasses.asdict(self.args).items()}
             self.accelerator.init_trackers(self.name, config=flat)
         if self.args.push_to_hub and self.accelerator.is_main_process:
-            create_hub_repo(self.args.hub_model_id, self.folder)
+            self.hub_id = create_hub_repo(self.args.hub_model_id, self.folder)
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
-        logger.info("writing to %s", self.folder)
+        if self.is_main:
+            logger.info("%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items()))
+            logger.info("output folder: %s", self.folder)
+
+    def close(self) -> None:
+        """Ends the run on all processes together.
+
+        Without the wait, a process may free gloo's process group while that one's thread still holds gathered tensors:
+        the thread waits for the interpreter's lock, and the process for the thread.
+        """
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
 
 def start_run(args: Any, name: str) -> Run:

@@ -71,7 +71,7 @@ def test_a_run_leaves_all_that_it_promises(finished) -> None:
 
 def test_the_screen_shows_progress_and_a_table(finished) -> None:
     bar = finished.screen.err
-    assert all(f"{name}=" in bar for name in ("loss", "low", "mid", "high", "learning_rate", "core_learning_rate"))
+    assert all(f"{name}=" in bar for name in ("loss", "low λ", "mid λ", "high λ", "lr", "core lr"))
     table = finished.screen.out
     assert re.search(r"before +after\n", table)
     assert re.search(r"exact match \(n = 5\) +\d+\.\d % +\d+\.\d %", table)

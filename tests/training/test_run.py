@@ -83,11 +83,11 @@ def test_a_push_uploads_the_folder_without_checkpoints(small_args, monkeypatch) 
     run = start_run(small_args(push_to_hub=True), "small")
     run.open()
     assert calls == [("create", "run", True)]  # a missing login shows before training
-    assert hub.push_to_hub("mine", run.folder) == "me/mine"
-    assert calls[1] == ("create", "mine", True)
-    assert calls[2][1]["repo_id"] == "me/mine"
-    assert calls[2][1]["folder_path"] == str(run.folder)
-    assert "checkpoint-*/**" in calls[2][1]["ignore_patterns"]
+    assert run.hub_id == "me/run"
+    hub.push_to_hub(run.hub_id, run.folder)
+    assert calls[1][1]["repo_id"] == "me/run"
+    assert calls[1][1]["folder_path"] == str(run.folder)
+    assert "checkpoint-*/**" in calls[1][1]["ignore_patterns"]
 
 
 def test_trackers_get_the_folder_the_arguments_and_every_line(small_args, small_run, monkeypatch) -> None:
