@@ -74,8 +74,8 @@ class CoreChannel:
 
     def begin(self, frame: Frame) -> None:
         """To be called by a forward pre-hook of the root: layers read `frame` until its forward ends."""
-        running = tuple(scope for scope in self.scopes if not scope.is_over())
-        self.local.scopes = (*running, Scope(frame, backward_pass(), _root_call()))
+        self.drop_what_is_over()
+        self.local.scopes = (*self.scopes, Scope(frame, backward_pass(), _root_call()))
 
     def end(self) -> None:
         """To be called by a forward hook of the root: ends what `begin` began in the same call, if it did."""
@@ -83,6 +83,10 @@ class CoreChannel:
         calls = [scope.call for scope in self.scopes]
         if call in calls:
             self.local.scopes = self.scopes[: calls.index(call)]
+
+    def drop_what_is_over(self) -> None:
+        """Forget forwards of this thread that were cut short; a compiled layer does not look whether they run still."""
+        self.local.scopes = tuple(scope for scope in self.scopes if not scope.is_over())
 
     @contextmanager
     def using(self, frame: Frame) -> Iterator[None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level, set_noise_source
@@ -259,6 +260,40 @@ def test_a_layer_compiled_alone_raises_without_its_root(small: PeftModel, x: Ten
         with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
             first(x)
         assert torch.equal(output(small, small, lambda model: model(x), 0.3), expected)
+
+
+def test_nothing_is_left_of_an_interrupted_forward_for_a_layer_compiled_alone(small: PeftModel, x: Tensor) -> None:
+    class Interrupted(BaseException):
+        """Like KeyboardInterrupt, after which PyTorch runs no hooks."""
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    first = small.base_model.model.first
+    first.compile(backend="eager")
+    output(small, small, lambda model: model(x), 0.3)
+    small.base_model.model.second.register_forward_pre_hook(interrupt)
+    with pytest.raises(Interrupted):
+        output(small, small, lambda model: model(x), 0.3)
+    with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
+        first(x)
+
+
+def test_a_compiled_block_in_a_checkpoint_of_one_s_own_is_refused(x: Tensor) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = TwoLayers()
+            self.block.compile(backend="eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    model = adapted(Checkpointed(), target_modules=["first", "second"]).train()
+    with noise_level(model, 0.3):
+        loss = model(x).sum()
+        with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
+            loss.backward()
 
 
 def test_the_context_may_be_inside_of_what_is_compiled(small: PeftModel, x: Tensor) -> None:
