@@ -66,6 +66,16 @@ def _is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
+def _hidden_states(args: tuple, rows: int) -> torch.Tensor:
+    hidden = args[0]
+    if hidden.ndim != 3 or len(hidden) != rows:
+        raise ValueError(
+            f"the output head got hidden states of shape {tuple(hidden.shape)}, expected ({rows}, length, width): a "
+            "model that packs its batch, as some do under FlashAttention, needs another attn_implementation"
+        )
+    return hidden
+
+
 @contextmanager
 def logits_at(model: nn.Module, positions: torch.Tensor) -> Iterator[bool]:
     """Within, a forward of `model` returns logits (b, k, v) for `positions` (b, k).
@@ -81,8 +91,9 @@ def logits_at(model: nn.Module, positions: torch.Tensor) -> Iterator[bool]:
     def select(module: nn.Module, args: tuple) -> tuple | None:
         if threading.get_ident() != thread:
             return None
-        index = positions[..., None].expand(-1, -1, args[0].shape[-1])  # (b, k, d)
-        return (args[0].gather(1, index), *args[1:])
+        hidden = _hidden_states(args, len(positions))  # (b, l, d)
+        index = positions[..., None].expand(-1, -1, hidden.shape[-1])  # (b, k, d)
+        return (hidden.gather(1, index), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
@@ -111,7 +122,7 @@ def cross_entropy_in_head(
     def keep_hidden(module: nn.Module, args: tuple) -> tuple | None:
         if threading.get_ident() != thread:
             return None
-        hidden_states.append(args[0])
+        hidden_states.append(_hidden_states(args, len(masked)))
         return (args[0][:, :1], *args[1:])  # the head's own call is for the sake of other hooks: let it cost nothing
 
     def replace_logits(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:

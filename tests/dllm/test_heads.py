@@ -12,8 +12,9 @@ from torch import nn
 from transformers import (
     LlamaForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from nara_diffusion.dllm import mask_answers, masked_cross_entropy, masked_diffusion_loss
+from nara_diffusion.dllm import generate, mask_answers, masked_cross_entropy, masked_diffusion_loss
 from nara_diffusion.dllm.heads import head_of
 
 from .small_models import BATCH, INPUT_IDS, MASK, PROMPT_LENGTHS, gradients, make
@@ -110,6 +111,20 @@ def test_a_model_that_changes_logits_unannounced_is_refused() -> None:
     model = Doubled(make("untied").config)
     with pytest.raises(ValueError, match=r'Doubled changes what its output head returns.*pass logits="all"'):
         masked_diffusion_loss(model, **BATCH, seed=0)
+
+
+def test_a_model_that_packs_its_batch_is_refused() -> None:
+    class Packed(LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            hidden = self.model(input_ids).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden.flatten(0, 1)).unflatten(0, input_ids.shape))
+
+    model = Packed(make("untied").config)
+    with pytest.raises(ValueError, match=r"hidden states of shape \(42, 24\), expected \(3, length, width\)"):
+        masked_diffusion_loss(model, **BATCH, seed=0)
+    with pytest.raises(ValueError, match="another attn_implementation"):
+        generate(model, INPUT_IDS, gen_length=2)
+    assert masked_diffusion_loss(model, **BATCH, seed=0, logits="all").loss > 0
 
 
 def test_models_that_are_no_transformers_return_bare_logits() -> None:
