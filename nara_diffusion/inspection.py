@@ -43,7 +43,7 @@ def _cores_of(model: nn.Module, adapter_name: str) -> Any:
     holders = core_holders(model)
     found = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
     if not found:
-        names = dict.fromkeys(repr(name) for holder in holders for name in holder.cores)
+        names = sorted({repr(name) for holder in holders for name in holder.cores})
         raise ValueError(f"There is no adapter '{adapter_name}': the model has {', '.join(names)}.")
     if len(found) > 1:
         raise ValueError(

@@ -211,7 +211,8 @@ class NaraModel(MergesAtOneLevel):
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for holder in core_holders(model):
-            for key in holder.cores[adapter_name].state_dict():
+            core = holder.cores[adapter_name].state_dict() if adapter_name in holder.cores else {}
+            for key in core:
                 if not any(name.endswith(f"{HOLDER_NAME}.cores.{adapter_name}.{key}") for name in selected):
                     raise ValueError(
                         f"'{key}' of the core of adapter '{adapter_name}' is missing from what would be saved. Is "

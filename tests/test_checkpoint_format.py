@@ -393,6 +393,31 @@ def test_the_base_model_keeps_its_weights_when_a_file_is_refused(tmp_path):
     assert all(after[name] is p for name, p in before.items())
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_after_a_refused_file_the_model_gives_no_output_of_a_fresh_core_and_takes_a_good_file(tmp_path):
+    model = saved(tmp_path)
+    good = load_file(tmp_path / WEIGHTS)
+    rewrite(tmp_path, BROKEN["no frequencies"][0])
+    base = reseeded_base()
+    x = torch.randn(3, 7)
+    with pytest.raises(ValueError, match="frequencies"):
+        PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(ValueError, match="λ is not known"):
+        base(x)
+    save_file(good, tmp_path / WEIGHTS)
+    assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path), x), output(model, x))
+
+
+def test_an_adapter_saved_by_diffusers_is_not_taken_for_a_lora(tmp_path):
+    from tests.test_core import tiny_unet
+
+    unet = tiny_unet()
+    unet.add_adapter(nara_config(target_modules=["to_q"]))
+    unet.save_lora_adapter(tmp_path)
+    with pytest.raises(TypeError, match="`LoraConfig` class could not be instantiated"):
+        tiny_unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+
+
 # ---------------------------------------------------------------- the functions below PeftModel
 
 
