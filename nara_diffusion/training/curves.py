@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from nara_diffusion.training.output import whole_file
 
@@ -28,12 +29,15 @@ def plot_noise_level_curves(
     left, right = figure.subplots(1, 2)
     left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
     left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")
-    left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1.02), ylim=(0, None))
-    left.legend()
+    left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1.02), yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(LogFormatter())
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     gains = [before - after for before, after in zip(base, adapted, strict=True)]
     right.axhline(0, color="tab:gray", linewidth=1)
     right.plot(noise_levels, gains, marker="o", color="tab:green")
-    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain: base − adapted ({unit})", xlim=(0, 1.02))
+    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain ({unit})", xlim=(0, 1.02))
+    right.set_title("base model − adapted model", fontsize="medium")
     figure.suptitle(title)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120)

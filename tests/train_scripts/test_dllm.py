@@ -221,6 +221,14 @@ def test_without_arguments_the_shipped_model_and_task_are_used() -> None:
     assert args.output_dir is None
 
 
+@pytest.mark.slow
+def test_the_shipped_model_learns_the_shipped_task(tmp_path) -> None:
+    results = main(Arguments(output_dir=str(tmp_path / "run")))
+    assert results["n"] >= 200
+    assert results["exact_match_before"] < 0.1
+    assert results["exact_match_after"] > 0.6
+
+
 def test_ones_own_training_file_is_not_tested_on_the_shipped_task(data) -> None:
     args = Arguments(train_file=data["train_file"])
     assert (args.validation_file, args.test_file) == (None, None)
