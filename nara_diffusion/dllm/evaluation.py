@@ -29,7 +29,7 @@ def noise_level_curve(
     rows: Sequence[Mapping[str, Any]],
     noise_levels: Sequence[float],
     *,
-    collator: AnswerCollator,
+    collator: AnswerCollator | None = None,
     batch_size: int = 16,
     repeats: int = 1,
     seed: int = 0,
@@ -49,14 +49,19 @@ def noise_level_curve(
         model: the outermost module.
         rows: of `encode_records`.
         noise_levels: λ in (0, 1].
-        collator: how rows become a batch; where its padding is trained on, it counts here.
+        collator: how rows become a batch; padding that is trained on counts. Default: each answer and its end alone.
         repeats: sets of masks to average over.
 
     Returns:
         One loss a noise level; NaN where no token got masked.
+
+    Raises:
+        ValueError: no rows, or a noise level outside (0, 1].
     """
+    _check_rows(rows, batch_size)
     mask = mask_token_of(model, mask_token_id)
     model = without_ddp(model)
+    collate = collator or AnswerCollator(_padding_id(model), trained_padding=0)
     starts = range(0, len(rows), batch_size)
     losses = []
     bar = tqdm(total=len(noise_levels) * repeats * len(starts), desc="loss over λ", unit="batch", disable=not progress)
@@ -67,7 +72,7 @@ def noise_level_curve(
                 for start in starts:
                     indices = range(start, min(start + batch_size, len(rows)))
                     batch = mask_answers(
-                        **_on_device(collator([rows[i] for i in indices]), model),
+                        **_on_device(collate([rows[i] for i in indices]), model),
                         mask_token_id=mask,
                         noise_level=level,
                         seed=seed,
@@ -127,8 +132,7 @@ def exact_match(
     Raises:
         ValueError: no rows, or an unknown `extract`.
     """
-    if len(rows) == 0:
-        raise ValueError("there are no rows to evaluate on")
+    _check_rows(rows, batch_size)
     if isinstance(extract, str) and extract not in EXTRACTORS:
         raise ValueError(f"extract is {extract!r}, expected one of {', '.join(map(repr, EXTRACTORS))}, or a function")
     extracted = EXTRACTORS[extract] if isinstance(extract, str) else extract
@@ -213,6 +217,18 @@ def _answer(
     )
     assert isinstance(result, Generation)
     return result
+
+
+def _check_rows(rows: Sequence[Mapping[str, Any]], batch_size: int) -> None:
+    if len(rows) == 0:
+        raise ValueError("there are no rows to evaluate on")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 at least")
+
+
+def _padding_id(model: nn.Module) -> int:
+    """What fills rows where nothing is trained on or attended to."""
+    return getattr(getattr(language_model(model), "config", None), "pad_token_id", None) or 0
 
 
 def _device(model: nn.Module) -> torch.device:

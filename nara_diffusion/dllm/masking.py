@@ -9,7 +9,8 @@ right-padded `attention_mask` (b, l) where it ends (at l if neither is given).
 Random numbers are a function of (seed, index of the sample in the training stream), nothing else: a sample has the
 same λ and the same masks at any number of processes, at any batch size, in any order and at any padding, and a
 resumed run needs no random state. Give `seed` and `sample_indices` for that. Without them a seed is drawn from
-`generator` (or torch's global one) and the indices are 0 … b − 1.
+`generator` (or torch's global one) and the indices are 0 … b − 1, so that processes whose generators agree draw the
+same masks.
 
 Stratified λ: of every `group_size` consecutive indices each takes one of the equal-sized strata of (ε, 1),
 

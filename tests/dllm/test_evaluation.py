@@ -76,6 +76,18 @@ def test_curves_leave_the_model_as_it_was_and_are_repeatable(adapted_llama: Peft
     assert math.isnan(noise_level_curve(adapted_llama, ROWS, [1e-6], collator=collator, progress=False)[0])
 
 
+def test_without_collator_each_answer_counts_with_its_end_alone(adapted_llama: PeftModel) -> None:
+    alone = AnswerCollator(END, trained_padding=0)
+    curves = [noise_level_curve(adapted_llama, ROWS, [0.5], **c, progress=False) for c in ({}, {"collator": alone})]
+    assert curves[0] == pytest.approx(curves[1])
+    with pytest.raises(ValueError, match="no rows"):
+        noise_level_curve(adapted_llama, [], [0.5])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        noise_level_curve(adapted_llama, ROWS, [0.5], batch_size=0)
+    with pytest.raises(ValueError, match="at 0 nothing is masked"):
+        noise_level_curve(adapted_llama, ROWS, [0.0], progress=False)
+
+
 # exact match
 
 
