@@ -131,6 +131,11 @@ class NaraConfig(LoraConfig):
         if self.core_type != "identity":
             self._check_lora_fields()
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation takes s·B·A out of the base weights, and so needs C = I at step 0."""
+        return str(self.init_lora_weights).lower().startswith(_BASE_CHANGING_INITS)
+
     def _check_core_fields(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -173,7 +178,7 @@ class NaraConfig(LoraConfig):
                 f"init_lora_weights is {init!r}, which NaRA does not know: use True, False or one of "
                 f"{', '.join(map(repr, _SUPPORTED_INITS))}."
             )
-        if kind in _BASE_CHANGING_INITS and self.core_init == "kaiming":
+        if self.changes_base and self.core_init == "kaiming":
             raise ValueError(
                 f"init_lora_weights={init!r} needs C = I at step 0, but core_init is 'kaiming': "
                 "use core_init='zero_last'."

@@ -13,10 +13,15 @@ from .holder import HOLDER_NAME, CoreHolder
 
 
 class Injection:
-    """What one call of `inject_adapter` has done so far, and how to take it back."""
+    """What one call of `inject_adapter` has done so far, and how to take it back.
 
-    def __init__(self, holder: CoreHolder) -> None:
+    Args:
+        holder: of the cores. changes_base: whether the initialisation takes s·B·A out of the base weights, as PiSSA's.
+    """
+
+    def __init__(self, holder: CoreHolder, changes_base: bool) -> None:
         self.holder = holder
+        self.changes_base = changes_base
         self.layers: list[tuple[nn.Module, str, LoraLayer]] = []
         self.ranks: dict[str, int] = {}
 
@@ -31,6 +36,9 @@ class Injection:
 
     def undo(self, adapter_name: str) -> None:
         for parent, name, layer in reversed(self.layers):
+            weight = layer.get_base_layer().weight
+            if self.changes_base and weight.is_floating_point():
+                weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)  # type: ignore[attr-defined]
             layer._active_adapter = [active for active in layer.active_adapters if active != adapter_name]
             layer.delete_adapter(adapter_name)
             if not layer.r:

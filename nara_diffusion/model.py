@@ -54,7 +54,7 @@ class NaraModel(MergesAtOneLevel):
         self._check_name(model, adapter_name, config)
         holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder()
         holder.check_convention(adapter_name, config.noise_convention)
-        self._injecting = Injection(holder)
+        self._injecting = Injection(holder, config.changes_base)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:
             with without_holder(model):

@@ -208,6 +208,19 @@ def test_modules_to_save_named_like_a_part_of_a_core_are_those_of_the_base_model
     assert wrapped == {"base_model.model.embeddings", "base_model.model.projection"}
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_a_failing_injection_puts_back_what_its_initialisation_took_out_of_the_base_weights(init):
+    base = TwoLayers()
+    base.embed = nn.Embedding(3, 7)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    config = nara_config(target_modules=["first", "second", "embed"], init_lora_weights=init, use_dora=True)
+    with pytest.raises(ValueError, match="cannot adapt 'embed'|Unknown initialization"):
+        get_peft_model(base, config)
+    assert base.state_dict().keys() == before.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(base.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------- off, deleted, unloaded
 
 
