@@ -42,9 +42,7 @@ def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int
     try:
         _write(accelerator, args, target, step)
     except Exception as error:
-        kept = find_checkpoints(folder)
-        last = f"the last whole one is {kept[max(kept)]}" if kept else "there is no earlier one"
-        raise OSError(f"{target} could not be written ({error}); {last}. Is the disk full?") from error
+        raise OSError(f"{target} could not be written ({error}). {_last_whole(folder)}") from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
         _delete_oldest(folder, args.checkpoints_total_limit)
     accelerator.wait_for_everyone()
@@ -118,7 +116,7 @@ def keep_adapter_only(accelerator: Accelerator) -> None:
         for model in models:
             state = weights.pop() if weights else None
             if accelerator.is_main_process and state is not None:
-                save_adapter(accelerator, model, Path(output_dir), state)
+                _write_adapter(accelerator, model, Path(output_dir), state)
 
     def load(models: list[Any], input_dir: str) -> None:
         models.clear()
@@ -127,15 +125,37 @@ def keep_adapter_only(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_adapter(accelerator: Accelerator, model: Any, folder: Path, state: dict | None = None) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors; `state` is the wrapped model's gathered state dict."""
-    unwrapped = accelerator.unwrap_model(model)
-    prefix = "module."
-    if state is not None:
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
+def save_adapter(accelerator: Accelerator, model: Any, folder: Path) -> None:
+    """Puts adapter_config.json and adapter_model.safetensors into `folder`, called by every process.
+
+    Raises:
+        OSError: they couldn't be written (a full disk, say); neither is there then, checkpoints are untouched.
+    """
+    state = accelerator.get_state_dict(model, unwrap=False)  # of all processes together, where weights are sharded
+    if accelerator.is_main_process:
+        partial = partial_name(folder / "adapter")
+        try:
+            _write_adapter(accelerator, model, partial, state)
+            for file in partial.iterdir():
+                file.replace(folder / file.name)
+        except Exception as error:
+            raise OSError(f"the adapter could not be written to {folder} ({error}). {_last_whole(folder)}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _write_adapter(accelerator: Accelerator, model: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Writes the adapter of the wrapped `model`, whose gathered state dict is `state`."""
+    state = {name.removeprefix("module."): value for name, value in state.items()}
     # embeddings are the base model's; PEFT would look its configuration up again to find that out
-    unwrapped.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    accelerator.unwrap_model(model).save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
+
+
+def _last_whole(folder: Path) -> str:
+    kept = find_checkpoints(folder)
+    return f"Is the disk full? The last whole checkpoint is {kept[max(kept)] if kept else 'none'}."
 
 
 def _write(accelerator: Accelerator, args: Any, target: Path, step: int) -> None:

@@ -142,7 +142,9 @@ def test_a_full_disk_leaves_nothing_half_written(small_args, small_run) -> None:
         return loss
 
     try:
-        with pytest.raises(OSError, match=r"checkpoint-4 could not be written.*last whole one is .*checkpoint-2.*full"):
+        with pytest.raises(
+            OSError, match=r"checkpoint-4 could not be written.*disk full.*last whole checkpoint is .*checkpoint-2"
+        ):
             small_run(args, fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -150,6 +152,23 @@ def test_a_full_disk_leaves_nothing_half_written(small_args, small_run) -> None:
     assert {entry.name for entry in folder.iterdir()} == {"checkpoint-2", "config.yaml", "metrics.jsonl"}
     small_run(small_args(resume_from_checkpoint="latest"))
     assert (folder / WEIGHTS).exists()
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_no_half_adapter(small_args, small_run) -> None:
+    args = small_args(checkpointing_steps=4)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step: int, loss):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))
+        return loss
+
+    try:
+        with pytest.raises(OSError, match=r"the adapter could not be written to .*whole checkpoint is .*checkpoint-4"):
+            small_run(args, fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {entry.name for entry in Path(args.output_dir).iterdir()} == {"checkpoint-4", "config.yaml", "metrics.jsonl"}
 
 
 def test_only_the_newest_checkpoints_are_kept(small_args, small_run) -> None:
