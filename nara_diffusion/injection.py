@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -36,13 +37,16 @@ class Injection:
 
     def undo(self, adapter_name: str) -> None:
         for parent, name, layer in reversed(self.layers):
-            weight = layer.get_base_layer().weight
-            if self.changes_base and weight.is_floating_point():
-                weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)  # type: ignore[attr-defined]
+            self._restore_base(layer, adapter_name)
             layer._active_adapter = [active for active in layer.active_adapters if active != adapter_name]
             layer.delete_adapter(adapter_name)
             if not layer.r:
                 setattr(parent, name, layer.base_layer)
+
+    def _restore_base(self, layer: Any, adapter_name: str) -> None:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if self.changes_base and weight is not None and weight.is_floating_point():
+            weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Embedding, LoraVariant, MultiheadAttention, ParamWrapper, _ConvNd
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, ParamWrapper, _ConvNd
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
@@ -222,32 +222,46 @@ class NaraDoraConv(NaraDoraLinear):
         return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, K)
 
 
+def check_target(target: Any, use_dora: bool, name: str) -> None:
+    """Refuse modules for which there is no rule, before PEFT adapts them; `name` is the module's, for messages.
+
+    Raises:
+        ValueError: `target` is an attention module, or NaRA-DoRA's norm cannot be had for it.
+    """
+    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+    kind = type(base).__name__
+    if isinstance(base, nn.MultiheadAttention):
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({kind}): PEFT merges its update before each forward, at no λ. Leave it out "
+            'by `exclude_modules`, or use core_type="identity".'
+        )
+    if use_dora and isinstance(base, nn.Embedding):
+        raise ValueError(
+            f"NaRA-DoRA cannot adapt '{name}' ({kind}): the norm of a whole vocabulary would be needed for each "
+            "sample. Leave it out by `exclude_modules`, or set use_dora=False."
+        )
+    if use_dora and isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
+        raise ValueError(
+            f"NaRA-DoRA cannot adapt '{name}' ({kind} with groups > 1): leave it out by `exclude_modules`, "
+            "or set use_dora=False."
+        )
+
+
 def rule_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
     """The rule for `layer`, which PEFT has made; `name` is the layer's, for messages.
 
     Raises:
-        ValueError: no rule exists for this kind of layer, or PEFT's class of it does not consult rules.
+        ValueError: PEFT's class of this layer does not consult rules.
     """
-    kind = type(layer.get_base_layer()).__name__
-    consults = "lora_variant" in type(layer).forward.__code__.co_names
-    if isinstance(layer, (MultiheadAttention, ParamWrapper)) or not consults:
+    if isinstance(layer, ParamWrapper) or "lora_variant" not in type(layer).forward.__code__.co_names:
         raise ValueError(
-            f"NaRA cannot adapt '{name}' ({kind}, adapted by PEFT's {type(layer).__name__}): that class merges or "
-            'skips λ-dependent updates. Leave it out by `exclude_modules`, or use core_type="identity".'
+            f"NaRA cannot adapt '{name}' ({type(layer.get_base_layer()).__name__}, adapted by PEFT's "
+            f"{type(layer).__name__}): that class skips λ-dependent updates. Leave it out by `exclude_modules`, or use "
+            'core_type="identity".'
         )
     if isinstance(layer, Embedding):
-        if use_dora:
-            raise ValueError(
-                f"NaRA-DoRA cannot adapt '{name}' ({kind}): the norm of a whole vocabulary would be needed for each "
-                "sample. Leave it out by `exclude_modules`, or set use_dora=False."
-            )
         return NaraEmbedding
     if isinstance(layer, _ConvNd):
-        if use_dora and getattr(layer.get_base_layer(), "groups", 1) > 1:
-            raise ValueError(
-                f"NaRA-DoRA cannot adapt '{name}' ({kind} with groups > 1): leave it out by `exclude_modules`, "
-                "or set use_dora=False."
-            )
         return NaraDoraConv if use_dora else NaraConv
     return NaraDoraLinear if use_dora else NaraLinear
 

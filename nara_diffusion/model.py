@@ -20,7 +20,7 @@ from .checkpoint import check_adapter_tensors, refuse_name_in_key
 from .config import NaraConfig
 from .holder import HOLDER_NAME, CoreHolder, build_core
 from .injection import Injection, without_holder
-from .layers import rule_for
+from .layers import check_target, rule_for
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
 
@@ -82,6 +82,8 @@ class NaraModel(MergesAtOneLevel):
     ) -> None:
         group = _group(lora_config.core_sharing, current_key)
         refuse_name_in_key(f"{_PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
+        if lora_config.core_type != "identity":
+            check_target(target, lora_config.use_dora, current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )

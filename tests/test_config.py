@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from torch import nn
 
 from nara_diffusion import NaraConfig, noise_level
-from tests.adapted import OneLayer, TwoLayers, adapted, nara_config
+from tests.adapted import TwoLayers, adapted, nara_config
 
 # ---------------------------------------------------------------- choices
 
@@ -293,7 +294,22 @@ def test_the_kind_of_layer_is_told_where_no_rule_exists():
             self.attention = nn.MultiheadAttention(8, 2)
 
     base = Attention()
+    modules = {name: id(module) for name, module in base.named_modules()}
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with pytest.raises(ValueError, match=r"NaRA cannot adapt 'attention' \(MultiheadAttention.*exclude_modules"):
         get_peft_model(base, nara_config(target_modules=["attention"]))
-    assert type(base.attention) is nn.MultiheadAttention
-    assert isinstance(OneLayer(base.attention).layer, nn.MultiheadAttention)
+    assert {name: id(module) for name, module in base.named_modules()} == modules
+    assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_a_custom_lora_layer_that_does_not_consult_rules_is_refused():
+    class CustomLayer(lora.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+    base = TwoLayers()
+    config = nara_config(target_modules=["first"])
+    config._register_custom_module({nn.Linear: CustomLayer})
+    with pytest.raises(ValueError, match=r"NaRA cannot adapt 'first' \(Linear, adapted by PEFT's CustomLayer\)"):
+        get_peft_model(base, config)
+    assert type(base.first) is nn.Linear

@@ -483,6 +483,15 @@ def test_offloaded_weights_are_brought_in_for_the_update_and_taken_away_again(ma
         torch.testing.assert_close(model(x)[1], expected[1], rtol=1e-5, atol=1e-5)  # LEVELS[1] is 0.5
 
 
-def test_refused_layers_are_named():
-    with pytest.raises(ValueError, match=r"NaRA-DoRA cannot adapt 'layer' \(Embedding\)"):
-        adapted(OneLayer(nn.Embedding(13, 5)), target_modules=["layer"], use_dora=True)
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Embedding(13, 5), r"NaRA-DoRA cannot adapt 'layer' \(Embedding\): the norm of a whole vocabulary"),
+        (nn.Conv2d(8, 8, 3, groups=2), r"NaRA-DoRA cannot adapt 'layer' \(Conv2d with groups > 1\)"),
+    ],
+)
+def test_layers_whose_norm_cannot_be_had_are_refused_by_name(layer, message):
+    base = OneLayer(layer)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, nara_config(target_modules=["layer"], use_dora=True))
+    assert base.layer is layer
