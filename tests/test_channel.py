@@ -269,7 +269,7 @@ def test_threads_at_different_levels_on_one_model(model: PeftModel, x: Tensor) -
     workers, rounds = 4, 60
     levels = [torch.rand(3) for _ in range(workers)]
     expected = [at(model, level, x) for level in levels]
-    barrier = threading.Barrier(workers)
+    barrier = threading.Barrier(workers, timeout=30)
 
     def work(index: int) -> int:
         right = 0
@@ -286,7 +286,7 @@ def test_threads_that_meet_inside_the_forward(model: PeftModel, x: Tensor) -> No
     """Both threads are between the root and the second layer at the same time."""
     levels = [torch.rand(3), torch.rand(3)]
     expected = [at(model, level, x) for level in levels]
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=30)
     model.base_model.model.second.register_forward_pre_hook(_waits(barrier))
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(lambda level: at(model, level, x), levels))
@@ -312,7 +312,7 @@ def test_replicas_of_data_parallel(model: PeftModel, x: Tensor) -> None:
             with pytest.raises(ValueError, match="λ is not known"):
                 future.result()
     expected = [at(model, level, x) for level in (0.2, 0.7)]
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=30)
     for replica in replicas:
         replica.base_model.model.second.register_forward_pre_hook(_waits(barrier))
     with ThreadPoolExecutor(2) as pool:

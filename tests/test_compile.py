@@ -226,7 +226,7 @@ def test_threads(small: PeftModel, x: Tensor) -> None:
     expected = [output(small, small, lambda model: model(x), level) for level in levels]
     fast = torch.compile(small, backend="eager")
     output(fast, small, lambda model: model(x), levels[0])
-    barrier = threading.Barrier(workers)
+    barrier = threading.Barrier(workers, timeout=30)
 
     def work(index: int) -> int:
         right = 0

@@ -353,7 +353,7 @@ def test_a_thread_started_inside_a_context_has_no_level(model: PeftModel, x: Ten
 
 
 def test_threads_have_their_own_levels(model: PeftModel, x: Tensor) -> None:
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=30)
 
     def work(level: float) -> Tensor:
         barrier.wait()

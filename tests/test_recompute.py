@@ -233,7 +233,7 @@ def test_threads_train_at_their_own_levels(tiny_llama: LlamaForCausalLM, reentra
     expected = {name: rounds * g for name, g in gradients(model, llama_forwards(model)).items()}
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    barrier = Barrier(2)
+    barrier = Barrier(2, timeout=30)
 
     def work(forward: Callable[[], Tensor]) -> None:
         for _ in range(rounds):
