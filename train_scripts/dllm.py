@@ -113,6 +113,7 @@ class Arguments(ModelArguments, AdapterArguments, OptimizationArguments, Objecti
     max_train_steps: int | None = redefault(OptimizationArguments, "max_train_steps", 400)
     learning_rate: float = redefault(OptimizationArguments, "learning_rate", 1e-2)
     core_learning_rate: float | None = redefault(OptimizationArguments, "core_learning_rate", 1e-3)
+    checkpointing_steps: int | None = redefault(RunArguments, "checkpointing_steps", 200)
     lr_scheduler: str = redefault(OptimizationArguments, "lr_scheduler", "cosine")
 
     def __post_init__(self) -> None:
