@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -62,9 +63,10 @@ def as_signal(value: float | Tensor, name: str = "noise_level") -> Tensor:
     Raises:
         ValueError: not a number or one-dimensional tensor, or an element that is NaN or outside [0, 1].
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise ValueError(f"{name} is {value!r}: pass a float in [0, 1], or a tensor of shape (batch,).")
-    signal = torch.as_tensor(value).detach().clone()  # whoever writes to `value` later does not move λ
+    value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+    signal = value.detach().clone()  # whoever writes to `value` later does not move λ
     if signal.is_complex() or signal.dtype == torch.bool or signal.dim() > 1 or signal.numel() == 0:
         raise ValueError(
             f"{name} has shape {tuple(signal.shape)} and dtype {signal.dtype}: "
@@ -178,6 +180,8 @@ def find_holders(model: nn.Module) -> list[Any]:
 
 def core_holders(model: nn.Module) -> list[Any]:
     """`find_holders`, where finding none is the caller's mistake."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
     holders = find_holders(model)
     if not holders:
         raise ValueError(

@@ -60,7 +60,7 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
     for module in root.modules():
         for name in CHECKPOINT_ATTRIBUTES:
             checkpoint = module.__dict__.get(name)
-            if checkpoint is not None and channel not in _channels(checkpoint):
+            if callable(checkpoint) and channel not in _channels(checkpoint):
                 setattr(module, name, CheckpointWithCore(checkpoint, channel))
 
 

@@ -71,6 +71,8 @@ def expect(model: PeftModel, x: Tensor, level: float | Tensor) -> Tensor:
         1.0,
         0.37,
         np.float64(0.37),
+        np.float32(0.37),
+        np.int64(1),
         torch.tensor(0.37),
         torch.tensor([0.37]),
         torch.tensor(0.37, dtype=torch.float64),
@@ -86,7 +88,7 @@ def expect(model: PeftModel, x: Tensor, level: float | Tensor) -> Tensor:
 def test_a_level_may_be_a_number_or_one_number_a_sample(model: PeftModel, x: Tensor, value: Any) -> None:
     with noise_level(model, value):
         output = run(model, x)
-    level = value.detach().float() if isinstance(value, Tensor) else value
+    level = value.detach().float() if isinstance(value, Tensor) else float(value)
     assert relative_error(output, expect(model, x, level)) < 2e-6
 
 
@@ -105,6 +107,7 @@ def test_a_level_may_be_a_number_or_one_number_a_sample(model: PeftModel, x: Ten
         (torch.zeros(0), r"shape \(0,\).*shape \(batch,\)"),
         (torch.tensor([True, False, True]), r"torch.bool.*one number"),
         (torch.tensor([0.1 + 0j]), r"complex.*one number"),
+        (np.bool_(True), r"noise_level is np.True_: pass a float"),
         (True, r"noise_level is True: pass a float in \[0, 1\]"),
         ("0.3", r"noise_level is '0.3': pass a float in \[0, 1\]"),
         (None, r"noise_level is None: pass a float in \[0, 1\]"),
@@ -223,6 +226,14 @@ def test_a_model_without_nara_is_refused() -> None:
     for call in (lambda: noise_level(TwoLayers(), 0.3).__enter__(), lambda: set_noise_source(TwoLayers(), None)):
         with pytest.raises(ValueError, match="TwoLayers holds no NaRA adapter"):
             call()
+
+
+def test_a_pipeline_is_not_a_model() -> None:
+    class Pipeline:
+        """As those of Diffusers, which are no modules."""
+
+    with pytest.raises(ValueError, match=r"Pipeline is no torch.nn.Module: pass the model itself, e.g. pipe.unet"):
+        noise_level(Pipeline(), 0.3).__enter__()  # type: ignore[arg-type]
 
 
 def test_nested_contexts_restore_the_previous_level(model: PeftModel, x: Tensor) -> None:

@@ -226,6 +226,26 @@ def test_a_backward_pass_inside_another_forward(tiny_llama: LlamaForCausalLM, re
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_a_copy_of_a_model_that_has_been_checkpointed(tiny_llama: LlamaForCausalLM, reentrant: bool) -> None:
+    model = adapted(tiny_llama, target_modules=TARGETS).train()
+    expected = gradients(model, llama_forwards(model))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    llama_forwards(model)[0]()
+    twin = copy.deepcopy(model)
+    disturb(model, seed=8)
+    check(gradients(twin, llama_forwards(twin)), expected, REENTRANT if reentrant else EXACT)
+
+
+def test_an_attribute_of_the_same_name_that_is_no_function_is_left_alone() -> None:
+    base = TwoLayers()
+    base.first.checkpoint_fn = "first.pt"  # type: ignore[assignment]
+    model = adapted(base, target_modules=["second"]).train()
+    at(model, LEVELS[0], square(torch.randn(3, 7)))()
+    assert base.first.checkpoint_fn == "first.pt"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_threads_train_at_their_own_levels(tiny_llama: LlamaForCausalLM, reentrant: bool) -> None:
     """Forward and backward in two threads at once, into the same `.grad`."""
     model = adapted(tiny_llama, target_modules=TARGETS).train()
