@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion import NaraConfig, noise_level, set_noise_source
+from nara_diffusion.noise import NoiseSignals
 from tests.adapted import TwoLayers, adapted, disturb, nara_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -368,6 +369,55 @@ def test_checkpoint_wrapper(tiny_llama: LlamaForCausalLM, implementation: Checkp
     assert type(unwrapped.checkpoint_fn).__name__ == "partial"
 
 
+class Part(nn.Module):
+    """Has adapters of its own, inside a model that has others; `checkpointed` wraps a block that both adapt."""
+
+    def __init__(self, checkpointed: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.block = checkpointed(TwoLayers())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class Whole(nn.Module):
+    def __init__(self, checkpointed: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.part = Part(checkpointed)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.part(x))
+
+
+def test_a_block_that_two_roots_adapt() -> None:
+    x = torch.randn(3, 7)
+
+    def make(checkpointed: Callable[[nn.Module], nn.Module]) -> tuple[Whole, Gradients]:
+        torch.manual_seed(0)
+        whole = Whole(checkpointed)
+        inject_adapter_in_model(nara_config(target_modules=["first"]), whole.part)
+        inject_adapter_in_model(nara_config(target_modules=["second", "last"], r=3), whole)
+        disturb(whole)
+
+        def forward(outer: Tensor, inner: Tensor) -> Tensor:
+            with noise_level(whole, outer), noise_level(whole.part, inner):
+                return whole(x).square().mean()
+
+        found = gradients(whole, [lambda: forward(*LEVELS), lambda: forward(*LEVELS[::-1])])
+        return whole, {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in found.items()}
+
+    _, expected = make(lambda module: module)
+    assert {name.split("nara_core.")[0] for name in expected if "nara_core" in name} == {"", "part."}
+    for implementation in CheckpointImpl:
+        whole, actual = make(lambda module, kind=implementation: checkpoint_wrapper(module, kind))
+        check(actual, expected, REENTRANT)
+        whole.part.nara_core.detach(whole.part)  # type: ignore[union-attr, operator]
+        assert whole.part.block.checkpoint_fn.channel is whole.nara_core.channel  # type: ignore[union-attr]
+        whole.nara_core.detach(whole)  # type: ignore[union-attr, operator]
+        assert type(whole.part.block.checkpoint_fn).__name__ == "partial"
+
+
 # ---------------------------------------------------------------------- other checkpoint functions: refused
 
 
@@ -451,6 +501,17 @@ def test_a_checkpoint_around_the_whole_model_needs_the_level_inside(reentrant: b
             first.backward()
     with pytest.raises(ValueError, match="λ is not known"):
         at(model, LEVELS[0], lambda model: outside(LEVELS[0]))().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_whole_model_with_a_source(reentrant: bool) -> None:
+    """The recomputation has the inputs of the first run, so that the source tells the same again."""
+    model = adapted(TwoLayers(), target_modules=["first", "second"]).train()
+    set_noise_source(model, lambda module, args, kwargs: NoiseSignals((args[0] > 0).float().mean(1)))  # type: ignore[arg-type]
+    inputs = [torch.randn(3, 7, requires_grad=True) for _ in range(2)]
+    expected = gradients(model, [lambda x=x: model(x).square().mean() for x in inputs])
+    forwards = [lambda x=x: checkpoint(model, x, use_reentrant=reentrant).square().mean() for x in inputs]
+    check(gradients(model, forwards), expected, REENTRANT if reentrant else EXACT)
 
 
 def test_an_adapter_switched_before_the_backward_pass_is_refused(tiny_llama: LlamaForCausalLM) -> None:
