@@ -45,13 +45,18 @@ class Scope(NamedTuple):
 
 
 class CoreChannel:
-    """Hands C(λ) from the root of one adapted model to its layers, for the thread and time of one forward."""
+    """Hands C(λ) from the root of one adapted model to its layers, for the thread and time of one forward.
 
-    def __init__(self) -> None:
+    Args:
+        sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
+    """
+
+    def __init__(self, sample_major: bool = False) -> None:
+        self.sample_major = sample_major
         self.local = threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CoreChannel, ()
+        return CoreChannel, (self.sample_major,)
 
     @property
     def scopes(self) -> tuple[Scope, ...]:
@@ -66,6 +71,8 @@ class CoreChannel:
         """
         scopes = self.scopes
         if torch.compiler.is_compiling():
+            # a compiled layer cannot look for that: do not run a backward pass through a checkpoint of your own around
+            # a block that is compiled by itself, while another forward of the model runs
             return scopes[-1].frame if scopes else None
         for scope in reversed(scopes):
             if not scope.is_over():
