@@ -10,15 +10,16 @@ Written to the output folder: adapter_config.json and adapter_model.safetensors,
 config.yaml, results.json, metrics.jsonl, noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
 """
 
-# ruff: noqa: RUF009 (option() and redefault() are dataclasses.field() with metadata, not shared defaults)
 from __future__ import annotations
 
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from datasets import Dataset, load_dataset
@@ -37,7 +38,7 @@ from nara_diffusion.training.arguments import (
     require,
 )
 from nara_diffusion.training.checkpoints import load_adapter_weights, save_adapter
-from nara_diffusion.training.cli import option, parse_arguments, redefault
+from nara_diffusion.training.cli import option, parse_arguments
 from nara_diffusion.training.hub import push_to_hub
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
@@ -46,29 +47,42 @@ from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
-SHIPPED_TASK = ASSETS / "two-step"
-SAMPLING = (
-    "gen_length",
-    "block_length",
-    "temperature",
-    "cfg_scale",
-    "remasking",
-    "extract",
-)  # as `exact_match` takes them
+# Arguments that `exact_match` takes under the same name.
+SAMPLING = ("gen_length", "block_length", "temperature", "cfg_scale", "remasking", "extract")
+
+# What a run does where no model is named; the flags' own defaults suit models of some billion parameters.
+SHIPPED_DATA = {
+    f"{split}_file": str(ASSETS / "two-step" / f"{split}.jsonl") for split in ("train", "validation", "test")
+}
+SHIPPED_RUN = {
+    "pretrained_model_name_or_path": str(ASSETS / "llada-tiny"),
+    "target_modules": ["all-linear"],
+    "train_batch_size": 32,
+    "max_train_steps": 400,
+    "learning_rate": 1e-2,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "checkpointing_steps": 200,
+    "trained_padding": "3",
+    "eval_batch_size": 64,
+    "gen_length": 12,
+}
 
 
 @dataclass
 class ModelArguments:
     """Model and data"""
 
-    pretrained_model_name_or_path: str = option(str(ASSETS / "llada-tiny"), "Folder or Hub id of the model to adapt.")
+    pretrained_model_name_or_path: str = option(
+        "", "Folder or Hub id of the model to adapt; none runs the shipped one."
+    )
     revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
     mask_token: str | None = option(None, "Text of the mask token, where the checkpoint doesn't name it.")
     dataset_name: str | None = option(
         None, "Data set on the Hub, or a folder that `datasets` reads, in place of files."
     )
     dataset_config_name: str | None = option(None, "Configuration of that data set.")
-    train_file: str | None = option(None, "JSON list or JSON Lines to learn from; without any data, the shipped task.")
+    train_file: str | None = option(None, "JSON list or JSON Lines to learn from.")
     validation_file: str | None = option(None, "Records for the validation loss; none holds out --validation_samples.")
     test_file: str | None = option(None, "Records for exact match, before and after; none takes the validation ones.")
     validation_samples: int = option(128, "Records held out of the training data, if there is no file.", unit="records")
@@ -85,13 +99,13 @@ class ObjectiveArguments:
     """Objective and evaluation"""
 
     trained_padding: str = option(
-        "3",
+        "longest",
         "End tokens after an answer that are trained on: a number, longest (of the batch), or max_length.",
         unit="tokens",
     )
     complementary: bool = option(False, "Train on each sample twice, with complementary masks.")
-    eval_batch_size: int = option(64, "Samples of one forward in evaluation.", unit="samples")
-    gen_length: int = option(12, "Length of a generated answer.", unit="tokens")
+    eval_batch_size: int = option(16, "Samples of one forward in evaluation.", unit="samples")
+    gen_length: int = option(128, "Length of a generated answer.", unit="tokens")
     generation_steps: int | None = option(None, "Denoising steps of an answer; none takes one a token.", unit="steps")
     block_length: int | None = option(
         None, "Block that is finished before the next is begun; none is one.", unit="tokens"
@@ -107,28 +121,24 @@ class ObjectiveArguments:
 
 @dataclass
 class Arguments(ModelArguments, AdapterArguments, OptimizationArguments, ObjectiveArguments, RunArguments):
-    """Values that suit the shipped run"""
-
-    target_modules: list[str] = redefault(AdapterArguments, "target_modules", ["all-linear"])
-    max_train_steps: int | None = redefault(OptimizationArguments, "max_train_steps", 400)
-    learning_rate: float = redefault(OptimizationArguments, "learning_rate", 1e-2)
-    core_learning_rate: float | None = redefault(OptimizationArguments, "core_learning_rate", 1e-3)
-    checkpointing_steps: int | None = redefault(RunArguments, "checkpointing_steps", 200)
-    lr_scheduler: str = redefault(OptimizationArguments, "lr_scheduler", "cosine")
-
     def __post_init__(self) -> None:
         check_arguments(self)
         for name in ("validation_samples", "max_length", "eval_batch_size", "gen_length", "curve_points"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
         require(self, "test_samples", self.test_samples is None or self.test_samples >= 1, "at least 1, or none")
-        if self.train_file is None and self.dataset_name is None:
-            self.train_file = str(SHIPPED_TASK / "train.jsonl")
-            self.validation_file = self.validation_file or str(SHIPPED_TASK / "validation.jsonl")
-            self.test_file = self.test_file or str(SHIPPED_TASK / "test.jsonl")
-        elif self.train_file is not None and self.dataset_name is not None:
-            raise ValueError("dataset_name and train_file are two sources of training data: give one.")
+        require(self, "pretrained_model_name_or_path", self.pretrained_model_name_or_path != "", "given")
+        if (self.train_file is None) == (self.dataset_name is None):
+            got = "neither" if self.train_file is None else "both"
+            raise ValueError(f"training data come from train_file or from dataset_name: give one of them, got {got}.")
         if self.trained_padding not in ("longest", "max_length") and not self.trained_padding.isdecimal():
             raise ValueError(f"trained_padding is {self.trained_padding!r}, expected a number, longest or max_length.")
+
+
+def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
+    if "pretrained_model_name_or_path" in given:
+        return {}
+    return SHIPPED_RUN | ({} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA)
 
 
 def main(args: Arguments) -> dict[str, Any]:
@@ -226,4 +236,6 @@ def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
-    main(parse_arguments(Arguments, description=__doc__))
+    values = " ".join(f"{name}={value}" for name, value in SHIPPED_RUN.items())
+    description = f"{__doc__}\nThe shipped run has these values in place of the defaults below:\n{fill(values, 110)}"
+    main(parse_arguments(Arguments, description=description, stand_in=shipped_run))

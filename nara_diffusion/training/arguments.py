@@ -50,7 +50,7 @@ class AdapterArguments:
 class OptimizationArguments:
     """Optimization"""
 
-    train_batch_size: int = option(32, "Samples of one forward on one process.", unit="samples")
+    train_batch_size: int = option(4, "Samples of one forward on one process.", unit="samples")
     gradient_accumulation_steps: int = option(1, "Forwards that make one optimizer step.", unit="forwards")
     max_train_steps: int | None = option(
         None, "Optimizer steps to train; none leaves it to --num_train_epochs.", unit="optimizer steps"

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,22 +37,26 @@ def option(default: Any, help: str, *, unit: str = "", choices: Sequence[str] = 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def redefault(cls: type, name: str, default: Any) -> Any:
-    """The argument `name` of the dataclass `cls` with another default, for a class that inherits from it."""
-    field = next(field for field in dataclasses.fields(cls) if field.name == name)
-    return option(default, **field.metadata)
-
-
 def parse_arguments(
-    cls: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None
+    cls: type[Arguments],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    stand_in: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
 ) -> Arguments:
-    """The command line, and the file that `--config` names, as an instance of `cls`; exits with usage on an error."""
+    """The command line, and the file that `--config` names, as an instance of `cls`; exits with usage on an error.
+
+    Args:
+        cls: the dataclass of arguments.
+        argv: the command line; None takes the program's own.
+        description: what `--help` shows first.
+        stand_in: from the arguments that were given, by flag or file, to values for some that weren't.
+    """
     parser = build_parser(cls, description)
     flags = vars(parser.parse_args(argv))
     try:
         file = flags.pop("config", None)
-        values = read_config(cls, file) if file else {}
-        return cls(**{**values, **flags})
+        given = {**(read_config(cls, file) if file else {}), **flags}
+        return cls(**{**stand_in(given), **given})
     except ValueError as error:
         parser.error(str(error))
 
@@ -71,9 +75,8 @@ def build_parser(cls: type, description: str | None = None) -> argparse.Argument
     )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    owners = {name: owner for owner in cls.__mro__ for name in vars(owner).get("__annotations__", {})}
     for owner in cls.__mro__:
-        own = [name for name in fields if owners[name] is owner]
+        own = [name for name in vars(owner).get("__annotations__", {}) if name in fields]
         if own:
             group = parser.add_argument_group((owner.__doc__ or owner.__name__).strip().splitlines()[0])
             for name in own:

@@ -110,6 +110,20 @@ def test_help_groups_flags_and_gives_unit_and_default() -> None:
     assert "{linear,cosine}" in text
 
 
+def test_values_that_stand_in_for_arguments_that_were_not_given(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("rank: 5\n")
+    seen = []
+
+    def stand_in(given: dict) -> dict:
+        seen.append(set(given))
+        return {"rank": 6, "rate": 7.0, "steps": 8}
+
+    args = parse_arguments(Example, ["--config", str(file), "--rate", "2"], stand_in=stand_in)
+    assert args == Example(rank=5, rate=2.0, steps=8)
+    assert seen == [{"rank", "rate"}]
+
+
 def test_a_list_default_is_not_shared() -> None:
     Example().modules.append("more")
     assert Example().modules == ["q"]
