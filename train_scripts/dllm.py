@@ -58,7 +58,7 @@ SHIPPED_RUN = {
     "pretrained_model_name_or_path": str(ASSETS / "llada-tiny"),
     "target_modules": ["all-linear"],
     "train_batch_size": 32,
-    "max_train_steps": 400,
+    "num_train_epochs": 3.2,  # 400 steps
     "learning_rate": 1e-2,
     "core_learning_rate": 1e-3,
     "lr_scheduler": "cosine",

@@ -183,7 +183,7 @@ def _help(field: dataclasses.Field) -> str:
     if isinstance(default, list):
         default = ",".join(map(str, default))
     unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
-    return f"{field.metadata['help']}{unit} (default: {str(default).lower()})".replace("%", "%%")
+    return f"{field.metadata['help']}{unit} (default: {str(default).lower() or 'none'})".replace("%", "%%")
 
 
 def _convert_action(hint: Any, choices: Sequence[str]) -> Callable[..., argparse.Action]:

@@ -223,7 +223,7 @@ def test_without_arguments_the_shipped_model_and_task_are_used() -> None:
 
 def test_a_flag_wins_over_the_shipped_run() -> None:
     args = parse_arguments(Arguments, ["--learning_rate", "3e-3"], stand_in=shipped_run)
-    assert (args.learning_rate, args.lr_scheduler, args.max_train_steps) == (3e-3, "cosine", 400)
+    assert (args.learning_rate, args.lr_scheduler, args.num_train_epochs) == (3e-3, "cosine", 3.2)
 
 
 def test_ones_own_data_are_not_mixed_with_the_shipped_ones(data) -> None:
