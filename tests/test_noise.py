@@ -528,6 +528,14 @@ def test_a_source_of_another_convention_is_refused() -> None:
     assert relative_error(run(model, x), expect(model, x, (x > 0).float().mean(1))) < 2e-6
 
 
+def test_a_source_may_be_a_plain_function_where_no_convention_is_known(model: PeftModel, x: Tensor) -> None:
+    set_noise_source(model, lambda module, args, kwargs: NoiseSignals(args[0].abs().amax(1).clamp(max=1)))  # type: ignore[arg-type]
+    model.add_adapter("other", nara_config(target_modules=TARGETS))
+    model.base_model.set_adapter(["default", "other"])
+    assert model.peft_config["other"].noise_convention is None
+    assert relative_error(run(model, x), expect(model, x, x.abs().amax(1).clamp(max=1))) < 2e-6  # the other's B is zero
+
+
 def test_a_source_is_set_on_all_models_or_on_none() -> None:
     pair = nn.ModuleList(
         get_peft_model(TwoLayers(), nara_config(target_modules=TARGETS, noise_convention=convention))
