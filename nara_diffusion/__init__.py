@@ -3,6 +3,7 @@
 from . import registry
 from .config import NaraConfig
 from .core import shared_factors
+from .denoisers import TimestepNoise, register_denoiser
 from .inspection import core_matrix
 from .model import NaraModel
 from .noise import noise_level, set_noise_source
@@ -11,9 +12,11 @@ __version__ = "0.1.0"
 __all__ = [
     "NaraConfig",
     "NaraModel",
+    "TimestepNoise",
     "__version__",
     "core_matrix",
     "noise_level",
+    "register_denoiser",
     "set_noise_source",
     "shared_factors",
 ]

@@ -14,28 +14,15 @@ from torch import Tensor, nn
 
 from .channel import CoreChannel, Frame
 from .config import NaraConfig
-from .core import ConstantCore, HypernetworkCore, IdentityCore, make_embedding
+from .core import IdentityCore
+from .cores import build_core
+from .denoisers import Denoiser, TimestepNoise
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
 from .recompute import checkpoint_with_core, checkpoint_without_core
+from .signals import check_convention, denoiser_hint, of_one_sample, on_device_of
 
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
-
-
-def build_core(config: NaraConfig, rank: int) -> nn.Module:
-    """The core that `config` describes, for layers of rank up to `rank`."""
-    if config.core_type == "identity":
-        return IdentityCore(rank)
-    if config.core_type == "constant":
-        return ConstantCore(rank, scale=config.core_scale, init=config.core_init)
-    return HypernetworkCore(
-        rank,
-        scale=config.core_scale,
-        hidden_dims=config.core_hidden_dims,
-        init=config.core_init,
-        core_input=config.core_input,
-        embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
-    )
 
 
 class CoreHolder(nn.Module, BaseTunerLayer):
@@ -43,17 +30,22 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     Adapters without a core of their own (identity) are listed too, so that PEFT's bookkeeping finds the same names
     here as on any layer.
+
+    Args:
+        denoiser: what is known of the root's class, if it is a denoiser of Diffusers: then its timestep tells λ.
     """
 
     is_core_holder = True
     adapter_layer_names = ("cores",)
     other_param_names = ("r", "density_radius", "convention")
 
-    def __init__(self) -> None:
+    def __init__(self, denoiser: Denoiser | None = None) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
-        self.channel = CoreChannel()
+        self.channel = CoreChannel(sample_major=denoiser is not None and denoiser.sample_major)
         self.source: NoiseSource | None = None
+        if denoiser is not None:
+            self.source = TimestepNoise(denoiser.meaning, argument=denoiser.argument)
         self.r: dict[str, int] = {}
         self.density_radius: dict[str, int] = {}
         self.convention: dict[str, str | None] = {}
@@ -67,7 +59,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     def check_convention(self, adapter_name: str, convention: str | None) -> None:
         """Raises ValueError if the model's source of λ speaks another convention than a new adapter."""
-        _check_convention(self.source, adapter_name, convention)
+        check_convention(self.source, adapter_name, convention)
 
     def add(self, adapter_name: str, config: NaraConfig, ranks: dict[str, int]) -> None:
         """Make the cores of one adapter. `ranks`: group → the largest rank among its layers."""
@@ -79,7 +71,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     def check_source(self, source: NoiseSource | None) -> None:
         """Raises ValueError if `source` speaks another convention than an adapter."""
         for adapter_name, convention in self.convention.items():
-            _check_convention(source, adapter_name, convention)
+            check_convention(source, adapter_name, convention)
 
     def set_source(self, source: NoiseSource | None) -> None:
         """See `nara_diffusion.set_noise_source`."""
@@ -162,7 +154,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             signals,
             names,
             "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
-            "`set_noise_source(model, source)`.",
+            f"`set_noise_source(model, source)`.{denoiser_hint(root)}",
         )
 
     # ------------------------------------------------------------------ merging at one λ
@@ -182,7 +174,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
             "`with noise_level(model, value):`.",
         )
-        signals = _single(signals)  # type: ignore[arg-type]
+        signals = of_one_sample(signals)  # type: ignore[arg-type]
         if merged is not None and signals.noise_level.item() != merged.noise_level.item():
             raise ValueError(
                 f"Adapters are merged at noise_level {merged.noise_level.item():.6g}, not "
@@ -286,37 +278,8 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         raise AttributeError("A holder of cores wraps no layer, so it has no bias.")
 
 
-def _single(signals: NoiseSignals) -> NoiseSignals:
-    """The signals of a batch whose samples agree, as those of one sample."""
-    for name, signal in zip(NoiseSignals._fields, signals, strict=True):
-        if signal is not None and signal.unique().numel() > 1:
-            raise ValueError(f"{name} is {signal.tolist()}: merging needs a single value.")
-    level, density = signals
-    return NoiseSignals(level[:1], None if density is None else density[:1])
-
-
 def unmerge_all(root: nn.Module) -> None:
     """Take every merged adapter out of the base weights of the layers below `root`."""
     for module in root.modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             module.unmerge()
-
-
-def _check_convention(source: NoiseSource | None, adapter_name: str, convention: str | None) -> None:
-    told = getattr(source, "convention", None)
-    if source is None or convention is None or told == convention:
-        return
-    raise ValueError(
-        f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
-        f"{told!r}: use a source of the same convention."
-    )
-
-
-def on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
-    """λ and the mask density where `core` computes."""
-    assert signals is not None
-    tensors = (*core.parameters(), *core.buffers())
-    # all on "meta": offloaded, and brought in by the core's own modules
-    device = next((tensor.device for tensor in tensors if not tensor.is_meta), signals.noise_level.device)
-    level, density = signals
-    return level.to(device), None if density is None else density.to(device)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, ParamWrapper, _ConvNd
+from peft.tuners.lora.layer import Embedding, LoraVariant, _ConvNd
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
@@ -67,14 +67,17 @@ class NaraVariant(LoraVariant):
         return frame[self.key][:, :rank, :rank]
 
     def batch_core(self, rank: int, batch: int) -> Tensor:
-        """`read_core`, refused unless it holds one matrix, or one for each of `batch` samples."""
+        """`read_core` as one matrix, or one for each of the `batch` rows that this layer sees."""
         core = self.read_core(rank)
-        if core.shape[0] not in (1, batch):
-            raise ValueError(
-                f"noise_level has {core.shape[0]} values, but the batch inside layer '{self.layer_name}' is {batch}: "
-                "pass one value, or one a sample of the batch as the layer sees it (after beams, repeats or CFG)."
-            )
-        return core
+        samples = core.shape[0]
+        if samples in (1, batch):
+            return core
+        if self.channel.sample_major and batch % samples == 0:
+            return core.repeat_interleave(batch // samples, dim=0)
+        raise ValueError(
+            f"noise_level has {samples} values, but the batch inside layer '{self.layer_name}' is {batch}: "
+            "pass one value, or one a sample of the batch as the layer sees it (after beams, repeats or CFG)."
+        )
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one."""
@@ -220,50 +223,6 @@ class NaraDoraConv(NaraDoraLinear):
         else:
             base = base_layer._conv_forward(dropped, base_layer.weight, None)
         return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, K)
-
-
-def check_target(target: Any, use_dora: bool, name: str) -> None:
-    """Refuse modules for which there is no rule, before PEFT adapts them; `name` is the module's, for messages.
-
-    Raises:
-        ValueError: `target` is an attention module, or NaRA-DoRA's norm cannot be had for it.
-    """
-    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    kind = type(base).__name__
-    if isinstance(base, nn.MultiheadAttention):
-        raise ValueError(
-            f"NaRA cannot adapt '{name}' ({kind}): PEFT merges its update before each forward, at no λ. Leave it out "
-            'by `exclude_modules`, or use core_type="identity".'
-        )
-    if use_dora and isinstance(base, nn.Embedding):
-        raise ValueError(
-            f"NaRA-DoRA cannot adapt '{name}' ({kind}): the norm of a whole vocabulary would be needed for each "
-            "sample. Leave it out by `exclude_modules`, or set use_dora=False."
-        )
-    if use_dora and isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
-        raise ValueError(
-            f"NaRA-DoRA cannot adapt '{name}' ({kind} with groups > 1): leave it out by `exclude_modules`, "
-            "or set use_dora=False."
-        )
-
-
-def rule_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
-    """The rule for `layer`, which PEFT has made; `name` is the layer's, for messages.
-
-    Raises:
-        ValueError: PEFT's class of this layer does not consult rules.
-    """
-    if isinstance(layer, ParamWrapper) or "lora_variant" not in type(layer).forward.__code__.co_names:
-        raise ValueError(
-            f"NaRA cannot adapt '{name}' ({type(layer.get_base_layer()).__name__}, adapted by PEFT's "
-            f"{type(layer).__name__}): that class skips λ-dependent updates. Leave it out by `exclude_modules`, or use "
-            'core_type="identity".'
-        )
-    if isinstance(layer, Embedding):
-        return NaraEmbedding
-    if isinstance(layer, _ConvNd):
-        return NaraDoraConv if use_dora else NaraConv
-    return NaraDoraLinear if use_dora else NaraLinear
 
 
 def _conv_update(module: Any, adapter_name: str, x: Tensor, K: Tensor) -> Tensor:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from .checkpoint import check_adapter_tensors, refuse_name_in_key
 from .config import NaraConfig
-from .holder import HOLDER_NAME, CoreHolder, build_core
+from .cores import build_core
+from .denoisers import denoiser_of
+from .holder import HOLDER_NAME, CoreHolder
 from .injection import Injection, without_holder
-from .layers import check_target, rule_for
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
+from .rules import check_target, rule_for
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -52,8 +54,10 @@ class NaraModel(MergesAtOneLevel):
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
         self._check_name(model, adapter_name, config)
-        holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder()
+        holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder(denoiser_of(model))
         holder.check_convention(adapter_name, config.noise_convention)
+        if config.core_type == "hypernetwork" and config.noise_convention is None and holder.source is not None:
+            config.noise_convention = getattr(holder.source, "convention", None)
         self._injecting = Injection(holder, config.changes_base)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:

@@ -1,0 +1,165 @@
+"""λ from the timestep of a Diffusers denoiser: what each class means by it, and how its layers see the batch.
+
+    convention   λ               the argument t of a denoiser
+    timestep     t / N           discrete schedules, N = num_train_timesteps; fractional t of Karras sigmas too
+    flow         σ               x_σ = (1 − σ) x + σ ε; t is 1000 σ, σ, 1 − σ or 1000 (1 − σ)
+    edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364): the σ of the flow with as much noise
+
+λ = 1 is pure noise in all of them. The convention's name is stored in an adapter (`noise_convention`) and checked when
+a source of λ is set or an adapter is loaded. A class is looked up by its name, then by those of its base classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .noise import NoiseSignals
+
+NUM_TRAIN_TIMESTEPS = 1000
+"""N of the schedules that the denoisers of Diffusers are trained with; models do not hold it."""
+
+_MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
+    "discrete": ("timestep", lambda t, n: t / n),
+    "sigma_1000": ("flow", lambda t, n: t / 1000),
+    "sigma": ("flow", lambda t, n: t),
+    "data_1000": ("flow", lambda t, n: 1 - t / 1000),
+    "data": ("flow", lambda t, n: 1 - t),
+    "edm": ("edm", lambda t, n: torch.sigmoid(4 * t)),  # σ / (1 + σ) for σ = exp 4t
+}
+
+
+class TimestepNoise:
+    """A source of λ (`nara_diffusion.set_noise_source`) that reads a denoiser's own timestep.
+
+    A timestep may be a number, 0-d, (1,), (b,), or (b, seq) with one value a token, of which the largest counts: the
+    tokens that are being denoised, since those of a given image or frame have none.
+
+    Args:
+        meaning: "discrete" (t of a discrete schedule), "sigma_1000" (flow, 1000 σ), "sigma" (flow, σ), "data_1000" and
+            "data" (flow, 1000 (1 − σ) and 1 − σ), "edm" (¼ ln σ).
+        argument: the name of the argument of the denoiser's forward.
+        num_train_timesteps: N of a discrete schedule.
+
+    Raises:
+        ValueError: an unknown meaning, or N below 1.
+    """
+
+    def __init__(
+        self, meaning: str = "discrete", *, argument: str = "timestep", num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
+    ) -> None:
+        if meaning not in _MEANINGS:
+            raise ValueError(f"meaning is {meaning!r}: choose one of {', '.join(map(repr, _MEANINGS))}.")
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps is {num_train_timesteps}: pass a positive number.")
+        self.meaning = meaning
+        self.convention = _MEANINGS[meaning][0]
+        self.argument = argument
+        self.num_train_timesteps = num_train_timesteps
+
+    def noise_level(self, timestep: float | Tensor) -> Tensor:
+        """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes.
+
+        Raises:
+            ValueError: another shape, or a timestep that does not have this meaning.
+        """
+        t = torch.as_tensor(timestep).float()
+        if t.dim() > 2 or t.numel() == 0:
+            raise ValueError(
+                f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, tokens)."
+            )
+        _, to_noise_level = _MEANINGS[self.meaning]
+        level = to_noise_level(t, self.num_train_timesteps)
+        level = level.amax(1) if level.dim() == 2 else level.reshape(-1)
+        if not bool(((level >= 0) & (level <= 1)).all()):
+            raise ValueError(
+                f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]. If this pipeline means "
+                "something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. with 'edm'."
+            )
+        return level
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
+        """λ of one forward of `module`.
+
+        Raises:
+            ValueError: the forward has no such argument, or see `noise_level`.
+        """
+        timestep = kwargs.get(self.argument)
+        if timestep is None:
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            position = names.index(self.argument) if self.argument in names else len(args)
+            timestep = args[position] if position < len(args) else None
+        if timestep is None:
+            raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {self.argument}.")
+        return NoiseSignals(self.noise_level(timestep))
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What is known of a class of denoisers.
+
+    Attributes:
+        meaning, argument: see `TimestepNoise`.
+        sample_major: whether layers may see b · k rows, k consecutive ones a sample (frames, or positions of a video),
+            where the model sees b. Otherwise another number of rows than the batch's is an error.
+    """
+
+    meaning: str = "discrete"
+    argument: str = "timestep"
+    sample_major: bool = False
+
+
+_DENOISERS: dict[str, Denoiser] = {
+    "UNet2DConditionModel": Denoiser(),
+    "UNetMotionModel": Denoiser(sample_major=True),
+    "UNet3DConditionModel": Denoiser(sample_major=True),
+    "PixArtTransformer2DModel": Denoiser(),
+    "HunyuanDiT2DModel": Denoiser(),
+    "CogVideoXTransformer3DModel": Denoiser(),
+    "SD3Transformer2DModel": Denoiser("sigma_1000"),
+    "SanaTransformer2DModel": Denoiser("sigma_1000"),
+    "HunyuanVideoTransformer3DModel": Denoiser("sigma_1000"),
+    "CogView4Transformer2DModel": Denoiser("sigma_1000"),
+    "WanTransformer3DModel": Denoiser("sigma_1000"),
+    "LTXVideoTransformer3DModel": Denoiser("sigma_1000"),
+    "HiDreamImageTransformer2DModel": Denoiser("sigma_1000", argument="timesteps"),
+    "FluxTransformer2DModel": Denoiser("sigma"),
+    "Flux2Transformer2DModel": Denoiser("sigma"),
+    "ChromaTransformer2DModel": Denoiser("sigma"),
+    "QwenImageTransformer2DModel": Denoiser("sigma"),
+    "Krea2Transformer2DModel": Denoiser("sigma"),
+    "AuraFlowTransformer2DModel": Denoiser("sigma"),
+    "CosmosTransformer3DModel": Denoiser("sigma"),
+    "LuminaNextDiT2DModel": Denoiser("data"),
+    "Lumina2Transformer2DModel": Denoiser("data"),
+    "ZImageTransformer2DModel": Denoiser("data", argument="t"),
+    "MochiTransformer3DModel": Denoiser("data_1000"),
+}
+
+
+def register_denoiser(
+    class_name: str, meaning: str = "discrete", *, argument: str = "timestep", sample_major: bool = False
+) -> None:
+    """Declare what the timestep of a class of denoisers means, before adapters are added to one.
+
+        register_denoiser("MyTransformer2DModel", "sigma")
+
+    Args: see `TimestepNoise` and `Denoiser`.
+
+    Raises:
+        ValueError: an unknown meaning, or the class is declared otherwise already.
+    """
+    TimestepNoise(meaning)
+    denoiser = Denoiser(meaning, argument, sample_major)
+    if _DENOISERS.setdefault(class_name, denoiser) != denoiser:
+        raise ValueError(f"{class_name} is declared already, as {_DENOISERS[class_name]}.")
+
+
+def denoiser_of(model: nn.Module) -> Denoiser | None:
+    """What is known of the class of `model`, or None if it is no denoiser that anybody declared."""
+    return next((_DENOISERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None)

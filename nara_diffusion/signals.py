@@ -1,0 +1,56 @@
+"""What a forward is told about noise, checked against the model, the adapter and the batch that it is told for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .noise import NoiseSignals, NoiseSource
+
+
+def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
+    """The signals of a batch whose samples agree, as those of one sample."""
+    for name, signal in zip(NoiseSignals._fields, signals, strict=True):
+        if signal is not None and signal.unique().numel() > 1:
+            raise ValueError(f"{name} is {signal.tolist()}: merging needs a single value.")
+    level, density = signals
+    return NoiseSignals(level[:1], None if density is None else density[:1])
+
+
+def check_batch(signals: NoiseSignals, args: Any, kwargs: Any) -> None:
+    """Where layers may see multiples of the batch, λ has to fit the batch of the root: its first tensor's rows."""
+    values = len(signals.noise_level)
+    batch = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+    if values not in (1, batch):
+        raise ValueError(
+            f"noise_level has {values} values, but the batch is {batch}: pass one value, or one a sample of the batch "
+            "as the model sees it (after CFG or repeats)."
+        )
+
+
+def check_convention(source: NoiseSource | None, adapter_name: str, convention: str | None) -> None:
+    told = getattr(source, "convention", None)
+    if source is None or convention is None or told == convention:
+        return
+    raise ValueError(
+        f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
+        f"{told!r}: use a source of the same convention."
+    )
+
+
+def denoiser_hint(root: nn.Module) -> str:
+    kinds = [kind.__name__ for kind in type(root).__mro__]
+    if "ModelMixin" not in kinds:  # of Diffusers
+        return ""
+    return f" To have it read its timestep, declare register_denoiser('{kinds[0]}', meaning) before adding adapters."
+
+
+def on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
+    """λ and the mask density where `core` computes."""
+    assert signals is not None
+    tensors = (*core.parameters(), *core.buffers())
+    # all on "meta": offloaded, and brought in by the core's own modules
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), signals.noise_level.device)
+    level, density = signals
+    return level.to(device), None if density is None else density.to(device)
