@@ -234,7 +234,8 @@ def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
     values = " ".join(f"{name}={value}" for name, value in SHIPPED_RUN.items())
     description = f"{__doc__}\nThe shipped run has these values in place of the defaults below:\n{fill(values, 110)}"

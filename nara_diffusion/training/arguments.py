@@ -133,6 +133,10 @@ def check_arguments(args: Any) -> None:
     )
     require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "in [0, 1)")
     require(args, "max_grad_norm", args.max_grad_norm is None or args.max_grad_norm > 0, "above 0, or none")
+    if args.push_to_hub and args.hub_model_id is None and args.output_dir is None:
+        raise ValueError(
+            "push_to_hub needs the name of a repository: give hub_model_id (or output_dir, which names one)."
+        )
     if args.core_start_step and (args.core_type == "hypernetwork" and args.core_init == "kaiming"):
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "

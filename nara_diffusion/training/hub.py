@@ -7,9 +7,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 
-def create_hub_repo(hub_model_id: str | None, folder: Path) -> str:
+def create_hub_repo(name: str) -> str:
     """Makes the repository (or finds it) before training, so that a missing login shows now; returns its full id."""
-    return HfApi().create_repo(hub_model_id or folder.resolve().name, exist_ok=True).repo_id
+    return HfApi().create_repo(name, exist_ok=True).repo_id
 
 
 def push_to_hub(repo_id: str, folder: Path) -> None:

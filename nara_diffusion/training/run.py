@@ -41,7 +41,7 @@ class Run:
         step: optimizer steps done.
         folder: where the run writes; set by `open`.
         log: metrics.jsonl and the trackers; set by `open`.
-        hub_id: the repository to push to, or None; set by `open`.
+        hub_id: the repository to push to, or None; of the main process.
     """
 
     accelerator: Accelerator
@@ -100,8 +100,6 @@ class Run:
         if self.args.report_to:
             flat = {name: _flat(value) for name, value in dataclasses.asdict(self.args).items()}
             self.accelerator.init_trackers(self.name, config=flat)
-        if self.args.push_to_hub and self.accelerator.is_main_process:
-            self.hub_id = create_hub_repo(self.args.hub_model_id, self.folder)
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
         if self.is_main:
@@ -143,6 +141,8 @@ def start_run(args: Any, name: str) -> Run:
     if args.resume_from_checkpoint is not None:
         run.checkpoint = resolve_checkpoint(args.resume_from_checkpoint, _latest_run(args, name))
         run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes)
+    if args.push_to_hub and run.is_main:
+        run.hub_id = create_hub_repo(args.hub_model_id or Path(args.output_dir).name)
     keep_adapter_only(accelerator)
     set_seed(args.seed)
     return run

@@ -22,6 +22,7 @@ from nara_diffusion.training.run import start_run
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, or none"),
         ({"lr_warmup_steps": -1.0}, "lr_warmup_steps must be at least 0"),
+        ({"push_to_hub": True, "output_dir": None}, "push_to_hub needs the name of a repository"),
         ({"core_start_step": 5, "core_init": "kaiming"}, "core_start_step trains A and B with C = I first"),
     ],
 )
@@ -81,8 +82,9 @@ def test_a_push_uploads_the_folder_without_checkpoints(small_args, monkeypatch) 
 
     monkeypatch.setattr(hub, "HfApi", Api)
     run = start_run(small_args(push_to_hub=True), "small")
+    assert calls == [("create", "run", True)]  # a missing login shows before anything is loaded or written
+    assert not Path(small_args().output_dir).exists()
     run.open()
-    assert calls == [("create", "run", True)]  # a missing login shows before training
     assert run.hub_id == "me/run"
     hub.push_to_hub(run.hub_id, run.folder)
     assert calls[1][1]["repo_id"] == "me/run"
