@@ -56,18 +56,19 @@ def show_steps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quest
     return answer
 
 
-def reversals(n: int) -> Dataset:
-    """n questions of a kind that the model knows: random letters to be reversed."""
+def letters_to_sort(n: int) -> Dataset:
+    """n questions of a kind that the model knows, though not perfectly: random letters to be sorted."""
     rng = random.Random(0)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(4, 7))) for _ in range(n)]
+    pairs = [(f"sort: {word}", "".join(sorted(word))) for word in words]
     return Dataset.from_list(
-        [{"instruction": f"reverse: {w}", "input": "", "output": w[::-1], "answer": w[::-1]} for w in words]
+        [{"instruction": question, "input": "", "output": answer, "answer": answer} for question, answer in pairs]
     )
 
 
 def compare_ways(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, tuple[float, int]]:
     """Share of right answers and forwards of the model for each way to place tokens, on n questions in one batch."""
-    rows = encode_records(reversals(n), tokenizer, max_length=64).rows
+    rows = encode_records(letters_to_sort(n), tokenizer, max_length=64).rows
     found = {}
     for name, sampling in WAYS.items():
         result = exact_match(

@@ -23,7 +23,7 @@ from nara_diffusion.training.curves import plot_noise_level_curves
 NOISE_LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
 
-def main(steps: int = 200, n: int = 100, output_dir: str | Path = "outputs/examples") -> dict[str, float]:
+def main(steps: int = 300, n: int = 100, output_dir: str | Path = "outputs/examples") -> dict[str, float]:
     """Train `steps` steps, evaluate on n questions before and after; returns the shares of right answers."""
     torch.manual_seed(0)
     model, tokenizer = load_shipped_model()
@@ -54,7 +54,7 @@ def main(steps: int = 200, n: int = 100, output_dir: str | Path = "outputs/examp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune the shipped model and draw its loss over the noise level.")
-    parser.add_argument("--steps", type=int, default=200, help="train steps (default: 200)")
+    parser.add_argument("--steps", type=int, default=300, help="train steps (default: 300)")
     parser.add_argument("--output_dir", default="outputs/examples", help="where the picture goes")
     arguments = parser.parse_args()
     main(steps=arguments.steps, output_dir=arguments.output_dir)

@@ -7,15 +7,13 @@ logits and loss are nearly all of what is measured. The usual loss asks the mode
 hands them to the cross-entropy; both ways see the same masks and give the same loss, which is printed too.
 
 Each way runs in a process of its own. Its peak is how far the process's high-water mark rises above the one that the
-same step on a few tokens left behind. Needs Linux or macOS, about 9 GB of memory and a minute.
+same step on a few tokens left behind. Needs Linux, about 9 GB of memory and a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,10 +74,13 @@ def step(way: str, model: PeftModel, input_ids: torch.Tensor) -> float:
 
 
 def high_water_mark() -> float:
-    """The most memory that this process has held so far, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    """The most memory that this process has held so far, in GiB.
+
+    Not `getrusage`'s figure: that one starts from the size of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    (kibibytes,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    return kibibytes / 2**20
 
 
 def measure(way: str, vocabulary: int, batch: int, length: int) -> dict[str, float]:

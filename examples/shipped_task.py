@@ -37,7 +37,7 @@ def make_collator(tokenizer: PreTrainedTokenizerBase) -> AnswerCollator:
     return AnswerCollator(tokenizer.eos_token_id, trained_padding=3)
 
 
-def fine_tune(model: nn.Module, rows: Dataset, collator: AnswerCollator, steps: int, batch_size: int = 32) -> None:
+def fine_tune(model: nn.Module, rows: Dataset, collator: AnswerCollator, steps: int, batch_size: int = 24) -> None:
     """A plain training loop: AdamW, cosine schedule, smaller steps for the core than for A and B."""
     core = [p for name, p in model.named_parameters() if p.requires_grad and "nara_core." in name]
     factors = [p for name, p in model.named_parameters() if p.requires_grad and "nara_core." not in name]

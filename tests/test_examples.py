@@ -1,6 +1,7 @@
 """Each example and benchmark runs through its `main`, as a newcomer would run it, or smaller where it measures."""
 
 import json
+import sys
 from importlib import import_module  # the names of the examples start with their numbers
 
 import pytest
@@ -17,6 +18,7 @@ def test_benchmark_speed_records_all_that_is_needed_to_repeat_it(tmp_path, capsy
     assert "NaRA-DoRA / DoRA, train: " in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_benchmark_loss_memory_gives_the_same_loss_both_ways(tmp_path):
     figures = import_module("benchmark_loss_memory").main(vocabulary=4096, batch=2, length=256, output_dir=tmp_path)
     record = json.loads((tmp_path / "benchmark_loss_memory.json").read_text())
