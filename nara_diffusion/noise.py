@@ -7,16 +7,15 @@
 
 λ lives in a `ContextVar`: neither threads nor async tasks see each other's, and a thread started inside the context
 does not inherit it (it raises instead, since it finds none). What does inherit it, such as an async task, loses it
-when the context is left. A generator that yields inside the context lends its λ to its caller until it goes on, as it
-would a `torch.no_grad()`.
+when the context is left. A generator that yields inside the context does not lend its λ to its caller: it holds only
+while the generator itself runs (unless `contextlib` makes a context manager of it), in its own thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .channel import CoreChannel, backward_pass
+from .contexts import entered, innermost
 
 
 class NoiseSignals(NamedTuple):
@@ -42,18 +42,7 @@ class NoiseSource(Protocol):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals: ...
 
 
-@dataclass(eq=False)
-class _Context:
-    """One `with noise_level(…)`. It knows itself whether it is over: a copy of the `ContextVar` may outlive it."""
-
-    channels: frozenset[CoreChannel]
-    signals: NoiseSignals
-    is_open: bool = True
-    backward: int | None = field(default_factory=backward_pass)
-
-
 _NO_NAMES: Mapping[CoreChannel, list[str]] = MappingProxyType({})
-_contexts: ContextVar[tuple[_Context, ...]] = ContextVar("nara_noise_level", default=())
 _adapter_names: ContextVar[Mapping[CoreChannel, list[str]]] = ContextVar("nara_adapter_names", default=_NO_NAMES)
 
 
@@ -95,10 +84,9 @@ def as_signals(noise_level: float | Tensor, mask_density: float | Tensor | None 
     return NoiseSignals(*torch.broadcast_tensors(level, density))
 
 
-@contextmanager
 def noise_level(
     model: nn.Module, value: float | Tensor, *, mask_density: float | Tensor | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside the context, forwards of `model` run at noise level λ = `value`; it beats any source.
 
     Contexts nest, and the previous value comes back on exit, after an exception too. Other threads and async tasks
@@ -113,16 +101,7 @@ def noise_level(
         ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
     """
     channels = frozenset(holder.channel for holder in core_holders(model))
-    context = _Context(channels, as_signals(value, mask_density))
-    _contexts.set((*_contexts.get(), context))
-    try:
-        yield
-    finally:
-        # not `ContextVar.reset`: contexts that generators hold may end in any order, and in other threads and tasks
-        context.is_open = False
-        _contexts.set(tuple(other for other in _contexts.get() if other.is_open))
-        for channel in channels:
-            channel.drop_what_is_over()
+    return entered(channels, as_signals(value, mask_density))
 
 
 def active_signals(channel: CoreChannel) -> NoiseSignals | None:
@@ -132,16 +111,16 @@ def active_signals(channel: CoreChannel) -> NoiseSignals | None:
         ValueError: a backward pass that began inside the context recomputes a whole forward, whose λ may have been
             another.
     """
-    contexts = [context for context in _contexts.get() if context.is_open and channel in context.channels]
-    if not contexts:
+    context = innermost(channel)
+    if context is None:
         return None
-    if contexts[-1].backward not in (None, backward_pass()):
+    if context.backward not in (None, backward_pass()):
         raise ValueError(
             "A backward pass runs the whole adapted model again (a checkpoint function around it?), and the λ that is "
             "active now may not be that of the first run: enter `with noise_level(model, value):` inside the "
             "checkpointed function, or use the model's own `gradient_checkpointing_enable()`."
         )
-    return contexts[-1].signals
+    return context.signals
 
 
 @contextmanager

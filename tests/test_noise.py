@@ -8,7 +8,7 @@ import gc
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -307,6 +307,66 @@ def test_a_generator_that_another_context_ends(model: PeftModel, x: Tensor) -> N
     generator.close()
     with pytest.raises(ValueError, match="λ is not known"):
         here.run(model, x)
+
+
+def test_generators_that_take_turns_each_have_their_level(model: PeftModel, x: Tensor) -> None:
+    levels = (0.1, 0.9, 0.5)
+    expected = [expect(model, x, level) for level in levels]
+    generators = [outputs_at(model, x, level) for level in levels]
+    for _ in range(3):
+        for generator, reference in zip(generators, expected, strict=True):
+            assert relative_error(next(generator), reference) < 2e-6
+    generators[1].close()
+    for index in (0, 2):
+        assert relative_error(next(generators[index]), expected[index]) < 2e-6
+
+
+def test_a_suspended_generator_does_not_lend_its_level(model: PeftModel, x: Tensor) -> None:
+    generator = outputs_at(model, x, 0.1)
+    next(generator)
+    with pytest.raises(ValueError, match="λ is not known"):
+        model(x)
+    with noise_level(model, 0.9):
+        next(generator)
+        assert relative_error(run(model, x), expect(model, x, 0.9)) < 2e-6
+        assert relative_error(next(generator), expect(model, x, 0.1)) < 2e-6
+    generator.close()
+
+
+@pytest.mark.parametrize("enter", [lambda context, stack: context, lambda context, stack: stack.enter_context(context)])
+def test_a_context_manager_of_one_s_own_may_hold_the_level(model: PeftModel, x: Tensor, enter: Any) -> None:
+    """It is a generator too, but one that yields to the body of its `with`."""
+
+    @contextmanager
+    def at_half() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(noise_level(model, 0.5))
+            yield
+
+    with noise_level(model, 0.1), ExitStack() as stack, enter(at_half(), stack) or nullcontext():
+        assert relative_error(run(model, x), expect(model, x, 0.5)) < 2e-6
+
+
+def test_async_generators_that_take_turns_in_one_task(model: PeftModel, x: Tensor) -> None:
+    async def stream(level: float) -> AsyncIterator[Tensor]:
+        with noise_level(model, level):
+            while True:
+                await asyncio.sleep(0)
+                yield run(model, x)
+                with pytest.raises(ValueError, match="λ is not known"):
+                    await asyncio.to_thread(run, model, x)
+
+    async def main() -> None:
+        streams = {level: stream(level) for level in (0.1, 0.9)}
+        for _ in range(4):
+            for level, generator in streams.items():
+                assert relative_error(await anext(generator), expect(model, x, level)) < 2e-6
+        with pytest.raises(ValueError, match="λ is not known"):
+            run(model, x)
+        for generator in streams.values():
+            await generator.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(main())
 
 
 def test_several_models_each_have_their_level(x: Tensor) -> None:
