@@ -16,10 +16,10 @@ from .channel import CoreChannel, Frame
 from .config import NaraConfig
 from .core import IdentityCore
 from .cores import build_core
-from .denoisers import Denoiser, TimestepNoise
+from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
 from .recompute import checkpoint_with_core, checkpoint_without_core
-from .signals import check_convention, denoiser_hint, of_one_sample, on_device_of
+from .signals import check_batch, check_convention, denoiser_hint, of_one_sample, on_device_of
 
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
@@ -33,22 +33,23 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     Args:
         denoiser: what is known of the root's class, if it is a denoiser of Diffusers: then its timestep tells λ.
+        convention: how the first adapter defines λ, if it says so.
     """
 
     is_core_holder = True
     adapter_layer_names = ("cores",)
-    other_param_names = ("r", "density_radius", "convention")
+    other_param_names = ("r", "density_radius", "convention", "undecided")
 
-    def __init__(self, denoiser: Denoiser | None = None) -> None:
+    def __init__(self, denoiser: Denoiser | None = None, convention: str | None = None) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
         self.channel = CoreChannel(sample_major=denoiser is not None and denoiser.sample_major)
-        self.source: NoiseSource | None = None
-        if denoiser is not None:
-            self.source = TimestepNoise(denoiser.meaning, argument=denoiser.argument)
+        self.source: NoiseSource | None = None if denoiser is None else denoiser.source(convention)
+        self.source_is_default = True
         self.r: dict[str, int] = {}
         self.density_radius: dict[str, int] = {}
         self.convention: dict[str, str | None] = {}
+        self.undecided: dict[str, NaraConfig] = {}
         self.merged_adapters: list[str] = []
         self.merged_signals: NoiseSignals | None = None
         self._disable_adapters = False
@@ -57,26 +58,31 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ adapters
 
-    def check_convention(self, adapter_name: str, convention: str | None) -> None:
-        """Raises ValueError if the model's source of λ speaks another convention than a new adapter."""
-        check_convention(self.source, adapter_name, convention)
-
-    def add(self, adapter_name: str, config: NaraConfig, ranks: dict[str, int]) -> None:
+    def add(self, adapter_name: str, config: NaraConfig, ranks: dict[str, int], convention_stated: bool) -> None:
         """Make the cores of one adapter. `ranks`: group → the largest rank among its layers."""
         self.cores[adapter_name] = nn.ModuleDict({group: build_core(config, rank) for group, rank in ranks.items()})
         self.r[adapter_name] = max(ranks.values(), default=config.r)
         self.density_radius[adapter_name] = config.mask_density_radius
         self.convention[adapter_name] = config.noise_convention
+        if self.source_is_default and not convention_stated:
+            self.undecided[adapter_name] = config
 
     def check_source(self, source: NoiseSource | None) -> None:
         """Raises ValueError if `source` speaks another convention than an adapter."""
         for adapter_name, convention in self.convention.items():
-            check_convention(source, adapter_name, convention)
+            if adapter_name not in self.undecided:
+                check_convention(source, adapter_name, convention)
 
     def set_source(self, source: NoiseSource | None) -> None:
-        """See `nara_diffusion.set_noise_source`."""
+        """See `nara_diffusion.set_noise_source`. New adapters that had taken the default convention follow the source."""
         self.check_source(source)
         self.source = source
+        if source is None:
+            return
+        self.source_is_default = False
+        for adapter_name, config in self.undecided.items():
+            config.noise_convention = self.convention[adapter_name] = getattr(source, "convention", None)
+        self.undecided.clear()
 
     def _serving(self) -> list[str]:
         """The adapters that take part in a forward now."""
@@ -150,6 +156,8 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         signals = active_signals(self.channel)
         if signals is None and self.depend_on_noise(names) and self.source is not None:
             signals = as_signals(*self.source(root, args, kwargs))
+        if signals is not None and self.channel.sample_major:
+            check_batch(signals, root, args, kwargs)
         return self.check_signals(
             signals,
             names,

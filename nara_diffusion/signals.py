@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
 
+from .config import NaraConfig
 from .noise import NoiseSignals, NoiseSource
 
 
@@ -18,10 +21,19 @@ def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
     return NoiseSignals(level[:1], None if density is None else density[:1])
 
 
-def check_batch(signals: NoiseSignals, args: Any, kwargs: Any) -> None:
-    """Where layers may see multiples of the batch, λ has to fit the batch of the root: its first tensor's rows."""
-    values = len(signals.noise_level)
-    batch = next((len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+def argument_of(module: nn.Module, name: str | None, args: Any, kwargs: Any) -> Any:
+    """The argument `name` of a forward of `module`, or its first one; None if it was not passed."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    name = names[0] if name is None else name
+    if name in kwargs:
+        return kwargs[name]
+    position = names.index(name) if name in names else len(args)
+    return args[position] if position < len(args) else None
+
+
+def check_batch(signals: NoiseSignals, root: nn.Module, args: Any, kwargs: Any) -> None:
+    """Where layers may see multiples of the batch, λ has to fit the batch of the root: its first argument's rows."""
+    values, batch = len(signals.noise_level), len(argument_of(root, None, args, kwargs))
     if values not in (1, batch):
         raise ValueError(
             f"noise_level has {values} values, but the batch is {batch}: pass one value, or one a sample of the batch "
@@ -37,6 +49,20 @@ def check_convention(source: NoiseSource | None, adapter_name: str, convention: 
         f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
         f"{told!r}: use a source of the same convention."
     )
+
+
+def with_convention(config: NaraConfig, source: NoiseSource | None, adapter_name: str) -> NaraConfig:
+    """`config` with the convention of the model's source of λ, if it names none itself and needs λ.
+
+    Raises:
+        ValueError: it names another.
+    """
+    check_convention(source, adapter_name, config.noise_convention)
+    if config.core_type != "hypernetwork" or config.noise_convention is not None or source is None:
+        return config
+    config = copy(config)  # the caller's may serve several models
+    config.noise_convention = getattr(source, "convention", None)
+    return config
 
 
 def denoiser_hint(root: nn.Module) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level, set_noise_source
+from nara_diffusion.denoisers import _DENOISERS, register_denoiser
 from nara_diffusion.noise import NoiseSignals, is_noise_aware, mask_density_radius, needs_mask_density
 from tests.adapted import TwoLayers, adapted, core_by_hand, default_core, disturb, nara_config, relative_error
 
@@ -126,6 +127,39 @@ def test_a_level_of_the_wrong_length_names_layer_and_batch(model: PeftModel, x: 
         pytest.raises(ValueError, match=rf"noise_level has {length} values, .* layer '.*first' is 3: pass one value"),
     ):
         model(x)
+
+
+@pytest.fixture
+def _films_repeat_samples() -> Iterator[None]:
+    register_denoiser("Film", sample_major=True)
+    yield
+    _DENOISERS.pop("Film")
+
+
+class Film(TwoLayers):
+    """A denoiser whose second layer sees three frames of each sample."""
+
+    def forward(self, timestep: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.second(torch.tanh(self.first(x)).repeat_interleave(3, dim=0))
+
+
+@pytest.mark.usefixtures("_films_repeat_samples")
+def test_where_layers_see_repeats_of_the_batch_the_level_still_has_its_length() -> None:
+    model = adapted(Film(), target_modules=TARGETS)
+    x, t = torch.randn(4, 7), torch.tensor([500])
+    levels = torch.rand(4)
+    with noise_level(model, levels), torch.no_grad():
+        outputs = model(t, x)
+        assert torch.equal(model(x=x, timestep=t), outputs)
+    for row, level in enumerate(levels):
+        with noise_level(model, level), torch.no_grad():
+            assert relative_error(outputs[3 * row : 3 * row + 3], model(t, x[row : row + 1])) < 1e-6
+    for length in (2, 12):  # divides the rows that a layer sees, or equals them
+        with (
+            noise_level(model, torch.rand(length)),
+            pytest.raises(ValueError, match=f"noise_level has {length} values, but the batch is 4: pass one value"),
+        ):
+            model(t, x)
 
 
 def test_samples_get_their_own_level(model: PeftModel, x: Tensor) -> None:
