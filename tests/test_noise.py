@@ -139,7 +139,7 @@ def _films_repeat_samples() -> Iterator[None]:
 class Film(TwoLayers):
     """A denoiser whose second layer sees three frames of each sample."""
 
-    def forward(self, timestep: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
         return self.second(torch.tanh(self.first(x)).repeat_interleave(3, dim=0))
 
 
@@ -149,17 +149,17 @@ def test_where_layers_see_repeats_of_the_batch_the_level_still_has_its_length() 
     x, t = torch.randn(4, 7), torch.tensor([500])
     levels = torch.rand(4)
     with noise_level(model, levels), torch.no_grad():
-        outputs = model(t, x)
-        assert torch.equal(model(x=x, timestep=t), outputs)
+        outputs = model(x, t)
+        assert torch.equal(model(timestep=t, x=x), outputs)
     for row, level in enumerate(levels):
         with noise_level(model, level), torch.no_grad():
-            assert relative_error(outputs[3 * row : 3 * row + 3], model(t, x[row : row + 1])) < 1e-6
+            assert relative_error(outputs[3 * row : 3 * row + 3], model(x[row : row + 1], t)) < 1e-6
     for length in (2, 12):  # divides the rows that a layer sees, or equals them
         with (
             noise_level(model, torch.rand(length)),
             pytest.raises(ValueError, match=f"noise_level has {length} values, but the batch is 4: pass one value"),
         ):
-            model(t, x)
+            model(x, t)
 
 
 def test_samples_get_their_own_level(model: PeftModel, x: Tensor) -> None:
