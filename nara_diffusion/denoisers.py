@@ -6,20 +6,22 @@
     edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364): the σ of the flow with as much noise
 
 λ = 1 is pure noise in all of them. The convention's name is stored in an adapter (`noise_convention`) and checked when
-a source of λ is set or an adapter is loaded. A class is looked up by its name, then by those of its base classes.
+a source of λ is set or an adapter is loaded. A class is looked up by its name, then by those of its base classes; some
+classes serve models that mean different things, which their configuration tells apart (`_SETTLED_BY_CONFIG`).
 """
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .noise import NoiseSignals
+from .signals import arguments_of
 
 NUM_TRAIN_TIMESTEPS = 1000
 """N of the schedules that the denoisers of Diffusers are trained with; models do not hold it."""
@@ -30,58 +32,70 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "sigma": ("flow", lambda t, n: t),
     "data_1000": ("flow", lambda t, n: 1 - t / 1000),
     "data": ("flow", lambda t, n: 1 - t),
-    "edm": ("edm", lambda t, n: torch.sigmoid(4 * t)),  # σ / (1 + σ) for σ = exp 4t
+    # σ / (1 + σ) for σ = exp 4t; σ beyond 10⁶ is nobody's, but a timestep of a discrete schedule is
+    "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < math.log(1e6), torch.sigmoid(4 * t), torch.nan)),
 }
+
+_ROUNDING = 1e-4
+"""How far λ may lie outside [0, 1]: SanaSprint's first σ is 1 + 4e-6."""
 
 
 class TimestepNoise:
     """A source of λ (`nara_diffusion.set_noise_source`) that reads a denoiser's own timestep.
 
-    A timestep may be a number, 0-d, (1,), (b,), or (b, seq) with one value a token, of which the largest counts: the
-    tokens that are being denoised, since those of a given image or frame have none.
+    A timestep may be a number, 0-d, (1,), (b,), or (b, …) with one value a token or frame, of which the noisiest
+    counts: what is being denoised, since a given image or frame has no noise, or little.
 
     Args:
         meaning: "discrete" (t of a discrete schedule), "sigma_1000" (flow, 1000 σ), "sigma" (flow, σ), "data_1000" and
             "data" (flow, 1000 (1 − σ) and 1 − σ), "edm" (¼ ln σ).
         argument: the name of the argument of the denoiser's forward.
         num_train_timesteps: N of a discrete schedule.
+        scale: what the pipeline multiplies the timestep with before it calls the denoiser (Sana's `timestep_scale`).
 
     Raises:
-        ValueError: an unknown meaning, or N below 1.
+        ValueError: an unknown meaning, N below 1, or a scale that is not positive.
     """
 
     def __init__(
-        self, meaning: str = "discrete", *, argument: str = "timestep", num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
+        self,
+        meaning: str = "discrete",
+        *,
+        argument: str = "timestep",
+        num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
+        scale: float = 1.0,
     ) -> None:
         if meaning not in _MEANINGS:
             raise ValueError(f"meaning is {meaning!r}: choose one of {', '.join(map(repr, _MEANINGS))}.")
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is {num_train_timesteps}: pass a positive number.")
+        if not scale > 0:
+            raise ValueError(f"scale is {scale}: pass a positive number.")
         self.meaning = meaning
         self.convention = _MEANINGS[meaning][0]
         self.argument = argument
         self.num_train_timesteps = num_train_timesteps
+        self.scale = scale
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
         """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes.
 
         Raises:
-            ValueError: another shape, or a timestep that does not have this meaning.
+            ValueError: an empty timestep, or one that does not have this meaning.
         """
-        t = torch.as_tensor(timestep).float()
-        if t.dim() > 2 or t.numel() == 0:
-            raise ValueError(
-                f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, tokens)."
-            )
+        t = torch.as_tensor(timestep).detach().float()
+        if t.numel() == 0:
+            raise ValueError(f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …).")
         _, to_noise_level = _MEANINGS[self.meaning]
-        level = to_noise_level(t, self.num_train_timesteps)
-        level = level.amax(1) if level.dim() == 2 else level.reshape(-1)
-        if not bool(((level >= 0) & (level <= 1)).all()):
+        level = to_noise_level(t / self.scale, self.num_train_timesteps)
+        level = level.flatten(1).amax(1) if level.dim() > 1 else level.reshape(-1)
+        if not bool(((level >= -_ROUNDING) & (level <= 1 + _ROUNDING)).all()):
             raise ValueError(
                 f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]. If this pipeline means "
-                "something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. with 'edm'."
+                "something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. "
+                'TimestepNoise("edm") where it passes ¼ ln σ.'
             )
-        return level
+        return level.clamp(0, 1)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
         """λ of one forward of `module`.
@@ -89,11 +103,7 @@ class TimestepNoise:
         Raises:
             ValueError: the forward has no such argument, or see `noise_level`.
         """
-        timestep = kwargs.get(self.argument)
-        if timestep is None:
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
-            position = names.index(self.argument) if self.argument in names else len(args)
-            timestep = args[position] if position < len(args) else None
+        timestep = arguments_of(module, args, kwargs).get(self.argument)
         if timestep is None:
             raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {self.argument}.")
         return NoiseSignals(self.noise_level(timestep))
@@ -104,7 +114,7 @@ class Denoiser:
     """What is known of a class of denoisers.
 
     Attributes:
-        meaning, argument: see `TimestepNoise`.
+        meaning, argument, scale: see `TimestepNoise`.
         sample_major: whether layers may see b · k rows, k consecutive ones a sample (frames, or positions of a video),
             where the model sees b. Otherwise another number of rows than the batch's is an error.
     """
@@ -112,6 +122,15 @@ class Denoiser:
     meaning: str = "discrete"
     argument: str = "timestep"
     sample_major: bool = False
+    scale: float = 1.0
+
+    def source(self, convention: str | None = None) -> TimestepNoise:
+        """What reads λ from its timestep, for adapters whose λ is defined as `convention` (None: as the class does).
+
+        Models of discrete schedules are trained in EDM's terms too: an adapter that says so is read so.
+        """
+        meaning = "edm" if (self.meaning, convention) == ("discrete", "edm") else self.meaning
+        return TimestepNoise(meaning, argument=self.argument, scale=self.scale)
 
 
 _DENOISERS: dict[str, Denoiser] = {
@@ -121,10 +140,10 @@ _DENOISERS: dict[str, Denoiser] = {
     "PixArtTransformer2DModel": Denoiser(),
     "HunyuanDiT2DModel": Denoiser(),
     "CogVideoXTransformer3DModel": Denoiser(),
+    "CogView4Transformer2DModel": Denoiser(),  # a flow whose σ is shifted and whose timestep is not
     "SD3Transformer2DModel": Denoiser("sigma_1000"),
     "SanaTransformer2DModel": Denoiser("sigma_1000"),
     "HunyuanVideoTransformer3DModel": Denoiser("sigma_1000"),
-    "CogView4Transformer2DModel": Denoiser("sigma_1000"),
     "WanTransformer3DModel": Denoiser("sigma_1000"),
     "LTXVideoTransformer3DModel": Denoiser("sigma_1000"),
     "HiDreamImageTransformer2DModel": Denoiser("sigma_1000", argument="timesteps"),
@@ -139,6 +158,24 @@ _DENOISERS: dict[str, Denoiser] = {
     "Lumina2Transformer2DModel": Denoiser("data"),
     "ZImageTransformer2DModel": Denoiser("data", argument="t"),
     "MochiTransformer3DModel": Denoiser("data_1000"),
+}
+
+
+def _settle_sana(denoiser: Denoiser, config: Any) -> Denoiser:
+    """SanaSprint, which alone is conditioned on guidance, is given σ; other Sanas 1000 σ · timestep_scale."""
+    return (
+        replace(denoiser, meaning="sigma") if config.guidance_embeds else replace(denoiser, scale=config.timestep_scale)
+    )
+
+
+def _settle_cosmos(denoiser: Denoiser, config: Any) -> Denoiser:
+    """Cosmos 1, which alone learns positions, is given ¼ ln σ of EDM; Cosmos 2 and 2.5 the σ of the flow."""
+    return replace(denoiser, meaning="edm") if config.extra_pos_embed_type == "learnable" else denoiser
+
+
+_SETTLED_BY_CONFIG: dict[str, Callable[[Denoiser, Any], Denoiser]] = {
+    "SanaTransformer2DModel": _settle_sana,
+    "CosmosTransformer3DModel": _settle_cosmos,
 }
 
 
@@ -157,9 +194,16 @@ def register_denoiser(
     TimestepNoise(meaning)
     denoiser = Denoiser(meaning, argument, sample_major)
     if _DENOISERS.setdefault(class_name, denoiser) != denoiser:
-        raise ValueError(f"{class_name} is declared already, as {_DENOISERS[class_name]}.")
+        raise ValueError(
+            f"{class_name} is declared already, as {_DENOISERS[class_name]}: give a model that means something else a "
+            "source of its own, set_noise_source(model, TimestepNoise(meaning))."
+        )
 
 
 def denoiser_of(model: nn.Module) -> Denoiser | None:
     """What is known of the class of `model`, or None if it is no denoiser that anybody declared."""
-    return next((_DENOISERS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None)
+    name = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None)
+    if name is None:
+        return None
+    settle = _SETTLED_BY_CONFIG.get(name)
+    return _DENOISERS[name] if settle is None else settle(_DENOISERS[name], model.config)

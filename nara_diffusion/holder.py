@@ -19,7 +19,7 @@ from .cores import build_core
 from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
 from .recompute import checkpoint_with_core, checkpoint_without_core
-from .signals import check_batch, check_convention, denoiser_hint, of_one_sample, on_device_of
+from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_one_sample, on_device_of
 
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
@@ -74,7 +74,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
                 check_convention(source, adapter_name, convention)
 
     def set_source(self, source: NoiseSource | None) -> None:
-        """See `nara_diffusion.set_noise_source`. New adapters that had taken the default convention follow the source."""
+        """See `nara_diffusion.set_noise_source`. Adapters that took the default's convention follow."""
         self.check_source(source)
         self.source = source
         if source is None:
@@ -157,7 +157,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if signals is None and self.depend_on_noise(names) and self.source is not None:
             signals = as_signals(*self.source(root, args, kwargs))
         if signals is not None and self.channel.sample_major:
-            check_batch(signals, root, args, kwargs)
+            check_batch(signals, self.source, arguments_of(root, args, kwargs))
         return self.check_signals(
             signals,
             names,

@@ -25,6 +25,7 @@ from .injection import Injection, without_holder
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
 from .rules import check_target, rule_for
+from .signals import with_convention
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -54,10 +55,11 @@ class NaraModel(MergesAtOneLevel):
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
         self._check_name(model, adapter_name, config)
-        holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder(denoiser_of(model))
-        holder.check_convention(adapter_name, config.noise_convention)
-        if config.core_type == "hypernetwork" and config.noise_convention is None and holder.source is not None:
-            config.noise_convention = getattr(holder.source, "convention", None)
+        holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder(
+            denoiser_of(model), config.noise_convention
+        )
+        convention_stated = config.noise_convention is not None
+        self.peft_config[adapter_name] = config = with_convention(config, holder.source, adapter_name)
         self._injecting = Injection(holder, config.changes_base)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:
@@ -66,7 +68,7 @@ class NaraModel(MergesAtOneLevel):
                     model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
                 )
             with init_empty_weights(include_buffers=True) if low_cpu_mem_usage else nullcontext():
-                holder.add(adapter_name, config, self._injecting.ranks)
+                holder.add(adapter_name, config, self._injecting.ranks, convention_stated)
         except Exception:
             self._injecting.undo(adapter_name)
             raise

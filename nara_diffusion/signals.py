@@ -21,24 +21,26 @@ def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
     return NoiseSignals(level[:1], None if density is None else density[:1])
 
 
-def argument_of(module: nn.Module, name: str | None, args: Any, kwargs: Any) -> Any:
-    """The argument `name` of a forward of `module`, or its first one; None if it was not passed."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    name = names[0] if name is None else name
-    if name in kwargs:
-        return kwargs[name]
-    position = names.index(name) if name in names else len(args)
-    return args[position] if position < len(args) else None
+def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What was passed to a forward of `module`, by name, in the order of its signature."""
+    given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    return dict(list(given.items())[1:])
 
 
-def check_batch(signals: NoiseSignals, root: nn.Module, args: Any, kwargs: Any) -> None:
-    """Where layers may see multiples of the batch, λ has to fit the batch of the root: its first argument's rows."""
-    values, batch = len(signals.noise_level), len(argument_of(root, None, args, kwargs))
+def check_batch(signals: NoiseSignals, source: NoiseSource | None, arguments: dict[str, Any]) -> None:
+    """Where layers may see multiples of the batch, λ has to fit the batch of the root: the rows of its first tensor."""
+    timestep = getattr(source, "argument", None)
+    rows = (len(value) for name, value in arguments.items() if name != timestep and _is_batch(value))
+    values, batch = len(signals.noise_level), next(rows, None)
     if values not in (1, batch):
         raise ValueError(
             f"noise_level has {values} values, but the batch is {batch}: pass one value, or one a sample of the batch "
             "as the model sees it (after CFG or repeats)."
         )
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def check_convention(source: NoiseSource | None, adapter_name: str, convention: str | None) -> None:
