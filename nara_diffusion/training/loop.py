@@ -63,7 +63,8 @@ def train(
 
     Args:
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
-        validate: {name: value} to log every `--validation_steps` steps; leaves the global random state alone.
+        validate: {name: value} to log every `--validation_steps` steps; leaves the model's mode and
+            the global random state alone.
 
     Raises:
         TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those of the step before.
@@ -93,7 +94,6 @@ def train(
                 _report(run, bar, window, optimizer)
             if _due(run.step, args.validation_steps):
                 run.log.write(run.step, validate())
-                model.train()
             if _any_process(run, interrupt.made):
                 _stop(run)
             if _due(run.step, args.checkpointing_steps):
