@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def main(
     """Measure the three ways one after the other; print them, save them as JSON, return the figures."""
     ways = {}
     for way in (USUAL, CHUNKED, CHUNKED_FULL):
-        with multiprocessing.get_context("spawn").Pool(1) as fresh_process:
-            ways[way] = fresh_process.apply(measure, (way, vocabulary, batch, length))
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh_process:
+            ways[way] = fresh_process.submit(measure, way, vocabulary, batch, length).result()
         print(
             f"{way:32s} {ways[way]['peak_gib']:6.2f} GiB {ways[way]['seconds']:7.1f} s   loss {ways[way]['loss']:.5f}"
         )
