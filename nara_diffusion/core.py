@@ -189,35 +189,56 @@ class IdentityCore(Float32Module):
         return torch.eye(self.rank, dtype=torch.float32)[None]
 
 
-def times_core(B: Tensor, core: Tensor) -> Tensor:
-    """K = B·C: (d_out, r), (b, r, r) → (b, d_out, r), in float32 also under autocast, so that C − I is not rounded.
+def mix(core: Tensor, h: Tensor) -> Tensor:
+    """C h for each row of h: (b or 1, r, r), (b, …, r) → (b, …, r).
 
-    One plain product Cᵀ Bᵀ for the whole batch, whose transpose is what the layers multiply with.
+    It is computed in float32 at least, also under autocast, so that C − I is not rounded. (B·C first would be the
+    same, but turns every large product of the layer, and of its backward, into a batched one.)
     """
-    batch, rank, _ = core.shape
-    with torch.autocast(B.device.type, enabled=False):
-        rows = core.to(B.device).transpose(1, 2).reshape(batch * rank, rank)
-        product = rows @ B.float().T  # (b r, d_out)
-    return product.view(batch, rank, -1).transpose(1, 2).to(B.dtype)
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    with torch.autocast(h.device.type, enabled=False):
+        core, rows = core.to(h.device, dtype), h.to(dtype)
+        if core.shape[0] == 1:
+            mixed = F.linear(rows, core[0])
+        else:
+            mixed = torch.bmm(rows.reshape(h.shape[0], -1, h.shape[-1]), core.transpose(1, 2)).view(h.shape)
+    return mixed.to(h.dtype)
 
 
-def add_product(base: Tensor, h: Tensor, K: Tensor, scaling: float) -> Tensor:
-    """base + s · h Kᵀ by one (batched) product: base (b, …, d_out), h (b, …, r), K (b or 1, d_out, r)."""
+def mix_channels(core: Tensor, h: Tensor) -> Tensor:
+    """The same where the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    with torch.autocast(h.device.type, enabled=False):
+        mixed = torch.matmul(core.to(h.device, dtype), h.to(dtype).flatten(2))
+    return mixed.view(h.shape).to(h.dtype)
+
+
+def add_product(base: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """base + s · h Bᵀ by one product: base (…, d_out), h (…, r), B (d_out, r)."""
     dtype = torch.promote_types(base.dtype, h.dtype)
-    K, h = K.to(dtype), h.to(dtype)
-    if K.shape[0] == 1:
-        flat = torch.addmm(
-            base.to(dtype).reshape(-1, base.shape[-1]), h.reshape(-1, h.shape[-1]), K[0].T, alpha=scaling
-        )
-    else:
-        batch = K.shape[0]
-        flat = torch.baddbmm(
-            base.to(dtype).reshape(batch, -1, base.shape[-1]),
-            h.reshape(batch, -1, h.shape[-1]),
-            K.transpose(1, 2),
-            alpha=scaling,
-        )
-    return flat.view(base.shape)
+    rows = base.to(dtype).reshape(-1, base.shape[-1])
+    return torch.addmm(rows, h.to(dtype).reshape(-1, h.shape[-1]), B.to(dtype).T, alpha=scaling).view(base.shape)
+
+
+def add_scaled_product(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, scaling: float) -> Tensor:
+    """gain ⊙ (base + s · h Bᵀ): base (b, …, d_out), h (b, …, r), B (d_out, r), gain (b or 1, d_out).
+
+    The gain goes onto `base` and onto B, so that the product is added in place: one large tensor instead of two.
+    """
+    batch, width = gain.shape
+    scaled = base.reshape(batch, -1, width) * gain[:, None]  # (b, n, d_out), or (1, b n, d_out)
+    rows = h.reshape(batch, -1, h.shape[-1])
+    rising = (gain[..., None] * B).transpose(1, 2)  # (b, r, d_out)
+    if scaled.dtype == rows.dtype:
+        return scaled.baddbmm_(rows, rising.to(rows.dtype), alpha=scaling).view(base.shape)
+    return (scaled + scaling * torch.bmm(rows, rising.to(rows.dtype))).view(base.shape)
+
+
+@torch.no_grad()
+def times_core(B: Tensor, core: Tensor) -> Tensor:
+    """K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r), float32, not part of the graph."""
+    with torch.autocast(B.device.type, enabled=False):
+        return torch.matmul(B.float(), core.to(B.device))
 
 
 def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:

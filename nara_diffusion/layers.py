@@ -21,7 +21,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from .channel import CoreChannel
-from .core import add_product, factored_row_norm, times_core
+from .core import add_product, add_scaled_product, factored_row_norm, mix, mix_channels, times_core
 from .offload import is_offloaded, onloaded
 from .quantized import base_weight, check_mergeable
 
@@ -124,14 +124,14 @@ class NaraVariant(LoraVariant):
 
 
 class NaraLinear(NaraVariant):
-    """y = W0 x + b + s B C A x, in one batched product onto the base layer's output."""
+    """y = W0 x + b + s B C A x, the last product onto the base layer's output."""
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         B = module.lora_B[active_adapter]
-        K = times_core(B.weight, self.batch_core(module.r[active_adapter], x.shape[0]))
+        core = self.batch_core(module.r[active_adapter], x.shape[0])
         h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (b, …, r)
         scaling = module.scaling[active_adapter]
-        result = add_product(result, h, K, scaling)
+        result = add_product(result, mix(core, h), B.weight, scaling)
         return result if B.bias is None else result + scaling * B.bias
 
 
@@ -142,12 +142,14 @@ class NaraEmbedding(NaraVariant):
         return 1
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        K = times_core(module.lora_embedding_B[active_adapter], self.batch_core(module.r[active_adapter], x.shape[0]))
+        core = self.batch_core(module.r[active_adapter], x.shape[0])
         h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
         embed_scale = module._get_embed_scale()
         if embed_scale is not None:
             h = h * embed_scale.to(h.dtype)
-        return add_product(result, h, K, module.scaling[active_adapter])
+        return add_product(
+            result, mix(core, h), module.lora_embedding_B[active_adapter], module.scaling[active_adapter]
+        )
 
 
 class NaraConv(NaraVariant):
@@ -158,9 +160,8 @@ class NaraConv(NaraVariant):
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         core = self.batch_core(module.r[active_adapter], x.shape[0])
-        K = times_core(_factors(module, active_adapter)[1], core)
         dropped = module.lora_dropout[active_adapter](x)
-        return result + module.scaling[active_adapter] * _conv_update(module, active_adapter, dropped, K)
+        return result + module.scaling[active_adapter] * _conv_update(module, active_adapter, dropped, core)
 
 
 class NaraDoraLinear(NaraVariant):
@@ -174,22 +175,18 @@ class NaraDoraLinear(NaraVariant):
         scaling = module.scaling[active_adapter]
         base_layer = module.get_base_layer()
         core = self.batch_core(module.r[active_adapter], x.shape[0])
-        K = times_core(B.weight, core)
         weight = _base_matrix(module)
-        norm = factored_row_norm(weight, A.weight, K, scaling)  # (b, d_out)
+        norm = factored_row_norm(weight, A.weight, times_core(B.weight, core), scaling)  # (b, d_out)
         magnitude = module.lora_magnitude_vector[active_adapter].weight
-        gain = (magnitude / norm).to(x.dtype)
-        gain = gain.view(gain.shape[0], *(1,) * (x.dim() - 2), -1)  # (b, …, d_out)
+        gain = (magnitude / norm).to(x.dtype)  # (b, d_out)
         bias = base_layer.bias
         if _is_dropout_free(module, active_adapter):
             base = result if bias is None else result - bias
-            result = gain * add_product(base, A(x), K, scaling)
-            result = result if bias is None else result + bias
-        else:
-            dropped = module.lora_dropout[active_adapter](x)
-            base = F.linear(dropped, weight.to(dropped.dtype))
-            result = result - base + gain * add_product(base, A(dropped), K, scaling)
-        return result
+            result = add_scaled_product(base, mix(core, A(x)), B.weight, gain, scaling)
+            return result if bias is None else result + bias
+        dropped = module.lora_dropout[active_adapter](x)
+        base = F.linear(dropped, weight.to(dropped.dtype))
+        return result - base + add_scaled_product(base, mix(core, A(dropped)), B.weight, gain, scaling)
 
     def merge_factor(self, module: Any, active_adapter: str, core: Tensor) -> Tensor:
         A, B = _factors(module, active_adapter)
@@ -212,9 +209,9 @@ class NaraDoraConv(NaraDoraLinear):
         A, B = _factors(module, active_adapter)
         base_layer = module.get_base_layer()
         axes = (1,) * (result.dim() - 2)
-        K = times_core(B, self.batch_core(module.r[active_adapter], x.shape[0]))
+        core = self.batch_core(module.r[active_adapter], x.shape[0])
         scaling = module.scaling[active_adapter]
-        norm = factored_row_norm(base_layer.weight.flatten(1), A, K, scaling)  # (b, d_out)
+        norm = factored_row_norm(base_layer.weight.flatten(1), A, times_core(B, core), scaling)  # (b, d_out)
         gain = (module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm).to(x.dtype)
         gain = gain.view(*gain.shape, *axes)  # (b, d_out, 1, …)
         dropped = module.lora_dropout[active_adapter](x)
@@ -222,15 +219,12 @@ class NaraDoraConv(NaraDoraLinear):
             base = result if base_layer.bias is None else result - base_layer.bias.view(1, -1, *axes)
         else:
             base = base_layer._conv_forward(dropped, base_layer.weight, None)
-        return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, K)
+        return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, core)
 
 
-def _conv_update(module: Any, adapter_name: str, x: Tensor, K: Tensor) -> Tensor:
-    """K A(x), with B's bias: x (b, d_in, …), K (b or 1, d_out, r) → (b, d_out, …)."""
-    h = module.lora_A[adapter_name](x)  # (b, r, …)
-    update = torch.matmul(K.to(h.dtype), h.flatten(2)).view(h.shape[0], -1, *h.shape[2:])
-    bias = module.lora_B[adapter_name].bias
-    return update if bias is None else update + bias.view(1, -1, *(1,) * (x.dim() - 2))
+def _conv_update(module: Any, adapter_name: str, x: Tensor, core: Tensor) -> Tensor:
+    """B(C A(x)), with B's bias: x (b, d_in, …) → (b, d_out, …)."""
+    return module.lora_B[adapter_name](mix_channels(core, module.lora_A[adapter_name](x)))
 
 
 def _is_dropout_free(module: Any, adapter_name: str) -> bool:
