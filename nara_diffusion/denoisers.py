@@ -115,7 +115,7 @@ class Denoiser:
 
     Attributes:
         meaning, argument, scale: see `TimestepNoise`.
-        sample_major: whether layers may see b · k rows, k consecutive ones a sample (frames, or positions of a video),
+        sample_major: whether layers may see b · k rows, k consecutive ones a sample (frames, positions, tokens),
             where the model sees b. Otherwise another number of rows than the batch's is an error.
     """
 
@@ -138,26 +138,26 @@ _DENOISERS: dict[str, Denoiser] = {
     "UNetMotionModel": Denoiser(sample_major=True),
     "UNet3DConditionModel": Denoiser(sample_major=True),
     "PixArtTransformer2DModel": Denoiser(),
-    "HunyuanDiT2DModel": Denoiser(),
-    "CogVideoXTransformer3DModel": Denoiser(),
+    "HunyuanDiT2DModel": Denoiser(sample_major=True),  # tokens of the text, in its embedder
+    "CogVideoXTransformer3DModel": Denoiser(sample_major=True),  # frames, in its patch embedder
     "CogView4Transformer2DModel": Denoiser(),  # a flow whose σ is shifted and whose timestep is not
     "SD3Transformer2DModel": Denoiser("sigma_1000"),
     "SanaTransformer2DModel": Denoiser("sigma_1000"),
     "HunyuanVideoTransformer3DModel": Denoiser("sigma_1000"),
-    "WanTransformer3DModel": Denoiser("sigma_1000"),
-    "LTXVideoTransformer3DModel": Denoiser("sigma_1000"),
+    "WanTransformer3DModel": Denoiser("sigma_1000", sample_major=True),  # timesteps of tokens
+    "LTXVideoTransformer3DModel": Denoiser("sigma_1000", sample_major=True),  # timesteps of tokens
     "HiDreamImageTransformer2DModel": Denoiser("sigma_1000", argument="timesteps"),
     "FluxTransformer2DModel": Denoiser("sigma"),
     "Flux2Transformer2DModel": Denoiser("sigma"),
     "ChromaTransformer2DModel": Denoiser("sigma"),
     "QwenImageTransformer2DModel": Denoiser("sigma"),
-    "Krea2Transformer2DModel": Denoiser("sigma"),
+    "Krea2Transformer2DModel": Denoiser("sigma", sample_major=True),  # tokens of the text, in its text fusion
     "AuraFlowTransformer2DModel": Denoiser("sigma"),
-    "CosmosTransformer3DModel": Denoiser("sigma"),
+    "CosmosTransformer3DModel": Denoiser("sigma", sample_major=True),  # timesteps of frames
     "LuminaNextDiT2DModel": Denoiser("data"),
     "Lumina2Transformer2DModel": Denoiser("data"),
     "ZImageTransformer2DModel": Denoiser("data", argument="t"),
-    "MochiTransformer3DModel": Denoiser("data_1000"),
+    "MochiTransformer3DModel": Denoiser("data_1000", sample_major=True),  # frames, in its patch embedder
 }
 
 

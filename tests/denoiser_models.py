@@ -33,6 +33,23 @@ def inputs_of(name: str, batch: int = 2) -> Inputs:
     return DENOISERS[name][1](batch)
 
 
+_SHARED = ("position_ids", "padding_mask", "image_rotary_emb", "added_cond_kwargs", "cross_attention_kwargs")
+
+
+def sample_of(inputs: Inputs, index: int, batch: int) -> Inputs:
+    """The inputs of one sample of a batch; an input may have several rows a sample."""
+
+    def part(key: str, value: Any) -> Any:
+        if key == "encoder_hidden_states_llama3":  # (layers, b, l, d)
+            return value[:, index : index + 1]
+        if key in _SHARED or not hasattr(value, "__len__") or (key.endswith("_ids") and value.dim() == 2):
+            return value
+        rows = len(value) // batch
+        return value[index * rows : (index + 1) * rows]
+
+    return {key: part(key, value) for key, value in inputs.items()}
+
+
 def tensor_of(output: Any) -> Tensor:
     """The prediction in what a denoiser returns: most give an object, some a list with one tensor a sample."""
     sample = output[0]
