@@ -153,8 +153,9 @@ def main(args: Arguments) -> dict[str, Any]:
     records = load_records(args)
 
     # Model
-    name, options = args.pretrained_model_name_or_path, {"mask_token": args.mask_token, "dtype": run.dtype}
-    backbone, tokenizer = load_backbone(name, **options, **({"revision": args.revision} if args.revision else {}))
+    options: dict[str, Any] = {"mask_token": args.mask_token, "dtype": run.dtype}
+    options |= {} if args.revision is None else {"revision": args.revision}
+    backbone, tokenizer = load_backbone(args.pretrained_model_name_or_path, **options)
     train_rows, validation_rows, test_rows = (
         encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main).rows for part in records
     )
@@ -174,16 +175,16 @@ def main(args: Arguments) -> dict[str, Any]:
     loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)
     model, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
     adapted = run.accelerator.unwrap_model(model)
-    sampling = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
-    exact_match(adapted, tokenizer, test_rows.select([0]), **sampling, progress=False)  # bad settings show now
+    sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
+    exact_match(adapted, tokenizer, [test_rows[0]], **sampling, progress=False)  # bad settings show now
     facts = {
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
         "trainable parameters": f"{sum(p.numel() for p in adapted.parameters() if p.requires_grad):,}",
         "hardware": run.hardware,
     }
     run.open(facts)
-    draws = {"seed": args.seed, "group_size": run.global_batch, "complementary": args.complementary}
-    held_out = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
+    draws: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch, "complementary": args.complementary}
+    held_out: dict[str, Any] = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
     loss = partial(masked_diffusion_loss, model, **draws)
     validate = partial(validation_losses, run.accelerator, adapted, validation_rows, **held_out)
     train(run, model, optimizer, scheduler, loader, steps, lambda batch: loss(**batch), validate)
@@ -215,7 +216,7 @@ def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
     """(training, validation, test) records, from files or the Hub."""
     fields = FieldNames(args.instruction_field, args.input_field, args.output_field, args.answer_field)
     if args.dataset_name is not None:
-        data = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
+        data: Any = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
         records = normalized(data, fields, source=args.dataset_name)
     else:
         records = records_from_file(str(args.train_file), fields)
