@@ -4,7 +4,7 @@
 
 Four square projections (q, k, v, o) of one attention layer, adapted by each method, with a batch whose samples have
 different noise levels. The methods take turns within each round, so that whatever else the machine does meets all of
-them; the figures are medians over the rounds. A train step is forward, backward and AdamW. One thread.
+them; a ratio is the median of the rounds' ratios. A train step is forward, backward and AdamW. One thread.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def seconds(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def measure(arms: dict[str, Arm], kind: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Median and quartiles of the seconds a step takes, in rounds in which the arms come in a random order."""
+def measure(arms: dict[str, Arm], kind: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds that a step of each arm took in each round; in a round the arms come in a random order."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     shuffler = random.Random(0)
     for arm in arms.values():
@@ -99,11 +99,16 @@ def measure(arms: dict[str, Arm], kind: str, rounds: int) -> dict[str, dict[str,
     for _ in range(rounds):
         for name in shuffler.sample(sorted(arms), k=len(arms)):
             times[name].append(seconds(getattr(arms[name], kind)))
-    summaries = {}
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        summaries[name] = {"median": median, "quartile_low": low, "quartile_high": high}
-    return summaries
+    return times
+
+
+def summarize(times: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"median": median, "quartile_low": low, "quartile_high": high}
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
 
 
 def main(
@@ -117,11 +122,12 @@ def main(
     torch.set_num_threads(1)
     try:
         arms = {method: Arm(method, shape, rank) for method in METHODS}
-        results = {kind: measure(arms, kind, rounds) for kind in ("train", "inference")}
+        times = {kind: measure(arms, kind, rounds) for kind in ("train", "inference")}
+        results = {
+            kind: {name: summarize(values) for name, values in of_arms.items()} for kind, of_arms in times.items()
+        }
         ratios = {
-            f"{ours} / {theirs}": {
-                kind: results[kind][ours]["median"] / results[kind][theirs]["median"] for kind in results
-            }
+            f"{ours} / {theirs}": {kind: median_ratio(times[kind][ours], times[kind][theirs]) for kind in times}
             for ours, theirs in TARGETS
         }
         figures = {"shape": shape, "rank": rank, "rounds": rounds, "seconds": results, "ratios": ratios}
