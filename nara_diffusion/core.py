@@ -236,9 +236,14 @@ def add_scaled_product(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, scaling
 
 @torch.no_grad()
 def times_core(B: Tensor, core: Tensor) -> Tensor:
-    """K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r), float32, not part of the graph."""
+    """K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r), float32, not part of the graph.
+
+    By one plain product Cᵀ Bᵀ: `matmul` would choose its way, and so the last bits, by whether B is trainable.
+    """
+    batch, rank, _ = core.shape
     with torch.autocast(B.device.type, enabled=False):
-        return torch.matmul(B.float(), core.to(B.device))
+        rows = core.to(B.device).transpose(1, 2).reshape(batch * rank, rank)
+        return (rows @ B.float().T).view(batch, rank, -1).transpose(1, 2)
 
 
 def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
