@@ -2,8 +2,8 @@
 
 from . import registry
 from .config import NaraConfig
-from .core import shared_factors
 from .denoisers import TimestepNoise, register_denoiser
+from .factors import shared_factors
 from .inspection import core_matrix
 from .model import NaraModel
 from .noise import noise_level, set_noise_source

@@ -1,0 +1,49 @@
+"""Theorem 4.1 of the paper: any N update matrices have shared factors B, A and N cores."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def shared_factors(updates: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """N update matrices as one pair of factors and N cores: ΔW_i = B · C_i · A (paper, theorem 4.1).
+
+    B and A are orthonormal bases of the joint column and row spaces, filled up with zeros where one space is smaller
+    than the other, and C_i = Bᵀ ΔW_i Aᵀ.
+
+    Args:
+        updates: (n, d_out, d_in), float32 or float64, n ≥ 1.
+        rank: r. None takes the smallest r that reproduces every update: the larger dimension of the two spaces. A
+            smaller r keeps the leading directions.
+
+    Returns:
+        B (d_out, r), cores (n, r, r), A (r, d_in).
+
+    Raises:
+        ValueError: `updates` is not (n, d_out, d_in), of another dtype, or not finite; or `rank` is not in
+            [1, max(d_out, d_in)].
+    """
+    if updates.dim() != 3 or updates.numel() == 0 or updates.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"updates has shape {tuple(updates.shape)} and dtype {updates.dtype}: "
+            "pass float32 or float64 matrices stacked as (n, d_out, d_in)."
+        )
+    if not bool(torch.isfinite(updates).all()):
+        raise ValueError("updates holds NaN or infinity: pass finite matrices.")
+    n, d_out, d_in = updates.shape
+    if rank is not None and not 1 <= rank <= max(d_out, d_in):
+        raise ValueError(f"rank is {rank}: it has to lie between 1 and max(d_out, d_in) = {max(d_out, d_in)}.")
+    U, left, _ = torch.linalg.svd(updates.permute(1, 0, 2).reshape(d_out, n * d_in), full_matrices=False)
+    _, right, Vh = torch.linalg.svd(updates.reshape(n * d_out, d_in), full_matrices=False)
+    if rank is None:
+        floor = max(d_out, d_in) * n * torch.finfo(updates.dtype).eps
+        rank = max(1, *(int((values > floor * values.max()).sum()) for values in (left, right)))
+    B, A = _first_columns(U, rank), _first_columns(Vh.T, rank).T
+    return B, B.T @ updates @ A.T, A
+
+
+def _first_columns(basis: Tensor, count: int) -> Tensor:
+    """The first `count` columns of (d, k), zeros after the last one: (d, count)."""
+    return F.pad(basis[:, :count], (0, max(0, count - basis.shape[1])))
