@@ -1,0 +1,240 @@
+"""Tiny random Diffusers pipelines of the true classes, for the tests of everything that serves a whole pipeline.
+
+Nothing is downloaded: the tokenizers know bytes and a few whole words. Images are 16 × 16 pixels, latents 8 × 8. No
+parameter is zero, so that no adapter hides behind a layer that starts at zero. Every call gives the same weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+TEXT_WIDTHS = (16, 24)
+"""Widths of SDXL's two text encoders; the UNet's cross-attention sees their sum."""
+
+MAX_TOKENS = 12
+_WORDS = ("a", "photo", "of", "toy", "red", "cube", "on", "grass")
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Letters, digits and a few whole words; any other text falls apart into letters."""
+    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    pieces = characters + [f"{character}</w>" for character in characters]
+    merges: list[tuple[str, str]] = []
+    for word in _WORDS:
+        left = word[0]
+        for index, character in enumerate(word[1:], start=1):
+            right = f"{character}</w>" if index == len(word) - 1 else character
+            if (left, right) not in merges:
+                merges.append((left, right))
+                pieces.append(left + right)
+            left += right
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def text_encoder(tokenizer: CLIPTokenizer, width: int, *, projection: bool = False, seed: int = 1) -> nn.Module:
+    """A CLIP text encoder of two layers; with `projection`, the class whose pooled output SDXL and SD3 read."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return _random(CLIPTextModelWithProjection if projection else CLIPTextModel, seed, config)
+
+
+def small_vae(latent_channels: int = 4, **changes: Any) -> AutoencoderKL:
+    """16 × 16 pixels ↔ 8 × 8 latents."""
+    options = {
+        "sample_size": 16,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": latent_channels,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    return _random(AutoencoderKL, 2, **{**options, **changes})
+
+
+def small_unet(cross_attention_dim: int, **changes: Any) -> UNet2DConditionModel:
+    """Attention in the second of two levels, in the middle, and in the first of two levels up."""
+    options = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": cross_attention_dim,
+        "use_linear_projection": True,
+    }
+    return _random(UNet2DConditionModel, 3, **{**options, **changes})
+
+
+def small_sdxl(**unet_changes: Any) -> StableDiffusionXLPipeline:
+    """A pipeline of the true SDXL classes: text_time conditioning, two text encoders, AutoencoderKL."""
+    tokenizer = clip_tokenizer()
+    first, second = TEXT_WIDTHS
+    conditioning = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 6 * 4 + second,
+        "transformer_layers_per_block": (1, 2),
+    }
+    pipe = StableDiffusionXLPipeline(
+        vae=small_vae(force_upcast=False),
+        text_encoder=text_encoder(tokenizer, first, seed=4),
+        text_encoder_2=text_encoder(tokenizer, second, projection=True, seed=5),
+        tokenizer=tokenizer,
+        tokenizer_2=clip_tokenizer(),
+        unet=small_unet(first + second, **{**conditioning, **unet_changes}),
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    )
+    return _quiet(pipe)
+
+
+def small_sd(**unet_changes: Any) -> StableDiffusionPipeline:
+    """A pipeline of the true Stable Diffusion 1 classes, without a safety checker."""
+    tokenizer = clip_tokenizer()
+    pipe = StableDiffusionPipeline(
+        vae=small_vae(),
+        text_encoder=text_encoder(tokenizer, TEXT_WIDTHS[0], seed=4),
+        tokenizer=tokenizer,
+        unet=small_unet(TEXT_WIDTHS[0], **unet_changes),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _quiet(pipe)
+
+
+def small_sd3() -> StableDiffusion3Pipeline:
+    """A pipeline of the true Stable Diffusion 3 classes, without the T5 encoder, which it can do without."""
+    tokenizer = clip_tokenizer()
+    first, second = TEXT_WIDTHS
+    transformer = _random(
+        SD3Transformer2DModel,
+        6,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=first + second,
+        pooled_projection_dim=first + second,
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(shift_factor=0.0),
+        text_encoder=text_encoder(tokenizer, first, projection=True, seed=4),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder(tokenizer, second, projection=True, seed=5),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    return _quiet(pipe)
+
+
+def small_flux() -> FluxPipeline:
+    """A pipeline of the true FLUX.1-dev classes (distilled guidance)."""
+    tokenizer = clip_tokenizer()
+    t5_tokenizer = T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+        + [(chr(code), -3.0) for code in range(ord("a"), ord("z") + 1)],
+        extra_ids=0,
+        model_max_length=MAX_TOKENS,
+    )
+    t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    transformer = _random(
+        FluxTransformer2DModel,
+        7,
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=TEXT_WIDTHS[0],
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=small_vae(shift_factor=0.0),
+        text_encoder=text_encoder(tokenizer, TEXT_WIDTHS[0], seed=4),
+        tokenizer=tokenizer,
+        text_encoder_2=_random(T5EncoderModel, 8, t5),
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    )
+    return _quiet(pipe)
+
+
+def pixels(pipe: Any, prompt: str | list[str] = "a photo of a toy", *, seed: int = 0, **options: Any) -> Tensor:
+    """Images (b, h, w, 3) in [0, 1] of a short run, the same for the same seed."""
+    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "np"}
+    if isinstance(pipe, FluxPipeline):
+        call["max_sequence_length"] = MAX_TOKENS
+    generator = torch.Generator().manual_seed(seed)
+    return torch.from_numpy(pipe(prompt, generator=generator, **{**call, **options}).images)
+
+
+def _random(kind: Any, seed: int, *args: Any, **options: Any) -> Any:
+    """A model in evaluation mode whose parameters all differ from zero; the global generator stays where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(*args, **options).eval()
+        for parameter in model.parameters():
+            parameter.data += (0.1 if parameter.dim() > 1 else 0.05) * torch.randn(parameter.shape)
+    return model
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
