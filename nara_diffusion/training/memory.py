@@ -1,0 +1,65 @@
+"""Out of memory, with what can be done about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# argument: (is it already as small as it gets?, what to say), most effective first
+_REMEDIES = (
+    ("mixed_precision", lambda value: value in ("bf16", "fp16"), "--mixed_precision bf16"),
+    ("gradient_checkpointing", bool, "--gradient_checkpointing"),
+    ("cache_latents", bool, "--cache_latents"),
+    ("train_batch_size", lambda value: value <= 1, "--train_batch_size 1 with more --gradient_accumulation_steps"),
+    ("use_8bit_adam", bool, "--use_8bit_adam"),
+    ("train_text_encoder", lambda value: not value, "--no-train_text_encoder"),
+    ("sample_batch_size", lambda value: value <= 1, "--sample_batch_size 1"),
+    ("resolution", lambda value: value <= 512, "a lower --resolution"),
+    ("max_length", lambda value: value <= 256, "a lower --max_length"),
+    ("rank", lambda value: value <= 4, "a lower --rank"),
+)
+
+
+class OutOfMemory(RuntimeError):
+    """A run needs more memory than there is; the message says what to turn on."""
+
+
+@contextmanager
+def explain_out_of_memory(args: Any, doing: str = "training") -> Iterator[None]:
+    """Turns torch's out-of-memory errors into `OutOfMemory`, which names the arguments of `args` that would help.
+
+    Args:
+        args: a script's arguments; those that it lacks, or that are as they should be, aren't named.
+        doing: what ran, for the message.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = remedies(args)
+        listed = "; ".join(advice) if advice else "a smaller model, or a larger device"
+        raise OutOfMemory(
+            f"out of memory while {doing} ({first_line(error)}). Try, in this order: {listed}."
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's or Python's way to say so, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def remedies(args: Any) -> list[str]:
+    """What would lower a run's memory and isn't done yet, most effective first."""
+    return [text for name, done, text in _REMEDIES if hasattr(args, name) and not done(getattr(args, name))]
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
