@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from nara_diffusion.dreambooth.captions import check_prompt
 from nara_diffusion.dreambooth.images import image_files
 from nara_diffusion.dreambooth.seeding import torch_generator
-from nara_diffusion.training.output import whole_file
+from nara_diffusion.whole import whole_file
 
 PROMPT_KEY = "class_prompt"
 

@@ -25,7 +25,8 @@ from accelerate import Accelerator
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
 from nara_diffusion.training.arguments import config_differences
-from nara_diffusion.training.output import partial_name, whole_folder, write_json
+from nara_diffusion.training.output import write_json
+from nara_diffusion.whole import partial_name, whole_folder
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from nara_diffusion.training.output import whole_file
+from nara_diffusion.whole import whole_file
 
 
 def plot_noise_level_curves(

@@ -1,20 +1,17 @@
-"""Where a run writes: choosing a folder, and files that are whole or absent.
+"""Where a run writes: choosing a folder, and text, JSON and YAML files that are whole or absent.
 
-A run never writes into another run's folder, and never leaves a file half-written: everything goes to a temporary
-name on the same disk first and is renamed when it is complete.
+A run never writes into another run's folder, and never leaves a file half-written.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from nara_diffusion.whole import whole_file
 
 
 def check_output_dir(output_dir: str | None, resuming: bool) -> None:
@@ -61,39 +58,6 @@ def numbered_dirs(name: str, root: str | Path = "outputs") -> dict[int, Path]:
         if folder.is_dir() and number.isdecimal():
             found[int(number)] = folder
     return found
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `folder` that becomes `folder` at the end, or vanishes on any error."""
-    partial = partial_name(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that becomes `path` at the end, or vanishes on any error."""
-    partial = partial_name(path)
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def partial_name(path: Path) -> Path:
-    """The name under which `path` is written; the suffix stays last, since some writers choose their format by it."""
-    return path.with_name(f".partial-{path.name}")
 
 
 def write_text(path: Path, text: str) -> None:
