@@ -27,9 +27,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+
+from nara_diffusion.draws import stratified_uniform
 
 MIN_NOISE_LEVEL = 1e-3
 """ε: the smallest λ that training draws."""
@@ -169,16 +172,13 @@ def draw_noise_levels(
 
     The same index gets the same λ in any process and in any batch; the module's docstring has the formula.
     """
-    if group_size < 1:
-        raise ValueError(f"group_size is {group_size}: it counts the samples of a global batch, so 1 at least")
-    n = group_size if stratified else 1
-    shifts = {group: int(_random(seed, _SHIFT_STREAM, group).integers(n)) for group in {i // n for i in sample_indices}}
-    levels = [
-        ((i + shifts[i // n]) % n + _random(seed, _LEVEL_STREAM, i).random()) / n  # one stratum each, moved as a whole
-        for i in sample_indices
-    ]
+    u = stratified_uniform(
+        sample_indices,
+        group_size if stratified else 1,
+        shift=partial(_random, seed, _SHIFT_STREAM),
+        value=partial(_random, seed, _LEVEL_STREAM),
+    )
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
-    u = torch.tensor(levels, dtype=torch.float64)
     return (MIN_NOISE_LEVEL + (top - MIN_NOISE_LEVEL) * u).float()
 
 

@@ -1,0 +1,39 @@
+"""Stratified random numbers as a function of the samples' indices in the training stream, and of nothing else.
+
+A sample meets the same number in any process, at any batch size, in any order, and in a resumed run. Of every
+n = `group_size` consecutive indices each takes one of the n equal strata of [0, 1),
+
+    u_i = ((i + shift) mod n + v_i) / n,   shift ~ U{0 … n − 1} a group,  v_i ~ U(0, 1) a sample
+
+so that u_i alone is still uniform, while the mean over the group varies far less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+
+def stratified_uniform(
+    indices: Sequence[int],
+    group_size: int,
+    shift: Callable[[int], np.random.Generator],
+    value: Callable[[int], np.random.Generator],
+) -> torch.Tensor:
+    """u (b,), float64 in [0, 1), for each index; a group of 1 is independent draws.
+
+    Args:
+        indices: of the samples in the training stream.
+        group_size: n, the samples of a global batch.
+        shift, value: the generators of a group's shift and of a sample's v, by number.
+
+    Raises:
+        ValueError: `group_size` is below 1.
+    """
+    n = group_size
+    if n < 1:
+        raise ValueError(f"group_size is {n}: it counts the samples of a global batch, so 1 at least")
+    shifts = {group: int(shift(group).integers(n)) for group in {i // n for i in indices}}
+    return torch.tensor([((i + shifts[i // n]) % n + value(i).random()) / n for i in indices], dtype=torch.float64)
