@@ -6,13 +6,7 @@ from nara_diffusion.dreambooth.dataset import Draw, DreamBoothDataset, collate_d
 from nara_diffusion.dreambooth.images import load_image
 from nara_diffusion.dreambooth.latents import LatentCache
 from nara_diffusion.dreambooth.prompts import PromptCache, encode_prompts
-from nara_diffusion.dreambooth.records import (
-    ImageRecord,
-    class_records,
-    records_from_dataset,
-    records_from_folder,
-    warn_of_small_images,
-)
+from nara_diffusion.dreambooth.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 
 __all__ = [
     "Draw",
@@ -30,5 +24,4 @@ __all__ = [
     "parse_buckets",
     "records_from_dataset",
     "records_from_folder",
-    "warn_of_small_images",
 ]

@@ -39,8 +39,12 @@ def captions_for(
     """
     if source not in CAPTION_SOURCES:
         raise ValueError(f"caption_source is {source!r}, expected one of {', '.join(CAPTION_SOURCES)}.")
-    folder = images[0].parent
-    metadata = folder / METADATA_FILE
+    metadata = images[0].parent / METADATA_FILE
+    if caption_column is not None and not (source in ("auto", "metadata") and metadata.exists()):
+        raise ValueError(
+            f"caption_column {caption_column!r} is a key of {METADATA_FILE}, from which captions don't come here: put "
+            f"that file into {metadata.parent}, or leave caption_column out."
+        )
     if source == "metadata" or (source == "auto" and metadata.exists()):
         own = _from_metadata(metadata, caption_column or "text")
         captions, origin = [own.get(image.name, "") for image in images], metadata.name
@@ -95,7 +99,7 @@ def _from_text_file(path: Path) -> str:
 
 def _from_metadata(path: Path, column: str) -> dict[str, str]:
     if not path.is_file():
-        raise ValueError(f"captions come from {path.name}, but {path.parent} has no such file.")
+        raise ValueError(f"captions are to come from {path.name}, but {path.parent} has no such file.")
     captions = {}
     for number, line in enumerate(_read(path).splitlines(), 1):
         if not line.strip():

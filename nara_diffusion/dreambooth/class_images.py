@@ -67,7 +67,7 @@ def generate_class_images(
     """Makes the class images that `folder` lacks; returns how many that were, over all processes.
 
     Args:
-        make_pipe: loads a text-to-image pipeline, onto its device; called only if images are missing.
+        make_pipe: loads a text-to-image pipeline, onto its device, for this only; called only if images are missing.
         batch_size: images at once (--sample_batch_size).
         accelerator: accelerate's, if several processes share the work; all of them call this, and leave together.
         call: arguments of the pipeline's call, such as height, width, num_inference_steps.
@@ -92,6 +92,8 @@ def _generate(
     pipe: Any, paths: Mapping[int, Path], prompt: str, *, seed: int, batch_size: int, progress: bool, **call: Any
 ) -> None:
     numbers = list(paths)
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)  # ours counts images
     with tqdm(total=len(numbers), desc="class images", unit="image", disable=not progress) as bar:
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]

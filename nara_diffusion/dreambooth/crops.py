@@ -42,9 +42,14 @@ class Crop:
         return (*self.original, self.top, self.left, *self.target)
 
 
+def enlargement(original: Size, target: Size) -> float:
+    """s: above 1, the image has too few pixels."""
+    return max(target[0] / original[0], target[1] / original[1])
+
+
 def scaled_size(original: Size, target: Size) -> Size:
     """(H', W'): `original` scaled so that it just covers `target`."""
-    scale = max(target[0] / original[0], target[1] / original[1])
+    scale = enlargement(original, target)
     return max(target[0], round(original[0] * scale)), max(target[1], round(original[1] * scale))
 
 

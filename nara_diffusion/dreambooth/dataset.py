@@ -11,6 +11,7 @@ flips are 40 latents, at 1024² 20 MiB. `crops_per_image=None` takes any positio
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,14 @@ import torch
 from torch.utils.data import Dataset
 
 from nara_diffusion.dreambooth.buckets import Size, nearest_bucket
-from nara_diffusion.dreambooth.crops import Crop, center_crop, crop_image, random_crop, to_pixels
+from nara_diffusion.dreambooth.crops import Crop, center_crop, crop_image, enlargement, random_crop, to_pixels
+from nara_diffusion.dreambooth.images import ImageError
 from nara_diffusion.dreambooth.order import BucketedOrder
 from nara_diffusion.dreambooth.records import ImageRecord
 from nara_diffusion.dreambooth.seeding import numpy_generator
 from nara_diffusion.training.stream import ShuffledStream
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,15 @@ class Draw:
         return f"{self.image.key}-{crop.target[0]}x{crop.target[1]}-{crop.top}-{crop.left}-{'m' if crop.flip else 'o'}"
 
     def pixel_values(self) -> torch.Tensor:
-        """(3, h, w) float32 in [−1, 1]."""
-        return to_pixels(crop_image(self.image.source.load(), self.crop))
+        """(3, h, w) float32 in [−1, 1].
+
+        Raises:
+            ImageError: the file was changed or removed since the run began.
+        """
+        image = self.image.source.load()
+        if (image.height, image.width) != self.image.size:
+            raise ImageError(f"{self.image.source.name} was changed since the run began: start again.")
+        return to_pixels(crop_image(image, self.crop))
 
 
 class DreamBoothDataset(Dataset):
@@ -116,6 +127,7 @@ class DreamBoothDataset(Dataset):
         self._order = BucketedOrder(self.instance_buckets, batch_size, seed)
         numbers = [{"image": i} for i in range(len(self.class_images))]
         self._class_order = ShuffledStream(numbers, seed + 1) if numbers else None
+        self._warn()
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         draws = self.draws(position)
@@ -160,6 +172,20 @@ class DreamBoothDataset(Dataset):
                         if draw.key not in seen:
                             seen.add(draw.key)
                             yield draw
+
+    def _warn(self) -> None:
+        """Of data that train badly: one image alone, and images that have to be enlarged."""
+        if len(self.instances) == 1:
+            logger.warning("there is one image only: the adapter will learn that picture rather than its subject")
+        pairs = zip(self.instances, self.instance_buckets, strict=True)
+        small = [(image, target) for image, target in pairs if enlargement(image.size, target) > 1]
+        if small:
+            (height, width), target = small[0][0].size, small[0][1]
+            logger.warning(
+                "%d of %d images are enlarged, and teach blur: %s has %d x %d pixels and is trained at %d x %d. Lower "
+                "--resolution, or use larger images",
+                len(small), len(self.instances), small[0][0].source.name, height, width, *target,
+            )  # fmt: skip
 
     def _draw(self, image: ImageRecord, target: Size, position: int, role: str) -> Draw:
         generator = numpy_generator(self.seed, f"crop {role}", position)

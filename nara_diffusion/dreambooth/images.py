@@ -2,7 +2,7 @@
 
 EXIF rotation is applied; CMYK, grey, palette and other modes become RGB; 16-bit grey is scaled to 8 bits; what is
 transparent becomes white; of an animation the first frame is taken. A file that has an image's name and can't be
-decoded to its last row is an error, other files are left out.
+decoded to its last row is an error; files with other names are left out.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,60 +45,80 @@ IMAGE_SUFFIXES = frozenset(
 """Files with one of these names are taken for images."""
 
 MAX_PIXELS = 178_956_970
-"""Pillow's own limit on a decoded image: what is larger is taken for a decompression bomb."""
+"""Where Pillow refuses to decode, too: what is larger is taken for a decompression bomb. 512 MiB in RGB."""
 
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error, MemoryError)
+_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+
+
+class ImageError(ValueError):
+    """An image that can't be used; the message names it, and says what to do."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One image file, or the bytes of one.
+    """An encoded image, somewhere.
 
     Attributes:
         name: what messages call it.
-        path: the file, or None.
-        content: its bytes where there is no file.
+        fetch: returns the bytes of its file.
     """
 
     name: str
-    path: str | None = None
-    content: bytes | None = None
+    fetch: Callable[[], bytes]
 
     def read(self) -> bytes:
-        """The file's bytes."""
-        if self.content is not None:
-            return self.content
-        assert self.path is not None
-        return Path(self.path).read_bytes()
+        """The file's bytes.
+
+        Raises:
+            ImageError: it can't be read.
+        """
+        try:
+            return self.fetch()
+        except OSError as error:
+            raise ImageError(f"{self.name} can't be read: {error.strerror or error}.") from error
 
     def load(self) -> Image.Image:
-        """The image, upright and RGB; see `load_image`."""
+        """The image, upright and RGB. Raises as `load_image`."""
         return decode_image(self.read(), self.name)
+
+
+def file_source(path: str | Path) -> ImageSource:
+    """The image of a file."""
+    return ImageSource(str(path), partial(_read_file, str(path)))
 
 
 def load_image(path: str | Path) -> Image.Image:
     """The image of a file, upright, in mode RGB.
 
     Raises:
-        ValueError: no image, a truncated or broken one, more than `MAX_PIXELS`, or a mode that isn't a picture.
+        ImageError: (a ValueError) no image, a truncated or broken one, more than `MAX_PIXELS`, or values whose range
+            nobody knows.
     """
-    return ImageSource(str(path), str(path)).load()
+    return file_source(path).load()
 
 
-def decode_image(content: bytes, name: str) -> Image.Image:
-    """The image of a file's bytes, upright, in mode RGB; `name` is what messages call it. Raises as `load_image`."""
+def decode_image(content: bytes, name: str, *, warn: bool = False) -> Image.Image:
+    """The image of a file's bytes, upright, in mode RGB. Raises as `load_image`.
+
+    Args:
+        name: what messages call it.
+        warn: say so if frames or pages are left out.
+    """
     with _pillow_errors(name), Image.open(io.BytesIO(content)) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            logger.warning("%s is animated or has several pages: its first frame is taken", name)
+        if image.width * image.height > MAX_PIXELS:
+            raise _bomb(name)
+        # an MPO is a photo, with a preview or a depth map behind it
+        if warn and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            logger.warning("%s is animated, or has several pages: its first one is taken", name)
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image), name)
+        return to_rgb(_upright(image), name)
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """`image` in 8-bit RGB: 16-bit grey scaled, transparency over white.
 
     Raises:
-        ValueError: floating-point or 32-bit values, whose range nobody knows.
+        ImageError: floating-point or 32-bit values, whose range nobody knows.
     """
     if image.mode.startswith("I") or image.mode == "F":
         return _grey_from_wide(image, name).convert("RGB")
@@ -122,7 +143,8 @@ def image_files(folder: str | Path) -> tuple[list[Path], list[Path]]:
     except OSError as error:
         raise ValueError(f"the image folder {folder} can't be read: {error.strerror}.") from error
     images = [entry for entry in entries if is_image_name(entry) and entry.is_file()]
-    return images, [entry for entry in entries if entry not in set(images)]
+    taken = set(images)
+    return images, [entry for entry in entries if entry not in taken]
 
 
 def is_image_name(path: Path) -> bool:
@@ -135,14 +157,30 @@ def content_key(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+def _read_file(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say; broken ones say nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODING_ERRORS:
+        return image
+
+
 def _grey_from_wide(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(
-            f"{name} holds {'floating-point' if image.mode == 'F' else '32-bit'} values (mode {image.mode}), whose "
-            "range is unknown: save it as 8-bit PNG or JPEG."
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ImageError(
+            f"{name} holds {kind} values (mode {image.mode}), whose range is unknown: save it as 8-bit PNG or JPEG."
         )
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _bomb(name: str) -> ImageError:
+    return ImageError(f"{name} has more than {MAX_PIXELS:,} pixels, too many to decode: scale it down, or remove it.")
 
 
 @contextmanager
@@ -150,17 +188,15 @@ def _pillow_errors(name: str) -> Iterator[None]:
     """Turns what Pillow raises at a bad file into one kind of error with the file's name."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # between half the limit and the limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # broken EXIF and the like
             yield
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name} has more than {MAX_PIXELS:,} pixels, which a file can claim to fill the memory: scale it down."
-        ) from error
+        raise _bomb(name) from error
     except _DECODING_ERRORS as error:
-        if name in str(error):
-            raise
-        raise ValueError(
+        raise ImageError(
             f"{name} can't be decoded ({type(error).__name__}: {error}): it is truncated, broken or no image. Save it "
             "again as PNG or JPEG, or remove it."
         ) from error

@@ -71,7 +71,7 @@ class PromptCache:
         self.tokenizers, self.text_encoders = list(tokenizers), list(text_encoders)
         label = fingerprint(*text_encoders) if folder is not None else ""
         self.cache = TensorCache(memory_mib=memory_mib, folder=folder, label=label)
-        self._warned: set[str] = set()
+        self._keys: dict[str, str] = {}
 
     def get(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(prompt_embeds (b, 77, d_1 + d_2), pooled (b, p)) on the CPU, in the encoders' dtype.
@@ -79,7 +79,7 @@ class PromptCache:
         Raises:
             ValueError: the encoders give NaN or infinity.
         """
-        entries = [self.cache.get(prompt, lambda prompt=prompt: self._encode(prompt)) for prompt in prompts]
+        entries = [self.cache.get(self._key(prompt), lambda prompt=prompt: self._encode(prompt)) for prompt in prompts]
         return torch.stack([e["prompt_embeds"] for e in entries]), torch.stack([e["pooled"] for e in entries])
 
     def fill(self, prompts: Iterable[str], *, progress: bool = True) -> None:
@@ -87,6 +87,12 @@ class PromptCache:
         distinct = list(dict.fromkeys(prompts))
         for prompt in tqdm(distinct, desc="encode prompts", unit="prompt", disable=not progress or len(distinct) < 10):
             self.get([prompt])
+
+    def _key(self, prompt: str) -> str:
+        """What the encoders read."""
+        if prompt not in self._keys:
+            self._keys[prompt] = " ".join(str(ids[0].tolist()) for ids in tokenize_prompts(self.tokenizers, [prompt]))
+        return self._keys[prompt]
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> Entry:

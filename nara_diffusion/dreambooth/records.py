@@ -9,14 +9,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from nara_diffusion.dreambooth.buckets import Size
-from nara_diffusion.dreambooth.captions import captions_for, check_prompt, fill_captions
-from nara_diffusion.dreambooth.images import ImageSource, content_key, decode_image, image_files
+from nara_diffusion.dreambooth.captions import METADATA_FILE, captions_for, check_prompt, fill_captions
+from nara_diffusion.dreambooth.images import (
+    ImageError,
+    ImageSource,
+    content_key,
+    decode_image,
+    file_source,
+    image_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +62,11 @@ def records_from_folder(
             caption is missing or unreadable.
     """
     images, others = image_files(folder)
-    _report_others(folder, images, others, caption_source)
+    _report_others(folder, images, others)
     if len(images) < max(minimum, 1):
         raise ValueError(_too_few(folder, images, others, max(minimum, 1)))
     prompts = captions_for(images, prompt=prompt, source=caption_source, caption_column=caption_column)
-    return check_sources([ImageSource(str(path), str(path)) for path in images], prompts, progress=progress)
+    return check_sources([file_source(path) for path in images], prompts, progress=progress)
 
 
 def records_from_dataset(
@@ -87,12 +95,17 @@ def records_from_dataset(
             raise ValueError(f"dataset_name {name} has no {flag} {column!r}, only {', '.join(rows.column_names)}.")
     if not len(rows):
         raise ValueError(f"dataset_name {name} holds no rows.")
-    encoded = rows.cast_column(image_column, Image(decode=False))
+    try:
+        encoded = rows.cast_column(image_column, Image(decode=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"image_column {image_column!r} of {name} holds no images: {error}") from error
     names = [f"image {number} of {name}" for number in range(1, len(rows) + 1)]
     captions = [None] * len(rows) if caption_column is None else list(rows[caption_column])
     origin = "" if caption_column is None else f"column {caption_column!r}"
     prompts = fill_captions(captions, names, prompt=prompt, origin=origin)
-    sources = [_dataset_source(row[image_column], label) for row, label in zip(encoded, names, strict=True)]
+    sources = [
+        ImageSource(label, partial(_read_row, encoded, image_column, number)) for number, label in enumerate(names)
+    ]
     return check_sources(sources, prompts, progress=progress)
 
 
@@ -119,8 +132,8 @@ def check_sources(
     for source, prompt in zip(bar, prompts, strict=True):
         try:
             content = source.read()
-            width, height = decode_image(content, source.name).size
-        except (ValueError, OSError) as error:
+            width, height = decode_image(content, source.name, warn=True).size
+        except ImageError as error:
             broken.append(str(error))
         else:
             records.append(ImageRecord(source, (height, width), prompt, content_key(content)))
@@ -131,29 +144,23 @@ def check_sources(
     return records
 
 
-def warn_of_small_images(records: Sequence[ImageRecord], resolution: int) -> None:
-    """Says which images have to be enlarged, since enlarged ones teach blur."""
-    small = [record for record in records if min(record.size) < resolution]
-    if small:
-        height, width = small[0].size
-        logger.warning(
-            "%d of %d images are smaller than the resolution %d (%s has %d x %d pixels): they are enlarged, and look "
-            "blurred. Lower --resolution, or use larger images.",
-            len(small), len(records), resolution, small[0].source.name, height, width,
-        )  # fmt: skip
+def _read_row(rows: Any, column: str, number: int) -> bytes:
+    """The bytes of an image that `datasets` keeps, in the data set itself or in a file."""
+    image = rows[number][column]
+    if image is None:
+        raise OSError("the row has none")
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
-def _dataset_source(image: dict[str, Any], name: str) -> ImageSource:
-    return ImageSource(name, image["path"]) if image["bytes"] is None else ImageSource(name, None, image["bytes"])
-
-
-def _report_others(folder: str | Path, images: list[Path], others: list[Path], caption_source: str) -> None:
+def _report_others(folder: str | Path, images: list[Path], others: list[Path]) -> None:
     """Names what is left out, captions aside."""
     stems = {image.stem for image in images}
     junk = [
         path.name
         for path in others
-        if not (path.suffix == ".txt" and path.stem in stems) and path.name != "metadata.jsonl"
+        if not (path.suffix == ".txt" and path.stem in stems)
+        and path.name != METADATA_FILE
+        and not path.name.startswith(".")
     ]
     if junk:
         more = ", …" if len(junk) > 4 else ""
