@@ -95,10 +95,9 @@ def records_from_dataset(
             raise ValueError(f"dataset_name {name} has no {flag} {column!r}, only {', '.join(rows.column_names)}.")
     if not len(rows):
         raise ValueError(f"dataset_name {name} holds no rows.")
-    try:
-        encoded = rows.cast_column(image_column, Image(decode=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"image_column {image_column!r} of {name} holds no images: {error}") from error
+    if not isinstance(rows.features[image_column], Image):
+        raise ValueError(f"image_column {image_column!r} of {name} holds no images, but {rows.features[image_column]}.")
+    encoded = rows.cast_column(image_column, Image(decode=False))
     names = [f"image {number} of {name}" for number in range(1, len(rows) + 1)]
     captions = [None] * len(rows) if caption_column is None else list(rows[caption_column])
     origin = "" if caption_column is None else f"column {caption_column!r}"
