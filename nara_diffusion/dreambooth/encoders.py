@@ -23,6 +23,8 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from nara_diffusion.dreambooth.images import load_image, to_rgb
+
 logger = logging.getLogger(__name__)
 
 # SigLIP was trained on texts filled up to one length, and means something else by shorter ones.
@@ -71,11 +73,11 @@ class Encoder:
                 "texts, such as CLIP"
             )
 
-    def images(self, images: Sequence[Image]) -> torch.Tensor:
-        """(n, d) float32 on the CPU, each row of length 1."""
+    def images(self, images: Sequence[Image | str | Path]) -> torch.Tensor:
+        """(n, d) float32 on the CPU, each row of length 1; files are opened batch by batch."""
         for index, image in enumerate(images):
-            if not isinstance(image, Image):
-                raise ValueError(f"image {index} is a {type(image).__name__}, expected a PIL image")
+            if not isinstance(image, (Image, str, Path)):
+                raise ValueError(f"image {index} is a {type(image).__name__}, expected a PIL image or a file")
         return self._embed(images, self._image_batch, "images")
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -110,8 +112,9 @@ class Encoder:
                 yield batch
                 bar.update(len(batch))
 
-    def _image_batch(self, images: list[Image]) -> torch.Tensor:
-        inputs = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+    def _image_batch(self, images: list[Image | str | Path]) -> torch.Tensor:
+        loaded = [to_rgb(image) if isinstance(image, Image) else load_image(image) for image in images]
+        inputs = self.processor(images=loaded, return_tensors="pt")
         inputs = inputs.to(device=self.device, dtype=self.model.dtype)
         if hasattr(self.model, "get_image_features"):
             return self._features(self.model.get_image_features(**inputs), len(images))

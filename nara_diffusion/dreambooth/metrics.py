@@ -22,6 +22,9 @@ from nara_diffusion.dreambooth.statistics import Interval, interval
 
 __all__ = ["ImageSimilarity", "Interval", "TextAlignment", "interval", "without_words"]
 
+Images = Sequence[Image | str | Path]
+"""PIL images, or files of images."""
+
 
 class ImageSimilarity:
     """Likeness of generated images to those of the subject.
@@ -37,11 +40,11 @@ class ImageSimilarity:
     def __init__(self, encoder: str | Path | Encoder, **options: Any) -> None:
         self.encoder = _encoder(encoder, options)
 
-    def similarity(self, generated: Sequence[Image], reference: Sequence[Image]) -> float:
+    def similarity(self, generated: Images, reference: Images) -> float:
         """Mean cosine over all pairs of a generated image and a reference image."""
         return self.similarities(generated, reference).mean().item()
 
-    def similarities(self, generated: Sequence[Image], reference: Sequence[Image]) -> torch.Tensor:
+    def similarities(self, generated: Images, reference: Images) -> torch.Tensor:
         """(generated, reference) cosines."""
         return self.encoder.images(generated) @ self.encoder.images(reference).T
 
@@ -61,11 +64,11 @@ class TextAlignment:
         self.encoder = _encoder(encoder, options)
         self.encoder.check_text()
 
-    def alignment(self, images: Sequence[Image], prompts: Sequence[str]) -> float:
+    def alignment(self, images: Images, prompts: Sequence[str]) -> float:
         """Mean cosine of each image and its own prompt."""
         return self.alignments(images, prompts).mean().item()
 
-    def alignments(self, images: Sequence[Image], prompts: Sequence[str]) -> torch.Tensor:
+    def alignments(self, images: Images, prompts: Sequence[str]) -> torch.Tensor:
         """(n,) cosines of image i and prompt i."""
         if isinstance(prompts, str) or len(prompts) != len(images):
             given = repr(prompts) if isinstance(prompts, str) else f"{len(prompts)} prompts"

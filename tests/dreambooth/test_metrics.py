@@ -167,8 +167,10 @@ def test_empty_and_mismatched_input_is_refused(clip):
         measure.alignment(pictures, ["a"])
     with pytest.raises(ValueError, match="there are 2 images and 'ab': give a list with one prompt"):
         measure.alignment(pictures, "ab")
-    with pytest.raises(ValueError, match="image 1 is a str, expected a PIL image"):
-        measure.encoder.images([pictures[0], "picture.png"])
+    with pytest.raises(ValueError, match="image 1 is a Tensor, expected a PIL image or a file"):
+        measure.encoder.images([pictures[0], torch.zeros(3, 8, 8)])
+    with pytest.raises(ValueError, match=r"no_picture.png"):
+        measure.encoder.images([pictures[0], "no_picture.png"])
     with pytest.raises(ValueError, match="batch_size is 0"):
         Encoder(clip, batch_size=0)
 
