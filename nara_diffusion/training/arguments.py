@@ -67,14 +67,26 @@ class OptimizationArguments:
     lr_warmup_steps: float = option(
         0.0, "Steps over which the learning rate rises from 0; below 1, a share of all steps.", unit="optimizer steps"
     )
-    adam_beta1: float = option(0.9, "AdamW's decay of the gradients' mean.")
-    adam_beta2: float = option(0.999, "AdamW's decay of the gradients' mean square.")
-    adam_epsilon: float = option(1e-8, "AdamW's guard against division by zero.")
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.")
+    lr_num_cycles: int = option(1, "Restarts of the schedule cosine_with_restarts.", unit="cycles")
+    lr_power: float = option(1.0, "Exponent of the schedule polynomial.")
+    scale_lr: bool = option(False, "Multiply the learning rates by the samples of an optimizer step.")
+    optimizer: str = option(
+        "AdamW", "AdamW, or Prodigy, which finds its own rate: give it --learning_rate 1.", choices=("AdamW", "prodigy")
+    )
+    use_8bit_adam: bool = option(False, "AdamW with its state in 8 bits, from bitsandbytes.")
+    adam_beta1: float = option(0.9, "The optimizer's decay of the gradients' mean.")
+    adam_beta2: float = option(0.999, "The optimizer's decay of the gradients' mean square.")
+    adam_epsilon: float = option(1e-8, "The optimizer's guard against division by zero.")
+    weight_decay: float = option(0.0, "The optimizer's decoupled weight decay.", aliases=("adam_weight_decay",))
+    prodigy_beta3: float | None = option(None, "Prodigy's decay of its step size; none means sqrt(--adam_beta2).")
+    prodigy_decouple: bool = option(True, "Prodigy's weight decay is AdamW's rather than Adam's.")
+    prodigy_use_bias_correction: bool = option(True, "Prodigy corrects its means' start, as Adam does.")
+    prodigy_safeguard_warmup: bool = option(True, "Prodigy doesn't take a warm-up for a small step size.")
     max_grad_norm: float | None = option(1.0, "Norm to which gradients are clipped; none disables it.")
     mixed_precision: str | None = option(
         None, "Precision of the forward; none means what `accelerate config` says.", choices=("no", "fp16", "bf16")
     )
+    allow_tf32: bool = option(False, "Let float32 products on recent NVIDIA GPUs round to TF32: faster.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward: less memory, more time.")
     dataloader_num_workers: int = option(
         0, "Processes that prepare batches; 0 does it in the main one.", resumable=True
@@ -119,12 +131,12 @@ def check_arguments(args: Any) -> None:
     Raises:
         ValueError: naming the argument, its value and what it may be.
     """
-    for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+    for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "logging_steps", "lr_num_cycles"):
         require(args, name, getattr(args, name) >= 1, "at least 1")
     for name in ("max_train_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
         value = getattr(args, name)
         require(args, name, value is None or value >= 1, "at least 1, or none")
-    for name in ("learning_rate", "num_train_epochs"):
+    for name in ("learning_rate", "num_train_epochs", "lr_power"):
         require(args, name, getattr(args, name) > 0, "above 0")
     for name in ("core_start_step", "lr_warmup_steps", "weight_decay", "dataloader_num_workers"):
         require(args, name, getattr(args, name) >= 0, "at least 0")
@@ -133,6 +145,10 @@ def check_arguments(args: Any) -> None:
     )
     require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "in [0, 1)")
     require(args, "max_grad_norm", args.max_grad_norm is None or args.max_grad_norm > 0, "above 0, or none")
+    if args.use_8bit_adam and args.optimizer != "AdamW":
+        raise ValueError(
+            f"use_8bit_adam is a form of AdamW, but the optimizer is {args.optimizer}: give one of the two."
+        )
     if args.push_to_hub and args.hub_model_id is None and args.output_dir is None:
         raise ValueError(
             "push_to_hub needs the name of a repository: give hub_model_id (or output_dir, which names one)."

@@ -1,6 +1,6 @@
 """checkpoint-N: all that a run needs to go on after step N as if it had never stopped.
 
-    checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as PeftModel.save_pretrained writes it
+    checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, or what another `AdapterWriter` writes
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16)
                  random_states_P.pkl                              of process P
                  checkpoint.json                                  step, processes, arguments, SHA-256 of each file above
@@ -18,6 +18,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from nara_diffusion.whole import partial_name, whole_folder
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
+
+AdapterWriter = Callable[[Any, Path, dict[str, Any]], None]
+"""Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""
 
 
 def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int) -> Path:
@@ -110,14 +114,21 @@ def load_adapter_weights(model: PeftModel, checkpoint: Path) -> None:
     set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
 
 
-def keep_adapter_only(accelerator: Accelerator) -> None:
+def write_peft_adapter(model: PeftModel, folder: Path, state: dict[str, Any]) -> None:
+    """adapter_config.json and adapter_model.safetensors."""
+    # embeddings are the base model's; PEFT would look its configuration up again to find that out
+    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
+
+
+def keep_adapter_only(accelerator: Accelerator, write: AdapterWriter = write_peft_adapter) -> None:
     """Makes `accelerator.save_state` write the adapter alone, and `load_state` leave the model as it is."""
 
     def save(models: list[Any], weights: list[dict], output_dir: str) -> None:
         for model in models:
             state = weights.pop() if weights else None
             if accelerator.is_main_process and state is not None:
-                _write_adapter(accelerator, model, Path(output_dir), state)
+                write(accelerator.unwrap_model(model), Path(output_dir), _unwrapped(state))
 
     def load(models: list[Any], input_dir: str) -> None:
         models.clear()
@@ -126,8 +137,8 @@ def keep_adapter_only(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_adapter(accelerator: Accelerator, model: Any, folder: Path) -> None:
-    """Puts adapter_config.json and adapter_model.safetensors into `folder`, called by every process.
+def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: AdapterWriter = write_peft_adapter) -> None:
+    """Puts the adapter's files into `folder`, called by every process.
 
     Raises:
         OSError: they couldn't be written (a full disk, say); neither is there then, checkpoints are untouched.
@@ -136,7 +147,7 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path) -> None:
     if accelerator.is_main_process:
         partial = partial_name(folder / "adapter")
         try:
-            _write_adapter(accelerator, model, partial, state)
+            write(accelerator.unwrap_model(model), partial, _unwrapped(state))
             for file in partial.iterdir():
                 file.replace(folder / file.name)
         except Exception as error:
@@ -146,12 +157,8 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def _write_adapter(accelerator: Accelerator, model: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Writes the adapter of the wrapped `model`, whose gathered state dict is `state`."""
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    # embeddings are the base model's; PEFT would look its configuration up again to find that out
-    accelerator.unwrap_model(model).save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
+def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _last_whole(folder: Path) -> str:

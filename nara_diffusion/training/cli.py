@@ -1,8 +1,9 @@
 """A dataclass of arguments becomes a command line and a YAML file: one declaration, three uses.
 
 Each field is declared with `option(default, help, unit=…)`. The type annotation decides how text is read: bool
-becomes `--flag/--no-flag`, a list takes words separated by spaces or commas, `X | None` also takes `none`. Flags win
-over the file given as `--config`, the file wins over the defaults, and a key that the dataclass lacks is an error.
+becomes `--flag/--no-flag`, a list takes words separated by spaces or commas (or quoted texts, if it is one of
+`sentences`), `X | None` also takes `none`. Flags win over the file given as `--config`, the file wins over the
+defaults, and a key that the dataclass lacks is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ import yaml
 Arguments = TypeVar("Arguments")
 
 
-def option(default: Any, help: str, *, unit: str = "", choices: Sequence[str] = (), resumable: bool = False) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    resumable: bool = False,
+    sentences: bool = False,
+    aliases: Sequence[str] = (),
+) -> Any:
     """Declares one argument.
 
     Args:
@@ -30,8 +40,11 @@ def option(default: Any, help: str, *, unit: str = "", choices: Sequence[str] = 
         unit: what a number counts, for `--help`.
         choices: the words that are allowed.
         resumable: True if a resumed run may have another value than the run that it continues.
+        sentences: for a list: each word of the command line, quoted there, is one element with its spaces and commas.
+        aliases: other names of the flag, without dashes.
     """
     metadata = {"help": help, "unit": unit, "choices": tuple(choices), "resumable": resumable}
+    metadata |= {"sentences": sentences, "aliases": tuple(aliases)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -106,13 +119,13 @@ def read_config(cls: type, path: str | Path) -> dict[str, Any]:
             hint = f" Did you mean {near[0]!r}?" if near else " --help lists the known ones."
             raise ValueError(f"--config {path} holds the unknown key {key!r}.{hint}")
     try:
-        return {key: convert(key, value, hints[key], fields[key].metadata["choices"]) for key, value in content.items()}
+        return {key: convert(key, value, hints[key], **_reading(fields[key])) for key, value in content.items()}
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
 
 
-def convert(name: str, value: Any, hint: Any, choices: Sequence[str] = ()) -> Any:
-    """`value`, text from the command line or a YAML value, as the type `hint`.
+def convert(name: str, value: Any, hint: Any, choices: Sequence[str] = (), sentences: bool = False) -> Any:
+    """`value`, text or texts from the command line or a YAML value, as the type `hint`.
 
     Raises:
         ValueError: it isn't one; the message names the argument, what it got and what it takes.
@@ -121,7 +134,7 @@ def convert(name: str, value: Any, hint: Any, choices: Sequence[str] = ()) -> An
     if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
         return None
     if is_list:
-        items = value.replace(",", " ").split() if isinstance(value, str) else value
+        items = value.replace(",", " ").split() if isinstance(value, str) and not sentences else value
         if not isinstance(items, (list, tuple)):
             items = [items]
         return [_scalar(name, item, kind, choices) for item in items]
@@ -163,15 +176,16 @@ def _parts(hint: Any) -> tuple[type, bool, bool]:
 def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
     kind, _, is_list = _parts(hint)
     help = _help(field)
+    names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
     if kind is bool:
-        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=help)
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, help=help)
         return
     metavar = {int: "N", float: "X", str: "TEXT"}[kind]
     if field.metadata["choices"]:
         metavar = "{" + ",".join(field.metadata["choices"]) + "}"
     group.add_argument(
-        f"--{field.name}",
-        action=_convert_action(hint, field.metadata["choices"]),
+        *names,
+        action=_convert_action(hint, **_reading(field)),
         nargs="+" if is_list else None,
         metavar=metavar,
         help=help,
@@ -186,12 +200,18 @@ def _help(field: dataclasses.Field) -> str:
     return f"{field.metadata['help']}{unit} (default: {str(default).lower() or 'none'})".replace("%", "%%")
 
 
-def _convert_action(hint: Any, choices: Sequence[str]) -> Callable[..., argparse.Action]:
+def _reading(field: dataclasses.Field) -> dict[str, Any]:
+    """How the values of an argument are read: further arguments of `convert`."""
+    return {name: field.metadata[name] for name in ("choices", "sentences")}
+
+
+def _convert_action(hint: Any, choices: Sequence[str], sentences: bool) -> Callable[..., argparse.Action]:
     class Convert(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
-            text = " ".join(values) if isinstance(values, list) else values
+            if isinstance(values, list):
+                values = " ".join(values) if not sentences or len(values) == 1 else values
             try:
-                setattr(namespace, self.dest, convert(self.dest, text, hint, choices))
+                setattr(namespace, self.dest, convert(self.dest, values, hint, choices, sentences))
             except ValueError as error:
                 raise argparse.ArgumentError(self, str(error)) from None
 

@@ -1,7 +1,9 @@
-"""AdamW with one learning rate for A and B and one for the core, and its schedule."""
+"""The optimizer, with a learning rate for A and B, one for the core and one for text encoders, and its schedule."""
 
 from __future__ import annotations
 
+import importlib
+import logging
 from typing import Any
 
 import torch
@@ -10,43 +12,99 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 
 CORE_MARK = "nara_core."
+TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
+
+logger = logging.getLogger(__name__)
 
 
-def build_optimizer(model: nn.Module, args: Any) -> torch.optim.AdamW:
-    """AdamW over what is trainable, in groups "adapter" (learning_rate) and "core" (core_learning_rate), if not empty.
+def build_optimizer(model: nn.Module, args: Any, processes: int = 1) -> torch.optim.Optimizer:
+    """The optimizer over what is trainable, in groups "adapter" (learning_rate), "core" (core_learning_rate) and
+    "text_encoder" (text_encoder_lr, of a script that has it), those of them that aren't empty.
+
+    Args:
+        processes: how many train together, for --scale_lr.
 
     Raises:
-        ValueError: nothing in `model` is trainable, or `core_start_step` is set and there is no core.
+        ValueError: nothing in `model` is trainable; `core_start_step` is set and there is no core; the optimizer's
+            package isn't installed; or Prodigy, which has one rate, is given several.
     """
+    groups = _parameter_groups(model, args)
+    if args.scale_lr:
+        samples = args.train_batch_size * args.gradient_accumulation_steps * processes
+        groups = [{**group, "lr": group["lr"] * samples} for group in groups]
+    options: dict[str, Any] = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    if args.optimizer == "prodigy":
+        return _prodigy(groups, args, options)
+    if args.use_8bit_adam:
+        return _package("bitsandbytes", "use_8bit_adam").optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("nothing in the model is trainable: add an adapter before the optimizer is built.")
-    core = [parameter for name, parameter in trainable if CORE_MARK in name]
-    if args.core_start_step and not core:
+    rates = {
+        "adapter": args.learning_rate,
+        "core": args.core_learning_rate or args.learning_rate,
+        "text_encoder": getattr(args, "text_encoder_lr", None) or args.learning_rate,
+    }
+    members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
+    for name, parameter in trainable:
+        members[_group_of(name)].append(parameter)
+    if args.core_start_step and not members["core"]:
         raise ValueError(
             f"core_start_step is {args.core_start_step}, but core_type {args.core_type!r} has no core to train."
         )
-    core_rate = args.learning_rate if args.core_learning_rate is None else args.core_learning_rate
-    groups = [
-        {"name": "adapter", "params": [parameter for name, parameter in trainable if CORE_MARK not in name]},
-        {"name": "core", "params": core, "lr": core_rate},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
+    return [{"name": group, "params": members[group], "lr": rate} for group, rate in rates.items() if members[group]]
+
+
+def _group_of(name: str) -> str:
+    if name.startswith(TEXT_ENCODER_MARK):
+        return "text_encoder"
+    return "core" if CORE_MARK in name else "adapter"
+
+
+def _prodigy(groups: list[dict[str, Any]], args: Any, options: dict[str, Any]) -> torch.optim.Optimizer:
+    if len({group["lr"] for group in groups}) > 1:
+        given = ", ".join(f"{group['name']} {group['lr']:g}" for group in groups)
+        raise ValueError(f"prodigy has one learning rate for all, got {given}: give learning_rate alone.")
+    if groups[0]["lr"] < 0.1:
+        logger.warning("prodigy multiplies the rate that it finds by learning_rate %g: 1 is usual", groups[0]["lr"])
+    return _package("prodigyopt", "optimizer prodigy").Prodigy(
+        groups,
+        lr=groups[0]["lr"],
+        beta3=args.prodigy_beta3,
+        decouple=args.prodigy_decouple,
+        use_bias_correction=args.prodigy_use_bias_correction,
+        safeguard_warmup=args.prodigy_safeguard_warmup,
+        **options,
     )
+
+
+def _package(name: str, needed_by: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"{needed_by} needs the package {name}, which can't be imported ({error}): pip install "
+            "'nara-diffusion[optimizers]'."
+        ) from error
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, args: Any, total_steps: int) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps; step it once a step, whatever the number of processes."""
+    specific = {"cosine_with_restarts": {"num_cycles": args.lr_num_cycles}, "polynomial": {"power": args.lr_power}}
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=warmup_steps(args.lr_warmup_steps, total_steps),
         num_training_steps=total_steps,
+        scheduler_specific_kwargs=specific.get(args.lr_scheduler),
     )
 
 

@@ -6,6 +6,7 @@ A run never writes into another run's folder, and never leaves a file half-writt
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,36 @@ from nara_diffusion.whole import whole_file
 
 
 def check_output_dir(output_dir: str | None, resuming: bool) -> None:
-    """Refuses a folder that the user named and that holds something, unless the run in it is resumed.
+    """Refuses a folder that can't be written, or that the user named and that holds something, unless the run in it is
+    resumed.
 
     Raises:
-        ValueError: naming what was found and the two remedies.
+        ValueError: naming what was found and the remedies.
     """
+    _check_writable(Path(output_dir or "outputs"))
     if output_dir is None or resuming:
         return
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a folder.")
     if folder.is_dir() and any(folder.iterdir()):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
         raise ValueError(
             f"--output_dir {folder} already holds another run or other files ({found}). Name a fresh folder, or add "
             "--resume_from_checkpoint latest to continue the run in it."
         )
+
+
+def _check_writable(folder: Path) -> None:
+    """Before hours of training, and without a trace: in the nearest folder above that exists."""
+    present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise ValueError(f"--output_dir {folder}: {present} is a file: name a folder.")
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {folder} can't be written ({present}: {error.strerror}): name another folder."
+        ) from error
 
 
 def create_output_dir(output_dir: str | None, name: str, root: str | Path = "outputs") -> Path:

@@ -16,10 +16,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 
 from nara_diffusion.training.checkpoints import (
+    AdapterWriter,
     find_checkpoints,
     keep_adapter_only,
     resolve_checkpoint,
     verify_checkpoint,
+    write_peft_adapter,
 )
 from nara_diffusion.training.hub import create_hub_repo
 from nara_diffusion.training.metrics import MetricLog
@@ -116,13 +118,16 @@ class Run:
         self.accelerator.end_training()
 
 
-def start_run(args: Any, name: str) -> Run:
+def start_run(args: Any, name: str, write_adapter: AdapterWriter = write_peft_adapter) -> Run:
     """Checks what can be checked before anything is loaded, starts accelerate, and seeds every generator.
 
+    Args:
+        write_adapter: writes the adapter's files into a checkpoint.
+
     Raises:
-        ValueError: the output folder holds another run; there is nothing to resume from, or it doesn't fit this run;
-            a tracker isn't installed; the schedule is unknown; accelerate sees fewer processes than were launched;
-            fp16 without a GPU.
+        ValueError: the output folder holds another run, or can't be written; there is nothing to resume from, or it
+            doesn't fit this run; a tracker isn't installed; the schedule is unknown; accelerate sees fewer processes
+            than were launched; fp16 without a GPU.
     """
     check_scheduler(args.lr_scheduler)
     _check_trackers(args.report_to)
@@ -143,7 +148,9 @@ def start_run(args: Any, name: str) -> Run:
         run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes)
     if args.push_to_hub and run.is_main:
         run.hub_id = create_hub_repo(args.hub_model_id or Path(args.output_dir).name)
-    keep_adapter_only(accelerator)
+    keep_adapter_only(accelerator, write_adapter)
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
     return run
 

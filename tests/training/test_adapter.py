@@ -1,5 +1,7 @@
 """From arguments to an adapted model and its optimizer."""
 
+import sys
+
 import pytest
 import torch
 
@@ -99,3 +101,111 @@ def test_schedules_scale_both_groups(optimizer, small_args, name: str) -> None:
     adapter, core = scheduler.get_last_lr()
     assert adapter / core == pytest.approx(100)
     assert adapter == pytest.approx(1e-2 if name == "constant" else 0.5e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "factors"),
+    [
+        ("cosine_with_restarts", {"lr_num_cycles": 2}, [1.0, 0.5, 1.0, 0.5]),
+        ("polynomial", {"lr_power": 2.0}, [1.0, 0.5625, 0.25, 0.0625]),
+    ],
+)
+def test_schedules_with_parameters(optimizer, small_args, name: str, options: dict, factors: list[float]) -> None:
+    scheduler = build_scheduler(optimizer, small_args(lr_scheduler=name, lr_warmup_steps=0, **options), total_steps=4)
+    rates = []
+    for _ in range(4):
+        rates.append(scheduler.get_last_lr()[0] / 1e-2)
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(factors, abs=1e-4)
+
+
+class TextModel(torch.nn.Module):
+    """Parameters named as those of a UNet beside its text encoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = torch.nn.ModuleDict({"nara_core": torch.nn.Linear(2, 3), "lora_A": torch.nn.Linear(2, 3)})
+        self.text_encoder, self.text_encoder_2 = torch.nn.Linear(2, 5), torch.nn.Linear(2, 7)
+
+
+def test_text_encoders_have_their_rate(small_args) -> None:
+    args = small_args(core_learning_rate=1e-4)
+    args.text_encoder_lr = 5e-6
+    groups = {group["name"]: group for group in build_optimizer(TextModel(), args).param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "adapter": 1e-2,
+        "core": 1e-4,
+        "text_encoder": 5e-6,
+    }
+    assert {name: len(group["params"]) for name, group in groups.items()} == {
+        "adapter": 2,
+        "core": 2,
+        "text_encoder": 4,
+    }
+
+
+def test_scale_lr_multiplies_every_rate_by_the_global_batch(small_args) -> None:
+    args = small_args(scale_lr=True, core_learning_rate=1e-4, train_batch_size=3, gradient_accumulation_steps=2)
+    rates = [group["lr"] for group in build_optimizer(TextModel(), args, processes=5).param_groups]
+    assert rates == pytest.approx([0.3, 3e-3, 0.3])
+
+
+def test_eight_bit_adam_takes_the_steps_of_adam(small_args) -> None:
+    pytest.importorskip("bitsandbytes")
+    small, weights = TextModel(), {}
+    start = {name: value.clone() for name, value in small.state_dict().items()}
+    for use_8bit in (False, True):
+        small.load_state_dict(start)
+        optimizer = build_optimizer(small, small_args(use_8bit_adam=use_8bit, weight_decay=0.1))
+        assert type(optimizer).__name__ == ("AdamW8bit" if use_8bit else "AdamW")
+        for step in range(3):
+            optimizer.zero_grad()
+            sum((step - parameter).square().sum() for parameter in small.parameters()).backward()
+            optimizer.step()
+        weights[use_8bit] = torch.cat([parameter.detach().flatten() for parameter in small.parameters()])
+    torch.testing.assert_close(weights[True], weights[False], rtol=1e-3, atol=1e-4)
+
+
+def test_prodigy_finds_its_rate(small_args) -> None:
+    pytest.importorskip("prodigyopt")
+    torch.manual_seed(0)
+    model = TextModel()
+    args = small_args(optimizer="prodigy", learning_rate=1.0, prodigy_beta3=0.9, weight_decay=0.0)
+    optimizer = build_optimizer(model, args)
+    assert optimizer.param_groups[0]["beta3"] == 0.9
+    losses = []
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = sum((parameter - 1).square().sum() for parameter in model.parameters())
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_prodigy_takes_one_rate(small_args, caplog) -> None:
+    pytest.importorskip("prodigyopt")
+    with pytest.raises(
+        ValueError, match=r"prodigy has one learning rate for all, got adapter 1, core 0.1, text_encoder"
+    ):
+        build_optimizer(TextModel(), small_args(optimizer="prodigy", learning_rate=1.0, core_learning_rate=0.1))
+    build_optimizer(TextModel(), small_args(optimizer="prodigy", learning_rate=1e-4))
+    assert "learning_rate 0.0001: 1 is usual" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "package"),
+    [({"use_8bit_adam": True}, "bitsandbytes"), ({"optimizer": "prodigy"}, "prodigyopt")],
+)
+def test_a_missing_package_is_named(small_args, monkeypatch, options: dict, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        ValueError, match=rf"{package}, which can't be imported.*pip install 'nara-diffusion\[optimizers"
+    ):
+        build_optimizer(TextModel(), small_args(**options))
+
+
+def test_eight_bit_prodigy_does_not_exist(small_args) -> None:
+    with pytest.raises(ValueError, match="use_8bit_adam is a form of AdamW, but the optimizer is prodigy"):
+        small_args(optimizer="prodigy", use_8bit_adam=True)

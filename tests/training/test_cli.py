@@ -29,7 +29,8 @@ class Example(Base):
     steps: int | None = option(None, "Steps.")
     dora: bool = option(False, "Norms.")
     modules: list[str] = option(["q"], "Names.")  # noqa: RUF009
-    share: float | None = option(0.5, "Share, 50 % say.")
+    share: float | None = option(0.5, "Share, 50 % say.", aliases=("part", "portion"))
+    prompts: list[str] | None = option(None, "Prompts.", sentences=True, aliases=("prompt",))  # noqa: RUF009
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,10 @@ class Example(Base):
         (["--modules", "a,b"], Example(modules=["a", "b"])),
         (["--modules", "a", "b,c"], Example(modules=["a", "b", "c"])),
         (["--share", "none", "--steps", "7"], Example(share=None, steps=7)),
+        (["--portion", "0.25"], Example(share=0.25)),
+        (["--prompts", "a dog, red", "a cat"], Example(prompts=["a dog, red", "a cat"])),
+        (["--prompt", "a dog, red"], Example(prompts=["a dog, red"])),
+        (["--prompts", "none"], Example(prompts=None)),
     ],
 )
 def test_flags(argv: list[str], expected: Example) -> None:
@@ -51,9 +56,10 @@ def test_flags(argv: list[str], expected: Example) -> None:
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     # 1e-3 without a point is text to YAML 1.1, and still a number to us
-    file.write_text("rank: 5\nrate: 1e-3\nmodules: [x, y]\nshare: null\ndora: true\n")
+    file.write_text("rank: 5\nrate: 1e-3\nmodules: [x, y]\nshare: null\ndora: true\nprompts: ['a dog, red', a cat]\n")
     args = parse_arguments(Example, ["--config", str(file), "--rank", "6", "--no-dora"])
-    assert args == Example(rank=6, rate=1e-3, modules=["x", "y"], share=None, dora=False)
+    prompts = ["a dog, red", "a cat"]
+    assert args == Example(rank=6, rate=1e-3, modules=["x", "y"], share=None, dora=False, prompts=prompts)
 
 
 @pytest.mark.parametrize(

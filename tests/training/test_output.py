@@ -1,5 +1,7 @@
 """Folders that hold one run, files that are whole or absent."""
 
+from pathlib import Path
+
 import pytest
 
 from nara_diffusion.training.output import check_output_dir, create_output_dir, write_json
@@ -33,8 +35,20 @@ def test_a_named_folder_may_be_new_or_empty(tmp_path) -> None:
 
 def test_a_file_is_no_folder(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file: name a folder"):
+    with pytest.raises(ValueError, match=r"file is a file: name a folder"):
         check_output_dir(str(tmp_path / "file"), resuming=False)
+
+
+@pytest.mark.parametrize("resuming", [False, True])
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, resuming: bool) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"tmp.*/file/run: .*/file is a file: name a folder"):
+        check_output_dir(str(tmp_path / "file" / "run"), resuming)
+    if Path("/proc").is_dir():  # a place where nobody may write, root neither
+        with pytest.raises(ValueError, match=r"--output_dir /proc/run can't be written \(/proc: .*\): name another"):
+            check_output_dir("/proc/run", resuming)
+    check_output_dir(str(tmp_path / "new" / "run"), resuming)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path) -> None:
