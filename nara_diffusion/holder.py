@@ -18,6 +18,7 @@ from .core import IdentityCore
 from .cores import build_core
 from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
+from .offload import onload_cores
 from .recompute import checkpoint_with_core, checkpoint_without_core
 from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_one_sample, on_device_of
 
@@ -241,6 +242,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             return {}
         if torch.is_grad_enabled():
             checkpoint_with_core(root, self.channel)
+        onload_cores(root)
         return self.cores_at(self._signals_for(root, names, args, kwargs), names)
 
     def _check_merged_level(self) -> None:

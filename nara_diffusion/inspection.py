@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .holder import on_device_of
 from .noise import as_signals, core_holders
+from .offload import onloaded_cores
 
 
 def core_matrix(
@@ -35,7 +36,8 @@ def core_matrix(
         core = cores[_group_of(model, module, adapter_name, list(cores))]
     if core.needs_density and mask_density is None:
         raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")
-    return core(*on_device_of(core, as_signals(noise_level, mask_density)))
+    with onloaded_cores(model):
+        return core(*on_device_of(core, as_signals(noise_level, mask_density)))
 
 
 def _cores_of(model: nn.Module, adapter_name: str) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .channel import CoreChannel
 from .core import add_product, add_scaled_product, factored_row_norm, mix, mix_channels, times_core
-from .offload import is_offloaded, onloaded
+from .offload import check_not_grouped, is_managed, onloaded
 from .quantized import base_weight, check_mergeable
 
 
@@ -81,10 +81,15 @@ class NaraVariant(LoraVariant):
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one."""
-        if is_offloaded(*_weights(module, active_adapter)):
-            with onloaded(module):
+        read = self.reads(module, active_adapter)
+        if any(map(is_managed, read)):
+            with onloaded(*read):
                 return self._update_any(module, active_adapter, x, result)
         return self._update_any(module, active_adapter, x, result)
+
+    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+        """The modules whose weights `update` reads without calling them."""
+        return ()
 
     def _update_any(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         if x.dim() < self.batched_dims(module):
@@ -102,6 +107,7 @@ class NaraVariant(LoraVariant):
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at one C."""
         check_mergeable(module, active_adapter, self.layer_name)
+        check_not_grouped(module.get_base_layer(), self.layer_name)
         rank = module.r[active_adapter]
         core = self.core_to_merge(*self.key)[:, :rank, :rank]
         factor = self.merge_factor(module, active_adapter, core)
@@ -126,6 +132,9 @@ class NaraVariant(LoraVariant):
 class NaraLinear(NaraVariant):
     """y = W0 x + b + s B C A x, the last product onto the base layer's output."""
 
+    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+        return (module.lora_B[active_adapter],)
+
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         B = module.lora_B[active_adapter]
         core = self.batch_core(module.r[active_adapter], x.shape[0])
@@ -140,6 +149,9 @@ class NaraEmbedding(NaraVariant):
 
     def batched_dims(self, module: Any) -> int:
         return 1
+
+    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+        return module.lora_embedding_A, module.lora_embedding_B
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         core = self.batch_core(module.r[active_adapter], x.shape[0])
@@ -169,6 +181,10 @@ class NaraDoraLinear(NaraVariant):
 
     With dropout, as in PEFT, the dropped input also goes through the magnitude's share of the base product.
     """
+
+    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+        factors = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        return *factors, module.get_base_layer(), module.lora_magnitude_vector[active_adapter]
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]

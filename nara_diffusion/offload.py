@@ -1,6 +1,11 @@
-"""Weights that accelerate keeps elsewhere (CPU or disk offload) and brings in only for a module's own `forward`.
+"""Weights that are brought in, or brought to the dtype of computing, only for their own module's `forward`.
 
-The forward rules read B, W0 and the magnitude without calling their modules, so they bring them in themselves.
+    accelerate     `_hf_hook`          CPU and disk offload: elsewhere, the weights are on "meta"
+    Diffusers      `_diffusers_hook`   group offloading: elsewhere, they are on the CPU, or left without values on disk;
+                                       layerwise casting: elsewhere, they are in a storage dtype such as float8
+
+What reads weights without calling their module, as the forward rules read B, W0 and the magnitude, and the root's
+hook reads the cores, has to see to that itself.
 """
 
 from __future__ import annotations
@@ -10,26 +15,104 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
-def is_offloaded(*weights: Tensor) -> bool:
-    """Whether one of `weights` is elsewhere now."""
-    return any(weight.is_meta for weight in weights)
+def is_managed(module: nn.Module) -> bool:
+    """Whether accelerate or Diffusers have put a hook around the forward of `module` itself."""
+    return "_hf_hook" in vars(module) or "_diffusers_hook" in vars(module)
 
 
 @contextmanager
-def onloaded(module: nn.Module) -> Iterator[None]:
-    """Inside, the offloaded weights of `module` and of all modules below it are where they compute."""
-    hooked = [(below, below._hf_hook) for below in module.modules() if _offloads(getattr(below, "_hf_hook", None))]
-    for below, hook in hooked:
-        hook.pre_forward(below)  # type: ignore[union-attr, operator]
+def onloaded(*modules: nn.Module) -> Iterator[None]:
+    """Inside, the weights of `modules` and of all modules below them are where, and in the dtype, they compute."""
+    managed = [(below, hook) for module in modules for below in module.modules() for hook in _hooks_of(below)]
+    for module, hook in managed:
+        hook.pre_forward(module)
     try:
         yield
     finally:
-        for below, hook in hooked:
-            hook.post_forward(below, torch.empty(0))  # type: ignore[union-attr, operator]
+        for module, hook in reversed(managed):
+            hook.post_forward(module, torch.empty(0))
 
 
-def _offloads(hook: Any) -> bool:
-    return bool(getattr(hook, "offload", False))
+def _hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks around the forward of `module`, the outermost first, in the order in which its call would run them.
+
+    All that are in Diffusers' registry: one keeps count of calls, by which weights are fetched in advance.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    theirs = [] if registry is None else list(reversed(registry.hooks.values()))
+    return [*_offloading_hooks(getattr(module, "_hf_hook", None)), *theirs]
+
+
+def _offloading_hooks(hook: Any) -> list[Any]:
+    """Those of accelerate that offload, out of one hook or a sequence."""
+    parts = getattr(hook, "hooks", [hook])
+    return [part for part in parts if getattr(part, "offload", False)]
+
+
+# ---------------------------------------------------------------------- the root
+
+
+def compute_device(module: nn.Module) -> torch.device | None:
+    """Where `module` computes, though its weights may be elsewhere now; None if it has none."""
+    tensors = (*module.parameters(), *module.buffers())
+    executed = (device for below in module.modules() for device in _execution_devices(below))
+    here = (tensor.device for tensor in tensors if not tensor.is_meta)
+    return next(executed, None) or next(here, None)
+
+
+def _execution_devices(module: nn.Module) -> list[torch.device]:
+    devices = []
+    for hook in _hooks_of(module):
+        group = getattr(hook, "group", None)
+        device = getattr(hook, "execution_device", None) if group is None else group.onload_device
+        if device is not None:
+            devices.append(torch.device(device))
+    return devices
+
+
+def onload_cores(root: nn.Module) -> None:
+    """Read the cores of `root` if group offloading keeps them on disk; its forward, which follows, takes them away.
+
+    (With weights kept on the CPU there is no need: the cores are small enough to compute there.)
+    """
+    for group in _groups_of_cores(root):
+        group.onload_()
+
+
+@contextmanager
+def onloaded_cores(model: nn.Module) -> Iterator[None]:
+    """Inside, the cores at or below `model` have their values in memory, though group offloading keeps them on disk."""
+    groups = [group for module in model.modules() for group in _groups_of_cores(module)]
+    for group in groups:
+        group.onload_()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.offload_()
+
+
+def _groups_of_cores(root: nn.Module) -> list[Any]:
+    groups = [hook.group for hook in _hooks_of(root) if hasattr(hook, "group")]
+    return [group for group in groups if group.offload_to_disk_path is not None and any(map(_is_holder, group.modules))]
+
+
+def _is_holder(module: nn.Module) -> bool:
+    return getattr(type(module), "is_core_holder", False)
+
+
+def check_not_grouped(layer: nn.Module, layer_name: str) -> None:
+    """Refuse to merge into a weight that group offloading keeps a copy of, from which it would be read again.
+
+    Raises:
+        ValueError: `layer` is a group of its own, kept on disk or in pinned memory.
+    """
+    for group in (hook.group for hook in _hooks_of(layer) if hasattr(hook, "group")):
+        if group.offload_to_disk_path is not None or group.stream is not None:
+            raise ValueError(
+                f"Layer '{layer_name}' cannot be merged: group offloading keeps a copy of its weight, which would come "
+                "back at the next forward. Merge first, then call enable_group_offload()."
+            )

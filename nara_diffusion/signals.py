@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import NaraConfig
 from .noise import NoiseSignals, NoiseSource
+from .offload import compute_device
 
 
 def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
@@ -77,8 +78,6 @@ def denoiser_hint(root: nn.Module) -> str:
 def on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
     """λ and the mask density where `core` computes."""
     assert signals is not None
-    tensors = (*core.parameters(), *core.buffers())
-    # all on "meta": offloaded, and brought in by the core's own modules
-    device = next((tensor.device for tensor in tensors if not tensor.is_meta), signals.noise_level.device)
     level, density = signals
+    device = compute_device(core) or level.device
     return level.to(device), None if density is None else density.to(device)

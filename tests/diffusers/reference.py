@@ -1,0 +1,84 @@
+"""An independent reference for whole pipelines: the plain denoiser with W0 + s·B·C(λ)·A written in at each call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.adapted import core_by_hand, disturb, nara_config
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+UNET_TARGETS = [*ATTENTION, "proj_in", "conv1", "time_emb_proj"]
+"""Linear layers and convolutions, inside attention and outside."""
+
+
+def level_of(timestep: Any) -> float:
+    """λ of a discrete schedule's timestep that a batch shares, by hand."""
+    values = torch.as_tensor(timestep).double().flatten().unique().tolist()
+    assert len(values) == 1, values
+    return values[0] / 1000
+
+
+def adapt(model: nn.Module, targets: list[str] | None = None, **changes: Any) -> tuple[Any, Any]:
+    """`model` with a disturbed NaRA adapter, and a plain copy of it for `follow`."""
+    plain = copy.deepcopy(model)
+    model.add_adapter(nara_config(target_modules=targets or UNET_TARGETS, **changes))  # type: ignore[operator]
+    disturb(model)
+    return model.eval(), plain.eval()
+
+
+def updates_at(adapted: nn.Module, level: float) -> dict[str, Tensor]:
+    """s · B · C(λ) · A of each adapted layer, float64, in the shape of its weight, from the state dict alone."""
+    state, config = adapted.state_dict(), adapted.peft_config["default"]  # type: ignore[index]
+    core = core_by_hand(state, "nara_core.cores.default.global.", config, torch.tensor([level], dtype=torch.float64))[0]
+    found = {}
+    for key, A in state.items():
+        name, is_a, _ = key.partition(".lora_A.")
+        if is_a:
+            B = state[key.replace(".lora_A.", ".lora_B.")].double().flatten(1)
+            delta = config.lora_alpha / config.r * torch.einsum("or,rs,si->oi", B, core, A.double().flatten(1))
+            found[name] = delta.view(-1, *A.shape[1:])
+    assert found
+    return found
+
+
+def write(plain: nn.Module, base: dict[str, Tensor], updates: dict[str, Tensor]) -> None:
+    """W0 + ΔW into the weights of `plain`."""
+    for name, delta in updates.items():
+        weight = plain.get_submodule(name).weight
+        weight.data = (base[f"{name}.weight"].double() + delta).to(weight.dtype)  # type: ignore[operator, union-attr]
+
+
+def follow(
+    plain: Any,
+    adapted: nn.Module,
+    level: Callable[[Any], float] = level_of,
+    argument: str = "timestep",
+    position: int = 1,
+) -> list[float]:
+    """At each call of `plain`, its weights become those of `adapted` at the λ of that call; → the λ so far.
+
+    Args:
+        level: the argument of the call → λ. argument, position: where that argument is.
+    """
+    base = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    levels: list[float] = []
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        levels.append(level(kwargs[argument] if argument in kwargs else args[position]))
+        write(plain, base, updates_at(adapted, levels[-1]))
+
+    plain.register_forward_pre_hook(before, with_kwargs=True)
+    return levels
+
+
+def watch(adapted: nn.Module, adapter: str = "default") -> list[list[float]]:
+    """The λ of each forward as the core is told it, one list a forward."""
+    levels: list[list[float]] = []
+    core = adapted.get_submodule(f"nara_core.cores.{adapter}.global")
+    core.register_forward_pre_hook(lambda _, args: levels.append(args[0].tolist()))
+    return levels

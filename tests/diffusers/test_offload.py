@@ -1,0 +1,129 @@
+"""Offload by accelerate (model, sequential, disk) and by Diffusers (groups): the same numbers as without.
+
+Everything runs on the CPU, where a weight that is elsewhere still shows: accelerate leaves it on "meta", and group
+offloading to disk leaves memory that is filled with NaN here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor
+
+from nara_diffusion import core_matrix, noise_level
+from tests.adapted import disturb, nara_config, relative_error
+from tests.diffusers.reference import UNET_TARGETS
+from tests.small_pipelines import pixels, small_sd, small_unet
+
+CPU = torch.device("cpu")
+TIMESTEPS = torch.tensor([20, 500, 900])
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+
+
+def adapted_unet(**changes: Any) -> Any:
+    model = small_unet(16)
+    model.add_adapter(nara_config(target_modules=UNET_TARGETS, **changes))
+    disturb(model)
+    return model
+
+
+def run(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    sample, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 16, generator=generator)
+    with torch.no_grad():
+        return model(sample, TIMESTEPS, text).sample
+
+
+def groups(kind: str, on_disk: bool) -> Callable[[Any, Path], None]:
+    def offload(model: Any, folder: Path) -> None:
+        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        disk = {"offload_to_disk_path": str(folder)} if on_disk else {}
+        model.enable_group_offload(CPU, CPU, kind, **blocks, **disk)
+
+    return offload
+
+
+OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
+    "model": lambda model, _: accelerate.cpu_offload_with_hook(model, CPU),
+    "sequential": lambda model, _: accelerate.cpu_offload(model, CPU, offload_buffers=True),
+    "disk": lambda model, folder: accelerate.disk_offload(model, folder, CPU, offload_buffers=True),
+    "groups of blocks": groups("block_level", False),
+    "groups of leaves": groups("leaf_level", False),
+    "groups of blocks on disk": groups("block_level", True),
+    "groups of leaves on disk": groups("leaf_level", True),
+}
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_offloaded_denoiser_gives_the_same_numbers(offload, use_dora, tmp_path):
+    model = adapted_unet(use_dora=use_dora)
+    expected = run(model)
+    with noise_level(model, 0.5):
+        assert relative_error(run(model), expected) > 1e-2
+    OFFLOADS[offload](model, tmp_path)
+    for _ in range(2):  # the second time after weights have been taken away again
+        assert relative_error(run(model), expected) < 1e-4  # weights read from disk lie elsewhere: other kernels
+
+
+@pytest.mark.parametrize("core_type", ["constant", "hypernetwork"])
+def test_cores_on_disk_can_be_looked_at(core_type, tmp_path):
+    model = adapted_unet(core_type=core_type, core_sharing="module_type")
+    expected = core_matrix(model, 0.3, module="mid_block.attentions.0.proj_in")
+    groups("block_level", True)(model, tmp_path)
+    assert torch.equal(core_matrix(model, 0.3, module="mid_block.attentions.0.proj_in"), expected)
+    run(model)
+    assert torch.equal(core_matrix(model, 0.3, module="mid_block.attentions.0.proj_in"), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "group"])
+def test_a_pipeline_gives_the_same_pixels(offload, when):
+    def enable(pipe: Any) -> None:
+        if offload == "group":
+            pipe.enable_group_offload(CPU, CPU, "leaf_level")
+        else:
+            getattr(pipe, offload)(device="cpu")
+
+    def add(pipe: Any) -> None:
+        pipe.unet.add_adapter(nara_config(target_modules=UNET_TARGETS))
+        disturb(pipe.unet)
+
+    plain, pipe = small_sd(), small_sd()
+    add(plain)
+    for step in (enable, add) if when == "before" and offload != "enable_sequential_cpu_offload" else (add, enable):
+        step(pipe)
+    assert torch.equal(pixels(pipe), pixels(plain))
+
+
+def test_merging_into_a_weight_that_is_kept_on_disk_is_refused(tmp_path):
+    """What would be merged would be lost when the weight is read again."""
+    model = adapted_unet()
+    expected = run(model)
+    groups("leaf_level", True)(model, tmp_path)
+    with noise_level(model, 0.5), pytest.raises(ValueError, match=r"cannot be merged: group offloading keeps a copy"):
+        model.fuse_lora()
+    assert relative_error(run(model), expected) < 1e-4
+
+
+def test_merging_into_a_weight_of_a_group_in_memory_stays():
+    model = adapted_unet()
+    with noise_level(model, 0.5):
+        expected = run(model)
+        groups("leaf_level", False)(model, Path())
+        model.fuse_lora()
+    assert relative_error(run(model), expected) < 1e-4
