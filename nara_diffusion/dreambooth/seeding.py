@@ -28,8 +28,3 @@ def torch_generator(seed: int, stream: str, index: int) -> torch.Generator:
 def seeded_normal(shape: Sequence[int], *, seed: int, stream: str, indices: Sequence[int]) -> torch.Tensor:
     """Standard normal float32 numbers (b, *shape) on the CPU: row i depends on (seed, stream, indices[i]) alone."""
     return torch.stack([torch.randn(*shape, generator=torch_generator(seed, stream, int(i))) for i in indices])
-
-
-def seeded_uniform(*, seed: int, stream: str, indices: Sequence[int]) -> torch.Tensor:
-    """Uniform float64 numbers (b,) in [0, 1): one for each index."""
-    return torch.tensor([numpy_generator(seed, stream, int(i)).random() for i in indices], dtype=torch.float64)

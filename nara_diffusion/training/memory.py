@@ -52,7 +52,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    return any(mark in text for mark in ("out of memory", "can't allocate memory", "alloc_failed"))
+    return isinstance(error, RuntimeError) and any(
+        mark in text for mark in ("out of memory", "can't allocate memory", "alloc_failed")
+    )
 
 
 def remedies(args: Any) -> list[str]:

@@ -71,7 +71,7 @@ def test_other_words_are_refused(text: str, message: str) -> None:
 
 
 def test_a_resolution_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="1000 x 1000 pixels doesn't fit this model: both sides .* multiples of 64"):
+    with pytest.raises(ValueError, match=r"1000 x 1000 pixels doesn't fit this model: both sides .* multiples of 64"):
         make_buckets(1000)
     with pytest.raises(ValueError, match=r"max_ratio is 0\.5, expected 1 or more"):
         make_buckets(1024, max_ratio=0.5)

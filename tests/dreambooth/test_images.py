@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from nara_diffusion.dreambooth.images import MAX_PIXELS, ImageError, decode_image, image_files, load_image
+
 from .pictures import gradient, noise
 
 
