@@ -25,6 +25,8 @@ from .signals import arguments_of, check_batch, check_convention, denoiser_hint,
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
 
+_MERGE_REMEDY = "Pass noise_level=…, or merge inside `with noise_level(model, value):`."
+
 
 class CoreHolder(nn.Module, BaseTunerLayer):
     """Holds `cores[adapter][group]` for one adapted model and feeds its layers through `channel`.
@@ -168,7 +170,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ merging at one λ
 
-    def signals_to_merge(self, names: list[str]) -> NoiseSignals | None:
+    def signals_to_merge(self, names: list[str], remedy: str = _MERGE_REMEDY) -> NoiseSignals | None:
         """The signals, of one sample, at which the named adapters are to be merged; None if they need none.
 
         Raises:
@@ -177,12 +179,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if not self.depend_on_noise(names):
             return None
         signals, merged = active_signals(self.channel) or self.merged_signals, self.merged_signals
-        self.check_signals(
-            signals,
-            names,
-            "a λ-dependent update can only be merged at one λ. Pass noise_level=…, or merge inside "
-            "`with noise_level(model, value):`.",
-        )
+        self.check_signals(signals, names, f"a λ-dependent update can only be merged at one λ. {remedy}")
         signals = of_one_sample(signals)  # type: ignore[arg-type]
         if merged is not None and signals.noise_level.item() != merged.noise_level.item():
             raise ValueError(
@@ -223,8 +220,8 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable(recursive=True)
     def _before_forward(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        if not hasattr(root, "peft_config"):
-            self.detach(root)  # adapters were unloaded by what does not know of cores, such as Diffusers' `unload_lora`
+        if not getattr(root, "peft_config", None):
+            self.detach(root)  # adapters were unloaded by what does not know of cores
             return
         self.channel.begin(self._frame_for(root, args, kwargs))
 

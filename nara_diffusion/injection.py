@@ -49,6 +49,13 @@ class Injection:
             weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)
 
 
+def drop_idle_holder(root: nn.Module) -> None:
+    """Take the holder off `root`, with its hooks and its source of λ, if no adapter is left to serve."""
+    holder = root._modules.get(HOLDER_NAME)
+    if isinstance(holder, CoreHolder) and not (holder.cores and getattr(root, "peft_config", None)):
+        holder.detach(root)
+
+
 @contextmanager
 def without_holder(root: nn.Module) -> Iterator[None]:
     """Inside, PEFT does not see the cores, whose parts are named as a base model's may be ("embeddings", "layers")."""

@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import (
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
-from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from .checkpoint import check_adapter_tensors, refuse_name_in_key
@@ -21,7 +20,7 @@ from .config import NaraConfig
 from .cores import build_core
 from .denoisers import denoiser_of
 from .holder import HOLDER_NAME, CoreHolder
-from .injection import Injection, without_holder
+from .injection import Injection, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
 from .rules import check_target, rule_for
@@ -55,6 +54,7 @@ class NaraModel(MergesAtOneLevel):
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
         self._check_name(model, adapter_name, config)
+        drop_idle_holder(model)  # its source of λ was set for adapters that are gone
         holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder(
             denoiser_of(model), config.noise_convention
         )
@@ -67,10 +67,11 @@ class NaraModel(MergesAtOneLevel):
                 super().inject_adapter(
                     model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
                 )
-            with init_empty_weights(include_buffers=True) if low_cpu_mem_usage else nullcontext():
+            with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 holder.add(adapter_name, config, self._injecting.ranks, convention_stated)
         except Exception:
             self._injecting.undo(adapter_name)
+            getattr(model, "peft_config", {}).pop(adapter_name, None)
             raise
         finally:
             injected, self._injecting = self._injecting, None
@@ -86,7 +87,7 @@ class NaraModel(MergesAtOneLevel):
     def _create_and_replace(  # type: ignore[override]
         self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
-        group = _group(lora_config.core_sharing, current_key)
+        group = core_group(lora_config.core_sharing, current_key)
         refuse_name_in_key(f"{_PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
         if lora_config.core_type != "identity":
             check_target(target, lora_config.use_dora, current_key)
@@ -118,6 +119,11 @@ class NaraModel(MergesAtOneLevel):
             refuse_name_in_key(".".join(parts), others)
 
     # ------------------------------------------------------------------ unloading
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As `peft.LoraModel.delete_adapter`; with the last NaRA adapter its cores' holder goes too."""
+        super().delete_adapter(adapter_name)
+        drop_idle_holder(self.model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -242,7 +248,7 @@ class NaraModel(MergesAtOneLevel):
         return mapped
 
 
-def _group(sharing: str, module_name: str) -> str:
+def core_group(sharing: str, module_name: str) -> str:
     """The name of the core that an adapted module reads: one for all, one for modules of its name, or its own."""
     if sharing == "global":
         return "global"

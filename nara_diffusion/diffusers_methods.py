@@ -1,0 +1,160 @@
+"""What Diffusers' own adapter methods have to know of cores, put around them once.
+
+Diffusers walks over the layers of a model. The holder of the cores stands at the model's root, outside of its blocks:
+
+    set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none
+    set_lora_device    moves what each layer has as A and B, which the root's has not
+    fuse_lora          merges layer by layer, and would leave half of them merged if λ turns out to be unknown
+    unload_lora, …     put the layers' base back, and would leave the holder with its hooks and its source of λ
+    load_lora_…        take a part of a file's tensors for the whole: a NaRA's file is refused before
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import diffusers.loaders.lora_base as lora_base
+import diffusers.loaders.lora_pipeline as lora_pipeline
+import diffusers.loaders.peft as peft_loaders
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.peft import PeftAdapterMixin
+from safetensors import safe_open
+
+from .holder import HOLDER_NAME, CoreHolder
+from .injection import drop_idle_holder, without_holder
+from .loaders.adapters import adapters_of, unwrap
+from .loaders.format import METADATA_KEY, is_core_key
+
+_FUSE_REMEDY = "fuse_lora works at one λ: call it inside `with noise_level(pipe.unet, value):` (or pipe.transformer)."
+
+_REFUSAL = (
+    "holds a NaRA adapter, of which loading as a LoRA would leave out the core: load it by pipe.load_nara_weights(…)."
+)
+
+
+def extend_diffusers_methods() -> None:
+    """Put the functions below around Diffusers'. Harmless when repeated."""
+    _around(PeftAdapterMixin, "set_adapters", _set_adapters)
+    _around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
+    _around(PeftAdapterMixin, "unload_lora", _unload_lora)
+    _around(PeftAdapterMixin, "delete_adapters", _delete_adapters)
+    _around(LoraBaseMixin, "fuse_lora", _fuse_pipeline)
+    _around(LoraBaseMixin, "set_lora_device", _set_lora_device)
+    _around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up)
+    _around(LoraBaseMixin, "delete_adapters", _then_tidy_up)
+    _around(lora_pipeline, "_fetch_state_dict", _fetch_state_dict)
+    _around(peft_loaders, "_fetch_state_dict", _fetch_state_dict)
+    _around(lora_base, "_load_sft_state_dict_metadata", _load_metadata)
+
+
+def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Let `owner.name(…)` be `function(original, …)`."""
+    original = getattr(owner, name)
+    if getattr(original, "knows_cores", False):
+        return
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    wrapper.knows_cores = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapper)
+
+
+def _holder_of(model: Any) -> CoreHolder | None:
+    holder = getattr(model, HOLDER_NAME, None)
+    return holder if isinstance(holder, CoreHolder) else None
+
+
+def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, *args: Any, **kwargs: Any) -> None:
+    with without_holder(model):
+        original(model, adapter_names, *args, **kwargs)
+    holder = _holder_of(model)
+    if holder is not None:
+        holder.set_adapter(adapter_names)
+
+
+def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device: Any) -> None:
+    models = [model for name in pipe._lora_loadable_modules if (model := getattr(pipe, name, None)) is not None]
+    with ExitStack() as hidden:
+        for model in models:
+            hidden.enter_context(without_holder(model))
+        original(pipe, adapter_names, device)
+    for holder in filter(None, map(_holder_of, models)):
+        for name in adapter_names:
+            holder._move_adapter_to_device_of_base_layer(name, torch.device(device))
+
+
+def _fuse_lora(
+    original: Any,
+    model: Any,
+    lora_scale: float = 1.0,
+    safe_fusing: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    _check_fusable(model, adapter_names)
+    original(model, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+
+
+def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+    names = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
+    for component in components or []:  # before the first of them is changed
+        _check_fusable(getattr(pipe, component, None), names)
+    original(pipe, components, *args, **kwargs)
+
+
+def _check_fusable(model: Any, adapter_names: list[str] | None) -> None:
+    holder = _holder_of(model)
+    if holder is not None:
+        names = holder.active_adapters if adapter_names is None else adapter_names
+        holder.signals_to_merge([name for name in names if name in holder.cores], _FUSE_REMEDY)
+
+
+def _unload_lora(original: Any, model: Any) -> None:
+    holder = _holder_of(model)
+    if holder is not None:
+        holder.detach(model)
+    original(model)
+
+
+def _delete_adapters(original: Any, model: Any, adapter_names: list[str] | str) -> None:
+    names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+    if _holder_of(model) is not None and not adapters_of(model).keys() - names:
+        model.unload_lora()  # Diffusers would leave every layer in an empty wrapper
+        return
+    original(model, adapter_names)
+    drop_idle_holder(model)
+
+
+def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
+    """For text encoders, which Diffusers empties by functions of its own."""
+    original(pipe, *args, **kwargs)
+    for component in pipe._lora_loadable_modules:
+        model: Any = getattr(pipe, component, None)
+        if _holder_of(model) is None:
+            continue
+        drop_idle_holder(model)
+        if not adapters_of(model):
+            unwrap(model)
+
+
+def _fetch_state_dict(original: Any, *args: Any, **kwargs: Any) -> Any:
+    fetched = original(*args, **kwargs)
+    _refuse_cores(fetched[0])
+    return fetched
+
+
+def _load_metadata(original: Any, model_file: str) -> Any:
+    with safe_open(model_file, framework="pt", device="cpu") as file:
+        if METADATA_KEY in (file.metadata() or {}):
+            raise ValueError(f"'{model_file}' {_REFUSAL}")
+    return original(model_file)
+
+
+def _refuse_cores(keys: Iterable[str]) -> None:
+    if any(is_core_key(key) for key in keys):
+        raise ValueError(f"What was given {_REFUSAL}")

@@ -1,0 +1,183 @@
+"""Whether an adapter's part fits a component of a pipeline: asked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from nara_diffusion.checkpoint import check_adapter_tensors
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.cores import build_core
+from nara_diffusion.denoisers import denoiser_of
+from nara_diffusion.holder import HOLDER_NAME
+from nara_diffusion.model import core_group
+from nara_diffusion.signals import with_convention
+
+from .format import AdapterPart, is_core_key
+
+_OTHER_BASE = "It was trained on another base model: load the pipeline that it was trained on."
+
+
+def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name: str) -> None:
+    """Raises ValueError if `part` does not fit `model`, the pipeline's `component`, in any way that can be told."""
+    check_storable(part.config, component)
+    modules = dict(_base_modules(model))
+    adapted = {_module_of(key) for key in part.tensors if not is_core_key(key)}
+    unknown = sorted(adapted - modules.keys())
+    if unknown:
+        raise ValueError(f"{component} ({type(model).__name__}) has no module {_some(unknown)}. {_OTHER_BASE}")
+    targets = {name for name in modules if check_target_module_exists(part.config, name)}
+    if targets - adapted:
+        raise ValueError(
+            f"The adapter's target_modules select {_some(sorted(targets - adapted))} in {component}, for which it has "
+            f"no tensors: a part of its keys is missing, or it was trained on another base model."
+        )
+    if adapted - targets:
+        raise ValueError(
+            f"The adapter holds tensors for {_some(sorted(adapted - targets))} in {component}, which its own "
+            "target_modules do not select: damaged."
+        )
+    for name in sorted(adapted):
+        _check_fits_layer(modules[name], f"{component}.{name}", rank_of(part.config, name), part, name)
+    expected = expected_tensors(model, part)
+    if expected is not None:
+        check_adapter_tensors(part.tensors, expected, expected, f"{HOLDER_NAME}.")
+    _check_convention(model, part.config, adapter_name)
+
+
+def check_storable(config: NaraConfig, component: str) -> None:
+    """Raises ValueError for what changes the base model, so that unloading could not give it back."""
+    for field in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if getattr(config, field, None):
+            raise ValueError(_refusal(component, f"{field}={getattr(config, field)!r}"))
+    if config.bias != "none":
+        raise ValueError(_refusal(component, f"bias={config.bias!r}"))
+    if config.changes_base:
+        raise ValueError(_refusal(component, f"init_lora_weights={config.init_lora_weights!r}"))
+
+
+def _refusal(component: str, what: str) -> str:
+    return (
+        f"The adapter of {component} has {what}, which changes the base model itself, so that unloading could not give "
+        "it back: train without it, or use peft.PeftModel's save_pretrained and from_pretrained on the component."
+    )
+
+
+def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor] | None:
+    """Name → a tensor of the shape that it needs, without memory; None if a layer's kind is not known here."""
+    config, modules = part.config, dict(_base_modules(model))
+    expected: dict[str, Tensor] = {}
+    groups: dict[str, int] = {}
+    for name in {_module_of(key): None for key in part.tensors if not is_core_key(key)}:
+        rank = rank_of(config, name)
+        shapes = _shapes(_base_layer(modules[name]), rank, config)
+        if shapes is None:
+            return None
+        expected |= {f"{name}.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        group = core_group(config.core_sharing, name)
+        groups[group] = max(rank, groups.get(group, 0))
+    with torch.device("meta"):
+        for group, rank in groups.items():
+            core = build_core(config, rank).state_dict()
+            expected |= {f"{HOLDER_NAME}.{group}.{key}": tensor for key, tensor in core.items()}
+    return expected
+
+
+def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, ...]] | None:
+    """The tensors of one adapted layer, as PEFT names them in a checkpoint."""
+    if isinstance(layer, nn.Embedding):
+        return {
+            "lora_embedding_A": (rank, layer.num_embeddings),
+            "lora_embedding_B": (layer.embedding_dim, rank),
+        }
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        ones = (1,) * len(layer.kernel_size)
+        d_out, magnitude = layer.out_channels, (1, layer.out_channels, *ones)
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A.weight": (rank, layer.in_channels, *layer.kernel_size),
+            "lora_B.weight": (d_out, rank // layer.groups, *ones),
+        }
+    elif isinstance(layer, nn.Linear):
+        d_out, magnitude = layer.out_features, (layer.out_features,)
+        shapes = {"lora_A.weight": (rank, layer.in_features), "lora_B.weight": (d_out, rank)}
+    else:
+        return None
+    if config.lora_bias:
+        shapes["lora_B.bias"] = (d_out,)
+    if config.use_dora:
+        shapes["lora_magnitude_vector"] = magnitude
+    return shapes
+
+
+def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart, name: str) -> None:
+    """The two ways in which A and B go wrong that deserve words of their own: another base model, another rank."""
+    shapes = _shapes(_base_layer(layer), rank, part.config) or {}
+    for key, row in (("lora_A.weight", 0), ("lora_B.weight", 1)):
+        tensor, shape = part.tensors.get(f"{name}.{key}"), shapes.get(key)
+        if tensor is None or shape is None or tensor.dim() < 2:
+            continue
+        if len(shape) != tensor.dim() or tensor.shape[1 - row] != shape[1 - row]:
+            raise ValueError(
+                f"{key} of {where} has shape {tuple(tensor.shape)} in the adapter, this layer needs {shape}. "
+                f"{_OTHER_BASE}"
+            )
+        if tensor.shape[row] != shape[row]:
+            raise ValueError(
+                f"{key} of {where} has shape {tuple(tensor.shape)}, but the adapter's configuration says rank {rank}, "
+                f"which is {shape}: the tensors and the configuration are not of one adapter."
+            )
+
+
+def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -> None:
+    holder = getattr(model, HOLDER_NAME, None)
+    denoiser = denoiser_of(model)
+    if holder is not None:
+        source = holder.source
+    else:
+        source = None if denoiser is None else denoiser.source(config.noise_convention)
+    with_convention(config, source, adapter_name)
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The base model's modules by name, adapted ones in their wrapper; neither adapters nor cores."""
+    left = [("", model)]
+    while left:
+        prefix, module = left.pop()
+        for name, child in module._modules.items():
+            if child is None or getattr(type(child), "is_core_holder", False):
+                continue
+            path = f"{prefix}{name}"
+            yield path, child
+            if not isinstance(child, BaseTunerLayer):
+                left.append((f"{path}.", child))
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _module_of(key: str) -> str:
+    """down.0.to_q.lora_A.weight → down.0.to_q"""
+    return key.partition(".lora_")[0]
+
+
+def rank_of(config: NaraConfig, name: str) -> int:
+    """The rank of the adapted module of that name."""
+    return by_pattern(config.rank_pattern, name, config.r)
+
+
+def by_pattern(pattern: dict[str, int] | None, name: str, default: int) -> int:
+    """What PEFT's rank_pattern or alpha_pattern says of a module."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), default)  # type: ignore[arg-type]
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,179 @@
+"""Hotswap: an adapter's weights replaced in place, so that a compiled model runs on without recompilation.
+
+Ranks may differ up to the one that `enable_lora_hotswap(target_rank=R)` has made room for. A layer then holds
+A (R, d_in) and B (d_out, R), and its core C (R, R), of which an adapter of rank r fills the leading r rows, columns and
+block; the rest is zero (in C − I), so that B·C·A is that of rank r.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
+from torch import Tensor, nn
+
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.cores import build_core
+from nara_diffusion.holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.signals import with_convention
+
+from .adapters import nara_adapters_of, part_of
+from .checks import by_pattern, check_part, expected_tensors, rank_of
+from .format import AdapterPart
+
+_REQUEST = "_prepare_lora_hotswap_kwargs"
+"""What `enable_lora_hotswap` leaves on a model for its next load."""
+
+_HAS_TO_AGREE = (
+    "core_type",
+    "core_hidden_dims",
+    "core_input",
+    "core_sharing",
+    "noise_embedding",
+    "noise_embedding_dim",
+    "mask_density_radius",
+    "use_dora",
+    "lora_bias",
+    "lora_dropout",
+)
+"""What is built into the modules that stay; all else of an adapter is in its tensors, its scales and η."""
+
+_REMEDY = "load it without hotswap under another name, and delete the old one."
+
+
+def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
+    """Make room for other ranks and scales, if `enable_lora_hotswap` was called since the last load.
+
+    Raises:
+        ValueError: the adapter's rank is above the target rank. RuntimeError: the model is compiled already.
+    """
+    request = getattr(model, _REQUEST, None)
+    if request is None:
+        return
+    target, own = request["target_rank"], max(layer.r[adapter_name] for layer in _layers(model, adapter_name).values())
+    if own > target:
+        raise ValueError(f"enable_lora_hotswap was given target_rank={target}, but this adapter has rank {own}.")
+    prepare_model_for_compiled_hotswap(model, **request)
+    for name, config in nara_adapters_of(model).items():
+        _enlarge(model, name, config, target)
+    setattr(model, _REQUEST, None)
+
+
+def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int) -> None:
+    """What PEFT's padding of A and B leaves out: the layers' own idea of their rank, and the cores."""
+    for layer in _layers(model, adapter_name).values():
+        scaling = float(layer.scaling[adapter_name])
+        layer.r[adapter_name] = len(layer.lora_A[adapter_name].weight)
+        _set_alpha(layer, adapter_name, scaling)
+    cores: Any = _holder(model).cores[adapter_name]
+    for group, core in cores.items():
+        with torch.device("meta"):
+            larger = build_core(config, rank)
+        old = core.state_dict()
+        new = {
+            key: resized(old[key], like.shape, _is_squared(key, config)) for key, like in larger.state_dict().items()
+        }
+        larger.load_state_dict(new, assign=True)
+        trainable = any(parameter.requires_grad for parameter in core.parameters())
+        cores[group] = larger.train(core.training).requires_grad_(trainable)
+
+
+def check_swappable(model: nn.Module, component: str, adapter_name: str, part: AdapterPart) -> None:
+    """Raises ValueError if the part cannot take the place of the adapter of that name."""
+    old = nara_adapters_of(model).get(adapter_name)
+    if old is None:
+        raise ValueError(
+            f"'{adapter_name}' of {component} is a LoRA, or not there: a NaRA can only be swapped for a NaRA; {_REMEDY}"
+        )
+    for field in _HAS_TO_AGREE:
+        if getattr(old, field) != getattr(part.config, field):
+            raise ValueError(
+                f"{field} is {getattr(part.config, field)!r} in the new adapter, and {getattr(old, field)!r} in "
+                f"'{adapter_name}' of {component}, whose modules hotswap keeps: {_REMEDY}"
+            )
+    check_part(model, component, part, adapter_name)
+    there = part_of(model, adapter_name).tensors
+    if there.keys() != part.tensors.keys():
+        different = sorted(there.keys() ^ part.tensors.keys())
+        raise ValueError(
+            f"The new adapter and '{adapter_name}' of {component} adapt different modules ('{different[0]}' is in one "
+            f"of them only), which hotswap cannot change: {_REMEDY}"
+        )
+    for key, tensor in part.tensors.items():
+        if any(new > room for new, room in zip(tensor.shape, there[key].shape, strict=True)):
+            raise ValueError(
+                f"'{key}' of {component} has shape {tuple(tensor.shape)}, but '{adapter_name}' has room for "
+                f"{tuple(there[key].shape)}: call pipe.enable_lora_hotswap(target_rank=…) with the largest rank before "
+                "the first adapter is loaded."
+            )
+    if any(layer.merged for layer in _layers(model, adapter_name).values()):
+        raise ValueError(f"'{adapter_name}' of {component} is fused: call pipe.unfuse_lora() before swapping it.")
+
+
+@torch.no_grad()
+def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
+    """Replace the adapter's tensors, scales and η by those of `part`, in place."""
+    config = part.config
+    there = part_of(model, adapter_name).tensors
+    for key, tensor in part.tensors.items():
+        there[key].copy_(resized(tensor, there[key].shape, _is_squared(key, config)))
+    for name, layer in _layers(model, adapter_name).items():
+        layer.use_rslora[adapter_name] = config.use_rslora
+        rank = rank_of(config, name)
+        alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        _update_scaling(layer, adapter_name=adapter_name, scaling=scaling)
+        _set_alpha(layer, adapter_name, scaling)
+    holder = _holder(model)
+    for core in holder.cores[adapter_name].values():  # type: ignore[operator]
+        core.scale = config.core_scale
+    model.peft_config[adapter_name] = with_convention(config, holder.source, adapter_name)
+
+
+def trimmed(model: nn.Module, part: AdapterPart) -> AdapterPart:
+    """`part` of `model` without the room that hotswap has made for other ranks, as it was before it was loaded."""
+    expected = expected_tensors(model, part)
+    if expected is None:
+        return part
+    own = {key: resized(t, expected[key].shape, _is_squared(key, part.config)) for key, t in part.tensors.items()}
+    return AdapterPart(part.config, own)
+
+
+def _set_alpha(layer: Any, adapter_name: str, scaling: float) -> None:
+    """Let α / r, from which `set_adapters` begins, be `scaling` with the r that there is room for."""
+    rank = layer.r[adapter_name]
+    layer.lora_alpha[adapter_name] = scaling * (math.sqrt(rank) if layer.use_rslora[adapter_name] else rank)
+
+
+def resized(tensor: Tensor, shape: torch.Size, squared: bool) -> Tensor:
+    """The leading block of `tensor` in a tensor of `shape` that is zero elsewhere. `squared`: axis 0 counts r × r."""
+    if tensor.shape == shape:
+        return tensor
+    if squared:
+        old, new = math.isqrt(tensor.shape[0]), math.isqrt(shape[0])
+        tensor, target = tensor.view(old, old, *tensor.shape[1:]), (new, new, *shape[1:])
+    else:
+        target = tuple(shape)
+    block = tuple(slice(0, min(sizes)) for sizes in zip(tensor.shape, target, strict=True))
+    result = tensor.new_zeros(target)
+    result[block] = tensor[block]
+    return result.reshape(shape)
+
+
+def _is_squared(key: str, config: NaraConfig) -> bool:
+    """Whether the tensor of a core belongs to F's last layer, whose outputs are the entries of C."""
+    *_, layers, number, kind = ("", "", *key.split("."))
+    return (layers, number) == ("layers", str(len(config.core_hidden_dims))) and kind in ("weight", "bias")
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Module name → layer, of those that the adapter adapts."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.r}
+
+
+def _holder(model: nn.Module) -> CoreHolder:
+    return getattr(model, HOLDER_NAME)

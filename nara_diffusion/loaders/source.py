@@ -1,0 +1,172 @@
+"""From a path, a repository or a dictionary to an adapter's parts. Nothing of the pipeline is touched here.
+
+Two forms are read: the file of `save_nara_weights` (see `format`), and the folder that PEFT's `save_pretrained` and
+`train_scripts/dllm.py` write, adapter_config.json and adapter_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.hub_utils import _get_model_file
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nara_diffusion.config import NaraPeftType
+
+from .format import WEIGHTS_NAME, AdapterPart, config_from_fields, unpack
+
+_PEFT_PREFIX = "base_model.model."
+_USER_AGENT = {"file_type": "nara_weights", "framework": "pytorch"}
+
+Locate = Callable[[str], str]
+"""A file's name → its path on this machine; OSError if there is none."""
+
+
+def read_adapter(
+    source: Any,
+    denoiser: str,
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    use_safetensors: bool | None = None,
+    metadata: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, AdapterPart]:
+    """The parts of an adapter by component.
+
+    Args:
+        source: a file, a folder, a repository on the hub, or a dict of tensors with its `metadata`.
+        denoiser: the component that an adapter in PEFT's form belongs to.
+        hub: revision, token, cache_dir, force_download, proxies, local_files_only.
+
+    Raises:
+        ValueError: nothing there, something else there, or a damaged file. OSError: the hub's answer.
+    """
+    if use_safetensors is False:
+        raise ValueError("NaRA adapters are read from safetensors files only: leave use_safetensors out.")
+    if isinstance(source, Mapping):
+        return unpack(source, metadata, "The dict")
+    if metadata is not None:
+        raise ValueError("metadata is for a dict of tensors: a file has its own.")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_named(path.name, lambda name: _beside(path, name), denoiser)
+    if path.is_dir():
+        folder = path / subfolder if subfolder else path
+        return _read_named(weight_name or _guess(folder), lambda name: _inside(folder, name), denoiser)
+    repository = _repository(str(source))
+
+    def download(name: str) -> str:
+        return _get_model_file(repository, weights_name=name, subfolder=subfolder, user_agent=_USER_AGENT, **hub)
+
+    return _read_repository(weight_name, download, denoiser)
+
+
+def _read_repository(weight_name: str | None, download: Locate, denoiser: str) -> dict[str, AdapterPart]:
+    try:
+        return _read_named(weight_name or WEIGHTS_NAME, download, denoiser)
+    except OSError as error:
+        if weight_name is not None:
+            raise
+        try:
+            return _read_named(PEFT_WEIGHTS_NAME, download, denoiser)
+        except OSError:
+            raise error from None  # that of the name which was meant
+
+
+def _read_named(name: str, locate: Locate, denoiser: str) -> dict[str, AdapterPart]:
+    path = locate(name)
+    tensors, metadata = read_file(path)
+    if name == PEFT_WEIGHTS_NAME:
+        return {denoiser: _peft_part(path, locate(PEFT_CONFIG_NAME), tensors)}
+    return unpack(tensors, metadata, f"'{path}'")
+
+
+def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Tensors and metadata of a safetensors file, copied out of it: it may be written again afterwards.
+
+    Raises:
+        ValueError: it is cut off or of another format.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # copies are aligned in memory as a model's own weights are, on which the last bits of products may depend
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' is no whole safetensors file ({error}): it was cut off, so download or save it again, or has "
+            "another format, of which none is read."
+        ) from None
+
+
+def _peft_part(weights: str, config: str, tensors: dict[str, Tensor]) -> AdapterPart:
+    try:
+        given = json.loads(Path(config).read_text(encoding="utf-8"))
+        kind = given["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{config}' can't be read ({error!r}): damaged.") from None
+    if kind != NaraPeftType.NARA.value:
+        raise ValueError(
+            f"'{config}' describes an adapter of type {kind}, not NARA: load it by pipe.load_lora_weights(…) or "
+            "peft.PeftModel.from_pretrained(…)."
+        )
+    foreign = [key for key in tensors if not key.startswith(_PEFT_PREFIX)]
+    if foreign:
+        raise ValueError(f"'{weights}' holds '{foreign[0]}', which is no key that PEFT writes: damaged.")
+    own = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    return AdapterPart(config_from_fields(given, f"'{config}'"), own)
+
+
+def _beside(path: Path, name: str) -> str:
+    return str(path) if name == path.name else _inside(path.parent, name)
+
+
+def _inside(folder: Path, name: str) -> str:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"There is no file '{name}' in '{folder}': {_content(folder)}")
+    return str(path)
+
+
+def _guess(folder: Path) -> str:
+    """The name of the file that is meant where none was given."""
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder '{folder}'.")
+    if (folder / WEIGHTS_NAME).is_file():
+        return WEIGHTS_NAME
+    if (folder / PEFT_CONFIG_NAME).is_file():
+        return PEFT_WEIGHTS_NAME
+    found = [path.name for path in folder.glob("*.safetensors")]
+    if len(found) == 1:
+        return found[0]
+    raise ValueError(f"There is no '{WEIGHTS_NAME}' in '{folder}': {_content(folder)}")
+
+
+def _content(folder: Path) -> str:
+    found = sorted(os.listdir(folder))
+    if not found:
+        return "the folder is empty."
+    weights = [name for name in found if name.endswith(".safetensors")]
+    if weights:
+        return f"pass weight_name=, one of {', '.join(map(repr, weights))}."
+    return f"it holds no safetensors file, but {', '.join(map(repr, found[:4]))}."
+
+
+def _repository(name: str) -> str:
+    """`name`, if it can be one of a repository."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".safetensors") or "\\" in name
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        looks_like_path = True
+    if looks_like_path:
+        raise ValueError(f"There is no file or folder '{name}', and it is no name of a repository.")
+    return name
