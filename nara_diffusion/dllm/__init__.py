@@ -4,7 +4,7 @@ from nara_diffusion.dllm.backbones import load_backbone
 from nara_diffusion.dllm.conditioning import mask_density
 from nara_diffusion.dllm.data import AnswerCollator, EncodedRecords, encode_prompts, encode_records, prompt_text
 from nara_diffusion.dllm.evaluation import ExactMatch, exact_match, noise_level_curve, stop_token_ids
-from nara_diffusion.dllm.generation import Generation, generate
+from nara_diffusion.dllm.generation import Generation, GenerationStep, generate
 from nara_diffusion.dllm.likelihood import log_likelihood
 from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
@@ -17,6 +17,7 @@ __all__ = [
     "ExactMatch",
     "FieldNames",
     "Generation",
+    "GenerationStep",
     "InputIdsNoise",
     "MaskedBatch",
     "MaskedDiffusionLoss",

@@ -24,7 +24,7 @@ from 1 to 0; the guided half of a batch has the λ of its sample. What differs f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,25 @@ class Generation:
     forwards: int
 
 
+@dataclass
+class GenerationStep:
+    """What `on_step_end` sees after each step. It may change `sequences`, in place or by another tensor, and `stop`.
+
+    Attributes:
+    index: steps before this one.
+    noise_level: (b,) λ before this step, which the model was told; rows that are done have 0.
+    sequences: (b, l) prompt, answer so far, padding. A mask may be filled; no other token may become a mask.
+    masked: (b, gen_length) which tokens of the answers are masks still.
+    stop: True ends sampling here; what is masked stays so.
+    """
+
+    index: int
+    noise_level: torch.Tensor
+    sequences: torch.Tensor
+    masked: torch.Tensor
+    stop: bool = False
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -74,6 +93,7 @@ def generate(
     stop_at_eos: bool = True,
     pad_token_id: int | None = None,
     return_stats: bool = False,
+    on_step_end: Callable[[GenerationStep], None] | None = None,
 ) -> torch.Tensor | Generation:
     """Answer the prompts in `input_ids`.
 
@@ -96,12 +116,13 @@ def generate(
         mask_token_id, eos_token_id, pad_token_id: default: the model's configuration. Several eos tokens may be given.
         stop_at_eos: finish a row at its first eos token.
         return_stats: return a `Generation`, with the number of forwards, in place of the sequences.
+        on_step_end: called after each step with a `GenerationStep`, which it may change.
 
     Returns:
         (b, longest prompt + gen_length) token ids: prompt, answer, and padding on the right of shorter rows.
 
     Raises:
-        ValueError: impossible arguments, or more positions than the model has.
+        ValueError: impossible arguments, more positions than the model has, or sequences that `on_step_end` spoiled.
     """
     sampling = Sampling(
         gen_length=gen_length,
@@ -128,7 +149,7 @@ def generate(
     )
     state = _State(model, canvas, sampling, mask, _token_ids(ends) if stop_at_eos else [], generator)
     with evaluating(model):
-        state.fill()
+        state.fill(on_step_end)
     return state.result() if return_stats else state.sequences
 
 
@@ -159,16 +180,39 @@ class _State:
         """(b, g) token ids."""
         return self.sequences.gather(1, self.positions)
 
-    def fill(self) -> None:
+    def fill(self, on_step_end: Callable[[GenerationStep], None] | None) -> None:
         """Place every token, block by block."""
         width = self.sampling.block_length
         counts = self.sampling.tokens_per_step() or [None] * width
         for start in range(0, self.sampling.gen_length, width):
             columns = slice(start, start + width)
             for count in counts:
-                if count != 0 and self.masked[:, columns].any():
-                    self._step(columns, count)
-                    self._finish_rows()
+                if count == 0 or not self.masked[:, columns].any():
+                    continue
+                noise_level = self.masked.float().mean(1)  # (b,)
+                self._step(columns, count)
+                self._finish_rows()
+                if on_step_end is not None and self._show(on_step_end, noise_level):
+                    return
+
+    def _show(self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor) -> bool:
+        """Let the caller see a step, and take over what it changed; returns whether to stop."""
+        step = GenerationStep(self.forwards - 1, noise_level, self.sequences.clone(), self.masked.clone())
+        on_step_end(step)
+        given, own = step.sequences, self.sequences
+        if given.shape != own.shape or given.dtype != own.dtype or given.device != own.device:
+            raise ValueError(
+                f"on_step_end left sequences of shape {tuple(given.shape)}, {given.dtype} on {given.device}, expected "
+                f"{tuple(own.shape)}, {own.dtype} on {own.device}"
+            )
+        is_mask = given.gather(1, self.positions) == self.mask_token_id  # (b, g)
+        if (is_mask & ~self.masked).any():
+            raise ValueError(
+                "on_step_end put masks where the answer has tokens already: the steps that are left are counted, so "
+                "that nothing would fill those"
+            )
+        self.sequences, self.masked = given, is_mask
+        return step.stop
 
     def _step(self, columns: slice, count: int | None) -> None:
         rows = self.masked[:, columns].any(1).nonzero()[:, 0]  # (a,); rows that are done with the block sit out

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from nara_diffusion import noise_level
-from nara_diffusion.dllm import generate
+from nara_diffusion.dllm import GenerationStep, generate
 from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
 
 from .generation_reference import reference_generate
@@ -209,6 +209,75 @@ def test_modes_come_back_and_dropout_is_off(adapted_llama: PeftModel, prompts: t
     assert torch.equal(generate(adapted_llama, prompts, gen_length=4), expected)
     assert adapted_llama.training
     assert not adapted_llama.base_model.model.lm_head.training
+
+
+def test_each_step_is_shown_as_the_model_saw_it_and_left_it(adapted_llama: PeftModel, prompts: torch.Tensor) -> None:
+    told, shown = [], []
+    read = adapted_llama.register_forward_pre_hook(lambda module, args: told.append((args[0] == MASK).sum(1) / 8))
+    arguments = {"gen_length": 8, "block_length": 4, "steps": 4, "stop_at_eos": False}
+    result = generate(adapted_llama, prompts, **arguments, on_step_end=shown.append, return_stats=True)
+    read.remove()
+    assert [step.index for step in shown] == [0, 1, 2, 3]
+    torch.testing.assert_close(torch.stack([step.noise_level for step in shown]), torch.stack(told))
+    for step, left in zip(shown, [6, 4, 2, 0], strict=True):
+        assert step.masked.sum(1).tolist() == [left] * 3
+        assert torch.equal(step.masked, step.sequences[:, 7:] == MASK)
+        placed = step.sequences != MASK
+        assert torch.equal(step.sequences[placed], result.sequences[placed])
+    assert torch.equal(result.sequences, generate(adapted_llama, prompts, **arguments))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_step_can_be_changed(double_llama: LlamaForCausalLM, prompts: torch.Tensor, in_place: bool) -> None:
+    """A token placed by hand is seen by the model, and one mask less is left to it."""
+
+    def put(step: GenerationStep) -> None:
+        if step.index == 0:
+            if not in_place:
+                step.sequences = step.sequences.clone()
+            step.sequences[:, -1] = 3
+
+    arguments = {"gen_length": 3, "steps": 3, "stop_at_eos": False}
+    found = generate(double_llama, prompts, **arguments, on_step_end=put, return_stats=True)
+    by_hand = torch.cat([prompts, torch.full((3, 3), MASK)], 1)
+    for step in range(2):
+        logits = double_llama(by_hand).logits
+        logits[..., MASK] = float("-inf")
+        confidence, tokens = logits.softmax(-1).max(-1)
+        at = confidence.where(by_hand == MASK, -1.0).argmax(1)
+        by_hand[range(3), at] = tokens[range(3), at]
+        if step == 0:
+            by_hand[:, -1] = 3
+    rest = (by_hand == MASK).any(1)
+    assert rest.any() == (found.forwards == 3)
+    assert torch.equal(found.sequences[~rest], by_hand[~rest])
+    assert (~rest).any()
+    assert torch.equal(found.answers[:, -1], torch.full((3,), 3))
+
+
+def test_sampling_can_be_stopped(tiny_llama: LlamaForCausalLM, prompts: torch.Tensor) -> None:
+    def stop(step: GenerationStep) -> None:
+        step.stop = step.index == 1
+
+    result = generate(tiny_llama, prompts, gen_length=8, stop_at_eos=False, on_step_end=stop, return_stats=True)
+    assert result.forwards == 2
+    assert (result.answers == MASK).sum(1).tolist() == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda sequences: sequences[:, 1:], r"left sequences of shape \(3, 14\)"),
+        (lambda sequences: sequences.float(), "torch.float32"),
+        (lambda sequences: torch.full_like(sequences, MASK), "put masks where the answer has tokens already"),
+    ],
+)
+def test_spoiled_sequences_are_refused(tiny_llama: LlamaForCausalLM, prompts: torch.Tensor, spoil, message) -> None:
+    def change(step: GenerationStep) -> None:
+        step.sequences = spoil(step.sequences)
+
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_llama, prompts, gen_length=8, on_step_end=change)
 
 
 @pytest.mark.parametrize(
