@@ -31,18 +31,31 @@ class TensorCache:
         folder: keep all entries there too, one file each, for this run and later ones; several processes may share
             it. What doesn't fit in memory is read from there.
         label: what makes entries of different models different: put into each file's name.
+        what: it holds, for messages.
+
+    Attributes:
+        full: whether something had to leave memory.
 
     Raises:
         ValueError: a negative bound, or a folder that can't be written.
     """
 
-    def __init__(self, *, memory_mib: float | None, folder: str | Path | None = None, label: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        memory_mib: float | None,
+        folder: str | Path | None = None,
+        label: str = "",
+        what: str = "entries",
+    ) -> None:
         if memory_mib is not None and memory_mib < 0:
             raise ValueError(f"the cache's memory is {memory_mib} MiB, expected 0 or more, or none for no bound.")
         self.limit = None if memory_mib is None else int(memory_mib * 2**20)
         self.folder = None if folder is None else _writable(Path(folder))
         self.label = label
+        self.what = what
         self.bytes = 0
+        self.full = False
         self._entries: OrderedDict[str, Entry] = OrderedDict()
 
     def __len__(self) -> int:
@@ -65,6 +78,17 @@ class TensorCache:
         self.bytes += _size(entry)
         while self.limit is not None and self.bytes > self.limit:
             self.bytes -= _size(self._entries.popitem(last=False)[1])
+            self._tell_of_bound()
+
+    def _tell_of_bound(self) -> None:
+        """Once, and not where nobody asked for a cache or the disk has it."""
+        if not self.full and self.limit and self.folder is None:
+            logger.warning(
+                "the cache of %s is full at %d MiB: what doesn't fit is computed again at each use. Allow it more, or "
+                "give it a folder",
+                self.what, self.limit // 2**20,
+            )  # fmt: skip
+        self.full = True
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None

@@ -8,6 +8,7 @@ taken as it is.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,14 @@ def missing_class_images(folder: str | Path, prompt: str, count: int, *, seed: i
     """The numbers of the images that are to be made so that `folder` holds `count`. Makes the folder if it is missing.
 
     Raises:
-        ValueError: an empty prompt, count below 1, a folder that can't be made, or one with images that were made for
+        ValueError: an empty prompt, count below 1, a folder that can't be written, or one with images made for
             another prompt.
     """
     prompt = check_prompt(prompt, "class_prompt")
     if count < 1:
         raise ValueError(f"num_class_images is {count}, expected 1 or more.")
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"class_data_dir {folder} can't be made: {error.strerror}. Name another.") from error
-    present, _ = image_files(folder)
+    present = image_files(folder)[0] if folder.exists() else []
     for path in present:
         made_for = _prompt_of(path)
         if made_for is not None and made_for != prompt:
@@ -47,6 +44,8 @@ def missing_class_images(folder: str | Path, prompt: str, count: int, *, seed: i
                 f"class_data_dir {folder} holds images made for another prompt: {path.name} shows {made_for!r}, but "
                 f"class_prompt is {prompt!r}. Name another folder, or remove them."
             )
+    if len(present) < count:
+        _check_writable(folder)
     names = {path.name for path in present}
     free = (number for number in range(count + len(present)) if _file_name(seed, number) not in names)
     return [next(free) for _ in range(max(0, count - len(present)))]
@@ -103,6 +102,16 @@ def _generate(
             for number, image in zip(batch, images, strict=True):
                 _save(paths[number], image, prompt)
             bar.update(len(batch))
+
+
+def _check_writable(folder: Path) -> None:
+    """Makes the folder if it is missing, and sees that a file can be made in it, before a pipeline is loaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"class_data_dir {folder} can't be written: {error.strerror}. Name another.") from error
 
 
 def _file_name(seed: int, number: int) -> str:

@@ -37,7 +37,7 @@ class LatentCache:
     def __init__(self, vae: Any, *, memory_mib: float | None = 1024.0, folder: str | Path | None = None) -> None:
         self.vae = vae
         label = fingerprint(vae) if folder is not None else ""
-        self.cache = TensorCache(memory_mib=memory_mib, folder=folder, label=label)
+        self.cache = TensorCache(memory_mib=memory_mib, folder=folder, label=label, what="latents")
 
     def sample(self, draws: Sequence[Draw], *, seed: int, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled latents (b, c, h / f, w / f), float32 on the CPU; f is the autoencoder's factor.
@@ -79,8 +79,10 @@ class LatentCache:
         )
 
     def fill(self, draws: Iterable[Draw], *, progress: bool = True) -> None:
-        """Encodes all `draws` that aren't known; see `DreamBoothDataset.possible_draws`."""
+        """Encodes all `draws` that aren't known, or as many as fit; see `DreamBoothDataset.possible_draws`."""
         for draw in tqdm(list(draws), desc="encode images", unit="crop", disable=not progress):
+            if self.cache.full and self.cache.folder is None:
+                break
             self.posterior([draw])
 
     @torch.no_grad()

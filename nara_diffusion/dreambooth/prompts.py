@@ -35,17 +35,24 @@ def tokenize_prompts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[
     ]
 
 
-def encode_prompts(
-    tokenizers: Sequence[Any], text_encoders: Sequence[Any], prompts: Sequence[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompt_embeds (b, 77, d_1 + d_2), pooled (b, p)) on the encoders' device, with gradients where they have any."""
+def encode_tokens(text_encoders: Sequence[Any], token_ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompt_embeds (b, 77, d_1 + d_2), pooled (b, p)) of each encoder's own ids (b, 77), with gradients where they
+    have any, on the encoders' device.
+    """
     states, pooled = [], None
-    for encoder, ids in zip(text_encoders, tokenize_prompts(tokenizers, prompts), strict=True):
+    for encoder, ids in zip(text_encoders, token_ids, strict=True):
         output = encoder(ids.to(encoder.device), output_hidden_states=True)
         states.append(output.hidden_states[-2])
         pooled = output[0]  # of the last encoder: text_embeds
     assert pooled is not None
     return torch.cat(states, dim=-1), pooled
+
+
+def encode_prompts(
+    tokenizers: Sequence[Any], text_encoders: Sequence[Any], prompts: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode_tokens` of prompts (b)."""
+    return encode_tokens(text_encoders, tokenize_prompts(tokenizers, prompts))
 
 
 class PromptCache:
@@ -70,7 +77,7 @@ class PromptCache:
     ) -> None:
         self.tokenizers, self.text_encoders = list(tokenizers), list(text_encoders)
         label = fingerprint(*text_encoders) if folder is not None else ""
-        self.cache = TensorCache(memory_mib=memory_mib, folder=folder, label=label)
+        self.cache = TensorCache(memory_mib=memory_mib, folder=folder, label=label, what="prompt embeddings")
         self._keys: dict[str, str] = {}
 
     def get(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:

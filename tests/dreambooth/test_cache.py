@@ -56,6 +56,20 @@ def test_the_bound_drops_what_was_not_used_for_longest() -> None:
     assert cache.bytes == 3 * 1024
 
 
+def test_a_full_cache_is_told_once(tmp_path, caplog) -> None:
+    source = Source()
+    silent = [TensorCache(memory_mib=0), TensorCache(memory_mib=2), TensorCache(memory_mib=1 / 1024, folder=tmp_path)]
+    for cache in silent:
+        for key in "abab":
+            cache.get(key, source(key))
+    assert not caplog.text
+    assert [cache.full for cache in silent] == [True, False, True]
+    cache = TensorCache(memory_mib=1 / 1024, what="latents")
+    for key in "abab":
+        cache.get(key, source(key))
+    assert caplog.text.count("the cache of latents is full at 0 MiB: what doesn't fit is computed again") == 1
+
+
 @pytest.mark.parametrize("memory", [0.0, 1 / 2048])
 def test_a_bound_below_one_entry_keeps_nothing(memory: float) -> None:
     source, cache = Source(), TensorCache(memory_mib=memory)

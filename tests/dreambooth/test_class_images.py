@@ -142,8 +142,10 @@ def test_wrong_wishes_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="num_class_images is 0, expected 1 or more"):
         generate(tmp_path, count=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"class_data_dir .*file can't be made: File exists"):
+    with pytest.raises(ValueError, match=r"the image folder .*file is a file"):
         missing_class_images(tmp_path / "file", PROMPT, 3, seed=0)
+    with pytest.raises(ValueError, match=r"class_data_dir .*class can't be written: Not a directory\. Name another"):
+        missing_class_images(tmp_path / "file" / "class", PROMPT, 3, seed=0)
 
 
 def test_nan_images_are_refused_and_not_saved(tmp_path) -> None:
@@ -152,6 +154,22 @@ def test_nan_images_are_refused_and_not_saved(tmp_path) -> None:
     ):
         generate(tmp_path, painter=Painter(value=np.nan))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_a_pipeline_is_loaded(tmp_path, monkeypatch) -> None:
+    """Unless nothing has to be written."""
+    folder = folder_of(tmp_path / "class", [(8, 8)] * 3)
+
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    def never() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert generate_class_images(never, folder, PROMPT, 3, seed=0) == 0
+    with pytest.raises(ValueError, match=r"class_data_dir .*class can't be written: Permission denied\. Name another"):
+        generate_class_images(never, folder, PROMPT, 4, seed=0)
 
 
 def test_a_full_disk_is_told(tmp_path, monkeypatch) -> None:

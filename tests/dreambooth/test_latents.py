@@ -129,6 +129,14 @@ def test_after_filling_nothing_is_encoded(data, tmp_path, monkeypatch) -> None:
     assert len(calls) == len(list(data.possible_draws()))
 
 
+def test_filling_stops_where_the_bound_is_reached(data, monkeypatch) -> None:
+    model = vae()
+    calls = counted(model, monkeypatch)
+    cache = LatentCache(model, memory_mib=3 * 2 * 3 * 12 * 16 * 4 / 2**20)  # three posteriors of (3, 12, 16)
+    cache.fill(data.possible_draws(), progress=False)
+    assert len(calls) == 4 < len(list(data.possible_draws()))
+
+
 def test_another_autoencoder_finds_nothing_of_the_first_on_disk(data, tmp_path) -> None:
     draws = data.plain_draws()[:1]
     LatentCache(vae(1), folder=tmp_path / "cache").posterior(draws)

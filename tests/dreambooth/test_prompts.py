@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from nara_diffusion.dreambooth.prompts import PromptCache, encode_prompts
+from nara_diffusion.dreambooth.prompts import PromptCache, encode_prompts, encode_tokens, tokenize_prompts
 from tests.small_pipelines import MAX_TOKENS, TEXT_WIDTHS, small_sdxl
 
 PROMPTS = ["a photo of toy", "a red cube on grass", "a photo of toy"]
@@ -27,6 +27,14 @@ def test_embeddings_are_those_of_sdxl_s_pipeline(pipe) -> None:
     assert ours[1].shape == (3, TEXT_WIDTHS[1])
     assert ours[0].equal(expected)
     assert ours[1].equal(pooled)
+
+
+def test_prompts_and_their_tokens_are_encoded_alike(pipe) -> None:
+    tokenizers, encoders = parts(pipe)
+    tokens = tokenize_prompts(tokenizers, PROMPTS)
+    assert [ids.shape for ids in tokens] == [(3, MAX_TOKENS)] * 2
+    pairs = zip(encode_tokens(encoders, tokens), encode_prompts(tokenizers, encoders, PROMPTS), strict=True)
+    assert all(one.equal(other) for one, other in pairs)
 
 
 def test_gradients_reach_both_encoders(pipe) -> None:
