@@ -1,0 +1,74 @@
+"""Whether sdxl-tiny draws what its prompts say, as clip-tiny sees it; and a sheet of samples for people to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from tiny_scenes import contact_sheet, distinct_scenes, render
+from transformers import CLIPModel, CLIPProcessor
+
+SPLIT, SEED = "evaluation", 3
+STEPS, GUIDANCE = 25, 4.0
+BATCH = 16
+SHEET_PROMPTS = (
+    "a photo of a red car on the beach",
+    "a photo of a blue house in the snow",
+    "a photo of a large yellow balloon in the desert",
+    "a photo of a purple flower on the grass",
+    "a photo of a green and yellow toy in a room",
+    "a photo of an orange toy in the forest",
+    "a photo of a small red mushroom in the forest",
+    "a photo of a white and blue boat at night",
+    "a photo of a blue cup on a tiled floor",
+    "a photo of a yellow star in space",
+    "a photo of an orange fish on the left in the city",
+    "a photo of a toy on the beach",
+)
+
+
+def sample(pipe: StableDiffusionXLPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
+    """One picture a prompt, each from its own seed."""
+    generators = [torch.Generator().manual_seed(seed * 1000 + number) for number in range(len(prompts))]
+    output = pipe(prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators)
+    return output.images
+
+
+def write_samples(pipe: StableDiffusionXLPipeline, folder: Path, per_prompt: int) -> None:
+    """samples.png: so many pictures of each of SHEET_PROMPTS, beside each other, twelve a row."""
+    images = [sample(pipe, list(SHEET_PROMPTS), seed) for seed in range(per_prompt)]
+    by_prompt = [picture for pictures in zip(*images, strict=True) for picture in pictures]
+    contact_sheet(by_prompt, columns=12).save(folder / "samples.png")
+
+
+@torch.no_grad()
+def evaluate(pipe: StableDiffusionXLPipeline, clip_folder: Path, batches: int) -> dict[str, float]:
+    """Cosine of a sample and its prompt, beside that of the renderer's own picture of it (what a perfect model could
+    reach) and of a sample and another's prompt; and how often a sample's own prompt is the nearest of all."""
+    model = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).eval()
+    processor = CLIPProcessor.from_pretrained(clip_folder)
+    scenes = distinct_scenes(SPLIT, SEED, BATCH * batches)
+    captions = [scene.caption for scene in scenes]
+    images = []
+    for number in range(batches):
+        images += sample(pipe, captions[number * BATCH : (number + 1) * BATCH], seed=number)
+    sampled = _cosines(model, processor, images, captions)
+    rendered = _cosines(model, processor, [render(scene) for scene in scenes], captions)
+    own = torch.arange(len(scenes))
+    return {
+        "prompts": len(scenes),
+        "text_alignment": sampled.diagonal().mean().item(),
+        "text_alignment_of_renderings": rendered.diagonal().mean().item(),
+        "text_alignment_with_other_prompts": sampled[~torch.eye(len(own), dtype=torch.bool)].mean().item(),
+        "own_prompt_is_nearest": (sampled.argmax(1) == own).float().mean().item(),
+        "own_prompt_is_nearest_of_renderings": (rendered.argmax(1) == own).float().mean().item(),
+    }
+
+
+def _cosines(
+    model: CLIPModel, processor: CLIPProcessor, images: list[Image.Image], captions: list[str]
+) -> torch.Tensor:
+    output = model(**processor(text=captions, images=images, padding=True, return_tensors="pt"))
+    return output.image_embeds @ output.text_embeds.T

@@ -1,0 +1,181 @@
+"""Training that can be stopped: what the makers of clip-tiny and sdxl-tiny share.
+
+A step's data follows from the seed and the step's number alone, and the state file holds weights, optimiser, moving
+average, step and curve; so a run that was stopped goes on to the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import get_wsd_schedule
+
+from nara_diffusion.training.output import whole_file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast one model is trained; ``batch`` is samples a step, ``decay`` the share of the steps, at
+    the end, in which the learning rate falls to zero."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int = 100
+    decay: float = 0.4
+    weight_decay: float = 0.01
+    ema: float | None = None  # decay of the moving average of the weights
+    row_steps: int = 100  # steps between two rows of the curve
+    save_steps: int = 500  # steps between two saved states
+    bf16: bool = True
+
+
+class Training:
+    """One model's optimiser, schedule, moving average, step and curve, kept in ``state_file``."""
+
+    def __init__(self, model: nn.Module, plan: Plan, state_file: Path, seed: int, device: str, resume: bool):
+        self.model, self.plan, self.state_file, self.seed, self.device = model, plan, state_file, seed, device
+        self.step, self.seconds, self.curve = 0, 0.0, []
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
+        )
+        self.ema = EMAModel(model.parameters(), decay=plan.ema) if plan.ema else None
+        if state_file.exists():
+            self._load(resume)
+        self.schedule = get_wsd_schedule(
+            self.optimizer,
+            num_warmup_steps=plan.warmup,
+            num_decay_steps=round(plan.decay * plan.steps),
+            num_training_steps=plan.steps,
+            decay_type="linear",
+            last_epoch=self.step - 1,
+        )
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must not change between the parts of a run; its length may, until the decay begins."""
+        free = ("steps", "row_steps", "save_steps")
+        return {"seed": self.seed} | {
+            field.name: getattr(self.plan, field.name) for field in fields(self.plan) if field.name not in free
+        }
+
+    def _load(self, resume: bool) -> None:
+        if not resume:
+            raise ValueError(
+                f"{self.state_file} is a run's state: add --resume to go on with it, or choose another --output_dir"
+            )
+        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+        changed = [f"{key} was {value}" for key, value in state["fixed"].items() if self._fixed().get(key) != value]
+        if changed:
+            raise ValueError(f"{self.state_file} is the state of another run: {', '.join(changed)}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+
+    def save(self) -> None:
+        """Writes the state, whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "fixed": self._fixed(),
+        }
+        with whole_file(self.state_file) as partial:
+            torch.save(state, partial)
+
+    def generator(self) -> torch.Generator:
+        """The random numbers of the present step."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.plan.bf16)
+
+    def _update(self, loss: Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.step(self.model.parameters())
+        self.step += 1
+
+    def run(
+        self,
+        name: str,
+        loss_of: Callable[[Training], dict[str, Tensor]],
+        measure: Callable[[], dict[str, float]],
+        export: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Steps until the plan's end. ``loss_of`` gives the step's named losses, of which "loss" is minimised;
+        ``measure`` what a row of the curve holds beside their means; ``export`` writes a usable model."""
+        plan, sums, started = self.plan, {}, time.monotonic() - self.seconds
+        with tqdm(total=plan.steps, initial=self.step, desc=name, mininterval=2) as bar:
+            while self.step < plan.steps:
+                losses = loss_of(self)
+                self._update(losses["loss"])
+                for key, value in losses.items():
+                    sums.setdefault(key, []).append(value.item())
+                self.seconds = time.monotonic() - started
+                bar.update()
+                last = self.step == plan.steps
+                if last or self.step % plan.row_steps == 0:
+                    row = {key: sum(values) / len(values) for key, values in sums.items()} | with_average(self, measure)
+                    sums = {}
+                    rate = self.schedule.get_last_lr()[0]
+                    self.curve.append({"step": self.step, "learning_rate": rate, "seconds": round(self.seconds)} | row)
+                    bar.set_postfix({key: f"{value:.4f}" for key, value in row.items()})
+                if last or self.step % plan.save_steps == 0:
+                    self.save()
+                    with_average(self, export)
+
+    def finish(self) -> None:
+        """Puts the moving average into the model for good."""
+        if self.ema is not None:
+            self.ema.copy_to(self.model.parameters())
+        self.model.eval()
+
+
+def with_average(training: Training, action: Callable[[], Any]) -> Any:
+    """``action()`` in evaluation mode and without gradients, with the moving average in the weights' place."""
+    model, ema = training.model, training.ema
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    model.eval()
+    try:
+        with torch.no_grad():
+            return action()
+    finally:
+        model.train()
+        if ema is not None:
+            ema.restore(model.parameters())
+
+
+def parse(arguments: type, description: str, helps: dict[str, str], argv: list[str] | None = None) -> Any:
+    """An instance of the dataclass ``arguments`` from the command line; a field whose default is False is a switch."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for field in fields(arguments):
+        flag, text = f"--{field.name}", helps[field.name]
+        if field.default is False:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            kind = type(field.default)
+            parser.add_argument(flag, type=kind, default=field.default, help=f"{text} (default: {field.default})")
+    return arguments(**vars(parser.parse_args(argv)))

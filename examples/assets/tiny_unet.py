@@ -1,0 +1,94 @@
+"""sdxl-tiny's UNet and its training: noise prediction on cached latents, conditioned as in SDXL.
+
+    loss = mean over (t, ε, z) of  min(SNR(t), 5) / SNR(t) · |ε − ε_θ(√ᾱ_t z + √(1 − ᾱ_t) ε, t, prompt, time ids)|²
+
+A tenth of the prompts is replaced by zeros, which is what SDXL's pipeline gives for an absent negative prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from tiny_latents import Latents
+from tiny_training import Training
+from torch import Tensor
+
+DROPPED_SHARE = 0.1
+SNR_BOUND = 5.0
+
+
+def build_unet(prompt_width: int, pooled_width: int) -> UNet2DConditionModel:
+    """4.4 M parameters in SDXL's arrangement: text_time conditioning, attention at two of three resolutions."""
+    channels, time_width = (64, 80, 112), 16
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=16,
+        attention_head_dim=tuple(width // 16 for width in channels),  # diffusers' name for the number of heads
+        transformer_layers_per_block=1,
+        use_linear_projection=True,
+        cross_attention_dim=prompt_width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=time_width,
+        projection_class_embeddings_input_dim=pooled_width + 6 * time_width,
+    )
+
+
+def build_scheduler() -> EulerDiscreteScheduler:
+    """SDXL's own settings."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+class NoisePrediction:
+    """The loss of the UNet on batches of ``latents``."""
+
+    def __init__(self, latents: Latents, held_out: Latents):
+        self.latents, self.held_out = latents, held_out
+        self.schedule = DDPMScheduler.from_config(build_scheduler().config)
+
+    def loss(self, training: Training) -> dict[str, Tensor]:
+        """The loss of the present step; its samples, timesteps, noise and dropped prompts follow from its number."""
+        generator, batch = training.generator(), training.plan.batch
+        indices = torch.randint(len(self.latents), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < DROPPED_SHARE
+        return {"loss": self._loss(training, self.latents, indices, dropped, generator)}
+
+    def validation(self, training: Training) -> dict[str, float]:
+        """The loss on held-out scenes, always at the same timesteps and noise."""
+        generator = torch.Generator().manual_seed(0)
+        indices = torch.arange(len(self.held_out))
+        kept = torch.zeros(len(indices), dtype=torch.bool)
+        return {"validation_loss": self._loss(training, self.held_out, indices, kept, generator).item()}
+
+    def _loss(
+        self, training: Training, latents: Latents, indices: Tensor, dropped: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        z, prompts, added = latents.batch(indices, generator)
+        prompts[dropped], added["text_embeds"][dropped] = 0, 0
+        strata = (torch.randperm(len(z), generator=generator) + torch.rand(len(z), generator=generator)) / len(z)
+        timesteps = (strata * self.schedule.config.num_train_timesteps).long()
+        noise = torch.randn(z.shape, generator=generator)
+        noisy = self.schedule.add_noise(z, noise, timesteps)
+        weights = compute_snr(self.schedule, timesteps)
+        weights = weights.clamp(max=SNR_BOUND) / weights
+        device = training.device
+        added = {name: value.to(device) for name, value in added.items()}
+        with training.autocast():
+            predicted = training.model(
+                noisy.to(device), timesteps.to(device), prompts.to(device), added_cond_kwargs=added
+            ).sample
+        errors = (predicted.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
+        return (weights.to(device) * errors).mean()
