@@ -249,7 +249,7 @@ def times_core(B: Tensor, core: Tensor) -> Tensor:
 def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
     """‖W0 + s K A‖ by row, without the (b, d_out, d_in) product; for NaRA-DoRA (paper, appendix M).
 
-        ‖W0 + s K A‖²_row = ‖W0‖²_row + 2 s Σ_r (K ⊙ P) + s² Σ_r ((K G) ⊙ K),   P = W0 Aᵀ (d_out, r),  G = A Aᵀ (r, r)
+        ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G),   P = W0 Aᵀ (d_out, r),  G = A Aᵀ (r, r)
 
     Args:
         weight: W0 (d_out, d_in). A: (r, d_in). K: B·C (b, d_out, r). scaling: s.
@@ -258,9 +258,9 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
         (b, d_out), float32, not part of the graph: DoRA treats the norm as a constant (DoRA, section 4.3).
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        P = (weight @ A.to(weight.dtype).T).float()  # (d_out, r)
-        A, K = A.float(), K.float()
+        P = (A.to(weight.dtype) @ weight.T).float()  # transposed like all that follows: sums run along d_out
+        A, K = A.float(), K.float().transpose(1, 2)  # (b, r, d_out)
+        G = (A @ A.T).expand(K.shape[0], -1, -1)
         base = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # (d_out,)
-        # ‖W0‖² + Σ_r K ⊙ (2 s P + s² K G)
-        norm_squared = base + (K * torch.add(2 * scaling * P, K @ (A @ A.T), alpha=scaling**2)).sum(-1)
-        return norm_squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        update = torch.bmm(G, K).mul_(scaling**2).add_(P, alpha=2 * scaling).mul_(K).sum(1)
+        return update.add_(base).clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .channel import CoreChannel
 from .core import add_product, add_scaled_product, factored_row_norm, mix, mix_channels, times_core
+from .fused import can_fuse, fused_linear
 from .offload import check_not_grouped, is_managed, onloaded
 from .quantized import base_weight, check_mergeable
 
@@ -136,10 +137,12 @@ class NaraLinear(NaraVariant):
         return (module.lora_B[active_adapter],)
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        B = module.lora_B[active_adapter]
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         core = self.batch_core(module.r[active_adapter], x.shape[0])
-        h = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (b, …, r)
         scaling = module.scaling[active_adapter]
+        if _is_dropout_free(module, active_adapter) and can_fuse(module, active_adapter, x, result):
+            return fused_linear(x, result, module.get_base_layer().weight, A.weight, core, B.weight, scaling)
+        h = A(module.lora_dropout[active_adapter](x))  # (b, …, r)
         result = add_product(result, mix(core, h), B.weight, scaling)
         return result if B.bias is None else result + scaling * B.bias
 
@@ -198,7 +201,10 @@ class NaraDoraLinear(NaraVariant):
         bias = base_layer.bias
         if _is_dropout_free(module, active_adapter):
             base = result if bias is None else result - bias
-            result = add_scaled_product(base, mix(core, A(x)), B.weight, gain, scaling)
+            if x.dtype == gain.dtype != torch.float16 and can_fuse(module, active_adapter, x, result):
+                result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, gain)
+            else:
+                result = add_scaled_product(base, mix(core, A(x)), B.weight, gain, scaling)
             return result if bias is None else result + bias
         dropped = module.lora_dropout[active_adapter](x)
         base = F.linear(dropped, weight.to(dropped.dtype))

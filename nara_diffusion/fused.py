@@ -1,0 +1,164 @@
+"""An adapted linear layer as one autograd function, which takes less memory and time than its parts.
+
+    y = gain ⊙ (W0 x + s B C A x)        gain: none (NaRA), or m / ‖W0 + s B C A‖_row (NaRA-DoRA)
+
+The update is written into the base layer's output, and both shares of x's gradient into one tensor, so that a layer
+keeps x and, for the gain's gradient, its own output. That is right only where the base layer is frozen and nobody
+watches its call or its output: `can_fuse` says so, and elsewhere the layers compute the same from its parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.nn.modules.module as global_hooks
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from .core import mix
+
+# Stands in for a gain of zero, so that backward can divide by it; float16 has no number that is as small.
+TINY_GAIN = 2.0**-100
+# How many parts a sum over tokens is made of: its temporary is so many times smaller than an activation.
+PARTS = 16
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def can_fuse(module: Any, adapter_name: str, x: Tensor, result: Tensor) -> bool:
+    """Whether `fused_linear` may take over from PEFT's layer `module`, whose base layer has made `result` from `x`."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False  # a compiler fuses by itself, and functions such as `vmap` have rules for the parts alone
+    base_layer, A, B = module.get_base_layer(), module.lora_A[adapter_name], module.lora_B[adapter_name]
+    return (
+        len(module.active_adapters) == 1
+        and B.bias is None
+        and all(type(layer) is nn.Linear and not _is_watched(layer) for layer in (base_layer, A, B))
+        and all(type(layer.weight) is nn.Parameter for layer in (base_layer, A, B))
+        and not any(parameter.requires_grad for parameter in base_layer.parameters())
+        and {t.dtype for t in (x, result, base_layer.weight, A.weight, B.weight)} == {x.dtype}
+        and type(x) is type(result) is Tensor
+        and result.is_contiguous()
+    )
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    hooked = any(getattr(layer, name) or getattr(global_hooks, f"_global{name}") for name in HOOKS)
+    return hooked or "forward" in vars(layer)
+
+
+def fused_linear(
+    x: Tensor,
+    base: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    core: Tensor,
+    B: Tensor,
+    scaling: float,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """gain ⊙ (base + s B C A x), written into `base`, where `can_fuse` holds.
+
+    Args:
+        x: (b, …, d_in). base: W0 x (b, …, d_out); without gain it may hold the bias too. weight: W0 (d_out, d_in).
+        A: (r, d_in). core: C (b or 1, r, r). B: (d_out, r). scaling: s.
+        gain: (b or 1, d_out), of x's dtype, not float16. A gain of zero gives 2⁻¹⁰⁰ of what a gain of one would.
+
+    Returns:
+        (b, …, d_out), with gradients for x, A, core, B and gain, which have gradients in their turn.
+    """
+    return _FusedLinear.apply(x, base.detach(), weight, A, core, B, gain, scaling)
+
+
+class _FusedLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        core: Tensor,
+        B: Tensor,
+        gain: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            h = _project(x, A, core)
+            mixed = mix(core, h)
+            if gain is None:
+                base.view(-1, base.shape[-1]).addmm_(mixed.view(-1, A.shape[0]), B.T, alpha=scaling)
+            else:
+                safe = _safe(gain)
+                rows = base.view(core.shape[0], -1, base.shape[-1]).mul_(safe[:, None])
+                rows.baddbmm_(mixed, (safe[..., None] * B).transpose(1, 2), alpha=scaling)
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(x, weight, A, core, B, h, gain, None if gain is None else base)
+        ctx.scaling = scaling
+        return base
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, weight, A, core, B, h, gain, out = ctx.saved_tensors
+        needs_x, _, _, needs_A, needs_core, needs_B, _, _ = ctx.needs_input_grad
+        of_x = of_A = of_core = of_B = of_gain = None
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # for second derivatives
+                h = _project(x, A, core)
+            of_out = gradients[0].reshape(core.shape[0], -1, B.shape[0])
+            rising = B[None] if gain is None else _safe(gain)[..., None] * B  # (1 or b, d_out, r)
+            of_mixed = ctx.scaling * _times(of_out, rising)
+            of_h = mix(core.transpose(1, 2), of_mixed)
+            if needs_core:
+                of_core = torch.bmm(of_mixed.to(core.dtype).transpose(1, 2), h.to(core.dtype))
+            if needs_B:
+                of_B = ctx.scaling * _gradient_of_B(of_out, mix(core, h), gain)
+            if needs_A:
+                of_A = of_h.reshape(-1, A.shape[0]).T @ x.reshape(-1, x.shape[-1])
+            of_base = of_out
+            if gain is not None:
+                of_base, of_gain = _gradients_of_scaling(of_out, out.view(of_out.shape), gain)
+            if needs_x:
+                of_x = torch.mm(of_base.reshape(-1, B.shape[0]), weight)
+                of_x = of_x.addmm_(of_h.reshape(-1, A.shape[0]), A).view(x.shape)
+        return of_x, None, None, of_A, of_core, of_B, of_gain, None
+
+
+def _project(x: Tensor, A: Tensor, core: Tensor) -> Tensor:
+    """h = A x as (b or 1, n, r): one batch for each C."""
+    return F.linear(x, A).view(core.shape[0], -1, A.shape[0])
+
+
+def _safe(gain: Tensor) -> Tensor:
+    return torch.where(gain == 0, TINY_GAIN, gain)
+
+
+def _times(rows: Tensor, B: Tensor) -> Tensor:
+    """(b, n, d) times (1 or b, d, r) → (b, n, r), by one plain product if there is one B."""
+    if B.shape[0] == rows.shape[0]:
+        return torch.bmm(rows, B)
+    return torch.mm(rows.reshape(-1, rows.shape[-1]), B[0]).view(*rows.shape[:-1], -1)
+
+
+def _gradient_of_B(of_out: Tensor, mixed: Tensor, gain: Tensor | None) -> Tensor:
+    if gain is None:
+        return of_out.reshape(-1, of_out.shape[-1]).T @ mixed.reshape(-1, mixed.shape[-1])
+    return (_safe(gain)[..., None] * torch.bmm(of_out.transpose(1, 2), mixed)).sum(0)
+
+
+def _gradients_of_scaling(of_out: Tensor, out: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Of out = gain ⊙ z, for z (b, n, d) and gain (b, d), where Σ_n of_out ⊙ z is found from out: z is not kept.
+
+    Part by part, so that what is read is still in the cache, and the sum needs no large temporary.
+    """
+    safe = _safe(gain)
+    if torch.is_grad_enabled():
+        return of_out * safe[:, None], (of_out * out).sum(1) / safe
+    of_z = torch.empty_like(of_out)
+    step = max(1, -(-of_out.shape[1] // PARTS))
+    total = safe.new_zeros(of_out.shape[0], step, of_out.shape[2], dtype=torch.promote_types(safe.dtype, torch.float32))
+    for part, result, target in zip(*(t.split(step, dim=1) for t in (of_out, out, of_z)), strict=True):
+        total[:, : part.shape[1]].addcmul_(part.to(total.dtype), result.to(total.dtype))
+        torch.mul(part, safe[:, None], out=target)
+    return of_z, (total.sum(1) / safe).to(gain.dtype)
