@@ -11,9 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
+
+# Diffusers looks for this class beside those of a pipeline's component, to learn how they are loaded.
+__all__ = ["PreTrainedModel", "ShiftedLlamaForCausalLM", "ShiftedQwen2ForCausalLM"]
 
 
 class ShiftedLogits:
