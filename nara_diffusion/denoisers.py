@@ -98,7 +98,7 @@ class TimestepNoise:
         return level.clamp(0, 1)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-        """λ of one forward of `module`.
+        """λ of one forward of `module`: (b,), or (1,) if all samples have the same.
 
         Raises:
             ValueError: the forward has no such argument, or see `noise_level`.
@@ -106,7 +106,9 @@ class TimestepNoise:
         timestep = arguments_of(module, args, kwargs).get(self.argument)
         if timestep is None:
             raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {self.argument}.")
-        return NoiseSignals(self.noise_level(timestep))
+        level = self.noise_level(timestep)
+        # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
+        return NoiseSignals(level[:1] if bool((level == level[0]).all()) else level)
 
 
 @dataclass(frozen=True)

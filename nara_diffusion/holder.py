@@ -20,6 +20,7 @@ from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
 from .offload import onload_cores
 from .recompute import checkpoint_with_core, checkpoint_without_core
+from .settings import check_not_fused, check_not_split
 from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_one_sample, on_device_of
 
 HOLDER_NAME = "nara_core"
@@ -161,6 +162,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             signals = as_signals(*self.source(root, args, kwargs))
         if signals is not None and self.channel.sample_major:
             check_batch(signals, self.source, arguments_of(root, args, kwargs))
+            check_not_split(root, len(signals.noise_level))
         return self.check_signals(
             signals,
             names,
@@ -239,6 +241,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             return {}
         if torch.is_grad_enabled():
             checkpoint_with_core(root, self.channel)
+        check_not_fused(root, names)
         onload_cores(root)
         return self.cores_at(self._signals_for(root, names, args, kwargs), names)
 

@@ -82,6 +82,7 @@ class NaraVariant(LoraVariant):
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one."""
+        x = _in_dtype_of_factors(module, active_adapter, x)
         read = self.reads(module, active_adapter)
         if any(map(is_managed, read)):
             with onloaded(*read):
@@ -242,6 +243,14 @@ class NaraDoraConv(NaraDoraLinear):
         else:
             base = base_layer._conv_forward(dropped, base_layer.weight, None)
         return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, core)
+
+
+def _in_dtype_of_factors(module: Any, adapter_name: str, x: Tensor) -> Tensor:
+    """`x` in A's dtype where layerwise casting, which is for the base weights, has kept PEFT from seeing to that."""
+    if getattr(module, "cast_input_dtype_enabled", True) or not x.is_floating_point():
+        return x
+    A = module.lora_A[adapter_name]
+    return x if is_managed(A) else x.to(A.weight.dtype)
 
 
 def _conv_update(module: Any, adapter_name: str, x: Tensor, core: Tensor) -> Tensor:

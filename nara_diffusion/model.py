@@ -23,7 +23,7 @@ from .holder import HOLDER_NAME, CoreHolder
 from .injection import Injection, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
-from .rules import check_target, rule_for
+from .rules import check_target, keep_out_of_float8, rule_for
 from .signals import with_convention
 
 _PEFT_PREFIX = "base_model.model."
@@ -95,6 +95,7 @@ class NaraModel(MergesAtOneLevel):
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
         layer = getattr(parent, target_name)
+        keep_out_of_float8(layer, adapter_name)
         injecting = self._injecting
         assert injecting is not None
         injecting.layers.append((parent, target_name, layer))

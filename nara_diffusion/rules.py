@@ -6,7 +6,7 @@ from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import NaraConv, NaraDoraConv, NaraDoraLinear, NaraEmbedding, NaraLinear, NaraVariant
 
@@ -28,6 +28,12 @@ def check_target(target: Any, use_dora: bool, name: str) -> None:
         raise ValueError(
             f"NaRA-DoRA cannot adapt '{name}' ({kind}): the norm of a whole vocabulary would be needed for each "
             "sample. Leave it out by `exclude_modules`, or set use_dora=False."
+        )
+    weight = getattr(base, "weight", None)
+    if use_dora and isinstance(weight, Tensor) and _is_float8(weight):
+        raise ValueError(
+            f"NaRA-DoRA cannot adapt '{name}' ({kind}), whose weight is stored as {weight.dtype}: its norm is needed. "
+            "Add the adapter before enable_layerwise_casting()."
         )
     if use_dora and isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
         raise ValueError(
@@ -53,3 +59,15 @@ def rule_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
     if isinstance(layer, _ConvNd):
         return NaraDoraConv if use_dora else NaraConv
     return NaraDoraLinear if use_dora else NaraLinear
+
+
+def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
+    """PEFT gives A and B the dtype of the base weight; where layerwise casting stores that as float8, float32."""
+    for factors in (getattr(layer, name) for name in layer.adapter_layer_names):
+        for parameter in factors[adapter_name].parameters() if adapter_name in factors else ():
+            if _is_float8(parameter):
+                parameter.data = parameter.data.float()
+
+
+def _is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1

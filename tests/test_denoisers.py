@@ -326,8 +326,7 @@ def test_a_timestep_may_have_any_form(unet, timestep):
     with noise_level(unet, 0.25):
         torch.testing.assert_close(output, run(unet, inputs, torch.tensor([250, 250])), rtol=1e-5, atol=1e-5)
     levels = told(unet, lambda: unet(sample, timestep, text))
-    assert set(levels) == {0.25}
-    assert len(levels) == (2 if isinstance(timestep, Tensor) and timestep.shape == (2,) else 1)
+    assert levels == [0.25]  # one C for all, though a timestep may come for each
     with torch.no_grad():
         assert torch.equal(unet(sample, timestep, encoder_hidden_states=text).sample, output)
         assert torch.equal(unet(timestep=timestep, encoder_hidden_states=text, sample=sample).sample, output)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.adapted import core_by_hand, disturb, nara_config
+from tests.adapted import core_by_hand, disturb, nara_config, relative_error
+from tests.denoiser_models import tensor_of
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 UNET_TARGETS = [*ATTENTION, "proj_in", "conv1", "time_emb_proj"]
@@ -82,3 +83,25 @@ def watch(adapted: nn.Module, adapter: str = "default") -> list[list[float]]:
     core = adapted.get_submodule(f"nara_core.cores.{adapter}.global")
     core.register_forward_pre_hook(lambda _, args: levels.append(args[0].tolist()))
     return levels
+
+
+def compare_calls(adapted: Any, plain: Any, **where: Any) -> list[float]:
+    """From now on, the relative error of each call of `adapted` against `plain`, which is given the same inputs.
+
+    So nothing that comes after a call, such as a sampler, multiplies its rounding. `where`: see `follow`.
+    """
+    follow(plain, adapted, **where)
+    errors: list[float] = []
+
+    def compare(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        with torch.no_grad():
+            errors.append(relative_error(tensor_of(output), tensor_of(plain(*args, **kwargs))))
+
+    adapted.register_forward_hook(compare, with_kwargs=True)
+    return errors
+
+
+def latents(pipe: Any, prompt: Any = "a photo of a toy", **options: Any) -> Tensor:
+    """What a short run leaves before decoding, the same at each call."""
+    call = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "latent"}
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **{**call, **options}).images

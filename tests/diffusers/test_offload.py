@@ -85,27 +85,37 @@ def test_cores_on_disk_can_be_looked_at(core_type, tmp_path):
     model = adapted_unet(core_type=core_type, core_sharing="module_type")
     expected = core_matrix(model, 0.3, module="mid_block.attentions.0.proj_in")
     groups("block_level", True)(model, tmp_path)
-    assert torch.equal(core_matrix(model, 0.3, module="mid_block.attentions.0.proj_in"), expected)
-    run(model)
-    assert torch.equal(core_matrix(model, 0.3, module="mid_block.attentions.0.proj_in"), expected)
+    for _ in range(2):
+        torch.testing.assert_close(core_matrix(model, 0.3, module="mid_block.attentions.0.proj_in"), expected)
+        run(model)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload", "group"])
-def test_a_pipeline_gives_the_same_pixels(offload, when):
-    def enable(pipe: Any) -> None:
-        if offload == "group":
-            pipe.enable_group_offload(CPU, CPU, "leaf_level")
-        else:
-            getattr(pipe, offload)(device="cpu")
+def _sequential(pipe: Any) -> None:
+    accelerate.cpu_offload(pipe.unet, CPU, offload_buffers=True)  # stock VAEs fail where both devices are the CPU
+
+
+PIPELINE_OFFLOADS: dict[str, Callable[[Any], None]] = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": _sequential,
+    "groups": lambda pipe: pipe.enable_group_offload(CPU, CPU, "leaf_level"),
+}
+
+
+@pytest.mark.parametrize(
+    ("offload", "first"),
+    [("model", False), ("model", True), ("sequential", False), ("groups", False), ("groups", True)],
+)
+def test_a_pipeline_gives_the_same_pixels(offload, first):
+    """Whether it is `first` offloaded, and then adapted, or the other way round."""
 
     def add(pipe: Any) -> None:
+        torch.manual_seed(1)  # the frequencies too
         pipe.unet.add_adapter(nara_config(target_modules=UNET_TARGETS))
         disturb(pipe.unet)
 
-    plain, pipe = small_sd(), small_sd()
+    plain, pipe, enable = small_sd(), small_sd(), PIPELINE_OFFLOADS[offload]
     add(plain)
-    for step in (enable, add) if when == "before" and offload != "enable_sequential_cpu_offload" else (add, enable):
+    for step in (enable, add) if first else (add, enable):
         step(pipe)
     assert torch.equal(pixels(pipe), pixels(plain))
 

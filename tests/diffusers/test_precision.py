@@ -1,0 +1,232 @@
+"""Denoisers in half precision, stored in float8 (layerwise casting), and quantised by bitsandbytes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import apply_layerwise_casting
+from diffusers.training_utils import cast_training_params
+from torch import Tensor, nn
+
+from nara_diffusion import noise_level
+from tests.adapted import disturb, nara_config, relative_error
+from tests.diffusers.reference import ATTENTION, UNET_TARGETS, adapt, compare_calls
+from tests.small_pipelines import pixels, small_sd, small_unet
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
+    pytest.mark.filterwarnings("ignore:.*should be kept in float32"),
+]
+ROUNDING = {torch.float16: 0.03, torch.bfloat16: 0.2}
+FLOAT8 = torch.float8_e4m3fn
+TIMESTEPS = torch.tensor([20, 500, 900])
+
+
+def adapted_unet(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    torch.manual_seed(1)
+    model = small_unet(16).to(dtype)
+    model.add_adapter(nara_config(**{"target_modules": UNET_TARGETS, **changes}))
+    disturb_gently(model)
+    return model
+
+
+def disturb_gently(model: nn.Module) -> None:
+    """An update so small that rounding is not multiplied on its way through the network."""
+    disturb(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.3
+
+
+def run(model: Any, timestep: Any = TIMESTEPS, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    sample, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 16, generator=generator)
+    with torch.no_grad():
+        return model(sample.to(dtype), timestep, text.to(dtype)).sample
+
+
+# ---------------------------------------------------------------------- bf16 and fp16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+def test_half_precision_is_float32_within_its_rounding(dtype, use_dora):
+    model = adapted_unet(dtype, use_dora=use_dora)
+    assert {p.dtype for n, p in model.named_parameters() if "nara_core" in n} == {torch.float32}
+    exact = copy.deepcopy(model).float()
+    expected = run(exact)
+    with noise_level(exact, 0.5):
+        effect = relative_error(run(exact), expected)
+    error = relative_error(run(model, dtype=dtype), expected)
+    assert error < ROUNDING[dtype]
+    assert effect > 3 * error
+    for i in range(3):  # each sample has its own C
+        alone = run(model, TIMESTEPS[i], dtype=dtype)[i]
+        assert relative_error(run(model, dtype=dtype)[i], alone) < ROUNDING[dtype]
+
+
+def test_timesteps_are_exact_in_half_precision_pipelines():
+    """A pipeline in bf16 hands its UNet the scheduler's timestep, not one rounded to bf16."""
+    pipe = small_sd().to(torch.bfloat16)
+    model, plain = adapt(pipe.unet, ATTENTION)
+    levels: list[float] = []
+    core = model.get_submodule("nara_core.cores.default.global")
+    core.register_forward_pre_hook(lambda _, args: levels.extend(args[0].tolist()))
+    image = pixels(pipe)
+    assert image.isfinite().all()
+    pipe.scheduler.set_timesteps(3)
+    assert levels == pytest.approx([float(t) / 1000 for t in pipe.scheduler.timesteps], abs=1e-7)
+    assert plain.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_trainables_in_a_half_precision_denoiser(dtype):
+    model = adapted_unet(dtype)
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "nara_core" in name)
+    before = run(model, dtype=dtype)
+    cast_training_params(model, dtype=torch.float32)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert relative_error(run(model, dtype=dtype), before) < ROUNDING[dtype]
+
+
+# ---------------------------------------------------------------------- layerwise casting
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+@pytest.mark.parametrize("everything", [False, True], ids=["base alone", "A and B too"])
+def test_layerwise_casting_after_adding_changes_weights_by_their_storage_alone(everything, use_dora):
+    model = adapted_unet(use_dora=use_dora)
+    reference = copy.deepcopy(model)
+    if everything:
+        apply_layerwise_casting(model, FLOAT8, torch.float32)
+    else:
+        model.enable_layerwise_casting(FLOAT8, torch.float32)
+    stored = {name for name, parameter in model.named_parameters() if parameter.dtype == FLOAT8}
+    assert any("lora_B" in name for name in stored) == everything
+    assert any("base_layer" in name for name in stored)
+    assert not any("nara_core" in name for name in stored)
+    for name, parameter in reference.named_parameters():
+        if name in stored:
+            parameter.data = parameter.data.to(FLOAT8).float()
+    for _ in range(2):
+        assert torch.equal(run(model), run(reference))
+        assert {name for name, parameter in model.named_parameters() if parameter.dtype == FLOAT8} == stored
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_an_adapter_added_to_a_denoiser_that_is_stored_in_float8(compute):
+    model = small_unet(16).to(compute)
+    model.enable_layerwise_casting(FLOAT8, compute)
+    torch.manual_seed(1)
+    model.add_adapter(nara_config(target_modules=UNET_TARGETS))
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n or "nara_core" in n} == {torch.float32}
+    disturb(model)
+    reference = small_unet(16).to(compute)
+    torch.manual_seed(1)
+    reference.add_adapter(nara_config(target_modules=UNET_TARGETS))
+    disturb(reference)
+    stored = {name for name, parameter in model.named_parameters() if parameter.dtype == FLOAT8}
+    assert len(stored) > 20
+    for name, parameter in reference.named_parameters():
+        parameter.data = parameter.data.to(FLOAT8).to(compute) if name in stored else parameter.data
+        if "lora_" in name:
+            parameter.data = model.get_parameter(name).data
+    assert relative_error(run(model, dtype=compute), run(reference, dtype=compute)) < 1e-6
+    with noise_level(model, 0.5):
+        assert relative_error(run(model, dtype=compute), run(reference, dtype=compute)) > 1e-2
+
+
+def test_float32_factors_beside_bf16_weights_stored_in_float8():
+    model = adapted_unet(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    cast_training_params(model, dtype=torch.float32)
+    reference = copy.deepcopy(model)
+    model.enable_layerwise_casting(FLOAT8, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == FLOAT8:
+            other = reference.get_parameter(name)
+            other.data = other.data.to(FLOAT8).to(torch.bfloat16)
+    assert torch.equal(run(model, dtype=torch.bfloat16), run(reference, dtype=torch.bfloat16))
+
+
+def test_dora_on_a_weight_stored_in_float8_is_refused_before_anything_is_changed():
+    model = small_unet(16)
+    model.enable_layerwise_casting(FLOAT8, torch.float32)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(
+        ValueError, match=r"whose weight is stored as torch.float8_e4m3fn.*before enable_layerwise_cast"
+    ):
+        model.add_adapter(nara_config(target_modules=ATTENTION, use_dora=True))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+# ---------------------------------------------------------------------- bitsandbytes
+
+
+def quantise(model: nn.Module, bits: int) -> None:
+    """Every attention projection becomes a bitsandbytes layer, as Diffusers does on a GPU."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for name, module in list(model.named_modules()):
+        for child, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear) and "attentions" in f"{name}.{child}":
+                size = layer.in_features, layer.out_features, layer.bias is not None
+                if bits == 4:
+                    new = bnb.nn.Linear4bit(*size, compute_dtype=torch.float32)
+                else:
+                    new = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+                new.load_state_dict(layer.state_dict())
+                setattr(module, child, new.to("cpu"))  # moving quantises
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8  # type: ignore[assignment]
+    model.eval()
+
+
+WIDTHS = {"block_out_channels": (64, 64), "norm_num_groups": 8, "attention_head_dim": (8, 8)}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_unet_gives_each_sample_its_own_core(bits):
+    """With gradients, since for inference bitsandbytes' own 4-bit kernel for CPUs is wrong at batch 1."""
+    model = small_unet(64, **WIDTHS)
+    quantise(model, bits)
+    model.add_adapter(nara_config(target_modules=ATTENTION))
+    kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("to_q")}
+    assert kinds == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
+    generator = torch.Generator().manual_seed(2)
+    sample, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 64, generator=generator)
+    sample.requires_grad_()
+    base = model(sample, TIMESTEPS, text).sample
+    disturb_gently(model)
+    batch = model(sample, TIMESTEPS, text).sample
+    alone = torch.cat([model(sample[i : i + 1], TIMESTEPS[i], text[i : i + 1]).sample for i in range(3)])
+    with noise_level(model, 0.5):
+        fixed = model(sample, TIMESTEPS, text).sample
+    error = relative_error(batch, alone)  # 8-bit layers round their inputs too, to 255 values a row
+    assert error < (0.05 if bits == 8 else 5e-3)
+    assert relative_error(batch, fixed) > 3 * error
+    assert relative_error(batch, base) > 3 * error
+
+
+def test_a_quantised_unet_in_a_pipeline_follows_the_formula_on_the_dequantised_weights():
+    pipe = small_sd(**WIDTHS)
+    plain = copy.deepcopy(pipe.unet)
+    quantise(pipe.unet, 8)
+    bnb = pytest.importorskip("bitsandbytes")
+    for name, layer in pipe.unet.named_modules():
+        if isinstance(layer, bnb.nn.Linear8bitLt):
+            weight = layer.weight.data.float() * layer.weight.SCB.view(-1, 1) / 127
+            plain.get_submodule(name).weight.data = weight
+    pipe.unet.add_adapter(nara_config(target_modules=ATTENTION))
+    disturb_gently(pipe.unet)
+    errors = compare_calls(pipe.unet, plain)
+    pixels(pipe)
+    assert len(errors) == 4
+    assert max(errors) < 0.05
+    with noise_level(pipe.unet, 0.5):  # which the reference does not know of
+        pixels(pipe)
+    assert min(errors[4:]) > 3 * max(errors[:4])
