@@ -1,0 +1,27 @@
+"""Stable Diffusion XL with the NaRA methods typed in, in place of Diffusers' own class.
+
+    from pipelines.stable_diffusion_xl_nara import StableDiffusionXLPipeline
+
+or, without this file's folder on the path,
+
+    DiffusionPipeline.from_pretrained(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        custom_pipeline="pipelines/stable_diffusion_xl_nara.py",
+        trust_remote_code=True,
+    )
+
+`import nara_diffusion` gives every pipeline these methods; an editor sees them in a class alone. The class has the name
+of Diffusers' own, so that what it saves is a stock pipeline and `AutoPipelineForImage2Image.from_pipe` knows it.
+"""
+
+import diffusers
+
+from nara_diffusion.loaders import load_nara_weights, save_nara_weights, unload_nara_weights
+
+
+class StableDiffusionXLPipeline(diffusers.StableDiffusionXLPipeline):
+    """Diffusers' Stable Diffusion XL, with methods to load, save and unload NaRA adapters."""
+
+    load_nara_weights = load_nara_weights
+    save_nara_weights = save_nara_weights
+    unload_nara_weights = unload_nara_weights
