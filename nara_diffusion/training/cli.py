@@ -75,7 +75,7 @@ def parse_arguments(
 
 
 def build_parser(cls: type, description: str | None = None) -> argparse.ArgumentParser:
-    """The parser of `cls`: a group of flags for each class that introduces some, titled by its docstring's start"""
+    """The parser of `cls`: a group of flags for each class that has some, titled by the start of its docstring."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE …]",
         description=description,
@@ -88,12 +88,14 @@ def build_parser(cls: type, description: str | None = None) -> argparse.Argument
     )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    groups: dict[str, Any] = {}
     for owner in cls.__mro__:
         own = [name for name in vars(owner).get("__annotations__", {}) if name in fields]
-        if own:
-            group = parser.add_argument_group((owner.__doc__ or owner.__name__).strip().splitlines()[0])
-            for name in own:
-                _add_flag(group, fields[name], hints[name])
+        title = (owner.__doc__ or owner.__name__).strip().splitlines()[0]
+        if own and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        for name in own:
+            _add_flag(groups[title], fields.pop(name), hints[name])  # a class may declare an inherited one anew
     return parser
 
 

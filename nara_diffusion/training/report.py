@@ -51,10 +51,19 @@ def write_samples(
 
 
 def write_model_card(
-    folder: Path, *, title: str, summary: str, base_model: str, tags: Sequence[str], sections: Mapping[str, str]
+    folder: Path,
+    *,
+    title: str,
+    summary: str,
+    base_model: str,
+    tags: Sequence[str],
+    sections: Mapping[str, str],
+    library: str = "peft",
+    **front_matter: Any,
 ) -> None:
     """Writes README.md: front matter for the Hub, title, summary, and one heading for each section."""
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["nara", *tags]}
+    front: dict[str, Any] = {"library_name": library, "tags": ["nara", *tags]}
+    front |= {name: value for name, value in front_matter.items() if value is not None}
     if not Path(base_model).exists():  # the Hub takes ids of models there, not paths of this disk
         front["base_model"] = base_model
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {title}", summary]

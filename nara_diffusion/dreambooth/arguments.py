@@ -1,0 +1,197 @@
+"""The arguments of train_scripts/dreambooth_sdxl.py, named as those of diffusers' own script where it has them."""
+
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nara_diffusion.dreambooth.captions import check_prompt
+from nara_diffusion.dreambooth.denoiser import UNET_TARGETS
+from nara_diffusion.training.arguments import (
+    AdapterArguments,
+    OptimizationArguments,
+    RunArguments,
+    check_arguments,
+    require,
+)
+from nara_diffusion.training.cli import option
+
+
+@dataclass
+class ModelArguments:
+    """Model"""
+
+    pretrained_model_name_or_path: str = option(
+        "", "Folder or Hub id of the Stable Diffusion XL to adapt; none runs the shipped one."
+    )
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "Another autoencoder, such as madebyollin/sdxl-vae-fp16-fix."
+    )
+    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
+    variant: str | None = option(None, "Variant of the weight files, such as fp16.")
+    cache_dir: str | None = option(None, "Where downloads are kept; none means the Hub's usual cache.", resumable=True)
+    upcast_vae: bool = option(True, "Encode images in float32 whatever the precision, as SDXL's autoencoder needs.")
+
+
+@dataclass
+class DataArguments:
+    """Images and captions"""
+
+    instance_data_dir: str | None = option(None, "Folder with images of the subject.")
+    instance_prompt: str | None = option(
+        None, "What they show, with a rare word for the subject: 'a photo of sks dog'. Images without caption get it."
+    )
+    dataset_name: str | None = option(None, "Data set on the Hub, or a folder that `datasets` reads, in place of it.")
+    dataset_config_name: str | None = option(None, "Configuration of that data set.")
+    image_column: str = option("image", "Column of that data set with the images.")
+    caption_column: str | None = option(None, "Column with the captions, there or in metadata.jsonl.")
+    caption_source: str = option(
+        "auto",
+        "Captions of a folder: the prompt for all, a .txt beside each, metadata.jsonl, or what of these there is.",
+        choices=("auto", "prompt", "text_files", "metadata"),
+    )
+    repeats: int = option(1, "How often an epoch shows each image.", unit="times")
+    resolution: int = option(1024, "Side of the square that images are scaled and cut to.", unit="pixels")
+    aspect_ratio_buckets: str | None = option(
+        None, "Sizes height,width;height,width;… of which each image takes the nearest, or auto; none means the square."
+    )
+    center_crop: bool = option(False, "Cut the middle; otherwise one of --crops_per_image random places at each draw.")
+    crops_per_image: int | None = option(
+        4, "Places of random crops, to bound the cache of latents; none means anywhere, anew each time.", unit="places"
+    )
+    random_flip: bool = option(False, "Mirror half of the draws.")
+    cache_latents: bool = option(True, "Keep what the autoencoder says of each crop instead of running it each step.")
+    cache_memory: float = option(1024, "Most that each cache, of latents and of prompts, holds in memory.", unit="MiB")
+    cache_folder: str | None = option(None, "Keep the caches in this folder too, for later runs.", resumable=True)
+
+
+@dataclass
+class PriorArguments:
+    """Prior preservation"""
+
+    with_prior_preservation: bool = option(False, "Train on images of the class too, lest the model forgets it.")
+    class_data_dir: str | None = option(None, "Folder of the class images; those that it lacks are generated.")
+    class_prompt: str | None = option(None, "What they show: 'a photo of a dog'.")
+    num_class_images: int = option(100, "Class images that have to be there.", unit="images")
+    prior_loss_weight: float = option(1.0, "What the loss on class images counts.")
+    prior_generation_precision: str | None = option(
+        None,
+        "Precision in which they are generated; none means that of the training.",
+        choices=("no", "fp32", "fp16", "bf16"),
+    )
+
+
+@dataclass
+class DreamBoothAdapterArguments(AdapterArguments):
+    """Adapter"""
+
+    target_modules: list[str] = option(UNET_TARGETS, "Names of the UNet's modules to adapt, or all-linear.")
+    train_text_encoder: bool = option(False, "Also adapt both text encoders; there C = I, since they know no λ.")
+    text_encoder_lr: float | None = option(None, "Learning rate of those; none means --learning_rate.")
+
+
+@dataclass
+class LossArguments:
+    """Objective"""
+
+    stratified_timesteps: bool = option(False, "Spread the timesteps of each optimizer step evenly over the schedule.")
+    snr_gamma: float | None = option(None, "γ of min-SNR weights, 5 as a rule; none weights all timesteps alike.")
+    noise_offset: float = option(0.0, "Standard deviation of a shift of each channel's noise, 0.1 at most as a rule.")
+    do_edm_style_training: bool = option(
+        False, "EDM's preconditioning and weights; models with an EDM scheduler have them in any case."
+    )
+
+
+@dataclass
+class ValidationArguments:
+    """Samples and measurement"""
+
+    validation_prompts: list[str] | None = option(
+        None,
+        "Quoted prompts to sample before, after, and every --validation_steps; none takes the instance prompt.",
+        sentences=True,
+        aliases=("validation_prompt",),
+    )
+    num_validation_images: int = option(
+        4, "Images for each of them, with the seeds --seed, --seed + 1, ….", unit="images"
+    )
+    num_inference_steps: int = option(30, "Denoising steps of a sample.", unit="steps")
+    guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
+    sample_batch_size: int = option(4, "Images that are sampled at once.", unit="images")
+    validation_data_dir: str | None = option(
+        None, "Further images of the subject for the validation loss; none takes the training images, on other noise."
+    )
+    similarity_model: str | None = option(
+        None, "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id; none doesn't."
+    )
+    alignment_model: str | None = option(
+        None, "CLIP that compares samples with their prompts: folder or Hub id; none doesn't."
+    )
+    identifier: list[str] | None = option(None, "Words that it is not to read, such as sks, which it doesn't know.")
+    curve_points: int = option(10, "Noise levels at which the validation loss is measured.", unit="points")
+
+
+@dataclass
+class DreamBoothArguments(
+    ModelArguments,
+    DataArguments,
+    PriorArguments,
+    DreamBoothAdapterArguments,
+    OptimizationArguments,
+    LossArguments,
+    ValidationArguments,
+    RunArguments,
+):
+    def __post_init__(self) -> None:
+        check_arguments(self)
+        require(self, "pretrained_model_name_or_path", self.pretrained_model_name_or_path != "", "given")
+        _check_counts(self)
+        _check_data(self)
+        _check_prior(self)
+        if self.core_input != "noise_level":
+            raise ValueError(f"core_input is {self.core_input!r}, but images have no masks: expected 'noise_level'.")
+
+    @property
+    def prompts(self) -> list[str]:
+        """What is sampled."""
+        return self.validation_prompts or [str(self.instance_prompt)]
+
+
+def _check_counts(args: Any) -> None:
+    for name in ("num_validation_images", "num_inference_steps", "sample_batch_size", "curve_points", "repeats"):
+        require(args, name, getattr(args, name) >= 1, "at least 1")
+    require(args, "crops_per_image", args.crops_per_image is None or args.crops_per_image >= 1, "at least 1, or none")
+    require(args, "resolution", args.resolution >= 8, "at least 8")
+    for name in ("snr_gamma", "text_encoder_lr"):
+        require(args, name, getattr(args, name) is None or getattr(args, name) > 0, "above 0, or none")
+    for name in ("noise_offset", "cache_memory", "prior_loss_weight", "guidance_scale"):
+        require(args, name, getattr(args, name) >= 0, "at least 0")
+    for prompt in args.validation_prompts or []:
+        check_prompt(prompt, "a validation prompt")
+
+
+def _check_data(args: Any) -> None:
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        got = "neither" if args.instance_data_dir is None else "both"
+        raise ValueError(f"images come from instance_data_dir or from dataset_name: give one of them, got {got}.")
+    if args.validation_prompts is None and args.instance_prompt is None:
+        raise ValueError("there is nothing to sample: give an instance_prompt, or validation_prompts.")
+    if args.instance_prompt is not None:
+        check_prompt(args.instance_prompt, "instance_prompt")
+    if args.text_encoder_lr is not None and not args.train_text_encoder:
+        raise ValueError("text_encoder_lr is set, but the text encoders aren't trained: add train_text_encoder.")
+
+
+def _check_prior(args: Any) -> None:
+    missing = [name for name in ("class_data_dir", "class_prompt") if getattr(args, name) is None]
+    if args.with_prior_preservation and missing:
+        raise ValueError(f"with_prior_preservation needs {' and '.join(missing)}.")
+    if not args.with_prior_preservation and len(missing) < 2:
+        raise ValueError(
+            "class images are for prior preservation: add with_prior_preservation, or leave class_data_dir and "
+            "class_prompt out."
+        )
+    if args.with_prior_preservation:
+        check_prompt(args.class_prompt, "class_prompt")
+        require(args, "num_class_images", args.num_class_images >= 1, "at least 1")

@@ -1,0 +1,159 @@
+"""From the script's arguments to what a run works with: images, class images, caches, encoders, settings of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.dreambooth.buckets import Size, check_size, make_buckets, parse_buckets
+from nara_diffusion.dreambooth.class_images import generate_class_images
+from nara_diffusion.dreambooth.dataset import Draw, DreamBoothDataset
+from nara_diffusion.dreambooth.denoiser import tokenizers_of
+from nara_diffusion.dreambooth.encoders import Encoder
+from nara_diffusion.dreambooth.latents import LatentCache
+from nara_diffusion.dreambooth.measurement import Judge
+from nara_diffusion.dreambooth.prompts import PromptCache
+from nara_diffusion.dreambooth.records import ImageRecord, class_records, records_from_dataset, records_from_folder
+from nara_diffusion.dreambooth.sampling import SampleSettings
+
+_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_instances(args: DreamBoothArguments, progress: bool) -> list[ImageRecord]:
+    """The subject's images with their captions, from a folder or the Hub; raises ValueError for bad ones."""
+    if args.dataset_name is not None:
+        return records_from_dataset(
+            args.dataset_name,
+            config_name=args.dataset_config_name,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            prompt=args.instance_prompt,
+            cache_dir=args.cache_dir,
+            progress=progress,
+        )
+    return records_from_folder(str(args.instance_data_dir), **_captions(args), progress=progress)
+
+
+def load_class_images(
+    args: DreamBoothArguments, accelerator: Accelerator, dtype: torch.dtype, load: Callable[..., Any]
+) -> list[ImageRecord]:
+    """The images of prior preservation, of which missing ones are generated; none without it.
+
+    Args:
+        dtype: of the generation, where `--prior_generation_precision` doesn't say.
+        load: `load_pipeline` with all but its dtypes given.
+    """
+    if not args.with_prior_preservation:
+        return []
+    folder, prompt = str(args.class_data_dir), str(args.class_prompt)
+    if args.prior_generation_precision is not None:
+        dtype = _DTYPES[args.prior_generation_precision]
+    generate_class_images(
+        lambda: load(dtype=dtype, vae_dtype=dtype).to(accelerator.device),
+        folder,
+        prompt,
+        args.num_class_images,
+        seed=args.seed,
+        batch_size=args.sample_batch_size,
+        accelerator=accelerator,
+        progress=accelerator.is_main_process,
+        **sample_settings(args).call,
+    )
+    return class_records(folder, prompt=prompt, minimum=args.num_class_images, progress=accelerator.is_main_process)
+
+
+def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
+    """The sizes to train at: multiples of what autoencoder and UNet divide an image by, together.
+
+    Raises:
+        ValueError: sizes that aren't.
+    """
+    divisor = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if args.aspect_ratio_buckets is None:
+        check_size((args.resolution, args.resolution), divisor)
+        return [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets == "auto":
+        return make_buckets(args.resolution, divisor=max(divisor, min(64, args.resolution // 4)))
+    return parse_buckets(args.aspect_ratio_buckets, divisor=divisor)
+
+
+def training_data(
+    args: DreamBoothArguments, instances: Sequence[ImageRecord], class_images: Sequence[ImageRecord], pipe: Any
+) -> DreamBoothDataset:
+    """The draws of training; their pixels too, where no cache makes them superfluous."""
+    return DreamBoothDataset(
+        instances,
+        training_buckets(args, pipe),
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        class_images=class_images,
+        crop="center" if args.center_crop else "random",
+        crops_per_image=args.crops_per_image,
+        flip=args.random_flip,
+        load_pixels=not args.cache_latents,
+    )
+
+
+def latent_cache(args: DreamBoothArguments, pipe: Any, dataset: DreamBoothDataset, progress: bool) -> LatentCache:
+    """Latents of `dataset`, all of them encoded now if that can be known; the text says what to do about NaN."""
+    if not args.cache_latents:
+        return LatentCache(pipe.vae, memory_mib=0)
+    latents = LatentCache(pipe.vae, memory_mib=args.cache_memory, folder=args.cache_folder)
+    if args.center_crop or args.crops_per_image is not None:
+        latents.fill(dataset.possible_draws(), progress=progress)
+    return latents
+
+
+def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
+    """Embeddings of the prompts; None where the text encoders are trained."""
+    if args.train_text_encoder:
+        return None
+    encoders = [pipe.text_encoder, pipe.text_encoder_2]
+    return PromptCache(tokenizers_of(pipe), encoders, memory_mib=args.cache_memory, folder=args.cache_folder)
+
+
+def validation_draws(args: DreamBoothArguments, dataset: DreamBoothDataset, pipe: Any, progress: bool) -> list[Draw]:
+    """What the validation loss is measured on: `--validation_data_dir`, or the training images, their middles."""
+    if args.validation_data_dir is None:
+        return dataset.plain_draws()
+    records = records_from_folder(args.validation_data_dir, **_captions(args), progress=progress)
+    return DreamBoothDataset(records, training_buckets(args, pipe), batch_size=1, seed=0).plain_draws()
+
+
+def make_judge(args: DreamBoothArguments, instances: Sequence[ImageRecord], device: torch.device) -> Judge:
+    """The encoders that judge samples; one that both arguments name is loaded once.
+
+    Raises:
+        ValueError: an encoder that can't be loaded, or one without a text tower for prompts.
+    """
+    options: dict[str, Any] = {"device": device, "progress": False}
+    named = {name for name in (args.similarity_model, args.alignment_model) if name is not None}
+    encoders: dict[str | None, Encoder] = {name: Encoder(name, **options) for name in sorted(named)}
+    texts = encoders.get(args.alignment_model)
+    if texts is not None:
+        texts.check_text()
+    references = [record.source.load() for record in instances]
+    return Judge(references, encoders.get(args.similarity_model), texts, args.identifier or ())
+
+
+def sample_settings(args: DreamBoothArguments) -> SampleSettings:
+    """Samples at the training resolution."""
+    call = {
+        "height": args.resolution,
+        "width": args.resolution,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+    }
+    return SampleSettings(args.prompts, args.num_validation_images, args.seed, args.sample_batch_size, call)
+
+
+def _captions(args: DreamBoothArguments) -> dict[str, Any]:
+    return {
+        "prompt": args.instance_prompt,
+        "caption_source": args.caption_source,
+        "caption_column": args.caption_column,
+    }

@@ -1,0 +1,52 @@
+"""A tiny random SDXL on disk, a few pictures, and the arguments of a run of some seconds on them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+
+WEIGHTS = "pytorch_nara_weights.safetensors"
+
+
+def write_pictures(folder: Path, count: int, size: tuple[int, int] = (24, 20), seed: int = 0) -> Path:
+    """Pictures (height, width) with blocks of colour, all different."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        blocks = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(blocks).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number}.png")
+    return folder
+
+
+def tiny_arguments(model: Path, pictures: Path, output: Path, **changes: Any) -> DreamBoothArguments:
+    """Two samples of two prompts, four steps of two images, with crops, flips, dropout and an α other than the rank."""
+    values: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(model),
+        "instance_data_dir": str(pictures),
+        "instance_prompt": "a photo of a toy",
+        "validation_prompts": ["a photo of a toy", "a red toy, on grass"],
+        "output_dir": str(output),
+        "resolution": 16,
+        "random_flip": True,
+        "crops_per_image": 2,
+        "rank": 3,
+        "lora_alpha": 5.0,
+        "core_hidden_dims": [8, 8],
+        "train_batch_size": 2,
+        "max_train_steps": 4,
+        "learning_rate": 1e-2,
+        "core_learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "stratified_timesteps": True,
+        "num_validation_images": 2,
+        "num_inference_steps": 2,
+        "curve_points": 3,
+        "logging_steps": 1,
+        "validation_steps": None,
+        "checkpointing_steps": None,
+    }
+    return DreamBoothArguments(**{**values, **changes})

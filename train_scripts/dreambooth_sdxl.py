@@ -1,0 +1,214 @@
+"""Teaches Stable Diffusion XL a subject from a few images, with NaRA, and shows what that brought.
+
+The shipped model and images, offline, on CPU, in minutes:
+    accelerate launch train_scripts/dreambooth_sdxl.py
+Your own five images, on one GPU; the file holds what suits SDXL, flags win over it:
+    accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
+
+Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights), README.md (the model card),
+samples.png with samples before and after, the samples themselves, noise_level_curve.png, results.json, metrics.jsonl,
+config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from nara_diffusion.dreambooth import collate_draws
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, read_checkpoint, write_adapter
+from nara_diffusion.dreambooth.measurement import Measurement, ValidationLoss, compare, measure
+from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.pipelines import load_pipeline, twin
+from nara_diffusion.dreambooth.preparation import (
+    latent_cache,
+    load_class_images,
+    load_instances,
+    make_judge,
+    prompt_cache,
+    sample_settings,
+    training_data,
+    validation_draws,
+)
+from nara_diffusion.dreambooth.run_report import results_table, write_run_report
+from nara_diffusion.dreambooth.step import TrainingStep
+from nara_diffusion.dreambooth.validation import Validation
+from nara_diffusion.training.adapter import adapter_config
+from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.hub import push_to_hub
+from nara_diffusion.training.loop import train
+from nara_diffusion.training.memory import explain_out_of_memory
+from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.output import write_json
+from nara_diffusion.training.run import Run, start_run
+from nara_diffusion.training.stream import count_steps, stream_loader
+
+ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
+
+# What a run does where no model is named; the flags' own defaults suit SDXL.
+SHIPPED_DATA: dict[str, Any] = {
+    "instance_data_dir": str(ASSETS / "subject"),
+    "instance_prompt": "a photo of sks toy",
+    "validation_prompts": [
+        "a photo of sks toy",
+        "a photo of sks toy on the beach",
+        "a photo of sks toy in the snow",
+        "a photo of sks toy in the city",
+    ],
+    "identifier": ["sks"],
+}
+SHIPPED_RUN: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(ASSETS / "sdxl-tiny"),
+    "similarity_model": str(ASSETS / "clip-tiny"),
+    "alignment_model": str(ASSETS / "clip-tiny"),
+    "resolution": 64,
+    "train_batch_size": 5,
+    "max_train_steps": 400,
+    "learning_rate": 2e-3,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "stratified_timesteps": True,
+    "num_inference_steps": 20,
+    "sample_batch_size": 8,
+    "validation_steps": 200,
+    "checkpointing_steps": 200,
+}
+
+
+def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
+    if "pretrained_model_name_or_path" in given:
+        return {}
+    return SHIPPED_RUN | ({} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA)
+
+
+def main(args: DreamBoothArguments) -> dict[str, Any]:
+    """Trains, measures before and after, saves; returns what results.json holds."""
+    with explain_out_of_memory(args):
+        return dreambooth(args)
+
+
+def dreambooth(args: DreamBoothArguments) -> dict[str, Any]:
+    """`main`, from the top to the bottom."""
+    started = time.perf_counter()
+
+    # Setup
+    run = start_run(args, "dreambooth", write_adapter)
+    refuse_sharding(run)
+    device, show = run.accelerator.device, run.is_main
+
+    # Data
+    instances = load_instances(args, show)
+    judge = make_judge(args, instances, device)
+    load = partial(
+        load_pipeline,
+        args.pretrained_model_name_or_path,
+        vae_name=args.pretrained_vae_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+    )
+    class_images = load_class_images(args, run.accelerator, run.dtype, load)
+
+    # Model
+    pipe = load(dtype=run.dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype).to(device)
+    sampler = twin(pipe, run.dtype)  # shares the frozen weights, and never the adapter that is trained
+    dataset = training_data(args, instances, class_images, pipe)
+    latents = latent_cache(args, pipe, dataset, show)
+    prompts = prompt_cache(args, pipe)
+    build = partial(build_objective, pipe.scheduler, edm_style=args.do_edm_style_training)
+    objective = build(snr_gamma=args.snr_gamma)
+    model = AdaptedDenoiser(
+        pipe,
+        adapter_config(args, noise_convention=objective.convention),
+        train_text_encoder=args.train_text_encoder,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    if run.checkpoint is not None:
+        read_checkpoint(model, run.checkpoint)
+
+    # Train
+    steps = count_steps(len(instances) * args.repeats, run.global_batch, args.max_train_steps, args.num_train_epochs)
+    optimizer = build_optimizer(model, args, run.accelerator.num_processes)
+    scheduler = build_scheduler(optimizer, args, steps)
+    loader = stream_loader(dataset, collate_draws, **run.batches(steps), num_workers=args.dataloader_num_workers)
+    denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
+    facts = {
+        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",
+        "trainable parameters": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
+        "hardware": run.hardware,
+    }
+    run.open(facts)
+    draws = validation_draws(args, dataset, pipe, show)
+    held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size)
+    settings = sample_settings(args)
+    step = TrainingStep(
+        model=denoiser,
+        objective=objective,
+        latents=latents,
+        prompts=prompts,
+        device=device,
+        seed=args.seed,
+        group_size=run.global_batch,
+        stratified=args.stratified_timesteps,
+        noise_offset=args.noise_offset,
+        prior_loss_weight=args.prior_loss_weight,
+    )
+    validate = Validation(run, denoiser, sampler, settings, held_out, judge.references)
+    train(run, denoiser, optimizer, scheduler, loader, steps, step, validate)
+
+    # Save
+    save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
+    parts = (settings, held_out, judge)
+    before = measure(run.accelerator, sampler, None, *parts, name="before")
+    after = measure(run.accelerator, sampler, run.folder, *parts, name="after")
+    results = {"seconds": round(time.perf_counter() - started, 1), "n": len(after.images), **compare(before, after)}
+    if run.is_main:
+        facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
+        references = judge.references
+        load_from = run.hub_id or str(run.folder)
+        write_run_report(run.folder, asdict(args), facts, settings, before, after, references, load_from)
+        publish(run, results, before, after)
+    run.close()
+    return results
+
+
+def publish(run: Run, results: dict[str, Any], before: Measurement, after: Measurement) -> None:
+    """Writes results.json, shows the table, and uploads the folder if asked to."""
+    write_json(run.folder / "results.json", results)
+    print(f"\n{results_table(before, after)}\n\n{results['seconds']:.0f} s; everything is in {run.folder}")
+    if run.hub_id is not None:
+        push_to_hub(run.hub_id, run.folder)
+        print(f"pushed to https://huggingface.co/{run.hub_id}")
+
+
+def refuse_sharding(run: Run) -> None:
+    """Sampling during training needs the whole model on each process."""
+    kind = run.accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"this script trains where each device holds the whole model, and not with {kind.value}: launch it with "
+            "--multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
+        )
+
+
+if __name__ == "__main__":
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
+    values = " ".join(f"{name}={value}" for name, value in SHIPPED_RUN.items())
+    description = f"{__doc__}\nThe shipped run has these values in place of the defaults below:\n{fill(values, 110)}"
+    main(parse_arguments(DreamBoothArguments, description=description, stand_in=shipped_run))
