@@ -25,6 +25,7 @@ from .small_encoders import (
     save_clip,
     save_convnext,
     save_dino,
+    save_siglip,
     tokenizer,
 )
 
@@ -84,6 +85,18 @@ def test_alignment_is_the_mean_cosine_of_image_and_own_prompt(clip):
     torch.testing.assert_close(measure.alignments(pictures, PROMPTS), cosines, rtol=0, atol=1e-5)
     assert measure.alignment(pictures, PROMPTS) == pytest.approx(cosines.mean().item(), abs=1e-5)
     assert measure.alignment(pictures, PROMPTS[::-1]) != pytest.approx(cosines.mean().item(), abs=1e-4)
+
+
+@torch.no_grad()
+def test_siglip_reads_texts_at_their_full_length(tmp_path):
+    """It was trained so: at a shorter one the same text is another vector."""
+    save_siglip(tmp_path)
+    found = Encoder(tmp_path, device="cpu").texts(PROMPTS[:2])
+    model = AutoModel.from_pretrained(tmp_path)
+    inputs = tokenizer()(PROMPTS[:2], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    torch.testing.assert_close(found, F.normalize(model.text_model(**inputs).pooler_output))
+    short = tokenizer()(PROMPTS[:2], padding=True, return_tensors="pt")
+    assert not torch.allclose(found, F.normalize(model.text_model(**short).pooler_output), atol=1e-3)
 
 
 def test_one_encoder_serves_both(clip):
