@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -32,11 +33,11 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
 
 
 def put_in(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
-    """Add an adapter; if that fails, the model is as it was.
+    """Add an adapter, inside `taken_back_on_error`.
 
     A, B and magnitudes take the dtype of their base layer, as those of a LoRA do; the core stays in float32.
     """
-    with _taken_back_on_error(model, adapter_name), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
         inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         set_peft_model_state_dict(model, part.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -53,29 +54,32 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
 
 
 def take_out(model: nn.Module, adapter_names: list[str]) -> None:
-    """Remove adapters. What else is active stays so; after the last one the model is the base again."""
-    active = {id(layer): [n for n in layer.active_adapters if n not in adapter_names] for layer in tuner_layers(model)}
+    """Remove adapters. The others stay as they are, active or not; without any the model is the base again."""
+    layers, trainable = tuner_layers(model), _trainable(model)
+    active = [[name for name in layer.active_adapters if name not in adapter_names] for layer in layers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-        for layer in tuner_layers(model):
+        for layer, names in zip(layers, active, strict=True):
             for name in adapter_names:
                 layer.delete_adapter(name)
-            layer.set_adapter(active[id(layer)])
+            layer._active_adapter = names
     for name in adapter_names:
         adapters_of(model).pop(name, None)
     drop_idle_holder(model)
-    if not adapters_of(model):
-        unwrap(model)
+    unwrap(model)
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad = requires_grad
 
 
 def unwrap(model: nn.Module) -> None:
-    """Put the base layers back where adapted ones stood, and forget that there were adapters."""
+    """Put base layers back where no adapter is left, and forget that there were adapters if none is."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, BaseTunerLayer) and hasattr(child, "base_layer"):
+            if isinstance(child, LoraLayer) and not child.r:
                 setattr(parent, name, child.get_base_layer())
-    for name in ("peft_config", _LOADED_FLAG):
-        model.__dict__.pop(name, None)
+    if not adapters_of(model):
+        for name in ("peft_config", _LOADED_FLAG):
+            model.__dict__.pop(name, None)
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:
@@ -83,10 +87,10 @@ def tuner_layers(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def _taken_back_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def taken_back_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """An error inside takes the adapter back, and leaves the model as it was."""
+    trainable, flag = _trainable(model), model.__dict__.get(_LOADED_FLAG)
     states = [(layer, list(layer.active_adapters)) for layer in tuner_layers(model)]
-    flag = model.__dict__.get(_LOADED_FLAG)
     try:
         yield
     except BaseException:
@@ -98,3 +102,7 @@ def _taken_back_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
         if flag is not None:
             setattr(model, _LOADED_FLAG, flag)
         raise
+
+
+def _trainable(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [(parameter, parameter.requires_grad) for parameter in model.parameters()]

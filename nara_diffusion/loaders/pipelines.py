@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.whole import whole_file
 
-from .adapters import adapters_of, nara_adapters_of, part_of, put_in, take_out
+from .adapters import adapters_of, nara_adapters_of, part_of, put_in, take_out, taken_back_on_error
 from .checks import check_part, check_storable
 from .format import WEIGHTS_NAME, AdapterPart, pack
 from .hotswap import check_swappable, prepare_for_hotswap, swap, trimmed
@@ -80,22 +81,24 @@ def load_nara_weights(
         local_files_only=local_files_only,
     )
     name = _checked_name(models, adapter_name, hotswap)
-    for component, part in parts.items():
-        if models.get(component) is None:
+    for component in parts:
+        if component not in models:
             raise ValueError(
                 f"The adapter has a part for '{component}', but this {type(self).__name__} has "
                 f"{', '.join(map(repr, models))}: load it into the pipeline that it was trained on."
             )
+    fits = [(model, component, parts[component]) for component, model in models.items() if component in parts]
+    for model, component, part in fits:
         if hotswap:
-            check_swappable(models[component], component, name, part)
+            check_swappable(model, component, name, part)
         else:
-            check_part(models[component], component, part, name)
+            check_part(model, component, part, name)
     with offloading_suspended(self):
         if not hotswap:
-            _put_in_all(models, name, parts, low_cpu_mem_usage)
+            _put_in_all([(model, part) for model, _, part in fits], name, low_cpu_mem_usage)
             return
-        for component, part in parts.items():
-            swap(models[component], name, part)
+        for model, _, part in fits:
+            swap(model, name, part)
 
 
 def save_nara_weights(
@@ -179,20 +182,13 @@ def _denoiser_name(pipe: Any) -> str:
     )
 
 
-def _put_in_all(
-    models: dict[str, nn.Module], name: str, parts: dict[str, AdapterPart], low_cpu_mem_usage: bool
-) -> None:
+def _put_in_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_mem_usage: bool) -> None:
     """Into every component, or into none."""
-    done: list[nn.Module] = []
-    try:
-        for component, part in parts.items():
-            put_in(models[component], name, part, low_cpu_mem_usage)
-            done.append(models[component])
-            prepare_for_hotswap(models[component], name)
-    except BaseException:
-        for model in done:
-            take_out(model, [name])
-        raise
+    with ExitStack() as undo:
+        for model, part in fits:
+            undo.enter_context(taken_back_on_error(model, name))
+            put_in(model, name, part, low_cpu_mem_usage)
+            prepare_for_hotswap(model, name)
 
 
 def _free_name(models: dict[str, nn.Module]) -> str:

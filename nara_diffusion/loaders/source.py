@@ -53,7 +53,7 @@ def read_adapter(
     if use_safetensors is False:
         raise ValueError("NaRA adapters are read from safetensors files only: leave use_safetensors out.")
     if isinstance(source, Mapping):
-        return unpack(source, metadata, "The dict")
+        return unpack({key: _copy(tensor) for key, tensor in source.items()}, metadata, "The dict")
     if metadata is not None:
         raise ValueError("metadata is for a dict of tensors: a file has its own.")
     path = Path(source).expanduser()
@@ -98,13 +98,20 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str] | Non
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            # copies are aligned in memory as a model's own weights are, on which the last bits of products may depend
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118
+            return {key: _copy(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"'{path}' is no whole safetensors file ({error}): it was cut off, so download or save it again, or has "
             "another format, of which none is read."
         ) from None
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A tensor of the adapter's own: nobody else writes to it, and it is aligned in memory as a model's weights are.
+
+    (The last bits of a product depend on the alignment of its factors, which in a mapped file is any.)
+    """
+    return tensor.detach().clone()
 
 
 def _peft_part(weights: str, config: str, tensors: dict[str, Tensor]) -> AdapterPart:
