@@ -6,6 +6,8 @@ from importlib import import_module  # the names of the examples start with thei
 
 import pytest
 
+from tests.small_pipelines import small_sdxl
+
 
 def test_benchmark_speed_records_all_that_is_needed_to_repeat_it(tmp_path, capsys):
     figures = import_module("benchmark_speed").main(rounds=3, shape=(4, 8, 32), rank=5, output_dir=tmp_path)
@@ -69,3 +71,17 @@ def test_benchmark_loss_variance_compares_the_four_ways(tmp_path):
     assert variances["independent"]["gradient_relative"] == 1
     assert all(found["gradient"] > 0 and found["loss"] > 0 for found in variances.values())
     assert (tmp_path / "benchmark_loss_variance.json").exists()
+
+
+def test_pipeline_example_loads_samples_and_unloads(tmp_path, capsys):
+    small_sdxl().save_pretrained(tmp_path / "sdxl")
+    example = import_module("05_load_nara_weights")
+    found = example.main(model=tmp_path / "sdxl", steps=3, sample_steps=2, output_dir=tmp_path)
+    assert list(found) == [0.0, 0.5, 1.0]
+    assert len({tuple(image.tobytes() for image in images) for images in found.values()}) == 3
+    printed = capsys.readouterr().out
+    assert "active adapters: ['subject']" in printed
+    assert "gives the base's pixels again: True" in printed
+    assert (tmp_path / "05_load_nara_weights.png").stat().st_size > 0
+    again = example.main(tmp_path / "05_load_nara_weights", tmp_path / "sdxl", sample_steps=2, output_dir=tmp_path)
+    assert [image.tobytes() for image in again[1.0]] == [image.tobytes() for image in found[1.0]]
