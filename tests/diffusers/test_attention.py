@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nara_diffusion import noise_level
 from tests.adapted import disturb, nara_config, relative_error
 from tests.denoiser_models import denoiser, inputs_of, tensor_of
-from tests.diffusers.reference import ATTENTION, adapt, compare_calls, follow, latents, watch
+from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, follow, latents, watch
 from tests.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*PAG.*deprecated:FutureWarning")
@@ -63,7 +63,7 @@ def test_each_call_of_a_pipeline_equals_one_with_merged_weights(feature):
     errors, levels = compare_calls(unet, plain), watch(unet)
     pixels(pipe, ["a photo of a toy", "red grass"], num_images_per_prompt=2)
     assert len(errors) == len(levels) == 3
-    assert max(errors) < 1e-4
+    assert max(errors) < ROUNDING
     assert [len(level) for level in levels] == [1, 1, 1]
 
 
@@ -120,7 +120,7 @@ def test_perturbed_attention_guidance(make, kind, part, guidance_scale):
     model.register_forward_hook(compare, with_kwargs=True)
     pixels(pipe, pag_scale=2.0, guidance_scale=guidance_scale)
     assert len(errors) >= 3
-    assert max(errors) < 1e-4
+    assert max(errors) < ROUNDING
     unperturbed = pixels(pipe, pag_scale=0.0, guidance_scale=guidance_scale)
     assert not torch.equal(unperturbed, pixels(pipe, pag_scale=2.0, guidance_scale=guidance_scale))
 
@@ -177,7 +177,7 @@ def test_fused_projections_that_no_adapter_touches_are_right():
     errors = compare_calls(unet, plain)
     unet.fuse_qkv_projections()
     pixels(pipe)
-    assert max(errors) < 1e-4
+    assert max(errors) < ROUNDING
 
 
 # ---------------------------------------------------------------------- IP-Adapter
@@ -233,7 +233,7 @@ def test_ip_adapter(make, first):
     errors = compare_calls(unet, plain)
     image = pixels(pipe, ip_adapter_image_embeds=image_embeds())
     assert errors
-    assert max(errors) < 1e-4
+    assert max(errors) < ROUNDING
     assert not torch.allclose(pixels(pipe, ip_adapter_image_embeds=[0 * image_embeds()[0]]), image, atol=1e-3)
 
 
@@ -245,7 +245,7 @@ def test_the_projections_of_ip_adapter_may_be_adapted_too():
     errors = compare_calls(unet, plain)
     pixels(pipe, ["a toy", "red"], num_images_per_prompt=2, ip_adapter_image_embeds=image_embeds(2))
     assert errors
-    assert max(errors) < 1e-4
+    assert max(errors) < ROUNDING
 
 
 def test_attention_of_flux_by_another_backend():
@@ -255,4 +255,4 @@ def test_attention_of_flux_by_another_backend():
     transformer.set_attention_backend("native")
     pixels(pipe)
     assert len(errors) == 3
-    assert max(errors) < 1e-4
+    assert max(errors) < ROUNDING
