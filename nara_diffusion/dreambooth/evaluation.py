@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -64,10 +64,9 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class SubjectImages:
-    """What is compared for one subject of one seed; `prompts` are those of `generated`, or None."""
+    """Images of one subject of one seed, and their prompts, or None."""
 
-    generated: Sequence[Path]
-    reference: Sequence[Path]
+    files: Sequence[Path]
     prompts: Sequence[str] | None
 
 
@@ -89,9 +88,10 @@ def evaluate(
         prompts: where they come from; default: beside the images.
 
     Returns:
-        {"dino_similarity": {"mean", "std", "low", "high", "values"}, …, "seeds": [{"folder", "images", …}, …]}. What an
-        absent encoder, or prompts that nothing tells, leave unmeasured is absent; std, low and high of one seed are
-        None.
+        {"dino_similarity": {"mean", "std", "low", "high", "values"}, …, "seeds": [{"folder", "images", …}, …],
+        "reference": {"dino_similarity", …}}: the last is how alike the subject's own images are, each to the others,
+        which is what similarity can be expected to reach. What an absent encoder, prompts that nothing tells, or a
+        single image of the subject leave unmeasured is absent; std, low and high of one seed are None.
 
     Raises:
         ValueError: no encoder, no folder, one given twice, missing images, prompts that don't fit or are known for some
@@ -104,10 +104,39 @@ def evaluate(
         raise ValueError(f"generated is {[str(f) for f in folders]}, expected one folder or more, each once")
     subjects = _images_by_subject(Path(reference))
     source = prompts or PromptSource()
-    runs = {folder: _match(folder, subjects, source if clip else None) for folder in folders}
+    runs = {folder: _match(folder, subjects.keys(), source if clip else None) for folder in folders}
     _check_prompts(runs)
-    seeds = [_seed(folder, run, clip, dino) for folder, run in runs.items()]
-    return {**{key: _over_seeds([seed[key] for seed in seeds]) for key in MEASURES if key in seeds[0]}, "seeds": seeds}
+    judges = {name: _Judge(clip, dino, images) for name, images in subjects.items()}
+    seeds = [_seed(folder, run, judges) for folder, run in runs.items()]
+    figures = {key: _over_seeds([seed[key] for seed in seeds]) for key in MEASURES if key in seeds[0]}
+    return {**figures, "seeds": seeds, "reference": _means([judge.among_themselves() for judge in judges.values()])}
+
+
+class _Judge:
+    """What one subject looks like to each encoder, and the figures of images beside that."""
+
+    def __init__(self, clip: Encoder | None, dino: Encoder | None, reference: Sequence[Path]) -> None:
+        self.encoders = {key: e for key, e in (("dino_similarity", dino), ("clip_similarity", clip)) if e is not None}
+        self.reference = {key: encoder.images(reference) for key, encoder in self.encoders.items()}  # (m, d) each
+
+    def figures(self, images: SubjectImages) -> dict[str, float]:
+        """CLIP sees each image once, for both of its figures."""
+        found = {}
+        for key, encoder in self.encoders.items():
+            vectors = encoder.images(images.files)  # (n, d)
+            found[key] = (vectors @ self.reference[key].T).mean().item()
+            if key == "clip_similarity" and images.prompts is not None:
+                found["text_alignment"] = (vectors * encoder.texts(images.prompts)).sum(1).mean().item()
+        return found
+
+    def among_themselves(self) -> dict[str, float]:
+        """The mean over pairs of different images of the subject; nothing if there is one image."""
+        found = {}
+        for key, vectors in self.reference.items():
+            count = len(vectors)
+            if count > 1:
+                found[key] = (((vectors @ vectors.T).sum() - count) / (count * (count - 1))).item()
+        return found
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -123,31 +152,25 @@ def table(figures: Mapping[str, Any]) -> str:
             std, bounds = f"{found['std']:.4f}", f"{found['low']:.4f} to {found['high']:.4f}"
         each = " ".join(f"{value:.3f}" for value in found["values"])
         lines.append(f"{name:22s} {found['mean']:7.4f} {std:>7s}   {bounds:17s}  {each}")
+    if figures["reference"]:
+        own = ", ".join(f"{MEASURES[key]} {value:.3f}" for key, value in figures["reference"].items())
+        lines.append(f"The subject's own images among themselves: {own}.")
     if len(figures["seeds"]) == 1:
         lines.append("One seed has no interval: give one folder for each of several training seeds.")
     return "\n".join(lines)
 
 
-def _seed(folder: Path, run: Mapping[str, SubjectImages], clip: Encoder | None, dino: Encoder | None) -> dict[str, Any]:
+def _seed(folder: Path, run: Mapping[str, SubjectImages], judges: Mapping[str, _Judge]) -> dict[str, Any]:
     """The means over its subjects, and, of several, the figures of each."""
-    subjects = {name: _measure(images, clip, dino) for name, images in run.items()}
-    keys = next(iter(subjects.values()))
-    figures: dict[str, Any] = {"folder": str(folder), "images": sum(len(images.generated) for images in run.values())}
-    figures |= {key: fmean(found[key] for found in subjects.values()) for key in keys}
-    return figures | ({"subjects": subjects} if len(subjects) > 1 else {})
+    subjects = {name: judges[name].figures(images) for name, images in run.items()}
+    figures = {"folder": str(folder), "images": sum(len(images.files) for images in run.values())}
+    return {**figures, **_means(list(subjects.values())), **({"subjects": subjects} if len(subjects) > 1 else {})}
 
 
-def _measure(images: SubjectImages, clip: Encoder | None, dino: Encoder | None) -> dict[str, float]:
-    """The figures of one subject. CLIP sees each generated image once, for both of its figures."""
-    found = {}
-    if dino is not None:
-        found["dino_similarity"] = (dino.images(images.generated) @ dino.images(images.reference).T).mean().item()
-    if clip is not None:
-        vectors = clip.images(images.generated)  # (n, d)
-        found["clip_similarity"] = (vectors @ clip.images(images.reference).T).mean().item()
-        if images.prompts is not None:
-            found["text_alignment"] = (vectors * clip.texts(images.prompts)).sum(1).mean().item()
-    return found
+def _means(subjects: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Over the subjects that have the figure, which are all, but for a subject with a single image of its own."""
+    keys = [key for key in MEASURES if any(key in found for found in subjects)]
+    return {key: fmean(found[key] for found in subjects if key in found) for key in keys}
 
 
 def _over_seeds(values: list[float]) -> dict[str, Any]:
@@ -170,16 +193,18 @@ def _images_by_subject(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _match(folder: Path, reference: Mapping[str, list[Path]], source: PromptSource | None) -> dict[str, SubjectImages]:
+def _match(folder: Path, names: Collection[str], source: PromptSource | None) -> dict[str, SubjectImages]:
     generated = _images_by_subject(folder)
-    if generated.keys() != reference.keys():
-        lonely = [name or "images without a subfolder" for name in sorted(generated.keys() ^ reference.keys())]
+    differing = sorted(generated.keys() ^ set(names))
+    if differing:
+        lonely = [name or "images without a subfolder" for name in differing[:4]]
         raise ValueError(
             f"{folder} and the reference folder have to hold the same subjects, as subfolders of the same names, or "
-            f"images of one subject without subfolders; only one of the two has {', '.join(lonely[:4])}"
+            f"images of one subject without subfolders; only one of the two has {', '.join(lonely)}"
         )
-    prompts = {name: source.prompts_of(images) if source else None for name, images in generated.items()}
-    return {name: SubjectImages(images, reference[name], prompts[name]) for name, images in generated.items()}
+    return {
+        name: SubjectImages(images, source.prompts_of(images) if source else None) for name, images in generated.items()
+    }
 
 
 def _check_prompts(runs: Mapping[Path, Mapping[str, SubjectImages]]) -> None:

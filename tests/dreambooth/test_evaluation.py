@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib import import_module
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -85,6 +89,19 @@ def test_several_subjects_are_measured_apart_and_averaged(tmp_path, dino):
     assert figures["dino_similarity"]["low"] is None
 
 
+def test_how_alike_the_subjects_own_images_are(tmp_path, dino):
+    for name, n in (("dog", 3), ("mug", 2), ("hat", 1)):
+        fill(tmp_path / "generated" / name, 1)
+        fill(tmp_path / "reference" / name, n, 5)
+    figures = evaluate([tmp_path / "generated"], tmp_path / "reference", dino=dino)
+    means = []
+    for name, n in (("dog", 3), ("mug", 2)):
+        vectors = dino.images(pictures(tmp_path / "reference" / name, n))
+        means.append(fmean((vectors[i] @ vectors[j]).item() for i, j in combinations(range(n), 2)))
+    assert figures["reference"] == {"dino_similarity": pytest.approx(fmean(means), abs=1e-6)}
+    assert f"among themselves: DINO image similarity {fmean(means):.3f}." in table(figures)
+
+
 def test_prompts_of_a_file_are_dealt_out_in_the_order_of_the_numbers(tmp_path):
     folder = fill(tmp_path / "images", 12)
     file = tmp_path / "prompts.txt"
@@ -120,7 +137,7 @@ def test_prompts_beside_the_images(tmp_path):
 def test_without_prompts_alignment_is_not_measured(tmp_path, clip):
     folder, reference = fill(tmp_path / "images", 2), fill(tmp_path / "subject", 1, 9)
     figures = evaluate([folder], reference, clip=clip)
-    assert set(figures) == {"clip_similarity", "seeds"}
+    assert set(figures) == {"clip_similarity", "seeds", "reference"}
     assert "CLIP text alignment    not measured" in table(figures)
     assert "DINO image similarity  not measured" in table(figures)
     assert "One seed has no interval" in table(figures)
@@ -221,6 +238,12 @@ def test_the_command_refuses_in_one_line(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_the_command_is_installed_under_its_name():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (module, name) = re.findall(r'^nara-metrics = "(.+):(.+)"$', project, flags=re.MULTILINE)[0]
+    assert getattr(import_module(module), name) is main
 
 
 def test_help_teaches_by_an_example(capsys):
