@@ -21,7 +21,7 @@ import torch
 from tiny_clip_card import write_clip_card
 from tiny_retrieval import retrieval
 from tiny_scenes import SIZE, render, scenes, training_caption
-from tiny_training import Plan, Training, parse
+from tiny_training import Plan, Training, load_as_float32, parse
 from tiny_vocabulary import MAX_TOKENS, build_tokenizer, save_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
@@ -129,6 +129,7 @@ def save_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
     dtype = model.dtype
     model.half().save_pretrained(folder)
     model.to(dtype)
+    load_as_float32(folder)
     processor.save_pretrained(folder)
     save_tokenizer(processor.tokenizer, folder)
 

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from tiny_latents import SPLIT, cached_latents
 from tiny_sdxl_card import write_sdxl_card
 from tiny_sdxl_evaluation import evaluate, write_samples
-from tiny_training import Plan, Training, parse
+from tiny_training import Plan, Training, load_as_float32, parse
 from tiny_unet import NoisePrediction, build_scheduler, build_unet
 from tiny_vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
@@ -35,17 +35,18 @@ class Arguments:
     output_dir: Path = Path("outputs/sdxl-tiny")
     clip: Path = Path("outputs/clip-tiny")
     clip_smaller: Path = Path("outputs/clip-smaller")
-    vae_steps: int = 3000
-    decoder_steps: int = 4000
-    vae_batch_size: int = 8
-    vae_learning_rate: float = 2e-3
-    unet_steps: int = 14000
-    unet_batch_size: int = 16
-    unet_learning_rate: float = 8e-4
+    vae_steps: int = 4500
+    decoder_steps: int = 6000
+    vae_batch_size: int = 4
+    vae_learning_rate: float = 1.5e-3
+    unet_steps: int = 16000
+    unet_batch_size: int = 8
+    unet_learning_rate: float = 6e-4
     scenes: int = 16000
     held_out: int = 64
-    save_steps: int = 1000
+    save_steps: int = 2000
     evaluation_batches: int = 4
+    inference_steps: int = 25
     seed: int = 0
     device: str = "cpu"
     only: str = ""
@@ -65,9 +66,10 @@ HELP = {
     "unet_batch_size": "scenes a step of the UNet",
     "unet_learning_rate": "of AdamW, after warm-up and before decay",
     "scenes": "scenes that the UNet learns from",
-    "held_out": "scenes of the validation loss",
+    "held_out": "scenes of the validation loss and of the autoencoder's errors",
     "save_steps": "steps between two saved states, with a usable pipeline beside the UNet's",
     "evaluation_batches": "batches of 16 prompts in the final measurement",
+    "inference_steps": "denoising steps of the samples",
     "seed": "of weights, scenes, timesteps and noise",
     "device": "torch device",
     "only": "vae, decoder or unet: train that part alone; the last two need a finished vae, and can run side by side",
@@ -85,7 +87,7 @@ def train_vae(args: Arguments) -> Training:
         bf16=not args.fp32,
     )  # fmt: skip
     training = Training(vae, plan, state_file(args, "vae"), args.seed, args.device, args.resume)
-    training.run("vae", vae_loss, lambda: reconstruction(vae))
+    training.run("vae", vae_loss, lambda: reconstruction(vae, args.held_out))
     training.finish()
     return training
 
@@ -99,7 +101,7 @@ def train_decoder(args: Arguments, vae: AutoencoderKL) -> Training:
         bf16=not args.fp32,
     )  # fmt: skip
     training = Training(vae, plan, state_file(args, "decoder"), args.seed + 1, args.device, args.resume)
-    training.run("decoder", vae_loss, lambda: reconstruction(vae))
+    training.run("decoder", vae_loss, lambda: reconstruction(vae, args.held_out))
     training.finish()
     return training
 
@@ -144,7 +146,7 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
 
     def export() -> None:
         save_pipeline(pipe, args.output_dir)
-        write_samples(pipe, args.output_dir, per_prompt=1)
+        write_samples(pipe, args.output_dir, 1, args.inference_steps)
 
     training.run("unet", objective.loss, lambda: objective.validation(training), export)
     training.finish()
@@ -156,6 +158,8 @@ def save_pipeline(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
     parts = {name: deepcopy(part).half() if hasattr(part, "half") else part for name, part in pipe.components.items()}
     copy = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     copy.save_pretrained(folder)
+    for name in ("text_encoder", "text_encoder_2"):
+        load_as_float32(folder / name)
 
 
 def main(args: Arguments) -> dict | None:
@@ -167,7 +171,7 @@ def main(args: Arguments) -> dict | None:
     vae = trained["vae"].model
     if args.only == "vae":
         return None
-    vae.register_to_config(scaling_factor=measured_scaling_factor(vae))
+    vae.register_to_config(scaling_factor=measured_scaling_factor(vae, min(512, args.scenes)))
     if args.only != "unet":
         trained["decoder"] = train_decoder(args, vae)
     if args.only == "decoder":
@@ -178,7 +182,7 @@ def main(args: Arguments) -> dict | None:
         return None
 
     save_pipeline(pipe, args.output_dir)
-    write_samples(pipe, args.output_dir, per_prompt=4)
+    write_samples(pipe, args.output_dir, 4, args.inference_steps)
     shipped = StableDiffusionXLPipeline.from_pretrained(args.output_dir).to(args.device)
     shipped.set_progress_bar_config(disable=True)
     results = {
@@ -188,9 +192,9 @@ def main(args: Arguments) -> dict | None:
         "seed": args.seed,
         "scenes": args.scenes,
         "scaling_factor": shipped.vae.config.scaling_factor,
-        "reconstruction": reconstruction(shipped.vae),
+        "reconstruction": reconstruction(shipped.vae, args.held_out),
         "validation_loss": trained["unet"].curve[-1]["validation_loss"],
-        "samples": evaluate(shipped, args.clip, args.evaluation_batches),
+        "samples": evaluate(shipped, args.clip, args.evaluation_batches, args.inference_steps),
     }
     write_sdxl_card(args.output_dir, args, results, {name: training.curve for name, training in trained.items()})
     return results

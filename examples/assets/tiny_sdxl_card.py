@@ -8,7 +8,7 @@ from string import Template
 from typing import Any
 
 from tiny_curves import write_curve
-from tiny_sdxl_evaluation import GUIDANCE, SHEET_PROMPTS, STEPS
+from tiny_sdxl_evaluation import GUIDANCE, SHEET_PROMPTS
 
 from nara_diffusion.training.output import write_json, write_text
 
@@ -18,7 +18,8 @@ CARD_TEMPLATE = Path(__file__).with_name("sdxl_tiny_card.md")
 def write_sdxl_card(folder: Path, arguments: Any, results: dict[str, Any], curves: dict[str, list[dict]]) -> None:
     """README.md, results.json and the two curves, in ``folder``; samples.png lies there already."""
     write_json(folder / "results.json", results)
-    write_curve(folder / "vae_curve", curves["vae"], ("loss", "absolute", "edges"), "loss")
+    write_curve(folder / "vae_curve", curves["vae"], ("loss", "absolute", "squares", "edges"), "loss")
+    write_curve(folder / "decoder_curve", curves["decoder"], ("loss", "absolute", "squares", "edges"), "loss")
     write_curve(folder / "unet_curve", curves["unet"], ("loss", "validation_loss"), "weighted noise error")
     samples, parts = results["samples"], results["parameters"]
     figures = asdict(arguments) | {
@@ -27,11 +28,11 @@ def write_sdxl_card(folder: Path, arguments: Any, results: dict[str, Any], curve
         "first_million": f"{parts['text_encoder'] / 1e6:.2f}",
         "second_million": f"{parts['text_encoder_2'] / 1e6:.2f}",
         "vae_minutes": results["minutes"]["vae"],
+        "decoder_minutes": results["minutes"]["decoder"],
         "unet_minutes": results["minutes"]["unet"],
         "scaling_factor": results["scaling_factor"],
         "absolute_error": f"{results['reconstruction']['absolute_error']:.4f}",
         "psnr": f"{results['reconstruction']['psnr']:.1f}",
-        "inference_steps": STEPS,
         "guidance": GUIDANCE,
         "sheet": "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(SHEET_PROMPTS, start=1)),
         "prompts": samples["prompts"],

@@ -11,7 +11,7 @@ from tiny_scenes import contact_sheet, distinct_scenes, render
 from transformers import CLIPModel, CLIPProcessor
 
 SPLIT, SEED = "evaluation", 3
-STEPS, GUIDANCE = 25, 4.0
+GUIDANCE = 4.0
 BATCH = 16
 SHEET_PROMPTS = (
     "a photo of a red car on the beach",
@@ -29,22 +29,22 @@ SHEET_PROMPTS = (
 )
 
 
-def sample(pipe: StableDiffusionXLPipeline, prompts: list[str], seed: int) -> list[Image.Image]:
+def sample(pipe: StableDiffusionXLPipeline, prompts: list[str], seed: int, steps: int) -> list[Image.Image]:
     """One picture a prompt, each from its own seed."""
     generators = [torch.Generator().manual_seed(seed * 1000 + number) for number in range(len(prompts))]
-    output = pipe(prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators)
+    output = pipe(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators)
     return output.images
 
 
-def write_samples(pipe: StableDiffusionXLPipeline, folder: Path, per_prompt: int) -> None:
+def write_samples(pipe: StableDiffusionXLPipeline, folder: Path, per_prompt: int, steps: int) -> None:
     """samples.png: so many pictures of each of SHEET_PROMPTS, beside each other, twelve a row."""
-    images = [sample(pipe, list(SHEET_PROMPTS), seed) for seed in range(per_prompt)]
+    images = [sample(pipe, list(SHEET_PROMPTS), seed, steps) for seed in range(per_prompt)]
     by_prompt = [picture for pictures in zip(*images, strict=True) for picture in pictures]
     contact_sheet(by_prompt, columns=12).save(folder / "samples.png")
 
 
 @torch.no_grad()
-def evaluate(pipe: StableDiffusionXLPipeline, clip_folder: Path, batches: int) -> dict[str, float]:
+def evaluate(pipe: StableDiffusionXLPipeline, clip_folder: Path, batches: int, steps: int) -> dict[str, float]:
     """Cosine of a sample and its prompt, beside that of the renderer's own picture of it (what a perfect model could
     reach) and of a sample and another's prompt; and how often a sample's own prompt is the nearest of all."""
     model = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).eval()
@@ -53,7 +53,7 @@ def evaluate(pipe: StableDiffusionXLPipeline, clip_folder: Path, batches: int) -
     captions = [scene.caption for scene in scenes]
     images = []
     for number in range(batches):
-        images += sample(pipe, captions[number * BATCH : (number + 1) * BATCH], seed=number)
+        images += sample(pipe, captions[number * BATCH : (number + 1) * BATCH], number, steps)
     sampled = _cosines(model, processor, images, captions)
     rendered = _cosines(model, processor, [render(scene) for scene in scenes], captions)
     own = torch.arange(len(scenes))

@@ -7,6 +7,7 @@ average, step and curve; so a run that was stopped goes on to the same weights a
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
-from nara_diffusion.training.output import whole_file
+from nara_diffusion.training.output import whole_file, write_json
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,13 @@ def with_average(training: Training, action: Callable[[], Any]) -> Any:
         model.train()
         if ema is not None:
             ema.restore(model.parameters())
+
+
+def load_as_float32(folder: Path) -> None:
+    """Lets transformers load the float16 weights in ``folder`` as float32 where no dtype is given, as diffusers does: a
+    pipeline whose text encoders alone came in float16 would not run."""
+    path = folder / "config.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"})
 
 
 def parse(arguments: type, description: str, helps: dict[str, str], argv: list[str] | None = None) -> Any:
