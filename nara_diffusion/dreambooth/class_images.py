@@ -145,5 +145,5 @@ def _check_finite(images: Sequence[np.ndarray]) -> None:
     if not all(np.isfinite(image).all() for image in images):
         raise ValueError(
             "the pipeline gives NaN in place of class images: in float16 SDXL's own autoencoder overflows. Use "
-            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix, or --mixed_precision bf16."
+            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix, or --prior_generation_precision bf16."
         )

@@ -59,7 +59,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def remedies(args: Any) -> list[str]:
     """What would lower a run's memory and isn't done yet, most effective first."""
-    return [text for name, done, text in _REMEDIES if hasattr(args, name) and not done(getattr(args, name))]
+    return [
+        text
+        for name, done, text in _REMEDIES
+        if hasattr(args, name) and not done(getattr(args, name)) and not _impossible(name, args)
+    ]
+
+
+def _impossible(name: str, args: Any) -> bool:
+    """Whether the other arguments forbid this one."""
+    return name == "use_8bit_adam" and getattr(args, "optimizer", "AdamW") != "AdamW"
 
 
 def first_line(error: BaseException) -> str:

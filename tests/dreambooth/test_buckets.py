@@ -43,6 +43,13 @@ def test_an_image_goes_where_the_least_is_cut_off() -> None:
         assert math.isclose(kept(chosen), max(kept(bucket) for bucket in buckets))
 
 
+def test_ratios_are_compared_as_ratios() -> None:
+    """1.45 is nearer to 2 than to 1: it cuts off 27 % there, and 31 % here; as a difference it is nearer to 1."""
+    assert nearest_bucket((145, 100), [(64, 64), (128, 64)]) == (128, 64)
+    assert nearest_bucket((100, 145), [(64, 64), (64, 128)]) == (64, 128)
+    assert nearest_bucket((140, 100), [(64, 64), (128, 64)]) == (64, 64)
+
+
 def test_of_two_equal_ratios_the_larger_wins() -> None:
     assert nearest_bucket((30, 20), [(96, 64), (48, 32), (64, 96)]) == (96, 64)
 

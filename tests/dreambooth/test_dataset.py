@@ -173,6 +173,13 @@ def test_each_class_image_comes_once_before_one_comes_again(instances, class_ima
         assert set(keys[start : start + 3]) == {image.key for image in class_images}
 
 
+def test_a_class_image_has_flips_and_crops_of_its_own(instances, class_images) -> None:
+    data = dataset(instances, class_images=class_images)
+    pairs = Counter((one.crop.flip, other.crop.flip) for one, other in map(data.draws, range(400)))
+    assert len(pairs) == 4
+    assert min(pairs.values()) > 70
+
+
 def test_instances_do_not_change_when_class_images_come_in(instances, class_images) -> None:
     with_class = dataset(instances, class_images=class_images)
     without = dataset(instances)

@@ -84,6 +84,11 @@ def test_only_what_is_not_done_yet_is_named(name: str) -> None:
     assert f"--{name}" in only or f"--no-{name}" in only
 
 
+def test_what_the_optimizer_forbids_is_not_named() -> None:
+    assert advice(use_8bit_adam=False, optimizer="AdamW") == ["--use_8bit_adam"]
+    assert advice(use_8bit_adam=False, optimizer="Prodigy", rank=8) == ["a lower --rank"]
+
+
 def test_where_all_is_done_a_larger_device_is_named() -> None:
     assert advice() == ["a smaller model, or a larger device"]
 
