@@ -138,6 +138,10 @@ def _beside(path: Path, name: str) -> str:
 
 def _inside(folder: Path, name: str) -> str:
     path = folder / name
+    if not path.is_file() and name == PEFT_CONFIG_NAME:
+        raise ValueError(
+            f"There is no '{name}' beside '{PEFT_WEIGHTS_NAME}' in '{folder}': PEFT writes both, copy both."
+        )
     if not path.is_file():
         raise ValueError(f"There is no file '{name}' in '{folder}': {_content(folder)}")
     return str(path)
