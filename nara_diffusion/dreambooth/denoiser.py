@@ -49,7 +49,7 @@ class AdaptedDenoiser(nn.Module):
         self.unet = pipe.unet
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
-        inject_adapter_in_model(config, pipe.unet, adapter_name=ADAPTER)
+        _adapt(pipe.unet, config)
         if train_text_encoder:
             self.text_encoder, self.text_encoder_2 = pipe.text_encoder, pipe.text_encoder_2
             static = replace(
@@ -58,7 +58,7 @@ class AdaptedDenoiser(nn.Module):
             for encoder in (self.text_encoder, self.text_encoder_2):
                 if gradient_checkpointing:
                     recompute_activations(encoder)
-                inject_adapter_in_model(replace(static), encoder, adapter_name=ADAPTER)
+                _adapt(encoder, replace(static))
             _freeze_last_layer(self.text_encoder)
 
     @property
@@ -112,6 +112,14 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
     """Puts the adapter of a checkpoint into `model`, in float32, before accelerate wraps it."""
     for component, part in read_adapter(folder, "unet").items():
         set_peft_model_state_dict(getattr(model, component), part.tensors, adapter_name=ADAPTER)
+
+
+def _adapt(model: nn.Module, config: NaraConfig) -> None:
+    """Adds the adapter in float32: what is injected has the dtype of its base layer, in which small steps are lost."""
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _freeze_last_layer(encoder: nn.Module) -> None:

@@ -64,13 +64,13 @@ def check_sdxl(pipe: Any, name: str) -> None:
     Raises:
         ValueError: naming what is missing.
     """
+    if pipe.unet.config.addition_embed_type != "text_time" or pipe.text_encoder_2 is None:
+        raise ValueError(
+            f"{name} is another model than Stable Diffusion XL: its UNet has addition_embed_type "
+            f"{pipe.unet.config.addition_embed_type!r}, expected 'text_time' and two text encoders."
+        )
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ValueError(f"{name} has no first text encoder: SDXL's refiner can't be trained so, name its base model.")
-    if pipe.unet.config.addition_embed_type != "text_time":
-        raise ValueError(
-            f"{name} has a UNet with addition_embed_type {pipe.unet.config.addition_embed_type!r}, expected SDXL's "
-            "'text_time'."
-        )
 
 
 def twin(pipe: Any, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in LLaDA's and Dream's own formats, tiny data, and a run of the script on them."""
+"""Tiny checkpoints in LLaDA's and Dream's own formats and of Stable Diffusion XL, tiny data, and runs on them."""
 
 import json
 import shutil
@@ -13,7 +13,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from nara_diffusion.dllm.llada_format import checkpoint_name
+from tests.small_pipelines import small_sdxl
 from train_scripts.dllm import Arguments
+
+from .dreambooth_runs import write_pictures
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny"
 SIZES = {
@@ -130,3 +133,17 @@ def arguments(llada_folder: Path, data: dict[str, str], tmp_path: Path) -> Calla
         "curve_points": 3,
     }
     return lambda **changes: Arguments(**{**defaults, **changes})
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory) -> Path:
+    """A tiny random Stable Diffusion XL."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    small_sdxl().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Three pictures of one size."""
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 3)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
@@ -20,6 +21,12 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int] = (24, 20), s
         image = Image.fromarray(blocks).resize((size[1], size[0]), Image.Resampling.BICUBIC)
         image.save(folder / f"{number}.png")
     return folder
+
+
+def fresh_accelerate() -> None:
+    """A process has one accelerator; forget it."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def tiny_arguments(model: Path, pictures: Path, output: Path, **changes: Any) -> DreamBoothArguments:

@@ -11,7 +11,8 @@ from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
 from nara_diffusion.training.cli import parse_arguments
 from train_scripts.dllm import Arguments, main
 
-CONFIGS = sorted((Path(__file__).parents[2] / "train_scripts" / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "train_scripts" / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("sdxl"))
 MODELS = {
     "llada_base": "GSAI-ML/LLaDA-8B-Base",
     "llada_instruct": "GSAI-ML/LLaDA-8B-Instruct",
