@@ -212,6 +212,8 @@ def _checked_name(models: dict[str, nn.Module], name: str | None, hotswap: bool)
         return _free_name(models)
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"adapter_name is {name!r}: pass a name without dots, or None.")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter_name '{name}' is a method of torch's modules, which keep adapters: choose another.")
     if name in taken:
         raise ValueError(
             f"adapter_name '{name}' is taken already: choose another, delete it first by "

@@ -178,6 +178,7 @@ def test_names_that_are_taken_or_cannot_be(nara_folder):
     refused(pipe, r"adapter_name 'mine' is taken already.*delete_adapters\('mine'\).*hotswap=True", nara_folder, "mine")
     for name in ("", "a.b", 3):
         refused(pipe, r"pass a name without dots, or None", nara_folder, name)
+    refused(pipe, r"adapter_name 'half' is a method of torch's modules", nara_folder, "half")
     refused(pipe, r"named like a part of", nara_folder, "weight")
     refused(pipe, r"hotswap=True replaces an adapter that is there.*'mine'", nara_folder, "yours", hotswap=True)
     pipe.text_encoder_2.peft_config["elsewhere"] = pipe.text_encoder_2.peft_config["mine"]
