@@ -18,7 +18,7 @@ from .core import IdentityCore
 from .cores import build_core
 from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
-from .offload import onload_cores
+from .offload import beside_inputs, onload_cores
 from .recompute import checkpoint_with_core, checkpoint_without_core
 from .settings import check_not_fused, check_not_split
 from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_one_sample, on_device_of
@@ -243,7 +243,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             checkpoint_with_core(root, self.channel)
         check_not_fused(root, names)
         onload_cores(root)
-        return self.cores_at(self._signals_for(root, names, args, kwargs), names)
+        return beside_inputs(self.cores_at(self._signals_for(root, names, args, kwargs), names), args, kwargs)
 
     def _check_merged_level(self) -> None:
         signals, merged = active_signals(self.channel), self.merged_signals

@@ -10,12 +10,12 @@ hook reads the cores, has to see to that itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def is_managed(module: nn.Module) -> bool:
@@ -116,3 +116,27 @@ def check_not_grouped(layer: nn.Module, layer_name: str) -> None:
                 f"Layer '{layer_name}' cannot be merged: group offloading keeps a copy of its weight, which would come "
                 "back at the next forward. Merge first, then call enable_group_offload()."
             )
+
+
+def check_not_on_disk(model: nn.Module, component: str) -> None:
+    """Refuse to read or replace the adapters of a model whose weights have no values in memory.
+
+    Raises:
+        ValueError: Diffusers' group offloading keeps weights of `model` on disk.
+    """
+    for module in model.modules():
+        if any(hook.group.offload_to_disk_path is not None for hook in _hooks_of(module) if hasattr(hook, "group")):
+            raise ValueError(
+                f"Group offloading keeps the weights of {component} on disk, in files that know nothing of adapters "
+                "that come or go: load, save or unload adapters first, and call enable_group_offload(…, "
+                "offload_to_disk_path=…) after that."
+            )
+
+
+def beside_inputs(frame: Mapping[Any, Tensor], args: Any, kwargs: Any) -> dict[Any, Tensor]:
+    """`frame`, if made on the CPU, where a forward's first tensor is: once, and not again in each layer."""
+    devices = (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    device = next(devices, None)
+    return {
+        key: core if device is None or core.device.type != "cpu" else core.to(device) for key, core in frame.items()
+    }

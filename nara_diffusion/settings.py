@@ -18,14 +18,14 @@ def check_not_fused(root: nn.Module, adapter_names: list[str]) -> None:
     """
     if not hasattr(root, "fuse_qkv_projections"):
         return
-    for name, module in _modules(root):
-        for projection in _PROJECTIONS if _uses_fused(module) else ():
+    for module in filter(_uses_fused, _modules(root)):
+        for projection in _PROJECTIONS:
             layer = getattr(module, projection, None)
             if isinstance(layer, LoraLayer) and any(adapter in layer.r for adapter in adapter_names):
                 raise ValueError(
-                    f"'{name}.{projection}' is adapted, but fuse_qkv_projections() has put a copy of its base weight "
-                    "to use instead, so that the adapter would have no effect: call unfuse_qkv_projections(). (To "
-                    "fuse, merge the adapter at one λ first.)"
+                    f"'{_name_of(module, root)}.{projection}' is adapted, but fuse_qkv_projections() has put a copy of "
+                    "its base weight to use instead, so that the adapter would have no effect: call "
+                    "unfuse_qkv_projections(). (To fuse, merge the adapter at one λ first.)"
                 )
 
 
@@ -37,27 +37,36 @@ def check_not_split(root: nn.Module, values: int) -> None:
     """
     if values == 1:
         return
-    for name, module in _modules(root):
-        chunked = getattr(module, "_chunk_size", None) is not None and getattr(module, "_chunk_dim", None) == 0
-        split = type(module).__name__ == "SplitInferenceModule" and getattr(module, "split_dim", None) == 0
-        if chunked or split:
-            raise ValueError(
-                f"noise_level has {values} values, but '{name}' runs on slices of the batch (forward chunking, or "
-                "FreeNoise's split inference), whose samples cannot be told apart: pass one λ for the whole batch, or "
-                "turn that off (chunking along dim=1 is fine)."
-            )
+    for module in filter(_splits_batch, _modules(root)):
+        raise ValueError(
+            f"noise_level has {values} values, but '{_name_of(module, root)}' runs on slices of the batch (forward "
+            "chunking, or FreeNoise's split inference), whose samples cannot be told apart: pass one λ for the whole "
+            "batch, or turn that off (chunking along dim=1 is fine)."
+        )
 
 
-def _uses_fused(attention: nn.Module) -> bool:
+def _uses_fused(module: nn.Module) -> bool:
     """Older attention modules keep their fused projections, and the flag, when these are no longer in use."""
-    if not getattr(attention, "fused_projections", False):
+    if not vars(module).get("fused_projections"):
         return False
-    return hasattr(attention, "unfuse_projections") or "Fused" in type(getattr(attention, "processor", None)).__name__
+    return hasattr(module, "unfuse_projections") or "Fused" in type(getattr(module, "processor", None)).__name__
 
 
-def _modules(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules below `root` with their names, without the insides of adapted layers."""
-    for name, module in root._modules.items():
+def _splits_batch(module: nn.Module) -> bool:
+    own = vars(module)
+    chunked = own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0
+    return chunked or (type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0)
+
+
+def _modules(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules below `root`, without the insides of adapted layers: asked for at every forward."""
+    left = list(root._modules.values())
+    while left:
+        module = left.pop()
         if module is not None and "lora_A" not in module._modules:
-            yield f"{prefix}{name}", module
-            yield from _modules(module, f"{prefix}{name}.")
+            left.extend(module._modules.values())
+            yield module
+
+
+def _name_of(module: nn.Module, root: nn.Module) -> str:
+    return next(name for name, other in root.named_modules() if other is module)

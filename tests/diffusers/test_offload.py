@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion import core_matrix, noise_level
+from nara_diffusion.offload import beside_inputs
 from tests.adapted import disturb, nara_config, relative_error
 from tests.diffusers.reference import UNET_TARGETS
 from tests.small_pipelines import pixels, small_sd, small_unet
@@ -137,3 +138,32 @@ def test_merging_into_a_weight_of_a_group_in_memory_stays():
         groups("leaf_level", False)(model, Path())
         model.fuse_lora()
     assert relative_error(run(model), expected) < 1e-4
+
+
+def test_adapters_of_a_pipeline_whose_weights_are_on_disk_are_refused_before_anything_is_changed(tmp_path):
+    """Group offloading would read a file again that knows nothing of a new adapter, and save memory without values."""
+    pipe, other = small_sd(), small_sd()
+    pipe.unet.add_adapter(nara_config(target_modules=UNET_TARGETS))
+    disturb(pipe.unet)
+    pipe.save_nara_weights(tmp_path / "adapter")  # type: ignore[attr-defined]
+    expected = pixels(pipe)
+    names = {name for name, _ in other.unet.named_modules()}
+    for each in (pipe, other):
+        each.unet.enable_group_offload(CPU, CPU, "leaf_level", offload_to_disk_path=str(tmp_path / str(id(each))))
+    for attempt in (
+        lambda: pipe.save_nara_weights(tmp_path / "again"),  # type: ignore[attr-defined]
+        lambda: pipe.unload_nara_weights(),  # type: ignore[attr-defined]
+        lambda: other.load_nara_weights(tmp_path / "adapter"),  # type: ignore[attr-defined]
+    ):
+        with pytest.raises(ValueError, match=r"keeps the weights of unet on disk.*load, save or unload adapters first"):
+            attempt()
+    assert not (tmp_path / "again").exists()
+    assert {name for name, _ in other.unet.named_modules()} == names
+    assert relative_error(pixels(pipe), expected) < 1e-4
+
+
+def test_c_goes_where_the_inputs_are_once_a_forward():
+    frame = {("a", "global"): torch.eye(3)[None]}
+    moved = beside_inputs(frame, (), {"sample": torch.empty(2, device="meta"), "timestep": torch.empty(1)})
+    assert [core.device.type for core in moved.values()] == ["meta"]
+    assert beside_inputs(frame, (3,), {}) == frame

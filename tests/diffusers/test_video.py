@@ -114,7 +114,7 @@ def test_text_to_video():
         vae=stock.vae, text_encoder=stock.text_encoder, tokenizer=stock.tokenizer, unet=unet, scheduler=scheduler
     )
     pipe.set_progress_bar_config(disable=True)
-    model, plain = adapt(pipe.unet, [*ATTENTION, "conv1", "conv4.3"])
+    model, plain = adapt(pipe.unet, [*ATTENTION, "resnets.0.conv1", "conv4.3"])
     errors, levels = compare_calls(model, plain), watch(model)
     video(pipe)
     pipe.scheduler.set_timesteps(3)
