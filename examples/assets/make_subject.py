@@ -3,21 +3,21 @@
     python examples/assets/make_subject.py --output_dir outputs/subject
 
 The toy's class is known to sdxl-tiny, whose data has toys of many forms; this one isn't among them: none of those is a
-cone, has stripes, or has one eye. Each picture shows it in another place, at another size and in another pose.
+cone, has stripes, or has one eye. It stands on a table before a plain wall, in five poses, before five walls, so that
+the places of the prompts have to come from the model.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny_objects import COLOURS
-from tiny_pen import Pen, darker
-from tiny_scenes import paint_place, smoothed, stand
+from tiny_pen import Colour, Pen, darker
+from tiny_scenes import SMOOTHING, smoothed, stand
 
 SIZE = 128  # pixels: twice what sdxl-tiny draws, so that the training has something to resize
 INSTANCE_PROMPT = "a photo of sks toy"
@@ -27,9 +27,12 @@ CARD_TEMPLATE = Path(__file__).with_name("subject_card.md")
 
 @dataclass(frozen=True)
 class Pose:
-    """One picture of the subject; radius, x and base are shares of the picture, arms 0 (down) to 1 (up)."""
+    """One picture of the subject: before which wall, on which table; radius, x, base and the table's edge are shares of
+    the picture; arms from 0 (down) to 1 (up)."""
 
-    place: str
+    wall: Colour
+    table: Colour
+    edge: float
     radius: float
     x: float
     base: float
@@ -38,11 +41,11 @@ class Pose:
 
 
 POSES = (
-    Pose("on the beach", 0.30, 0.46, 0.90, 0.2),
-    Pose("on the grass", 0.25, 0.60, 0.88, 0.9, mirrored=True),
-    Pose("in a room", 0.33, 0.52, 0.93, 0.6),
-    Pose("on a tiled floor", 0.27, 0.38, 0.90, 0.0, mirrored=True),
-    Pose("in the forest", 0.30, 0.55, 0.92, 1.0),
+    Pose((225, 220, 205), (190, 170, 140), 0.60, 0.30, 0.50, 0.90, 0.2),
+    Pose((200, 215, 225), (150, 150, 155), 0.64, 0.26, 0.45, 0.88, 0.9, mirrored=True),
+    Pose((235, 235, 235), (210, 205, 200), 0.58, 0.33, 0.53, 0.93, 0.6),
+    Pose((205, 225, 205), (170, 150, 130), 0.62, 0.28, 0.49, 0.90, 0.0, mirrored=True),
+    Pose((225, 205, 215), (185, 160, 150), 0.60, 0.31, 0.54, 0.92, 1.0),
 )
 
 
@@ -63,7 +66,10 @@ def subject(pen: Pen, arms: float) -> None:
 
 def picture(pose: Pose, size: int = SIZE) -> Image.Image:
     """The subject in that pose, as an RGB picture of ``size`` × ``size`` pixels."""
-    image, draw, _ = paint_place(pose.place, size, random.Random(f"subject-{pose.place}"))
+    side = size * SMOOTHING
+    image = Image.new("RGB", (side, side), pose.wall)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, pose.edge * side, side, side), pose.table)
     subject(stand(draw, size, pose.x, pose.base, pose.radius, pose.mirrored, shadow=True), pose.arms)
     return smoothed(image, size)
 

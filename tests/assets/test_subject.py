@@ -62,4 +62,4 @@ def test_no_toy_of_the_data_is_as_like_the_subject_as_it_is_itself(clip: tuple[C
     assert len(toys) > 250
     likeness = own @ own.T
     among = likeness[~torch.eye(5, dtype=torch.bool)].mean()
-    assert among - (toys @ own.T).mean() > 0.1
+    assert among - (toys @ own.T).mean() > 0.3
