@@ -21,16 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import BaseOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.outputs import BaseOutput
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import Generation, GenerationStep, encode_prompts, generate, load_backbone, prompt_text
 from nara_diffusion.dllm.evaluation import decode_answer, stop_token_ids
 from nara_diffusion.dllm.loss import mask_token_of
+from nara_diffusion.loaders import load_nara_weights, save_nara_weights, unload_nara_weights
 
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}"""
@@ -59,8 +60,8 @@ class LLaDAPipelineOutput(BaseOutput):
 class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     """Answers questions and chats by unmasking tokens.
 
-    With `load_nara_weights`, `save_nara_weights` and `unload_nara_weights`, and Diffusers' own `set_adapters`,
-    `delete_adapters`, `disable_lora`, `enable_lora`, … for what they loaded.
+    `set_adapters`, `delete_adapters`, `disable_lora`, `enable_lora`, … are Diffusers' own, and work on what
+    `load_nara_weights` loaded.
 
     Args:
         transformer: a bidirectional language model whose configuration names a mask token, as `load_backbone` makes it.
@@ -74,6 +75,10 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     _lora_loadable_modules = ("transformer",)
     _callback_tensor_inputs = ("sequences", "masked")
 
+    load_nara_weights = load_nara_weights
+    save_nara_weights = save_nara_weights
+    unload_nara_weights = unload_nara_weights
+
     def __init__(self, transformer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         _check_model(transformer)
@@ -81,7 +86,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         self._interrupt = False
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> LLaDAPipeline:
         """A saved pipeline, or a language model's own folder or repository (LLaDA, Dream, Llama, Qwen2, BERT, …).
 
         Args:
@@ -158,7 +163,8 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         input_ids, lengths = self._encode(texts)
         ends = stop_token_ids(self.transformer, self.tokenizer)
         self._interrupt = False
-        with self.progress_bar(total=len(texts) * gen_length) as bar:  # of tokens: the number of steps isn't known
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=len(texts) * gen_length) as bar:  # of tokens: the number of steps isn't known
 
             def step_end(step: GenerationStep) -> None:
                 bar.update(step.masked.numel() - int(step.masked.sum()) - bar.n)
