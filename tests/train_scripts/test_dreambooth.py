@@ -26,6 +26,7 @@ from nara_diffusion.dreambooth.sampling import sample_batch
 from nara_diffusion.loaders.source import read_file
 from nara_diffusion.training import hub
 from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.run import Run
 from tests.dreambooth.small_encoders import save_clip, save_dino
 from train_scripts.dreambooth_sdxl import main
 
@@ -355,7 +356,13 @@ def test_trackers_get_the_samples(arguments, monkeypatch) -> None:
         def log_images(self, values: dict, step: int, **options: Any) -> None:
             self.shown.extend((name, array.shape, step) for name, array in values.items())
 
-    monkeypatch.setattr("accelerate.Accelerator.trackers", [Gallery(_blank=True)], raising=False)
+    opened = Run.open
+
+    def open_with_gallery(run: Run, facts: Any = None) -> None:
+        opened(run, facts)
+        run.accelerator.trackers.append(Gallery(_blank=True))
+
+    monkeypatch.setattr(Run, "open", open_with_gallery)
     main(arguments(validation_steps=4))
     assert Gallery.shown == [
         ("validation: a photo of a toy", (2, 16, 16, 3), 4),

@@ -1,0 +1,329 @@
+"""Bad input, and runs that are stopped: a clear message, and nothing half-written."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.training.cli import build_parser, parse_arguments
+from nara_diffusion.training.loop import TrainingDiverged
+from nara_diffusion.training.memory import OutOfMemory
+from train_scripts.dreambooth_sdxl import SHIPPED_DATA, SHIPPED_RUN, main, shipped_run
+
+from .dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
+
+
+@pytest.fixture
+def arguments(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> Callable[..., DreamBoothArguments]:
+    """Arguments of a run of a few seconds, with one sample; keyword arguments change them."""
+    return lambda **changes: tiny_arguments(
+        sdxl_folder,
+        Path(changes.pop("instance_data_dir", pictures)),
+        Path(changes.pop("output_dir", tmp_path / "run")),
+        **{"validation_prompts": ["a toy"], "num_validation_images": 1, **changes},
+    )
+
+
+def refused(args: DreamBoothArguments, message: str, error: type[Exception] = ValueError) -> None:
+    """`main` raises `message` and leaves no output folder."""
+    with pytest.raises(error, match=message):
+        main(args)
+    assert not Path(str(args.output_dir)).exists()
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(exist_ok=True)
+    image.save(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, r"the image folder .*photos doesn't exist"),
+        (lambda folder: folder.mkdir(), r"the image folder .*photos is empty"),
+        (lambda folder: (folder.mkdir(), (folder / "a.heic").write_text("x")), r"holds no images, only a.heic"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nx")),
+            r"a.png can't be decoded",
+        ),
+        (lambda folder: folder.write_text("x"), r"photos is a file"),
+    ],
+    ids=["missing", "empty", "junk", "truncated", "file"],
+)
+def test_bad_image_folders(arguments, tmp_path, make: Callable, message: str) -> None:
+    folder = tmp_path / "photos"
+    make(folder)
+    refused(arguments(instance_data_dir=folder), message)
+
+
+def test_all_kinds_of_images_together(arguments, tmp_path, caplog) -> None:
+    """CMYK, 16 bits, palette, transparent, animated and turned ones, one smaller than the resolution, and junk."""
+    folder = tmp_path / "photos"
+    plain = Image.open(next(write_pictures(folder, 1, (40, 30)).glob("*.png")))
+    plain.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.new("I;16", (20, 30), 40000).save(folder / "deep.png")
+    plain.convert("P").save(folder / "palette.gif", save_all=True, append_images=[plain.rotate(90).convert("P")])
+    plain.convert("RGBA").save(folder / "clear.webp")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain.save(folder / "turned.jpg", exif=exif)
+    plain.resize((7, 9)).save(folder / "small.png")
+    (folder / "notes.pdf").write_text("no image")
+    (folder / "small.txt").write_text("a tiny toy")
+    results = main(arguments(instance_data_dir=folder, max_train_steps=1))
+    assert results["n"] == 1
+    assert "notes.pdf" in caplog.text
+    assert "are enlarged, and teach blur" in caplog.text
+    assert "have no caption in a text file" in caplog.text
+
+
+def test_one_image_alone(arguments, tmp_path, caplog) -> None:
+    folder = write_pictures(tmp_path / "one", 1)
+    main(arguments(instance_data_dir=folder, max_train_steps=1))
+    assert "there is one image only" in caplog.text
+
+
+def test_missing_captions_without_a_prompt(arguments, tmp_path) -> None:
+    folder = write_pictures(tmp_path / "photos", 2)
+    (folder / "0.txt").write_text("a toy")
+    refused(arguments(instance_data_dir=folder, instance_prompt=None), r"1 of 2 images \(1.png\) have no caption")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"instance_prompt": " "}, "instance_prompt is empty"),
+        ({"validation_prompts": ["a toy", ""]}, "a validation prompt is empty"),
+        ({"instance_prompt": None, "validation_prompts": None}, "there is nothing to sample"),
+        ({"dataset_name": "org/data"}, "from instance_data_dir or from dataset_name: give one of them, got both"),
+        ({"pretrained_model_name_or_path": ""}, "pretrained_model_name_or_path must be given"),
+        ({"with_prior_preservation": True, "class_prompt": "a toy"}, "with_prior_preservation needs class_data_dir"),
+        ({"with_prior_preservation": True, "class_prompt": "", "class_data_dir": "x"}, "class_prompt is empty"),
+        ({"class_data_dir": "x"}, "class images are for prior preservation: add with_prior_preservation"),
+        ({"text_encoder_lr": 1e-5}, "text_encoder_lr is set, but the text encoders aren't trained"),
+        ({"core_input": "both"}, "core_input is 'both', but images have no masks"),
+        ({"snr_gamma": 0.0}, "snr_gamma must be above 0, or none, got 0.0"),
+        ({"noise_offset": -0.1}, "noise_offset must be at least 0, got -0.1"),
+        ({"crops_per_image": 0}, "crops_per_image must be at least 1, or none, got 0"),
+        ({"num_validation_images": 0}, "num_validation_images must be at least 1, got 0"),
+        ({"resolution": 4}, "resolution must be at least 8, got 4"),
+        ({"optimizer": "prodigy", "use_8bit_adam": True}, "use_8bit_adam is a form of AdamW"),
+    ],
+)
+def test_impossible_arguments(arguments, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 18}, r"18 x 18 pixels doesn't fit this model: both sides have to be multiples of 4"),
+        ({"aspect_ratio_buckets": "16,16;18,14"}, r"18 x 14 pixels doesn't fit"),
+        ({"aspect_ratio_buckets": "16x16"}, r"the bucket '16x16' isn't height,width"),
+        ({"target_modules": ["q_proj"]}, r"target_modules q_proj match no module of UNet2DConditionModel"),
+        ({"similarity_model": "no/where/at-all"}, r"can't load a model from no/where/at-all"),
+        ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
+        ({"do_edm_style_training": True, "snr_gamma": 5.0}, "EDM-style training has weights of its own"),
+        ({"core_scale": -1.0}, "core_scale is -1.0"),
+        ({"core_start_step": 2, "core_type": "identity"}, "core_type 'identity' has no core to train"),
+        ({"report_to": ["abacus"]}, "report_to names 'abacus', which isn't installed here"),
+        ({"cache_folder": "/proc/cache"}, "the cache folder /proc/cache can't be written"),
+        ({"dataset_name": "no/where", "instance_data_dir": None}, "dataset_name no/where can't be loaded"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, changes: dict, message: str) -> None:
+    args = arguments()
+    for name, value in changes.items():
+        setattr(args, name, value)
+    refused(args, message)
+
+
+def test_another_model_and_another_schedule(arguments, sdxl_folder, tmp_path) -> None:
+    refused(
+        arguments(pretrained_model_name_or_path=str(tmp_path / "none")), "none can't be loaded as Stable Diffusion XL"
+    )
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe.save_pretrained(tmp_path / "flow")
+    refused(
+        arguments(pretrained_model_name_or_path=str(tmp_path / "flow")), "has no noise schedule that SDXL is trained"
+    )
+
+
+def test_a_class_folder_with_images_of_another_prompt(arguments, tmp_path) -> None:
+    folder = str(tmp_path / "class")
+    prior = {"with_prior_preservation": True, "class_data_dir": folder, "num_class_images": 1}
+    main(arguments(**prior, class_prompt="a toy", max_train_steps=1))
+    refused(
+        arguments(**prior, class_prompt="a cube", output_dir=tmp_path / "other"),
+        "holds images made for another prompt",
+    )
+
+
+def test_unwritable_output(arguments, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    args = arguments(output_dir=tmp_path / "file" / "run", pretrained_model_name_or_path=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"--output_dir .*file is a file: name a folder"):
+        main(args)  # before the model is even looked for
+
+
+def test_a_full_disk_leaves_the_checkpoint(arguments, monkeypatch) -> None:
+    """The last write fails: what was there stays whole."""
+    args = arguments(checkpointing_steps=4)
+    save = StableDiffusionXLPipeline.save_nara_weights
+    calls = []
+
+    def filling(self: Any, folder: Any, **options: Any) -> None:
+        calls.append(folder)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        save(self, folder, **options)
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "save_nara_weights", filling)
+    with pytest.raises(OSError, match=r"the adapter could not be written to .*checkpoint is .*checkpoint-4"):
+        main(args)
+    folder = Path(args.output_dir)
+    assert not (folder / WEIGHTS).exists()
+    assert not list(folder.glob(".partial*"))
+    assert (folder / "checkpoint-4" / WEIGHTS).is_file()
+
+
+def test_an_autoencoder_that_gives_nan(arguments, monkeypatch) -> None:
+    """What SDXL's own does in float16."""
+    encode = AutoencoderKL.encode
+
+    def overflowing(self: Any, x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return encode(self, x * (float("inf") if x.dtype == torch.bfloat16 else 1), *args, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", overflowing)
+    args = arguments(upcast_vae=False, mixed_precision="bf16")
+    refused(args, r"the autoencoder gives NaN or infinity for .*0.png.*--pretrained_vae_model_name_or_path")
+
+
+def test_out_of_memory_says_what_to_turn_on(arguments, monkeypatch) -> None:
+    @wraps(UNet2DConditionModel.forward)  # the adapter looks for the timestep in its signature
+    def full(self: Any, *args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", full)
+    with pytest.raises(OutOfMemory) as error:
+        main(arguments())
+    for remedy in ("--mixed_precision bf16", "--gradient_checkpointing", "--train_batch_size 1", "--use_8bit_adam"):
+        assert remedy in str(error.value)
+
+
+def test_a_diverged_run_stops_and_keeps_what_was_good(arguments) -> None:
+    args = arguments(learning_rate=1e20, lr_scheduler="constant", max_grad_norm=None, checkpointing_steps=1)
+    with pytest.raises(
+        TrainingDiverged, match=r"training stops and nothing is overwritten. The last good checkpoint is"
+    ):
+        main(args)
+    assert not (Path(args.output_dir) / WEIGHTS).exists()
+
+
+def test_ctrl_c_saves_and_resumes(arguments, monkeypatch, caplog, tmp_path) -> None:
+    whole = arguments(output_dir=tmp_path / "whole")
+    main(whole)
+    args = arguments()
+    forward, seen = UNet2DConditionModel.forward, []
+
+    @wraps(forward)
+    def interrupting(self: Any, *positional: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *positional, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", interrupting)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 130
+    assert "stopped after step 2. To continue, run the same command with --resume_from_checkpoint" in caplog.text
+    folder = Path(args.output_dir)
+    assert (folder / "checkpoint-2" / WEIGHTS).is_file()
+    assert not (folder / WEIGHTS).exists()
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    args.resume_from_checkpoint = "latest"
+    assert main(args)["curve_after"] == json.loads((tmp_path / "whole" / "results.json").read_text())["curve_after"]
+
+
+def test_resuming_another_configuration_or_a_damaged_checkpoint(arguments) -> None:
+    main(arguments(max_train_steps=1, checkpointing_steps=1))
+    again = {"max_train_steps": 1, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match=r"another configuration \(noise_offset: 0.0 there, 0.1 now\)"):
+        main(arguments(**again, noise_offset=0.1))
+    with pytest.raises(ValueError, match="already holds another run"):
+        main(arguments())
+    args = arguments(**again)
+    weights = Path(args.output_dir) / "checkpoint-1" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=rf"checkpoint-1/{WEIGHTS} is corrupt"):
+        main(args)
+
+
+def test_without_arguments_the_shipped_model_and_subject_are_used() -> None:
+    args = parse_arguments(DreamBoothArguments, [], stand_in=shipped_run)
+    assert {name: getattr(args, name) for name in SHIPPED_RUN | SHIPPED_DATA} == SHIPPED_RUN | SHIPPED_DATA
+    assert args.output_dir is None
+    argv = ["--instance_data_dir", "photos", "--instance_prompt", "a photo of sks cat"]
+    own = parse_arguments(DreamBoothArguments, argv, stand_in=shipped_run)
+    assert (own.pretrained_model_name_or_path, own.validation_prompts, own.prompts) == (
+        SHIPPED_RUN["pretrained_model_name_or_path"], None, ["a photo of sks cat"],
+    )  # fmt: skip
+    named = parse_arguments(DreamBoothArguments, ["--pretrained_model_name_or_path", "x", *argv], stand_in=shipped_run)
+    assert (named.resolution, named.max_train_steps) == (1024, None)
+
+
+def test_the_command_line_of_diffusers_own_script_is_understood() -> None:
+    """As its documentation has it, with what else it offers; `--report_to` takes several."""
+    words = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 --instance_data_dir=dog
+        --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --output_dir=lora-trained-xl
+        --mixed_precision=fp16 --resolution=1024 --train_batch_size=1 --gradient_accumulation_steps=4
+        --learning_rate=1e-4 --report_to=wandb --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=500
+        --seed=0 --push_to_hub --use_8bit_adam --train_text_encoder --text_encoder_lr=5e-6 --with_prior_preservation
+        --class_data_dir=dogs --num_class_images=200 --prior_loss_weight=0.5 --snr_gamma=5.0 --center_crop --random_flip
+        --do_edm_style_training --gradient_checkpointing --rank=16 --use_dora --adam_weight_decay=1e-2 --adam_beta1=0.8
+        --checkpointing_steps=250 --checkpoints_total_limit=3 --num_validation_images=2 --sample_batch_size=2
+        --dataloader_num_workers=2 --variant=fp16 --revision=main --repeats=2 --lr_num_cycles=2 --lr_power=2 --scale_lr
+        --allow_tf32 --max_grad_norm=0.5 --hub_model_id=me/dog --prior_generation_precision=bf16 --cache_dir=cache
+        --resume_from_checkpoint=latest --image_column=picture --caption_column=words"""
+    argv = [
+        *words.split(),
+        "--instance_prompt=a photo of sks dog",
+        "--class_prompt=a photo of a dog",
+        "--validation_prompt=A photo of sks dog, in a bucket",
+    ]
+    args = parse_arguments(DreamBoothArguments, argv)
+    assert args.validation_prompts == ["A photo of sks dog, in a bucket"]
+    assert (args.weight_decay, args.text_encoder_lr, args.report_to, args.use_dora) == (0.01, 5e-6, ["wandb"], True)
+
+
+def test_help_lists_every_flag_once(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["dreambooth_sdxl.py"])
+    text = build_parser(DreamBoothArguments).format_help()
+    for field in fields(DreamBoothArguments):
+        assert text.count(f"\n  --{field.name}") >= 1, field.name
+    assert text.count("\nAdapter:") == 1
+    assert "(default: to_q,to_k,to_v,to_out.0)" in text
+
+
+def test_the_configuration_for_sdxl() -> None:
+    path = Path(__file__).parents[2] / "train_scripts" / "configs" / "sdxl_dreambooth.yaml"
+    argv = ["--config", str(path), "--instance_data_dir", "dog", "--instance_prompt", "a photo of sks dog"]
+    args = parse_arguments(DreamBoothArguments, argv)
+    assert args.pretrained_model_name_or_path == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert (args.resolution, args.rank, args.max_train_steps, args.learning_rate) == (1024, 16, 500, 1e-4)
+    assert (args.core_scale, args.core_hidden_dims, args.noise_embedding) == (0.1, [256, 512], "fourier")
