@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -161,16 +162,17 @@ class Encoder:
 def _load_model(name: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
     try:
         model, loading = AutoModel.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **hub
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **hub
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"transformers can't load a model from {name}: {_first_line(error)}") from error
+    misshapen = [key for key, *_ in loading["mismatched_keys"]]
     # DINO's checkpoints lack the pooling layer of the class that reads them, which isn't used here
-    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
-    if missing:
+    wrong = sorted([*(key for key in loading["missing_keys"] if "pooler" not in key), *misshapen])
+    if wrong:
         raise ValueError(
-            f"the weights of {name} lack {len(missing)} tensors of {type(model).__name__} ({', '.join(missing[:4])}), "
-            "which would be random: the folder isn't whole, or holds another kind of model"
+            f"the weights of {name} lack {len(wrong)} tensors of {type(model).__name__}, or have them in another shape "
+            f"({', '.join(wrong[:4])}): the folder isn't whole, or holds another kind of model"
         )
     if not hasattr(model, "get_image_features") and model.main_input_name != "pixel_values":
         raise ValueError(

@@ -231,12 +231,24 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         Encoder(tmp_path, device="cpu").texts(["green"])
 
 
-def test_weights_that_are_missing_are_named(tmp_path):
+@pytest.mark.parametrize("misshapen", [False, True])
+def test_weights_that_are_missing_or_misshapen_are_named(tmp_path, misshapen):
     model = dino_model()
-    state = {name: value for name, value in model.state_dict().items() if name != "layernorm.weight"}
+    state = model.state_dict()
+    del state["layernorm.weight"]
+    if misshapen:
+        state["layernorm.weight"] = torch.ones(5)
     model.save_pretrained(tmp_path, state_dict=state)
     dino_processor().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lack 1 tensors of Dinov2Model \(layernorm.weight\)"):
+    with pytest.raises(ValueError, match=r"lack 1 tensors of Dinov2Model, or .* another shape \(layernorm.weight\)"):
+        Encoder(tmp_path)
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path):
+    save_dino(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"transformers can't load a model from {tmp_path}"):
         Encoder(tmp_path)
 
 
