@@ -127,7 +127,9 @@ def dreambooth(args: DreamBoothArguments) -> dict[str, Any]:
     pipe = load(dtype=run.dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype).to(device)
     sampler = twin(pipe, run.dtype)  # shares the frozen weights, and never the adapter that is trained
     dataset = training_data(args, instances, class_images, pipe)
-    latents = latent_cache(args, pipe, dataset, show)
+    steps = count_steps(len(instances) * args.repeats, run.global_batch, args.max_train_steps, args.num_train_epochs)
+    batches = run.batches(steps)
+    latents = latent_cache(args, pipe, dataset, range(batches["first"], batches["stop"]), show)
     prompts = prompt_cache(args, pipe)
     build = partial(build_objective, pipe.scheduler, edm_style=args.do_edm_style_training)
     objective = build(snr_gamma=args.snr_gamma)
@@ -141,10 +143,9 @@ def dreambooth(args: DreamBoothArguments) -> dict[str, Any]:
         read_checkpoint(model, run.checkpoint)
 
     # Train
-    steps = count_steps(len(instances) * args.repeats, run.global_batch, args.max_train_steps, args.num_train_epochs)
     optimizer = build_optimizer(model, args, run.accelerator.num_processes)
     scheduler = build_scheduler(optimizer, args, steps)
-    loader = stream_loader(dataset, collate_draws, **run.batches(steps), num_workers=args.dataloader_num_workers)
+    loader = stream_loader(dataset, collate_draws, **batches, num_workers=args.dataloader_num_workers)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
     facts = {
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",

@@ -12,7 +12,7 @@ flips are 40 latents, at 1024² 20 MiB. `crops_per_image=None` takes any positio
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,7 +154,7 @@ class DreamBoothDataset(Dataset):
         ]
 
     def possible_draws(self) -> Iterator[Draw]:
-        """Every draw that can occur, to fill a latent cache beforehand; their `position` means nothing.
+        """Every draw that can ever occur; their `position` means nothing.
 
         Raises:
             ValueError: with random crops at any position they can't be listed.
@@ -172,6 +172,15 @@ class DreamBoothDataset(Dataset):
                         if draw.key not in seen:
                             seen.add(draw.key)
                             yield draw
+
+    def distinct_draws(self, positions: Iterable[int]) -> Iterator[Draw]:
+        """The draws at `positions`, each crop of an image once: to fill a latent cache with what a run will need."""
+        seen = set()
+        for position in positions:
+            for draw in self.draws(position):
+                if draw.key not in seen:
+                    seen.add(draw.key)
+                    yield draw
 
     def _warn(self) -> None:
         """Of data that train badly: one image alone, and images that have to be enlarged."""

@@ -79,7 +79,7 @@ class LatentCache:
         )
 
     def fill(self, draws: Iterable[Draw], *, progress: bool = True) -> None:
-        """Encodes all `draws` that aren't known, or as many as fit; see `DreamBoothDataset.possible_draws`."""
+        """Encodes all `draws` that aren't known, or as many as fit; see `DreamBoothDataset.distinct_draws`."""
         for draw in tqdm(list(draws), desc="encode images", unit="crop", disable=not progress):
             if self.cache.full and self.cache.folder is None:
                 break

@@ -98,13 +98,18 @@ def training_data(
     )
 
 
-def latent_cache(args: DreamBoothArguments, pipe: Any, dataset: DreamBoothDataset, progress: bool) -> LatentCache:
-    """Latents of `dataset`, all of them encoded now if that can be known; the text says what to do about NaN."""
+def latent_cache(
+    args: DreamBoothArguments, pipe: Any, dataset: DreamBoothDataset, positions: range, progress: bool
+) -> LatentCache:
+    """Latents of `dataset`; those that training will draw, at `positions` of the stream, are encoded now, if they fit.
+
+    Raises:
+        ValueError: the autoencoder gives NaN; the text says what to do about it.
+    """
     if not args.cache_latents:
         return LatentCache(pipe.vae, memory_mib=0)
     latents = LatentCache(pipe.vae, memory_mib=args.cache_memory, folder=args.cache_folder)
-    if args.center_crop or args.crops_per_image is not None:
-        latents.fill(dataset.possible_draws(), progress=progress)
+    latents.fill(dataset.distinct_draws(positions), progress=progress)
     return latents
 
 

@@ -104,6 +104,14 @@ def test_possible_draws_are_those_that_occur(instances, class_images, crop: str,
     assert set(possible) == occurring
 
 
+@pytest.mark.parametrize("crops_per_image", [2, None])
+def test_distinct_draws_are_those_of_the_positions(instances, class_images, crops_per_image: int | None) -> None:
+    data = dataset(instances, class_images=class_images, crops_per_image=crops_per_image)
+    keys = [draw.key for draw in data.distinct_draws(range(10, 24))]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {draw.key for position in range(10, 24) for draw in data.draws(position)}
+
+
 def test_equal_keys_mean_equal_pixels(instances) -> None:
     data = dataset(instances)
     pixels: dict[str, torch.Tensor] = {}
