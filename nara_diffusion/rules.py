@@ -64,8 +64,8 @@ def rule_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
 def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
     """PEFT gives A and B the dtype of the base weight; where layerwise casting stores that as float8, float32."""
     for factors in (getattr(layer, name) for name in layer.adapter_layer_names):
-        for parameter in factors[adapter_name].parameters() if adapter_name in factors else ():
-            if _is_float8(parameter):
+        for name, parameter in factors.named_parameters():
+            if name.split(".")[0] == adapter_name and _is_float8(parameter):
                 parameter.data = parameter.data.float()
 
 
