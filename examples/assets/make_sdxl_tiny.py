@@ -36,10 +36,10 @@ class Arguments:
     clip: Path = Path("outputs/clip-tiny")
     clip_smaller: Path = Path("outputs/clip-smaller")
     vae_steps: int = 4500
-    decoder_steps: int = 6000
+    decoder_steps: int = 1800
     vae_batch_size: int = 4
     vae_learning_rate: float = 1.5e-3
-    unet_steps: int = 16000
+    unet_steps: int = 12000
     unet_batch_size: int = 8
     unet_learning_rate: float = 6e-4
     scenes: int = 16000

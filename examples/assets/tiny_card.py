@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from matplotlib.figure import Figure
+from tiny_curves import write_curve
 from tiny_tasks import FAMILIES, LETTER_FAMILIES, questions
 
 CURVE_FILE = "training_curve"
@@ -16,23 +15,10 @@ CARD_TEMPLATE = Path(__file__).with_name("llada_tiny_card.md")
 
 def write_card(directory: Path, arguments: dict[str, Any], results: dict[str, Any], curve: list[dict]) -> None:
     """training_curve.csv, training_curve.png and README.md, in ``directory``."""
-    with (directory / f"{CURVE_FILE}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(curve[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(curve)
-    _plot(curve, directory / f"{CURVE_FILE}.png")
+    write_curve(
+        directory / CURVE_FILE, curve, ("train_loss", "validation_loss"), "masked-diffusion loss (nats a token)"
+    )
     (directory / "README.md").write_text(_card(arguments, results), encoding="utf-8")
-
-
-def _plot(curve: list[dict], path: Path) -> None:
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    for name in ("train_loss", "validation_loss"):
-        axes.plot([row["step"] for row in curve], [row[name] for row in curve], label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="masked-diffusion loss (nats a token)", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=80)
 
 
 def _family_rows(results: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ def write_curve(path: Path, curve: list[dict], columns: tuple[str, ...], label: 
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(curve[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: round(value, 6) for key, value in row.items()} for row in curve)
+        writer.writerows(curve)
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     for name in columns:

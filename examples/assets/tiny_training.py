@@ -48,7 +48,7 @@ class Training:
         self.model, self.plan, self.state_file, self.seed, self.device = model, plan, state_file, seed, device
         self.step, self.seconds, self.curve = 0, 0.0, []
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
+            model.parameters(), plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
         )
         self.ema = EMAModel(model.parameters(), decay=plan.ema) if plan.ema else None
         if state_file.exists():
