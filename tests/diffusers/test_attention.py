@@ -14,14 +14,23 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     StableDiffusionXLPAGPipeline,
 )
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnAddedKVProcessor,
+    AttnAddedKVProcessor2_0,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnAddedKVProcessor,
+    SlicedAttnProcessor,
+)
+from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from nara_diffusion import noise_level
 from tests.adapted import disturb, nara_config, relative_error
 from tests.denoiser_models import denoiser, inputs_of, tensor_of
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, follow, latents, watch
-from tests.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
+from tests.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl, small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*PAG.*deprecated:FutureWarning")
 
@@ -65,6 +74,28 @@ def test_each_call_of_a_pipeline_equals_one_with_merged_weights(feature):
     assert len(errors) == len(levels) == 3
     assert max(errors) < ROUNDING
     assert [len(level) for level in levels] == [1, 1, 1]
+
+
+ADDED_KV = [AttnAddedKVProcessor, AttnAddedKVProcessor2_0, lambda: SlicedAttnAddedKVProcessor(1)]
+
+
+@pytest.mark.parametrize("processor", ADDED_KV, ids=["plain", "SDPA", "sliced"])
+def test_attention_with_added_keys_and_values(processor):
+    """As in DeepFloyd IF and Kandinsky 2."""
+    model = small_unet(
+        16,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    )
+    unet, plain = adapt(model, [*ATTENTION, "add_k_proj", "add_v_proj"])
+    for each in (unet, plain):
+        each.set_attn_processor(processor())
+    errors = compare_calls(unet, plain)
+    for timestep in (950, 20):
+        unet(torch.randn(2, 4, 8, 8), timestep, torch.randn(2, 5, 16))
+    assert len(errors) == 2
+    assert max(errors) < ROUNDING
 
 
 def test_a_processor_of_one_s_own_is_really_called():
@@ -235,6 +266,34 @@ def test_ip_adapter(make, first):
     assert errors
     assert max(errors) < ROUNDING
     assert not torch.allclose(pixels(pipe, ip_adapter_image_embeds=[0 * image_embeds()[0]]), image, atol=1e-3)
+
+
+def test_ip_adapter_with_an_image_and_its_encoder():
+    torch.manual_seed(3)
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=10,
+    )
+    pipe = small_sd()
+    size = {"height": 16, "width": 16}
+    pipe.register_modules(
+        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        feature_extractor=CLIPImageProcessor(size=size, crop_size=size),
+    )
+    unet, plain = adapt(pipe.unet)
+    weights = ip_adapter_weights(unet)
+    pipe.load_ip_adapter(copy.deepcopy(weights), subfolder="", weight_name="")
+    plain._load_ip_adapter_weights(weights)
+    errors = compare_calls(unet, plain)
+    images = [pixels(pipe, ip_adapter_image=Image.new("RGB", (16, 16), color)) for color in ("red", "navy")]
+    assert len(errors) == 8
+    assert max(errors) < ROUNDING
+    assert not torch.allclose(*images, atol=1e-3)
 
 
 def test_the_projections_of_ip_adapter_may_be_adapted_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -139,3 +140,23 @@ def test_forward_chunking(name):
             chunked = model(**inputs, timestep=timesteps).sample
             model.disable_forward_chunking()
             torch.testing.assert_close(model(**inputs, timestep=timesteps).sample, chunked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You have passed exclude_modules")  # PEFT, since a UNet of images has no such module
+def test_an_adapter_of_images_in_a_pipeline_of_videos(tmp_path):
+    """Trained on Stable Diffusion, loaded into AnimateDiff: refused if its targets select temporal layers too."""
+    for name, excluded in (("all", None), ("spatial", r".*motion_modules.*")):
+        images = small_sd()
+        adapt(images.unet, TARGETS, exclude_modules=excluded)
+        images.save_nara_weights(tmp_path / name)  # type: ignore[attr-defined]
+    pipe = animate_diff()
+    names = {name for name, module in images.unet.named_modules() if hasattr(module, "lora_A")}
+    plain = copy.deepcopy(pipe.unet)
+    with pytest.raises(ValueError, match=r"target_modules select 'down_blocks\.0\.motion_modules.*has no tensors"):
+        pipe.load_nara_weights(tmp_path / "all")  # type: ignore[attr-defined]
+    pipe.load_nara_weights(tmp_path / "spatial", adapter_name="default")  # type: ignore[attr-defined]
+    assert {name for name, module in pipe.unet.named_modules() if hasattr(module, "lora_A")} == names
+    errors = compare_calls(pipe.unet, plain)
+    video(pipe)
+    assert len(errors) == 3
+    assert max(errors) < ROUNDING
