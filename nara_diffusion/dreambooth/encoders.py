@@ -44,8 +44,8 @@ class Encoder:
         **hub: where files come from, as for `from_pretrained`: revision, token, cache_dir, local_files_only, …
 
     Raises:
-        ValueError: nothing there that transformers can load, no image tower, no files of an image processor, or weights
-            that don't fill the model.
+        ValueError: nothing there that transformers can load, no image tower, no files of an image processor, weights
+            that don't fill the model, or a device that isn't there.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Encoder:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected 1 at least")
         self.name, self.batch_size, self.progress, self._hub = str(model_path), batch_size, progress, hub
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = _load_model(self.name, dtype, hub).to(self.device)
         self.processor = _load_processor(self.name, hub)
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -157,6 +157,13 @@ class Encoder:
                 "give CLIP, SigLIP, DINO, DINOv2 or another ViT"
             )
         return features
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        raise ValueError(f"device {str(device)!r} can't be used: {_first_line(error)}") from error
 
 
 def _load_model(name: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:

@@ -250,6 +250,6 @@ def test_help_teaches_by_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert "nara-metrics --generated out-seed-0/samples" in shown
+    assert "--reference dog_images \\\n        --clip openai/clip-vit-base-patch32" in shown
     assert "metadata.jsonl" in shown
     assert "--identifier" in shown

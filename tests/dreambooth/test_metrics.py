@@ -188,6 +188,12 @@ def test_empty_and_mismatched_input_is_refused(clip):
         Encoder(clip, batch_size=0)
 
 
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(clip, device):
+    with pytest.raises(ValueError, match=f"device '{device}' can't be used: "):
+        Encoder(clip, device=device)
+
+
 def test_a_path_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"transformers can't load a model from {tmp_path / 'none'}"):
         Encoder(tmp_path / "none")
