@@ -32,15 +32,6 @@ def pipe() -> LLaDAPipeline:
 
 
 @pytest.fixture
-def modules_cache(tmp_path, monkeypatch) -> Path:
-    """Where Diffusers copies a custom pipeline's file to."""
-    import diffusers.utils.dynamic_modules_utils as dynamic
-
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    return tmp_path / "modules"
-
-
-@pytest.fixture
 def adapter(tmp_path) -> Path:
     """A folder as train_scripts/dllm.py writes it, whose adapter changes answers, by λ too."""
     return save_adapter(tmp_path / "adapter", seed=7)
@@ -182,7 +173,7 @@ def test_a_callback_can_stop(pipe):
     assert pipe("upper: planet", **LENGTH).texts == ["PLANET"]  # the next call starts afresh
 
 
-def test_a_saved_pipeline_is_whole(pipe, tmp_path, modules_cache):
+def test_a_saved_pipeline_is_whole(pipe, tmp_path):
     folder = tmp_path / "pipe"
     pipe.save_pretrained(folder)
     expected = pipe(QUESTIONS, **LENGTH).sequences
@@ -197,7 +188,7 @@ def test_a_saved_pipeline_is_whole(pipe, tmp_path, modules_cache):
             assert torch.equal(tensor, states(pipe)[name]), name
 
 
-def test_dtype_and_device_go_through(tmp_path, pipe, modules_cache):
+def test_dtype_and_device_go_through(tmp_path, pipe):
     assert LLaDAPipeline.from_pretrained(MODEL, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert LLaDAPipeline.from_pretrained(MODEL, dtype=torch.float64).dtype == torch.float64
     pipe.save_pretrained(tmp_path / "pipe")
@@ -220,7 +211,7 @@ def encoder() -> BertForMaskedLM:
 
 
 @pytest.mark.parametrize("make", [shifted, encoder])
-def test_other_kinds_of_model_are_saved_and_read_alike(make, pipe, tmp_path, modules_cache):
+def test_other_kinds_of_model_are_saved_and_read_alike(make, pipe, tmp_path):
     model = make().eval()
     model.config.mask_token_id = 283
     other = LLaDAPipeline(model, pipe.tokenizer)

@@ -19,13 +19,6 @@ FILE = str(Path(__file__).parents[2] / "pipelines" / "stable_diffusion_xl_nara.p
 OPTIONS = {"custom_pipeline": FILE, "trust_remote_code": True}
 
 
-@pytest.fixture(autouse=True)
-def _modules_cache(tmp_path, monkeypatch) -> None:
-    import diffusers.utils.dynamic_modules_utils as dynamic
-
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
 @pytest.fixture
 def saved(tmp_path) -> Path:
     small_sdxl().save_pretrained(tmp_path / "sdxl")
