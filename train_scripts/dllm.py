@@ -41,6 +41,7 @@ from nara_diffusion.training.checkpoints import load_adapter_weights, save_adapt
 from nara_diffusion.training.cli import option, parse_arguments
 from nara_diffusion.training.hub import push_to_hub
 from nara_diffusion.training.loop import train
+from nara_diffusion.training.memory import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.output import write_json
 from nara_diffusion.training.run import Run, start_run
@@ -141,6 +142,7 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     return SHIPPED_RUN | ({} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA)
 
 
+@explaining_out_of_memory
 def main(args: Arguments) -> dict[str, Any]:
     """Trains, measures before and after, saves; returns what results.json holds."""
     started = time.perf_counter()
@@ -169,7 +171,7 @@ def main(args: Arguments) -> dict[str, Any]:
 
     # Train
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, run.accelerator.num_processes)
     scheduler = build_scheduler(optimizer, args, steps)
     stream = ShuffledStream(train_rows, args.seed)
     loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)

@@ -50,7 +50,7 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.hub import push_to_hub
 from nara_diffusion.training.loop import train
-from nara_diffusion.training.memory import explain_out_of_memory
+from nara_diffusion.training.memory import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.output import write_json
 from nara_diffusion.training.run import Run, start_run
@@ -95,14 +95,9 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     return SHIPPED_RUN | ({} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA)
 
 
+@explaining_out_of_memory
 def main(args: DreamBoothArguments) -> dict[str, Any]:
     """Trains, measures before and after, saves; returns what results.json holds."""
-    with explain_out_of_memory(args):
-        return dreambooth(args)
-
-
-def dreambooth(args: DreamBoothArguments) -> dict[str, Any]:
-    """`main`, from the top to the bottom."""
     started = time.perf_counter()
 
     # Setup

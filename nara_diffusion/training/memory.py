@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
+
+Arguments = TypeVar("Arguments")
+Result = TypeVar("Result")
 
 # argument: (is it already as small as it gets?, what to say), most effective first
 _REMEDIES = (
@@ -45,6 +49,17 @@ def explain_out_of_memory(args: Any, doing: str = "training") -> Iterator[None]:
         raise OutOfMemory(
             f"out of memory while {doing} ({first_line(error)}). Try, in this order: {listed}."
         ) from error
+
+
+def explaining_out_of_memory(main: Callable[[Arguments], Result]) -> Callable[[Arguments], Result]:
+    """A script's `main(args)`, inside `explain_out_of_memory`."""
+
+    @wraps(main)
+    def explained(args: Arguments) -> Result:
+        with explain_out_of_memory(args):
+            return main(args)
+
+    return explained
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from nara_diffusion.training.memory import OutOfMemory
 from train_scripts.dllm import Arguments, main
 
 
@@ -133,3 +135,12 @@ def test_impossible_generation_settings_are_refused_before_training(arguments) -
 
 def test_fp16_without_a_gpu(arguments) -> None:
     refused(arguments(mixed_precision="fp16"), "mixed_precision fp16 needs a GPU")
+
+
+def test_out_of_memory_says_what_to_turn_on(arguments, monkeypatch) -> None:
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("train_scripts.dllm.masked_diffusion_loss", full)
+    with pytest.raises(OutOfMemory, match=r"--mixed_precision bf16; --gradient_checkpointing; --train_batch_size 1"):
+        main(arguments())
