@@ -18,7 +18,7 @@ from .core import IdentityCore
 from .cores import build_core
 from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
-from .offload import beside_inputs, onload_cores
+from .offload import KEEPS_COPY, beside_inputs, onload_cores
 from .recompute import checkpoint_with_core, checkpoint_without_core
 from .settings import check_not_fused, check_not_split
 from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_one_sample, on_device_of
@@ -56,6 +56,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         self.undecided: dict[str, NaraConfig] = {}
         self.merged_adapters: list[str] = []
         self.merged_signals: NoiseSignals | None = None
+        self.kept_on_disk = False
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._handles: list[Any] = []
@@ -193,6 +194,8 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def core_to_merge(self, adapter_name: str, group: str) -> Tensor:
         """C (1, r, r) for a layer that is being merged now. Its λ is then the only one to run at, until `unmerge`."""
+        if self.kept_on_disk:
+            raise ValueError(f"Adapter '{adapter_name}' cannot be merged: {KEEPS_COPY}")
         signals = self.signals_to_merge([adapter_name])
         if signals is not None:
             self.merged_signals = signals
@@ -242,7 +245,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if torch.is_grad_enabled():
             checkpoint_with_core(root, self.channel)
         check_not_fused(root, names)
-        onload_cores(root)
+        self.kept_on_disk = onload_cores(root)
         return beside_inputs(self.cores_at(self._signals_for(root, names, args, kwargs), names), args, kwargs)
 
     def _check_merged_level(self) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .channel import CoreChannel
 from .core import add_product, add_scaled_product, factored_row_norm, mix, mix_channels, times_core
 from .fused import can_fuse, fused_linear
-from .offload import check_not_grouped, is_managed, onloaded
+from .offload import check_mergeable_here, is_managed, onloaded
 from .quantized import base_weight, check_mergeable
 
 
@@ -109,7 +109,7 @@ class NaraVariant(LoraVariant):
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at one C."""
         check_mergeable(module, active_adapter, self.layer_name)
-        check_not_grouped(module.get_base_layer(), self.layer_name)
+        check_mergeable_here(module.get_base_layer(), self.layer_name)
         rank = module.r[active_adapter]
         core = self.core_to_merge(*self.key)[:, :rank, :rank]
         factor = self.merge_factor(module, active_adapter, core)

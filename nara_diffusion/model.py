@@ -23,6 +23,7 @@ from .holder import HOLDER_NAME, CoreHolder
 from .injection import Injection, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
+from .offload import check_addable
 from .rules import check_target, keep_out_of_float8, rule_for
 from .signals import with_convention
 
@@ -54,6 +55,7 @@ class NaraModel(MergesAtOneLevel):
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
         self._check_name(model, adapter_name, config)
+        check_addable(model)
         drop_idle_holder(model)  # its source of λ was set for adapters that are gone
         holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder(
             denoiser_of(model), config.noise_convention

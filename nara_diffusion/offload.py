@@ -73,13 +73,18 @@ def _execution_devices(module: nn.Module) -> list[torch.device]:
     return devices
 
 
-def onload_cores(root: nn.Module) -> None:
+def onload_cores(root: nn.Module) -> bool:
     """Read the cores of `root` if group offloading keeps them on disk; its forward, which follows, takes them away.
 
     (With weights kept on the CPU there is no need: the cores are small enough to compute there.)
+
+    Returns:
+        Whether they are kept on disk.
     """
-    for group in _groups_of_cores(root):
+    groups = _groups_of_cores(root)
+    for group in groups:
         group.onload_()
+    return bool(groups)
 
 
 @contextmanager
@@ -104,18 +109,46 @@ def _is_holder(module: nn.Module) -> bool:
     return getattr(type(module), "is_core_holder", False)
 
 
-def check_not_grouped(layer: nn.Module, layer_name: str) -> None:
-    """Refuse to merge into a weight that group offloading keeps a copy of, from which it would be read again.
+KEEPS_COPY = (
+    "group offloading keeps a copy of its weight, which would come back at the next forward. Merge first, then call "
+    "enable_group_offload()."
+)
+
+
+def check_mergeable_here(layer: Any, layer_name: str) -> None:
+    """Refuse to merge into a weight that is elsewhere, or that is read again from elsewhere.
 
     Raises:
-        ValueError: `layer` is a group of its own, kept on disk or in pinned memory.
+        ValueError: accelerate has the weight of `layer` offloaded, layerwise casting stores it as float8, or group
+            offloading keeps it on disk or in pinned memory.
     """
-    for group in (hook.group for hook in _hooks_of(layer) if hasattr(hook, "group")):
-        if group.offload_to_disk_path is not None or group.stream is not None:
-            raise ValueError(
-                f"Layer '{layer_name}' cannot be merged: group offloading keeps a copy of its weight, which would come "
-                "back at the next forward. Merge first, then call enable_group_offload()."
-            )
+    groups = [hook.group for hook in _hooks_of(layer) if hasattr(hook, "group")]
+    weight = layer.weight
+    if any(group.offload_to_disk_path is not None or group.stream is not None for group in groups):
+        reason = KEEPS_COPY
+    elif weight.is_meta:
+        reason = "accelerate has offloaded its weight. Take the offload away first: pipe.remove_all_hooks()."
+    elif weight.is_floating_point() and weight.element_size() == 1:
+        reason = f"its weight is stored as {weight.dtype}. Merge first, then call enable_layerwise_casting()."
+    else:
+        return
+    raise ValueError(f"Layer '{layer_name}' cannot be merged: {reason}")
+
+
+def check_addable(model: nn.Module) -> None:
+    """Refuse to add an adapter where it would have no values: PEFT makes it where the base weights are, on "meta".
+
+    (A model that `from_pretrained` has spread by a device map is PEFT's own business.)
+
+    Raises:
+        ValueError: accelerate offloads the layers of `model` one by one.
+    """
+    offloaded = (module for module in model.modules() if _offloading_hooks(vars(module).get("_hf_hook")))
+    if not hasattr(model, "hf_device_map") and next(offloaded, None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} is offloaded layer by layer, so that a new adapter would have no values: load it "
+            "by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
+        )
 
 
 def check_not_on_disk(model: nn.Module, component: str) -> None:

@@ -121,14 +121,33 @@ def test_a_pipeline_gives_the_same_pixels(offload, first):
     assert torch.equal(pixels(pipe), pixels(plain))
 
 
-def test_merging_into_a_weight_that_is_kept_on_disk_is_refused(tmp_path):
+REFUSED_TO_MERGE: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
+    "leaves on disk": (groups("leaf_level", True), "group offloading keeps a copy"),
+    "blocks on disk": (groups("block_level", True), "group offloading keeps a copy"),
+    "sequential": (OFFLOADS["sequential"], "accelerate has offloaded its weight"),
+    "float8": (lambda model, _: model.enable_layerwise_casting(), "its weight is stored as torch.float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED_TO_MERGE)
+def test_merging_into_a_weight_that_is_elsewhere_is_refused(how, tmp_path):
     """What would be merged would be lost when the weight is read again."""
     model = adapted_unet()
+    offload, said = REFUSED_TO_MERGE[how]
+    offload(model, tmp_path)
     expected = run(model)
-    groups("leaf_level", True)(model, tmp_path)
-    with noise_level(model, 0.5), pytest.raises(ValueError, match=r"cannot be merged: group offloading keeps a copy"):
+    with noise_level(model, 0.5), pytest.raises(ValueError, match=f"cannot be merged: {said}"):
         model.fuse_lora()
     assert relative_error(run(model), expected) < 1e-4
+
+
+def test_adding_an_adapter_to_a_sequentially_offloaded_denoiser_is_refused():
+    """PEFT would make it on "meta", where base weights are, without values."""
+    model = small_unet(16)
+    accelerate.cpu_offload(model, CPU)
+    with pytest.raises(ValueError, match=r"offloaded layer by layer.*pipe\.load_nara_weights\(\)"):
+        model.add_adapter(nara_config(target_modules=UNET_TARGETS))
+    assert not hasattr(model, "nara_core")
 
 
 def test_merging_into_a_weight_of_a_group_in_memory_stays():
