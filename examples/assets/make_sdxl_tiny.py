@@ -36,11 +36,13 @@ class Arguments:
     clip: Path = Path("outputs/clip-tiny")
     clip_smaller: Path = Path("outputs/clip-smaller")
     vae_steps: int = 4500
-    decoder_steps: int = 1800
+    decoder_steps: int = 1000
     vae_batch_size: int = 4
     vae_learning_rate: float = 1.5e-3
-    unet_steps: int = 12000
+    unet_steps: int = 11000
+    unet_decay_steps: int = 5000
     unet_batch_size: int = 8
+    unet_late_batch_size: int = 16
     unet_learning_rate: float = 6e-4
     scenes: int = 16000
     held_out: int = 64
@@ -63,7 +65,9 @@ HELP = {
     "vae_batch_size": "scenes a step of the autoencoder",
     "vae_learning_rate": "of AdamW, after warm-up and before decay",
     "unet_steps": "optimiser steps of the UNet",
+    "unet_decay_steps": "the last of them, in which the learning rate falls to zero",
     "unet_batch_size": "scenes a step of the UNet",
+    "unet_late_batch_size": "the same while the learning rate falls",
     "unet_learning_rate": "of AdamW, after warm-up and before decay",
     "scenes": "scenes that the UNet learns from",
     "held_out": "scenes of the validation loss and of the autoencoder's errors",
@@ -139,9 +143,15 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
     data = [cached_latents(pipe, split, args.seed, count, folder) for split, count in sizes.items()]
     objective = NoisePrediction(*data)
     plan = Plan(
-        args.unet_steps, args.unet_batch_size, args.unet_learning_rate, ema=0.999, save_steps=args.save_steps,
+        steps=args.unet_steps,
+        batch=args.unet_batch_size,
+        learning_rate=args.unet_learning_rate,
+        decay=args.unet_decay_steps / args.unet_steps,
+        late_batch=args.unet_late_batch_size,
+        ema=0.999,
+        save_steps=args.save_steps,
         bf16=not args.fp32,
-    )  # fmt: skip
+    )
     training = Training(pipe.unet, plan, state_file(args, "unet"), args.seed, args.device, args.resume)
 
     def export() -> None:

@@ -27,13 +27,14 @@ from nara_diffusion.training.output import whole_file, write_json
 @dataclass(frozen=True)
 class Plan:
     """How long and how fast one model is trained; ``batch`` is samples a step, ``decay`` the share of the steps, at
-    the end, in which the learning rate falls to zero."""
+    the end, in which the learning rate falls to zero, and ``late_batch`` samples a step then."""
 
     steps: int
     batch: int
     learning_rate: float
     warmup: int = 100
     decay: float = 0.4
+    late_batch: int | None = None  # as before
     weight_decay: float = 0.01
     ema: float | None = None  # decay of the moving average of the weights
     row_steps: int = 100  # steps between two rows of the curve
@@ -64,7 +65,7 @@ class Training:
 
     def _fixed(self) -> dict[str, Any]:
         """What must not change between the parts of a run; its length may, until the decay begins."""
-        free = ("steps", "row_steps", "save_steps")
+        free = ("steps", "decay", "late_batch", "row_steps", "save_steps")
         return {"seed": self.seed} | {
             field.name: getattr(self.plan, field.name) for field in fields(self.plan) if field.name not in free
         }
@@ -75,7 +76,8 @@ class Training:
                 f"{self.state_file} is a run's state: add --resume to go on with it, or choose another --output_dir"
             )
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
-        changed = [f"{key} was {value}" for key, value in state["fixed"].items() if self._fixed().get(key) != value]
+        was = state["fixed"]
+        changed = [f"{key} was {was.get(key)}" for key, value in self._fixed().items() if was.get(key) != value]
         if changed:
             raise ValueError(f"{self.state_file} is the state of another run: {', '.join(changed)}")
         self.model.load_state_dict(state["model"])
@@ -97,6 +99,13 @@ class Training:
         }
         with whole_file(self.state_file) as partial:
             torch.save(state, partial)
+
+    @property
+    def batch(self) -> int:
+        """Samples of the present step."""
+        plan = self.plan
+        decaying = self.step >= plan.steps - round(plan.decay * plan.steps)
+        return plan.late_batch if decaying and plan.late_batch is not None else plan.batch
 
     def generator(self) -> torch.Generator:
         """The random numbers of the present step."""

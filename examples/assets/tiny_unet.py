@@ -61,7 +61,7 @@ class NoisePrediction:
 
     def loss(self, training: Training) -> dict[str, Tensor]:
         """The loss of the present step; its samples, timesteps, noise and dropped prompts follow from its number."""
-        generator, batch = training.generator(), training.plan.batch
+        generator, batch = training.generator(), training.batch
         indices = torch.randint(len(self.latents), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < DROPPED_SHARE
         return {"loss": self._loss(training, self.latents, indices, dropped, generator)}

@@ -32,7 +32,15 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def small_run(folder: Path, clips: dict[str, Path], **changes: object) -> Arguments:
-    sizes = {"vae_steps": 2, "decoder_steps": 2, "vae_batch_size": 2, "unet_steps": 4, "unet_batch_size": 4}
+    sizes = {
+        "vae_steps": 2,
+        "decoder_steps": 2,
+        "vae_batch_size": 2,
+        "unet_steps": 4,
+        "unet_batch_size": 4,
+        "unet_late_batch_size": 6,
+        "unet_decay_steps": 2,
+    }
     less = {"scenes": 8, "held_out": 4, "save_steps": 3, "evaluation_batches": 1, "inference_steps": 1}
     return Arguments(output_dir=folder, **clips, **{**sizes, **less, **changes})
 
@@ -95,7 +103,7 @@ def test_the_loss_is_the_formula_of_its_docstring() -> None:
     )
     objective, model = NoisePrediction(latents, latents), Recorder()
     training = SimpleNamespace(
-        model=model, plan=Plan(1, batch, 1e-3), device="cpu", generator=lambda: torch.Generator().manual_seed(2),
+        model=model, batch=batch, device="cpu", generator=lambda: torch.Generator().manual_seed(2),
         autocast=lambda: torch.autocast("cpu", enabled=False),
     )  # fmt: skip
     loss = objective.loss(training)["loss"]
@@ -116,6 +124,20 @@ def test_the_loss_is_the_formula_of_its_docstring() -> None:
     kept = torch.tensor(rows)[~dropped]
     assert torch.equal(model.prompts[~dropped], latents.prompts[kept])
     assert torch.equal(model.added["text_embeds"][~dropped], latents.pooled[kept])
+
+
+def test_the_batch_grows_when_the_learning_rate_begins_to_fall(tmp_path: Path) -> None:
+    plan = Plan(10, 3, 1e-2, warmup=1, decay=0.4, late_batch=5, bf16=False)
+    training = Training(nn.Linear(2, 1), plan, tmp_path / "state.pt", seed=0, device="cpu", resume=False)
+    seen = []
+
+    def loss_of(now: Training) -> dict[str, Tensor]:
+        seen.append((now.batch, now.schedule.get_last_lr()[0]))
+        return {"loss": now.model(torch.ones(now.batch, 2)).square().mean()}
+
+    training.run("both", loss_of, lambda: {})
+    assert [batch for batch, _ in seen] == [3] * 6 + [5] * 4
+    assert [rate for _, rate in seen] == pytest.approx([0] + [1e-2] * 6 + [0.75e-2, 0.5e-2, 0.25e-2])
 
 
 def test_training_the_decoder_leaves_the_encoder_as_it_was(tmp_path: Path, clips: dict[str, Path]) -> None:
