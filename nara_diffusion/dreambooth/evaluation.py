@@ -95,7 +95,7 @@ def evaluate(
 
     Raises:
         ValueError: no encoder, no folder, one given twice, missing images, prompts that don't fit or are known for some
-            folders only, subjects that don't match.
+            folders only or to an encoder without a text tower, subjects that don't match.
     """
     folders = [Path(folder) for folder in generated]
     if clip is None and dino is None:
@@ -105,7 +105,8 @@ def evaluate(
     subjects = _images_by_subject(Path(reference))
     source = prompts or PromptSource()
     runs = {folder: _match(folder, subjects.keys(), source if clip else None) for folder in folders}
-    _check_prompts(runs)
+    if clip is not None and _prompts_known(runs):
+        clip.check_text()
     judges = {name: _Judge(clip, dino, images) for name, images in subjects.items()}
     seeds = [_seed(folder, run, judges) for folder, run in runs.items()]
     figures = {key: _over_seeds([seed[key] for seed in seeds]) for key in MEASURES if key in seeds[0]}
@@ -207,7 +208,8 @@ def _match(folder: Path, names: Collection[str], source: PromptSource | None) ->
     }
 
 
-def _check_prompts(runs: Mapping[Path, Mapping[str, SubjectImages]]) -> None:
+def _prompts_known(runs: Mapping[Path, Mapping[str, SubjectImages]]) -> bool:
+    """Whether all images have prompts; False if none has."""
     known = {folder / name: images.prompts is not None for folder, run in runs.items() for name, images in run.items()}
     if len(set(known.values())) > 1:
         without = [str(folder) for folder, has_prompts in known.items() if not has_prompts]
@@ -215,6 +217,7 @@ def _check_prompts(runs: Mapping[Path, Mapping[str, SubjectImages]]) -> None:
             f"{len(without)} of {len(known)} folders don't say what the prompts of their images were "
             f"({', '.join(without[:4])}), others do: write a metadata.jsonl into each, or give a file of prompts"
         )
+    return all(known.values())
 
 
 def _dealt_out(file: Path, images: Sequence[Path]) -> list[str]:

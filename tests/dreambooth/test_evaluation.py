@@ -156,14 +156,16 @@ def test_without_prompts_alignment_is_not_measured(tmp_path, clip):
         ("empty prompts", "is empty: write one prompt a line"),
         ("missing prompts", "can't be read"),
         ("prompts for some", r"1 of 2 folders don't say .*second"),
+        ("no text tower", "is a Dinov2Model, which has no text tower"),
         ("a caption is missing", r"1 of 3 images \(2.png\) have no caption in metadata.jsonl"),
     ],
 )
-def test_refused(tmp_path, clip, monkeypatch, case, message):
+def test_refused(tmp_path, clip, dino, monkeypatch, case, message):
     def no_encoding(*_):
         raise AssertionError("encoded before the input was checked")
 
-    monkeypatch.setattr(clip, "_embed", no_encoding)
+    for encoder in (clip, dino):
+        monkeypatch.setattr(encoder, "_embed", no_encoding)
     reference = fill(tmp_path / "subject", 1)
     first, second = fill(tmp_path / "first", 3, prompts=PROMPTS), fill(tmp_path / "second", 3)
     few, empty, nothing = tmp_path / "few.txt", tmp_path / "empty.txt", tmp_path / "nothing"
@@ -183,6 +185,7 @@ def test_refused(tmp_path, clip, monkeypatch, case, message):
         "empty prompts": lambda: evaluate([first], reference, clip=clip, prompts=PromptSource(empty)),
         "missing prompts": lambda: evaluate([first], reference, clip=clip, prompts=PromptSource(tmp_path / "no.txt")),
         "prompts for some": lambda: evaluate([first, second], reference, clip=clip),
+        "no text tower": lambda: evaluate([first], reference, clip=dino),
         "a caption is missing": lambda: evaluate([short], reference, clip=clip),
     }
     with pytest.raises(ValueError, match=message):
