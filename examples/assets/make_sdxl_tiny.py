@@ -25,6 +25,7 @@ from tiny_sdxl_evaluation import evaluate, write_samples
 from tiny_training import Plan, Training, load_as_float32, parse
 from tiny_unet import NoisePrediction, build_scheduler, build_unet
 from tiny_vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
+from tiny_vocabulary import build_tokenizer, save_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 
@@ -36,7 +37,7 @@ class Arguments:
     clip: Path = Path("outputs/clip-tiny")
     clip_smaller: Path = Path("outputs/clip-smaller")
     vae_steps: int = 4500
-    decoder_steps: int = 1000
+    decoder_steps: int = 3500
     vae_batch_size: int = 4
     vae_learning_rate: float = 1.5e-3
     unet_steps: int = 11000
@@ -168,8 +169,9 @@ def save_pipeline(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
     parts = {name: deepcopy(part).half() if hasattr(part, "half") else part for name, part in pipe.components.items()}
     copy = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     copy.save_pretrained(folder)
-    for name in ("text_encoder", "text_encoder_2"):
-        load_as_float32(folder / name)
+    for number in ("", "_2"):
+        load_as_float32(folder / f"text_encoder{number}")
+        save_tokenizer(build_tokenizer(), folder / f"tokenizer{number}")  # use left its padding in the pipeline's own
 
 
 def main(args: Arguments) -> dict | None:

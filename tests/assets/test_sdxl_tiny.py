@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_scenes import Scene, render
 from tiny_sdxl_evaluation import GUIDANCE
 from tiny_vae import VALIDATION_SPLIT, pixels, reconstruction, scenes
+from tiny_vocabulary import build_tokenizer
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -62,6 +63,19 @@ def test_the_files_are_float16_and_no_larger_than_15_mb() -> None:
     kept = {"text_model.embeddings.position_ids"}
     for path in weights:
         assert {str(value.dtype) for name, value in load_file(path).items() if name not in kept} == {"torch.float16"}
+
+
+def test_the_tokenizers_are_those_of_the_captions_vocabulary(pipe: StableDiffusionXLPipeline) -> None:
+    expected = build_tokenizer()
+    for name in ("tokenizer", "tokenizer_2"):
+        assert {path.name for path in (FOLDER / name).iterdir()} >= {
+            "vocab.json",
+            "merges.txt",
+            "tokenizer_config.json",
+        }
+        assert (
+            CLIPTokenizer.from_pretrained(FOLDER / name)(list(PROMPTS)).input_ids == expected(list(PROMPTS)).input_ids
+        )
 
 
 def test_the_scheduler_is_sdxls(pipe: StableDiffusionXLPipeline) -> None:
