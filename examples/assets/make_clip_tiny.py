@@ -2,7 +2,7 @@
 
     python examples/assets/make_clip_tiny.py                                            # a quarter of an hour, one core
     python examples/assets/make_clip_tiny.py --output_dir outputs/clip-smaller --text_width 64 --text_layers 2 \\
-        --vision_width 64 --vision_layers 3 --seed 1                                    # sdxl-tiny's first text encoder
+        --vision_width 64 --vision_layers 3 --seed 1 --max_train_steps 800              # sdxl-tiny's first text encoder
 
 A CLIPModel on 64 × 64 pixels, trained with CLIP's contrastive loss on the scenes of tiny_scenes.py. A run that was
 stopped goes on with --resume.

@@ -2,9 +2,9 @@
 
     python examples/assets/make_sdxl_tiny.py --clip outputs/clip-tiny --clip_smaller outputs/clip-smaller
 
-Two CLIPs of make_clip_tiny.py come first; that file has the commands. Then the autoencoder (half an hour of one CPU
-core), then the UNet (an hour and a quarter). A run that was stopped goes on with --resume; the UNet's learning rate is
-constant until the last part of its steps, so until then --unet_steps may change too.
+Two CLIPs of make_clip_tiny.py come first; that file has the commands. Then the autoencoder and its decoder (half an
+hour of one CPU core), then the UNet (an hour). A run that was stopped goes on with --resume; learning rates are constant
+until the last part of the steps, so until then the numbers of steps may change too.
 
 Written to --output_dir: the folder that StableDiffusionXLPipeline.from_pretrained loads, README.md, results.json,
 samples.png and the curves; and training/, which --resume reads and nobody else needs.
