@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import inject_adapter_in_model, set_peft_model_state_dict
+from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.holder import HOLDER_NAME
 from nara_diffusion.injection import drop_idle_holder
 
-from .format import AdapterPart
+from .format import AdapterPart, is_core_key
 
 _LOADED_FLAG = "_hf_peft_config_loaded"
 """By this Diffusers and Transformers know whether a model has adapters."""
@@ -33,18 +34,55 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
 
 
 def put_in(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
-    """Add an adapter, inside `taken_back_on_error`.
+    """Add an adapter that `check_part` let pass, inside `taken_back_on_error`.
 
     A, B and magnitudes take the dtype of their base layer, as those of a LoRA do; the core stays in float32.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
         inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        set_peft_model_state_dict(model, part.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        if not low_cpu_mem_usage:
-            for layer in tuner_layers(model):
-                layer._move_adapter_to_device_of_base_layer(adapter_name)
-        setattr(model, _LOADED_FLAG, True)
+    for module, tensors in _by_module(part.tensors).items():
+        if module:
+            _fill_layer(model.get_submodule(module), adapter_name, tensors)
+        else:
+            _fill_core(getattr(model, HOLDER_NAME).cores[adapter_name], tensors)
+    setattr(model, _LOADED_FLAG, True)
+
+
+def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module name → its tensors by their names in it; those of the core stand under an empty name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if is_core_key(key):
+            found.setdefault("", {})[key.removeprefix(f"{HOLDER_NAME}.")] = tensor
+        else:
+            module, _, rest = key.partition(".lora_")
+            found.setdefault(module, {})[f"lora_{rest}"] = tensor
+    return found
+
+
+def _fill_layer(layer: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Let an adapted layer have these tensors. (PEFT's own way goes four times through the whole model.)"""
+    device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    dtype = dtype if dtype is not None and dtype.is_floating_point else None  # of a quantised layer
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        owner = getattr(layer, kind)
+        if isinstance(owner, nn.ParameterDict):  # of an embedding
+            name = adapter_name
+        else:
+            owner, name = owner[adapter_name], name or "weight"  # PEFT leaves it out of the names of magnitudes
+        requires_grad = getattr(owner, name).requires_grad
+        setattr(owner, name, nn.Parameter(tensor.to(device, dtype), requires_grad=requires_grad))
+
+
+def _fill_core(cores: Any, tensors: dict[str, Tensor]) -> None:
+    device = next((t.device for t in (*cores.parameters(), *cores.buffers()) if not t.is_meta), None)
+    trainable = [parameter.requires_grad for parameter in cores.parameters()]
+    cores.load_state_dict(tensors, assign=True)
+    cores.to(device)
+    for parameter, requires_grad in zip(cores.parameters(), trainable, strict=True):
+        parameter.requires_grad = requires_grad
 
 
 def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -45,8 +45,7 @@ def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name
     for name in sorted(adapted):
         _check_fits_layer(modules[name], f"{component}.{name}", rank_of(part.config, name), part, name)
     expected = expected_tensors(model, part)
-    if expected is not None:
-        check_adapter_tensors(part.tensors, expected, expected, f"{HOLDER_NAME}.")
+    check_adapter_tensors(part.tensors, expected, expected, f"{HOLDER_NAME}.")
     _check_convention(model, part.config, adapter_name)
 
 
@@ -68,16 +67,14 @@ def _refusal(component: str, what: str) -> str:
     )
 
 
-def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor] | None:
-    """Name → a tensor of the shape that it needs, without memory; None if a layer's kind is not known here."""
+def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor]:
+    """Name → a tensor of the shape that it needs, without memory."""
     config, modules = part.config, dict(_base_modules(model))
     expected: dict[str, Tensor] = {}
     groups: dict[str, int] = {}
     for name in {_module_of(key): None for key in part.tensors if not is_core_key(key)}:
         rank = rank_of(config, name)
         shapes = _shapes(_base_layer(modules[name]), rank, config)
-        if shapes is None:
-            return None
         expected |= {f"{name}.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
         group = core_group(config.core_sharing, name)
         groups[group] = max(rank, groups.get(group, 0))
@@ -88,7 +85,7 @@ def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor] |
     return expected
 
 
-def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, ...]] | None:
+def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of one adapted layer, as PEFT names them in a checkpoint."""
     if isinstance(layer, nn.Embedding):
         return {
@@ -102,11 +99,12 @@ def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, .
             "lora_A.weight": (rank, layer.in_channels, *layer.kernel_size),
             "lora_B.weight": (d_out, rank // layer.groups, *ones),
         }
-    elif isinstance(layer, nn.Linear):
-        d_out, magnitude = layer.out_features, (layer.out_features,)
-        shapes = {"lora_A.weight": (rank, layer.in_features), "lora_B.weight": (d_out, rank)}
     else:
-        return None
+        d_in, d_out = _get_in_out_features(layer)
+        if d_in is None or d_out is None:
+            raise ValueError(f"The adapter adapts a {type(layer).__name__}, which is no layer that has such adapters.")
+        magnitude = (d_out,)
+        shapes = {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
     if config.lora_bias:
         shapes["lora_B.bias"] = (d_out,)
     if config.use_dora:
@@ -116,7 +114,7 @@ def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, .
 
 def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart, name: str) -> None:
     """The two ways in which A and B go wrong that deserve words of their own: another base model, another rank."""
-    shapes = _shapes(_base_layer(layer), rank, part.config) or {}
+    shapes = _shapes(_base_layer(layer), rank, part.config)
     for key, row in (("lora_A.weight", 0), ("lora_B.weight", 1)):
         tensor, shape = part.tensors.get(f"{name}.{key}"), shapes.get(key)
         if tensor is None or shape is None or tensor.dim() < 2:

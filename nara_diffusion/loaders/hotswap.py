@@ -136,8 +136,6 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
 def trimmed(model: nn.Module, part: AdapterPart) -> AdapterPart:
     """`part` of `model` without the room that hotswap has made for other ranks, as it was before it was loaded."""
     expected = expected_tensors(model, part)
-    if expected is None:
-        return part
     own = {key: resized(t, expected[key].shape, _is_squared(key, part.config)) for key, t in part.tensors.items()}
     return AdapterPart(part.config, own)
 

@@ -208,15 +208,16 @@ def test_what_fails_halfway_is_taken_back(there, low_cpu_mem_usage, nara_folder,
         pipe.unet.disable_adapters()
     drawn = pixels(pipe)
     before = State(pipe)
-    real, calls = loader_adapters.set_peft_model_state_dict, []
+    real, calls = loader_adapters.inject_adapter_in_model, []
 
-    def fails_at_the_second_text_encoder(model, *arguments, **options):
+    def fails_at_the_second_text_encoder(config, model, *arguments, **options):
         calls.append(type(model).__name__)
+        injected = real(config, model, *arguments, **options)
         if len(calls) == 3:
             raise MemoryError("none left")
-        return real(model, *arguments, **options)
+        return injected
 
-    monkeypatch.setattr(loader_adapters, "set_peft_model_state_dict", fails_at_the_second_text_encoder)
+    monkeypatch.setattr(loader_adapters, "inject_adapter_in_model", fails_at_the_second_text_encoder)
     with pytest.raises(MemoryError):
         pipe.load_nara_weights(nara_folder, low_cpu_mem_usage=low_cpu_mem_usage)
     assert calls == ["UNet2DConditionModel", "CLIPTextModel", "CLIPTextModelWithProjection"]

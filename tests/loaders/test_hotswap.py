@@ -1,0 +1,132 @@
+"""Hotswap: weights replaced in place, of other ranks and scales too where room was made; compiled models run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.loaders.adapters import FILE, State, save_lora, trained
+from tests.small_pipelines import pixels, small_sdxl
+
+TARGETS = ["to_q", "to_v", "conv1", "proj_out"]
+
+
+def save(folder: Any, seed: int, **changes: Any) -> Any:
+    trained(seed=seed, **{"target_modules": TARGETS, "text": False, **changes}).save_nara_weights(folder)
+    return folder
+
+
+def fresh(folder: Any) -> torch.Tensor:
+    pipe = small_sdxl()
+    pipe.load_nara_weights(folder)
+    return pixels(pipe)
+
+
+def test_the_swapped_adapter_is_the_one_loaded_afresh(tmp_path):
+    first = save(tmp_path / "1", 1, text=True)
+    second = save(tmp_path / "2", 2, text=True, core_scale=0.3, lora_alpha=7, alpha_pattern={"to_q": 2})
+    pipe = small_sdxl()
+    pipe.load_nara_weights(first, "x")
+    parameters = {name: id(parameter) for name, parameter in pipe.unet.named_parameters()}
+    state = State(pipe).parts["unet"]
+    before = pixels(pipe)
+    pipe.load_nara_weights(second, "x", hotswap=True)
+    assert {name: id(parameter) for name, parameter in pipe.unet.named_parameters()} == parameters
+    for kind in ("modules", "identities", "trainable", "attributes", "hooks", "adapters"):
+        assert State(pipe).parts["unet"][kind] == state[kind]
+    after = pixels(pipe)
+    assert torch.equal(after, fresh(second))
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert pipe.unet.peft_config["x"].core_scale == 0.3
+    pipe.set_adapters("x")  # begins at the new scales
+    assert torch.equal(pixels(pipe), after)
+    pipe.save_nara_weights(tmp_path / "3")
+    expected, actual = load_file(second / FILE), load_file(tmp_path / "3" / FILE)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    pipe.load_nara_weights(first, "x", hotswap=True)
+    assert torch.equal(pixels(pipe), before)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_dora": True}, {"core_type": "constant"}, {"core_sharing": "module_type"}]
+)
+def test_other_ranks_fit_where_room_was_made(changes, tmp_path):
+    folders = [
+        save(tmp_path / str(rank), rank, r=rank, lora_alpha=alpha, rank_pattern=pattern, **changes)
+        for rank, alpha, pattern in ((4, 3, {}), (6, 5, {"to_v": 2}), (1, 2, {}))
+    ]
+    pipe = small_sdxl()
+    pipe.enable_lora_hotswap(target_rank=6)
+    pipe.load_nara_weights(folders[0], "x")
+    torch.testing.assert_close(pixels(pipe), fresh(folders[0]), rtol=0, atol=1e-5)
+    for folder in (*folders[1:], *folders):
+        pipe.load_nara_weights(folder, "x", hotswap=True)
+        torch.testing.assert_close(pixels(pipe), fresh(folder), rtol=0, atol=1e-5)
+        pipe.set_adapters("x", 1.0)
+        torch.testing.assert_close(pixels(pipe), fresh(folder), rtol=0, atol=1e-5)
+        pipe.save_nara_weights(tmp_path / "again")  # at its own rank, not at the room's
+        expected, actual = load_file(folder / FILE), load_file(tmp_path / "again" / FILE)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    pipe.unload_nara_weights()
+    assert torch.equal(pixels(pipe), pixels(small_sdxl()))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_changed(tmp_path):
+    first = save(tmp_path / "1", 1)
+    pipe = small_sdxl()
+    pipe.load_nara_weights(first, "x")
+    before = State(pipe)
+    for number, (changes, message) in enumerate(
+        [
+            ({"r": 5}, r"has room for .*enable_lora_hotswap\(target_rank=…\) with the largest rank before"),
+            ({"core_hidden_dims": (9, 11)}, r"core_hidden_dims is \(9, 11\) in the new adapter, and \(9, 10\) in 'x'"),
+            ({"core_type": "constant"}, r"core_type is 'constant'.*load it without hotswap under another name"),
+            ({"use_dora": True}, r"use_dora is True"),
+            ({"target_modules": [*TARGETS, "to_k"]}, r"adapt different modules \('.*to_k.lora_A.weight' is in one"),
+        ]
+    ):
+        other = save(tmp_path / f"other{number}", 2, **changes)
+        with pytest.raises(ValueError, match=message):
+            pipe.load_nara_weights(other, "x", hotswap=True)
+        assert before == State(pipe)
+    save_lora(tmp_path / "lora")
+    mixed = small_sdxl()
+    mixed.load_lora_weights(tmp_path / "lora", adapter_name="x")
+    with pytest.raises(ValueError, match=r"'x' of unet is a LoRA, or not there"):
+        mixed.load_nara_weights(first, "x", hotswap=True)
+    with pytest.raises(ValueError, match=r"Incompatible PEFT types found: NARA and LORA"):
+        pipe.load_lora_weights(tmp_path / "lora", adapter_name="x", hotswap=True)
+    small = small_sdxl()
+    small.enable_lora_hotswap(target_rank=2)
+    before = State(small)
+    with pytest.raises(ValueError, match=r"target_rank=2, but this adapter has rank 4"):
+        small.load_nara_weights(first)
+    assert before == State(small)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_compiled_unet_is_not_compiled_again(tmp_path):
+    torch._dynamo.reset()
+    first, second = save(tmp_path / "1", 1, r=2), save(tmp_path / "2", 2, r=3, lora_alpha=5, core_scale=0.4)
+    pipe = small_sdxl()
+    pipe.enable_lora_hotswap(target_rank=3)
+    pipe.load_nara_weights(first, "x")
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    pipe.unet.compile(backend=count)
+    torch.testing.assert_close(pixels(pipe), fresh(first), rtol=0, atol=1e-5)
+    compiled = len(graphs)
+    assert compiled
+    pipe.load_nara_weights(second, "x", hotswap=True)
+    torch.testing.assert_close(pixels(pipe), fresh(second), rtol=0, atol=1e-5)
+    assert len(graphs) == compiled
+    torch._dynamo.reset()

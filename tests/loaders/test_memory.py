@@ -1,0 +1,104 @@
+"""Swapping adapters leaves no tensor behind, and an offloaded pipeline stays offloaded."""
+
+from __future__ import annotations
+
+import gc
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
+from diffusers.hooks import apply_group_offloading
+
+from tests.loaders.adapters import State
+from tests.small_pipelines import pixels, small_sdxl
+
+
+def tensors() -> dict[int, int]:
+    """Storage → bytes, of all tensors alive."""
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+@pytest.mark.parametrize("way", ["unload_nara_weights", "unload_lora_weights", "delete_adapters", "hotswap"])
+def test_fifty_swaps_leave_memory_where_it_was(way, nara_folder, other_folder):
+    pipe = small_sdxl()
+    if way == "hotswap":
+        pipe.load_nara_weights(nara_folder, "x")
+        counts = []
+        for _ in range(50):
+            pipe.load_nara_weights(nara_folder, "x", hotswap=True)
+            counts.append(len(tensors()) if len(counts) in (1, 49) else 0)
+        assert counts[1] == counts[49]
+        return
+    start = tensors()
+    for number in range(50):
+        pipe.load_nara_weights((nara_folder, other_folder)[number % 2], "x")
+        pipe.delete_adapters("x") if way == "delete_adapters" else getattr(pipe, way)()
+    end = tensors()
+    assert (len(end), sum(end.values())) == (len(start), sum(start.values()))
+
+
+def test_the_benchmark_of_loading_counts_the_same(tmp_path, capsys):
+    narrow = {"block_out_channels": (32, 32, 32), "attention_head_dim": 4, "transformer_layers_per_block": (1, 1, 1)}
+    figures = import_module("benchmark_load").main(rounds=2, rank=3, swaps=2, output_dir=tmp_path, **narrow)
+    record = json.loads((tmp_path / "benchmark_load.json").read_text())
+    assert record["ratio"] == figures["ratio"] > 0
+    assert figures["memory"]["before"]["tensors"] == figures["memory"]["after"]["tensors"] > 0
+    assert "NaRA / LoRA: " in capsys.readouterr().out
+
+
+def offloaded(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """A pipeline with accelerate's hooks of model offload, whose methods need an accelerator, and what was called."""
+    pipe, calls = small_sdxl(), []
+
+    def enable(self: Any, device: Any = None) -> None:
+        calls.append(f"{kind} {device}")
+        for part in (self.unet, self.text_encoder, self.text_encoder_2, self.vae):
+            add_hook_to_module(part, CpuOffload("cpu"))
+
+    monkeypatch.setattr(type(pipe), f"enable_{kind}_cpu_offload", enable)
+    getattr(pipe, f"enable_{kind}_cpu_offload")()
+    return pipe, calls
+
+
+def test_model_offload_is_off_while_loading_and_on_again(nara_folder, tmp_path, monkeypatch):
+    pipe, calls = offloaded("model", monkeypatch)
+    pipe._offload_device = torch.device("cpu")
+    expected = small_sdxl()
+    expected.load_nara_weights(nara_folder)
+    pipe.load_nara_weights(nara_folder)
+    assert calls == ["model None", "model cpu"]
+    assert isinstance(pipe.unet._hf_hook, CpuOffload)
+    assert torch.equal(pixels(pipe), pixels(expected))
+    pipe.save_nara_weights(tmp_path)
+    assert isinstance(pipe.unet._hf_hook, CpuOffload)
+    before = State(pipe)
+    with pytest.raises(ValueError, match="taken already"):
+        pipe.load_nara_weights(nara_folder, "default_0")
+    assert before == State(pipe)
+    pipe.unload_nara_weights()
+    assert len(calls) == 4
+    assert torch.equal(pixels(pipe), pixels(small_sdxl()))
+
+
+def test_group_offload_is_applied_to_what_was_loaded(nara_folder: Path):
+    pipe = small_sdxl()
+    apply_group_offloading(pipe.unet, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    base = pixels(pipe)
+    pipe.load_nara_weights(nara_folder)
+    expected = small_sdxl()
+    expected.load_nara_weights(nara_folder)
+    assert torch.equal(pixels(pipe), pixels(expected))
+    names = [name for name, module in pipe.unet.named_modules() if hasattr(module, "_diffusers_hook")]
+    assert any("lora_A" in name for name in names)
+    pipe.unload_nara_weights()
+    assert torch.equal(pixels(pipe), base)
+    names = [name for name, module in pipe.unet.named_modules() if hasattr(module, "_diffusers_hook")]
+    assert names
+    assert not any("lora_" in name or "nara_core" in name for name in names)
