@@ -128,6 +128,9 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     prompts = prompt_cache(args, pipe)
     build = partial(build_objective, pipe.scheduler, edm_style=args.do_edm_style_training)
     objective = build(snr_gamma=args.snr_gamma)
+    draws = validation_draws(args, dataset, pipe, show)
+    latents.fill(draws, progress=False)
+    held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size)
     model = AdaptedDenoiser(
         pipe,
         adapter_config(args, noise_convention=objective.convention),
@@ -148,9 +151,6 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
         "hardware": run.hardware,
     }
     run.open(facts)
-    draws = validation_draws(args, dataset, pipe, show)
-    held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size)
-    settings = sample_settings(args)
     step = TrainingStep(
         model=denoiser,
         objective=objective,
@@ -163,6 +163,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
         noise_offset=args.noise_offset,
         prior_loss_weight=args.prior_loss_weight,
     )
+    settings = sample_settings(args)
     validate = Validation(run, denoiser, sampler, settings, held_out, judge.references)
     train(run, denoiser, optimizer, scheduler, loader, steps, step, validate)
 

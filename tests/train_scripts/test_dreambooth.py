@@ -2,9 +2,13 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +35,8 @@ from tests.dreambooth.small_encoders import save_clip, save_dino
 from train_scripts.dreambooth_sdxl import main
 
 from .dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, write_pictures
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -75,6 +81,18 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     assert read_file(one / WEIGHTS)[1] == read_file(other / WEIGHTS)[1]
+
+
+SHORT: dict[str, Any] = {"num_validation_images": 1, "max_train_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def plain(sdxl_folder, pictures, tmp_path_factory) -> SimpleNamespace:
+    """A short run, for others to be compared with."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    results = main(tiny_arguments(sdxl_folder, pictures, folder, **SHORT))
+    fresh_accelerate()
+    return SimpleNamespace(folder=folder, results=results)
 
 
 def loaded_pipeline(args: DreamBoothArguments, dtype: torch.dtype = torch.float32) -> Any:
@@ -222,12 +240,10 @@ def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, common: dict
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_changes_nothing(arguments, tmp_path, changes: dict) -> None:
-    common = {"num_validation_images": 1, "max_train_steps": 3}
-    main(arguments(output_dir=str(tmp_path / "plain"), **common))
-    main(arguments(**common, **changes))
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "plain"), rtol=1e-5, atol=1e-6)
-    one, other = load_file(tmp_path / "run" / WEIGHTS), load_file(tmp_path / "plain" / WEIGHTS)
+def test_what_changes_nothing(arguments, tmp_path, plain, changes: dict) -> None:
+    main(arguments(**SHORT, **changes))
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(plain.folder), rtol=1e-5, atol=1e-6)
+    one, other = load_file(tmp_path / "run" / WEIGHTS), load_file(plain.folder / WEIGHTS)
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-5)
 
@@ -304,22 +320,20 @@ def test_other_schedules(arguments, sdxl_folder, tmp_path, scheduler, convention
     assert results["validation_loss_after"] < results["validation_loss_before"]
 
 
-def test_class_images_are_made_and_trained_on(arguments, tmp_path) -> None:
+def test_class_images_are_made_and_trained_on(arguments, tmp_path, plain) -> None:
     folder = tmp_path / "class"
     prior = {"with_prior_preservation": True, "class_data_dir": str(folder), "class_prompt": "a red toy"}
-    main(arguments(**prior, num_class_images=3, max_train_steps=2, num_validation_images=1))
+    main(arguments(**prior, num_class_images=3, **SHORT))
     assert len(list(folder.glob("*.png"))) == 3
-    main(arguments(output_dir=str(tmp_path / "plain"), max_train_steps=2, num_validation_images=1))
-    with_prior, plain = losses(tmp_path / "run"), losses(tmp_path / "plain")
-    assert with_prior[0] > 1.5 * plain[0]  # ℓ + ℓ'
+    assert losses(tmp_path / "run")[0] > 1.5 * losses(plain.folder)[0]  # ℓ + ℓ'
 
 
-def test_held_out_images_give_the_validation_loss(arguments, tmp_path) -> None:
-    common = {"num_validation_images": 1, "max_train_steps": 1}
+def test_held_out_images_give_the_validation_loss(arguments, tmp_path, plain) -> None:
+    """The training is the same, and what is measured differs."""
     held_out = str(write_pictures(tmp_path / "held-out", 2, seed=20))
-    one = main(arguments(output_dir=str(tmp_path / "one"), **common))
-    other = main(arguments(validation_data_dir=held_out, **common))
-    assert one["curve_before"] != other["curve_before"]
+    results = main(arguments(validation_data_dir=held_out, **SHORT))
+    assert losses(tmp_path / "run") == losses(plain.folder)
+    assert results["curve_before"] != plain.results["curve_before"]
 
 
 def test_the_cards_code_loads_the_adapter_and_samples(finished, tmp_path, monkeypatch) -> None:
@@ -386,3 +400,29 @@ def test_a_push_holds_the_card_and_its_picture(arguments, monkeypatch, capsys) -
     assert {"README.md", WEIGHTS, "results.json", "samples.png"} < uploads[0]
     assert "pushed to https://huggingface.co/me/mine" in capsys.readouterr().out
     assert "load_nara_weights('me/mine')" in (Path(args.output_dir) / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(arguments, tmp_path) -> None:
+    """On the same global batch, with accelerate's own launcher, class images and text encoders included."""
+    prior = {
+        "with_prior_preservation": True,
+        "class_data_dir": str(write_pictures(tmp_path / "class", 5, (16, 16), seed=8)),
+        "class_prompt": "a toy",
+        "num_class_images": 5,
+    }
+    common = {**prior, "train_text_encoder": True, "center_crop": True, "validation_steps": 2}
+    main(arguments(output_dir=str(tmp_path / "one"), train_batch_size=4, **common))
+    config = tmp_path / "two.yaml"
+    two = arguments(output_dir=str(tmp_path / "two"), train_batch_size=2, **common)
+    config.write_text(yaml.safe_dump(asdict(two)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(ROOT / "train_scripts" / "dreambooth_sdxl.py"), "--config", str(config)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=1e-5)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert results[1]["curve_before"] == pytest.approx(results[0]["curve_before"], rel=1e-4)
+    assert results[1]["curve_after"] == pytest.approx(results[0]["curve_after"], rel=1e-3)
+    assert len(list((tmp_path / "two" / "samples-after").glob("*.png"))) == 4

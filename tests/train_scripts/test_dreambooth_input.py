@@ -139,6 +139,7 @@ def test_impossible_arguments(arguments, changes: dict, message: str) -> None:
         ({"core_scale": -1.0}, "core_scale is -1.0"),
         ({"core_start_step": 2, "core_type": "identity"}, "core_type 'identity' has no core to train"),
         ({"report_to": ["abacus"]}, "report_to names 'abacus', which isn't installed here"),
+        ({"validation_data_dir": "no/where"}, "the image folder no/where doesn't exist"),
         ({"cache_folder": "/proc/cache"}, "the cache folder /proc/cache can't be written"),
         ({"dataset_name": "no/where", "instance_data_dir": None}, "dataset_name no/where can't be loaded"),
     ],
