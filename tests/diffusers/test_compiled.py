@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from nara_diffusion import noise_level
-from tests.diffusers.reference import ATTENTION, adapt, latents, watch
+from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
 from tests.small_pipelines import small_sd
 
 pytestmark = [
@@ -41,3 +41,15 @@ def test_a_pipeline_compiles_its_unet_once_for_all_timesteps():
     assert not counters["graph_break"]
     assert len({level for (level,) in levels}) >= 10
     torch._dynamo.reset()
+
+
+def test_blocks_that_are_compiled_one_by_one():
+    pipe = small_sd()
+    unet, plain = adapt(pipe.unet, ATTENTION)
+    torch._dynamo.reset()
+    errors = compare_calls(unet, plain)
+    unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    latents(pipe)
+    torch._dynamo.reset()
+    assert len(errors) == 4
+    assert max(errors) < ROUNDING

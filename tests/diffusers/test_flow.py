@@ -37,6 +37,17 @@ def test_stable_diffusion_3(guidance_scale):
     assert max(errors) < ROUNDING
 
 
+def test_guidance_by_skipped_layers():
+    """A further forward a step, of a part of the batch, without some of its blocks."""
+    pipe = small_sd3()
+    model, plain = adapt(pipe.transformer, TARGETS)
+    errors, levels = compare_calls(model, plain), watch(model)
+    skipping = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    latents(pipe, ["a toy", "red"], num_inference_steps=4, skip_guidance_layers=[0], **skipping)
+    assert len(levels) == 7
+    assert max(errors) < ROUNDING
+
+
 @pytest.mark.parametrize("true_cfg_scale", [1.0, 3.0])
 def test_flux(true_cfg_scale):
     """With distilled guidance, and with a second forward a step for a negative prompt."""

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from torch import nn
 
 from tests.adapted import relative_error
@@ -64,6 +69,9 @@ CACHES: dict[str, Any] = {
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 1001),
         current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+    "MagCache": lambda pipe: MagCacheConfig(
+        mag_ratios=[1.0] * 6, threshold=1.0, max_skip_steps=1, retention_ratio=0.2, num_inference_steps=6
     ),
     "TaylorSeer": lambda pipe: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
 }

@@ -24,6 +24,7 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     TCDScheduler,
@@ -189,6 +190,19 @@ def test_inpainting(make, kind, channels):
     pipe("a toy", image=IMAGE, mask_image=MASK, generator=torch.Generator().manual_seed(0), **call)
     pipe.scheduler.set_timesteps(4)
     assert [level for (level,) in levels] == pytest.approx([float(t) / 1000 for t in pipe.scheduler.timesteps[1:]])
+    assert max(errors) < ROUNDING
+
+
+def test_instructions_with_three_parts_of_guidance():
+    stock = small_sd(in_channels=8)
+    scheduler = EulerDiscreteScheduler(**BETAS, steps_offset=1)
+    pipe = swapped(stock, StableDiffusionInstructPix2PixPipeline, scheduler=scheduler, requires_safety_checker=False)
+    unet, plain = adapt(pipe.unet)
+    errors, rows = compare_calls(unet, plain), []
+    unet.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    pipe("red", image=image, num_inference_steps=3, output_type="latent")
+    assert rows == [3, 3, 3]
     assert max(errors) < ROUNDING
 
 
