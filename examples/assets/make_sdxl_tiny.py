@@ -3,8 +3,8 @@
     python examples/assets/make_sdxl_tiny.py --clip outputs/clip-tiny --clip_smaller outputs/clip-smaller
 
 Two CLIPs of make_clip_tiny.py come first; that file has the commands. Then the autoencoder and its decoder (half an
-hour of one CPU core), then the UNet (an hour). A run that was stopped goes on with --resume; learning rates are constant
-until the last part of the steps, so until then the numbers of steps may change too.
+hour of one CPU core), then the UNet (an hour). A run that was stopped goes on with --resume; until the learning rate of
+a part begins to fall, its number of steps may change too.
 
 Written to --output_dir: the folder that StableDiffusionXLPipeline.from_pretrained loads, README.md, results.json,
 samples.png and the curves; and training/, which --resume reads and nobody else needs.
