@@ -13,16 +13,25 @@ def base_weight(base_layer: Any) -> Tensor:
     """W0 of a layer, dequantised if need be.
 
     On a CPU, bitsandbytes reorders 4-bit weights at the first inference, after which they dequantise to nonsense; then
-    the layer itself is asked: W0ᵀ = layer(I) − b.
+    the layer itself is asked: W0ᵀ = layer(I) − b. PEFT's way to dequantise 8-bit weights spoils later forwards.
     """
     if type(getattr(base_layer, "weight", None)) is nn.Parameter and not hasattr(base_layer, "W_q"):
         return base_layer.weight  # nothing to ask PEFT about, whose way to find out would break a compiled graph
+    if type(base_layer.weight).__name__ == "Int8Params":
+        return _int8_weight(base_layer)
     if not _is_packed(base_layer):
         return dequantize_module_weight(base_layer)
     with torch.no_grad():
         identity = torch.eye(base_layer.in_features, dtype=torch.float32, device=base_layer.weight.device)
         product = base_layer(identity)
         return (product if base_layer.bias is None else product - base_layer.bias).T
+
+
+def _int8_weight(base_layer: Any) -> Tensor:
+    """Rows of 255 values up to their own largest one, which the first forward moves from the weight to the state."""
+    weight, state = base_layer.weight, base_layer.state
+    codes, largest = (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
+    return codes.float() * (largest.float()[:, None] / 127)
 
 
 def check_mergeable(layer: Any, adapter_name: str, layer_name: str) -> None:
