@@ -47,6 +47,18 @@ def trained(pipe: Any = None, *, seed: int = 1, name: str = "default", text: boo
     return pipe
 
 
+def predict(pipe: Any) -> Tensor:
+    """What SDXL's UNet says for two samples at different timesteps: all that an adapter of the UNet can change."""
+    generator = torch.Generator().manual_seed(9)
+    sample, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 40, generator=generator)
+    condition = {
+        "text_embeds": torch.randn(2, 24, generator=generator),
+        "time_ids": torch.tensor([[16.0, 16, 0, 4, 16, 16], [32.0, 20, 0, 0, 16, 16]]),
+    }
+    with torch.no_grad():
+        return pipe.unet(sample, torch.tensor([33, 870]), text, added_cond_kwargs=condition).sample
+
+
 def save_lora(folder: Path, *, seed: int = 5, **changes: Any) -> None:
     """A plain LoRA of SDXL's UNet, in Diffusers' own file."""
     pipe = small_sdxl()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.loaders.adapters import FILE, State, save_lora, trained
+from tests.loaders.adapters import FILE, State, predict, save_lora, trained
 from tests.small_pipelines import pixels, small_sdxl
 
 TARGETS = ["to_q", "to_v", "conv1", "proj_out"]
@@ -22,7 +22,7 @@ def save(folder: Any, seed: int, **changes: Any) -> Any:
 def fresh(folder: Any) -> torch.Tensor:
     pipe = small_sdxl()
     pipe.load_nara_weights(folder)
-    return pixels(pipe)
+    return predict(pipe)
 
 
 def test_the_swapped_adapter_is_the_one_loaded_afresh(tmp_path):
@@ -32,23 +32,26 @@ def test_the_swapped_adapter_is_the_one_loaded_afresh(tmp_path):
     pipe.load_nara_weights(first, "x")
     parameters = {name: id(parameter) for name, parameter in pipe.unet.named_parameters()}
     state = State(pipe).parts["unet"]
-    before = pixels(pipe)
+    before = predict(pipe)
     pipe.load_nara_weights(second, "x", hotswap=True)
     assert {name: id(parameter) for name, parameter in pipe.unet.named_parameters()} == parameters
     for kind in ("modules", "identities", "trainable", "attributes", "hooks", "adapters"):
         assert State(pipe).parts["unet"][kind] == state[kind]
-    after = pixels(pipe)
+    after = predict(pipe)
     assert torch.equal(after, fresh(second))
+    afresh = small_sdxl()
+    afresh.load_nara_weights(second)
+    assert torch.equal(pixels(pipe), pixels(afresh))  # of the text encoders' parts too
     assert not torch.allclose(after, before, atol=1e-2)
     assert pipe.unet.peft_config["x"].core_scale == 0.3
     pipe.set_adapters("x")  # begins at the new scales
-    assert torch.equal(pixels(pipe), after)
+    assert torch.equal(predict(pipe), after)
     pipe.save_nara_weights(tmp_path / "3")
     expected, actual = load_file(second / FILE), load_file(tmp_path / "3" / FILE)
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     pipe.load_nara_weights(first, "x", hotswap=True)
-    assert torch.equal(pixels(pipe), before)
+    assert torch.equal(predict(pipe), before)
 
 
 @pytest.mark.parametrize(
@@ -62,18 +65,19 @@ def test_other_ranks_fit_where_room_was_made(changes, tmp_path):
     pipe = small_sdxl()
     pipe.enable_lora_hotswap(target_rank=6)
     pipe.load_nara_weights(folders[0], "x")
-    torch.testing.assert_close(pixels(pipe), fresh(folders[0]), rtol=0, atol=1e-5)
-    for folder in (*folders[1:], *folders):
+    expected = {folder: fresh(folder) for folder in folders}
+    torch.testing.assert_close(predict(pipe), expected[folders[0]], rtol=1e-4, atol=1e-5)
+    for folder in (folders[1], folders[2], folders[0]):
         pipe.load_nara_weights(folder, "x", hotswap=True)
-        torch.testing.assert_close(pixels(pipe), fresh(folder), rtol=0, atol=1e-5)
+        torch.testing.assert_close(predict(pipe), expected[folder], rtol=1e-4, atol=1e-5)
         pipe.set_adapters("x", 1.0)
-        torch.testing.assert_close(pixels(pipe), fresh(folder), rtol=0, atol=1e-5)
+        torch.testing.assert_close(predict(pipe), expected[folder], rtol=1e-4, atol=1e-5)
         pipe.save_nara_weights(tmp_path / "again")  # at its own rank, not at the room's
-        expected, actual = load_file(folder / FILE), load_file(tmp_path / "again" / FILE)
-        assert actual.keys() == expected.keys()
-        assert all(torch.equal(actual[key], expected[key]) for key in expected)
+        original, again = load_file(folder / FILE), load_file(tmp_path / "again" / FILE)
+        assert again.keys() == original.keys()
+        assert all(torch.equal(again[key], original[key]) for key in original)
     pipe.unload_nara_weights()
-    assert torch.equal(pixels(pipe), pixels(small_sdxl()))
+    assert torch.equal(predict(pipe), predict(small_sdxl()))
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_changed(tmp_path):
@@ -109,13 +113,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(tmp_path):
     assert before == State(small)
 
 
+SHALLOW = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 4,
+}
+
+
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_compiled_unet_is_not_compiled_again(tmp_path):
     torch._dynamo.reset()
-    first, second = save(tmp_path / "1", 1, r=2), save(tmp_path / "2", 2, r=3, lora_alpha=5, core_scale=0.4)
-    pipe = small_sdxl()
+    expected = []
+    for seed, changes in ((1, {"r": 2}), (2, {"r": 3, "lora_alpha": 5, "core_scale": 0.4})):
+        source = trained(small_sdxl(**SHALLOW), seed=seed, text=False, target_modules=["to_q", "conv1"], **changes)
+        source.save_nara_weights(tmp_path / str(seed))
+        expected.append(predict(source))
+    pipe = small_sdxl(**SHALLOW)
     pipe.enable_lora_hotswap(target_rank=3)
-    pipe.load_nara_weights(first, "x")
+    pipe.load_nara_weights(tmp_path / "1", "x")
     graphs = []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -123,10 +140,11 @@ def test_a_compiled_unet_is_not_compiled_again(tmp_path):
         return graph.forward
 
     pipe.unet.compile(backend=count)
-    torch.testing.assert_close(pixels(pipe), fresh(first), rtol=0, atol=1e-5)
+    torch.testing.assert_close(predict(pipe), expected[0], rtol=1e-4, atol=1e-5)
     compiled = len(graphs)
     assert compiled
-    pipe.load_nara_weights(second, "x", hotswap=True)
-    torch.testing.assert_close(pixels(pipe), fresh(second), rtol=0, atol=1e-5)
+    pipe.load_nara_weights(tmp_path / "2", "x", hotswap=True)
+    torch.testing.assert_close(predict(pipe), expected[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-2)
     assert len(graphs) == compiled
     torch._dynamo.reset()
