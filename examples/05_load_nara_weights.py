@@ -28,6 +28,8 @@ from nara_diffusion.dreambooth.objectives import build_objective, squared_errors
 ASSETS = Path(__file__).parent / "assets"
 INSTANCE_PROMPT = "a photo of sks toy"
 PROMPTS = [INSTANCE_PROMPT, "a photo of sks toy in the snow", "a photo of sks toy on the beach"]
+# attention alone is what one adapts in the large SDXL; so small a model learns a new shape better with all its layers
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
 STRENGTHS = [0.0, 0.5, 1.0]
 SEEDS = [0, 1]
 
@@ -60,15 +62,14 @@ def train(pipe: Any, steps: int, folder: Path) -> None:
     """A plain loop: noise at a random timestep for each image, the UNet's error, AdamW. Saves the adapter."""
     latents, conditions = what_the_unet_reads(pipe, subject_images(), INSTANCE_PROMPT)
     objective = build_objective(pipe.scheduler)  # what this model learns: ε, v or x, at the timesteps of its schedule
-    config = NaraConfig(
-        r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"], core_hidden_dims=(64, 64)
-    )
+    config = NaraConfig(r=8, lora_alpha=8, target_modules=LAYERS, core_hidden_dims=(64, 64))
     pipe.unet.requires_grad_(False)
     pipe.unet.add_adapter(config, adapter_name="default")
     trained = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
     core = [p for name, p in trained.items() if "nara_core." in name]
     factors = [p for name, p in trained.items() if "nara_core." not in name]
-    optimizer = torch.optim.AdamW([{"params": factors, "lr": 2e-3}, {"params": core, "lr": 5e-4}])
+    optimizer = torch.optim.AdamW([{"params": factors, "lr": 3e-3}, {"params": core, "lr": 1e-3}])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     pipe.unet.train()
     for _ in (bar := tqdm(range(steps), desc="train")):
         timesteps = torch.randint(objective.levels, (len(latents),))  # one λ for each image
@@ -78,6 +79,7 @@ def train(pipe: Any, steps: int, folder: Path) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     pipe.unet.eval()
     pipe.save_nara_weights(folder, adapter_name="default")
@@ -96,7 +98,7 @@ def sample(pipe: Any, steps: int) -> list[Image.Image]:
 def main(
     weights: str | Path | None = None,
     model: str | Path = ASSETS / "sdxl-tiny",
-    steps: int = 200,
+    steps: int = 300,
     sample_steps: int = 25,
     output_dir: str | Path = "outputs/examples",
 ) -> dict[float, list[Image.Image]]:
@@ -132,7 +134,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Load a NaRA adapter into Stable Diffusion XL and sample with it.")
     parser.add_argument("--weights", help="a trained adapter: file, folder or repository (default: trains one)")
     parser.add_argument("--model", default=ASSETS / "sdxl-tiny", help="folder of SDXL (default: the shipped sdxl-tiny)")
-    parser.add_argument("--steps", type=int, default=200, help="train steps of the adapter (default: 200)")
+    parser.add_argument("--steps", type=int, default=300, help="train steps of the adapter (default: 300)")
     parser.add_argument("--sample_steps", type=int, default=25, help="steps of sampling an image (default: 25)")
     parser.add_argument("--output_dir", default="outputs/examples", help="where adapter and picture go")
     main(**vars(parser.parse_args()))
