@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig, core_matrix
-from tests.loaders.adapters import FILE, State, shake, trained
+from tests.loaders.adapters import FILE, State, predict, shake, trained
 from tests.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
 
 
@@ -53,8 +55,6 @@ def test_what_training_has_in_memory_is_what_is_loaded():
 
 
 def _file_of(pipe):
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_nara_weights(folder)
         with safe_open(f"{folder}/{FILE}", "pt") as file:
@@ -82,6 +82,31 @@ def test_other_pipelines_too(make, targets, tmp_path):
     assert torch.equal(pixels(loaded), base)
 
 
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_quantised_layers(kind, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def quantised() -> Any:
+        pipe = small_sdxl()
+        for name, layer in list(pipe.unet.named_modules()):
+            if name.endswith(("to_q", "to_v")):
+                parent, _, own = name.rpartition(".")
+                options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"compute_dtype": torch.float32}
+                packed = getattr(bnb.nn, kind)(layer.in_features, layer.out_features, bias=False, **options)
+                packed.load_state_dict(layer.state_dict())
+                setattr(pipe.unet.get_submodule(parent), own, packed.to("cpu"))
+        return pipe
+
+    pipe, loaded = quantised(), quantised()
+    base = predict(pipe)
+    trained(pipe, text=False, target_modules=["to_q", "to_v"]).save_nara_weights(tmp_path)
+    loaded.load_nara_weights(tmp_path)
+    assert torch.equal(predict(loaded), predict(pipe))
+    assert not torch.allclose(predict(loaded), base, atol=1e-2)
+    loaded.unload_nara_weights()
+    assert torch.equal(predict(loaded), base)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -101,11 +126,11 @@ def test_every_form_of_core_comes_back(changes, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lora_bias=True.*")  # to_q has none
         pipe = trained(text=False, **changes)
-        drawn = pixels(pipe)
+        drawn = predict(pipe)
         pipe.save_nara_weights(tmp_path)
         loaded = small_sdxl()
         loaded.load_nara_weights(tmp_path)
-    assert torch.equal(pixels(loaded), drawn)
+    assert torch.equal(predict(loaded), drawn)
     before, after = pipe.unet.peft_config["default"].to_dict(), loaded.unet.peft_config["default_0"].to_dict()
     assert {k: v for k, v in before.items() if k != "peft_version"} == {
         k: v for k, v in after.items() if k != "peft_version"
