@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .channel import CoreChannel
+from .walking import outer_modules
 
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Where Transformers and Diffusers, and where `CheckpointWrapper`, keep the function."""
@@ -57,7 +58,7 @@ class _WithCores:
 
 def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
     """Make every checkpointed block below `root` carry C(λ); called at each forward, harmless when repeated."""
-    for module in root.modules():
+    for module in outer_modules(root):
         for name in CHECKPOINT_ATTRIBUTES:
             checkpoint = module.__dict__.get(name)
             if callable(checkpoint) and channel not in _channels(checkpoint):

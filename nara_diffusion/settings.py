@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from .walking import outer_modules
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -18,7 +18,7 @@ def check_not_fused(root: nn.Module, adapter_names: list[str]) -> None:
     """
     if not hasattr(root, "fuse_qkv_projections"):
         return
-    for module in filter(_uses_fused, _modules(root)):
+    for module in filter(_uses_fused, outer_modules(root)):
         for projection in _PROJECTIONS:
             layer = getattr(module, projection, None)
             if isinstance(layer, LoraLayer) and any(adapter in layer.r for adapter in adapter_names):
@@ -37,7 +37,7 @@ def check_not_split(root: nn.Module, values: int) -> None:
     """
     if values == 1:
         return
-    for module in filter(_splits_batch, _modules(root)):
+    for module in filter(_splits_batch, outer_modules(root)):
         raise ValueError(
             f"noise_level has {values} values, but '{_name_of(module, root)}' runs on slices of the batch (forward "
             "chunking, or FreeNoise's split inference), whose samples cannot be told apart: pass one λ for the whole "
@@ -56,16 +56,6 @@ def _splits_batch(module: nn.Module) -> bool:
     own = vars(module)
     chunked = own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0
     return chunked or (type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0)
-
-
-def _modules(root: nn.Module) -> Iterator[nn.Module]:
-    """The modules below `root`, without the insides of adapted layers: asked for at every forward."""
-    left = list(root._modules.values())
-    while left:
-        module = left.pop()
-        if module is not None and "lora_A" not in module._modules:
-            left.extend(module._modules.values())
-            yield module
 
 
 def _name_of(module: nn.Module, root: nn.Module) -> str:
