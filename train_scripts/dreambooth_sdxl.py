@@ -28,7 +28,7 @@ from accelerate.utils import DistributedType
 
 from nara_diffusion.dreambooth import collate_draws
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, read_checkpoint, write_adapter
+from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser, read_checkpoint, write_adapter
 from nara_diffusion.dreambooth.measurement import Measurement, ValidationLoss, compare, measure
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import load_pipeline, twin
@@ -75,16 +75,19 @@ SHIPPED_RUN: dict[str, Any] = {
     "similarity_model": str(ASSETS / "clip-tiny"),
     "alignment_model": str(ASSETS / "clip-tiny"),
     "resolution": 64,
+    "rank": 16,
+    "target_modules": [*UNET_TARGETS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"],
     "train_batch_size": 5,
-    "max_train_steps": 400,
+    "max_train_steps": 500,
     "learning_rate": 2e-3,
     "core_learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "stratified_timesteps": True,
     "num_inference_steps": 20,
+    "guidance_scale": 2.5,
     "sample_batch_size": 8,
-    "validation_steps": 200,
-    "checkpointing_steps": 200,
+    "validation_steps": 250,
+    "checkpointing_steps": 250,
 }
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_draws, records_from_folder
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, predict, tokenizers_of
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.step import TrainingStep
 from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
@@ -155,3 +155,18 @@ def test_trainables_are_float32_whatever_the_base_is(pipe, dtype) -> None:
 def test_a_missing_target_is_named(pipe) -> None:
     with pytest.raises(ValueError, match=r"target_modules q_proj match no module of UNet2DConditionModel.*to_k"):
         AdaptedDenoiser(pipe, NaraConfig(**{**CONFIG, "target_modules": ["to_q", "q_proj"]}))
+
+
+def test_time_ids_are_whole_numbers_in_bf16_too(pipe, monkeypatch) -> None:
+    seen = []
+    embed = type(pipe.unet.add_time_proj).forward
+    monkeypatch.setattr(
+        type(pipe.unet.add_time_proj),
+        "forward",
+        lambda self, ids: seen.append(ids.flatten().tolist()) or embed(self, ids),
+    )
+    pipe.unet.to(torch.bfloat16)
+    ids = [1021.0, 1533.0, 301.0, 0.0, 1024.0, 1024.0]
+    embeddings = (torch.randn(1, 12, 40), torch.randn(1, 24))
+    predict(pipe.unet, torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.tensor([ids]), embeddings)
+    assert seen == [ids]

@@ -270,7 +270,7 @@ def test_bf16_trains_float32_weights(arguments, tmp_path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True, "train_text_encoder": True},
+        {"use_dora": True, "train_text_encoder": True, "gradient_checkpointing": True},
         {"core_type": "constant", "center_crop": True},
         {"core_type": "identity", "do_edm_style_training": True},
         {"core_sharing": "layer", "noise_embedding": "mlp", "target_modules": ["to_k", "to_v", "ff.net.2"]},
