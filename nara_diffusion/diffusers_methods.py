@@ -2,11 +2,12 @@
 
 Diffusers walks over the layers of a model. The holder of the cores stands at the model's root, outside of its blocks:
 
+    load_lora_adapter  activates what it has loaded, in the layers alone
     set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none
     set_lora_device    moves what each layer has as A and B, which the root's has not
     fuse_lora          merges layer by layer, and would leave half of them merged if λ turns out to be unknown
     unload_lora, …     put the layers' base back, and would leave the holder with its hooks and its source of λ
-    load_lora_…        take a part of a file's tensors for the whole: a NaRA's file is refused before
+    _fetch_state_dict  takes a part of a file's tensors for the whole: a NaRA's file is refused before
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import diffusers.loaders.peft as peft_loaders
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from .holder import HOLDER_NAME, CoreHolder
@@ -38,6 +40,7 @@ _REFUSAL = (
 
 def extend_diffusers_methods() -> None:
     """Put the functions below around Diffusers'. Harmless when repeated."""
+    _around(PeftAdapterMixin, "load_lora_adapter", _load_lora_adapter)
     _around(PeftAdapterMixin, "set_adapters", _set_adapters)
     _around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
     _around(PeftAdapterMixin, "unload_lora", _unload_lora)
@@ -68,6 +71,13 @@ def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
 def _holder_of(model: Any) -> CoreHolder | None:
     holder = getattr(model, HOLDER_NAME, None)
     return holder if isinstance(holder, CoreHolder) else None
+
+
+def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    original(model, *args, **kwargs)
+    holder = _holder_of(model)
+    if holder is not None:  # the LoRA is now the active one, in layers alone
+        holder.set_adapter(next(layer.active_adapters for layer in model.modules() if isinstance(layer, LoraLayer)))
 
 
 def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, *args: Any, **kwargs: Any) -> None:

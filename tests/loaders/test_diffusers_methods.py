@@ -18,9 +18,9 @@ from torch import nn
 
 import nara_diffusion
 from nara_diffusion import noise_level
-from nara_diffusion.noise import find_holders
+from nara_diffusion.noise import find_holders, is_noise_aware
 from tests.adapted import nara_config
-from tests.loaders.adapters import FILE, State, trained
+from tests.loaders.adapters import FILE, State, predict, trained
 from tests.small_pipelines import pixels, small_sdxl
 
 pytestmark = [
@@ -71,6 +71,23 @@ def test_adapters_are_listed_and_chosen_by_name(pipe, nara_folder, other_folder,
         trainable = {name for name, parameter in adapter_parameters(pipe).items() if parameter.requires_grad}
         assert trainable == {key for key in adapter_parameters(pipe) if f".{name}." in key}
         assert any("nara_core" in key for key in trainable) == (name != "static")
+
+
+def test_what_is_loaded_last_is_active(nara_folder, lora_folder):
+    pipe = small_sdxl()
+    pipe.load_nara_weights(nara_folder, "a")
+    pipe.load_lora_weights(lora_folder, adapter_name="static")
+    assert active(pipe.unet) == {("static",)}
+    assert not is_noise_aware(pipe.unet)
+    assert torch.equal(predict(pipe), predict(alone(lora_folder, lora=True)))
+    pipe.load_nara_weights(nara_folder, "b")
+    assert active(pipe.unet) == {("b",)}
+    assert is_noise_aware(pipe.unet)
+    assert torch.equal(predict(pipe), predict(alone(nara_folder)))
+
+
+def active(model: nn.Module) -> set[tuple[str, ...]]:
+    return {tuple(layer.active_adapters) for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
 
 
 def test_weights_scale_each_update(pipe, base_pixels):
