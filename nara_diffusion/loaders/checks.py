@@ -20,6 +20,9 @@ from nara_diffusion.signals import with_convention
 
 from .format import AdapterPart, is_core_key
 
+TEXT_ENCODER = "text_encoder"
+"""How the names of those components begin."""
+
 _OTHER_BASE = "It was trained on another base model: load the pipeline that it was trained on."
 
 
@@ -50,7 +53,12 @@ def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name
 
 
 def check_storable(config: NaraConfig, component: str) -> None:
-    """Raises ValueError for what changes the base model, so that unloading could not give it back."""
+    """Raises ValueError for what cannot run in `component`, or changes it so that unloading could not give it back."""
+    if component.startswith(TEXT_ENCODER) and config.core_type == "hypernetwork":
+        raise ValueError(
+            f"The adapter of {component} has core_type='hypernetwork', but text encoders run before there is a λ: use "
+            'NaraConfig(core_type="identity", …) there.'
+        )
     for field in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         if getattr(config, field, None):
             raise ValueError(_refusal(component, f"{field}={getattr(config, field)!r}"))

@@ -12,17 +12,17 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.whole import whole_file
 
 from .adapters import adapters_of, nara_adapters_of, part_of, put_in, take_out, taken_back_on_error
-from .checks import check_part, check_storable
+from .checks import TEXT_ENCODER, check_part, check_storable
 from .format import WEIGHTS_NAME, AdapterPart, pack
 from .hotswap import check_swappable, prepare_for_hotswap, swap, trimmed
 from .offloading import offloading_suspended
 from .source import read_adapter
 
 DENOISERS = ("unet", "transformer", "transformer_2")
-_TEXT_ENCODER = "text_encoder"
 
 
 def load_nara_weights(
@@ -133,8 +133,8 @@ def save_nara_weights(
     with offloading_suspended(self):
         parts = {}
         for component, model in models.items():
-            if name in nara_adapters_of(model):
-                check_storable(nara_adapters_of(model)[name], component)
+            if name in adapters_of(model):
+                _check_saved(adapters_of(model)[name], component, name)
                 parts[component] = trimmed(model, part_of(model, name))
         if not is_main_process:
             return
@@ -166,7 +166,7 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
         ValueError: the pipeline has no denoiser.
     """
     _denoiser_name(pipe)
-    names = [name for name in pipe.components if name in DENOISERS or name.startswith(_TEXT_ENCODER)]
+    names = [name for name in pipe.components if name in DENOISERS or name.startswith(TEXT_ENCODER)]
     found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)}
     unwrapped = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
     return {name: model for name, model in unwrapped.items() if isinstance(model, nn.Module)}
@@ -234,6 +234,15 @@ def _saved_name(models: dict[str, nn.Module], name: str | None) -> str:
     raise ValueError(
         f"There is no NaRA adapter '{wanted}' to save: the pipeline has {', '.join(map(repr, there)) or 'none'}.{hint}"
     )
+
+
+def _check_saved(config: Any, component: str, name: str) -> None:
+    if not isinstance(config, NaraConfig):
+        raise ValueError(
+            f"'{name}' of {component} is a plain LoRA, which a NaRA's file has no place for: add it by "
+            'NaraConfig(core_type="identity", …), which is the same.'
+        )
+    check_storable(config, component)
 
 
 def _check_writable(folder: Any, weight_name: str, save_function: Callable[..., Any] | None) -> None:

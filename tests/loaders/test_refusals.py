@@ -93,6 +93,10 @@ def test_damaged_tensors(change, message, nara_folder, tmp_path):
         (lambda c: c["components"]["unet"].update(r=5), r"\(4, 8, 3, 3\), but the adapter's configuration says rank 5"),
         (lambda c: c["components"]["unet"].update(core_sharing="layer"), r"lacks .*nara_core"),
         (lambda c: c["components"]["unet"].update(noise_convention="flow"), r"λ defined as 'flow', but .* 'timestep'"),
+        (
+            lambda c: c["components"]["text_encoder"].update(core_type="hypernetwork"),
+            r"text_encoder has core_type='hypernetwork', but text encoders run before there is a λ",
+        ),
         (lambda c: c["components"]["unet"].update(bias="all"), r"bias='all', which changes the base model itself"),
         (lambda c: c["components"]["unet"].update(init_lora_weights="pissa"), r"'pissa', which changes the base"),
         (lambda c: c["components"].pop("text_encoder"), r"its configuration knows 'text_encoder_2', 'unet' only"),

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from peft import inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig, core_matrix
+from tests.adapted import lora_config, nara_config
 from tests.loaders.adapters import FILE, State, predict, shake, trained
 from tests.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
 
@@ -236,6 +238,18 @@ def test_saving_into_a_file_or_what_the_base_would_have_to_be_saved_with(tmp_pat
     pipe.unet.add_adapter(NaraConfig(r=2, target_modules=["to_q"], init_lora_weights="olora"))
     with pytest.raises(ValueError, match="changes the base model itself"):
         pipe.save_nara_weights(tmp_path)
+
+
+def test_text_encoders_take_static_adapters_of_this_package(tmp_path):
+    for config, message in (
+        (lora_config(target_modules=["q_proj"]), r"'default' of text_encoder is a plain LoRA.*core_type=\"identity\""),
+        (nara_config(target_modules=["q_proj"]), r"text encoders run before there is a λ: use NaraConfig\(core_type="),
+    ):
+        pipe = trained(text=False)
+        inject_adapter_in_model(config, pipe.text_encoder)
+        with pytest.raises(ValueError, match=message):
+            pipe.save_nara_weights(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_pipeline_without_a_denoiser_says_so(nara_folder):
