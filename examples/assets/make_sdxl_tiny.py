@@ -16,6 +16,7 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -25,7 +26,7 @@ from tiny_sdxl_evaluation import evaluate, write_samples
 from tiny_training import Plan, Training, load_as_float32, parse
 from tiny_unet import NoisePrediction, build_scheduler, build_unet
 from tiny_vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
-from tiny_vocabulary import build_tokenizer, save_tokenizer
+from tiny_vocabulary import save_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 
@@ -166,12 +167,16 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
 
 def save_pipeline(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
     """Writes a copy in float16; the pipeline itself keeps training."""
-    parts = {name: deepcopy(part).half() if hasattr(part, "half") else part for name, part in pipe.components.items()}
+    parts: dict[str, Any] = {name: deepcopy(part) for name, part in pipe.components.items()}
+    parts = {name: part.half() if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
     copy = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     copy.save_pretrained(folder)
     for number in ("", "_2"):
         load_as_float32(folder / f"text_encoder{number}")
-        save_tokenizer(build_tokenizer(), folder / f"tokenizer{number}")  # use left its padding in the pipeline's own
+        tokenizer = parts[f"tokenizer{number}"]
+        tokenizer.backend_tokenizer.no_padding()  # what the last prompts were padded and cut to
+        tokenizer.backend_tokenizer.no_truncation()
+        save_tokenizer(tokenizer, folder / f"tokenizer{number}")
 
 
 def main(args: Arguments) -> dict | None:

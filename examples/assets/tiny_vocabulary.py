@@ -6,13 +6,14 @@ are tokens too, so that any text can be written. "sks" is a word of the vocabula
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from tiny_objects import COLOURS, KINDS
 from tiny_places import PLACES
 from tiny_scenes import BEGINNINGS, SIDES, SIZES, SUBJECT_WORD
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
 MAX_TOKENS = 24
@@ -26,14 +27,31 @@ def words() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
+def learn_merges(texts: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, the most frequent pair first, until each text is one token; the lesser of two equals wins, so
+    that they are always the same (those of ``tokenizers.trainers`` are not)."""
+    pieces = [[*text[:-1], text[-1] + WORD_END] for text in texts]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        pieces = [_merged(word, merges[-1]) for word in pieces]
+    return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """The word's pieces with every occurrence of ``pair`` made one."""
+    out: list[str] = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
+
+
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIPTokenizer in which each of the words is one token."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=1, end_of_word_suffix=WORD_END, show_progress=False)
-    learner.train_from_iterator([" ".join(words())], trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-
+    merges = learn_merges(words())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [letter + WORD_END for letter in alphabet] + ["".join(pair) for pair in merges]
     vocabulary = {token: number for number, token in enumerate([*dict.fromkeys(tokens), START, END])}

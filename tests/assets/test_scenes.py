@@ -14,7 +14,7 @@ from tiny_objects import COLOURS, KINDS, USUAL_ACCENT
 from tiny_pen import Pen
 from tiny_places import PLACES
 from tiny_scenes import Scene, crop_of, distinct_scenes, render, scene, scenes, training_caption
-from tiny_vocabulary import MAX_TOKENS, build_tokenizer, save_tokenizer, words
+from tiny_vocabulary import MAX_TOKENS, build_tokenizer, learn_merges, save_tokenizer, words
 from transformers import CLIPTokenizer
 
 
@@ -106,6 +106,13 @@ def test_a_mirrored_pen_draws_the_mirror_image() -> None:
 def test_distinct_scenes_have_distinct_captions() -> None:
     captions = [item.caption for item in distinct_scenes("some", 0, 300)]
     assert len(set(captions)) == 300
+
+
+def test_merges_are_those_of_a_worked_example() -> None:
+    """ "ab" is in three words; then "ab c" is met in two of them, "ab d" in one, "b" alone in none."""
+    merges = learn_merges(["ab", "abc", "abcd"])
+    assert merges == [("a", "b"), ("ab", "c"), ("a", "b</w>"), ("ab", "c</w>"), ("abc", "d</w>")]
+    assert build_tokenizer().get_vocab() == build_tokenizer().get_vocab()
 
 
 def test_every_word_is_one_token_and_any_text_comes_back(tmp_path: Path) -> None:
