@@ -25,6 +25,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from diffusers.utils import logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from torch._subclasses.fake_tensor import FakeTensor
 
 from nara_diffusion import NaraConfig
 
@@ -105,6 +106,7 @@ def memory() -> dict[str, int]:
     """Tensors alive, their bytes, and the process's resident memory, which only Linux tells."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = [tensor for tensor in tensors if not issubclass(type(tensor), FakeTensor)]  # a compiler's, without memory
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     statm = Path("/proc/self/statm")
     resident = int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
