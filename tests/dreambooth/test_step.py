@@ -159,12 +159,8 @@ def test_a_missing_target_is_named(pipe) -> None:
 
 def test_time_ids_are_whole_numbers_in_bf16_too(pipe, monkeypatch) -> None:
     seen = []
-    embed = type(pipe.unet.add_time_proj).forward
-    monkeypatch.setattr(
-        type(pipe.unet.add_time_proj),
-        "forward",
-        lambda self, ids: seen.append(ids.flatten().tolist()) or embed(self, ids),
-    )
+    embed = pipe.unet.add_time_proj.forward
+    monkeypatch.setattr(pipe.unet.add_time_proj, "forward", lambda ids: seen.append(ids.tolist()) or embed(ids))
     pipe.unet.to(torch.bfloat16)
     ids = [1021.0, 1533.0, 301.0, 0.0, 1024.0, 1024.0]
     embeddings = (torch.randn(1, 12, 40), torch.randn(1, 24))
