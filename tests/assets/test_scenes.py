@@ -109,9 +109,9 @@ def test_distinct_scenes_have_distinct_captions() -> None:
 
 
 def test_merges_are_those_of_a_worked_example() -> None:
-    """ "ab" is in three words; then "ab c" is met in two of them, "ab d" in one, "b" alone in none."""
+    """ "a b" is met twice; all other pairs once, so that the lesser comes first, "a" before "ab" before "abc"."""
     merges = learn_merges(["ab", "abc", "abcd"])
-    assert merges == [("a", "b"), ("ab", "c"), ("a", "b</w>"), ("ab", "c</w>"), ("abc", "d</w>")]
+    assert merges == [("a", "b"), ("a", "b</w>"), ("ab", "c"), ("ab", "c</w>"), ("abc", "d</w>")]
     assert build_tokenizer().get_vocab() == build_tokenizer().get_vocab()
 
 

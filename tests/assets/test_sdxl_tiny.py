@@ -115,11 +115,32 @@ def test_the_autoencoder_restores_held_out_scenes(pipe: StableDiffusionXLPipelin
     assert latents.std((0, 2, 3)).min() > 0.2, "no channel has collapsed to its prior"
 
 
+def test_the_autoencoder_stays_far_from_float16s_limit(pipe: StableDiffusionXLPipeline) -> None:
+    """Every module's output, for pictures and for latents of thrice their size: below a tenth of 65504."""
+    largest = []
+    hooks = [
+        module.register_forward_hook(lambda *call: largest.append(call[2].abs().max().item()))
+        for module in pipe.vae.modules()
+        if not list(module.children())
+    ]
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels([render(scene) for scene in scenes(VALIDATION_SPLIT, 0, 16)])).latent_dist
+        pipe.vae.decode(3 * latents.mode())
+    for hook in hooks:
+        hook.remove()
+    assert len(largest) > 60
+    assert max(largest) < 6550
+
+
 def test_the_autoencoder_is_finite_in_float16() -> None:
+    """On 16 × 16 pixels of a white and black ball: torch is slow at float16 on the CPU."""
     vae = AutoencoderKL.from_pretrained(FOLDER / "vae", torch_dtype=torch.float16)
-    x = pixels([render(Scene("ball", "white", "black", "large", "", "in the snow", "bright"))]).half()
-    assert reconstruction(vae, 64)["absolute_error"] < 0.03
-    assert vae.decode(vae.encode(x).latent_dist.mode() * 3).sample.isfinite().all(), "latents of thrice their size"
+    shown = render(Scene("ball", "white", "black", "large", "", "in the snow", "bright"))
+    x = pixels([shown.crop((24, 32, 40, 48))]).half()
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(x).latent_dist.mode()).sample
+    assert decoded.isfinite().all()
+    assert (decoded - x).abs().mean() / 2 < 0.15
 
 
 def test_pictures_show_what_their_prompts_say(pipe: StableDiffusionXLPipeline) -> None:
