@@ -30,6 +30,7 @@ from .holder import HOLDER_NAME, CoreHolder
 from .injection import drop_idle_holder, without_holder
 from .loaders.adapters import adapters_of, unwrap
 from .loaders.format import METADATA_KEY, is_core_key
+from .loaders.hotswap import REQUEST, enlarge_cores
 
 _FUSE_REMEDY = "fuse_lora works at one λ: call it inside `with noise_level(pipe.unet, value):` (or pipe.transformer)."
 
@@ -74,10 +75,27 @@ def _holder_of(model: Any) -> CoreHolder | None:
 
 
 def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    holder, request = _holder_of(model), getattr(model, REQUEST, None)
+    if holder is None:
+        original(model, *args, **kwargs)
+        return
+    if kwargs.get("hotswap"):
+        _check_swapped_name(model, str(kwargs.get("adapter_name")))
     original(model, *args, **kwargs)
-    holder = _holder_of(model)
-    if holder is not None:  # the LoRA is now the active one, in layers alone
-        holder.set_adapter(next(layer.active_adapters for layer in model.modules() if isinstance(layer, LoraLayer)))
+    if request is not None:
+        enlarge_cores(model, request["target_rank"])  # PEFT has padded the A and B of all adapters
+    # the LoRA is now the active one, in layers alone
+    holder.set_adapter(next(layer.active_adapters for layer in model.modules() if isinstance(layer, LoraLayer)))
+
+
+def _check_swapped_name(model: Any, name: str) -> None:
+    """PEFT's hotswap puts to zero what the new LoRA lacks, and finds it by the name anywhere in a key."""
+    for key in model.state_dict():
+        if "lora_" in key and name in key and name not in key.split("."):
+            raise ValueError(
+                f"hotswap would put '{key}' of another adapter to zero, since '{name}' is a part of that key: load "
+                "the LoRA under a longer name, and delete the old one."
+            )
 
 
 def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, *args: Any, **kwargs: Any) -> None:

@@ -24,7 +24,7 @@ from .adapters import nara_adapters_of, part_of
 from .checks import by_pattern, check_part, expected_tensors, rank_of
 from .format import AdapterPart
 
-_REQUEST = "_prepare_lora_hotswap_kwargs"
+REQUEST = "_prepare_lora_hotswap_kwargs"
 """What `enable_lora_hotswap` leaves on a model for its next load."""
 
 _HAS_TO_AGREE = (
@@ -50,20 +50,24 @@ def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
     Raises:
         ValueError: the adapter's rank is above the target rank. RuntimeError: the model is compiled already.
     """
-    request = getattr(model, _REQUEST, None)
+    request = getattr(model, REQUEST, None)
     if request is None:
         return
     target, own = request["target_rank"], max(layer.r[adapter_name] for layer in _layers(model, adapter_name).values())
     if own > target:
         raise ValueError(f"enable_lora_hotswap was given target_rank={target}, but this adapter has rank {own}.")
     prepare_model_for_compiled_hotswap(model, **request)
+    enlarge_cores(model, target)
+    setattr(model, REQUEST, None)
+
+
+def enlarge_cores(model: nn.Module, rank: int) -> None:
+    """Let the cores of all NaRAs, and their layers' own idea of their rank, follow A and B, which PEFT has padded."""
     for name, config in nara_adapters_of(model).items():
-        _enlarge(model, name, config, target)
-    setattr(model, _REQUEST, None)
+        _enlarge(model, name, config, rank)
 
 
 def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int) -> None:
-    """What PEFT's padding of A and B leaves out: the layers' own idea of their rank, and the cores."""
     for layer in _layers(model, adapter_name).values():
         scaling = float(layer.scaling[adapter_name])
         layer.r[adapter_name] = len(layer.lora_A[adapter_name].weight)

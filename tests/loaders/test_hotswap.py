@@ -113,6 +113,29 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(tmp_path):
     assert before == State(small)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_swapping_a_lora_beside_a_nara(tmp_path):
+    first = save(tmp_path / "1", 1)
+    for number in (2, 3):
+        save_lora(tmp_path / str(number), seed=number, target_modules=["to_q", "to_v"], r=number)
+    pipe = small_sdxl()
+    pipe.load_nara_weights(first, "aware")
+    pipe.enable_lora_hotswap(target_rank=5, check_compiled="ignore")
+    pipe.load_lora_weights(tmp_path / "2", adapter_name="fixed")
+    pipe.load_lora_weights(tmp_path / "3", adapter_name="fixed", hotswap=True)
+    alone, both = small_sdxl(), small_sdxl()
+    alone.load_lora_weights(tmp_path / "3", adapter_name="fixed")
+    torch.testing.assert_close(predict(pipe), predict(alone), rtol=1e-4, atol=1e-5)
+    pipe.set_adapters("aware")
+    torch.testing.assert_close(predict(pipe), fresh(first), rtol=1e-4, atol=1e-5)
+    both.load_nara_weights(first, "x")
+    both.load_lora_weights(tmp_path / "2", adapter_name="up")
+    before = State(both)
+    with pytest.raises(ValueError, match=r"would put '.*lora_A.x.weight' of another adapter to zero, since 'up' is a"):
+        both.load_lora_weights(tmp_path / "3", adapter_name="up", hotswap=True)
+    assert before == State(both)
+
+
 SHALLOW = {
     "block_out_channels": (8,),
     "down_block_types": ("CrossAttnDownBlock2D",),

@@ -67,7 +67,12 @@ def test_fifty_hotswaps_leave_memory_where_it_was(light):
 
 
 def test_the_benchmark_of_loading_counts_the_same(tmp_path, capsys):
-    narrow = {"block_out_channels": (32, 32, 32), "attention_head_dim": 4, "transformer_layers_per_block": (1, 1, 1)}
+    narrow = {
+        "block_out_channels": (32, 32, 32),
+        "attention_head_dim": 4,
+        "transformer_layers_per_block": 1,
+        "layers_per_block": 1,
+    }
     figures = import_module("benchmark_load").main(rounds=2, rank=3, swaps=2, output_dir=tmp_path, **narrow)
     record = json.loads((tmp_path / "benchmark_load.json").read_text())
     assert record["ratio"] == figures["ratio"] > 0
