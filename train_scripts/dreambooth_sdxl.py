@@ -78,7 +78,7 @@ SHIPPED_RUN: dict[str, Any] = {
     "rank": 16,
     "target_modules": [*UNET_TARGETS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"],
     "train_batch_size": 5,
-    "max_train_steps": 500,
+    "max_train_steps": 700,
     "learning_rate": 2e-3,
     "core_learning_rate": 1e-3,
     "lr_scheduler": "cosine",
@@ -86,8 +86,8 @@ SHIPPED_RUN: dict[str, Any] = {
     "num_inference_steps": 20,
     "guidance_scale": 2.5,
     "sample_batch_size": 8,
-    "validation_steps": 250,
-    "checkpointing_steps": 250,
+    "validation_steps": 350,
+    "checkpointing_steps": 350,
 }
 
 
