@@ -144,9 +144,12 @@ def _check_fusable(model: Any, adapter_names: list[str] | None) -> None:
 
 def _unload_lora(original: Any, model: Any) -> None:
     holder = _holder_of(model)
-    if holder is not None:
-        holder.detach(model)
+    if holder is None:
+        original(model)
+        return
+    holder.detach(model)
     original(model)
+    unwrap(model)
 
 
 def _delete_adapters(original: Any, model: Any, adapter_names: list[str] | str) -> None:
