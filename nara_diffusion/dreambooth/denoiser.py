@@ -92,11 +92,12 @@ class AdaptedDenoiser(nn.Module):
 
 def predict(unet: Any, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """SDXL's UNet called as its pipeline does; shapes as in `AdaptedDenoiser.forward`."""
-    states, pooled = (tensor.to(unet.dtype) for tensor in embeddings)
+    dtype = next(unet.parameters()).dtype  # `unet.dtype` walks over all modules
+    states, pooled = (tensor.to(dtype) for tensor in embeddings)
     # sizes and places beyond 256 pixels aren't whole numbers of bf16
     conditions = {"text_embeds": pooled, "time_ids": time_ids.float()}
     return unet(
-        sample.to(unet.dtype), timestep, encoder_hidden_states=states, added_cond_kwargs=conditions, return_dict=False
+        sample.to(dtype), timestep, encoder_hidden_states=states, added_cond_kwargs=conditions, return_dict=False
     )[0]
 
 
