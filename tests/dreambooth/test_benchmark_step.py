@@ -23,10 +23,12 @@ def folders(tmp_path):
 
 def test_it_measures_and_writes(folders, capsys) -> None:
     threads = torch.get_num_threads()
-    figures = benchmark.main(rounds=2, batch=2, rank=2, resolution=16, **folders)
+    figures = benchmark.main(rounds=2, batches=[1, 2], rank=2, resolution=16, **folders)
     record = json.loads((folders["output_dir"] / "benchmark_dreambooth_step.json").read_text())
-    assert record["ratio"] == figures["ratio"] > 0
-    assert record["seconds"].keys() == benchmark.STEPS.keys()
+    assert record["ratio_by_batch"] == figures["ratio_by_batch"]
+    assert record["ratio_by_batch"].keys() == {"1", "2"}
+    assert all(ratio > 0 for ratio in record["ratio_by_batch"].values())
+    assert record["seconds_by_batch"]["2"].keys() == benchmark.STEPS.keys()
     assert "ours / diffusers' script: " in capsys.readouterr().out
     assert torch.get_num_threads() == threads
 
