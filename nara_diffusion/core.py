@@ -195,13 +195,18 @@ def mix(core: Tensor, h: Tensor) -> Tensor:
     It is computed in float32 at least, also under autocast, so that C − I is not rounded. (B·C first would be the
     same, but turns every large product of the layer, and of its backward, into a batched one.)
     """
-    dtype = torch.promote_types(h.dtype, torch.float32)
     with torch.autocast(h.device.type, enabled=False):
-        core, rows = core.to(h.device, dtype), h.to(dtype)
-        if core.shape[0] == 1:
-            mixed = F.linear(rows, core[0])
-        else:
-            mixed = torch.bmm(rows.reshape(h.shape[0], -1, h.shape[-1]), core.transpose(1, 2)).view(h.shape)
+        return mix_rows(core, h)
+
+
+def mix_rows(core: Tensor, h: Tensor) -> Tensor:
+    """`mix` where autocast is known to be off."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    core, rows = core.to(h.device, dtype), h.to(dtype)
+    if core.shape[0] == 1:
+        mixed = F.linear(rows, core[0])
+    else:
+        mixed = torch.bmm(rows.reshape(h.shape[0], -1, h.shape[-1]), core.transpose(1, 2)).view(h.shape)
     return mixed.to(h.dtype)
 
 

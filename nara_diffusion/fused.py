@@ -2,9 +2,9 @@
 
     y = gain ⊙ (W0 x + s B C A x)        gain: none (NaRA), or m / ‖W0 + s B C A‖_row (NaRA-DoRA)
 
-The update is written into the base layer's output, and both shares of x's gradient into one tensor, so that a layer
-keeps x and, for the gain's gradient, its own output. That is right only where the base layer is frozen and nobody
-watches its call or its output: `can_fuse` says so, and elsewhere the layers compute the same from its parts.
+The update is written into the base layer's output, and both shares of x's gradient into one tensor, so that of what
+is large a layer keeps x alone and, for the gain's gradient, its own output. That is right only where the base layer is
+frozen and nobody watches its call or its output: `can_fuse` says so, and elsewhere layers compute it from its parts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.modules.module as global_hooks
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from .core import mix
+from .core import mix_rows
 
 # Stands in for a gain of zero, so that backward can divide by it; float16 has no number that is as small.
 TINY_GAIN = 2.0**-100
@@ -36,7 +36,8 @@ def can_fuse(module: Any, adapter_name: str, x: Tensor, result: Tensor) -> bool:
         and B.bias is None
         and all(type(layer) is nn.Linear and not _is_watched(layer) for layer in (base_layer, A, B))
         and all(type(layer.weight) is nn.Parameter for layer in (base_layer, A, B))
-        and not any(parameter.requires_grad for parameter in base_layer.parameters())
+        and not base_layer.weight.requires_grad
+        and not (base_layer.bias is not None and base_layer.bias.requires_grad)
         and {t.dtype for t in (x, result, base_layer.weight, A.weight, B.weight)} == {x.dtype}
         and type(x) is type(result) is Tensor
         and result.is_contiguous()
@@ -86,7 +87,7 @@ class _FusedLinear(Function):
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             h = _project(x, A, core)
-            mixed = mix(core, h)
+            mixed = mix_rows(core, h)
             if gain is None:
                 base.view(-1, base.shape[-1]).addmm_(mixed.view(-1, A.shape[0]), B.T, alpha=scaling)
             else:
@@ -94,26 +95,27 @@ class _FusedLinear(Function):
                 rows = base.view(core.shape[0], -1, base.shape[-1]).mul_(safe[:, None])
                 rows.baddbmm_(mixed, (safe[..., None] * B).transpose(1, 2), alpha=scaling)
         ctx.mark_dirty(base)
-        ctx.save_for_backward(x, weight, A, core, B, h, gain, None if gain is None else base)
+        ctx.save_for_backward(x, weight, A, core, B, h, mixed, gain, None if gain is None else base)
         ctx.scaling = scaling
         return base
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        x, weight, A, core, B, h, gain, out = ctx.saved_tensors
+        x, weight, A, core, B, h, mixed, gain, out = ctx.saved_tensors
         needs_x, _, _, needs_A, needs_core, needs_B, _, _ = ctx.needs_input_grad
         of_x = of_A = of_core = of_B = of_gain = None
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # for second derivatives
                 h = _project(x, A, core)
+                mixed = mix_rows(core, h)
             of_out = gradients[0].reshape(core.shape[0], -1, B.shape[0])
             rising = B[None] if gain is None else _safe(gain)[..., None] * B  # (1 or b, d_out, r)
             of_mixed = ctx.scaling * _times(of_out, rising)
-            of_h = mix(core.transpose(1, 2), of_mixed)
+            of_h = mix_rows(core.transpose(1, 2), of_mixed)
             if needs_core:
                 of_core = torch.bmm(of_mixed.to(core.dtype).transpose(1, 2), h.to(core.dtype))
             if needs_B:
-                of_B = ctx.scaling * _gradient_of_B(of_out, mix(core, h), gain)
+                of_B = ctx.scaling * _gradient_of_B(of_out, mixed, gain)
             if needs_A:
                 of_A = of_h.reshape(-1, A.shape[0]).T @ x.reshape(-1, x.shape[-1])
             of_base = of_out
