@@ -9,6 +9,7 @@ frozen and nobody watches its call or its output: `can_fuse` says so, and elsewh
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ TINY_GAIN = 2.0**-100
 # How many parts a sum over tokens is made of: its temporary is so many times smaller than an activation.
 PARTS = 16
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 
 def can_fuse(module: Any, adapter_name: str, x: Tensor, result: Tensor) -> bool:
@@ -31,22 +33,28 @@ def can_fuse(module: Any, adapter_name: str, x: Tensor, result: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False  # a compiler fuses by itself, and functions such as `vmap` have rules for the parts alone
     base_layer, A, B = module.get_base_layer(), module.lora_A[adapter_name], module.lora_B[adapter_name]
+    if len(module.active_adapters) != 1 or B.bias is not None or any(map(_is_other, (base_layer, A, B))):
+        return False
+    weight, bias, dtype = base_layer.weight, base_layer.bias, x.dtype
     return (
-        len(module.active_adapters) == 1
-        and B.bias is None
-        and all(type(layer) is nn.Linear and not _is_watched(layer) for layer in (base_layer, A, B))
-        and all(type(layer.weight) is nn.Parameter for layer in (base_layer, A, B))
-        and not base_layer.weight.requires_grad
-        and not (base_layer.bias is not None and base_layer.bias.requires_grad)
-        and {t.dtype for t in (x, result, base_layer.weight, A.weight, B.weight)} == {x.dtype}
+        not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and result.dtype == weight.dtype == A.weight.dtype == B.weight.dtype == dtype
         and type(x) is type(result) is Tensor
         and result.is_contiguous()
     )
 
 
-def _is_watched(layer: nn.Module) -> bool:
-    hooked = any(getattr(layer, name) or getattr(global_hooks, f"_global{name}") for name in HOOKS)
-    return hooked or "forward" in vars(layer)
+def _is_other(layer: Any) -> bool:
+    """Whether it is another kind of layer or parameter than PyTorch's own, or its call is watched."""
+    own = vars(layer)
+    return (
+        type(layer) is not nn.Linear
+        or type(layer.weight) is not nn.Parameter
+        or "forward" in own
+        or any(own[name] for name in HOOKS)
+        or any(getattr(global_hooks, name) for name in GLOBAL_HOOKS)
+    )
 
 
 def fused_linear(
@@ -85,7 +93,7 @@ class _FusedLinear(Function):
         gain: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             h = _project(x, A, core)
             mixed = mix_rows(core, h)
             if gain is None:
@@ -104,7 +112,7 @@ class _FusedLinear(Function):
         x, weight, A, core, B, h, mixed, gain, out = ctx.saved_tensors
         needs_x, _, _, needs_A, needs_core, needs_B, _, _ = ctx.needs_input_grad
         of_x = of_A = of_core = of_B = of_gain = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             if torch.is_grad_enabled():  # for second derivatives
                 h = _project(x, A, core)
                 mixed = mix_rows(core, h)
@@ -125,6 +133,11 @@ class _FusedLinear(Function):
                 of_x = torch.mm(of_base.reshape(-1, B.shape[0]), weight)
                 of_x = of_x.addmm_(of_h.reshape(-1, A.shape[0]), A).view(x.shape)
         return of_x, None, None, of_A, of_core, of_B, of_gain, None
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _project(x: Tensor, A: Tensor, core: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class NaraVariant(LoraVariant):
                 "forward of the whole adapted model is called: call that instead of a submodule, and do not recompute "
                 "a part of it by a checkpoint other than the model's own (`model.gradient_checkpointing_enable()`)."
             )
-        return frame[self.key][:, :rank, :rank]
+        core = frame[self.key]
+        return core if core.shape[-1] == rank else core[:, :rank, :rank]
 
     def batch_core(self, rank: int, batch: int) -> Tensor:
         """`read_core` as one matrix, or one for each of the `batch` rows that this layer sees."""
