@@ -215,7 +215,10 @@ def test_a_backward_pass_inside_another_forward(tiny_llama: LlamaForCausalLM, re
     def backward(*_: Any) -> None:
         if not collected:
             collected.append({})
-            collected[0] = gradients(model, [lambda: pending])
+            with (
+                torch.enable_grad()
+            ):  # a reentrant checkpoint, inside of which some versions of Transformers call hooks
+                collected[0] = gradients(model, [lambda: pending])
             model.zero_grad()
 
     pending = first()
@@ -528,18 +531,17 @@ def test_an_adapter_switched_before_the_backward_pass_is_refused(tiny_llama: Lla
 def _recomputations(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Counts how often a block runs more than it would without checkpointing."""
     counts = {"all": 0, "outside": 0}
+    decoder = model.base_model.model.model  # what calls the blocks, and is not recomputed itself
 
     def count(*_: Any) -> None:
         counts["all"] += 1
 
     def count_call(*_: Any) -> None:
-        counts["outside"] += 1
+        counts["outside"] += len(decoder.layers)
 
-    handles = []
-    for (
-        block
-    ) in model.base_model.model.model.layers:  # their hooks stay outside the checkpoint, those of their parts do not
-        handles += [block.input_layernorm.register_forward_pre_hook(count), block.register_forward_pre_hook(count_call)]
+    # hooks of a block stay outside the checkpoint in some versions of Transformers; those of its parts never do
+    handles = [block.input_layernorm.register_forward_pre_hook(count) for block in decoder.layers]
+    handles.append(decoder.register_forward_pre_hook(count_call))
     yield lambda: counts["all"] - counts["outside"]
     for handle in handles:
         handle.remove()
