@@ -6,7 +6,7 @@ After `import nara_diffusion` every Diffusers pipeline has load_nara_weights, sa
 and what Diffusers offers after loading a LoRA (set_adapters, delete_adapters, disable_lora, …) works on NaRA too. λ
 needs no care: the adapter reads it from each step's timestep. Without --weights, a plain training loop on the five
 pictures of assets/subject makes an adapter first; `accelerate launch train_scripts/dreambooth_sdxl.py` makes a better
-one, whose output folder --weights takes. The picture shows each prompt at three strengths. Takes some two minutes.
+one, whose output folder --weights takes. The picture shows each prompt at three strengths. Takes under a minute.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def sample(pipe: Any, steps: int) -> list[Image.Image]:
 def main(
     weights: str | Path | None = None,
     model: str | Path = ASSETS / "sdxl-tiny",
-    steps: int = 300,
+    steps: int = 220,
     sample_steps: int = 25,
     output_dir: str | Path = "outputs/examples",
 ) -> dict[float, list[Image.Image]]:
@@ -134,7 +134,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Load a NaRA adapter into Stable Diffusion XL and sample with it.")
     parser.add_argument("--weights", help="a trained adapter: file, folder or repository (default: trains one)")
     parser.add_argument("--model", default=ASSETS / "sdxl-tiny", help="folder of SDXL (default: the shipped sdxl-tiny)")
-    parser.add_argument("--steps", type=int, default=300, help="train steps of the adapter (default: 300)")
+    parser.add_argument("--steps", type=int, default=220, help="train steps of the adapter (default: 220)")
     parser.add_argument("--sample_steps", type=int, default=25, help="steps of sampling an image (default: 25)")
     parser.add_argument("--output_dir", default="outputs/examples", help="where adapter and picture go")
     main(**vars(parser.parse_args()))
