@@ -5,6 +5,7 @@
 The update is written into the base layer's output, and both shares of x's gradient into one tensor, so that of what
 is large a layer keeps x alone and, for the gain's gradient, its own output. That is right only where the base layer is
 frozen and nobody watches its call or its output: `can_fuse` says so, and elsewhere layers compute it from its parts.
+(A model that changes the output of a NaRA-DoRA layer without bias in place gets PyTorch's error in backward.)
 """
 
 from __future__ import annotations

@@ -177,6 +177,12 @@ def test_it_takes_part_in_checkpointing_and_in_place_arithmetic(use_dora):
         assert all(relative_error(other, one) < 1e-6 for other in others)
 
 
+def test_an_output_that_backward_reads_is_not_changed_unnoticed():
+    model = one_layer(bias=False, use_dora=True)
+    with noise_level(model, 0.3), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(torch.randn(3, 7, 6)).mul_(2).sum().backward()
+
+
 def hook(layer: Any) -> None:
     layer.register_forward_hook(lambda module, args, output: output)
 
