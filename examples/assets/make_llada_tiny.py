@@ -1,12 +1,17 @@
-"""Pre-trains llada-tiny, the small masked-diffusion language model that the examples and the default run use.
+"""Pre-trains llada-tiny, the small masked-diffusion language model that the examples and the default run use; or
+dream-tiny, its sibling of another family, for the benchmark of quality.
 
     python examples/assets/make_llada_tiny.py                                                  # an hour on one CPU core
     python examples/assets/make_llada_tiny.py --output_dir outputs/trial --max_train_steps 300  # a look, in two minutes
+    python examples/assets/make_llada_tiny.py --family dream --seed 1 --output_dir outputs/dream-tiny
 
-The model is a Llama with bidirectional attention, trained with LLaDA's objective on the questions of tiny_tasks.py, and
-written in LLaDA's own checkpoint format. A run that was stopped, by Ctrl-C or by a power cut, goes on with --resume
-from its last saved state, and ends with the same weights as if it had not been stopped. The learning rate is constant
-until the last --decay_share of the steps, so until then a run may also be resumed with another --max_train_steps.
+Both have attention in both directions and are trained with LLaDA's objective on the questions of tiny_tasks.py. llada
+is a Llama, written in LLaDA's own checkpoint format; dream is a Qwen2 with fewer key heads and biases, whose logits are
+shifted by one position as Dream's are, written as transformers writes it.
+
+A run that was stopped, by Ctrl-C or by a power cut, goes on with --resume from its last saved state, and ends with the
+same weights as if it had not been stopped. The learning rate is constant until the last --decay_share of the steps, so
+until then a run may also be resumed with another --max_train_steps.
 
 Written to --output_dir: model.safetensors, config.json, the tokenizer, README.md (the model card), training_curve.csv
 and .png, results.json; and training_state.pt, which --resume reads and nobody else needs.
@@ -22,13 +27,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from tiny_backbones import BACKBONES
 from tiny_card import write_card
-from tiny_checkpoint import save_llada_checkpoint
 from tiny_data import LONGEST_TAIL, MAX_TOKENS, Rows, encode, training_and_validation
 from tiny_evaluation import exact_match_by_family, validation_loss
 from tiny_tokenizer import build_tokenizer
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, get_wsd_schedule
+from transformers import PreTrainedModel, get_wsd_schedule
 
 from nara_diffusion.dllm import masked_diffusion_loss
 
@@ -40,6 +45,7 @@ class Arguments:
     """What the command line sets; --help says what each is."""
 
     output_dir: Path = Path("outputs/llada-tiny")
+    family: str = "llada"
     max_train_steps: int = 8000
     train_batch_size: int = 96
     learning_rate: float = 2e-3
@@ -57,6 +63,7 @@ class Arguments:
 
 HELP = {
     "output_dir": "folder of the model",
+    "family": "llada or dream",
     "max_train_steps": "optimiser steps",
     "train_batch_size": "questions a step",
     "learning_rate": "of AdamW, after warm-up and before decay",
@@ -88,28 +95,10 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     return Arguments(**vars(parser.parse_args(argv)))
 
 
-def build_model(vocab_size: int) -> LlamaForCausalLM:
-    """0.73 M parameters: 4 layers, width 128, 4 heads, SwiGLU of 256; attention in both directions."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        use_cache=False,
-    )
-    config.is_causal = False
-    return LlamaForCausalLM(config)
-
-
 class Run:
     """Model, optimiser, schedule, step and curve of one training; all that a resume needs is in its state file."""
 
-    def __init__(self, args: Arguments, model: LlamaForCausalLM):
+    def __init__(self, args: Arguments, model: PreTrainedModel):
         self.args, self.model = args, model
         self.step, self.seconds, self.curve = 0, 0.0, []
         self.optimizer = torch.optim.AdamW(
@@ -205,6 +194,8 @@ def train(run: Run, rows: Rows, validation: Rows, save: Callable[[], None]) -> N
 
 def main(args: Arguments) -> dict:
     """Pre-trains, evaluates, writes the folder; returns what results.json holds."""
+    if args.family not in BACKBONES:
+        raise ValueError(f"--family is {args.family!r}, expected one of {', '.join(BACKBONES)}")
     if not args.resume and (args.output_dir / STATE_FILE).exists():
         raise ValueError(
             f"{args.output_dir} holds a run: add --resume to go on with it, or choose another --output_dir"
@@ -217,10 +208,11 @@ def main(args: Arguments) -> dict:
     rows = encode(train_questions, tokenizer)
     validation = encode([item for items in validation_questions.values() for item in items], tokenizer)
 
-    model = build_model(len(tokenizer))
+    backbone = BACKBONES[args.family]
+    model = backbone.build(len(tokenizer))
     model.config.mask_token_id = tokenizer.mask_token_id
     run = Run(args, model.to(args.device))
-    train(run, rows, validation, save=lambda: save_llada_checkpoint(model, tokenizer, args.output_dir))
+    train(run, rows, validation, save=lambda: backbone.save(model, tokenizer, args.output_dir))
 
     results = {
         "steps": run.step,

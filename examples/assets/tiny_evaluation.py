@@ -6,7 +6,7 @@ import torch
 from tiny_data import MAX_TOKENS, Rows
 from tiny_tasks import Question
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm.data import encode_records
@@ -18,7 +18,7 @@ BATCH = 256  # questions
 
 
 @torch.no_grad()
-def validation_loss(model: LlamaForCausalLM, rows: Rows, *, seed: int) -> float:
+def validation_loss(model: PreTrainedModel, rows: Rows, *, seed: int) -> float:
     """LLaDA's loss over all ``rows``, at stratified noise levels and masks that are the same at every call."""
     total, width = 0.0, int(rows.ends.max())
     for indices in torch.arange(len(rows.ends)).split(BATCH):
@@ -36,7 +36,7 @@ def validation_loss(model: LlamaForCausalLM, rows: Rows, *, seed: int) -> float:
 
 
 def exact_match_by_family(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: dict[str, list[Question]]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, questions: dict[str, list[Question]]
 ) -> dict[str, float]:
     """The share of each family's ``questions`` that greedy generation, one token a step, answers to the letter."""
     scores = {}

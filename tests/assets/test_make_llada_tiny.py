@@ -12,6 +12,7 @@ import make_llada_tiny
 import tiny_data
 import tiny_tasks
 from make_llada_tiny import Arguments, main
+from tiny_backbones import build_llada
 from tiny_checkpoint import save_llada_checkpoint
 from tiny_tokenizer import build_tokenizer
 
@@ -113,7 +114,7 @@ def test_resuming_needs_a_state(tmp_path: Path) -> None:
 
 def test_a_checkpoint_loads_back_as_the_same_model(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
-    model = make_llada_tiny.build_model(len(tokenizer))
+    model = build_llada(len(tokenizer))
     save_llada_checkpoint(model, tokenizer, tmp_path)
     assert all(name.startswith("model.transformer.") for name in load_file(tmp_path / "model.safetensors"))
     loaded, _ = load_backbone(tmp_path)
