@@ -1,0 +1,47 @@
+"""What an image run does: the arguments of train_scripts/dreambooth_sdxl.py, from defaults, method and overrides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from quality.image_task import ASSETS, BACKBONE, SIZE, SUBJECTS, instance_prompt
+
+DEFAULTS: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(ASSETS / BACKBONE),
+    "resolution": SIZE[0],
+    "rank": 4,
+    "train_batch_size": 5,
+    "max_train_steps": 300,
+    "learning_rate": 2e-3,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 0.05,
+    "stratified_timesteps": True,
+    "num_inference_steps": 12,
+    "guidance_scale": 2.5,
+    "num_validation_images": 4,
+    "sample_batch_size": 16,
+}
+
+
+def arguments(subject: str, method_arguments: dict[str, Any], seed: int, overrides: dict[str, Any]) -> Any:
+    """`DreamBoothArguments` of one run; overrides win over the method, the method over the defaults.
+
+    Raises:
+        ValueError: an override that is no argument of the script, or whose value it refuses.
+    """
+    data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
+    values = DEFAULTS | data | method_arguments | overrides | {"seed": seed}
+    unknown = sorted(values.keys() - DreamBoothArguments.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is no argument of train_scripts/dreambooth_sdxl.py, whose arguments an image run has."
+        )
+    return DreamBoothArguments(**values)
+
+
+def changed(method_arguments: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """What a record keeps of the settings: all that isn't the script's own default or a path."""
+    values = DEFAULTS | method_arguments | overrides
+    return {name: value for name, value in values.items() if name != "pretrained_model_name_or_path"}

@@ -1,0 +1,121 @@
+"""The loss over ten bins of λ, on masks that are the same for every model: what the methods are compared by.
+
+Of each validation question the benchmark sees two rows: with mask m at λ and with the complementary mask at 1 − λ, λ in
+(0, 1). Question i of n takes the λ of stratum i mod 5 of ten, so that each bin holds n / 5 rows; within it λ is
+stratified again. A row without any masked token has no loss: its mask and the complement are drawn again, which is what
+the training objective's weights amount to. In bin k, over its rows i with answers of equal length,
+
+    loss_k = Σ_i Σ_{j masked} − log p(x_ij | masked x_i)  /  Σ_i |masked_i|           nats a masked token
+
+and its standard error is that of a ratio, over questions. The validation loss is the mean of the ten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
+from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch, answer_positions
+from nara_diffusion.dllm.modes import evaluating
+from quality.text_data import Rows
+
+BINS = 10
+CENTRES = [(k + 0.5) / BINS for k in range(BINS)]
+SEED = 11  # of the masks
+BATCH = 512  # rows
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Attributes:
+    batches: masked rows, sorted by width.
+    bins: (2n,) the bin of each row, in the batches' order.
+    questions: (2n,) its question.
+    """
+
+    batches: list[MaskedBatch]
+    bins: torch.Tensor
+    questions: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BinnedLoss:
+    """Attributes: `losses` and their standard `errors`, ten each; `mean` of the losses; `mean_error` of that."""
+
+    losses: list[float]
+    errors: list[float]
+    mean: float
+    mean_error: float
+
+
+def validation_set(rows: Rows, mask_token_id: int) -> ValidationSet:
+    """The 2 n masked rows of `rows`."""
+    levels, masks = _draw(len(rows), rows.answer_length)  # (2n,), (2n, a)
+    source = torch.arange(len(rows)).repeat(2)
+    order = rows.prompt_lengths[source].argsort(stable=True)
+    batches = [_masked(rows, source[c], levels[c], masks[c], mask_token_id) for c in order.split(BATCH)]
+    bins = (levels[order] * BINS).long().clamp(max=BINS - 1)
+    return ValidationSet(batches, bins, source[order])
+
+
+def _draw(n: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """λ (2n,) and masks (2n, length); row n + i complements row i."""
+    generator = torch.Generator().manual_seed(SEED)
+    half, groups = BINS // 2, math.ceil(n / (BINS // 2))
+    index = torch.arange(n)
+    within = torch.stack([torch.randperm(groups, generator=generator) for _ in range(half)])  # (5, n / 5)
+    u = (within[index % half, index // half] + torch.rand(n, generator=generator)) / groups  # (n,) in its stratum
+    levels = ((index % half + u) / BINS).clamp(min=MIN_NOISE_LEVEL)  # (n,) in (0, 1/2)
+    masks = torch.zeros(n, length, dtype=torch.bool)
+    while (empty := ~masks.any(1) | masks.all(1)).any():
+        again = torch.rand(n, length, generator=generator) < levels[:, None]
+        masks[empty] = again[empty]
+    return torch.cat([levels, 1 - levels]), torch.cat([masks, ~masks])
+
+
+def _masked(rows: Rows, source: torch.Tensor, level: torch.Tensor, mask: torch.Tensor, mask_id: int) -> MaskedBatch:
+    batch = rows.batch(source)
+    input_ids, lengths = batch["input_ids"], batch["answer_lengths"]
+    answer = answer_positions(input_ids, batch["prompt_lengths"], answer_lengths=lengths)
+    masked = torch.zeros_like(answer).masked_scatter(answer, mask)
+    ends = batch["prompt_lengths"] + lengths
+    positions = torch.arange(input_ids.shape[1])
+    attention = None if bool((ends == input_ids.shape[1]).all()) else (positions < ends[:, None]).long()
+    return MaskedBatch(input_ids.masked_fill(masked, mask_id), input_ids, masked, answer, level, attention)
+
+
+@torch.no_grad()
+def binned_loss(
+    model: nn.Module, validation: ValidationSet, fed: Callable[[MaskedBatch], torch.Tensor] | None = None
+) -> BinnedLoss:
+    """The loss of `model` in each bin.
+
+    Args:
+        fed: the λ (b,) that the model is told for a batch; default the true one.
+    """
+    sums, counts = [], []
+    with evaluating(model):
+        for batch in validation.batches:
+            told = batch if fed is None else replace(batch, noise_level=fed(batch))
+            sums.append(masked_cross_entropy(model, told, logits="all").sum(1).double())
+            counts.append(batch.masked.sum(1).double())
+    return summarise(torch.cat(sums), torch.cat(counts), validation.bins, validation.questions)
+
+
+def summarise(total: torch.Tensor, count: torch.Tensor, bins: torch.Tensor, questions: torch.Tensor) -> BinnedLoss:
+    """Losses and standard errors from each row's summed loss and number of masked tokens; all (2n,)."""
+    losses, errors = [], []
+    influence = torch.zeros(int(questions.max()) + 1, dtype=torch.float64)  # of each question on the mean of the ten
+    for k in range(BINS):
+        chosen = bins == k
+        ratio = total[chosen].sum() / count[chosen].sum()
+        share = (total[chosen] - ratio * count[chosen]) / count[chosen].sum()  # of each row in the ratio's error
+        losses.append(ratio.item())
+        errors.append(share.square().sum().sqrt().item())
+        influence.index_add_(0, questions[chosen], share / BINS)
+    return BinnedLoss(losses, errors, sum(losses) / BINS, influence.square().sum().sqrt().item())
