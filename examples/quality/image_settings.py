@@ -36,7 +36,7 @@ def arguments(subject: str, method_arguments: dict[str, Any], seed: int, overrid
     unknown = sorted(values.keys() - DreamBoothArguments.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(
-            f"{', '.join(unknown)} is no argument of train_scripts/dreambooth_sdxl.py, whose arguments an image run has."
+            f"{', '.join(unknown)} is no argument of train_scripts/dreambooth_sdxl.py, which an image run has."
         )
     return DreamBoothArguments(**values)
 
