@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
-CORE_TYPES = ("hypernetwork", "constant", "identity")
+CORE_TYPES = ("hypernetwork", "constant", "identity", "rank_mask", "bins")
 NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -71,11 +71,12 @@ class NaraConfig(LoraConfig):
             update that depends on λ; the message names the option.
     """
 
-    core_type: Literal["hypernetwork", "constant", "identity"] = field(
+    core_type: Literal["hypernetwork", "constant", "identity", "rank_mask", "bins"] = field(
         default="hypernetwork",
         metadata={
             "help": "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), "
-            "'identity' is plain LoRA (C = I; no λ needed, may be merged)."
+            "'identity' is plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r "
+            "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ)."
         },
     )
     core_scale: float = field(default=0.1, metadata={"help": "η in C = I + η F(e(λ)); greater than 0."})
@@ -110,6 +111,16 @@ class NaraConfig(LoraConfig):
     fourier_scale: float = field(
         default=16.0, metadata={"help": "Standard deviation of the Fourier frequencies, in radians per unit of λ."}
     )
+    rank_mask_min: int | None = field(
+        default=None,
+        metadata={"help": "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r."},
+    )
+    core_bins: int = field(
+        default=5,
+        metadata={
+            "help": "For 'bins': the number K of equal bins of λ; r is the rank of all together, a multiple of K."
+        },
+    )
     mask_density_radius: int = field(
         default=4,
         metadata={"help": "Radius R, in tokens, of the neighbourhood whose masked share is the mask density."},
@@ -128,6 +139,7 @@ class NaraConfig(LoraConfig):
         if isinstance(self.core_hidden_dims, list):  # as JSON has it
             self.core_hidden_dims = tuple(self.core_hidden_dims)
         self._check_core_fields()
+        self._check_masks()
         if self.core_type != "identity":
             self._check_lora_fields()
 
@@ -143,7 +155,7 @@ class NaraConfig(LoraConfig):
         dims = self.core_hidden_dims
         if not isinstance(dims, tuple) or not dims or not all(_is_positive_int(dim) for dim in dims):
             raise ValueError(f"core_hidden_dims is {self.core_hidden_dims}: pass one positive integer a hidden layer.")
-        for name in ("noise_embedding_dim", "mask_density_radius"):
+        for name in ("noise_embedding_dim", "mask_density_radius", "core_bins"):
             if not _is_positive_int(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a positive integer.")
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
@@ -158,6 +170,21 @@ class NaraConfig(LoraConfig):
         if self.noise_convention is not None and not (isinstance(self.noise_convention, str) and self.noise_convention):
             raise ValueError(
                 f"noise_convention is {self.noise_convention!r}: pass the name of λ's definition, or None if unknown."
+            )
+
+    def _check_masks(self) -> None:
+        ranks = {self.r, *(self.rank_pattern or {}).values()}
+        least = self.rank_mask_min
+        if least is not None and (self.core_type != "rank_mask" or not _is_positive_int(least) or least > min(ranks)):
+            raise ValueError(
+                f"rank_mask_min is {least!r}, with core_type={self.core_type!r} and r={min(ranks)}: it is for "
+                "core_type='rank_mask', an integer from 1 to r, or None for half of r."
+            )
+        uneven = sorted(rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins)
+        if uneven:
+            raise ValueError(
+                f"r is {uneven[0]}, which {self.core_bins} bins cannot share evenly: with core_type='bins', r is the "
+                "rank of all bins together, so pass core_bins times the rank of one."
             )
 
     def _check_lora_fields(self) -> None:
@@ -177,6 +204,11 @@ class NaraConfig(LoraConfig):
             raise ValueError(
                 f"init_lora_weights is {init!r}, which NaRA does not know: use True, False or one of "
                 f"{', '.join(map(repr, _SUPPORTED_INITS))}."
+            )
+        if self.changes_base and self.core_type not in ("hypernetwork", "constant"):
+            raise ValueError(
+                f"init_lora_weights={init!r} needs C = I at step 0, which core_type={self.core_type!r} is not: use "
+                "init_lora_weights=True."
             )
         if self.changes_base and self.core_init == "kaiming":
             raise ValueError(

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from .channel import CoreChannel, Frame
 from .config import NaraConfig
-from .core import IdentityCore
-from .cores import build_core
+from .core_set import CoreSet, make_cores
 from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
 from .offload import KEEPS_COPY, beside_inputs, onload_cores
 from .recompute import checkpoint_with_core, checkpoint_without_core
 from .settings import check_not_fused, check_not_split
-from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_one_sample, on_device_of
+from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_one_sample
 
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
@@ -65,7 +64,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     def add(self, adapter_name: str, config: NaraConfig, ranks: dict[str, int], convention_stated: bool) -> None:
         """Make the cores of one adapter. `ranks`: group → the largest rank among its layers."""
-        self.cores[adapter_name] = nn.ModuleDict({group: build_core(config, rank) for group, rank in ranks.items()})
+        self.cores[adapter_name] = make_cores(config, ranks)
         self.r[adapter_name] = max(ranks.values(), default=config.r)
         self.density_radius[adapter_name] = config.mask_density_radius
         self.convention[adapter_name] = config.noise_convention
@@ -96,8 +95,8 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         names = active_adapter_names(self.channel) or self.active_adapters
         return [name for name in dict.fromkeys(names) if name in self.cores and name not in self.merged_adapters]
 
-    def _cores_of(self, names: list[str]) -> list[Any]:
-        return [core for name in names for core in self.cores[name].values()]  # type: ignore[operator]
+    def _cores_of(self, names: list[str]) -> list[CoreSet]:
+        return [self.cores[name] for name in names]  # type: ignore[misc]
 
     def depend_on_noise(self, names: list[str]) -> bool:
         """Whether a core of the named adapters needs λ."""
@@ -109,8 +108,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     @property
     def density_radii(self) -> set[int]:
-        names = [name for name in self._serving() if any(core.needs_density for core in self._cores_of([name]))]
-        return {self.density_radius[name] for name in names}
+        return {self.density_radius[name] for name in self._serving() if self.cores[name].needs_density}
 
     # ------------------------------------------------------------------ C(λ)
 
@@ -120,14 +118,8 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     def cores_at(self, signals: NoiseSignals | None, names: list[str]) -> dict[tuple[str, str], Tensor]:
         """The frame (adapter, group) → C (b or 1, r, r) of the named adapters; identities are left out."""
-        frame = {}
-        for name in names:
-            rows = self._rows(name, signals)
-            for group, core in self.cores[name].items():  # type: ignore[operator]
-                if isinstance(core, IdentityCore):
-                    continue
-                frame[name, group] = core(*on_device_of(core, rows)) if core.needs_noise else core()
-        return frame
+        found = {name: self.cores[name].at(self._rows(name, signals)) for name in names}  # type: ignore[operator]
+        return {(name, group): core for name, cores in found.items() for group, core in cores.items()}
 
     def _rows(self, adapter_name: str, signals: NoiseSignals | None) -> NoiseSignals | None:
         """The signals of those samples that `adapter_name` serves, under PEFT's `adapter_names`."""
@@ -200,8 +192,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if signals is not None:
             self.merged_signals = signals
             self.merge(adapter_names=[adapter_name])
-        core = self.cores[adapter_name][group]  # type: ignore[index]
-        return core(*on_device_of(core, signals)) if core.needs_noise else core()
+        return self.cores[adapter_name].matrix(group, signals)  # type: ignore[operator]
 
     # ------------------------------------------------------------------ the root's forward
 

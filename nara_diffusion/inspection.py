@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from .holder import on_device_of
+from .core_set import CoreSet
 from .noise import as_signals, core_holders
 from .offload import onloaded_cores
 
@@ -31,17 +29,16 @@ def core_matrix(
     """
     cores = _cores_of(model, adapter_name)
     if len(cores) == 1 and module is None:
-        (core,) = cores.values()
+        (group,) = cores
     else:
-        core = cores[_group_of(model, module, adapter_name, list(cores))]
-    if core.needs_density and mask_density is None:
+        group = _group_of(model, module, adapter_name, list(cores))
+    if cores.needs_density and mask_density is None:
         raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")
     with onloaded_cores(model):
-        return core(*on_device_of(core, as_signals(noise_level, mask_density)))
+        return cores.matrix(group, as_signals(noise_level, mask_density))
 
 
-def _cores_of(model: nn.Module, adapter_name: str) -> Any:
-    """group → core."""
+def _cores_of(model: nn.Module, adapter_name: str) -> CoreSet:
     holders = core_holders(model)
     found = [holder.cores[adapter_name] for holder in holders if adapter_name in holder.cores]
     if not found:

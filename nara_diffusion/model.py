@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint import check_adapter_tensors, refuse_name_in_key
 from .config import NaraConfig
-from .cores import build_core
+from .core_set import core_group, core_tensors
 from .denoisers import denoiser_of
 from .holder import HOLDER_NAME, CoreHolder
 from .injection import Injection, drop_idle_holder, without_holder
@@ -89,7 +88,7 @@ class NaraModel(MergesAtOneLevel):
     def _create_and_replace(  # type: ignore[override]
         self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
-        group = core_group(lora_config.core_sharing, current_key)
+        group = core_group(lora_config, current_key, lora_config.r)
         refuse_name_in_key(f"{_PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
         if lora_config.core_type != "identity":
             check_target(target, lora_config.use_dora, current_key)
@@ -101,7 +100,9 @@ class NaraModel(MergesAtOneLevel):
         injecting = self._injecting
         assert injecting is not None
         injecting.layers.append((parent, target_name, layer))
-        injecting.ranks[group] = max(layer.r[adapter_name], injecting.ranks.get(group, 0))
+        rank = layer.r[adapter_name]  # by rank_pattern
+        group = core_group(lora_config, current_key, rank)
+        injecting.ranks[group] = max(rank, injecting.ranks.get(group, 0))
         if lora_config.core_type != "identity":
             rule = rule_for(layer, lora_config.use_dora, current_key)
             holder = injecting.holder
@@ -116,9 +117,8 @@ class NaraModel(MergesAtOneLevel):
                 model.state_dict(), _get_tuner_state_dict_key_prefixes(model)
             ):
                 refuse_name_in_key(f"{_PEFT_PREFIX}{key}", {adapter_name})
-            with torch.device("meta"):
-                core = build_core(config, rank=1)
-            parts = (HOLDER_NAME, "cores", *core.state_dict(), "lora_A", "lora_B", "weight", "bias")
+            core = core_tensors(config, {"global": config.r})
+            parts = (HOLDER_NAME, "cores", *core, "lora_A", "lora_B", "weight", "bias")
             refuse_name_in_key(".".join(parts), others)
 
     # ------------------------------------------------------------------ unloading
@@ -249,14 +249,3 @@ class NaraModel(MergesAtOneLevel):
             mapped[key.removeprefix(_PEFT_PREFIX)] = mapped.pop(key)
         check_adapter_tensors(mapped, expected, present, f"{HOLDER_NAME}.cores.{adapter_name}.")
         return mapped
-
-
-def core_group(sharing: str, module_name: str) -> str:
-    """The name of the core that an adapted module reads: one for all, one for modules of its name, or its own."""
-    if sharing == "global":
-        return "global"
-    if sharing == "module_type":
-        group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
-    else:
-        group = module_name.replace(".", "-")
-    return f"{group}_" if hasattr(nn.ModuleDict, group) else group

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import NaraConfig
+from .cores import needs_noise
 from .noise import NoiseSignals, NoiseSource
 from .offload import compute_device
 
@@ -61,7 +62,7 @@ def with_convention(config: NaraConfig, source: NoiseSource | None, adapter_name
         ValueError: it names another.
     """
     check_convention(source, adapter_name, config.noise_convention)
-    if config.core_type != "hypernetwork" or config.noise_convention is not None or source is None:
+    if config.noise_convention is not None or source is None or not needs_noise(config):
         return config
     config = copy(config)  # the caller's may serve several models
     config.noise_convention = getattr(source, "convention", None)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from nara_diffusion.checkpoint import check_adapter_tensors
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores import build_core
+from nara_diffusion.core_set import core_group, core_tensors
+from nara_diffusion.cores import needs_noise
 from nara_diffusion.denoisers import denoiser_of
 from nara_diffusion.holder import HOLDER_NAME
-from nara_diffusion.model import core_group
 from nara_diffusion.signals import with_convention
 
 from .format import AdapterPart, is_core_key
@@ -54,10 +54,10 @@ def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name
 
 def check_storable(config: NaraConfig, component: str) -> None:
     """Raises ValueError for what cannot run in `component`, or changes it so that unloading could not give it back."""
-    if component.startswith(TEXT_ENCODER) and config.core_type == "hypernetwork":
+    if component.startswith(TEXT_ENCODER) and needs_noise(config):
         raise ValueError(
-            f"The adapter of {component} has core_type='hypernetwork', but text encoders run before there is a λ: use "
-            'NaraConfig(core_type="identity", …) there.'
+            f"The adapter of {component} has core_type={config.core_type!r}, but text encoders run before there is a "
+            'λ: use NaraConfig(core_type="identity", …) there.'
         )
     for field in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         if getattr(config, field, None):
@@ -84,13 +84,10 @@ def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor]:
         rank = rank_of(config, name)
         shapes = _shapes(_base_layer(modules[name]), rank, config)
         expected |= {f"{name}.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
-        group = core_group(config.core_sharing, name)
+        group = core_group(config, name, rank)
         groups[group] = max(rank, groups.get(group, 0))
-    with torch.device("meta"):
-        for group, rank in groups.items():
-            core = build_core(config, rank).state_dict()
-            expected |= {f"{HOLDER_NAME}.{group}.{key}": tensor for key, tensor in core.items()}
-    return expected
+    core = core_tensors(config, groups)
+    return expected | {f"{HOLDER_NAME}.{key}": tensor for key, tensor in core.items()}
 
 
 def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, ...]]:

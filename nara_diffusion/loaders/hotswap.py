@@ -16,7 +16,7 @@ from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotsw
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores import build_core
+from nara_diffusion.cores import build_core, is_tied_to_rank
 from nara_diffusion.holder import HOLDER_NAME, CoreHolder
 from nara_diffusion.signals import with_convention
 
@@ -32,6 +32,8 @@ _HAS_TO_AGREE = (
     "core_hidden_dims",
     "core_input",
     "core_sharing",
+    "rank_mask_min",
+    "core_bins",
     "noise_embedding",
     "noise_embedding_dim",
     "mask_density_radius",
@@ -56,9 +58,19 @@ def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
     target, own = request["target_rank"], max(layer.r[adapter_name] for layer in _layers(model, adapter_name).values())
     if own > target:
         raise ValueError(f"enable_lora_hotswap was given target_rank={target}, but this adapter has rank {own}.")
+    for name, config in nara_adapters_of(model).items():
+        _check_enlargeable(name, config, target)
     prepare_model_for_compiled_hotswap(model, **request)
     enlarge_cores(model, target)
     setattr(model, REQUEST, None)
+
+
+def _check_enlargeable(adapter_name: str, config: NaraConfig, target: int) -> None:
+    if is_tied_to_rank(config) and {config.r, *(config.rank_pattern or {}).values()} != {target}:
+        raise ValueError(
+            f"enable_lora_hotswap was given target_rank={target}, but adapter '{adapter_name}' has "
+            f"core_type={config.core_type!r}, whose C belongs to its rank {config.r}: pass target_rank={config.r}."
+        )
 
 
 def enlarge_cores(model: nn.Module, rank: int) -> None:
@@ -98,6 +110,11 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
                 f"{field} is {getattr(part.config, field)!r} in the new adapter, and {getattr(old, field)!r} in "
                 f"'{adapter_name}' of {component}, whose modules hotswap keeps: {_REMEDY}"
             )
+    if is_tied_to_rank(old) and (old.r, old.rank_pattern) != (part.config.r, part.config.rank_pattern):
+        raise ValueError(
+            f"The new adapter has rank {part.config.r}, and '{adapter_name}' of {component} rank {old.r}, to which C "
+            f"of core_type={old.core_type!r} belongs: {_REMEDY}"
+        )
     check_part(model, component, part, adapter_name)
     there = part_of(model, adapter_name).tensors
     if there.keys() != part.tensors.keys():

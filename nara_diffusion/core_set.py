@@ -1,0 +1,66 @@
+"""The cores of one adapter, and which layers read which of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import NaraConfig
+from .core import IdentityCore
+from .cores import build_core, is_tied_to_rank
+from .noise import NoiseSignals
+from .signals import on_device_of
+
+
+class CoreSet(nn.ModuleDict):
+    """Group of layers → its core; made by `make_cores`."""
+
+    @property
+    def needs_noise(self) -> bool:
+        return any(bool(core.needs_noise) for core in self.values())
+
+    @property
+    def needs_density(self) -> bool:
+        return any(bool(core.needs_density) for core in self.values())
+
+    def at(self, signals: NoiseSignals | None) -> dict[str, Tensor]:
+        """Group of layers → C (b or 1, r, r); identities are left out."""
+        return {
+            group: self.matrix(group, signals) for group, core in self.items() if not isinstance(core, IdentityCore)
+        }
+
+    def matrix(self, group: str, signals: NoiseSignals | None) -> Tensor:
+        """C (b or 1, r, r) of one group."""
+        core: Any = self[group]
+        return core(*on_device_of(core, signals)) if core.needs_noise else core()
+
+
+def make_cores(config: NaraConfig, ranks: dict[str, int]) -> CoreSet:
+    """The cores that `config` describes. `ranks`: group → the largest rank among its layers."""
+    return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
+
+
+def core_group(config: NaraConfig, module_name: str, rank: int) -> str:
+    """The name of the core that an adapted module of this rank reads.
+
+    By `core_sharing` it is one for all, one for modules of its name, or the module's own; where C has no parameters
+    to share, but depends on the rank, it is that of all modules of this rank.
+    """
+    if is_tied_to_rank(config):
+        return f"rank-{rank}"
+    if config.core_sharing == "global":
+        return "global"
+    if config.core_sharing == "module_type":
+        group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
+    else:
+        group = module_name.replace(".", "-")
+    return f"{group}_" if hasattr(CoreSet, group) else group
+
+
+def core_tensors(config: NaraConfig, ranks: dict[str, int]) -> dict[str, Tensor]:
+    """Name → a tensor, without values, of what is saved of those cores."""
+    with torch.device("meta"):
+        return make_cores(config, ranks).state_dict()

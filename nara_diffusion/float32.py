@@ -1,0 +1,47 @@
+"""Modules that store and compute in float32, whatever the model around them does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Float32Module(nn.Module):
+    """A module whose floating-point tensors follow `.to(device)` but never leave float32.
+
+    `model.to(bfloat16)` would move C − I by five per cent, so a change of dtype reaches only the device.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Dense(Float32Module):
+    """y = x Wᵀ + b in float32, zero until `reset`.
+
+    Not an `nn.Linear`, so that quantisers, casters and "all-linear" pass it by.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=torch.float32))
+
+    def reset(self, zero: bool) -> None:
+        """Zero weight, or Kaiming-uniform with a = √5; the bias is zero in both cases (paper, appendix)."""
+        nn.init.zeros_(self.bias)
+        if zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.float(), self.bias.float())
