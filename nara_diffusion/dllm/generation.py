@@ -37,6 +37,7 @@ from nara_diffusion.dllm.modes import evaluating, without_ddp
 from nara_diffusion.dllm.prompts import Canvas, place_prompts
 from nara_diffusion.dllm.remasking import RowRandom, above, confidence_of, highest, sample_tokens
 from nara_diffusion.dllm.sampling import Sampling
+from nara_diffusion.dllm.virtual_tokens import of_text
 
 
 @dataclass(frozen=True)
@@ -252,9 +253,11 @@ class _State:
         share = self.masked[rows].float().mean(1)  # λ of each
         padding = {} if self.attention_mask is None else {"attention_mask": self.attention_mask[rows]}
         conditions = conditioned(self.model, share, masked=masked, answer=self.answer[rows])
-        with conditions, logits_at(self.model, positions) as selected:
+        length = sequences.shape[1]
+        with conditions, logits_at(self.model, positions, length) as selected:
             logits = logits_of(self.model(sequences, **padding))
         if not selected:
+            logits = of_text(self.model, logits, length)
             logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
         return logits.clone()
 

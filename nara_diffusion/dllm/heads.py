@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from nara_diffusion.dllm.virtual_tokens import of_text, virtual_tokens
 from nara_diffusion.noise import find_holders
 from nara_diffusion.recompute import CheckpointWithCore
 
@@ -45,8 +46,9 @@ def position_limit(model: nn.Module) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-            return module.num_embeddings - reserved
-    return getattr(getattr(language_model(model), "config", None), "max_position_embeddings", None)
+            return module.num_embeddings - reserved - virtual_tokens(model)
+    limit = getattr(getattr(language_model(model), "config", None), "max_position_embeddings", None)
+    return None if limit is None else limit - virtual_tokens(model)
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
@@ -77,8 +79,8 @@ def _hidden_states(args: tuple, rows: int) -> torch.Tensor:
 
 
 @contextmanager
-def logits_at(model: nn.Module, positions: torch.Tensor) -> Iterator[bool]:
-    """Within, a forward of `model` returns logits (b, k, v) for `positions` (b, k).
+def logits_at(model: nn.Module, positions: torch.Tensor, length: int) -> Iterator[bool]:
+    """Within, a forward of `model` on `length` tokens returns logits (b, k, v) for `positions` (b, k) among them.
 
     Yields False, and changes nothing, where the head can't be reached.
     """
@@ -91,7 +93,7 @@ def logits_at(model: nn.Module, positions: torch.Tensor) -> Iterator[bool]:
     def select(module: nn.Module, args: tuple) -> tuple | None:
         if threading.get_ident() != thread:
             return None
-        hidden = _hidden_states(args, len(positions))  # (b, l, d)
+        hidden = of_text(model, _hidden_states(args, len(positions)), length)  # (b, l, d)
         index = positions[..., None].expand(-1, -1, hidden.shape[-1])  # (b, k, d)
         return (hidden.gather(1, index), *args[1:])
 
@@ -122,7 +124,7 @@ def cross_entropy_in_head(
     def keep_hidden(module: nn.Module, args: tuple) -> tuple | None:
         if threading.get_ident() != thread:
             return None
-        hidden_states.append(_hidden_states(args, len(masked)))
+        hidden_states.append(of_text(model, _hidden_states(args, len(masked)), masked.shape[1]))
         return (args[0][:, :1], *args[1:])  # the head's own call is for the sake of other hooks: let it cost nothing
 
     def replace_logits(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:

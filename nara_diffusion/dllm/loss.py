@@ -17,6 +17,7 @@ from torch import nn
 from nara_diffusion.dllm.conditioning import conditioned
 from nara_diffusion.dllm.heads import cross_entropy_in_head, head_of, language_model, token_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
+from nara_diffusion.dllm.virtual_tokens import of_text
 
 LOGITS = ("masked", "all")
 
@@ -120,7 +121,7 @@ def masked_cross_entropy(
     head = head_of(model) if logits == "masked" else None
     with conditioned(model, batch.noise_level, masked=batch.masked, answer=batch.answer):
         if head is None:
-            output = logits_of(model(batch.input_ids, **padding))  # (b, l, v)
+            output = of_text(model, logits_of(model(batch.input_ids, **padding)), batch.masked.shape[1])  # (b, l, v)
             return token_cross_entropy(output, batch.targets) * batch.masked
         with cross_entropy_in_head(model, head, batch.targets, batch.masked, chunk_size=chunk_size):
             output = logits_of(model(batch.input_ids, **padding))  # (b, l, 1)

@@ -6,56 +6,57 @@ import difflib
 import warnings
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from nara_diffusion import NaraConfig
+from nara_diffusion.training.adapter_configs import ALL_LINEAR, CORE_ARGUMENTS, adapter_config
+from nara_diffusion.training.methods import method_of
 
-ALL_LINEAR = "all-linear"
-
-# arguments whose name in NaraConfig is their own; a test keeps this complete
-CORE_ARGUMENTS = (
-    "core_type",
-    "core_scale",
-    "core_hidden_dims",
-    "core_init",
-    "core_input",
-    "core_sharing",
-    "noise_embedding",
-    "noise_embedding_dim",
-    "fourier_scale",
-    "mask_density_radius",
-)
+__all__ = ["ALL_LINEAR", "CORE_ARGUMENTS", "adapter_config", "add_adapter", "build_adapter", "check_target_modules"]
 
 
-def adapter_config(args: Any, **fields: Any) -> NaraConfig:
-    """The NaraConfig that `args` (an AdapterArguments) describe; `fields` are further ones, such as task_type."""
-    core = {name: getattr(args, name) for name in CORE_ARGUMENTS}
-    core["core_hidden_dims"] = tuple(core["core_hidden_dims"])
-    return NaraConfig(
-        r=args.rank,
-        lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        use_rslora=args.use_rslora,
-        use_dora=args.use_dora,
-        target_modules=ALL_LINEAR if args.target_modules == [ALL_LINEAR] else list(args.target_modules),
-        **core,
-        **fields,
-    )
+def build_adapter(
+    model: PreTrainedModel,
+    args: Any,
+    *,
+    total_steps: int | None = None,
+    noise_convention: str | None = "masked_share",
+) -> nn.Module:
+    """The language model `model` as `--adapter` fine-tunes it: what is trainable requires a gradient, all else doesn't.
+
+    Args:
+        args: an AdapterArguments.
+        total_steps: optimizer steps of the training; AdaLoRA needs them.
+        noise_convention: how λ is defined, for adapters that depend on it.
+
+    Returns:
+        A PeftModel around `model`, or `model` itself with all its weights trainable (`adapter` "full").
+
+    Raises:
+        ValueError: a name in `target_modules` matches nothing, or a module that the method can't adapt.
+    """
+    options: dict[str, Any] = {}
+    if method_of(args).family == "prompt":
+        # what PEFT prepends the tokens in; encoders have no `generate`
+        options["task_type"] = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
+    config = adapter_config(args, noise_convention=noise_convention, total_steps=total_steps, **options)
+    return model.requires_grad_(True) if config is None else add_adapter(model, config)
 
 
-def add_adapter(model: PreTrainedModel, config: NaraConfig) -> PeftModel:
-    """`model` with the adapter, whose A, B and core alone are trainable.
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """`model` with the adapter, whose own weights alone are trainable.
 
     Raises:
         ValueError: a name in `target_modules` matches nothing; the message names modules that would.
     """
-    check_target_modules(model, config.target_modules)
+    check_target_modules(model, getattr(config, "target_modules", ALL_LINEAR))
     with warnings.catch_warnings():
         # PEFT 0.21 asks by a name that transformers deprecated in 5.24
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.training.cli import option
+from nara_diffusion.training.methods import METHODS, check_method
 
 
 def core_option(name: str, unit: str = "") -> Any:
@@ -24,6 +25,7 @@ def core_option(name: str, unit: str = "") -> Any:
 class AdapterArguments:
     """Adapter"""
 
+    adapter: str = option("nara", "How to fine-tune: NaRA, a method of PEFT, or all weights.", choices=tuple(METHODS))
     rank: int = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")
     lora_alpha: float | None = option(
         None, "The update is scaled by lora_alpha / rank; none means rank, so by 1 as in the paper."
@@ -34,12 +36,20 @@ class AdapterArguments:
         ["q_proj", "k_proj", "v_proj", "o_proj"], "Names of the modules to adapt, or all-linear."
     )
     use_dora: bool = option(False, "NaRA-DoRA: learn the norm of each output row beside the update.")
+    num_virtual_tokens: int = option(20, "Of prompt_tuning and p_tuning: what is put before each text.", unit="tokens")
+    adapter_options: list[str] | None = option(
+        None,
+        "Further fields of PEFT's configuration of the adapter, each NAME=VALUE: init_r=12, oft_block_size=16, ….",
+        sentences=True,
+    )
     core_type: str = core_option("core_type")
     core_scale: float = core_option("core_scale")
     core_hidden_dims: list[int] = core_option("core_hidden_dims", unit="features")
     core_init: str = core_option("core_init")
     core_input: str = core_option("core_input")
     core_sharing: str = core_option("core_sharing")
+    rank_mask_min: int | None = core_option("rank_mask_min", unit="directions")
+    core_bins: int = core_option("core_bins", unit="bins")
     noise_embedding: str = core_option("noise_embedding")
     noise_embedding_dim: int = core_option("noise_embedding_dim", unit="features")
     fourier_scale: float = core_option("fourier_scale", unit="radians per unit of λ")
@@ -131,7 +141,15 @@ def check_arguments(args: Any) -> None:
     Raises:
         ValueError: naming the argument, its value and what it may be.
     """
-    for name in ("rank", "train_batch_size", "gradient_accumulation_steps", "logging_steps", "lr_num_cycles"):
+    check_method(args)
+    for name in (
+        "rank",
+        "num_virtual_tokens",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "logging_steps",
+        "lr_num_cycles",
+    ):
         require(args, name, getattr(args, name) >= 1, "at least 1")
     for name in ("max_train_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
         value = getattr(args, name)
