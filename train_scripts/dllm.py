@@ -171,7 +171,7 @@ def main(args: Arguments) -> dict[str, Any]:
 
     # Train
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
-    optimizer = build_optimizer(model, args, run.accelerator.num_processes)
+    optimizer = build_optimizer(model, args, run.accelerator.num_processes, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
     stream = ShuffledStream(train_rows, args.seed)
     loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)

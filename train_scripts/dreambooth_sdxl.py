@@ -144,7 +144,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
         read_checkpoint(model, run.checkpoint)
 
     # Train
-    optimizer = build_optimizer(model, args, run.accelerator.num_processes)
+    optimizer = build_optimizer(model, args, run.accelerator.num_processes, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
     loader = stream_loader(dataset, collate_draws, **batches, num_workers=args.dataloader_num_workers)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)

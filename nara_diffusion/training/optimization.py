@@ -17,12 +17,13 @@ TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
 logger = logging.getLogger(__name__)
 
 
-def build_optimizer(model: nn.Module, args: Any, processes: int = 1) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args: Any, processes: int = 1, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer over what is trainable, in groups "adapter" (learning_rate), "core" (core_learning_rate) and
     "text_encoder" (text_encoder_lr, of a script that has it), those of them that aren't empty.
 
     Args:
         processes: how many train together, for --scale_lr.
+        fused: let AdamW update all parameters in one call; see `Run.fuses_optimizer` for where that is right.
 
     Raises:
         ValueError: nothing in `model` is trainable; `core_start_step` is set and there is no core; the optimizer's
@@ -41,7 +42,7 @@ def build_optimizer(model: nn.Module, args: Any, processes: int = 1) -> torch.op
         return _prodigy(groups, args, options)
     if args.use_8bit_adam:
         return _package("bitsandbytes", "use_8bit_adam").optim.AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=fused or None)  # None lets PyTorch choose among the others
 
 
 def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:

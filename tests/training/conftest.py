@@ -85,7 +85,7 @@ def small_run(tiny_llama) -> Callable[..., SmallRun]:
         model = add_adapter(backbone, adapter_config(args))
         if run.checkpoint:
             load_adapter_weights(model, run.checkpoint)
-        optimizer = build_optimizer(model, args)
+        optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
         scheduler = build_scheduler(optimizer, args, args.max_train_steps)
         loader = stream_loader(
             ShuffledStream(samples, args.seed),

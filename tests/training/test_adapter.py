@@ -151,6 +151,21 @@ def test_scale_lr_multiplies_every_rate_by_the_global_batch(small_args) -> None:
     assert rates == pytest.approx([0.3, 3e-3, 0.3])
 
 
+def test_fused_adam_takes_the_steps_of_adam(small_args) -> None:
+    weights = {}
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = TextModel()
+        optimizer = build_optimizer(model, small_args(weight_decay=0.1), fused=fused)
+        assert {group["fused"] for group in optimizer.param_groups} == {True if fused else None}
+        for step in range(3):
+            optimizer.zero_grad()
+            sum((step - parameter).square().sum() for parameter in model.parameters()).backward()
+            optimizer.step()
+        weights[fused] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(weights[True], weights[False], rtol=1e-6, atol=1e-7)
+
+
 def test_eight_bit_adam_takes_the_steps_of_adam(small_args) -> None:
     pytest.importorskip("bitsandbytes")
     small, weights = TextModel(), {}

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate import tracking
 
@@ -121,3 +122,10 @@ def test_trackers_get_the_folder_the_arguments_and_every_line(small_args, small_
     assert made[0].folder == str(folder)
     assert (made[0].config["rank"], made[0].config["core_hidden_dims"]) == (3, "5,7")
     assert made[0].lines == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_optimizer_is_fused_where_no_scaler_tells_skipped_steps_by_their_calls(small_args) -> None:
+    run = start_run(small_args(), "small")
+    assert run.fuses_optimizer
+    run.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert not run.fuses_optimizer
