@@ -3,7 +3,7 @@
     log p(x | prompt)  ≥  − E_{k ~ U{1 … n}}  E_{masks of k tokens}  (n / k) Σ_{j masked} − log p(x_j | masked x)
 
 Drawing the number of masked tokens, k, has less variance than drawing a probability, and k is stratified: sample s of S
-takes k from the s-th part of {1 … n}. Where n tokens have no more than S masks, 2ⁿ − 1 ≤ S, all of them are run instead,
+takes k from the s-th part of {1 … n}. Where n tokens have no more than S masks, 2ⁿ − 1 ≤ S, all of them are run,
 each by its weight 1 / (n · C(n, k)): no randomness is left. The model is told λ = k / n.
 """
 

@@ -1,0 +1,18 @@
+"""Published benchmarks for masked-diffusion language models, by lm-evaluation-harness (lm-eval).
+
+    nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_math
+
+| module           | what is in it                                                                      |
+|------------------|------------------------------------------------------------------------------------|
+| `command`        | the command: registers the model class, adds this package's tasks, runs lm-eval's  |
+| `model`          | `NaraDLLM`, lm-eval's interface: generation and likelihood, λ told at each forward |
+| `loading`        | --model_args → model, tokenizer, adapter                                           |
+| `prompts`        | texts → token ids, by the rules that training used                                 |
+| `generation`     | gen_kwargs of a task, of the command and of the model → arguments of `generate`    |
+| `llm_adapters`   | the paper's sixteen test sets in the form of LLM-Adapters: data and scoring        |
+| `code_tasks`     | HumanEval and MBPP: prompts, extraction, pass@1                                     |
+| `execution`      | runs a program in a process of its own with limits                                 |
+| `tasks/`         | the task files                                                                     |
+
+Needs the extra `eval`. Nothing else in the package imports lm-eval.
+"""

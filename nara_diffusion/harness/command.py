@@ -1,0 +1,90 @@
+"""The command `nara-eval`: lm-eval's, with the model class nara_dllm and this package's tasks.
+
+It takes lm-eval's subcommands and flags. Left out, --model is nara_dllm, and run is the subcommand:
+
+    nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_gsm8k
+    nara-eval ls tasks
+    accelerate launch -m nara_diffusion.harness.command --model_args … --tasks …     # all GPUs
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TASKS = Path(__file__).parent / "tasks"
+MODEL = "nara_dllm"
+SUBCOMMANDS = ("run", "ls", "validate")
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs lm-eval's command on `argv`; None takes the program's own.
+
+    Exits with a message, and without a traceback, on what the user can mend; LMEVAL_LOG_LEVEL=DEBUG shows it.
+    """
+    try:
+        from lm_eval._cli import HarnessCLI
+        from lm_eval.utils import setup_logging
+    except ImportError:
+        sys.exit("nara-eval needs lm-eval: pip install 'nara-diffusion[eval]'")
+    setup_logging()
+    register()
+    with _program(["nara-eval", *with_defaults(sys.argv[1:] if argv is None else list(argv))]):
+        command = HarnessCLI()
+        args = adjusted(command.parse_args())
+        try:
+            command.execute(args)
+        except (ValueError, OSError, KeyError) as error:
+            if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
+                raise
+            sys.exit(f"nara-eval: {error.args[0] if isinstance(error, KeyError) else error}")
+
+
+def register() -> None:
+    """Makes `--model nara_dllm` known to lm-eval; harmless twice."""
+    from lm_eval.api.registry import model_registry
+
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="nara_diffusion.harness.model:NaraDLLM")
+
+
+def with_defaults(argv: list[str]) -> list[str]:
+    """`argv` with its subcommand, and with --model, where they are left out."""
+    if not argv or argv[0] in ("-h", "--help") or argv[0] in SUBCOMMANDS[1:]:
+        return argv
+    flags = argv[1:] if argv[0] == "run" else argv
+    names = {flag.partition("=")[0] for flag in flags}
+    given = names & {"--model", "-M", "--config", "-C", "-h", "--help"}
+    return ["run", *([] if given else ["--model", MODEL]), *flags]
+
+
+def adjusted(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with this package's task files beside lm-eval's and those of --include_path, and a device that exists."""
+    if hasattr(args, "include_path"):
+        own: Any = args.include_path
+        args.include_path = [str(TASKS), *([] if own is None else [own])]
+    if getattr(args, "device", "") is None and args.model == MODEL:
+        args.device = "auto"  # lm-eval's default is cuda:0, wherever it runs
+    return args
+
+
+@contextmanager
+def _program(argv: list[str]) -> Iterator[None]:
+    """lm-eval reads sys.argv, and changes it."""
+    before, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""How an answer is generated: gen_kwargs of a request as arguments of `nara_diffusion.dllm.generate`.
+
+lm-eval merges --gen_kwargs into what a task file says, and hands the result over with each request.
+
+| `generate`             | in gen_kwargs                             | default        |
+|------------------------|-------------------------------------------|----------------|
+| `gen_length`           | gen_length, else max_gen_toks             | 256            |
+| `steps`                | steps                                     | one a token    |
+| `block_length`         | block_length                              | one block      |
+| `temperature`          | temperature, unless do_sample is false    | 0              |
+| `cfg_scale`            | cfg_scale                                 | 0              |
+| `remasking`            | remasking                                 | low_confidence |
+| `confidence_threshold` | confidence_threshold                      | none           |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SETTINGS = ("gen_length", "steps", "block_length", "temperature", "cfg_scale", "remasking", "confidence_threshold")
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first wins
+DEFAULT_LENGTH = 256
+
+# What task files say to samplers of autoregressive models, and the values at which it changes nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_p": (None, 1),
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0),
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1),
+}
+
+
+@dataclass(frozen=True)
+class HowToAnswer:
+    """Attributes:
+    until: texts at whose first occurrence an answer ends.
+    sampling: arguments of `nara_diffusion.dllm.generate`, as pairs in their order, so that equal ones compare equal.
+    """
+
+    until: tuple[str, ...]
+    sampling: tuple[tuple[str, Any], ...]
+
+
+def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> HowToAnswer:
+    """What a request asks for.
+
+    Raises:
+        ValueError: a setting that the sampler of masked diffusion has no counterpart of, or one that is no number.
+    """
+    given = dict(gen_kwargs)
+    until = given.pop("until", None) or []
+    lengths = [given.pop(name, None) for name in LENGTHS]
+    is_greedy = given.pop("do_sample", None) is False or not given.get("temperature")
+    others = {name: given.pop(name) for name in _NEUTRAL if name in given}
+    wrong = [name for name, value in others.items() if not is_greedy and value not in _NEUTRAL[name]]
+    if wrong:
+        raise ValueError(
+            f"gen_kwargs has {wrong[0]}={others[wrong[0]]}, and the sampler of masked diffusion has no such setting: "
+            f"override it with --gen_kwargs {wrong[0]}={_NEUTRAL[wrong[0]][-1]}"
+        )
+    unknown = sorted(given.keys() - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"gen_kwargs has {', '.join(unknown)}; the sampler's settings are {', '.join(SETTINGS)}")
+    sampling = {name: _converted(name, value) for name, value in given.items() if value is not None}
+    if is_greedy:
+        sampling["temperature"] = 0.0
+    if "gen_length" not in sampling:
+        sampling["gen_length"] = int(next((length for length in lengths if length is not None), DEFAULT_LENGTH))
+    return HowToAnswer((until,) if isinstance(until, str) else tuple(until), tuple(sorted(sampling.items())))
+
+
+def _converted(name: str, value: Any) -> Any:
+    kind = {"gen_length": int, "steps": int, "block_length": int, "remasking": str}.get(name, float)
+    if isinstance(value, bool) or isinstance(value, str) is not (kind is str) or (kind is int and value != int(value)):
+        expected = {int: "a whole number", float: "a number", str: "a word"}[kind]
+        raise ValueError(f"gen_kwargs has {name}={value!r}, expected {expected}")
+    return kind(value)
+
+
+def cut(text: str, until: tuple[str, ...]) -> str:
+    """`text` up to the first of `until`."""
+    places = [text.find(stop) for stop in until if stop]
+    return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -1,0 +1,116 @@
+"""--model_args as a model, its tokenizer and its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
+from nara_diffusion.dllm import load_backbone
+
+# Arguments of `load_backbone` that make sense on a command line.
+BACKBONE_ARGUMENTS = (
+    "mask_token",
+    "mask_token_id",
+    "shift_logits",
+    "trust_remote_code",
+    "attn_implementation",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "subfolder",
+    "cache_dir",
+    "local_files_only",
+    "token",
+)
+
+MASKED_SHARE = "masked_share"  # the name of λ's definition for masked language models
+
+
+def load_model(
+    pretrained: str | None,
+    peft: str | None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+    revision: str | None = None,
+    peft_revision: str | None = None,
+    **backbone: Any,
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The model in evaluation mode on its device, with its adapter active.
+
+    Args:
+        pretrained: folder or repository of the model; None takes the one that the adapter names.
+        peft: folder or repository of an adapter of any kind that PEFT loads, NaRA among them.
+        device: where the model goes, unless device_map says it. None: a GPU if there is one.
+        dtype: of the weights, such as bfloat16; "auto" is the checkpoint's.
+        **backbone: of `BACKBONE_ARGUMENTS`.
+
+    Raises:
+        ValueError: neither is given, an unknown argument or dtype, an adapter of another kind of λ; else as
+            `load_backbone`.
+    """
+    unknown = sorted(backbone.keys() - set(BACKBONE_ARGUMENTS))
+    if unknown:
+        known = ", ".join(BACKBONE_ARGUMENTS)
+        raise ValueError(f"--model_args has {', '.join(unknown)}, which nara_dllm doesn't know; for the model: {known}")
+    if pretrained is None:
+        if peft is None:
+            raise ValueError("--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both")
+        pretrained = base_of(peft)
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
+    if load_in_8bit or load_in_4bit:
+        backbone["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    if revision is not None:
+        backbone["revision"] = revision
+    placed = "device_map" in backbone or "quantization_config" in backbone
+    model, tokenizer = load_backbone(pretrained, dtype=dtype, **backbone)
+    if not placed:
+        model.to(device or default_device())  # type: ignore[arg-type]
+    if peft is None:
+        return model.eval(), tokenizer
+    options: dict[str, Any] = {} if peft_revision is None else {"revision": peft_revision}
+    adapted = PeftModel.from_pretrained(model, peft, **options)
+    _refuse_other_noise(adapted, peft)
+    return adapted.eval(), tokenizer
+
+
+def base_of(peft: str) -> str:
+    """The model that an adapter was trained on, as it says itself.
+
+    Raises:
+        ValueError: it doesn't say.
+    """
+    base = PeftConfig.from_pretrained(peft).base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter {peft} doesn't name the model it belongs to: add pretrained=… to --model_args")
+    return base
+
+
+def default_device() -> torch.device:
+    """The accelerator that PyTorch sees, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def _refuse_other_noise(model: PeftModel, peft: str) -> None:
+    """λ is the masked share of the answer here; an adapter that learnt it as something else would be fed wrongly.
+
+    Raises:
+        ValueError: the adapter says so.
+    """
+    for config in model.peft_config.values():
+        convention = getattr(config, "noise_convention", None)
+        if convention not in (None, MASKED_SHARE):
+            raise ValueError(
+                f"the adapter {peft} was trained with λ as {convention!r}, and the λ of a masked-diffusion language "
+                f"model is {MASKED_SHARE!r}: it belongs to another kind of model"
+            )

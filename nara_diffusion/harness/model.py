@@ -1,0 +1,260 @@
+"""lm-eval's interface to a masked-diffusion language model, with or without an adapter.
+
+    generate_until          answers by `nara_diffusion.dllm.generate`
+    loglikelihood           the bound of `nara_diffusion.dllm.log_likelihood`, and whether greedy sampling agrees
+    loglikelihood_rolling   the same bound for whole texts, in windows of `max_length` tokens
+
+λ is the masked share of the answer, told by those functions at each forward, for each sample. Requests run sorted by
+length; what each gets doesn't depend on those beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from tqdm.auto import tqdm
+
+from nara_diffusion.dllm import generate, log_likelihood, stop_token_ids
+from nara_diffusion.dllm.evaluation import decode_answer
+from nara_diffusion.dllm.heads import position_limit
+from nara_diffusion.harness.generation import SETTINGS, HowToAnswer, cut, read_gen_kwargs
+from nara_diffusion.harness.loading import load_model
+from nara_diffusion.harness.processes import Processes
+from nara_diffusion.harness.prompts import ALPACA, encode, encode_pair, shortened, templated
+
+logger = logging.getLogger(__name__)
+
+_GROUP = 64  # requests whose likelihoods are asked for at once: those of equal length share forwards
+
+
+class NaraDLLM(LM):
+    """`--model nara_dllm`.
+
+    Args (--model_args):
+        pretrained: folder or repository of the model; left out, it is the one that `peft` names.
+        peft: folder or repository of an adapter of any kind that PEFT loads, NaRA among them.
+        batch_size: sequences of one forward; --batch_size sets it.
+        max_length: tokens of prompt and answer; prompts lose their start to fit. Default: what the model has.
+        samples: masks by which a likelihood is estimated; answers with fewer masks than that are scored exactly.
+        seed: of those masks.
+        greedy: whether loglikelihood finds out if greedy sampling gives the text, at one forward a token; some tasks
+            report it (LAMBADA's acc), most don't.
+        device, dtype, load_in_8bit, load_in_4bit, revision, peft_revision, **backbone: see `load_model`.
+
+    Raises:
+        ValueError: as `load_model`; batch_size="auto"; sampler settings, which belong to --gen_kwargs.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        peft: str | None = None,
+        *,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        samples: int = 128,
+        seed: int = 0,
+        greedy: bool = True,
+        device: str | torch.device | None = None,
+        **loading: Any,
+    ) -> None:
+        super().__init__()
+        misplaced = sorted(loading.keys() & set(SETTINGS))
+        if misplaced:
+            raise ValueError(f"{', '.join(misplaced)} in --model_args: the sampler's settings belong to --gen_kwargs")
+        self.batch_size = _batch_size(batch_size, max_batch_size)
+        self.processes = Processes()
+        self._rank, self._world_size = self.processes.rank, self.processes.count
+        place = self.processes.placement(device)
+        self.model, self.tokenizer = load_model(pretrained, peft, device=place, **loading)
+        self._device = next(self.model.parameters()).device
+        limit = max_length or position_limit(self.model)
+        if limit is None:
+            raise ValueError("the model doesn't say how many positions it has: add max_length=N to --model_args")
+        self.max_length, self.samples, self.seed, self.greedy = int(limit), int(samples), int(seed), bool(greedy)
+        self.ends = stop_token_ids(self.model, self.tokenizer)
+        self.has_template = False
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> NaraDLLM:
+        """From --model_args and lm-eval's other flags; --model_args win."""
+        others = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**others, **arg_dict})
+
+    # prompts
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that --apply_chat_template uses; `ALPACA` if the tokenizer has none."""
+        self.has_template = bool(chat_template)
+        return (str(self.tokenizer.chat_template or ALPACA)) if self.has_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text, in the form that training used."""
+        self.has_template = True
+        return templated(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval keys its cache of prompts by."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    # generation
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """One text a request: what is generated before an end token and before any of the request's `until`."""
+        given: list[Any] = [request.args for request in requests]  # (prompt, gen_kwargs)
+        prompts = [encode(self.tokenizer, prompt, has_template=self.has_template) for prompt, _ in given]
+        how = [read_gen_kwargs(gen_kwargs) for _, gen_kwargs in given]
+        answers: list[str] = [""] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: (repr(how[i]), -len(prompts[i])))
+        with self._progress(len(requests), "generate") as bar:
+            for settings, group in groupby(order, key=lambda i: how[i]):
+                for batch in _split(list(group), self.batch_size):
+                    for i, text in zip(batch, self._answers([prompts[i] for i in batch], settings), strict=True):
+                        answers[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(len(batch))
+        return answers
+
+    def _answers(self, prompts: Sequence[list[int]], how: HowToAnswer) -> list[str]:
+        sampling = dict(how.sampling)
+        room = self.max_length - sampling["gen_length"]
+        if room < 1:
+            raise ValueError(
+                f"gen_length is {sampling['gen_length']} and the model has {self.max_length} positions for prompt and "
+                "answer together: lower it with --gen_kwargs gen_length=N"
+            )
+        vocabulary = self.tokenizer.get_vocab()
+        ends = [*self.ends, *(vocabulary[stop] for stop in how.until if stop in self.tokenizer.all_special_tokens)]
+        rows = self._generated(self._fitting(prompts, room), sampling, ends)
+        return [cut(decode_answer(self.tokenizer, row, ends), how.until) for row in rows]
+
+    def _generated(self, prompts: Sequence[list[int]], sampling: dict[str, Any], ends: list[int]) -> list[list[int]]:
+        lengths = [len(prompt) for prompt in prompts]
+        input_ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for row, prompt in zip(input_ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        result: Any = generate(
+            self.model,
+            input_ids.to(self._device),
+            prompt_lengths=lengths,
+            eos_token_id=ends,
+            return_stats=True,
+            **sampling,
+        )
+        return result.answers.tolist()
+
+    # likelihood
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy sampling gives it) of each request's continuation."""
+        pairs = [encode_pair(self.tokenizer, *request.args, has_template=self.has_template) for request in requests]
+        for _, answer in pairs:
+            if len(answer) > self.max_length:
+                raise ValueError(f"a continuation has {len(answer)} tokens, and the model {self.max_length} positions")
+        pairs = [(shortened(prompt, self.max_length - len(answer)), answer) for prompt, answer in pairs]
+        values = self._log_likelihoods(pairs)
+        found = self._are_greedy(pairs) if self.greedy else [False] * len(pairs)
+        results = list(zip(values, found, strict=True))
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, result)
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """The log-likelihood in nats of each request's text: the sum over windows of `max_length` tokens.
+
+        The first window is scored whole, each further one in its second half: the first half is what stands before.
+        """
+        texts = [encode_pair(self.tokenizer, "", request.args[0], has_template=False) for request in requests]
+        windows = [(i, window) for i, text in enumerate(texts) for window in _windows(*text, self.max_length)]
+        totals = [0.0] * len(requests)
+        for (i, _), value in zip(windows, self._log_likelihoods([window for _, window in windows]), strict=True):
+            totals[i] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        values = [0.0] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        with self._progress(len(pairs), "likelihood") as bar:
+            for batch in _split(order, _GROUP):
+                rows = [[*pairs[i][0], *pairs[i][1]] for i in batch]
+                input_ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
+                for row, tokens in zip(input_ids, rows, strict=True):
+                    row[: len(tokens)] = torch.tensor(tokens)
+                estimates = log_likelihood(
+                    self.model,
+                    input_ids.to(self._device),
+                    [len(pairs[i][0]) for i in batch],
+                    answer_lengths=[len(pairs[i][1]) for i in batch],
+                    samples=self.samples,
+                    batch_size=self.batch_size,
+                    seed=self.seed,
+                    sample_indices=[0] * len(batch),  # so that the choices of a question are compared on equal masks
+                )
+                for i, value in zip(batch, estimates.tolist(), strict=True):
+                    values[i] = value
+                bar.update(len(batch))
+        return values
+
+    def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether sampling at temperature 0, one token a step, gives exactly the answer."""
+        found = [False] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
+        with self._progress(len(pairs), "greedy") as bar:
+            for length, group in groupby(order, key=lambda i: len(pairs[i][1])):
+                for batch in _split(list(group), self.batch_size):
+                    sampling = {"gen_length": length, "stop_at_eos": False}
+                    answers = self._generated([pairs[i][0] for i in batch], sampling, [])
+                    for i, answer in zip(batch, answers, strict=True):
+                        found[i] = answer == pairs[i][1]
+                    bar.update(len(batch))
+        return found
+
+    def _fitting(self, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
+        longer = sum(len(prompt) > room for prompt in prompts)
+        if longer:
+            logger.warning("%d prompts are longer than %d tokens and lose their start", longer, room)
+        return [shortened(prompt, room) for prompt in prompts]
+
+    def _progress(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=what, unit="request", disable=self.rank != 0)
+
+    # several processes, each with all of the model and a part of the requests
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.processes.gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        return self.processes.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        self.processes.wait()
+
+
+def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
+    if not str(batch_size).isdecimal() or int(batch_size) < 1 or max_batch_size is not None:
+        given = f"--batch_size {batch_size}" + ("" if max_batch_size is None else f" --max_batch_size {max_batch_size}")
+        raise ValueError(f"{given}: nara_dllm doesn't look for a batch size, name one, such as --batch_size 8")
+    return int(batch_size)
+
+
+def _split(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _windows(opening: list[int], tokens: list[int], size: int) -> list[tuple[list[int], list[int]]]:
+    """(context, tokens to score) pairs that score each token once; `opening` is the context of the first."""
+    first = size - len(opening)
+    step = max(size - size // 2, 1)
+    later = range(first, len(tokens), step)
+    pairs = [(tokens[max(start + step - size, 0) : start], tokens[start : start + step]) for start in later]
+    return [(opening, tokens[:first]), *pairs]

@@ -1,0 +1,58 @@
+"""The processes of `accelerate launch`, or one."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import InitProcessGroupKwargs, gather
+
+from nara_diffusion.harness.loading import default_device
+
+
+class Processes:
+    """Attributes:
+    rank: this one's number.
+    count: how many there are.
+    """
+
+    def __init__(self) -> None:
+        # some processes wait while others answer longer questions
+        timeout = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()
+        self.state = PartialState(**timeout)
+        self.rank, self.count = self.state.process_index, self.state.num_processes
+
+    def placement(self, device: str | torch.device | None) -> torch.device:
+        """Where this process's model goes: its own place among several, else `device`, else an accelerator or the CPU.
+
+        Raises:
+            ValueError: PyTorch has no such device.
+        """
+        if self.count > 1:
+            own: Any = self.state.device
+            return own
+        try:
+            place = default_device() if device in (None, "auto") else torch.device(str(device))
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device} can't be used ({error}): pass --device cpu, or one there is") from None
+        return place
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All processes' tensors, one after the other."""
+        result: Any = gather(tensor) if self.count > 1 else tensor
+        return result
+
+    def gather_object(self, value: Any, destination: int = 0) -> list[Any] | None:
+        """All processes' values, at `destination`; None elsewhere."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.count if self.rank == destination else None
+        torch.distributed.gather_object(value, values, dst=destination)
+        return values
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self.state.wait_for_everyone()

@@ -1,0 +1,80 @@
+"""Texts as token ids, in the way that training encodes them (`nara_diffusion.dllm.data`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from nara_diffusion.dllm.data import prompt_text
+
+ALPACA = "alpaca"  # what lm-eval is told is the template of a tokenizer that has none
+
+
+def templated(
+    tokenizer: PreTrainedTokenizerBase, history: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """A conversation as the text that the model continues.
+
+    The tokenizer's chat template; without one, Alpaca's form for each of the user's turns, a system message before
+    all. Both are what `nara_diffusion.dllm.encode_records` makes of training data.
+
+    Args:
+        history: {role, content} messages.
+        add_generation_prompt: False if the last message is the start of the assistant's answer.
+    """
+    if not add_generation_prompt:
+        return templated(tokenizer, history[:-1]) + history[-1]["content"]
+    if tokenizer.chat_template:
+        text: Any = tokenizer.apply_chat_template(list(history), tokenize=False, add_generation_prompt=True)
+        return text
+    turns = {"user": lambda text: prompt_text(tokenizer, text), "assistant": lambda text: f"{text}\n\n"}
+    return "".join(turns.get(turn["role"], "{}\n\n".format)(turn["content"]) for turn in history)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, has_template: bool) -> list[int]:
+    """Token ids of a prompt that an answer follows.
+
+    A text made by a chat template has its special tokens; to any other the tokenizer adds those that open a text, but
+    none that close it, unless the text begins with them itself.
+    """
+    opened = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
+    if opened or (has_template and tokenizer.chat_template):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    closing = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return ids[:-1] if ids and ids[-1] in closing and not text.endswith(str(tokenizer.eos_token)) else ids
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, has_template: bool
+) -> tuple[list[int], list[int]]:
+    """(prompt, answer) token ids, which together are those of the whole text.
+
+    Spaces at the end of the context belong to the continuation, where most vocabularies have them.
+
+    Raises:
+        ValueError: the continuation has no token of its own.
+    """
+    stripped = context.rstrip()
+    continuation, context = context[len(stripped) :] + continuation, stripped
+    whole = encode(tokenizer, context + continuation, has_template=has_template)
+    length = len(encode(tokenizer, context, has_template=has_template)) if context else _opening(tokenizer, whole)
+    if length >= len(whole):
+        raise ValueError(
+            f"the continuation {continuation!r} adds no token to the context that ends {context[-40:]!r}: its "
+            "likelihood can't be told from the context's"
+        )
+    return whole[:length], whole[length:]
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """How many special tokens the tokenizer put before a text."""
+    opening = [tokenizer.bos_token_id, tokenizer.cls_token_id]
+    return next((i for i, token in enumerate(ids) if token not in opening), len(ids))
+
+
+def shortened(ids: Sequence[int], length: int) -> list[int]:
+    """The last `length` tokens of a prompt."""
+    return list(ids[max(len(ids) - length, 0) :])
