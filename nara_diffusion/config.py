@@ -16,8 +16,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "core_type": CORE_TYPES,
     "core_init": ("zero_last", "kaiming", "zero_all"),
     "core_input": ("noise_level", "mask_density", "both"),
-    "core_sharing": ("global", "module_type", "layer"),
+    "core_sharing": ("global", "module_type", "layer", "layer_embedding"),
+    "core_normalization": ("none", "frobenius"),
     "noise_embedding": NOISE_EMBEDDINGS,
+    "noise_scale": ("linear", "log_snr"),
 }
 
 _REFUSED: dict[str, str] = {
@@ -94,12 +96,20 @@ class NaraConfig(LoraConfig):
         default="noise_level",
         metadata={"help": "What F reads: λ, the mask density around masked tokens (masked LMs only), or both."},
     )
-    core_sharing: Literal["global", "module_type", "layer"] = field(
+    core_sharing: Literal["global", "module_type", "layer", "layer_embedding"] = field(
         default="global",
         metadata={
             "help": "Which adapted modules share one F: all of them, those of one name such as q_proj, or none "
-            "('layer': each adapted module has its own)."
+            "('layer': each adapted module has its own). With 'layer_embedding' all share one F that also reads a "
+            "learnable vector of the module, so that each has its own C at little cost."
         },
+    )
+    layer_embedding_dim: int = field(
+        default=16, metadata={"help": "Width of each module's vector with core_sharing 'layer_embedding'."}
+    )
+    core_normalization: Literal["none", "frobenius"] = field(
+        default="none",
+        metadata={"help": "'frobenius' scales C to the norm of I, √r, whatever λ is: C then turns and doesn't grow."},
     )
     noise_embedding: Literal["fourier", "mlp", "raw"] = field(
         default="fourier",
@@ -110,6 +120,13 @@ class NaraConfig(LoraConfig):
     )
     fourier_scale: float = field(
         default=16.0, metadata={"help": "Standard deviation of the Fourier frequencies, in radians per unit of λ."}
+    )
+    noise_scale: Literal["linear", "log_snr"] = field(
+        default="linear",
+        metadata={
+            "help": "What e() reads: λ, or 'log_snr', the logarithm of λ / (1 − λ), clipped at ±5 and brought to "
+            "[0, 1]; the mask density is not rescaled."
+        },
     )
     rank_mask_min: int | None = field(
         default=None,
@@ -140,6 +157,7 @@ class NaraConfig(LoraConfig):
             self.core_hidden_dims = tuple(self.core_hidden_dims)
         self._check_core_fields()
         self._check_masks()
+        self._check_use()
         if self.core_type != "identity":
             self._check_lora_fields()
 
@@ -155,7 +173,7 @@ class NaraConfig(LoraConfig):
         dims = self.core_hidden_dims
         if not isinstance(dims, tuple) or not dims or not all(_is_positive_int(dim) for dim in dims):
             raise ValueError(f"core_hidden_dims is {self.core_hidden_dims}: pass one positive integer a hidden layer.")
-        for name in ("noise_embedding_dim", "mask_density_radius", "core_bins"):
+        for name in ("noise_embedding_dim", "mask_density_radius", "core_bins", "layer_embedding_dim"):
             if not _is_positive_int(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a positive integer.")
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
@@ -170,6 +188,19 @@ class NaraConfig(LoraConfig):
         if self.noise_convention is not None and not (isinstance(self.noise_convention, str) and self.noise_convention):
             raise ValueError(
                 f"noise_convention is {self.noise_convention!r}: pass the name of λ's definition, or None if unknown."
+            )
+
+    def _check_use(self) -> None:
+        """Refuse what the chosen type of core would not read."""
+        if self.core_sharing == "layer_embedding" and self.core_type != "hypernetwork":
+            raise ValueError(
+                f"core_sharing is 'layer_embedding', but core_type {self.core_type!r} has no network that could read "
+                "it: use core_sharing='layer' for a core of each module."
+            )
+        if self.core_normalization != "none" and self.core_type not in ("hypernetwork", "constant"):
+            raise ValueError(
+                f"core_normalization is {self.core_normalization!r}, but C of core_type {self.core_type!r} is fixed: "
+                "use core_normalization='none'."
             )
 
     def _check_masks(self) -> None:

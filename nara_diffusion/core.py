@@ -21,58 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .embeddings import Embedding, NoiseScale, rescaled
 from .float32 import Dense, Float32Module
 
 CoreInput = Literal["noise_level", "mask_density", "both"]
 CoreInit = Literal["zero_last", "kaiming", "zero_all"]
-
-
-class FourierEmbedding(Float32Module):
-    """e(λ) = [sin(λ w), cos(λ w)], w ~ N(0, scale²) frozen. (b,) → (b, dim). No factor 2π, as in the reference."""
-
-    frequencies: Tensor
-
-    def __init__(self, dim: int, scale: float) -> None:
-        super().__init__()
-        self.out_dim = dim
-        self.register_buffer("frequencies", torch.randn(dim // 2, dtype=torch.float32) * scale)
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        angle = noise_level[:, None] * self.frequencies.float()  # (b, dim / 2)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
-class MlpEmbedding(Float32Module):
-    """e(λ) = SiLU(w λ + b), learnable. (b,) → (b, dim)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.out_dim = dim
-        self.projection = Dense(1, dim)
-        self.projection.reset(zero=False)
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        return F.silu(self.projection(noise_level[:, None]))
-
-
-class RawEmbedding(Float32Module):
-    """e(λ) = λ. (b,) → (b, 1)."""
-
-    out_dim = 1
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        return noise_level[:, None]
-
-
-def make_embedding(kind: str, dim: int, scale: float) -> FourierEmbedding | MlpEmbedding | RawEmbedding:
-    """The embedding named `kind`: "fourier", "mlp" or "raw"."""
-    if kind == "fourier":
-        return FourierEmbedding(dim, scale)
-    return MlpEmbedding(dim) if kind == "mlp" else RawEmbedding()
+CoreNormalization = Literal["none", "frobenius"]
 
 
 class HypernetworkCore(Float32Module):
     """C(λ) = I + η F(e(λ)): F is Linear–SiLU–…–Linear with output r², shared by all layers of its group.
+
+    With `layers`, F reads a vector z of the layer beside e(λ), and each has its own C_l(λ) = I + η F(e(λ), z_l).
 
     Args:
         rank: r, the largest rank that reads this core. A layer of smaller rank r' reads C(λ)[:r', :r'].
@@ -81,6 +41,9 @@ class HypernetworkCore(Float32Module):
         init: "zero_last" and "zero_all" give C = I exactly at step 0; "kaiming" does not.
         core_input: which signals are embedded: λ, the mask density (b,), or both (embeddings concatenated).
         embedding: makes one embedding of a signal; called once a signal.
+        noise_scale: the scale on which λ is embedded. normalization: see `normalized`.
+        layers: names of the layers that have a C of their own each, "." written as "-".
+        layer_dim: width of z, learnable, N(0, 1) at first.
     """
 
     needs_noise = True
@@ -93,33 +56,58 @@ class HypernetworkCore(Float32Module):
         hidden_dims: Sequence[int],
         init: CoreInit,
         core_input: CoreInput,
-        embedding: Callable[[], FourierEmbedding | MlpEmbedding | RawEmbedding],
+        embedding: Callable[[], Embedding],
+        noise_scale: NoiseScale = "linear",
+        normalization: CoreNormalization = "none",
+        layers: Sequence[str] = (),
+        layer_dim: int = 0,
     ) -> None:
         super().__init__()
         self.rank = rank
         self.scale = scale
+        self.noise_scale: NoiseScale = noise_scale
+        self.normalization: CoreNormalization = normalization
         signals = ("noise_level", "mask_density") if core_input == "both" else (core_input,)
         embeddings = {signal: embedding() for signal in signals}
-        widths = [sum(e.out_dim for e in embeddings.values()), *hidden_dims, rank * rank]
-        layers = [Dense(i, o) for i, o in itertools.pairwise(widths)]
-        for layer in layers:
-            layer.reset(zero=init == "zero_all" or (init == "zero_last" and layer is layers[-1]))
+        widths = [sum(e.out_dim for e in embeddings.values()) + layer_dim, *hidden_dims, rank * rank]
+        dense = [Dense(i, o) for i, o in itertools.pairwise(widths)]
+        for layer in dense:
+            layer.reset(zero=init == "zero_all" or (init == "zero_last" and layer is dense[-1]))
         self.embeddings = nn.ModuleDict(embeddings)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(dense)
+        vectors = {name: nn.Parameter(torch.randn(layer_dim, dtype=torch.float32)) for name in layers}
+        self.layer_embeddings = nn.ParameterDict(vectors) if layers else None
 
     @property
     def needs_density(self) -> bool:
         return "mask_density" in self.embeddings
 
     def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
-        """λ (b,), density (b,) or None → C (b, r, r), float32."""
-        signals = {"noise_level": noise_level, "mask_density": mask_density}
+        """λ (b,), density (b,) or None → C (b, r, r), float32; with `layers` (l, b, r, r)."""
+        level = rescaled(noise_level.float(), self.noise_scale)
+        signals = {"noise_level": level, "mask_density": None if mask_density is None else mask_density.float()}
         with torch.autocast(noise_level.device.type, enabled=False):
-            h = torch.cat([embed(signals[name].float()) for name, embed in self.embeddings.items()], dim=-1)
+            h = torch.cat([embed(signals[name]) for name, embed in self.embeddings.items()], dim=-1)  # (b, e)
+            if self.layer_embeddings is not None:
+                h = _beside_each(h, torch.stack(list(self.layer_embeddings.values())))  # (l, b, e + z)
             for layer in self.layers[:-1]:
                 h = F.silu(layer(h))
-            deviation = self.layers[-1](h).view(-1, self.rank, self.rank)  # (b, r, r)
-            return torch.eye(self.rank, dtype=torch.float32, device=h.device) + self.scale * deviation
+            deviation = self.layers[-1](h).unflatten(-1, (self.rank, self.rank))  # (…, r, r)
+            identity = torch.eye(self.rank, dtype=torch.float32, device=h.device)
+            return normalized(identity + self.scale * deviation, self.normalization)
+
+
+def _beside_each(h: Tensor, z: Tensor) -> Tensor:
+    """h (b, e) beside each row of z (l, z) → (l, b, e + z)."""
+    return torch.cat([h.expand(len(z), -1, -1), z[:, None].expand(-1, len(h), -1)], dim=-1)
+
+
+def normalized(core: Tensor, kind: CoreNormalization) -> Tensor:
+    """C (…, r, r) as it is ("none"), or as √r C / ‖C‖_F ("frobenius"): of the size of I, whatever λ is."""
+    if kind == "none":
+        return core
+    mean_square = core.square().sum((-2, -1), keepdim=True) / core.shape[-1]  # exactly 1 where C = I
+    return core / mean_square.sqrt()
 
 
 class ConstantCore(Float32Module):
@@ -128,10 +116,11 @@ class ConstantCore(Float32Module):
     needs_noise = False
     needs_density = False
 
-    def __init__(self, rank: int, *, scale: float, init: CoreInit) -> None:
+    def __init__(self, rank: int, *, scale: float, init: CoreInit, normalization: CoreNormalization = "none") -> None:
         super().__init__()
         self.rank = rank
         self.scale = scale
+        self.normalization: CoreNormalization = normalization
         self.deviation = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32))
         if init == "kaiming":
             nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
@@ -139,7 +128,7 @@ class ConstantCore(Float32Module):
     def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
         """→ C (1, r, r), float32."""
         identity = torch.eye(self.rank, dtype=torch.float32, device=self.deviation.device)
-        return (identity + self.scale * self.deviation.float())[None]
+        return normalized((identity + self.scale * self.deviation.float())[None], self.normalization)
 
 
 class IdentityCore(Float32Module):
@@ -169,13 +158,18 @@ def mix(core: Tensor, h: Tensor) -> Tensor:
 
 def mix_rows(core: Tensor, h: Tensor) -> Tensor:
     """`mix` where autocast is known to be off."""
+    if core.dtype == h.dtype and core.device == h.device:
+        return _mix_alike(core, h)
     dtype = torch.promote_types(h.dtype, torch.float32)
-    core, rows = core.to(h.device, dtype), h.to(dtype)
+    return _mix_alike(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
+
+
+def _mix_alike(core: Tensor, h: Tensor) -> Tensor:
     if core.shape[0] == 1:
-        mixed = F.linear(rows, core[0])
-    else:
-        mixed = torch.bmm(rows.reshape(h.shape[0], -1, h.shape[-1]), core.transpose(1, 2)).view(h.shape)
-    return mixed.to(h.dtype)
+        return F.linear(h, core[0])
+    if h.dim() == 3:
+        return torch.bmm(h, core.mT)
+    return torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core.mT).view(h.shape)
 
 
 def mix_channels(core: Tensor, h: Tensor) -> Tensor:

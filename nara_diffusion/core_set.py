@@ -14,6 +14,9 @@ from .cores import build_core, is_tied_to_rank
 from .noise import NoiseSignals
 from .signals import on_device_of
 
+SHARED = "global"
+LAYER_EMBEDDING = "layer_embedding"
+
 
 class CoreSet(nn.ModuleDict):
     """Group of layers → its core; made by `make_cores`."""
@@ -28,36 +31,57 @@ class CoreSet(nn.ModuleDict):
 
     def at(self, signals: NoiseSignals | None) -> dict[str, Tensor]:
         """Group of layers → C (b or 1, r, r); identities are left out."""
-        return {
-            group: self.matrix(group, signals) for group, core in self.items() if not isinstance(core, IdentityCore)
-        }
+        found: dict[str, Tensor] = {}
+        for group, core in self.items():
+            if not isinstance(core, IdentityCore):
+                found |= _by_group(core, group, signals)
+        return found
 
     def matrix(self, group: str, signals: NoiseSignals | None) -> Tensor:
         """C (b or 1, r, r) of one group."""
-        core: Any = self[group]
-        return core(*on_device_of(core, signals)) if core.needs_noise else core()
+        key = group if group in self else SHARED
+        return _by_group(self[key], key, signals)[group]
+
+    @property
+    def groups(self) -> list[str]:
+        """Of layers that have the same C."""
+        return [name for group, core in self.items() for name in _layers_of(core) or (group,)]
+
+
+def _by_group(core: Any, group: str, signals: NoiseSignals | None) -> dict[str, Tensor]:
+    """What `core` says: one C for its group, or, if it embeds layers, one for each of them."""
+    found = core(*on_device_of(core, signals)) if core.needs_noise else core()
+    layers = _layers_of(core)
+    return dict(zip(layers, found.unbind(), strict=True)) if layers else {group: found}
+
+
+def _layers_of(core: Any) -> list[str]:
+    """Those that have an embedding in `core`."""
+    return list(getattr(core, "layer_embeddings", None) or ())
 
 
 def make_cores(config: NaraConfig, ranks: dict[str, int]) -> CoreSet:
     """The cores that `config` describes. `ranks`: group → the largest rank among its layers."""
+    if config.core_sharing == LAYER_EMBEDDING and ranks:
+        return CoreSet({SHARED: build_core(config, max(ranks.values()), layers=list(ranks))})
     return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
 
 
 def core_group(config: NaraConfig, module_name: str, rank: int) -> str:
     """The name of the core that an adapted module of this rank reads.
 
-    By `core_sharing` it is one for all, one for modules of its name, or the module's own; where C has no parameters
-    to share, but depends on the rank, it is that of all modules of this rank.
+    By `core_sharing` it is one for all, one for modules of its name, or the module's own (with "layer_embedding" out of
+    a shared network); where C has no parameters to share, but depends on the rank, that of all modules of this rank.
     """
     if is_tied_to_rank(config):
         return f"rank-{rank}"
-    if config.core_sharing == "global":
-        return "global"
+    if config.core_sharing == SHARED:
+        return SHARED
     if config.core_sharing == "module_type":
         group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
     else:
         group = module_name.replace(".", "-")
-    return f"{group}_" if hasattr(CoreSet, group) else group
+    return f"{group}_" if hasattr(CoreSet, group) or hasattr(nn.ParameterDict, group) else group
 
 
 def core_tensors(config: NaraConfig, ranks: dict[str, int]) -> dict[str, Tensor]:

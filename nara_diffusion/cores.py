@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from .config import NaraConfig
-from .core import ConstantCore, HypernetworkCore, IdentityCore, make_embedding
+from .core import ConstantCore, HypernetworkCore, IdentityCore
+from .embeddings import make_embedding
 from .masks import BinsCore, RankMaskCore
 
 
-def build_core(config: NaraConfig, rank: int) -> nn.Module:
-    """The core that `config` describes, for layers of rank up to `rank`."""
+def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.Module:
+    """The core that `config` describes, for layers of rank up to `rank`.
+
+    Args:
+        layers: names, "." written as "-", of those that have an embedding, by `core_sharing="layer_embedding"`.
+    """
     if config.core_type == "identity":
         return IdentityCore(rank)
     if config.core_type == "constant":
-        return ConstantCore(rank, scale=config.core_scale, init=config.core_init)
+        return ConstantCore(
+            rank, scale=config.core_scale, init=config.core_init, normalization=config.core_normalization
+        )
     if config.core_type == "rank_mask":
         return RankMaskCore(rank, config.rank_mask_min)
     if config.core_type == "bins":
@@ -27,6 +36,10 @@ def build_core(config: NaraConfig, rank: int) -> nn.Module:
         init=config.core_init,
         core_input=config.core_input,
         embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+        noise_scale=config.noise_scale,
+        normalization=config.core_normalization,
+        layers=layers,
+        layer_dim=config.layer_embedding_dim if layers else 0,
     )
 
 
@@ -37,5 +50,10 @@ def needs_noise(config: NaraConfig) -> bool:
 
 
 def is_tied_to_rank(config: NaraConfig) -> bool:
-    """Whether C of one rank is no block of C of a larger one, so that each rank needs a core of its own."""
+    """Whether C has no parameters, but depends on the rank, so that each rank has a core of its own."""
     return config.core_type in ("rank_mask", "bins")
+
+
+def is_block_of_larger(config: NaraConfig) -> bool:
+    """Whether a larger core can hold this one as its leading block, the rest being that of I."""
+    return not is_tied_to_rank(config) and config.core_normalization == "none"

@@ -28,10 +28,8 @@ def core_matrix(
         ValueError: no NaRA adapter of that name, or several; λ out of range, or `module` missing or not adapted.
     """
     cores = _cores_of(model, adapter_name)
-    if len(cores) == 1 and module is None:
-        (group,) = cores
-    else:
-        group = _group_of(model, module, adapter_name, list(cores))
+    groups = cores.groups
+    group = groups[0] if len(groups) == 1 and module is None else _group_of(model, module, adapter_name, groups)
     if cores.needs_density and mask_density is None:
         raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")
     with onloaded_cores(model):

@@ -64,15 +64,28 @@ def adapted(model: nn.Module, **changes: Any) -> PeftModel:
 
 
 def core_by_hand(
-    state: dict[str, Tensor], prefix: str, config: NaraConfig, level: Tensor, density: Tensor | None = None
+    state: dict[str, Tensor],
+    prefix: str,
+    config: NaraConfig,
+    level: Tensor,
+    density: Tensor | None = None,
+    layer: str | None = None,
 ) -> Tensor:
-    """C (b, r, r) in float64 from the tensors under `prefix`; λ and the mask density are (b,)."""
+    """C (b, r, r) in float64 from the tensors under `prefix`; λ and the mask density are (b,).
+
+    `layer` is the name, "." written as "-", under which an embedding of it is kept.
+    """
+    if config.core_type in ("rank_mask", "bins"):
+        return mask_by_hand(config, level)
     own = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
     if config.core_type == "constant":
         deviation = own["deviation"]
-        return (torch.eye(len(deviation), dtype=torch.float64) + config.core_scale * deviation).expand(
-            len(level), -1, -1
-        )
+        core = torch.eye(len(deviation), dtype=torch.float64) + config.core_scale * deviation
+        return normalized_by_hand(core.expand(len(level), -1, -1), config)
+    level = level.double()
+    if config.noise_scale == "log_snr":
+        log_snr = torch.log((1 - level) / level).clamp(-5, 5)
+        level = (5 - log_snr) / 10
     chosen = {"noise_level": [level], "mask_density": [density], "both": [level, density]}[config.core_input]
     names = ["noise_level", "mask_density"] if config.core_input == "both" else [config.core_input]
     features = []
@@ -88,6 +101,8 @@ def core_by_hand(
             features.append(hidden * torch.sigmoid(hidden))
         else:
             features.append(signal)
+    if layer is not None:
+        features.append(own[f"layer_embeddings.{layer}"].expand(len(level), -1))
     h = torch.cat(features, dim=1)
     depth = len(config.core_hidden_dims)
     for index in range(depth + 1):
@@ -96,13 +111,38 @@ def core_by_hand(
             h = h / (1 + torch.exp(-h))
     rank = math.isqrt(h.shape[1])
     assert rank * rank == h.shape[1]
-    return torch.eye(rank, dtype=torch.float64) + config.core_scale * h.reshape(-1, rank, rank)
+    core = torch.eye(rank, dtype=torch.float64) + config.core_scale * h.reshape(-1, rank, rank)
+    return normalized_by_hand(core, config)
+
+
+def normalized_by_hand(core: Tensor, config: NaraConfig) -> Tensor:
+    if config.core_normalization == "none":
+        return core
+    return torch.stack([math.sqrt(len(C)) * C / C.square().sum().sqrt() for C in core])
+
+
+def mask_by_hand(config: NaraConfig, level: Tensor) -> Tensor:
+    """The diagonals of T-LoRA and of Multi-LoRA, (b, r, r)."""
+    core = torch.zeros(len(level), config.r, config.r, dtype=torch.float64)
+    for sample, value in enumerate(level.tolist()):
+        if config.core_type == "bins":
+            size = config.r // config.core_bins
+            first = size * min(math.floor(value * config.core_bins), config.core_bins - 1)
+        else:
+            first, least = 0, config.rank_mask_min or config.r // 2
+            size = math.floor((config.r - least) * (1 - value)) + least
+        for index in range(first, first + size):
+            core[sample, index, index] = 1
+    return core
 
 
 def default_core(model: PeftModel, level: Tensor, adapter: str = "default", group: str = "global") -> Tensor:
     """`core_by_hand` of a PeftModel's adapter."""
-    prefix = f"base_model.model.nara_core.cores.{adapter}.{group}."
-    return core_by_hand(model.state_dict(), prefix, model.peft_config[adapter], level)
+    config = model.peft_config[adapter]
+    key, layer = ("global", group) if config.core_sharing == "layer_embedding" else (group, None)
+    return core_by_hand(
+        model.state_dict(), f"base_model.model.nara_core.cores.{adapter}.{key}.", config, level, layer=layer
+    )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -16,7 +16,7 @@ from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotsw
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores import build_core, is_tied_to_rank
+from nara_diffusion.cores import build_core, is_block_of_larger
 from nara_diffusion.holder import HOLDER_NAME, CoreHolder
 from nara_diffusion.signals import with_convention
 
@@ -32,10 +32,13 @@ _HAS_TO_AGREE = (
     "core_hidden_dims",
     "core_input",
     "core_sharing",
+    "core_normalization",
+    "layer_embedding_dim",
     "rank_mask_min",
     "core_bins",
     "noise_embedding",
     "noise_embedding_dim",
+    "noise_scale",
     "mask_density_radius",
     "use_dora",
     "lora_bias",
@@ -66,10 +69,11 @@ def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
 
 
 def _check_enlargeable(adapter_name: str, config: NaraConfig, target: int) -> None:
-    if is_tied_to_rank(config) and {config.r, *(config.rank_pattern or {}).values()} != {target}:
+    if not is_block_of_larger(config) and {config.r, *(config.rank_pattern or {}).values()} != {target}:
         raise ValueError(
             f"enable_lora_hotswap was given target_rank={target}, but adapter '{adapter_name}' has "
-            f"core_type={config.core_type!r}, whose C belongs to its rank {config.r}: pass target_rank={config.r}."
+            f"core_type={config.core_type!r} and core_normalization={config.core_normalization!r}, whose C belongs to "
+            f"its rank {config.r}: pass target_rank={config.r}."
         )
 
 
@@ -87,7 +91,7 @@ def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int)
     cores: Any = _holder(model).cores[adapter_name]
     for group, core in cores.items():
         with torch.device("meta"):
-            larger = build_core(config, rank)
+            larger = build_core(config, rank, layers=list(getattr(core, "layer_embeddings", None) or ()))
         old = core.state_dict()
         new = {
             key: resized(old[key], like.shape, _is_squared(key, config)) for key, like in larger.state_dict().items()
@@ -110,10 +114,10 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
                 f"{field} is {getattr(part.config, field)!r} in the new adapter, and {getattr(old, field)!r} in "
                 f"'{adapter_name}' of {component}, whose modules hotswap keeps: {_REMEDY}"
             )
-    if is_tied_to_rank(old) and (old.r, old.rank_pattern) != (part.config.r, part.config.rank_pattern):
+    if not is_block_of_larger(old) and (old.r, old.rank_pattern) != (part.config.r, part.config.rank_pattern):
         raise ValueError(
             f"The new adapter has rank {part.config.r}, and '{adapter_name}' of {component} rank {old.r}, to which C "
-            f"of core_type={old.core_type!r} belongs: {_REMEDY}"
+            f"of core_type={old.core_type!r} and core_normalization={old.core_normalization!r} belongs: {_REMEDY}"
         )
     check_part(model, component, part, adapter_name)
     there = part_of(model, adapter_name).tensors
