@@ -9,7 +9,7 @@
 | `loading`        | --model_args → model, tokenizer, adapter                                           |
 | `prompts`        | texts → token ids, by the rules that training used                                 |
 | `generation`     | gen_kwargs of a task, of the command and of the model → arguments of `generate`    |
-| `llm_adapters`   | the paper's sixteen test sets in the form of LLM-Adapters: data and scoring        |
+| `llm_adapters`   | the paper's fourteen test sets in the form of LLM-Adapters: data and scoring        |
 | `code_tasks`     | HumanEval and MBPP: prompts, extraction, pass@1                                     |
 | `execution`      | runs a program in a process of its own with limits                                 |
 | `tasks/`         | the task files                                                                     |

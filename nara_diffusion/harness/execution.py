@@ -1,0 +1,106 @@
+"""Runs a Python program that a model wrote, in a process of its own with limits.
+
+The process is another interpreter (-I: nothing of the environment or of the user's packages on its path), in an empty
+folder that is removed afterwards, as the leader of a group that is killed as a whole. Where the system has POSIX
+limits (`limited`), it can't use more than `Limits` allows.
+
+This keeps accidents small: a loop without end, a flood of memory or output, files left behind. It is no sandbox against
+malice: the program can read what the user can read, and reach the network. Run it in a container to be safe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+LAUNCHER = Path(__file__).with_name("limited.py")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Attributes:
+    seconds: of CPU; the program is waited for twice as long.
+    memory: bytes of address space.
+    file_size: bytes of each file that the program writes, its error messages included.
+    """
+
+    seconds: int = 10
+    memory: int = 4 * 2**30
+    file_size: int = 16 * 2**20
+
+    def posix(self) -> str:
+        """For `limited`."""
+        limits = {"RLIMIT_AS": self.memory, "RLIMIT_FSIZE": self.file_size, "RLIMIT_CORE": 0}
+        return json.dumps({"RLIMIT_CPU": self.seconds, **limits})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    passed: whether the program came to its last line.
+    reason: "passed", "timed out", or why not: the last line that it wrote to stderr.
+    """
+
+    passed: bool
+    reason: str
+
+
+def run_program(program: str, limits: Limits = Limits()) -> Outcome:
+    """Runs `program` to its end, or to the end of what it may use. What it prints is lost."""
+    with tempfile.TemporaryDirectory(prefix="nara-eval-", ignore_cleanup_errors=True) as folder:
+        file, errors, end = Path(folder) / "program.py", Path(folder) / "stderr", Path(folder) / secrets.token_hex(8)
+        # a program that leaves early, by sys.exit(0) say, hasn't run its tests
+        file.write_text(f"{program}\n\nopen({str(end)!r}, 'w').close()\n", encoding="utf-8", errors="replace")
+        status = _wait(file, errors, limits)
+        if status == 0 and end.exists():
+            return Outcome(True, "passed")
+        if status is None or -status == getattr(signal, "SIGXCPU", None):
+            return Outcome(False, "timed out")
+        return Outcome(False, _last_line(errors) or f"ended early, with status {status}")
+
+
+def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
+    """The exit status of `file` as a program, or None if it had to be stopped."""
+    command = [sys.executable, "-I", "-X", "utf8", str(LAUNCHER), limits.posix(), str(file)]
+    environment = {"PATH": os.environ.get("PATH", ""), "OMP_NUM_THREADS": "1"}
+    with errors.open("wb") as stderr:
+        process = subprocess.Popen(
+            command,
+            cwd=file.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(2 * limits.seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """The process and all that it started."""
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _last_line(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 4096, 0))
+        lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1][:200] if lines else ""

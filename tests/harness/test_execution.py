@@ -1,0 +1,97 @@
+"""Programs run apart from us, and not for longer, larger or further than they may."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nara_diffusion.harness.execution import Limits, run_program
+
+SHORT = Limits(seconds=2, memory=2**30, file_size=2**16)
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+
+
+def test_a_program_that_comes_to_its_end_passes() -> None:
+    assert run_program("assert sum([1, 2]) == 3").passed
+
+
+def test_an_error_fails_and_is_told() -> None:
+    outcome = run_program("def f():\n    return 1\n\nassert f() == 2, 'f gives 1'")
+    assert not outcome.passed
+    assert outcome.reason == "AssertionError: f gives 1"
+
+
+def test_what_is_no_python_fails() -> None:
+    outcome = run_program("The answer is 3.")
+    assert not outcome.passed
+    assert "SyntaxError" in outcome.reason
+
+
+@pytest.mark.parametrize("way_out", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
+def test_leaving_before_the_tests_is_no_pass(way_out: str) -> None:
+    outcome = run_program(f"{way_out}\nassert False")
+    assert not outcome.passed
+    assert outcome.reason == "ended early, with status 0"
+
+
+@pytest.mark.parametrize("waiting", ["while True: pass", "import time; time.sleep(60)", "input()"])
+def test_nobody_waits_for_ever(waiting: str) -> None:
+    start = time.monotonic()
+    outcome = run_program(waiting, Limits(seconds=1))
+    assert not outcome.passed
+    assert time.monotonic() - start < 30
+    assert outcome.reason == ("EOFError: EOF when reading a line" if waiting == "input()" else "timed out")
+
+
+@posix_only
+def test_memory_is_limited() -> None:
+    assert run_program("x = bytearray(2**28)", SHORT).passed
+    outcome = run_program("x = bytearray(2**31)", SHORT)
+    assert not outcome.passed
+    assert outcome.reason == "MemoryError"
+
+
+@posix_only
+def test_files_are_limited_and_gone_afterwards(tmp_path: Path) -> None:
+    told = tmp_path / "where"
+    assert run_program(
+        f"import os; open({str(told)!r}, 'w').write(os.getcwd()); open('x', 'w').write('y')", SHORT
+    ).passed
+    assert not Path(told.read_text()).exists()
+    assert not run_program("open('x', 'wb').write(bytes(2**20))", SHORT).passed
+
+
+@posix_only
+def test_what_a_program_started_ends_with_it(tmp_path: Path) -> None:
+    told = tmp_path / "child"
+    program = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({str(told)!r}, "w").write(str(child.pid))
+"""
+    assert run_program(program).passed
+    pid = int(told.read_text())
+    for _ in range(100):  # until whoever adopted it has taken note of its end
+        if not is_running(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} still runs")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/status")
+    return not (status.exists() and "zombie" in status.read_text())
+
+
+def test_the_program_sees_no_environment_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NARA_TEST_SECRET", "1")
+    assert run_program("import os; assert 'NARA_TEST_SECRET' not in os.environ").passed
+    assert not run_program("import torch_of_nobody").passed
