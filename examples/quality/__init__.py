@@ -1,1 +1,1 @@
-"""The quality benchmark: is an adapter that knows the noise level better than one that doesn't? See benchmark_quality.py."""
+"""The quality benchmark: is an adapter better if it knows the noise level? See ../benchmark_quality.py."""

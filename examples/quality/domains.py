@@ -1,11 +1,11 @@
 """The three domains of the text benchmark, in the spirit of the paper's: commonsense, arithmetic, code.
 
-Every domain has questions to learn from, others to choose by (validation) and others again to report on (test). No
-question occurs twice, in one of them or in two.
+No question occurs twice, in one part of a domain or in two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
@@ -13,21 +13,26 @@ from itertools import cycle
 from quality.families import FAMILIES, Question, questions
 
 SEED = 4
-MAX_QUESTION, MAX_ANSWER = 24, 12  # characters
+PATIENCE = 5000  # questions in a row that were seen before or don't fit
+MAX_QUESTION, MAX_ANSWER = 24, 9  # characters
+PARTS = ("train", "tuning", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Attributes: each a list of questions in which the families take turns."""
+    """Questions, of which the families take turns.
+
+    Attributes:
+        train: to learn from.
+        tuning: to choose learning rates by.
+        validation: whose loss is reported.
+        test: whose answers are generated and judged.
+    """
 
     train: list[Question]
+    tuning: list[Question]
     validation: list[Question]
     test: list[Question]
-
-    @property
-    def longest_answer(self) -> int:
-        """In characters."""
-        return max(len(question.answer) for part in (self.train, self.validation, self.test) for question in part)
 
 
 DOMAINS: dict[str, tuple[str, ...]] = {
@@ -37,31 +42,50 @@ DOMAINS: dict[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Questions of each part."""
+
+    train: int = 20000
+    tuning: int = 512
+    validation: int = 1024
+    test: int = 256
+
+
+DEFAULT_SIZES = Sizes()
+
+
 @cache
-def build_domain(name: str, train: int = 20000, validation: int = 1024, test: int = 256) -> Domain:
+def build_domain(name: str, sizes: Sizes = DEFAULT_SIZES) -> Domain:
     """The questions of the domain `name` (or of the single family of that name), always the same.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a domain that has too few questions.
     """
     if name not in DOMAINS and name not in FAMILIES:
-        raise ValueError(
-            f"domain is {name!r}, expected one of {', '.join(DOMAINS)}, or a family: {', '.join(FAMILIES)}"
-        )
+        known = ", ".join(DOMAINS)
+        raise ValueError(f"domain is {name!r}, expected one of {known}, or a family: {', '.join(FAMILIES)}")
     streams = cycle([questions(family, SEED) for family in DOMAINS.get(name, (name,))])
     seen: set[str] = set()
+    # what is held out first, so that it doesn't depend on how many are learned from
+    order = ("test", "validation", "tuning", "train")
+    return Domain(**{part: _draw(streams, getattr(sizes, part), seen) for part in order})
 
-    def draw(count: int) -> list[Question]:
-        drawn: list[Question] = []
-        while len(drawn) < count:
-            question = next(next(streams))
-            if question.text not in seen and _fits(question):
-                seen.add(question.text)
-                drawn.append(question)
-        return drawn
 
-    held_out = draw(test), draw(validation)  # first, so that they don't depend on how many are learned from
-    return Domain(train=draw(train), validation=held_out[1], test=held_out[0])
+def _draw(streams: Iterator[Iterator[Question]], count: int, seen: set[str]) -> list[Question]:
+    """`count` questions that aren't in `seen`, which learns them."""
+    drawn: list[Question] = []
+    tries = 0
+    while len(drawn) < count:
+        question = next(next(streams))
+        tries += 1
+        if question.text not in seen and _fits(question):
+            seen.add(question.text)
+            drawn.append(question)
+            tries = 0
+        elif tries > PATIENCE:
+            raise ValueError(f"there are only {len(seen)} different questions: ask for fewer than {len(seen) + count}")
+    return drawn
 
 
 def _fits(question: Question) -> bool:

@@ -60,7 +60,7 @@ def _one_letter_each(program: str) -> str:
 
 
 def _matrix(item: dict[str, Any]) -> str:
-    return "/".join("".join(map(str, row)) for row in item["metadata"]["matrix"])
+    return "".join(str(entry) for row in item["metadata"]["matrix"] for entry in row)
 
 
 FAMILIES: dict[str, Family] = {
@@ -118,8 +118,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "rotate_matrix": Family(
         question=lambda item: f"rotate {item['metadata']['num_rotations']}: {_matrix(item)}",
-        answer=lambda item: "/".join("".join(map(str, row)) for row in item["metadata"]["solution"]),
-        restore=lambda text: "\n".join(" ".join(row) for row in text.split("/")),
+        answer=lambda item: "".join(str(entry) for row in item["metadata"]["solution"] for entry in row),
+        restore=lambda text: "\n".join(" ".join(text[i : i + 3]) for i in range(0, len(text), 3)),
         arguments={"min_n": 3, "max_n": 3, "min_rotations": 1, "max_rotations": 3},
     ),
 }

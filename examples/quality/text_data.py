@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data import encode_prompts, end_token_id, prompt_text
-from quality.domains import Domain
+from quality.domains import PARTS, Domain
 from quality.families import Question
 
 
@@ -48,14 +48,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class EncodedDomain:
+    """The parts of a `Domain`."""
+
     train: Rows
+    tuning: Rows
     validation: Rows
     test: Rows
 
 
 def encode_domain(domain: Domain, tokenizer: PreTrainedTokenizerBase) -> EncodedDomain:
     """All questions of `domain` as token ids."""
-    parts = {name: getattr(domain, name) for name in ("train", "validation", "test")}
+    parts = {name: getattr(domain, name) for name in PARTS}
     answers = {name: _answer_ids(tokenizer, questions) for name, questions in parts.items()}
     length = max(len(answer) for part in answers.values() for answer in part)
     return EncodedDomain(

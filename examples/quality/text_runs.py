@@ -1,9 +1,15 @@
-"""One run of the text benchmark: backbone × domain × method × seed → one record."""
+"""One run of the text benchmark: backbone × domain × method × seed → its records.
+
+from quality.text_runs import run_one
+
+run_one("llada-tiny", "arithmetic", "nara", seed=0, rank=2, steps=300, core_scale=1.0)
+"""
 
 from __future__ import annotations
 
 import copy
-import warnings
+import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,100 +18,161 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nara_diffusion.dllm import generate, load_backbone
-from nara_diffusion.dllm.evaluation import decode_answer, stop_token_ids
-from quality.domains import build_domain
-from quality.families import is_right
-from quality.methods import build
+from nara_diffusion.dllm import load_backbone
+from nara_diffusion.dllm.loss import mask_token_of
+from quality.answers import answered_right
+from quality.domains import DEFAULT_SIZES, Sizes, build_domain
 from quality.recipe import Recipe
-from quality.text_data import EncodedDomain, Rows, encode_domain
-from quality.training import CONSTANT, masked_share, train
+from quality.step_memory import step_memory_mib
+from quality.text_controls import (
+    EVALUATED,
+    NOISE_AWARE,
+    check_control,
+    told_in_evaluation,
+    told_in_training,
+    while_evaluating,
+)
+from quality.text_data import EncodedDomain, encode_domain
+from quality.text_methods import BASE, adapted, adapter_arguments
+from quality.training import Trained, batches, objective, train
 from quality.validation import CENTRES, ValidationSet, binned_loss, validation_set
 
 ASSETS = Path(__file__).parent.parent / "assets"
-GENERATION_BATCH = 256  # questions
+TUNE = "tune"
+
+
+def run_one(backbone: str, domain: str, method: str, seed: int, **settings: Any) -> dict[str, Any]:
+    """The record of one run (see `text_records`), without those of the trained adapter under a wrong λ."""
+    return text_records(backbone, domain, method, seed, evaluated=(), **settings)[0]
+
+
+def text_records(
+    backbone: str,
+    domain: str,
+    method: str,
+    seed: int,
+    *,
+    stage: str = "main",
+    control: str | None = None,
+    evaluated: tuple[str, ...] | None = None,
+    sizes: Sizes = DEFAULT_SIZES,
+    keep_model: bool = False,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Trains once, and measures: as it is, and under each control that needs no training of its own.
+
+    Args:
+        backbone: a folder of examples/assets, "llada-tiny", or any path that `load_backbone` takes.
+        domain: of `DOMAINS`, or one family of questions alone.
+        method: a value of the train scripts' --adapter, or "base", the backbone as it is.
+        seed: of initialisation, data order, λ and masks.
+        stage: "tune" measures the loss on questions that the other stages don't see, and no exact match.
+        control: None, "constant" or "shuffled": the λ that training sees.
+        evaluated: controls of the trained adapter; None means all of them where they mean something.
+        sizes: questions of the domain's parts.
+        keep_model: put the trained model into the first record, as "model".
+        **settings: fields of `Recipe`, or arguments of the adapter as train_scripts/dllm.py has them.
+
+    Raises:
+        ValueError: an unknown name, or a setting that can't be.
+        ArithmeticError: training diverged.
+    """
+    recipe = Recipe.of(**settings)
+    check_control(method, control)
+    if method != BASE:
+        adapter_arguments(method, recipe)  # refuses what is wrong before anything is loaded
+    started = time.perf_counter()
+    task = load_task(backbone, domain, sizes)
+    torch.manual_seed(seed)
+    model = adapted(copy.deepcopy(task.model), method, recipe)
+    trained = None
+    if method != BASE:
+        tell = lambda batch, step: told_in_training(batch, recipe, control, seed, step)  # noqa: E731
+        trained = train(model, task.data.train, recipe, seed, tell)
+    common = _description(backbone, domain, method, seed, stage, recipe) | _cost(model, task, recipe, trained)
+    if evaluated is None:
+        evaluated = EVALUATED if method in NOISE_AWARE and control is None and stage != TUNE else ()
+    records = []
+    for name in (control, *evaluated):
+        figures = _measure(model, task, recipe, name, stage)
+        seconds = round(time.perf_counter() - started, 2)
+        records.append({**common, "control": name, **figures, "seconds": seconds})
+    return [{**records[0], "model": model}, *records[1:]] if keep_model else records
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs of a backbone and a domain share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: EncodedDomain
+    tuning: ValidationSet
+    validation: ValidationSet
+
+
+@cache
+def load_task(backbone: str, domain: str, sizes: Sizes = DEFAULT_SIZES) -> Task:
+    """Loads and encodes once a process."""
+    model, tokenizer = _backbone(backbone)
+    data = encode_domain(build_domain(domain, sizes), tokenizer)
+    mask = mask_token_of(model)
+    return Task(model, tokenizer, data, validation_set(data.tuning, mask), validation_set(data.validation, mask))
 
 
 @cache
 def _backbone(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_backbone(str(ASSETS / name))
+    folder = ASSETS / name
+    return load_backbone(str(folder if folder.exists() else name))
 
 
-@cache
-def _domain(backbone: str, domain: str) -> EncodedDomain:
-    return encode_domain(build_domain(domain), _backbone(backbone)[1])
-
-
-@cache
-def _validation(backbone: str, domain: str) -> ValidationSet:
-    return validation_set(_domain(backbone, domain).validation, _backbone(backbone)[0].config.mask_token_id)
-
-
-def run_one(
-    backbone: str, domain: str, method: str, seed: int, *, exact_match: bool = True, keep: bool = False, **settings: Any
-) -> dict[str, Any]:
-    """Train `method` once and measure it.
-
-    Args:
-        backbone: a folder of examples/assets, "llada-tiny".
-        domain: of `DOMAINS`, or one family alone.
-        method: of `METHODS`; "base" measures the model as it is.
-        exact_match: generate answers to the test questions too.
-        keep: put the trained model into the record, as "model".
-        **settings: fields of `Recipe`; any other name is a field of the adapter's configuration.
-    """
-    recipe = Recipe.of(**settings)
-    base, tokenizer = _backbone(backbone)
-    data = _domain(backbone, domain)
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        model = copy.deepcopy(base) if method == "base" else build(copy.deepcopy(base), method, recipe)
-    trained = None if method == "base" else train(model, data.train, recipe, seed)
-    loss = binned_loss(model, _validation(backbone, domain), _fed(recipe))
-    record = {
+def _description(backbone: str, domain: str, method: str, seed: int, stage: str, recipe: Recipe) -> dict[str, Any]:
+    is_trained = method != BASE
+    return {
+        "suite": "text",
+        "stage": stage,
         "backbone": backbone,
         "domain": domain,
         "method": method,
         "seed": seed,
+        "learning_rate": recipe.learning_rate if is_trained else None,
+        "core_learning_rate": recipe.core_learning_rate if method.startswith("nara") else None,
+        "rank": recipe.rank if method not in (BASE, "full", "prompt_tuning", "p_tuning") else None,
+        "steps": recipe.steps if is_trained else 0,
+        "settings": recipe.settings() if is_trained else {},
+    }
+
+
+def _cost(model: nn.Module, task: Task, recipe: Recipe, trained: Trained | None) -> dict[str, Any]:
+    cost: dict[str, Any] = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    if trained is None:
+        return cost | {"step_ms": None, "peak_memory_mib": None, "train_loss": None}
+    batch = next(batches(task.data.train, recipe, 0, mask_token_of(model)))
+    model.train()
+    memory = step_memory_mib(model, lambda: objective(model, batch, batch.noise_level))
+    model.eval()
+    last = trained.losses[-max(1, recipe.steps // 10) :]
+    return cost | {
+        "step_ms": round(trained.step_ms, 2),
+        "peak_memory_mib": round(memory, 2),
+        "train_loss": sum(last) / len(last),
+    }
+
+
+def _measure(model: nn.Module, task: Task, recipe: Recipe, control: str | None, stage: str) -> dict[str, Any]:
+    """Loss in each bin, and the share of right answers, of a model under an evaluation's control."""
+    rows = task.tuning if stage == TUNE else task.validation
+    with while_evaluating(model, control):
+        loss = binned_loss(model, rows, told_in_evaluation(recipe, control))
+        asked = stage != TUNE and control != "reversed"  # generation knows but the true λ
+        right = answered_right(model, task.tokenizer, task.data.test) if asked else None
+    return {
         "noise_levels": CENTRES,
         "losses": loss.losses,
         "loss_errors": loss.errors,
         "validation_loss": loss.mean,
         "validation_error": loss.mean_error,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "step_ms": trained and trained.step_ms,
-        "seconds": trained and trained.seconds,
-        "train_loss": trained and sum(trained.losses[-20:]) / 20,
+        "exact_match": right,
+        "n": len(task.data.tuning if stage == TUNE else task.data.validation),
+        "n_exact_match": len(task.data.test) if asked else 0,
     }
-    if exact_match:
-        record["exact_match"] = answered_right(model, tokenizer, data.test)
-    return record | ({"model": model} if keep else {})
-
-
-def _fed(recipe: Recipe) -> Any:
-    """What a model trained by `recipe` is told in validation, or None for the λ of the masks."""
-    if recipe.control == "constant":
-        return lambda batch: torch.full_like(batch.noise_level, CONSTANT)
-    return masked_share if recipe.told == "masked_share" else None
-
-
-def answered_right(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> float:
-    """The share of `rows` whose generated answer the generator's verifier accepts, in [0, 1]."""
-    ends = stop_token_ids(model, tokenizer)
-    order = rows.prompt_lengths.argsort(stable=True)
-    right = 0
-    for chosen in order.split(GENERATION_BATCH):
-        lengths = rows.prompt_lengths[chosen]
-        prompts = rows.input_ids[chosen, : int(lengths.max())]
-        result = generate(
-            model,
-            prompts,
-            prompt_lengths=lengths,
-            gen_length=rows.answer_length,
-            eos_token_id=ends,
-            return_stats=True,
-        )
-        for index, answer in zip(chosen.tolist(), result.answers.tolist(), strict=True):
-            right += is_right(rows.questions[index], decode_answer(tokenizer, answer, ends))
-    return right / len(rows)

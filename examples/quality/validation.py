@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
+from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch, answer_positions
 from nara_diffusion.dllm.modes import evaluating
 from quality.text_data import Rows

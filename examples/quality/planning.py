@@ -1,0 +1,69 @@
+"""From what the command line asks for to jobs, in the order in which they are worth having."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from quality.jobs import ABLATION_SEEDS, TUNING_SEED, Job
+from quality.suites import CONTROLS, Suite
+from quality.variants import is_noise_aware, resolve
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Attributes: what to run of a suite.
+    backbones, domains, methods, seeds: of "main", and of "tune" but for its seed.
+    others: methods of the stage "single".
+    tune_domains: domains on which learning rates are tried.
+    settings: that all runs have.
+    """
+
+    backbones: Sequence[str]
+    domains: Sequence[str]
+    methods: Sequence[str]
+    others: Sequence[str]
+    tune_domains: Sequence[str]
+    seeds: Sequence[int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def jobs_of(suite: Suite, stage: str, selection: Selection) -> list[Job]:
+    """The jobs of one stage."""
+    stages = {"tune": _tune, "main": _main, "single": _single, "ablation": _ablation}
+    return list(stages[stage](suite, selection))
+
+
+def _tune(suite: Suite, selection: Selection) -> Iterator[Job]:
+    """Every trial of every method, on the seed for tuning."""
+    methods = [*selection.methods, *selection.others]
+    for backbone, domain, method in product(selection.backbones, selection.tune_domains, methods):
+        for trial in suite.trials(resolve(method)[0]):
+            settings = {**selection.settings, **trial}
+            yield Job(suite.name, "tune", backbone, domain, method, None, TUNING_SEED, settings)
+
+
+def _main(suite: Suite, selection: Selection) -> Iterator[Job]:
+    """Seed after seed, so that what a stop leaves behind is complete for the seeds that were reached."""
+    for seed, backbone, domain in product(selection.seeds, selection.backbones, selection.domains):
+        for method in selection.methods:
+            for control in (None, *(CONTROLS if is_noise_aware(method) else ())):
+                yield Job(suite.name, "main", backbone, domain, method, control, seed, selection.settings)
+
+
+def _single(suite: Suite, selection: Selection) -> Iterator[Job]:
+    seed = min(selection.seeds)
+    for backbone, domain, method in product(selection.backbones, selection.domains, selection.others):
+        yield Job(suite.name, "single", backbone, domain, method, None, seed, selection.settings)
+
+
+def _ablation(suite: Suite, selection: Selection) -> Iterator[Job]:
+    """Settings of NaRA on the first backbone and one domain; a rank is LoRA's too, since it has one."""
+    backbone = selection.backbones[0]
+    for seed in sorted(selection.seeds)[:ABLATION_SEEDS]:
+        for ablation in suite.ablations:
+            for method in ("nara", "lora") if "rank" in ablation else ("nara",):
+                settings = {**selection.settings, **ablation}
+                yield Job(suite.name, "ablation", backbone, suite.ablation_domain, method, None, seed, settings)

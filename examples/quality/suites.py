@@ -1,0 +1,57 @@
+"""The two suites, text and images, as one table: what each compares, on what, and how one run is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quality.jobs import Job
+
+MUST = ("full", "lora", "dora", "nara", "nara_dora", "nara_c", "multi_lora", "tlora")
+CONTROLLED = ("nara", "nara_dora")
+CONTROLS = ("constant", "shuffled")
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attributes:
+    name: of the suite.
+    backbones, domains: what the methods are compared on, in the order of running.
+    others: methods that run on one seed.
+    trials: method → the learning rates that tuning tries, equally many for each.
+    ablations: settings of NaRA, each beside the published ones.
+    ablation_domain: where those run.
+    run: job, its settings → its records.
+    """
+
+    name: str
+    backbones: tuple[str, ...]
+    domains: tuple[str, ...]
+    others: tuple[str, ...]
+    trials: Callable[[str], tuple[Settings, ...]]
+    ablations: tuple[Settings, ...]
+    ablation_domain: str
+    run: Callable[[Job, Settings], list[dict[str, Any]]]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All that can be run."""
+        return (*MUST, *self.others)
+
+
+def load_suite(name: str) -> Suite:
+    """The suite `name`; its models' code is imported only here.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name == "text":
+        from quality.text_suite import SUITE
+    elif name == "images":
+        from quality.image_suite import SUITE
+    else:
+        raise ValueError(f"modality is {name!r}, expected 'text' or 'images'")
+    return SUITE

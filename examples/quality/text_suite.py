@@ -1,0 +1,84 @@
+"""The text benchmark: what is compared, the learning rates that are tried, and the paper's ablations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quality.domains import DOMAINS
+from quality.jobs import Job
+from quality.suites import Settings, Suite
+from quality.text_runs import text_records
+
+# Four trials for every method: a rate of A and B and one of the core, or, where there is no core, four rates.
+_WITH_CORE = (
+    {"learning_rate": 1e-2, "core_learning_rate": 1e-3},
+    {"learning_rate": 1e-2, "core_learning_rate": 3e-3},
+    {"learning_rate": 2e-2, "core_learning_rate": 1e-3},
+    {"learning_rate": 2e-2, "core_learning_rate": 3e-3},
+)
+
+
+def _rates(*rates: float) -> tuple[Settings, ...]:
+    return tuple({"learning_rate": rate} for rate in rates)
+
+
+_TRIALS: dict[str, tuple[Settings, ...]] = {
+    "full": _rates(5e-4, 1e-3, 2e-3, 4e-3),
+    "nara": _WITH_CORE,
+    "nara_dora": _WITH_CORE,
+    "nara_c": (
+        {"learning_rate": 1e-2, "core_learning_rate": 1e-2},
+        {"learning_rate": 1e-2, "core_learning_rate": 1e-1},
+        {"learning_rate": 2e-2, "core_learning_rate": 1e-2},
+        {"learning_rate": 2e-2, "core_learning_rate": 1e-1},
+    ),
+    "oft": _rates(1e-3, 3e-3, 1e-2, 2e-2),
+    "vera": _rates(1e-2, 3e-2, 6e-2, 1e-1),
+    "prompt_tuning": _rates(1e-2, 3e-2, 1e-1, 3e-1),
+    "p_tuning": _rates(1e-3, 3e-3, 1e-2, 3e-2),
+}
+_DEFAULT_TRIALS = _rates(5e-3, 1e-2, 2e-2, 3e-2)
+
+ABLATIONS: tuple[Settings, ...] = (
+    {"core_scale": 0.01},
+    {"core_scale": 1.0},
+    {"rank": 1},
+    {"rank": 4},
+    {"rank": 8},
+    {"noise_embedding": "mlp"},
+    {"noise_embedding": "raw"},
+    {"fourier_scale": 1.0},
+    {"fourier_scale": 4.0},
+    {"core_sharing": "module_type"},
+    {"core_sharing": "layer"},
+    {"core_init": "zero_all"},
+    {"core_init": "kaiming"},
+    {"core_input": "mask_density"},
+    {"core_input": "both"},
+    {"core_start_step": 100},
+    {"told": "masked_share"},
+)
+
+
+def trials(method: str) -> tuple[Settings, ...]:
+    """The settings that tuning tries for `method`."""
+    return _TRIALS.get(method, _DEFAULT_TRIALS)
+
+
+def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
+    """The records of `job`."""
+    return text_records(
+        job.backbone, job.domain, job.method, job.seed, stage=job.stage, control=job.control, **settings
+    )
+
+
+SUITE = Suite(
+    name="text",
+    backbones=("llada-tiny", "dream-tiny"),
+    domains=tuple(DOMAINS),
+    others=("rslora", "pissa", "hira", "vera", "adalora", "oft", "prompt_tuning", "p_tuning"),
+    trials=trials,
+    ablations=ABLATIONS,
+    ablation_domain="arithmetic",
+    run=run,
+)
