@@ -8,21 +8,18 @@ reversed   the trained adapter, evaluated with 1 − λ
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nara_diffusion.dllm.masking import MaskedBatch
-from quality.recipe import Recipe
+from nara_diffusion.controls import Change, changed_noise, constant_noise, mean_core, reversed_noise
+from nara_diffusion.noise import NoiseSignals, needs_mask_density
 from quality.validation import CENTRES
 
 TRAINED, EVALUATED = ("constant", "shuffled"), ("mean_core", "reversed")
 NOISE_AWARE = ("nara", "nara_dora")
 CONSTANT = 0.5
-
-Told = Callable[[MaskedBatch], torch.Tensor]
 
 
 def check_control(method: str, control: str | None) -> None:
@@ -35,41 +32,37 @@ def check_control(method: str, control: str | None) -> None:
         raise ValueError(f"method {method!r} knows no λ that control {control!r} could replace")
 
 
-def told_in_training(batch: MaskedBatch, recipe: Recipe, control: str | None, seed: int, step: int) -> torch.Tensor:
-    """The λ (b,) that the model is told in training, which need not be the one by which tokens were masked."""
-    level = masked_share(batch) if recipe.told == "masked_share" else batch.noise_level
+def while_training(model: nn.Module, control: str | None, seed: int) -> AbstractContextManager[None]:
+    """Inside, the cores of `model` read the λ of a control of training."""
     if control == "constant":
-        return torch.full_like(level, CONSTANT)
+        return changed_noise(model, constant_noise(CONSTANT))
     if control == "shuffled":
-        return exchanged(level, torch.Generator().manual_seed(seed * 1_000_003 + step))
-    return level
+        return changed_noise(model, exchanged_noise(torch.Generator().manual_seed(seed)))
+    return nullcontext()
 
 
-def told_in_evaluation(recipe: Recipe, control: str | None) -> Told:
-    """What gives the λ (b,) that a model is told of a validation batch."""
+def while_evaluating(model: nn.Module, control: str | None) -> AbstractContextManager[None]:
+    """Inside, the cores of `model` are what a control makes of them in evaluation."""
     if control == "constant":
-        return lambda batch: torch.full_like(batch.noise_level, CONSTANT)
-    true: Told = masked_share if recipe.told == "masked_share" else lambda batch: batch.noise_level
-    return (lambda batch: 1 - true(batch)) if control == "reversed" else true
+        return changed_noise(model, constant_noise(CONSTANT))
+    if control == "reversed":
+        return changed_noise(model, reversed_noise)
+    if control == "mean_core":
+        return mean_core(model, CENTRES, mask_density=CENTRES if needs_mask_density(model) else None)
+    return nullcontext()
 
 
-def while_evaluating(model: nn.Module, control: str | None) -> AbstractContextManager:
-    """Inside, the cores of `model` are what the control makes of them."""
-    if control != "mean_core":
-        return nullcontext()
-    from nara_diffusion.controls import mean_core
+def exchanged_noise(generator: torch.Generator) -> Change:
+    """Each sample has the signals of another one than itself, by a random cycle through the batch for each forward."""
 
-    return mean_core(model, torch.tensor(CENTRES))
+    def change(signals: NoiseSignals) -> NoiseSignals:
+        cycle = torch.randperm(len(signals.noise_level), generator=generator)
 
+        def exchanged(signal: Tensor) -> Tensor:
+            result = torch.empty_like(signal)
+            result[cycle] = signal[cycle.roll(1)]
+            return result
 
-def masked_share(batch: MaskedBatch) -> torch.Tensor:
-    """The share (b,) of each answer that is masked."""
-    return batch.masked.sum(1) / batch.answer.sum(1)
+        return NoiseSignals(*(None if signal is None else exchanged(signal) for signal in signals))  # type: ignore[arg-type]
 
-
-def exchanged(level: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The same values (b,), each at another sample than its own: a random cycle through all of them."""
-    cycle = torch.randperm(len(level), generator=generator)
-    result = torch.empty_like(level)
-    result[cycle] = level[cycle.roll(1)]
-    return result
+    return change

@@ -24,17 +24,10 @@ from quality.answers import answered_right
 from quality.domains import DEFAULT_SIZES, Sizes, build_domain
 from quality.recipe import Recipe
 from quality.step_memory import step_memory_mib
-from quality.text_controls import (
-    EVALUATED,
-    NOISE_AWARE,
-    check_control,
-    told_in_evaluation,
-    told_in_training,
-    while_evaluating,
-)
+from quality.text_controls import EVALUATED, NOISE_AWARE, check_control, while_evaluating, while_training
 from quality.text_data import EncodedDomain, encode_domain
 from quality.text_methods import BASE, adapted, adapter_arguments
-from quality.training import Trained, batches, objective, train
+from quality.training import Trained, batches, objective, told, train
 from quality.validation import CENTRES, ValidationSet, binned_loss, validation_set
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -87,8 +80,8 @@ def text_records(
     model = adapted(copy.deepcopy(task.model), method, recipe)
     trained = None
     if method != BASE:
-        tell = lambda batch, step: told_in_training(batch, recipe, control, seed, step)  # noqa: E731
-        trained = train(model, task.data.train, recipe, seed, tell)
+        with while_training(model, control, seed):
+            trained = train(model, task.data.train, recipe, seed)
     common = _description(backbone, domain, method, seed, stage, recipe) | _cost(model, task, recipe, trained)
     if evaluated is None:
         evaluated = EVALUATED if method in NOISE_AWARE and control is None and stage != TUNE else ()
@@ -163,9 +156,8 @@ def _measure(model: nn.Module, task: Task, recipe: Recipe, control: str | None, 
     """Loss in each bin, and the share of right answers, of a model under an evaluation's control."""
     rows = task.tuning if stage == TUNE else task.validation
     with while_evaluating(model, control):
-        loss = binned_loss(model, rows, told_in_evaluation(recipe, control))
-        asked = stage != TUNE and control != "reversed"  # generation knows but the true λ
-        right = answered_right(model, task.tokenizer, task.data.test) if asked else None
+        loss = binned_loss(model, rows, lambda batch: told(batch, recipe))
+        right = None if stage == TUNE else answered_right(model, task.tokenizer, task.data.test)
     return {
         "noise_levels": CENTRES,
         "losses": loss.losses,
@@ -174,5 +166,5 @@ def _measure(model: nn.Module, task: Task, recipe: Recipe, control: str | None, 
         "validation_error": loss.mean_error,
         "exact_match": right,
         "n": len(task.data.tuning if stage == TUNE else task.data.validation),
-        "n_exact_match": len(task.data.test) if asked else 0,
+        "n_exact_match": 0 if stage == TUNE else len(task.data.test),
     }

@@ -57,6 +57,9 @@ ABLATIONS: tuple[Settings, ...] = (
     {"core_input": "both"},
     {"core_start_step": 100},
     {"told": "masked_share"},
+    {"noise_scale": "log_snr"},
+    {"core_normalization": "frobenius"},
+    {"core_sharing": "layer_embedding"},
 )
 
 

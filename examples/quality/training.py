@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,6 @@ from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.training.optimization import CORE_MARK, hold_core
 from quality.recipe import Recipe
 from quality.text_data import Rows
-
-Told = Callable[[MaskedBatch, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,8 @@ def batches(rows: Rows, recipe: Recipe, seed: int, mask_token_id: int) -> Iterat
         )
 
 
-def train(model: Any, rows: Rows, recipe: Recipe, seed: int, told: Told) -> Trained:
+def train(model: Any, rows: Rows, recipe: Recipe, seed: int) -> Trained:
     """Trains what in `model` has requires_grad, in place.
-
-    Args:
-        told: masked batch, step → the λ (b,) that the model is told.
 
     Raises:
         ArithmeticError: the loss is no longer finite.
@@ -62,7 +57,7 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int, told: Told) -> Trai
     model.train()
     for step, batch in enumerate(batches(rows, recipe, seed, mask_token_of(model))):
         began = time.perf_counter()
-        loss = objective(model, batch, told(batch, step))
+        loss = objective(model, batch, told(batch, recipe))
         losses.append(loss.item())
         if not loss.isfinite():
             raise ArithmeticError(f"the loss became {loss.item()} in step {step + 1} of {recipe.steps}")
@@ -80,9 +75,14 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int, told: Told) -> Trai
     return Trained(1000 * statistics.median(times), losses)
 
 
-def objective(model: nn.Module, batch: MaskedBatch, told: torch.Tensor) -> torch.Tensor:
-    """LLaDA's loss, weighted by the λ of the masks, of a model that is told the λ `told`."""
-    token_loss = masked_cross_entropy(model, replace(batch, noise_level=told), logits="all")  # (b, l)
+def told(batch: MaskedBatch, recipe: Recipe) -> torch.Tensor:
+    """The λ (b,) that a model is told of a batch, in training and in validation."""
+    return batch.noise_level if recipe.told == "sampled" else batch.masked.sum(1) / batch.answer.sum(1)
+
+
+def objective(model: nn.Module, batch: MaskedBatch, noise_level: torch.Tensor) -> torch.Tensor:
+    """LLaDA's loss, weighted by the λ of the masks, of a model that is told `noise_level` (b,)."""
+    token_loss = masked_cross_entropy(model, replace(batch, noise_level=noise_level), logits="all")  # (b, l)
     return (token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)).mean()
 
 

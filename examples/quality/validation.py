@@ -90,19 +90,17 @@ def _masked(rows: Rows, source: torch.Tensor, level: torch.Tensor, mask: torch.T
 
 
 @torch.no_grad()
-def binned_loss(
-    model: nn.Module, validation: ValidationSet, fed: Callable[[MaskedBatch], torch.Tensor] | None = None
-) -> BinnedLoss:
+def binned_loss(model: nn.Module, validation: ValidationSet, told: Callable[[MaskedBatch], torch.Tensor]) -> BinnedLoss:
     """The loss of `model` in each bin.
 
     Args:
-        fed: the λ (b,) that the model is told for a batch; default the true one.
+        told: the λ (b,) that the model is told of a batch.
     """
     sums, counts = [], []
     with evaluating(model):
         for batch in validation.batches:
-            told = batch if fed is None else replace(batch, noise_level=fed(batch))
-            sums.append(masked_cross_entropy(model, told, logits="all").sum(1).double())
+            seen = replace(batch, noise_level=told(batch))
+            sums.append(masked_cross_entropy(model, seen, logits="all").sum(1).double())
             counts.append(batch.masked.sum(1).double())
     return summarise(torch.cat(sums), torch.cat(counts), validation.bins, validation.questions)
 
