@@ -20,48 +20,51 @@ FIRST_SAMPLE_SEED = 1000  # samples of training seed s start from noise 1000 + 1
 
 
 @dataclass(frozen=True)
-class Measured:
+class Losses:
     """Attributes:
-    losses, loss_errors: of each bin of λ, the mean over held-out pictures and its standard error.
-    similarity: of all samples to the five training pictures, mean cosine.
-    text_alignment: of all samples to their prompts, mean cosine.
-    place_similarity: of the samples in a place to the subject drawn in that place, mean cosine.
-    images: the samples.
+    means, errors: of each bin of λ, the mean over held-out pictures and its standard error.
     """
 
-    losses: list[float]
-    loss_errors: list[float]
+    means: list[float]
+    errors: list[float]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Attributes:
+    images: all of them.
+    similarity: to the five training pictures, mean cosine.
+    text_alignment: to their prompts, mean cosine.
+    place_similarity: of those in a place to the subject drawn in that place, mean cosine.
+    """
+
+    images: list[Image]
     similarity: float
     text_alignment: float
     place_similarity: float
-    images: list[Image]
-
-    @property
-    def validation_loss(self) -> float:
-        return fmean(self.losses)
 
 
-def measure(task: ImageTask, unet: Any, args: Any) -> Measured:
-    """`unet` with whatever adapter and λ it has now."""
+def binned_losses(task: ImageTask, unet: Any) -> Losses:
+    """Of `unet` with whatever adapter and λ it has now."""
     bins = [held_out_losses(unet, held_out) for held_out in task.held_out]
+    means, errors = [fmean(losses) for losses in bins], [stdev(losses) / math.sqrt(len(losses)) for losses in bins]
+    return Losses(means, errors)
+
+
+def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
+    """What `unet` draws, with whatever adapter and λ it has now."""
     settings = sample_settings(task, args)
     images = sample_images(_pipeline(task.pipe, unet), settings)
     prompts = [prompt for prompt, _ in settings.pairs]
-    assert task.judge.images is not None
-    similarity = ImageSimilarity(task.judge.images)
-    in_place = [
-        similarity.similarity([image], [task.in_places[prompt]])
-        for image, prompt in zip(images, prompts, strict=True)
-        if prompt in task.in_places
-    ]
-    return Measured(
-        losses=[fmean(losses) for losses in bins],
-        loss_errors=[stdev(losses) / math.sqrt(len(losses)) for losses in bins],
-        similarity=task.judge.similarity(images) or 0.0,
-        text_alignment=task.judge.alignment(images, prompts) or 0.0,
-        place_similarity=fmean(in_place),
-        images=images,
-    )
+    encoder = task.judge.images
+    assert encoder is not None
+    similarities = ImageSimilarity(encoder).similarities(images, task.judge.references)  # (n, 5)
+    drawn = list(task.in_places)
+    to_places = encoder.images(images) @ encoder.images(list(task.in_places.values())).T  # (n, places)
+    own = [to_places[i, drawn.index(prompt)].item() for i, prompt in enumerate(prompts) if prompt in task.in_places]
+    alignment = task.judge.alignment(images, prompts)
+    assert alignment is not None
+    return Samples(images, similarities.mean().item(), alignment, fmean(own))
 
 
 @torch.no_grad()

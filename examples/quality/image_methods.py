@@ -1,33 +1,48 @@
-"""The methods of the image benchmark as arguments of the train script, and the UNet that each of them trains."""
+"""The UNet that a method trains: by the same configuration, from the same arguments, as the train scripts make."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, AdaLoraModel
 
-from nara_diffusion.training.adapter import adapter_config
+from nara_diffusion.training.adapter import check_target_modules
+from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.training.methods import METHODS
 
-METHODS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"core_type": "identity"},
-    "dora": {"core_type": "identity", "use_dora": True},
-    "nara": {},
-    "nara_dora": {"use_dora": True},
-    "nara_c": {"core_type": "constant"},
-}
-PLAIN = ("lora", "dora")
+BASE = "base"
+"""The backbone as it is."""
+NAMES = [BASE, *(name for name, method in METHODS.items() if method.family != "prompt")]
+"""Of the methods that a UNet can have."""
+NOISE_AWARE = ("nara", "nara_dora")
 
 
-def adapted_unet(pipe: Any, method: str, args: Any) -> Any:
-    """A copy of the UNet of `pipe` in which what `method` trains, and nothing else, is trainable."""
+@dataclass(frozen=True)
+class AdaptedUNet:
+    """Attributes:
+    unet: in which what the method trains requires a gradient, and nothing else.
+    adalora: PEFT's tuners that allocate ranks during training, if it is AdaLoRA.
+    """
+
+    unet: Any
+    adalora: list[AdaLoraModel] = field(default_factory=list)
+
+
+def adapted(pipe: Any, method: str, args: Any) -> AdaptedUNet:
+    """A copy of the UNet of `pipe`, for `method`.
+
+    Raises:
+        ValueError: a name in `target_modules` matches nothing, or a module that the method can't adapt.
+    """
     unet = copy.deepcopy(pipe.unet)
-    if method == "full":
-        return unet.requires_grad_(True)
-    config: Any = adapter_config(args, noise_convention="timestep")
-    if method in PLAIN:
-        options = {"use_dora": args.use_dora, "use_rslora": args.use_rslora, "lora_dropout": args.lora_dropout}
-        config = LoraConfig(r=args.rank, lora_alpha=config.lora_alpha, target_modules=config.target_modules, **options)
-    inject_adapter_in_model(config, unet)
-    return unet
+    if method == BASE:
+        return AdaptedUNet(unet)
+    config = adapter_config(args, noise_convention="timestep", total_steps=args.max_train_steps)
+    if config is None:
+        return AdaptedUNet(unet.requires_grad_(True))
+    check_target_modules(unet, config.target_modules)
+    # what `inject_adapter_in_model` does, which refuses VeRA and doesn't return AdaLoRA's tuner
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](unet, config, adapter_name="default")
+    return AdaptedUNet(unet, [tuner] if isinstance(tuner, AdaLoraModel) else [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from quality.image_methods import BASE
 from quality.image_task import ASSETS, BACKBONE, SIZE, SUBJECTS, instance_prompt
 
 DEFAULTS: dict[str, Any] = {
@@ -25,14 +26,15 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def arguments(subject: str, method_arguments: dict[str, Any], seed: int, overrides: dict[str, Any]) -> Any:
-    """`DreamBoothArguments` of one run; overrides win over the method, the method over the defaults.
+def arguments(subject: str, method: str, seed: int, overrides: dict[str, Any]) -> DreamBoothArguments:
+    """Those of one run; overrides win over the defaults.
 
     Raises:
         ValueError: an override that is no argument of the script, or whose value it refuses.
     """
     data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
-    values = DEFAULTS | data | method_arguments | overrides | {"seed": seed}
+    adapter = {} if method == BASE else {"adapter": method}
+    values = DEFAULTS | data | overrides | adapter | {"seed": seed}
     unknown = sorted(values.keys() - DreamBoothArguments.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(
@@ -41,7 +43,7 @@ def arguments(subject: str, method_arguments: dict[str, Any], seed: int, overrid
     return DreamBoothArguments(**values)
 
 
-def changed(method_arguments: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """What a record keeps of the settings: all that isn't the script's own default or a path."""
-    values = DEFAULTS | method_arguments | overrides
-    return {name: value for name, value in values.items() if name != "pretrained_model_name_or_path"}
+def settings(overrides: dict[str, Any]) -> dict[str, Any]:
+    """What a record keeps beside what it names itself: all that isn't the script's own default."""
+    named = ("pretrained_model_name_or_path", "rank", "max_train_steps", "learning_rate", "core_learning_rate")
+    return {name: value for name, value in (DEFAULTS | overrides).items() if name not in named}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -15,9 +17,12 @@ from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.step import TrainingStep
+from nara_diffusion.training.adalora import allocate_ranks, orthogonality
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
 from quality.image_controls import shuffled_noise_levels, while_training
+from quality.image_methods import AdaptedUNet
 from quality.image_task import SIZE, ImageTask
+from quality.step_memory import step_memory_mib
 
 
 class ControlledDenoiser(nn.Module):
@@ -33,38 +38,33 @@ class ControlledDenoiser(nn.Module):
             return predict(self.unet, sample, timestep, time_ids, embeddings)
 
 
-def train(task: ImageTask, unet: Any, args: Any, control: str | None, progress: bool = True) -> float:
-    """Trains what is trainable in `unet`; returns the median milliseconds of a step.
+@dataclass(frozen=True)
+class Trained:
+    """Attributes: `step_ms` is the median step's time; `peak_memory_mib` that of a step, counted in tensors."""
+
+    step_ms: float
+    peak_memory_mib: float
+
+
+def train(task: ImageTask, adapted: AdaptedUNet, args: Any, control: str | None, progress: bool = True) -> Trained:
+    """Trains what in `adapted` requires a gradient.
 
     Raises:
         ArithmeticError: the loss is no longer finite.
     """
-    denoiser = ControlledDenoiser(unet, control)
-    optimizer = build_optimizer(denoiser, args)
+    denoiser = ControlledDenoiser(adapted.unet, control)
+    compute_loss = _loss_of(task, denoiser, args)
+    optimizer = build_optimizer(denoiser, args, fused=True)
     schedule = build_scheduler(optimizer, args, args.max_train_steps)
-    batch_size = args.train_batch_size
-    dataset = DreamBoothDataset(task.instances, [SIZE], batch_size=batch_size, seed=args.seed, flip=args.random_flip)
-    step = TrainingStep(
-        model=denoiser,
-        objective=build_objective(task.pipe.scheduler, snr_gamma=args.snr_gamma),
-        latents=task.latents,
-        prompts=task.prompts,
-        device=torch.device("cpu"),
-        seed=args.seed,
-        group_size=batch_size,
-        stratified=args.stratified_timesteps,
-        noise_offset=args.noise_offset,
-    )
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     times = []
     denoiser.train()
+    memory = step_memory_mib(denoiser, lambda: compute_loss(0))
     for number in tqdm(range(args.max_train_steps), desc="train", unit="step", leave=False, disable=not progress):
-        positions = range(number * batch_size, (number + 1) * batch_size)
-        denoiser.shuffled = shuffled_noise_levels(positions, args.seed, step.objective.levels, batch_size)
         started = time.perf_counter()
-        loss = step(collate_draws([dataset[position] for position in positions])).loss
+        loss = compute_loss(number) + orthogonality(adapted.adalora)
         if not loss.isfinite():
-            raise ArithmeticError(f"the loss became {loss.item()} in step {number + 1}")
+            raise ArithmeticError(f"the loss became {loss.item()} in step {number + 1}: lower the learning rate.")
         loss.backward()
         if number < args.core_start_step:
             hold_core(optimizer)
@@ -72,7 +72,32 @@ def train(task: ImageTask, unet: Any, args: Any, control: str | None, progress: 
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         schedule.step()
+        allocate_ranks(adapted.adalora, number + 1)
         optimizer.zero_grad()
         times.append(time.perf_counter() - started)
     denoiser.eval()
-    return 1000 * median(times)
+    return Trained(1000 * median(times), memory)
+
+
+def _loss_of(task: ImageTask, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:
+    """The loss of step `number`: data, timesteps and noise follow from the seed and the number alone."""
+    size = args.train_batch_size
+    dataset = DreamBoothDataset(task.instances, [SIZE], batch_size=size, seed=args.seed, flip=args.random_flip)
+    step = TrainingStep(
+        model=denoiser,
+        objective=build_objective(task.pipe.scheduler, snr_gamma=args.snr_gamma),
+        latents=task.latents,
+        prompts=task.prompts,
+        device=torch.device("cpu"),
+        seed=args.seed,
+        group_size=size,
+        stratified=args.stratified_timesteps,
+        noise_offset=args.noise_offset,
+    )
+
+    def loss(number: int) -> Tensor:
+        positions = range(number * size, (number + 1) * size)
+        denoiser.shuffled = shuffled_noise_levels(positions, args.seed, step.objective.levels, size)
+        return step(collate_draws([dataset[position] for position in positions])).loss
+
+    return loss

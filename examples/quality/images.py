@@ -13,20 +13,20 @@ from typing import Any
 import torch
 
 from quality.image_controls import EVALUATED_CONTROLS, TRAINED_CONTROLS, while_evaluating
-from quality.image_measurement import Measured, measure
-from quality.image_methods import METHODS, adapted_unet
-from quality.image_settings import arguments, changed
-from quality.image_task import BACKBONE, bin_centres, load_task
-from quality.image_training import train
+from quality.image_measurement import binned_losses, judged_samples
+from quality.image_methods import BASE, NAMES, NOISE_AWARE, AdaptedUNet, adapted
+from quality.image_settings import arguments, settings
+from quality.image_task import BACKBONE, ImageTask, bin_centres, load_task
+from quality.image_training import Trained, train
 
-NOISE_AWARE = ("nara", "nara_dora")
+TUNE = "tune"
+TUNING_SUBJECT = "house"
+"""Learning rates are chosen on a subject that the comparison doesn't have."""
 
 
-def run_one_image(
-    subject: str, method: str, seed: int, *, control: str | None = None, stage: str = "main", **overrides: Any
-) -> dict[str, Any]:
+def run_one_image(subject: str, method: str, seed: int, **overrides: Any) -> dict[str, Any]:
     """The record of one run (see `image_records`), without those of the trained adapter under a wrong λ."""
-    return image_records(subject, method, seed, control=control, stage=stage, evaluated=(), **overrides)[0]
+    return image_records(subject, method, seed, evaluated=(), **overrides)[0]
 
 
 def image_records(
@@ -38,74 +38,92 @@ def image_records(
     stage: str = "main",
     evaluated: tuple[str, ...] | None = None,
     progress: bool = True,
+    keep_model: bool = False,
     **overrides: Any,
 ) -> list[dict[str, Any]]:
     """Trains once, and measures: as it is, and under each control that needs no training of its own.
 
     Args:
         subject: "toy", "car", "cup" or "house".
-        method: a key of `METHODS`.
+        method: a value of the train scripts' --adapter that a UNet can have, or "base", the backbone as it is.
         seed: of initialisation, order, timesteps, noise and samples.
         control: None, "constant" or "shuffled": the λ that training sees.
-        stage: "tune", "main", "single" or "ablation".
+        stage: "tune" measures the loss and draws no samples; "main", "single" or "ablation".
         evaluated: controls of the trained adapter; None means all of them where they mean something.
+        keep_model: put the trained UNet into the first record, as "model".
         overrides: arguments of train_scripts/dreambooth_sdxl.py.
 
     Raises:
         ValueError: an unknown subject, method, control or argument; or a control of a method that knows no λ.
+        ArithmeticError: training diverged.
     """
-    started = time.perf_counter()
     check(method, control)
+    args = arguments(subject, method, seed, overrides)
+    started = time.perf_counter()
     task = load_task(subject)
-    args = arguments(subject, METHODS[method], seed, overrides)
     torch.manual_seed(seed)
-    unet = adapted_unet(task.pipe, method, args)
-    step_ms = train(task, unet, args, control, progress)
-    common = {
-        "suite": "images",
-        "stage": stage,
-        "backbone": BACKBONE,
-        "domain": subject,
-        "method": method,
-        "seed": seed,
-        "learning_rate": args.learning_rate,
-        "core_learning_rate": args.core_learning_rate if method in NOISE_AWARE else None,
-        "rank": None if method == "full" else args.rank,
-        "steps": args.max_train_steps,
-        "trainable_parameters": sum(p.numel() for p in unet.parameters() if p.requires_grad),
-        "step_ms": step_ms,
-        "settings": changed(METHODS[method], overrides),
-    }
+    model = adapted(task.pipe, method, args)
+    trained = None if method == BASE else train(task, model, args, control, progress)
+    common = _description(subject, method, seed, stage, args, overrides) | _cost(model, trained)
     if evaluated is None:
-        evaluated = EVALUATED_CONTROLS if method in NOISE_AWARE and control is None else ()
+        evaluated = EVALUATED_CONTROLS if method in NOISE_AWARE and control is None and stage != TUNE else ()
     records = []
     for name in (control, *evaluated):
-        with while_evaluating(unet, name):
-            figures = describe(measure(task, unet, args))
-        seconds = time.perf_counter() - started
-        records.append({**common, "control": name, **figures, "seconds": seconds})
-    return records
+        with while_evaluating(model.unet, name):
+            figures = _measure(task, model.unet, args, stage)
+        now = time.perf_counter()
+        records.append({**common, "control": name, **figures, "seconds": round(now - started, 2)})
+        started = now  # an evaluation of a trained adapter costs no training
+    return [{**records[0], "model": model.unet}, *records[1:]] if keep_model else records
 
 
 def check(method: str, control: str | None) -> None:
     """Refuses what can't be run, before anything is loaded."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
+    if method not in NAMES:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(NAMES)}.")
     if control is not None and control not in TRAINED_CONTROLS:
         raise ValueError(f"control is {control!r}, expected none or one of {', '.join(TRAINED_CONTROLS)}.")
     if control is not None and method not in NOISE_AWARE:
         raise ValueError(f"method {method!r} knows no λ that control {control!r} could replace.")
 
 
-def describe(measured: Measured) -> dict[str, Any]:
-    """As a record has it."""
+def _description(
+    subject: str, method: str, seed: int, stage: str, args: Any, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    is_trained = method != BASE
     return {
-        "noise_levels": bin_centres(),
-        "losses": measured.losses,
-        "loss_errors": measured.loss_errors,
-        "validation_loss": measured.validation_loss,
-        "similarity": measured.similarity,
-        "text_alignment": measured.text_alignment,
-        "place_similarity": measured.place_similarity,
-        "n": len(measured.images),
+        "suite": "images",
+        "stage": stage,
+        "backbone": BACKBONE,
+        "domain": subject,
+        "method": method,
+        "seed": seed,
+        "learning_rate": args.learning_rate if is_trained else None,
+        "core_learning_rate": args.core_learning_rate if method.startswith("nara") else None,
+        "rank": None if method in (BASE, "full") else args.rank,
+        "steps": args.max_train_steps if is_trained else 0,
+        "settings": settings(overrides) if is_trained else {},
     }
+
+
+def _cost(model: AdaptedUNet, trained: Trained | None) -> dict[str, Any]:
+    return {
+        "trainable_parameters": sum(p.numel() for p in model.unet.parameters() if p.requires_grad),
+        "step_ms": trained and round(trained.step_ms, 2),
+        "peak_memory_mib": trained and round(trained.peak_memory_mib, 2),
+    }
+
+
+def _measure(task: ImageTask, unet: Any, args: Any, stage: str) -> dict[str, Any]:
+    losses = binned_losses(task, unet)
+    figures: dict[str, Any] = {
+        "noise_levels": bin_centres(),
+        "losses": losses.means,
+        "loss_errors": losses.errors,
+        "validation_loss": sum(losses.means) / len(losses.means),
+    }
+    samples = None if stage == TUNE else judged_samples(task, unet, args)
+    names = ("similarity", "text_alignment", "place_similarity")
+    return (
+        figures | {name: samples and getattr(samples, name) for name in names} | {"n": samples and len(samples.images)}
+    )
