@@ -1,4 +1,4 @@
-"""The model card of llada-tiny and the files that it shows, written from the run's own figures."""
+"""The model card of llada-tiny or dream-tiny and the files that it shows, written from the run's own figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tiny_curves import write_curve
 from tiny_tasks import FAMILIES, LETTER_FAMILIES, questions
 
 CURVE_FILE = "training_curve"
-CARD_TEMPLATE = Path(__file__).with_name("llada_tiny_card.md")
 
 
 def write_card(directory: Path, arguments: dict[str, Any], results: dict[str, Any], curve: list[dict]) -> None:
@@ -40,4 +39,5 @@ def _card(arguments: dict[str, Any], results: dict[str, Any]) -> str:
         "steps": results["steps"],
         "max_tokens": results["max_tokens"],
     }
-    return Template(CARD_TEMPLATE.read_text(encoding="utf-8")).substitute(figures)
+    template = Path(__file__).with_name(f"{arguments['family']}_tiny_card.md")
+    return Template(template.read_text(encoding="utf-8")).substitute(figures)
