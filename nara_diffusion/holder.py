@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from .channel import CoreChannel, Frame
 from .config import NaraConfig
+from .controls import as_read, grid_of, refuse_control
 from .core_set import CoreSet, make_cores
 from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
 from .offload import KEEPS_COPY, beside_inputs, onload_cores
 from .recompute import checkpoint_with_core, checkpoint_without_core
 from .settings import check_not_fused, check_not_split
-from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_one_sample
+from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_adapter, of_one_sample
 
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
 
+_DENSITY_REMEDY = "pass noise_level(model, value, mask_density=…), or set a source that tells it."
 _MERGE_REMEDY = "Pass noise_level=…, or merge inside `with noise_level(model, value):`."
 
 
@@ -118,34 +120,28 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     def cores_at(self, signals: NoiseSignals | None, names: list[str]) -> dict[tuple[str, str], Tensor]:
         """The frame (adapter, group) → C (b or 1, r, r) of the named adapters; identities are left out."""
-        found = {name: self.cores[name].at(self._rows(name, signals)) for name in names}  # type: ignore[operator]
+        served_by = active_adapter_names(self.channel)
+        found = {name: self.cores[name].at(of_adapter(name, signals, served_by)) for name in names}  # type: ignore[operator]
         return {(name, group): core for name, cores in found.items() for group, core in cores.items()}
 
-    def _rows(self, adapter_name: str, signals: NoiseSignals | None) -> NoiseSignals | None:
-        """The signals of those samples that `adapter_name` serves, under PEFT's `adapter_names`."""
-        names = active_adapter_names(self.channel)
-        if names is None or signals is None:
-            return signals
-        rows = [index for index, name in enumerate(names) if name == adapter_name]
+    def _mean_cores(self, grid: NoiseSignals, names: list[str]) -> dict[tuple[str, str], Tensor]:
+        """The same with the mean of each core over a grid of λ, (1, r, r)."""
+        self.check_signals(grid, names, "", density_remedy="pass mask_density=… to mean_core().")
+        found = {name: self.cores[name].at(grid) for name in names}  # type: ignore[operator]
+        return {
+            (name, group): core.mean(0, keepdim=True) for name, cores in found.items() for group, core in cores.items()
+        }
 
-        def pick(signal: Tensor | None) -> Tensor | None:
-            if signal is None or signal.shape[0] == 1:
-                return signal
-            if signal.shape[0] != len(names):
-                raise ValueError(f"noise_level has {signal.shape[0]} values, but adapter_names has {len(names)}.")
-            return signal[rows]
-
-        return NoiseSignals(pick(signals.noise_level), pick(signals.mask_density))  # type: ignore[arg-type]
-
-    def check_signals(self, signals: NoiseSignals | None, names: list[str], remedy: str) -> NoiseSignals | None:
+    def check_signals(
+        self, signals: NoiseSignals | None, names: list[str], remedy: str, density_remedy: str = _DENSITY_REMEDY
+    ) -> NoiseSignals | None:
         """`signals`, if they are all that the cores of the named adapters need."""
         cores = self._cores_of(names)
         if signals is None and self.depend_on_noise(names):
             raise ValueError(f"λ is not known, but adapter(s) {', '.join(map(repr, names))} depend on it: {remedy}")
         if any(core.needs_density for core in cores) and (signals is None or signals.mask_density is None):
             raise ValueError(
-                f"The mask density is not known, but adapter(s) {', '.join(map(repr, names))} read it: pass "
-                "noise_level(model, value, mask_density=…), or set a source that tells it."
+                f"The mask density is not known, but adapter(s) {', '.join(map(repr, names))} read it: {density_remedy}"
             )
         return signals
 
@@ -157,7 +153,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             check_batch(signals, self.source, arguments_of(root, args, kwargs))
             check_not_split(root, len(signals.noise_level))
         return self.check_signals(
-            signals,
+            None if signals is None else as_read(self.channel, signals),
             names,
             "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
             f"`set_noise_source(model, source)`.{denoiser_hint(root)}",
@@ -173,6 +169,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         """
         if not self.depend_on_noise(names):
             return None
+        refuse_control(self.channel)
         signals, merged = active_signals(self.channel) or self.merged_signals, self.merged_signals
         self.check_signals(signals, names, f"a λ-dependent update can only be merged at one λ. {remedy}")
         signals = of_one_sample(signals)  # type: ignore[arg-type]
@@ -237,7 +234,12 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             checkpoint_with_core(root, self.channel)
         check_not_fused(root, names)
         self.kept_on_disk = onload_cores(root)
-        return beside_inputs(self.cores_at(self._signals_for(root, names, args, kwargs), names), args, kwargs)
+        grid = grid_of(self.channel)
+        if grid is None:
+            frame = self.cores_at(self._signals_for(root, names, args, kwargs), names)
+        else:
+            frame = self._mean_cores(grid, names)
+        return beside_inputs(frame, args, kwargs)
 
     def _check_merged_level(self) -> None:
         signals, merged = active_signals(self.channel), self.merged_signals

@@ -23,6 +23,22 @@ def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
     return NoiseSignals(level[:1], None if density is None else density[:1])
 
 
+def of_adapter(adapter_name: str, signals: NoiseSignals | None, served_by: list[str] | None) -> NoiseSignals | None:
+    """The signals of those samples that the adapter serves; `served_by` names, under PEFT's `adapter_names`, each's."""
+    if served_by is None or signals is None:
+        return signals
+    rows = [index for index, name in enumerate(served_by) if name == adapter_name]
+
+    def pick(signal: Tensor | None) -> Tensor | None:
+        if signal is None or signal.shape[0] == 1:
+            return signal
+        if signal.shape[0] != len(served_by):
+            raise ValueError(f"noise_level has {signal.shape[0]} values, but adapter_names has {len(served_by)}.")
+        return signal[rows]
+
+    return NoiseSignals(pick(signals.noise_level), pick(signals.mask_density))  # type: ignore[arg-type]
+
+
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """What was passed to a forward of `module`, by name, in the order of its signature."""
     given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
