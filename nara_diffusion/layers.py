@@ -139,11 +139,11 @@ class NaraLinear(NaraVariant):
         return (module.lora_B[active_adapter],)
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
         core = self.batch_core(module.r[active_adapter], x.shape[0])
         scaling = module.scaling[active_adapter]
-        if _is_dropout_free(module, active_adapter) and can_fuse(module, active_adapter, x, result):
-            return fused_linear(x, result, module.get_base_layer().weight, A.weight, core, B.weight, scaling)
+        if _is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
+            return fused_linear(x, result, base_layer.weight, A.weight, core, B.weight, scaling)
         h = A(module.lora_dropout[active_adapter](x))  # (b, …, r)
         result = add_product(result, mix(core, h), B.weight, scaling)
         return result if B.bias is None else result + scaling * B.bias
@@ -203,7 +203,7 @@ class NaraDoraLinear(NaraVariant):
         bias = base_layer.bias
         if _is_dropout_free(module, active_adapter):
             base = result if bias is None else result - bias
-            if x.dtype == gain.dtype != torch.float16 and can_fuse(module, active_adapter, x, result):
+            if x.dtype == gain.dtype != torch.float16 and can_fuse(module, base_layer, A, B, x, result):
                 result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, gain)
             else:
                 result = add_scaled_product(base, mix(core, A(x)), B.weight, gain, scaling)

@@ -270,6 +270,7 @@ def test_another_dtype_and_another_layout_are_left_to_the_parts():
     module = one_layer().base_model.model.layer
     x = torch.randn(3, 7, 6)
     result = module.base_layer(x).detach()
-    assert can_fuse(module, "default", x, result.clone())
-    assert not can_fuse(module, "default", x, result.double())
-    assert not can_fuse(module, "default", x, result.transpose(0, 1).contiguous().transpose(0, 1))
+    parts = (module, module.base_layer, module.lora_A["default"], module.lora_B["default"])
+    assert can_fuse(*parts, x, result.clone())
+    assert not can_fuse(*parts, x, result.double())
+    assert not can_fuse(*parts, x, result.transpose(0, 1).contiguous().transpose(0, 1))
