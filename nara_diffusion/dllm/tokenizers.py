@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 # Kinds of checkpoint whose tokenizer class may exist in their own code only: the stock class that reads their files.
 _STOCK_TOKENIZERS = {
@@ -18,6 +19,9 @@ _STOCK_TOKENIZERS = {
     "illada": PreTrainedTokenizerFast,
     "dream": Qwen2Tokenizer,
 }
+
+# The class that transformers 5 names where all of a tokenizer is in tokenizer.json.
+_WHOLE_IN_ITS_FILE = "TokenizersBackend"
 
 
 def load_tokenizer(name: str, *, family: str, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
@@ -32,6 +36,9 @@ def load_tokenizer(name: str, *, family: str, trust_remote_code: bool = False, *
     stock = _STOCK_TOKENIZERS.get(family.lower())
     if stock is not None:
         return stock.from_pretrained(name, **hub)
+    if get_tokenizer_config(name, **hub).get("tokenizer_class") == _WHOLE_IN_ITS_FILE:
+        # AutoTokenizer would go by the model's type instead, and Qwen2's class brings rules of its own for splitting
+        return PreTrainedTokenizerFast.from_pretrained(name, **hub)
     return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
 
 

@@ -9,6 +9,9 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -17,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     RobertaConfig,
@@ -50,6 +54,17 @@ def test_plain_llama_and_qwen2_become_bidirectional(tmp_path: Path, model_class,
     assert type(model) is model_class
     assert model.config.mask_token_id == 39
     assert torch.equal(logits_of(model), logits_of(bidirectional(stock)))
+
+
+def test_a_tokenizer_that_is_whole_in_its_file_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2))
+    stock_checkpoint(tmp_path, model)
+    words = Tokenizer(WordLevel({"[UNK]": 0, "ab-cd": 1, "[MASK]": 2, "[END]": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()  # Qwen2's own rule would split at the hyphen
+    special = {"mask_token": "[MASK]", "eos_token": "[END]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path)
+    _, tokenizer = load_backbone(str(tmp_path))
+    assert tokenizer("ab-cd ab-cd", add_special_tokens=False)["input_ids"] == [1, 1]
 
 
 def test_dream_is_shifted_once_through_saving_copying_and_adapters(tmp_path: Path) -> None:
