@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -26,10 +26,10 @@ from datasets import Dataset, load_dataset
 
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.data import end_token_id
-from nara_diffusion.dllm.measurement import Measurement, compare, measure, validation_losses
+from nara_diffusion.dllm.measurement import compare, measure, validation_losses
 from nara_diffusion.dllm.records import FieldNames, normalized, records_from_file
 from nara_diffusion.dllm.run_report import results_table, write_run_report
-from nara_diffusion.training.adapter import adapter_config, add_adapter, recompute_activations
+from nara_diffusion.training.adapter import base_model, build_adapter, recompute_activations
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -37,14 +37,15 @@ from nara_diffusion.training.arguments import (
     check_arguments,
     require,
 )
-from nara_diffusion.training.checkpoints import load_adapter_weights, save_adapter
+from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.cli import option, parse_arguments
-from nara_diffusion.training.hub import push_to_hub
+from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.memory import explaining_out_of_memory
+from nara_diffusion.training.methods import title_of
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.output import write_json
-from nara_diffusion.training.run import Run, start_run
+from nara_diffusion.training.run import start_run
+from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
@@ -149,15 +150,15 @@ def main(args: Arguments) -> dict[str, Any]:
 
     # Setup
     run = start_run(args, "dllm")
-    config = adapter_config(args, noise_convention="masked_share")
 
     # Data
     records = load_records(args)
 
     # Model
-    options: dict[str, Any] = {"mask_token": args.mask_token, "dtype": run.dtype}
+    options: dict[str, Any] = {"mask_token": args.mask_token}
     options |= {} if args.revision is None else {"revision": args.revision}
-    backbone, tokenizer = load_backbone(args.pretrained_model_name_or_path, **options)
+    load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
+    backbone, tokenizer = load(dtype=run.weights_dtype)
     train_rows, validation_rows, test_rows = (
         encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main).rows for part in records
     )
@@ -165,12 +166,12 @@ def main(args: Arguments) -> dict[str, Any]:
     collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length)
     if args.gradient_checkpointing:
         recompute_activations(backbone)
-    model = add_adapter(backbone, config)
+    steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
+    model = build_adapter(backbone, args, total_steps=steps)
     if run.checkpoint is not None:
-        load_adapter_weights(model, run.checkpoint)
+        load_checkpoint(model, run.checkpoint)
 
     # Train
-    steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
     optimizer = build_optimizer(model, args, run.accelerator.num_processes, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
     stream = ShuffledStream(train_rows, args.seed)
@@ -180,6 +181,7 @@ def main(args: Arguments) -> dict[str, Any]:
     sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
     exact_match(adapted, tokenizer, [test_rows[0]], **sampling, progress=False)  # bad settings show now
     facts = {
+        "adapter": title_of(args),
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
         "trainable parameters": f"{sum(p.numel() for p in adapted.parameters() if p.requires_grad):,}",
         "hardware": run.hardware,
@@ -193,25 +195,20 @@ def main(args: Arguments) -> dict[str, Any]:
 
     # Save
     save_adapter(run.accelerator, model, run.folder)
-    parts = (run.accelerator, adapted, tokenizer, validation_rows, test_rows)
-    with adapted.disable_adapter():
-        before = measure(*parts, **held_out, curve_points=args.curve_points, **sampling)
-    after = measure(*parts, **held_out, curve_points=args.curve_points, **sampling)
+    if args.adapter == "full" and run.is_main:
+        tokenizer.save_pretrained(run.folder)  # a model folder has one
+    parts = (tokenizer, validation_rows, test_rows)
+    options = {**held_out, "curve_points": args.curve_points, **sampling}
+    with base_model(adapted, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device)) as base:
+        before = measure(run.accelerator, base, *parts, **options)
+    after = measure(run.accelerator, adapted, *parts, **options)
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(test_rows), **compare(before, after)}
     if run.is_main:
-        publish(run, results, facts | {"time": f"{results['seconds']:.0f} s, evaluation included"}, before, after)
+        facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
+        write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
+        print(publish(run, results, results_table(before, after)))
     run.close()
     return results
-
-
-def publish(run: Run, results: dict[str, Any], facts: dict[str, str], before: Measurement, after: Measurement) -> None:
-    """Writes the reports, shows the table, and uploads the folder if asked to."""
-    write_run_report(run.folder, asdict(run.args), facts, before, after, load_from=run.hub_id or str(run.folder))
-    write_json(run.folder / "results.json", results)
-    print(f"\n{results_table(before, after)}\n\n{results['seconds']:.0f} s; everything is in {run.folder}")
-    if run.hub_id is not None:
-        push_to_hub(run.hub_id, run.folder)
-        print(f"pushed to https://huggingface.co/{run.hub_id}")
 
 
 def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:

@@ -41,7 +41,7 @@ class AdaptedDenoiser(nn.Module):
     """
 
     def __init__(
-        self, pipe: Any, config: NaraConfig, *, train_text_encoder: bool = False, gradient_checkpointing: bool = False
+        self, pipe: Any, config: Any, *, train_text_encoder: bool = False, gradient_checkpointing: bool = False
     ) -> None:
         super().__init__()
         check_target_modules(pipe.unet, config.target_modules)

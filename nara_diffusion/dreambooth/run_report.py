@@ -107,7 +107,7 @@ def _write_card(
         title=f"{name} with {kind}",
         summary=f"A noise-aware low-rank adapter ({kind}, arXiv 2605.29716) {about}.",
         base_model=base,
-        tags=["text-to-image", "stable-diffusion-xl", "diffusers", "dreambooth"],
+        tags=["nara", "text-to-image", "stable-diffusion-xl", "diffusers", "dreambooth"],
         sections={
             "How good it is": how_good,
             "How to load it": _loading(arguments, settings, load_from),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from nara_diffusion.training.adapter_configs import ALL_LINEAR, CORE_ARGUMENTS, adapter_config
+from nara_diffusion.training.adapter_configs import ALL_LINEAR, adapter_config
 from nara_diffusion.training.methods import method_of
-
-__all__ = ["ALL_LINEAR", "CORE_ARGUMENTS", "adapter_config", "add_adapter", "build_adapter", "check_target_modules"]
+from nara_diffusion.training.pissa import changes_base, remember_start
 
 
 def build_adapter(
@@ -56,7 +57,19 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
+    remember_start(adapted)
     return adapted
+
+
+@contextmanager
+def base_model(adapted: nn.Module, load: Callable[[], nn.Module]) -> Iterator[nn.Module]:
+    """The model without what was trained: `adapted` with its adapter disabled, or what `load` returns where training
+    has changed the weights themselves."""
+    if changes_base(adapted):
+        yield load()
+        return
+    with adapted.disable_adapter():  # type: ignore[operator]
+        yield adapted
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

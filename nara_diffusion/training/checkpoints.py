@@ -1,6 +1,6 @@
 """checkpoint-N: all that a run needs to go on after step N as if it had never stopped.
 
-    checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, or what another `AdapterWriter` writes
+    checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as `formats` or another writer has it
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16)
                  random_states_P.pkl                              of process P
                  checkpoint.json                                  step, processes, arguments, SHA-256 of each file above
@@ -18,23 +18,19 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
 from nara_diffusion.training.arguments import config_differences
+from nara_diffusion.training.formats import AdapterWriter, write_adapter, write_checkpoint
 from nara_diffusion.training.output import write_json
 from nara_diffusion.whole import partial_name, whole_folder
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
-
-AdapterWriter = Callable[[Any, Path, dict[str, Any]], None]
-"""Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""
 
 
 def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int) -> Path:
@@ -109,19 +105,7 @@ def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
     return manifest["step"]
 
 
-def load_adapter_weights(model: PeftModel, checkpoint: Path) -> None:
-    """Puts the checkpoint's adapter into `model`, before accelerate wraps it."""
-    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
-
-
-def write_peft_adapter(model: PeftModel, folder: Path, state: dict[str, Any]) -> None:
-    """adapter_config.json and adapter_model.safetensors."""
-    # embeddings are the base model's; PEFT would look its configuration up again to find that out
-    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
-
-
-def keep_adapter_only(accelerator: Accelerator, write: AdapterWriter = write_peft_adapter) -> None:
+def keep_adapter_only(accelerator: Accelerator, write: AdapterWriter = write_checkpoint) -> None:
     """Makes `accelerator.save_state` write the adapter alone, and `load_state` leave the model as it is."""
 
     def save(models: list[Any], weights: list[dict], output_dir: str) -> None:
@@ -137,7 +121,7 @@ def keep_adapter_only(accelerator: Accelerator, write: AdapterWriter = write_pef
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: AdapterWriter = write_peft_adapter) -> None:
+def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: AdapterWriter = write_adapter) -> None:
     """Puts the adapter's files into `folder`, called by every process.
 
     Raises:

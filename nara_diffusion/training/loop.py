@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nara_diffusion.training.adalora import adalora_models, allocate_ranks, orthogonality
 from nara_diffusion.training.checkpoints import find_checkpoints, save_checkpoint
 from nara_diffusion.training.interrupt import InterruptRequest
 from nara_diffusion.training.metrics import LossWindow
@@ -72,6 +73,7 @@ def train(
     """
     accelerator, args = run.accelerator, run.args
     window = LossWindow()
+    tuners = adalora_models(accelerator.unwrap_model(model))
     bar = tqdm(total=total_steps, initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
     model.train()
     with InterruptRequest() as interrupt, bar:
@@ -79,11 +81,14 @@ def train(
             with accelerator.accumulate(model):
                 step = compute_loss(batch)
                 _collect(run, window, step)
-                accelerator.backward(step.loss)
+                accelerator.backward(step.loss + orthogonality(tuners))
                 if accelerator.sync_gradients:
                     _prepare_gradients(run, model, optimizer)
                 optimizer.step()
-                if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                skipped = accelerator.optimizer_step_was_skipped
+                if accelerator.sync_gradients:
+                    allocate_ranks(tuners, run.step + 1, skipped)
+                if accelerator.sync_gradients and not skipped:
                     scheduler.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:

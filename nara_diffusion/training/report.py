@@ -62,7 +62,7 @@ def write_model_card(
     **front_matter: Any,
 ) -> None:
     """Writes README.md: front matter for the Hub, title, summary, and one heading for each section."""
-    front: dict[str, Any] = {"library_name": library, "tags": ["nara", *tags]}
+    front: dict[str, Any] = {"library_name": library, "tags": list(tags)}
     front |= {name: value for name, value in front_matter.items() if value is not None}
     if not Path(base_model).exists():  # the Hub takes ids of models there, not paths of this disk
         front["base_model"] = base_model

@@ -15,15 +15,16 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
 
+from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.checkpoints import (
-    AdapterWriter,
     find_checkpoints,
     keep_adapter_only,
     resolve_checkpoint,
     verify_checkpoint,
-    write_peft_adapter,
 )
+from nara_diffusion.training.formats import AdapterWriter, write_checkpoint
 from nara_diffusion.training.hub import create_hub_repo
+from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.metrics import MetricLog
 from nara_diffusion.training.optimization import check_scheduler
 from nara_diffusion.training.output import check_output_dir, create_output_dir, numbered_dirs, write_yaml
@@ -85,6 +86,11 @@ class Run:
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
 
     @property
+    def weights_dtype(self) -> torch.dtype:
+        """Dtype to load the model in: float32 where all weights are trained, since small steps are lost in others."""
+        return torch.float32 if method_of(self.args).family == "full" else self.dtype
+
+    @property
     def fuses_optimizer(self) -> bool:
         """Whether AdamW may be PyTorch's fused one, which takes a third of the time for an adapter's many tensors.
 
@@ -129,18 +135,19 @@ class Run:
         self.accelerator.end_training()
 
 
-def start_run(args: Any, name: str, write_adapter: AdapterWriter = write_peft_adapter) -> Run:
+def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> Run:
     """Checks what can be checked before anything is loaded, starts accelerate, and seeds every generator.
 
     Args:
-        write_adapter: writes the adapter's files into a checkpoint.
+        write: writes the adapter's files into a checkpoint.
 
     Raises:
         ValueError: the output folder holds another run, or can't be written; there is nothing to resume from, or it
-            doesn't fit this run; a tracker isn't installed; the schedule is unknown; accelerate sees fewer processes
-            than were launched; fp16 without a GPU.
+            doesn't fit this run; the adapter's settings are impossible; a tracker isn't installed; the schedule is
+            unknown; accelerate sees fewer processes than were launched; fp16 without a GPU.
     """
     check_scheduler(args.lr_scheduler)
+    adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # for its refusals
     _check_trackers(args.report_to)
     check_output_dir(args.output_dir, resuming=args.resume_from_checkpoint is not None)
     accelerator = Accelerator(
@@ -159,7 +166,7 @@ def start_run(args: Any, name: str, write_adapter: AdapterWriter = write_peft_ad
         run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes)
     if args.push_to_hub and run.is_main:
         run.hub_id = create_hub_repo(args.hub_model_id or Path(args.output_dir).name)
-    keep_adapter_only(accelerator, write_adapter)
+    keep_adapter_only(accelerator, write)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)

@@ -10,14 +10,15 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
 
 from nara_diffusion.dllm import masked_diffusion_loss
-from nara_diffusion.training.adapter import adapter_config, add_adapter
+from nara_diffusion.training.adapter import build_adapter
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
     RunArguments,
     check_arguments,
 )
-from nara_diffusion.training.checkpoints import load_adapter_weights, save_adapter
+from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.run import Run, start_run
@@ -82,9 +83,9 @@ def small_run(tiny_llama) -> Callable[..., SmallRun]:
         run.accelerator.scaler = scaler
         backbone = type(tiny_llama)(tiny_llama.config)
         backbone.load_state_dict(start)
-        model = add_adapter(backbone, adapter_config(args))
+        model = build_adapter(backbone, args, total_steps=args.max_train_steps)
         if run.checkpoint:
-            load_adapter_weights(model, run.checkpoint)
+            load_checkpoint(model, run.checkpoint)
         optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
         scheduler = build_scheduler(optimizer, args, args.max_train_steps)
         loader = stream_loader(

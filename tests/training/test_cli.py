@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import pytest
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.training.adapter import CORE_ARGUMENTS
+from nara_diffusion.training.adapter_configs import CORE_ARGUMENTS
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments
 from nara_diffusion.training.cli import build_parser, option, parse_arguments
 

@@ -26,7 +26,7 @@ def test_samples_are_escaped_and_marked(tmp_path) -> None:
 
 
 def test_card_has_front_matter_that_the_hub_accepts(tmp_path) -> None:
-    arguments = {"title": "T", "summary": "S", "tags": ["text"], "sections": {"How good": "97 %"}}
+    arguments = {"title": "T", "summary": "S", "tags": ["nara", "text"], "sections": {"How good": "97 %"}}
     write_model_card(tmp_path, base_model="org/model", **arguments)
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "peft", "tags": ["nara", "text"], "base_model": "org/model"}

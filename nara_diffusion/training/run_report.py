@@ -1,0 +1,80 @@
+"""What the two scripts do alike at the end of a run: the model card's frame, results.json, the upload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nara_diffusion.training.hub import push_to_hub
+from nara_diffusion.training.methods import METHODS, Method, title_of
+from nara_diffusion.training.output import write_json
+from nara_diffusion.training.report import write_model_card
+from nara_diffusion.training.run import Run
+
+_WHAT_IT_IS = {
+    "nara": "A noise-aware low-rank adapter",
+    "lora": "A low-rank adapter",
+    "other": "An adapter",
+    "prompt": "Learned virtual tokens",
+    "full": "All weights, fine-tuned:",
+}
+
+
+def write_run_card(
+    folder: Path,
+    args: Any,
+    facts: Mapping[str, str],
+    *,
+    name: str,
+    about: str,
+    figures: Sequence[Sequence[str]],
+    how_good: tuple[str, str],
+    loading: str,
+    tags: Sequence[str],
+    **front_matter: Any,
+) -> None:
+    """Writes README.md into `folder`.
+
+    Args:
+        args: the run's arguments.
+        facts: {what: value} of the run, such as the number of trainable parameters.
+        name: what people call the base model.
+        about: the end of the first sentence: what it is for, and what it was trained on.
+        figures: rows of (what, before, after).
+        how_good: text before and after these.
+        loading: how to load it.
+        tags, front_matter: for the Hub.
+    """
+    method: Method = METHODS[args.adapter]
+    title = title_of(args)
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
+    table = f"| | before | after |\n|---|---|---|\n{rows}"
+    training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
+    settings = yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True).strip()
+    write_model_card(
+        folder,
+        title=f"{name} with {title}",
+        summary=f"{_WHAT_IT_IS[method.family]} ({title}, {method.source}) {about}",
+        base_model=args.pretrained_model_name_or_path,
+        tags=["nara" if args.adapter.startswith("nara") else args.adapter.replace("_", "-"), *tags],
+        sections={
+            "How good it is": "\n\n".join(part for part in (how_good[0], table, how_good[1]) if part),
+            "How to load it": loading,
+            "How it was trained": f"{training}\n\nAll arguments:\n\n```yaml\n{settings}\n```",
+        },
+        **front_matter,
+    )
+
+
+def publish(run: Run, results: Mapping[str, Any], table: str) -> str:
+    """Writes results.json, uploads the folder if asked to, and returns what to show, with `table` in it."""
+    write_json(run.folder / "results.json", dict(results))
+    lines = [f"\n{table}\n", f"{results['seconds']:.0f} s; everything is in {run.folder}"]
+    if run.hub_id is not None:
+        push_to_hub(run.hub_id, run.folder)
+        lines.append(f"pushed to https://huggingface.co/{run.hub_id}")
+    return "\n".join(lines)
