@@ -53,7 +53,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--domains", nargs="+", help="domains of questions, or subjects of images (default: all)")
     what.add_argument("--methods", nargs="+", help=f"of tune and main (default: {' '.join((*MUST, *VARIANTS))})")
     what.add_argument("--others", nargs="+", help="of single, and of tune where that stage is asked for as well")
-    what.add_argument("--tune_domains", nargs="+", help="where learning rates are tried (default: --domains)")
+    what.add_argument(
+        "--tune_domains",
+        nargs="+",
+        help="where learning rates are tried (default: text all, images a subject of its own)",
+    )
     what.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 0 to 4")
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -81,16 +85,15 @@ def select(suite: Suite, args: argparse.Namespace) -> Selection:
     _check("backbones", args.backbones, suite.backbones)
     _check("methods", args.methods, known)
     _check("others", args.others, known)
-    for name in ("domains", "tune_domains"):
-        _check(name, getattr(args, name), suite.domains)
-    domains = args.domains or suite.domains
+    _check("domains", args.domains, suite.domains)
+    _check("tune_domains", args.tune_domains, tuple(dict.fromkeys((*suite.tune_domains, *suite.domains))))
     asked_others = args.others or suite.others
     return Selection(
         backbones=args.backbones or suite.backbones,
-        domains=domains,
+        domains=args.domains or suite.domains,
         methods=args.methods or (*MUST, *VARIANTS),
         others=asked_others if "single" in args.stages else (),
-        tune_domains=args.tune_domains or domains,
+        tune_domains=args.tune_domains or suite.tune_domains,
         seeds=args.seeds,
         settings=parse_settings(args.set),
     )

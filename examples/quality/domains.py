@@ -5,7 +5,7 @@ No question occurs twice, in one part of a domain or in two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
@@ -37,7 +37,7 @@ class Domain:
 
 DOMAINS: dict[str, tuple[str, ...]] = {
     "commonsense": ("letter_jumble", "palindrome_generation"),
-    "arithmetic": ("chain_sum", "prime_factorization"),
+    "arithmetic": ("chain_sum", "number_sorting"),
     "code": ("ab", "spiral_matrix"),
 }
 
@@ -53,6 +53,19 @@ class Sizes:
 
 
 DEFAULT_SIZES = Sizes()
+
+
+def sizes_of(given: Sizes | Mapping[str, int]) -> Sizes:
+    """`given` as Sizes, which the command line writes as a mapping.
+
+    Raises:
+        ValueError: an unknown part, or one without a question.
+    """
+    if isinstance(given, Sizes):
+        return given
+    if not given.keys() <= set(PARTS) or any(not isinstance(n, int) or n < 1 for n in given.values()):
+        raise ValueError(f"sizes is {dict(given)}, expected a number of questions for any of {', '.join(PARTS)}")
+    return Sizes(**given)
 
 
 @cache

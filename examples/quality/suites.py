@@ -20,6 +20,7 @@ class Suite:
     """Attributes:
     name: of the suite.
     backbones, domains: what the methods are compared on, in the order of running.
+    tune_domains: on what learning rates are tried.
     others: methods that run on one seed.
     trials: method → the learning rates that tuning tries, equally many for each.
     ablations: settings of NaRA, each beside the published ones.
@@ -30,6 +31,7 @@ class Suite:
     name: str
     backbones: tuple[str, ...]
     domains: tuple[str, ...]
+    tune_domains: tuple[str, ...]
     others: tuple[str, ...]
     trials: Callable[[str], tuple[Settings, ...]]
     ablations: tuple[Settings, ...]

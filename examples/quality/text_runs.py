@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.loss import mask_token_of
 from quality.answers import answered_right
-from quality.domains import DEFAULT_SIZES, Sizes, build_domain
+from quality.domains import DEFAULT_SIZES, Sizes, build_domain, sizes_of
 from quality.recipe import Recipe
 from quality.step_memory import step_memory_mib
 from quality.text_controls import EVALUATED, NOISE_AWARE, check_control, while_evaluating, while_training
@@ -48,7 +49,7 @@ def text_records(
     stage: str = "main",
     control: str | None = None,
     evaluated: tuple[str, ...] | None = None,
-    sizes: Sizes = DEFAULT_SIZES,
+    sizes: Sizes | Mapping[str, int] = DEFAULT_SIZES,
     keep_model: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
@@ -75,7 +76,7 @@ def text_records(
     if method != BASE:
         adapter_arguments(method, recipe)  # refuses what is wrong before anything is loaded
     started = time.perf_counter()
-    task = load_task(backbone, domain, sizes)
+    task = load_task(backbone, domain, sizes_of(sizes))
     torch.manual_seed(seed)
     model = adapted(copy.deepcopy(task.model), method, recipe)
     trained = None
@@ -88,8 +89,9 @@ def text_records(
     records = []
     for name in (control, *evaluated):
         figures = _measure(model, task, recipe, name, stage)
-        seconds = round(time.perf_counter() - started, 2)
-        records.append({**common, "control": name, **figures, "seconds": seconds})
+        now = time.perf_counter()
+        records.append({**common, "control": name, **figures, "seconds": round(now - started, 2)})
+        started = now  # an evaluation of a trained adapter costs no training
     return [{**records[0], "model": model}, *records[1:]] if keep_model else records
 
 
@@ -148,7 +150,7 @@ def _cost(model: nn.Module, task: Task, recipe: Recipe, trained: Trained | None)
     return cost | {
         "step_ms": round(trained.step_ms, 2),
         "peak_memory_mib": round(memory, 2),
-        "train_loss": sum(last) / len(last),
+        "train_loss": round(sum(last) / len(last), 6),
     }
 
 
@@ -160,10 +162,10 @@ def _measure(model: nn.Module, task: Task, recipe: Recipe, control: str | None, 
         right = None if stage == TUNE else answered_right(model, task.tokenizer, task.data.test)
     return {
         "noise_levels": CENTRES,
-        "losses": loss.losses,
-        "loss_errors": loss.errors,
-        "validation_loss": loss.mean,
-        "validation_error": loss.mean_error,
+        "losses": [round(value, 6) for value in loss.losses],
+        "loss_errors": [round(value, 6) for value in loss.errors],
+        "validation_loss": round(loss.mean, 6),
+        "validation_error": round(loss.mean_error, 6),
         "exact_match": right,
         "n": len(task.data.tuning if stage == TUNE else task.data.validation),
         "n_exact_match": 0 if stage == TUNE else len(task.data.test),

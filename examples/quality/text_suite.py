@@ -8,36 +8,19 @@ from quality.domains import DOMAINS
 from quality.jobs import Job
 from quality.suites import Settings, Suite
 from quality.text_runs import text_records
-
-# Four trials for every method: a rate of A and B and one of the core, or, where there is no core, four rates.
-_WITH_CORE = (
-    {"learning_rate": 1e-2, "core_learning_rate": 1e-3},
-    {"learning_rate": 1e-2, "core_learning_rate": 3e-3},
-    {"learning_rate": 2e-2, "core_learning_rate": 1e-3},
-    {"learning_rate": 2e-2, "core_learning_rate": 3e-3},
-)
-
-
-def _rates(*rates: float) -> tuple[Settings, ...]:
-    return tuple({"learning_rate": rate} for rate in rates)
-
+from quality.trials import rates, with_core
 
 _TRIALS: dict[str, tuple[Settings, ...]] = {
-    "full": _rates(5e-4, 1e-3, 2e-3, 4e-3),
-    "nara": _WITH_CORE,
-    "nara_dora": _WITH_CORE,
-    "nara_c": (
-        {"learning_rate": 1e-2, "core_learning_rate": 1e-2},
-        {"learning_rate": 1e-2, "core_learning_rate": 1e-1},
-        {"learning_rate": 2e-2, "core_learning_rate": 1e-2},
-        {"learning_rate": 2e-2, "core_learning_rate": 1e-1},
-    ),
-    "oft": _rates(1e-3, 3e-3, 1e-2, 2e-2),
-    "vera": _rates(1e-2, 3e-2, 6e-2, 1e-1),
-    "prompt_tuning": _rates(1e-2, 3e-2, 1e-1, 3e-1),
-    "p_tuning": _rates(1e-3, 3e-3, 1e-2, 3e-2),
+    "full": rates(5e-4, 1e-3, 2e-3, 4e-3),
+    "nara": with_core((1e-2, 1e-3), (1e-2, 3e-3), (2e-2, 1e-3), (2e-2, 3e-3)),
+    "nara_dora": with_core((1e-2, 1e-3), (1e-2, 3e-3), (2e-2, 1e-3), (2e-2, 3e-3)),
+    "nara_c": with_core((1e-2, 1e-2), (1e-2, 1e-1), (2e-2, 1e-2), (2e-2, 1e-1)),
+    "oft": rates(1e-3, 3e-3, 1e-2, 2e-2),
+    "vera": rates(1e-2, 3e-2, 6e-2, 1e-1),
+    "prompt_tuning": rates(1e-2, 3e-2, 1e-1, 3e-1),
+    "p_tuning": rates(1e-3, 3e-3, 1e-2, 3e-2),
 }
-_DEFAULT_TRIALS = _rates(5e-3, 1e-2, 2e-2, 3e-2)
+_DEFAULT_TRIALS = rates(5e-3, 1e-2, 2e-2, 3e-2)
 
 ABLATIONS: tuple[Settings, ...] = (
     {"core_scale": 0.01},
@@ -79,6 +62,7 @@ SUITE = Suite(
     name="text",
     backbones=("llada-tiny", "dream-tiny"),
     domains=tuple(DOMAINS),
+    tune_domains=tuple(DOMAINS),
     others=("rslora", "pissa", "hira", "vera", "adalora", "oft", "prompt_tuning", "p_tuning"),
     trials=trials,
     ablations=ABLATIONS,

@@ -1,0 +1,63 @@
+"""The image benchmark: what is compared, the learning rates that are tried, and the paper's ablations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quality.image_methods import NAMES
+from quality.image_task import BACKBONE, SUBJECTS
+from quality.images import TUNING_SUBJECT, image_records
+from quality.jobs import Job
+from quality.suites import MUST, Settings, Suite
+from quality.trials import rates, with_core
+
+_TRIALS: dict[str, tuple[Settings, ...]] = {
+    "full": rates(5e-5, 1e-4, 2e-4, 5e-4),
+    "nara": with_core((1e-3, 1e-3), (2e-3, 1e-3), (4e-3, 1e-3), (2e-3, 3e-4)),
+    "nara_dora": with_core((1e-3, 1e-3), (2e-3, 1e-3), (4e-3, 1e-3), (2e-3, 3e-4)),
+    "nara_c": with_core((1e-3, 1e-2), (2e-3, 1e-2), (4e-3, 1e-2), (2e-3, 1e-1)),
+    "oft": rates(2e-4, 5e-4, 1e-3, 2e-3),
+    "vera": rates(2e-3, 5e-3, 1e-2, 2e-2),
+}
+_DEFAULT_TRIALS = rates(5e-4, 1e-3, 2e-3, 4e-3)
+
+ABLATIONS: tuple[Settings, ...] = (
+    {"core_scale": 0.01},
+    {"core_scale": 1.0},
+    {"rank": 2},
+    {"rank": 8},
+    {"noise_embedding": "mlp"},
+    {"noise_embedding": "raw"},
+    {"fourier_scale": 1.0},
+    {"core_sharing": "module_type"},
+    {"core_sharing": "layer"},
+    {"core_init": "kaiming"},
+    {"core_start_step": 100},
+    {"noise_scale": "log_snr"},
+)
+
+
+def trials(method: str) -> tuple[Settings, ...]:
+    """The settings that tuning tries for `method`."""
+    return _TRIALS.get(method, _DEFAULT_TRIALS)
+
+
+def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
+    """The records of `job`, whose backbone is the only one that there is."""
+    options = {"stage": job.stage, "control": job.control, "progress": False}
+    return image_records(job.domain, job.method, job.seed, **options, **settings)
+
+
+SUBJECTS_COMPARED = tuple(name for name in SUBJECTS if name != TUNING_SUBJECT)
+
+SUITE = Suite(
+    name="images",
+    backbones=(BACKBONE,),
+    domains=SUBJECTS_COMPARED,
+    tune_domains=(TUNING_SUBJECT,),
+    others=tuple(name for name in NAMES if name not in (*MUST, "base")),
+    trials=trials,
+    ablations=ABLATIONS,
+    ablation_domain=SUBJECTS_COMPARED[0],
+    run=run,
+)
