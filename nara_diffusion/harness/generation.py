@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nara_diffusion.dllm.sampling import Sampling
+
 SETTINGS = ("gen_length", "steps", "block_length", "temperature", "cfg_scale", "remasking", "confidence_threshold")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first wins
 DEFAULT_LENGTH = 256
@@ -48,7 +50,7 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> HowToAnswer:
     """What a request asks for.
 
     Raises:
-        ValueError: a setting that the sampler of masked diffusion has no counterpart of, or one that is no number.
+        ValueError: a setting that the sampler of masked diffusion has no counterpart of, or an impossible one.
     """
     given = dict(gen_kwargs)
     until = given.pop("until", None) or []
@@ -69,7 +71,15 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> HowToAnswer:
         sampling["temperature"] = 0.0
     if "gen_length" not in sampling:
         sampling["gen_length"] = int(next((length for length in lengths if length is not None), DEFAULT_LENGTH))
+    _check(sampling)
     return HowToAnswer((until,) if isinstance(until, str) else tuple(until), tuple(sorted(sampling.items())))
+
+
+def _check(sampling: Mapping[str, Any]) -> None:
+    """Raises now what `generate` would raise when the first answer is due."""
+    defaults = {"steps": None, "block_length": sampling["gen_length"], "cfg_scale": 0.0}
+    defaults |= {"remasking": "low_confidence", "confidence_threshold": None}
+    Sampling(**{**defaults, **sampling})  # type: ignore[arg-type]
 
 
 def _converted(name: str, value: Any) -> Any:

@@ -21,7 +21,6 @@ from lm_eval.api.model import LM
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm import generate, log_likelihood, stop_token_ids
-from nara_diffusion.dllm.evaluation import decode_answer
 from nara_diffusion.dllm.heads import position_limit
 from nara_diffusion.harness.generation import SETTINGS, HowToAnswer, cut, read_gen_kwargs
 from nara_diffusion.harness.loading import load_model
@@ -70,7 +69,7 @@ class NaraDLLM(LM):
         if misplaced:
             raise ValueError(f"{', '.join(misplaced)} in --model_args: the sampler's settings belong to --gen_kwargs")
         self.batch_size = _batch_size(batch_size, max_batch_size)
-        self.processes = Processes()
+        self.processes = Processes(device)
         self._rank, self._world_size = self.processes.rank, self.processes.count
         place = self.processes.placement(device)
         self.model, self.tokenizer = load_model(pretrained, peft, device=place, **loading)
@@ -112,6 +111,7 @@ class NaraDLLM(LM):
         given: list[Any] = [request.args for request in requests]  # (prompt, gen_kwargs)
         prompts = [encode(self.tokenizer, prompt, has_template=self.has_template) for prompt, _ in given]
         how = [read_gen_kwargs(gen_kwargs) for _, gen_kwargs in given]
+        self._check_lengths(how)
         answers: list[str] = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (repr(how[i]), -len(prompts[i])))
         with self._progress(len(requests), "generate") as bar:
@@ -125,16 +125,24 @@ class NaraDLLM(LM):
 
     def _answers(self, prompts: Sequence[list[int]], how: HowToAnswer) -> list[str]:
         sampling = dict(how.sampling)
-        room = self.max_length - sampling["gen_length"]
-        if room < 1:
-            raise ValueError(
-                f"gen_length is {sampling['gen_length']} and the model has {self.max_length} positions for prompt and "
-                "answer together: lower it with --gen_kwargs gen_length=N"
-            )
         vocabulary = self.tokenizer.get_vocab()
         ends = [*self.ends, *(vocabulary[stop] for stop in how.until if stop in self.tokenizer.all_special_tokens)]
-        rows = self._generated(self._fitting(prompts, room), sampling, ends)
-        return [cut(decode_answer(self.tokenizer, row, ends), how.until) for row in rows]
+        rows = self._generated(self._fitting(prompts, self.max_length - sampling["gen_length"]), sampling, ends)
+        return [cut(self._text(row, ends), how.until) for row in rows]
+
+    def _check_lengths(self, how: Iterable[HowToAnswer]) -> None:
+        """Before hours of generation and not after them."""
+        longest = max((dict(settings.sampling)["gen_length"] for settings in how), default=0)
+        if longest >= self.max_length:
+            raise ValueError(
+                f"gen_length is {longest} and the model has {self.max_length} positions for prompt and answer "
+                "together: lower it with --gen_kwargs gen_length=N"
+            )
+
+    def _text(self, answer: Sequence[int], ends: Sequence[int]) -> str:
+        """The text before the first end token, with its white space: a program's first line may be indented."""
+        length = next((j for j, token in enumerate(answer) if token in ends), len(answer))
+        return str(self.tokenizer.decode(list(answer[:length]), skip_special_tokens=True))
 
     def _generated(self, prompts: Sequence[list[int]], sampling: dict[str, Any], ends: list[int]) -> list[list[int]]:
         lengths = [len(prompt) for prompt in prompts]

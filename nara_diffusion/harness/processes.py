@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -18,11 +19,14 @@ class Processes:
     count: how many there are.
     """
 
-    def __init__(self) -> None:
-        # some processes wait while others answer longer questions
-        timeout = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()
-        self.state = PartialState(**timeout)
-        self.rank, self.count = self.state.process_index, self.state.num_processes
+    def __init__(self, device: str | torch.device | None) -> None:
+        self.state: PartialState | None = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # some processes wait while others answer longer questions
+            timeout = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()
+            self.state = PartialState(cpu=_is_cpu(device), **timeout)
+        self.rank = 0 if self.state is None else self.state.process_index
+        self.count = 1 if self.state is None else self.state.num_processes
 
     def placement(self, device: str | torch.device | None) -> torch.device:
         """Where this process's model goes: its own place among several, else `device`, else an accelerator or the CPU.
@@ -30,7 +34,7 @@ class Processes:
         Raises:
             ValueError: PyTorch has no such device.
         """
-        if self.count > 1:
+        if self.state is not None:
             own: Any = self.state.device
             return own
         try:
@@ -55,4 +59,9 @@ class Processes:
 
     def wait(self) -> None:
         """Until all have come here."""
-        self.state.wait_for_everyone()
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
+
+def _is_cpu(device: str | torch.device | None) -> bool:
+    return str(device) == "cpu" or not torch.accelerator.is_available()

@@ -1,0 +1,171 @@
+"""`nara-eval` as a person runs it: lm-eval's command with our model class and tasks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from nara_diffusion.harness.command import TASKS, main, register, with_defaults
+from nara_diffusion.harness.model import NaraDLLM
+
+from .conftest import LLADA_TINY, ROWS
+
+ROOT = Path(__file__).parents[2]
+BUILD = TaskManager.__init__
+
+
+@pytest.fixture
+def own_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading lm-eval's thousands of task files takes longer than everything else here."""
+
+    def without_defaults(self: TaskManager, *args: object, **kwargs: object) -> None:
+        BUILD(self, *args, **{**kwargs, "include_defaults": False})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TaskManager, "__init__", without_defaults)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """lm-eval sets its logger up for the whole process, on a stderr that pytest then closes."""
+    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
+    yield
+    logger = logging.getLogger("lm_eval")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.propagate = True
+
+
+def model_args(adapter: Path) -> str:
+    return f"pretrained={LLADA_TINY},peft={adapter}"
+
+
+def results_in(folder: Path) -> dict:
+    (file,) = folder.rglob("results_*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_all_three_kinds_of_request_in_one_run(
+    adapter: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_args", model_args(adapter), "--include_path", str(tasks), "--batch_size", "4"]
+    argv += ["--tasks", "tiny_answers,tiny_choices,tiny_texts", "--output_path", str(tmp_path), "--log_samples"]
+    main([*argv, "--apply_chat_template", "--gen_kwargs", "gen_length=6,steps=3", "--device", "cpu"])
+    found = results_in(tmp_path)
+    assert {*found["results"]} == {"tiny_answers", "tiny_choices", "tiny_texts"}
+    assert found["config"]["model"] == "nara_dllm"
+    assert found["chat_template"].startswith("{% for message in messages %}")
+    assert "|tiny_answers|" in capsys.readouterr().out
+
+    harness = NaraDLLM(str(LLADA_TINY), str(adapter), batch_size=2, device="cpu")
+    (file,) = tmp_path.rglob("samples_tiny_answers_*.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    for sample, row in zip(samples, ROWS, strict=True):
+        prompt = harness.apply_chat_template([{"role": "user", "content": row["instruction"]}])
+        assert sample["arguments"]["gen_args_0"]["arg_0"] == prompt
+        ids = harness.tokenizer(prompt, add_special_tokens=False).input_ids
+        (answer,) = harness._generated([ids], {"gen_length": 6, "steps": 3}, harness.ends)
+        assert sample["resps"] == [[harness._text(answer, harness.ends).split("\n")[0]]]
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", "auto"], "nara-eval: --batch_size auto: nara_dllm doesn't look for a batch size"),
+        (["--gen_kwargs", "steps=5,gen_length=8,block_length=4"], "nara-eval: steps is 5 and there are 2 blocks"),
+        (["--gen_kwargs", "gen_length=64"], "nara-eval: gen_length is 64 and the model has 64 positions"),
+        (["--tasks", "nonsense"], "nara-eval: .*nonsense"),
+        (["--tasks", "nara_mbpp"], "nara-eval: .*mbpp"),
+    ],
+)
+def test_what_can_be_mended_is_told_without_a_traceback(
+    adapter: Path, tasks: Path, flags: list[str], message: str
+) -> None:
+    argv = ["--model_args", model_args(adapter), "--include_path", str(tasks), "--tasks", "tiny_answers", *flags]
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code not in (0, None)
+    assert re.match(message, str(stopped.value.code), re.DOTALL)
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_the_shipped_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["ls", "tasks"])
+    listed = capsys.readouterr().out
+    names = {path.stem for path in TASKS.rglob("*.yaml") if not path.stem.startswith("_")}
+    assert len(names) == 19
+    assert [name for name in names if f"|{name}" not in listed] == []
+
+
+def test_registering_twice_is_harmless() -> None:
+    register()
+    register()
+    assert get_model("nara_dllm") is NaraDLLM
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--tasks", "x"], ["run", "--model", "nara_dllm", "--tasks", "x"]),
+        (["run", "--tasks", "x"], ["run", "--model", "nara_dllm", "--tasks", "x"]),
+        (["--model=hf", "--tasks", "x"], ["run", "--model=hf", "--tasks", "x"]),
+        (["-C", "run.yaml"], ["run", "-C", "run.yaml"]),
+        (["run", "--help"], ["run", "--help"]),
+        (["--help"], ["--help"]),
+        (["ls", "tasks"], ["ls", "tasks"]),
+        ([], []),
+    ],
+)
+def test_what_is_left_out_is_filled_in(given: list[str], expected: list[str]) -> None:
+    assert with_defaults(given) == expected
+
+
+PROGRAM = """
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from nara_diffusion.harness.model import NaraDLLM
+
+def evaluate(pretrained, peft, tasks, output):
+    model = NaraDLLM(pretrained, peft, batch_size=2, samples=8)
+    manager = TaskManager(include_path=tasks, include_defaults=False)
+    names = ["tiny_answers", "tiny_choices"]
+    found = simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0)
+    if model.rank == 0:
+        answers = {n: sorted((s["doc_id"], s["filtered_resps"]) for s in found["samples"][n]) for n in names}
+        scores = {n: found["results"][n] for n in names}
+        with open(output, "w") as file:
+            json.dump([model.world_size, scores, answers], file)
+
+if __name__ == "__main__":
+    evaluate(*sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_answer_what_one_answers(adapter: Path, tasks: Path, tmp_path: Path) -> None:
+    """Three questions over two processes, so that one of them gets a question for the sake of step alone."""
+    program = tmp_path / "evaluate.py"
+    program.write_text(PROGRAM)
+    arguments = [str(LLADA_TINY), str(adapter), str(tasks)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    subprocess.run([*launch, *arguments, str(tmp_path / "two.json")], check=True, timeout=300, cwd=ROOT)
+    names: dict = {}
+    exec(PROGRAM.partition("if __name__")[0], names)
+    names["evaluate"](*arguments, str(tmp_path / "one.json"))
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
+    assert (two[0], one[0]) == (2, 1)
+    assert two[1] == one[1]
+    assert two[2]["tiny_answers"] == one[2]["tiny_answers"]
+    for (_, ours), (_, theirs) in zip(two[2]["tiny_choices"], one[2]["tiny_choices"], strict=True):
+        assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], rel=1e-5)

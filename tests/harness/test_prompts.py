@@ -1,0 +1,90 @@
+"""Prompts are the tokens that training makes of them, with any tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from nara_diffusion.dllm import encode_prompts, prompt_text
+from nara_diffusion.harness.prompts import encode, encode_pair, shortened, templated
+
+from .conftest import LLADA_TINY
+
+WORDS = "Below is an instruction that describes a task Write response appropriately completes the request Instruction"
+
+
+@pytest.fixture
+def encoder() -> PreTrainedTokenizerFast:
+    """As BERT's: [CLS] before a text and [SEP] after it."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", *WORDS.split(), "##", ".", ":"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, mask_token="[MASK]", **special)
+
+
+def test_an_encoders_prompt_opens_and_does_not_close(encoder: PreTrainedTokenizerFast) -> None:
+    assert encode(encoder, "one two", has_template=False) == [2, 5, 6] == encode_prompts(encoder, ["one two"])[0]
+
+
+def test_a_pair_is_the_whole_text_split(encoder: PreTrainedTokenizerFast) -> None:
+    assert encode_pair(encoder, "one", " two three", has_template=False) == ([2, 5], [6, 7])
+    assert encode_pair(encoder, "one ", "two", has_template=False) == ([2, 5], [6])
+    assert encode_pair(encoder, "", "two", has_template=False) == ([2], [6])
+    assert encode_pair(encoder, " ", "two", has_template=False) == ([2], [6])
+    with pytest.raises(ValueError, match="the continuation ' ' adds no token"):
+        encode_pair(encoder, "one", " ", has_template=False)
+
+
+def test_the_text_stays_whole_where_a_token_reaches_over_the_border() -> None:
+    """ ": " is one token: the answer then begins after it, and no token stands there that the text doesn't have."""
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    prompt, answer = encode_pair(tokenizer, "copy: ", "ab", has_template=False)
+    assert prompt + answer == tokenizer("copy: ab").input_ids
+    assert (tokenizer.decode(prompt), tokenizer.decode(answer)) == ("copy: ", "ab")
+    prompt, answer = encode_pair(tokenizer, "copy: ab ", "cd", has_template=False)
+    assert prompt + answer == tokenizer("copy: ab cd").input_ids
+    assert (tokenizer.decode(prompt), tokenizer.decode(answer)) == ("copy: ab", " cd")
+
+
+def test_a_template_brings_its_special_tokens_itself(encoder: PreTrainedTokenizerFast) -> None:
+    encoder.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}three"
+    text = templated(encoder, [{"role": "user", "content": "one"}])
+    assert text == "one three"
+    assert encode(encoder, text, has_template=True) == [5, 7] == encode_prompts(encoder, [text])[0]
+    assert encode(encoder, text, has_template=False) == [2, 5, 7]
+
+
+def test_without_a_template_the_form_is_alpacas(encoder: PreTrainedTokenizerFast) -> None:
+    text = templated(encoder, [{"role": "user", "content": "one"}])
+    assert text == prompt_text(encoder, "one")
+    assert encode(encoder, text, has_template=True) == encode_prompts(encoder, [text])[0]
+    history = [
+        {"role": "system", "content": "two"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "two"},
+    ]
+    assert templated(encoder, history) == f"two\n\n{prompt_text(encoder, 'one')}three\n\n{prompt_text(encoder, 'two')}"
+
+
+def test_the_start_of_an_answer_stands_where_the_answer_goes() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    question = [{"role": "user", "content": "copy: ab"}]
+    begun = [*question, {"role": "assistant", "content": "a\n"}]
+    assert templated(tokenizer, begun, add_generation_prompt=False) == templated(tokenizer, question) + "a\n"
+
+
+def test_a_text_that_opens_itself_is_not_opened_twice() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    text = prompt_text(tokenizer, "copy: ab")
+    ids = encode(tokenizer, text, has_template=False)
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_shortening_keeps_the_end() -> None:
+    assert shortened([1, 2, 3], 2) == [2, 3]
+    assert shortened([1, 2, 3], 9) == [1, 2, 3]
+    assert shortened([1, 2, 3], 0) == []
