@@ -7,6 +7,7 @@ from .factors import shared_factors
 from .inspection import core_matrix
 from .model import NaraModel
 from .noise import noise_level, set_noise_source
+from .own_cores import register_core
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "core_matrix",
     "noise_level",
+    "register_core",
     "register_denoiser",
     "set_noise_source",
     "shared_factors",

@@ -39,7 +39,7 @@ def check_adapter_tensors(
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"'{key}' holds NaN or infinity in the checkpoint: it was saved from a broken run.")
-        if core_prefix in key and tensor.dtype != torch.float32:
+        if core_prefix in key and tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(
                 f"'{key}' is {tensor.dtype} in the checkpoint, but a core is kept in float32, since rounding changes "
                 "C(λ) − I by several per cent: save it again without converting it."

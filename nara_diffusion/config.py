@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
-CORE_TYPES = ("hypernetwork", "constant", "identity", "rank_mask", "bins")
+from .own_cores import BUILT_IN, check_core_type
+
 NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "core_type": CORE_TYPES,
     "core_init": ("zero_last", "kaiming", "zero_all"),
     "core_input": ("noise_level", "mask_density", "both"),
     "core_sharing": ("global", "module_type", "layer", "layer_embedding"),
@@ -73,12 +73,13 @@ class NaraConfig(LoraConfig):
             update that depends on λ; the message names the option.
     """
 
-    core_type: Literal["hypernetwork", "constant", "identity", "rank_mask", "bins"] = field(
+    core_type: str = field(
         default="hypernetwork",
         metadata={
             "help": "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), "
             "'identity' is plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r "
-            "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ)."
+            "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ).",
+            "choices": BUILT_IN,  # and names given to `register_core`
         },
     )
     core_scale: float = field(default=0.1, metadata={"help": "η in C = I + η F(e(λ)); greater than 0."})
@@ -167,6 +168,7 @@ class NaraConfig(LoraConfig):
         return str(self.init_lora_weights).lower().startswith(_BASE_CHANGING_INITS)
 
     def _check_core_fields(self) -> None:
+        check_core_type(self.core_type)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
@@ -199,8 +201,8 @@ class NaraConfig(LoraConfig):
             )
         if self.core_normalization != "none" and self.core_type not in ("hypernetwork", "constant"):
             raise ValueError(
-                f"core_normalization is {self.core_normalization!r}, but C of core_type {self.core_type!r} is fixed: "
-                "use core_normalization='none'."
+                f"core_normalization is {self.core_normalization!r}, but C of core_type {self.core_type!r} is taken as "
+                "it is: use core_normalization='none'."
             )
 
     def _check_masks(self) -> None:
@@ -238,8 +240,8 @@ class NaraConfig(LoraConfig):
             )
         if self.changes_base and self.core_type not in ("hypernetwork", "constant"):
             raise ValueError(
-                f"init_lora_weights={init!r} needs C = I at step 0, which core_type={self.core_type!r} is not: use "
-                "init_lora_weights=True."
+                f"init_lora_weights={init!r} needs C = I at step 0, which core_type={self.core_type!r} does not "
+                "promise: use init_lora_weights=True."
             )
         if self.changes_base and self.core_init == "kaiming":
             raise ValueError(

@@ -11,6 +11,7 @@ from .config import NaraConfig
 from .core import ConstantCore, HypernetworkCore, IdentityCore
 from .embeddings import make_embedding
 from .masks import BinsCore, RankMaskCore
+from .own_cores import build_own_core
 
 
 def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.Module:
@@ -29,6 +30,8 @@ def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.
         return RankMaskCore(rank, config.rank_mask_min)
     if config.core_type == "bins":
         return BinsCore(rank, config.core_bins)
+    if config.core_type != "hypernetwork":
+        return build_own_core(config, rank)
     return HypernetworkCore(
         rank,
         scale=config.core_scale,
@@ -56,4 +59,4 @@ def is_tied_to_rank(config: NaraConfig) -> bool:
 
 def is_block_of_larger(config: NaraConfig) -> bool:
     """Whether a larger core can hold this one as its leading block, the rest being that of I."""
-    return not is_tied_to_rank(config) and config.core_normalization == "none"
+    return config.core_type in ("hypernetwork", "constant", "identity") and config.core_normalization == "none"

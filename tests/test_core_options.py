@@ -165,7 +165,7 @@ def test_a_layer_named_like_a_method_of_a_dictionary_has_its_own_vector():
         ),
         (
             {"core_type": "bins", "r": 10, "core_normalization": "frobenius"},
-            "core_normalization is 'frobenius', but C of core_type 'bins' is fixed",
+            "core_normalization is 'frobenius', but C of core_type 'bins' is taken as it is",
         ),
     ],
 )

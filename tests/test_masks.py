@@ -169,7 +169,7 @@ def test_layers_of_other_ranks_have_masks_of_their_own_rank():
         ({"rank_mask_min": 2}, "rank_mask_min is 2, with core_type='hypernetwork' .*it is for core_type='rank_mask'"),
         (
             {"core_type": "rank_mask", "init_lora_weights": "pissa"},
-            "init_lora_weights='pissa' needs C = I at step 0, which core_type='rank_mask' is not",
+            "init_lora_weights='pissa' needs C = I at step 0, which core_type='rank_mask' does not promise",
         ),
     ],
 )

@@ -17,7 +17,7 @@ def core_option(name: str, unit: str = "") -> Any:
     field = {field.name: field for field in dataclasses.fields(NaraConfig)}[name]
     hint = get_type_hints(NaraConfig)[name]
     default = list(field.default) if isinstance(field.default, tuple) else field.default
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    choices = get_args(hint) if get_origin(hint) is Literal else field.metadata.get("choices", ())
     return option(default, field.metadata["help"], unit=unit, choices=choices)
 
 
