@@ -39,6 +39,7 @@ from nara_diffusion.dreambooth.preparation import (
     make_judge,
     prompt_cache,
     sample_settings,
+    settle_validation,
     training_data,
     validation_draws,
 )
@@ -125,7 +126,9 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     pipe = load(dtype=run.dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype).to(device)
     sampler = twin(pipe, run.dtype)  # shares the frozen weights, and never the adapter that is trained
     dataset = training_data(args, instances, class_images, pipe)
-    steps = count_steps(len(instances) * args.repeats, run.global_batch, args.max_train_steps, args.num_train_epochs)
+    images = len(instances) * args.repeats
+    steps = count_steps(images, run.global_batch, args.max_train_steps, args.num_train_epochs)
+    settle_validation(args, images, run.global_batch)
     batches = run.batches(steps)
     latents = latent_cache(args, pipe, dataset, range(batches["first"], batches["stop"]), show)
     prompts = prompt_cache(args, pipe)

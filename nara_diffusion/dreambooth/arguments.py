@@ -3,11 +3,13 @@
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from nara_diffusion.dreambooth.captions import check_prompt
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS
+from nara_diffusion.dreambooth.foreign_flags import FOREIGN_FLAGS
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -89,6 +91,7 @@ class DreamBoothAdapterArguments(AdapterArguments):
     target_modules: list[str] = option(UNET_TARGETS, "Names of the UNet's modules to adapt, or all-linear.")
     train_text_encoder: bool = option(False, "Also adapt both text encoders; there C = I, since they know no λ.")
     text_encoder_lr: float | None = option(None, "Learning rate of those; none means --learning_rate.")
+    adam_weight_decay_text_encoder: float | None = option(None, "Weight decay of those; none means --weight_decay.")
 
 
 @dataclass
@@ -112,6 +115,9 @@ class ValidationArguments:
         "Quoted prompts to sample before, after, and every --validation_steps; none takes the instance prompt.",
         sentences=True,
         aliases=("validation_prompt",),
+    )
+    validation_epochs: int | None = option(
+        None, "Sample and measure every so often, in place of --validation_steps.", unit="epochs", resumable=True
     )
     num_validation_images: int = option(
         4, "Images for each of them, with the seeds --seed, --seed + 1, ….", unit="images"
@@ -143,6 +149,8 @@ class DreamBoothArguments(
     ValidationArguments,
     RunArguments,
 ):
+    foreign_flags: ClassVar[Mapping[str, str]] = FOREIGN_FLAGS
+
     def __post_init__(self) -> None:
         check_arguments(self)
         require(self, "pretrained_model_name_or_path", self.pretrained_model_name_or_path != "", "given")
@@ -163,6 +171,11 @@ def _check_counts(args: Any) -> None:
         require(args, name, getattr(args, name) >= 1, "at least 1")
     require(args, "crops_per_image", args.crops_per_image is None or args.crops_per_image >= 1, "at least 1, or none")
     require(args, "resolution", args.resolution >= 8, "at least 8")
+    require(
+        args, "validation_epochs", args.validation_epochs is None or args.validation_epochs >= 1, "at least 1, or none"
+    )
+    decay = args.adam_weight_decay_text_encoder
+    require(args, "adam_weight_decay_text_encoder", decay is None or decay >= 0, "at least 0, or none")
     for name in ("snr_gamma", "text_encoder_lr"):
         require(args, name, getattr(args, name) is None or getattr(args, name) > 0, "above 0, or none")
     for name in ("noise_offset", "cache_memory", "prior_loss_weight", "guidance_scale"):
@@ -179,8 +192,9 @@ def _check_data(args: Any) -> None:
         raise ValueError("there is nothing to sample: give an instance_prompt, or validation_prompts.")
     if args.instance_prompt is not None:
         check_prompt(args.instance_prompt, "instance_prompt")
-    if args.text_encoder_lr is not None and not args.train_text_encoder:
-        raise ValueError("text_encoder_lr is set, but the text encoders aren't trained: add train_text_encoder.")
+    for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
+        if getattr(args, name) is not None and not args.train_text_encoder:
+            raise ValueError(f"{name} is set, but the text encoders aren't trained: add train_text_encoder.")
 
 
 def _check_prior(args: Any) -> None:

@@ -19,6 +19,7 @@ from nara_diffusion.dreambooth.measurement import Judge
 from nara_diffusion.dreambooth.prompts import PromptCache
 from nara_diffusion.dreambooth.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 from nara_diffusion.dreambooth.sampling import SampleSettings
+from nara_diffusion.training.stream import count_steps
 
 _DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -119,6 +120,12 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
         return None
     encoders = [pipe.text_encoder, pipe.text_encoder_2]
     return PromptCache(tokenizers_of(pipe), encoders, memory_mib=args.cache_memory, folder=args.cache_folder)
+
+
+def settle_validation(args: DreamBoothArguments, images: int, global_batch: int) -> None:
+    """Says --validation_epochs in --validation_steps: an epoch is `images` samples, repeats counted."""
+    if args.validation_epochs is not None:
+        args.validation_steps = count_steps(images, global_batch, None, args.validation_epochs)
 
 
 def validation_draws(args: DreamBoothArguments, dataset: DreamBoothDataset, pipe: Any, progress: bool) -> list[Draw]:

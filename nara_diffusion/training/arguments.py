@@ -50,6 +50,7 @@ class AdapterArguments:
     core_sharing: str = core_option("core_sharing")
     layer_embedding_dim: int = core_option("layer_embedding_dim", unit="features")
     core_normalization: str = core_option("core_normalization")
+    lora_a_init: str = core_option("lora_a_init")
     rank_mask_min: int | None = core_option("rank_mask_min", unit="directions")
     core_bins: int = core_option("core_bins", unit="bins")
     noise_scale: str = core_option("noise_scale")
@@ -129,6 +130,9 @@ class RunArguments:
     )
     report_to: list[str] | None = option(
         None, "Trackers beside metrics.jsonl: tensorboard, wandb, or others of accelerate.", resumable=True
+    )
+    logging_dir: str | None = option(
+        None, "Folder of the trackers' files, within the output folder; none means that one itself.", resumable=True
     )
     push_to_hub: bool = option(
         False, "Upload the output folder, without checkpoints, to the Hugging Face Hub.", resumable=True

@@ -3,7 +3,8 @@
 Each field is declared with `option(default, help, unit=…)`. The type annotation decides how text is read: bool
 becomes `--flag/--no-flag`, a list takes words separated by spaces or commas (or quoted texts, if it is one of
 `sentences`), `X | None` also takes `none`. Flags win over the file given as `--config`, the file wins over the
-defaults, and a key that the dataclass lacks is an error.
+defaults, and a key that the dataclass lacks is an error; flags of other scripts that users may bring along are named in
+its class attribute `foreign_flags`, {name: what to do instead}.
 """
 
 from __future__ import annotations
@@ -96,7 +97,21 @@ def build_parser(cls: type, description: str | None = None) -> argparse.Argument
             groups[title] = parser.add_argument_group(title)
         for name in own:
             _add_flag(groups[title], fields.pop(name), hints[name])  # a class may declare an inherited one anew
+    for name, remedy in _foreign_flags(cls).items():
+        parser.add_argument(f"--{name}", action=_refusal(remedy), nargs="?", help=argparse.SUPPRESS)
     return parser
+
+
+def _foreign_flags(cls: type) -> Mapping[str, str]:
+    return getattr(cls, "foreign_flags", {})
+
+
+def _refusal(remedy: str) -> type[argparse.Action]:
+    class Refuse(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            raise argparse.ArgumentError(self, f"isn't taken here: {remedy}")
+
+    return Refuse
 
 
 def read_config(cls: type, path: str | Path) -> dict[str, Any]:
@@ -116,6 +131,8 @@ def read_config(cls: type, path: str | Path) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in content:
+        if key in _foreign_flags(cls):
+            raise ValueError(f"--config {path}: {key} isn't taken here: {_foreign_flags(cls)[key]}")
         if key not in fields:
             near = difflib.get_close_matches(str(key), list(fields), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " --help lists the known ones."

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 def build_optimizer(model: nn.Module, args: Any, processes: int = 1, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer over what is trainable, in groups "adapter" (learning_rate), "core" (core_learning_rate) and
-    "text_encoder" (text_encoder_lr, of a script that has it), those of them that aren't empty.
+    "text_encoder" (text_encoder_lr and adam_weight_decay_text_encoder, of a script that has them), those of them that
+    aren't empty.
 
     Args:
         processes: how many train together, for --scale_lr.
@@ -61,7 +62,12 @@ def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
         raise ValueError(
             f"core_start_step is {args.core_start_step}, but core_type {args.core_type!r} has no core to train."
         )
-    return [{"name": group, "params": members[group], "lr": rate} for group, rate in rates.items() if members[group]]
+    groups = [{"name": group, "params": members[group], "lr": rate} for group, rate in rates.items() if members[group]]
+    decay = getattr(args, "adam_weight_decay_text_encoder", None)
+    return [
+        group | {"weight_decay": decay} if group["name"] == "text_encoder" and decay is not None else group
+        for group in groups
+    ]
 
 
 def _group_of(name: str) -> str:

@@ -115,7 +115,7 @@ class Run:
         if self.accelerator.is_main_process:
             write_yaml(self.folder / "config.yaml", dataclasses.asdict(self.args) | {"output_dir": str(self.folder)})
         self.accelerator.project_configuration.set_directories(str(self.folder))
-        self.accelerator.project_configuration.logging_dir = str(self.folder)
+        self.accelerator.project_configuration.logging_dir = str(self.folder / (self.args.logging_dir or ""))
         if self.args.report_to:
             flat = {name: _flat(value) for name, value in dataclasses.asdict(self.args).items()}
             self.accelerator.init_trackers(self.name, config=flat)

@@ -145,6 +145,13 @@ def test_text_encoders_have_their_rate(small_args) -> None:
     }
 
 
+def test_text_encoders_have_their_weight_decay(small_args) -> None:
+    args = small_args(weight_decay=0.3)
+    args.adam_weight_decay_text_encoder = 0.0
+    decays = {group["name"]: group["weight_decay"] for group in build_optimizer(TextModel(), args).param_groups}
+    assert decays == {"adapter": 0.3, "core": 0.3, "text_encoder": 0.0}
+
+
 def test_scale_lr_multiplies_every_rate_by_the_global_batch(small_args) -> None:
     args = small_args(scale_lr=True, core_learning_rate=1e-4, train_batch_size=3, gradient_accumulation_steps=2)
     rates = [group["lr"] for group in build_optimizer(TextModel(), args, processes=5).param_groups]

@@ -93,7 +93,8 @@ def test_a_push_uploads_the_folder_without_checkpoints(small_args, monkeypatch) 
     assert "checkpoint-*/**" in calls[1][1]["ignore_patterns"]
 
 
-def test_trackers_get_the_folder_the_arguments_and_every_line(small_args, small_run, monkeypatch) -> None:
+@pytest.mark.parametrize("logging_dir", [None, "logs"])
+def test_trackers_get_the_folder_the_arguments_and_every_line(small_args, small_run, monkeypatch, logging_dir) -> None:
     made = []
 
     class Board(tracking.GeneralTracker):
@@ -117,9 +118,9 @@ def test_trackers_get_the_folder_the_arguments_and_every_line(small_args, small_
 
     monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Board)
-    folder = small_run(small_args(report_to=["tensorboard"])).run.folder
+    folder = small_run(small_args(report_to=["tensorboard"], logging_dir=logging_dir)).run.folder
     assert len(made) == 1
-    assert made[0].folder == str(folder)
+    assert made[0].folder == str(folder / "logs" if logging_dir else folder)
     assert (made[0].config["rank"], made[0].config["core_hidden_dims"]) == (3, "5,7")
     assert made[0].lines == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
