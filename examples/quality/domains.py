@@ -92,7 +92,7 @@ def _draw(streams: Iterator[Iterator[Question]], count: int, seen: set[str]) -> 
     while len(drawn) < count:
         question = next(next(streams))
         tries += 1
-        if question.text not in seen and _fits(question):
+        if question.text not in seen and fits(question):
             seen.add(question.text)
             drawn.append(question)
             tries = 0
@@ -101,7 +101,7 @@ def _draw(streams: Iterator[Iterator[Question]], count: int, seen: set[str]) -> 
     return drawn
 
 
-def _fits(question: Question) -> bool:
+def fits(question: Question) -> bool:
     """Whether it is as short as the shipped models need it, and no question that is its own answer."""
     subject = question.text.partition(": ")[2]
     return len(question.text) <= MAX_QUESTION and 0 < len(question.answer) <= MAX_ANSWER and subject != question.answer

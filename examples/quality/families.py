@@ -163,11 +163,6 @@ _PROGRAMS = {
         restore=lambda text, item: " ".join(_LONG[letter] for letter in text),
         arguments={"length": 8},
     ),
-    "string_insertion": Family(
-        question=lambda item: f"double then: {item['metadata']['string']}",
-        shape="[A-E]+",
-        arguments={"min_string_length": 6, "max_string_length": 8},
-    ),
     "spiral_matrix": Family(
         question=lambda item: f"rotate then: {_cells(item['metadata']['matrix'])}",
         shape="[0-9]+",
@@ -183,7 +178,7 @@ _PROGRAMS = {
         arguments={"min_n": 3, "max_n": 3, "min_rotations": 1, "max_rotations": 3},
     ),
     "bitwise_arithmetic": Family(
-        question=lambda item: "add multiply: " + item["metadata"]["problem"].replace(" ", ""),
+        question=lambda item: "add: " + item["metadata"]["problem"].replace(" ", ""),
         shape="-?0x[0-9a-f]+",
         arguments={"difficulty": 1},
     ),

@@ -14,6 +14,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
+from nara_diffusion.training.adalora import adalora_models, allocate_ranks, orthogonality
 from nara_diffusion.training.optimization import CORE_MARK, hold_core
 from quality.recipe import Recipe
 from quality.text_data import Rows
@@ -52,22 +53,21 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int) -> Trained:
     """
     optimizer, parameters = build_optimizer(model, recipe)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
-    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA's
+    adaptive = adalora_models(model)
     times, losses = [], []
     model.train()
     for step, batch in enumerate(batches(rows, recipe, seed, mask_token_of(model))):
         began = time.perf_counter()
         loss = objective(model, batch, told(batch, recipe))
-        losses.append(loss.item())
+        losses.append(loss.item())  # without AdaLoRA's penalty
         if not loss.isfinite():
             raise ArithmeticError(f"the loss became {loss.item()} in step {step + 1} of {recipe.steps}")
-        loss.backward()
+        (loss + orthogonality(adaptive)).backward()
         if step < recipe.core_start_step:
             hold_core(optimizer)
         nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()
-        if allocate is not None:
-            allocate(step)
+        allocate_ranks(adaptive, step + 1)
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         times.append(time.perf_counter() - began)
