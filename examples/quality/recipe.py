@@ -23,7 +23,7 @@ class Recipe:
     adapter: further arguments of the adapter, as `train_scripts/dllm.py` has them.
     """
 
-    rank: int = 2
+    rank: int = 4
     steps: int = 300
     batch_size: int = 32
     learning_rate: float = 1e-2
