@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "core_input": ("noise_level", "mask_density", "both"),
     "core_sharing": ("global", "module_type", "layer", "layer_embedding"),
     "core_normalization": ("none", "frobenius"),
+    "lora_a_init": ("peft", "orthogonal"),
     "noise_embedding": NOISE_EMBEDDINGS,
     "noise_scale": ("linear", "log_snr"),
 }
@@ -133,6 +134,13 @@ class NaraConfig(LoraConfig):
         default=None,
         metadata={"help": "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r."},
     )
+    lora_a_init: Literal["peft", "orthogonal"] = field(
+        default="peft",
+        metadata={
+            "help": "How A starts: as init_lora_weights says, or with orthonormal rows while B is zero, so that no "
+            "direction repeats what a masked one knows (T-LoRA's idea)."
+        },
+    )
     core_bins: int = field(
         default=5,
         metadata={
@@ -203,6 +211,12 @@ class NaraConfig(LoraConfig):
             raise ValueError(
                 f"core_normalization is {self.core_normalization!r}, but C of core_type {self.core_type!r} is taken as "
                 "it is: use core_normalization='none'."
+            )
+
+        if self.lora_a_init != "peft" and (self.core_type == "identity" or self.init_lora_weights is not True):
+            raise ValueError(
+                f"lora_a_init is {self.lora_a_init!r}, with core_type={self.core_type!r} and init_lora_weights="
+                f"{self.init_lora_weights!r}: it needs a core, and init_lora_weights=True."
             )
 
     def _check_masks(self) -> None:

@@ -19,6 +19,7 @@ from .config import NaraConfig
 from .core_set import core_group, core_tensors
 from .denoisers import denoiser_of
 from .holder import HOLDER_NAME, CoreHolder
+from .initialisation import make_directions_orthonormal
 from .injection import Injection, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
@@ -108,6 +109,8 @@ class NaraModel(MergesAtOneLevel):
             holder = injecting.holder
             variant = rule(holder.channel, holder.core_to_merge, adapter_name, group, current_key)
             layer.lora_variant[adapter_name] = variant
+        if lora_config.lora_a_init == "orthogonal":
+            make_directions_orthonormal(layer, adapter_name)
 
     def _check_name(self, model: nn.Module, adapter_name: str, config: NaraConfig) -> None:
         """Refuse names that PEFT would confuse when it saves; `_create_and_replace` looks at the names of layers."""
