@@ -6,7 +6,7 @@ from typing import Any
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from quality.image_methods import BASE
-from quality.image_task import ASSETS, BACKBONE, SIZE, SUBJECTS, instance_prompt
+from quality.image_task import ASSETS, BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": str(ASSETS / BACKBONE),
@@ -30,8 +30,9 @@ def arguments(subject: str, method: str, seed: int, overrides: dict[str, Any]) -
     """Those of one run; overrides win over the defaults.
 
     Raises:
-        ValueError: an override that is no argument of the script, or whose value it refuses.
+        ValueError: an unknown subject, an override that is no argument of the script, or whose value it refuses.
     """
+    check_subject(subject)
     data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
     adapter = {} if method == BASE else {"adapter": method}
     values = DEFAULTS | data | overrides | adapter | {"seed": seed}

@@ -86,6 +86,12 @@ def instance_prompt(subject: str) -> str:
     return f"a photo of {IDENTIFIER} {subject}"
 
 
+def check_subject(subject: str) -> None:
+    """Raises ValueError if there is no such subject."""
+    if subject not in SUBJECTS:
+        raise ValueError(f"subject is {subject!r}, expected one of {', '.join(SUBJECTS)}.")
+
+
 @cache
 def load_task(subject: str) -> ImageTask:
     """Everything that runs on `subject` share.
@@ -93,8 +99,7 @@ def load_task(subject: str) -> ImageTask:
     Raises:
         ValueError: there is no such subject.
     """
-    if subject not in SUBJECTS:
-        raise ValueError(f"subject is {subject!r}, expected one of {', '.join(SUBJECTS)}.")
+    check_subject(subject)
     pipe, judge = _base_model(), _encoder()
     latents = LatentCache(pipe.vae)
     prompts = PromptCache([pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2])

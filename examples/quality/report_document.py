@@ -1,0 +1,134 @@
+"""RESULTS.md: sections in their order, each from records alone; prose that no program can write from the notes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quality.report_ablations import ablations_table, singles_table
+from quality.report_data import Grid, Record, distinct, select
+from quality.report_figures import controls_figure, loss_figure
+from quality.report_goals import goals_table
+from quality.report_markdown import listed
+from quality.report_names import SUITES, measures
+from quality.report_tables import bins_table, controls_table, cost_table, quality_table, rates_table, resolution
+
+HOW_TO_READ = """\
+± is the standard deviation over seeds. A difference is paired: within a seed all methods see the same data in the same
+order, the same noise levels and the same noise or masks; its 95 % interval over the seeds (Student's t) follows in
+brackets, and it is **bold** where that interval doesn't hold zero. *Gap closed* is (LoRA − method) / (LoRA − full
+fine-tuning) of the mean loss. Bins of λ are tenths of [0, 1], named by their middle; 1 is pure noise; in the tables over
+them a difference stands ± half the width of its 95 % interval."""
+NOTES_BEFORE, NOTES_AFTER = ("summary", "setting"), ("learned", "failed")
+
+
+def read_notes(path: Path | None) -> dict[str, str]:
+    """The hand-written parts: {"summary", "setting", "learned", "failed"} → the text below the heading of that name.
+
+    Raises:
+        ValueError: a heading of the file that names no part.
+    """
+    if path is None or not path.exists():
+        return {}
+    parts = re.split(r"^# (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    notes = {name.strip().lower(): text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    unknown = sorted(notes.keys() - {*NOTES_BEFORE, *NOTES_AFTER})
+    if unknown:
+        known = listed(["# " + name for name in (*NOTES_BEFORE, *NOTES_AFTER)])
+        raise ValueError(f"{path} has headings that name no part of the report, {listed(unknown)}: expected {known}.")
+    return notes
+
+
+def document(records: Sequence[Record], notes: dict[str, str], figures: Path, link: str) -> str:
+    """The text of RESULTS.md; writes its pictures.
+
+    Args:
+        records: all that was measured.
+        notes: of `read_notes`.
+        figures: folder of the pictures.
+        link: how the text names that folder.
+    """
+    parts = ["# Results", notes.get("summary", ""), "## Setting", notes.get("setting", ""), *setting(records)]
+    parts += ["How to read the tables:", HOW_TO_READ]
+    for suite in distinct(records, "suite"):
+        for backbone in distinct(select(records, suite=suite), "backbone"):
+            own = select(records, suite=suite, backbone=backbone)
+            parts += section(own, suite, backbone, figures, link)
+    parts += ["## What was learned", notes.get("learned", ""), "## What failed", notes.get("failed", "")]
+    parts += repeat()
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def setting(records: Sequence[Record]) -> list[str]:
+    """Where, with what, and how often."""
+    lines = []
+    for suite in distinct(records, "suite"):
+        own = select(records, suite=suite, stage="main")
+        if own:
+            seeds = sorted(set(distinct(own, "seed")))
+            what = f"{listed(distinct(own, 'backbone'))}; {listed(distinct(own, 'domain'))}"
+            lines.append(
+                f"* {SUITES.get(suite, suite)}: {what}; {len(seeds)} seeds ({listed(seeds)}); {len(own)} records."
+            )
+    for name, title in (("hardware", "Hardware"), ("versions", "Versions"), ("commit", "Commits")):
+        values = list(dict.fromkeys(_plain(record[name]) for record in records if record.get(name)))
+        if values:
+            lines.append(f"* {title}: {'; '.join(values)}.")
+    hours = sum(record.get("seconds") or 0 for record in records) / 3600
+    lines.append(f"* All records together took {hours:.1f} hours of one core.")
+    return ["\n".join(lines)]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {text}" for name, text in value.items() if text is not None)
+    return str(value)
+
+
+def section(records: Sequence[Record], suite: str, backbone: str, figures: Path, link: str) -> list[str]:
+    """Everything about one backbone."""
+    main, name = select(records, stage="main"), f"{SUITES.get(suite, suite)}: {backbone}"
+    parts = [f"## {name}"]
+    if main:
+        grid = Grid.of(main)
+        parts += ["### What had to be reached", goals_table(grid, suite) or ""]
+        for measure in measures(suite, main):
+            parts += [f"### {measure.title.capitalize()}", quality_table(grid, measure)]
+            parts += [_resolution(grid)] if measure.lower_is_better else []
+        stem = f"{suite}-{backbone}"
+        loss_figure(grid, figures / f"{stem}-loss.png", name)
+        parts += ["### Loss over the noise level", f"![loss over λ]({link}/{stem}-loss.png)", bins_table(grid)]
+        parts += ["### Controls", *(controls_table(grid, measure) or "" for measure in measures(suite, main))]
+        if controls_figure(grid, figures / f"{stem}-controls.png", name):
+            parts.append(f"![controls over λ]({link}/{stem}-controls.png)")
+        parts += ["### Cost", cost_table(grid), "### Settings, as tuned", rates_table(grid)]
+    for stage, heading, make in (("single", "One seed", singles_table), ("ablation", "Ablations", ablations_table)):
+        own = select(records, stage=stage)
+        parts += [f"### {heading}", make(own, main)] if own else []
+    return parts
+
+
+def _resolution(grid: Grid) -> str:
+    found = resolution(grid)
+    if found is None:
+        return ""
+    error, gap = found
+    if gap <= 0:
+        return f"LoRA isn't worse than full fine-tuning here (by {-gap:.4f}): there is no gap to close."
+    return (
+        f"The standard error of one run's loss, from the spread over validation samples, is {error:.4f}; the gap from "
+        f"LoRA to full fine-tuning is {gap:.4f}. (Differences are taken on the same samples, and vary less.)"
+    )
+
+
+def repeat() -> list[str]:
+    """The commands."""
+    return [
+        "## How to repeat it",
+        "Each line of the results holds its settings, versions and commit. The first command runs what is missing and "
+        "appends it, so it goes on where it was stopped; the second makes this page and its pictures from the results "
+        "alone. `--help` tells how to run a part.",
+        "```bash\npython examples/benchmark_quality.py\npython examples/report_quality.py\n```",
+    ]

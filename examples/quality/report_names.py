@@ -1,0 +1,88 @@
+"""What the report calls things, which method is compared with which, and which figures there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nara_diffusion.training.methods import METHODS
+from quality.report_data import Arm, Grid, Record
+
+LORA, DORA, FULL, MULTI_LORA = Arm("lora"), Arm("dora"), Arm("full"), Arm("multi_lora")
+CONTROLS = {
+    "constant": "trained with λ = 0.5",
+    "shuffled": "trained with other samples' λ",
+    "mean_core": "evaluated with the mean of C(λ)",
+    "reversed": "evaluated with 1 − λ",
+}
+SUITES = {"text": "Text", "images": "Images"}
+_ORDER = ("base", "full", "lora", "dora", "nara", "nara_dora", "nara_c", "multi_lora", "tlora")
+_WITHOUT_NOISE = ("nara_c",)  # of those whose name begins so
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Attributes:
+    key: of a record.
+    title: for people.
+    digits: after the point.
+    lower_is_better: as a loss.
+    """
+
+    key: str
+    title: str
+    digits: int
+    lower_is_better: bool = False
+
+    def __call__(self, record: Record) -> float:
+        return float(record[self.key])
+
+
+LOSS = Measure("validation_loss", "validation loss", 4, lower_is_better=True)
+FURTHER = {
+    "text": (Measure("exact_match", "exact match", 3),),
+    "images": (
+        Measure("similarity", "similarity to the subject", 3),
+        Measure("text_alignment", "text alignment", 3),
+        Measure("place_similarity", "similarity to the subject drawn in that place", 3),
+    ),
+}
+
+
+def measures(suite: str, records: Sequence[Record]) -> list[Measure]:
+    """The loss, and what else all of the records have."""
+    return [LOSS, *(m for m in FURTHER.get(suite, ()) if records and all(r.get(m.key) is not None for r in records))]
+
+
+def title(arm: Arm) -> str:
+    """For people: "NaRA", "NaRA, trained with λ = 0.5"."""
+    method = METHODS[arm.method].title if arm.method in METHODS else arm.method
+    return method if arm.control is None else f"{method}, {CONTROLS.get(arm.control, arm.control)}"
+
+
+def ordered(arms: Sequence[Arm]) -> list[Arm]:
+    """Baselines first, each noise-aware method with its controls behind it."""
+    controls = list(CONTROLS)
+
+    def place(arm: Arm) -> tuple[int, str, int]:
+        known = _ORDER.index(arm.method) if arm.method in _ORDER else len(_ORDER)
+        return known, arm.method, controls.index(arm.control) + 1 if arm.control in controls else 0
+
+    return sorted(arms, key=place)
+
+
+def is_noise_aware(method: str) -> bool:
+    """NaRA and its variants: those that have controls."""
+    return method.startswith("nara") and method not in _WITHOUT_NOISE
+
+
+def baseline_of(method: str) -> Arm:
+    """What a method has to beat."""
+    return DORA if "dora" in method else LORA
+
+
+def candidates(grid: Grid) -> list[Arm]:
+    """The noise-aware methods that were run without a control, and whose baseline was."""
+    arms = grid.arms
+    found = [a for a in arms if a.control is None and is_noise_aware(a.method) and baseline_of(a.method) in arms]
+    return ordered(found)

@@ -1,0 +1,173 @@
+"""The tables of RESULTS.md: Grid → Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from quality.report_data import Arm, Grid, Record, Value
+from quality.report_markdown import NOTHING, change, difference, percent, spread, table
+from quality.report_names import (
+    DORA,
+    FULL,
+    LORA,
+    LOSS,
+    Measure,
+    baseline_of,
+    is_noise_aware,
+    ordered,
+    title,
+)
+
+
+def quality_table(grid: Grid, measure: Measure) -> str:
+    """A row for each arm: the measure on each domain and over all, and the difference to LoRA, and of DoRAs to DoRA."""
+    domains, digits = grid.domains, measure.digits
+    rows = []
+    for arm in ordered(grid.arms):
+        by_domain = [spread(grid.spread(arm, measure, [name]), digits) for name in domains]
+        over_all = [spread(grid.spread(arm, measure), digits)] if len(domains) > 1 else []
+        to_lora = NOTHING if arm == LORA else difference(grid.difference(arm, LORA, measure), digits)
+        is_dora = "dora" in arm.method and arm != DORA
+        to_dora = difference(grid.difference(arm, DORA, measure), digits) if is_dora else NOTHING
+        gap = [closed(grid, arm)] if measure is LOSS and FULL in grid.arms else []
+        rows.append([title(arm), *by_domain, *over_all, to_lora, to_dora, *gap])
+    mean = ["all"] if len(domains) > 1 else []
+    gap = ["gap closed"] if measure is LOSS and FULL in grid.arms else []
+    return table([measure.title, *domains, *mean, "− LoRA", "− DoRA", *gap], rows)
+
+
+def closed(grid: Grid, arm: Arm) -> str:
+    """(LoRA − arm) / (LoRA − full), of mean losses: 0 % is LoRA, 100 % full fine-tuning."""
+    own, full = grid.difference(arm, LORA, LOSS), grid.difference(FULL, LORA, LOSS)
+    if own is None or full is None or full.mean >= 0:
+        return NOTHING
+    return percent(own.mean / full.mean)
+
+
+def bin_value(index: int) -> Value:
+    """The loss of one bin of λ."""
+
+    def value(record: Record) -> float:
+        return float(record["losses"][index])
+
+    return value
+
+
+def noise_levels(grid: Grid) -> list[float]:
+    """λ of the bins."""
+    return next(iter(grid.cells.values()))["noise_levels"]
+
+
+def bins_table(grid: Grid) -> str:
+    """Over the bins of λ: LoRA's and DoRA's loss ± deviation; the others' difference to them ± half the interval."""
+    levels = noise_levels(grid)
+    baselines = [arm for arm in (LORA, DORA) if arm in grid.arms]
+    rows = []
+    for arm in baselines:
+        rows.append([title(arm), *(spread(grid.spread(arm, bin_value(i)), 4) for i in range(len(levels)))])
+    for arm in ordered(grid.arms):
+        if arm in baselines:
+            continue
+        baseline = baseline_of(arm.method)
+        found = [grid.difference(arm, baseline, bin_value(index)) for index in range(len(levels))]
+        rows.append([f"{title(arm)} − {title(baseline)}", *(change(each, 4) for each in found)])
+    return table(["λ", *(f"{level:.2f}" for level in levels)], rows)
+
+
+def controls_table(grid: Grid, measure: Measure) -> str | None:
+    """Each control against the method that it controls, and what it keeps of the method's gain; None if none ran."""
+    rows = []
+    for arm in ordered(grid.arms):
+        if arm.control is None or not is_noise_aware(arm.method):
+            continue
+        method, baseline = Arm(arm.method), baseline_of(arm.method)
+        rows.append(
+            [
+                title(arm),
+                spread(grid.spread(arm, measure), measure.digits),
+                difference(grid.difference(arm, method, measure), measure.digits),
+                difference(grid.difference(arm, baseline, measure), measure.digits),
+                kept(grid, arm, measure),
+            ]
+        )
+    header = [measure.title, "of the control", "control − method", "control − its LoRA or DoRA", "gain kept"]
+    return table(header, rows) if rows else None
+
+
+def kept(grid: Grid, control: Arm, measure: Measure) -> str:
+    """(control − baseline) / (method − baseline): 100 % where knowing λ plays no part, nothing without a gain."""
+    baseline = baseline_of(control.method)
+    own = grid.difference(control, baseline, measure)
+    gain = grid.difference(Arm(control.method), baseline, measure)
+    if own is None or gain is None or (gain.mean >= 0 if measure.lower_is_better else gain.mean <= 0):
+        return NOTHING
+    return percent(own.mean / gain.mean)
+
+
+def cost_table(grid: Grid) -> str:
+    """Parameters, and time and memory relative to LoRA's run of the same domain and seed (geometric means)."""
+    rows = []
+    for arm in ordered([arm for arm in grid.arms if arm.control is None]):
+        records = grid.records(arm)
+        parameters = fmean(record["trainable_parameters"] for record in records)
+        own = fmean(record["step_ms"] for record in records)
+        rows.append(
+            [
+                title(arm),
+                f"{parameters:,.0f}".replace(",", " "),
+                _ratio(grid, arm, "trainable_parameters"),
+                f"{own:.0f}",
+                _ratio(grid, arm, "step_ms"),
+                _ratio(grid, arm, "peak_memory_mib"),
+            ]
+        )
+    return table(["", "parameters", "/ LoRA's", "ms a step", "/ LoRA's", "peak memory / LoRA's"], rows)
+
+
+def _ratio(grid: Grid, arm: Arm, key: str) -> str:
+    logs = []
+    for (own, domain, seed), record in grid.cells.items():
+        other = grid.cells.get((LORA, domain, seed))
+        if own == arm and other is not None and record.get(key) and other.get(key):
+            logs.append(math.log(record[key] / other[key]))
+    return f"{math.exp(fmean(logs)):.2f}" if logs else NOTHING
+
+
+def rates_table(grid: Grid) -> str:
+    """The settings that tuning chose, as the runs had them."""
+    rows = []
+    for arm in ordered([arm for arm in grid.arms if arm.control is None]):
+        for domain in grid.domains:
+            found = [r for r in grid.records(arm) if r["domain"] == domain]
+            if found:
+                record = found[0]
+                names = ("learning_rate", "core_learning_rate", "rank", "steps")
+                rows.append([title(arm), domain, *(_setting(record.get(name)) for name in names)])
+    return table(["", "domain", "learning rate", "of the core", "rank", "steps"], _merged(rows))
+
+
+def _merged(rows: Sequence[list[str]]) -> list[list[str]]:
+    """Rows that differ in the domain alone become one."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for label, domain, *settings in rows:
+        found.setdefault((label, *settings), []).append(domain)
+    return [[label, ", ".join(domains), *settings] for (label, *settings), domains in found.items()]
+
+
+def _setting(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:g}"
+
+
+def resolution(grid: Grid) -> tuple[float, float] | None:
+    """(standard error of one run's validation loss, LoRA-to-full gap): the first should be a tenth of the second."""
+    gap = grid.difference(LORA, FULL, LOSS)
+    errors = [one_run_error(record) for record in grid.records(LORA) if record.get("loss_errors")]
+    return (fmean(errors), gap.mean) if gap is not None and errors else None
+
+
+def one_run_error(record: Record) -> float:
+    """Of the mean over bins: √Σ e² / n."""
+    errors = record["loss_errors"]
+    return math.sqrt(sum(error**2 for error in errors)) / len(errors)

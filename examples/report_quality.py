@@ -1,0 +1,54 @@
+"""Makes RESULTS.md and its pictures from what examples/benchmark_quality.py measured, and from nothing else.
+
+    python examples/report_quality.py
+
+The prose comes from docs/results_notes.md, which people write, below the headings "# Summary", "# Setting",
+"# Learned" and "# Failed"; none of them has to be there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from quality.report_data import read_records
+from quality.report_document import document, read_notes
+
+from nara_diffusion.whole import whole_file
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(results: list[Path] | None = None, notes: Path | None = None, output: Path | None = None) -> str:
+    """Writes `output` and, beside it, docs/results/*.png; returns the text.
+
+    Args:
+        results: JSON Lines files; None means examples/results/*.jsonl.
+        notes: the hand-written parts; None means docs/results_notes.md.
+        output: None means RESULTS.md.
+
+    Raises:
+        ValueError: no results, or a line of them, or the notes, can't be used.
+    """
+    files = sorted((ROOT / "examples" / "results").glob("*.jsonl")) if results is None else results
+    output = output or ROOT / "RESULTS.md"
+    figures = output.parent / "docs" / "results"
+    link = os.path.relpath(figures, output.parent).replace(os.sep, "/")
+    text = document(read_records(files), read_notes(notes or ROOT / "docs" / "results_notes.md"), figures, link)
+    with whole_file(output) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(f"{output} and {len(list(figures.glob('*.png')))} pictures in {figures}")
+    return text
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", nargs="+", type=Path, help="JSON Lines files (default: examples/results/*.jsonl)")
+    parser.add_argument("--notes", type=Path, help="hand-written parts (default: docs/results_notes.md)")
+    parser.add_argument("--output", type=Path, help="default: RESULTS.md; pictures go to docs/results beside it")
+    try:
+        main(**vars(parser.parse_args()))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
