@@ -1,0 +1,120 @@
+"""The loss over ten bins of λ: its masks, its figures against a loop in plain Python, its standard errors."""
+
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+from quality.validation import BINS, _draw, binned_loss, summarise, validation_set
+
+from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion.controls import changed_noise, reversed_noise
+from tests.adapted import disturb
+
+
+@pytest.fixture(scope="module")
+def masked(task):
+    return validation_set(task.data.validation, task.model.config.mask_token_id)
+
+
+def flat(found, name):
+    return [row for batch in found.batches for row in getattr(batch, name)]
+
+
+def test_each_question_comes_twice_with_complementary_masks(task, masked):
+    n, length = len(task.data.validation), task.data.validation.answer_length
+    seen = {}
+    rows = zip(flat(masked, "masked"), flat(masked, "answer"), flat(masked, "noise_level"), strict=True)
+    for question, (mask, answer, level) in zip(masked.questions.tolist(), rows, strict=True):
+        assert int(answer.sum()) == length
+        assert mask[answer].any()
+        seen.setdefault(question, []).append((mask[answer], float(level)))
+    assert len(seen) == n
+    for (mask, level), (other, complement) in seen.values():
+        assert torch.equal(mask, ~other)
+        assert level + complement == pytest.approx(1)
+
+
+def test_bins_are_equally_full_and_hold_their_own_noise_levels(masked):
+    levels = torch.stack(flat(masked, "noise_level"))
+    assert torch.bincount(masked.bins, minlength=BINS).tolist() == [6] * BINS
+    assert torch.equal((levels * BINS).long(), masked.bins)
+
+
+def test_masks_follow_their_noise_level_and_are_always_the_same():
+    levels, masks = _draw(20000, 9)
+    again = _draw(20000, 9)
+    assert torch.equal(levels, again[0])
+    assert torch.equal(masks, again[1])
+    for k in range(3, 7):  # where nearly no mask is empty or full, and so none is drawn again
+        chosen = (levels * BINS).long() == k
+        assert masks[chosen].float().mean().item() == pytest.approx(levels[chosen].mean().item(), abs=0.02)
+    within = levels[:20000][torch.arange(20000) % 5 == 2] * BINS - 2  # stratified: far more even than independent ones
+    assert within.sort().values.sub(torch.linspace(0, 1, len(within))).abs().max() < 1 / len(within) + 1e-3
+
+
+def test_masked_tokens_alone_are_hidden_and_padding_is_not_attended_to(task, masked):
+    mask_id = task.model.config.mask_token_id
+    for batch in masked.batches:
+        assert torch.equal(batch.input_ids == mask_id, batch.masked)
+        assert torch.equal(batch.targets[~batch.masked], batch.input_ids[~batch.masked])
+        ends = batch.answer.shape[1] - batch.answer.flip(1).int().argmax(1)
+        assert batch.attention_mask is not None
+        assert torch.equal(batch.attention_mask.sum(1), ends)
+
+
+def reference(model, found, level_of):
+    """Each row by itself, each token by itself."""
+    sums, counts = [0.0] * BINS, [0] * BINS
+    order = iter(found.bins.tolist())
+    for batch in found.batches:
+        for i in range(len(batch.input_ids)):
+            k = next(order)
+            width = int(batch.attention_mask[i].sum())
+            with noise_level(model, level_of(batch.noise_level[i])), torch.no_grad():
+                logits = model(batch.input_ids[i : i + 1, :width]).logits[0].double()
+            for j in batch.masked[i].nonzero()[:, 0].tolist():
+                sums[k] -= logits[j].log_softmax(-1)[batch.targets[i, j]].item()
+                counts[k] += 1
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
+def test_losses_are_nats_a_masked_token_at_the_noise_level_that_is_told(task, masked):
+    import copy
+
+    torch.manual_seed(3)
+    model = get_peft_model(
+        copy.deepcopy(task.model), NaraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"])
+    )
+    disturb(model)
+    found = binned_loss(model, masked, lambda batch: batch.noise_level)
+    assert found.losses == pytest.approx(reference(model, masked, lambda level: level), rel=1e-4)
+    assert found.mean == pytest.approx(sum(found.losses) / BINS)
+    told = binned_loss(model, masked, lambda batch: 1 - batch.noise_level)
+    assert told.losses == pytest.approx(reference(model, masked, lambda level: 1 - level), rel=1e-4)
+    assert told.losses != pytest.approx(found.losses, rel=1e-3)
+    with changed_noise(model, reversed_noise):
+        assert binned_loss(model, masked, lambda batch: batch.noise_level).losses == pytest.approx(told.losses)
+
+
+def test_standard_errors_are_those_of_many_samples():
+    generator = torch.Generator().manual_seed(0)
+    n = 400
+
+    def sample():
+        bins = torch.cat([torch.arange(n) % 5, 9 - torch.arange(n) % 5])
+        count = torch.randint(1, 9, (2 * n,), generator=generator).double()
+        common = torch.randn(n, generator=generator).repeat(2)  # a question is hard in both of its rows
+        total = count * (1 + 0.3 * common + 0.2 * torch.randn(2 * n, generator=generator))
+        return summarise(total, count, bins, torch.arange(n).repeat(2))
+
+    found = [sample() for _ in range(300)]
+    for value, error in (
+        (lambda one: one.losses[3], lambda one: one.errors[3]),
+        (lambda one: one.mean, lambda one: one.mean_error),
+    ):
+        values = torch.tensor([value(one) for one in found])
+        stated = torch.tensor([error(one) for one in found]).mean()
+        assert values.std().item() == pytest.approx(stated.item(), rel=0.12)
+    independent = math.sqrt(sum(error**2 for error in found[0].errors)) / BINS
+    assert found[0].mean_error > 1.1 * independent
