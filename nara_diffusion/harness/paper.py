@@ -1,0 +1,209 @@
+"""The paper's experiments (arXiv 2605.29716) as commands: what is trained on, what is asked, what is compared.
+
+Of each run (domain, method, seed) there are two steps:
+
+    training      train_scripts/dllm.py with the domain's configuration, into FOLDER/training
+    evaluation    nara-eval on the domain's test sets, into FOLDER/evaluation
+
+with FOLDER = output_dir/domain/method/seed-N. A step whose result is there is done; one that was stopped goes on where
+it can. The method "base" is the model as it is: no training, and one seed, since greedy answers don't depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
+BASE = "base"
+
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Attributes:
+    config: the end of the configuration's name.
+    train_file: below the data folder.
+    source: where that file is.
+    sets: {column of the table: task of nara-eval}.
+    test_files: the folders of those sets, below the data folder, each with a test.json; none for sets of the Hub.
+    runs_code: whether scoring runs what the model writes.
+    """
+
+    config: str
+    train_file: str
+    source: str
+    sets: Mapping[str, str]
+    test_files: Sequence[str] = ()
+    runs_code: bool = False
+
+
+def _llm_adapters(**sets: str) -> dict[str, str]:
+    return {name.replace("_", "-"): f"llm_adapters_{task}" for name, task in sets.items()}
+
+
+DOMAINS = {
+    "math": Domain(
+        "math14k",
+        "math_14k.json",
+        f"{_ADAPTERS}/ft-training_set/math_14k.json",
+        _llm_adapters(
+            AddSub="addsub", AQuA="aqua", GSM8K="gsm8k", MultiArith="multiarith", SVAMP="svamp", SingleEq="singleeq"
+        ),
+        ("AddSub", "AQuA", "gsm8k", "MultiArith", "SVAMP", "SingleEq"),
+    ),
+    "commonsense": Domain(
+        "commonsense170k",
+        "commonsense_170k.json",
+        f"{_ADAPTERS}/ft-training_set/commonsense_170k.json",
+        _llm_adapters(
+            ARC_c="arc_challenge",
+            ARC_e="arc_easy",
+            BoolQ="boolq",
+            HellaSwag="hellaswag",
+            OBQA="openbookqa",
+            PIQA="piqa",
+            SIQA="siqa",
+            WinoGrande="winogrande",
+        ),
+        ("ARC-Challenge", "ARC-Easy", "boolq", "hellaswag", "openbookqa", "piqa", "social_i_qa", "winogrande"),
+    ),
+    "code": Domain(
+        "code_feedback",
+        "python/train.json",
+        "https://huggingface.co/datasets/fxmeng/pissa-dataset/resolve/main/python/train.json",
+        {"HumanEval": "nara_humaneval", "MBPP": "nara_mbpp"},
+        runs_code=True,
+    ),
+}
+
+# The paper's rows, and what a row's training needs beside the domain's configuration. Multi-LoRA's rank is that of all
+# five bins together, each of rank 32, and lora_alpha follows it so that the update is scaled by 1.
+METHODS: dict[str, tuple[str, ...]] = {
+    BASE: (),
+    "prompt_tuning": (),
+    "p_tuning": (),
+    "lora": (),
+    "hira": (),
+    "multi_lora": ("--rank", "160", "--lora_alpha", "160"),
+    "nara_c": (),
+    "nara": (),
+    "dora": (),
+    "nara_dora": (),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Attributes:
+    title: what it does, in words.
+    command: what to run.
+    folder: where it writes.
+    result: the file that is there when it is done, a pattern below `folder`.
+    """
+
+    title: str
+    command: tuple[str, ...]
+    folder: Path
+    result: str
+
+    def is_done(self) -> bool:
+        """Whether the result is there, and whole."""
+        return result_of(self.folder, self.result) is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same in all runs.
+
+    Attributes:
+        output_dir, data_dir: folders.
+        script: train_scripts/dllm.py.
+        configs: folder of the configurations.
+        model: the start of their names.
+        pretrained: another model than theirs, or None.
+        dtype, batch_size: of evaluation.
+        launch, training, evaluation: further arguments of accelerate launch, of the script, and of nara-eval.
+        methods: further arguments of the training of one method.
+    """
+
+    output_dir: Path
+    data_dir: Path
+    script: Path
+    configs: Path
+    model: str
+    pretrained: str | None
+    dtype: str
+    batch_size: int
+    launch: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    evaluation: tuple[str, ...] = ()
+    methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def folder(self, domain: str, method: str, seed: int) -> Path:
+        return self.output_dir / domain / method / f"seed-{seed}"
+
+    def config(self, domain: str) -> Path:
+        return self.configs / f"{self.model}_{DOMAINS[domain].config}.yaml"
+
+    def steps(self, domain: str, method: str, seed: int) -> list[Step]:
+        """Training, unless the method is `BASE`, and evaluation."""
+        evaluation = self.evaluation_step(domain, method, seed)
+        return [evaluation] if method == BASE else [self.training_step(domain, method, seed), evaluation]
+
+    def training_step(self, domain: str, method: str, seed: int) -> Step:
+        folder = self.folder(domain, method, seed) / "training"
+        resume = ("--resume_from_checkpoint", "latest") if any(folder.glob("checkpoint-*")) else ()
+        command = (
+            *(*LAUNCH, *self.launch, str(self.script), "--config", str(self.config(domain))),
+            *(() if self.pretrained is None else ("--pretrained_model_name_or_path", self.pretrained)),
+            *("--train_file", str(self.data_dir / DOMAINS[domain].train_file)),
+            *("--test_file", "none", "--test_samples", "8"),  # nara-eval measures; these show that answers come
+            *("--adapter", method, "--seed", str(seed), "--output_dir", str(folder)),
+            *(*METHODS.get(method, ()), *self.training, *self.methods.get(method, ()), *resume),
+        )
+        return Step(f"train {method} on {domain}, seed {seed}", command, folder, "results.json")
+
+    def evaluation_step(self, domain: str, method: str, seed: int) -> Step:
+        training = self.folder(domain, method, seed) / "training"
+        folder = self.folder(domain, method, seed) / "evaluation"
+        pretrained = self.pretrained or pretrained_of(self.config(domain))
+        model = {"pretrained": str(training) if method == "full" else pretrained, "dtype": self.dtype}
+        if method not in (BASE, "full"):
+            model["peft"] = str(training)
+        command = (
+            *(*LAUNCH, *self.launch, "-m", "nara_diffusion.harness.command", "run", "--model", "nara_dllm"),
+            *("--model_args", json.dumps(model), "--tasks", ",".join(DOMAINS[domain].sets.values())),
+            *("--apply_chat_template", "--batch_size", str(self.batch_size), "--output_path", str(folder)),
+            *(("--metadata", json.dumps({"data_dir": str(self.data_dir)})) if DOMAINS[domain].test_files else ()),
+            *(("--confirm_run_unsafe_code",) if DOMAINS[domain].runs_code else ()),
+            *self.evaluation,
+        )
+        return Step(f"evaluate {method} on {domain}, seed {seed}", command, folder, "**/results_*.json")
+
+    def files(self, domain: str) -> dict[Path, str]:
+        """{file below the data folder: where it comes from} of a domain."""
+        tests = {f"{name}/test.json": f"{_ADAPTERS}/dataset/{name}/test.json" for name in DOMAINS[domain].test_files}
+        needed = {DOMAINS[domain].train_file: DOMAINS[domain].source, **tests}
+        return {self.data_dir / name: source for name, source in needed.items()}
+
+
+def pretrained_of(config: Path) -> str:
+    """The model that a configuration names."""
+    import yaml
+
+    return yaml.safe_load(config.read_text(encoding="utf-8"))["pretrained_model_name_or_path"]
+
+
+def result_of(folder: Path, pattern: str) -> dict | None:
+    """The newest result in `folder`, or None where there is none that is whole."""
+    for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, OSError):
+            continue
+    return None
