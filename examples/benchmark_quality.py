@@ -149,10 +149,15 @@ def show(stages: dict[str, list[Job]], path: Path) -> None:
             print(f"    {job.title} {dict(job.settings) or ''}".rstrip())
 
 
-if __name__ == "__main__":
+def run(argv: list[str] | None = None) -> int | str:
+    """`main` for a terminal: what `sys.exit` takes, an error as one line."""
     try:
-        sys.exit(main())
+        return main(argv)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        return f"error: {error}"
     except KeyboardInterrupt:
-        sys.exit("stopped; give the same command again to go on")
+        return "stopped; give the same command again to go on"
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,79 @@
+"""The command, as somebody types it."""
+
+from importlib import import_module
+
+import pytest
+from quality.results import read
+
+SMALL = ["--set", "steps=2", "batch_size=4", "sizes={train: 40, tuning: 10, validation: 15, test: 4}"]
+FEW = ["--backbones", "llada-tiny", "--domains", "code", "--tune_domains", "code", "--methods", "lora", "nara", *SMALL]
+
+
+def main(*argv):
+    return import_module("benchmark_quality").main(list(map(str, argv)))
+
+
+def test_one_command_tunes_and_compares_and_does_nothing_twice(tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    assert main(*FEW, "--seeds", 0, "--output", path) == 0
+    records = read(path)
+    assert [record["stage"] for record in records].count("tune") == 8
+    compared = [(record["method"], record["control"]) for record in records if record["stage"] == "main"]
+    assert compared == [
+        ("lora", None), ("nara", None), ("nara", "mean_core"), ("nara", "reversed"), ("nara", "constant"),
+        ("nara", "shuffled"),
+    ]  # fmt: skip
+    assert {record["n"] for record in records if record["stage"] == "main"} == {15}
+    best = min((record for record in records[:4]), key=lambda record: record["validation_loss"])
+    assert records[8]["learning_rate"] == best["learning_rate"]
+    assert main(*FEW, "--seeds", 0, "--output", path) == 0
+    assert read(path) == records
+    capsys.readouterr()
+    assert main(*FEW, "--seeds", 0, 1, "--output", path, "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert "tune: 0 of 8 runs left" in printed
+    assert "main: 4 of 8 runs left" in printed
+    assert "    main llada-tiny code nara constant 1" in printed
+
+
+def test_dry_run_lists_all_stages_without_a_file(tmp_path, capsys):
+    assert main("--stages", "tune", "main", "single", "ablation", "--output", tmp_path / "none.jsonl", "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in printed.splitlines() if not line.startswith(" ")] == [
+        "tune", "main", "single", "ablation",
+    ]  # fmt: skip
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--methods", "lorra"], "--methods has lorra, expected of full, lora"),
+        (["--domains", "maths"], "--domains has maths, expected of commonsense, arithmetic, code"),
+        (["--backbones", "bert"], "--backbones has bert, expected of llada-tiny, dream-tiny"),
+        (["--set", "rank"], "--set has 'rank', expected NAME=VALUE"),
+        (["--shard", "2/2"], "shard is '2/2', expected k/N"),
+    ],
+)
+def test_wrong_arguments_are_named(argv, message):
+    with pytest.raises(ValueError, match=message):
+        main(*argv, "--dry_run")
+
+
+def test_an_error_is_one_line_for_people(monkeypatch):
+    module = import_module("benchmark_quality")
+    assert module.run(["--dry_run", "--methods", "lorra"]).startswith("error: --methods has lorra, expected of full")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "load_suite", interrupted)
+    assert module.run(["--dry_run"]) == "stopped; give the same command again to go on"
+
+
+def test_help_teaches_the_stages(capsys):
+    with pytest.raises(SystemExit):
+        main("--help")
+    printed = capsys.readouterr().out
+    for word in ("tune", "main", "single", "ablation", "mean_core", "reversed", "--shard", "--modality"):
+        assert word in printed
