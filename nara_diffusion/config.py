@@ -79,7 +79,8 @@ class NaraConfig(LoraConfig):
         metadata={
             "help": "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), "
             "'identity' is plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r "
-            "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ).",
+            "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ), "
+            "'knots' interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer').",
             "choices": BUILT_IN,  # and names given to `register_core`
         },
     )
@@ -141,6 +142,9 @@ class NaraConfig(LoraConfig):
             "direction repeats what a masked one knows (T-LoRA's idea)."
         },
     )
+    core_knots: int = field(
+        default=5, metadata={"help": "For 'knots': how many, at equal distances from λ = 0 to λ = 1; 2 or more."}
+    )
     core_bins: int = field(
         default=5,
         metadata={
@@ -183,7 +187,7 @@ class NaraConfig(LoraConfig):
         dims = self.core_hidden_dims
         if not isinstance(dims, tuple) or not dims or not all(_is_positive_int(dim) for dim in dims):
             raise ValueError(f"core_hidden_dims is {self.core_hidden_dims}: pass one positive integer a hidden layer.")
-        for name in ("noise_embedding_dim", "mask_density_radius", "core_bins", "layer_embedding_dim"):
+        for name in ("noise_embedding_dim", "mask_density_radius", "core_bins", "core_knots", "layer_embedding_dim"):
             if not _is_positive_int(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a positive integer.")
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
@@ -207,6 +211,8 @@ class NaraConfig(LoraConfig):
                 f"core_sharing is 'layer_embedding', but core_type {self.core_type!r} has no network that could read "
                 "it: use core_sharing='layer' for a core of each module."
             )
+        if self.core_type == "knots" and self.core_knots < 2:
+            raise ValueError(f"core_knots is {self.core_knots}: interpolation needs one at either end, so 2 or more.")
         if self.core_normalization != "none" and self.core_type not in ("hypernetwork", "constant"):
             raise ValueError(
                 f"core_normalization is {self.core_normalization!r}, but C of core_type {self.core_type!r} is taken as "
@@ -252,7 +258,7 @@ class NaraConfig(LoraConfig):
                 f"init_lora_weights is {init!r}, which NaRA does not know: use True, False or one of "
                 f"{', '.join(map(repr, _SUPPORTED_INITS))}."
             )
-        if self.changes_base and self.core_type not in ("hypernetwork", "constant"):
+        if self.changes_base and self.core_type not in ("hypernetwork", "constant", "knots"):
             raise ValueError(
                 f"init_lora_weights={init!r} needs C = I at step 0, which core_type={self.core_type!r} does not "
                 "promise: use init_lora_weights=True."

@@ -10,6 +10,7 @@ from torch import nn
 from .config import NaraConfig
 from .core import ConstantCore, HypernetworkCore, IdentityCore
 from .embeddings import make_embedding
+from .knots import KnotsCore
 from .masks import BinsCore, RankMaskCore
 from .own_cores import build_own_core
 
@@ -30,6 +31,8 @@ def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.
         return RankMaskCore(rank, config.rank_mask_min)
     if config.core_type == "bins":
         return BinsCore(rank, config.core_bins)
+    if config.core_type == "knots":
+        return KnotsCore(rank, config.core_knots, scale=config.core_scale)
     if config.core_type != "hypernetwork":
         return build_own_core(config, rank)
     return HypernetworkCore(

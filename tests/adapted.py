@@ -83,6 +83,8 @@ def core_by_hand(
         core = torch.eye(len(deviation), dtype=torch.float64) + config.core_scale * deviation
         return normalized_by_hand(core.expand(len(level), -1, -1), config)
     level = level.double()
+    if config.core_type == "knots":
+        return torch.stack([interpolated_by_hand(own["deviation"], config, value) for value in level.tolist()])
     if config.noise_scale == "log_snr":
         log_snr = torch.log((1 - level) / level).clamp(-5, 5)
         level = (5 - log_snr) / 10
@@ -134,6 +136,14 @@ def mask_by_hand(config: NaraConfig, level: Tensor) -> Tensor:
         for index in range(first, first + size):
             core[sample, index, index] = 1
     return core
+
+
+def interpolated_by_hand(deviation: Tensor, config: NaraConfig, level: float) -> Tensor:
+    """C (r, r) between the two knots beside λ."""
+    place = level * (config.core_knots - 1)
+    below = min(math.floor(place), config.core_knots - 2)
+    between = (1 - (place - below)) * deviation[below] + (place - below) * deviation[below + 1]
+    return torch.eye(config.r, dtype=torch.float64) + config.core_scale * between
 
 
 def default_core(model: PeftModel, level: Tensor, adapter: str = "default", group: str = "global") -> Tensor:

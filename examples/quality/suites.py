@@ -8,7 +8,7 @@ from typing import Any
 
 from quality.jobs import Job
 
-MUST = ("full", "lora", "dora", "nara", "nara_dora", "nara_c", "multi_lora", "tlora")
+MUST = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_knots_dora", "nara_c", "multi_lora", "tlora")
 CONTROLLED = ("nara", "nara_dora")
 CONTROLS = ("constant", "shuffled")
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nara_knots_dora": ("nara_knots", {"use_dora": True}),
+}
 
 NOT_AWARE = ("nara_c",)  # of those whose name begins so
 

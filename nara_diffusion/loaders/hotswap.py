@@ -36,6 +36,7 @@ _HAS_TO_AGREE = (
     "layer_embedding_dim",
     "rank_mask_min",
     "core_bins",
+    "core_knots",
     "noise_embedding",
     "noise_embedding_dim",
     "noise_scale",

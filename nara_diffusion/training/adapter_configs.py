@@ -116,8 +116,7 @@ def _lora(args: Any) -> dict[str, Any]:
 
 
 def _nara(args: Any) -> dict[str, Any]:
-    core = {name: getattr(args, name) for name in CORE_ARGUMENTS}
-    core |= {"core_hidden_dims": tuple(args.core_hidden_dims), "core_type": effective(args, "core_type")}
+    core = {name: effective(args, name) for name in CORE_ARGUMENTS} | {"core_hidden_dims": tuple(args.core_hidden_dims)}
     values = _lora(args) | core
     if args.adapter == "multi_lora":  # r counts all blocks; each has the scale of a LoRA of rank --rank
         blocks = args.core_bins

@@ -53,6 +53,7 @@ class AdapterArguments:
     lora_a_init: str = core_option("lora_a_init")
     rank_mask_min: int | None = core_option("rank_mask_min", unit="directions")
     core_bins: int = core_option("core_bins", unit="bins")
+    core_knots: int = core_option("core_knots", unit="knots")
     noise_scale: str = core_option("noise_scale")
     noise_embedding: str = core_option("noise_embedding")
     noise_embedding_dim: int = core_option("noise_embedding_dim", unit="features")
@@ -178,7 +179,7 @@ def check_arguments(args: Any) -> None:
         raise ValueError(
             "push_to_hub needs the name of a repository: give hub_model_id (or output_dir, which names one)."
         )
-    if args.core_start_step and (args.core_type == "hypernetwork" and args.core_init == "kaiming"):
+    if args.core_start_step and args.core_init == "kaiming" and effective(args, "core_type") in CORES_WITH_INIT:
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
             "use core_init 'zero_last', or core_start_step 0."

@@ -44,6 +44,9 @@ METHODS: dict[str, Method] = {
     "nara": Method("NaRA", "arXiv 2605.29716", "nara"),
     "nara_dora": Method("NaRA-DoRA", "arXiv 2605.29716", "nara", {"use_dora": True}),
     "nara_c": Method("NaRA-C", "arXiv 2605.29716", "nara", {"core_type": "constant"}),
+    "nara_knots": Method(
+        "NaRA-Knots", "RESULTS.md", "nara", {"core_type": "knots", "core_sharing": "layer", "core_scale": 1.0}
+    ),
     "tlora": Method("T-LoRA", "arXiv 2507.05964", "nara", {"core_type": "rank_mask"}),
     "multi_lora": Method("Multi-LoRA", "arXiv 2605.29716", "nara", {"core_type": "bins"}),
     "lora": Method("LoRA", "arXiv 2106.09685", "lora"),

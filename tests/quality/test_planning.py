@@ -43,7 +43,7 @@ def test_main_runs_all_methods_and_the_controls_of_the_noise_aware_ones_for_each
     suite = load_suite(name)
     jobs = jobs_of(suite, "main", selection(suite, settings={"rank": 3}))
     places = len(suite.backbones) * len(suite.domains)
-    assert len(jobs) == len({job.key for job in jobs}) == 5 * places * (len(MUST) + 2 * 2)
+    assert len(jobs) == len({job.key for job in jobs}) == 5 * places * (len(MUST) + 2 * 4)
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)  # seed after seed
     assert Counter(job.control for job in jobs if job.method == "nara") == dict.fromkeys(
         [None, "constant", "shuffled"], 5 * places
