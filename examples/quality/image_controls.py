@@ -9,31 +9,20 @@ mean_core  the trained adapter, evaluated with the mean of C(λ) over λ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion import TimestepNoise, noise_level, set_noise_source
+from nara_diffusion import noise_level
+from nara_diffusion.controls import changed_noise, constant_noise, mean_core, reversed_noise
 from nara_diffusion.dreambooth.timesteps import draw_indices
-from nara_diffusion.noise import NoiseSignals
 
 TRAINED_CONTROLS = ("constant", "shuffled")
 EVALUATED_CONTROLS = ("mean_core", "reversed")
 CONSTANT = 0.5
-
-
-class ReversedNoise:
-    """A source that tells 1 − λ."""
-
-    convention = "timestep"
-
-    def __init__(self) -> None:
-        self.true = TimestepNoise("discrete")
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-        return NoiseSignals(1 - self.true(module, args, kwargs).noise_level)
+GRID = (torch.arange(100) + 0.5) / 100  # of λ, for the mean of C
 
 
 def shuffled_noise_levels(positions: Sequence[int], seed: int, levels: int, group_size: int) -> Tensor:
@@ -47,31 +36,16 @@ def shuffled_noise_levels(positions: Sequence[int], seed: int, levels: int, grou
 
 def while_training(unet: nn.Module, control: str | None, shuffled: Tensor | None) -> AbstractContextManager[None]:
     """Inside, a forward of training reads the control's λ."""
-    if control == "constant":
-        return noise_level(unet, CONSTANT)
     if control == "shuffled":
         assert shuffled is not None
         return noise_level(unet, shuffled)
-    return nullcontext()
+    return while_evaluating(unet, control)
 
 
 def while_evaluating(unet: nn.Module, control: str | None) -> AbstractContextManager[None]:
-    """Inside, forwards of `unet` read what the control tells them."""
+    """Inside, forwards of `unet` read what the control tells them; one that was "shuffled" in training, the truth."""
     if control == "constant":
-        return noise_level(unet, CONSTANT)
+        return changed_noise(unet, constant_noise(CONSTANT))
     if control == "reversed":
-        return _reversed(unet)
-    if control == "mean_core":
-        from nara_diffusion.controls import mean_core
-
-        return mean_core(unet, torch.linspace(0, 1, 101))
-    return nullcontext()
-
-
-@contextmanager
-def _reversed(unet: nn.Module):
-    set_noise_source(unet, ReversedNoise())
-    try:
-        yield
-    finally:
-        set_noise_source(unet, TimestepNoise("discrete"))
+        return changed_noise(unet, reversed_noise)
+    return mean_core(unet, GRID) if control == "mean_core" else nullcontext()

@@ -71,9 +71,8 @@ def image_records(
     for name in (control, *evaluated):
         with while_evaluating(model.unet, name):
             figures = _measure(task, model.unet, args, stage)
-        now = time.perf_counter()
-        records.append({**common, "control": name, **figures, "seconds": round(now - started, 2)})
-        started = now  # an evaluation of a trained adapter costs no training
+        seconds = round(time.perf_counter() - started, 2)  # with the records before it
+        records.append({**common, "control": name, **figures, "seconds": seconds})
     return [{**records[0], "model": model.unet}, *records[1:]] if keep_model else records
 
 

@@ -1,8 +1,10 @@
-"""Tables of the runs beside the main comparison: ablations, and methods that ran on one seed."""
+"""Tables of the runs beside the main comparison: tuning, ablations, and methods that ran on one seed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from quality.report_data import Arm, Grid, Record, select
@@ -79,3 +81,30 @@ def _to_lora(grid: Grid, arm: Arm, domains: list[str], seeds: set[int]) -> str:
     own, other = grid.per_seed(arm, LOSS, domains), grid.per_seed(LORA, LOSS, domains)
     common = [own[seed] - other[seed] for seed in own if seed in other and seed in seeds]
     return signed(sum(common) / len(common), LOSS.digits) if common and arm != LORA else NOTHING
+
+
+def tuning_table(records: Sequence[Record]) -> str:
+    """Each method's trials with their loss, the mean over the domains that tuning used; the best is bold."""
+    found: dict[Arm, dict[str, list[float]]] = {}
+    for record in records:
+        loss = record["validation_loss"]
+        trials = found.setdefault(Arm(record["method"]), {})
+        trials.setdefault(_rates(record), []).append(math.inf if loss is None else loss)
+    rows = []
+    for arm in ordered(list(found)):
+        means = {rates: fmean(losses) for rates, losses in found[arm].items()}
+        best = min(means, key=means.__getitem__)
+        texts = [f"{rates}: {_loss(mean)}" for rates, mean in means.items()]
+        rows.append([title(arm), *(f"**{t}**" if rates == best else t for rates, t in zip(means, texts, strict=True))])
+    width = max(len(row) for row in rows)
+    header = ["", *(f"trial {number}" for number in range(1, width))]
+    return table(header, [[*row, *[NOTHING] * (width - len(row))] for row in rows])
+
+
+def _rates(record: Record) -> str:
+    trial = record.get("trial") or {name: record.get(name) for name in ("learning_rate", "core_learning_rate")}
+    return ", ".join(f"{value:g}" for value in trial.values() if value is not None)
+
+
+def _loss(mean: float) -> str:
+    return "diverged" if math.isinf(mean) else f"{mean:.{LOSS.digits}f}"

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from nara_diffusion.dreambooth.statistics import Interval, interval
 
 Record = Mapping[str, Any]
-Value = Callable[[Record], float]
+Value = Callable[[Record], float | None]
 
 REQUIRED = ("suite", "stage", "backbone", "domain", "method", "seed", "validation_loss", "losses", "noise_levels")
-SAME_FOR_ALL_SEEDS = ("learning_rate", "core_learning_rate", "rank", "steps")
+SAME_FOR_ALL_SEEDS = ("learning_rate", "core_learning_rate", "rank", "steps", "settings")
 
 
 class Arm(NamedTuple):
@@ -98,13 +98,15 @@ class Grid:
         return [record for (own, _, _), record in self.cells.items() if own == arm]
 
     def per_seed(self, arm: Arm, value: Value, domains: Sequence[str] | None = None) -> dict[int, float]:
-        """{seed: mean over `domains`}, default all; of seeds that have them all."""
+        """{seed: mean over `domains`}, default all; of seeds that have the value on them all."""
         names = self.domains if domains is None else domains
         found = {}
         for seed in self.seeds:
             cells = [self.cells.get((arm, name, seed)) for name in names]
-            if all(cell is not None for cell in cells):
-                found[seed] = fmean(value(cell) for cell in cells if cell is not None)
+            values = [None if cell is None else value(cell) for cell in cells]
+            known = [each for each in values if each is not None]
+            if known and len(known) == len(names):
+                found[seed] = fmean(known)
         return found
 
     def spread(self, arm: Arm, value: Value, domains: Sequence[str] | None = None) -> Interval | None:

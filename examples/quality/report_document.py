@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quality.report_ablations import ablations_table, singles_table
+from quality.report_ablations import ablations_table, singles_table, tuning_table
 from quality.report_data import Grid, Record, distinct, select
 from quality.report_figures import controls_figure, loss_figure
 from quality.report_goals import goals_table
@@ -19,8 +19,8 @@ HOW_TO_READ = """\
 ± is the standard deviation over seeds. A difference is paired: within a seed all methods see the same data in the same
 order, the same noise levels and the same noise or masks; its 95 % interval over the seeds (Student's t) follows in
 brackets, and it is **bold** where that interval doesn't hold zero. *Gap closed* is (LoRA − method) / (LoRA − full
-fine-tuning) of the mean loss. Bins of λ are tenths of [0, 1], named by their middle; 1 is pure noise; in the tables over
-them a difference stands ± half the width of its 95 % interval."""
+fine-tuning) of the mean loss. Bins of λ are tenths of [0, 1], named by their middle; 1 is pure noise; in the tables
+over them a difference stands ± half the width of its 95 % interval."""
 NOTES_BEFORE, NOTES_AFTER = ("summary", "setting"), ("learned", "failed")
 
 
@@ -76,9 +76,17 @@ def setting(records: Sequence[Record]) -> list[str]:
         values = list(dict.fromkeys(_plain(record[name]) for record in records if record.get(name)))
         if values:
             lines.append(f"* {title}: {'; '.join(values)}.")
-    hours = sum(record.get("seconds") or 0 for record in records) / 3600
-    lines.append(f"* All records together took {hours:.1f} hours of one core.")
+    lines.append(f"* All runs together took {hours(records):.1f} hours of one core.")
     return ["\n".join(lines)]
+
+
+def hours(records: Sequence[Record]) -> float:
+    """Of all runs. One run's records, of itself and of its controls, each count the time since the run began."""
+    seconds: dict[str, float] = {}
+    for number, record in enumerate(records):
+        run = record.get("job") or str(number)
+        seconds[run] = max(seconds.get(run, 0.0), record.get("seconds") or 0.0)
+    return sum(seconds.values()) / 3600
 
 
 def _plain(value: Any) -> str:
@@ -104,6 +112,8 @@ def section(records: Sequence[Record], suite: str, backbone: str, figures: Path,
         if controls_figure(grid, figures / f"{stem}-controls.png", name):
             parts.append(f"![controls over λ]({link}/{stem}-controls.png)")
         parts += ["### Cost", cost_table(grid), "### Settings, as tuned", rates_table(grid)]
+    tried = select(records, stage="tune")
+    parts += ["### Learning rates that were tried", tuning_table(tried)] if tried else []
     for stage, heading, make in (("single", "One seed", singles_table), ("ablation", "Ablations", ablations_table)):
         own = select(records, stage=stage)
         parts += [f"### {heading}", make(own, main)] if own else []

@@ -1,4 +1,7 @@
-"""The pictures of RESULTS.md: the loss over λ of each method, and what each gains over its baseline, with intervals."""
+"""The pictures of RESULTS.md: the loss over λ of each method, and its difference to a baseline with 95 % intervals.
+
+Losses differ by orders of magnitude over λ, so differences are drawn in percent of the baseline's loss in that bin.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from matplotlib.ticker import NullFormatter
 
 from nara_diffusion.whole import whole_file
 from quality.report_data import Arm, Grid
-from quality.report_names import LORA, baseline_of, is_noise_aware, ordered, title
+from quality.report_names import LORA, baseline_of, ordered, title
 from quality.report_tables import bin_value, noise_levels
+from quality.variants import is_noise_aware
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 AXIS = "noise level λ (1 = pure noise)"
@@ -42,7 +46,7 @@ def loss_figure(grid: Grid, path: Path, name: str) -> None:
         _zero(below)
         below.set(xlabel=AXIS)
     axes[0][0].set_ylabel("validation loss")
-    axes[1][0].set_ylabel("loss − LoRA's, 95 % interval")
+    axes[1][0].set_ylabel("loss − LoRA's, % of LoRA's")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(name)
@@ -66,7 +70,8 @@ def controls_figure(grid: Grid, path: Path, name: str) -> bool:
         for arm, style in zip(arms, _styles(arms), strict=True):
             _differences(axes, grid, arm, baseline_of(arm.method), None, style)
         _zero(axes)
-        axes.set(xlabel=AXIS, ylabel=f"loss − {title(baseline_of(method.method))}'s, 95 % interval")
+        name_of = title(baseline_of(method.method))
+        axes.set(xlabel=AXIS, ylabel=f"loss − {name_of}'s, % of {name_of}'s")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize="small")
     figure.suptitle(name)
     save(figure, path)
@@ -83,6 +88,7 @@ def _styles(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
 
 def _losses(axes: Any, grid: Grid, arm: Arm, domain: str, style: dict[str, Any]) -> None:
+    """Mean over the seeds."""
     levels = noise_levels(grid)
     found = [grid.spread(arm, bin_value(index), [domain]) for index in range(len(levels))]
     points = [(level, each.mean) for level, each in zip(levels, found, strict=True) if each is not None]
@@ -93,13 +99,18 @@ def _losses(axes: Any, grid: Grid, arm: Arm, domain: str, style: dict[str, Any])
 def _differences(
     axes: Any, grid: Grid, arm: Arm, baseline: Arm, domains: Sequence[str] | None, style: dict[str, Any]
 ) -> None:
+    """Mean and interval over the seeds, in percent of the baseline's mean."""
     levels = noise_levels(grid)
     found = [grid.difference(arm, baseline, bin_value(index), domains) for index in range(len(levels))]
-    points = [(level, each) for level, each in zip(levels, found, strict=True) if each is not None]
+    of = [grid.spread(baseline, bin_value(index), domains) for index in range(len(levels))]
+    points = [
+        (level, [100 * value / base.mean for value in (each.mean, each.low, each.high)])
+        for level, each, base in zip(levels, found, of, strict=True)
+        if each is not None and base is not None
+    ]
     if points:
-        x = [level for level, _ in points]
-        axes.plot(x, [each.mean for _, each in points], label=title(arm), linewidth=1.2, **style)
-        low, high = [each.low for _, each in points], [each.high for _, each in points]
+        x, (mean, low, high) = [level for level, _ in points], zip(*(values for _, values in points), strict=True)
+        axes.plot(x, mean, label=title(arm), linewidth=1.2, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 

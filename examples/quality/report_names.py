@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nara_diffusion.training.methods import METHODS
 from quality.report_data import Arm, Grid, Record
+from quality.variants import is_noise_aware
 
 LORA, DORA, FULL, MULTI_LORA = Arm("lora"), Arm("dora"), Arm("full"), Arm("multi_lora")
 CONTROLS = {
@@ -15,9 +16,10 @@ CONTROLS = {
     "mean_core": "evaluated with the mean of C(λ)",
     "reversed": "evaluated with 1 − λ",
 }
+BASE = "base"
+_TITLES = {BASE: "the backbone as it is"}
 SUITES = {"text": "Text", "images": "Images"}
-_ORDER = ("base", "full", "lora", "dora", "nara", "nara_dora", "nara_c", "multi_lora", "tlora")
-_WITHOUT_NOISE = ("nara_c",)  # of those whose name begins so
+_ORDER = (BASE, "full", "lora", "dora", "nara", "nara_dora", "nara_c", "multi_lora", "tlora")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Measure:
     digits: int
     lower_is_better: bool = False
 
-    def __call__(self, record: Record) -> float:
-        return float(record[self.key])
+    def __call__(self, record: Record) -> float | None:
+        return record.get(self.key)
 
 
 LOSS = Measure("validation_loss", "validation loss", 4, lower_is_better=True)
@@ -50,13 +52,13 @@ FURTHER = {
 
 
 def measures(suite: str, records: Sequence[Record]) -> list[Measure]:
-    """The loss, and what else all of the records have."""
-    return [LOSS, *(m for m in FURTHER.get(suite, ()) if records and all(r.get(m.key) is not None for r in records))]
+    """The loss, and what else some of the records have."""
+    return [LOSS, *(m for m in FURTHER.get(suite, ()) if any(m(record) is not None for record in records))]
 
 
 def title(arm: Arm) -> str:
-    """For people: "NaRA", "NaRA, trained with λ = 0.5"."""
-    method = METHODS[arm.method].title if arm.method in METHODS else arm.method
+    """For people: "NaRA", "NaRA, trained with λ = 0.5"; a variant has the name that its runs have."""
+    method = METHODS[arm.method].title if arm.method in METHODS else _TITLES.get(arm.method, arm.method)
     return method if arm.control is None else f"{method}, {CONTROLS.get(arm.control, arm.control)}"
 
 
@@ -69,11 +71,6 @@ def ordered(arms: Sequence[Arm]) -> list[Arm]:
         return known, arm.method, controls.index(arm.control) + 1 if arm.control in controls else 0
 
     return sorted(arms, key=place)
-
-
-def is_noise_aware(method: str) -> bool:
-    """NaRA and its variants: those that have controls."""
-    return method.startswith("nara") and method not in _WITHOUT_NOISE
 
 
 def baseline_of(method: str) -> Arm:

@@ -9,16 +9,17 @@ from statistics import fmean
 from quality.report_data import Arm, Grid, Record, Value
 from quality.report_markdown import NOTHING, change, difference, percent, spread, table
 from quality.report_names import (
+    BASE,
     DORA,
     FULL,
     LORA,
     LOSS,
     Measure,
     baseline_of,
-    is_noise_aware,
     ordered,
     title,
 )
+from quality.variants import is_noise_aware
 
 
 def quality_table(grid: Grid, measure: Measure) -> str:
@@ -109,7 +110,7 @@ def kept(grid: Grid, control: Arm, measure: Measure) -> str:
 def cost_table(grid: Grid) -> str:
     """Parameters, and time and memory relative to LoRA's run of the same domain and seed (geometric means)."""
     rows = []
-    for arm in ordered([arm for arm in grid.arms if arm.control is None]):
+    for arm in ordered([arm for arm in grid.arms if arm.control is None and arm.method != BASE]):
         records = grid.records(arm)
         parameters = fmean(record["trainable_parameters"] for record in records)
         own = fmean(record["step_ms"] for record in records)
@@ -138,7 +139,7 @@ def _ratio(grid: Grid, arm: Arm, key: str) -> str:
 def rates_table(grid: Grid) -> str:
     """The settings that tuning chose, as the runs had them."""
     rows = []
-    for arm in ordered([arm for arm in grid.arms if arm.control is None]):
+    for arm in ordered([arm for arm in grid.arms if arm.control is None and arm.method != BASE]):
         for domain in grid.domains:
             found = [r for r in grid.records(arm) if r["domain"] == domain]
             if found:

@@ -1,0 +1,74 @@
+"""RESULTS.md end to end, from made-up results and notes."""
+
+import json
+from importlib import import_module
+
+import pytest
+from quality.report_document import hours, read_notes
+
+from tests.quality.report_records import record, runs
+
+NOTES = "# Summary\n\nNaRA wins by a hair.\n\n# Failed\n\n* λ² as an input.\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    where = {"commit": "abc123", "versions": {"torch": "2.13"}, "hardware": {"processor": "a CPU", "cores": 2}}
+    records = [
+        *runs("full", [0.6, 0.7], **where),
+        *runs("lora", [1.0, 1.1], **where),
+        *runs("nara", [0.9, 1.0], **where),
+        *runs("nara", [1.0, 1.1], control="mean_core", **where),
+        record("vera", 0, [1.5, 1.5], stage="single"),
+        *runs("nara", [0.8, 0.9], stage="ablation", settings={"core_scale": 1.0}),
+    ]
+    for method in ("lora", "nara"):
+        scores = {"similarity": 0.6, "text_alignment": 0.5}
+        records += runs(method, [0.1, 0.2], suite="images", backbone="sdxl-tiny", domain="toy", **scores)
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "notes.md").write_text(NOTES)
+    return tmp_path
+
+
+def report(folder, name="RESULTS.md"):
+    main = import_module("report_quality").main
+    return main([folder / "results.jsonl"], folder / "notes.md", folder / name)
+
+
+def test_the_report_holds_all_sections_and_its_pictures(files):
+    text = report(files)
+    assert (files / "RESULTS.md").read_text() == text
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    for wanted in (
+        "## Text: tiny", "## Images: sdxl-tiny", "### What had to be reached", "### Validation loss", "### Controls",
+        "### Loss over the noise level", "### Cost", "### One seed", "### Ablations", "### Text alignment",
+        "## What failed", "## How to repeat it",
+    ):  # fmt: skip
+        assert wanted in headings
+    assert "NaRA wins by a hair." in text
+    assert "* λ² as an input." in text
+    assert "abc123" in text
+    for picture in ("text-tiny-loss", "text-tiny-controls", "images-sdxl-tiny-loss"):
+        assert f"(docs/results/{picture}.png)" in text
+        assert (files / "docs" / "results" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_results_make_the_same_report(files):
+    assert report(files) == report(files)
+    first = (files / "docs" / "results" / "text-tiny-loss.png").read_bytes()
+    report(files)
+    assert (files / "docs" / "results" / "text-tiny-loss.png").read_bytes() == first
+
+
+def test_it_can_be_made_without_notes_and_an_unknown_heading_is_refused(files, tmp_path):
+    assert read_notes(tmp_path / "absent.md") == {}
+    assert read_notes(files / "notes.md") == {"summary": "NaRA wins by a hair.", "failed": "* λ² as an input."}
+    (files / "notes.md").write_text("# Thoughts\n\nmany\n")
+    with pytest.raises(ValueError, match=r"name no part of the report, thoughts: expected # summary, # setting"):
+        read_notes(files / "notes.md")
+
+
+def test_records_of_one_run_share_its_time():
+    own = {**record("nara", 0, [1, 1]), "job": "a", "seconds": 1800.0}
+    control = {**record("nara", 0, [1, 1], control="mean_core"), "job": "a", "seconds": 3600.0}
+    assert hours([own, control, {**record("lora", 0, [1, 1]), "seconds": 3600.0}]) == 2.0
