@@ -37,6 +37,7 @@ from quality.suites import MUST, Suite, load_suite
 from quality.variants import VARIANTS
 
 SEEDS = (0, 1, 2, 3, 4)
+METHODS = tuple(dict.fromkeys((*MUST, *VARIANTS)))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument("--backbones", nargs="+", help="default: all of the suite")
     what.add_argument("--domains", nargs="+", help="domains of questions, or subjects of images (default: all)")
-    what.add_argument("--methods", nargs="+", help=f"of tune and main (default: {' '.join((*MUST, *VARIANTS))})")
+    what.add_argument("--methods", nargs="+", help=f"of tune and main (default: {' '.join(METHODS)})")
     what.add_argument("--others", nargs="+", help="of single, and of tune where that stage is asked for as well")
     what.add_argument(
         "--tune_domains",
@@ -81,7 +82,7 @@ def select(suite: Suite, args: argparse.Namespace) -> Selection:
     Raises:
         ValueError: a name that it doesn't have.
     """
-    known = (*suite.methods, *VARIANTS)
+    known = tuple(dict.fromkeys((*suite.methods, *VARIANTS)))
     _check("backbones", args.backbones, suite.backbones)
     _check("methods", args.methods, known)
     _check("others", args.others, known)
@@ -91,7 +92,7 @@ def select(suite: Suite, args: argparse.Namespace) -> Selection:
     return Selection(
         backbones=args.backbones or suite.backbones,
         domains=args.domains or suite.domains,
-        methods=args.methods or (*MUST, *VARIANTS),
+        methods=args.methods or METHODS,
         others=asked_others if "single" in args.stages else (),
         tune_domains=args.tune_domains or suite.tune_domains,
         seeds=args.seeds,

@@ -48,7 +48,7 @@ class Sizes:
 
     train: int = 20000
     tuning: int = 512
-    validation: int = 1024
+    validation: int = 2048
     test: int = 256
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nara_diffusion.controls import Change, changed_noise, constant_noise, mean_core, reversed_noise
 from nara_diffusion.noise import NoiseSignals, needs_mask_density
 from quality.validation import CENTRES
+from quality.variants import is_noise_aware
 
 TRAINED, EVALUATED = ("constant", "shuffled"), ("mean_core", "reversed")
-NOISE_AWARE = ("nara", "nara_dora")
 CONSTANT = 0.5
 
 
@@ -28,7 +28,7 @@ def check_control(method: str, control: str | None) -> None:
         return
     if control not in TRAINED:
         raise ValueError(f"control is {control!r}, expected none or one of {', '.join(TRAINED)}")
-    if method not in NOISE_AWARE:
+    if not is_noise_aware(method):
         raise ValueError(f"method {method!r} knows no λ that control {control!r} could replace")
 
 

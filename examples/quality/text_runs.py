@@ -25,11 +25,12 @@ from quality.answers import answered_right
 from quality.domains import DEFAULT_SIZES, Sizes, build_domain, sizes_of
 from quality.recipe import Recipe
 from quality.step_memory import step_memory_mib
-from quality.text_controls import EVALUATED, NOISE_AWARE, check_control, while_evaluating, while_training
+from quality.text_controls import EVALUATED, check_control, while_evaluating, while_training
 from quality.text_data import EncodedDomain, encode_domain
 from quality.text_methods import BASE, adapted, adapter_arguments
 from quality.training import Trained, batches, objective, told, train
 from quality.validation import CENTRES, ValidationSet, binned_loss, validation_set
+from quality.variants import is_noise_aware
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TUNE = "tune"
@@ -85,7 +86,7 @@ def text_records(
             trained = train(model, task.data.train, recipe, seed)
     common = _description(backbone, domain, method, seed, stage, recipe) | _cost(model, task, recipe, trained)
     if evaluated is None:
-        evaluated = EVALUATED if method in NOISE_AWARE and control is None and stage != TUNE else ()
+        evaluated = EVALUATED if is_noise_aware(method) and control is None and stage != TUNE else ()
     records = []
     for name in (control, *evaluated):
         figures = _measure(model, task, recipe, name, stage)
