@@ -7,8 +7,9 @@ What would be run, without running it; then all of it, which takes many GPU days
 
 For each domain, method and seed it trains with train_scripts/dllm.py, evaluates with nara-eval, and writes the tables
 that can be made from what is there to OUTPUT_DIR/tables.md. Stopped, it goes on where it was when called again: what
-is done isn't repeated, and a training continues from its last checkpoint. Several machines can share the work, each
-called with other seeds or methods and the same output folder. Data that are missing are downloaded to --data_dir.
+is done isn't repeated, a training continues from its last checkpoint, and an evaluation with the next question. Several
+machines can share the work, each called with other seeds or methods and the same output folder. Data that are missing
+are downloaded to --data_dir.
 
 The code domain runs programs that the model writes, so it needs --confirm_run_unsafe_code.
 
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nara_diffusion.harness.download import download
-from nara_diffusion.harness.paper import BASE, DOMAINS, METHODS, Plan, Step
+from nara_diffusion.harness.paper import BASE, DOMAINS, EVALUATION, METHODS, TRAINING, Plan, Step
 from nara_diffusion.harness.paper_tables import scores, table
 from nara_diffusion.training.cli import option, parse_arguments
 from nara_diffusion.training.methods import METHODS as ADAPTERS
@@ -154,9 +155,10 @@ def fetch(plan: Plan, domains: list[str]) -> None:
 
 def perform(step: Step) -> bool:
     """Runs a step; returns whether its result is there."""
-    unfinished = step.folder.is_dir() and not any(step.folder.glob("checkpoint-*"))
-    if unfinished:  # a run that was stopped before there was anything to continue from
-        shutil.rmtree(step.folder)
+    begins = step.folder.name == TRAINING and not any(step.folder.glob("checkpoint-*"))
+    if begins:  # what a run left that was stopped before its first checkpoint, and what was made of such a one
+        shutil.rmtree(step.folder, ignore_errors=True)
+        shutil.rmtree(step.folder.with_name(EVALUATION), ignore_errors=True)
     print(f"\n== {step.title}\n{shlex.join(step.command)}", flush=True)
     status = subprocess.run(step.command, check=False).returncode
     if status:

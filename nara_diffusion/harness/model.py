@@ -168,11 +168,16 @@ class NaraDLLM(LM):
             if len(answer) > self.max_length:
                 raise ValueError(f"a continuation has {len(answer)} tokens, and the model {self.max_length} positions")
         pairs = [(shortened(prompt, self.max_length - len(answer)), answer) for prompt, answer in pairs]
-        values = self._log_likelihoods(pairs)
-        found = self._are_greedy(pairs) if self.greedy else [False] * len(pairs)
-        results = list(zip(values, found, strict=True))
-        for request, result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, result)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        with self._progress(len(pairs), "likelihood") as bar:
+            for batch in _split(order, _GROUP):
+                chosen = [pairs[i] for i in batch]
+                found = self._are_greedy(chosen) if self.greedy else [False] * len(batch)
+                for i, value, is_greedy in zip(batch, self._log_likelihoods(chosen), found, strict=True):
+                    results[i] = (value, is_greedy)
+                    self.cache_hook.add_partial("loglikelihood", requests[i].args, results[i])
+                bar.update(len(batch))
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
@@ -180,51 +185,48 @@ class NaraDLLM(LM):
 
         The first window is scored whole, each further one in its second half: the first half is what stands before.
         """
-        texts = [encode_pair(self.tokenizer, "", request.args[0], has_template=False) for request in requests]
-        windows = [(i, window) for i, text in enumerate(texts) for window in _windows(*text, self.max_length)]
-        totals = [0.0] * len(requests)
-        for (i, _), value in zip(windows, self._log_likelihoods([window for _, window in windows]), strict=True):
-            totals[i] += value
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        totals = []
+        with self._progress(len(requests), "likelihood of texts") as bar:
+            for request in requests:
+                totals.append(self._text_likelihood(request.args[0]))
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
+                bar.update()
         return totals
 
+    def _text_likelihood(self, text: str) -> float:
+        if not text:
+            return 0.0
+        opening, tokens = encode_pair(self.tokenizer, "", text, has_template=False)
+        return sum(self._log_likelihoods(_windows(opening, tokens, self.max_length)))
+
     def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        values = [0.0] * len(pairs)
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-        with self._progress(len(pairs), "likelihood") as bar:
-            for batch in _split(order, _GROUP):
-                rows = [[*pairs[i][0], *pairs[i][1]] for i in batch]
-                input_ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.long)
-                for row, tokens in zip(input_ids, rows, strict=True):
-                    row[: len(tokens)] = torch.tensor(tokens)
-                estimates = log_likelihood(
-                    self.model,
-                    input_ids.to(self._device),
-                    [len(pairs[i][0]) for i in batch],
-                    answer_lengths=[len(pairs[i][1]) for i in batch],
-                    samples=self.samples,
-                    batch_size=self.batch_size,
-                    seed=self.seed,
-                    sample_indices=[0] * len(batch),  # so that the choices of a question are compared on equal masks
-                )
-                for i, value in zip(batch, estimates.tolist(), strict=True):
-                    values[i] = value
-                bar.update(len(batch))
-        return values
+        """The bound for each (prompt, answer)."""
+        rows = [[*prompt, *answer] for prompt, answer in pairs]
+        input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for row, tokens in zip(input_ids, rows, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        estimates = log_likelihood(
+            self.model,
+            input_ids.to(self._device),
+            [len(prompt) for prompt, _ in pairs],
+            answer_lengths=[len(answer) for _, answer in pairs],
+            samples=self.samples,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            sample_indices=[0] * len(pairs),  # so that the choices of a question are compared on equal masks
+        )
+        return estimates.tolist()
 
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether sampling at temperature 0, one token a step, gives exactly the answer."""
         found = [False] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
-        with self._progress(len(pairs), "greedy") as bar:
-            for length, group in groupby(order, key=lambda i: len(pairs[i][1])):
-                for batch in _split(list(group), self.batch_size):
-                    sampling = {"gen_length": length, "stop_at_eos": False}
-                    answers = self._generated([pairs[i][0] for i in batch], sampling, [])
-                    for i, answer in zip(batch, answers, strict=True):
-                        found[i] = answer == pairs[i][1]
-                    bar.update(len(batch))
+        for length, group in groupby(order, key=lambda i: len(pairs[i][1])):
+            for batch in _split(list(group), self.batch_size):
+                sampling = {"gen_length": length, "stop_at_eos": False}
+                answers = self._generated([pairs[i][0] for i in batch], sampling, [])
+                for i, answer in zip(batch, answers, strict=True):
+                    found[i] = answer == pairs[i][1]
         return found
 
     def _fitting(self, prompts: Sequence[list[int]], room: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 _ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
 BASE = "base"
+TRAINING, EVALUATION = "training", "evaluation"
 
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
@@ -156,7 +157,7 @@ class Plan:
         return [evaluation] if method == BASE else [self.training_step(domain, method, seed), evaluation]
 
     def training_step(self, domain: str, method: str, seed: int) -> Step:
-        folder = self.folder(domain, method, seed) / "training"
+        folder = self.folder(domain, method, seed) / TRAINING
         resume = ("--resume_from_checkpoint", "latest") if any(folder.glob("checkpoint-*")) else ()
         command = (
             *(*LAUNCH, *self.launch, str(self.script), "--config", str(self.config(domain))),
@@ -169,8 +170,8 @@ class Plan:
         return Step(f"train {method} on {domain}, seed {seed}", command, folder, "results.json")
 
     def evaluation_step(self, domain: str, method: str, seed: int) -> Step:
-        training = self.folder(domain, method, seed) / "training"
-        folder = self.folder(domain, method, seed) / "evaluation"
+        training = self.folder(domain, method, seed) / TRAINING
+        folder = self.folder(domain, method, seed) / EVALUATION
         pretrained = self.pretrained or pretrained_of(self.config(domain))
         model = {"pretrained": str(training) if method == "full" else pretrained, "dtype": self.dtype}
         if method not in (BASE, "full"):
@@ -179,6 +180,7 @@ class Plan:
             *(*LAUNCH, *self.launch, "-m", "nara_diffusion.harness.command", "run", "--model", "nara_dllm"),
             *("--model_args", json.dumps(model), "--tasks", ",".join(DOMAINS[domain].sets.values())),
             *("--apply_chat_template", "--batch_size", str(self.batch_size), "--output_path", str(folder)),
+            *("--use_cache", str(folder / "answers")),  # an evaluation that is stopped goes on where it was
             *(("--metadata", json.dumps({"data_dir": str(self.data_dir)})) if DOMAINS[domain].test_files else ()),
             *(("--confirm_run_unsafe_code",) if DOMAINS[domain].runs_code else ()),
             *self.evaluation,

@@ -228,6 +228,46 @@ def test_texts_are_scored_in_windows_that_see_what_stands_before(harness: NaraDL
     actual = harness.loglikelihood_rolling(requests("loglikelihood_rolling", (text,), ("ab",)))
     assert actual[0] == pytest.approx(expected, rel=1e-6)
     assert actual[1] == pytest.approx(bound(harness, ids[:opening], ids[opening : opening + 2]), rel=1e-5)
+    assert harness.loglikelihood_rolling(requests("loglikelihood_rolling", ("",))) == [0.0]
+
+
+class Noted:
+    """As lm-eval's CacheHook, which puts what is done so far on disk."""
+
+    def __init__(self) -> None:
+        self.done: dict[tuple, Any] = {}
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        self.done[attr, str(req)] = res
+
+
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood", "loglikelihood_rolling"])
+def test_what_is_done_is_cached_at_once(harness: NaraDLLM, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that --use_cache lets a run go on that was stopped in the middle."""
+    monkeypatch.setattr("nara_diffusion.harness.model._GROUP", 1)
+    monkeypatch.setattr(harness, "batch_size", 1)
+    harness.samples, harness.greedy = 3, False
+    given = {
+        "generate_until": [("a", {"gen_length": 2}), ("b", {"gen_length": 2}), ("c", {"gen_length": 2})],
+        "loglikelihood": [("a", " x"), ("b", " y"), ("c", " z")],
+        "loglikelihood_rolling": [("ab",), ("cd",), ("ef",)],
+    }[kind]
+    expected = getattr(harness, kind)(requests(kind, *given))
+    noted = Noted()
+    monkeypatch.setattr(harness, "cache_hook", noted)
+    calls = itertools.count()
+    inner = "_generated" if kind == "generate_until" else "_log_likelihoods"
+    original = getattr(harness, inner)
+
+    def stopped(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(harness, inner, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(harness, kind)(requests(kind, *given))
+    assert noted.done == {(kind, str(args)): value for args, value in zip(given[:2], expected[:2], strict=True)}
 
 
 # prompts

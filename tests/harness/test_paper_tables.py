@@ -27,6 +27,14 @@ SCORES = {  # percent on the first set, by (method, seed); the others are 10 bel
     ("nara", 2): 64.0,
     ("nara", 3): 65.0,
 }
+
+
+class Done:
+    """What subprocess.run returns of a command that ended well."""
+
+    returncode = 0
+
+
 MATH = list(DOMAINS["math"].sets.values())
 
 
@@ -122,9 +130,6 @@ def test_a_training_goes_on_from_its_checkpoint_and_begins_anew_without_one(
 
     ran: list[tuple[str, ...]] = []
 
-    class Done:
-        returncode = 0
-
     def run(command: tuple[str, ...], check: bool) -> Done:
         ran.append((*command, str(training.exists())))
         return Done()
@@ -134,8 +139,22 @@ def test_a_training_goes_on_from_its_checkpoint_and_begins_anew_without_one(
     assert ran[-1][-1] == "True"
     (training / "checkpoint-4").rmdir()
     (training / "metrics.jsonl").write_text("half")
+    evaluation = training.with_name("evaluation")
+    evaluation.mkdir()
     paper_tables.perform(step)
     assert ran[-1][-1] == "False"
+    assert not evaluation.exists()  # it was of other weights
+
+
+def test_an_evaluation_goes_on_with_the_next_question(arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = paper_tables.plan_of(arguments())
+    _, step = plan.steps("math", "lora", 1)
+    assert step.command[step.command.index("--use_cache") + 1] == str(step.folder / "answers")
+    step.folder.mkdir(parents=True)
+    (step.folder / "answers_rank0.db").write_text("some")
+    monkeypatch.setattr("train_scripts.paper_tables.subprocess.run", lambda command, check: Done())
+    assert not paper_tables.perform(step)
+    assert (step.folder / "answers_rank0.db").exists()
 
 
 def test_a_failure_stops_the_rest_and_is_told(
