@@ -20,6 +20,8 @@ from .float32 import Float32Module
 class RankMaskCore(Float32Module):
     """T-LoRA: the first r(λ) of r directions; all of them without noise, `min_rank` in pure noise.
 
+    By the paper's ⌊⌋ the last direction serves λ = 0 alone, so that masked-diffusion language models never train it.
+
     Args:
         rank: r. min_rank: r_min in [1, r], or None for half of r, the paper's choice.
     """

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.training.cli import option
-from nara_diffusion.training.methods import METHODS, check_method
+from nara_diffusion.training.methods import METHODS, check_method, effective
 
 
 def core_option(name: str, unit: str = "") -> Any:
@@ -179,7 +179,8 @@ def check_arguments(args: Any) -> None:
         raise ValueError(
             "push_to_hub needs the name of a repository: give hub_model_id (or output_dir, which names one)."
         )
-    if args.core_start_step and args.core_init == "kaiming" and effective(args, "core_type") in CORES_WITH_INIT:
+    has_init = effective(args, "core_type") in ("hypernetwork", "constant")
+    if args.core_start_step and has_init and args.core_init == "kaiming":
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
             "use core_init 'zero_last', or core_start_step 0."

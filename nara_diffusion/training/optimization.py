@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 
+from nara_diffusion.training.methods import effective, method_of
+
 CORE_MARK = "nara_core."
 TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
 
@@ -59,9 +61,9 @@ def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
     for name, parameter in trainable:
         members[_group_of(name)].append(parameter)
     if args.core_start_step and not members["core"]:
-        raise ValueError(
-            f"core_start_step is {args.core_start_step}, but core_type {args.core_type!r} has no core to train."
-        )
+        kind = effective(args, "core_type")
+        what = f"core_type {kind!r}" if method_of(args).family == "nara" else f"adapter {args.adapter!r}"
+        raise ValueError(f"core_start_step is {args.core_start_step}, but {what} has no core to train: leave it at 0.")
     groups = [{"name": group, "params": members[group], "lr": rate} for group, rate in rates.items() if members[group]]
     decay = getattr(args, "adam_weight_decay_text_encoder", None)
     return [
