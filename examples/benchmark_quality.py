@@ -13,7 +13,7 @@ Stages, each for the chosen backbones and domains:
               trained with λ held at 0.5 ("constant"), trained with another sample's λ ("shuffled"), and the trained one
               evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed")
     single    the other methods on one seed
-    ablation  NaRA with other settings, on one domain and three seeds
+    ablation  NaRA, NaRA-Knots and LoRA with other settings, on one domain and three seeds
 
 All methods of a seed see the same questions in the same order, under the same masks (images: the same noise). A run
 takes about half a minute of one core. Each becomes one line of --output (with controls: a line each), which is on the
@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument("--backbones", nargs="+", help="default: all of the suite")
     what.add_argument("--domains", nargs="+", help="domains of questions, or subjects of images (default: all)")
-    what.add_argument("--methods", nargs="+", help=f"of tune and main (default: {' '.join(METHODS)})")
+    what.add_argument("--methods", nargs="+", help=f"of tune, main and ablation (default: {' '.join(METHODS)})")
     what.add_argument("--others", nargs="+", help="of single, and of tune where that stage is asked for as well")
     what.add_argument(
         "--tune_domains",

@@ -16,7 +16,7 @@ BASE = "base"
 """The backbone as it is."""
 NAMES = [BASE, *(name for name, method in METHODS.items() if method.family != "prompt")]
 """Of the methods that a UNet can have."""
-NOISE_AWARE = ("nara", "nara_dora")
+NOISE_AWARE = ("nara", "nara_dora", "nara_knots")
 
 
 @dataclass(frozen=True)

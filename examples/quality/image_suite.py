@@ -9,7 +9,8 @@ from quality.image_task import BACKBONE, SUBJECTS
 from quality.images import TUNING_SUBJECT, image_records
 from quality.jobs import Job
 from quality.suites import MUST, Settings, Suite
-from quality.trials import rates, with_core
+from quality.trials import beside, rates, with_core
+from quality.variants import resolve
 
 _TRIALS: dict[str, tuple[Settings, ...]] = {
     "full": rates(5e-5, 1e-4, 2e-4, 5e-4),
@@ -23,25 +24,20 @@ _TRIALS: dict[str, tuple[Settings, ...]] = {
 }
 _DEFAULT_TRIALS = rates(5e-4, 1e-3, 2e-3, 4e-3)
 
-ABLATIONS: tuple[Settings, ...] = (
-    {"core_scale": 0.01},
-    {"core_scale": 1.0},
-    {"rank": 2},
-    {"rank": 8},
-    {"noise_embedding": "mlp"},
-    {"noise_embedding": "raw"},
-    {"fourier_scale": 1.0},
-    {"core_sharing": "module_type"},
-    {"core_sharing": "layer"},
-    {"core_init": "kaiming"},
-    {"core_start_step": 100},
-    {"noise_scale": "log_snr"},
+ABLATIONS = (
+    *beside("nara", {"core_scale": 0.01}, {"core_scale": 1.0}),
+    *beside("nara", {"rank": 2}, {"rank": 8}),
+    *beside("lora", {"rank": 2}, {"rank": 8}),
+    *beside("nara", {"noise_embedding": "mlp"}, {"noise_embedding": "raw"}, {"fourier_scale": 1.0}),
+    *beside("nara", {"core_sharing": "module_type"}, {"core_sharing": "layer"}),
+    *beside("nara", {"core_init": "kaiming"}, {"core_start_step": 100}, {"noise_scale": "log_snr"}),
+    *beside("nara_knots", {"core_knots": 2}, {"core_knots": 9}),
 )
 
 
 def trials(method: str) -> tuple[Settings, ...]:
-    """The settings that tuning tries for `method`."""
-    return _TRIALS.get(method, _DEFAULT_TRIALS)
+    """The settings that tuning tries for `method`; a variant's are those of what it is made of, if it has none."""
+    return _TRIALS.get(method) or _TRIALS.get(resolve(method)[0], _DEFAULT_TRIALS)
 
 
 def run(job: Job, settings: Settings) -> list[dict[str, Any]]:

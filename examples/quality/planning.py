@@ -9,13 +9,13 @@ from typing import Any
 
 from quality.jobs import ABLATION_SEEDS, TUNING_SEED, Job
 from quality.suites import CONTROLS, Suite
-from quality.variants import is_noise_aware, resolve
+from quality.variants import is_noise_aware
 
 
 @dataclass(frozen=True)
 class Selection:
     """Attributes: what to run of a suite.
-    backbones, domains, methods, seeds: of "main", and of "tune" but for its seed.
+    backbones, domains, methods, seeds: of "main"; the others take from them what they need.
     others: methods of the stage "single".
     tune_domains: domains on which learning rates are tried.
     settings: that all runs have.
@@ -40,7 +40,7 @@ def _tune(suite: Suite, selection: Selection) -> Iterator[Job]:
     """Every trial of every method, on the seed for tuning."""
     methods = [*selection.methods, *selection.others]
     for backbone, domain, method in product(selection.backbones, selection.tune_domains, methods):
-        for trial in suite.trials(resolve(method)[0]):
+        for trial in suite.trials(method):
             settings = {**selection.settings, **trial}
             yield Job(suite.name, "tune", backbone, domain, method, None, TUNING_SEED, settings)
 
@@ -60,10 +60,10 @@ def _single(suite: Suite, selection: Selection) -> Iterator[Job]:
 
 
 def _ablation(suite: Suite, selection: Selection) -> Iterator[Job]:
-    """Settings of NaRA on the first backbone and one domain; a rank is LoRA's too, since it has one."""
+    """Other settings of the chosen methods, on the first backbone and one domain."""
     backbone = selection.backbones[0]
     for seed in sorted(selection.seeds)[:ABLATION_SEEDS]:
-        for ablation in suite.ablations:
-            for method in ("nara", "lora") if "rank" in ablation else ("nara",):
+        for method, ablation in suite.ablations:
+            if method in selection.methods:
                 settings = {**selection.settings, **ablation}
                 yield Job(suite.name, "ablation", backbone, suite.ablation_domain, method, None, seed, settings)

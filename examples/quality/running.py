@@ -84,7 +84,7 @@ def _rates(suite: Suite, job: Job, records: Sequence[Mapping[str, Any]], untuned
     """The learning rates that a job gets from tuning; a trial, or settings that name them, get none."""
     if job.stage == "tune" or any(name in job.settings for name in RATES):
         return {}
-    trials = suite.trials(resolve(job.method)[0])
+    trials = suite.trials(job.method)
     return trials[0] if untuned else tuned(records, job, trials)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from quality.jobs import Job
 
 MUST = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_knots_dora", "nara_c", "multi_lora", "tlora")
-CONTROLLED = ("nara", "nara_dora")
 CONTROLS = ("constant", "shuffled")
 
 Settings = Mapping[str, Any]
@@ -23,7 +22,7 @@ class Suite:
     tune_domains: on what learning rates are tried.
     others: methods that run on one seed.
     trials: method → the learning rates that tuning tries, equally many for each.
-    ablations: settings of NaRA, each beside the published ones.
+    ablations: (method, its settings), each beside the ones that it has in the main runs.
     ablation_domain: where those run.
     run: job, its settings → its records.
     """
@@ -34,7 +33,7 @@ class Suite:
     tune_domains: tuple[str, ...]
     others: tuple[str, ...]
     trials: Callable[[str], tuple[Settings, ...]]
-    ablations: tuple[Settings, ...]
+    ablations: tuple[tuple[str, Settings], ...]
     ablation_domain: str
     run: Callable[[Job, Settings], list[dict[str, Any]]]
 

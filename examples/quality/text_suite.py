@@ -8,7 +8,8 @@ from quality.domains import DOMAINS
 from quality.jobs import Job
 from quality.suites import Settings, Suite
 from quality.text_runs import text_records
-from quality.trials import rates, with_core
+from quality.trials import beside, rates, with_core
+from quality.variants import resolve
 
 _TRIALS: dict[str, tuple[Settings, ...]] = {
     "full": rates(5e-4, 1e-3, 2e-3, 4e-3),
@@ -24,33 +25,27 @@ _TRIALS: dict[str, tuple[Settings, ...]] = {
 }
 _DEFAULT_TRIALS = rates(2.5e-3, 5e-3, 1e-2, 2e-2)
 
-ABLATIONS: tuple[Settings, ...] = (
-    {"core_scale": 0.01},
-    {"core_scale": 1.0},
-    {"rank": 1},
-    {"rank": 2},
-    {"rank": 8},
-    {"noise_embedding": "mlp"},
-    {"noise_embedding": "raw"},
-    {"fourier_scale": 1.0},
-    {"fourier_scale": 4.0},
-    {"core_sharing": "module_type"},
-    {"core_sharing": "layer"},
-    {"core_init": "zero_all"},
-    {"core_init": "kaiming"},
-    {"core_input": "mask_density"},
-    {"core_input": "both"},
-    {"core_start_step": 100},
-    {"told": "masked_share"},
-    {"noise_scale": "log_snr"},
-    {"core_normalization": "frobenius"},
-    {"core_sharing": "layer_embedding"},
+ABLATIONS = (
+    *beside("nara", {"core_scale": 0.01}, {"core_scale": 1.0}),
+    *beside("nara", {"rank": 1}, {"rank": 2}, {"rank": 8}),
+    *beside("lora", {"rank": 1}, {"rank": 2}, {"rank": 8}),
+    *beside("nara", {"noise_embedding": "mlp"}, {"noise_embedding": "raw"}),
+    *beside("nara", {"fourier_scale": 1.0}, {"fourier_scale": 4.0}),
+    *beside("nara", {"core_sharing": "module_type"}, {"core_sharing": "layer"}, {"core_sharing": "layer_embedding"}),
+    *beside("nara", {"core_init": "zero_all"}, {"core_init": "kaiming"}),
+    *beside("nara", {"core_input": "mask_density"}, {"core_input": "both"}),
+    *beside("nara", {"core_start_step": 100}, {"told": "masked_share"}),
+    *beside("nara", {"noise_scale": "log_snr"}, {"core_normalization": "frobenius"}),
+    *beside("nara_knots", {"core_knots": 2}, {"core_knots": 3}, {"core_knots": 9}),
+    *beside("nara_knots", {"rank": 1}, {"rank": 2}, {"rank": 8}),
+    *beside("nara_knots", {"told": "masked_share"}),
 )
+"""The paper's, and the options that were tried for a better one."""
 
 
 def trials(method: str) -> tuple[Settings, ...]:
-    """The settings that tuning tries for `method`."""
-    return _TRIALS.get(method, _DEFAULT_TRIALS)
+    """The settings that tuning tries for `method`; a variant's are those of what it is made of, if it has none."""
+    return _TRIALS.get(method) or _TRIALS.get(resolve(method)[0], _DEFAULT_TRIALS)
 
 
 def run(job: Job, settings: Settings) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from quality.planning import Selection, jobs_of
 from quality.recipe import Recipe
 from quality.suites import MUST, load_suite
 from quality.text_methods import adapted
-from quality.variants import VARIANTS, is_noise_aware, resolve
+from quality.variants import VARIANTS, is_noise_aware
 
 from nara_diffusion.training.methods import METHODS
 
@@ -27,8 +27,7 @@ def selection(suite, **changes):
 @pytest.mark.parametrize("name", ["text", "images"])
 def test_every_method_has_equally_many_trials_and_no_two_alike(name):
     suite = load_suite(name)
-    methods = [resolve(method)[0] for method in (*suite.methods, *VARIANTS)]
-    trials = {method: suite.trials(method) for method in methods}
+    trials = {method: suite.trials(method) for method in (*suite.methods, *VARIANTS)}
     assert {len(each) for each in trials.values()} == {4}
     for method, each in trials.items():
         assert len({tuple(sorted(trial.items())) for trial in each}) == 4, method
@@ -69,12 +68,14 @@ def test_others_run_once_and_ablations_on_three_seeds():
     assert {(job.backbone, job.domain) for job in ablations} == {(suite.backbones[0], suite.ablation_domain)}
     ranks = {(job.method, job.settings["rank"]) for job in ablations if "rank" in job.settings}
     assert {rank for method, rank in ranks if method == "lora"} == {rank for method, rank in ranks if method == "nara"}
+    few = jobs_of(suite, "ablation", selection(suite, methods=("full", "lora")))
+    assert {job.method for job in few} == {"lora"}
 
 
 def test_every_ablation_of_text_is_a_model_that_can_be_built(task):
-    for settings in load_suite("text").ablations:
+    for method, settings in load_suite("text").ablations:
         recipe = Recipe.of(**settings)
-        model = adapted(copy.deepcopy(task.model), "nara", recipe)
+        model = adapted(copy.deepcopy(task.model), method, recipe)
         config = model.peft_config["default"]
         for name, value in recipe.adapter.items():
             assert getattr(config, name) == value
