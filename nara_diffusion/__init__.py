@@ -2,6 +2,7 @@
 
 from . import registry
 from .config import NaraConfig
+from .conventions import register_noise_source
 from .denoisers import TimestepNoise, register_denoiser
 from .factors import shared_factors
 from .inspection import core_matrix
@@ -19,6 +20,7 @@ __all__ = [
     "noise_level",
     "register_core",
     "register_denoiser",
+    "register_noise_source",
     "set_noise_source",
     "shared_factors",
 ]

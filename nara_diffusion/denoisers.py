@@ -12,7 +12,6 @@ classes serve models that mean different things, which their configuration tells
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .noise import NoiseSignals
+from .schedules import LARGEST_LOG_SIGMA, check_discrete
 from .signals import arguments_of
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -32,9 +32,12 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "sigma": ("flow", lambda t, n: t),
     "data_1000": ("flow", lambda t, n: 1 - t / 1000),
     "data": ("flow", lambda t, n: 1 - t),
-    # σ / (1 + σ) for σ = exp 4t; σ beyond 10⁶ is nobody's, but a timestep of a discrete schedule is
-    "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < math.log(1e6), torch.sigmoid(4 * t), torch.nan)),
+    # σ / (1 + σ) for σ = exp 4t
+    "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
 }
+
+CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
+"""The names of λ's definitions above."""
 
 _ROUNDING = 1e-4
 """How far λ may lie outside [0, 1]: SanaSprint's first σ is 1 + 4e-6."""
@@ -97,18 +100,33 @@ class TimestepNoise:
             )
         return level.clamp(0, 1)
 
+    def check(self, timestep: float | Tensor) -> None:
+        """Refuse a timestep that may mean something else; whoever makes a source has said what it means."""
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
         """λ of one forward of `module`: (b,), or (1,) if all samples have the same.
 
         Raises:
-            ValueError: the forward has no such argument, or see `noise_level`.
+            ValueError: the forward has no such argument, or see `noise_level` and `check`.
         """
         timestep = arguments_of(module, args, kwargs).get(self.argument)
         if timestep is None:
             raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {self.argument}.")
         level = self.noise_level(timestep)
+        self.check(timestep)
         # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
         return NoiseSignals(level[:1] if bool((level == level[0]).all()) else level)
+
+
+class UndeclaredTimestep(TimestepNoise):
+    """The source that a denoiser's class is given, until somebody declares what its pipeline passes.
+
+    A small timestep of a discrete schedule is then taken for one only if it can't be ¼ ln σ: see `check_discrete`.
+    """
+
+    def check(self, timestep: float | Tensor) -> None:
+        if self.meaning == "discrete":
+            check_discrete(timestep, self.argument)
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,7 @@ class Denoiser:
         Models of discrete schedules are trained in EDM's terms too: an adapter that says so is read so.
         """
         meaning = "edm" if (self.meaning, convention) == ("discrete", "edm") else self.meaning
-        return TimestepNoise(meaning, argument=self.argument, scale=self.scale)
+        return UndeclaredTimestep(meaning, argument=self.argument, scale=self.scale)
 
 
 _DENOISERS: dict[str, Denoiser] = {

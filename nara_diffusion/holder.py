@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .channel import CoreChannel, Frame
 from .config import NaraConfig
 from .controls import as_read, grid_of, refuse_control
+from .conventions import first_source
 from .core_set import CoreSet, make_cores
 from .denoisers import Denoiser
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
@@ -49,7 +50,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         super().__init__()
         self.cores = nn.ModuleDict()
         self.channel = CoreChannel(sample_major=denoiser is not None and denoiser.sample_major)
-        self.source: NoiseSource | None = None if denoiser is None else denoiser.source(convention)
+        self.source: NoiseSource | None = first_source(denoiser, convention)
         self.source_is_default = True
         self.r: dict[str, int] = {}
         self.density_radius: dict[str, int] = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.checkpoint import check_adapter_tensors
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.conventions import first_source
 from nara_diffusion.core_set import core_group, core_tensors
 from nara_diffusion.cores import needs_noise
 from nara_diffusion.denoisers import denoiser_of
@@ -138,11 +139,7 @@ def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart
 
 def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -> None:
     holder = getattr(model, HOLDER_NAME, None)
-    denoiser = denoiser_of(model)
-    if holder is not None:
-        source = holder.source
-    else:
-        source = None if denoiser is None else denoiser.source(config.noise_convention)
+    source = first_source(denoiser_of(model), config.noise_convention) if holder is None else holder.source
     with_convention(config, source, adapter_name)
 
 

@@ -121,6 +121,7 @@ def test_timesteps_of_one_s_own():
 
 EDM: dict[str, Callable[[], Any]] = {
     "EDMEuler": lambda: EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0),
+    "EDMEuler, much noise": lambda: EDMEulerScheduler(sigma_min=1.1, sigma_max=80.0),  # timesteps ≥ 0 alone
     "EDMDPM": lambda: EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0),
     "continuous": lambda: EulerDiscreteScheduler(
         **BETAS, timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True
@@ -134,8 +135,12 @@ def test_edm(name):
     pipe = small_sdxl()
     pipe.scheduler = EDM[name]()
     unet, plain = adapt(pipe.unet)
-    with pytest.raises(ValueError, match=r'is no λ in \[0, 1\].*TimestepNoise\("edm"\)'):
+    seen = watch(unet)
+    with pytest.raises(
+        ValueError, match=r'(EDM\w+|Euler\w+) passes ¼ ln σ: .* set_noise_source\(model, TimestepNoise\("edm"\)\)'
+    ):
         latents(pipe, num_inference_steps=5)
+    assert not seen  # no layer has seen a C of a wrong λ
     set_noise_source(unet, TimestepNoise("edm"))
     errors = compare_calls(unet, plain, level=lambda t: math.exp(4 * t) / (1 + math.exp(4 * t)))
     levels = watch(unet)

@@ -1,0 +1,51 @@
+"""λ by a definition of one's own: the source of it that models use which know another, or none.
+
+An adapter is saved with the name of the definition that it was trained with (`noise_convention`), and is refused where
+the model tells λ by another. Registering a source under that name says how such an adapter is to be served.
+"""
+
+from __future__ import annotations
+
+from .denoisers import CONVENTIONS, Denoiser
+from .noise import NoiseSource
+
+_KNOWN = (*CONVENTIONS, "masked_share")
+_sources: dict[str, NoiseSource] = {}
+
+
+def register_noise_source(source: NoiseSource) -> None:
+    """Let `source` tell λ to every model whose first adapter has the `noise_convention` that the source names.
+
+        register_noise_source(ShareOfFrames())  # whose `convention` is "share_of_frames"
+        pipe.load_nara_weights("adapter")       # trained with NaraConfig(noise_convention="share_of_frames")
+
+    It holds for models that are adapted after it, and beats what their class says. The source serves all of them.
+
+    Raises:
+        ValueError: the source names no convention, one that this package defines, or one that another source tells.
+    """
+    name = getattr(source, "convention", None)
+    if not (isinstance(name, str) and name and callable(source)):
+        raise ValueError(
+            f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → NoiseSignals whose attribute "
+            "`convention` names λ's definition."
+        )
+    if name in _KNOWN:
+        raise ValueError(
+            f"λ as {name!r} is defined by this package: name your definition otherwise, or give one model a source of "
+            "its own, set_noise_source(model, source)."
+        )
+    if _sources.setdefault(name, source) is not source:
+        raise ValueError(f"λ as {name!r} has a source already, {_sources[name]!r}: name your definition otherwise.")
+
+
+def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSource | None:
+    """What tells λ to a model until somebody sets a source.
+
+    Args:
+        denoiser: what is known of the model's class, if it is a denoiser of Diffusers.
+        convention: how its first adapter defines λ, if it says so.
+    """
+    if convention in _sources:
+        return _sources[convention]
+    return None if denoiser is None else denoiser.source(convention)
