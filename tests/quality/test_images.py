@@ -18,7 +18,7 @@ from quality.images import TUNING_SUBJECT, image_records, run_one_image
 
 from nara_diffusion import noise_level
 from nara_diffusion.dreambooth.objectives import Corrupted
-from tests.adapted import disturb
+from tests.adapted import disturb, relative_error
 
 SHORT: dict[str, Any] = {"progress": False, "max_train_steps": 2, "lr_warmup_steps": 0}
 
@@ -44,6 +44,9 @@ def small(task, monkeypatch):
 def disturbed_nara(task):
     unet = adapted(task.pipe, "nara", arguments("toy", "nara", 0, {})).unet
     disturb(unet)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.1  # 56 layers that double what they see would double rounding errors too
     return unet
 
 
@@ -148,9 +151,9 @@ def test_controls_of_an_evaluation_tell_another_noise_level_and_then_the_true_on
     plain = outputs(unet, held_out, true)
     for control, wanted in expected.items():
         with while_evaluating(unet, control):
-            torch.testing.assert_close(outputs(unet, held_out, None), wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(outputs(unet, held_out, None), plain, atol=1e-5, rtol=1e-5)
-        assert (wanted - plain).abs().max() > 1e-3
+            assert relative_error(outputs(unet, held_out, None), wanted) < 1e-4
+        assert relative_error(outputs(unet, held_out, None), plain) < 1e-4
+        assert relative_error(wanted, plain) > 0.01
 
 
 def test_shuffled_noise_levels_are_spread_like_true_ones_and_are_others():
@@ -169,7 +172,7 @@ def test_a_training_forward_under_a_control_is_told_its_noise_level(task):
         denoiser.shuffled = others
         with torch.no_grad():
             predicted = denoiser(*inputs)
-        torch.testing.assert_close(predicted, outputs(unet, held_out, level), atol=1e-5, rtol=1e-5)
+        assert relative_error(predicted, outputs(unet, held_out, level)) < 1e-4
 
 
 def test_each_step_is_told_the_shuffled_noise_levels_of_its_positions(task, monkeypatch):
