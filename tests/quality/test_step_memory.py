@@ -1,3 +1,5 @@
+import gc
+
 import torch
 from quality.step_memory import MIB, step_memory_mib
 from torch import nn
@@ -21,3 +23,18 @@ def test_a_trained_first_layer_keeps_its_input_too():
     model[0].requires_grad_(False)
     last_trained = step_memory_mib(model, lambda: model(x).sum())
     assert all_trained - last_trained > 4 * (3 * 500_000 + 256 * 1000) / MIB * 0.99
+
+
+def test_nothing_of_the_counted_step_stays_in_memory() -> None:
+    def living() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    def count() -> None:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        step_memory_mib(model, lambda: model(torch.ones(5, 3)).sum())
+
+    count()
+    before = living()
+    count()  # tanh keeps its own output
+    assert living() == before
