@@ -2,6 +2,7 @@
 
 Diffusers walks over the layers of a model. The holder of the cores stands at the model's root, outside of its blocks:
 
+    save_lora_adapter  would write a NaRA into a file that is named and described as a LoRA's
     load_lora_adapter  activates what it has loaded, in the layers alone
     set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none
     set_lora_device    moves what each layer has as A and B, which the root's has not
@@ -26,6 +27,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
+from .config import NaraConfig
 from .holder import HOLDER_NAME, CoreHolder
 from .injection import drop_idle_holder, without_holder
 from .loaders.adapters import adapters_of, unwrap
@@ -41,6 +43,7 @@ _REFUSAL = (
 
 def extend_diffusers_methods() -> None:
     """Put the functions below around Diffusers'. Harmless when repeated."""
+    _around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter)
     _around(PeftAdapterMixin, "load_lora_adapter", _load_lora_adapter)
     _around(PeftAdapterMixin, "set_adapters", _set_adapters)
     _around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
@@ -72,6 +75,18 @@ def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
 def _holder_of(model: Any) -> CoreHolder | None:
     holder = getattr(model, HOLDER_NAME, None)
     return holder if isinstance(holder, CoreHolder) else None
+
+
+def _save_lora_adapter(
+    original: Any, model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> None:
+    if isinstance(adapters_of(model).get(adapter_name), NaraConfig):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is a NaRA, which save_lora_adapter would write as a LoRA that nothing can load: "
+            "call pipe.save_nara_weights(save_directory, adapter_name=…). Without a pipeline, "
+            "peft.get_peft_model_state_dict(model, adapter_name=…) has its tensors."
+        )
+    original(model, save_directory, adapter_name, *args, **kwargs)
 
 
 def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:

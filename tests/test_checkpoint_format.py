@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import core_matrix, noise_level
-from tests.adapted import OneLayer, TwoLayers, adapted, disturb, nara_config
+from tests.adapted import OneLayer, TwoLayers, adapted, disturb, lora_config, nara_config
 
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
 TARGETS = ["first", "second"]
@@ -408,12 +408,27 @@ def test_after_a_refused_file_the_model_gives_no_output_of_a_fresh_core_and_take
     assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path), x), output(model, x))
 
 
-def test_an_adapter_saved_by_diffusers_is_not_taken_for_a_lora(tmp_path):
+@pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])
+def test_an_adapter_is_not_saved_as_a_lora(tmp_path, core_type):
+    from tests.test_core import tiny_unet
+
+    unet = tiny_unet()
+    unet.add_adapter(nara_config(target_modules=["to_q"], core_type=core_type))
+    with pytest.raises(ValueError, match=r"'default' is a NaRA, .* pipe.save_nara_weights"):
+        unet.save_lora_adapter(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    plain = tiny_unet()
+    plain.add_adapter(lora_config(target_modules=["to_q"]))
+    plain.save_lora_adapter(tmp_path)
+    tiny_unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+
+
+def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
     from tests.test_core import tiny_unet
 
     unet = tiny_unet()
     unet.add_adapter(nara_config(target_modules=["to_q"]))
-    unet.save_lora_adapter(tmp_path)
+    save_file(get_peft_model_state_dict(unet), tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(ValueError, match=r"holds a NaRA adapter, .* load it by pipe.load_nara_weights"):
         tiny_unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
 
