@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from PIL.Image import Image
 
-from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.metrics import ImageSimilarity
-from nara_diffusion.dreambooth.objectives import squared_errors
 from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images
-from quality.image_task import PAIRS, HeldOut, ImageTask
+from quality.image_task import ImageTask, held_out_losses
 
 FIRST_SAMPLE_SEED = 1000  # samples of training seed s start from noise 1000 + 100 s, …
 
@@ -23,10 +21,13 @@ FIRST_SAMPLE_SEED = 1000  # samples of training seed s start from noise 1000 + 1
 class Losses:
     """Attributes:
     means, errors: of each bin of λ, the mean over held-out pictures and its standard error.
+    gain_errors: the standard error of the mean gain over the backbone as it is. Pictures differ more than gains on
+        them do, so that this is what tells one method from another.
     """
 
     means: list[float]
     errors: list[float]
+    gain_errors: list[float]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,15 @@ class Samples:
 def binned_losses(task: ImageTask, unet: Any) -> Losses:
     """Of `unet` with whatever adapter and λ it has now."""
     bins = [held_out_losses(unet, held_out) for held_out in task.held_out]
-    means, errors = [fmean(losses) for losses in bins], [stdev(losses) / math.sqrt(len(losses)) for losses in bins]
-    return Losses(means, errors)
+    gains = [
+        [before - after for before, after in zip(base, losses, strict=True)]
+        for base, losses in zip(task.base_losses, bins, strict=True)
+    ]
+    return Losses([fmean(losses) for losses in bins], _standard_errors(bins), _standard_errors(gains))
+
+
+def _standard_errors(bins: Sequence[Sequence[float]]) -> list[float]:
+    return [stdev(values) / math.sqrt(len(values)) for values in bins]
 
 
 def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
@@ -65,14 +73,6 @@ def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
     alignment = task.judge.alignment(images, prompts)
     assert alignment is not None
     return Samples(images, similarities.mean().item(), alignment, fmean(own))
-
-
-@torch.no_grad()
-def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
-    """The mean squared error of each held-out picture, over its noises."""
-    batch = held_out.batch
-    prediction = predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
-    return squared_errors(prediction, batch).view(-1, 2 * PAIRS).mean(1).tolist()
 
 
 def sample_settings(task: ImageTask, args: Any) -> SampleSettings:

@@ -17,10 +17,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.encoders import Encoder
 from nara_diffusion.dreambooth.latents import LatentCache
 from nara_diffusion.dreambooth.measurement import Judge
-from nara_diffusion.dreambooth.objectives import Corrupted, build_objective
+from nara_diffusion.dreambooth.objectives import Corrupted, build_objective, squared_errors
 from nara_diffusion.dreambooth.pipelines import load_pipeline
 from nara_diffusion.dreambooth.prompts import PromptCache
 from nara_diffusion.dreambooth.records import ImageRecord, records_from_folder
@@ -59,6 +60,7 @@ class ImageTask:
     latents, prompts: caches.
     instances: the five training pictures.
     held_out: one batch a bin of λ.
+    base_losses: of the backbone as it is, (bins, pictures).
     judge: of samples.
     in_places: what `judge` compares samples in a place with: the subject drawn there, {prompt: picture}.
     """
@@ -69,6 +71,7 @@ class ImageTask:
     prompts: PromptCache
     instances: list[ImageRecord]
     held_out: list[HeldOut]
+    base_losses: list[list[float]]
     judge: Judge
     in_places: dict[str, Image]
 
@@ -80,6 +83,14 @@ class ImageTask:
     def sample_prompts(self) -> list[str]:
         """The instance prompt, and the subject in each of `PLACES`."""
         return [self.instance_prompt, *(f"{self.instance_prompt} {place}" for place in PLACES)]
+
+
+@torch.no_grad()
+def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
+    """The mean squared error of each held-out picture, over its noises."""
+    batch = held_out.batch
+    prediction = predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
+    return squared_errors(prediction, batch).view(-1, 2 * PAIRS).mean(1).tolist()
 
 
 def instance_prompt(subject: str) -> str:
@@ -105,13 +116,15 @@ def load_task(subject: str) -> ImageTask:
     prompts = PromptCache([pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2])
     instances = records_from_folder(ASSETS / SUBJECTS[subject], prompt=instance_prompt(subject), progress=False)
     unseen = records_from_folder(ASSETS / "subject-held-out" / subject, progress=False)
+    held_out = [_held_out(pipe, latents, prompts, unseen, bin_index) for bin_index in range(BINS)]
     return ImageTask(
         subject,
         pipe,
         latents,
         prompts,
         instances,
-        [_held_out(pipe, latents, prompts, unseen, bin_index) for bin_index in range(BINS)],
+        held_out,
+        [held_out_losses(pipe.unet, batch) for batch in held_out],
         Judge([record.source.load() for record in instances], judge, judge, [IDENTIFIER]),
         {record.prompt: record.source.load() for record in unseen if record.prompt != instance_prompt(subject)},
     )

@@ -119,6 +119,7 @@ def _measure(task: ImageTask, unet: Any, args: Any, stage: str) -> dict[str, Any
         "noise_levels": bin_centres(),
         "losses": losses.means,
         "loss_errors": losses.errors,
+        "gain_errors": losses.gain_errors,
         "validation_loss": sum(losses.means) / len(losses.means),
     }
     samples = None if stage == TUNE else judged_samples(task, unet, args)

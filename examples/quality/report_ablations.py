@@ -9,19 +9,20 @@ from typing import Any
 
 from quality.report_data import Arm, Grid, Record, select
 from quality.report_markdown import NOTHING, difference, signed, spread, table
-from quality.report_names import LORA, LOSS, measures, ordered, title
+from quality.report_names import LORA, LOSS, baseline_of, measures, ordered, title
 
 _MISSING = "default"
 
 
-def variations(records: Sequence[Record], main: Sequence[Record]) -> dict[str, list[Record]]:
-    """{"core_scale = 1.0": its records}: settings in which a record differs from the main runs of its method."""
-    found: dict[str, list[Record]] = {}
+def variations(records: Sequence[Record], main: Sequence[Record]) -> dict[tuple[Arm, str], list[Record]]:
+    """{(arm, "core_scale = 1"): its records}: the settings in which records differ from the main runs of their arm."""
+    found: dict[tuple[Arm, str], list[Record]] = {}
     for record in records:
         same = select(main, method=record["method"], domain=record["domain"], control=record.get("control"))
         reference = all_settings(same[0]) if same else {}
-        found.setdefault(_label(record, reference), []).append(record)
-    return dict(sorted(found.items()))
+        arm = Arm(record["method"], record.get("control"))
+        found.setdefault((arm, _changes(all_settings(record), reference)), []).append(record)
+    return found
 
 
 def all_settings(record: Record) -> dict[str, Any]:
@@ -30,11 +31,9 @@ def all_settings(record: Record) -> dict[str, Any]:
     return {**named, **(record.get("settings") or {})}
 
 
-def _label(record: Record, reference: dict[str, Any]) -> str:
-    own = all_settings(record)
-    changed = [name for name in sorted({*own, *reference}) if own.get(name) != reference.get(name)]
-    settings = [f"{name} = {_value(own.get(name, _MISSING))}" for name in changed]
-    return f"{title(Arm(record['method'], record.get('control')))}: {', '.join(settings) or 'as in the main runs'}"
+def _changes(own: dict[str, Any], reference: dict[str, Any]) -> str:
+    names = [name for name in sorted({*own, *reference}) if own.get(name) != reference.get(name)]
+    return ", ".join(f"{name} = {_value(own.get(name, _MISSING))}" for name in names) or "as in the main runs"
 
 
 def _value(value: Any) -> str:
@@ -42,22 +41,34 @@ def _value(value: Any) -> str:
 
 
 def ablations_table(records: Sequence[Record], main: Sequence[Record]) -> str:
-    """A row a variation: its loss, and the difference to the main runs of its method and of LoRA, over common seeds."""
+    """A row a variation: its figures, and the difference of its loss to the main runs of its method, and to its
+    baseline, LoRA or DoRA: with the same variation where that was run, else as in the main runs; over common seeds."""
     domains = {record["domain"] for record in records}
+    varied = variations(records, main)
+    relabelled = [
+        {**record, "method": _name(arm, label), "control": None}
+        for (arm, label), group in varied.items()
+        for record in group
+    ]
+    grid = Grid.of([*(record for record in main if record["domain"] in domains), *relabelled])
+    shown = measures(records[0]["suite"], records)
     rows = []
-    for label, group in variations(records, main).items():
-        arm = Arm(group[0]["method"], group[0].get("control"))
-        varied = Arm(label)
-        relabelled = [{**record, "method": label, "control": None} for record in group]
-        grid = Grid.of([*(record for record in main if record["domain"] in domains), *relabelled])
-        to_own = difference(grid.difference(varied, arm, LOSS), LOSS.digits)
-        to_lora = difference(grid.difference(varied, LORA, LOSS), LOSS.digits)
-        figures = [
-            spread(grid.spread(varied, measure), measure.digits) for measure in measures(group[0]["suite"], group)
-        ]
-        rows.append([label, str(len(grid.per_seed(varied, LOSS))), *figures, to_own, to_lora])
-    titles = [measure.title for measure in measures(records[0]["suite"], records)]
-    return table(["", "seeds", *titles, "loss − main run", "loss − LoRA"], rows)
+    order = ordered([arm for arm, _ in varied])
+    for arm, label in sorted(varied, key=lambda key: (order.index(key[0]), key[1])):
+        own = Arm(_name(arm, label))
+        baseline = baseline_of(arm.method)
+        same = (baseline, label) in varied
+        other = Arm(_name(baseline, label)) if same else baseline
+        figures = [spread(grid.spread(own, measure), measure.digits) for measure in shown]
+        to_main = difference(grid.difference(own, arm, LOSS), LOSS.digits)
+        to_baseline = NOTHING if own == other else difference(grid.difference(own, other, LOSS), LOSS.digits)
+        note = f" ({label})" if same and own != other else ""
+        rows.append([own.method, str(len(grid.per_seed(own, LOSS))), *figures, to_main, f"{to_baseline}{note}"])
+    return table(["", "seeds", *(m.title for m in shown), "loss − main run", "loss − LoRA or DoRA"], rows)
+
+
+def _name(arm: Arm, label: str) -> str:
+    return f"{title(arm)}: {label}"
 
 
 def singles_table(records: Sequence[Record], main: Sequence[Record]) -> str:

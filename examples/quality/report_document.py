@@ -128,7 +128,7 @@ def _resolution(grid: Grid) -> str:
     if gap <= 0:
         return f"LoRA isn't worse than full fine-tuning here (by {-gap:.4f}): there is no gap to close."
     return (
-        f"The standard error of one run's loss, from the spread over validation samples, is {error:.4f}; the gap from "
+        f"The standard error of one run, from the spread over validation samples, is {error:.4f}; the gap from "
         f"LoRA to full fine-tuning is {gap:.4f}. (Differences are taken on the same samples, and vary less.)"
     )
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from nara_diffusion.training.methods import METHODS
 from quality.report_data import Arm, Grid, Record
-from quality.variants import is_noise_aware
+from quality.suites import MUST
+from quality.variants import VARIANTS, is_noise_aware, resolve
 
 LORA, DORA, FULL, MULTI_LORA = Arm("lora"), Arm("dora"), Arm("full"), Arm("multi_lora")
 CONTROLS = {
@@ -19,7 +20,7 @@ CONTROLS = {
 BASE = "base"
 _TITLES = {BASE: "the backbone as it is"}
 SUITES = {"text": "Text", "images": "Images"}
-_ORDER = (BASE, "full", "lora", "dora", "nara", "nara_dora", "nara_c", "multi_lora", "tlora")
+_ORDER = (BASE, *MUST)
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,19 @@ def measures(suite: str, records: Sequence[Record]) -> list[Measure]:
 
 
 def title(arm: Arm) -> str:
-    """For people: "NaRA", "NaRA, trained with λ = 0.5"; a variant has the name that its runs have."""
-    method = METHODS[arm.method].title if arm.method in METHODS else _TITLES.get(arm.method, arm.method)
+    """For people: "NaRA", "NaRA, trained with λ = 0.5"."""
+    method = _method_title(arm.method)
     return method if arm.control is None else f"{method}, {CONTROLS.get(arm.control, arm.control)}"
+
+
+def _method_title(method: str) -> str:
+    """A variant that is only the DoRA of a method is called so, other variants by the name of their runs."""
+    if method in METHODS:
+        return METHODS[method].title
+    made_of, settings = resolve(method)
+    if method in VARIANTS and settings == {"use_dora": True}:
+        return f"{_method_title(made_of)}-DoRA"
+    return _TITLES.get(method, method)
 
 
 def ordered(arms: Sequence[Arm]) -> list[Arm]:

@@ -162,13 +162,16 @@ def _setting(value: float | None) -> str:
 
 
 def resolution(grid: Grid) -> tuple[float, float] | None:
-    """(standard error of one run's validation loss, LoRA-to-full gap): the first should be a tenth of the second."""
+    """(standard error of what one run says, LoRA-to-full gap): the first should be a tenth of the second.
+
+    Of the gain over the backbone where records have it, of the loss itself elsewhere.
+    """
     gap = grid.difference(LORA, FULL, LOSS)
-    errors = [one_run_error(record) for record in grid.records(LORA) if record.get("loss_errors")]
+    errors = [mean_error(record) for record in grid.records(LORA) if record.get("loss_errors")]
     return (fmean(errors), gap.mean) if gap is not None and errors else None
 
 
-def one_run_error(record: Record) -> float:
+def mean_error(record: Record) -> float:
     """Of the mean over bins: √Σ e² / n."""
-    errors = record["loss_errors"]
+    errors = record.get("gain_errors") or record["loss_errors"]
     return math.sqrt(sum(error**2 for error in errors)) / len(errors)

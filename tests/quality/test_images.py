@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from quality.image_controls import shuffled_noise_levels, while_evaluating
-from quality.image_measurement import binned_losses, held_out_losses, sample_settings
+from quality.image_measurement import binned_losses, sample_settings
 from quality.image_methods import NAMES, adapted
 from quality.image_settings import arguments
-from quality.image_task import BINS, SUBJECTS, HeldOut, bin_timesteps, load_task
+from quality.image_task import BINS, SUBJECTS, HeldOut, bin_timesteps, held_out_losses, load_task
 from quality.image_training import ControlledDenoiser, train
 from quality.images import TUNING_SUBJECT, image_records, run_one_image
 
@@ -36,7 +36,8 @@ def shortened(held_out: HeldOut, rows: int = 4) -> HeldOut:
 @pytest.fixture
 def small(task, monkeypatch):
     """Runs on two held-out pictures."""
-    small = replace(task, held_out=[shortened(held_out) for held_out in task.held_out])
+    held_out = [shortened(each) for each in task.held_out]
+    small = replace(task, held_out=held_out, base_losses=[losses[:2] for losses in task.base_losses])
     monkeypatch.setattr("quality.images.load_task", lambda subject: small)
     return small
 
@@ -213,6 +214,8 @@ def test_the_base_model_is_measured_without_training(small):
     record = run_one_image("toy", "base", 0, stage="tune")
     assert record["losses"] == binned_losses(small, small.pipe.unet).means
     assert (record["steps"], record["trainable_parameters"]) == (0, 0)
+    assert max(record["gain_errors"]) < 1e-5  # the base model gains nothing over itself, but for rounding
+    assert min(record["loss_errors"]) > 1e-5
 
 
 def test_what_cant_be_run_is_refused_by_name():

@@ -160,6 +160,14 @@ def test_ablations_are_named_by_what_differs_from_the_main_runs():
     assert rows["NaRA: rank = 8"][3].startswith("**−0.0500**")
 
 
+def test_a_variation_that_lora_had_too_is_compared_with_lora_so_varied():
+    stage = {"stage": "ablation", "rank": 8}
+    rows = cells(ablations_table([*runs("nara", [0.8, 0.9], **stage), *runs("lora", [0.85, 0.951], **stage)], MAIN))
+    assert list(rows)[1:] == ["LoRA: rank = 8", "NaRA: rank = 8"]
+    assert rows["NaRA: rank = 8"][3] == "**−0.0505** [−0.0569, −0.0441] (rank = 8)"  # t₁ · 0.0005 = 0.00635
+    assert rows["LoRA: rank = 8"][2].startswith("**−0.1495**")
+
+
 def test_methods_of_one_seed_stand_beside_lora_on_that_seed():
     rows = cells(singles_table([record("vera", 1, [1.5, 1.5], stage="single")], MAIN))
     assert rows["VeRA"] == ["1.5000", "+0.4000"]
@@ -179,6 +187,8 @@ def test_tuning_shows_all_trials_and_the_best():
 
 def test_names_and_signs():
     assert title(Arm("multi_lora")) == "Multi-LoRA"
+    assert title(Arm("nara_knots_dora", "reversed")) == "NaRA-Knots-DoRA, evaluated with 1 − λ"
+    assert title(Arm("nara_mine")) == "nara_mine"
     assert [arm.control for arm in ordered([Arm("nara", "reversed"), Arm("nara", "constant"), Arm("nara")])] == [
         None, "constant", "reversed",
     ]  # fmt: skip
