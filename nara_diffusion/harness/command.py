@@ -5,6 +5,9 @@ It takes lm-eval's subcommands and flags. Left out, --model is nara_dllm, and ru
     nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_gsm8k
     nara-eval ls tasks
     accelerate launch -m nara_diffusion.harness.command --model_args … --tasks …     # all GPUs
+    nara-eval run --help                                                             # all flags
+
+docs/evaluation.md has the rest: the paper's test sets, the settings of the sampler, code.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 
 TASKS = Path(__file__).parent / "tasks"
 MODEL = "nara_dllm"
+HELP = ("-h", "--help")
 SUBCOMMANDS = ("run", "ls", "validate")
 
 logger = logging.getLogger(__name__)
@@ -37,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("nara-eval needs lm-eval: pip install 'nara-diffusion[eval]'")
     setup_logging()
     register()
-    with _program(["nara-eval", *with_defaults(sys.argv[1:] if argv is None else list(argv))]):
+    flags = with_defaults(sys.argv[1:] if argv is None else list(argv))
+    if not flags or flags[0] in HELP:
+        sys.stdout.write(f"{__doc__}\n")
+    with _program(["nara-eval", *flags]):
         command = HarnessCLI()
         args = adjusted(command.parse_args())
         try:
@@ -58,11 +65,11 @@ def register() -> None:
 
 def with_defaults(argv: list[str]) -> list[str]:
     """`argv` with its subcommand, and with --model, where they are left out."""
-    if not argv or argv[0] in ("-h", "--help") or argv[0] in SUBCOMMANDS[1:]:
+    if not argv or argv[0] in HELP or argv[0] in SUBCOMMANDS[1:]:
         return argv
     flags = argv[1:] if argv[0] == "run" else argv
     names = {flag.partition("=")[0] for flag in flags}
-    given = names & {"--model", "-M", "--config", "-C", "-h", "--help"}
+    given = names & {"--model", "-M", "--config", "-C", *HELP}
     return ["run", *([] if given else ["--model", MODEL]), *flags]
 
 

@@ -71,10 +71,12 @@ def load_model(
         )
     if revision is not None:
         backbone["revision"] = revision
-    placed = "device_map" in backbone or "quantization_config" in backbone
+    place = device or default_device()
+    if "quantization_config" in backbone:
+        backbone.setdefault("device_map", {"": str(place)})  # quantised weights are made where they stay
     model, tokenizer = load_backbone(pretrained, dtype=dtype, **backbone)
-    if not placed:
-        model.to(device or default_device())  # type: ignore[arg-type]
+    if "device_map" not in backbone:
+        model.to(place)  # type: ignore[arg-type]
     if peft is None:
         return model.eval(), tokenizer
     options: dict[str, Any] = {} if peft_revision is None else {"revision": peft_revision}

@@ -57,7 +57,7 @@ def results_in(folder: Path) -> dict:
 def test_all_three_kinds_of_request_in_one_run(
     adapter: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--model_args", model_args(adapter), "--include_path", str(tasks), "--batch_size", "4"]
+    argv = ["--model_args", f"{model_args(adapter)},samples=8", "--include_path", str(tasks), "--batch_size", "4"]
     argv += ["--tasks", "tiny_answers,tiny_choices,tiny_texts", "--output_path", str(tmp_path), "--log_samples"]
     main([*argv, "--apply_chat_template", "--gen_kwargs", "gen_length=6,steps=3", "--device", "cpu"])
     found = results_in(tmp_path)
@@ -105,6 +105,15 @@ def test_the_shipped_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> Non
     names = {path.stem for path in TASKS.rglob("*.yaml") if not path.stem.startswith("_")}
     assert len(names) == 19
     assert [name for name in names if f"|{name}" not in listed] == []
+
+
+def test_help_says_what_is_added_to_lm_evals(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct" in shown
+    assert "Language Model Evaluation Harness" in shown
 
 
 def test_registering_twice_is_harmless() -> None:

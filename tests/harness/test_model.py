@@ -329,3 +329,18 @@ def test_an_adapter_with_another_noise_level_is_refused(tmp_path: Path) -> None:
     make_adapter(tmp_path, noise_convention="flow")
     with pytest.raises(ValueError, match="was trained with λ as 'flow', and the λ of a masked-diffusion"):
         NaraDLLM(str(LLADA_TINY), str(tmp_path), device="cpu")
+
+
+def test_a_model_in_four_bits_answers_nearly_as_the_whole_one(adapter: Path, harness: NaraDLLM) -> None:
+    pytest.importorskip("bitsandbytes")
+    small = NaraDLLM(str(LLADA_TINY), str(adapter), device="cpu", load_in_4bit=True, dtype="float32")
+    layer = small.model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
+    assert type(layer).__name__ == "Linear4bit"
+    tokens = encode(harness.tokenizer, "upper: ab", has_template=False)
+    ours, theirs = logits_at(small, tokens, 0.4), logits_at(harness, tokens, 0.4)
+    assert 0 < (ours - theirs).norm() < 0.3 * theirs.norm()
+
+
+def test_no_hook_moves_weights_about(harness: NaraDLLM) -> None:
+    """PEFT hooks a model that has a map of devices with the CPU on it."""
+    assert [name for name, module in harness.model.named_modules() if hasattr(module, "_hf_hook")] == []
