@@ -3,6 +3,8 @@
 from importlib import import_module
 
 import pytest
+from quality.report_data import Arm, Grid, read_records, select
+from quality.report_names import LOSS
 from quality.results import read
 
 SMALL = ["--set", "steps=2", "batch_size=4", "sizes={train: 40, tuning: 10, validation: 15, test: 4}"]
@@ -26,6 +28,8 @@ def test_one_command_tunes_and_compares_and_does_nothing_twice(tmp_path, capsys)
     assert {record["n"] for record in records if record["stage"] == "main"} == {15}
     best = min((record for record in records[:4]), key=lambda record: record["validation_loss"])
     assert records[8]["learning_rate"] == best["learning_rate"]
+    grid = Grid.of(select(read_records([path]), stage="main"))  # as the report reads them
+    assert grid.per_seed(Arm("nara", "mean_core"), LOSS) == {0: records[10]["validation_loss"]}
     assert main(*FEW, "--seeds", 0, "--output", path) == 0
     assert read(path) == records
     capsys.readouterr()
