@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embeddings import Embedding, NoiseScale, rescaled
+from .embeddings import Embedding, LayerVectors, NoiseScale, rescaled
 from .float32 import Dense, Float32Module
 
 CoreInput = Literal["noise_level", "mask_density", "both"]
@@ -75,8 +75,12 @@ class HypernetworkCore(Float32Module):
             layer.reset(zero=init == "zero_all" or (init == "zero_last" and layer is dense[-1]))
         self.embeddings = nn.ModuleDict(embeddings)
         self.layers = nn.ModuleList(dense)
-        vectors = {name: nn.Parameter(torch.randn(layer_dim, dtype=torch.float32)) for name in layers}
-        self.layer_embeddings = nn.ParameterDict(vectors) if layers else None
+        self.layer_embeddings = LayerVectors(layers, layer_dim) if layers else None
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Of layers that have a C of their own each."""
+        return [] if self.layer_embeddings is None else [name for name, _ in self.layer_embeddings.named_parameters()]
 
     @property
     def needs_density(self) -> bool:
@@ -89,7 +93,7 @@ class HypernetworkCore(Float32Module):
         with torch.autocast(noise_level.device.type, enabled=False):
             h = torch.cat([embed(signals[name]) for name, embed in self.embeddings.items()], dim=-1)  # (b, e)
             if self.layer_embeddings is not None:
-                h = _beside_each(h, torch.stack(list(self.layer_embeddings.values())))  # (l, b, e + z)
+                h = _beside_each(h, self.layer_embeddings())  # (l, b, e + z)
             for layer in self.layers[:-1]:
                 h = F.silu(layer(h))
             deviation = self.layers[-1](h).unflatten(-1, (self.rank, self.rank))  # (…, r, r)

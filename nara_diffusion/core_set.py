@@ -45,19 +45,19 @@ class CoreSet(nn.ModuleDict):
     @property
     def groups(self) -> list[str]:
         """Of layers that have the same C."""
-        return [name for group, core in self.items() for name in _layers_of(core) or (group,)]
+        return [name for group, core in self.items() for name in layer_names(core) or (group,)]
 
 
 def _by_group(core: Any, group: str, signals: NoiseSignals | None) -> dict[str, Tensor]:
     """What `core` says: one C for its group, or, if it embeds layers, one for each of them."""
     found = core(*on_device_of(core, signals)) if core.needs_noise else core()
-    layers = _layers_of(core)
+    layers = layer_names(core)
     return dict(zip(layers, found.unbind(), strict=True)) if layers else {group: found}
 
 
-def _layers_of(core: Any) -> list[str]:
-    """Those that have an embedding in `core`."""
-    return list(getattr(core, "layer_embeddings", None) or ())
+def layer_names(core: Any) -> list[str]:
+    """Those that have a C of their own each in `core`; none where all that read it read the same."""
+    return getattr(core, "layer_names", [])
 
 
 def make_cores(config: NaraConfig, ranks: dict[str, int]) -> CoreSet:
@@ -81,7 +81,7 @@ def core_group(config: NaraConfig, module_name: str, rank: int) -> str:
         group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
     else:
         group = module_name.replace(".", "-")
-    return f"{group}_" if hasattr(CoreSet, group) or hasattr(nn.ParameterDict, group) else group
+    return f"{group}_" if hasattr(CoreSet, group) else group
 
 
 def core_tensors(config: NaraConfig, ranks: dict[str, int]) -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ for λ the share of noise in a mixture, (1 − λ) / λ is the ratio of signal t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .float32 import Dense, Float32Module
 
@@ -75,3 +76,18 @@ def make_embedding(kind: str, dim: int, scale: float) -> Embedding:
     if kind == "fourier":
         return FourierEmbedding(dim, scale)
     return MlpEmbedding(dim) if kind == "mlp" else RawEmbedding()
+
+
+class LayerVectors(Float32Module):
+    """z: one learnable vector for each named layer, N(0, 1) at first. () → (l, dim).
+
+    Vectors are parameters of this module itself, which is called for them, so that offloading brings them in.
+    """
+
+    def __init__(self, names: Sequence[str], dim: int) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.randn(dim, dtype=torch.float32)))
+
+    def forward(self) -> Tensor:
+        return torch.stack(list(self.parameters()))

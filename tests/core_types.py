@@ -9,6 +9,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "normalised constant": {"core_type": "constant", "core_normalization": "frobenius"},
     "rank mask": {"core_type": "rank_mask", "rank_mask_min": 1},
     "bins": {"core_type": "bins", "core_bins": 2},
+    "knots": {"core_type": "knots", "core_knots": 4},
     "log-SNR": {"noise_scale": "log_snr"},
     "normalised": {"core_normalization": "frobenius"},
     "layer vectors": {"core_sharing": "layer_embedding", "layer_embedding_dim": 3},

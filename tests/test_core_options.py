@@ -145,12 +145,12 @@ def test_merging_takes_each_layers_own_core():
 
 def test_a_layer_named_like_a_method_of_a_dictionary_has_its_own_vector():
     base = nn.Module()
-    base.copy, base.get = nn.Linear(7, 5), nn.Linear(7, 5)
-    base.forward = lambda x: base.copy(x) + base.get(x)
-    model = adapted(base, target_modules=["copy", "get"], core_sharing="layer_embedding")
+    base.values, base.names = nn.Linear(7, 5), nn.Linear(7, 5)
+    base.forward = lambda x: base.values(x) + base.names(x)
+    model = adapted(base, target_modules=["values", "names"], core_sharing="layer_embedding")
     with noise_level(model, 0.4):
         assert model(torch.randn(2, 7)).shape == (2, 5)
-    assert not torch.equal(core_matrix(model, 0.4, module="copy"), core_matrix(model, 0.4, module="get"))
+    assert not torch.equal(core_matrix(model, 0.4, module="values"), core_matrix(model, 0.4, module="names"))
 
 
 @pytest.mark.parametrize(

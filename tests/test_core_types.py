@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaForCausalLM
 
-from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion import NaraConfig, core_matrix, noise_level
 from tests.adapted import TwoLayers, adapted, core_by_hand, disturb, nara_config, relative_error
 from tests.core_types import TYPES
 
@@ -113,6 +113,18 @@ def test_merged_at_one_level_it_is_itself_there(options, use_dora):
     torch.testing.assert_close(model.base_model.model.first.get_base_layer().weight, weight, rtol=1e-5, atol=1e-6)
 
 
+@ALL
+def test_no_cast_of_the_model_reaches_its_core(options):
+    model = adapted(base_model(), target_modules=TARGETS, **options)
+    before = core_matrix(model, LEVELS, module="second")
+    model.to(torch.bfloat16)
+    after = core_matrix(model, LEVELS, module="second")
+    assert after.dtype == torch.float32
+    assert torch.equal(after, before)
+    with noise_level(model, LEVELS):
+        assert model(torch.randn(3, 7, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 # ---------------------------------------------------------------- checkpointing and compilation
 
 
@@ -162,20 +174,21 @@ def test_one_compiled_graph_serves_all_levels(tiny_llama: LlamaForCausalLM):
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
 @DORA
 @ALL
-def test_a_differently_seeded_model_loads_the_same_bits(options, use_dora, tmp_path: Path):
+def test_a_differently_seeded_model_loads_the_same_bits(options, use_dora, low_cpu_mem_usage, tmp_path: Path):
     model = adapted(base_model(), target_modules=TARGETS, use_dora=use_dora, **options)
     model.save_pretrained(tmp_path)
     base = base_model()
     torch.manual_seed(123)
-    other = PeftModel.from_pretrained(base, tmp_path)
+    other = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert other.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
     x = torch.randn(3, 7)
     with noise_level(model, LEVELS), noise_level(other, LEVELS):
-        assert torch.equal(other(x), model(x))
+        assert relative_error(other(x), model(x)) < 1e-6  # not 0: kernels depend on where in memory a tensor lies
     for name, value in options.items():
         assert getattr(other.peft_config["default"], name) == value
     saved = len(load_file(tmp_path / "adapter_model.safetensors"))

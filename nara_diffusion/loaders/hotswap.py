@@ -16,6 +16,7 @@ from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotsw
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.core_set import layer_names
 from nara_diffusion.cores import build_core, is_block_of_larger
 from nara_diffusion.holder import HOLDER_NAME, CoreHolder
 from nara_diffusion.signals import with_convention
@@ -92,7 +93,7 @@ def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int)
     cores: Any = _holder(model).cores[adapter_name]
     for group, core in cores.items():
         with torch.device("meta"):
-            larger = build_core(config, rank, layers=list(getattr(core, "layer_embeddings", None) or ()))
+            larger = build_core(config, rank, layers=layer_names(core))
         old = core.state_dict()
         new = {
             key: resized(old[key], like.shape, _is_squared(key, config)) for key, like in larger.state_dict().items()

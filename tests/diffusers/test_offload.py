@@ -18,6 +18,7 @@ from torch import Tensor
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.offload import beside_inputs
 from tests.adapted import disturb, nara_config, relative_error
+from tests.core_types import TYPES
 from tests.diffusers.reference import UNET_TARGETS
 from tests.small_pipelines import pixels, small_sd, small_unet
 
@@ -79,6 +80,16 @@ def test_an_offloaded_denoiser_gives_the_same_numbers(offload, use_dora, tmp_pat
     OFFLOADS[offload](model, tmp_path)
     for _ in range(2):  # the second time after weights have been taken away again
         assert relative_error(run(model), expected) < 1e-4  # weights read from disk lie elsewhere: other kernels
+
+
+@pytest.mark.parametrize("kind", ["layer vectors", "knots", "rank mask"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_other_types_of_core_are_offloaded_too(offload, kind, tmp_path):
+    model = adapted_unet(**TYPES[kind])
+    expected = run(model)
+    OFFLOADS[offload](model, tmp_path)
+    for _ in range(2):
+        assert relative_error(run(model), expected) < 1e-4
 
 
 @pytest.mark.parametrize("core_type", ["constant", "hypernetwork"])

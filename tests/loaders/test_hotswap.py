@@ -55,7 +55,14 @@ def test_the_swapped_adapter_is_the_one_loaded_afresh(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"use_dora": True}, {"core_type": "constant"}, {"core_sharing": "module_type"}]
+    "changes",
+    [
+        {},
+        {"use_dora": True},
+        {"core_type": "constant"},
+        {"core_sharing": "module_type"},
+        {"core_sharing": "layer_embedding", "noise_scale": "log_snr"},
+    ],
 )
 def test_other_ranks_fit_where_room_was_made(changes, tmp_path):
     folders = [
