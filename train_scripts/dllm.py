@@ -1,4 +1,4 @@
-"""Fine-tunes a masked-diffusion language model (LLaDA, Dream, …) with NaRA, and measures what that brought.
+"""Fine-tunes a masked-diffusion language model (LLaDA, Dream, …) with NaRA or another adapter, and measures the gain.
 
 The shipped model and task, offline, on CPU, in minutes:
     accelerate launch train_scripts/dllm.py
@@ -6,8 +6,11 @@ LLaDA-8B on one GPU; then on all of them, with gradient_accumulation_steps divid
     accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
     accelerate launch --multi_gpu train_scripts/dllm.py --config … --gradient_accumulation_steps 4
 
-Written to the output folder: adapter_config.json and adapter_model.safetensors, README.md (the model card),
-config.yaml, results.json, metrics.jsonl, noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
+With --adapter lora, dora, …, full the same is done by another method; --help lists them.
+
+Written to the output folder: adapter_config.json and adapter_model.safetensors (a model folder, for --adapter full),
+README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,
+noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Teaches Stable Diffusion XL a subject from a few images, with NaRA, and shows what that brought.
+"""Teaches Stable Diffusion XL a subject from a few images, with NaRA or another adapter, and shows what that brought.
 
 The shipped model and images, offline, on CPU, in minutes:
     accelerate launch train_scripts/dreambooth_sdxl.py
@@ -6,7 +6,10 @@ Your own five images, on one GPU; the file holds what suits SDXL, flags win over
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights), README.md (the model card),
+With --adapter lora, dora, …, full the same is done by another method; --help lists them.
+
+Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; other methods have files of
+their own, which nara_diffusion/dreambooth/formats.py lists), README.md (the model card, which says how to load them),
 samples.png with samples before and after, the samples themselves, noise_level_curve.png, results.json, metrics.jsonl,
 config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
 """
@@ -17,7 +20,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -28,10 +30,11 @@ from accelerate.utils import DistributedType
 
 from nara_diffusion.dreambooth import collate_draws
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser, read_checkpoint, write_adapter
-from nara_diffusion.dreambooth.measurement import Measurement, ValidationLoss, compare, measure
+from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
+from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.measurement import ValidationLoss, compare, measure
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.pipelines import load_pipeline, twin
+from nara_diffusion.dreambooth.pipelines import load_pipeline, sampling_twin
 from nara_diffusion.dreambooth.preparation import (
     latent_cache,
     load_class_images,
@@ -49,12 +52,12 @@ from nara_diffusion.dreambooth.validation import Validation
 from nara_diffusion.training.adapter import adapter_config
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.cli import parse_arguments
-from nara_diffusion.training.hub import push_to_hub
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.memory import explaining_out_of_memory
+from nara_diffusion.training.methods import METHODS, title_of
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.output import write_json
 from nara_diffusion.training.run import Run, start_run
+from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import count_steps, stream_loader
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
@@ -96,7 +99,10 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
     if "pretrained_model_name_or_path" in given:
         return {}
-    return SHIPPED_RUN | ({} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA)
+    values = SHIPPED_RUN | ({} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA)
+    if METHODS[given.get("adapter", "nara")].linear_only:
+        values["target_modules"] = [name for name in values["target_modules"] if not name.startswith("conv")]
+    return values
 
 
 @explaining_out_of_memory
@@ -105,7 +111,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     started = time.perf_counter()
 
     # Setup
-    run = start_run(args, "dreambooth", write_adapter)
+    run = start_run(args, "dreambooth", write_checkpoint)
     refuse_sharding(run)
     device, show = run.accelerator.device, run.is_main
 
@@ -123,8 +129,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     class_images = load_class_images(args, run.accelerator, run.dtype, load)
 
     # Model
-    pipe = load(dtype=run.dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype).to(device)
-    sampler = twin(pipe, run.dtype)  # shares the frozen weights, and never the adapter that is trained
+    pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype).to(device)
     dataset = training_data(args, instances, class_images, pipe)
     images = len(instances) * args.repeats
     steps = count_steps(images, run.global_batch, args.max_train_steps, args.num_train_epochs)
@@ -137,9 +142,11 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     draws = validation_draws(args, dataset, pipe, show)
     latents.fill(draws, progress=False)
     held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size)
+    config = adapter_config(args, noise_convention=objective.convention, total_steps=steps)
+    sampler = sampling_twin(pipe, config, run.dtype, load)
     model = AdaptedDenoiser(
         pipe,
-        adapter_config(args, noise_convention=objective.convention),
+        config,
         train_text_encoder=args.train_text_encoder,
         gradient_checkpointing=args.gradient_checkpointing,
     )
@@ -152,6 +159,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     loader = stream_loader(dataset, collate_draws, **batches, num_workers=args.dataloader_num_workers)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
     facts = {
+        "adapter": title_of(args),
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",
         "trainable parameters": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
         "hardware": run.hardware,
@@ -183,19 +191,10 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         references = judge.references
         load_from = run.hub_id or str(run.folder)
-        write_run_report(run.folder, asdict(args), facts, settings, before, after, references, load_from)
-        publish(run, results, before, after)
+        write_run_report(run.folder, args, facts, settings, before, after, references, load_from)
+        print(publish(run, results, results_table(before, after)))
     run.close()
     return results
-
-
-def publish(run: Run, results: dict[str, Any], before: Measurement, after: Measurement) -> None:
-    """Writes results.json, shows the table, and uploads the folder if asked to."""
-    write_json(run.folder / "results.json", results)
-    print(f"\n{results_table(before, after)}\n\n{results['seconds']:.0f} s; everything is in {run.folder}")
-    if run.hub_id is not None:
-        push_to_hub(run.hub_id, run.folder)
-        print(f"pushed to https://huggingface.co/{run.hub_id}")
 
 
 def refuse_sharding(run: Run) -> None:

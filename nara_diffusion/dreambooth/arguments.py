@@ -18,6 +18,7 @@ from nara_diffusion.training.arguments import (
     require,
 )
 from nara_diffusion.training.cli import option
+from nara_diffusion.training.methods import METHODS, method_of
 
 
 @dataclass
@@ -157,6 +158,12 @@ class DreamBoothArguments(
         _check_counts(self)
         _check_data(self)
         _check_prior(self)
+        if method_of(self).family == "prompt":
+            having = ", ".join(name for name, method in METHODS.items() if method.family != "prompt")
+            raise ValueError(
+                f"adapter is {self.adapter!r}, whose virtual tokens stand before a language model's text, and a UNet "
+                f"reads none: expected one of {having}."
+            )
         if self.core_input != "noise_level":
             raise ValueError(f"core_input is {self.core_input!r}, but images have no masks: expected 'noise_level'.")
 

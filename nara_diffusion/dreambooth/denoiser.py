@@ -1,4 +1,4 @@
-"""What is trained: the UNet with its adapter, and the text encoders where they are trained too, as one module.
+"""What is trained: the UNet, and the text encoders where they are trained too, with their adapters, as one module.
 
 One module has one forward, so that hooks, DistributedDataParallel and gradient accumulation see all of it. λ reaches
 the adapter in the UNet through the UNet's own timestep. Text encoders run before there is a λ, so their adapters
@@ -7,18 +7,18 @@ have C = I.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from peft import inject_adapter_in_model, set_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.prompts import encode_prompts
-from nara_diffusion.loaders.source import read_adapter
-from nara_diffusion.training.adapter import check_target_modules, recompute_activations
+from nara_diffusion.training.adapter import check_adaptable, recompute_activations
+from nara_diffusion.training.pissa import remember_start
 
 ADAPTER = "default"
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -26,45 +26,53 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class AdaptedDenoiser(nn.Module):
-    """The UNet of `pipe` with a new adapter, and its text encoders with static ones if `train_text_encoder`.
+    """The UNet of `pipe` as it is fine-tuned, and its text encoders if `train_text_encoder`.
 
-    Adapters are float32 and trainable, all else stays as it is. The modules are those of `pipe`.
+    What is trained is float32 where adapters are added, all else stays as it is. The modules are those of `pipe`.
 
     Args:
         pipe: an SDXL pipeline with frozen weights.
-        config: of the UNet's adapter; that of the text encoders has its rank, scale and dropout.
-        train_text_encoder: also adapt both text encoders.
+        config: of the UNet's adapter, PEFT's or NaRA's; that of the text encoders is of the same kind, with its rank,
+            scale and dropout, and static. None trains all weights.
+        train_text_encoder: also train both text encoders.
         gradient_checkpointing: recompute activations in the backward.
 
     Raises:
-        ValueError: a target module that the UNet lacks.
+        ValueError: a target module that the UNet lacks, or that the method can't adapt.
     """
 
     def __init__(
-        self, pipe: Any, config: Any, *, train_text_encoder: bool = False, gradient_checkpointing: bool = False
+        self,
+        pipe: Any,
+        config: PeftConfig | None,
+        *,
+        train_text_encoder: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_target_modules(pipe.unet, config.target_modules)
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
-        self.unet = pipe.unet
+        self.config = config
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
-        _adapt(pipe.unet, config)
+        self.unet = adapt(pipe.unet, config)
         if train_text_encoder:
-            self.text_encoder, self.text_encoder_2 = pipe.text_encoder, pipe.text_encoder_2
-            static = replace(
-                config, core_type="identity", core_sharing="global", target_modules=TEXT_TARGETS, noise_convention=None
-            )
-            for encoder in (self.text_encoder, self.text_encoder_2):
+            for name in ("text_encoder", "text_encoder_2"):
+                encoder = getattr(pipe, name)
                 if gradient_checkpointing:
                     recompute_activations(encoder)
-                _adapt(encoder, replace(static))
-            _freeze_last_layer(self.text_encoder)
+                setattr(self, name, adapt(encoder, text_config(config)))
+            _freeze_last_layer(pipe.text_encoder)
 
     @property
     def text_encoders(self) -> list[Any] | None:
         """The text encoders that are trained, if any."""
         return [self.text_encoder, self.text_encoder_2] if hasattr(self, "text_encoder") else None
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What is trained, by the pipeline's names."""
+        names = ("unet", "text_encoder", "text_encoder_2")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def forward(
         self,
@@ -105,30 +113,49 @@ def tokenizers_of(pipe: Any) -> list[Any]:
     return [pipe.tokenizer, pipe.tokenizer_2]
 
 
-def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """An `AdapterWriter`: pytorch_nara_weights.safetensors. The weights are the model's own, as `state` has them."""
-    model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
+def adapt(model: Any, config: PeftConfig | None) -> Any:
+    """`model` with the adapter, or with all weights trainable; itself changed; wrapped where PEFT keeps state.
 
-
-def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
-    """Puts the adapter of a checkpoint into `model`, in float32, before accelerate wraps it."""
-    for component, part in read_adapter(folder, "unet").items():
-        set_peft_model_state_dict(getattr(model, component), part.tensors, adapter_name=ADAPTER)
-
-
-def _adapt(model: nn.Module, config: NaraConfig) -> None:
-    """Adds the adapter in float32: what is injected has the dtype of its base layer, in which small steps are lost."""
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    Adapters are float32: what PEFT injects has the dtype of its base layer, in which small steps are lost.
+    """
+    if config is None:
+        return model.requires_grad_(True)
+    check_adaptable(model, config)
+    if isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig):
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    else:
+        model = get_peft_model(model, config, adapter_name=ADAPTER)
+    remember_start(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    return model
+
+
+def text_config(config: PeftConfig | None) -> PeftConfig | None:
+    """The configuration for text encoders that belongs to the UNet's: text encoders run before there is a λ.
+
+    Of Multi-LoRA they have one block, of the same scale.
+    """
+    if not isinstance(config, NaraConfig):
+        return None if config is None else replace(config, target_modules=TEXT_TARGETS)
+    blocks = config.core_bins if config.core_type == "bins" else 1
+    return NaraConfig(
+        core_type="identity",
+        r=config.r // blocks,
+        lora_alpha=config.lora_alpha / (math.sqrt(blocks) if config.use_rslora else blocks),  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=TEXT_TARGETS,
+    )
 
 
 def _freeze_last_layer(encoder: nn.Module) -> None:
-    """SDXL reads the first text encoder's states before its last layer, whose adapter would never get a gradient."""
+    """SDXL reads the first text encoder's states before its last layer, so what follows would never get a gradient."""
     numbers = {name: re.search(r"layers\.(\d+)\.", name) for name, _ in encoder.named_parameters()}
     last = max(int(match[1]) for match in numbers.values() if match)
     for name, parameter in encoder.named_parameters():
         match = numbers[name]
-        if match and int(match[1]) == last:
+        if (match and int(match[1]) == last) or "final_layer_norm" in name:
             parameter.requires_grad_(False)

@@ -18,11 +18,12 @@ from torch import Tensor
 from nara_diffusion.dreambooth.dataset import Draw
 from nara_diffusion.dreambooth.denoiser import predict, tokenizers_of
 from nara_diffusion.dreambooth.encoders import Encoder
+from nara_diffusion.dreambooth.formats import adapter_loaded
 from nara_diffusion.dreambooth.latents import LatentCache
 from nara_diffusion.dreambooth.metrics import ImageSimilarity, TextAlignment, without_words
 from nara_diffusion.dreambooth.objectives import Objective, squared_errors
 from nara_diffusion.dreambooth.prompts import encode_prompts
-from nara_diffusion.dreambooth.sampling import SampleSettings, adapter_loaded, sample_images
+from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images
 from nara_diffusion.dreambooth.step import noise_levels
 from nara_diffusion.dreambooth.timesteps import draw_noise
 from nara_diffusion.training.metrics import LossWindow

@@ -8,13 +8,17 @@ gets from a freshly loaded pipeline, and cost no second copy of the base model.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from peft import PeftConfig
 from torch import nn
+
+from nara_diffusion.training.pissa import takes_start_from_base
 
 
 def load_pipeline(
@@ -91,6 +95,14 @@ def twin(pipe: Any, dtype: torch.dtype) -> Any:
     )
     other.set_progress_bar_config(disable=True)
     return other
+
+
+def sampling_twin(pipe: Any, config: PeftConfig | None, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
+    """What samples while `pipe` is trained with an adapter of `config`: its twin, or, where training changes the
+    weights themselves, another pipeline by `load`. Make it before the adapter is added."""
+    if config is None or takes_start_from_base(config):
+        return load(dtype=dtype, vae_dtype=dtype).to(pipe.device)
+    return twin(pipe, dtype)
 
 
 def model_name(name: str) -> str:

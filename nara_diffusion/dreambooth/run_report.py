@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL.Image import Image
 
 from nara_diffusion.dreambooth.grid import write_grid
@@ -14,28 +13,28 @@ from nara_diffusion.dreambooth.measurement import Measurement
 from nara_diffusion.dreambooth.pipelines import model_name
 from nara_diffusion.dreambooth.sampling import SampleSettings, write_images
 from nara_diffusion.training.curves import plot_noise_level_curves
-from nara_diffusion.training.report import format_table, write_model_card
+from nara_diffusion.training.methods import method_of
+from nara_diffusion.training.report import format_table
+from nara_diffusion.training.run_report import write_run_card
 
 GRID = "samples.png"
 
 _LOADING = """\
 ```python
 import torch
-from diffusers import StableDiffusionXLPipeline
-
-import nara_diffusion  # gives pipelines load_nara_weights
-
+from diffusers import {classes}
+{imports}
 pipe = StableDiffusionXLPipeline.from_pretrained({base!r}, dtype={dtype})
-pipe.load_nara_weights({folder!r})
+{loading}
 image = pipe(
     {prompt!r},
     generator=torch.Generator().manual_seed({seed}),
     {call},
 ).images[0]
 image.save("sample.png")
-```
-
-The adapter reads the noise level λ from the timestep of each step."""
+```"""
+_NARA = "\nimport nara_diffusion  # gives pipelines load_nara_weights\n"
+_NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
 def results_table(before: Measurement, after: Measurement) -> str:
@@ -45,7 +44,7 @@ def results_table(before: Measurement, after: Measurement) -> str:
 
 def write_run_report(
     folder: Path,
-    arguments: Mapping[str, Any],
+    args: Any,
     facts: Mapping[str, str],
     settings: SampleSettings,
     before: Measurement,
@@ -56,78 +55,77 @@ def write_run_report(
     """Writes samples.png, samples-before, samples-after, noise_level_curve.png and README.md into `folder`.
 
     Args:
-        arguments: those of the run.
+        args: the run's arguments.
         facts: {what: value} of the run for the card, such as the number of trainable parameters.
         settings: what was sampled.
-        before, after: of the base model, and of the same with the adapter.
+        before, after: of the base model, and of the same after training.
         references: images of the subject.
-        load_from: where the card says to load the adapter from, a path or a repository.
+        load_from: where the card says to load from, a path or a repository.
     """
     write_grid(folder / GRID, settings.prompts, {"before": before.images, "after": after.images}, references)
-    for name, measured in (("before", before), ("after", after)):
-        write_images(folder / f"samples-{name}", measured.images, settings)
-    name = model_name(arguments["pretrained_model_name_or_path"])
-    held_out = arguments["validation_data_dir"] is not None
+    for when, measured in (("before", before), ("after", after)):
+        write_images(folder / f"samples-{when}", measured.images, settings)
+    name, prompt = model_name(args.pretrained_model_name_or_path), args.instance_prompt
+    images = "training" if args.validation_data_dir is None else "held-out"
     plot_noise_level_curves(
         folder / "noise_level_curve.png",
         after.noise_levels,
         before.curve,
         after.curve,
-        f"{name}: loss over the noise level, {'held-out' if held_out else 'training'} images of the subject",
+        f"{name}: loss over the noise level, {images} images of the subject",
         "mean squared error",
     )
-    _write_card(folder, name, arguments, facts, settings, before, after, load_from)
-
-
-def _write_card(
-    folder: Path,
-    name: str,
-    arguments: Mapping[str, Any],
-    facts: Mapping[str, str],
-    settings: SampleSettings,
-    before: Measurement,
-    after: Measurement,
-    load_from: str,
-) -> None:
-    kind = "NaRA-DoRA" if arguments["use_dora"] else "NaRA"
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in _figures(before, after))
-    how_good = (
-        f"![training images, and samples before and after]({GRID})\n\n"
-        f"| | before | after |\n|---|---|---|\n{rows}\n\n"
+    ending = (
         f"Over {len(after.images)} samples of {len(settings.prompts)} prompts. Similarity is the mean cosine of "
         "samples and images of the subject, alignment that of samples and their prompts; figures of other encoders "
         "can't be compared. The loss at each noise level:\n\n![loss over the noise level](noise_level_curve.png)"
     )
-    training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
-    settings_text = yaml.safe_dump(dict(arguments), sort_keys=False, allow_unicode=True).strip()
-    base, prompt = arguments["pretrained_model_name_or_path"], arguments["instance_prompt"]
-    about = f"for `{base}`" + ("" if prompt is None else f", trained on images of “{prompt}”")
-    write_model_card(
+    about = "" if prompt is None else f", trained on images of “{prompt}”"
+    write_run_card(
         folder,
-        title=f"{name} with {kind}",
-        summary=f"A noise-aware low-rank adapter ({kind}, arXiv 2605.29716) {about}.",
-        base_model=base,
-        tags=["nara", "text-to-image", "stable-diffusion-xl", "diffusers", "dreambooth"],
-        sections={
-            "How good it is": how_good,
-            "How to load it": _loading(arguments, settings, load_from),
-            "How it was trained": f"{training}\n\nAll arguments:\n\n```yaml\n{settings_text}\n```",
-        },
+        args,
+        facts,
+        name=name,
+        about=f"for `{args.pretrained_model_name_or_path}`{about}.",
+        figures=_figures(before, after),
+        how_good=(f"![training images, and samples before and after]({GRID})", ending),
+        loading=_loading(args, settings, load_from),
+        tags=["text-to-image", "stable-diffusion-xl", "diffusers", "dreambooth"],
         library="diffusers",
         instance_prompt=prompt,
     )
 
 
-def _loading(arguments: Mapping[str, Any], settings: SampleSettings, load_from: str) -> str:
+def _loading(args: Any, settings: SampleSettings, load_from: str) -> str:
+    """The card's code."""
     dtypes = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
+    dtype = dtypes.get(args.mixed_precision, "torch.float32")
+    family = method_of(args).family
     return _LOADING.format(
-        base=arguments["pretrained_model_name_or_path"],
-        dtype=dtypes.get(arguments["mixed_precision"], "torch.float32"),
-        folder=load_from,
+        classes="StableDiffusionXLPipeline" + (", UNet2DConditionModel" if family == "full" else ""),
+        imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(family, ""),
+        base=args.pretrained_model_name_or_path,
+        dtype=dtype,
+        loading="\n".join(_loading_lines(family, load_from, dtype, args.train_text_encoder)),
         prompt=settings.prompts[0],
         seed=settings.seed,
         call=",\n    ".join(f"{name}={value!r}" for name, value in settings.call.items()),
-    )
+    ) + (_NOISE if family == "nara" else "")
+
+
+def _loading_lines(family: str, folder: str, dtype: str, with_encoders: bool) -> list[str]:
+    if family == "nara":
+        return [f"pipe.load_nara_weights({folder!r})"]
+    if family == "lora":
+        return [f"pipe.load_lora_weights({folder!r})"]
+    names = ["unet", *(["text_encoder", "text_encoder_2"] if with_encoders else [])]
+    if family == "other":  # PEFT changes the component itself
+        return [f"PeftModel.from_pretrained(pipe.{name}, {folder!r}, subfolder={name!r})" for name in names]
+    return [
+        f"pipe.{name} = {'UNet2DConditionModel' if name == 'unet' else f'type(pipe.{name})'}.from_pretrained("
+        f"{folder!r}, subfolder={name!r}, dtype={dtype})"
+        for name in names
+    ]
 
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:

@@ -1,10 +1,9 @@
-"""Samples during and after training, through the load that a user goes through."""
+"""Samples during and after training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,19 +39,6 @@ class SampleSettings:
     def pairs(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each image, all of one prompt after those of another."""
         return [(prompt, self.seed + j) for prompt in self.prompts for j in range(self.images_per_prompt)]
-
-
-@contextmanager
-def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
-    """Inside, `pipe` has the adapter that lies in `folder`; None leaves it the base model."""
-    if folder is None:
-        yield
-        return
-    pipe.load_nara_weights(folder)
-    try:
-        yield
-    finally:
-        pipe.unload_nara_weights()
 
 
 def sample_images(

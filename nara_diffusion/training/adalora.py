@@ -44,13 +44,12 @@ def allocate_ranks(tuners: list[AdaLoraModel], step: int, skipped: bool = False)
 
     Args:
         step: optimizer steps done, this one included.
-        skipped: whether the gradients overflowed and the optimizer left them out; they say nothing then.
+        skipped: whether the gradients overflowed and the optimizer left them out; they count as zero then.
     """
     for tuner in tuners:
-        if skipped:
-            for parameter in tuner.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
+        for name, parameter in tuner.model.named_parameters():
+            if "lora_" in name and (skipped or parameter.grad is None):  # None where it is frozen, for nothing reads it
+                parameter.grad = torch.zeros_like(parameter)
         tuner.update_and_allocate(step)
 
 

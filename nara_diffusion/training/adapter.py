@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, VeraConfig, get_peft_model
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from nara_diffusion.training.adapter_configs import ALL_LINEAR, adapter_config
 from nara_diffusion.training.methods import method_of
-from nara_diffusion.training.pissa import changes_base, remember_start
+from nara_diffusion.training.pissa import changes_base, remember_start, takes_start_from_base
 
 
 def build_adapter(
@@ -51,7 +52,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         ValueError: a name in `target_modules` matches nothing; the message names modules that would.
     """
-    check_target_modules(model, getattr(config, "target_modules", ALL_LINEAR))
+    check_adaptable(model, config)
     with warnings.catch_warnings():
         # PEFT 0.21 asks by a name that transformers deprecated in 5.24
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -79,6 +80,26 @@ def recompute_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def check_adaptable(model: nn.Module, config: PeftConfig) -> None:
+    """Refuses names in `target_modules` that match nothing in `model`, and modules that the method can't adapt.
+
+    Raises:
+        ValueError: naming them, and modules that would do.
+    """
+    targets = getattr(config, "target_modules", None)
+    if targets is None or isinstance(targets, str):
+        return
+    check_target_modules(model, targets)
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, _ConvNd)]
+    found = sorted(target for target in targets if any(f".{name}".endswith(f".{target}") for name in convolutions))
+    if found and takes_linear_layers_only(config):
+        kind = "VeRA" if isinstance(config, VeraConfig) else f"init_lora_weights={config.init_lora_weights!r}"  # type: ignore[attr-defined]
+        raise ValueError(
+            f"target_modules {', '.join(found)} are convolutions of {type(model).__name__}, and PEFT has {kind} for "
+            "linear layers alone: leave them out."
+        )
+
+
 def check_target_modules(model: nn.Module, targets: Any) -> None:
     """Refuses names that match no module, by PEFT's rule: a module's whole name, or its end after a dot."""
     if isinstance(targets, str):
@@ -96,3 +117,8 @@ def check_target_modules(model: nn.Module, targets: Any) -> None:
         f"target_modules {', '.join(sorted(unmatched))} match no module of {type(model).__name__}.{hint} "
         f"Its linear layers are {', '.join(linear)}; {ALL_LINEAR} takes all but the output head."
     )
+
+
+def takes_linear_layers_only(config: PeftConfig) -> bool:
+    """Whether PEFT has the method for linear layers only: VeRA, and starts that are taken from the base weights."""
+    return isinstance(config, VeraConfig) or takes_start_from_base(config)

@@ -117,7 +117,7 @@ def _lora(args: Any) -> dict[str, Any]:
 
 def _nara(args: Any) -> dict[str, Any]:
     core = {name: effective(args, name) for name in CORE_ARGUMENTS} | {"core_hidden_dims": tuple(args.core_hidden_dims)}
-    values = _lora(args) | core
+    values: dict[str, Any] = _lora(args) | core
     if args.adapter == "multi_lora":  # r counts all blocks; each has the scale of a LoRA of rank --rank
         blocks = args.core_bins
         values |= {"r": blocks * args.rank, "lora_alpha": values["lora_alpha"] * _kept_scale(args, blocks)}

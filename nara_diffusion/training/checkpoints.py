@@ -132,8 +132,10 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Adap
         partial = partial_name(folder / "adapter")
         try:
             write(accelerator.unwrap_model(model), partial, _unwrapped(state))
-            for file in partial.iterdir():
-                file.replace(folder / file.name)
+            for entry in partial.iterdir():
+                if (folder / entry.name).is_dir():  # of the run that is resumed
+                    shutil.rmtree(folder / entry.name)
+                entry.replace(folder / entry.name)
         except Exception as error:
             raise OSError(f"the adapter could not be written to {folder} ({error}). {_last_whole(folder)}") from error
         finally:

@@ -8,12 +8,14 @@ in a checkpoint    the same, and trainable.safetensors where PEFT's format leave
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -102,10 +104,18 @@ def write_converted(config: LoraConfig, tensors: dict[str, Tensor], folder: Path
     save_file(content, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def _write_as_it_is(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    if isinstance(model, PeftModel):
+def write_peft_adapter(model: PeftModel, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """adapter_config.json and adapter_model.safetensors."""
+    with warnings.catch_warnings():
+        # AdaLoRA may drop all directions of a layer, which PEFT takes for the mark of a sharded model
+        warnings.filterwarnings("ignore", message=".*have invalid shape", category=PeftWarning)
         # embeddings are the base model's; PEFT would look its configuration up again to find that out
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
+
+
+def _write_as_it_is(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    if isinstance(model, PeftModel):
+        write_peft_adapter(model, folder, state)
     else:
         model.save_pretrained(str(folder), state_dict=state)

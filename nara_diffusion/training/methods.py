@@ -32,12 +32,14 @@ class Method:
     family: "nara" (a core; this package), "lora" (peft.LoraConfig), "other" (a tuner of PEFT's), "prompt" (virtual
         tokens before a text, no change in any layer), "full" (all weights).
     fixed: arguments that it decides, and their values.
+    linear_only: whether PEFT has it for linear layers alone, and not for convolutions.
     """
 
     title: str
     source: str
     family: Literal["nara", "lora", "other", "prompt", "full"]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    linear_only: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -52,9 +54,9 @@ METHODS: dict[str, Method] = {
     "lora": Method("LoRA", "arXiv 2106.09685", "lora"),
     "dora": Method("DoRA", "arXiv 2402.09353", "lora", {"use_dora": True}),
     "rslora": Method("rsLoRA", "arXiv 2312.03732", "lora", {"use_rslora": True}),
-    "pissa": Method("PiSSA", "arXiv 2404.02948", "lora"),
+    "pissa": Method("PiSSA", "arXiv 2404.02948", "lora", linear_only=True),
     "hira": Method("HiRA", "ICLR 2025", "other"),
-    "vera": Method("VeRA", "arXiv 2310.11454", "other"),
+    "vera": Method("VeRA", "arXiv 2310.11454", "other", linear_only=True),
     "adalora": Method("AdaLoRA", "arXiv 2303.10512", "other"),
     "oft": Method("OFT", "arXiv 2306.07280", "other"),
     "prompt_tuning": Method("Prompt tuning", "arXiv 2104.08691", "prompt"),

@@ -144,7 +144,7 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
     Raises:
         ValueError: the output folder holds another run, or can't be written; there is nothing to resume from, or it
             doesn't fit this run; the adapter's settings are impossible; a tracker isn't installed; the schedule is
-            unknown; accelerate sees fewer processes than were launched; fp16 without a GPU.
+            unknown; accelerate sees fewer processes than were launched; fp16 without a GPU; AdaLoRA under FSDP.
     """
     check_scheduler(args.lr_scheduler)
     adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # for its refusals
@@ -158,6 +158,11 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
     _check_processes(accelerator.num_processes)
+    if args.adapter == "adalora" and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "adapter adalora weighs whole gradients to drop directions, and FSDP shards them: launch with --multi_gpu, "
+            "or choose another adapter."
+        )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU, and accelerate found none: use bf16 or no.")
     run = Run(accelerator, args, name)

@@ -15,9 +15,10 @@ from PIL import Image
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
+from nara_diffusion.dreambooth.formats import adapter_loaded
 from nara_diffusion.dreambooth.measurement import Judge, Measurement, ValidationLoss, compare, validation_losses
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.sampling import SampleSettings, adapter_loaded, sample_images, write_images
+from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images, write_images
 from nara_diffusion.dreambooth.timesteps import draw_noise
 from tests.small_pipelines import small_sdxl
 

@@ -1,0 +1,139 @@
+"""The files of an image model's fine-tuning, how a user's pipeline reads them, and checkpoints.
+
+    NaRA's family           pytorch_nara_weights.safetensors     pipe.load_nara_weights(folder)
+    lora, dora, rslora,     pytorch_lora_weights.safetensors     pipe.load_lora_weights(folder)
+      pissa
+    other adapters of PEFT  COMPONENT/adapter_config.json, …     PeftModel.from_pretrained(pipe.unet, "folder/unet")
+    all weights             COMPONENT/config.json, …             UNet2DConditionModel.from_pretrained("folder/unet")
+
+A COMPONENT is what was trained, by the pipeline's name: unet, text_encoder, text_encoder_2. A checkpoint has the same
+and, where those files don't hold all that training goes on with, trainable.safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from nara_diffusion import NaraConfig
+from nara_diffusion.dreambooth.denoiser import ADAPTER, AdaptedDenoiser
+from nara_diffusion.loaders.source import read_adapter
+from nara_diffusion.training.formats import (
+    TRAINABLE,
+    read_all_weights,
+    read_trainable,
+    write_peft_adapter,
+    write_trainable,
+)
+from nara_diffusion.training.pissa import as_lora
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
+    """An `AdapterWriter`: what a user loads into a pipeline. The weights are the model's own, as `state` has them."""
+    config = model.config
+    if isinstance(config, NaraConfig):
+        model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
+    elif type(config) is LoraConfig:
+        _write_lora(model, folder)
+    else:
+        for name, component in model.components.items():
+            if isinstance(component, PeftModel):
+                write_peft_adapter(component, folder / name)
+            else:
+                component.save_pretrained(str(folder / name))
+
+
+def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
+    """An `AdapterWriter`: what `read_checkpoint` reads."""
+    write_adapter(model, folder, state)
+    if model.config is not None and not isinstance(model.config, NaraConfig):
+        write_trainable(model, folder, state)
+
+
+def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
+    """Puts what a checkpoint holds into `model`, in float32, before accelerate wraps it."""
+    if (folder / TRAINABLE).is_file():
+        read_trainable(model, folder)
+    elif model.config is None:
+        for name, component in model.components.items():
+            read_all_weights(component, folder / name)
+    else:
+        for component, part in read_adapter(folder, "unet").items():
+            set_peft_model_state_dict(getattr(model, component), part.tensors, adapter_name=ADAPTER)
+
+
+@contextmanager
+def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
+    """Inside, `pipe` has what lies in `folder`, loaded as a user loads it; None leaves it the base model."""
+    if folder is None:
+        yield
+    elif (folder / LORA_WEIGHTS).is_file():
+        with _lora_loaded(pipe, folder):
+            yield
+    elif (folder / "unet").is_dir():
+        with _components_loaded(pipe, folder):
+            yield
+    else:
+        pipe.load_nara_weights(folder)
+        try:
+            yield
+        finally:
+            pipe.unload_nara_weights()
+
+
+@contextmanager
+def _lora_loaded(pipe: Any, folder: Path) -> Iterator[None]:
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # it warns of each text encoder for which there is nothing in the file
+    try:
+        pipe.load_lora_weights(folder)
+    finally:
+        diffusers_logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        pipe.unload_lora_weights()
+
+
+@contextmanager
+def _components_loaded(pipe: Any, folder: Path) -> Iterator[None]:
+    """Components that were trained whole are exchanged, adapters of PEFT's put into those that are there."""
+    before = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    adapted: list[PeftModel] = []
+    try:
+        for name, component in before.items():
+            if (folder / name / "adapter_config.json").is_file():
+                adapted.append(PeftModel.from_pretrained(component, str(folder / name)))
+            elif (folder / name).is_dir():
+                whole = type(component).from_pretrained(str(folder / name), dtype=component.dtype)
+                setattr(pipe, name, whole.to(component.device))
+        yield
+    finally:
+        for model in adapted:
+            model.unload()
+        for name, component in before.items():
+            setattr(pipe, name, component)
+
+
+def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
+    layers, metadata = {}, {}
+    for name, component in model.components.items():
+        config, tensors = as_lora(component, component.peft_config[ADAPTER], _adapter_tensors(component))
+        layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(tensors)
+        metadata[f"{name}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionXLPipeline.save_lora_weights(folder, **layers, **metadata)
+
+
+def _adapter_tensors(component: nn.Module) -> dict[str, Any]:
+    tensors = get_peft_model_state_dict(component, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

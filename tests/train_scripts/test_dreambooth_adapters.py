@@ -1,0 +1,100 @@
+"""--adapter in train_scripts/dreambooth_sdxl.py: what each method leaves is what a pipeline loads; resume."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.training.methods import METHODS
+from train_scripts.dreambooth_sdxl import main
+
+from .dreambooth_runs import tiny_arguments
+
+FEW = {"checkpointing_steps": 2, "num_validation_images": 1, "curve_points": 1, "max_train_steps": 3}
+# directions are dropped at steps 2 and 3 of 3, the second after a resume
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"adapter_options": ["tinit=1", "tfinal=1", "deltaT=1", "init_r=5"]},
+    "oft": {"adapter_options": ["oft_block_size=4"], "lora_alpha": None},
+    "hira": {"lora_alpha": None},
+    "vera": {"lora_alpha": None, "learning_rate": 0.1},
+    "full": {"lora_alpha": None, "learning_rate": 1e-3, "mixed_precision": "bf16"},
+    "multi_lora": {"core_bins": 2},
+    "pissa": {"use_rslora": True},
+}
+RESUMED = ("adalora", "pissa", "vera", "full", "tlora")
+ELSEWHERE = ("nara", "nara_dora", "nara_c", "rslora", "prompt_tuning", "p_tuning")
+WITH_ENCODERS = ("multi_lora", "dora", "adalora", "full")
+
+
+@pytest.fixture
+def arguments(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> Callable[..., DreamBoothArguments]:
+    def make(adapter: str, **changes: Any) -> DreamBoothArguments:
+        core = {} if METHODS[adapter].family == "nara" else {"core_hidden_dims": [256, 512]}
+        values = {**FEW, "adapter": adapter, "train_text_encoder": adapter in WITH_ENCODERS, **core}
+        return tiny_arguments(
+            sdxl_folder, pictures, tmp_path / "run", **{**values, **OPTIONS.get(adapter, {}), **changes}
+        )
+
+    return make
+
+
+def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights in `folder`, without those of checkpoints."""
+    found = (path for path in folder.rglob("*.safetensors") if "checkpoint" not in str(path.relative_to(folder)))
+    return {str(path.relative_to(folder)): load_file(path) for path in found}
+
+
+def by_the_card(folder: Path) -> Any:
+    """A pipeline loaded as the model card says."""
+    code = re.search(r"```python\n(.*?)image = pipe", (folder / "README.md").read_text(), re.DOTALL)[1]
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    scope["pipe"].set_progress_bar_config(disable=True)
+    return scope["pipe"]
+
+
+def pixels(pipe: Any, args: DreamBoothArguments) -> list[np.ndarray]:
+    """The samples of the run, all in one call, as its report made them."""
+    generators = [torch.Generator().manual_seed(args.seed) for _ in args.prompts]
+    call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 5.0}
+    return [np.asarray(image) for image in pipe(list(args.prompts), generator=generators, **call).images]
+
+
+def written(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+
+
+# PEFT 0.21 takes the names in AdaLoRA's own rank_pattern for those of modules
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("adapter", [name for name in METHODS if name not in ELSEWHERE])
+def test_what_is_saved_gives_the_run_s_pixels_and_a_resumed_run_ends_alike(arguments, adapter: str) -> None:
+    args = arguments(adapter)
+    results = main(args)
+    folder = Path(args.output_dir)
+    assert results["validation_loss_after"] != results["validation_loss_before"]
+    base = StableDiffusionXLPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, dtype=torch.bfloat16 if args.mixed_precision else torch.float32
+    )
+    base.set_progress_bar_config(disable=True)
+    before, after = (written(folder / f"samples-{when}") for when in ("before", "after"))
+    np.testing.assert_array_equal(pixels(base, args), before)
+    np.testing.assert_array_equal(pixels(by_the_card(folder), args), after)
+    assert any((old != new).any() for old, new in zip(before, after, strict=True))
+    if adapter not in RESUMED:
+        return
+    whole = files(folder)
+    main(arguments(adapter, resume_from_checkpoint=str(folder / "checkpoint-2")))
+    resumed = files(folder)
+    assert whole.keys() == resumed.keys() != set()
+    for name, tensors in whole.items():
+        assert tensors.keys() == resumed[name].keys()
+        for key, value in tensors.items():
+            torch.testing.assert_close(resumed[name][key], value, rtol=0, atol=0)
