@@ -3,22 +3,23 @@
     python examples/benchmark_quality.py --dry_run                               # what there is to run
     python examples/benchmark_quality.py                                         # text: tuning, then five seeds
     python examples/benchmark_quality.py --modality images
-    python examples/benchmark_quality.py --stages single ablation                # the other methods, NaRA's settings
+    python examples/benchmark_quality.py --stages tune single ablation           # the other methods, NaRA's settings
     python examples/benchmark_quality.py --methods lora nara --domains code --seeds 0 --untuned --output look.jsonl
 
 Stages, each for the chosen backbones and domains:
 
     tune      every method tries equally many learning rates, on a seed and on questions that nothing else uses
-    main      every method on every seed, with the rates that tuning found; for NaRA and NaRA-DoRA the controls too:
+    main      every method on every seed, with the rates that tuning found; for each that knows λ, the controls too:
               trained with λ held at 0.5 ("constant"), trained with another sample's λ ("shuffled"), and the trained one
               evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed")
     single    the other methods on one seed
     ablation  NaRA, NaRA-Knots and LoRA with other settings, on one domain and three seeds
 
 All methods of a seed see the same questions in the same order, under the same masks (images: the same noise). A run
-takes about half a minute of one core. Each becomes one line of --output (with controls: a line each), which is on the
-disk before the next run begins: stop whenever you like, and give the same command again. Several processes may share
-the work, each with its own --shard k/N. examples/report_quality.py then writes the report from these lines alone.
+takes about half a minute of one core, the default eight hours. Each run becomes one line of --output (with controls: a
+line each), which is on the disk before the next begins: stop whenever you like, and give the same command again.
+Several processes may share the work, each with its own --shard k/N; let one of them tune first. Then
+examples/report_quality.py writes the report from these lines alone.
 """
 
 from __future__ import annotations
