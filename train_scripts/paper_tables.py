@@ -50,6 +50,7 @@ class PaperArguments:
     seeds: list[int] = option([42, 43, 44], "Of training; base is evaluated once, under the first.")
     model: str = option("llada_instruct", "Configurations to use.", choices=("llada_instruct", "llada_base", "dream"))
     pretrained_model_name_or_path: str | None = option(None, "Model in place of the one that they name.")
+    with_math: bool = option(False, "Ask MATH too in the math domain; needs pip install 'lm-eval[math]'.")
     dtype: str = option("bfloat16", "Precision of evaluation.", choices=("bfloat16", "float16", "float32"))
     batch_size: int = option(16, "Questions that are answered at once.", unit="questions")
     launch_arguments: str = option("", "Further arguments of accelerate launch, as one text.")
@@ -123,6 +124,7 @@ def plan_of(args: PaperArguments) -> Plan:
         pretrained=args.pretrained_model_name_or_path,
         dtype=args.dtype,
         batch_size=args.batch_size,
+        with_math=args.with_math,
         launch=tuple(shlex.split(args.launch_arguments)),
         training=tuple(shlex.split(args.train_arguments)),
         evaluation=tuple(shlex.split(args.evaluation_arguments)),

@@ -21,6 +21,8 @@ _ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main
 BASE = "base"
 TRAINING, EVALUATION = "training", "evaluation"
 
+MATH = "minerva_math"  # lm-eval's form of MATH; needs its extra "math"
+SAMPLING = "gen_length=512,steps=32,block_length=16"
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
@@ -105,16 +107,19 @@ class Step:
     command: what to run.
     folder: where it writes.
     result: the file that is there when it is done, a pattern below `folder`.
+    tasks: what has to have a score in that file.
     """
 
     title: str
     command: tuple[str, ...]
     folder: Path
     result: str
+    tasks: tuple[str, ...] = ()
 
     def is_done(self) -> bool:
         """Whether the result is there, and whole."""
-        return result_of(self.folder, self.result) is not None
+        found = result_of(self.folder, self.result)
+        return found is not None and set(self.tasks) <= found.get("results", {}).keys()
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class Plan:
         model: the start of their names.
         pretrained: another model than theirs, or None.
         dtype, batch_size: of evaluation.
+        with_math: whether the math domain is asked MATH too.
         launch, training, evaluation: further arguments of accelerate launch, of the script, and of nara-eval.
         methods: further arguments of the training of one method.
     """
@@ -140,6 +146,7 @@ class Plan:
     pretrained: str | None
     dtype: str
     batch_size: int
+    with_math: bool = False
     launch: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
@@ -176,16 +183,19 @@ class Plan:
         model = {"pretrained": str(training) if method == "full" else pretrained, "dtype": self.dtype}
         if method not in (BASE, "full"):
             model["peft"] = str(training)
+        math = self.with_math and domain == "math"
+        tasks = (*DOMAINS[domain].sets.values(), *((MATH,) if math else ()))
         command = (
             *(*LAUNCH, *self.launch, "-m", "nara_diffusion.harness.command", "run", "--model", "nara_dllm"),
-            *("--model_args", json.dumps(model), "--tasks", ",".join(DOMAINS[domain].sets.values())),
+            *("--model_args", json.dumps(model), "--tasks", ",".join(tasks)),
             *("--apply_chat_template", "--batch_size", str(self.batch_size), "--output_path", str(folder)),
             *("--use_cache", str(folder / "answers")),  # an evaluation that is stopped goes on where it was
             *(("--metadata", json.dumps({"data_dir": str(self.data_dir)})) if DOMAINS[domain].test_files else ()),
             *(("--confirm_run_unsafe_code",) if DOMAINS[domain].runs_code else ()),
+            *(("--gen_kwargs", SAMPLING) if math else ()),  # the shipped tasks have these settings themselves
             *self.evaluation,
         )
-        return Step(f"evaluate {method} on {domain}, seed {seed}", command, folder, "**/results_*.json")
+        return Step(f"evaluate {method} on {domain}, seed {seed}", command, folder, "**/results_*.json", tasks)
 
     def files(self, domain: str) -> dict[Path, str]:
         """{file below the data folder: where it comes from} of a domain."""

@@ -1,8 +1,8 @@
 """The paper's tables, from what the evaluations of `nara_diffusion.harness.paper` have written so far.
 
 One table a domain: a row a method, a column a test set and their mean, in percent; over several seeds as mean ± sample
-standard deviation. The last column is the difference to LoRA's mean in percentage points with its 95 % interval
-(Student's t), paired over the seeds that both have.
+standard deviation. MATH, where it was asked, stands beside the mean and not in it. The last column is the difference
+to LoRA's mean in percentage points with its 95 % interval (Student's t), paired over the seeds that both have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from nara_diffusion.dreambooth.statistics import interval
-from nara_diffusion.harness.paper import BASE, DOMAINS, Plan, result_of
+from nara_diffusion.harness.paper import BASE, DOMAINS, MATH, Plan, Step, result_of
 from nara_diffusion.training.methods import METHODS as TITLES
 
 REFERENCE = "lora"
@@ -28,34 +28,38 @@ def scores(plan: Plan, domain: str, methods: Sequence[str], seeds: Sequence[int]
     found: dict[str, Scores] = {}
     for method in methods:
         steps = {seed: plan.evaluation_step(domain, method, seed) for seed in seeds}
-        results = {seed: result_of(step.folder, step.result) for seed, step in steps.items()}
-        whole = {seed: columns_of(domain, result) for seed, result in results.items() if result is not None}
+        whole = {seed: columns_of(domain, step) for seed, step in steps.items() if step.is_done()}
         if whole:
             found[method] = whole
     return found
 
 
-def columns_of(domain: str, result: Mapping[str, Any]) -> dict[str, float]:
-    """{column: percent} of an evaluation, with their mean.
+def columns_of(domain: str, step: Step) -> dict[str, float]:
+    """{column: percent} of an evaluation that is done, with the mean.
 
     Raises:
-        ValueError: a set is missing from it.
+        ValueError: a set has no score that is known here.
     """
-    columns = {}
-    for column, task in DOMAINS[domain].sets.items():
-        measured = {key: value for key, value in result["results"].get(task, {}).items() if key in _METRICS}
-        if not measured:
-            raise ValueError(f"the evaluation of {domain} has no score of {task}: delete it to have it done again")
-        columns[column] = 100 * next(iter(measured.values()))
-    return columns | {MEAN: fmean(columns.values())}
+    results = (result_of(step.folder, step.result) or {})["results"]
+    columns = {column: _percent(results[task], task, step) for column, task in DOMAINS[domain].sets.items()}
+    further = {"MATH": _percent(results[MATH], MATH, step)} if MATH in step.tasks else {}
+    return {**columns, MEAN: fmean(columns.values()), **further}
 
 
-_METRICS = ("acc,none", "pass@1,program")
+# What lm-eval calls the score, with the name of the filter that the answers went through.
+_METRICS = ("acc,none", "pass@1,program", "math_verify,none")
+
+
+def _percent(result: Mapping[str, Any], task: str, step: Step) -> float:
+    known = [metric for metric in _METRICS if metric in result]
+    if not known:
+        raise ValueError(f"{step.folder} has no score of {task}, only {', '.join(result)}: delete it to have it redone")
+    return 100 * float(result[known[0]])
 
 
 def table(domain: str, found: Mapping[str, Scores]) -> str:
     """A domain's table in Markdown, and how many seeds it is from."""
-    columns = [*DOMAINS[domain].sets, MEAN]
+    columns = list(dict.fromkeys(column for rows in found.values() for row in rows.values() for column in row))
     against = TITLES[REFERENCE].title
     lines = [
         "| method | seeds | " + " | ".join(columns) + f" | against {against} |",

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from nara_diffusion.harness.paper import DOMAINS, METHODS, Step, result_of
+from nara_diffusion.harness.command import TASKS
+from nara_diffusion.harness.paper import DOMAINS, METHODS, SAMPLING, Step, result_of
 from nara_diffusion.training.cli import parse_arguments
 from train_scripts import paper_tables
 from train_scripts.dllm import Arguments, shipped_run
@@ -67,6 +69,8 @@ def performed(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
             method, seed = step.folder.parts[-3], int(step.folder.parts[-2].removeprefix("seed-"))
             first = SCORES[method, seed]
             results = {task: {"acc,none": (first - 10 * i) / 100, "alias": task} for i, task in enumerate(MATH)}
+            if "minerva_math" in step.tasks:
+                results["minerva_math"] = {"exact_match,none": 0.1, "math_verify,none": first / 200}
             (step.folder / "nara_dllm").mkdir(parents=True, exist_ok=True)
             (step.folder / "nara_dllm" / "results_2026.json").write_text(json.dumps({"results": results}))
         return True
@@ -241,15 +245,44 @@ def test_a_model_without_a_configuration_is_told(arguments) -> None:
         paper_tables.plan_of(arguments(model="dream", domains=["commonsense"]))
 
 
-def test_an_evaluation_without_a_set_is_told(arguments, performed: list[Step]) -> None:
-    args = arguments(methods=["base"])
-    main(args)
+def change_result(args: PaperArguments, change: Callable[[dict], object]) -> None:
     (file,) = Path(args.output_dir).rglob("results_*.json")
     result = json.loads(file.read_text())
-    del result["results"]["llm_adapters_svamp"]
+    change(result["results"])
     file.write_text(json.dumps(result))
-    with pytest.raises(ValueError, match="has no score of llm_adapters_svamp: delete it"):
+
+
+def test_an_evaluation_without_a_set_is_done_again(arguments, performed: list[Step]) -> None:
+    args = arguments(methods=["base"])
+    main(args)
+    change_result(args, lambda results: results.pop("llm_adapters_svamp"))
+    main(args)
+    assert [step.title for step in performed] == 2 * ["evaluate base on math, seed 1"]
+
+
+def test_a_score_of_another_name_is_told(arguments, performed: list[Step]) -> None:
+    args = arguments(methods=["base"])
+    main(args)
+    change_result(args, lambda results: results.update(llm_adapters_svamp={"f1,none": 0.5}))
+    with pytest.raises(ValueError, match="has no score of llm_adapters_svamp, only f1,none: delete it"):
         main(args)
+
+
+def test_math_stands_beside_the_mean(arguments, performed: list[Step]) -> None:
+    main(arguments(methods=["base"]))
+    args = arguments(methods=["base", "lora"], with_math=True)
+    main(args)
+    assert len(performed) == 1 + 1 + 2 * 3  # the base was asked too little
+    assert all(step.command[-2:] == ("--gen_kwargs", SAMPLING) for step in performed[1:] if step.tasks)
+    rows = [line for line in (Path(args.output_dir) / "tables.md").read_text().splitlines() if line.startswith("|")]
+    assert rows[0].endswith("| SingleEq | Average | MATH | against LoRA |")
+    assert rows[2].endswith("| 0.00 | 25.00 | 25.00 |  |")
+    assert rows[3].endswith("| 37.00 ± 2.00 | 31.00 ± 1.00 |  |")
+
+
+def test_the_settings_for_math_are_those_of_the_shipped_tasks() -> None:
+    settings = yaml.safe_load((TASKS / "code" / "_common.yaml").read_text())["generation_kwargs"]
+    assert ",".join(f"{name}={settings[name]}" for name in ("gen_length", "steps", "block_length")) == SAMPLING
 
 
 def test_the_newest_whole_result_counts(tmp_path: Path) -> None:
