@@ -16,7 +16,7 @@ from nara_diffusion.dreambooth.denoiser import tokenizers_of
 from nara_diffusion.dreambooth.encoders import Encoder
 from nara_diffusion.dreambooth.latents import LatentCache
 from nara_diffusion.dreambooth.measurement import Judge
-from nara_diffusion.dreambooth.prompts import PromptCache
+from nara_diffusion.dreambooth.prompts import PromptCache, warn_of_cut
 from nara_diffusion.dreambooth.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 from nara_diffusion.dreambooth.sampling import SampleSettings
 from nara_diffusion.training.stream import count_steps
@@ -85,7 +85,13 @@ def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
 def training_data(
     args: DreamBoothArguments, instances: Sequence[ImageRecord], class_images: Sequence[ImageRecord], pipe: Any
 ) -> DreamBoothDataset:
-    """The draws of training; their pixels too, where no cache makes them superfluous."""
+    """The draws of training; their pixels too, where no cache makes them superfluous.
+
+    Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here.
+    """
+    if args.train_text_encoder:
+        for prompt in dict.fromkeys(record.prompt for record in (*instances, *class_images)):
+            warn_of_cut(pipe.tokenizer, prompt)
     return DreamBoothDataset(
         instances,
         training_buckets(args, pipe),
