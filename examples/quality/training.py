@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,8 +45,11 @@ def batches(rows: Rows, recipe: Recipe, seed: int, mask_token_id: int) -> Iterat
         )
 
 
-def train(model: Any, rows: Rows, recipe: Recipe, seed: int) -> Trained:
+def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[int], None] | None = None) -> Trained:
     """Trains what in `model` has requires_grad, in place.
+
+    Args:
+        watch: called with the number of each step, from 1, when its gradients are there.
 
     Raises:
         ArithmeticError: the loss is no longer finite.
@@ -63,6 +66,8 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int) -> Trained:
         if not loss.isfinite():
             raise ArithmeticError(f"the loss became {loss.item()} in step {step + 1} of {recipe.steps}")
         (loss + orthogonality(adaptive)).backward()
+        if watch is not None:
+            watch(step + 1)
         if step < recipe.core_start_step:
             hold_core(optimizer)
         nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
