@@ -9,6 +9,7 @@ from typing import Any
 
 from quality.report_ablations import ablations_table, singles_table, tuning_table
 from quality.report_data import Grid, Record, distinct, select
+from quality.report_design import DESIGN
 from quality.report_figures import controls_figure, loss_figure
 from quality.report_goals import goals_table
 from quality.report_markdown import listed
@@ -98,7 +99,7 @@ def _plain(value: Any) -> str:
 def section(records: Sequence[Record], suite: str, backbone: str, figures: Path, link: str) -> list[str]:
     """Everything about one backbone."""
     main, name = select(records, stage="main"), f"{SUITES.get(suite, suite)}: {backbone}"
-    parts = [f"## {name}"]
+    parts = [f"## {name}", DESIGN.get(suite, "")]
     if main:
         grid = Grid.of(main)
         parts += ["### What had to be reached", goals_table(grid, suite) or ""]
