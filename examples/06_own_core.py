@@ -1,11 +1,11 @@
-"""A core of your own: a table over the noise level, registered in one line, then used like those of the package.
+"""A core of your own: a rotation whose angles grow with the noise, registered in one line, then used like any other.
 
     python examples/06_own_core.py
 
-NaRA's core is a small network, C(λ) = I + η F(e(λ)). Here C(λ) is read off a table instead: one learnable r × r matrix
-at each of K noise levels, and a straight line between neighbours, so that C is smooth by construction. After
-`register_core` every part of the package serves it: PEFT, the loss and the sampler, saving and loading, the Diffusers
-loaders. Takes less than a minute and draws outputs/examples/06_own_core.png.
+NaRA's core is a small network, C(λ) = I + η F(e(λ)). Here it is C(λ) = exp(λ (P − Pᵀ)) with one learnable P: it turns
+the r directions between A and B, the further the noisier, and never stretches them. After `register_core` every part
+of the package serves it: PEFT, the loss and the sampler, saving and loading, the Diffusers loaders. Takes less than a
+minute and draws outputs/examples/06_own_core.png.
 """
 
 from __future__ import annotations
@@ -22,24 +22,19 @@ from torch import nn
 from nara_diffusion import NaraConfig, core_matrix, noise_level, register_core
 from nara_diffusion.dllm import exact_match
 
-KNOTS = 5
 
-
-class TableCore(nn.Module):
-    """C(λ) = I + Σ_k w_k(λ) D_k, with w the hat functions of KNOTS evenly spaced levels: λ (b,) -> (b, r, r)."""
+class RotationCore(nn.Module):
+    """C(λ) = exp(λ (P − Pᵀ)), orthogonal for every λ, and I without noise: λ (b,) -> (b, r, r)."""
 
     def __init__(self, config: NaraConfig, rank: int) -> None:
         super().__init__()
-        self.deviation = nn.Parameter(torch.zeros(KNOTS, rank, rank))  # D: zero, so that training starts as a LoRA
+        self.P = nn.Parameter(torch.zeros(rank, rank))  # zero, so that training starts as a LoRA
 
     def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
-        knots = torch.arange(KNOTS, device=noise_level.device)
-        weights = (1 - (noise_level[:, None] * (KNOTS - 1) - knots).abs()).clamp(min=0)  # (b, K), each row sums to 1
-        identity = torch.eye(self.deviation.shape[-1], device=noise_level.device)
-        return identity + torch.einsum("bk,kij->bij", weights, self.deviation)
+        return torch.linalg.matrix_exp(noise_level[:, None, None] * (self.P - self.P.T))
 
 
-register_core("table", TableCore)  # before an adapter that has it is made or loaded
+register_core("rotation", RotationCore)  # before an adapter that has it is made or loaded
 
 
 def draw(file: Path, model: PeftModel) -> None:
@@ -65,14 +60,14 @@ def main(steps: int = 250, n: int = 100, output_dir: str | Path = "outputs/examp
     def right(model: nn.Module) -> float:
         return exact_match(model, tokenizer, rows, gen_length=GEN_LENGTH, batch_size=n, progress=False).score
 
-    model = get_peft_model(base, NaraConfig(core_type="table", r=8, lora_alpha=8, target_modules="all-linear"))
+    model = get_peft_model(base, NaraConfig(core_type="rotation", r=8, lora_alpha=8, target_modules="all-linear"))
     print(trainable_parameters(model))
     results = {"before": right(model)}
     fine_tune(model, load_rows(tokenizer, "train"), make_collator(tokenizer), steps)
     results["after"] = right(model)
 
     folder = Path(output_dir) / "06_own_core"
-    model.save_pretrained(folder)  # the name "table" and the tensors; the class stays in your program
+    model.save_pretrained(folder)  # the name "rotation" and the tensors; the class stays in your program
     loaded = PeftModel.from_pretrained(load_shipped_model()[0], folder)
     results["loaded"] = right(loaded)
     with torch.no_grad(), noise_level(model, 0.5), noise_level(loaded, 0.5):

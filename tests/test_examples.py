@@ -87,9 +87,9 @@ def test_pipeline_example_loads_samples_and_unloads(tmp_path, capsys):
     assert [image.tobytes() for image in again[1.0]] == [image.tobytes() for image in found[1.0]]
 
 
-def test_own_core_example_trains_saves_and_loads_its_table(tmp_path, capsys):
+def test_own_core_example_trains_saves_and_loads_its_rotation(tmp_path, capsys):
     results = import_module("06_own_core").main(steps=2, n=8, output_dir=tmp_path)
     assert results["after"] == results["loaded"]
     assert "gives the same logits: True" in capsys.readouterr().out
     assert (tmp_path / "06_own_core.png").stat().st_size > 0
-    assert '"core_type": "table"' in (tmp_path / "06_own_core" / "adapter_config.json").read_text()
+    assert '"core_type": "rotation"' in (tmp_path / "06_own_core" / "adapter_config.json").read_text()
