@@ -63,10 +63,10 @@ def draw(traces: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(3.6 * len(SHOWN), 3.4), layout="constrained")
     row = figure.subplots(1, len(SHOWN))
     for axes, (key, title) in zip(row, SHOWN.items(), strict=True):
-        for name, looks in traces.items():
+        for number, (name, looks) in enumerate(traces.items()):
             points = [(item["step"], item[key]) for item in looks if item[key] is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name)
+                axes.plot(*zip(*points, strict=True), label=name, color=f"C{number}")
         axes.set(title=title, xlabel="step")
     handles, labels = row[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
