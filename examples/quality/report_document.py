@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quality.jobs import STAGES
 from quality.report_ablations import ablations_table, singles_table, tuning_table
 from quality.report_data import Grid, Record, distinct, select
 from quality.report_design import DESIGN
@@ -58,7 +59,7 @@ def document(records: Sequence[Record], notes: dict[str, str], figures: Path, li
             own = select(records, suite=suite, backbone=backbone)
             parts += section(own, suite, backbone, figures, link)
     parts += ["## What was learned", notes.get("learned", ""), "## What failed", notes.get("failed", "")]
-    parts += repeat()
+    parts += repeat(records)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -134,12 +135,23 @@ def _resolution(grid: Grid) -> str:
     )
 
 
-def repeat() -> list[str]:
-    """The commands."""
+def repeat(records: Sequence[Record]) -> list[str]:
+    """The commands, one for each section, and the one that makes the report."""
+    lines = []
+    for suite in distinct(records, "suite"):
+        for backbone in distinct(select(records, suite=suite), "backbone"):
+            own = distinct(select(records, suite=suite, backbone=backbone), "stage")
+            stages = " ".join(stage for stage in STAGES if stage in own)
+            lines.append(
+                f"python examples/benchmark_quality.py --modality {suite} --backbones {backbone} --stages {stages}"
+            )
+    lines.append(
+        "python examples/report_quality.py --results outputs/quality/*.jsonl --output outputs/quality/RESULTS.md"
+    )
     return [
         "## How to repeat it",
-        "Each line of the results holds its settings, versions and commit. The first command runs what is missing and "
-        "appends it, so it goes on where it was stopped; the second makes this page and its pictures from the results "
-        "alone. `--help` tells how to run a part.",
-        "```bash\npython examples/benchmark_quality.py\npython examples/report_quality.py\n```",
+        "Each line of the results holds the settings, versions and commit of a run. The first commands run what is "
+        "missing and append it to files in outputs/quality, so they go on where they were stopped; the last makes this "
+        "page and its pictures, from results alone. `--help` tells how to run a part.",
+        "```bash\n" + "\n".join(lines) + "\n```",
     ]

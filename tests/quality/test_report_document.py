@@ -48,6 +48,7 @@ def test_the_report_holds_all_sections_and_its_pictures(files):
     assert "NaRA wins by a hair." in text
     assert "* λ² as an input." in text
     assert "abc123" in text
+    assert "--modality text --backbones tiny --stages main single ablation\n" in text
     for picture in ("text-tiny-loss", "text-tiny-controls", "images-sdxl-tiny-loss"):
         assert f"(docs/results/{picture}.png)" in text
         assert (files / "docs" / "results" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
