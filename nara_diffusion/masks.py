@@ -23,7 +23,7 @@ class RankMaskCore(Float32Module):
     By the paper's ⌊⌋ the last direction serves λ = 0 alone, so that masked-diffusion language models never train it.
 
     Args:
-        rank: r. min_rank: r_min in [1, r], or None for half of r, the paper's choice.
+        rank: r. min_rank: r_min in [1, r], or None for half of r, at least 1.
     """
 
     needs_noise = True
