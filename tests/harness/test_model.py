@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import encode_prompts, load_backbone, log_likelihood, prompt_text
@@ -344,3 +344,27 @@ def test_a_model_in_four_bits_answers_nearly_as_the_whole_one(adapter: Path, har
 def test_no_hook_moves_weights_about(harness: NaraDLLM) -> None:
     """PEFT hooks a model that has a map of devices with the CPU on it."""
     assert [name for name, module in harness.model.named_modules() if hasattr(module, "_hf_hook")] == []
+
+
+def test_virtual_tokens_stand_before_each_text(tmp_path: Path, harness: NaraDLLM) -> None:
+    """Prompt tuning: logits of the text alone, answers and likelihoods as the model with its tokens gives them."""
+    base, _ = load_backbone(str(LLADA_TINY))
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    model.save_pretrained(tmp_path)
+    tuned = NaraDLLM(str(LLADA_TINY), str(tmp_path), device="cpu")
+    assert tuned.max_length == 61
+
+    @torch.no_grad()
+    def logits(tokens: list[int], _: float = 0.0) -> torch.Tensor:
+        return model(torch.tensor([tokens])).logits[0, 3:].double()
+
+    prompt = encode(harness.tokenizer, "upper: ab", has_template=False)
+    answer, _ = reference_generate(logits, prompt, gen_length=4, steps=2, block_length=4, mask=283)
+    ask = {"gen_length": 4, "steps": 2, "until": []}
+    tuned.ends = []
+    (text,) = tuned.generate_until(requests("generate_until", ("upper: ab", ask)))
+    assert text == harness.tokenizer.decode(answer, skip_special_tokens=True)
+    ((value, _),) = tuned.loglikelihood(requests("loglikelihood", ("upper: ", "A")))
+    whole = encode(harness.tokenizer, "upper: A", has_template=False)
+    expected = logits([*whole[:-1], 283]).log_softmax(-1)[-1, whole[-1]].item()
+    assert value == pytest.approx(expected, rel=1e-5)
