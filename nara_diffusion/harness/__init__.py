@@ -2,17 +2,19 @@
 
     nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_math
 
-| module           | what is in it                                                                      |
-|------------------|------------------------------------------------------------------------------------|
-| `command`        | the command: registers the model class, adds this package's tasks, runs lm-eval's  |
-| `model`          | `NaraDLLM`, lm-eval's interface: generation and likelihood, λ told at each forward |
-| `loading`        | --model_args → model, tokenizer, adapter                                           |
-| `prompts`        | texts → token ids, by the rules that training used                                 |
-| `generation`     | gen_kwargs of a task, of the command and of the model → arguments of `generate`    |
-| `llm_adapters`   | the paper's fourteen test sets in the form of LLM-Adapters: data and scoring        |
-| `code_tasks`     | HumanEval and MBPP: prompts, extraction, pass@1                                     |
-| `execution`      | runs a program in a process of its own with limits                                 |
-| `tasks/`         | the task files                                                                     |
+| module                  | what is in it                                                                      |
+|-------------------------|------------------------------------------------------------------------------------|
+| `command`               | the command: registers the model class, adds this package's tasks, runs lm-eval's  |
+| `model`                 | `NaraDLLM`, lm-eval's interface: generation and likelihood, λ told at each forward |
+| `loading`               | --model_args → model, tokenizer, adapter                                           |
+| `processes`             | one process, or those of accelerate launch                                         |
+| `prompts`               | texts → token ids, by the rules that training used                                 |
+| `generation`            | gen_kwargs → arguments of `generate`                                               |
+| `llm_adapters`          | the paper's fourteen test sets in the form of LLM-Adapters: data and scoring       |
+| `code_tasks`            | HumanEval and MBPP: which part of an answer is the program, pass@1                 |
+| `execution`, `limited`  | runs a program in a process of its own with limits                                 |
+| `paper`, `paper_tables` | the paper's experiments as commands, and their results as tables                   |
+| `tasks/`                | the task files                                                                     |
 
 Needs the extra `eval`. Nothing else in the package imports lm-eval.
 """
