@@ -15,14 +15,12 @@ noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 from datasets import Dataset, load_dataset
@@ -41,7 +39,8 @@ from nara_diffusion.training.arguments import (
     require,
 )
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.cli import option, parse_arguments
+from nara_diffusion.training.cli import option
+from nara_diffusion.training.command import run_command
 from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.memory import explaining_out_of_memory
@@ -183,10 +182,11 @@ def main(args: Arguments) -> dict[str, Any]:
     adapted = run.accelerator.unwrap_model(model)
     sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
     exact_match(adapted, tokenizer, [test_rows[0]], **sampling, progress=False)  # bad settings show now
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     facts = {
         "adapter": title_of(args),
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
-        "trainable parameters": f"{sum(p.numel() for p in adapted.parameters() if p.requires_grad):,}",
+        "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,
     }
     run.open(facts)
@@ -206,6 +206,7 @@ def main(args: Arguments) -> dict[str, Any]:
         before = measure(run.accelerator, base, *parts, **options)
     after = measure(run.accelerator, adapted, *parts, **options)
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(test_rows), **compare(before, after)}
+    results |= {"adapter": args.adapter, "trainable_parameters": trainable}
     if run.is_main:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
@@ -237,9 +238,4 @@ def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
 
 
 if __name__ == "__main__":
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
-    values = " ".join(f"{name}={value}" for name, value in SHIPPED_RUN.items())
-    description = f"{__doc__}\nThe shipped run has these values in place of the defaults below:\n{fill(values, 110)}"
-    main(parse_arguments(Arguments, description=description, stand_in=shipped_run))
+    run_command(main, Arguments, __doc__, SHIPPED_RUN, shipped_run)

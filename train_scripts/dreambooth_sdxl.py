@@ -16,13 +16,11 @@ config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import torch
@@ -51,7 +49,7 @@ from nara_diffusion.dreambooth.step import TrainingStep
 from nara_diffusion.dreambooth.validation import Validation
 from nara_diffusion.training.adapter import adapter_config
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.memory import explaining_out_of_memory
 from nara_diffusion.training.methods import METHODS, title_of
@@ -158,10 +156,11 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     scheduler = build_scheduler(optimizer, args, steps)
     loader = stream_loader(dataset, collate_draws, **batches, num_workers=args.dataloader_num_workers)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
         "adapter": title_of(args),
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",
-        "trainable parameters": f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}",
+        "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,
     }
     run.open(facts)
@@ -187,6 +186,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     before = measure(run.accelerator, sampler, None, *parts, name="before")
     after = measure(run.accelerator, sampler, run.folder, *parts, name="after")
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(after.images), **compare(before, after)}
+    results |= {"adapter": args.adapter, "trainable_parameters": trainable}
     if run.is_main:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         references = judge.references
@@ -208,9 +208,4 @@ def refuse_sharding(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
-    values = " ".join(f"{name}={value}" for name, value in SHIPPED_RUN.items())
-    description = f"{__doc__}\nThe shipped run has these values in place of the defaults below:\n{fill(values, 110)}"
-    main(parse_arguments(DreamBoothArguments, description=description, stand_in=shipped_run))
+    run_command(main, DreamBoothArguments, __doc__, SHIPPED_RUN, shipped_run)

@@ -158,11 +158,7 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
     _check_processes(accelerator.num_processes)
-    if args.adapter == "adalora" and accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "adapter adalora weighs whole gradients to drop directions, and FSDP shards them: launch with --multi_gpu, "
-            "or choose another adapter."
-        )
+    _check_adapter(args.adapter, accelerator.distributed_type)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU, and accelerate found none: use bf16 or no.")
     run = Run(accelerator, args, name)
@@ -199,6 +195,14 @@ def _check_trackers(report_to: list[str] | None) -> None:
         if tracker not in available:
             installed = ", ".join(available) or "none"
             raise ValueError(f"report_to names {tracker!r}, which isn't installed here (installed: {installed}).")
+
+
+def _check_adapter(adapter: str, engine: DistributedType) -> None:
+    if adapter == "adalora" and engine == DistributedType.FSDP:
+        raise ValueError(
+            "adapter adalora weighs whole gradients to drop directions, and FSDP shards them: launch with --multi_gpu, "
+            "or choose another adapter."
+        )
 
 
 def _check_processes(seen: int) -> None:

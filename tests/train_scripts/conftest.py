@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from nara_diffusion.dllm.llada_format import checkpoint_name
+from nara_diffusion.training import hub
 from tests.small_pipelines import small_sdxl
 from train_scripts.dllm import Arguments
 
@@ -133,6 +135,22 @@ def arguments(llada_folder: Path, data: dict[str, str], tmp_path: Path) -> Calla
         "curve_points": 3,
     }
     return lambda **changes: Arguments(**{**defaults, **changes})
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> list[set[str]]:
+    """What runs push to the Hub, as the user "me": the names of the files of each upload."""
+    found: list[set[str]] = []
+
+    class Api:
+        def create_repo(self, name: str, exist_ok: bool) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, folder_path: str, **arguments: Any) -> None:
+            found.append({path.name for path in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.training import hub
 from nara_diffusion.training.cli import build_parser, parse_arguments
 from train_scripts.dllm import Arguments, main, shipped_run
 
@@ -189,17 +188,7 @@ def test_two_processes_give_the_losses_of_one(arguments, tmp_path) -> None:
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_a_push_happens_at_the_end(arguments, monkeypatch, capsys) -> None:
-    uploads = []
-
-    class Api:
-        def create_repo(self, name, exist_ok):
-            return SimpleNamespace(repo_id=f"me/{name}")
-
-        def upload_folder(self, folder_path, **arguments):
-            uploads.append({path.name for path in Path(folder_path).iterdir()})
-
-    monkeypatch.setattr(hub, "HfApi", Api)
+def test_a_push_happens_at_the_end(arguments, uploads, capsys) -> None:
     main(arguments(push_to_hub=True, hub_model_id="mine", max_train_steps=1))
     assert len(uploads) == 1
     assert {"README.md", WEIGHTS, "results.json"} < uploads[0]

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone
 from nara_diffusion.dllm.data import end_token_id
 from nara_diffusion.dllm.measurement import validation_losses
 from nara_diffusion.dllm.records import FieldNames, records_from_file
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.methods import METHODS
 from train_scripts.dllm import Arguments, main
 
+CONFIGS = Path(__file__).parents[2] / "train_scripts" / "configs"
 SHORT = {"validation_steps": None, "curve_points": 1, "gen_length": 2, "test_samples": 2, "checkpointing_steps": 2}
 # AdaLoRA drops directions at steps 3 and 4 of 4, so that a resumed run has to know what was dropped, and why
 OPTIONS = {
@@ -65,6 +70,7 @@ def test_what_is_saved_is_what_was_trained_and_a_resumed_run_ends_alike(argument
     results = main(args)
     folder = Path(args.output_dir)
     assert results["validation_loss_after"] != results["validation_loss_before"]
+    assert results["adapter"] == adapter
     base, _ = load_backbone(args.pretrained_model_name_or_path)
     assert validation_loss(args, base) == pytest.approx(results["validation_loss_before"], rel=1e-6)
     loaded = load(args, folder)
@@ -78,3 +84,20 @@ def test_what_is_saved_is_what_was_trained_and_a_resumed_run_ends_alike(argument
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("adapter", METHODS)
+def test_one_file_of_arguments_serves_all_methods(adapter: str) -> None:
+    """Each of the paper's runs, and DreamBooth's, with another adapter by one flag."""
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        image = "sdxl" in path.name
+        if image and METHODS[adapter].family == "prompt":
+            continue
+        argv = ["--config", str(path), "--adapter", adapter]
+        argv += ["--instance_data_dir", "dog", "--instance_prompt", "a sks dog"] if image else []
+        args: Any = parse_arguments(DreamBoothArguments if image else Arguments, argv)
+        config: Any = adapter_config(args, total_steps=100)
+        assert (config is None) == (adapter == "full")
+        if METHODS[adapter].family in ("nara", "lora"):
+            assert config.r == args.rank * (args.core_bins if adapter == "multi_lora" else 1)
+            assert config.lora_dropout == args.lora_dropout

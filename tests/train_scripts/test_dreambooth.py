@@ -28,7 +28,6 @@ from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.metrics import ImageSimilarity, TextAlignment
 from nara_diffusion.dreambooth.sampling import sample_batch
 from nara_diffusion.loaders.source import read_file
-from nara_diffusion.training import hub
 from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.run import Run
 from tests.dreambooth.small_encoders import save_clip, save_dino
@@ -384,17 +383,7 @@ def test_trackers_get_the_samples(arguments, monkeypatch) -> None:
     ]
 
 
-def test_a_push_holds_the_card_and_its_picture(arguments, monkeypatch, capsys) -> None:
-    uploads = []
-
-    class Api:
-        def create_repo(self, name, exist_ok):
-            return SimpleNamespace(repo_id=f"me/{name}")
-
-        def upload_folder(self, folder_path, **arguments):
-            uploads.append({path.name for path in Path(folder_path).iterdir()})
-
-    monkeypatch.setattr(hub, "HfApi", Api)
+def test_a_push_holds_the_card_and_its_picture(arguments, uploads, capsys) -> None:
     args = arguments(push_to_hub=True, hub_model_id="mine", max_train_steps=1, num_validation_images=1)
     main(args)
     assert {"README.md", WEIGHTS, "results.json", "samples.png"} < uploads[0]

@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 from accelerate import tracking
+from accelerate.utils import DistributedType
 
 from nara_diffusion.training import hub
-from nara_diffusion.training.run import start_run
+from nara_diffusion.training.run import _check_adapter, start_run
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,10 @@ def test_the_optimizer_is_fused_where_no_scaler_tells_skipped_steps_by_their_cal
     assert run.fuses_optimizer
     run.accelerator.scaler = torch.amp.GradScaler("cpu")
     assert not run.fuses_optimizer
+
+
+def test_adalora_needs_whole_gradients() -> None:
+    with pytest.raises(ValueError, match=r"adalora weighs whole gradients .* FSDP shards them: launch"):
+        _check_adapter("adalora", DistributedType.FSDP)
+    _check_adapter("adalora", DistributedType.MULTI_GPU)
+    _check_adapter("lora", DistributedType.FSDP)
