@@ -33,6 +33,7 @@ from .injection import drop_idle_holder, without_holder
 from .loaders.adapters import adapters_of, unwrap
 from .loaders.format import METADATA_KEY, is_core_key
 from .loaders.hotswap import REQUEST, enlarge_cores
+from .offload import check_kept_nowhere
 
 _FUSE_REMEDY = "fuse_lora works at one λ: call it inside `with noise_level(pipe.unet, value):` (or pipe.transformer)."
 
@@ -155,6 +156,7 @@ def _check_fusable(model: Any, adapter_names: list[str] | None) -> None:
     if holder is not None:
         names = holder.active_adapters if adapter_names is None else adapter_names
         holder.signals_to_merge([name for name in names if name in holder.cores], _FUSE_REMEDY)
+        check_kept_nowhere(model, LoraLayer)
 
 
 def _unload_lora(original: Any, model: Any) -> None:

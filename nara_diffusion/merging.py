@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from . import noise
 from .holder import HOLDER_NAME, CoreHolder
+from .offload import check_kept_nowhere
 
 
 class MergesAtOneLevel(LoraModel):
@@ -29,13 +30,15 @@ class MergesAtOneLevel(LoraModel):
             noise_level: λ in [0, 1]. None takes that of the active `noise_level(…)` context.
 
         Raises:
-            ValueError: an adapter depends on λ and none is known, or it differs between samples.
+            ValueError: an adapter depends on λ and none is known, or it differs between samples; group offloading
+                would read the base weights again from elsewhere.
         """
         holder: CoreHolder = getattr(self.model, HOLDER_NAME)
         names = self.active_adapters if adapter_names is None else adapter_names
         level = nullcontext() if noise_level is None else noise.noise_level(self.model, noise_level)
         with level, self._all_or_nothing(holder):
             holder.signals_to_merge([name for name in names if name in holder.cores])
+            check_kept_nowhere(self.model, LoraLayer)
             super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(

@@ -135,6 +135,25 @@ def check_mergeable_here(layer: Any, layer_name: str) -> None:
     raise ValueError(f"Layer '{layer_name}' cannot be merged: {reason}")
 
 
+def check_kept_nowhere(model: nn.Module, layer_kind: type) -> None:
+    """Refuse to merge where groups of blocks are kept: their layers know of it only once the model has run.
+
+    Args:
+        layer_kind: what layers that would be merged are.
+
+    Raises:
+        ValueError: group offloading keeps a layer of that kind below `model` on disk or in pinned memory.
+    """
+    groups = {
+        id(hook.group): hook.group for module in model.modules() for hook in _hooks_of(module) if hasattr(hook, "group")
+    }
+    keeping = (group for group in groups.values() if group.offload_to_disk_path is not None or group.stream is not None)
+    kept = {below for group in keeping for part in group.modules for below in part.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, layer_kind) and module in kept:
+            raise ValueError(f"Layer '{name}' cannot be merged: {KEEPS_COPY}")
+
+
 def check_addable(model: nn.Module) -> None:
     """Refuse to add an adapter where it would have no values: PEFT makes it where the base weights are, on "meta".
 

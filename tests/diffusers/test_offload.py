@@ -13,6 +13,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 from nara_diffusion import core_matrix, noise_level
@@ -140,15 +141,29 @@ REFUSED_TO_MERGE: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("has_run", [False, True])
 @pytest.mark.parametrize("how", REFUSED_TO_MERGE)
-def test_merging_into_a_weight_that_is_elsewhere_is_refused(how, tmp_path):
+def test_merging_into_a_weight_that_is_elsewhere_is_refused(how, has_run, tmp_path):
     """What would be merged would be lost when the weight is read again."""
     model = adapted_unet()
     offload, said = REFUSED_TO_MERGE[how]
+    expected = None if how == "float8" else run(model)
     offload(model, tmp_path)
-    expected = run(model)
+    if has_run or expected is None:
+        expected = run(model)
     with noise_level(model, 0.5), pytest.raises(ValueError, match=f"cannot be merged: {said}"):
         model.fuse_lora()
+    assert relative_error(run(model), expected) < 1e-4
+
+
+def test_peft_merges_into_no_block_that_is_kept_on_disk(tmp_path):
+    base = small_unet(16)
+    model = get_peft_model(base, nara_config(target_modules=UNET_TARGETS))  # type: ignore[arg-type]
+    disturb(model)
+    expected = run(model)
+    groups("block_level", True)(base, tmp_path)
+    with pytest.raises(ValueError, match="cannot be merged: group offloading keeps a copy"):
+        model.merge_adapter(noise_level=0.5)
     assert relative_error(run(model), expected) < 1e-4
 
 
