@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pissa": {"use_rslora": True},
 }
 RESUMED = ("adalora", "pissa", "vera", "full", "tlora")
-ELSEWHERE = ("nara", "nara_dora", "nara_c", "rslora", "prompt_tuning", "p_tuning")
+ELSEWHERE = ("nara", "nara_dora", "nara_c", "nara_knots", "rslora", "prompt_tuning", "p_tuning")
 WITH_ENCODERS = ("multi_lora", "dora", "adalora", "full")
 
 
