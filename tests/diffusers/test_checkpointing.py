@@ -24,7 +24,7 @@ from tests.diffusers.reference import UNET_TARGETS
 from tests.small_pipelines import TEXT_WIDTHS, small_sdxl
 
 TIMESTEPS = (torch.tensor([950, 30]), torch.tensor([200, 700]))
-BOUND = 2e-6  # the sum of the two backward passes comes in another order
+BOUND = 5e-6  # the sum of the two backward passes comes in another order; a wrong λ is off by a tenth
 
 
 def unet(prepare: Callable[[Any], None] = lambda model: None, **changes: Any) -> Any:
