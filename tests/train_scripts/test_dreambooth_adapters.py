@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.methods import METHODS
-from train_scripts.dreambooth_sdxl import main
+from train_scripts.dreambooth_sdxl import main, shipped_run
 
 from .dreambooth_runs import tiny_arguments
 
@@ -98,3 +99,12 @@ def test_what_is_saved_gives_the_run_s_pixels_and_a_resumed_run_ends_alike(argum
         assert tensors.keys() == resumed[name].keys()
         for key, value in tensors.items():
             torch.testing.assert_close(resumed[name][key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "convolutions"), [("vera", False), ("pissa", False), ("lora", True), ("nara", True)]
+)
+def test_the_shipped_run_adapts_convolutions_where_the_method_can(adapter: str, convolutions: bool) -> None:
+    args = parse_arguments(DreamBoothArguments, ["--adapter", adapter], stand_in=shipped_run)
+    assert ("conv1" in args.target_modules) is convolutions
+    assert {"to_q", "ff.net.2", "proj_out"} < set(args.target_modules)
