@@ -18,8 +18,10 @@ def lower(limits: dict[str, int]) -> None:
         kind = getattr(resource, name, None)
         if kind is not None:
             _, hard = resource.getrlimit(kind)
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (value, value))
+            # a second after the signal for spent CPU time: at the same limit the kernel kills without saying why
+            wanted = (value, value + 1 if name == "RLIMIT_CPU" else value)
+            unlimited = hard == resource.RLIM_INFINITY
+            resource.setrlimit(kind, wanted if unlimited else (min(wanted[0], hard), min(wanted[1], hard)))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ def test_leaving_before_the_tests_is_no_pass(way_out: str) -> None:
     assert outcome.reason == "ended early, with status 0"
 
 
+def test_spent_cpu_time_is_told_from_a_kill() -> None:
+    for _ in range(3):
+        assert run_program("while True: pass", Limits(seconds=1)).reason == "timed out"
+    assert run_program("import os; os.kill(os.getpid(), 9)").reason == "ended early, with status -9"
+
+
 @pytest.mark.parametrize("waiting", ["while True: pass", "import time; time.sleep(60)", "input()"])
 def test_nobody_waits_for_ever(waiting: str) -> None:
     start = time.monotonic()
