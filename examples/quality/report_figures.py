@@ -72,7 +72,8 @@ def controls_figure(grid: Grid, path: Path, name: str) -> bool:
         _zero(axes)
         name_of = title(baseline_of(method.method))
         axes.set(xlabel=AXIS, ylabel=f"loss − {name_of}'s, % of {name_of}'s")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize="small")
+        if axes.get_legend_handles_labels()[0]:  # none where no seed has both sides of a difference
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize="small")
     figure.suptitle(name)
     save(figure, path)
     return True
