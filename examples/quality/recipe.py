@@ -24,9 +24,9 @@ class Recipe:
     """
 
     rank: int = 4
-    steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 1e-2
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 5e-3
     core_learning_rate: float = 1e-3
     warmup: float = 0.05
     core_start_step: int = 0

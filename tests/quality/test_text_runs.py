@@ -9,7 +9,15 @@ from quality.validation import CENTRES, binned_loss
 
 from tests.quality.conftest import SMALL
 
-RUN = {"sizes": SMALL, "steps": 3, "batch_size": 8, "core_scale": 1.0, "core_learning_rate": 1e-1, "rank": 3}
+RUN = {
+    "sizes": SMALL,
+    "steps": 3,
+    "batch_size": 8,
+    "core_scale": 1.0,
+    "learning_rate": 1e-2,
+    "core_learning_rate": 1e-1,
+}
+RUN |= {"rank": 3}
 
 
 def nara(**settings):
