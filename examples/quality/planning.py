@@ -9,7 +9,6 @@ from typing import Any
 
 from quality.jobs import ABLATION_SEEDS, TUNING_SEED, Job
 from quality.suites import CONTROLS, Suite
-from quality.variants import is_noise_aware
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def _main(suite: Suite, selection: Selection) -> Iterator[Job]:
     """Seed after seed, so that what a stop leaves behind is complete for the seeds that were reached."""
     for seed, backbone, domain in product(selection.seeds, selection.backbones, selection.domains):
         for method in selection.methods:
-            for control in (None, *(CONTROLS if is_noise_aware(method) else ())):
+            for control in (None, *CONTROLS.get(method, ())):
                 yield Job(suite.name, "main", backbone, domain, method, control, seed, selection.settings)
 
 

@@ -24,8 +24,8 @@ class Recipe:
     """
 
     rank: int = 4
-    steps: int = 600
-    batch_size: int = 16
+    steps: int = 500
+    batch_size: int = 8
     learning_rate: float = 5e-3
     core_learning_rate: float = 1e-3
     warmup: float = 0.05

@@ -9,7 +9,13 @@ from typing import Any
 from quality.jobs import Job
 
 MUST = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_knots_dora", "nara_c", "multi_lora", "tlora")
-CONTROLS = ("constant", "shuffled")
+CONTROLS = {
+    "nara": ("constant", "shuffled"),
+    "nara_knots": ("constant", "shuffled"),
+    "nara_dora": ("constant",),
+    "nara_knots_dora": ("constant",),
+}
+"""Those that need a training of their own."""
 
 Settings = Mapping[str, Any]
 
