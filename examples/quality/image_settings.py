@@ -13,7 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "resolution": SIZE[0],
     "rank": 4,
     "train_batch_size": 5,
-    "max_train_steps": 300,
+    "max_train_steps": 150,
     "learning_rate": 2e-3,
     "core_learning_rate": 1e-3,
     "lr_scheduler": "cosine",
@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "stratified_timesteps": True,
     "num_inference_steps": 12,
     "guidance_scale": 2.5,
-    "num_validation_images": 4,
+    "num_validation_images": 3,
     "sample_batch_size": 16,
 }
 

@@ -14,8 +14,8 @@ from quality.variants import resolve
 
 _TRIALS: dict[str, tuple[Settings, ...]] = {
     "full": rates(2e-5, 5e-5, 1e-4, 2e-4),
-    "nara": with_core((1e-3, 1e-4), (1e-3, 3e-4), (2e-3, 1e-4), (2e-3, 3e-4)),
-    "nara_dora": with_core((1e-3, 1e-4), (1e-3, 3e-4), (2e-3, 1e-4), (2e-3, 3e-4)),
+    "nara": with_core((1e-3, 3e-4), (2e-3, 1e-4), (2e-3, 3e-4), (4e-3, 3e-4)),
+    "nara_dora": with_core((1e-3, 3e-4), (2e-3, 1e-4), (2e-3, 3e-4), (4e-3, 3e-4)),
     "nara_knots": with_core((1e-3, 1e-3), (2e-3, 1e-3), (4e-3, 1e-3), (2e-3, 3e-3)),
     "nara_knots_dora": with_core((1e-3, 1e-3), (2e-3, 1e-3), (4e-3, 1e-3), (2e-3, 3e-3)),
     "nara_c": with_core((1e-3, 1e-2), (2e-3, 1e-2), (4e-3, 1e-2), (2e-3, 1e-1)),

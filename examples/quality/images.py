@@ -18,8 +18,10 @@ from quality.image_methods import BASE, NAMES, NOISE_AWARE, AdaptedUNet, adapted
 from quality.image_settings import arguments, settings
 from quality.image_task import BACKBONE, ImageTask, bin_centres, load_task
 from quality.image_training import Trained, train
+from quality.strips import packed
 
-TUNE = "tune"
+TUNE, MAIN = "tune", "main"
+SHOWN_SEED = 0  # whose samples the report shows
 TUNING_SUBJECT = "house"
 """Learning rates are chosen on a subject that the comparison doesn't have."""
 
@@ -70,7 +72,7 @@ def image_records(
     records = []
     for name in (control, *evaluated):
         with while_evaluating(model.unet, name):
-            figures = _measure(task, model.unet, args, stage)
+            figures = _measure(task, model.unet, args, stage, shown=name is None)
         seconds = round(time.perf_counter() - started, 2)  # with the records before it
         records.append({**common, "control": name, **figures, "seconds": seconds})
     return [{**records[0], "model": model.unet}, *records[1:]] if keep_model else records
@@ -113,7 +115,7 @@ def _cost(model: AdaptedUNet, trained: Trained | None) -> dict[str, Any]:
     }
 
 
-def _measure(task: ImageTask, unet: Any, args: Any, stage: str) -> dict[str, Any]:
+def _measure(task: ImageTask, unet: Any, args: Any, stage: str, shown: bool) -> dict[str, Any]:
     losses = binned_losses(task, unet)
     figures: dict[str, Any] = {
         "noise_levels": bin_centres(),
@@ -124,6 +126,7 @@ def _measure(task: ImageTask, unet: Any, args: Any, stage: str) -> dict[str, Any
     }
     samples = None if stage == TUNE else judged_samples(task, unet, args)
     names = ("similarity", "text_alignment", "place_similarity")
-    return (
-        figures | {name: samples and getattr(samples, name) for name in names} | {"n": samples and len(samples.images)}
-    )
+    figures |= {name: samples and getattr(samples, name) for name in names} | {"n": samples and len(samples.images)}
+    if samples and shown and stage == MAIN and args.seed == SHOWN_SEED:
+        figures["samples_jpeg"] = packed(samples.images[:: args.num_validation_images])  # the first of each prompt
+    return figures

@@ -15,6 +15,7 @@ from quality.report_figures import controls_figure, loss_figure
 from quality.report_goals import goals_table
 from quality.report_markdown import listed
 from quality.report_names import SUITES, measures
+from quality.report_samples import samples_sheet
 from quality.report_tables import bins_table, controls_table, cost_table, quality_table, rates_table, resolution
 
 HOW_TO_READ = """\
@@ -113,6 +114,7 @@ def section(records: Sequence[Record], suite: str, backbone: str, figures: Path,
         parts += ["### Controls", *(controls_table(grid, measure) or "" for measure in measures(suite, main))]
         if controls_figure(grid, figures / f"{stem}-controls.png", name):
             parts.append(f"![controls over λ]({link}/{stem}-controls.png)")
+        parts += sheets(grid, figures, link, stem)
         parts += ["### Cost", cost_table(grid), "### Settings, as tuned", rates_table(grid)]
     tried = select(records, stage="tune")
     parts += ["### Learning rates that were tried", tuning_table(tried)] if tried else []
@@ -120,6 +122,15 @@ def section(records: Sequence[Record], suite: str, backbone: str, figures: Path,
         own = select(records, stage=stage)
         parts += [f"### {heading}", make(own, main)] if own else []
     return parts
+
+
+def sheets(grid: Grid, figures: Path, link: str, stem: str) -> list[str]:
+    """A sheet of samples for each domain that has some."""
+    names = [name for name in grid.domains if samples_sheet(grid, name, figures / f"{stem}-{name}.png")]
+    if not names:
+        return []
+    heading = "Of the first seed and from the same noise: the prompt alone, then each place."
+    return ["### Samples", heading, *(f"![samples of {name}]({link}/{stem}-{name}.png)" for name in names)]
 
 
 def _resolution(grid: Grid) -> str:

@@ -15,6 +15,7 @@ from quality.image_settings import arguments
 from quality.image_task import BINS, SUBJECTS, HeldOut, bin_timesteps, held_out_losses, load_task
 from quality.image_training import ControlledDenoiser, train
 from quality.images import TUNING_SUBJECT, image_records, run_one_image
+from quality.strips import unpacked
 
 from nara_diffusion import noise_level
 from nara_diffusion.dreambooth.objectives import Corrupted
@@ -199,6 +200,8 @@ def test_a_run_gives_whole_records_of_itself_and_of_its_controls(small):
         assert record["validation_loss"] == pytest.approx(sum(record["losses"]) / 10)
         assert all(-1 <= record[name] <= 1 for name in ("similarity", "text_alignment", "place_similarity"))
     assert records[0]["settings"]["num_inference_steps"] == 2
+    assert unpacked(records[0]["samples_jpeg"]).size == (8 * 64, 64)
+    assert "samples_jpeg" not in records[1]
     assert records[0]["losses"] != records[1]["losses"] or records[0]["similarity"] != records[1]["similarity"]
 
 
