@@ -38,7 +38,7 @@ class Domain:
 DOMAINS: dict[str, tuple[str, ...]] = {
     "commonsense": ("letter_jumble", "palindrome_generation"),
     "arithmetic": ("chain_sum", "number_sorting"),
-    "code": ("ab", "spiral_matrix"),
+    "code": ("ab", "bitwise_arithmetic"),
 }
 
 
@@ -48,7 +48,7 @@ class Sizes:
 
     train: int = 20000
     tuning: int = 512
-    validation: int = 2048
+    validation: int = 3072
     test: int = 256
 
 

@@ -12,18 +12,18 @@ from quality.trials import beside, rates, with_core
 from quality.variants import resolve
 
 _TRIALS: dict[str, tuple[Settings, ...]] = {
-    "full": rates(5e-4, 1e-3, 2e-3, 4e-3),
-    "nara": with_core((5e-3, 1e-3), (7.5e-3, 3e-4), (7.5e-3, 1e-3), (1e-2, 1e-3)),
-    "nara_dora": with_core((5e-3, 1e-3), (7.5e-3, 3e-4), (7.5e-3, 1e-3), (1e-2, 1e-3)),
-    "nara_knots": with_core((5e-3, 3e-3), (7.5e-3, 1e-3), (7.5e-3, 3e-3), (1e-2, 3e-3)),
-    "nara_knots_dora": with_core((5e-3, 3e-3), (7.5e-3, 1e-3), (7.5e-3, 3e-3), (1e-2, 3e-3)),
-    "nara_c": with_core((5e-3, 1e-2), (7.5e-3, 3e-3), (7.5e-3, 1e-2), (1e-2, 1e-2)),
-    "oft": rates(1e-3, 3e-3, 1e-2, 2e-2),
-    "vera": rates(1e-2, 3e-2, 6e-2, 1e-1),
-    "prompt_tuning": rates(1e-2, 3e-2, 1e-1, 3e-1),
-    "p_tuning": rates(1e-3, 3e-3, 1e-2, 3e-2),
+    "full": rates(5e-4, 1e-3, 2e-3, 3e-3, 4e-3),
+    "nara": with_core((5e-3, 1e-3), (7.5e-3, 3e-4), (7.5e-3, 1e-3), (1e-2, 1e-3), (1.5e-2, 1e-3)),
+    "nara_dora": with_core((5e-3, 1e-3), (7.5e-3, 3e-4), (7.5e-3, 1e-3), (1e-2, 1e-3), (1.5e-2, 1e-3)),
+    "nara_knots": with_core((5e-3, 3e-3), (7.5e-3, 1e-3), (7.5e-3, 3e-3), (1e-2, 3e-3), (1.5e-2, 3e-3)),
+    "nara_knots_dora": with_core((5e-3, 3e-3), (7.5e-3, 1e-3), (7.5e-3, 3e-3), (1e-2, 3e-3), (1.5e-2, 3e-3)),
+    "nara_c": with_core((5e-3, 1e-2), (7.5e-3, 3e-3), (7.5e-3, 1e-2), (1e-2, 1e-2), (1.5e-2, 1e-2)),
+    "oft": rates(1e-3, 3e-3, 6e-3, 1e-2, 2e-2),
+    "vera": rates(1e-2, 3e-2, 6e-2, 1e-1, 2e-1),
+    "prompt_tuning": rates(3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "p_tuning": rates(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
-_DEFAULT_TRIALS = rates(2.5e-3, 5e-3, 7.5e-3, 1e-2)
+_DEFAULT_TRIALS = rates(2.5e-3, 5e-3, 7.5e-3, 1e-2, 1.5e-2)
 
 ABLATIONS = (
     *beside("nara", {"core_scale": 0.01}, {"core_scale": 1.0}),
@@ -59,7 +59,7 @@ SUITE = Suite(
     name="text",
     backbones=("llada-tiny", "dream-tiny"),
     domains=tuple(DOMAINS),
-    tune_domains=("commonsense", "code"),
+    tune_domains=("commonsense",),
     others=("rslora", "pissa", "hira", "vera", "adalora", "oft", "prompt_tuning", "p_tuning"),
     trials=trials,
     ablations=ABLATIONS,
