@@ -1,0 +1,156 @@
+"""A file that is not this adapter's is refused by key, and leaves the model as it was; NaRA and LoRA are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.adapted import adapted, lora_config, nara_config
+from tests.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
+
+CORE = "base_model.model.nara_core.global."
+A_KEY = "base_model.model.first.lora_A.weight"
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "no core": (lambda t: [t.pop(k) for k in list(t) if k.startswith(CORE)], r"lacks '.*nara_core.*and 4 more tensors"),
+    "no frequencies": (
+        lambda t: t.pop(CORE + "embeddings.noise_level.frequencies"),
+        r"lacks '.*nara_core\.cores\.default\.global\.embeddings\.noise_level\.frequencies'",
+    ),
+    "a missing bias": (lambda t: t.pop(CORE + "layers.1.bias"), r"lacks '.*global\.layers\.1\.bias'\."),
+    "a missing A": (lambda t: t.pop(A_KEY), r"lacks '.*first\.lora_A\.default\.weight'"),
+    "an extra key": (
+        lambda t: t.update({CORE + "layers.7.weight": torch.ones(2)}),
+        r"holds '.*layers\.7\.weight', which",
+    ),
+    "an extra layer": (
+        lambda t: t.update({"base_model.model.third.lora_A.weight": torch.ones(4, 7)}),
+        r"holds 'base_model\.model\.third\.lora_A\.weight', which this adapter does not have",
+    ),
+    "a misshapen core": (
+        lambda t: t.update({CORE + "layers.0.weight": torch.ones(9, 6)}),
+        r"'.*layers\.0\.weight' has shape \(9, 6\) in the checkpoint, but this adapter needs \(9, 8\)",
+    ),
+    "misshapen frequencies": (
+        lambda t: t.update({CORE + "embeddings.noise_level.frequencies": torch.ones(5)}),
+        r"frequencies' has shape \(5,\)",
+    ),
+    "a misshapen A": (lambda t: t.update({A_KEY: torch.ones(3, 7)}), r"lora_A\.default\.weight' has shape \(3, 7\)"),
+    "NaN in the core": (
+        lambda t: t[CORE + "layers.1.weight"].fill_(float("nan")),
+        r"'.*layers\.1\.weight' holds NaN or infinity",
+    ),
+    "infinity in A": (lambda t: t[A_KEY].fill_(float("inf")), r"lora_A\.default\.weight' holds NaN or infinity"),
+    "a core in float16": (
+        lambda t: t.update({CORE + "layers.1.weight": t[CORE + "layers.1.weight"].half()}),
+        r"'.*layers\.1\.weight' is torch\.float16 in the checkpoint, but a core is kept in float32",
+    ),
+    "frequencies in bfloat16": (
+        lambda t: t.update({CORE + "embeddings.noise_level.frequencies": torch.ones(4).bfloat16()}),
+        r"frequencies' is torch\.bfloat16",
+    ),
+}
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(path / WEIGHTS)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / WEIGHTS)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_refused_by_key(tmp_path, change, message, low_cpu_mem_usage):
+    saved(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(reseeded_base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+@pytest.mark.parametrize("change", [{"core_type": "constant"}, {"noise_embedding": "mlp"}, {"core_input": "both"}])
+@pytest.mark.parametrize("swap", [False, True])
+def test_weights_of_another_kind_of_core_are_refused(tmp_path, change, swap):
+    written, read = ({}, change) if not swap else (change, {})
+    saved(tmp_path, **written)
+    nara_config(target_modules=TARGETS, **read).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"(lacks|holds) '.*nara_core.*core_type, core_sharing, core_input"):
+        PeftModel.from_pretrained(reseeded_base(), tmp_path)
+
+
+def test_weights_of_a_plain_lora_are_refused_as_nara(tmp_path):
+    saved(tmp_path, core_type="identity")
+    nara_config(target_modules=TARGETS).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks '.*nara_core"):
+        PeftModel.from_pretrained(reseeded_base(), tmp_path)
+
+
+def test_a_refused_file_changes_no_tensor_of_a_model_that_has_adapters_already(tmp_path):
+    saved(tmp_path)
+    rewrite(tmp_path, BROKEN["no frequencies"][0])
+    model = adapted(base_model(), target_modules=TARGETS)
+    x = torch.randn(3, 7)
+    before, expected = {n: t.clone() for n, t in model.state_dict().items()}, output(model, x)
+    with pytest.raises(ValueError, match="frequencies"):
+        model.load_adapter(tmp_path, adapter_name="other")
+    with pytest.raises(ValueError, match="frequencies"):
+        model.load_adapter(tmp_path, adapter_name="default")  # over the one that is there
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert torch.equal(output(model, x), expected)
+
+
+def test_the_base_model_keeps_its_weights_when_a_file_is_refused(tmp_path):
+    saved(tmp_path)
+    rewrite(tmp_path, BROKEN["no core"][0])
+    base = reseeded_base()
+    before = dict(base.named_parameters())
+    with pytest.raises(ValueError, match="lacks"):
+        PeftModel.from_pretrained(base, tmp_path)
+    after = {name.replace("base_layer.", ""): p for name, p in base.named_parameters()}
+    assert all(after[name] is p for name, p in before.items())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_after_a_refused_file_the_model_gives_no_output_of_a_fresh_core_and_takes_a_good_file(tmp_path):
+    model = saved(tmp_path)
+    good = load_file(tmp_path / WEIGHTS)
+    rewrite(tmp_path, BROKEN["no frequencies"][0])
+    base = reseeded_base()
+    x = torch.randn(3, 7)
+    with pytest.raises(ValueError, match="frequencies"):
+        PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(ValueError, match="λ is not known"):
+        base(x)
+    save_file(good, tmp_path / WEIGHTS)
+    assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path), x), output(model, x))
+
+
+@pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])
+def test_an_adapter_is_not_saved_as_a_lora(tmp_path, core_type):
+    from tests.test_core import tiny_unet
+
+    unet = tiny_unet()
+    unet.add_adapter(nara_config(target_modules=["to_q"], core_type=core_type))
+    with pytest.raises(ValueError, match=r"'default' is a NaRA, .* pipe.save_nara_weights"):
+        unet.save_lora_adapter(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    plain = tiny_unet()
+    plain.add_adapter(lora_config(target_modules=["to_q"]))
+    plain.save_lora_adapter(tmp_path)
+    tiny_unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+
+
+def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
+    from tests.test_core import tiny_unet
+
+    unet = tiny_unet()
+    unet.add_adapter(nara_config(target_modules=["to_q"]))
+    save_file(get_peft_model_state_dict(unet), tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"holds a NaRA adapter, .* load it by pipe.load_nara_weights"):
+        tiny_unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
