@@ -77,7 +77,7 @@ REFUSED = {
     "ensure_weight_tying": True,
 }
 
-# Options of LoraConfig that mean the same for NaRA; each has a test here, in test_layers.py or in test_peft_api.py,
+# Options of LoraConfig that mean the same for NaRA; each has a test here, in test_layer*.py or in test_peft_api.py,
 # or is bookkeeping of PEFT's.
 KEPT = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
