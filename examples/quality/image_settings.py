@@ -13,7 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "resolution": SIZE[0],
     "rank": 4,
     "train_batch_size": 5,
-    "max_train_steps": 150,
+    "max_train_steps": 120,
     "learning_rate": 2e-3,
     "core_learning_rate": 1e-3,
     "lr_scheduler": "cosine",
