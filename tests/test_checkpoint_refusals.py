@@ -133,7 +133,7 @@ def test_after_a_refused_file_the_model_gives_no_output_of_a_fresh_core_and_take
 
 @pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])
 def test_an_adapter_is_not_saved_as_a_lora(tmp_path, core_type):
-    from tests.test_core import tiny_unet
+    from tests.tiny_unet import tiny_unet
 
     unet = tiny_unet()
     unet.add_adapter(nara_config(target_modules=["to_q"], core_type=core_type))
@@ -147,7 +147,7 @@ def test_an_adapter_is_not_saved_as_a_lora(tmp_path, core_type):
 
 
 def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
-    from tests.test_core import tiny_unet
+    from tests.tiny_unet import tiny_unet
 
     unet = tiny_unet()
     unet.add_adapter(nara_config(target_modules=["to_q"]))

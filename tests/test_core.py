@@ -1,4 +1,4 @@
-"""The core C(λ) against its formula, its precision, its cost, and theorem 4.1."""
+"""The core C(λ) against its formula, who shares it, and its cost."""
 
 from __future__ import annotations
 
@@ -8,24 +8,14 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nara_diffusion import core_matrix, noise_level, shared_factors
+from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.core import Dense
-from tests.adapted import (
-    OneLayer,
-    TwoLayers,
-    adapted,
-    core_by_hand,
-    default_core,
-    disturb,
-    lora_config,
-    nara_config,
-    relative_error,
-)
+from tests.adapted import OneLayer, TwoLayers, adapted, core_by_hand, default_core, nara_config, relative_error
 
 LEVELS = torch.tensor([0.0, 0.31, 0.77, 1.0])
 DENSITY = torch.tensor([0.9, 0.2, 0.0, 0.6])
-PREFIX = "base_model.model.nara_core.cores.default.global."
 
+PREFIX = "base_model.model.nara_core.cores.default.global."
 
 # ---------------------------------------------------------------- the formula
 
@@ -175,62 +165,6 @@ def test_core_matrix_asks_for_a_module_where_there_are_several_cores():
         core_matrix(model, 0.4, "other", module="blocks.0.q_proj")
 
 
-# ---------------------------------------------------------------- float32 always
-
-
-CASTS = {
-    "to(bfloat16)": lambda model: model.to(torch.bfloat16),
-    "half": lambda model: model.half(),
-    "double": lambda model: model.double(),
-    "to(dtype=, device=)": lambda model: model.to(device="cpu", dtype=torch.float16),
-    "bfloat16": lambda model: model.bfloat16(),
-    "type": lambda model: model.type(torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-@pytest.mark.parametrize("noise_embedding", ["fourier", "mlp"])
-def test_no_cast_of_the_model_reaches_the_core(noise_embedding, cast):
-    model = adapted(TwoLayers(), target_modules=["first"], noise_embedding=noise_embedding)
-    before = core_matrix(model, LEVELS)
-    cast(model)
-    state = {n: t for n, t in model.state_dict().items() if "nara_core" in n}
-    assert {t.dtype for t in state.values()} == {torch.float32}
-    assert torch.equal(core_matrix(model, LEVELS), before)
-    dtype = model.base_model.model.first.get_base_layer().weight.dtype
-    with noise_level(model, LEVELS):
-        assert model(torch.randn(4, 3, 7, dtype=dtype)).dtype == dtype
-
-
-def test_gradients_follow_the_core_in_float32():
-    model = adapted(TwoLayers(), target_modules=["first"])
-    with noise_level(model, 0.5):
-        model(torch.randn(2, 7)).sum().backward()
-    model.to(torch.bfloat16)
-    assert {p.grad.dtype for n, p in model.named_parameters() if "nara_core" in n} == {torch.float32}
-
-
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("core_type", ["hypernetwork", "constant"])
-def test_the_default_dtype_of_torch_does_not_reach_the_core(core_type, default):
-    torch.set_default_dtype(default)
-    try:
-        model = adapted(TwoLayers(), target_modules=["first"], core_type=core_type)
-        assert {t.dtype for n, t in model.state_dict().items() if "nara_core" in n} == {torch.float32}
-        assert core_matrix(model, 0.5).dtype == torch.float32
-        with noise_level(model, 0.5):
-            assert model(torch.randn(2, 7)).dtype == default
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def test_autocast_does_not_round_the_core():
-    model = adapted(TwoLayers(), target_modules=["first"])
-    exact = core_matrix(model, LEVELS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(core_matrix(model, LEVELS), exact)
-
-
 def test_all_linear_never_adapts_a_core():
     model = adapted(TwoLayers(), target_modules="all-linear")
     model.add_adapter("other", nara_config(target_modules="all-linear"))
@@ -270,138 +204,3 @@ def test_at_the_shapes_of_llada_8b_the_core_costs_0_0084_percent():
     assert total == 8_015_581_184
     assert round(100 * core / total, 4) == 0.0084
     assert (trainable, everything) == (core + lora, total + core + lora)
-
-
-# ---------------------------------------------------------------- theorem 4.1
-
-
-def updates_of_rank(n: int, d_out: int, d_in: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
-    """n matrices that share column and row spaces of dimension `rank`."""
-    B, A = torch.randn(d_out, rank, dtype=torch.float64), torch.randn(rank, d_in, dtype=torch.float64)
-    return torch.einsum("or,nrq,qi->noi", B, torch.randn(n, rank, rank, dtype=torch.float64), A).to(dtype)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
-@pytest.mark.parametrize(
-    ("n", "d_out", "d_in", "rank"), [(1, 9, 6, 2), (3, 9, 6, 4), (5, 6, 11, 6), (2, 40, 30, 7), (4, 7, 7, 1)]
-)
-def test_shared_factors_reproduce_every_update_at_the_smallest_rank(n, d_out, d_in, rank, dtype, tolerance):
-    updates = updates_of_rank(n, d_out, d_in, rank, dtype)
-    B, cores, A = shared_factors(updates)
-    assert (B.shape, cores.shape, A.shape) == ((d_out, rank), (n, rank, rank), (rank, d_in))
-    assert {t.dtype for t in (B, cores, A)} == {dtype}
-    torch.testing.assert_close(B.T @ B, torch.eye(rank, dtype=dtype), atol=1e-5, rtol=0)
-    torch.testing.assert_close(A @ A.T, torch.eye(rank, dtype=dtype), atol=1e-5, rtol=0)
-    assert relative_error(torch.einsum("or,nrq,qi->noi", B, cores, A), updates) < tolerance
-
-
-def test_updates_of_different_spaces_need_the_sum_of_their_ranks_and_no_more():
-    first, second = updates_of_rank(1, 12, 10, 2, torch.float64), updates_of_rank(1, 12, 10, 3, torch.float64)
-    updates = torch.cat([first, second])
-    B, cores, A = shared_factors(updates)
-    assert cores.shape == (2, 5, 5)
-    assert relative_error(B @ cores @ A, updates) < 1e-13
-    assert torch.linalg.matrix_rank(cores[0]) == 2
-
-
-def test_column_and_row_spaces_of_different_dimension_share_the_larger_rank():
-    left, right = torch.randn(12, 1, dtype=torch.float64), torch.randn(4, 1, 10, dtype=torch.float64)
-    updates = left @ right  # one column space, four row directions
-    B, cores, A = shared_factors(updates)
-    assert cores.shape == (4, 4, 4)
-    assert relative_error(B @ cores @ A, updates) < 1e-13
-
-
-def test_a_full_rank_set_of_updates_is_reproduced_where_one_side_is_exhausted():
-    updates = torch.randn(3, 5, 8, dtype=torch.float64)  # joint column space 5, joint row space 8
-    B, cores, A = shared_factors(updates)
-    assert relative_error(B @ cores @ A, updates) < 1e-13
-
-
-def test_a_smaller_rank_keeps_the_leading_directions():
-    updates = updates_of_rank(3, 9, 8, 4, torch.float64)
-    B, cores, A = shared_factors(updates, rank=2)
-    assert cores.shape == (3, 2, 2)
-    U = torch.linalg.svd(torch.cat(list(updates), dim=1))[0][:, :2]
-    V = torch.linalg.svd(torch.cat(list(updates), dim=0))[2][:2]
-    expected = U @ U.T @ updates @ V.T @ V
-    assert relative_error(B @ cores @ A, expected) < 1e-12
-
-
-def test_zero_updates_have_a_factorisation():
-    B, cores, A = shared_factors(torch.zeros(2, 5, 4))
-    assert torch.equal(B @ cores @ A, torch.zeros(2, 5, 4))
-
-
-@pytest.mark.parametrize(
-    ("updates", "rank", "message"),
-    [
-        (torch.randn(5, 4), None, r"shape \(5, 4\)"),
-        (torch.ones(2, 5, 4, dtype=torch.int64), None, "int64"),
-        (torch.randn(2, 5, 4).bfloat16(), None, "bfloat16"),
-        (torch.randn(2, 5, 4), 0, r"rank is 0: it has to lie between 1 and .* 5"),
-        (torch.randn(2, 5, 4), 6, "rank is 6"),
-        (torch.full((2, 5, 4), float("nan")), None, "NaN"),
-        (torch.randn(0, 5, 4), None, r"shape \(0, 5, 4\)"),
-    ],
-)
-def test_shared_factors_refuses_what_it_cannot_factor(updates, rank, message):
-    with pytest.raises(ValueError, match=message):
-        shared_factors(updates, rank)
-
-
-# ---------------------------------------------------------------- diffusers' layerwise casting
-
-
-def tiny_unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-    ).eval()
-
-
-@pytest.mark.parametrize("casting_first", [False, True], ids=["adapter first", "casting first"])
-def test_layerwise_casting_leaves_the_core_alone(casting_first):
-    unet = tiny_unet()
-    if casting_first:
-        unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    unet.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
-    disturb(unet)
-    exact = core_matrix(unet, LEVELS)
-    if not casting_first:
-        unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    assert {t.dtype for n, t in unet.state_dict().items() if "nara_core" in n} == {torch.float32}
-    assert torch.equal(core_matrix(unet, LEVELS), exact)
-
-
-def test_under_layerwise_casting_the_update_is_as_exact_as_that_of_a_lora():
-    outputs = {}
-    for kind in ("exact", "LoRA", "NaRA"):
-        torch.manual_seed(4)
-        unet = tiny_unet()
-        unet.add_adapter((nara_config if kind == "NaRA" else lora_config)(target_modules=["to_q", "to_v"]))
-        generator = torch.Generator().manual_seed(2)
-        for name, p in unet.named_parameters():
-            if "lora_" in name:
-                p.data.copy_(torch.randn(p.shape, generator=generator))
-        if kind != "exact":
-            unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-        sample, context = torch.linspace(-1, 1, 192).view(1, 3, 8, 8), torch.linspace(-1, 1, 60).view(1, 5, 12)
-        if kind == "NaRA":
-            with noise_level(unet, 0.5), torch.no_grad():
-                outputs[kind] = unet(sample, 7, context).sample
-        else:
-            with torch.no_grad():
-                outputs[kind] = unet(sample, 7, context).sample
-    # C = I, and both read the same float8 weights
-    assert relative_error(outputs["NaRA"], outputs["LoRA"]) < 1e-5
