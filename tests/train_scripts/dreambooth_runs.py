@@ -1,10 +1,12 @@
-"""A tiny random SDXL on disk, a few pictures, and the arguments of a run of some seconds on them."""
+"""A tiny random SDXL on disk, pictures, the arguments of a run of some seconds on them, and its pipeline."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
@@ -57,3 +59,11 @@ def tiny_arguments(model: Path, pictures: Path, output: Path, **changes: Any) ->
         "checkpointing_steps": None,
     }
     return DreamBoothArguments(**{**values, **changes})
+
+
+def loaded_pipeline(args: DreamBoothArguments, dtype: torch.dtype = torch.float32) -> Any:
+    """What a user does."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_nara_weights(args.output_dir)
+    return pipe
