@@ -1,77 +1,24 @@
-"""The LLaDA pipeline against `generate` itself, through every way in and out, and what it refuses."""
+"""The LLaDA pipeline against `generate` itself, step by step, and through every way to save and load it."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, Qwen2Config
 
-from nara_diffusion import NaraConfig
-from nara_diffusion.dllm import encode_prompts, generate, load_backbone, prompt_text
-from nara_diffusion.dllm.evaluation import stop_token_ids
+from nara_diffusion.dllm import prompt_text
 from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
 from pipelines.llada import LLaDAPipeline
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "examples" / "assets" / "llada-tiny"
-FILE = str(ROOT / "pipelines" / "llada.py")
-QUESTIONS = ["reverse: planet", "upper: planet", "sort: zebra"]
-LENGTH = {"gen_length": 12}
+from .llada_answers import FILE, LENGTH, MODEL, QUESTIONS, by_generate, from_texts, loaded_pipeline, states
 
 
 @pytest.fixture
 def pipe() -> LLaDAPipeline:
-    loaded = LLaDAPipeline.from_pretrained(MODEL)
-    loaded.set_progress_bar_config(disable=True)
-    return loaded
-
-
-@pytest.fixture
-def adapter(tmp_path) -> Path:
-    """A folder as train_scripts/dllm.py writes it, whose adapter changes answers, by λ too."""
-    return save_adapter(tmp_path / "adapter", seed=7)
-
-
-def save_adapter(folder: Path, seed: int, **options) -> Path:
-    adapted(seed, **options).save_pretrained(folder)
-    return folder
-
-
-def adapted(seed: int, **options) -> PeftModel:
-    model, _ = load_backbone(str(MODEL))
-    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], "core_hidden_dims": (8, 8), **options}
-    model = get_peft_model(model, NaraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
-def batch_of(tokenizer, texts: list[str]) -> dict:
-    encoded = encode_prompts(tokenizer, texts)
-    lengths = [len(ids) for ids in encoded]
-    rows = [ids + [0] * (max(lengths) - len(ids)) for ids in encoded]
-    return {"input_ids": torch.tensor(rows), "prompt_lengths": lengths}
-
-
-def by_generate(model, tokenizer, questions: list[str] = QUESTIONS, **options):
-    return from_texts(model, tokenizer, [prompt_text(tokenizer, question) for question in questions], **options)
-
-
-def from_texts(model, tokenizer, texts: list[str], **options):
-    ends = stop_token_ids(model, tokenizer)
-    return generate(model, **batch_of(tokenizer, texts), **LENGTH, eos_token_id=ends, **options)
-
-
-def states(pipe: LLaDAPipeline) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    return loaded_pipeline()
 
 
 def test_answers_are_those_of_generate(pipe):
@@ -226,134 +173,3 @@ def test_other_kinds_of_model_are_saved_and_read_alike(make, pipe, tmp_path):
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded.transformer) is type(model)
         assert torch.equal(loaded(QUESTIONS, **LENGTH).sequences, expected)
-
-
-def test_the_adapter_of_a_training_run_answers_as_in_peft(pipe, adapter):
-    base = pipe(QUESTIONS, **LENGTH).sequences
-    before = states(pipe)
-    pipe.load_nara_weights(adapter)
-    model = PeftModel.from_pretrained(load_backbone(str(MODEL))[0], adapter)
-    expected = by_generate(model, pipe.tokenizer)
-    assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, expected)
-    assert not torch.equal(expected, base)
-    pipe.unload_nara_weights()
-    assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, base)
-    assert states(pipe).keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in states(pipe).items())
-
-
-def test_each_step_is_answered_at_its_own_noise_level(pipe, adapter):
-    pipe.load_nara_weights(adapter)
-    seen = []
-    layer = pipe.transformer.model.layers[0].self_attn.q_proj
-    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
-    told = []
-    result = pipe(QUESTIONS, **LENGTH, callback_on_step_end=lambda pipe, step, level, tensors: told.append(level))
-    hook.remove()
-    assert len(told) == len(seen) == result.forwards
-    assert told[0].tolist() == [1.0, 1.0, 1.0]
-    assert all((later <= earlier).all() for earlier, later in pairwise(told))
-
-
-def test_adapters_are_saved_mixed_and_switched(pipe, adapter, tmp_path):
-    second = save_adapter(tmp_path / "second", seed=8, r=4)
-    base = pipe(QUESTIONS, **LENGTH).sequences
-    pipe.load_nara_weights(adapter, adapter_name="first")
-    first = pipe(QUESTIONS, **LENGTH).sequences
-    pipe.load_nara_weights(second, adapter_name="second")
-    pipe.set_adapters("second")
-    assert pipe.get_active_adapters() == ["second"]
-    alone = pipe(QUESTIONS, **LENGTH).sequences
-    pipe.set_adapters(["first", "second"], [1.0, 0.0])
-    assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, first)
-    pipe.set_adapters(["first", "second"], [0.0, 1.0])
-    assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, alone)
-    pipe.save_nara_weights(tmp_path / "saved", "second")
-    pipe.disable_lora()
-    assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, base)
-    pipe.enable_lora()
-    pipe.delete_adapters("first")
-    assert pipe.get_list_adapters() == {"transformer": ["second"]}
-    pipe.unload_lora_weights()
-    assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, base)
-    fresh = LLaDAPipeline.from_pretrained(MODEL)
-    fresh.set_progress_bar_config(disable=True)
-    fresh.load_nara_weights(tmp_path / "saved")
-    assert torch.equal(fresh(QUESTIONS, **LENGTH).sequences, alone)
-    assert len({tuple(found.flatten().tolist()) for found in (base, first, alone)}) == 3
-
-
-def test_half_an_adapter_is_half_its_update(pipe, adapter):
-    pipe.load_nara_weights(adapter, adapter_name="weak")
-    pipe.set_adapters("weak", 0.5)
-    model = PeftModel.from_pretrained(load_backbone(str(MODEL))[0], adapter)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data *= 0.5
-    assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, by_generate(model, pipe.tokenizer))
-
-
-def test_offload_gives_the_same_answers(pipe, adapter):
-    pipe.load_nara_weights(adapter)
-    expected = pipe(QUESTIONS, **LENGTH).sequences
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert hasattr(pipe.transformer, "_hf_hook")
-    for _ in range(2):
-        assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, expected)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "arguments", "message"),
-    [
-        ([], {}, r"prompt is \[\], expected a text"),
-        (None, {}, "prompt is None, expected a text"),
-        (3, {}, "prompt is 3, expected a text"),
-        ("", {}, "prompt 0 is empty"),
-        (["a", " \n"], {}, "prompt 1 is empty"),
-        (["a", 3], {}, "prompt 1 is 3, expected a text or a chat"),
-        (["a", []], {}, r"prompt 1 is \[\], expected a text or a chat"),
-        ([{"role": "robot", "content": "a"}], {}, "role 'robot', expected one of system, user, assistant"),
-        ([{"role": "user"}], {}, r"prompt 0 holds \{'role': 'user'\}, expected"),
-        ([{"role": "user", "content": None}], {}, "has the content None, expected a text"),
-        ([{"role": "assistant", "content": "a"}], {}, "ends with the assistant's turn, expected the user's"),
-        ([{"role": "user", "content": "a"}], {"apply_template": False}, "is a chat, but apply_template is False"),
-        ("a", {"gen_length": 12, "block_length": 5}, "block_length 5 doesn't divide gen_length 12"),
-        ("a", {"gen_length": 0}, "gen_length is 0"),
-        ("a", {"gen_length": 12, "steps": 5, "block_length": 4}, "pass a multiple of 3"),
-        ("a" * 100, {}, r"the longest prompt has \d+ tokens and gen_length is 12, .* and the model has 64 positions"),
-        ("a", {"num_answers_per_prompt": 0}, "num_answers_per_prompt is 0"),
-        ("a", {"callback_on_step_end_tensor_inputs": ["latents"]}, "has 'latents', expected some of 'sequences'"),
-    ],
-)
-def test_refused_prompts_and_arguments(pipe, prompt, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        pipe(prompt, **{**LENGTH, **arguments})
-
-
-def test_a_template_may_refuse_a_chat(pipe):
-    pipe.tokenizer.chat_template = "{{ raise_exception('no system turns here') }}"
-    with pytest.raises(ValueError, match="chat template refuses prompt 0: no system turns here"):
-        pipe([{"role": "user", "content": "a"}], **LENGTH)
-    pipe.tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="is a chat, but the tokenizer has no chat template: pass a text"):
-        pipe([{"role": "user", "content": "a"}], **LENGTH)
-
-
-def test_models_that_cannot_unmask_are_refused(pipe):
-    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
-    causal = LlamaForCausalLM(LlamaConfig(vocab_size=284, **sizes))
-    causal.config.mask_token_id = 283
-    with pytest.raises(ValueError, match="is a LlamaForCausalLM that sees only what stands before each token"):
-        LLaDAPipeline(causal, pipe.tokenizer)
-    causal.config.is_causal = False
-    del causal.config.mask_token_id
-    with pytest.raises(ValueError, match="no mask_token_id"):
-        LLaDAPipeline(causal, pipe.tokenizer)
-    wrapped = get_peft_model(load_backbone(str(MODEL))[0], LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"transformer is a PeftModel.*by pipe.load_nara_weights"):
-        LLaDAPipeline(wrapped, pipe.tokenizer)
-
-
-def test_a_folder_that_holds_neither_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds neither model_index\.json, as a pipeline does, nor config\.json"):
-        LLaDAPipeline.from_pretrained(tmp_path)
