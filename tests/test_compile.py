@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level, set_noise_source
 from nara_diffusion.noise import NoiseSignals
-from tests.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
+from tests.adapted import adapted, disturb, nara_config, relative_error
+from tests.compiled import LEVELS, check_gradients, compiled, gradients, output
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
@@ -28,9 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
-LEVELS = [torch.tensor([0.05, 0.5, 0.93]), torch.tensor([0.8, 0.2, 0.6]), torch.tensor([0.0, 1.0, 1.0])]
 TARGETS = ["q_proj", "down_proj"]
-Forward = Callable[[nn.Module], Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -43,32 +36,6 @@ def _fresh_compiler() -> Iterator[None]:
 
 def llama_logits(model: nn.Module) -> Tensor:
     return model(input_ids=torch.arange(15).view(3, 5) + 7, use_cache=False).logits
-
-
-def output(model: nn.Module, named: nn.Module, forward: Forward, level: float | Tensor) -> Tensor:
-    with noise_level(named, level), torch.no_grad():
-        return forward(model)
-
-
-def gradients(model: nn.Module, named: nn.Module, forward: Forward, level: float | Tensor) -> dict[str, Tensor]:
-    named.zero_grad()
-    with noise_level(named, level):
-        forward(model).square().mean().backward()
-    return {name: p.grad.clone() for name, p in named.named_parameters() if p.grad is not None}
-
-
-def check_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert any("nara_core." in name for name in expected)
-    for name, gradient in expected.items():
-        assert relative_error(actual[name], gradient) < 1e-6, name
-
-
-def compiled(model: nn.Module, how: str, backend: Any) -> nn.Module:
-    if how == "torch.compile(model)":
-        return torch.compile(model, backend=backend)  # type: ignore[return-value]
-    model.compile(backend=backend)
-    return model
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -205,143 +172,3 @@ def test_a_unet(unet: UNet2DConditionModel) -> None:
         check_gradients(gradients(fast, unet, denoised, LEVELS[1]), expected[1])
     assert backend.frame_count == 1
     assert not counters["graph_break"]
-
-
-# ---------------------------------------------------------------------- small models
-
-
-@pytest.fixture
-def small() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=["first", "second"])
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
-
-
-def test_threads(small: PeftModel, x: Tensor) -> None:
-    workers, rounds = 3, 40
-    levels = [torch.rand(3) for _ in range(workers)]
-    expected = [output(small, small, lambda model: model(x), level) for level in levels]
-    fast = torch.compile(small, backend="eager")
-    output(fast, small, lambda model: model(x), levels[0])
-    barrier = threading.Barrier(workers, timeout=30)
-
-    def work(index: int) -> int:
-        right = 0
-        for _ in range(rounds):
-            barrier.wait()
-            right += relative_error(output(fast, small, lambda model: model(x), levels[index]), expected[index]) < 1e-6
-        return right
-
-    with ThreadPoolExecutor(workers) as pool:
-        assert list(pool.map(work, range(workers))) == [rounds] * workers
-
-
-def test_a_compiled_forward_that_failed_leaves_nothing_behind(small: PeftModel, x: Tensor) -> None:
-    expected = output(small, small, lambda model: model(x), 0.3)
-    fast = torch.compile(small, backend="eager")
-    for _ in range(2):
-        assert torch.equal(output(fast, small, lambda model: model(x), 0.3), expected)
-        with pytest.raises(ValueError, match="2 values, but the batch inside layer"):
-            output(fast, small, lambda model: model(x), torch.rand(2))
-        with pytest.raises(Exception, match=r"mat1|size|shape"):
-            output(fast, small, lambda model: model(x[:, :3]), 0.3)
-        with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
-            small.base_model.model.first(x)
-
-
-def test_a_layer_compiled_alone_raises_without_its_root(small: PeftModel, x: Tensor) -> None:
-    first = small.base_model.model.first
-    first.compile(backend="eager")
-    expected = output(small, small, lambda model: model(x), 0.3)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
-            first(x)
-        assert torch.equal(output(small, small, lambda model: model(x), 0.3), expected)
-
-
-def test_nothing_is_left_of_an_interrupted_forward_for_a_layer_compiled_alone(small: PeftModel, x: Tensor) -> None:
-    class Interrupted(BaseException):
-        """Like KeyboardInterrupt, after which PyTorch runs no hooks."""
-
-    def interrupt(*_: Any) -> None:
-        raise Interrupted
-
-    first = small.base_model.model.first
-    first.compile(backend="eager")
-    output(small, small, lambda model: model(x), 0.3)
-    small.base_model.model.second.register_forward_pre_hook(interrupt)
-    with pytest.raises(Interrupted):
-        output(small, small, lambda model: model(x), 0.3)
-    with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
-        first(x)
-
-
-def test_a_compiled_block_in_a_checkpoint_of_one_s_own_is_refused(x: Tensor) -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = TwoLayers()
-            self.block.compile(backend="eager")
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.block, x, use_reentrant=False)
-
-    model = adapted(Checkpointed(), target_modules=["first", "second"]).train()
-    with noise_level(model, 0.3):
-        loss = model(x).sum()
-        with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
-            loss.backward()
-
-
-def test_the_context_may_be_inside_of_what_is_compiled(small: PeftModel, x: Tensor) -> None:
-    def step(x: Tensor, level: Tensor) -> Tensor:
-        with noise_level(small, level):
-            once = small(x)
-        with noise_level(small, level.flip(0)):
-            return once - small(x)
-
-    levels = [torch.rand(3) for _ in range(3)]
-    with torch.no_grad():
-        expected = [step(x, level) for level in levels]
-        fast = torch.compile(step, backend="eager")
-        for level, reference in zip(levels, expected, strict=True):
-            assert relative_error(fast(x, level), reference) < 1e-6
-    with pytest.raises(ValueError, match="λ is not known"):
-        small(x)
-
-
-def test_adapters_may_be_switched(small: PeftModel, x: Tensor) -> None:
-    small.add_adapter("other", nara_config(target_modules=["first"], r=3))
-    disturb(small, seed=4)
-    fast = torch.compile(small, backend="eager")
-    for _ in range(2):
-        for names in (["default"], ["other"], ["default", "other"]):
-            small.base_model.set_adapter(names)
-            expected = output(small, small, lambda model: model(x), LEVELS[0])
-            assert relative_error(output(fast, small, lambda model: model(x), LEVELS[0]), expected) < 1e-6
-        with small.disable_adapter(), torch.no_grad():
-            assert torch.equal(fast(x), small(x))
-
-
-def test_a_checkpoint_that_cannot_be_compiled_is_right_too(x: Tensor) -> None:
-    """The recomputation then runs outside the graph."""
-    model = adapted(nn.Sequential(checkpoint_wrapper(TwoLayers())), target_modules=["first", "second"]).train()
-
-    def both(fast: nn.Module) -> Callable[[nn.Module], Tensor]:
-        def forward(_: nn.Module) -> Tensor:
-            with noise_level(model, LEVELS[0]):
-                first = fast(x)
-            with noise_level(model, LEVELS[1]):
-                return torch.cat([first, fast(x)])
-
-        return forward
-
-    expected = gradients(model, model, both(model), 0.5)
-    second = model.base_model.model[0]._checkpoint_wrapped_module.second
-    second.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
-    fast = compiled(model, "torch.compile(model)", "eager")
-    check_gradients(gradients(model, model, both(fast), 0.5), expected)
-    assert counters["graph_break"]
