@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "core_init": ("zero_last", "kaiming", "zero_all"),
     "core_input": ("noise_level", "mask_density", "both"),
     "core_sharing": ("global", "module_type", "layer", "layer_embedding"),
-    "core_normalization": ("none", "frobenius"),
+    "core_normalization": ("none", "frobenius", "centred"),
     "lora_a_init": ("peft", "orthogonal"),
     "noise_embedding": NOISE_EMBEDDINGS,
     "noise_scale": ("linear", "log_snr"),
@@ -110,9 +110,12 @@ class NaraConfig(LoraConfig):
     layer_embedding_dim: int = field(
         default=16, metadata={"help": "Width of each module's vector with core_sharing 'layer_embedding'."}
     )
-    core_normalization: Literal["none", "frobenius"] = field(
+    core_normalization: Literal["none", "frobenius", "centred"] = field(
         default="none",
-        metadata={"help": "'frobenius' scales C to the norm of I, √r, whatever λ is: C then turns and doesn't grow."},
+        metadata={
+            "help": "'frobenius' scales C to the norm of I, √r, whatever λ is: C then turns and doesn't grow. "
+            "'centred' moves C so that its mean over λ is I: A and B keep what all noise levels share."
+        },
     )
     noise_embedding: Literal["fourier", "mlp", "raw"] = field(
         default="fourier",
@@ -213,16 +216,26 @@ class NaraConfig(LoraConfig):
             )
         if self.core_type == "knots" and self.core_knots < 2:
             raise ValueError(f"core_knots is {self.core_knots}: interpolation needs one at either end, so 2 or more.")
-        if self.core_normalization != "none" and self.core_type not in ("hypernetwork", "constant"):
-            raise ValueError(
-                f"core_normalization is {self.core_normalization!r}, but C of core_type {self.core_type!r} is taken as "
-                "it is: use core_normalization='none'."
-            )
+        self._check_normalization()
 
         if self.lora_a_init != "peft" and (self.core_type == "identity" or self.init_lora_weights is not True):
             raise ValueError(
                 f"lora_a_init is {self.lora_a_init!r}, with core_type={self.core_type!r} and init_lora_weights="
                 f"{self.init_lora_weights!r}: it needs a core, and init_lora_weights=True."
+            )
+
+    def _check_normalization(self) -> None:
+        kind = self.core_normalization
+        of = {"frobenius": ("hypernetwork", "constant"), "centred": ("hypernetwork", "knots")}
+        if kind != "none" and self.core_type not in of[kind]:
+            raise ValueError(
+                f"core_normalization is {kind!r}, which is for core_type {' and '.join(map(repr, of[kind]))}; C of "
+                f"core_type {self.core_type!r} is taken as it is: use core_normalization='none'."
+            )
+        if kind == "centred" and self.core_input != "noise_level":
+            raise ValueError(
+                "core_normalization is 'centred', over the noise level alone, but core_input is "
+                f"{self.core_input!r}: use core_input='noise_level'."
             )
 
     def _check_masks(self) -> None:

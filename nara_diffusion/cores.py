@@ -32,7 +32,8 @@ def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.
     if config.core_type == "bins":
         return BinsCore(rank, config.core_bins)
     if config.core_type == "knots":
-        return KnotsCore(rank, config.core_knots, scale=config.core_scale)
+        centred = config.core_normalization == "centred"
+        return KnotsCore(rank, config.core_knots, scale=config.core_scale, centred=centred)
     if config.core_type != "hypernetwork":
         return build_own_core(config, rank)
     return HypernetworkCore(

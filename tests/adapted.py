@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -77,6 +78,14 @@ def core_by_hand(
     """
     if config.core_type in ("rank_mask", "bins"):
         return mask_by_hand(config, level)
+    if config.core_normalization == "centred":
+        plain = copy.copy(config)
+        plain.core_normalization = "none"
+        points = 192 if config.core_type == "knots" else 64  # pieces between knots are linear: their middles are exact
+        grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+        over = core_by_hand(state, prefix, plain, grid, layer=layer).mean(0)
+        own = core_by_hand(state, prefix, plain, level, layer=layer)
+        return own - over + torch.eye(own.shape[-1], dtype=torch.float64)
     own = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
     if config.core_type == "constant":
         deviation = own["deviation"]
@@ -108,7 +117,7 @@ def core_by_hand(
     h = torch.cat(features, dim=1)
     depth = len(config.core_hidden_dims)
     for index in range(depth + 1):
-        h = torch.einsum("bi,oi->bo", h, own[f"layers.{index}.weight"]) + own[f"layers.{index}.bias"]
+        h = torch.einsum("bi,oi->bo", h, own[f"layers.{index}.weight"]) + own.get(f"layers.{index}.bias", 0)
         if index < depth:
             h = h / (1 + torch.exp(-h))
     rank = math.isqrt(h.shape[1])

@@ -74,6 +74,29 @@ def test_a_normalised_core_is_exactly_i_at_step_0(core_type, rank):
     assert torch.equal(core, torch.eye(rank).expand_as(core))
 
 
+# ---------------------------------------------------------------- centred
+
+
+CENTRED = {
+    "hypernetwork": {},
+    "layer vectors": {"core_sharing": "layer_embedding"},
+    "two knots": {"core_type": "knots", "core_knots": 2},
+    "five knots": {"core_type": "knots", "core_knots": 5},
+}
+
+
+@pytest.mark.parametrize("options", CENTRED.values(), ids=CENTRED)
+def test_the_mean_of_a_centred_core_is_i_and_c_isnt(options):
+    config = {"target_modules": ["layer"], "core_normalization": "centred", **options}
+    model = adapted(OneLayer(nn.Linear(7, 5)), **config)
+    core = core_matrix(model, (torch.arange(64 * 20) + 0.5) / (64 * 20), module="layer")
+    eye = torch.eye(4)
+    assert relative_error(core.mean(0), eye) < (1e-5 if "core_type" in options else 2e-2)  # F's grid has 64 points
+    assert (core - eye).abs().max() > 0.05
+    fresh = get_peft_model(OneLayer(nn.Linear(7, 5)), nara_config(**config))
+    assert torch.equal(core_matrix(fresh, LEVELS, module="layer"), eye.expand(len(LEVELS), 4, 4))
+
+
 # ---------------------------------------------------------------- a vector for each layer
 
 
@@ -157,7 +180,12 @@ def test_a_layer_named_like_a_method_of_a_dictionary_has_its_own_vector():
     ("fields", "message"),
     [
         ({"noise_scale": "log"}, "noise_scale is 'log': choose one of 'linear', 'log_snr'"),
-        ({"core_normalization": None}, "core_normalization is None: choose one of 'none', 'frobenius'"),
+        ({"core_normalization": None}, "core_normalization is None: choose one of 'none', 'frobenius', 'centred'"),
+        (
+            {"core_type": "constant", "core_normalization": "centred"},
+            "'centred', which is for core_type 'hypernetwork' and 'knots'; C of core_type 'constant'",
+        ),
+        ({"core_input": "both", "core_normalization": "centred"}, "but core_input is 'both'"),
         ({"layer_embedding_dim": 0}, "layer_embedding_dim is 0: pass a positive integer"),
         (
             {"core_type": "constant", "core_sharing": "layer_embedding"},
@@ -165,7 +193,7 @@ def test_a_layer_named_like_a_method_of_a_dictionary_has_its_own_vector():
         ),
         (
             {"core_type": "bins", "r": 10, "core_normalization": "frobenius"},
-            "core_normalization is 'frobenius', but C of core_type 'bins' is taken as it is",
+            "C of core_type 'bins' is taken as it is",
         ),
     ],
 )

@@ -194,7 +194,8 @@ def test_a_differently_seeded_model_loads_the_same_bits(options, use_dora, low_c
     saved = len(load_file(tmp_path / "adapter_model.safetensors"))
     factors = 2 * (3 if use_dora else 2)
     embedding = 2 if options.get("noise_embedding") == "mlp" else 1
-    core = {"constant": 1, "knots": 1, "rank_mask": 0, "bins": 0}.get(options.get("core_type", ""), 6 + embedding)
+    layers = 5 if options.get("core_normalization") == "centred" else 6  # no last bias
+    core = {"constant": 1, "knots": 1, "rank_mask": 0, "bins": 0}.get(options.get("core_type", ""), layers + embedding)
     vectors = 2 if options.get("core_sharing") == "layer_embedding" else 0
     assert saved == factors + core * (2 if options.get("core_sharing") == "module_type" else 1) + vectors
 

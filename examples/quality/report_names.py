@@ -18,7 +18,7 @@ CONTROLS = {
     "reversed": "evaluated with 1 − λ",
 }
 BASE = "base"
-_TITLES = {BASE: "the backbone as it is"}
+_TITLES = {BASE: "the backbone as it is", "nara_centred": "NaRA-Knots, centred"}
 SUITES = {"text": "Text", "images": "Images"}
 _ORDER = (BASE, *MUST)
 
