@@ -31,7 +31,8 @@ from nara_diffusion.dllm.masking import MaskedBatch
 
 IMAGE_LAYERS = {
     "self-attention": ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
-    "cross-attention, from pixels": ("attn2.to_q", "attn2.to_out.0"),
+    "cross-attention, queries": ("attn2.to_q",),
+    "cross-attention, output": ("attn2.to_out.0",),
     "cross-attention, from words": ("attn2.to_k", "attn2.to_v"),
 }
 
