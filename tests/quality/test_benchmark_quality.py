@@ -19,23 +19,23 @@ def test_one_command_tunes_and_compares_and_does_nothing_twice(tmp_path, capsys)
     path = tmp_path / "text.jsonl"
     assert main(*FEW, "--seeds", 0, "--output", path) == 0
     records = read(path)
-    assert [record["stage"] for record in records].count("tune") == 8
+    assert [record["stage"] for record in records].count("tune") == 10  # five trials each of two methods
     compared = [(record["method"], record["control"]) for record in records if record["stage"] == "main"]
     assert compared == [
         ("lora", None), ("nara", None), ("nara", "mean_core"), ("nara", "reversed"), ("nara", "constant"),
         ("nara", "shuffled"),
     ]  # fmt: skip
     assert {record["n"] for record in records if record["stage"] == "main"} == {15}
-    best = min((record for record in records[:4]), key=lambda record: record["validation_loss"])
-    assert records[8]["learning_rate"] == best["learning_rate"]
+    best = min((record for record in records[:5]), key=lambda record: record["validation_loss"])
+    assert records[10]["learning_rate"] == best["learning_rate"]
     grid = Grid.of(select(read_records([path]), stage="main"))  # as the report reads them
-    assert grid.per_seed(Arm("nara", "mean_core"), LOSS) == {0: records[10]["validation_loss"]}
+    assert grid.per_seed(Arm("nara", "mean_core"), LOSS) == {0: records[12]["validation_loss"]}
     assert main(*FEW, "--seeds", 0, "--output", path) == 0
     assert read(path) == records
     capsys.readouterr()
     assert main(*FEW, "--seeds", 0, 1, "--output", path, "--dry_run") == 0
     printed = capsys.readouterr().out
-    assert "tune: 0 of 8 runs left" in printed
+    assert "tune: 0 of 10 runs left" in printed
     assert "main: 4 of 8 runs left" in printed
     assert "    main llada-tiny code nara constant 1" in printed
 

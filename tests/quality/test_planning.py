@@ -28,9 +28,9 @@ def selection(suite, **changes):
 def test_every_method_has_equally_many_trials_and_no_two_alike(name):
     suite = load_suite(name)
     trials = {method: suite.trials(method) for method in (*suite.methods, *VARIANTS)}
-    assert {len(each) for each in trials.values()} == {4}
+    assert {len(each) for each in trials.values()} == {5}
     for method, each in trials.items():
-        assert len({tuple(sorted(trial.items())) for trial in each}) == 4, method
+        assert len({tuple(sorted(trial.items())) for trial in each}) == 5, method
 
 
 def test_text_has_every_method_of_the_train_scripts():
@@ -42,10 +42,13 @@ def test_main_runs_all_methods_and_the_controls_of_the_noise_aware_ones_for_each
     suite = load_suite(name)
     jobs = jobs_of(suite, "main", selection(suite, settings={"rank": 3}))
     places = len(suite.backbones) * len(suite.domains)
-    assert len(jobs) == len({job.key for job in jobs}) == 5 * places * (len(MUST) + 2 * 4)
+    assert len(jobs) == len({job.key for job in jobs}) == 5 * places * (len(MUST) + 6)
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)  # seed after seed
     assert Counter(job.control for job in jobs if job.method == "nara") == dict.fromkeys(
         [None, "constant", "shuffled"], 5 * places
+    )
+    assert Counter(job.control for job in jobs if job.method == "nara_dora") == dict.fromkeys(
+        [None, "constant"], 5 * places
     )
     assert {job.control for job in jobs if not is_noise_aware(job.method)} == {None}
     assert all(job.settings == {"rank": 3} for job in jobs)
@@ -55,7 +58,7 @@ def test_tuning_has_a_seed_of_its_own():
     suite = load_suite("text")
     jobs = jobs_of(suite, "tune", selection(suite, methods=("nara",), others=(), tune_domains=("code",)))
     assert {job.seed for job in jobs} == {100}
-    assert [dict(job.settings) for job in jobs[:4]] == [dict(trial) for trial in suite.trials("nara")]
+    assert [dict(job.settings) for job in jobs[:5]] == [dict(trial) for trial in suite.trials("nara")]
     assert {(job.backbone, job.domain) for job in jobs} == {(name, "code") for name in suite.backbones}
 
 
