@@ -10,13 +10,13 @@ Stages, each for the chosen backbones and domains:
 
     tune      every method tries equally many learning rates, on a seed and on questions that nothing else uses
     main      every method on every seed, with the rates that tuning found; for each that knows λ, the controls too:
-              trained with λ held at 0.5 ("constant"), trained with another sample's λ ("shuffled"), and the trained one
-              evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed")
+              trained with λ held at 0.5 ("constant"), trained with another sample's λ ("shuffled", not for the DoRA
+              forms), and the trained one evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed")
     single    the other methods on one seed
     ablation  NaRA, NaRA-Knots and LoRA with other settings, on one domain and three seeds
 
 All methods of a seed see the same questions in the same order, under the same masks (images: the same noise). A run
-takes about half a minute of one core, the default eight hours. Each run becomes one line of --output (with controls: a
+takes about half a minute of one core; --dry_run counts them. Each run becomes one line of --output (with controls: a
 line each), which is on the disk before the next begins: stop whenever you like, and give the same command again.
 Several processes may share the work, each with its own --shard k/N; let one of them tune first. Then
 examples/report_quality.py writes the report from these lines alone.
@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--tune_domains",
         nargs="+",
-        help="where learning rates are tried (default: text all, images a subject of its own)",
+        help="where learning rates are tried (default: text commonsense, images a subject of its own)",
     )
     what.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 0 to 4")
     how = parser.add_argument_group("how")

@@ -55,9 +55,11 @@ def _text_forwards(model: nn.Module, batches: list[MaskedBatch]) -> Iterator[For
 
 def image_probe() -> dict[str, dict[str, float]]:
     """{kind of layer: {layer: R²}} of sdxl-tiny."""
-    unet = load_subject(next(iter(SUBJECTS))).pipe.unet
+    pipe = load_subject(next(iter(SUBJECTS))).pipe
+    unet = pipe.unet
     layers = _linears(unet)
-    found = probe({name: layers[name] for name in layers if _image_kind(name)}, _image_forwards(unet))
+    adapted = {name: layer for name, layer in layers.items() if _image_kind(name)}
+    found = probe(adapted, _image_forwards(unet, pipe.scheduler.config.num_train_timesteps))
     return {kind: {name: r for name, r in found.items() if _image_kind(name) == kind} for kind in IMAGE_LAYERS}
 
 
@@ -65,11 +67,11 @@ def _image_kind(name: str) -> str | None:
     return next((kind for kind, ends in IMAGE_LAYERS.items() if name.endswith(ends)), None)
 
 
-def _image_forwards(unet: nn.Module) -> Iterator[Forward]:
+def _image_forwards(unet: nn.Module, timesteps: int) -> Iterator[Forward]:
     generator = torch.Generator().manual_seed(0)
     for subject in tqdm(SUBJECTS, desc="sdxl-tiny", unit="subject"):
         for held_out in load_subject(subject).held_out:
-            levels: Tensor = held_out.batch.timestep / 1000
+            levels: Tensor = held_out.batch.timestep / timesteps
             place = torch.rand(len(levels), generator=generator)
             yield Forward(partial(held_out_losses, unet, held_out), levels, place)
 

@@ -54,6 +54,12 @@ def test_main_runs_all_methods_and_the_controls_of_the_noise_aware_ones_for_each
     assert all(job.settings == {"rank": 3} for job in jobs)
 
 
+def test_a_variant_has_both_controls_without_being_named_for_it():
+    suite = load_suite("text")
+    jobs = jobs_of(suite, "main", selection(suite, methods=("nara_centred",), seeds=(0,), domains=("code",)))
+    assert {job.control for job in jobs} == {None, "constant", "shuffled"}
+
+
 def test_tuning_has_a_seed_of_its_own():
     suite = load_suite("text")
     jobs = jobs_of(suite, "tune", selection(suite, methods=("nara",), others=(), tune_domains=("code",)))
