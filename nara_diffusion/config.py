@@ -23,6 +23,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "noise_scale": ("linear", "log_snr"),
 }
 
+_READERS: dict[str, tuple[str, ...]] = {
+    "core_init": ("hypernetwork", "constant"),
+    "core_input": ("hypernetwork",),
+    "noise_embedding": ("hypernetwork",),
+    "noise_scale": ("hypernetwork",),
+}
+"""Choices, and the types of core made here that read them; types of the user's own may read all."""
+
 _REFUSED: dict[str, str] = {
     "target_parameters": "parameters are adapted by merging the update before each forward, at no λ",
     "layer_replication": "replicated layers would share one core under several names",
@@ -208,7 +216,14 @@ class NaraConfig(LoraConfig):
             )
 
     def _check_use(self) -> None:
-        """Refuse what the chosen type of core would not read."""
+        """Refuse choices that the chosen type of core would not read."""
+        for name, types in _READERS.items():
+            default = _CHOICES[name][0]
+            if self.core_type in BUILT_IN and self.core_type not in types and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which core_type {self.core_type!r} doesn't read: leave it at "
+                    f"{default!r}, or use core_type {' or '.join(map(repr, types))}."
+                )
         if self.core_sharing == "layer_embedding" and self.core_type != "hypernetwork":
             raise ValueError(
                 f"core_sharing is 'layer_embedding', but core_type {self.core_type!r} has no network that could read "

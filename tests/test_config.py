@@ -233,7 +233,7 @@ def test_a_config_survives_its_json_with_types(tmp_path):
         r=6,
         lora_alpha=9,
         target_modules=["q_proj", "v_proj"],
-        core_type="constant",
+        core_type="hypernetwork",
         core_scale=0.25,
         core_hidden_dims=[31, 7],
         core_init="zero_all",
@@ -313,3 +313,16 @@ def test_a_custom_lora_layer_that_does_not_consult_rules_is_refused():
     with pytest.raises(ValueError, match=r"NaRA cannot adapt 'first' \(Linear, adapted by PEFT's CustomLayer\)"):
         get_peft_model(base, config)
     assert type(base.first) is nn.Linear
+
+
+@pytest.mark.parametrize("core_type", ["constant", "identity", "rank_mask", "bins", "knots"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("core_input", "mask_density"), ("noise_scale", "log_snr"), ("noise_embedding", "raw"), ("core_init", "kaiming")],
+)
+def test_a_choice_that_the_core_does_not_read_is_refused(core_type: str, field: str, value: str) -> None:
+    if (core_type, field) == ("constant", "core_init"):
+        assert NaraConfig(core_type=core_type, r=5, core_init=value).core_init == value
+        return
+    with pytest.raises(ValueError, match=f"^{field} is '{value}', which core_type '{core_type}' doesn't read: leave"):
+        NaraConfig(core_type=core_type, r=5, **{field: value})

@@ -2,9 +2,8 @@
 
 The shipped model and task, offline, on CPU, in minutes:
     accelerate launch train_scripts/dllm.py
-LLaDA-8B on one GPU; then on all of them, with gradient_accumulation_steps divided by their number:
+LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps of global_batch_size samples together:
     accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
-    accelerate launch --multi_gpu train_scripts/dllm.py --config … --gradient_accumulation_steps 4
 
 With --adapter lora, dora, …, full the same is done by another method; --help lists them.
 
@@ -23,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.data import end_token_id
 from nara_diffusion.dllm.measurement import compare, measure, validation_losses
-from nara_diffusion.dllm.records import FieldNames, normalized, records_from_file
+from nara_diffusion.dllm.records import FieldNames, records_from_file, records_from_hub
 from nara_diffusion.dllm.run_report import results_table, write_run_report
 from nara_diffusion.training.adapter import base_model, build_adapter, recompute_activations
 from nara_diffusion.training.arguments import (
@@ -155,6 +154,7 @@ def main(args: Arguments) -> dict[str, Any]:
 
     # Data
     records = load_records(args)
+    run.settle_data(text for column in records[0].column_names for text in records[0][column])
 
     # Model
     options: dict[str, Any] = {"mask_token": args.mask_token}
@@ -174,14 +174,15 @@ def main(args: Arguments) -> dict[str, Any]:
         load_checkpoint(model, run.checkpoint)
 
     # Train
-    optimizer = build_optimizer(model, args, run.accelerator.num_processes, fused=run.fuses_optimizer)
+    optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
     stream = ShuffledStream(train_rows, args.seed)
     loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)
     model, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
     adapted = run.accelerator.unwrap_model(model)
     sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
-    exact_match(adapted, tokenizer, [test_rows[0]], **sampling, progress=False)  # bad settings show now
+    longest = max(test_rows, key=lambda row: row["prompt_length"])
+    exact_match(adapted, tokenizer, [longest], **sampling, progress=False)  # bad settings show now
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     facts = {
         "adapter": title_of(args),
@@ -219,8 +220,7 @@ def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
     """(training, validation, test) records, from files or the Hub."""
     fields = FieldNames(args.instruction_field, args.input_field, args.output_field, args.answer_field)
     if args.dataset_name is not None:
-        data: Any = load_dataset(args.dataset_name, args.dataset_config_name, split="train")
-        records = normalized(data, fields, source=args.dataset_name)
+        records = records_from_hub(args.dataset_name, name=args.dataset_config_name, fields=fields)
     else:
         records = records_from_file(str(args.train_file), fields)
     if args.validation_file is not None:

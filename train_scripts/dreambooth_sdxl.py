@@ -34,6 +34,7 @@ from nara_diffusion.dreambooth.measurement import ValidationLoss, compare, measu
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import load_pipeline, sampling_twin
 from nara_diffusion.dreambooth.preparation import (
+    check_settings,
     latent_cache,
     load_class_images,
     load_instances,
@@ -124,10 +125,13 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
         variant=args.variant,
         cache_dir=args.cache_dir,
     )
-    class_images = load_class_images(args, run.accelerator, run.dtype, load)
 
     # Model
-    pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype).to(device)
+    pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype)
+    check_settings(args, pipe)
+    class_images = load_class_images(args, run.accelerator, run.dtype, load)  # before `pipe` takes the device's memory
+    run.settle_data(text for record in (*instances, *class_images) for text in (record.key, record.prompt))
+    pipe.to(device)
     dataset = training_data(args, instances, class_images, pipe)
     images = len(instances) * args.repeats
     steps = count_steps(images, run.global_batch, args.max_train_steps, args.num_train_epochs)
@@ -152,7 +156,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
         read_checkpoint(model, run.checkpoint)
 
     # Train
-    optimizer = build_optimizer(model, args, run.accelerator.num_processes, fused=run.fuses_optimizer)
+    optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
     loader = stream_loader(dataset, collate_draws, **batches, num_workers=args.dataloader_num_workers)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)

@@ -55,11 +55,15 @@ def records_from_hub(path: str, *, split: str = "train", fields: FieldNames = Fi
     """The same from a data set on the Hub, or a folder that `datasets` reads; kwargs as for `datasets.load_dataset`.
 
     Raises:
-        ValueError: a record without instruction, output or answer (with its number).
+        ValueError: it can't be loaded; a record without instruction, output or answer (with its number).
     """
     from datasets import load_dataset
 
-    return normalized(load_dataset(path, split=split, **kwargs), fields, source=f"{path} ({split})")
+    try:
+        rows = load_dataset(path, split=split, **kwargs)
+    except Exception as error:  # whatever `datasets` raises: it has a dozen classes for "not found" alone
+        raise ValueError(f"the data set {path} ({split}) can't be loaded: {error}") from error
+    return normalized(rows, fields, source=f"{path} ({split})")
 
 
 def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldNames(), *, source: str) -> Dataset:
@@ -106,7 +110,7 @@ def _parse(text: str, path: Path) -> list[dict[str, Any]]:
         numbered = [(f"record {n}", row) for n, row in enumerate(rows, 1)]
     else:
         numbered = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 numbered.append((f"line {number}", _parse_line(line, number, path)))
     for where, row in numbered:

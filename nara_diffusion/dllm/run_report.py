@@ -25,8 +25,8 @@ prompt = torch.tensor(encode_prompts(tokenizer, [prompt_text(tokenizer, {instruc
 tokens = generate(model, prompt, gen_length={gen_length}, steps={steps}, block_length={block_length})
 print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 ```"""
-_ADAPTER = "model, tokenizer = load_backbone({base!r})\nmodel = PeftModel.from_pretrained(model, {folder!r})"
-_WHOLE = "model, tokenizer = load_backbone({folder!r})"
+_ADAPTER = "model, tokenizer = load_backbone({base!r}{options})\nmodel = PeftModel.from_pretrained(model, {folder!r})"
+_WHOLE = "model, tokenizer = load_backbone({folder!r}{options})"
 _NOISE = "\n\n`generate` tells the adapter λ, the masked share of the answer, at each step."
 
 
@@ -89,9 +89,13 @@ def write_run_report(
 def _loading(args: Any, instruction: str, folder: str) -> str:
     """The card's code."""
     whole, family = args.adapter == "full", method_of(args).family
+    names = ("mask_token",) if whole else ("mask_token", "revision")
+    options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name) is not None)
     return _LOADING.format(
         imports="" if whole else "from peft import PeftModel\n",
-        loading=(_WHOLE if whole else _ADAPTER).format(base=args.pretrained_model_name_or_path, folder=folder),
+        loading=(_WHOLE if whole else _ADAPTER).format(
+            base=args.pretrained_model_name_or_path, folder=folder, options=options
+        ),
         instruction=instruction,
         gen_length=args.gen_length,
         steps=args.generation_steps,

@@ -101,7 +101,7 @@ def _from_metadata(path: Path, column: str) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"captions are to come from {path.name}, but {path.parent} has no such file.")
     captions = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -222,7 +222,7 @@ def _prompts_known(runs: Mapping[Path, Mapping[str, SubjectImages]]) -> bool:
 
 def _dealt_out(file: Path, images: Sequence[Path]) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the prompts file {file} can't be read: {error}") from error
     if not lines:

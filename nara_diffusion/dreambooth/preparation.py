@@ -16,9 +16,12 @@ from nara_diffusion.dreambooth.denoiser import tokenizers_of
 from nara_diffusion.dreambooth.encoders import Encoder
 from nara_diffusion.dreambooth.latents import LatentCache
 from nara_diffusion.dreambooth.measurement import Judge
+from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.prompts import PromptCache, warn_of_cut
 from nara_diffusion.dreambooth.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 from nara_diffusion.dreambooth.sampling import SampleSettings
+from nara_diffusion.training.adapter import check_adaptable
+from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.stream import count_steps
 
 _DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -65,6 +68,22 @@ def load_class_images(
         **sample_settings(args).call,
     )
     return class_records(folder, prompt=prompt, minimum=args.num_class_images, progress=accelerator.is_main_process)
+
+
+def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
+    """Refuses what shows only with the model at hand, before hours go into class images.
+
+    Raises:
+        ValueError: sizes that the model can't have, an objective that doesn't fit its scheduler, a target module that
+            its UNet lacks, a validation folder without usable images.
+    """
+    training_buckets(args, pipe)
+    objective = build_objective(pipe.scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
+    config = adapter_config(args, noise_convention=objective.convention, total_steps=args.max_train_steps or 1_000_000)
+    if config is not None:
+        check_adaptable(pipe.unet, config)
+    if args.validation_data_dir is not None:
+        records_from_folder(args.validation_data_dir, **_captions(args), progress=False)
 
 
 def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.training.cli import option
-from nara_diffusion.training.methods import METHODS, check_method, effective
+from nara_diffusion.training.methods import METHODS, check_flags, check_method, effective
 
 
 def core_option(name: str, unit: str = "") -> Any:
@@ -60,6 +61,10 @@ class AdapterArguments:
     fourier_scale: float = core_option("fourier_scale", unit="radians per unit of λ")
     mask_density_radius: int = core_option("mask_density_radius", unit="tokens")
 
+    def check_flags(self, flags: Mapping[str, Any]) -> None:
+        """Refuses flags that contradict `adapter`; see `methods.check_flags`."""
+        check_flags(self, flags)
+
 
 @dataclass
 class OptimizationArguments:
@@ -67,6 +72,12 @@ class OptimizationArguments:
 
     train_batch_size: int = option(4, "Samples of one forward on one process.", unit="samples")
     gradient_accumulation_steps: int = option(1, "Forwards that make one optimizer step.", unit="forwards")
+    global_batch_size: int | None = option(
+        None,
+        "Samples of one optimizer step over all processes, however many there are; in place of "
+        "--gradient_accumulation_steps, which then follows from it.",
+        unit="samples",
+    )
     max_train_steps: int | None = option(
         None, "Optimizer steps to train; none leaves it to --num_train_epochs.", unit="optimizer steps"
     )
@@ -78,7 +89,11 @@ class OptimizationArguments:
     core_start_step: int = option(
         0, "Train A and B alone, with C = I, up to this step, then all: the paper's two stages.", unit="optimizer steps"
     )
-    lr_scheduler: str = option("linear", "Shape of the learning rate: a name that transformers.get_scheduler knows.")
+    lr_scheduler: str = option(
+        "linear",
+        "Shape of the learning rate, by transformers.get_scheduler: linear, cosine, cosine_with_restarts, polynomial, "
+        "constant, constant_with_warmup or inverse_sqrt.",
+    )
     lr_warmup_steps: float = option(
         0.0, "Steps over which the learning rate rises from 0; below 1, a share of all steps.", unit="optimizer steps"
     )
@@ -159,7 +174,18 @@ def check_arguments(args: Any) -> None:
         "lr_num_cycles",
     ):
         require(args, name, getattr(args, name) >= 1, "at least 1")
-    for name in ("max_train_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"):
+    if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
+            f"{args.global_batch_size}, from which the former follows: give one of the two (--global_batch_size none)."
+        )
+    for name in (
+        "global_batch_size",
+        "max_train_steps",
+        "validation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+    ):
         value = getattr(args, name)
         require(args, name, value is None or value >= 1, "at least 1, or none")
     for name in ("learning_rate", "num_train_epochs", "lr_power"):

@@ -4,6 +4,7 @@
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16)
                  random_states_P.pkl                              of process P
                  checkpoint.json                                  step, processes, arguments, SHA-256 of each file above
+                                                                  and of the training data
 
 The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). The
 frozen base model isn't in a checkpoint. A checkpoint is written under another name and renamed when it is complete,
@@ -18,6 +19,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,18 @@ logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
 
 
-def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int) -> Path:
+def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int, data: str = "") -> Path:
     """Writes `folder/checkpoint-{step}`, called by every process; deletes those beyond `--checkpoints_total_limit`.
+
+    Args:
+        data: digest of the training data, for `check_same_data`.
 
     Raises:
         OSError: it couldn't be written (a full disk, say); nothing of it is left, earlier checkpoints are untouched.
     """
     target = folder / f"checkpoint-{step}"
     try:
-        _write(accelerator, args, target, step)
+        _write(accelerator, target, {"step": step, "arguments": dataclasses.asdict(args), "data": data})
     except Exception as error:
         raise OSError(f"{target} could not be written ({error}). {_last_whole(folder)}") from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
@@ -105,6 +110,32 @@ def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
     return manifest["step"]
 
 
+def check_same_data(checkpoint: Path, data: str) -> None:
+    """Refuses to go on with other data: the place in them is the step alone, and would mean other samples.
+
+    Args:
+        data: `digest` of the training data now.
+
+    Raises:
+        ValueError: `checkpoint` was trained on others.
+    """
+    then = _read_manifest(checkpoint)["data"]
+    if then and then != data:
+        raise ValueError(
+            f"{checkpoint} was trained on other data than there are now: bring back the files as they were, or start a "
+            "new run."
+        )
+
+
+def digest(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in their order."""
+    found = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", errors="surrogatepass")
+        found.update(len(content).to_bytes(8, "big") + content)
+    return found.hexdigest()
+
+
 def keep_adapter_only(accelerator: Accelerator, write: AdapterWriter = write_checkpoint) -> None:
     """Makes `accelerator.save_state` write the adapter alone, and `load_state` leave the model as it is."""
 
@@ -152,11 +183,11 @@ def _last_whole(folder: Path) -> str:
     return f"Is the disk full? The last whole checkpoint is {kept[max(kept)] if kept else 'none'}."
 
 
-def _write(accelerator: Accelerator, args: Any, target: Path, step: int) -> None:
+def _write(accelerator: Accelerator, target: Path, facts: dict[str, Any]) -> None:
     if accelerator.num_processes == 1:
         with whole_folder(target) as partial:
             accelerator.save_state(str(partial))
-            _write_manifest(accelerator, args, partial, step)
+            _write_manifest(accelerator, partial, facts)
         return
     partial = partial_name(target)  # every process writes its random states into the same folder
     if accelerator.is_main_process:
@@ -165,28 +196,23 @@ def _write(accelerator: Accelerator, args: Any, target: Path, step: int) -> None
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _write_manifest(accelerator, args, partial, step)
+        _write_manifest(accelerator, partial, facts)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     accelerator.wait_for_everyone()
 
 
-def _write_manifest(accelerator: Accelerator, args: Any, folder: Path, step: int) -> None:
+def _write_manifest(accelerator: Accelerator, folder: Path, facts: dict[str, Any]) -> None:
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    content = {
-        "step": step,
-        "processes": accelerator.num_processes,
-        "arguments": dataclasses.asdict(args),
-        "files": files,
-    }
-    write_json(folder / MANIFEST, content)
+    write_json(folder / MANIFEST, {**facts, "processes": accelerator.num_processes, "files": files})
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {name: manifest[name] for name in ("step", "processes", "arguments", "files")}
+        found = {name: manifest[name] for name in ("step", "processes", "arguments", "files")}
+        return found | {"data": manifest.get("data", "")}  # which earlier versions didn't write
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or corrupt ({error}). Resume from another checkpoint.") from error
 

@@ -4,7 +4,8 @@ Each field is declared with `option(default, help, unit=…)`. The type annotati
 becomes `--flag/--no-flag`, a list takes words separated by spaces or commas (or quoted texts, if it is one of
 `sentences`), `X | None` also takes `none`. Flags win over the file given as `--config`, the file wins over the
 defaults, and a key that the dataclass lacks is an error; flags of other scripts that users may bring along are named in
-its class attribute `foreign_flags`, {name: what to do instead}.
+its class attribute `foreign_flags`, {name: what to do instead}. A dataclass may have a method `check_flags`, which is
+called with the flags of the command line alone, and may refuse them by a ValueError.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def parse_arguments(
     try:
         file = flags.pop("config", None)
         given = {**(read_config(cls, file) if file else {}), **flags}
-        return cls(**{**stand_in(given), **given})
+        args = cls(**{**stand_in(given), **given})
+        getattr(args, "check_flags", lambda flags: None)(flags)
+        return args
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,14 +1,25 @@
-"""What both train scripts do when they are started from a shell."""
+"""What both train scripts do when they are started from a shell.
+
+What this package itself refuses is one line there, whose text says what to do. Any other error keeps its traceback.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.loop import TrainingDiverged
+from nara_diffusion.training.memory import OutOfMemory
+
+REFUSALS = (ValueError, OSError, OutOfMemory, TrainingDiverged)
+_OWN_CODE = (Path(__file__).parents[1], Path(__file__).parents[2] / "train_scripts")
 
 
 def run_command(
@@ -31,4 +42,16 @@ def run_command(
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
     values = " ".join(f"{name}={value}" for name, value in shipped.items())
     description = f"{about}\nThe shipped run has these values in place of the defaults below:\n{fill(values, 110)}"
-    main(parse_arguments(arguments, description=description, stand_in=stand_in))
+    args = parse_arguments(arguments, description=description, stand_in=stand_in)
+    try:
+        main(args)
+    except REFUSALS as error:
+        if not raised_here(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether it was a line of this project that raised `error`, rather than one of a library that it called."""
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return any(folder.resolve() in last.parents for folder in _OWN_CODE)

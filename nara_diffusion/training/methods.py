@@ -122,6 +122,21 @@ def check_method(args: Any) -> None:
         logger.warning("adapter %s doesn't read %s", args.adapter, ", ".join(unread))
 
 
+def check_flags(args: Any, flags: Mapping[str, Any]) -> None:
+    """Refuses flags that contradict the method, those too whose value is the default, as `check_method` can't.
+
+    Args:
+        args: the arguments.
+        flags: those of them that the command line gives; a file, which may serve several methods, isn't meant.
+
+    Raises:
+        ValueError: naming the flag, its value and what the method means.
+    """
+    for name, value in method_of(args).fixed.items():
+        if flags.get(name, value) != value:
+            raise ValueError(f"{name} is {flags[name]!r}, but adapter {args.adapter} means {name} {value!r}.")
+
+
 def unread_arguments(args: Any) -> list[str]:
     """Arguments with a value of their own that the method has no use for, as a file that serves all methods may set."""
     family, defaults = method_of(args).family, _defaults(args)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from nara_diffusion.training.output import write_text
 
 # thirds of [0, 1]: an adapter's gain depends on λ, so one mean over all λ hides it
 NOISE_BINS = {"loss_low": (0.0, 1 / 3), "loss_mid": (1 / 3, 2 / 3), "loss_high": (2 / 3, 1.0)}
@@ -56,6 +59,13 @@ class MetricLog:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops the lines of steps that a resumed run will take again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    """Drops the lines of steps that a resumed run will take again, and one that a killed run left half-written."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    write_text(path, "".join(line for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf

@@ -9,23 +9,35 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import SchedulerType, get_scheduler
+from transformers import get_scheduler
 
 from nara_diffusion.training.methods import effective, method_of
 
 CORE_MARK = "nara_core."
 TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+"""Of transformers': those that step and arguments alone determine; the others want a metric or more settings."""
 
 logger = logging.getLogger(__name__)
 
 
-def build_optimizer(model: nn.Module, args: Any, processes: int = 1, *, fused: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, args: Any, global_batch: int = 1, *, fused: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer over what is trainable, in groups "adapter" (learning_rate), "core" (core_learning_rate) and
     "text_encoder" (text_encoder_lr and adam_weight_decay_text_encoder, of a script that has them), those of them that
     aren't empty.
 
     Args:
-        processes: how many train together, for --scale_lr.
+        global_batch: samples of an optimizer step, for --scale_lr.
         fused: let AdamW update all parameters in one call; see `Run.fuses_optimizer` for where that is right.
 
     Raises:
@@ -34,8 +46,7 @@ def build_optimizer(model: nn.Module, args: Any, processes: int = 1, *, fused: b
     """
     groups = _parameter_groups(model, args)
     if args.scale_lr:
-        samples = args.train_batch_size * args.gradient_accumulation_steps * processes
-        groups = [{**group, "lr": group["lr"] * samples} for group in groups]
+        groups = [{**group, "lr": group["lr"] * global_batch} for group in groups]
     options: dict[str, Any] = {
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
@@ -117,11 +128,18 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: Any, total_steps: in
     )
 
 
-def check_scheduler(name: str) -> None:
-    """Refuses a name that transformers doesn't know, before anything is loaded."""
-    known = [member.value for member in SchedulerType]
-    if name not in known:
-        raise ValueError(f"lr_scheduler is {name!r}, expected one of {', '.join(known)}.")
+def check_scheduler(name: str, warmup: float = 0.0) -> None:
+    """Refuses a schedule that can't be followed, before anything is loaded.
+
+    Raises:
+        ValueError: a name that isn't in `SCHEDULES`; a warm-up (`--lr_warmup_steps`) for "constant", which has none.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"lr_scheduler is {name!r}, expected one of {', '.join(SCHEDULES)}.")
+    if name == "constant" and warmup > 0:
+        raise ValueError(
+            f"lr_scheduler 'constant' has no warm-up, and lr_warmup_steps is {warmup:g}: use constant_with_warmup."
+        )
 
 
 def warmup_steps(value: float, total_steps: int) -> int:

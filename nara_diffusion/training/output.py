@@ -15,22 +15,27 @@ import yaml
 from nara_diffusion.whole import whole_file
 
 
-def check_output_dir(output_dir: str | None, resuming: bool) -> None:
-    """Refuses a folder that can't be written, or that the user named and that holds something, unless the run in it is
-    resumed.
+def check_output_dir(output_dir: str | None, resume_from_checkpoint: str | None = None) -> None:
+    """Refuses a folder that can't be written, or that the user named and that holds something, unless it is the run in
+    it that is resumed.
+
+    Args:
+        resume_from_checkpoint: a checkpoint's folder, or "latest", which is looked for in `output_dir`.
 
     Raises:
         ValueError: naming what was found and the remedies.
     """
     _check_writable(Path(output_dir or "outputs"))
-    if output_dir is None or resuming:
+    if output_dir is None or resume_from_checkpoint == "latest":
         return
     folder = Path(output_dir)
+    if resume_from_checkpoint is not None and Path(resume_from_checkpoint).resolve().parent == folder.resolve():
+        return
     if folder.is_dir() and any(folder.iterdir()):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
         raise ValueError(
-            f"--output_dir {folder} already holds another run or other files ({found}). Name a fresh folder, or add "
-            "--resume_from_checkpoint latest to continue the run in it."
+            f"--output_dir {folder} already holds another run or other files ({found}). Name a fresh folder, or "
+            "continue the run in it with --resume_from_checkpoint latest."
         )
 
 

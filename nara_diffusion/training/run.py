@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
 
 from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.training.batches import accumulation_steps, check_accumulation
 from nara_diffusion.training.checkpoints import (
+    check_same_data,
+    digest,
     find_checkpoints,
     keep_adapter_only,
     resolve_checkpoint,
@@ -45,6 +48,7 @@ class Run:
         folder: where the run writes; set by `open`.
         log: metrics.jsonl and the trackers; set by `open`.
         hub_id: the repository to push to, or None; of the main process.
+        data: digest of what the run trains on; set by `settle_data`.
     """
 
     accelerator: Accelerator
@@ -54,6 +58,7 @@ class Run:
     step: int = 0
     folder: Path = Path()
     hub_id: str | None = None
+    data: str = ""
     log: MetricLog = dataclasses.field(init=False)
 
     @property
@@ -73,7 +78,8 @@ class Run:
     @property
     def global_batch(self) -> int:
         """Samples of one optimizer step, over all processes and accumulated forwards."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        accelerator = self.accelerator
+        return self.args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
 
     def batches(self, total_steps: int) -> dict[str, int]:
         """What `stream_loader` needs to know: the batch of one forward, and the positions that are left to train on."""
@@ -101,12 +107,26 @@ class Run:
         known = accelerator.device.type in ("cpu", "cuda")
         return known and accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
 
+    def settle_data(self, texts: Iterable[str]) -> None:
+        """Notes what the run trains on, for its checkpoints: all that a sample depends on, sample after sample.
+
+        Raises:
+            ValueError: the run continues a checkpoint that was trained on other data.
+        """
+        self.data = digest(texts)
+        if self.checkpoint is not None:
+            check_same_data(self.checkpoint, self.data)
+
     def open(self, facts: Mapping[str, str] | None = None) -> None:
         """Makes the output folder, saves the configuration in it, restores a checkpoint's optimizer and random states.
 
         Called when data and model have proved usable, and `accelerator.prepare` has seen what is to be restored.
         `facts` about the run are logged.
+
+        Raises:
+            ValueError: preparing changed the accumulation, as DeepSpeed's configuration can.
         """
+        check_accumulation(self.accelerator, accumulation_steps(self.args, self.accelerator.num_processes))
         folder = [Path()]
         if self.accelerator.is_main_process:
             folder = [create_output_dir(_output_dir(self), self.name)]
@@ -144,20 +164,23 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
     Raises:
         ValueError: the output folder holds another run, or can't be written; there is nothing to resume from, or it
             doesn't fit this run; the adapter's settings are impossible; a tracker isn't installed; the schedule is
-            unknown; accelerate sees fewer processes than were launched; fp16 without a GPU; AdaLoRA under FSDP.
+            unknown; accelerate sees fewer processes than were launched, or accumulates otherwise than the arguments
+            say; fp16 without a GPU; AdaLoRA under FSDP.
     """
-    check_scheduler(args.lr_scheduler)
+    check_scheduler(args.lr_scheduler, args.lr_warmup_steps)
     adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # for its refusals
     _check_trackers(args.report_to)
-    check_output_dir(args.output_dir, resuming=args.resume_from_checkpoint is not None)
+    check_output_dir(args.output_dir, args.resume_from_checkpoint)
+    steps = accumulation_steps(args, _launched_processes())
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(logging_dir="."),  # asked for by trackers; `Run.open` gives the true one
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
     _check_processes(accelerator.num_processes)
+    check_accumulation(accelerator, steps)
     _check_adapter(args.adapter, accelerator.distributed_type)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU, and accelerate found none: use bf16 or no.")
@@ -205,9 +228,13 @@ def _check_adapter(adapter: str, engine: DistributedType) -> None:
         )
 
 
+def _launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def _check_processes(seen: int) -> None:
     """Refuses to train N times over, or once, where N processes were asked for: on CPU, accelerate has to be told."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
+    launched = _launched_processes()
     # what `accelerate launch --cpu --num_processes N` leaves behind when it starts one process after all
     ignored = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     if launched != seen or (ignored and "WORLD_SIZE" not in os.environ):

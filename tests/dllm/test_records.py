@@ -90,3 +90,16 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no file .*none\.json: pass a JSON or JSON Lines file"):
         records_from_file(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_json_lines_end_at_a_line_feed_alone(tmp_path: Path, separator: str) -> None:
+    row = {"instruction": "Say it.", "output": f"first{separator}second"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row) + "\n", encoding="utf-8")
+    assert records_from_file(path)["output"] == [row["output"]] * 2
+
+
+def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the data set .*nowhere \(train\) can't be loaded: "):
+        records_from_hub(str(tmp_path / "nowhere"))

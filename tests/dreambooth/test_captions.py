@@ -131,3 +131,10 @@ def test_captions_of_images_that_are_not_there_are_told(images, caplog) -> None:
     write_metadata(images[0].parent, *rows)
     assert captions_for(images, prompt=None) == ["x"] * 3
     assert f"metadata.jsonl names images that {images[0].parent} doesn't hold: d.png, sub/a.png" in caplog.text
+
+
+def test_a_caption_may_hold_characters_at_which_texts_are_split(images) -> None:
+    caption = "a toy\u2028on the beach"
+    line = json.dumps({"file_name": images[0].name, "text": caption}, ensure_ascii=False)
+    (images[0].parent / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert captions_for(images, prompt="a toy")[0] == caption

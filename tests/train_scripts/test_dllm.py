@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -109,6 +110,23 @@ def test_the_cards_code_loads_the_adapter_and_runs(finished, capsys) -> None:
     page = (finished.folder / "samples.html").read_text()
     cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
     assert len(cells) == 5 * 4
+
+
+def test_the_cards_code_names_the_mask_token_where_the_model_does_not(arguments, llada_folder, tmp_path) -> None:
+    folder = tmp_path / "unnamed"
+    shutil.copytree(llada_folder, folder)
+    for name, field in (("config.json", "mask_token_id"), ("tokenizer_config.json", "mask_token")):
+        fields = json.loads((folder / name).read_text())
+        del fields[field]
+        (folder / name).write_text(json.dumps(fields))
+    args = arguments(pretrained_model_name_or_path=str(folder), mask_token="<|mdm_mask|>", max_train_steps=1)
+    main(args)
+    card = (Path(args.output_dir) / "README.md").read_text()
+    scope: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], scope)
+    assert (
+        scope["model"].config.mask_token_id == json.loads((llada_folder / "config.json").read_text())["mask_token_id"]
+    )
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(arguments, tmp_path) -> None:

@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
+from nara_diffusion.training.batches import accumulation_steps
 from nara_diffusion.training.cli import parse_arguments
 from train_scripts.dllm import Arguments, main
 
@@ -38,7 +39,8 @@ def test_released_hyper_parameters(path: Path) -> None:
     assert (args.rank, args.lora_alpha, args.lora_dropout, args.core_scale) == (32, 32, 0.05, 0.1)
     assert (args.core_hidden_dims, args.core_init, args.noise_embedding) == ([256, 512], "zero_last", "fourier")
     assert args.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert (args.train_batch_size, args.gradient_accumulation_steps, args.max_length) == (1, 32, 512)
+    assert (args.train_batch_size, args.global_batch_size, args.max_length) == (1, 32, 512)
+    assert [accumulation_steps(args, processes) for processes in (1, 2, 4, 8)] == [32, 16, 8, 4]
     assert (args.mixed_precision, args.lr_warmup_steps, args.validation_samples) == ("fp16", 0.05, 128)
     assert (args.generation_steps, args.gen_length, args.block_length) == (32, 512, 16)
     assert (args.temperature, args.remasking) == (0.0, "low_confidence")
@@ -56,7 +58,7 @@ def test_it_takes_two_steps_at_tiny_size(path: Path, arguments, llada_folder, dr
         test_file=data["test_file"] if full.test_file else None,
         validation_samples=4,
         max_train_steps=2,
-        gradient_accumulation_steps=2,
+        global_batch_size=2,
         mixed_precision="no",  # fp16 needs a GPU
         output_dir=tiny.output_dir,
         logging_steps=1,

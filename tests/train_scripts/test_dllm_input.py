@@ -133,6 +133,23 @@ def test_impossible_generation_settings_are_refused_before_training(arguments) -
     refused(arguments(gen_length=10, block_length=4), "block_length")
 
 
+def test_a_prompt_that_is_too_long_for_sampling_is_found_before_training(arguments, tmp_path) -> None:
+    record = {"instruction": "upper: ab", "output": "AB", "answer": "AB"}
+    long = {**record, "instruction": "upper: " + "ab" * 500}
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps(record) + "\n" + json.dumps(long) + "\n")
+    refused(arguments(test_file=str(file), max_length=1024, gen_length=16), "the longest prompt has .* 1024 positions")
+
+
+def test_other_data_in_the_same_file_are_not_resumed(arguments, data, tmp_path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(Path(data["train_file"]).read_text())
+    main(arguments(train_file=str(file), max_train_steps=1, checkpointing_steps=1))
+    file.write_text(file.read_text().replace("upper", "UPPER", 1))
+    with pytest.raises(ValueError, match="checkpoint-1 was trained on other data than there are now"):
+        main(arguments(train_file=str(file), max_train_steps=1, resume_from_checkpoint="latest"))
+
+
 def test_fp16_without_a_gpu(arguments) -> None:
     refused(arguments(mixed_precision="fp16"), "mixed_precision fp16 needs a GPU")
 

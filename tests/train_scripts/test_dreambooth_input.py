@@ -164,6 +164,35 @@ def test_another_model_and_another_schedule(arguments, sdxl_folder, tmp_path) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 18}, r"18 x 18 pixels doesn't fit this model"),
+        ({"target_modules": ["q_proj"]}, r"target_modules q_proj match no module of UNet2DConditionModel"),
+        ({"validation_data_dir": "no/where"}, "the image folder no/where doesn't exist"),
+        ({"do_edm_style_training": True, "snr_gamma": 5.0}, "EDM-style training has weights of its own"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_it_is_refused_before_class_images_are_made(arguments, tmp_path, changes: dict, message: str) -> None:
+    folder = tmp_path / "class"
+    prior = {"with_prior_preservation": True, "class_data_dir": str(folder), "class_prompt": "a toy"}
+    args = arguments(**prior, num_class_images=1)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    refused(args, message)
+    assert not folder.exists()
+
+
+def test_other_images_in_the_same_folder_are_not_resumed(arguments, tmp_path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 3)
+    common = {"instance_data_dir": str(pictures), "max_train_steps": 1}
+    main(arguments(**common, checkpointing_steps=1))
+    write_pictures(pictures, 3, seed=5)
+    with pytest.raises(ValueError, match="checkpoint-1 was trained on other data than there are now"):
+        main(arguments(**common, resume_from_checkpoint="latest"))
+
+
 def test_a_class_folder_with_images_of_another_prompt(arguments, tmp_path) -> None:
     folder = str(tmp_path / "class")
     prior = {"with_prior_preservation": True, "class_data_dir": folder, "num_class_images": 1}

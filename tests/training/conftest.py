@@ -86,7 +86,7 @@ def small_run(tiny_llama) -> Callable[..., SmallRun]:
         model = build_adapter(backbone, args, total_steps=args.max_train_steps)
         if run.checkpoint:
             load_checkpoint(model, run.checkpoint)
-        optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
+        optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)
         scheduler = build_scheduler(optimizer, args, args.max_train_steps)
         loader = stream_loader(
             ShuffledStream(samples, args.seed),

@@ -15,6 +15,7 @@ from nara_diffusion.dllm.masking import mask_answers
 from nara_diffusion.training.adapter import build_adapter
 from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.arguments import AdapterArguments
+from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.methods import METHODS, check_method, title_of
 
 TYPES = {
@@ -189,3 +190,23 @@ def test_adalora_needs_the_number_of_steps_and_full_has_no_options() -> None:
 def test_every_argument_of_an_adapter_is_known_to_the_table() -> None:
     names = {field.name for field in dataclasses.fields(AdapterArguments)}
     assert {"adapter", "rank", "num_virtual_tokens", "adapter_options"} < names
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--adapter nara_knots --core_scale 0.1", "core_scale is 0.1, but adapter nara_knots means core_scale 1.0"),
+        ("--adapter nara_knots --core_sharing global", "core_sharing is 'global', but adapter nara_knots means"),
+        ("--adapter nara_dora --no-use_dora", "use_dora is False, but adapter nara_dora means use_dora True"),
+    ],
+)
+def test_a_flag_that_contradicts_the_method_is_refused_at_its_default_too(flags: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(AdapterArguments, flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_serves_several_methods_contradicts_none(tmp_path) -> None:
+    (tmp_path / "all.yaml").write_text("core_scale: 0.1\nuse_dora: false\n")
+    for adapter in ("nara", "nara_knots", "nara_dora"):
+        assert parse_arguments(AdapterArguments, ["--config", str(tmp_path / "all.yaml"), "--adapter", adapter])

@@ -9,7 +9,12 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from nara_diffusion.training.checkpoints import find_checkpoints, resolve_checkpoint, verify_checkpoint
+from nara_diffusion.training.checkpoints import (
+    find_checkpoints,
+    resolve_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from nara_diffusion.training.run import start_run
 
 
@@ -111,3 +116,32 @@ def test_without_output_dir_latest_looks_in_the_newest_numbered_run(
     run = start_run(small_args(max_train_steps=2, output_dir=None, resume_from_checkpoint="latest"), "small")
     run.open()
     assert (run.step, run.folder) == (2, Path("outputs/small-3"))
+
+
+def test_other_data_are_refused(small_args, small_run, tmp_path) -> None:
+    first = start_run(small_args(max_train_steps=2), "small")
+    first.settle_data(["a question", "its answer"])
+    first.open()
+    checkpoint = save_checkpoint(first.accelerator, first.args, first.folder, 0, first.data)
+    resumed = start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
+    resumed.settle_data(["a question", "its answer"])
+    for texts in (["a question"], ["its answer", "a question"], ["a questionits answer"], ["a questio", "nits answer"]):
+        with pytest.raises(ValueError, match=r"checkpoint-0 was trained on other data than there are now: bring back"):
+            resumed.settle_data(texts)
+
+
+def test_a_checkpoint_of_before_data_were_noted_is_taken(checkpoint: Path, small_args) -> None:
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    del manifest["data"]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    run = start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
+    run.settle_data(["any"])
+    assert run.step == 2
+
+
+def test_going_on_in_another_runs_folder_is_refused(checkpoint: Path, small_args, tmp_path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_model.safetensors").write_text("precious")
+    args = small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint), output_dir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"other already holds another run or other files \(adapter_model"):
+        start_run(args, "small")

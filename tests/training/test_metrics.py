@@ -34,3 +34,13 @@ def test_edges_of_the_thirds(level: float, name: str) -> None:
     window = LossWindow()
     window.add(torch.tensor([1.0]), torch.tensor([level]))
     assert set(window.means()) == {"loss", name}
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 20, "lo', b'{"step": 20, "text": "\xe2\x82', b"[1]", b"7"])
+def test_a_line_that_a_killed_run_left_half_written_is_forgotten(tmp_path, cut: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10, "loss": 1.0}\n' + cut)
+    log = MetricLog(Accelerator(cpu=True), tmp_path, first_step=20)
+    log.write(20, {"loss": 2.0})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}]
