@@ -10,8 +10,8 @@ Stages, each for the chosen backbones and domains:
 
     tune      every method tries equally many learning rates, on a seed and on questions that nothing else uses
     main      every method on every seed, with the rates that tuning found; for each that knows λ, the controls too:
-              trained with λ held at 0.5 ("constant"), trained with another sample's λ ("shuffled", not for the DoRA
-              forms), and the trained one evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed")
+              trained with λ held at 0.5 ("constant"), trained with another sample's λ ("shuffled"), and the
+              trained one evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed")
     single    the other methods on one seed
     ablation  NaRA, NaRA-Knots and LoRA with other settings, on one domain and three seeds
 
@@ -38,7 +38,6 @@ from quality.suites import MUST, Suite, load_suite
 from quality.variants import VARIANTS
 
 SEEDS = (0, 1, 2, 3, 4)
-METHODS = tuple(dict.fromkeys((*MUST, *VARIANTS)))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument("--backbones", nargs="+", help="default: all of the suite")
     what.add_argument("--domains", nargs="+", help="domains of questions, or subjects of images (default: all)")
-    what.add_argument("--methods", nargs="+", help=f"of tune, main and ablation (default: {' '.join(METHODS)})")
+    what.add_argument("--methods", nargs="+", help=f"of tune, main and ablation (default: {' '.join(MUST)})")
     what.add_argument("--others", nargs="+", help="of single, and of tune where that stage is asked for as well")
     what.add_argument(
         "--tune_domains",
@@ -93,7 +92,7 @@ def select(suite: Suite, args: argparse.Namespace) -> Selection:
     return Selection(
         backbones=args.backbones or suite.backbones,
         domains=args.domains or suite.domains,
-        methods=args.methods or METHODS,
+        methods=args.methods or MUST,
         others=asked_others if "single" in args.stages else (),
         tune_domains=args.tune_domains or suite.tune_domains,
         seeds=args.seeds,

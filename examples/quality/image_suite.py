@@ -17,7 +17,6 @@ _TRIALS: dict[str, tuple[Settings, ...]] = {
     "nara": with_core((1e-3, 3e-4), (2e-3, 1e-4), (2e-3, 3e-4), (4e-3, 3e-4), (8e-3, 3e-4)),
     "nara_dora": with_core((1e-3, 3e-4), (2e-3, 1e-4), (2e-3, 3e-4), (4e-3, 3e-4), (8e-3, 3e-4)),
     "nara_knots": with_core((1e-3, 1e-3), (2e-3, 1e-3), (4e-3, 1e-3), (2e-3, 3e-3), (8e-3, 3e-3)),
-    "nara_knots_dora": with_core((1e-3, 1e-3), (2e-3, 1e-3), (4e-3, 1e-3), (2e-3, 3e-3), (8e-3, 3e-3)),
     "nara_c": with_core((1e-3, 1e-2), (2e-3, 1e-2), (4e-3, 1e-2), (2e-3, 1e-1), (8e-3, 1e-2)),
     "oft": rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     "vera": rates(2e-3, 5e-3, 1e-2, 2e-2, 4e-2),

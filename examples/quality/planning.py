@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from quality.jobs import ABLATION_SEEDS, TUNING_SEED, Job
-from quality.suites import CONTROLS, FEWER_CONTROLS, Suite
+from quality.suites import CONTROLS, Suite
 from quality.variants import is_noise_aware
 
 
@@ -49,7 +49,7 @@ def _main(suite: Suite, selection: Selection) -> Iterator[Job]:
     """Seed after seed, so that what a stop leaves behind is complete for the seeds that were reached."""
     for seed, backbone, domain in product(selection.seeds, selection.backbones, selection.domains):
         for method in selection.methods:
-            controls = FEWER_CONTROLS.get(method, CONTROLS) if is_noise_aware(method) else ()
+            controls = CONTROLS if is_noise_aware(method) else ()
             for control in (None, *controls):
                 yield Job(suite.name, "main", backbone, domain, method, control, seed, selection.settings)
 

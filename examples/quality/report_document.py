@@ -17,6 +17,8 @@ from quality.report_markdown import listed
 from quality.report_names import SUITES, measures
 from quality.report_samples import samples_sheet
 from quality.report_tables import bins_table, controls_table, cost_table, quality_table, rates_table, resolution
+from quality.suites import MUST
+from quality.variants import VARIANTS
 
 HOW_TO_READ = """\
 ± is the standard deviation over seeds. A difference is paired: within a seed all methods see the same data in the same
@@ -151,11 +153,12 @@ def repeat(records: Sequence[Record]) -> list[str]:
     lines = []
     for suite in distinct(records, "suite"):
         for backbone in distinct(select(records, suite=suite), "backbone"):
-            own = distinct(select(records, suite=suite, backbone=backbone), "stage")
-            stages = " ".join(stage for stage in STAGES if stage in own)
-            lines.append(
-                f"python examples/benchmark_quality.py --modality {suite} --backbones {backbone} --stages {stages}"
-            )
+            own = select(records, suite=suite, backbone=backbone)
+            stages = " ".join(stage for stage in STAGES if stage in distinct(own, "stage"))
+            variants = [name for name in VARIANTS if name in distinct(own, "method")]
+            methods = f" --methods {' '.join((*MUST, *variants))}" if variants else ""
+            where = f"--modality {suite} --backbones {backbone}"
+            lines.append(f"python examples/benchmark_quality.py {where} --stages {stages}{methods}")
     lines.append(
         "python examples/report_quality.py --results outputs/quality/*.jsonl --output outputs/quality/RESULTS.md"
     )

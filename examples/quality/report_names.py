@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nara_diffusion.training.methods import METHODS
 from quality.report_data import Arm, Grid, Record
 from quality.suites import MUST
-from quality.variants import VARIANTS, is_noise_aware, resolve
+from quality.variants import is_noise_aware
 
 LORA, DORA, FULL, MULTI_LORA = Arm("lora"), Arm("dora"), Arm("full"), Arm("multi_lora")
 CONTROLS = {
@@ -64,13 +64,7 @@ def title(arm: Arm) -> str:
 
 
 def _method_title(method: str) -> str:
-    """A variant that is only the DoRA of a method is called so, other variants by the name of their runs."""
-    if method in METHODS:
-        return METHODS[method].title
-    made_of, settings = resolve(method)
-    if method in VARIANTS and settings == {"use_dora": True}:
-        return f"{_method_title(made_of)}-DoRA"
-    return _TITLES.get(method, method)
+    return METHODS[method].title if method in METHODS else _TITLES.get(method, method)
 
 
 def ordered(arms: Sequence[Arm]) -> list[Arm]:

@@ -8,10 +8,9 @@ from typing import Any
 
 from quality.jobs import Job
 
-MUST = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_knots_dora", "nara_c", "multi_lora", "tlora")
+MUST = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_c", "multi_lora", "tlora")
 CONTROLS = ("constant", "shuffled")
 """Those that need a training of their own."""
-FEWER_CONTROLS = {"nara_dora": ("constant",), "nara_knots_dora": ("constant",)}
 
 Settings = Mapping[str, Any]
 

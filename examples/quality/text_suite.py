@@ -16,7 +16,6 @@ _TRIALS: dict[str, tuple[Settings, ...]] = {
     "nara": with_core((5e-3, 1e-3), (7.5e-3, 3e-4), (7.5e-3, 1e-3), (1e-2, 1e-3), (1.5e-2, 1e-3)),
     "nara_dora": with_core((5e-3, 1e-3), (7.5e-3, 3e-4), (7.5e-3, 1e-3), (1e-2, 1e-3), (1.5e-2, 1e-3)),
     "nara_knots": with_core((5e-3, 3e-3), (7.5e-3, 1e-3), (7.5e-3, 3e-3), (1e-2, 3e-3), (1.5e-2, 3e-3)),
-    "nara_knots_dora": with_core((5e-3, 3e-3), (7.5e-3, 1e-3), (7.5e-3, 3e-3), (1e-2, 3e-3), (1.5e-2, 3e-3)),
     "nara_c": with_core((5e-3, 1e-2), (7.5e-3, 3e-3), (7.5e-3, 1e-2), (1e-2, 1e-2), (1.5e-2, 1e-2)),
     "oft": rates(1e-3, 3e-3, 6e-3, 1e-2, 2e-2),
     "vera": rates(1e-2, 3e-2, 6e-2, 1e-1, 2e-1),

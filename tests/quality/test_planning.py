@@ -44,12 +44,10 @@ def test_main_runs_all_methods_and_the_controls_of_the_noise_aware_ones_for_each
     places = len(suite.backbones) * len(suite.domains)
     assert len(jobs) == len({job.key for job in jobs}) == 5 * places * (len(MUST) + 6)
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)  # seed after seed
-    assert Counter(job.control for job in jobs if job.method == "nara") == dict.fromkeys(
-        [None, "constant", "shuffled"], 5 * places
-    )
-    assert Counter(job.control for job in jobs if job.method == "nara_dora") == dict.fromkeys(
-        [None, "constant"], 5 * places
-    )
+    for method in ("nara", "nara_dora", "nara_knots"):
+        assert Counter(job.control for job in jobs if job.method == method) == dict.fromkeys(
+            [None, "constant", "shuffled"], 5 * places
+        )
     assert {job.control for job in jobs if not is_noise_aware(job.method)} == {None}
     assert all(job.settings == {"rank": 3} for job in jobs)
 

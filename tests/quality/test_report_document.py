@@ -4,7 +4,8 @@ import json
 from importlib import import_module
 
 import pytest
-from quality.report_document import hours, read_notes
+from quality.report_document import hours, read_notes, repeat
+from quality.suites import MUST
 
 from tests.quality.report_records import record, runs
 
@@ -67,6 +68,12 @@ def test_it_can_be_made_without_notes_and_an_unknown_heading_is_refused(files, t
     (files / "notes.md").write_text("# Thoughts\n\nmany\n")
     with pytest.raises(ValueError, match=r"name no part of the report, thoughts: expected # summary, # setting"):
         read_notes(files / "notes.md")
+
+
+def test_what_is_repeated_includes_variants_that_were_run():
+    records = [record("nara", 0, [1, 1]), record("nara_centred", 0, [1, 1])]
+    assert f"--stages main --methods {' '.join(MUST)} nara_centred\n" in repeat(records)[-1]
+    assert "--methods" not in repeat(records[:1])[-1]
 
 
 def test_records_of_one_run_share_its_time():

@@ -187,7 +187,7 @@ def test_tuning_shows_all_trials_and_the_best():
 
 def test_names_and_signs():
     assert title(Arm("multi_lora")) == "Multi-LoRA"
-    assert title(Arm("nara_knots_dora", "reversed")) == "NaRA-Knots-DoRA, evaluated with 1 − λ"
+    assert title(Arm("nara_dora", "reversed")) == "NaRA-DoRA, evaluated with 1 − λ"
     assert title(Arm("nara_mine")) == "nara_mine"
     assert [arm.control for arm in ordered([Arm("nara", "reversed"), Arm("nara", "constant"), Arm("nara")])] == [
         None, "constant", "reversed",
