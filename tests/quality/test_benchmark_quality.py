@@ -19,7 +19,7 @@ def test_one_command_tunes_and_compares_and_does_nothing_twice(tmp_path, capsys)
     path = tmp_path / "text.jsonl"
     assert main(*FEW, "--seeds", 0, "--output", path) == 0
     records = read(path)
-    assert [record["stage"] for record in records].count("tune") == 10  # five trials each of two methods
+    assert [record["stage"] for record in records].count("tune") == 14  # seven trials each of two methods
     compared = [(record["method"], record["control"]) for record in records if record["stage"] == "main"]
     assert compared == [
         ("lora", None), ("nara", None), ("nara", "mean_core"), ("nara", "reversed"), ("nara", "constant"),
