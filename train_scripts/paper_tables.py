@@ -4,6 +4,8 @@ What would be run, without running it; then all of it, which takes many GPU days
     python train_scripts/paper_tables.py --dry_run
     python train_scripts/paper_tables.py --confirm_run_unsafe_code
     python train_scripts/paper_tables.py --domains math --methods lora nara --seeds 42
+Each run on eight GPUs; it is one, if nothing is said:
+    python train_scripts/paper_tables.py --launch_arguments "--multi_gpu --num_processes 8"
 
 For each domain, method and seed it trains with train_scripts/dllm.py, evaluates with nara-eval, and writes the tables
 that can be made from what is there to OUTPUT_DIR/tables.md. Stopped, it goes on where it was when called again: what
@@ -13,7 +15,7 @@ are downloaded to --data_dir.
 
 The code domain runs programs that the model writes, so it needs --confirm_run_unsafe_code.
 
-Needs the extras train and eval: pip install 'nara-diffusion[train,eval]'
+Needs the extras train and eval: pip install -e '.[train,eval]'
 """
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
@@ -24,10 +26,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nara_diffusion.harness.download import download
+from nara_diffusion.harness.launching import with_processes
 from nara_diffusion.harness.paper import BASE, DOMAINS, EVALUATION, METHODS, TRAINING, Plan, Step
 from nara_diffusion.harness.paper_tables import scores, table
 from nara_diffusion.training.cli import option, parse_arguments
@@ -35,6 +39,7 @@ from nara_diffusion.training.methods import METHODS as ADAPTERS
 from nara_diffusion.whole import whole_file
 
 HERE = Path(__file__).parent
+TEXTS = ("--launch_arguments", "--train_arguments", "--evaluation_arguments")
 
 
 @dataclass
@@ -53,12 +58,15 @@ class PaperArguments:
     with_math: bool = option(False, "Ask MATH too in the math domain; needs pip install 'lm-eval[math]'.")
     dtype: str = option("bfloat16", "Precision of evaluation.", choices=("bfloat16", "float16", "float32"))
     batch_size: int = option(16, "Questions that are answered at once.", unit="questions")
-    launch_arguments: str = option("", "Further arguments of accelerate launch, as one text.")
-    train_arguments: str = option("", "Further arguments of every training, as one text.")
+    launch_arguments: str = option(
+        "",
+        "Further arguments of accelerate launch, as one text: '--num_processes 8'; without a number it is one process.",
+    )
+    train_arguments: str = option("", "Further arguments of every training, as one text: '--logging_steps 5'.")
     method_arguments: list[str] = option(
         [], "Those of one method: 'lora: --learning_rate 2e-4', one text a method.", sentences=True
     )
-    evaluation_arguments: str = option("", "Further arguments of every nara-eval, as one text.")
+    evaluation_arguments: str = option("", "Further arguments of every nara-eval, as one text: '--limit=100'.")
     confirm_run_unsafe_code: bool = option(False, "Run the programs that the model writes, which the code table needs.")
     keep_going: bool = option(False, "Go on with the other runs after one has failed.")
     dry_run: bool = option(False, "Show the commands that are left to run, and nothing else.")
@@ -112,8 +120,10 @@ def plan_of(args: PaperArguments) -> Plan:
     """The commands' common part.
 
     Raises:
-        ValueError: there is no configuration of a domain for this model.
+        ValueError: there is no configuration of a domain for this model, or launch_arguments leave the number of
+            processes open.
     """
+    launch, processes = with_processes(shlex.split(args.launch_arguments))
     named = (text.partition(":") for text in args.method_arguments)
     plan = Plan(
         output_dir=Path(args.output_dir),
@@ -125,7 +135,8 @@ def plan_of(args: PaperArguments) -> Plan:
         dtype=args.dtype,
         batch_size=args.batch_size,
         with_math=args.with_math,
-        launch=tuple(shlex.split(args.launch_arguments)),
+        launch=launch,
+        processes=processes,
         training=tuple(shlex.split(args.train_arguments)),
         evaluation=tuple(shlex.split(args.evaluation_arguments)),
         methods={name.strip(): tuple(shlex.split(flags)) for name, _, flags in named},
@@ -134,6 +145,21 @@ def plan_of(args: PaperArguments) -> Plan:
         if not plan.config(domain).is_file():
             raise ValueError(f"there is no {plan.config(domain)}: leave {domain} out of --domains, or write it")
     return plan
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """`argv` with each text of further arguments as --flag=TEXT: argparse takes a text of one word that begins with
+    dashes for a flag. One of this script's own flags is left as it is: there the text was forgotten."""
+    own = {"-h", "--help", "--config"} | {
+        f"--{no}{field.name}" for field in fields(PaperArguments) for no in ("", "no-")
+    }
+    result: list[str] = []
+    for word in argv:
+        if result and result[-1] in TEXTS and word.startswith("-") and word.partition("=")[0] not in own:
+            result[-1] += f"={word}"
+        else:
+            result.append(word)
+    return result
 
 
 def show(plan: Plan, args: PaperArguments, steps: list[Step]) -> None:
@@ -183,6 +209,6 @@ def write_tables(plan: Plan, args: PaperArguments) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        main(parse_arguments(PaperArguments, description=__doc__))
+        main(parse_arguments(PaperArguments, joined(sys.argv[1:]), description=__doc__))
     except ValueError as error:
         sys.exit(f"paper_tables.py: {error}")

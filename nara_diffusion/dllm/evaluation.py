@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from nara_diffusion.dllm.answers import Rule, rule_of
 from nara_diffusion.dllm.data import AnswerCollator, end_token_id
 from nara_diffusion.dllm.generation import Generation, generate
 from nara_diffusion.dllm.heads import language_model
@@ -19,8 +20,7 @@ from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import mask_answers
 from nara_diffusion.dllm.modes import evaluating, without_ddp
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_CHOICE = re.compile(r"\b(?:(?:answer|option|solution|ending)\s?\d+|true|false|[A-E](?=[).:]|$))", re.IGNORECASE)
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -115,12 +115,13 @@ def exact_match(
 ) -> ExactMatch:
     """Generate an answer to each row's prompt, and count those that equal the right one.
 
-    A generation is the text before its first end token. What `extract` makes of it has to equal what it makes of
-    the row's `answer`:
+    A generation is the text before its first end token. What `extract` finds in it has to be what it finds in the
+    row's `answer`, by the rules of `nara_diffusion.dllm.answers`, which are nara-eval's too:
 
         "text"     the text, with runs of white space as one space
-        "number"   the last number in it, by value ("1,000.0" equals "1000")
-        "choice"   the last of option1, answer2, solution3, ending4, true, false, or a letter A to E that stands alone
+        "number"   the last number in it, within 0.001 ("1,000.0" equals "1000")
+        "choice"   the first of answer1 …, ending1 …, option1 …, solution1 …, true, false that is of the right one's
+                   kind; where the right one is a letter, the last of A … E that stands alone
         a function of one's own, from text to text
 
     Args:
@@ -133,9 +134,8 @@ def exact_match(
         ValueError: no rows, or an unknown `extract`.
     """
     _check_rows(rows, batch_size)
-    if isinstance(extract, str) and extract not in EXTRACTORS:
-        raise ValueError(f"extract is {extract!r}, expected one of {', '.join(map(repr, EXTRACTORS))}, or a function")
-    extracted = EXTRACTORS[extract] if isinstance(extract, str) else extract
+    rule = rule_of(extract, (row["answer"] for row in rows))
+    _warn_of_nameless(rows, rule, extract)
     ends = stop_token_ids(model, tokenizer)
     by_length = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_length"])
     texts: dict[int, str] = {}
@@ -148,7 +148,7 @@ def exact_match(
             for i, answer in zip(indices, result.answers.tolist(), strict=True):
                 texts[i] = decode_answer(tokenizer, answer, ends)
             bar.update(len(indices))
-    generations = [_judged(rows[i], texts[i], extracted) for i in range(len(rows))]
+    generations = [_judged(rows[i], texts[i], rule) for i in range(len(rows))]
     correct = sum(generation["correct"] for generation in generations)
     return ExactMatch(correct / len(rows), correct, len(rows), generations, forwards)
 
@@ -170,34 +170,26 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], end
     return text.strip()
 
 
-def last_number(text: str) -> str:
-    """The last number in `text`, in one spelling; "" if there is none."""
-    found = _NUMBER.findall(text)
-    return format(float(found[-1].replace(",", "")), "g") if found else ""
-
-
-def last_choice(text: str) -> str:
-    """The last choice that `text` names, in lower case; "" if it names none."""
-    found = _CHOICE.findall(text)
-    return found[-1].lower().replace(" ", "") if found else ""
-
-
-EXTRACTORS: dict[str, Callable[[str], str]] = {
-    "text": lambda text: " ".join(text.split()),
-    "number": last_number,
-    "choice": last_choice,
-}
-
-
-def _judged(row: Mapping[str, Any], text: str, extract: Callable[[str], str]) -> dict[str, Any]:
-    found, right = extract(text), extract(row["answer"])
+def _judged(row: Mapping[str, Any], text: str, rule: Rule) -> dict[str, Any]:
+    found = rule(text, row["answer"])
     return {
         "instruction": row["instruction"],
         "generation": text,
-        "extracted": found,
+        "extracted": found.named,
         "answer": row["answer"],
-        "correct": found == right and right != "",
+        "correct": found.is_right,
     }
+
+
+def _warn_of_nameless(rows: Sequence[Mapping[str, Any]], rule: Rule, extract: str | Callable[[str], str]) -> None:
+    """Says how many rows can't be answered rightly, whatever is generated."""
+    nameless = [row["answer"] for row in rows if not rule(row["answer"], row["answer"]).is_right]
+    if nameless:
+        logger.warning(
+            "%d of %d right answers name nothing by the rule %r, the first of them %r: nothing that is generated will "
+            "count as right there; choose another `extract`",
+            *(len(nameless), len(rows), extract, nameless[0]),
+        )
 
 
 def _answer(

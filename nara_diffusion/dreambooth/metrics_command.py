@@ -1,8 +1,9 @@
 """Likeness to the subject and obedience to the prompt, measured over several training seeds.
 
 Three seeds of one method, judged by the encoders that DreamBooth's paper took:
-    nara-metrics --generated out-seed-0/samples out-seed-1/samples out-seed-2/samples --reference dog_images \\
-        --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16 --identifier sks --output results.json
+    nara-metrics --generated out-seed-0/samples-after out-seed-1/samples-after out-seed-2/samples-after \\
+        --reference dog_images --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16 --identifier sks \\
+        --output results.json
 
 What is measured:
     DINO image similarity   mean cosine between generated images and those of the subject: does it look like it?

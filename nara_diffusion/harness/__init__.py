@@ -14,6 +14,8 @@
 | `code_tasks`            | HumanEval and MBPP: which part of an answer is the program, pass@1                 |
 | `execution`, `limited`  | runs a program in a process of its own with limits                                 |
 | `paper`, `paper_tables` | the paper's experiments as commands, and their results as tables                   |
+| `launching`             | how many processes those run in                                                    |
+| `download`              | one file from the web                                                              |
 | `tasks/`                | the task files                                                                     |
 
 Needs the extra `eval`. Nothing else in the package imports lm-eval.

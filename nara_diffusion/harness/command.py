@@ -1,6 +1,7 @@
 """The command `nara-eval`: lm-eval's, with the model class nara_dllm and this package's tasks.
 
-It takes lm-eval's subcommands and flags. Left out, --model is nara_dllm, and run is the subcommand:
+It takes lm-eval's subcommands and flags. Left out, --model is nara_dllm, and run is the subcommand; a file of flags
+(--config FILE.yaml) has the same defaults:
 
     nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_gsm8k
     nara-eval ls tasks
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lm_eval._cli import HarnessCLI
         from lm_eval.utils import setup_logging
     except ImportError:
-        sys.exit("nara-eval needs lm-eval: pip install 'nara-diffusion[eval]'")
+        sys.exit("nara-eval needs lm-eval: pip install -e '.[eval]'")
     setup_logging()
     register()
     flags = with_defaults(sys.argv[1:] if argv is None else list(argv))
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"{__doc__}\n")
     with _program(["nara-eval", *flags]):
         command = HarnessCLI()
-        args = adjusted(command.parse_args())
+        args = command.parse_args()
         try:
-            command.execute(args)
+            command.execute(adjusted(args))
         except (ValueError, OSError, KeyError) as error:
             if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
                 raise
@@ -74,13 +75,32 @@ def with_defaults(argv: list[str]) -> list[str]:
 
 
 def adjusted(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with this package's task files beside lm-eval's and those of --include_path, and a device that exists."""
+    """`args` with this package's task files beside lm-eval's and those of include_path, and a device that exists.
+
+    What neither a flag nor the file of --config names is filled in: the model, and the device.
+
+    Raises:
+        ValueError, OSError: the file can't be read.
+    """
+    file = _settings(getattr(args, "config", None))
     if hasattr(args, "include_path"):
-        own: Any = args.include_path
-        args.include_path = [str(TASKS), *([] if own is None else [own])]
-    if getattr(args, "device", "") is None and args.model == MODEL:
-        args.device = "auto"  # lm-eval's default is cuda:0, wherever it runs
+        own: Any = args.include_path or file.get("include_path") or []
+        args.include_path = [str(TASKS), *([own] if isinstance(own, str) else own)]
+    if hasattr(args, "model"):
+        args.model = args.model or file.get("model") or MODEL
+        # lm-eval's default is cuda:0, wherever it runs
+        args.device = args.device or file.get("device") or ("auto" if args.model == MODEL else None)
     return args
+
+
+def _settings(path: str | None) -> dict[str, Any]:
+    """What the file of --config says."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    try:
+        return {} if path is None else EvaluatorConfig.load_yaml_config(path)
+    except TypeError as error:  # lm-eval's word for a file without keys
+        raise ValueError(str(error)) from None
 
 
 @contextmanager

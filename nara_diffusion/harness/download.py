@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
-
-from nara_diffusion.whole import whole_file
+from uuid import uuid4
 
 TIMEOUT = 60.0  # seconds without an answer
 
 
 def download(url: str, path: Path) -> None:
-    """Puts what is at `url` to `path`.
+    """Puts what is at `url` to `path`; several processes may do so at once, and one alone has to succeed.
 
     Raises:
-        ValueError: it can't be reached, or not be written.
+        ValueError: it can't be reached, or not be written, and nobody else has put it there meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{uuid4().hex}-{path.name}")  # each process has its own
     try:
-        with (
-            urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
-            whole_file(path) as partial,
-            partial.open("wb") as f,
-        ):
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as f:
             shutil.copyfileobj(answer, f)
+        os.replace(partial, path)
     except (urllib.error.URLError, TimeoutError, OSError) as error:
-        raise ValueError(f"{url} can't be fetched ({error}): fetch it by other means, and put it at {path}") from error
+        if not path.is_file():
+            raise ValueError(
+                f"{url} can't be fetched ({error}): fetch it by other means, and put it at {path}"
+            ) from error
+    finally:
+        partial.unlink(missing_ok=True)

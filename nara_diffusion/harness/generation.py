@@ -75,6 +75,25 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> HowToAnswer:
     return HowToAnswer((until,) if isinstance(until, str) else tuple(until), tuple(sorted(sampling.items())))
 
 
+def contradiction(gen_kwargs: Mapping[str, Any]) -> str | None:
+    """What a request asks for and doesn't get, since do_sample says otherwise; None if there is no such thing.
+
+    No error: lm-eval has tasks that say both, and its own models go by do_sample too.
+    """
+    samples, temperature = gen_kwargs.get("do_sample"), gen_kwargs.get("temperature") or 0
+    if samples is False and temperature:
+        return (
+            f"gen_kwargs has temperature={temperature:g}, which isn't used beside do_sample=False: add "
+            "--gen_kwargs do_sample=True to sample"
+        )
+    if samples is True and not temperature:
+        return (
+            "gen_kwargs has do_sample=True, and answers are greedy at temperature=0 all the same: add "
+            "--gen_kwargs temperature=0.7, or another, to sample"
+        )
+    return None
+
+
 def _check(sampling: Mapping[str, Any]) -> None:
     """Raises now what `generate` would raise when the first answer is due."""
     defaults = {"steps": None, "block_length": sampling["gen_length"], "cfg_scale": 0.0}

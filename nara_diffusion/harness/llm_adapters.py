@@ -1,7 +1,7 @@
 """The paper's commonsense and arithmetic test sets, as LLM-Adapters (arXiv 2304.01933) distributes and scores them.
 
 A set is a JSON list of {instruction, output, answer}. The model is asked `instruction`, in the form that training used,
-and its text is scored by what it names:
+and its text is scored by what it names, by the rules of `nara_diffusion.dllm.answers`:
 
     number   the last number, equal to the answer within 0.001           AddSub GSM8K MultiArith SingleEq SVAMP
     letter   the last of A … E that stands alone                         AQuA
@@ -12,14 +12,11 @@ Where the files come from, with --metadata:
 
     data_dir=DIR    DIR/AddSub/test.json and so on, as in the dataset/ folder of LLM-Adapters' repository
     (nothing)       that repository; each file is fetched once and kept in the cache of Hugging Face's libraries
-
-LLM-Adapters' own script takes the last A … E anywhere in the text for AQuA, "A" of "Answer" included; this one doesn't.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +24,11 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 
+from nara_diffusion.dllm.answers import by_choice, by_letter, by_number
 from nara_diffusion.harness.download import download
 
 SOURCE = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main/dataset"
 CACHE = Path(HF_HOME) / "nara_diffusion" / "llm_adapters"
-TOLERANCE = 1e-3
-
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-_LETTER = re.compile(r"\b[A-E]\b")
-_CHOICE = re.compile(r"\b(?:answer[1-5]|ending[1-4]|option[12]|solution[12]|true|false)\b", re.IGNORECASE)
 
 
 def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
@@ -75,31 +68,14 @@ def _row(record: Any, where: str) -> dict[str, str]:
 
 def score_number(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
     """{"acc": 1 or 0}: is the last number of the text the answer's last?"""
-    found, right = last_number(results[0]), last_number(doc["answer"])
-    return {"acc": float(found is not None and right is not None and abs(found - right) <= TOLERANCE)}
+    return {"acc": float(by_number(results[0], doc["answer"]).is_right)}
 
 
 def score_letter(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
     """{"acc": 1 or 0}: is the last letter of the text the answer?"""
-    return _agreement(_LETTER.findall(results[0])[-1:], _LETTER.findall(doc["answer"])[-1:])
+    return {"acc": float(by_letter(results[0], doc["answer"]).is_right)}
 
 
 def score_choice(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
     """{"acc": 1 or 0}: is the first choice that the text names, of the answer's kind, the answer?"""
-    answer = doc["answer"].lower()
-    named = [word for word in map(str.lower, _CHOICE.findall(results[0])) if _kind(word) == _kind(answer)]
-    return _agreement(named[:1], [answer])
-
-
-def _kind(choice: str) -> str:
-    return "truth" if choice in ("true", "false") else choice[:-1]
-
-
-def last_number(text: str) -> float | None:
-    """The last number in `text`, or None."""
-    found = _NUMBER.findall(text.replace(",", ""))
-    return float(found[-1]) if found else None
-
-
-def _agreement(found: Sequence[str], right: Sequence[str]) -> dict[str, float]:
-    return {"acc": float(bool(right) and list(found) == list(right))}
+    return {"acc": float(by_choice(results[0], doc["answer"]).is_right)}

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.dllm import generate, log_likelihood, stop_token_ids
 from nara_diffusion.dllm.heads import position_limit
-from nara_diffusion.harness.generation import SETTINGS, HowToAnswer, cut, read_gen_kwargs
+from nara_diffusion.harness.generation import SETTINGS, HowToAnswer, contradiction, cut, read_gen_kwargs
 from nara_diffusion.harness.loading import load_model
 from nara_diffusion.harness.processes import Processes
 from nara_diffusion.harness.prompts import ALPACA, encode, encode_pair, shortened, templated
@@ -112,6 +112,8 @@ class NaraDLLM(LM):
         prompts = [encode(self.tokenizer, prompt, has_template=self.has_template) for prompt, _ in given]
         how = [read_gen_kwargs(gen_kwargs) for _, gen_kwargs in given]
         self._check_lengths(how)
+        for message in sorted({contradiction(gen_kwargs) or "" for _, gen_kwargs in given} - {""}):
+            logger.warning("%s", message)
         answers: list[str] = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (repr(how[i]), -len(prompts[i])))
         with self._progress(len(requests), "generate") as bar:
@@ -167,6 +169,11 @@ class NaraDLLM(LM):
         for _, answer in pairs:
             if len(answer) > self.max_length:
                 raise ValueError(f"a continuation has {len(answer)} tokens, and the model {self.max_length} positions")
+        longer = sum(len(prompt) + len(answer) > self.max_length for prompt, answer in pairs)
+        if longer:
+            logger.warning(
+                "%d prompts don't fit into %d tokens with their answers, and lose their start", longer, self.max_length
+            )
         pairs = [(shortened(prompt, self.max_length - len(answer)), answer) for prompt, answer in pairs]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))

@@ -16,6 +16,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from nara_diffusion.harness.launching import check_processes, values_of
 
 _ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
 BASE = "base"
@@ -84,15 +87,15 @@ DOMAINS = {
     ),
 }
 
-# The paper's rows, and what a row's training needs beside the domain's configuration. Multi-LoRA's rank is that of all
-# five bins together, each of rank 32, and lora_alpha follows it so that the update is scaled by 1.
+# The paper's rows, and what a row's training needs beside the domain's configuration, whose
+# rank and lora_alpha, 32 both, are those of each of Multi-LoRA's five LoRAs too.
 METHODS: dict[str, tuple[str, ...]] = {
     BASE: (),
     "prompt_tuning": (),
     "p_tuning": (),
     "lora": (),
     "hira": (),
-    "multi_lora": ("--rank", "160", "--lora_alpha", "160"),
+    "multi_lora": (),
     "nara_c": (),
     "nara": (),
     "dora": (),
@@ -134,7 +137,9 @@ class Plan:
         pretrained: another model than theirs, or None.
         dtype, batch_size: of evaluation.
         with_math: whether the math domain is asked MATH too.
-        launch, training, evaluation: further arguments of accelerate launch, of the script, and of nara-eval.
+        launch: arguments of accelerate launch, which name the number of `processes`.
+        processes: how many train and evaluate together.
+        training, evaluation: further arguments of the script, and of nara-eval.
         methods: further arguments of the training of one method.
     """
 
@@ -147,7 +152,8 @@ class Plan:
     dtype: str
     batch_size: int
     with_math: bool = False
-    launch: tuple[str, ...] = ()
+    launch: tuple[str, ...] = ("--num_processes", "1")
+    processes: int = 1
     training: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
     methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -164,6 +170,10 @@ class Plan:
         return [evaluation] if method == BASE else [self.training_step(domain, method, seed), evaluation]
 
     def training_step(self, domain: str, method: str, seed: int) -> Step:
+        """Raises:
+        ValueError: the processes can't share the configuration's batch, and the user names no other.
+        """
+        self._check_batch(domain, method)
         folder = self.folder(domain, method, seed) / TRAINING
         resume = ("--resume_from_checkpoint", "latest") if any(folder.glob("checkpoint-*")) else ()
         command = (
@@ -176,10 +186,16 @@ class Plan:
         )
         return Step(f"train {method} on {domain}, seed {seed}", command, folder, "results.json")
 
+    def _check_batch(self, domain: str, method: str) -> None:
+        own = values_of((*self.training, *self.methods.get(method, ())))
+        if own.keys().isdisjoint(("--global_batch_size", "--train_batch_size")):
+            settings, where = settings_of(self.config(domain)), self.config(domain).name
+            check_processes(self.processes, settings["global_batch_size"], settings["train_batch_size"], where)
+
     def evaluation_step(self, domain: str, method: str, seed: int) -> Step:
         training = self.folder(domain, method, seed) / TRAINING
         folder = self.folder(domain, method, seed) / EVALUATION
-        pretrained = self.pretrained or pretrained_of(self.config(domain))
+        pretrained = self.pretrained or settings_of(self.config(domain))["pretrained_model_name_or_path"]
         model = {"pretrained": str(training) if method == "full" else pretrained, "dtype": self.dtype}
         if method not in (BASE, "full"):
             model["peft"] = str(training)
@@ -204,11 +220,11 @@ class Plan:
         return {self.data_dir / name: source for name, source in needed.items()}
 
 
-def pretrained_of(config: Path) -> str:
-    """The model that a configuration names."""
+def settings_of(config: Path) -> dict[str, Any]:
+    """The arguments in a configuration."""
     import yaml
 
-    return yaml.safe_load(config.read_text(encoding="utf-8"))["pretrained_model_name_or_path"]
+    return yaml.safe_load(config.read_text(encoding="utf-8"))
 
 
 def result_of(folder: Path, pattern: str) -> dict | None:

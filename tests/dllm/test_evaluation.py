@@ -24,7 +24,8 @@ from nara_diffusion.dllm import (
     mask_answers,
     noise_level_curve,
 )
-from nara_diffusion.dllm.evaluation import last_choice, last_number, stop_token_ids
+from nara_diffusion.dllm.answers import rule_of
+from nara_diffusion.dllm.evaluation import stop_token_ids
 from nara_diffusion.dllm.likelihood import stratified_masks
 from nara_diffusion.dllm.records import normalized
 
@@ -140,19 +141,64 @@ def test_answers_end_at_any_end_token(tiny_llama: LlamaForCausalLM, tokenizer) -
 
 
 @pytest.mark.parametrize(
-    ("extract", "text", "expected"),
+    ("extract", "text", "answer", "named", "is_right"),
     [
-        (last_number, "so 3 + 4 = 7, and 1,250.50 is the answer", "1250.5"),
-        (last_number, "the answer is -12.", "-12"),
-        (last_number, "none", ""),
-        (last_choice, "the correct answer is Option2", "option2"),
-        (last_choice, "True or false? false", "false"),
-        (last_choice, "The answer is (B).", "b"),
-        (last_choice, "I say A Dog", ""),
+        ("text", " two  words\n", "two words", "two words", True),
+        ("text", "", "", "", False),
+        ("number", "so 3 + 4 = 7, and 1,250.50 is the answer", "1250.5", "1250.5", True),
+        ("number", "the answer is -12.", "-12", "-12", True),
+        ("number", "1234567", "1234568", "1234567", False),
+        ("number", "0.3333", "0.333", "0.3333", True),
+        ("number", "0.335", "0.333", "0.335", False),
+        ("number", "none", "1", "", False),
+        ("number", "1", "none", "1", False),
+        ("choice", "the correct answer is Option2", "option2", "option2", True),
+        ("choice", "the correct answer is answer2, not answer1", "answer2", "answer2", True),
+        ("choice", "answer1, not answer2", "the correct answer is answer2", "answer1", False),
+        ("choice", "True is not the question: ending3", "ending3", "ending3", True),
+        ("choice", "True or false? false", "false", "true", False),
+        ("choice", "untrue", "true", "", False),
+        ("choice", "A is wrong. The answer is (B).", "B", "B", True),
+        ("choice", "The Answer is Clear", "C", "", False),
+        ("choice", "answer1", "what you like", "", False),
     ],
 )
-def test_extraction(extract, text: str, expected: str) -> None:
-    assert extract(text) == expected
+def test_what_a_text_names(extract: str, text: str, answer: str, named: str, is_right: bool) -> None:
+    assert rule_of(extract, [answer])(text, answer) == (named, is_right)
+
+
+def test_a_set_has_as_many_choices_as_its_answers_name_and_those_of_llm_adapters_at_least() -> None:
+    text = "option3, not option1"
+    assert rule_of("choice", ["option1", "option2"])(text, "option1") == ("option1", True)
+    assert rule_of("choice", ["option1", "option4"])(text, "option1") == ("option3", False)
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
+    """The answers are these, one after the other."""
+    left = iter(texts)
+    monkeypatch.setattr("nara_diffusion.dllm.evaluation.decode_answer", lambda *_: next(left))
+
+
+def test_exact_match_goes_by_its_rule(tiny_llama: LlamaForCausalLM, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = encoded(tokenizer, ["1234567", "2", "3.0", "4"])
+    say(monkeypatch, "1234567", "I say 3", "-2", "4 or 5")  # the second prompt is longer than the third
+    options = {"gen_length": 2, "batch_size": 1, "progress": False}
+    result = exact_match(tiny_llama, tokenizer, rows, extract="number", **options)
+    assert [generation["correct"] for generation in result.generations] == [True, False, True, False]
+    assert [generation["extracted"] for generation in result.generations] == ["1234567", "-2", "3", "5"]
+    say(monkeypatch, *["1234568"] * 4)
+    assert exact_match(tiny_llama, tokenizer, rows, extract="number", **options).correct == 0
+
+
+def test_right_answers_that_name_nothing_are_told(
+    tiny_llama: LlamaForCausalLM, tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = encoded(tokenizer, ["answer1", "b", "answer1", "none"])
+    say(monkeypatch, *["answer1"] * 4)
+    options = {"gen_length": 2, "batch_size": 1, "progress": False}
+    assert exact_match(tiny_llama, tokenizer, rows, extract="choice", **options).correct == 2
+    (message,) = caplog.messages
+    assert message.startswith("2 of 4 right answers name nothing by the rule 'choice', the first of them 'b'")
 
 
 def test_exact_match_refuses_no_rows_and_unknown_rules(tiny_llama: LlamaForCausalLM, tokenizer) -> None:

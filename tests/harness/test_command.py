@@ -7,14 +7,18 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from lm_eval._cli import HarnessCLI
 from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 
-from nara_diffusion.harness.command import TASKS, main, register, with_defaults
+from nara_diffusion.harness.command import TASKS, adjusted, main, register, with_defaults
 from nara_diffusion.harness.model import NaraDLLM
 
 from .conftest import LLADA_TINY, ROWS
@@ -137,6 +141,67 @@ def test_registering_twice_is_harmless() -> None:
 )
 def test_what_is_left_out_is_filled_in(given: list[str], expected: list[str]) -> None:
     assert with_defaults(given) == expected
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Callable[..., Any]:
+    """lm-eval's configuration of a run with `flags` beside a file of `settings`."""
+
+    def configure(settings: dict, *flags: str) -> Any:
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump({"tasks": ["llm_adapters_math"], **settings}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["nara-eval", *with_defaults(["--config", str(file), *flags])])
+            return EvaluatorConfig.from_cli(adjusted(HarnessCLI().parse_args()))
+
+    return configure
+
+
+def test_a_file_of_arguments_has_our_model_our_tasks_and_a_device_that_exists(configured) -> None:
+    found = configured({"model_args": "pretrained=x"})
+    assert (found.model, found.device, found.include_path) == ("nara_dllm", "auto", [str(TASKS)])
+    found = configured({"model": None, "device": "cpu", "include_path": "mine"})
+    assert (found.model, found.device, found.include_path) == ("nara_dllm", "cpu", [str(TASKS), "mine"])
+    found = configured({"include_path": ["mine", "yours"]})
+    assert found.include_path == [str(TASKS), "mine", "yours"]
+
+
+def test_what_the_file_says_stays_and_flags_win_over_it(configured) -> None:
+    found = configured({"model": "hf"})
+    assert (found.model, found.device) == ("hf", "cuda:0")  # lm-eval's own default for its own models
+    found = configured({"model": "hf", "device": "cuda:3", "include_path": "mine"}, "--model", "nara_dllm")
+    assert (found.model, found.device, found.include_path) == ("nara_dllm", "cuda:3", [str(TASKS), "mine"])
+    found = configured({"include_path": "mine", "device": "cuda:3"}, "--include_path", "yours", "--device", "cpu")
+    assert (found.device, found.include_path) == ("cpu", [str(TASKS), "yours"])
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_a_run_from_a_file_alone(adapter: Path, tasks: Path, tmp_path: Path) -> None:
+    settings = {
+        "model_args": {"pretrained": str(LLADA_TINY), "peft": str(adapter)},
+        "tasks": ["tiny_answers"],
+        "include_path": str(tasks),
+        "gen_kwargs": {"gen_length": 4},
+        "output_path": str(tmp_path),
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    main(["--config", str(tmp_path / "run.yaml")])
+    assert results_in(tmp_path)["config"]["model"] == "nara_dllm"
+
+
+@pytest.mark.parametrize(("content", "message"), [("- x", "YAML root must be a mapping"), ("a: [", "Invalid YAML")])
+def test_a_file_of_arguments_that_cannot_be_read_is_told(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(SystemExit, match=f"nara-eval: {message}"):
+        main(["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit, match=r"nara-eval: Config file not found: .*none\.yaml"):
+        main(["-C", str(tmp_path / "none.yaml")])
+
+
+def test_without_lm_eval_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval._cli", None)
+    with pytest.raises(SystemExit, match=re.escape("nara-eval needs lm-eval: pip install -e '.[eval]'")):
+        main(["--tasks", "x"])
 
 
 PROGRAM = """

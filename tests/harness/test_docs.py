@@ -13,6 +13,8 @@ from lm_eval._cli import HarnessCLI
 from nara_diffusion.harness.command import TASKS, with_defaults
 from nara_diffusion.harness.generation import SETTINGS, read_gen_kwargs
 from nara_diffusion.harness.loading import BACKBONE_ARGUMENTS
+from nara_diffusion.training.cli import parse_arguments
+from train_scripts import paper_tables
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -77,6 +79,20 @@ def test_every_shipped_task_is_named_and_every_named_one_exists(of_lm_eval: set[
     assert len(table) == 5
     asked = {name for line in table for name in re.findall(r"`(\w+)`", line)}
     assert asked <= shipped() | of_lm_eval
+
+
+def test_the_scripts_arguments_are_understood() -> None:
+    found = [words[2:] for words in commands() if words[:2] == ["python", "train_scripts/paper_tables.py"]]
+    assert len(found) == 3
+    for argv in found:
+        plan = paper_tables.plan_of(parse_arguments(paper_tables.PaperArguments, paper_tables.joined(argv)))
+        assert plan.processes == (8 if "--launch_arguments" in argv else 1)
+
+
+def test_nothing_is_said_to_come_from_an_index_that_does_not_have_it() -> None:
+    assert "pip install -e '.[eval]'" in PAGE
+    assert "pip install -e '.[train,eval]'" in str(paper_tables.__doc__)
+    assert [text for text in (PAGE, str(paper_tables.__doc__)) if "nara-diffusion[" in text] == []
 
 
 def test_every_setting_of_the_sampler_is_named() -> None:

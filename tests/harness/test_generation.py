@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
-from nara_diffusion.harness.generation import cut, read_gen_kwargs
+from nara_diffusion.harness.generation import contradiction, cut, read_gen_kwargs
 
 GREEDY = {"temperature": 0.0}
 
@@ -49,6 +50,27 @@ def test_settings(given: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_refusals(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_gen_kwargs(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, None),
+        ({"temperature": 0.7}, None),
+        ({"do_sample": False}, None),
+        ({"do_sample": False, "temperature": 0.0}, None),
+        ({"do_sample": True, "temperature": 0.7}, None),
+        (
+            {"do_sample": False, "temperature": 0.7},
+            "temperature=0.7, .* do_sample=False: add --gen_kwargs do_sample=True",
+        ),
+        ({"do_sample": True}, "do_sample=True, .* temperature=0 .* --gen_kwargs temperature=0.7"),
+        ({"do_sample": True, "temperature": 0}, "do_sample=True, .* temperature=0 .* --gen_kwargs temperature=0.7"),
+    ],
+)
+def test_a_contradiction_is_told(given: dict[str, Any], message: str | None) -> None:
+    told = contradiction(given)
+    assert told is None if message is None else re.search(message, str(told))
 
 
 def test_equal_settings_compare_equal_whatever_their_order() -> None:

@@ -111,6 +111,20 @@ def test_prompts_too_long_lose_their_start(harness: NaraDLLM, caplog: pytest.Log
     assert actual == harness.tokenizer.decode(row, skip_special_tokens=True)
 
 
+def test_a_temperature_that_is_not_used_is_told_once(
+    harness: NaraDLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted(harness, monkeypatch, [5])
+    asked = {"gen_length": 4, "do_sample": False, "temperature": 0.7}
+    with caplog.at_level(logging.WARNING, logger="nara_diffusion"):
+        harness.generate_until(requests("generate_until", *((q, asked) for q in QUESTIONS)))
+    (message,) = caplog.messages
+    assert "temperature=0.7" in message
+    caplog.clear()
+    harness.generate_until(requests("generate_until", ("q", {**asked, "do_sample": True})))
+    assert not caplog.messages
+
+
 def test_an_answer_longer_than_the_model_is_refused(harness: NaraDLLM) -> None:
     with pytest.raises(
         ValueError, match=r"gen_length is 64 and the model has 64 positions .* --gen_kwargs gen_length=N"

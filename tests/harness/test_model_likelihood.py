@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from math import comb
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_a_context_too_long_loses_its_start(harness: NaraDLLM) -> None:
     assert value == pytest.approx(bound(harness, prompt, answer), rel=1e-5)
     with pytest.raises(ValueError, match=r"a continuation has 8[0-9] tokens, and the model 64 positions"):
         harness.loglikelihood(requests("loglikelihood", ("a", " " + "b" * 80)))
+
+
+def test_contexts_that_lose_their_start_are_counted(harness: NaraDLLM, caplog: pytest.LogCaptureFixture) -> None:
+    harness.samples, harness.greedy = 1, False
+    pairs = [("y" * 80, " ab"), ("copy: ab", " ab"), ("z" * 90, " a")]
+    with caplog.at_level(logging.WARNING, logger="nara_diffusion"):
+        harness.loglikelihood(requests("loglikelihood", *pairs))
+    assert caplog.messages == ["2 prompts don't fit into 64 tokens with their answers, and lose their start"]
+    caplog.clear()
+    harness.loglikelihood(requests("loglikelihood", pairs[1]))
+    assert not caplog.messages
 
 
 def test_results_do_not_depend_on_the_other_requests(harness: NaraDLLM) -> None:

@@ -11,8 +11,10 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
+from nara_diffusion.dllm.answers import rule_of
 from nara_diffusion.harness.code_tasks import code_of, humaneval_program
 from nara_diffusion.harness.command import TASKS
+from nara_diffusion.harness.generation import read_gen_kwargs
 from nara_diffusion.harness.llm_adapters import load, score_choice, score_letter, score_number
 
 SETS = {
@@ -83,9 +85,22 @@ def test_every_set_scores_the_right_answer_and_not_the_wrong_one(data: Path) -> 
         (task for task, _ in SETS.values()), 0.5
     )
     assert results["llm_adapters_math"]["acc,none"] == results["llm_adapters_commonsense"]["acc,none"] == 0.5
-    papers = {"gen_length": 512, "steps": 32, "block_length": 16, "do_sample": False, "until": []}
+    papers = {"gen_length": 512, "steps": 32, "block_length": 16, "until": []}
     assert all(gen_kwargs == papers for _, gen_kwargs in model.asked)
+    assert dict(read_gen_kwargs(papers).sampling)["temperature"] == 0.0
     assert {prompt for prompt, _ in model.asked} == set(answers)
+
+
+def test_a_temperature_given_for_a_shipped_task_counts(data: Path) -> None:
+    manager = TaskManager(include_path=TASKS, include_defaults=False, metadata={"data_dir": str(data)})
+    model = Scripted({f"SVAMP {i}: {question}": text for i, (question, _, text) in enumerate(SETS["SVAMP"][1])})
+    run(model, ["llm_adapters_svamp"], manager, gen_kwargs="temperature=0.7")
+    assert [dict(read_gen_kwargs(asked).sampling)["temperature"] for _, asked in model.asked] == [0.7, 0.7]
+
+
+def test_no_shipped_task_forbids_sampling() -> None:
+    files = [path for path in TASKS.rglob("*.yaml") if "do_sample" in path.read_text(encoding="utf-8")]
+    assert files == []
 
 
 def test_a_group_is_the_mean_over_its_sets_and_not_over_questions(tmp_path: Path, data: Path) -> None:
@@ -112,10 +127,18 @@ def test_a_group_is_the_mean_over_its_sets_and_not_over_questions(tmp_path: Path
         (score_letter, "nothing", "A", 0),
         (score_choice, "The correct answer is TRUE", "true", 1),
         (score_choice, "option1 or option2", "option2", 0),
+        (score_number, "1234567", "1234568", 0),
+        (score_number, "it is 5.0004.", "5", 1),
+        (score_choice, "the correct answer is answer2, not answer1", "answer2", 1),
+        (score_choice, "answer9, or rather answer2", "answer2", 1),
+        (score_choice, "not true but ending1", "ending1", 1),
     ],
 )
 def test_what_a_text_names(score, text: str, answer: str, expected: int) -> None:
+    """And `exact_match` of nara_diffusion.dllm says the same."""
     assert score({"question": "", "answer": answer}, [text]) == {"acc": expected}
+    extract = "number" if score is score_number else "choice"
+    assert rule_of(extract, [answer])(text, answer).is_right == bool(expected)
 
 
 def test_an_input_is_the_second_part_of_its_question(tmp_path: Path) -> None:

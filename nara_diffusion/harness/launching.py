@@ -1,0 +1,64 @@
+"""How many processes `accelerate launch` starts for the paper's experiments.
+
+Left alone it takes all GPUs of a machine, in whatever number. An optimizer step has the `global_batch_size` samples of
+the configuration on any number of processes, but not every number can share them evenly, so the number is always named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# What makes `accelerate launch` start several, by a number of its own.
+_SEVERAL = ("--multi_gpu", "--config_file", "--tpu", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm")
+
+
+def with_processes(given: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """(arguments of `accelerate launch`, the number of processes that they name): those given, or one process.
+
+    Raises:
+        ValueError: no whole number, or none at all beside flags that mean several processes.
+    """
+    named = values_of(given)
+    if "--num_processes" not in named:
+        several = [flag for flag in _SEVERAL if flag in named]
+        if several:
+            raise ValueError(
+                f"launch_arguments has {several[0]} and no --num_processes N: add it, so that the batch that each "
+                "process takes of an optimizer step is known"
+            )
+        return (*given, "--num_processes", "1"), 1
+    number = named["--num_processes"]
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"launch_arguments has --num_processes {number!r}, expected a whole number, 1 at least")
+    return tuple(given), int(number)
+
+
+def check_processes(processes: int, global_batch: int, batch: int, where: str) -> None:
+    """Refuses a number of processes that can't share the samples of an optimizer step evenly.
+
+    Args:
+        global_batch: samples of an optimizer step (`global_batch_size`).
+        batch: samples of one forward on one process (`train_batch_size`).
+        where: the configuration that says so.
+
+    Raises:
+        ValueError: naming the numbers that can.
+    """
+    forwards = global_batch // batch
+    if global_batch % (processes * batch):
+        fitting = [str(n) for n in range(1, forwards + 1) if global_batch % (n * batch) == 0]
+        raise ValueError(
+            f"num_processes is {processes}, and {where} has steps of {global_batch} samples, {batch} a forward: with "
+            f"{' or '.join([', '.join(fitting[:-1]), *fitting[-1:]])} processes all of them have equally many to do. "
+            "Name such a number in --launch_arguments, or another --global_batch_size in --train_arguments"
+        )
+
+
+def values_of(arguments: Sequence[str]) -> dict[str, str]:
+    """{flag, with underscores: what stands after "=" or next}; accelerate takes dashes in place of underscores."""
+    found = {}
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            found[f"--{flag[2:].replace('-', '_')}"] = value if equals else following
+    return found
