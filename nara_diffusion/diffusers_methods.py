@@ -7,6 +7,7 @@ Diffusers walks over the layers of a model. The holder of the cores stands at th
     set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none
     set_lora_device    moves what each layer has as A and B, which the root's has not
     fuse_lora          merges layer by layer, and would leave half of them merged if λ turns out to be unknown
+    disable_lora, …    pass by a model that PEFT has wrapped, whose adapters would stay as they are
     unload_lora, …     put the layers' base back, and would leave the holder with its hooks and its source of λ
     _fetch_state_dict  takes a part of a file's tensors for the whole: a NaRA's file is refused before
 """
@@ -33,6 +34,7 @@ from .injection import drop_idle_holder, without_holder
 from .loaders.adapters import adapters_of, unwrap
 from .loaders.format import METADATA_KEY, is_core_key
 from .loaders.hotswap import REQUEST, enlarge_cores
+from .loaders.wrapped import check_none_wrapped
 from .offload import check_kept_nowhere
 
 _FUSE_REMEDY = "fuse_lora works at one λ: call it inside `with noise_level(pipe.unet, value):` (or pipe.transformer)."
@@ -50,6 +52,8 @@ def extend_diffusers_methods() -> None:
     _around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
     _around(PeftAdapterMixin, "unload_lora", _unload_lora)
     _around(PeftAdapterMixin, "delete_adapters", _delete_adapters)
+    for name in ("set_adapters", "disable_lora", "enable_lora"):
+        _around(LoraBaseMixin, name, _unless_wrapped)
     _around(LoraBaseMixin, "fuse_lora", _fuse_pipeline)
     _around(LoraBaseMixin, "set_lora_device", _set_lora_device)
     _around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up)
@@ -122,7 +126,13 @@ def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, *ar
         holder.set_adapter(adapter_names)
 
 
+def _unless_wrapped(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
+    original(pipe, *args, **kwargs)
+
+
 def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device: Any) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_lora_device")
     models = [model for name in pipe._lora_loadable_modules if (model := getattr(pipe, name, None)) is not None]
     with ExitStack() as hidden:
         for model in models:
@@ -145,6 +155,7 @@ def _fuse_lora(
 
 
 def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+    check_none_wrapped(pipe, components or [], "fuse_lora")
     names = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
     for component in components or []:  # before the first of them is changed
         _check_fusable(getattr(pipe, component, None), names)
@@ -180,6 +191,7 @@ def _delete_adapters(original: Any, model: Any, adapter_names: list[str] | str) 
 
 def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
     """For text encoders, which Diffusers empties by functions of its own."""
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
     original(pipe, *args, **kwargs)
     for component in pipe._lora_loadable_modules:
         model: Any = getattr(pipe, component, None)

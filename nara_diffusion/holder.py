@@ -69,8 +69,13 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         """Make the cores of one adapter. `ranks`: group → the largest rank among its layers."""
         self.cores[adapter_name] = make_cores(config, ranks)
         self.r[adapter_name] = max(ranks.values(), default=config.r)
+        self.know(adapter_name, config, convention_stated)
+
+    def know(self, adapter_name: str, config: NaraConfig, convention_stated: bool) -> None:
+        """Take over what `config` says of signals; by hotswap, instead of what another has said."""
         self.density_radius[adapter_name] = config.mask_density_radius
         self.convention[adapter_name] = config.noise_convention
+        self.undecided.pop(adapter_name, None)
         if self.source_is_default and not convention_stated:
             self.undecided[adapter_name] = config
 
@@ -87,9 +92,24 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if source is None:
             return
         self.source_is_default = False
-        for adapter_name, config in self.undecided.items():
-            config.noise_convention = self.convention[adapter_name] = getattr(source, "convention", None)
-        self.undecided.clear()
+        for adapter_name in list(self.undecided):
+            self._decide(adapter_name, getattr(source, "convention", None))
+
+    def adopt_convention(self, convention: str) -> dict[str, str]:
+        """Let adapters that serve, need λ and are undecided follow `convention`, as `set_source` does; unless one of
+        them has another: adapter name → that.
+        """
+        told = [name for name in self._serving() if self.cores[name].needs_noise]
+        decided = {name: self.convention[name] for name in told if name not in self.undecided}
+        others = {name: other for name, other in decided.items() if other not in (None, convention)}
+        if not others:
+            for adapter_name in self.undecided.keys() & told:
+                self._decide(adapter_name, convention)
+        return others  # type: ignore[return-value]
+
+    def _decide(self, adapter_name: str, convention: str | None) -> None:
+        config = self.undecided.pop(adapter_name)
+        config.noise_convention = self.convention[adapter_name] = convention
 
     def _serving(self) -> list[str]:
         """The adapters that take part in a forward now."""

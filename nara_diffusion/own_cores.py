@@ -64,6 +64,18 @@ def build_own_core(config: Any, rank: int) -> OwnCore:
     return OwnCore(core, rank, config.core_type)
 
 
+def rebuild_own_core(core: OwnCore, config: Any) -> OwnCore:
+    """`core` as its factory makes it from another configuration, with the tensors that it has: the same objects."""
+    with torch.random.fork_rng(devices=[]):  # what is drawn at random is replaced at once
+        rebuilt = build_own_core(config, core.rank)
+    trainable = [(parameter, parameter.requires_grad) for parameter in core.parameters()]
+    rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad = requires_grad
+    device = next((tensor.device for tensor in (*core.parameters(), *core.buffers())), None)
+    return rebuilt.to(device).train(core.training)
+
+
 class OwnCore(Float32Module):
     """A user's core in float32, whose answers are checked.
 

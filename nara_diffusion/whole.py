@@ -17,12 +17,25 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        put_in_place(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Let `partial` become `folder`. What was there is deleted last, and comes back on an error."""
+    aside = partial_name(folder.with_name(f"old-{folder.name}"))
+    try:
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed while it deleted it
+            os.replace(folder, aside)
+        os.replace(partial, folder)
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

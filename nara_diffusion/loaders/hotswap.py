@@ -8,6 +8,7 @@ block; the rest is zero (in C − I), so that B·C·A is that of rank r.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.core_set import layer_names
 from nara_diffusion.cores import build_core, is_block_of_larger
 from nara_diffusion.holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.own_cores import OwnCore, rebuild_own_core
 from nara_diffusion.signals import with_convention
 
 from .adapters import nara_adapters_of, part_of
@@ -103,6 +105,17 @@ def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int)
         cores[group] = larger.train(core.training).requires_grad_(trainable)
 
 
+def check_no_part_stays(held: Iterable[str], parts: Iterable[str], adapter_name: str) -> None:
+    """Raises ValueError if the adapter of that name is in a component (`held`) that the new one has no part for."""
+    staying = sorted(set(held) - set(parts))
+    if staying:
+        raise ValueError(
+            f"The new adapter has no part for {', '.join(map(repr, staying))}, where '{adapter_name}' has one that "
+            f"would stay, so that both would be mixed: remove it by pipe.delete_adapters('{adapter_name}'), then load "
+            "without hotswap."
+        )
+
+
 def check_swappable(model: nn.Module, component: str, adapter_name: str, part: AdapterPart) -> None:
     """Raises ValueError if the part cannot take the place of the adapter of that name."""
     old = nara_adapters_of(model).get(adapter_name)
@@ -129,7 +142,13 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
             f"The new adapter and '{adapter_name}' of {component} adapt different modules ('{different[0]}' is in one "
             f"of them only), which hotswap cannot change: {_REMEDY}"
         )
+    fixed = not is_block_of_larger(old)
     for key, tensor in part.tensors.items():
+        if fixed and tensor.shape != there[key].shape:
+            raise ValueError(
+                f"'{key}' of {component} has shape {tuple(tensor.shape)}, but '{adapter_name}' has "
+                f"{tuple(there[key].shape)}, to which C of core_type={old.core_type!r} belongs: {_REMEDY}"
+            )
         if any(new > room for new, room in zip(tensor.shape, there[key].shape, strict=True)):
             raise ValueError(
                 f"'{key}' of {component} has shape {tuple(tensor.shape)}, but '{adapter_name}' has room for "
@@ -142,7 +161,7 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
 
 @torch.no_grad()
 def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
-    """Replace the adapter's tensors, scales and η by those of `part`, in place."""
+    """Replace the adapter's tensors, scales, η and convention of λ by those of `part`, in place."""
     config = part.config
     there = part_of(model, adapter_name).tensors
     for key, tensor in part.tensors.items():
@@ -155,9 +174,19 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
         _update_scaling(layer, adapter_name=adapter_name, scaling=scaling)
         _set_alpha(layer, adapter_name, scaling)
     holder = _holder(model)
-    for core in holder.cores[adapter_name].values():  # type: ignore[operator]
-        core.scale = config.core_scale
-    model.peft_config[adapter_name] = with_convention(config, holder.source, adapter_name)
+    _follow(holder.cores[adapter_name], config)
+    stated = config.noise_convention is not None
+    model.peft_config[adapter_name] = config = with_convention(config, holder.source, adapter_name)
+    holder.know(adapter_name, config, stated)
+
+
+def _follow(cores: Any, config: NaraConfig) -> None:
+    """Let cores that have their tensors already do what `config` says besides."""
+    for group, core in cores.items():
+        if isinstance(core, OwnCore):  # only its factory knows what it reads of the configuration
+            cores[group] = rebuild_own_core(core, config)
+        else:
+            core.scale = config.core_scale
 
 
 def trimmed(model: nn.Module, part: AdapterPart) -> AdapterPart:

@@ -18,9 +18,10 @@ from nara_diffusion.whole import whole_file
 from .adapters import adapters_of, nara_adapters_of, part_of, put_in, take_out, taken_back_on_error
 from .checks import TEXT_ENCODER, check_part, check_storable
 from .format import WEIGHTS_NAME, AdapterPart, pack
-from .hotswap import check_swappable, prepare_for_hotswap, swap, trimmed
+from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
 from .offloading import offloading_suspended
 from .source import read_adapter
+from .wrapped import check_not_wrapped, unwrapped
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 
@@ -80,13 +81,17 @@ def load_nara_weights(
         proxies=proxies,
         local_files_only=local_files_only,
     )
-    name = _checked_name(models, adapter_name, hotswap)
     for component in parts:
         if component not in models:
             raise ValueError(
                 f"The adapter has a part for '{component}', but this {type(self).__name__} has "
                 f"{', '.join(map(repr, models))}: load it into the pipeline that it was trained on."
             )
+        check_not_wrapped(models[component], component, "load_nara_weights")
+    name = _checked_name(models, adapter_name, hotswap)
+    if hotswap:
+        held = [component for component, model in models.items() if name in adapters_of(model)]
+        check_no_part_stays(held, parts, name)
     fits = [(model, component, parts[component]) for component, model in models.items() if component in parts]
     for model, component, part in fits:
         if hotswap:
@@ -113,6 +118,8 @@ def save_nara_weights(
 ) -> None:
     """Save one NaRA adapter, all components of the pipeline in one file, whole or not at all.
 
+    Also of a component that PEFT has wrapped, `pipe.unet = get_peft_model(pipe.unet, …)`.
+
     Args:
         save_directory: the folder, made if need be.
         adapter_name: which one; None takes "default", or the only one that there is.
@@ -126,7 +133,7 @@ def save_nara_weights(
     """
     if not safe_serialization:
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
-    models = adaptable_models(self)
+    models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     name = _saved_name(models, adapter_name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     _check_writable(save_directory, weight_name, save_function)
@@ -151,12 +158,12 @@ def unload_nara_weights(self: Any) -> None:
 
     What `fuse_lora` has put into the base weights stays there, as for a LoRA: call `unfuse_lora` first to undo that.
     """
-    models = adaptable_models(self)
+    models = {name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)}
+    for component, model in models.items():
+        check_not_wrapped(model, component, "unload_nara_weights")
     with offloading_suspended(self):
         for model in models.values():
-            names = list(nara_adapters_of(model))
-            if names:
-                take_out(model, names)
+            take_out(model, list(nara_adapters_of(model)))
 
 
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
@@ -168,8 +175,8 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     _denoiser_name(pipe)
     names = [name for name in pipe.components if name in DENOISERS or name.startswith(TEXT_ENCODER)]
     found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)}
-    unwrapped = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
-    return {name: model for name, model in unwrapped.items() if isinstance(model, nn.Module)}
+    originals = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
+    return {name: model for name, model in originals.items() if isinstance(model, nn.Module)}
 
 
 def _denoiser_name(pipe: Any) -> str:

@@ -62,8 +62,15 @@ class AdapterArguments:
     mask_density_radius: int = core_option("mask_density_radius", unit="tokens")
 
     def check_flags(self, flags: Mapping[str, Any]) -> None:
-        """Refuses flags that contradict `adapter`; see `methods.check_flags`."""
+        """Refuses flags that contradict `adapter` (see `methods.check_flags`) or `global_batch_size`, at their default
+        too.
+
+        Raises:
+            ValueError: naming the flag.
+        """
         check_flags(self, flags)
+        if "gradient_accumulation_steps" in flags and getattr(self, "global_batch_size", None) is not None:
+            _refuse_both(self)
 
 
 @dataclass
@@ -175,10 +182,7 @@ def check_arguments(args: Any) -> None:
     ):
         require(args, name, getattr(args, name) >= 1, "at least 1")
     if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
-            f"{args.global_batch_size}, from which the former follows: give one of the two (--global_batch_size none)."
-        )
+        _refuse_both(args)
     for name in (
         "global_batch_size",
         "max_train_steps",
@@ -211,6 +215,13 @@ def check_arguments(args: Any) -> None:
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
             "use core_init 'zero_last', or core_start_step 0."
         )
+
+
+def _refuse_both(args: Any) -> None:
+    raise ValueError(
+        f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
+        f"{args.global_batch_size}, from which the former follows: give one of the two (--global_batch_size none)."
+    )
 
 
 def config_differences(args: Any, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from nara_diffusion.training.arguments import config_differences
 from nara_diffusion.training.formats import AdapterWriter, write_adapter, write_checkpoint
 from nara_diffusion.training.output import write_json
-from nara_diffusion.whole import partial_name, whole_folder
+from nara_diffusion.whole import partial_name, put_in_place, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,7 @@ def _write(accelerator: Accelerator, target: Path, facts: dict[str, Any]) -> Non
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _write_manifest(accelerator, partial, facts)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        put_in_place(partial, target)
     accelerator.wait_for_everyone()
 
 

@@ -111,8 +111,7 @@ def _package(name: str, needed_by: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"{needed_by} needs the package {name}, which can't be imported ({error}): pip install "
-            "'nara-diffusion[optimizers]'."
+            f"{needed_by} needs the package {name}, which can't be imported ({error}): pip install {name}."
         ) from error
 
 

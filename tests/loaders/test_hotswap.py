@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from nara_diffusion import TimestepNoise, own_cores, register_core, set_noise_source
+from nara_diffusion.noise import find_holders
 from tests.loaders.adapters import FILE, State, predict, save_lora, trained
 from tests.small_pipelines import pixels, small_sdxl
 
@@ -118,6 +123,114 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(tmp_path):
     with pytest.raises(ValueError, match=r"target_rank=2, but this adapter has rank 4"):
         small.load_nara_weights(first)
     assert before == State(small)
+
+
+def test_a_swap_that_would_leave_parts_of_the_old_adapter_is_refused(tmp_path):
+    both, alone = save(tmp_path / "both", 1, text=True), save(tmp_path / "alone", 2)
+    pipe = small_sdxl()
+    pipe.load_nara_weights(both, "x")
+    before = State(pipe)
+    with pytest.raises(
+        ValueError,
+        match=r"new adapter has no part for 'text_encoder', 'text_encoder_2', where 'x' has one that would stay.*"
+        r"pipe.delete_adapters\('x'\), then load without hotswap",
+    ):
+        pipe.load_nara_weights(alone, "x", hotswap=True)
+    assert before == State(pipe)
+    pipe.delete_adapters("x")  # as the message says
+    pipe.load_nara_weights(alone, "x")
+    afresh = small_sdxl()
+    afresh.load_nara_weights(alone, "x")
+    assert torch.equal(pixels(pipe), pixels(afresh))
+    before = State(pipe)
+    with pytest.raises(ValueError, match=r"'x' of text_encoder is a LoRA, or not there"):
+        pipe.load_nara_weights(both, "x", hotswap=True)
+    assert before == State(pipe)
+
+
+def stated_and_silent(folder: Any) -> list[dict[str, Any]]:
+    """Arguments of loading an adapter that names its convention of λ, "timestep", and of one that names none."""
+    with safe_open(folder / FILE, "pt") as file:
+        stated = file.metadata()
+    content = json.loads(stated["nara_adapter_metadata"])
+    assert content["components"]["unet"].pop("noise_convention") == "timestep"
+    metadata = (stated, {**stated, "nara_adapter_metadata": json.dumps(content)})
+    tensors = load_file(folder / FILE)
+    return [{"pretrained_model_name_or_path_or_dict": tensors, "metadata": each} for each in metadata]
+
+
+def test_the_convention_is_that_of_the_adapter_that_came_in(tmp_path):
+    stated, silent = stated_and_silent(save(tmp_path / "1", 1))
+    pipe = small_sdxl()
+    pipe.load_nara_weights(**silent, adapter_name="x")
+    pipe.load_nara_weights(**stated, adapter_name="x", hotswap=True)
+    with pytest.raises(ValueError, match="'x' was trained with λ defined as 'timestep', but the source of λ tells"):
+        set_noise_source(pipe.unet, TimestepNoise("edm"))
+    pipe.load_nara_weights(**silent, adapter_name="x", hotswap=True)
+    set_noise_source(pipe.unet, TimestepNoise("edm"))
+    (holder,) = find_holders(pipe.unet)
+    assert pipe.unet.peft_config["x"].noise_convention == holder.convention["x"] == "edm"
+    before = State(pipe)
+    with pytest.raises(ValueError, match="'x' was trained with λ defined as 'timestep', but the source of λ tells"):
+        pipe.load_nara_weights(**stated, adapter_name="x", hotswap=True)
+    assert before == State(pipe)
+
+
+class Slope(nn.Module):
+    """C(λ) = I + η λ P, whose η is of the configuration."""
+
+    def __init__(self, config: Any, rank: int) -> None:
+        super().__init__()
+        self.P = nn.Parameter(torch.randn(rank, rank))
+        self.eta = config.core_scale
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        return torch.eye(len(self.P)) + self.eta * noise_level[:, None, None] * self.P
+
+
+def test_an_own_core_that_reads_the_configuration_is_that_of_the_new_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_cores, "_factories", {})
+    register_core("slope", Slope)
+    first = save(tmp_path / "1", 1, core_type="slope", core_scale=0.7)
+    second = save(tmp_path / "2", 2, core_type="slope", core_scale=0.1)
+    pipe = small_sdxl()
+    pipe.load_nara_weights(first, "x")
+    before, state = predict(pipe), State(pipe).parts["unet"]
+    parameters = {name: id(parameter) for name, parameter in pipe.unet.named_parameters()}
+    random = torch.get_rng_state()
+    pipe.load_nara_weights(second, "x", hotswap=True)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(predict(pipe), fresh(second))
+    assert not torch.allclose(predict(pipe), before, atol=1e-2)
+    assert {name: id(parameter) for name, parameter in pipe.unet.named_parameters()} == parameters
+    for kind in ("modules", "trainable", "training", "attributes"):
+        assert State(pipe).parts["unet"][kind] == state[kind]
+    pipe.load_nara_weights(first, "x", hotswap=True)
+    assert torch.equal(predict(pipe), before)
+
+
+def test_an_own_core_of_another_shape_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_cores, "_factories", {})
+    register_core("slope", Slope)
+    pipe = small_sdxl()
+    pipe.load_nara_weights(save(tmp_path / "1", 1, core_type="slope"), "x")
+    before = State(pipe)
+
+    class Row(Slope):
+        def __init__(self, config: Any, rank: int) -> None:
+            super().__init__(config, rank)
+            self.P = nn.Parameter(torch.randn(1, rank))
+
+        def forward(self, noise_level: Tensor) -> Tensor:
+            return torch.eye(self.P.shape[1]) + noise_level[:, None, None] * self.P
+
+    register_core("slope", Row)
+    other = save(tmp_path / "2", 2, core_type="slope")
+    with pytest.raises(
+        ValueError, match=r"core.P' of unet has shape \(1, 4\), but .* \(4, 4\).*load it without hotswap"
+    ):
+        pipe.load_nara_weights(other, "x", hotswap=True)
+    assert before == State(pipe)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")

@@ -222,9 +222,7 @@ def test_prodigy_takes_one_rate(small_args, caplog) -> None:
 )
 def test_a_missing_package_is_named(small_args, monkeypatch, options: dict, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        ValueError, match=rf"{package}, which can't be imported.*pip install 'nara-diffusion\[optimizers"
-    ):
+    with pytest.raises(ValueError, match=rf"{package}, which can't be imported.*: pip install {package}\.$"):
         build_optimizer(TextModel(), small_args(**options))
 
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from nara_diffusion.training.batches import accumulation_steps, check_accumulation
+from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.run import start_run
+from train_scripts.dllm import Arguments
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,13 @@ def test_what_preparing_changes_is_noticed_too() -> None:
     check_accumulation(SimpleNamespace(gradient_accumulation_steps=3), 3)
     with pytest.raises(ValueError, match="says gradient_accumulation_steps 8, and the arguments 3"):
         check_accumulation(SimpleNamespace(gradient_accumulation_steps=8), 3)
+
+
+def test_both_as_flags_are_refused_though_one_is_at_its_default(tmp_path, capsys) -> None:
+    (tmp_path / "run.yaml").write_text("pretrained_model_name_or_path: x\ntrain_file: y\nglobal_batch_size: 8\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, ["--config", str(tmp_path / "run.yaml"), "--gradient_accumulation_steps", "1"])
+    assert "gradient_accumulation_steps is 1 and global_batch_size 8" in capsys.readouterr().err
+    flags = ["--gradient_accumulation_steps", "1", "--global_batch_size", "none"]
+    args = parse_arguments(Arguments, ["--config", str(tmp_path / "run.yaml"), *flags])
+    assert accumulation_steps(args, 3) == 1
