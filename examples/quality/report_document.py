@@ -16,7 +16,15 @@ from quality.report_goals import goals_table
 from quality.report_markdown import listed
 from quality.report_names import SUITES, measures
 from quality.report_samples import samples_sheet
-from quality.report_tables import bins_table, controls_table, cost_table, quality_table, rates_table, resolution
+from quality.report_tables import (
+    bins_table,
+    controls_table,
+    cost_table,
+    domains_table,
+    quality_table,
+    rates_table,
+    resolution,
+)
 from quality.suites import MUST
 from quality.variants import VARIANTS
 
@@ -26,6 +34,8 @@ order, the same noise levels and the same noise or masks; its 95 % interval over
 brackets, and it is **bold** where that interval doesn't hold zero. *Gap closed* is (LoRA − method) / (LoRA − full
 fine-tuning) of the mean loss. Bins of λ are tenths of [0, 1], named by their middle; 1 is pure noise; in the tables
 over them a difference stands ± half the width of its 95 % interval."""
+BY_DOMAIN = """\
+Domain by domain, the difference to LoRA, of DoRA's variants to DoRA, and of a control to what it controls:"""
 NOTES_BEFORE, NOTES_AFTER = ("summary", "setting"), ("learned", "failed")
 
 
@@ -110,6 +120,7 @@ def section(records: Sequence[Record], suite: str, backbone: str, figures: Path,
         for measure in measures(suite, main):
             parts += [f"### {measure.title.capitalize()}", quality_table(grid, measure)]
             parts += [_resolution(grid)] if measure.lower_is_better else []
+            parts += [BY_DOMAIN, domains_table(grid, measure)] if len(grid.domains) > 1 else []
         stem = f"{suite}-{backbone}"
         loss_figure(grid, figures / f"{stem}-loss.png", name)
         parts += ["### Loss over the noise level", f"![loss over λ]({link}/{stem}-loss.png)", bins_table(grid)]
@@ -143,8 +154,8 @@ def _resolution(grid: Grid) -> str:
     if gap <= 0:
         return f"LoRA isn't worse than full fine-tuning here (by {-gap:.4f}): there is no gap to close."
     return (
-        f"The standard error of one run, from the spread over validation samples, is {error:.4f}; the gap from "
-        f"LoRA to full fine-tuning is {gap:.4f}. (Differences are taken on the same samples, and vary less.)"
+        f"The standard error of one run, from the spread over validation samples, is {error:.4f}, {error / gap:.0%} of "
+        f"the gap from LoRA to full fine-tuning, {gap:.4f}. (Differences are taken on the same samples, and vary less.)"
     )
 
 

@@ -26,19 +26,22 @@ def spread(found: Interval | None, digits: int) -> str:
 
 
 def difference(found: Interval | None, digits: int) -> str:
-    """Mean and 95 % interval with signs; bold where the interval doesn't hold zero."""
+    """Mean and 95 % interval with signs; bold where the interval doesn't hold zero, and the mean shows it."""
     if found is None:
         return NOTHING
     mean, low, high = (signed(value, digits) for value in (found.mean, found.low, found.high))
-    return f"**{mean}** [{low}, {high}]" if clear_of_zero(found) else f"{mean} [{low}, {high}]"
+    return f"{_emphasised(mean, found)} [{low}, {high}]"
 
 
 def change(found: Interval | None, digits: int) -> str:
     """As `difference`, in less room: mean ± half the width of the 95 % interval."""
     if found is None:
         return NOTHING
-    mean = signed(found.mean, digits)
-    return f"{f'**{mean}**' if clear_of_zero(found) else mean} ± {(found.high - found.low) / 2:.{digits}f}"
+    return f"{_emphasised(signed(found.mean, digits), found)} ± {(found.high - found.low) / 2:.{digits}f}"
+
+
+def _emphasised(mean: str, found: Interval) -> str:
+    return f"**{mean}**" if clear_of_zero(found) and mean.strip("+−0.") else mean
 
 
 def percent(share: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nara_diffusion.training.methods import METHODS
 from quality.report_data import Arm, Grid, Record
@@ -52,9 +52,14 @@ FURTHER = {
 }
 
 
+def loss_of(suite: str) -> Measure:
+    """Of images it is a hundredth as large, and so are its differences."""
+    return replace(LOSS, digits=6) if suite == "images" else LOSS
+
+
 def measures(suite: str, records: Sequence[Record]) -> list[Measure]:
     """The loss, and what else some of the records have."""
-    return [LOSS, *(m for m in FURTHER.get(suite, ()) if any(m(record) is not None for record in records))]
+    return [loss_of(suite), *(m for m in FURTHER.get(suite, ()) if any(m(record) is not None for record in records))]
 
 
 def title(arm: Arm) -> str:

@@ -16,6 +16,7 @@ from quality.report_names import (
     LOSS,
     Measure,
     baseline_of,
+    loss_of,
     ordered,
     title,
 )
@@ -24,7 +25,7 @@ from quality.variants import is_noise_aware
 
 def quality_table(grid: Grid, measure: Measure) -> str:
     """A row for each arm: the measure on each domain and over all, and the difference to LoRA, and of DoRAs to DoRA."""
-    domains, digits = grid.domains, measure.digits
+    domains, digits, is_loss = grid.domains, measure.digits, measure.key == LOSS.key
     rows = []
     for arm in ordered(grid.arms):
         by_domain = [spread(grid.spread(arm, measure, [name]), digits) for name in domains]
@@ -32,11 +33,23 @@ def quality_table(grid: Grid, measure: Measure) -> str:
         to_lora = NOTHING if arm == LORA else difference(grid.difference(arm, LORA, measure), digits)
         is_dora = "dora" in arm.method and arm != DORA
         to_dora = difference(grid.difference(arm, DORA, measure), digits) if is_dora else NOTHING
-        gap = [closed(grid, arm)] if measure is LOSS and FULL in grid.arms else []
-        rows.append([title(arm), *by_domain, *over_all, to_lora, to_dora, *gap])
+        gap = [closed(grid, arm)] if is_loss and FULL in grid.arms else []
+        rows.append([_with_seeds(grid, arm, measure), *by_domain, *over_all, to_lora, to_dora, *gap])
     mean = ["all"] if len(domains) > 1 else []
-    gap = ["gap closed"] if measure is LOSS and FULL in grid.arms else []
+    gap = ["gap closed"] if is_loss and FULL in grid.arms else []
     return table([measure.title, *domains, *mean, "− LoRA", "− DoRA", *gap], rows)
+
+
+def domains_table(grid: Grid, measure: Measure) -> str:
+    """A row for each arm, a column for each domain: the paired difference to LoRA, of DoRAs to DoRA, and of a control
+    to what it controls."""
+    rows = []
+    for arm in ordered(grid.arms):
+        other = Arm(arm.method) if arm.control else baseline_of(arm.method)
+        if arm != LORA and arm.method != BASE:
+            found = [grid.difference(arm, LORA if arm == DORA else other, measure, [name]) for name in grid.domains]
+            rows.append([title(arm), *(difference(each, measure.digits) for each in found)])
+    return table([f"{measure.title}, difference", *grid.domains], rows)
 
 
 def closed(grid: Grid, arm: Arm) -> str:
@@ -45,6 +58,12 @@ def closed(grid: Grid, arm: Arm) -> str:
     if own is None or full is None or full.mean >= 0:
         return NOTHING
     return percent(own.mean / full.mean)
+
+
+def _with_seeds(grid: Grid, arm: Arm, measure: Measure) -> str:
+    """Its name, and of how many seeds it has a mean over all domains, where others have more."""
+    own, most = (len(grid.per_seed(each, measure)) for each in (arm, LORA))
+    return title(arm) if own >= most else f"{title(arm)} ({own} of {most} seeds)"
 
 
 def bin_value(index: int) -> Value:
@@ -63,17 +82,18 @@ def noise_levels(grid: Grid) -> list[float]:
 
 def bins_table(grid: Grid) -> str:
     """Over the bins of λ: LoRA's and DoRA's loss ± deviation; the others' difference to them ± half the interval."""
+    digits = loss_of(next(iter(grid.cells.values()))["suite"]).digits
     levels = noise_levels(grid)
     baselines = [arm for arm in (LORA, DORA) if arm in grid.arms]
     rows = []
     for arm in baselines:
-        rows.append([title(arm), *(spread(grid.spread(arm, bin_value(i)), 4) for i in range(len(levels)))])
+        rows.append([title(arm), *(spread(grid.spread(arm, bin_value(i)), digits) for i in range(len(levels)))])
     for arm in ordered(grid.arms):
         if arm in baselines:
             continue
         baseline = baseline_of(arm.method)
         found = [grid.difference(arm, baseline, bin_value(index)) for index in range(len(levels))]
-        rows.append([f"{title(arm)} − {title(baseline)}", *(change(each, 4) for each in found)])
+        rows.append([f"{title(arm)} − {title(baseline)}", *(change(each, digits) for each in found)])
     return table(["λ", *(f"{level:.2f}" for level in levels)], rows)
 
 
@@ -108,7 +128,8 @@ def kept(grid: Grid, control: Arm, measure: Measure) -> str:
 
 
 def cost_table(grid: Grid) -> str:
-    """Parameters, and time and memory relative to LoRA's run of the same domain and seed (geometric means)."""
+    """Parameters, and time and memory relative to LoRA's run of the same domain and seed: geometric means, of the time
+    with the range over runs, which says how quiet the machine was."""
     rows = []
     for arm in ordered([arm for arm in grid.arms if arm.control is None and arm.method != BASE]):
         records = grid.records(arm)
@@ -120,20 +141,23 @@ def cost_table(grid: Grid) -> str:
                 f"{parameters:,.0f}".replace(",", " "),
                 _ratio(grid, arm, "trainable_parameters"),
                 f"{own:.0f}",
-                _ratio(grid, arm, "step_ms"),
+                _ratio(grid, arm, "step_ms", with_range=True),
                 _ratio(grid, arm, "peak_memory_mib"),
             ]
         )
     return table(["", "parameters", "/ LoRA's", "ms a step", "/ LoRA's", "peak memory / LoRA's"], rows)
 
 
-def _ratio(grid: Grid, arm: Arm, key: str) -> str:
+def _ratio(grid: Grid, arm: Arm, key: str, *, with_range: bool = False) -> str:
     logs = []
     for (own, domain, seed), record in grid.cells.items():
         other = grid.cells.get((LORA, domain, seed))
         if own == arm and other is not None and record.get(key) and other.get(key):
             logs.append(math.log(record[key] / other[key]))
-    return f"{math.exp(fmean(logs)):.2f}" if logs else NOTHING
+    if not logs:
+        return NOTHING
+    mean, low, high = (f"{math.exp(value):.2f}" for value in (fmean(logs), min(logs), max(logs)))
+    return f"{mean} ({low} to {high})" if with_range and low != high else mean
 
 
 def rates_table(grid: Grid) -> str:
@@ -164,14 +188,15 @@ def _setting(value: float | None) -> str:
 def resolution(grid: Grid) -> tuple[float, float] | None:
     """(standard error of what one run says, LoRA-to-full gap): the first should be a tenth of the second.
 
-    Of the gain over the backbone where records have it, of the loss itself elsewhere.
+    Of the gain over the backbone where records have it (images), of the loss itself elsewhere (text).
     """
     gap = grid.difference(LORA, FULL, LOSS)
-    errors = [mean_error(record) for record in grid.records(LORA) if record.get("loss_errors")]
+    errors = [mean_error(record) for record in grid.records(LORA)]
     return (fmean(errors), gap.mean) if gap is not None and errors else None
 
 
 def mean_error(record: Record) -> float:
-    """Of the mean over bins: √Σ e² / n."""
-    errors = record.get("gain_errors") or record["loss_errors"]
-    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    """Of the mean over bins: as the run found it over its samples. Where the same samples are in all bins, and no run
+    says how their errors go together, as if they did so wholly: Σ e / n, the largest that it can be."""
+    gains = record.get("gain_errors")
+    return fmean(gains) if gains else record["validation_error"]

@@ -64,7 +64,7 @@ def test_tuning_has_a_seed_of_its_own():
     suite = load_suite("text")
     jobs = jobs_of(suite, "tune", selection(suite, methods=("nara",), others=(), tune_domains=("code",)))
     assert {job.seed for job in jobs} == {100}
-    assert [dict(job.settings) for job in jobs[:5]] == [dict(trial) for trial in suite.trials("nara")]
+    assert [dict(job.settings) for job in jobs[:7]] == [dict(trial) for trial in suite.trials("nara")]
     assert {(job.backbone, job.domain) for job in jobs} == {(name, "code") for name in suite.backbones}
 
 

@@ -4,11 +4,12 @@ from quality.report_ablations import ablations_table, singles_table, tuning_tabl
 from quality.report_data import Arm, Grid
 from quality.report_goals import goals_table
 from quality.report_markdown import percent, signed
-from quality.report_names import LOSS, Measure, ordered, title
+from quality.report_names import LOSS, Measure, loss_of, ordered, title
 from quality.report_tables import (
     bins_table,
     controls_table,
     cost_table,
+    domains_table,
     quality_table,
     rates_table,
     resolution,
@@ -65,6 +66,41 @@ def test_bins_are_compared_one_by_one():
     assert rows["NaRA − LoRA"] == ["**−0.1000** ± 0.0000", "+0.1000 ± 0.2484"]  # 4.3027 · 0.1 / √3
 
 
+def test_differences_stand_for_each_domain():
+    records = [
+        record(method, seed, [loss + 0.1 * seed] * 2, domain=domain, control=control)
+        for domain, shift in (("code", 0.0), ("arithmetic", 0.25))
+        for seed in range(3)
+        for method, control, loss in (
+            ("lora", None, 1.0),
+            ("dora", None, 0.875),
+            ("nara", None, 1.0 - shift),
+            ("nara", "constant", 1.0),
+            ("nara_dora", None, 1.0),
+        )
+    ]
+    rows = cells(domains_table(Grid.of(records), LOSS))
+    assert rows["validation loss, difference"] == ["code", "arithmetic"]
+    assert "LoRA" not in rows
+    zero = "0.0000 [0.0000, 0.0000]"
+    assert rows["NaRA"] == [zero, "**−0.2500** [−0.2500, −0.2500]"]
+    assert rows["NaRA, trained with λ = 0.5"] == [zero, "**+0.2500** [+0.2500, +0.2500]"]
+    assert rows["DoRA"] == ["**−0.1250** [−0.1250, −0.1250]"] * 2
+    assert rows["NaRA-DoRA"] == ["**+0.1250** [+0.1250, +0.1250]"] * 2
+
+
+def test_a_mean_of_fewer_seeds_says_so():
+    records = [*runs("lora", [1.0, 1.1, 1.2]), *runs("dora", [1.0, 1.1])]
+    assert "DoRA (2 of 3 seeds)" in cells(quality_table(Grid.of(records), LOSS))
+
+
+def test_a_difference_that_rounds_to_zero_isnt_bold_and_losses_of_images_have_more_digits():
+    records = [*runs("lora", [1.0, 1.1, 1.2]), *runs("nara", [0.99999, 1.09999, 1.19999])]
+    assert cells(quality_table(Grid.of(records), LOSS))["NaRA"][1] == "0.0000 [0.0000, 0.0000]"
+    images = Grid.of([{**each, "suite": "images"} for each in records])
+    assert cells(quality_table(images, loss_of("images")))["NaRA"][1] == "**−0.000010** [−0.000010, −0.000010]"
+
+
 def test_controls_keep_a_share_of_the_gain():
     rows = cells(controls_table(Grid.of(MAIN), LOSS) or "")
     constant, mean = rows["NaRA, trained with λ = 0.5"], rows["NaRA, evaluated with the mean of C(λ)"]
@@ -92,6 +128,8 @@ def test_cost_is_relative_to_loras_run_of_the_same_seed():
     ]
     rows = cells(cost_table(Grid.of(records)))
     assert rows["NaRA"] == ["2 500", "2.50", "50", "2.00", "1.25"]
+    records[3]["step_ms"] = 180.0
+    assert cells(cost_table(Grid.of(records)))["NaRA"][3] == "3.00 (2.00 to 4.50)"
     assert "the backbone as it is" not in rows
 
 
@@ -105,8 +143,10 @@ def test_settings_of_domains_that_agree_share_a_row():
 
 def test_resolution_compares_one_runs_error_with_the_gap():
     error, gap = resolution(Grid.of(MAIN)) or (0, 0)
-    assert round(error, 6) == 0.025  # √(0.03² + 0.04²) / 2
+    assert round(error, 6) == 0.025
     assert round(gap, 6) == 0.4
+    images = [{**record, "suite": "images", "gain_errors": [0.01, 0.03]} for record in MAIN]
+    assert round((resolution(Grid.of(images)) or (0, 0))[0], 6) == 0.02  # (0.01 + 0.03) / 2
     assert resolution(Grid.of(runs("lora", [1, 2]))) is None
 
 
@@ -142,10 +182,13 @@ def test_goals_of_images():
         return [record(method, s, [1, 1], suite="images", similarity=a, text_alignment=b) for s, (a, b) in pairs]
 
     base = image("lora", [0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
-    better = goals_table(Grid.of([*base, *image("nara", [0.49, 0.61, 0.7], [0.6, 0.7, 0.8])]), "images") or ""
+    better = goals_table(Grid.of([*base, *image("nara", [0.499, 0.601, 0.7], [0.6, 0.7, 0.8])]), "images") or ""
     assert [row[1] for row in list(cells(better).values())[1:]] == ["yes", "yes", "yes"]
     worse = goals_table(Grid.of([*base, *image("nara", [0.4, 0.5, 0.6], [0.5, 0.6, 0.7])]), "images") or ""
     assert [row[1] for row in list(cells(worse).values())[1:]] == ["no", "yes", "no"]
+    # an interval that holds zero because it is wide says nothing
+    wide = goals_table(Grid.of([*base, *image("nara", [0.45, 0.65, 0.7], [0.5, 0.6, 0.7])]), "images") or ""
+    assert [row[1] for row in list(cells(wide).values())[1:]] == ["no", "yes", "no"]
 
 
 def test_ablations_are_named_by_what_differs_from_the_main_runs():
