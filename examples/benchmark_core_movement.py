@@ -20,10 +20,10 @@ import torch
 from benchmark_record import save_record
 from matplotlib.figure import Figure
 from quality.movement import look
-from quality.recipe import Recipe
-from quality.text_methods import adapted
-from quality.text_runs import load_task
-from quality.training import train
+from quality.text.methods import adapted
+from quality.text.recipe import Recipe
+from quality.text.runs import load_task
+from quality.text.training import train
 from tqdm.auto import tqdm
 
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {

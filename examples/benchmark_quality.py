@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting of every run: steps=400 rank=4 (text: a field of quality/recipe.py, or an argument of the "
+        help="a setting of every run: steps=400 rank=4 (text: a field of quality/text/recipe.py, or an argument of the "
         "adapter; images: an argument of train_scripts/dreambooth_sdxl.py)",
     )
     how.add_argument("--untuned", action="store_true", help="take each method's first trial instead of the tuned rates")

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from benchmark_record import save_record
 from matplotlib.figure import Figure
-from quality.image_task import SUBJECTS, held_out_losses
-from quality.image_task import load_task as load_subject
+from quality.images.task import SUBJECTS, held_out_losses
+from quality.images.task import load_task as load_subject
 from quality.probe import Forward, probe
-from quality.text_runs import load_task
+from quality.text.runs import load_task
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 

@@ -13,8 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from quality.report_data import read_records
-from quality.report_document import document, read_notes
+from quality.report.data import read_records
+from quality.report.document import document, read_notes
 
 from nara_diffusion.whole import whole_file
 

@@ -51,9 +51,9 @@ def load_suite(name: str) -> Suite:
         ValueError: unknown name.
     """
     if name == "text":
-        from quality.text_suite import SUITE
+        from quality.text.suite import SUITE
     elif name == "images":
-        from quality.image_suite import SUITE
+        from quality.images.suite import SUITE
     else:
         raise ValueError(f"modality is {name!r}, expected 'text' or 'images'")
     return SUITE

@@ -1,6 +1,6 @@
 import pytest
-from quality.domains import Sizes
-from quality.text_runs import Task, load_task
+from quality.text.domains import Sizes
+from quality.text.runs import Task, load_task
 
 SMALL = Sizes(train=80, tuning=20, validation=30, test=8)
 

@@ -1,6 +1,6 @@
 import torch
-from quality import answers
-from quality.answers import answered_right
+from quality.text import answers
+from quality.text.answers import answered_right
 
 from nara_diffusion.dllm import Generation
 

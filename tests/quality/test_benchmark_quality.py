@@ -3,8 +3,8 @@
 from importlib import import_module
 
 import pytest
-from quality.report_data import Arm, Grid, read_records, select
-from quality.report_names import LOSS
+from quality.report.data import Arm, Grid, read_records, select
+from quality.report.names import LOSS
 from quality.results import read
 
 SMALL = ["--set", "steps=2", "batch_size=4", "sizes={train: 40, tuning: 10, validation: 15, test: 4}"]
@@ -19,23 +19,24 @@ def test_one_command_tunes_and_compares_and_does_nothing_twice(tmp_path, capsys)
     path = tmp_path / "text.jsonl"
     assert main(*FEW, "--seeds", 0, "--output", path) == 0
     records = read(path)
-    assert [record["stage"] for record in records].count("tune") == 14  # seven trials each of two methods
-    compared = [(record["method"], record["control"]) for record in records if record["stage"] == "main"]
+    tried, runs = ([record for record in records if record["stage"] == stage] for stage in ("tune", "main"))
+    assert len(tried) == 14  # seven trials each of two methods
+    compared = [(record["method"], record["control"]) for record in runs]
     assert compared == [
         ("lora", None), ("nara", None), ("nara", "mean_core"), ("nara", "reversed"), ("nara", "constant"),
         ("nara", "shuffled"),
     ]  # fmt: skip
-    assert {record["n"] for record in records if record["stage"] == "main"} == {15}
-    best = min((record for record in records[:5]), key=lambda record: record["validation_loss"])
-    assert records[10]["learning_rate"] == best["learning_rate"]
+    assert {record["n"] for record in runs} == {15}
+    best = min(select(tried, method="lora"), key=lambda record: record["validation_loss"])
+    assert runs[0]["learning_rate"] == best["learning_rate"]
     grid = Grid.of(select(read_records([path]), stage="main"))  # as the report reads them
-    assert grid.per_seed(Arm("nara", "mean_core"), LOSS) == {0: records[12]["validation_loss"]}
+    assert grid.per_seed(Arm("nara", "mean_core"), LOSS) == {0: runs[2]["validation_loss"]}
     assert main(*FEW, "--seeds", 0, "--output", path) == 0
     assert read(path) == records
     capsys.readouterr()
     assert main(*FEW, "--seeds", 0, 1, "--output", path, "--dry_run") == 0
     printed = capsys.readouterr().out
-    assert "tune: 0 of 10 runs left" in printed
+    assert "tune: 0 of 14 runs left" in printed
     assert "main: 4 of 8 runs left" in printed
     assert "    main llada-tiny code nara constant 1" in printed
 

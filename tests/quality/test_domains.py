@@ -1,7 +1,7 @@
 from collections import Counter
 
 import pytest
-from quality.domains import DOMAINS, MAX_ANSWER, MAX_QUESTION, PARTS, Sizes, build_domain, sizes_of
+from quality.text.domains import DOMAINS, MAX_ANSWER, MAX_QUESTION, PARTS, Sizes, build_domain, sizes_of
 
 SMALL = Sizes(train=60, tuning=10, validation=20, test=8)
 
@@ -37,8 +37,8 @@ def test_unknown_names_and_too_small_families_are_refused(monkeypatch):
         ValueError, match="domain is 'maths', expected one of commonsense, arithmetic, code, or a family"
     ):
         build_domain("maths", SMALL)
-    monkeypatch.setattr("quality.domains.PATIENCE", 10)
-    monkeypatch.setattr("quality.domains.fits", lambda question: False)
+    monkeypatch.setattr("quality.text.domains.PATIENCE", 10)
+    monkeypatch.setattr("quality.text.domains.fits", lambda question: False)
     with pytest.raises(ValueError, match="there are only 0 different questions: ask for fewer than 3"):
         build_domain("chain_sum", Sizes(train=1, tuning=1, validation=1, test=3))
 

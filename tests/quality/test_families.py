@@ -4,8 +4,8 @@ import re
 from itertools import islice
 
 import pytest
-from quality.domains import fits
-from quality.families import FAMILIES, Question, is_right, questions
+from quality.text.domains import fits
+from quality.text.families import FAMILIES, Question, is_right, questions
 
 
 def some(name: str, count: int = 40) -> list[Question]:

@@ -11,7 +11,7 @@ def test_a_job_becomes_a_run_with_its_settings(monkeypatch):
         asked.update(options, subject=subject, method=method, seed=seed)
         return [{"method": method}]
 
-    monkeypatch.setattr("quality.image_suite.image_records", image_records)
+    monkeypatch.setattr("quality.images.suite.image_records", image_records)
     suite = load_suite("images")
     job = Job("images", "main", suite.backbones[0], "car", "nara", "shuffled", 3)
     assert suite.run(job, {"rank": 2, "learning_rate": 0.5}) == [{"method": "nara"}]

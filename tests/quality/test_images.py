@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from quality.image_controls import shuffled_noise_levels, while_evaluating
-from quality.image_measurement import binned_losses, sample_settings
-from quality.image_methods import NAMES, adapted
-from quality.image_settings import arguments
-from quality.image_task import BINS, SUBJECTS, HeldOut, bin_timesteps, held_out_losses, load_task
-from quality.image_training import ControlledDenoiser, train
-from quality.images import TUNING_SUBJECT, image_records, run_one_image
+from quality.images.controls import shuffled_noise_levels, while_evaluating
+from quality.images.measurement import binned_losses, sample_settings
+from quality.images.methods import NAMES, adapted
+from quality.images.runs import TUNING_SUBJECT, image_records, run_one_image
+from quality.images.settings import arguments
+from quality.images.task import BINS, SUBJECTS, HeldOut, bin_timesteps, held_out_losses, load_task
+from quality.images.training import ControlledDenoiser, train
 from quality.strips import unpacked
 
 from nara_diffusion import noise_level
@@ -39,7 +39,7 @@ def small(task, monkeypatch):
     """Runs on two held-out pictures."""
     held_out = [shortened(each) for each in task.held_out]
     small = replace(task, held_out=held_out, base_losses=[losses[:2] for losses in task.base_losses])
-    monkeypatch.setattr("quality.images.load_task", lambda subject: small)
+    monkeypatch.setattr("quality.images.runs.load_task", lambda subject: small)
     return small
 
 
@@ -179,7 +179,9 @@ def test_a_training_forward_under_a_control_is_told_its_noise_level(task):
 
 def test_each_step_is_told_the_shuffled_noise_levels_of_its_positions(task, monkeypatch):
     told = []
-    monkeypatch.setattr("quality.image_training.while_training", lambda *given: told.append(given[1:]) or nullcontext())
+    monkeypatch.setattr(
+        "quality.images.training.while_training", lambda *given: told.append(given[1:]) or nullcontext()
+    )
     args = arguments("toy", "nara", 4, {"max_train_steps": 2})
     train(task, adapted(task.pipe, "nara", args), args, "shuffled", progress=False)
     assert [control for control, _ in told] == ["shuffled"] * 3

@@ -4,9 +4,9 @@ from collections import Counter
 import pytest
 from quality.jobs import Job, finished, shard
 from quality.planning import Selection, jobs_of
-from quality.recipe import Recipe
 from quality.suites import MUST, load_suite
-from quality.text_methods import adapted
+from quality.text.methods import adapted
+from quality.text.recipe import Recipe
 from quality.variants import VARIANTS, is_noise_aware
 
 from nara_diffusion.training.methods import METHODS

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from quality.report_data import Arm, Grid, above_zero, below_zero, clear_of_zero, read_records
-from quality.report_names import LOSS
+from quality.report.data import Arm, Grid, above_zero, below_zero, clear_of_zero, read_records
+from quality.report.names import LOSS
 
 from tests.quality.report_records import record, runs
 

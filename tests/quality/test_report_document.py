@@ -4,7 +4,7 @@ import json
 from importlib import import_module
 
 import pytest
-from quality.report_document import hours, read_notes, repeat
+from quality.report.document import hours, read_notes, repeat
 from quality.suites import MUST
 
 from tests.quality.report_records import record, runs

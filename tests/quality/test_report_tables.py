@@ -1,11 +1,11 @@
 """The report's tables on made-up results: every figure can be checked by hand."""
 
-from quality.report_ablations import ablations_table, singles_table, tuning_table
-from quality.report_data import Arm, Grid
-from quality.report_goals import goals_table
-from quality.report_markdown import percent, signed
-from quality.report_names import LOSS, Measure, loss_of, ordered, title
-from quality.report_tables import (
+from quality.report.ablations import ablations_table, singles_table, tuning_table
+from quality.report.data import Arm, Grid
+from quality.report.goals import goals_table
+from quality.report.markdown import percent, signed
+from quality.report.names import LOSS, Measure, loss_of, ordered, title
+from quality.report.tables import (
     bins_table,
     controls_table,
     cost_table,

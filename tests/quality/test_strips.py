@@ -2,8 +2,8 @@
 
 import numpy as np
 from PIL import Image
-from quality.report_data import Grid
-from quality.report_samples import GAP, LABELS, samples_sheet
+from quality.report.data import Grid
+from quality.report.samples import GAP, LABELS, samples_sheet
 from quality.strips import packed, unpacked
 
 from tests.quality.report_records import record

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from quality.recipe import Recipe
-from quality.text_controls import CONSTANT, check_control, exchanged_noise, while_evaluating, while_training
-from quality.text_methods import adapted
-from quality.validation import CENTRES
+from quality.text.controls import CONSTANT, check_control, exchanged_noise, while_evaluating, while_training
+from quality.text.methods import adapted
+from quality.text.recipe import Recipe
+from quality.text.validation import CENTRES
 
 from nara_diffusion import noise_level
 from nara_diffusion.core import HypernetworkCore

@@ -1,5 +1,5 @@
 import torch
-from quality.text_data import encode_domain
+from quality.text.data import encode_domain
 
 from tests.quality.conftest import SMALL
 
@@ -38,7 +38,7 @@ def test_a_batch_is_no_wider_than_it_needs(task):
 def test_a_tokenizer_without_a_chat_template_ends_answers_with_its_eos(task):
     import copy
 
-    from quality.domains import build_domain
+    from quality.text.domains import build_domain
 
     plain = copy.deepcopy(task.tokenizer)
     plain.chat_template = None

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from quality.text_runs import run_one, text_records
-from quality.validation import CENTRES, binned_loss
+from quality.text.runs import run_one, text_records
+from quality.text.validation import CENTRES, binned_loss
 
 from tests.quality.conftest import SMALL
 
@@ -110,7 +110,7 @@ def test_dreams_family_runs_as_well():
 
 
 def test_what_can_not_be_run_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("quality.text_runs.load_task", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("quality.text.runs.load_task", lambda *_: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="method is 'lorra', expected one of nara, nara_dora"):
         run_one("llada-tiny", "code", "lorra", 0)
     with pytest.raises(ValueError, match="core_size is neither a field of Recipe nor an argument of an adapter"):

@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from quality.recipe import Recipe
-from quality.text_methods import adapted
-from quality.training import batches, build_optimizer, objective, told, train
+from quality.text.methods import adapted
+from quality.text.recipe import Recipe
+from quality.text.training import batches, build_optimizer, objective, told, train
 
 from nara_diffusion.dllm import masked_diffusion_loss
 from tests.adapted import disturb

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
-from quality.validation import BINS, _draw, binned_loss, summarise, validation_set
+from quality.text.validation import BINS, _draw, binned_loss, summarise, validation_set
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.controls import changed_noise, reversed_noise

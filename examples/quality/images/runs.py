@@ -1,6 +1,6 @@
 """One run of the image benchmark: a subject, a method, a seed → its records.
 
-from quality.images import run_one_image
+from quality.images.runs import run_one_image
 
 run_one_image("toy", "nara", seed=0, rank=8, learning_rate=1e-3)
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from quality.image_controls import EVALUATED_CONTROLS, TRAINED_CONTROLS, while_evaluating
-from quality.image_measurement import binned_losses, judged_samples
-from quality.image_methods import BASE, NAMES, NOISE_AWARE, AdaptedUNet, adapted
-from quality.image_settings import arguments, settings
-from quality.image_task import BACKBONE, ImageTask, bin_centres, load_task
-from quality.image_training import Trained, train
+from quality.images.controls import EVALUATED_CONTROLS, TRAINED_CONTROLS, while_evaluating
+from quality.images.measurement import binned_losses, judged_samples
+from quality.images.methods import BASE, NAMES, NOISE_AWARE, AdaptedUNet, adapted
+from quality.images.settings import arguments, settings
+from quality.images.task import BACKBONE, ImageTask, bin_centres, load_task
+from quality.images.training import Trained, train
 from quality.strips import packed
 
 TUNE, MAIN = "tune", "main"

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data import encode_prompts, end_token_id, prompt_text
-from quality.domains import PARTS, Domain
-from quality.families import Question
+from quality.text.domains import PARTS, Domain
+from quality.text.families import Question
 
 
 @dataclass(frozen=True)

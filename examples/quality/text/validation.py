@@ -22,7 +22,7 @@ from torch import nn
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch, answer_positions
 from nara_diffusion.dllm.modes import evaluating
-from quality.text_data import Rows
+from quality.text.data import Rows
 
 BINS = 10
 CENTRES = [(k + 0.5) / BINS for k in range(BINS)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.controls import Change, changed_noise, constant_noise, mean_core, reversed_noise
 from nara_diffusion.noise import NoiseSignals, needs_mask_density
-from quality.validation import CENTRES
+from quality.text.validation import CENTRES
 from quality.variants import is_noise_aware
 
 TRAINED, EVALUATED = ("constant", "shuffled"), ("mean_core", "reversed")

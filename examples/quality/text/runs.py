@@ -1,6 +1,6 @@
 """One run of the text benchmark: backbone × domain × method × seed → its records.
 
-from quality.text_runs import run_one
+from quality.text.runs import run_one
 
 run_one("llada-tiny", "arithmetic", "nara", seed=0, rank=2, steps=300, core_scale=1.0)
 """
@@ -21,18 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.loss import mask_token_of
-from quality.answers import answered_right
-from quality.domains import DEFAULT_SIZES, Sizes, build_domain, sizes_of
-from quality.recipe import Recipe
 from quality.step_memory import step_memory_mib
-from quality.text_controls import EVALUATED, check_control, while_evaluating, while_training
-from quality.text_data import EncodedDomain, encode_domain
-from quality.text_methods import BASE, adapted, adapter_arguments
-from quality.training import Trained, batches, objective, told, train
-from quality.validation import CENTRES, ValidationSet, binned_loss, validation_set
+from quality.text.answers import answered_right
+from quality.text.controls import EVALUATED, check_control, while_evaluating, while_training
+from quality.text.data import EncodedDomain, encode_domain
+from quality.text.domains import DEFAULT_SIZES, Sizes, build_domain, sizes_of
+from quality.text.methods import BASE, adapted, adapter_arguments
+from quality.text.recipe import Recipe
+from quality.text.training import Trained, batches, objective, told, train
+from quality.text.validation import CENTRES, ValidationSet, binned_loss, validation_set
 from quality.variants import is_noise_aware
 
-ASSETS = Path(__file__).parent.parent / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 TUNE = "tune"
 
 

@@ -16,8 +16,8 @@ from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.training.adalora import adalora_models, allocate_ranks, orthogonality
 from nara_diffusion.training.optimization import CORE_MARK, hold_core
-from quality.recipe import Recipe
-from quality.text_data import Rows
+from quality.text.data import Rows
+from quality.text.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nara_diffusion.training.methods import METHODS
-from quality.report_data import Arm, Grid, Record
+from quality.report.data import Arm, Grid, Record
 from quality.suites import MUST
 from quality.variants import is_noise_aware
 

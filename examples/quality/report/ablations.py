@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from quality.report_data import Arm, Grid, Record, select
-from quality.report_markdown import NOTHING, difference, signed, spread, table
-from quality.report_names import LORA, LOSS, baseline_of, measures, ordered, title
+from quality.report.data import Arm, Grid, Record, select
+from quality.report.markdown import NOTHING, difference, signed, spread, table
+from quality.report.names import LORA, LOSS, baseline_of, measures, ordered, title
 
 _MISSING = "default"
 

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from nara_diffusion.whole import whole_file
-from quality.report_data import Arm, Grid
-from quality.report_names import LORA, baseline_of, ordered, title
-from quality.report_tables import bin_value, noise_levels
+from quality.report.data import Arm, Grid
+from quality.report.names import LORA, baseline_of, ordered, title
+from quality.report.tables import bin_value, noise_levels
 from quality.variants import is_noise_aware
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")

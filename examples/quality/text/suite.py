@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from quality.domains import DOMAINS
 from quality.jobs import Job
 from quality.suites import Settings, Suite
-from quality.text_runs import text_records
+from quality.text.domains import DOMAINS
+from quality.text.runs import text_records
 from quality.trials import beside, rates, with_core
 from quality.variants import resolve
 

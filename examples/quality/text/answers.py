@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import Generation, generate
 from nara_diffusion.dllm.evaluation import decode_answer, stop_token_ids
-from quality.families import is_right
-from quality.text_data import Rows
+from quality.text.data import Rows
+from quality.text.families import is_right
 
 BATCH = 256  # questions
 TOKENS_A_STEP = 2

@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from nara_diffusion.dreambooth.metrics import ImageSimilarity
 from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images
-from quality.image_task import ImageTask, held_out_losses
+from quality.images.task import ImageTask, held_out_losses
 
 FIRST_SAMPLE_SEED = 1000  # samples of training seed s start from noise 1000 + 100 s, …
 

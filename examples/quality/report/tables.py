@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from quality.report_data import Arm, Grid, Record, Value
-from quality.report_markdown import NOTHING, change, difference, percent, spread, table
-from quality.report_names import (
+from quality.report.data import Arm, Grid, Record, Value
+from quality.report.markdown import NOTHING, change, difference, percent, spread, table
+from quality.report.names import (
     BASE,
     DORA,
     FULL,

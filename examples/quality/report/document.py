@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from quality.jobs import STAGES
-from quality.report_ablations import ablations_table, singles_table, tuning_table
-from quality.report_data import Grid, Record, distinct, select
-from quality.report_design import DESIGN
-from quality.report_figures import controls_figure, loss_figure
-from quality.report_goals import goals_table
-from quality.report_markdown import listed
-from quality.report_names import SUITES, measures
-from quality.report_samples import samples_sheet
-from quality.report_tables import (
+from quality.report.ablations import ablations_table, singles_table, tuning_table
+from quality.report.data import Grid, Record, distinct, select
+from quality.report.design import DESIGN
+from quality.report.figures import controls_figure, loss_figure
+from quality.report.goals import goals_table
+from quality.report.markdown import listed
+from quality.report.names import SUITES, measures
+from quality.report.samples import samples_sheet
+from quality.report.tables import (
     bins_table,
     controls_table,
     cost_table,

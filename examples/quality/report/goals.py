@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quality.report_data import Arm, Grid, above_zero, below_zero
-from quality.report_markdown import NOTHING, difference, table
-from quality.report_names import FURTHER, LORA, LOSS, MULTI_LORA, baseline_of, candidates, title
-from quality.report_tables import bin_value, noise_levels
+from quality.report.data import Arm, Grid, above_zero, below_zero
+from quality.report.markdown import NOTHING, difference, table
+from quality.report.names import FURTHER, LORA, LOSS, MULTI_LORA, baseline_of, candidates, title
+from quality.report.tables import bin_value, noise_levels
 
 TEXT_CONTROLS = ("constant", "mean_core")
 MARGIN = 0.01

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 
-from quality.families import FAMILIES, Question, questions
+from quality.text.families import FAMILIES, Question, questions
 
 SEED = 4
 PATIENCE = 5000  # questions in a row that were seen before or don't fit

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from nara_diffusion.whole import whole_file
-from quality.report_data import Grid
-from quality.report_names import ordered, title
+from quality.report.data import Grid
+from quality.report.names import ordered, title
 from quality.strips import unpacked
 
 LABELS, GAP, TEXT = 150, 4, 13  # pixels

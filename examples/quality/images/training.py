@@ -19,9 +19,9 @@ from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.step import TrainingStep
 from nara_diffusion.training.adalora import allocate_ranks, orthogonality
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
-from quality.image_controls import shuffled_noise_levels, while_training
-from quality.image_methods import AdaptedUNet
-from quality.image_task import SIZE, ImageTask
+from quality.images.controls import shuffled_noise_levels, while_training
+from quality.images.methods import AdaptedUNet
+from quality.images.task import SIZE, ImageTask
 from quality.step_memory import step_memory_mib
 
 

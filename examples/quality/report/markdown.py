@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from nara_diffusion.dreambooth.statistics import Interval
-from quality.report_data import clear_of_zero
+from quality.report.data import clear_of_zero
 
 NOTHING = "–"
 

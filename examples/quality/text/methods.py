@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from nara_diffusion.training.adapter import build_adapter
 from nara_diffusion.training.arguments import AdapterArguments
 from nara_diffusion.training.methods import METHODS, check_method
-from quality.recipe import Recipe
+from quality.text.recipe import Recipe
 
 BASE = "base"
 """The backbone as it is."""

@@ -27,7 +27,7 @@ from nara_diffusion.dreambooth.prompts import PromptCache
 from nara_diffusion.dreambooth.records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 BACKBONE = "sdxl-tiny"
 SUBJECTS = {"toy": "subject", "car": "subject-car", "cup": "subject-cup", "house": "subject-house"}
 PLACES = ("on the beach", "in the snow", "in the city", "in the forest", "in the desert", "at night", "on the grass")

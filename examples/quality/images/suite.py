@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from quality.image_methods import NAMES
-from quality.image_task import BACKBONE, SUBJECTS
-from quality.images import TUNING_SUBJECT, image_records
+from quality.images.methods import NAMES
+from quality.images.runs import TUNING_SUBJECT, image_records
+from quality.images.task import BACKBONE, SUBJECTS
 from quality.jobs import Job
 from quality.suites import MUST, Settings, Suite
 from quality.trials import beside, rates, with_core
