@@ -225,14 +225,15 @@ def add_scaled_product(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, scaling
 
 @torch.no_grad()
 def times_core(B: Tensor, core: Tensor) -> Tensor:
-    """K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r), float32, not part of the graph.
+    """K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r), float32 at least, not part of the graph.
 
     By one plain product Cᵀ Bᵀ: `matmul` would choose its way, and so the last bits, by whether B is trainable.
     """
     batch, rank, _ = core.shape
+    dtype = torch.promote_types(B.dtype, torch.float32)
     with torch.autocast(B.device.type, enabled=False):
-        rows = core.to(B.device).transpose(1, 2).reshape(batch * rank, rank)
-        return (rows @ B.float().T).view(batch, rank, -1).transpose(1, 2)
+        rows = core.to(B.device, dtype).transpose(1, 2).reshape(batch * rank, rank)
+        return (rows @ B.to(dtype).T).view(batch, rank, -1).transpose(1, 2)
 
 
 def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
@@ -244,12 +245,13 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
         weight: W0 (d_out, d_in). A: (r, d_in). K: B·C (b, d_out, r). scaling: s.
 
     Returns:
-        (b, d_out), float32, not part of the graph: DoRA treats the norm as a constant (DoRA, section 4.3).
+        (b, d_out), float32 at least, not part of the graph: DoRA treats the norm as a constant (DoRA, section 4.3).
     """
+    dtype = torch.promote_types(weight.dtype, K.dtype)  # float32 or float64
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        P = (A.to(weight.dtype) @ weight.T).float()  # transposed like all that follows: sums run along d_out
-        A, K = A.float(), K.float().transpose(1, 2)  # (b, r, d_out)
+        P = (A.to(weight.dtype) @ weight.T).to(dtype)  # transposed like all that follows: sums run along d_out
+        A, K = A.to(dtype), K.to(dtype).transpose(1, 2)  # (b, r, d_out)
         G = (A @ A.T).expand(K.shape[0], -1, -1)
-        base = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # (d_out,)
+        base = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()  # (d_out,)
         update = torch.bmm(G, K).mul_(scaling**2).add_(P, alpha=2 * scaling).mul_(K).sum(1)
-        return update.add_(base).clamp_min_(torch.finfo(torch.float32).tiny).sqrt_()
+        return update.add_(base).clamp_min_(torch.finfo(dtype).tiny).sqrt_()

@@ -4,7 +4,8 @@
 
 The update is written into the base layer's output, and both shares of x's gradient into one tensor, so that of what
 is large a layer keeps x alone and, for the gain's gradient, its own output. That is right only where the base layer is
-frozen and nobody watches its call or its output: `can_fuse` says so, and elsewhere layers compute it from its parts.
+a frozen W0, without another tuner between, and nobody watches its call or its output: `can_fuse` says so, and elsewhere
+layers compute it from its parts.
 In backward, products with a side as narrow as r have it first, (r, …), not last: on a CPU some are five times as fast.
 (A model that changes the output of a NaRA-DoRA layer without bias in place gets PyTorch's error in backward.)
 """
@@ -15,9 +16,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 import torch.nn.modules.module as global_hooks
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import Function
 
 from .core import mix_rows
@@ -38,10 +41,12 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
 
     It is asked at each call of each layer, hence the direct way to what PyTorch keeps.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False  # a compiler fuses by itself, and functions such as `vmap` have rules for the parts alone
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False  # a compiler fuses by itself; functions such as `vmap` and `jvp` have rules for the parts alone
     if any(GLOBAL_HOOKS) or len(module.active_adapters) != 1:
         return False
+    if module._modules["base_layer"] is not base_layer:
+        return False  # another tuner has made `result`, which is more than W0 x
     if _is_other(base_layer) or _is_other(A) or _is_other(B):
         return False
     weight, bias = base_layer._parameters["weight"], base_layer._parameters["bias"]
@@ -57,12 +62,17 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
 
 
 def _is_other(layer: Any) -> bool:
-    """Whether it is another kind of layer or parameter than PyTorch's own, or its call is watched."""
+    """Whether it is another kind of layer or parameter than PyTorch's own, or its call is watched.
+
+    Where something makes the weight anew for each call (pruning, weight_norm, FSDP1), it is no parameter of the layer.
+    """
     if type(layer) is not nn.Linear:
         return True
     own = vars(layer)
+    parameters = own["_parameters"]
     return bool(
-        type(own["_parameters"]["weight"]) is not nn.Parameter
+        type(parameters.get("weight")) is not nn.Parameter
+        or "bias" not in parameters
         or "forward" in own
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
@@ -202,6 +212,11 @@ def _safe(gain: Tensor) -> Tensor:
     return torch.where(gain == 0, TINY_GAIN, gain)
 
 
+def _is_vectorized(gradient: Tensor) -> bool:
+    """Whether it stands for many gradients, into which nothing can be written: `vmap`, or `is_grads_batched=True`."""
+    return torch._C._are_functorch_transforms_active() or is_legacy_batchedtensor(gradient)
+
+
 def _scaled(tensor: Tensor, scaling: float) -> Tensor:
     return tensor if scaling == 1.0 else scaling * tensor
 
@@ -219,7 +234,7 @@ def _gradients_of_scaling(of_out: Tensor, out: Tensor, gain: Tensor) -> tuple[Te
     Part by part, so that what is read is still in the cache, and the sum needs no large temporary.
     """
     safe = _safe(gain)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _is_vectorized(of_out):
         return of_out * safe[:, None], (of_out * out).sum(1) / safe
     of_z = torch.empty_like(of_out)
     step = max(1, -(-of_out.shape[1] // PARTS))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import Tensor, nn
 
+from .config import NaraConfig
 from .holder import HOLDER_NAME, CoreHolder
+from .layers import NaraVariant
 
 
 class Injection:
@@ -47,6 +52,39 @@ class Injection:
         weight = getattr(layer.get_base_layer(), "weight", None)
         if self.changes_base and weight is not None and weight.is_floating_point():
             weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)
+
+
+def check_name_is_free(root: Any, adapter_name: str, config: NaraConfig, state_dict: dict[str, Tensor] | None) -> None:
+    """A second adapter of one name begins anew, in PEFT, where it is injected; elsewhere the first one would stay.
+
+    Args:
+        config: of the second, its target modules filled in. state_dict: says what it adapts, if given.
+
+    Raises:
+        ValueError: a layer of `root` has the adapter, and the second would not adapt it, or the first is no NaRA.
+    """
+    config = _maybe_include_all_linear_layers(copy(config), root)  # type: ignore[assignment]
+    listed = state_dict and {key.rsplit(".lora_", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+    for name in _layers_with(root, adapter_name):
+        stays = not (name in listed if listed else check_target_module_exists(config, name))
+        if stays or not isinstance(root.peft_config[adapter_name], NaraConfig):
+            raise ValueError(
+                f"Layer '{name}' of {type(root).__name__} has an adapter '{adapter_name}', which would "
+                f"{'stay beside' if stays else 'be overwritten by'} the new one of that name: call unload() of the "
+                "PeftModel that has it before, or give the new one a name of its own, adapter_name=…."
+            )
+
+
+def _layers_with(root: nn.Module, adapter_name: str) -> Iterator[str]:
+    """The names of layers that have the adapter, unless it is that of another root."""
+    layers = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
+    channel = getattr(getattr(root, HOLDER_NAME, None), "channel", None)
+    for name, layer in layers.items():
+        is_inside = any(name.startswith(f"{other}.") for other in layers)
+        variant = layer.lora_variant.get(adapter_name)
+        is_others = isinstance(variant, NaraVariant) and variant.channel is not channel
+        if adapter_name in layer.r and not (is_inside or is_others or isinstance(layer, ParamWrapper)):
+            yield name
 
 
 def drop_idle_holder(root: nn.Module) -> None:

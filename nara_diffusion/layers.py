@@ -285,8 +285,9 @@ def _base_matrix(module: Any) -> Tensor:
 
 def _delta_weight(module: Any, adapter_name: str, core: Tensor) -> Tensor:
     """s B C A for one C (1, r, r), in the layout of the base layer's weight."""
-    A, B = (factor.detach().float() for factor in _factors(module, adapter_name))
-    delta = module.scaling[adapter_name] * (times_core(B, core)[0] @ A)  # (d_out, k)
+    A, B = (factor.detach() for factor in _factors(module, adapter_name))
+    K = times_core(B, core)[0]  # (d_out, r)
+    delta = module.scaling[adapter_name] * (K @ A.to(K.dtype))  # (d_out, k)
     if isinstance(module, Embedding):
         return delta.T
     if isinstance(module, _ConvNd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -33,7 +34,10 @@ class MergesAtOneLevel(LoraModel):
             ValueError: an adapter depends on λ and none is known, or it differs between samples; group offloading
                 would read the base weights again from elsewhere.
         """
-        holder: CoreHolder = getattr(self.model, HOLDER_NAME)
+        holder: CoreHolder | None = getattr(self.model, HOLDER_NAME, None)
+        if holder is None:  # no adapter is left, and PEFT merges nothing without an error
+            super().merge_adapter(adapter_names, safe_merge)
+            return
         names = self.active_adapters if adapter_names is None else adapter_names
         level = nullcontext() if noise_level is None else noise.noise_level(self.model, noise_level)
         with level, self._all_or_nothing(holder):
@@ -53,7 +57,11 @@ class MergesAtOneLevel(LoraModel):
         if all(getattr(self.peft_config.get(name), "core_type", "identity") == "identity" for name in names):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         self.merge_adapter(adapter_names, safe_merge, noise_level)
-        return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)  # type: ignore[return-value]
+        with warnings.catch_warnings():  # the layers are merged; PEFT does more than that when it merges and unloads
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            return self._unload_and_optionally_merge(  # type: ignore[return-value]
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
 
     @contextmanager
     def _all_or_nothing(self, holder: CoreHolder) -> Iterator[None]:

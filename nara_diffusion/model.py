@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .core_set import core_group, core_tensors
 from .denoisers import denoiser_of
 from .holder import HOLDER_NAME, CoreHolder
 from .initialisation import make_directions_orthonormal
-from .injection import Injection, drop_idle_holder, without_holder
+from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
 from .offload import check_addable
@@ -34,11 +35,28 @@ class NaraModel(MergesAtOneLevel):
     """A model adapted with NaRA: LoRA layers whose update is s · B · C(λ) · A (arXiv 2605.29716, section 4).
 
     Args and attributes are those of `peft.LoraModel`; the config is a `NaraConfig`. λ comes from
-    `nara_diffusion.noise_level` or a source. What of LoraModel would be wrong for an update that depends on λ is made
-    right here (merging takes a λ) or raises (weighted sums, conversion of initialisations).
+    `nara_diffusion.noise_level` or a source. Where samples have a λ each, the adapted layers have to see the batch
+    first, (b, …): in a model that gives them (length, b, …), all samples of a forward need the same λ.
+
+    What of LoraModel would be wrong for an update that depends on λ is made right here (merging takes a λ) or raises
+    (weighted sums, conversion of initialisations).
     """
 
     tuner_layer_cls = (LoraLayer, CoreHolder)  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        if adapter_name in getattr(model, "peft_config", {}):  # where the new configuration will stand in a moment
+            config = copy(peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config)
+            config = self._prepare_adapter_config(config, self.get_model_config(model))
+            check_name_is_free(model, adapter_name, config, state_dict)  # type: ignore[arg-type]
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     # ------------------------------------------------------------------ injection
 
@@ -133,8 +151,9 @@ class NaraModel(MergesAtOneLevel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        holder: CoreHolder = getattr(self.model, HOLDER_NAME)
-        holder.detach(self.model)
+        holder: CoreHolder | None = getattr(self.model, HOLDER_NAME, None)
+        if holder is not None:
+            holder.detach(self.model)
         return model  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ refused, or right only for some adapters
@@ -184,12 +203,12 @@ class NaraModel(MergesAtOneLevel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
-        if names is None:
+        holder: CoreHolder | None = getattr(self.model, HOLDER_NAME, None)
+        if names is None or holder is None:
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
         self._check_mixed_batch(names)
-        holder: CoreHolder = getattr(self.model, HOLDER_NAME)
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]  # as `generate` repeats the batch
         failure = None

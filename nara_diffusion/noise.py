@@ -94,7 +94,8 @@ def noise_level(
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
-        value: λ in [0, 1], 1 = pure noise: a float, or a tensor (b,) with one value a sample.
+        value: λ in [0, 1], 1 = pure noise: a float, or a tensor (b,) with one value a sample, where the adapted layers
+            see the batch first, (b, …): in a model that gives them (length, b, …), pass a float.
         mask_density: for `core_input` "mask_density" or "both": a float or (b,), in [0, 1].
 
     Raises:

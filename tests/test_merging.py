@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nara_diffusion import noise_level, set_noise_source
 from nara_diffusion.noise import NoiseSignals, is_noise_aware
-from tests.adapted import OneLayer, TwoLayers, adapted, default_core, relative_error
+from tests.adapted import (
+    OneLayer,
+    TwoLayers,
+    adapted,
+    default_core,
+    disturb,
+    lora_config,
+    nara_config,
+    relative_error,
+)
 from tests.merged import tensors_of_base, unmerged_output
 
 pytestmark = pytest.mark.filterwarnings(
@@ -186,6 +198,36 @@ def test_a_tied_embedding_merges_into_both_places(tiny_llama):
     merged = model.merge_and_unload(noise_level=0.35)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged(ids).logits.shape == (2, 5, 50)
+
+
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("options", "tied"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"trainable_token_indices": [3, 7]}, True),
+        ({}, True),
+    ],
+)
+def test_embeddings_that_are_tied_no_longer_are_untied_in_the_configuration_as_by_lora(tiny_llama, options, tied):
+    config = copy.deepcopy(tiny_llama.config)
+    config.tie_word_embeddings = True
+    ids = torch.randint(50, (2, 5))
+    for kind in (lora_config, nara_config):
+        model: Any = get_peft_model(
+            type(tiny_llama)(copy.deepcopy(config)), kind(target_modules=["q_proj"], **options)
+        ).eval()
+        disturb(model)
+        with noise_level(model, 0.35) if kind is nara_config else nullcontext(), torch.no_grad():
+            expected = model(ids).logits
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            merged = model.merge_and_unload(**({"noise_level": 0.35} if kind is nara_config else {}))
+        messages = [str(warning.message) for warning in caught]
+        assert merged.config.tie_word_embeddings is tied
+        assert [m.startswith("Input and output embeddings are no longer tied") for m in messages] == [True] * (not tied)
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- while merged

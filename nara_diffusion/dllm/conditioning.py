@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nara_diffusion.noise import is_noise_aware, mask_density_radius
+from nara_diffusion.noise import find_holders, mask_density_radius
 from nara_diffusion.noise import noise_level as noise_level_of
+
+CONVENTION = "masked_share"
 
 
 def conditioned(
@@ -17,13 +19,26 @@ def conditioned(
 ) -> AbstractContextManager:
     """`noise_level(model, λ)` for a noise-aware model, and nothing for any other.
 
+    λ is the masked share. Adapters that were made without a `noise_convention` have this one from now on.
+
     Args:
         model: the outermost module.
         noise_level: (b,) float32, λ.
         masked, answer: (b, l) bool, from which the mask density is counted.
+
+    Raises:
+        ValueError: an adapter that needs λ was trained with another definition of it.
     """
-    if not is_noise_aware(model):
+    holders = find_holders(model)
+    if not any(holder.needs_noise for holder in holders):
         return nullcontext()
+    for holder in holders:
+        for name, other in holder.adopt_convention(CONVENTION).items():
+            raise ValueError(
+                f"Adapter '{name}' was trained with λ defined as {other!r}, and is about to be told {CONVENTION!r}, "
+                "the masked share of the answer: use an adapter that was trained with that, or call the model yourself "
+                "inside `with noise_level(model, value):`."
+            )
     radius = mask_density_radius(model)
     density = None if radius is None else mask_density(masked, answer, radius)
     return noise_level_of(model, noise_level, mask_density=density)

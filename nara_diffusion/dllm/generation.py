@@ -123,7 +123,8 @@ def generate(
         (b, longest prompt + gen_length) token ids: prompt, answer, and padding on the right of shorter rows.
 
     Raises:
-        ValueError: impossible arguments, more positions than the model has, or sequences that `on_step_end` spoiled.
+        ValueError: impossible arguments, more positions than the model has, sequences that `on_step_end` spoiled, or an
+            adapter that was trained with another λ than the masked share.
     """
     sampling = Sampling(
         gen_length=gen_length,

@@ -81,7 +81,8 @@ def masked_diffusion_loss(
         chunk_size: positions whose logits exist at one time.
 
     Raises:
-        ValueError: see `mask_answers`; or an unknown `logits`; or no mask token.
+        ValueError: see `mask_answers`; or an unknown `logits`; or no mask token; or an adapter that was trained with
+            another λ than the masked share.
     """
     batch = mask_answers(
         input_ids,
