@@ -30,7 +30,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "NaRA": ("nara", {}),
     "NaRA, η = 1": ("nara", {"core_scale": 1.0}),
     "NaRA, a core a layer": ("nara", {"core_sharing": "layer"}),
-    "NaRA-Knots": ("nara_knots", {"core_learning_rate": 3e-3}),
+    "NaRA-Knots": ("nara_knots", {"core_learning_rate": 1e-3}),
 }
 SHOWN = {
     "deviation": "‖C − I‖ / √r",
@@ -77,11 +77,11 @@ def draw(traces: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 def main(
     backbone: str = "llada-tiny",
     domain: str = "commonsense",
-    steps: int = 300,
+    steps: int = 500,
     every: int = 10,
     seed: int = 0,
-    learning_rate: float = 2e-2,
-    core_learning_rate: float = 1e-3,
+    learning_rate: float = 1e-2,
+    core_learning_rate: float = 3e-4,
     output_dir: str | Path = "outputs/benchmarks",
 ) -> dict[str, Any]:
     """Trains the four, prints where each ended, writes record and picture; returns the figures."""
@@ -108,10 +108,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="llada-tiny", help="folder of examples/assets (default: llada-tiny)")
     parser.add_argument("--domain", default="commonsense", help="of the text benchmark (default: commonsense)")
-    parser.add_argument("--steps", type=int, default=300, help="of each training (default: 300)")
+    parser.add_argument("--steps", type=int, default=500, help="of each training (default: 500)")
     parser.add_argument("--every", type=int, default=10, help="steps between two looks (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--learning_rate", type=float, default=2e-2, help="of A and B (default: 2e-2, as tuned)")
-    parser.add_argument("--core_learning_rate", type=float, default=1e-3, help="of F (default: 1e-3, as tuned)")
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of A and B (default: 1e-2, as tuned)")
+    parser.add_argument("--core_learning_rate", type=float, default=3e-4, help="of F (default: 3e-4, as tuned)")
     parser.add_argument("--output_dir", default="outputs/benchmarks", help="where record and picture go")
     main(**vars(parser.parse_args()))

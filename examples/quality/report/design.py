@@ -5,9 +5,10 @@ from __future__ import annotations
 DESIGN = {
     "text": """\
 A small masked-diffusion language model learns a domain of one-line questions that a maintained generator makes and
-judges. The validation loss is the cross-entropy of a masked token in nats, on questions that aren't trained on, under
-masks that are the same for every run, each beside its complement; it is taken in ten bins of λ and averaged over
-them. Exact match is the share of test questions whose generated answer the generator's own verifier accepts. Learning
+judges. The validation loss is the cross-entropy of a masked token in nats, on questions that aren't trained on (their
+words may be: most scrambled words stand in other questions too), under masks that are the same for every run, each
+beside its complement; it is taken in ten bins of λ and averaged over them. Masks of no token or of all tokens are
+drawn anew, so the wholly masked answer, from which generation starts, isn't in it. Exact match is the share of test questions whose generated answer the generator's own verifier accepts. Learning
 rates were chosen by the loss on further questions, with a seed of its own.""",
     "images": """\
 A small Stable Diffusion XL learns a subject from five pictures, and is then judged on what it has not seen. The
