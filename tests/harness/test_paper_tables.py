@@ -18,67 +18,9 @@ from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.cli import parse_arguments
 from train_scripts import paper_tables
 from train_scripts.dllm import Arguments, shipped_run
-from train_scripts.paper_tables import PaperArguments, joined, main
+from train_scripts.paper_tables import PaperArguments, main
 
-from .conftest import LLADA_TINY
-
-SCORES = {  # percent on the first set, by (method, seed); the others are 10 below one another
-    ("base", 1): 50.0,
-    ("lora", 1): 60.0,
-    ("lora", 2): 62.0,
-    ("lora", 3): 64.0,
-    ("nara", 1): 61.0,
-    ("nara", 2): 64.0,
-    ("nara", 3): 65.0,
-}
-
-
-class Done:
-    """What subprocess.run returns of a command that ended well."""
-
-    returncode = 0
-
-
-MATH = list(DOMAINS["math"].sets.values())
-
-
-@pytest.fixture
-def arguments(tmp_path: Path) -> Callable[..., PaperArguments]:
-    for name in ("math_14k.json", "commonsense_170k.json", *(f"{d}/test.json" for d in DOMAINS["math"].test_files)):
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[]")
-
-    def make(**changes: object) -> PaperArguments:
-        folders = {"output_dir": str(tmp_path / "out"), "data_dir": str(tmp_path / "data")}
-        choice = {"domains": ["math"], "methods": ["base", "lora", "nara"], "seeds": [1, 2, 3]}
-        return PaperArguments(**{**folders, **choice, **changes})
-
-    return make
-
-
-@pytest.fixture
-def performed(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
-    """Steps are noted, and leave what the true ones leave."""
-    steps: list[Step] = []
-
-    def perform(step: Step) -> bool:
-        steps.append(step)
-        if step.title.startswith("train"):
-            step.folder.mkdir(parents=True)
-            (step.folder / "results.json").write_text("{}")
-        else:
-            method, seed = step.folder.parts[-3], int(step.folder.parts[-2].removeprefix("seed-"))
-            first = SCORES[method, seed]
-            results = {task: {"acc,none": (first - 10 * i) / 100, "alias": task} for i, task in enumerate(MATH)}
-            if "minerva_math" in step.tasks:
-                results["minerva_math"] = {"exact_match,none": 0.1, "math_verify,none": first / 200}
-            (step.folder / "nara_dllm").mkdir(parents=True, exist_ok=True)
-            (step.folder / "nara_dllm" / "results_2026.json").write_text(json.dumps({"results": results}))
-        return True
-
-    monkeypatch.setattr(paper_tables, "perform", perform)
-    return steps
+from .conftest import LLADA_TINY, MATH, Done
 
 
 def test_the_tables_have_means_deviations_and_paired_intervals(arguments, performed: list[Step]) -> None:
@@ -214,97 +156,6 @@ def test_each_lora_of_multi_lora_has_the_rank_of_the_single_one(arguments) -> No
     assert config.core_bins == 5
     assert config.r // config.core_bins == 32
     assert config.lora_alpha == config.r
-
-
-# processes
-
-
-def launched(step: Step) -> str:
-    """What stands between `accelerate launch` and the program."""
-    words = list(step.command[3:])
-    programs = [i for i, word in enumerate(words) if word == "-m" or word.endswith("dllm.py")]
-    return shlex.join(words[: programs[0]])
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("", "--num_processes 1"),
-        ("--mixed_precision no", "--mixed_precision no --num_processes 1"),
-        ("--cpu --num_processes 4", "--cpu --num_processes 4"),
-        ("--multi_gpu --num_processes=8", "--multi_gpu --num_processes=8"),
-        ("--num-processes 2 --config-file x.yaml", "--num-processes 2 --config-file x.yaml"),
-    ],
-)
-def test_one_process_runs_unless_another_number_is_named(arguments, given: str, expected: str) -> None:
-    for step in paper_tables.plan_of(arguments(launch_arguments=given)).steps("math", "nara", 3):
-        assert launched(step) == expected
-        assert "--gradient_accumulation_steps" not in step.command
-
-
-@pytest.mark.parametrize("model", ["llada_instruct", "llada_base", "dream"])
-def test_a_step_has_as_many_samples_on_any_number_of_processes(arguments, model: str) -> None:
-    domains = ["math"] if model == "dream" else list(DOMAINS)
-    plan = paper_tables.plan_of(
-        arguments(model=model, domains=domains, launch_arguments="--num_processes 8", confirm_run_unsafe_code=True)
-    )
-    for domain in domains:
-        step, _ = plan.steps(domain, "nara", 3)
-        parsed = parse_arguments(Arguments, step.command[step.command.index("--config") :], stand_in=shipped_run)
-        assert (parsed.global_batch_size, parsed.gradient_accumulation_steps) == (32, 1)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            "--num_processes 3",
-            "num_processes is 3, and llada_instruct_math14k.yaml has steps of 32 samples, 1 a forward: with 1, 2, 4, "
-            "8, 16 or 32 processes",
-        ),
-        ("--num_processes 64", "num_processes is 64, and "),
-        ("--num_processes many", "launch_arguments has --num_processes 'many', expected a whole number, 1 at least"),
-        ("--num_processes", "launch_arguments has --num_processes '', expected a whole number"),
-        ("--num_processes=0", "launch_arguments has --num_processes '0', expected a whole number"),
-        ("--multi_gpu", "launch_arguments has --multi_gpu and no --num_processes N: add it"),
-        ("--config-file=some.yaml", "launch_arguments has --config_file and no --num_processes N: add it"),
-        ("--use_fsdp --fsdp_version 2", "launch_arguments has --use_fsdp and no --num_processes N: add it"),
-    ],
-)
-def test_a_number_of_processes_that_fits_no_step_is_refused_before_anything_runs(
-    arguments, performed: list[Step], given: str, message: str
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        main(arguments(launch_arguments=given))
-    assert not performed
-
-
-@pytest.mark.parametrize("own", ["--global_batch_size 6", "--global_batch_size=6", "--train_batch_size 2"])
-def test_a_batch_of_ones_own_is_left_to_the_training(arguments, own: str) -> None:
-    for how in ({"train_arguments": own}, {"method_arguments": [f"nara: {own}"]}):
-        plan = paper_tables.plan_of(arguments(launch_arguments="--num_processes 3", **how))
-        step, _ = plan.steps("math", "nara", 3)
-        assert shlex.join(step.command).endswith(own)
-    with pytest.raises(ValueError, match="num_processes is 3"):
-        plan.steps("math", "lora", 3)
-
-
-# arguments as one text
-
-
-@pytest.mark.parametrize("name", ["launch_arguments", "train_arguments", "evaluation_arguments"])
-@pytest.mark.parametrize("text", ["--multi_gpu", "--limit=4", "--multi_gpu --num_processes 8", "-x", "none of it", ""])
-def test_a_text_that_begins_with_dashes_is_one_argument(name: str, text: str) -> None:
-    for flags in ([f"--{name}", text], [f"--{name}={text}"]):
-        args = parse_arguments(PaperArguments, joined(["--dry_run", *flags, "--seeds", "7"]))
-        assert (getattr(args, name), args.dry_run, args.seeds) == (text, True, [7])
-
-
-def test_a_text_that_was_forgotten_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    for flags in (["--launch_arguments", "--dry_run"], ["--launch_arguments", "--seeds=7"], ["--launch_arguments"]):
-        with pytest.raises(SystemExit):
-            parse_arguments(PaperArguments, joined(flags))
-        assert "--launch_arguments: expected one argument" in capsys.readouterr().err
 
 
 def test_the_evaluation_asks_what_the_paper_asks(arguments) -> None:
