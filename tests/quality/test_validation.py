@@ -25,14 +25,21 @@ def test_each_question_comes_twice_with_complementary_masks(task, masked):
     n, length = len(task.data.validation), task.data.validation.answer_length
     seen = {}
     rows = zip(flat(masked, "masked"), flat(masked, "answer"), flat(masked, "noise_level"), strict=True)
-    for question, (mask, answer, level) in zip(masked.questions.tolist(), rows, strict=True):
+    for question, (mask, answer, level), weight in zip(
+        masked.questions.tolist(), rows, masked.weights.tolist(), strict=True
+    ):
         assert int(answer.sum()) == length
-        assert mask[answer].any()
-        seen.setdefault(question, []).append((mask[answer], float(level)))
+        assert weight == pytest.approx(1 if level > 0.5 else 1 - (1 - float(level)) ** length, abs=1e-6)
+        seen.setdefault(question, {})[float(level) > 0.5] = (mask[answer], float(level))
     assert len(seen) == n
-    for (mask, level), (other, complement) in seen.values():
-        assert torch.equal(mask, ~other)
+    whole = 0
+    for pair in seen.values():
+        (mask, level), (other, complement) = pair[False], pair[True]
+        assert mask.any()
+        assert other.all() or torch.equal(mask, ~other)
+        whole += int(other.all())
         assert level + complement == pytest.approx(1)
+    assert 0 < whole < n
 
 
 def test_bins_are_equally_full_and_hold_their_own_noise_levels(masked):
@@ -42,15 +49,26 @@ def test_bins_are_equally_full_and_hold_their_own_noise_levels(masked):
 
 
 def test_masks_follow_their_noise_level_and_are_always_the_same():
-    levels, masks = _draw(20000, 9)
-    again = _draw(20000, 9)
-    assert torch.equal(levels, again[0])
-    assert torch.equal(masks, again[1])
-    for k in range(3, 7):  # where nearly no mask is empty or full, and so none is drawn again
+    drawn, again = _draw(20000, 9), _draw(20000, 9)
+    for one, other in zip(drawn, again, strict=True):
+        assert torch.equal(one, other)
+    levels, masks, weights = drawn
+    for k in range(BINS):  # each token is masked with probability λ, once a mask that can't be empty counts less
         chosen = (levels * BINS).long() == k
-        assert masks[chosen].float().mean().item() == pytest.approx(levels[chosen].mean().item(), abs=0.02)
+        shares = (weights[chosen, None] * masks[chosen]).mean(0)
+        assert shares.tolist() == pytest.approx([levels[chosen].mean().item()] * 9, abs=0.03)
     within = levels[:20000][torch.arange(20000) % 5 == 2] * BINS - 2  # stratified: far more even than independent ones
     assert within.sort().values.sub(torch.linspace(0, 1, len(within))).abs().max() < 1 / len(within) + 1e-3
+
+
+def test_the_wholly_masked_answer_is_as_frequent_as_in_training():
+    levels, masks, weights = _draw(20000, 9)
+    assert masks[:20000].any(1).all()  # a row without a masked token has no loss
+    assert torch.equal(weights[20000:], torch.ones(20000))
+    for k in range(6, BINS):
+        chosen = (levels * BINS).long() == k
+        expected = (levels[chosen] ** 9).mean().item()
+        assert masks[chosen].all(1).float().mean().item() == pytest.approx(expected, abs=0.02)
 
 
 def test_masked_tokens_alone_are_hidden_and_padding_is_not_attended_to(task, masked):
@@ -65,17 +83,17 @@ def test_masked_tokens_alone_are_hidden_and_padding_is_not_attended_to(task, mas
 
 def reference(model, found, level_of):
     """Each row by itself, each token by itself."""
-    sums, counts = [0.0] * BINS, [0] * BINS
-    order = iter(found.bins.tolist())
+    sums, counts = [0.0] * BINS, [0.0] * BINS
+    order = iter(zip(found.bins.tolist(), found.weights.tolist(), strict=True))
     for batch in found.batches:
         for i in range(len(batch.input_ids)):
-            k = next(order)
+            k, weight = next(order)
             width = int(batch.attention_mask[i].sum())
             with noise_level(model, level_of(batch.noise_level[i])), torch.no_grad():
                 logits = model(batch.input_ids[i : i + 1, :width]).logits[0].double()
             for j in batch.masked[i].nonzero()[:, 0].tolist():
-                sums[k] -= logits[j].log_softmax(-1)[batch.targets[i, j]].item()
-                counts[k] += 1
+                sums[k] -= weight * logits[j].log_softmax(-1)[batch.targets[i, j]].item()
+                counts[k] += weight
     return [total / count for total, count in zip(sums, counts, strict=True)]
 
 

@@ -11,16 +11,10 @@ from quality.text.runs import text_records
 from quality.trials import beside, rates, with_core
 from quality.variants import resolve
 
-_LORA = rates(2.5e-3, 5e-3, 7.5e-3, 8.75e-3, 1e-2, 1.25e-2, 1.5e-2)
-_NARA = with_core(
-    (5e-3, 1e-3), (7.5e-3, 3e-4), (7.5e-3, 1e-3), (1e-2, 1e-4), (1e-2, 3e-4), (1e-2, 1e-3), (1.5e-2, 1e-3)
-)
-_KNOTS = with_core(
-    (5e-3, 3e-3), (7.5e-3, 1e-3), (7.5e-3, 3e-3), (1e-2, 3e-4), (1e-2, 1e-3), (1e-2, 3e-3), (1.5e-2, 3e-3)
-)
-_STATIC = with_core(
-    (5e-3, 1e-2), (7.5e-3, 3e-3), (7.5e-3, 1e-2), (1e-2, 1e-3), (1e-2, 3e-3), (1e-2, 1e-2), (1.5e-2, 1e-2)
-)
+_LORA = rates(5e-3, 7.5e-3, 1e-2, 1.5e-2, 2e-2, 3e-2, 4e-2)
+_NARA = with_core((1e-2, 3e-4), (1.5e-2, 3e-4), (1.5e-2, 1e-3), (2e-2, 1e-4), (2e-2, 3e-4), (2e-2, 1e-3), (3e-2, 3e-4))
+_KNOTS = with_core((1e-2, 1e-3), (1e-2, 3e-3), (1.5e-2, 3e-3), (2e-2, 1e-3), (2e-2, 3e-3), (2e-2, 1e-2), (3e-2, 3e-3))
+_STATIC = with_core((1e-2, 1e-3), (1e-2, 1e-2), (1.5e-2, 3e-3), (2e-2, 1e-3), (2e-2, 3e-3), (2e-2, 1e-2), (3e-2, 3e-3))
 
 _TRIALS: dict[str, tuple[Settings, ...]] = {
     "full": rates(5e-4, 1e-3, 1.5e-3, 2e-3, 2.5e-3, 3e-3, 4e-3),

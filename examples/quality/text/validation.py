@@ -1,13 +1,16 @@
 """The loss over ten bins of λ, on masks that are the same for every model: what the methods are compared by.
 
-Of each validation question the benchmark sees two rows: with mask m at λ and with the complementary mask at 1 − λ, λ in
-(0, 1). Question i of n takes the λ of stratum i mod 5 of ten, so that each bin holds n / 5 rows; within it λ is
-stratified again. A row without any masked token has no loss: its mask and the complement are drawn again, which is what
-the training objective's weights amount to. In bin k, over its rows i with answers of equal length,
+Of each validation question the benchmark sees two rows: with mask m at λ in (0, 1/2) and with the complementary mask at
+1 − λ. Question i of n takes the λ of stratum i mod 5 of ten, so that each bin holds n / 5 rows; within it λ is
+stratified again. Masks are independent in each token, as in training: the complement of an empty one is the wholly
+masked answer, from which generation starts. A row without a masked token has no loss, and would tell nothing: in its
+place stands one whose mask isn't empty, and each such row of answers of a tokens counts by the probability of that,
+w = 1 − (1 − λ)^a. In bin k, over its rows i,
 
-    loss_k = Σ_i Σ_{j masked} − log p(x_ij | masked x_i)  /  Σ_i |masked_i|           nats a masked token
+    loss_k = Σ_i w_i Σ_{j masked} − log p(x_ij | masked x_i)  /  Σ_i w_i |masked_i|         nats a masked token
 
-and its standard error is that of a ratio, over questions. The validation loss is the mean of the ten.
+with w = 1 from λ = 1/2 on, and its standard error is that of a ratio, over questions. The validation loss is the mean
+of the ten.
 """
 
 from __future__ import annotations
@@ -36,11 +39,13 @@ class ValidationSet:
     batches: masked rows, sorted by width.
     bins: (2n,) the bin of each row, in the batches' order.
     questions: (2n,) its question.
+    weights: (2n,) w, how much it counts.
     """
 
     batches: list[MaskedBatch]
     bins: torch.Tensor
     questions: torch.Tensor
+    weights: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -55,27 +60,29 @@ class BinnedLoss:
 
 def validation_set(rows: Rows, mask_token_id: int) -> ValidationSet:
     """The 2 n masked rows of `rows`."""
-    levels, masks = _draw(len(rows), rows.answer_length)  # (2n,), (2n, a)
+    levels, masks, weights = _draw(len(rows), rows.answer_length)  # (2n,), (2n, a), (2n,)
     source = torch.arange(len(rows)).repeat(2)
     order = rows.prompt_lengths[source].argsort(stable=True)
     batches = [_masked(rows, source[c], levels[c], masks[c], mask_token_id) for c in order.split(BATCH)]
     bins = (levels[order] * BINS).long().clamp(max=BINS - 1)
-    return ValidationSet(batches, bins, source[order])
+    return ValidationSet(batches, bins, source[order], weights[order])
 
 
-def _draw(n: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """λ (2n,) and masks (2n, length); row n + i complements row i."""
+def _draw(n: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """λ (2n,), masks (2n, length) and weights (2n,); row n + i complements row i, unless that would be empty."""
     generator = torch.Generator().manual_seed(SEED)
     half, groups = BINS // 2, math.ceil(n / (BINS // 2))
     index = torch.arange(n)
     within = torch.stack([torch.randperm(groups, generator=generator) for _ in range(half)])  # (5, n / 5)
     u = (within[index % half, index // half] + torch.rand(n, generator=generator)) / groups  # (n,) in its stratum
     levels = ((index % half + u) / BINS).clamp(min=MIN_NOISE_LEVEL)  # (n,) in (0, 1/2)
-    masks = torch.zeros(n, length, dtype=torch.bool)
-    while (empty := ~masks.any(1) | masks.all(1)).any():
+    masks = torch.rand(n, length, generator=generator) < levels[:, None]
+    complements = ~masks
+    while (empty := ~masks.any(1)).any():
         again = torch.rand(n, length, generator=generator) < levels[:, None]
         masks[empty] = again[empty]
-    return torch.cat([levels, 1 - levels]), torch.cat([masks, ~masks])
+    weights = torch.cat([1 - (1 - levels) ** length, torch.ones(n)])
+    return torch.cat([levels, 1 - levels]), torch.cat([masks, complements]), weights
 
 
 def _masked(rows: Rows, source: torch.Tensor, level: torch.Tensor, mask: torch.Tensor, mask_id: int) -> MaskedBatch:
@@ -102,11 +109,13 @@ def binned_loss(model: nn.Module, validation: ValidationSet, told: Callable[[Mas
             seen = replace(batch, noise_level=told(batch))
             sums.append(masked_cross_entropy(model, seen, logits="all").sum(1).double())
             counts.append(batch.masked.sum(1).double())
-    return summarise(torch.cat(sums), torch.cat(counts), validation.bins, validation.questions)
+    weights = validation.weights.double()
+    total, count = weights * torch.cat(sums), weights * torch.cat(counts)
+    return summarise(total, count, validation.bins, validation.questions)
 
 
 def summarise(total: torch.Tensor, count: torch.Tensor, bins: torch.Tensor, questions: torch.Tensor) -> BinnedLoss:
-    """Losses and standard errors from each row's summed loss and number of masked tokens; all (2n,)."""
+    """Losses and standard errors from each row's summed loss and number of masked tokens, both times w; all (2n,)."""
     losses, errors = [], []
     influence = torch.zeros(int(questions.max()) + 1, dtype=torch.float64)  # of each question on the mean of the ten
     for k in range(BINS):
