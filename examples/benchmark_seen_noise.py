@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from benchmark_record import save_record
 from matplotlib.figure import Figure
-from quality.images.task import SUBJECTS, held_out_losses
+from quality.images.held_out import held_out_losses
+from quality.images.subjects import SUBJECTS
 from quality.images.task import load_task as load_subject
 from quality.probe import Forward, probe
 from quality.text.runs import load_task

@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from quality.images.controls import shuffled_noise_levels, while_evaluating
-from quality.images.measurement import binned_losses, sample_settings
+from quality.images.held_out import BINS, HeldOut, bin_timesteps, held_out_losses
+from quality.images.measurement import binned_losses, sample_settings, stratified_error
 from quality.images.methods import NAMES, adapted
 from quality.images.runs import TUNING_SUBJECT, image_records, run_one_image
 from quality.images.settings import arguments
-from quality.images.task import BINS, SUBJECTS, HeldOut, bin_timesteps, held_out_losses, load_task
+from quality.images.subjects import SUBJECTS
+from quality.images.task import load_task
 from quality.images.training import ControlledDenoiser, train
 from quality.strips import unpacked
 
@@ -31,13 +33,14 @@ def task():
 
 def shortened(held_out: HeldOut, rows: int = 4) -> HeldOut:
     batch = Corrupted(**{name: tensor[:rows] for name, tensor in vars(held_out.batch).items()})
-    return HeldOut(batch, held_out.time_ids[:rows], tuple(tensor[:rows] for tensor in held_out.embeddings))
+    embeddings = tuple(tensor[:rows] for tensor in held_out.embeddings)
+    return HeldOut(batch, held_out.time_ids[:rows], embeddings, held_out.kinds[:rows])
 
 
 @pytest.fixture
 def small(task, monkeypatch):
     """Runs on two held-out pictures."""
-    held_out = [shortened(each) for each in task.held_out]
+    held_out = [shortened(each, 2) for each in task.held_out]
     small = replace(task, held_out=held_out, base_losses=[losses[:2] for losses in task.base_losses])
     monkeypatch.setattr("quality.images.runs.load_task", lambda subject: small)
     return small
@@ -60,37 +63,61 @@ def test_timesteps_of_a_bin_are_spread_over_it_and_over_nothing_else():
     assert bin_timesteps(3, 20, 1000) == bin_timesteps(3, 20, 1000)
 
 
-def test_the_two_noises_of_a_picture_are_opposite(task):
+def test_each_bin_has_pictures_and_noise_of_its_own(task):
     alphas = DDPMScheduler.from_config(task.pipe.scheduler.config).alphas_cumprod
-    for held_out in task.held_out:
+    clean, noise = [], []
+    for index, held_out in enumerate(task.held_out):
         batch = held_out.batch
-        assert len(batch.timestep) == 40
-        assert torch.equal(batch.timestep[::2], batch.timestep[1::2])
-        assert torch.equal(batch.target[::2], -batch.target[1::2])
+        assert sorted(batch.timestep.tolist()) == sorted(bin_timesteps(index, 40, 1000))
         sigma = (1 - alphas[batch.timestep]).sqrt()[:, None, None, None]
-        clean = batch.model_input - sigma * batch.target
-        torch.testing.assert_close(clean[::2], clean[1::2], atol=1e-4, rtol=1e-4)
+        clean += list((batch.model_input - sigma * batch.target) / alphas[batch.timestep].sqrt()[:, None, None, None])
+        noise += list(batch.target)
+        assert held_out.kinds == ["pose"] * 20 + ["place"] * 20
+    for tensors in (torch.stack(clean).flatten(1), torch.stack(noise).flatten(1)):
+        distances = torch.cdist(tensors, tensors) + torch.eye(400).mul(1e9)
+        assert distances.min() > 1e-2 * tensors.norm(dim=1).mean()
+    values = torch.stack(noise)
+    assert values.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_the_loss_of_a_bin_is_the_unets_own_error(task):
     """Against diffusers' scheduler, pipeline and UNet called by themselves, picture by picture."""
-    pipe, held_out = task.pipe, shortened(task.held_out[7], 28)
-    prompts = [task.instance_prompt] * 10 + list(task.in_places)
+    pipe, held_out = task.pipe, shortened(task.held_out[7], 34)
+    prompts = [task.instance_prompt] * 20 + list(task.in_places) * 2
     found = held_out_losses(pipe.unet, held_out)
-    for index in (0, 13):
+    for index in (0, 19, 20, 33):
         embeds, _, pooled, _ = pipe.encode_prompt(prompts[index], do_classifier_free_guidance=False)
         time_ids = torch.tensor([[128.0, 128.0, 0.0, 0.0, 64.0, 64.0]])
-        errors = []
-        for row in (2 * index, 2 * index + 1):
-            with torch.no_grad():
-                predicted = pipe.unet(
-                    held_out.batch.model_input[row : row + 1],
-                    int(held_out.batch.timestep[row]),
-                    encoder_hidden_states=embeds,
-                    added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
-                ).sample
-            errors.append((predicted - held_out.batch.target[row]).square().mean())
-        assert found[index] == pytest.approx((sum(errors) / 2).item(), rel=1e-4)
+        with torch.no_grad():
+            predicted = pipe.unet(
+                held_out.batch.model_input[index : index + 1],
+                int(held_out.batch.timestep[index]),
+                encoder_hidden_states=embeds,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+            ).sample
+        error = (predicted - held_out.batch.target[index]).square().mean()
+        assert found[index] == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_standard_errors_are_within_poses_and_places(task):
+    kinds = ["pose"] * 10 + ["place"] * 10
+    generator = torch.Generator().manual_seed(0)
+    means, spreads = torch.tensor([5.0, 0.0]), torch.tensor([0.3, 0.6])
+    draws = means[:, None] + spreads[:, None] * torch.randn(4000, 2, 10, generator=generator)
+    stated = [stratified_error(each.flatten().tolist(), kinds) for each in draws]
+    true = draws.mean((1, 2)).std().item()  # of the mean of ten poses and ten places
+    assert sum(stated) / len(stated) == pytest.approx(true, rel=0.05)
+    assert stratified_error([1.0, 3.0, 10.0, 16.0], ["a", "a", "b", "b"]) == pytest.approx((2 * 2 + 2 * 18) ** 0.5 / 4)
+
+
+def test_the_error_of_a_run_is_that_of_its_gain_over_the_base_model(task):
+    unet = disturbed_nara(task)
+    found = binned_losses(task, unet)
+    total = 0.0
+    for held_out, before in zip(task.held_out, task.base_losses, strict=True):
+        gains = torch.tensor(before).double() - torch.tensor(held_out_losses(unet, held_out)).double()
+        total += (gains[:20].var().item() / 20 + gains[20:].var().item() / 20) / 4  # of the mean of both kinds
+    assert found.gain_error == pytest.approx(total**0.5 / 10, rel=1e-6)
 
 
 def test_every_method_of_a_seed_meets_the_same_batches(task):
@@ -219,7 +246,7 @@ def test_the_base_model_is_measured_without_training(small):
     record = run_one_image("toy", "base", 0, stage="tune")
     assert record["losses"] == binned_losses(small, small.pipe.unet).means
     assert (record["steps"], record["trainable_parameters"]) == (0, 0)
-    assert max(record["gain_errors"]) < 1e-5  # the base model gains nothing over itself, but for rounding
+    assert record["validation_error"] < 1e-5  # the base model gains nothing over itself, but for rounding
     assert min(record["loss_errors"]) > 1e-5
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, variance
 from typing import Any
 
 from PIL.Image import Image
 
 from nara_diffusion.dreambooth.metrics import ImageSimilarity
 from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images
-from quality.images.task import ImageTask, held_out_losses
+from quality.images.held_out import held_out_losses
+from quality.images.task import ImageTask
 
 FIRST_SAMPLE_SEED = 1000  # samples of training seed s start from noise 1000 + 100 s, …
 
@@ -21,13 +22,13 @@ FIRST_SAMPLE_SEED = 1000  # samples of training seed s start from noise 1000 + 1
 class Losses:
     """Attributes:
     means, errors: of each bin of λ, the mean over held-out pictures and its standard error.
-    gain_errors: the standard error of the mean gain over the backbone as it is. Pictures differ more than gains on
-        them do, so that this is what tells one method from another.
+    gain_error: the standard error of the mean gain over the backbone as it is, of all bins together. Pictures differ
+        more than gains on them do, so that this is what tells one method from another.
     """
 
     means: list[float]
     errors: list[float]
-    gain_errors: list[float]
+    gain_error: float
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,23 @@ class Samples:
 
 def binned_losses(task: ImageTask, unet: Any) -> Losses:
     """Of `unet` with whatever adapter and λ it has now."""
-    bins = [held_out_losses(unet, held_out) for held_out in task.held_out]
-    gains = [
-        [before - after for before, after in zip(base, losses, strict=True)]
-        for base, losses in zip(task.base_losses, bins, strict=True)
-    ]
-    return Losses([fmean(losses) for losses in bins], _standard_errors(bins), _standard_errors(gains))
+    bins, errors, gain_errors = [], [], []
+    for held_out, before in zip(task.held_out, task.base_losses, strict=True):
+        losses = held_out_losses(unet, held_out)
+        gains = [base - own for base, own in zip(before, losses, strict=True)]
+        bins.append(fmean(losses))
+        errors.append(stratified_error(losses, held_out.kinds))
+        gain_errors.append(stratified_error(gains, held_out.kinds))
+    return Losses(bins, errors, math.hypot(*gain_errors) / len(bins))  # no picture is in two bins
 
 
-def _standard_errors(bins: Sequence[Sequence[float]]) -> list[float]:
-    return [stdev(values) / math.sqrt(len(values)) for values in bins]
+def stratified_error(values: Sequence[float], strata: Sequence[str]) -> float:
+    """The standard error of the mean of a stratified sample whose strata are as large as in what it is drawn from:
+    √(Σ_s n_s² σ_s² / n_s) / n, with σ_s within stratum s."""
+    groups: dict[str, list[float]] = {}
+    for value, stratum in zip(values, strata, strict=True):
+        groups.setdefault(stratum, []).append(value)
+    return math.sqrt(sum(len(group) * variance(group) for group in groups.values())) / len(values)
 
 
 def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from quality.images.controls import EVALUATED_CONTROLS, TRAINED_CONTROLS, while_evaluating
+from quality.images.held_out import bin_centres
 from quality.images.measurement import binned_losses, judged_samples
 from quality.images.methods import BASE, NAMES, NOISE_AWARE, AdaptedUNet, adapted
 from quality.images.settings import arguments, settings
-from quality.images.task import BACKBONE, ImageTask, bin_centres, load_task
+from quality.images.subjects import BACKBONE
+from quality.images.task import ImageTask, load_task
 from quality.images.training import Trained, train
 from quality.strips import packed
 
@@ -121,8 +123,8 @@ def _measure(task: ImageTask, unet: Any, args: Any, stage: str, shown: bool) -> 
         "noise_levels": bin_centres(),
         "losses": losses.means,
         "loss_errors": losses.errors,
-        "gain_errors": losses.gain_errors,
         "validation_loss": sum(losses.means) / len(losses.means),
+        "validation_error": losses.gain_error,
     }
     samples = None if stage == TUNE else judged_samples(task, unet, args)
     names = ("similarity", "text_alignment", "place_similarity")

@@ -6,7 +6,7 @@ from typing import Any
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from quality.images.methods import BASE
-from quality.images.task import ASSETS, BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
+from quality.images.subjects import ASSETS, BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": str(ASSETS / BACKBONE),

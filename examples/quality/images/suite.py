@@ -6,7 +6,7 @@ from typing import Any
 
 from quality.images.methods import NAMES
 from quality.images.runs import TUNING_SUBJECT, image_records
-from quality.images.task import BACKBONE, SUBJECTS
+from quality.images.subjects import BACKBONE, SUBJECTS
 from quality.jobs import Job
 from quality.suites import MUST, Settings, Suite
 from quality.trials import beside, rates, with_core

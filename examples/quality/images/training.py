@@ -21,7 +21,8 @@ from nara_diffusion.training.adalora import allocate_ranks, orthogonality
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
 from quality.images.controls import shuffled_noise_levels, while_training
 from quality.images.methods import AdaptedUNet
-from quality.images.task import SIZE, ImageTask
+from quality.images.subjects import SIZE
+from quality.images.task import ImageTask
 from quality.step_memory import step_memory_mib
 
 

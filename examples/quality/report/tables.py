@@ -188,15 +188,8 @@ def _setting(value: float | None) -> str:
 def resolution(grid: Grid) -> tuple[float, float] | None:
     """(standard error of what one run says, LoRA-to-full gap): the first should be a tenth of the second.
 
-    Of the gain over the backbone where records have it (images), of the loss itself elsewhere (text).
+    Of the loss itself for text, for images of the gain over the backbone. None where runs don't have it.
     """
     gap = grid.difference(LORA, FULL, LOSS)
-    errors = [mean_error(record) for record in grid.records(LORA)]
+    errors = [record["validation_error"] for record in grid.records(LORA) if "validation_error" in record]
     return (fmean(errors), gap.mean) if gap is not None and errors else None
-
-
-def mean_error(record: Record) -> float:
-    """Of the mean over bins: as the run found it over its samples. Where the same samples are in all bins, and no run
-    says how their errors go together, as if they did so wholly: Σ e / n, the largest that it can be."""
-    gains = record.get("gain_errors")
-    return fmean(gains) if gains else record["validation_error"]

@@ -1,0 +1,108 @@
+"""What the loss of images is measured on: pictures of a subject that no training sees, with noise of their own.
+
+Each bin of λ has its own forty: twenty in other poses before other walls, two in each of the ten places of the
+backbone's data. A gain on a picture goes through all of its noise levels, so that four hundred pictures in one bin each
+tell far more of the mean than forty in all ten would, in the same time.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.denoiser import predict
+from nara_diffusion.dreambooth.images import ImageSource
+from nara_diffusion.dreambooth.latents import LatentCache
+from nara_diffusion.dreambooth.objectives import Corrupted, build_objective, squared_errors
+from nara_diffusion.dreambooth.prompts import PromptCache
+from nara_diffusion.dreambooth.records import ImageRecord, check_sources
+from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
+from quality.images.subjects import ASSETS, SIZE
+
+sys.path.append(str(ASSETS))  # its makers are programs beside each other, no package
+from make_held_out import in_places, in_poses
+from tiny_subjects import SUBJECTS as DRAWN
+
+BINS = 10
+POSES, EACH_PLACE = 20, 2
+"""Pictures of a bin."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A forward of the validation loss: the pictures of a bin at timesteps of that bin, on fixed noise.
+
+    Attributes:
+        batch: of b samples.
+        time_ids: (b, 6).
+        embeddings: (b, l, d) and (b, p).
+        kinds: of each picture, whether it shows another "pose" or a "place".
+    """
+
+    batch: Corrupted
+    time_ids: Tensor
+    embeddings: tuple[Tensor, Tensor]
+    kinds: list[str]
+
+
+@torch.no_grad()
+def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
+    """The mean squared error of each picture."""
+    batch = held_out.batch
+    prediction = predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
+    return squared_errors(prediction, batch).tolist()
+
+
+def held_out_bin(pipe: Any, latents: LatentCache, prompts: PromptCache, subject: str, index: int) -> HeldOut:
+    """The pictures of a bin, the same for all methods and seeds; their timesteps are spread over it."""
+    poses = in_poses(DRAWN[subject], range(index * POSES, (index + 1) * POSES))
+    places = in_places(DRAWN[subject], range(index * EACH_PLACE, (index + 1) * EACH_PLACE))
+    draws = DreamBoothDataset(_records([*poses, *places]), [SIZE], batch_size=1, seed=0).plain_draws()
+    clean = latents.mode(draws)  # (b, c, h, w)
+    noise = seeded_normal(clean.shape[1:], seed=0, stream=f"held-out noise {index}", indices=range(len(draws)))
+    objective = build_objective(pipe.scheduler)
+    timesteps = torch.tensor(bin_timesteps(index, len(draws), objective.levels))
+    return HeldOut(
+        objective.corrupt(clean, noise, timesteps),
+        torch.tensor([draw.crop.time_ids for draw in draws], dtype=torch.float32),
+        prompts.get([draw.prompt for draw in draws]),
+        ["pose"] * len(poses) + ["place"] * len(places),
+    )
+
+
+def places_of(subject: str) -> dict[str, Image]:
+    """{caption: the subject drawn in that place}, of each place that the backbone's data has."""
+    return dict(in_places(DRAWN[subject], range(1)))
+
+
+def bin_centres() -> list[float]:
+    """λ in the middle of each bin."""
+    return [(index + 0.5) / BINS for index in range(BINS)]
+
+
+def bin_timesteps(index: int, count: int, levels: int) -> list[int]:
+    """`count` timesteps of [0, `levels`), equally spaced over the bin, in an order that is always the same."""
+    order = numpy_generator(0, "held-out timesteps", index).permutation(count)
+    return [int((index + (place + 0.5) / count) * levels / BINS) for place in order]
+
+
+def _records(pictures: Sequence[tuple[str, Image]]) -> list[ImageRecord]:
+    """Of (caption, picture)."""
+    sources = [_source(f"held-out picture {number}", image) for number, (_, image) in enumerate(pictures)]
+    return check_sources(sources, [caption for caption, _ in pictures], progress=False)
+
+
+def _source(name: str, image: Image) -> ImageSource:
+    """`image` as a PNG in memory."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return ImageSource(name, partial(bytes, file.getvalue()))
