@@ -1,6 +1,8 @@
 """Makes RESULTS.md and its pictures from what examples/benchmark_quality.py measured, and from nothing else.
 
     python examples/report_quality.py
+    python examples/report_quality.py --results examples/results/rank4/*.jsonl --notes docs/rank4/notes.md \\
+        --output docs/rank4/RESULTS.md --figures docs/rank4/figures
 
 The prose comes from docs/results_notes.md, which people write, below the headings "# Summary", "# Setting",
 "# Learned" and "# Failed"; none of them has to be there.
@@ -21,20 +23,26 @@ from nara_diffusion.whole import whole_file
 ROOT = Path(__file__).parents[1]
 
 
-def main(results: list[Path] | None = None, notes: Path | None = None, output: Path | None = None) -> str:
-    """Writes `output` and, beside it, docs/results/*.png; returns the text.
+def main(
+    results: list[Path] | None = None,
+    notes: Path | None = None,
+    output: Path | None = None,
+    figures: Path | None = None,
+) -> str:
+    """Writes `output` and its pictures; returns the text.
 
     Args:
         results: JSON Lines files; None means examples/results/*.jsonl.
         notes: the hand-written parts; None means docs/results_notes.md.
         output: None means RESULTS.md.
+        figures: folder of the pictures; None means docs/results beside `output`.
 
     Raises:
         ValueError: no results, or a line of them, or the notes, can't be used.
     """
     files = sorted((ROOT / "examples" / "results").glob("*.jsonl")) if results is None else results
     output = output or ROOT / "RESULTS.md"
-    figures = output.parent / "docs" / "results"
+    figures = figures or output.parent / "docs" / "results"
     link = os.path.relpath(figures, output.parent).replace(os.sep, "/")
     text = document(read_records(files), read_notes(notes or ROOT / "docs" / "results_notes.md"), figures, link)
     with whole_file(output) as partial:
@@ -47,7 +55,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", nargs="+", type=Path, help="JSON Lines files (default: examples/results/*.jsonl)")
     parser.add_argument("--notes", type=Path, help="hand-written parts (default: docs/results_notes.md)")
-    parser.add_argument("--output", type=Path, help="default: RESULTS.md; pictures go to docs/results beside it")
+    parser.add_argument("--output", type=Path, help="default: RESULTS.md")
+    parser.add_argument("--figures", type=Path, help="folder of its pictures (default: docs/results beside --output)")
     try:
         main(**vars(parser.parse_args()))
     except ValueError as error:

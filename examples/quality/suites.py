@@ -11,6 +11,8 @@ from quality.jobs import Job
 MUST = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_c", "multi_lora", "tlora")
 CONTROLS = ("constant", "shuffled")
 """Those that need a training of their own."""
+RANKS = {"text": 1, "images": 1}
+"""r of every adapter: the smallest, where LoRA is furthest from full fine-tuning."""
 
 Settings = Mapping[str, Any]
 

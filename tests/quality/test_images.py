@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from quality.images.controls import shuffled_noise_levels, while_evaluating
-from quality.images.held_out import BINS, HeldOut, bin_timesteps, held_out_losses
+from quality.images.held_out import BINS, EACH_PLACE, HeldOut, bin_timesteps, held_out_losses
 from quality.images.measurement import binned_losses, sample_settings, stratified_error
 from quality.images.methods import NAMES, adapted
 from quality.images.runs import TUNING_SUBJECT, image_records, run_one_image
@@ -68,13 +68,14 @@ def test_each_bin_has_pictures_and_noise_of_its_own(task):
     clean, noise = [], []
     for index, held_out in enumerate(task.held_out):
         batch = held_out.batch
-        assert sorted(batch.timestep.tolist()) == sorted(bin_timesteps(index, 40, 1000))
+        half = 10 * EACH_PLACE[index]
+        assert sorted(batch.timestep.tolist()) == sorted(bin_timesteps(index, 2 * half, 1000))
         sigma = (1 - alphas[batch.timestep]).sqrt()[:, None, None, None]
         clean += list((batch.model_input - sigma * batch.target) / alphas[batch.timestep].sqrt()[:, None, None, None])
         noise += list(batch.target)
-        assert held_out.kinds == ["pose"] * 20 + ["place"] * 20
+        assert held_out.kinds == ["pose"] * half + ["place"] * half
     for tensors in (torch.stack(clean).flatten(1), torch.stack(noise).flatten(1)):
-        distances = torch.cdist(tensors, tensors) + torch.eye(400).mul(1e9)
+        distances = torch.cdist(tensors, tensors) + torch.eye(440).mul(1e9)
         assert distances.min() > 1e-2 * tensors.norm(dim=1).mean()
     values = torch.stack(noise)
     assert values.std().item() == pytest.approx(1, abs=0.02)
@@ -82,7 +83,7 @@ def test_each_bin_has_pictures_and_noise_of_its_own(task):
 
 def test_the_loss_of_a_bin_is_the_unets_own_error(task):
     """Against diffusers' scheduler, pipeline and UNet called by themselves, picture by picture."""
-    pipe, held_out = task.pipe, shortened(task.held_out[7], 34)
+    pipe, held_out = task.pipe, shortened(task.held_out[5], 34)
     prompts = [task.instance_prompt] * 20 + list(task.in_places) * 2
     found = held_out_losses(pipe.unet, held_out)
     for index in (0, 19, 20, 33):
@@ -116,7 +117,8 @@ def test_the_error_of_a_run_is_that_of_its_gain_over_the_base_model(task):
     total = 0.0
     for held_out, before in zip(task.held_out, task.base_losses, strict=True):
         gains = torch.tensor(before).double() - torch.tensor(held_out_losses(unet, held_out)).double()
-        total += (gains[:20].var().item() / 20 + gains[20:].var().item() / 20) / 4  # of the mean of both kinds
+        half = len(gains) // 2
+        total += (gains[:half].var().item() + gains[half:].var().item()) / half / 4  # of the mean of both kinds
     assert found.gain_error == pytest.approx(total**0.5 / 10, rel=1e-6)
 
 

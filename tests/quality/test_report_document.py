@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 from quality.report.document import hours, read_notes, repeat
-from quality.suites import MUST
+from quality.suites import MUST, RANKS
 
 from tests.quality.report_records import record, runs
 
@@ -41,15 +41,15 @@ def test_the_report_holds_all_sections_and_its_pictures(files):
     assert (files / "RESULTS.md").read_text() == text
     headings = [line for line in text.splitlines() if line.startswith("#")]
     for wanted in (
-        "## Text: tiny", "## Images: sdxl-tiny", "### What had to be reached", "### Validation loss", "### Controls",
-        "### Loss over the noise level", "### Cost", "### One seed", "### Ablations", "### Text alignment",
-        "## What failed", "## How to repeat it",
+        "## Text: tiny, r = 4", "## Images: sdxl-tiny, r = 4", "### What had to be reached", "### Validation loss",
+        "### Controls", "### Loss over the noise level", "### Cost", "### One seed", "### Ablations",
+        "### Text alignment", "## What failed", "## How to repeat it",
     ):  # fmt: skip
         assert wanted in headings
     assert "NaRA wins by a hair." in text
     assert "* λ² as an input." in text
     assert "abc123" in text
-    assert "--modality text --backbones tiny --stages main single ablation\n" in text
+    assert "--modality text --backbones tiny --set rank=4 --stages main single ablation\n" in text
     for picture in ("text-tiny-loss", "text-tiny-controls", "images-sdxl-tiny-loss"):
         assert f"(docs/results/{picture}.png)" in text
         assert (files / "docs" / "results" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
@@ -74,6 +74,20 @@ def test_what_is_repeated_includes_variants_that_were_run():
     records = [record("nara", 0, [1, 1]), record("nara_centred", 0, [1, 1])]
     assert f"--stages main --methods {' '.join(MUST)} nara_centred\n" in repeat(records)[-1]
     assert "--methods" not in repeat(records[:1])[-1]
+
+
+def test_what_is_repeated_names_a_rank_that_isnt_the_suites():
+    usual = [record("full", 0, [1, 1], rank=None), record("lora", 0, [1, 1], rank=RANKS["text"])]
+    assert "--backbones tiny --stages main\n" in repeat(usual)[-1]
+    other = [record("full", 0, [1, 1], rank=None), record("lora", 0, [1, 1], rank=3)]
+    assert "--backbones tiny --set rank=3 --stages main\n" in repeat(other)[-1]
+
+
+def test_pictures_go_where_they_are_told_to(files):
+    main = import_module("report_quality").main
+    text = main([files / "results.jsonl"], files / "notes.md", files / "own" / "R.md", files / "own" / "pictures")
+    assert "(pictures/text-tiny-loss.png)" in text
+    assert (files / "own" / "pictures" / "text-tiny-loss.png").exists()
 
 
 def test_records_of_one_run_share_its_time():

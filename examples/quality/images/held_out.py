@@ -1,8 +1,9 @@
 """What the loss of images is measured on: pictures of a subject that no training sees, with noise of their own.
 
-Each bin of λ has its own forty: twenty in other poses before other walls, two in each of the ten places of the
-backbone's data. A gain on a picture goes through all of its noise levels, so that four hundred pictures in one bin each
-tell far more of the mean than forty in all ten would, in the same time.
+Each bin of λ has its own, half of them in other poses before other walls, half in the ten places of the backbone's
+data. A gain on a picture goes through all of its noise levels, so that many pictures in one bin each tell far more of
+the mean than few in all ten would, in the same time. It is at low noise that gains differ most between pictures: those
+bins have most of them.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from make_held_out import in_places, in_poses
 from tiny_subjects import SUBJECTS as DRAWN
 
 BINS = 10
-POSES, EACH_PLACE = 20, 2
-"""Pictures of a bin."""
+EACH_PLACE = (4, 4, 4, 2, 2, 2, 1, 1, 1, 1)
+"""Pictures in each of the ten places, of each bin; there are as many poses."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
 
 def held_out_bin(pipe: Any, latents: LatentCache, prompts: PromptCache, subject: str, index: int) -> HeldOut:
     """The pictures of a bin, the same for all methods and seeds; their timesteps are spread over it."""
-    poses = in_poses(DRAWN[subject], range(index * POSES, (index + 1) * POSES))
-    places = in_places(DRAWN[subject], range(index * EACH_PLACE, (index + 1) * EACH_PLACE))
+    first = sum(EACH_PLACE[:index])
+    places = in_places(DRAWN[subject], range(first, first + EACH_PLACE[index]))
+    count = len(places) // EACH_PLACE[index]  # of places
+    poses = in_poses(DRAWN[subject], range(count * first, count * first + len(places)))
     draws = DreamBoothDataset(_records([*poses, *places]), [SIZE], batch_size=1, seed=0).plain_draws()
     clean = latents.mode(draws)  # (b, c, h, w)
     noise = seeded_normal(clean.shape[1:], seed=0, stream=f"held-out noise {index}", indices=range(len(draws)))

@@ -7,11 +7,12 @@ from typing import Any
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from quality.images.methods import BASE
 from quality.images.subjects import ASSETS, BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
+from quality.suites import RANKS
 
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": str(ASSETS / BACKBONE),
     "resolution": SIZE[0],
-    "rank": 4,
+    "rank": RANKS["images"],
     "train_batch_size": 5,
     "max_train_steps": 120,
     "learning_rate": 2e-3,

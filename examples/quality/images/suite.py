@@ -12,21 +12,21 @@ from quality.suites import MUST, Settings, Suite
 from quality.trials import beside, rates, with_core
 from quality.variants import resolve
 
+_NARA = with_core((2e-3, 3e-4), (4e-3, 3e-4), (8e-3, 3e-4), (8e-3, 1e-3), (1.6e-2, 3e-4))
 _TRIALS: dict[str, tuple[Settings, ...]] = {
     "full": rates(2e-5, 5e-5, 7e-5, 1e-4, 2e-4),
-    "nara": with_core((1e-3, 3e-4), (2e-3, 1e-4), (2e-3, 3e-4), (4e-3, 3e-4), (8e-3, 3e-4)),
-    "nara_dora": with_core((1e-3, 3e-4), (2e-3, 1e-4), (2e-3, 3e-4), (4e-3, 3e-4), (8e-3, 3e-4)),
-    "nara_knots": with_core((1e-3, 1e-3), (2e-3, 1e-3), (4e-3, 1e-3), (2e-3, 3e-3), (8e-3, 3e-3)),
-    "nara_c": with_core((1e-3, 1e-2), (2e-3, 1e-2), (4e-3, 1e-2), (2e-3, 1e-1), (8e-3, 1e-2)),
+    **dict.fromkeys(("nara", "nara_dora"), _NARA),
+    "nara_knots": with_core((2e-3, 1e-3), (4e-3, 1e-3), (8e-3, 1e-3), (8e-3, 3e-3), (1.6e-2, 3e-3)),
+    "nara_c": with_core((2e-3, 1e-2), (4e-3, 1e-2), (8e-3, 1e-3), (8e-3, 1e-2), (1.6e-2, 1e-2)),
     "oft": rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     "vera": rates(2e-3, 5e-3, 1e-2, 2e-2, 4e-2),
 }
-_DEFAULT_TRIALS = rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+_DEFAULT_TRIALS = rates(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 ABLATIONS = (
     *beside("nara", {"core_scale": 0.01}, {"core_scale": 1.0}),
-    *beside("nara", {"rank": 2}, {"rank": 8}),
-    *beside("lora", {"rank": 2}, {"rank": 8}),
+    *beside("nara", {"rank": 2}, {"rank": 4}, {"rank": 8}),
+    *beside("lora", {"rank": 2}, {"rank": 4}, {"rank": 8}),
     *beside("nara", {"noise_embedding": "mlp"}, {"noise_embedding": "raw"}, {"fourier_scale": 1.0}),
     *beside("nara", {"core_sharing": "module_type"}, {"core_sharing": "layer"}),
     *beside("nara", {"core_init": "kaiming"}, {"core_start_step": 100}, {"noise_scale": "log_snr"}),

@@ -25,7 +25,7 @@ from quality.report.tables import (
     rates_table,
     resolution,
 )
-from quality.suites import MUST
+from quality.suites import MUST, RANKS
 from quality.variants import VARIANTS
 
 HOW_TO_READ = """\
@@ -112,7 +112,7 @@ def _plain(value: Any) -> str:
 
 def section(records: Sequence[Record], suite: str, backbone: str, figures: Path, link: str) -> list[str]:
     """Everything about one backbone."""
-    main, name = select(records, stage="main"), f"{SUITES.get(suite, suite)}: {backbone}"
+    main, name = select(records, stage="main"), f"{SUITES.get(suite, suite)}: {backbone}{_rank(records)}"
     parts = [f"## {name}", DESIGN.get(suite, "")]
     if main:
         grid = Grid.of(main)
@@ -137,6 +137,12 @@ def section(records: Sequence[Record], suite: str, backbone: str, figures: Path,
     return parts
 
 
+def _rank(records: Sequence[Record]) -> str:
+    """Of the main runs, as a title has it."""
+    ranks = [rank for rank in distinct(select(records, stage="main"), "rank") if rank is not None]
+    return f", r = {listed(ranks)}" if ranks else ""
+
+
 def sheets(grid: Grid, figures: Path, link: str, stem: str) -> list[str]:
     """A sheet of samples for each domain that has some."""
     names = [name for name in grid.domains if samples_sheet(grid, name, figures / f"{stem}-{name}.png")]
@@ -159,6 +165,12 @@ def _resolution(grid: Grid) -> str:
     )
 
 
+def _other_rank(records: Sequence[Record], suite: str) -> str:
+    """What the command line has to say of a rank that isn't the suite's."""
+    ranks = [rank for rank in distinct(select(records, stage="main"), "rank") if rank not in (None, RANKS.get(suite))]
+    return f" --set rank={ranks[0]}" if len(ranks) == 1 else ""
+
+
 def repeat(records: Sequence[Record]) -> list[str]:
     """The commands, one for each section, and the one that makes the report."""
     lines = []
@@ -168,7 +180,7 @@ def repeat(records: Sequence[Record]) -> list[str]:
             stages = " ".join(stage for stage in STAGES if stage in distinct(own, "stage"))
             variants = [name for name in VARIANTS if name in distinct(own, "method")]
             methods = f" --methods {' '.join((*MUST, *variants))}" if variants else ""
-            where = f"--modality {suite} --backbones {backbone}"
+            where = f"--modality {suite} --backbones {backbone}{_other_rank(own, suite)}"
             lines.append(f"python examples/benchmark_quality.py {where} --stages {stages}{methods}")
     lines.append(
         "python examples/report_quality.py --results outputs/quality/*.jsonl --output outputs/quality/RESULTS.md"

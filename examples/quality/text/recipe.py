@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from quality.suites import RANKS
+
 TOLD = ("sampled", "masked_share")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Attributes:
-    rank: of the adapter; lora_alpha is the same unless `adapter` says otherwise. The smallest by default, where LoRA
-        is furthest from full fine-tuning.
+    rank: of the adapter; lora_alpha is the same unless `adapter` says otherwise.
     steps, batch_size: of training.
     learning_rate, core_learning_rate: AdamW's peak, for the core another one; both fall along a cosine to zero.
     warmup: share of the steps over which the rates rise.
@@ -24,7 +25,7 @@ class Recipe:
     adapter: further arguments of the adapter, as `train_scripts/dllm.py` has them.
     """
 
-    rank: int = 1
+    rank: int = RANKS["text"]
     steps: int = 500
     batch_size: int = 8
     learning_rate: float = 5e-3

@@ -28,15 +28,15 @@ _TRIALS: dict[str, tuple[Settings, ...]] = {
     "p_tuning": rates(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
 """Seven for each method of the main runs, five for one that runs on one seed."""
-_DEFAULT_TRIALS = rates(2.5e-3, 5e-3, 7.5e-3, 1e-2, 1.5e-2)
+_DEFAULT_TRIALS = rates(5e-3, 1e-2, 1.5e-2, 2e-2, 3e-2)
 
-LATE = tuple({"learning_rate": 1e-2, "core_learning_rate": r, "core_start_step": 250} for r in (3e-3, 1e-2))
+LATE = tuple({"learning_rate": 2e-2, "core_learning_rate": r, "core_start_step": 250} for r in (3e-3, 1e-2))
 """A and B alone for the first half, then the core at a rate that the schedule has halved by then."""
 
 ABLATIONS = (
     *beside("nara", {"core_scale": 0.01}, {"core_scale": 1.0}),
-    *beside("nara", {"rank": 1}, {"rank": 2}, {"rank": 8}),
-    *beside("lora", {"rank": 1}, {"rank": 2}, {"rank": 8}),
+    *beside("nara", {"rank": 2}, {"rank": 4}, {"rank": 8}),
+    *beside("lora", {"rank": 2}, {"rank": 4}, {"rank": 8}),
     *beside("nara", {"noise_embedding": "mlp"}, {"noise_embedding": "raw"}),
     *beside("nara", {"fourier_scale": 1.0}, {"fourier_scale": 4.0}),
     *beside("nara", {"core_sharing": "module_type"}, {"core_sharing": "layer"}, {"core_sharing": "layer_embedding"}),
