@@ -7,9 +7,9 @@ the model tells λ by another. Registering a source under that name says how suc
 from __future__ import annotations
 
 from .denoisers import CONVENTIONS, Denoiser
-from .noise import NoiseSource
+from .noise import MASKED_SHARE, NoiseSource
 
-_KNOWN = (*CONVENTIONS, "masked_share")
+_KNOWN = (*CONVENTIONS, MASKED_SHARE)
 _sources: dict[str, NoiseSource] = {}
 
 

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from .channel import CoreChannel, backward_pass
 from .contexts import entered, innermost
 
+MASKED_SHARE = "masked_share"
+"""The name of λ's definition for masked language models: masked tokens of the answer over all of its tokens."""
+
 
 class NoiseSignals(NamedTuple):
     """What a core may be told about the noise of a batch: λ (b,) or (1,), and the mask density, likewise, or None."""

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nara_diffusion.noise import find_holders, mask_density_radius
+from nara_diffusion.noise import MASKED_SHARE, find_holders, mask_density_radius
 from nara_diffusion.noise import noise_level as noise_level_of
-
-CONVENTION = "masked_share"
 
 
 def conditioned(
@@ -33,9 +31,9 @@ def conditioned(
     if not any(holder.needs_noise for holder in holders):
         return nullcontext()
     for holder in holders:
-        for name, other in holder.adopt_convention(CONVENTION).items():
+        for name, other in holder.adopt_convention(MASKED_SHARE).items():
             raise ValueError(
-                f"Adapter '{name}' was trained with λ defined as {other!r}, and is about to be told {CONVENTION!r}, "
+                f"Adapter '{name}' was trained with λ defined as {other!r}, and is about to be told {MASKED_SHARE!r}, "
                 "the masked share of the answer: use an adapter that was trained with that, or call the model yourself "
                 "inside `with noise_level(model, value):`."
             )

@@ -20,7 +20,7 @@ from torch import nn
 
 from nara_diffusion.dllm.conditioning import mask_density
 from nara_diffusion.dllm.loss import mask_token_of
-from nara_diffusion.noise import NoiseSignals, core_holders, mask_density_radius, set_noise_source
+from nara_diffusion.noise import MASKED_SHARE, NoiseSignals, core_holders, mask_density_radius, set_noise_source
 
 REPETITIONS = ("tiled", "interleaved")
 
@@ -40,7 +40,7 @@ class InputIdsNoise:
         ValueError: negative lengths, or an unknown `repeated`.
     """
 
-    convention = "masked_share"
+    convention = MASKED_SHARE
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone
+from nara_diffusion.noise import MASKED_SHARE
 
 # Arguments of `load_backbone` that make sense on a command line.
 BACKBONE_ARGUMENTS = (
@@ -26,8 +27,6 @@ BACKBONE_ARGUMENTS = (
     "local_files_only",
     "token",
 )
-
-MASKED_SHARE = "masked_share"  # the name of λ's definition for masked language models
 
 
 def load_model(

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from nara_diffusion.noise import MASKED_SHARE
 from nara_diffusion.training.adapter_configs import ALL_LINEAR, adapter_config
 from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.pissa import changes_base, remember_start, takes_start_from_base
@@ -23,7 +24,7 @@ def build_adapter(
     args: Any,
     *,
     total_steps: int | None = None,
-    noise_convention: str | None = "masked_share",
+    noise_convention: str | None = MASKED_SHARE,
 ) -> nn.Module:
     """The language model `model` as `--adapter` fine-tunes it: what is trainable requires a gradient, all else doesn't.
 

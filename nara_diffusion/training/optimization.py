@@ -30,22 +30,24 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(
-    model: nn.Module, args: Any, global_batch: int = 1, *, fused: bool = False
+    model: nn.Module, args: Any, global_batch: int | None = None, *, fused: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer over what is trainable, in groups "adapter" (learning_rate), "core" (core_learning_rate) and
     "text_encoder" (text_encoder_lr and adam_weight_decay_text_encoder, of a script that has them), those of them that
     aren't empty.
 
     Args:
-        global_batch: samples of an optimizer step, for --scale_lr.
+        global_batch: samples of an optimizer step; --scale_lr needs it.
         fused: let AdamW update all parameters in one call; see `Run.fuses_optimizer` for where that is right.
 
     Raises:
-        ValueError: nothing in `model` is trainable; `core_start_step` is set and there is no core; the optimizer's
-            package isn't installed; or Prodigy, which has one rate, is given several.
+        ValueError: `scale_lr` without `global_batch`; nothing in `model` is trainable; `core_start_step` is set and
+            there is no core; the optimizer's package isn't installed; or Prodigy, which has one rate, is given several.
     """
     groups = _parameter_groups(model, args)
     if args.scale_lr:
+        if global_batch is None:
+            raise ValueError("scale_lr multiplies the learning rates by the samples of a step: pass global_batch.")
         groups = [{**group, "lr": group["lr"] * global_batch} for group in groups]
     options: dict[str, Any] = {
         "betas": (args.adam_beta1, args.adam_beta2),

@@ -154,6 +154,8 @@ def test_text_encoders_have_their_weight_decay(small_args) -> None:
 
 def test_scale_lr_multiplies_every_rate_by_the_global_batch(small_args) -> None:
     args = small_args(scale_lr=True, core_learning_rate=1e-4)
+    with pytest.raises(ValueError, match="scale_lr multiplies the learning rates by the samples of a step: pass"):
+        build_optimizer(TextModel(), args)
     rates = [group["lr"] for group in build_optimizer(TextModel(), args, global_batch=30).param_groups]
     assert rates == pytest.approx([0.3, 3e-3, 0.3])
 
