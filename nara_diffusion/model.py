@@ -25,6 +25,7 @@ from .injection import Injection, check_name_is_free, drop_idle_holder, without_
 from .merging import MergesAtOneLevel
 from .noise import core_holders, mixed_adapters
 from .offload import check_addable
+from .own_cores import BUILT_IN
 from .rules import check_target, keep_out_of_float8, rule_for
 from .signals import with_convention
 
@@ -87,7 +88,8 @@ class NaraModel(MergesAtOneLevel):
                 super().inject_adapter(
                     model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
                 )
-            with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+            # a core of the user's own may have what no file holds
+            with torch.device("meta") if low_cpu_mem_usage and config.core_type in BUILT_IN else nullcontext():
                 holder.add(adapter_name, config, self._injecting.ranks, convention_stated)
         except Exception:
             self._injecting.undo(adapter_name)

@@ -49,12 +49,26 @@ class Still(Affine):
         return (torch.eye(len(self.P)) + self.Q)[None]
 
 
+class Grid(nn.Module):
+    """C(λ) between matrices at fixed λ, which are no part of its state: like an embedding's frequencies, say."""
+
+    def __init__(self, config: NaraConfig, rank: int) -> None:
+        super().__init__()
+        self.P = nn.Parameter(torch.zeros(2, rank, rank))
+        self.register_buffer("levels", torch.linspace(0, 1, 2), persistent=False)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        weights = 1 - (noise_level[:, None] - self.levels).abs()
+        return torch.eye(self.P.shape[-1]) + torch.einsum("bk,kij->bij", weights, self.P)
+
+
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch) -> None:
     monkeypatch.setattr(own_cores, "_factories", {})
     register_core("affine", Affine)
     register_core("density", Density)
     register_core("still", Still)
+    register_core("grid", Grid)
 
 
 def affine_by_hand(model: PeftModel, level: Tensor) -> Tensor:
@@ -152,8 +166,9 @@ def test_no_cast_reaches_it():
     assert before.dtype == torch.float32
 
 
-def test_a_diffusers_pipeline_saves_and_loads_it(tmp_path):
-    pipe = trained(core_type="affine", text=False)
+@pytest.mark.parametrize("core_type", ["affine", "grid"])
+def test_a_diffusers_pipeline_saves_and_loads_it(tmp_path, core_type):
+    pipe = trained(core_type=core_type, text=False)
     expected = predict(pipe)
     pipe.save_nara_weights(tmp_path)
     other = small_sdxl()
