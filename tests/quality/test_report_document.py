@@ -64,6 +64,8 @@ def test_the_same_results_make_the_same_report(files):
 
 def test_it_can_be_made_without_notes_and_an_unknown_heading_is_refused(files, tmp_path):
     assert read_notes(tmp_path / "absent.md") == {}
+    assert "## What failed" in report(files)
+    assert "## What was learned" not in report(files)  # of which the notes say nothing
     assert read_notes(files / "notes.md") == {"summary": "NaRA wins by a hair.", "failed": "* λ² as an input."}
     (files / "notes.md").write_text("# Thoughts\n\nmany\n")
     with pytest.raises(ValueError, match=r"name no part of the report, thoughts: expected # summary, # setting"):

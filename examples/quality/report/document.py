@@ -66,12 +66,13 @@ def document(records: Sequence[Record], notes: dict[str, str], figures: Path, li
         link: how the text names that folder.
     """
     parts = ["# Results", notes.get("summary", ""), "## Setting", notes.get("setting", ""), *setting(records)]
+    after = (("## What was learned", "learned"), ("## What failed", "failed"))
     parts += ["How to read the tables:", HOW_TO_READ]
     for suite in distinct(records, "suite"):
         for backbone in distinct(select(records, suite=suite), "backbone"):
             own = select(records, suite=suite, backbone=backbone)
             parts += section(own, suite, backbone, figures, link)
-    parts += ["## What was learned", notes.get("learned", ""), "## What failed", notes.get("failed", "")]
+    parts += [text for heading, name in after if name in notes for text in (heading, notes[name])]
     parts += repeat(records)
     return "\n\n".join(part for part in parts if part) + "\n"
 
