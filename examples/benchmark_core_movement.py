@@ -5,7 +5,8 @@
 NaRA as published, with η = 1, with one core a layer, and NaRA-Knots are trained on one domain of the text benchmark.
 Every few steps are noted: how far C(λ) is from I, how much of that depends on λ, its singular values, the gradients of
 the core against those of A and B, and whether the layers pull at C in one direction (see quality/movement.py). The
-record holds all of it, with command, hardware, versions and commit; the picture shows it over the steps.
+record holds all of it, with command, hardware, versions and commit; the picture shows it over the steps. At rank 1 C is one
+number; it is looked at where it is a matrix, at rank 4, unless --rank says otherwise.
 """
 
 from __future__ import annotations
@@ -80,12 +81,13 @@ def main(
     steps: int = 500,
     every: int = 10,
     seed: int = 0,
+    rank: int = 4,
     learning_rate: float = 1e-2,
     core_learning_rate: float = 3e-4,
     output_dir: str | Path = "outputs/benchmarks",
 ) -> dict[str, Any]:
     """Trains the four, prints where each ended, writes record and picture; returns the figures."""
-    shared = {"steps": steps, "learning_rate": learning_rate, "core_learning_rate": core_learning_rate}
+    shared = {"rank": rank, "steps": steps, "learning_rate": learning_rate, "core_learning_rate": core_learning_rate}
     traces = {
         name: trace(backbone, domain, method, every, seed, **shared | settings)
         for name, (method, settings) in ARMS.items()
@@ -111,7 +113,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=500, help="of each training (default: 500)")
     parser.add_argument("--every", type=int, default=10, help="steps between two looks (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of A and B (default: 1e-2, as tuned)")
-    parser.add_argument("--core_learning_rate", type=float, default=3e-4, help="of F (default: 3e-4, as tuned)")
+    parser.add_argument("--rank", type=int, default=4, help="r (default: 4)")
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of A and B (default: 1e-2, as tuned at rank 4)")
+    parser.add_argument("--core_learning_rate", type=float, default=3e-4, help="of F (default: 3e-4, as tuned at rank 4)")
     parser.add_argument("--output_dir", default="outputs/benchmarks", help="where record and picture go")
     main(**vars(parser.parse_args()))

@@ -65,7 +65,8 @@ def test_a_look_after_a_backward_has_all_of_it() -> None:
 
 
 def test_the_benchmark_writes_record_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = benchmark_core_movement.main(domain="ab", steps=2, every=2, output_dir=tmp_path)
+    figures = benchmark_core_movement.main(domain="ab", rank=2, steps=2, every=2, output_dir=tmp_path)
+    assert figures["rank"] == 2
     assert set(figures["traces"]) == set(benchmark_core_movement.ARMS)
     assert all([look["step"] for look in looks] == [1, 2] for looks in figures["traces"].values())
     assert {file.name for file in tmp_path.iterdir()} == {"benchmark_core_movement.json", "benchmark_core_movement.png"}
