@@ -5,8 +5,8 @@
 NaRA as published, with η = 1, with one core a layer, and NaRA-Knots are trained on one domain of the text benchmark.
 Every few steps are noted: how far C(λ) is from I, how much of that depends on λ, its singular values, the gradients of
 the core against those of A and B, and whether the layers pull at C in one direction (see quality/movement.py). The
-record holds all of it, with command, hardware, versions and commit; the picture shows it over the steps. At rank 1 C is one
-number; it is looked at where it is a matrix, at rank 4, unless --rank says otherwise.
+record holds all of it, with command, hardware, versions and commit; the picture shows it over the steps. At rank 1 C is
+one number; it is looked at where it is a matrix, at rank 4, unless --rank says otherwise.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ if __name__ == "__main__":
     parser.add_argument("--every", type=int, default=10, help="steps between two looks (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--rank", type=int, default=4, help="r (default: 4)")
-    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of A and B (default: 1e-2, as tuned at rank 4)")
-    parser.add_argument("--core_learning_rate", type=float, default=3e-4, help="of F (default: 3e-4, as tuned at rank 4)")
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of A and B (default: 1e-2, best at rank 4)")
+    parser.add_argument("--core_learning_rate", type=float, default=3e-4, help="of F (default: 3e-4, likewise)")
     parser.add_argument("--output_dir", default="outputs/benchmarks", help="where record and picture go")
     main(**vars(parser.parse_args()))
