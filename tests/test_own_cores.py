@@ -178,6 +178,12 @@ def test_a_diffusers_pipeline_saves_and_loads_it(tmp_path, core_type):
     assert (expected - base).abs().max() > 1e-3
     other.unload_nara_weights()
     assert torch.equal(predict(other), base)
+    roomy = small_sdxl()
+    roomy.enable_lora_hotswap(target_rank=4)
+    roomy.load_nara_weights(tmp_path, "x")
+    assert torch.equal(predict(roomy), expected)
+    roomy.load_nara_weights(tmp_path, "x", hotswap=True)
+    assert torch.equal(predict(roomy), expected)
 
 
 def test_beside_other_types_in_one_model():

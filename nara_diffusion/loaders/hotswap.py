@@ -92,6 +92,8 @@ def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int)
         scaling = float(layer.scaling[adapter_name])
         layer.r[adapter_name] = len(layer.lora_A[adapter_name].weight)
         _set_alpha(layer, adapter_name, scaling)
+    if not is_block_of_larger(config):
+        return  # C belongs to its rank, which `_check_enlargeable` saw to be this one
     cores: Any = _holder(model).cores[adapter_name]
     for group, core in cores.items():
         with torch.device("meta"):
