@@ -17,10 +17,10 @@ from quality.images.settings import arguments
 from quality.images.subjects import SUBJECTS
 from quality.images.task import load_task
 from quality.images.training import ControlledDenoiser, train
+from quality.report.design import DESIGN
 from quality.strips import unpacked
 
 from nara_diffusion import noise_level
-from nara_diffusion.dreambooth.objectives import Corrupted
 from tests.adapted import disturb, relative_error
 
 SHORT: dict[str, Any] = {"progress": False, "max_train_steps": 2, "lr_warmup_steps": 0}
@@ -32,9 +32,7 @@ def task():
 
 
 def shortened(held_out: HeldOut, rows: int = 4) -> HeldOut:
-    batch = Corrupted(**{name: tensor[:rows] for name, tensor in vars(held_out.batch).items()})
-    embeddings = tuple(tensor[:rows] for tensor in held_out.embeddings)
-    return HeldOut(batch, held_out.time_ids[:rows], embeddings, held_out.kinds[:rows])
+    return held_out.rows(slice(rows))
 
 
 @pytest.fixture
@@ -74,10 +72,13 @@ def test_each_bin_has_pictures_and_noise_of_its_own(task):
         clean += list((batch.model_input - sigma * batch.target) / alphas[batch.timestep].sqrt()[:, None, None, None])
         noise += list(batch.target)
         assert held_out.kinds == ["pose"] * half + ["place"] * half
-    for tensors in (torch.stack(clean).flatten(1), torch.stack(noise).flatten(1)):
-        distances = torch.cdist(tensors, tensors) + torch.eye(440).mul(1e9)
-        assert distances.min() > 1e-2 * tensors.norm(dim=1).mean()
+    pictures = torch.stack(clean).flatten(1)
+    distances = torch.cdist(pictures, pictures) + torch.eye(len(pictures)).mul(1e9)
+    assert distances.min() > 1e-2 * pictures.norm(dim=1).mean()
     values = torch.stack(noise)
+    cosines = torch.corrcoef(values.flatten(1)) - torch.eye(len(values))
+    assert cosines.abs().max() < 0.4  # 256 numbers each: 6 standard deviations
+    assert f"on {len(values)} further pictures" in DESIGN["images"].replace("\n", " ")
     assert values.std().item() == pytest.approx(1, abs=0.02)
 
 

@@ -4,6 +4,7 @@ import json
 from importlib import import_module
 
 import pytest
+from quality.report.design import DESIGN
 from quality.report.document import hours, read_notes, repeat
 from quality.suites import MUST, RANKS
 
@@ -49,7 +50,8 @@ def test_the_report_holds_all_sections_and_its_pictures(files):
     assert "NaRA wins by a hair." in text
     assert "* λ² as an input." in text
     assert "abc123" in text
-    assert "--modality text --backbones tiny --set rank=4 --stages main single ablation\n" in text
+    assert "--modality text --backbones tiny --set rank=4 --output outputs/quality/rank4/text.jsonl" in text
+    assert "/text.jsonl --stages main single ablation\n" in text
     for picture in ("text-tiny-loss", "text-tiny-controls", "images-sdxl-tiny-loss"):
         assert f"(docs/results/{picture}.png)" in text
         assert (files / "docs" / "results" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
@@ -68,8 +70,17 @@ def test_it_can_be_made_without_notes_and_an_unknown_heading_is_refused(files, t
     assert "## What was learned" not in report(files)  # of which the notes say nothing
     assert read_notes(files / "notes.md") == {"summary": "NaRA wins by a hair.", "failed": "* λ² as an input."}
     (files / "notes.md").write_text("# Thoughts\n\nmany\n")
-    with pytest.raises(ValueError, match=r"name no part of the report, thoughts: expected # summary, # setting"):
+    with pytest.raises(
+        ValueError, match=r"name no part of the report, thoughts: expected # summary, # setting, # text"
+    ):
         read_notes(files / "notes.md")
+
+
+def test_notes_may_say_how_a_suite_was_measured(files):
+    (files / "notes.md").write_text("# Text\n\nBy hand.\n")
+    text = report(files)
+    assert "\n## Text: tiny, r = 4\n\nBy hand.\n" in text
+    assert f"\n## Images: sdxl-tiny, r = 4\n\n{DESIGN['images']}\n" in text
 
 
 def test_what_is_repeated_includes_variants_that_were_run():
@@ -82,7 +93,10 @@ def test_what_is_repeated_names_a_rank_that_isnt_the_suites():
     usual = [record("full", 0, [1, 1], rank=None), record("lora", 0, [1, 1], rank=RANKS["text"])]
     assert "--backbones tiny --stages main\n" in repeat(usual)[-1]
     other = [record("full", 0, [1, 1], rank=None), record("lora", 0, [1, 1], rank=3)]
-    assert "--backbones tiny --set rank=3 --stages main\n" in repeat(other)[-1]
+    assert (
+        "--backbones tiny --set rank=3 --output outputs/quality/rank3/text.jsonl --stages main\n" in repeat(other)[-1]
+    )
+    assert "--results outputs/quality/*/*.jsonl" in repeat(other)[-1]
 
 
 def test_pictures_go_where_they_are_told_to(files):

@@ -9,7 +9,6 @@ bins have most of them.
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +26,8 @@ from nara_diffusion.dreambooth.objectives import Corrupted, build_objective, squ
 from nara_diffusion.dreambooth.prompts import PromptCache
 from nara_diffusion.dreambooth.records import ImageRecord, check_sources
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
-from quality.images.subjects import ASSETS, SIZE
-
-sys.path.append(str(ASSETS))  # its makers are programs beside each other, no package
-from make_held_out import in_places, in_poses
-from tiny_subjects import SUBJECTS as DRAWN
+from quality.images import drawn
+from quality.images.subjects import SIZE
 
 BINS = 10
 EACH_PLACE = (4, 4, 4, 2, 2, 2, 1, 1, 1, 1)
@@ -54,6 +50,12 @@ class HeldOut:
     embeddings: tuple[Tensor, Tensor]
     kinds: list[str]
 
+    def rows(self, chosen: slice) -> HeldOut:
+        """Some of its pictures."""
+        batch = Corrupted(**{name: tensor[chosen] for name, tensor in vars(self.batch).items()})
+        hidden, pooled = self.embeddings
+        return HeldOut(batch, self.time_ids[chosen], (hidden[chosen], pooled[chosen]), self.kinds[chosen])
+
 
 @torch.no_grad()
 def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
@@ -66,9 +68,9 @@ def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
 def held_out_bin(pipe: Any, latents: LatentCache, prompts: PromptCache, subject: str, index: int) -> HeldOut:
     """The pictures of a bin, the same for all methods and seeds; their timesteps are spread over it."""
     first = sum(EACH_PLACE[:index])
-    places = in_places(DRAWN[subject], range(first, first + EACH_PLACE[index]))
-    count = len(places) // EACH_PLACE[index]  # of places
-    poses = in_poses(DRAWN[subject], range(count * first, count * first + len(places)))
+    numbers, count = range(first, first + EACH_PLACE[index]), len(drawn.PLACES)
+    places = drawn.in_places(drawn.SUBJECTS[subject], numbers)
+    poses = drawn.in_poses(drawn.SUBJECTS[subject], range(count * numbers.start, count * numbers.stop))
     draws = DreamBoothDataset(_records([*poses, *places]), [SIZE], batch_size=1, seed=0).plain_draws()
     clean = latents.mode(draws)  # (b, c, h, w)
     noise = seeded_normal(clean.shape[1:], seed=0, stream=f"held-out noise {index}", indices=range(len(draws)))
@@ -84,7 +86,7 @@ def held_out_bin(pipe: Any, latents: LatentCache, prompts: PromptCache, subject:
 
 def places_of(subject: str) -> dict[str, Image]:
     """{caption: the subject drawn in that place}, of each place that the backbone's data has."""
-    return dict(in_places(DRAWN[subject], range(1)))
+    return dict(drawn.in_places(drawn.SUBJECTS[subject], range(1)))
 
 
 def bin_centres() -> list[float]:

@@ -60,7 +60,8 @@ def binned_losses(task: ImageTask, unet: Any) -> Losses:
 
 def stratified_error(values: Sequence[float], strata: Sequence[str]) -> float:
     """The standard error of the mean of a stratified sample whose strata are as large as in what it is drawn from:
-    √(Σ_s n_s² σ_s² / n_s) / n, with σ_s within stratum s."""
+    √(Σ_s n_s² σ_s² / n_s) / n, with σ_s within stratum s. Too large, if anything: that all places are in each bin
+    alike, and timesteps spread over it, isn't taken into account."""
     groups: dict[str, list[float]] = {}
     for value, stratum in zip(values, strata, strict=True):
         groups.setdefault(stratum, []).append(value)

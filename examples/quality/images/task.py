@@ -22,7 +22,15 @@ from nara_diffusion.dreambooth.records import ImageRecord, records_from_folder
 from quality.images.held_out import BINS, HeldOut, held_out_bin, held_out_losses, places_of
 from quality.images.subjects import ASSETS, BACKBONE, IDENTIFIER, SUBJECTS, check_subject, instance_prompt
 
-PLACES = ("on the beach", "in the snow", "in the city", "in the forest", "in the desert", "at night", "on the grass")
+SAMPLED_PLACES = (
+    "on the beach",
+    "in the snow",
+    "in the city",
+    "in the forest",
+    "in the desert",
+    "at night",
+    "on the grass",
+)
 """That samples are asked for in."""
 
 
@@ -55,8 +63,8 @@ class ImageTask:
 
     @property
     def sample_prompts(self) -> list[str]:
-        """The instance prompt, and the subject in each of `PLACES`."""
-        return [self.instance_prompt, *(f"{self.instance_prompt} {place}" for place in PLACES)]
+        """The instance prompt, and the subject in each of `SAMPLED_PLACES`."""
+        return [self.instance_prompt, *(f"{self.instance_prompt} {place}" for place in SAMPLED_PLACES)]
 
 
 @cache

@@ -7,10 +7,10 @@ DESIGN = {
 A small masked-diffusion language model learns a domain of one-line questions that a maintained generator makes and
 judges. The validation loss is the cross-entropy of a masked token in nats, on questions that aren't trained on (their
 words may be: most scrambled words stand in other questions too), under masks that are the same for every run, each
-beside its complement; it is taken in ten bins of λ and averaged over them. The wholly masked answer, from which
-generation starts, is in it as often as in training. Exact match is the share of test questions whose generated answer
-the generator's own verifier accepts. Learning rates were chosen by the loss on further questions, with a seed of its
-own.""",
+(but for empty ones) beside its complement; it is taken in ten bins of λ and averaged over them. The wholly masked
+answer, from which generation starts, is in it as often as in training. Exact match is the share of test questions whose
+generated answer the generator's own verifier accepts. Learning rates were chosen by the loss on further questions, with
+a seed of its own.""",
     "images": """\
 A small Stable Diffusion XL learns a subject from five pictures, and is then judged on what it has not seen. The
 validation loss is the squared error of the predicted noise on 440 further pictures of the subject, half of them in

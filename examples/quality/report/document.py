@@ -14,7 +14,7 @@ from quality.report.design import DESIGN
 from quality.report.figures import controls_figure, loss_figure
 from quality.report.goals import goals_table
 from quality.report.markdown import listed
-from quality.report.names import SUITES, measures
+from quality.report.names import SUITES, loss_of, measures
 from quality.report.samples import samples_sheet
 from quality.report.tables import (
     bins_table,
@@ -36,11 +36,13 @@ fine-tuning) of the mean loss. Bins of λ are tenths of [0, 1], named by their m
 over them a difference stands ± half the width of its 95 % interval."""
 BY_DOMAIN = """\
 Domain by domain, the difference to LoRA, of DoRA's variants to DoRA, and of a control to what it controls:"""
-NOTES_BEFORE, NOTES_AFTER = ("summary", "setting"), ("learned", "failed")
+FOLDER = "outputs/quality"
+NOTES = ("summary", "setting", "text", "images", "learned", "failed")
 
 
 def read_notes(path: Path | None) -> dict[str, str]:
-    """The hand-written parts: {"summary", "setting", "learned", "failed"} → the text below the heading of that name.
+    """The hand-written parts: a name of `NOTES` → the text below the heading of that name. That of a suite stands in
+    place of its `DESIGN`.
 
     Raises:
         ValueError: a heading of the file that names no part.
@@ -49,9 +51,9 @@ def read_notes(path: Path | None) -> dict[str, str]:
         return {}
     parts = re.split(r"^# (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     notes = {name.strip().lower(): text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
-    unknown = sorted(notes.keys() - {*NOTES_BEFORE, *NOTES_AFTER})
+    unknown = sorted(notes.keys() - set(NOTES))
     if unknown:
-        known = listed(["# " + name for name in (*NOTES_BEFORE, *NOTES_AFTER)])
+        known = listed(["# " + name for name in NOTES])
         raise ValueError(f"{path} has headings that name no part of the report, {listed(unknown)}: expected {known}.")
     return notes
 
@@ -71,7 +73,7 @@ def document(records: Sequence[Record], notes: dict[str, str], figures: Path, li
     for suite in distinct(records, "suite"):
         for backbone in distinct(select(records, suite=suite), "backbone"):
             own = select(records, suite=suite, backbone=backbone)
-            parts += section(own, suite, backbone, figures, link)
+            parts += section(own, suite, backbone, figures, link, notes.get(suite))
     parts += [text for heading, name in after if name in notes for text in (heading, notes[name])]
     parts += repeat(records)
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -111,16 +113,18 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def section(records: Sequence[Record], suite: str, backbone: str, figures: Path, link: str) -> list[str]:
-    """Everything about one backbone."""
+def section(
+    records: Sequence[Record], suite: str, backbone: str, figures: Path, link: str, design: str | None = None
+) -> list[str]:
+    """Everything about one backbone; `design` says how it was measured, if not as `DESIGN` has it."""
     main, name = select(records, stage="main"), f"{SUITES.get(suite, suite)}: {backbone}{_rank(records)}"
-    parts = [f"## {name}", DESIGN.get(suite, "")]
+    parts = [f"## {name}", design or DESIGN.get(suite, "")]
     if main:
         grid = Grid.of(main)
         parts += ["### What had to be reached", goals_table(grid, suite) or ""]
         for measure in measures(suite, main):
             parts += [f"### {measure.title.capitalize()}", quality_table(grid, measure)]
-            parts += [_resolution(grid)] if measure.lower_is_better else []
+            parts += [_resolution(grid, suite)] if measure.lower_is_better else []
             parts += [BY_DOMAIN, domains_table(grid, measure)] if len(grid.domains) > 1 else []
         stem = f"{suite}-{backbone}"
         loss_figure(grid, figures / f"{stem}-loss.png", name)
@@ -153,23 +157,26 @@ def sheets(grid: Grid, figures: Path, link: str, stem: str) -> list[str]:
     return ["### Samples", heading, *(f"![samples of {name}]({link}/{stem}-{name}.png)" for name in names)]
 
 
-def _resolution(grid: Grid) -> str:
+def _resolution(grid: Grid, suite: str) -> str:
     found = resolution(grid)
     if found is None:
         return ""
     error, gap = found
+    digits = loss_of(suite).digits
     if gap <= 0:
-        return f"LoRA isn't worse than full fine-tuning here (by {-gap:.4f}): there is no gap to close."
+        return f"LoRA isn't worse than full fine-tuning here (by {-gap:.{digits}f}): there is no gap to close."
+    of_what = "gain over the backbone as it is" if suite == "images" else "loss"
     return (
-        f"The standard error of one run, from the spread over validation samples, is {error:.4f}, {error / gap:.0%} of "
-        f"the gap from LoRA to full fine-tuning, {gap:.4f}. (Differences are taken on the same samples, and vary less.)"
+        f"The standard error of one run's {of_what}, from the spread over validation samples, is {error:.{digits}f}, "
+        f"{error / gap:.0%} of the gap from LoRA to full fine-tuning, {gap:.{digits}f}. (Differences of two runs are "
+        "taken on the same samples, and vary less.)"
     )
 
 
 def _other_rank(records: Sequence[Record], suite: str) -> str:
-    """What the command line has to say of a rank that isn't the suite's."""
+    """What the command line has to say of a rank that isn't the suite's: tuning is of one rank, and so is a file."""
     ranks = [rank for rank in distinct(select(records, stage="main"), "rank") if rank not in (None, RANKS.get(suite))]
-    return f" --set rank={ranks[0]}" if len(ranks) == 1 else ""
+    return f" --set rank={ranks[0]} --output {FOLDER}/rank{ranks[0]}/{suite}.jsonl" if ranks else ""
 
 
 def repeat(records: Sequence[Record]) -> list[str]:
@@ -183,13 +190,12 @@ def repeat(records: Sequence[Record]) -> list[str]:
             methods = f" --methods {' '.join((*MUST, *variants))}" if variants else ""
             where = f"--modality {suite} --backbones {backbone}{_other_rank(own, suite)}"
             lines.append(f"python examples/benchmark_quality.py {where} --stages {stages}{methods}")
-    lines.append(
-        "python examples/report_quality.py --results outputs/quality/*.jsonl --output outputs/quality/RESULTS.md"
-    )
+    folder = f"{FOLDER}/*" if any("--output" in line for line in lines) else FOLDER
+    lines.append(f"python examples/report_quality.py --results {folder}/*.jsonl --output {FOLDER}/RESULTS.md")
     return [
         "## How to repeat it",
         "Each line of the results holds the settings, versions and commit of a run. The first commands run what is "
-        "missing and append it to files in outputs/quality, so they go on where they were stopped; the last makes this "
+        f"missing and append it to files in {FOLDER}, so they go on where they were stopped; the last makes this "
         "page and its pictures, from results alone. `--help` tells how to run a part.",
         "```bash\n" + "\n".join(lines) + "\n```",
     ]

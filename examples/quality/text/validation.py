@@ -3,9 +3,9 @@
 Of each validation question the benchmark sees two rows: with mask m at λ in (0, 1/2) and with the complementary mask at
 1 − λ. Question i of n takes the λ of stratum i mod 5 of ten, so that each bin holds n / 5 rows; within it λ is
 stratified again. Masks are independent in each token, as in training: the complement of an empty one is the wholly
-masked answer, from which generation starts. A row without a masked token has no loss, and would tell nothing: in its
-place stands one whose mask isn't empty, and each such row of answers of a tokens counts by the probability of that,
-w = 1 − (1 − λ)^a. In bin k, over its rows i,
+masked answer, from which generation starts. A row without a masked token has no loss, and would tell nothing. Below
+1/2, where many would be, such a mask is drawn anew, and each row, whose answer has a tokens, counts by the probability
+that its mask isn't empty, w = 1 − (1 − λ)^a. In bin k, over its rows i,
 
     loss_k = Σ_i w_i Σ_{j masked} − log p(x_ij | masked x_i)  /  Σ_i w_i |masked_i|         nats a masked token
 
@@ -69,7 +69,8 @@ def validation_set(rows: Rows, mask_token_id: int) -> ValidationSet:
 
 
 def _draw(n: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """λ (2n,), masks (2n, length) and weights (2n,); row n + i complements row i, unless that would be empty."""
+    """λ (2n,), masks (2n, length) and weights (2n,); row n + i complements what was drawn
+    for row i, before an empty mask was drawn anew."""
     generator = torch.Generator().manual_seed(SEED)
     half, groups = BINS // 2, math.ceil(n / (BINS // 2))
     index = torch.arange(n)
