@@ -10,6 +10,7 @@ from typing import Any
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nara_centred": ("nara_knots", {"core_normalization": "centred"}),
+    "nara_knots_dora": ("nara_knots", {"use_dora": True}),
 }
 
 NOT_AWARE = ("nara_c",)  # of those whose name begins so

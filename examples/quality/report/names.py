@@ -18,7 +18,7 @@ CONTROLS = {
     "reversed": "evaluated with 1 − λ",
 }
 BASE = "base"
-_TITLES = {BASE: "the backbone as it is", "nara_centred": "NaRA-Knots, centred"}
+_TITLES = {BASE: "the backbone as it is", "nara_centred": "NaRA-Knots, centred", "nara_knots_dora": "NaRA-Knots-DoRA"}
 SUITES = {"text": "Text", "images": "Images"}
 _ORDER = (BASE, *MUST)
 

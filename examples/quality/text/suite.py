@@ -43,7 +43,7 @@ ABLATIONS = (
     *beside("nara", {"core_init": "zero_all"}, {"core_init": "kaiming"}),
     *beside("nara", {"core_input": "mask_density"}, {"core_input": "both"}),
     *beside("nara", {"core_start_step": 250}, {"told": "masked_share"}),
-    *beside("nara", {"noise_scale": "log_snr"}, {"core_normalization": "frobenius"}),
+    *beside("nara", {"noise_scale": "log_snr"}),
     *beside("nara_knots", {"core_knots": 2}, {"core_knots": 9}, *LATE),
 )
 """The paper's, and the options that were tried for a better one."""
