@@ -5,7 +5,8 @@
         --output docs/rank4/RESULTS.md --figures docs/rank4/figures
 
 The prose comes from docs/results_notes.md, which people write, below the headings "# Summary", "# Setting",
-"# Learned" and "# Failed"; none of them has to be there.
+"# Learned" and "# Failed"; none of them has to be there. What stands below "# Text" and "# Images" says how a suite was
+measured, where that was otherwise than now.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from .holder import HOLDER_NAME, CoreHolder
 from .injection import drop_idle_holder, without_holder
 from .loaders.adapters import adapters_of, unwrap
 from .loaders.format import METADATA_KEY, is_core_key
-from .loaders.hotswap import REQUEST, enlarge_cores
+from .loaders.hotswap import REQUEST, check_enlargeable, enlarge_cores
 from .loaders.wrapped import check_none_wrapped
 from .offload import check_kept_nowhere
 
@@ -101,6 +101,8 @@ def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> 
         return
     if kwargs.get("hotswap"):
         _check_swapped_name(model, str(kwargs.get("adapter_name")))
+    if request is not None:
+        check_enlargeable(model, request["target_rank"])
     original(model, *args, **kwargs)
     if request is not None:
         enlarge_cores(model, request["target_rank"])  # PEFT has padded the A and B of all adapters

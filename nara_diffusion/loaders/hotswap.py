@@ -65,11 +65,16 @@ def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
     target, own = request["target_rank"], max(layer.r[adapter_name] for layer in _layers(model, adapter_name).values())
     if own > target:
         raise ValueError(f"enable_lora_hotswap was given target_rank={target}, but this adapter has rank {own}.")
-    for name, config in nara_adapters_of(model).items():
-        _check_enlargeable(name, config, target)
+    check_enlargeable(model, target)
     prepare_model_for_compiled_hotswap(model, **request)
     enlarge_cores(model, target)
     setattr(model, REQUEST, None)
+
+
+def check_enlargeable(model: nn.Module, target: int) -> None:
+    """Raises ValueError if a NaRA of the model has a C that can't follow A and B to the rank `target`."""
+    for name, config in nara_adapters_of(model).items():
+        _check_enlargeable(name, config, target)
 
 
 def _check_enlargeable(adapter_name: str, config: NaraConfig, target: int) -> None:
@@ -93,7 +98,7 @@ def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int)
         layer.r[adapter_name] = len(layer.lora_A[adapter_name].weight)
         _set_alpha(layer, adapter_name, scaling)
     if not is_block_of_larger(config):
-        return  # C belongs to its rank, which `_check_enlargeable` saw to be this one
+        return  # C belongs to its rank, which `check_enlargeable` saw to be this one
     cores: Any = _holder(model).cores[adapter_name]
     for group, core in cores.items():
         with torch.device("meta"):

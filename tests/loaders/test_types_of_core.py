@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nara_diffusion import noise_level
+from tests.adapted import lora_config
 from tests.core_types import TYPES
 from tests.loaders.adapters import FILE, predict, trained
 from tests.small_pipelines import small_sdxl
@@ -97,3 +99,18 @@ def test_hotswap_keeps_a_core_that_belongs_to_its_rank_and_refuses_other_ranks(k
     roomy.enable_lora_hotswap(target_rank=8)
     with pytest.raises(ValueError, match="whose C belongs to its rank 4: pass target_rank=4"):
         roomy.load_nara_weights(folders[0], "x")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("kind", ["rank mask", "bins", "normalised"])
+def test_a_lora_that_would_pad_a_core_that_belongs_to_its_rank_is_refused(kind, tmp_path: Path):
+    lora = small_sdxl()
+    lora.unet.add_adapter(lora_config(target_modules=["to_q"], r=2), "default")
+    layers = {"unet_lora_layers": get_peft_model_state_dict(lora.unet)}
+    lora.save_lora_weights(tmp_path, **layers)
+    pipe = trained(text=False, target_modules=["to_q", "conv1"], **TYPES[kind])
+    expected = predict(pipe)
+    pipe.enable_lora_hotswap(target_rank=8, check_compiled="ignore")
+    with pytest.raises(ValueError, match="whose C belongs to its rank 4: pass target_rank=4"):
+        pipe.load_lora_weights(tmp_path, adapter_name="fixed")
+    assert torch.equal(predict(pipe), expected)
