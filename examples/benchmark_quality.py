@@ -31,13 +31,11 @@ from typing import Any
 
 import yaml
 from quality import results
-from quality.jobs import STAGES, Job, finished, shard
+from quality.jobs import SEEDS, STAGES, Job, finished, shard
 from quality.planning import Selection, jobs_of
 from quality.running import run_jobs
 from quality.suites import MUST, Suite, load_suite
 from quality.variants import VARIANTS
-
-SEEDS = (0, 1, 2, 3, 4)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

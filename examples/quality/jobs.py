@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 STAGES = ("tune", "main", "single", "ablation")
+SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
 ABLATION_SEEDS = 3
 

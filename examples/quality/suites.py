@@ -13,6 +13,8 @@ CONTROLS = ("constant", "shuffled")
 """Those that need a training of their own."""
 RANKS = {"text": 1, "images": 1}
 """r of every adapter: the smallest, where LoRA is furthest from full fine-tuning."""
+TUNE_DOMAINS = {"text": ("commonsense",), "images": ("house",)}
+"""On what learning rates are tried, unless the command says otherwise."""
 
 Settings = Mapping[str, Any]
 

@@ -12,9 +12,8 @@ from quality.images.controls import shuffled_noise_levels, while_evaluating
 from quality.images.held_out import BINS, EACH_PLACE, HeldOut, bin_timesteps, held_out_losses
 from quality.images.measurement import binned_losses, sample_settings, stratified_error
 from quality.images.methods import NAMES, adapted
-from quality.images.runs import TUNING_SUBJECT, image_records, run_one_image
+from quality.images.runs import image_records, run_one_image
 from quality.images.settings import arguments
-from quality.images.subjects import SUBJECTS
 from quality.images.task import load_task
 from quality.images.training import ControlledDenoiser, train
 from quality.report.design import DESIGN
@@ -264,4 +263,3 @@ def test_what_cant_be_run_is_refused_by_name():
         run_one_image("dog", "nara", 0)
     with pytest.raises(ValueError, match=r"ranks is no argument of train_scripts/dreambooth_sdxl\.py"):
         run_one_image("toy", "nara", 0, ranks=4)
-    assert TUNING_SUBJECT in SUBJECTS

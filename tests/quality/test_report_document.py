@@ -5,7 +5,8 @@ from importlib import import_module
 
 import pytest
 from quality.report.design import DESIGN
-from quality.report.document import hours, read_notes, repeat
+from quality.report.document import hours, read_notes, setting
+from quality.report.repeating import repeat
 from quality.suites import MUST, RANKS
 
 from tests.quality.report_records import record, runs
@@ -97,6 +98,20 @@ def test_what_is_repeated_names_a_rank_that_isnt_the_suites():
         "--backbones tiny --set rank=3 --output outputs/quality/rank3/text.jsonl --stages main\n" in repeat(other)[-1]
     )
     assert "--results outputs/quality/*/*.jsonl" in repeat(other)[-1]
+
+
+def test_what_is_repeated_names_domains_of_tuning_and_seeds_that_arent_the_usual_ones():
+    usual = [record("lora", 0, [1, 1], stage="tune", domain="commonsense", rank=1), *runs("lora", [1, 1], rank=1)]
+    assert "--backbones tiny --stages tune main\n" in repeat(usual)[-1]
+    others = [record("lora", 100, [1, 1], stage="tune", domain="code", rank=1), record("lora", 5, [1, 1], rank=1)]
+    command = "--backbones tiny --stages tune main --tune_domains commonsense code --seeds 0 1 5\n"
+    assert command in repeat(usual + others)[-1]
+
+
+def test_the_setting_names_the_seeds_of_each_backbone():
+    records = [*runs("lora", [1, 1]), *runs("lora", [1, 1, 1], backbone="small")]
+    assert "* Text: tiny; code; 2 seeds (0 and 1); 2 records." in setting(records)[0]
+    assert "* Text: small; code; 3 seeds (0, 1 and 2); 3 records." in setting(records)[0]
 
 
 def test_pictures_go_where_they_are_told_to(files):

@@ -24,7 +24,6 @@ from quality.strips import packed
 
 TUNE, MAIN = "tune", "main"
 SHOWN_SEED = 0  # whose samples the report shows
-TUNING_SUBJECT = "house"
 """Learning rates are chosen on a subject that the comparison doesn't have."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from quality.images.methods import NAMES
-from quality.images.runs import TUNING_SUBJECT, image_records
+from quality.images.runs import image_records
 from quality.images.subjects import BACKBONE, SUBJECTS
 from quality.jobs import Job
-from quality.suites import MUST, Settings, Suite
+from quality.suites import MUST, TUNE_DOMAINS, Settings, Suite
 from quality.trials import beside, rates, with_core
 from quality.variants import resolve
 
@@ -45,13 +45,13 @@ def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
     return image_records(job.domain, job.method, job.seed, **options, **settings)
 
 
-SUBJECTS_COMPARED = tuple(name for name in SUBJECTS if name != TUNING_SUBJECT)
+SUBJECTS_COMPARED = tuple(name for name in SUBJECTS if name not in TUNE_DOMAINS["images"])
 
 SUITE = Suite(
     name="images",
     backbones=(BACKBONE,),
     domains=SUBJECTS_COMPARED,
-    tune_domains=(TUNING_SUBJECT,),
+    tune_domains=TUNE_DOMAINS["images"],
     others=tuple(name for name in NAMES if name not in (*MUST, "base")),
     trials=trials,
     ablations=ABLATIONS,

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quality.jobs import STAGES
 from quality.report.ablations import ablations_table, singles_table, tuning_table
 from quality.report.data import Grid, Record, distinct, select
 from quality.report.design import DESIGN
@@ -15,6 +14,7 @@ from quality.report.figures import controls_figure, loss_figure
 from quality.report.goals import goals_table
 from quality.report.markdown import listed
 from quality.report.names import SUITES, loss_of, measures
+from quality.report.repeating import repeat
 from quality.report.samples import samples_sheet
 from quality.report.tables import (
     bins_table,
@@ -25,8 +25,6 @@ from quality.report.tables import (
     rates_table,
     resolution,
 )
-from quality.suites import MUST, RANKS
-from quality.variants import VARIANTS
 
 HOW_TO_READ = """\
 ± is the standard deviation over seeds. A difference is paired: within a seed all methods see the same data in the same
@@ -36,7 +34,6 @@ fine-tuning) of the mean loss. Bins of λ are tenths of [0, 1], named by their m
 over them a difference stands ± half the width of its 95 % interval."""
 BY_DOMAIN = """\
 Domain by domain, the difference to LoRA, of DoRA's variants to DoRA, and of a control to what it controls:"""
-FOLDER = "outputs/quality"
 NOTES = ("summary", "setting", "text", "images", "learned", "failed")
 
 
@@ -82,14 +79,12 @@ def document(records: Sequence[Record], notes: dict[str, str], figures: Path, li
 def setting(records: Sequence[Record]) -> list[str]:
     """Where, with what, and how often."""
     lines = []
-    for suite in distinct(records, "suite"):
-        own = select(records, suite=suite, stage="main")
-        if own:
-            seeds = sorted(set(distinct(own, "seed")))
-            what = f"{listed(distinct(own, 'backbone'))}; {listed(distinct(own, 'domain'))}"
-            lines.append(
-                f"* {SUITES.get(suite, suite)}: {what}; {len(seeds)} seeds ({listed(seeds)}); {len(own)} records."
-            )
+    main = select(records, stage="main")
+    for suite, backbone in dict.fromkeys((record["suite"], record["backbone"]) for record in main):
+        own = select(main, suite=suite, backbone=backbone)
+        seeds = sorted(set(distinct(own, "seed")))
+        what = f"{backbone}; {listed(distinct(own, 'domain'))}"
+        lines.append(f"* {SUITES.get(suite, suite)}: {what}; {len(seeds)} seeds ({listed(seeds)}); {len(own)} records.")
     for name, title in (("hardware", "Hardware"), ("versions", "Versions"), ("commit", "Commits")):
         values = list(dict.fromkeys(_plain(record[name]) for record in records if record.get(name)))
         if values:
@@ -171,31 +166,3 @@ def _resolution(grid: Grid, suite: str) -> str:
         f"{error / gap:.0%} of the gap from LoRA to full fine-tuning, {gap:.{digits}f}. (Differences of two runs are "
         "taken on the same samples, and vary less.)"
     )
-
-
-def _other_rank(records: Sequence[Record], suite: str) -> str:
-    """What the command line has to say of a rank that isn't the suite's: tuning is of one rank, and so is a file."""
-    ranks = [rank for rank in distinct(select(records, stage="main"), "rank") if rank not in (None, RANKS.get(suite))]
-    return f" --set rank={ranks[0]} --output {FOLDER}/rank{ranks[0]}/{suite}.jsonl" if ranks else ""
-
-
-def repeat(records: Sequence[Record]) -> list[str]:
-    """The commands, one for each section, and the one that makes the report."""
-    lines = []
-    for suite in distinct(records, "suite"):
-        for backbone in distinct(select(records, suite=suite), "backbone"):
-            own = select(records, suite=suite, backbone=backbone)
-            stages = " ".join(stage for stage in STAGES if stage in distinct(own, "stage"))
-            variants = [name for name in VARIANTS if name in distinct(own, "method")]
-            methods = f" --methods {' '.join((*MUST, *variants))}" if variants else ""
-            where = f"--modality {suite} --backbones {backbone}{_other_rank(own, suite)}"
-            lines.append(f"python examples/benchmark_quality.py {where} --stages {stages}{methods}")
-    folder = f"{FOLDER}/*" if any("--output" in line for line in lines) else FOLDER
-    lines.append(f"python examples/report_quality.py --results {folder}/*.jsonl --output {FOLDER}/RESULTS.md")
-    return [
-        "## How to repeat it",
-        "Each line of the results holds the settings, versions and commit of a run. The first commands run what is "
-        f"missing and append it to files in {FOLDER}, so they go on where they were stopped; the last makes this "
-        "page and its pictures, from results alone. `--help` tells how to run a part.",
-        "```bash\n" + "\n".join(lines) + "\n```",
-    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quality.jobs import Job
-from quality.suites import Settings, Suite
+from quality.suites import TUNE_DOMAINS, Settings, Suite
 from quality.text.domains import DOMAINS
 from quality.text.runs import text_records
 from quality.trials import beside, rates, with_core
@@ -65,7 +65,7 @@ SUITE = Suite(
     name="text",
     backbones=("llada-tiny", "dream-tiny"),
     domains=tuple(DOMAINS),
-    tune_domains=("commonsense",),
+    tune_domains=TUNE_DOMAINS["text"],
     others=("rslora", "pissa", "hira", "vera", "adalora", "oft", "prompt_tuning", "p_tuning"),
     trials=trials,
     ablations=ABLATIONS,

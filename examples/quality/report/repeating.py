@@ -1,0 +1,56 @@
+"""The commands that make the results and the report once more, as the records say what was run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quality.jobs import SEEDS, STAGES
+from quality.report.data import Record, distinct, select
+from quality.suites import MUST, RANKS, TUNE_DOMAINS
+from quality.variants import VARIANTS
+
+FOLDER = "outputs/quality"
+
+
+def repeat(records: Sequence[Record]) -> list[str]:
+    """The commands, one for each backbone, and the one that makes the report."""
+    lines = []
+    for suite in distinct(records, "suite"):
+        for backbone in distinct(select(records, suite=suite), "backbone"):
+            own = select(records, suite=suite, backbone=backbone)
+            where = ["--modality", suite, "--backbones", backbone, *_other_rank(own, suite)]
+            words = ["python examples/benchmark_quality.py", *where, *_stages(own), *_chosen(own, suite)]
+            lines.append(" ".join(words))
+    folder = f"{FOLDER}/*" if any("--output" in line for line in lines) else FOLDER
+    lines.append(f"python examples/report_quality.py --results {folder}/*.jsonl --output {FOLDER}/RESULTS.md")
+    return [
+        "## How to repeat it",
+        "Each line of the results holds the settings, versions and commit of a run. The first commands run what is "
+        f"missing and append it to files in {FOLDER}, so they go on where they were stopped; the last makes this "
+        "page and its pictures, from results alone. `--help` tells how to run a part.",
+        "```bash\n" + "\n".join(lines) + "\n```",
+    ]
+
+
+def _other_rank(records: Sequence[Record], suite: str) -> list[str]:
+    """What the command line has to say of a rank that isn't the suite's: tuning is of one rank, and so is a file."""
+    ranks = [rank for rank in distinct(select(records, stage="main"), "rank") if rank not in (None, RANKS.get(suite))]
+    return ["--set", f"rank={ranks[0]}", "--output", f"{FOLDER}/rank{ranks[0]}/{suite}.jsonl"] if ranks else []
+
+
+def _stages(records: Sequence[Record]) -> list[str]:
+    found = distinct(records, "stage")
+    return ["--stages", *(stage for stage in STAGES if stage in found)]
+
+
+def _chosen(records: Sequence[Record], suite: str) -> list[str]:
+    """Variants, domains for tuning and seeds, where they are others than the command's own."""
+    variants = [name for name in VARIANTS if name in distinct(records, "method")]
+    tried = distinct(select(records, stage="tune"), "domain")
+    seeds = sorted(distinct(select(records, stage="main"), "seed"))
+    options = ["--methods", *MUST, *variants] if variants else []
+    if tried and set(tried) != set(TUNE_DOMAINS.get(suite, ())):
+        options += ["--tune_domains", *tried]
+    if set(seeds) - set(SEEDS):
+        options += ["--seeds", *map(str, seeds)]
+    return options
