@@ -14,6 +14,7 @@ Stages, each for the chosen backbones and domains:
               trained one evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed")
     single    the other methods on one seed
     ablation  NaRA, NaRA-Knots and LoRA with other settings, on one domain and three seeds
+    cost      a step of each method and one of LoRA in turn: time, memory, parameters; with nothing else running
 
 All methods of a seed see the same questions in the same order, under the same masks (images: the same noise). A run
 takes about half a minute of one core; --dry_run counts them. Each run becomes one line of --output (with controls: a
@@ -46,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_argument_group("what to run")
     what.add_argument("--modality", choices=("text", "images"), default="text", help="the suite (default: text)")
     what.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=["tune", "main"], help="one after another (default: tune main)"
+        "--stages", nargs="+", choices=STAGES, help="one after another (default: tune main, with --untuned main)"
     )
     what.add_argument("--backbones", nargs="+", help="default: all of the suite")
     what.add_argument("--domains", nargs="+", help="domains of questions, or subjects of images (default: all)")
@@ -71,7 +72,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--output", type=Path, help="the results file (default: outputs/quality/MODALITY.jsonl)")
     how.add_argument("--shard", default="0/1", help="do every N-th run, k/N: one process each (default: 0/1)")
     how.add_argument("--dry_run", action="store_true", help="list what is left to run, and end")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.untuned and "tune" in (args.stages or ()):
+        parser.error("--untuned takes no learning rates from tuning, but --stages has tune: leave out one of them")
+    args.stages = args.stages or (["main"] if args.untuned else ["tune", "main"])
+    return args
 
 
 def select(suite: Suite, args: argparse.Namespace) -> Selection:

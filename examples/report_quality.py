@@ -4,7 +4,7 @@
     python examples/report_quality.py --results examples/results/rank4/*.jsonl --notes docs/rank4/notes.md \\
         --output docs/rank4/RESULTS.md --figures docs/rank4/figures
 
-The prose comes from docs/results_notes.md, which people write, below the headings "# Summary", "# Setting",
+The prose comes from docs/results_notes.md or --notes, which people write, below the headings "# Summary", "# Setting",
 "# Learned" and "# Failed"; none of them has to be there. What stands below "# Text" and "# Images" says how a suite was
 measured, where that was otherwise than now.
 """
@@ -18,10 +18,12 @@ from pathlib import Path
 
 from quality.report.data import read_records
 from quality.report.document import document, read_notes
+from quality.report.markdown import rebased
 
 from nara_diffusion.whole import whole_file
 
 ROOT = Path(__file__).parents[1]
+NOTES = ROOT / "docs" / "results_notes.md"  # of the results in examples/results; its links are those of RESULTS.md
 
 
 def main(
@@ -34,7 +36,8 @@ def main(
 
     Args:
         results: JSON Lines files; None means examples/results/*.jsonl.
-        notes: the hand-written parts; None means docs/results_notes.md.
+        notes: the hand-written parts; None means docs/results_notes.md with the results that it speaks of, which are
+            those of `results` None, and no such parts with others.
         output: None means RESULTS.md.
         figures: folder of the pictures; None means docs/results beside `output`.
 
@@ -45,7 +48,11 @@ def main(
     output = output or ROOT / "RESULTS.md"
     figures = figures or output.parent / "docs" / "results"
     link = os.path.relpath(figures, output.parent).replace(os.sep, "/")
-    text = document(read_records(files), read_notes(notes or ROOT / "docs" / "results_notes.md"), figures, link)
+    if notes is None and results is None:
+        prose = {name: rebased(text, ROOT, output.parent) for name, text in read_notes(NOTES).items()}
+    else:
+        prose = read_notes(notes)
+    text = document(read_records(files), prose, figures, link)
     with whole_file(output) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"{output} and {len(list(figures.glob('*.png')))} pictures in {figures}")
@@ -55,7 +62,9 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", nargs="+", type=Path, help="JSON Lines files (default: examples/results/*.jsonl)")
-    parser.add_argument("--notes", type=Path, help="hand-written parts (default: docs/results_notes.md)")
+    parser.add_argument(
+        "--notes", type=Path, help="hand-written parts (default: docs/results_notes.md, but of --results none)"
+    )
     parser.add_argument("--output", type=Path, help="default: RESULTS.md")
     parser.add_argument("--figures", type=Path, help="folder of its pictures (default: docs/results beside --output)")
     try:

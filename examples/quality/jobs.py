@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-STAGES = ("tune", "main", "single", "ablation")
+COST = "cost"
+STAGES = ("tune", "main", "single", "ablation", COST)
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
 ABLATION_SEEDS = 3
@@ -17,7 +18,8 @@ ABLATION_SEEDS = 3
 class Job:
     """Attributes:
     suite: "text" or "images".
-    stage: "tune" (a trial of learning rates), "main" (all seeds), "single" (one seed) or "ablation".
+    stage: "tune" (a trial of learning rates), "main" (all seeds), "single" (one seed), "ablation" or
+        "cost" (a step's time beside LoRA's).
     backbone, domain, method, control, seed: as the records have them.
     settings: of the run, beside the learning rates that tuning chose.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from quality.jobs import ABLATION_SEEDS, TUNING_SEED, Job
+from quality.jobs import ABLATION_SEEDS, COST, TUNING_SEED, Job
 from quality.suites import CONTROLS, Suite
 from quality.variants import is_noise_aware
 
@@ -32,7 +32,7 @@ class Selection:
 
 def jobs_of(suite: Suite, stage: str, selection: Selection) -> list[Job]:
     """The jobs of one stage."""
-    stages = {"tune": _tune, "main": _main, "single": _single, "ablation": _ablation}
+    stages = {"tune": _tune, "main": _main, "single": _single, "ablation": _ablation, COST: _cost}
     return list(stages[stage](suite, selection))
 
 
@@ -68,3 +68,9 @@ def _ablation(suite: Suite, selection: Selection) -> Iterator[Job]:
             if method in selection.methods:
                 settings = {**selection.settings, **ablation}
                 yield Job(suite.name, "ablation", backbone, suite.ablation_domain, method, None, seed, settings)
+
+
+def _cost(suite: Suite, selection: Selection) -> Iterator[Job]:
+    """One run for each method: what a step costs depends on neither domain nor seed."""
+    for backbone, method in product(selection.backbones, (*selection.methods, *selection.others)):
+        yield Job(suite.name, COST, backbone, selection.domains[0], method, None, 0, selection.settings)

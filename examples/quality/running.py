@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from quality import results
-from quality.jobs import Job, finished
+from quality.jobs import COST, Job, finished
 from quality.suites import Settings, Suite
 from quality.tuning import RATES, tuned
 from quality.variants import resolve
@@ -85,7 +85,7 @@ def _rates(suite: Suite, job: Job, records: Sequence[Mapping[str, Any]], untuned
     if job.stage == "tune" or any(name in job.settings for name in RATES):
         return {}
     trials = suite.trials(job.method)
-    return trials[0] if untuned else tuned(records, job, trials)
+    return trials[0] if untuned or job.stage == COST else tuned(records, job, trials)
 
 
 def _diverged(job: Job) -> dict[str, Any]:

@@ -42,12 +42,19 @@ def test_one_command_tunes_and_compares_and_does_nothing_twice(tmp_path, capsys)
 
 
 def test_dry_run_lists_all_stages_without_a_file(tmp_path, capsys):
-    assert main("--stages", "tune", "main", "single", "ablation", "--output", tmp_path / "none.jsonl", "--dry_run") == 0
+    stages = ("tune", "main", "single", "ablation", "cost")
+    assert main("--stages", *stages, "--output", tmp_path / "none.jsonl", "--dry_run") == 0
     printed = capsys.readouterr().out
-    assert [line.split(":")[0] for line in printed.splitlines() if not line.startswith(" ")] == [
-        "tune", "main", "single", "ablation",
-    ]  # fmt: skip
+    assert [line.split(":")[0] for line in printed.splitlines() if not line.startswith(" ")] == list(stages)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_untuned_runs_try_no_rates(tmp_path, capsys):
+    assert main(*FEW, "--untuned", "--output", tmp_path / "none.jsonl", "--dry_run") == 0
+    assert capsys.readouterr().out.startswith("main: 20 of 20 runs left")
+    with pytest.raises(SystemExit):
+        main(*FEW, "--untuned", "--stages", "tune", "main", "--dry_run")
+    assert "--stages has tune: leave out one of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

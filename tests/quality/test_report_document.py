@@ -6,11 +6,13 @@ from importlib import import_module
 import pytest
 from quality.report.design import DESIGN
 from quality.report.document import hours, read_notes, setting
+from quality.report.markdown import rebased
 from quality.report.repeating import repeat
 from quality.suites import MUST, RANKS
 
 from tests.quality.report_records import record, runs
 
+COST = {"parameters_ratio": 2.0, "memory_ratio": 1.0, "step_ratio": 1.0, "step_ratio_quartiles": [1.0, 1.0]}
 NOTES = "# Summary\n\nNaRA wins by a hair.\n\n# Failed\n\n* λ² as an input.\n"
 
 
@@ -24,6 +26,7 @@ def files(tmp_path):
         *runs("nara", [1.0, 1.1], control="mean_core", **where),
         record("vera", 0, [1.5, 1.5], stage="single"),
         *runs("nara", [0.8, 0.9], stage="ablation", settings={"core_scale": 1.0}),
+        record("nara", 0, [1, 1], stage="cost", **COST),
     ]
     for method in ("lora", "nara"):
         scores = {"similarity": 0.6, "text_alignment": 0.5}
@@ -52,7 +55,7 @@ def test_the_report_holds_all_sections_and_its_pictures(files):
     assert "* λ² as an input." in text
     assert "abc123" in text
     assert "--modality text --backbones tiny --set rank=4 --output outputs/quality/rank4/text.jsonl" in text
-    assert "/text.jsonl --stages main single ablation\n" in text
+    assert "/text.jsonl --stages main single ablation cost\n" in text
     for picture in ("text-tiny-loss", "text-tiny-controls", "images-sdxl-tiny-loss"):
         assert f"(docs/results/{picture}.png)" in text
         assert (files / "docs" / "results" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
@@ -97,7 +100,10 @@ def test_what_is_repeated_names_a_rank_that_isnt_the_suites():
     assert (
         "--backbones tiny --set rank=3 --output outputs/quality/rank3/text.jsonl --stages main\n" in repeat(other)[-1]
     )
-    assert "--results outputs/quality/*/*.jsonl" in repeat(other)[-1]
+    assert "--results outputs/quality/rank3/*.jsonl --output outputs/quality/rank3/RESULTS.md" in repeat(other)[-1]
+    files = "--results outputs/quality/rank3/*.jsonl outputs/quality/*.jsonl --output outputs/quality/RESULTS.md"
+    images = record("lora", 0, [1, 1], suite="images", rank=RANKS["images"])
+    assert files in repeat([*other, images])[-1]
 
 
 def test_what_is_repeated_names_domains_of_tuning_and_seeds_that_arent_the_usual_ones():
@@ -119,6 +125,21 @@ def test_pictures_go_where_they_are_told_to(files):
     text = main([files / "results.jsonl"], files / "notes.md", files / "own" / "R.md", files / "own" / "pictures")
     assert "(pictures/text-tiny-loss.png)" in text
     assert (files / "own" / "pictures" / "text-tiny-loss.png").exists()
+
+
+def test_other_results_dont_get_the_prose_of_the_committed_ones(files):
+    main = import_module("report_quality").main
+    text = main([files / "results.jsonl"], None, files / "R.md", files / "pictures")
+    assert "## What was learned" not in text
+    assert text.startswith("# Results\n\n## Setting\n\n* Text: tiny")
+
+
+def test_links_of_notes_lead_to_the_same_file_from_another_folder(tmp_path):
+    text = "[a](docs/a.md) ![b](b.png) [c](https://x.org/y) [d](#e) [f](/g)"
+    assert rebased(text, tmp_path, tmp_path / "outputs" / "here") == (
+        "[a](../../docs/a.md) ![b](../../b.png) [c](https://x.org/y) [d](#e) [f](/g)"
+    )
+    assert rebased(text, tmp_path, tmp_path) == text
 
 
 def test_records_of_one_run_share_its_time():

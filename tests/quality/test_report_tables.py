@@ -1,6 +1,7 @@
 """The report's tables on made-up results: every figure can be checked by hand."""
 
 from quality.report.ablations import ablations_table, singles_table, tuning_table
+from quality.report.cost import cost_table
 from quality.report.data import Arm, Grid
 from quality.report.goals import goals_table
 from quality.report.markdown import percent, signed
@@ -8,7 +9,6 @@ from quality.report.names import LOSS, Measure, loss_of, ordered, title
 from quality.report.tables import (
     bins_table,
     controls_table,
-    cost_table,
     domains_table,
     quality_table,
     rates_table,
@@ -111,6 +111,11 @@ def test_controls_keep_a_share_of_the_gain():
     assert controls_table(Grid.of(runs("lora", [1, 2])), LOSS) is None
 
 
+def test_a_gain_that_isnt_clear_of_zero_has_no_share_to_keep():
+    unclear = [*runs("lora", [1.0, 1.1]), *runs("nara", [0.9, 1.15]), *runs("nara", [1.1, 1.2], control="constant")]
+    assert cells(controls_table(Grid.of(unclear), LOSS) or "")["NaRA, trained with λ = 0.5"][3] == "–"
+
+
 def test_a_gain_that_isnt_there_cant_be_kept_and_more_may_be_better():
     records = [*runs("lora", [1.0, 1.1]), *runs("nara", [1.2, 1.3]), *runs("nara", [1.1, 1.2], control="constant")]
     assert cells(controls_table(Grid.of(records), LOSS) or "")["NaRA, trained with λ = 0.5"][3] == "–"
@@ -118,19 +123,12 @@ def test_a_gain_that_isnt_there_cant_be_kept_and_more_may_be_better():
     assert cells(controls_table(Grid.of(records), alignment) or "")["NaRA, trained with λ = 0.5"][3] == "50 %"
 
 
-def test_cost_is_relative_to_loras_run_of_the_same_seed():
-    records = [
-        record("lora", 0, [1, 1], step_ms=10.0, peak_memory_mib=8.0),
-        record("lora", 1, [1, 1], step_ms=40.0, peak_memory_mib=8.0),
-        record("nara", 0, [1, 1], step_ms=20.0, peak_memory_mib=10.0, trainable_parameters=2500),
-        record("nara", 1, [1, 1], step_ms=80.0, peak_memory_mib=10.0, trainable_parameters=2500),
-        record("base", 0, [1, 1], step_ms=None, peak_memory_mib=None, trainable_parameters=0),
-    ]
-    rows = cells(cost_table(Grid.of(records)))
-    assert rows["NaRA"] == ["2 500", "2.50", "50", "2.00", "1.25"]
-    records[3]["step_ms"] = 180.0
-    assert cells(cost_table(Grid.of(records)))["NaRA"][3] == "3.00 (2.00 to 4.50)"
-    assert "the backbone as it is" not in rows
+def test_cost_stands_beside_loras_of_the_same_process():
+    own = {"step_ms": 50.4, "step_ratio": 2.0, "step_ratio_quartiles": [1.9, 2.104], "trainable_parameters": 2500}
+    nara = record("nara", 0, [1, 1], stage="cost", parameters_ratio=2.5, memory_ratio=1.25, **own)
+    lora = {**nara, "method": "lora", "step_ratio": 1.0}
+    assert list(cells(cost_table([nara, lora])))[1:] == ["LoRA", "NaRA"]
+    assert cells(cost_table([nara, lora]))["NaRA"] == ["2 500", "2.50", "50", "2.00 (1.90 to 2.10)", "1.25"]
 
 
 def test_settings_of_domains_that_agree_share_a_row():
@@ -186,6 +184,9 @@ def test_goals_of_images():
     assert [row[1] for row in list(cells(better).values())[1:]] == ["yes", "yes", "yes"]
     worse = goals_table(Grid.of([*base, *image("nara", [0.4, 0.5, 0.6], [0.5, 0.6, 0.7])]), "images") or ""
     assert [row[1] for row in list(cells(worse).values())[1:]] == ["no", "yes", "no"]
+    # less by little, and clear of zero
+    less = goals_table(Grid.of([*base, *image("nara", [0.496, 0.596, 0.696], [0.5, 0.6, 0.7])]), "images") or ""
+    assert [row[1] for row in list(cells(less).values())[1:]] == ["no", "yes", "no"]
     # an interval that holds zero because it is wide says nothing
     wide = goals_table(Grid.of([*base, *image("nara", [0.45, 0.65, 0.7], [0.5, 0.6, 0.7])]), "images") or ""
     assert [row[1] for row in list(cells(wide).values())[1:]] == ["no", "yes", "no"]

@@ -24,7 +24,6 @@ from quality.strips import packed
 
 TUNE, MAIN = "tune", "main"
 SHOWN_SEED = 0  # whose samples the report shows
-"""Learning rates are chosen on a subject that the comparison doesn't have."""
 
 
 def run_one_image(subject: str, method: str, seed: int, **overrides: Any) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def image_records(
     torch.manual_seed(seed)
     model = adapted(task.pipe, method, args)
     trained = None if method == BASE else train(task, model, args, control, progress)
-    common = _description(subject, method, seed, stage, args, overrides) | _cost(model, trained)
+    common = description(subject, method, seed, stage, args, overrides) | _cost(model, trained)
     if evaluated is None:
         evaluated = EVALUATED_CONTROLS if method in NOISE_AWARE and control is None and stage != TUNE else ()
     records = []
@@ -89,9 +88,10 @@ def check(method: str, control: str | None) -> None:
         raise ValueError(f"method {method!r} knows no λ that control {control!r} could replace.")
 
 
-def _description(
+def description(
     subject: str, method: str, seed: int, stage: str, args: Any, overrides: dict[str, Any]
 ) -> dict[str, Any]:
+    """What a record says of a run before it began."""
     is_trained = method != BASE
     return {
         "suite": "images",
@@ -108,9 +108,13 @@ def _description(
     }
 
 
+def trainable_parameters(model: AdaptedUNet) -> int:
+    return sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
+
+
 def _cost(model: AdaptedUNet, trained: Trained | None) -> dict[str, Any]:
     return {
-        "trainable_parameters": sum(p.numel() for p in model.unet.parameters() if p.requires_grad),
+        "trainable_parameters": trainable_parameters(model),
         "step_ms": trained and round(trained.step_ms, 2),
         "peak_memory_mib": trained and round(trained.peak_memory_mib, 2),
     }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from quality.images.cost import image_cost
 from quality.images.methods import NAMES
 from quality.images.runs import image_records
 from quality.images.subjects import BACKBONE, SUBJECTS
-from quality.jobs import Job
+from quality.jobs import COST, Job
 from quality.suites import MUST, TUNE_DOMAINS, Settings, Suite
 from quality.trials import beside, rates, with_core
 from quality.variants import resolve
@@ -41,6 +42,8 @@ def trials(method: str) -> tuple[Settings, ...]:
 
 def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
     """The records of `job`, whose backbone is the only one that there is."""
+    if job.stage == COST:
+        return [image_cost(job.domain, job.method, settings, job.settings)]
     options = {"stage": job.stage, "control": job.control, "progress": False}
     return image_records(job.domain, job.method, job.seed, **options, **settings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -23,6 +23,7 @@ from quality.images.controls import shuffled_noise_levels, while_training
 from quality.images.methods import AdaptedUNet
 from quality.images.subjects import SIZE
 from quality.images.task import ImageTask
+from quality.step_cost import Step
 from quality.step_memory import step_memory_mib
 
 
@@ -53,19 +54,34 @@ def train(task: ImageTask, adapted: AdaptedUNet, args: Any, control: str | None,
     Raises:
         ArithmeticError: the loss is no longer finite.
     """
-    denoiser = ControlledDenoiser(adapted.unet, control)
+    memory = peak_memory(task, adapted, args, control)
+    times = [step.seconds for step in steps(task, adapted, args, control, progress)]
+    adapted.unet.eval()
+    return Trained(1000 * median(times), memory)
+
+
+def peak_memory(task: ImageTask, adapted: AdaptedUNet, args: Any, control: str | None = None) -> float:
+    """MiB of the first step, counted in tensors; nothing is trained."""
+    denoiser = ControlledDenoiser(adapted.unet, control).train()
+    compute_loss = _loss_of(task, denoiser, args)
+    return step_memory_mib(denoiser, lambda: compute_loss(0))
+
+
+def steps(
+    task: ImageTask, adapted: AdaptedUNet, args: Any, control: str | None = None, progress: bool = False
+) -> Iterator[Step]:
+    """The training itself, a step each time that one is asked for; see `train`."""
+    denoiser = ControlledDenoiser(adapted.unet, control).train()
     compute_loss = _loss_of(task, denoiser, args)
     optimizer = build_optimizer(denoiser, args, fused=True)
     schedule = build_scheduler(optimizer, args, args.max_train_steps)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
-    times = []
-    denoiser.train()
-    memory = step_memory_mib(denoiser, lambda: compute_loss(0))
     for number in tqdm(range(args.max_train_steps), desc="train", unit="step", leave=False, disable=not progress):
         started = time.perf_counter()
         loss = compute_loss(number) + orthogonality(adapted.adalora)
+        value = loss.item()
         if not loss.isfinite():
-            raise ArithmeticError(f"the loss became {loss.item()} in step {number + 1}: lower the learning rate.")
+            raise ArithmeticError(f"the loss became {value} in step {number + 1}: lower the learning rate.")
         loss.backward()
         if number < args.core_start_step:
             hold_core(optimizer)
@@ -75,9 +91,7 @@ def train(task: ImageTask, adapted: AdaptedUNet, args: Any, control: str | None,
         schedule.step()
         allocate_ranks(adapted.adalora, number + 1)
         optimizer.zero_grad()
-        times.append(time.perf_counter() - started)
-    denoiser.eval()
-    return Trained(1000 * median(times), memory)
+        yield Step(value, time.perf_counter() - started)
 
 
 def _loss_of(task: ImageTask, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:

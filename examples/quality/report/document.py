@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quality.jobs import COST
 from quality.report.ablations import ablations_table, singles_table, tuning_table
+from quality.report.cost import cost_table
 from quality.report.data import Grid, Record, distinct, select
 from quality.report.design import DESIGN
 from quality.report.figures import controls_figure, loss_figure
@@ -19,7 +21,6 @@ from quality.report.samples import samples_sheet
 from quality.report.tables import (
     bins_table,
     controls_table,
-    cost_table,
     domains_table,
     quality_table,
     rates_table,
@@ -32,6 +33,10 @@ order, the same noise levels and the same noise or masks; its 95 % interval over
 brackets, and it is **bold** where that interval doesn't hold zero. *Gap closed* is (LoRA − method) / (LoRA − full
 fine-tuning) of the mean loss. Bins of λ are tenths of [0, 1], named by their middle; 1 is pure noise; in the tables
 over them a difference stands ± half the width of its 95 % interval."""
+COST_NOTE = """\
+A step of each method and one of LoRA, in turn, forty of each in one process: the median time of a step, and the median
+of the pairs' ratios with their quartiles. Memory is what a step holds at its largest, counted in tensors (weights,
+gradients, Adam's moments, what the forward keeps for the backward), without the temporaries of single operations."""
 BY_DOMAIN = """\
 Domain by domain, the difference to LoRA, of DoRA's variants to DoRA, and of a control to what it controls:"""
 NOTES = ("summary", "setting", "text", "images", "learned", "failed")
@@ -128,9 +133,11 @@ def section(
         if controls_figure(grid, figures / f"{stem}-controls.png", name):
             parts.append(f"![controls over λ]({link}/{stem}-controls.png)")
         parts += sheets(grid, figures, link, stem)
-        parts += ["### Cost", cost_table(grid), "### Settings, as tuned", rates_table(grid)]
+        parts += ["### Settings, as tuned", rates_table(grid)]
     tried = select(records, stage="tune")
     parts += ["### Learning rates that were tried", tuning_table(tried)] if tried else []
+    priced = select(records, stage=COST)
+    parts += ["### Cost", COST_NOTE, cost_table(priced)] if priced else []
     for stage, heading, make in (("single", "One seed", singles_table), ("ablation", "Ablations", ablations_table)):
         own = select(records, stage=stage)
         parts += [f"### {heading}", make(own, main)] if own else []

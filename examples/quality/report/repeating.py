@@ -14,28 +14,32 @@ FOLDER = "outputs/quality"
 
 def repeat(records: Sequence[Record]) -> list[str]:
     """The commands, one for each backbone, and the one that makes the report."""
-    lines = []
+    lines, folders = [], []
     for suite in distinct(records, "suite"):
         for backbone in distinct(select(records, suite=suite), "backbone"):
             own = select(records, suite=suite, backbone=backbone)
-            where = ["--modality", suite, "--backbones", backbone, *_other_rank(own, suite)]
-            words = ["python examples/benchmark_quality.py", *where, *_stages(own), *_chosen(own, suite)]
-            lines.append(" ".join(words))
-    folder = f"{FOLDER}/*" if any("--output" in line for line in lines) else FOLDER
-    lines.append(f"python examples/report_quality.py --results {folder}/*.jsonl --output {FOLDER}/RESULTS.md")
+            rank = _other_rank(own, suite)
+            folders.append(FOLDER if rank is None else f"{FOLDER}/rank{rank}")
+            words = ["python examples/benchmark_quality.py --modality", suite, "--backbones", backbone]
+            if rank is not None:
+                words += ["--set", f"rank={rank}", "--output", f"{folders[-1]}/{suite}.jsonl"]
+            lines.append(" ".join([*words, *_stages(own), *_chosen(own, suite)]))
+    files = [f"{folder}/*.jsonl" for folder in dict.fromkeys(folders)]
+    output = folders[0] if len(files) == 1 else FOLDER
+    lines.append(f"python examples/report_quality.py --results {' '.join(files)} --output {output}/RESULTS.md")
     return [
         "## How to repeat it",
         "Each line of the results holds the settings, versions and commit of a run. The first commands run what is "
         f"missing and append it to files in {FOLDER}, so they go on where they were stopped; the last makes this "
-        "page and its pictures, from results alone. `--help` tells how to run a part.",
+        "page's tables and pictures, from results alone. `--help` tells how to run a part.",
         "```bash\n" + "\n".join(lines) + "\n```",
     ]
 
 
-def _other_rank(records: Sequence[Record], suite: str) -> list[str]:
-    """What the command line has to say of a rank that isn't the suite's: tuning is of one rank, and so is a file."""
+def _other_rank(records: Sequence[Record], suite: str) -> int | None:
+    """A rank that isn't the suite's, which the command line has to name: tuning is of one rank, and so is a file."""
     ranks = [rank for rank in distinct(select(records, stage="main"), "rank") if rank not in (None, RANKS.get(suite))]
-    return ["--set", f"rank={ranks[0]}", "--output", f"{FOLDER}/rank{ranks[0]}/{suite}.jsonl"] if ranks else []
+    return ranks[0] if ranks else None
 
 
 def _stages(records: Sequence[Record]) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from quality.report.data import Arm, Grid, Record, Value
+from quality.report.data import Arm, Grid, Record, Value, above_zero, below_zero
 from quality.report.markdown import NOTHING, change, difference, percent, spread, table
 from quality.report.names import (
     BASE,
@@ -118,46 +117,14 @@ def controls_table(grid: Grid, measure: Measure) -> str | None:
 
 
 def kept(grid: Grid, control: Arm, measure: Measure) -> str:
-    """(control − baseline) / (method − baseline): 100 % where knowing λ plays no part, nothing without a gain."""
+    """(control − baseline) / (method − baseline): 100 % where knowing λ plays no part; of a gain clear of zero only."""
     baseline = baseline_of(control.method)
     own = grid.difference(control, baseline, measure)
     gain = grid.difference(Arm(control.method), baseline, measure)
-    if own is None or gain is None or (gain.mean >= 0 if measure.lower_is_better else gain.mean <= 0):
+    gained = below_zero if measure.lower_is_better else above_zero
+    if own is None or gain is None or not gained(gain):
         return NOTHING
     return percent(own.mean / gain.mean)
-
-
-def cost_table(grid: Grid) -> str:
-    """Parameters, and time and memory relative to LoRA's run of the same domain and seed: geometric means, of the time
-    with the range over runs, which says how quiet the machine was."""
-    rows = []
-    for arm in ordered([arm for arm in grid.arms if arm.control is None and arm.method != BASE]):
-        records = grid.records(arm)
-        parameters = fmean(record["trainable_parameters"] for record in records)
-        own = fmean(record["step_ms"] for record in records)
-        rows.append(
-            [
-                title(arm),
-                f"{parameters:,.0f}".replace(",", " "),
-                _ratio(grid, arm, "trainable_parameters"),
-                f"{own:.0f}",
-                _ratio(grid, arm, "step_ms", with_range=True),
-                _ratio(grid, arm, "peak_memory_mib"),
-            ]
-        )
-    return table(["", "parameters", "/ LoRA's", "ms a step", "/ LoRA's", "peak memory / LoRA's"], rows)
-
-
-def _ratio(grid: Grid, arm: Arm, key: str, *, with_range: bool = False) -> str:
-    logs = []
-    for (own, domain, seed), record in grid.cells.items():
-        other = grid.cells.get((LORA, domain, seed))
-        if own == arm and other is not None and record.get(key) and other.get(key):
-            logs.append(math.log(record[key] / other[key]))
-    if not logs:
-        return NOTHING
-    mean, low, high = (f"{math.exp(value):.2f}" for value in (fmean(logs), min(logs), max(logs)))
-    return f"{mean} ({low} to {high})" if with_range and low != high else mean
 
 
 def rates_table(grid: Grid) -> str:

@@ -84,7 +84,8 @@ def text_records(
     if method != BASE:
         with while_training(model, control, seed):
             trained = train(model, task.data.train, recipe, seed)
-    common = _description(backbone, domain, method, seed, stage, recipe) | _cost(model, task, recipe, trained)
+    common = description(backbone, domain, method, seed, stage, recipe)
+    common |= size(model, task, recipe) | _time(recipe, trained)
     if evaluated is None:
         evaluated = EVALUATED if is_noise_aware(method) and control is None and stage != TUNE else ()
     records = []
@@ -121,7 +122,8 @@ def _backbone(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_backbone(str(folder if folder.exists() else name))
 
 
-def _description(backbone: str, domain: str, method: str, seed: int, stage: str, recipe: Recipe) -> dict[str, Any]:
+def description(backbone: str, domain: str, method: str, seed: int, stage: str, recipe: Recipe) -> dict[str, Any]:
+    """What a record says of a run before it began."""
     is_trained = method != BASE
     return {
         "suite": "text",
@@ -138,20 +140,23 @@ def _description(backbone: str, domain: str, method: str, seed: int, stage: str,
     }
 
 
-def _cost(model: nn.Module, task: Task, recipe: Recipe, trained: Trained | None) -> dict[str, Any]:
-    cost: dict[str, Any] = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    if trained is None:
-        return cost | {"step_ms": None, "peak_memory_mib": None, "train_loss": None}
+def size(model: nn.Module, task: Task, recipe: Recipe) -> dict[str, Any]:
+    """How many numbers are trained, and the memory of a step of it (none of the backbone as it is)."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not parameters:
+        return {"trainable_parameters": 0, "peak_memory_mib": None}
     batch = next(batches(task.data.train, recipe, 0, mask_token_of(model)))
     model.train()
     memory = step_memory_mib(model, lambda: objective(model, batch, batch.noise_level))
     model.eval()
+    return {"trainable_parameters": parameters, "peak_memory_mib": round(memory, 2)}
+
+
+def _time(recipe: Recipe, trained: Trained | None) -> dict[str, Any]:
+    if trained is None:
+        return {"step_ms": None, "train_loss": None}
     last = trained.losses[-max(1, recipe.steps // 10) :]
-    return cost | {
-        "step_ms": round(trained.step_ms, 2),
-        "peak_memory_mib": round(memory, 2),
-        "train_loss": round(sum(last) / len(last), 6),
-    }
+    return {"step_ms": round(trained.step_ms, 2), "train_loss": round(sum(last) / len(last), 6)}
 
 
 def _measure(model: nn.Module, task: Task, recipe: Recipe, control: str | None, stage: str) -> dict[str, Any]:

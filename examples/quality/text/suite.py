@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from quality.jobs import Job
+from quality.jobs import COST, Job
 from quality.suites import TUNE_DOMAINS, Settings, Suite
+from quality.text.cost import text_cost
 from quality.text.domains import DOMAINS
 from quality.text.runs import text_records
 from quality.trials import beside, rates, with_core
@@ -56,6 +57,8 @@ def trials(method: str) -> tuple[Settings, ...]:
 
 def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
     """The records of `job`."""
+    if job.stage == COST:
+        return [text_cost(job.backbone, job.domain, job.method, settings, job.settings)]
     return text_records(
         job.backbone, job.domain, job.method, job.seed, stage=job.stage, control=job.control, **settings
     )

@@ -16,6 +16,7 @@ from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.training.adalora import adalora_models, allocate_ranks, orthogonality
 from nara_diffusion.training.optimization import CORE_MARK, hold_core
+from quality.step_cost import Step
 from quality.text.data import Rows
 from quality.text.recipe import Recipe
 
@@ -54,17 +55,25 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[in
     Raises:
         ArithmeticError: the loss is no longer finite.
     """
+    model.train()
+    done = list(steps(model, rows, recipe, seed, watch))
+    model.eval()
+    return Trained(1000 * statistics.median(step.seconds for step in done), [step.loss for step in done])
+
+
+def steps(
+    model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[int], None] | None = None
+) -> Iterator[Step]:
+    """The training itself, a step each time that one is asked for; see `train`."""
     optimizer, parameters = build_optimizer(model, recipe)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
     adaptive = adalora_models(model)
-    times, losses = [], []
-    model.train()
     for step, batch in enumerate(batches(rows, recipe, seed, mask_token_of(model))):
         began = time.perf_counter()
         loss = objective(model, batch, told(batch, recipe))
-        losses.append(loss.item())  # without AdaLoRA's penalty
+        value = loss.item()  # without AdaLoRA's penalty
         if not loss.isfinite():
-            raise ArithmeticError(f"the loss became {loss.item()} in step {step + 1} of {recipe.steps}")
+            raise ArithmeticError(f"the loss became {value} in step {step + 1} of {recipe.steps}")
         (loss + orthogonality(adaptive)).backward()
         if watch is not None:
             watch(step + 1)
@@ -75,9 +84,7 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[in
         allocate_ranks(adaptive, step + 1)
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        times.append(time.perf_counter() - began)
-    model.eval()
-    return Trained(1000 * statistics.median(times), losses)
+        yield Step(value, time.perf_counter() - began)
 
 
 def told(batch: MaskedBatch, recipe: Recipe) -> torch.Tensor:
