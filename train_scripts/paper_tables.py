@@ -8,10 +8,14 @@ Each run on eight GPUs; it is one, if nothing is said:
     python train_scripts/paper_tables.py --launch_arguments "--multi_gpu --num_processes 8"
 
 For each domain, method and seed it trains with train_scripts/dllm.py, evaluates with nara-eval, and writes the tables
-that can be made from what is there to OUTPUT_DIR/tables.md. Stopped, it goes on where it was when called again: what
-is done isn't repeated, a training continues from its last checkpoint, and an evaluation with the next question. Several
-machines can share the work, each called with other seeds or methods and the same output folder. Data that are missing
-are downloaded to --data_dir.
+that can be made from what is in OUTPUT_DIR, of earlier calls too, to OUTPUT_DIR/tables.md. Stopped, it goes on where
+it was when called again: what is done isn't repeated, a training continues from its last checkpoint, and an evaluation
+with the next question. A folder holds the runs of one model, precision and set of arguments: what a run was made with
+stands beside it, and a call with other settings is refused. Data that are missing are downloaded to --data_dir.
+
+Several machines can share the work, each called with other seeds or methods and the same output folder. The base is
+evaluated by the first call that comes to it, for all seeds; machines that begin together would each do it, so leave it
+out of --methods on all but one.
 
 The code domain runs programs that the model writes, so it needs --confirm_run_unsafe_code.
 
@@ -26,17 +30,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nara_diffusion.harness.download import download
 from nara_diffusion.harness.launching import with_processes
-from nara_diffusion.harness.paper import BASE, DOMAINS, EVALUATION, METHODS, TRAINING, Plan, Step
-from nara_diffusion.harness.paper_tables import scores, table
+from nara_diffusion.harness.paper import BASE, DOMAINS, EVALUATION, METHODS, TRAINING, Plan, Run, Step
+from nara_diffusion.harness.paper_settings import check, keep
+from nara_diffusion.harness.paper_tables import document
+from nara_diffusion.harness.shared import write_shared
 from nara_diffusion.training.cli import option, parse_arguments
 from nara_diffusion.training.methods import METHODS as ADAPTERS
-from nara_diffusion.whole import whole_file
 
 HERE = Path(__file__).parent
 TEXTS = ("--launch_arguments", "--train_arguments", "--evaluation_arguments")
@@ -46,13 +51,15 @@ TEXTS = ("--launch_arguments", "--train_arguments", "--evaluation_arguments")
 class PaperArguments:
     """What to run"""
 
-    output_dir: str = option("outputs/paper", "Folder of all runs and of tables.md.")
+    output_dir: str = option(
+        "outputs/paper", "Folder of all runs and of tables.md; of one model and one set of arguments."
+    )
     data_dir: str = option("data", "Folder of the data; what is missing is downloaded to it.")
     domains: list[str] = option(list(DOMAINS), "Tables to make.", choices=tuple(DOMAINS))
     methods: list[str] = option(
         list(METHODS), "Rows of the tables: base, or a value of dllm.py's --adapter.", choices=(BASE, *ADAPTERS)
     )
-    seeds: list[int] = option([42, 43, 44], "Of training; base is evaluated once, under the first.")
+    seeds: list[int] = option([42, 43, 44], "Of training; base is evaluated once, for all.")
     model: str = option("llada_instruct", "Configurations to use.", choices=("llada_instruct", "llada_base", "dream"))
     pretrained_model_name_or_path: str | None = option(None, "Model in place of the one that they name.")
     with_math: bool = option(False, "Ask MATH too in the math domain; needs pip install 'lm-eval[math]'.")
@@ -87,25 +94,26 @@ class PaperArguments:
 
 
 def main(args: PaperArguments) -> None:
-    """Runs what is left to run, and writes the tables after each evaluation."""
+    """Runs what is left to run, and writes the tables after each evaluation.
+
+    Raises:
+        ValueError: the output folder holds runs that were made with other settings.
+    """
     plan = plan_of(args)
-    runs = [
-        (domain, method, seed)
-        for seed in args.seeds  # a whole table with one seed first
-        for domain in args.domains
-        for method in args.methods
-        if method != BASE or seed == args.seeds[0]
-    ]
-    left = [step for run in runs for step in plan.steps(*run) if not step.is_done()]
+    check(plan, args.domains, args.methods)
+    left = [step for run in runs_of(plan, args) for step in plan.steps(*run) if not step.is_done()]
     print(f"{len(left)} steps are left to do in {args.output_dir}")
     if args.dry_run:
         show(plan, args, left)
         return
     fetch(plan, args.domains)
     failed: list[str] = []
-    for run in runs:
+    for run in runs_of(plan, args):
         for step in plan.steps(*run):
-            if not step.is_done() and not perform(step):
+            if step.is_done():
+                continue
+            keep(plan, run)
+            if not perform(step):
                 failed.append(step.title)
                 break
         write_tables(plan, args)
@@ -114,6 +122,17 @@ def main(args: PaperArguments) -> None:
     if failed:
         sys.exit("failed: " + "; ".join(failed) + ". What is done is kept: mend the cause, and call this again.")
     print((plan.output_dir / "tables.md").read_text(encoding="utf-8"))
+
+
+def runs_of(plan: Plan, args: PaperArguments) -> Iterator[Run]:
+    """The runs of this call, each looked for when its turn comes: another machine may have evaluated the base."""
+    for seed in args.seeds:  # a whole table with one seed first
+        for domain in args.domains:
+            for method in args.methods:
+                if method != BASE:
+                    yield domain, method, seed
+                elif seed == args.seeds[0]:
+                    yield plan.base_run(domain, seed)
 
 
 def plan_of(args: PaperArguments) -> Plan:
@@ -195,15 +214,13 @@ def perform(step: Step) -> bool:
 
 
 def write_tables(plan: Plan, args: PaperArguments) -> None:
-    """OUTPUT_DIR/tables.md, from all evaluations of these domains, methods and seeds that are there."""
-    parts = ["# Tables of arXiv 2605.29716, run again\n\nIn percent; mean ± standard deviation over seeds."]
-    for domain in args.domains:
-        found = scores(plan, domain, args.methods, args.seeds)
-        if found:
-            parts.append(f"## {domain}\n\n{table(domain, found)}")
-    plan.output_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(plan.output_dir / "tables.md") as partial:
-        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    """OUTPUT_DIR/tables.md, from all evaluations that are there, of whatever call.
+
+    Raises:
+        ValueError: another machine has added runs that were made with other settings.
+    """
+    check(plan, args.domains, args.methods)
+    write_shared(plan.output_dir / "tables.md", document(plan))
 
 
 if __name__ == "__main__":

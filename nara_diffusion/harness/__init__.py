@@ -14,6 +14,8 @@
 | `code_tasks`            | HumanEval and MBPP: which part of an answer is the program, pass@1                 |
 | `execution`, `limited`  | runs a program in a process of its own with limits                                 |
 | `paper`, `paper_tables` | the paper's experiments as commands, and their results as tables                   |
+| `paper_settings`        | what a run was made with, so that none passes for another's                        |
+| `shared`                | files that several machines write                                                  |
 | `launching`             | how many processes those run in                                                    |
 | `download`              | one file from the web                                                              |
 | `tasks/`                | the task files                                                                     |

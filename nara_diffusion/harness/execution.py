@@ -1,11 +1,14 @@
 """Runs a Python program that a model wrote, in a process of its own with limits.
 
 The process is another interpreter (-I: nothing of the environment or of the user's packages on its path), in an empty
-folder that is removed afterwards, as the leader of a group that is killed as a whole. Where the system has POSIX
-limits (`limited`), it can't use more than `Limits` allows.
+folder that is removed afterwards. Where the system has POSIX limits (`limited`), it can't use more than `Limits`
+allows, and neither can any process that it starts; but each of them may use as much, and how many there are isn't
+limited, nor is the number of files. When the program ends, or has had its time, what it started is killed: on Linux
+every process that came of it, in other POSIX systems those of its group, on Windows none but itself.
 
-This keeps accidents small: a loop without end, a flood of memory or output, files left behind. It is no sandbox against
-malice: the program can read what the user can read, and reach the network. Run it in a container to be safe.
+This keeps accidents small: a loop without end, a flood of memory or output, files and processes left behind. It is no
+sandbox against malice: the program can read and write what the user can, reach the network, kill what supervises it,
+or have a service of the machine run something. Run it in a container to be safe.
 """
 
 from __future__ import annotations
@@ -17,19 +20,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 LAUNCHER = Path(__file__).with_name("limited.py")
+PATIENCE = 30  # seconds for the launcher to end what the program started
 
 
 @dataclass(frozen=True)
 class Limits:
     """Attributes:
-    seconds: of CPU; the program is waited for twice as long.
-    memory: bytes of address space.
-    file_size: bytes of each file that the program writes, its error messages included.
+    seconds: of CPU, of each process; the program is waited for twice as long.
+    memory: bytes of address space, of each process.
+    file_size: bytes of each file that is written, the error messages included.
     """
 
     seconds: int = 10
@@ -86,17 +89,17 @@ def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _kill(process)
+            _end(process)
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """The process and all that it started."""
-    if sys.platform == "win32":
+def _end(process: subprocess.Popen) -> None:
+    """The launcher, which ends all that came of the program first; on Windows it is the program."""
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    finally:
         process.kill()
-    else:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        process.wait()
 
 
 def _last_line(path: Path) -> str:

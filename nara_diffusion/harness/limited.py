@@ -1,11 +1,26 @@
-"""Run as a script: lowers this process's limits, then runs a program in it. Imports nothing but the standard library.
+"""Run as a script: runs a program within limits, and ends every process that came of it. Standard library only.
 
 python -I limited.py '{"RLIMIT_CPU": 10, …}' PROGRAM.py
+
+The program runs in a child, the leader of a session. When it has ended, or on SIGTERM, its group is killed, and so are
+this process's children until it has none. On Linux this process is a subreaper: whose parent has ended becomes its
+child, in whatever session, so that none is missed; and it gets SIGTERM when its own parent ends. Elsewhere it is the
+group alone, and on Windows nothing: there the program runs in this process.
+
+It ends as the program did: with its exit status, or by the same signal.
 """
 
 import json
+import os
 import runpy
+import signal
 import sys
+import time
+from contextlib import suppress
+
+# of linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PATIENCE = 5  # seconds, for processes that can't be killed
 
 
 def lower(limits: dict[str, int]) -> None:
@@ -24,7 +39,74 @@ def lower(limits: dict[str, int]) -> None:
             resource.setrlimit(kind, wanted if unlimited else (min(wanted[0], hard), min(wanted[1], hard)))
 
 
+def supervise() -> None:
+    """Goes on in a child, to run the program there. This process waits for it, ends what is left, and exits."""
+    lower({"RLIMIT_CORE": 0})  # a signal that ends the program ends this process too
+    _control(PR_SET_CHILD_SUBREAPER, 1)
+    awaited = {signal.SIGCHLD, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    _control(PR_SET_PDEATHSIG, signal.SIGTERM)
+    program = os.fork()
+    if program == 0:
+        os.setsid()
+        _control(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
+    ended, status = 0, 0
+    while not ended and signal.sigwait(awaited) == signal.SIGCHLD:
+        ended, status = os.waitpid(program, os.WNOHANG)
+    end_children(program)
+    _exit_like(os.waitstatus_to_exitcode(status) if ended else -signal.SIGTERM)
+
+
+def _control(option: int, value: int) -> None:
+    """Linux's prctl, where there is one; a Python without ctypes has the group alone."""
+    if sys.platform == "linux":
+        with suppress(ImportError):
+            import ctypes
+
+            ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def end_children(group: int) -> None:
+    """Kills the group, and children until there are none; a child's own children become ours when it ends."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+    end = time.monotonic() + PATIENCE
+    with suppress(ChildProcessError):  # none is left
+        while time.monotonic() < end:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            for pid in children():
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.001)
+
+
+def children() -> list[int]:
+    """This process's children, where there is a /proc that tells."""
+    found = []
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        with suppress(OSError, IndexError, ValueError), open(f"/proc/{int(name)}/stat", "rb") as file:
+            # PID (NAME) STATE PARENT …; the name may hold anything
+            if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                found.append(int(name))
+    return found
+
+
+def _exit_like(code: int) -> None:
+    """Ends this process with an exit status, or by a signal where `code` is below zero."""
+    if code < 0:
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
+        os.kill(os.getpid(), -code)
+    os._exit(abs(code))
+
+
 if __name__ == "__main__":
+    if hasattr(os, "fork"):
+        supervise()
     lower(json.loads(sys.argv[1]))
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -6,12 +6,14 @@ Of each run (domain, method, seed) there are two steps:
     evaluation    nara-eval on the domain's test sets, into FOLDER/evaluation
 
 with FOLDER = output_dir/domain/method/seed-N. A step whose result is there is done; one that was stopped goes on where
-it can. The method "base" is the model as it is: no training, and one seed, since greedy answers don't depend on it.
+it can. The method "base" is the model as it is: no training, and one run, since greedy answers don't depend on the
+seed. It stands under the first seed of the call that evaluated it, and is there for later calls with others too.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from nara_diffusion.harness.launching import check_processes, values_of
+from nara_diffusion.training.methods import METHODS as ADAPTERS
 
 _ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
 BASE = "base"
 TRAINING, EVALUATION = "training", "evaluation"
+RESULTS = "**/results_*.json"  # of nara-eval, below EVALUATION
 
 MATH = "minerva_math"  # lm-eval's form of MATH; needs its extra "math"
 SAMPLING = "gen_length=512,steps=32,block_length=16"
@@ -103,6 +107,10 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
+Run = tuple[str, str, int]
+"""Domain, method, seed."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Attributes:
@@ -164,10 +172,37 @@ class Plan:
     def config(self, domain: str) -> Path:
         return self.configs / f"{self.model}_{DOMAINS[domain].config}.yaml"
 
+    def runs(self) -> list[Run]:
+        """Those that have a folder, in the order of the tables."""
+        methods = list(dict.fromkeys((*METHODS, *ADAPTERS)))
+        found = []
+        for folder in self.output_dir.glob("*/*/seed-*"):
+            domain, method, seed = folder.parts[-3:]
+            if domain in DOMAINS and method in methods and re.fullmatch(r"seed--?\d+", seed):
+                found.append((domain, method, int(seed.removeprefix("seed-"))))
+        return sorted(found, key=lambda run: (list(DOMAINS).index(run[0]), methods.index(run[1]), run[2]))
+
+    def evaluated(self, domain: str, method: str, seed: int) -> dict[str, Any] | None:
+        """What nara-eval wrote of a run, or None if it hasn't all sets of the domain."""
+        found = result_of(self.folder(domain, method, seed) / EVALUATION, RESULTS) or {}
+        return found if set(DOMAINS[domain].sets.values()) <= found.get("results", {}).keys() else None
+
+    def base_run(self, domain: str, seed: int) -> Run:
+        """The base's run that was evaluated, under whatever seed, or the one under `seed`."""
+        runs = (run for run in self.runs() if run[:2] == (domain, BASE) and self.evaluated(*run))
+        return next(runs, (domain, BASE, seed))
+
     def steps(self, domain: str, method: str, seed: int) -> list[Step]:
         """Training, unless the method is `BASE`, and evaluation."""
         evaluation = self.evaluation_step(domain, method, seed)
         return [evaluation] if method == BASE else [self.training_step(domain, method, seed), evaluation]
+
+    def pretrained_and_revision(self, domain: str) -> tuple[str, str | None]:
+        """Of the model that is trained and evaluated."""
+        configuration = settings_of(self.config(domain))
+        revision = values_of(self.training).get("--revision", configuration.get("revision"))
+        pretrained = self.pretrained or configuration["pretrained_model_name_or_path"]
+        return pretrained, None if revision in (None, "none") else revision
 
     def training_step(self, domain: str, method: str, seed: int) -> Step:
         """Raises:
@@ -195,8 +230,10 @@ class Plan:
     def evaluation_step(self, domain: str, method: str, seed: int) -> Step:
         training = self.folder(domain, method, seed) / TRAINING
         folder = self.folder(domain, method, seed) / EVALUATION
-        pretrained = self.pretrained or settings_of(self.config(domain))["pretrained_model_name_or_path"]
+        pretrained, revision = self.pretrained_and_revision(domain)
         model = {"pretrained": str(training) if method == "full" else pretrained, "dtype": self.dtype}
+        if method != "full" and revision is not None:
+            model["revision"] = revision
         if method not in (BASE, "full"):
             model["peft"] = str(training)
         math = self.with_math and domain == "math"
@@ -211,7 +248,7 @@ class Plan:
             *(("--gen_kwargs", SAMPLING) if math else ()),  # the shipped tasks have these settings themselves
             *self.evaluation,
         )
-        return Step(f"evaluate {method} on {domain}, seed {seed}", command, folder, "**/results_*.json", tasks)
+        return Step(f"evaluate {method} on {domain}, seed {seed}", command, folder, RESULTS, tasks)
 
     def files(self, domain: str) -> dict[Path, str]:
         """{file below the data folder: where it comes from} of a domain."""

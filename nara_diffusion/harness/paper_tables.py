@@ -1,48 +1,102 @@
-"""The paper's tables, from what the evaluations of `nara_diffusion.harness.paper` have written so far.
+"""The paper's tables, from all that the evaluations of `nara_diffusion.harness.paper` have written so far.
 
 One table a domain: a row a method, a column a test set and their mean, in percent; over several seeds as mean ± sample
 standard deviation. MATH, where it was asked, stands beside the mean and not in it. The last column is the difference
 to LoRA's mean in percentage points with its 95 % interval (Student's t), paired over the seeds that both have.
+
+Before the tables stands what all runs were made with, and before each, if not all questions were asked, how many were.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from nara_diffusion.dreambooth.statistics import interval
-from nara_diffusion.harness.paper import BASE, DOMAINS, MATH, Plan, Step, result_of
+from nara_diffusion.harness.paper import BASE, DOMAINS, MATH, Plan, Run
+from nara_diffusion.harness.paper_settings import recorded, separated
 from nara_diffusion.training.methods import METHODS as TITLES
 
 REFERENCE = "lora"
 MEAN = "Average"
 
+Results = Mapping[Run, Mapping[str, Any]]
+"""What nara-eval wrote of each run of a domain."""
 Scores = dict[int, dict[str, float]]
 """{seed: {column: percent}} of a method."""
 
 
-def scores(plan: Plan, domain: str, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Scores]:
-    """What is there of a domain, by method; `BASE` has one seed."""
+def document(plan: Plan) -> str:
+    """The tables of all that is there, whatever call made it, in Markdown.
+
+    Raises:
+        ValueError: a set has no score that is known here, or a run has no record of its settings.
+    """
+    found = {domain: results for domain in DOMAINS if (results := results_of(plan, domain))}
+    parts = ["# Tables of arXiv 2605.29716, run again", *made_with(plan, list(found))]
+    parts.append("In percent; mean ± standard deviation over seeds.")
+    for domain, results in found.items():
+        parts += [f"## {domain}", *_limits(domain, results), *_method_arguments(plan, results)]
+        parts.append(table(domain, scores(plan, domain, results)))
+    return "\n\n".join(parts) + "\n"
+
+
+def results_of(plan: Plan, domain: str) -> dict[Run, dict[str, Any]]:
+    """Of the runs that are evaluated, in the order of the rows; the base once, under whatever seeds it is there."""
+    runs = [run for run in plan.runs() if run[0] == domain and (run[1] != BASE or run == plan.base_run(domain, run[2]))]
+    return {run: results for run in runs if (results := plan.evaluated(*run)) is not None}
+
+
+def made_with(plan: Plan, domains: Sequence[str]) -> list[str]:
+    """What is the same in all runs."""
+    models = dict.fromkeys(plan.pretrained_and_revision(domain) for domain in domains)
+    names = [f"`{name}`" + (f", revision `{revision}`" if revision else "") for name, revision in models]
+    lines = (
+        [f"Model: {' and '.join(names)} (configurations `{plan.model}`), evaluated in {plan.dtype}."] if names else []
+    )
+    for what, words in (("evaluation", plan.evaluation), ("training", plan.training)):
+        lines += [f"Further arguments of {what}: `{shlex.join(separated(words))}`"] if words else []
+    return lines
+
+
+def _method_arguments(plan: Plan, results: Results) -> list[str]:
+    given = {method: recorded(plan.folder(*run)).get("method_arguments") for run in results for method in [run[1]]}
+    return [
+        f"Further arguments of training {_title(name)}: `{shlex.join(words)}`" for name, words in given.items() if words
+    ]
+
+
+def _limits(domain: str, results: Results) -> list[str]:
+    """That a run didn't ask all questions."""
+    columns = {task: column for column, task in {**DOMAINS[domain].sets, "MATH": MATH}.items()}
+    asked = [(columns[task], n) for found in results.values() for task, n in found.get("n-samples", {}).items()]
+    short = dict.fromkeys(
+        f"{n['effective']} of {n['original']} questions of {column}"
+        for column, n in asked
+        if n["effective"] < n["original"]
+    )
+    return [f"**Not the paper's figures: asked were only {', '.join(short)}.**"] if short else []
+
+
+def scores(plan: Plan, domain: str, results: Results) -> dict[str, Scores]:
+    """By method."""
     found: dict[str, Scores] = {}
-    for method in methods:
-        steps = {seed: plan.evaluation_step(domain, method, seed) for seed in seeds}
-        whole = {seed: columns_of(domain, step) for seed, step in steps.items() if step.is_done()}
-        if whole:
-            found[method] = whole
+    for run, result in results.items():
+        found.setdefault(run[1], {})[run[2]] = columns_of(domain, result["results"], str(plan.folder(*run)))
     return found
 
 
-def columns_of(domain: str, step: Step) -> dict[str, float]:
-    """{column: percent} of an evaluation that is done, with the mean.
+def columns_of(domain: str, results: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, float]:
+    """{column: percent} of a run, with the mean.
 
     Raises:
         ValueError: a set has no score that is known here.
     """
-    results = (result_of(step.folder, step.result) or {})["results"]
-    columns = {column: _percent(results[task], task, step) for column, task in DOMAINS[domain].sets.items()}
-    further = {"MATH": _percent(results[MATH], MATH, step)} if MATH in step.tasks else {}
+    columns = {column: _percent(results[task], task, where) for column, task in DOMAINS[domain].sets.items()}
+    further = {"MATH": _percent(results[MATH], MATH, where)} if MATH in results else {}
     return {**columns, MEAN: fmean(columns.values()), **further}
 
 
@@ -50,10 +104,10 @@ def columns_of(domain: str, step: Step) -> dict[str, float]:
 _METRICS = ("acc,none", "pass@1,program", "math_verify,none")
 
 
-def _percent(result: Mapping[str, Any], task: str, step: Step) -> float:
+def _percent(result: Mapping[str, Any], task: str, where: str) -> float:
     known = [metric for metric in _METRICS if metric in result]
     if not known:
-        raise ValueError(f"{step.folder} has no score of {task}, only {', '.join(result)}: delete it to have it redone")
+        raise ValueError(f"{where} has no score of {task}, only {', '.join(result)}: delete it to have it redone")
     return 100 * float(result[known[0]])
 
 
@@ -66,16 +120,23 @@ def table(domain: str, found: Mapping[str, Scores]) -> str:
         "|---|---|" + "---|" * (len(columns) + 1),
     ]
     for method, by_seed in found.items():
-        cells = [_cell([row[column] for row in by_seed.values()]) for column in columns]
-        title = "no fine-tuning" if method == BASE else TITLES[method].title
+        cells = [_cell([row[name] for row in by_seed.values() if name in row], len(by_seed)) for name in columns]
         difference = _difference(by_seed, found.get(REFERENCE, {})) if method not in (BASE, REFERENCE) else ""
-        lines.append(f"| {title} | {len(by_seed)} | " + " | ".join(cells) + f" | {difference} |")
+        lines.append(f"| {_title(method)} | {len(by_seed)} | " + " | ".join(cells) + f" | {difference} |")
     return "\n".join(lines)
 
 
-def _cell(values: Sequence[float]) -> str:
+def _title(method: str) -> str:
+    return "no fine-tuning" if method == BASE else TITLES[method].title
+
+
+def _cell(values: Sequence[float], seeds: int) -> str:
+    """Mean and deviation of the values that there are, and of how many seeds they are, if not of all."""
+    if not values:
+        return ""
     mean, std, _, _ = interval(values)
-    return f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+    part = f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else ""
+    return (f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}") + part
 
 
 def _difference(ours: Scores, theirs: Scores) -> str:

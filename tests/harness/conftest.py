@@ -133,6 +133,10 @@ def arguments(tmp_path: Path) -> Callable[..., PaperArguments]:
     return make
 
 
+def tables_of(args: PaperArguments) -> str:
+    return (Path(args.output_dir) / "tables.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def performed(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """Steps are noted, and leave what the true ones leave."""

@@ -62,6 +62,15 @@ def test_memory_is_limited() -> None:
 
 
 @posix_only
+@pytest.mark.parametrize(("size", "reason"), [(2**28, "passed"), (2**31, "subprocess.CalledProcessError")])
+def test_memory_of_what_a_program_starts_is_limited(size: int, reason: str) -> None:
+    outcome = run_program(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'bytearray({size})'], check=True)", SHORT
+    )
+    assert outcome.reason.startswith(reason)
+
+
+@posix_only
 def test_files_are_limited_and_gone_afterwards(tmp_path: Path) -> None:
     told = tmp_path / "where"
     assert run_program(

@@ -20,7 +20,7 @@ from train_scripts import paper_tables
 from train_scripts.dllm import Arguments, shipped_run
 from train_scripts.paper_tables import PaperArguments, main
 
-from .conftest import LLADA_TINY, MATH, Done
+from .conftest import LLADA_TINY, MATH, Done, tables_of
 
 
 def test_the_tables_have_means_deviations_and_paired_intervals(arguments, performed: list[Step]) -> None:
@@ -270,4 +270,6 @@ def test_from_the_shipped_model_and_tiny_data_to_a_table(tmp_path: Path) -> None
     main(args)
     rows = [line for line in (tmp_path / "out" / "tables.md").read_text().splitlines() if line.startswith("|")]
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| no fine-tuning", "| LoRA", "| NaRA"]
+    assert "**Not the paper's figures: asked were only 2 of 24 questions of AddSub, 2 of 24" in tables_of(args)
+    assert f"Model: `{LLADA_TINY}`" in tables_of(args)
     main(args)  # nothing is left to do

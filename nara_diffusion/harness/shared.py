@@ -1,0 +1,20 @@
+"""Files in a folder that several machines write to."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_shared(path: Path, text: str) -> None:
+    """`path` gets `text` as a whole, also where others write it at the same time: each has a temporary name of its own,
+    and the last one to be done counts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{secrets.token_hex(8)}-{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
