@@ -5,12 +5,12 @@ from importlib import import_module
 
 import pytest
 from quality.report.design import DESIGN
-from quality.report.document import hours, read_notes, setting
+from quality.report.document import hours, more_seeds, read_notes, setting
 from quality.report.markdown import rebased
 from quality.report.repeating import repeat
 from quality.suites import MUST, RANKS
 
-from tests.quality.report_records import record, runs
+from tests.quality.report_records import cells, record, runs
 
 COST = {"parameters_ratio": 2.0, "memory_ratio": 1.0, "step_ratio": 1.0, "step_ratio_quartiles": [1.0, 1.0]}
 NOTES = "# Summary\n\nNaRA wins by a hair.\n\n# Failed\n\n* λ² as an input.\n"
@@ -110,14 +110,40 @@ def test_what_is_repeated_names_domains_of_tuning_and_seeds_that_arent_the_usual
     usual = [record("lora", 0, [1, 1], stage="tune", domain="commonsense", rank=1), *runs("lora", [1, 1], rank=1)]
     assert "--backbones tiny --stages tune main\n" in repeat(usual)[-1]
     others = [record("lora", 100, [1, 1], stage="tune", domain="code", rank=1), record("lora", 5, [1, 1], rank=1)]
-    command = "--backbones tiny --stages tune main --tune_domains commonsense code --seeds 0 1 5\n"
-    assert command in repeat(usual + others)[-1]
+    found = repeat(usual + others)[-1]
+    assert "--backbones tiny --stages tune main --tune_domains commonsense code\n" in found
+    assert "--backbones tiny --stages main --methods lora --seeds 5\n" in found
 
 
 def test_the_setting_names_the_seeds_of_each_backbone():
     records = [*runs("lora", [1, 1]), *runs("lora", [1, 1, 1], backbone="small")]
     assert "* Text: tiny; code; 2 seeds (0 and 1); 2 records." in setting(records)[0]
     assert "* Text: small; code; 3 seeds (0, 1 and 2); 3 records." in setting(records)[0]
+
+
+def test_methods_with_more_seeds_have_a_section_of_their_own_and_change_no_other():
+    usual = [*runs("full", [0.6, 0.7]), *runs("lora", [1.0, 1.1]), *runs("nara", [0.9, 1.0001])]
+    further = [record("lora", 7, [1.2, 1.2]), record("nara", 7, [1.0999, 1.0999])]
+    with_more = more_seeds([*usual, *further], "text")
+    assert with_more[:2] == [
+        "### More seeds",
+        "These methods have the seeds 7 as well. Here are all of theirs, the first ones too:",
+    ]
+    assert cells(with_more[3])["NaRA"][1].startswith("**−0.1000**")
+    assert cells(with_more[3])["LoRA"][0] == "1.1000 ± 0.1000"
+    assert "full fine-tuning" not in with_more[3]
+    assert more_seeds(usual, "text") == []
+    assert "2 seeds (0 and 1), 1 more of some methods (7); 8 records" in setting([*usual, *further])[0]
+
+
+def test_the_tables_of_all_methods_leave_further_seeds_out(files):
+    before = report(files)
+    with (files / "results.jsonl").open("a") as file:
+        for each in (record("lora", 7, [1.2, 1.2]), record("nara", 7, [1.1, 1.1])):
+            file.write(json.dumps(each) + "\n")
+    after = report(files)
+    part = slice(after.index("### Validation loss"), after.index("### More seeds"))
+    assert after[part].rstrip() in before
 
 
 def test_pictures_go_where_they_are_told_to(files):

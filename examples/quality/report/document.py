@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quality.jobs import COST
+from quality.jobs import COST, SEEDS
 from quality.report.ablations import ablations_table, singles_table, tuning_table
 from quality.report.cost import cost_table
 from quality.report.data import Grid, Record, distinct, select
@@ -88,8 +88,10 @@ def setting(records: Sequence[Record]) -> list[str]:
     for suite, backbone in dict.fromkeys((record["suite"], record["backbone"]) for record in main):
         own = select(main, suite=suite, backbone=backbone)
         seeds = sorted(set(distinct(own, "seed")))
-        what = f"{backbone}; {listed(distinct(own, 'domain'))}"
-        lines.append(f"* {SUITES.get(suite, suite)}: {what}; {len(seeds)} seeds ({listed(seeds)}); {len(own)} records.")
+        usual, further = [s for s in seeds if s in SEEDS], [s for s in seeds if s not in SEEDS]
+        what = f"{backbone}; {listed(distinct(own, 'domain'))}; {len(usual)} seeds ({listed(usual)})"
+        more = f", {len(further)} more of some methods ({listed(further)})" if further else ""
+        lines.append(f"* {SUITES.get(suite, suite)}: {what}{more}; {len(own)} records.")
     for name, title in (("hardware", "Hardware"), ("versions", "Versions"), ("commit", "Commits")):
         values = list(dict.fromkeys(_plain(record[name]) for record in records if record.get(name)))
         if values:
@@ -117,7 +119,8 @@ def section(
     records: Sequence[Record], suite: str, backbone: str, figures: Path, link: str, design: str | None = None
 ) -> list[str]:
     """Everything about one backbone; `design` says how it was measured, if not as `DESIGN` has it."""
-    main, name = select(records, stage="main"), f"{SUITES.get(suite, suite)}: {backbone}{_rank(records)}"
+    every, name = select(records, stage="main"), f"{SUITES.get(suite, suite)}: {backbone}{_rank(records)}"
+    main = [record for record in every if record["seed"] in SEEDS]
     parts = [f"## {name}", design or DESIGN.get(suite, "")]
     if main:
         grid = Grid.of(main)
@@ -134,6 +137,7 @@ def section(
             parts.append(f"![controls over λ]({link}/{stem}-controls.png)")
         parts += sheets(grid, figures, link, stem)
         parts += ["### Settings, as tuned", rates_table(grid)]
+    parts += more_seeds(every, suite)
     tried = select(records, stage="tune")
     parts += ["### Learning rates that were tried", tuning_table(tried)] if tried else []
     priced = select(records, stage=COST)
@@ -142,6 +146,21 @@ def section(
         own = select(records, stage=stage)
         parts += [f"### {heading}", make(own, main)] if own else []
     return parts
+
+
+def more_seeds(main: Sequence[Record], suite: str) -> list[str]:
+    """Of the methods that have more seeds than the others: all of theirs together; nothing if there are none."""
+    further = sorted({record["seed"] for record in main} - set(SEEDS))
+    if not further:
+        return []
+    arms = {(record["method"], record.get("control")) for record in main if record["seed"] in further}
+    grid = Grid.of(record for record in main if (record["method"], record.get("control")) in arms)
+    heading = (
+        f"These methods have the seeds {listed(further)} as well. Here are all of their seeds, the first ones too:"
+    )
+    loss = loss_of(suite)
+    tables = (goals_table(grid, suite), quality_table(grid, loss), bins_table(grid), controls_table(grid, loss))
+    return ["### More seeds", heading, *(table or "" for table in tables)]
 
 
 def _rank(records: Sequence[Record]) -> str:

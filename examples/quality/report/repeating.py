@@ -23,7 +23,7 @@ def repeat(records: Sequence[Record]) -> list[str]:
             words = ["python examples/benchmark_quality.py --modality", suite, "--backbones", backbone]
             if rank is not None:
                 words += ["--set", f"rank={rank}", "--output", f"{folders[-1]}/{suite}.jsonl"]
-            lines.append(" ".join([*words, *_stages(own), *_chosen(own, suite)]))
+            lines += [" ".join([*words, *options]) for options in (_usual(own, suite), _more_seeds(own)) if options]
     files = [f"{folder}/*.jsonl" for folder in dict.fromkeys(folders)]
     output = folders[0] if len(files) == 1 else FOLDER
     lines.append(f"python examples/report_quality.py --results {' '.join(files)} --output {output}/RESULTS.md")
@@ -42,19 +42,20 @@ def _other_rank(records: Sequence[Record], suite: str) -> int | None:
     return ranks[0] if ranks else None
 
 
-def _stages(records: Sequence[Record]) -> list[str]:
-    found = distinct(records, "stage")
-    return ["--stages", *(stage for stage in STAGES if stage in found)]
-
-
-def _chosen(records: Sequence[Record], suite: str) -> list[str]:
-    """Variants, domains for tuning and seeds, where they are others than the command's own."""
-    variants = [name for name in VARIANTS if name in distinct(records, "method")]
+def _usual(records: Sequence[Record], suite: str) -> list[str]:
+    """All stages; variants and domains for tuning where they are others than the command's own."""
+    stages, methods = distinct(records, "stage"), distinct(records, "method")
     tried = distinct(select(records, stage="tune"), "domain")
-    seeds = sorted(distinct(select(records, stage="main"), "seed"))
-    options = ["--methods", *MUST, *variants] if variants else []
+    options = ["--stages", *(stage for stage in STAGES if stage in stages)]
+    if variants := [name for name in VARIANTS if name in methods]:
+        options += ["--methods", *MUST, *variants]
     if tried and set(tried) != set(TUNE_DOMAINS.get(suite, ())):
         options += ["--tune_domains", *tried]
-    if set(seeds) - set(SEEDS):
-        options += ["--seeds", *map(str, seeds)]
     return options
+
+
+def _more_seeds(records: Sequence[Record]) -> list[str]:
+    """Of the methods that have more seeds than the command's own; nothing if there are none."""
+    further = [record for record in select(records, stage="main") if record["seed"] not in SEEDS]
+    seeds = map(str, sorted(distinct(further, "seed")))
+    return ["--stages", "main", "--methods", *distinct(further, "method"), "--seeds", *seeds] if further else []
