@@ -144,6 +144,8 @@ def test_the_tables_of_all_methods_leave_further_seeds_out(files):
     after = report(files)
     part = slice(after.index("### Validation loss"), after.index("### More seeds"))
     assert after[part].rstrip() in before
+    assert 'By the seeds 0 and 1; "More seeds" below' in after
+    assert "More seeds" not in before
 
 
 def test_pictures_go_where_they_are_told_to(files):

@@ -124,7 +124,7 @@ def section(
     parts = [f"## {name}", design or DESIGN.get(suite, "")]
     if main:
         grid = Grid.of(main)
-        parts += ["### What had to be reached", goals_table(grid, suite) or ""]
+        parts += ["### What had to be reached", _which_seeds(every), goals_table(grid, suite) or ""]
         for measure in measures(suite, main):
             parts += [f"### {measure.title.capitalize()}", quality_table(grid, measure)]
             parts += [_resolution(grid, suite)] if measure.lower_is_better else []
@@ -148,6 +148,14 @@ def section(
     return parts
 
 
+def _which_seeds(main: Sequence[Record]) -> str:
+    """That there are seeds beside those of the tables; nothing if there aren't."""
+    usual = sorted({record["seed"] for record in main} & set(SEEDS))
+    if all(record["seed"] in SEEDS for record in main):
+        return ""
+    return f'By the seeds {listed(usual)}; "More seeds" below has what further seeds of some methods say.'
+
+
 def more_seeds(main: Sequence[Record], suite: str) -> list[str]:
     """Of the methods that have more seeds than the others: all of theirs together; nothing if there are none."""
     further = sorted({record["seed"] for record in main} - set(SEEDS))
@@ -155,9 +163,7 @@ def more_seeds(main: Sequence[Record], suite: str) -> list[str]:
         return []
     arms = {(record["method"], record.get("control")) for record in main if record["seed"] in further}
     grid = Grid.of(record for record in main if (record["method"], record.get("control")) in arms)
-    heading = (
-        f"These methods have the seeds {listed(further)} as well. Here are all of their seeds, the first ones too:"
-    )
+    heading = f"These methods have the seeds {listed(further)} as well. Here are all of theirs, the first ones too:"
     loss = loss_of(suite)
     tables = (goals_table(grid, suite), quality_table(grid, loss), bins_table(grid), controls_table(grid, loss))
     return ["### More seeds", heading, *(table or "" for table in tables)]
