@@ -48,9 +48,15 @@ def check_core_type(name: Any) -> None:
     known = (*BUILT_IN, *_factories)
     if name not in known:
         raise ValueError(
-            f"core_type is {name!r}: choose one of {', '.join(map(repr, known))}. If it is a core of your own, call "
-            f"nara_diffusion.register_core({name!r}, factory) in this program first, as where the adapter was trained."
+            f"core_type is {name!r}: choose one of {', '.join(map(repr, known))}. If it is a core of your own, first "
+            f"import the module that calls nara_diffusion.register_core({name!r}, factory), as where the adapter was "
+            "trained; the train scripts do by --core_module."
         )
+
+
+def registered_cores() -> dict[str, CoreFactory]:
+    """{name: factory} of the cores of a user's own."""
+    return dict(_factories)
 
 
 def build_own_core(config: Any, rank: int) -> OwnCore:

@@ -1,8 +1,13 @@
-"""The types of core and their options that are proved alike, by name."""
+"""The types of core and their options that are proved alike, by name, and a core of a user's own."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion import NaraConfig
 
 TYPES: dict[str, dict[str, Any]] = {
     "constant": {"core_type": "constant"},
@@ -19,3 +24,15 @@ TYPES: dict[str, dict[str, Any]] = {
     "by type, normalised": {"core_sharing": "module_type", "core_normalization": "frobenius"},
     "vectors, log-SNR": {"core_sharing": "layer_embedding", "noise_scale": "log_snr", "noise_embedding": "mlp"},
 }
+
+
+class Affine(nn.Module):
+    """C(λ) = I + λ P + Q, with a counter that is no floating-point tensor."""
+
+    def __init__(self, config: NaraConfig, rank: int) -> None:
+        super().__init__()
+        self.P, self.Q = nn.Parameter(torch.zeros(rank, rank)), nn.Parameter(torch.zeros(rank, rank))
+        self.register_buffer("version", torch.tensor(3))
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        return torch.eye(len(self.P), device=noise_level.device) + noise_level[:, None, None] * self.P + self.Q

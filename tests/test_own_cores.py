@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,19 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level, own_cores, register_core
 from nara_diffusion.controls import mean_core
 from tests.adapted import OneLayer, TwoLayers, adapted, disturb, nara_config, relative_error
+from tests.core_types import Affine
 from tests.loaders.adapters import predict, trained
+from tests.recomputation import EXACT, REENTRANT, TARGETS, check, gradients, llama_loss
+from tests.recomputation import LEVELS as RECOMPUTED
 from tests.small_pipelines import small_sdxl
 
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
 PREFIX = "base_model.model.nara_core.cores.default.global.core."
-
-
-class Affine(nn.Module):
-    """C(λ) = I + λ P + Q, with a counter that is no floating-point tensor."""
-
-    def __init__(self, config: NaraConfig, rank: int) -> None:
-        super().__init__()
-        self.P, self.Q = nn.Parameter(torch.zeros(rank, rank)), nn.Parameter(torch.zeros(rank, rank))
-        self.register_buffer("version", torch.tensor(3))
-
-    def forward(self, noise_level: Tensor) -> Tensor:
-        return torch.eye(len(self.P), device=noise_level.device) + noise_level[:, None, None] * self.P + self.Q
 
 
 class Density(Affine):
@@ -155,7 +148,7 @@ PeftModel.from_pretrained(OneLayer(torch.nn.Linear(7, 5)), sys.argv[1])
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: core_type is 'affine': choose one of 'hypernetwork', ")
-    assert "call nara_diffusion.register_core('affine', factory) in this program first" in last
+    assert "first import the module that calls nara_diffusion.register_core('affine', factory), as where" in last
 
 
 def test_no_cast_reaches_it():
@@ -164,6 +157,26 @@ def test_no_cast_reaches_it():
     model.to(torch.bfloat16)
     assert torch.equal(core_matrix(model, LEVELS), before)
     assert before.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("core_type", ["affine", "density", "still", "grid"])
+def test_recomputation_sees_the_signals_of_its_own_forward(core_type, reentrant, tiny_llama: LlamaForCausalLM):
+    model = adapted(tiny_llama, target_modules=TARGETS, core_type=core_type).train()
+
+    def forward(levels: Tensor) -> Tensor:
+        with noise_level(model, levels, mask_density=levels.roll(1)):
+            return llama_loss(model)
+
+    forwards = [partial(forward, levels) for levels in RECOMPUTED]
+    expected = gradients(model, forwards)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    check(gradients(model, forwards), expected, REENTRANT if reentrant else EXACT)
+    swapped = [partial(forward, levels.flip(0)) for levels in RECOMPUTED]
+    P = f"{PREFIX}P"
+    assert core_type == "still" or relative_error(gradients(model, swapped)[P], expected[P]) > 1e-2
 
 
 @pytest.mark.parametrize("core_type", ["affine", "grid"])

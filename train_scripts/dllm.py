@@ -43,7 +43,7 @@ from nara_diffusion.training.command import run_command
 from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.memory import explaining_out_of_memory
-from nara_diffusion.training.methods import title_of
+from nara_diffusion.training.methods import title_of, without_unread
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.run import start_run
 from nara_diffusion.training.run_report import publish
@@ -141,7 +141,8 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
     if "pretrained_model_name_or_path" in given:
         return {}
-    return SHIPPED_RUN | ({} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA)
+    data = {} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA
+    return without_unread(SHIPPED_RUN | data, given)
 
 
 @explaining_out_of_memory

@@ -53,7 +53,7 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.memory import explaining_out_of_memory
-from nara_diffusion.training.methods import METHODS, title_of
+from nara_diffusion.training.methods import METHODS, title_of, without_unread
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish
@@ -98,7 +98,8 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
     if "pretrained_model_name_or_path" in given:
         return {}
-    values = SHIPPED_RUN | ({} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA)
+    data = {} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA
+    values = without_unread(SHIPPED_RUN | data, given)
     if METHODS[given.get("adapter", "nara")].linear_only:
         values["target_modules"] = [name for name in values["target_modules"] if not name.startswith("conv")]
     return values

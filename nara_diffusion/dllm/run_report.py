@@ -8,9 +8,8 @@ from typing import Any
 
 from nara_diffusion.dllm.measurement import Measurement
 from nara_diffusion.training.curves import plot_noise_level_curves
-from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.report import format_table, write_samples
-from nara_diffusion.training.run_report import write_run_card
+from nara_diffusion.training.run_report import core_import, reads_noise, write_run_card
 
 SAMPLES = 40  # generations on the page
 
@@ -88,19 +87,20 @@ def write_run_report(
 
 def _loading(args: Any, instruction: str, folder: str) -> str:
     """The card's code."""
-    whole, family = args.adapter == "full", method_of(args).family
+    whole = args.adapter == "full"
     names = ("mask_token",) if whole else ("mask_token", "revision")
     options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name) is not None)
     return _LOADING.format(
         imports="" if whole else "from peft import PeftModel\n",
-        loading=(_WHOLE if whole else _ADAPTER).format(
+        loading=core_import(args)
+        + (_WHOLE if whole else _ADAPTER).format(
             base=args.pretrained_model_name_or_path, folder=folder, options=options
         ),
         instruction=instruction,
         gen_length=args.gen_length,
         steps=args.generation_steps,
         block_length=args.block_length,
-    ) + (_NOISE if family == "nara" else "")
+    ) + (_NOISE if reads_noise(args) else "")
 
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:

@@ -90,7 +90,9 @@ class DreamBoothAdapterArguments(AdapterArguments):
     """Adapter"""
 
     target_modules: list[str] = option(UNET_TARGETS, "Names of the UNet's modules to adapt, or all-linear.")
-    train_text_encoder: bool = option(False, "Also adapt both text encoders; there C = I, since they know no λ.")
+    train_text_encoder: bool = option(
+        False, "Also adapt both text encoders, with the same options; there C = I, since they know no λ."
+    )
     text_encoder_lr: float | None = option(None, "Learning rate of those; none means --learning_rate.")
     adam_weight_decay_text_encoder: float | None = option(None, "Weight decay of those; none means --weight_decay.")
 

@@ -7,9 +7,11 @@ have C = I.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import fields, replace
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
@@ -17,12 +19,17 @@ from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.prompts import encode_prompts
+from nara_diffusion.loaders.checks import check_storable
 from nara_diffusion.training.adapter import check_adaptable, recompute_activations
+from nara_diffusion.training.methods import CORE_FIELDS
 from nara_diffusion.training.pissa import remember_start
 
 ADAPTER = "default"
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+_CORE_DEFAULTS = {field.name: field.default for field in fields(NaraConfig) if field.name in CORE_FIELDS}
+
+logger = logging.getLogger(__name__)
 
 
 class AdaptedDenoiser(nn.Module):
@@ -32,13 +39,14 @@ class AdaptedDenoiser(nn.Module):
 
     Args:
         pipe: an SDXL pipeline with frozen weights.
-        config: of the UNet's adapter, PEFT's or NaRA's; that of the text encoders is of the same kind, with its rank,
-            scale and dropout, and static. None trains all weights.
+        config: of the UNet's adapter, PEFT's or NaRA's; that of the text encoders has the same options but those of
+            a core, and is static. None trains all weights.
         train_text_encoder: also train both text encoders.
         gradient_checkpointing: recompute activations in the backward.
 
     Raises:
-        ValueError: a target module that the UNet lacks, or that the method can't adapt.
+        ValueError: a target module that the UNet lacks, or that the method can't adapt; a NaRA that a pipeline couldn't
+            save and load.
     """
 
     def __init__(
@@ -50,17 +58,20 @@ class AdaptedDenoiser(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(config, NaraConfig):
+            check_storable(config, "unet")
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
         self.config = config
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         self.unet = adapt(pipe.unet, config)
         if train_text_encoder:
+            text = text_config(config)
             for name in ("text_encoder", "text_encoder_2"):
                 encoder = getattr(pipe, name)
                 if gradient_checkpointing:
                     recompute_activations(encoder)
-                setattr(self, name, adapt(encoder, text_config(config)))
+                setattr(self, name, adapt(encoder, deepcopy(text)))  # PEFT writes into it
             _freeze_last_layer(pipe.text_encoder)
 
     @property
@@ -133,21 +144,29 @@ def adapt(model: Any, config: PeftConfig | None) -> Any:
 
 
 def text_config(config: PeftConfig | None) -> PeftConfig | None:
-    """The configuration for text encoders that belongs to the UNet's: text encoders run before there is a λ.
+    """The configuration for text encoders that belongs to the UNet's: its own with other targets, and, since text
+    encoders run before there is a λ, with C = I.
 
     Of Multi-LoRA they have one block, of the same scale.
     """
     if not isinstance(config, NaraConfig):
         return None if config is None else replace(config, target_modules=TEXT_TARGETS)
+    if config.lora_a_init != "peft":
+        logger.warning(
+            "lora_a_init %r is for layers with a core: in the text encoders, A starts by init_lora_weights %r",
+            config.lora_a_init,
+            config.init_lora_weights,
+        )
     blocks = config.core_bins if config.core_type == "bins" else 1
-    return NaraConfig(
-        core_type="identity",
-        r=config.r // blocks,
-        lora_alpha=config.lora_alpha / (math.sqrt(blocks) if config.use_rslora else blocks),  # type: ignore[arg-type]
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
+    alphas = math.sqrt(blocks) if config.use_rslora else blocks
+    return replace(
+        config,
+        **_CORE_DEFAULTS | {"core_type": "identity"},
         target_modules=TEXT_TARGETS,
+        r=config.r // blocks,
+        lora_alpha=config.lora_alpha / alphas,
+        rank_pattern={name: rank // blocks for name, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={name: alpha / alphas for name, alpha in (config.alpha_pattern or {}).items()},
     )
 
 

@@ -15,7 +15,7 @@ from nara_diffusion.dreambooth.sampling import SampleSettings, write_images
 from nara_diffusion.training.curves import plot_noise_level_curves
 from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.report import format_table
-from nara_diffusion.training.run_report import write_run_card
+from nara_diffusion.training.run_report import core_import, reads_noise, write_run_card
 
 GRID = "samples.png"
 
@@ -106,11 +106,11 @@ def _loading(args: Any, settings: SampleSettings, load_from: str) -> str:
         imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(family, ""),
         base=args.pretrained_model_name_or_path,
         dtype=dtype,
-        loading="\n".join(_loading_lines(family, load_from, dtype, args.train_text_encoder)),
+        loading=core_import(args) + "\n".join(_loading_lines(family, load_from, dtype, args.train_text_encoder)),
         prompt=settings.prompts[0],
         seed=settings.seed,
         call=",\n    ".join(f"{name}={value!r}" for name, value in settings.call.items()),
-    ) + (_NOISE if family == "nara" else "")
+    ) + (_NOISE if reads_noise(args) else "")
 
 
 def _loading_lines(family: str, folder: str, dtype: str, with_encoders: bool) -> list[str]:

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.own_cores import check_core_type
 from nara_diffusion.training.cli import option
+from nara_diffusion.training.core_module import import_core_module
 from nara_diffusion.training.methods import METHODS, check_flags, check_method, effective
 
 
-def core_option(name: str, unit: str = "") -> Any:
-    """An argument that is a field of NaraConfig, with that field's default, choices and help."""
+def core_option(name: str, unit: str = "", more: str = "") -> Any:
+    """An argument that is a field of NaraConfig, with that field's default and choices, and its help, then `more`."""
     field = {field.name: field for field in dataclasses.fields(NaraConfig)}[name]
     hint = get_type_hints(NaraConfig)[name]
     default = list(field.default) if isinstance(field.default, tuple) else field.default
-    choices = get_args(hint) if get_origin(hint) is Literal else field.metadata.get("choices", ())
-    return option(default, field.metadata["help"], unit=unit, choices=choices)
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    return option(default, field.metadata["help"] + more, unit=unit, choices=choices)
 
 
 @dataclass
@@ -43,7 +45,13 @@ class AdapterArguments:
         "Further fields of PEFT's configuration of the adapter, each NAME=VALUE: init_r=12, oft_block_size=16, ….",
         sentences=True,
     )
-    core_type: str = core_option("core_type")
+    core_type: str = core_option("core_type", more=" Or a core of your own: the name that --core_module registers.")
+    core_module: str | None = option(
+        None,
+        "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; docs/cores.md "
+        "has one.",
+        resumable=True,
+    )
     core_scale: float = core_option("core_scale")
     core_hidden_dims: list[int] = core_option("core_hidden_dims", unit="features")
     core_init: str = core_option("core_init")
@@ -171,6 +179,9 @@ def check_arguments(args: Any) -> None:
     Raises:
         ValueError: naming the argument, its value and what it may be.
     """
+    if args.core_module is not None:
+        import_core_module(args.core_module)
+    check_core_type(args.core_type)
     check_method(args)
     for name in (
         "rank",

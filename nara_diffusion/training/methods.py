@@ -15,6 +15,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.own_cores import BUILT_IN
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,21 @@ _READERS: dict[str, tuple[str, ...]] = {
     "lora_dropout": ("nara", "lora", "other"),
     "num_virtual_tokens": ("prompt",),
 }
+# The types of core of this package that read an argument, where that aren't all; types of one's own may read any.
+_TRAINED = ("hypernetwork", "constant", "knots")
+_CORE_READERS: dict[str, tuple[str, ...]] = {
+    "core_module": (),
+    "core_learning_rate": _TRAINED,
+    "core_scale": _TRAINED,
+    "core_sharing": _TRAINED,
+    "core_hidden_dims": ("hypernetwork",),
+    "layer_embedding_dim": ("hypernetwork",),
+    "mask_density_radius": ("hypernetwork",),
+    "noise_embedding_dim": ("hypernetwork",),
+    "fourier_scale": ("hypernetwork",),
+    "core_bins": ("bins",),
+    "core_knots": ("knots",),
+}
 # Switches whose meaning a method either knows or contradicts: {argument: (families, further methods)}.
 _SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "use_dora": (("nara", "lora"), ()),
@@ -90,12 +106,31 @@ def effective(args: Any, name: str) -> Any:
     return method_of(args).fixed.get(name, getattr(args, name))
 
 
+def kind_of(args: Any) -> str:
+    """The name in `METHODS` of what the configuration really is: "lora" also for `nara` with `core_type` "identity".
+
+    A core that no method has is "nara", or "nara_dora".
+    """
+    family, core_type = method_of(args).family, effective(args, "core_type")
+    dora, rslora = effective(args, "use_dora"), effective(args, "use_rslora")
+    if args.adapter == "lora" or (family == "nara" and core_type == "identity"):
+        return "dora" if dora else "rslora" if rslora else "lora"
+    if family != "nara":
+        return args.adapter
+    for name, method in METHODS.items():
+        if "core_type" in method.fixed and all(effective(args, key) == value for key, value in method.fixed.items()):
+            return name
+    return "nara_dora" if dora else "nara"
+
+
 def title_of(args: Any) -> str:
-    """What people call the method of `args`, with its switches: "NaRA-DoRA" also for `nara` with `use_dora`."""
-    title = method_of(args).title
+    """What people call the method that `args` describe, by whatever name: "NaRA-C" for `nara` with a constant core."""
+    kind, core_type = kind_of(args), effective(args, "core_type")
+    title = METHODS[kind].title
     if effective(args, "use_dora") and not title.endswith("DoRA"):
-        return "DoRA" if title == "LoRA" else f"{title}-DoRA"
-    return title
+        title = f"{title}-DoRA"
+    unnamed = kind in ("nara", "nara_dora") and core_type != "hypernetwork"
+    return f"{title} with core {core_type!r}" if unnamed else title
 
 
 def check_method(args: Any) -> None:
@@ -117,9 +152,29 @@ def check_method(args: Any) -> None:
             f"{name} is {getattr(args, name)!r}, which adapter {args.adapter} doesn't know: leave it out, or choose "
             f"one of {', '.join(knowing)}."
         )
+    _check_options(args)
     unread = unread_arguments(args)
     if unread:
-        logger.warning("adapter %s doesn't read %s", args.adapter, ", ".join(unread))
+        logger.warning("adapter %s doesn't read %s", _described(args), ", ".join(unread))
+
+
+def _check_options(args: Any) -> None:
+    """Refuses `adapter_options` that would change what the method is behind its arguments' back."""
+    own = {name for name in _defaults(args) if name in CORE_FIELDS or name in ("use_dora", "use_rslora")}
+    for option in args.adapter_options or []:
+        name = option.partition("=")[0]
+        if name in own:
+            raise ValueError(
+                f"adapter_options holds {option!r}, which is an argument of its own: give {name} (--{name})."
+            )
+
+
+def _described(args: Any) -> str:
+    """The adapter's name, with the core where that is a choice of its own."""
+    method = method_of(args)
+    if method.family != "nara" or "core_type" in method.fixed:
+        return args.adapter
+    return f"{args.adapter} with core_type {args.core_type!r}"
 
 
 def check_flags(args: Any, flags: Mapping[str, Any]) -> None:
@@ -139,11 +194,26 @@ def check_flags(args: Any, flags: Mapping[str, Any]) -> None:
 
 def unread_arguments(args: Any) -> list[str]:
     """Arguments with a value of their own that the method has no use for, as a file that serves all methods may set."""
-    family, defaults = method_of(args).family, _defaults(args)
-    readers = {**dict.fromkeys(sorted(CORE_FIELDS & defaults.keys()), ("nara",)), **_READERS}
+    core_type = effective(args, "core_type")
     return [
-        name for name, families in readers.items() if family not in families and getattr(args, name) != defaults[name]
+        field.name
+        for field in dataclasses.fields(args)
+        if not _reads(args.adapter, core_type, field.name) and getattr(args, field.name) != _default(field)
     ]
+
+
+def without_unread(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, which stand in for arguments that weren't `given`, without those that the given method doesn't read."""
+    adapter = given.get("adapter", "nara")
+    core_type = METHODS[adapter].fixed.get("core_type", given.get("core_type", "hypernetwork"))
+    return {name: value for name, value in values.items() if _reads(adapter, core_type, name)}
+
+
+def _reads(adapter: str, core_type: str, name: str) -> bool:
+    family = METHODS[adapter].family
+    if name in CORE_FIELDS or name in _CORE_READERS:
+        return family == "nara" and (core_type not in BUILT_IN or core_type in _CORE_READERS.get(name, BUILT_IN))
+    return family in _READERS.get(name, (family,))
 
 
 def _defaults(args: Any) -> dict[str, Any]:

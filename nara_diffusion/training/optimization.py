@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from nara_diffusion.own_cores import BUILT_IN
 from nara_diffusion.training.methods import effective, method_of
 
 CORE_MARK = "nara_core."
@@ -73,10 +74,13 @@ def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
     members: dict[str, list[nn.Parameter]] = {group: [] for group in rates}
     for name, parameter in trainable:
         members[_group_of(name)].append(parameter)
+    core_type = effective(args, "core_type")
     if args.core_start_step and not members["core"]:
-        kind = effective(args, "core_type")
-        what = f"core_type {kind!r}" if method_of(args).family == "nara" else f"adapter {args.adapter!r}"
+        what = f"core_type {core_type!r}" if method_of(args).family == "nara" else f"adapter {args.adapter!r}"
         raise ValueError(f"core_start_step is {args.core_start_step}, but {what} has no core to train: leave it at 0.")
+    if args.core_learning_rate is not None and not members["core"] and core_type not in BUILT_IN:
+        # of the types of this package, `check_method` has said so
+        logger.warning("core_learning_rate isn't read: core_type %r trains nothing", core_type)
     groups = [{"name": group, "params": members[group], "lr": rate} for group, rate in rates.items() if members[group]]
     decay = getattr(args, "adam_weight_decay_text_encoder", None)
     return [

@@ -9,8 +9,12 @@ from typing import Any
 
 import yaml
 
+from nara_diffusion.cores import needs_noise
+from nara_diffusion.own_cores import BUILT_IN
+from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.training.core_module import module_name
 from nara_diffusion.training.hub import push_to_hub
-from nara_diffusion.training.methods import METHODS, Method, title_of
+from nara_diffusion.training.methods import METHODS, Method, effective, kind_of, method_of, title_of
 from nara_diffusion.training.output import write_json
 from nara_diffusion.training.report import write_model_card
 from nara_diffusion.training.run import Run
@@ -49,8 +53,8 @@ def write_run_card(
         loading: how to load it.
         tags, front_matter: for the Hub.
     """
-    method: Method = METHODS[args.adapter]
-    title = title_of(args)
+    kind, title = kind_of(args), title_of(args)
+    method: Method = METHODS[kind]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
     table = f"| | before | after |\n|---|---|---|\n{rows}"
     training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
@@ -60,7 +64,7 @@ def write_run_card(
         title=f"{name} with {title}",
         summary=f"{_WHAT_IT_IS[method.family]} ({title}, {method.source}) {about}",
         base_model=args.pretrained_model_name_or_path,
-        tags=["nara" if args.adapter.startswith("nara") else args.adapter.replace("_", "-"), *tags],
+        tags=["nara" if kind.startswith("nara") else kind.replace("_", "-"), *tags],
         sections={
             "How good it is": "\n\n".join(part for part in (how_good[0], table, how_good[1]) if part),
             "How to load it": loading,
@@ -68,6 +72,20 @@ def write_run_card(
         },
         **front_matter,
     )
+
+
+def reads_noise(args: Any) -> bool:
+    """Whether the adapter that `args` describe depends on λ."""
+    return method_of(args).family == "nara" and needs_noise(adapter_config(args))  # type: ignore[arg-type]
+
+
+def core_import(args: Any) -> str:
+    """The line of a model card's code that registers a core of the user's own; nothing for other adapters."""
+    if method_of(args).family != "nara" or effective(args, "core_type") in BUILT_IN:
+        return ""
+    if args.core_module is None:
+        return f"# first import the module that registers core_type {args.core_type!r}\n"
+    return f"import {module_name(args.core_module)}  # registers core_type {args.core_type!r}\n"
 
 
 def publish(run: Run, results: Mapping[str, Any], table: str) -> str:

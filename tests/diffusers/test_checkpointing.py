@@ -7,6 +7,7 @@ model without checkpointing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from nara_diffusion import own_cores
 from tests.adapted import disturb, nara_config
+from tests.core_types import TYPES, Affine
 from tests.diffusers.reference import UNET_TARGETS
 from tests.small_pipelines import TEXT_WIDTHS, small_sdxl
 
@@ -70,9 +73,9 @@ def distillation(model: Any) -> Tensor:
     return (student - target).square() + 0.3 * (loss(model, TIMESTEPS[1]) - student.detach()).square()
 
 
-def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check(actual: dict[str, Tensor], expected: dict[str, Tensor], has_core: bool = True) -> None:
     assert actual.keys() == expected.keys()
-    assert any("nara_core." in name for name in expected)
+    assert any("nara_core." in name for name in expected) is has_core
     for name, gradient in expected.items():
         assert float((actual[name] - gradient).abs().max()) <= BOUND * float(gradient.abs().max()), name
 
@@ -100,6 +103,23 @@ def test_reentrant_checkpointing(use_dora):
         lambda function, *args: checkpoint(function.__call__, *args, use_reentrant=True)
     )
     check(gradients(model, lambda: prior_preservation(model)), expected)
+
+
+KINDS = {name: options for name, options in TYPES.items() if options.get("core_type") != "constant"}
+KINDS["own"] = {"core_type": "affine"}
+WITHOUT_PARAMETERS = ("rank mask", "bins")  # there a wrong λ shows in the gradients of A and B
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_of_core(kind, monkeypatch):
+    monkeypatch.setattr(own_cores, "_factories", {"affine": Affine})
+    model = unet(target_modules=["to_q", "to_v", "conv1"], **KINDS[kind])
+    expected = gradients(model, lambda: prior_preservation(model))
+    for reentrant in (False, True):
+        call = partial(checkpoint, use_reentrant=reentrant)
+        model.enable_gradient_checkpointing(lambda function, *args, call=call: call(function.__call__, *args))
+        actual = gradients(model, lambda: prior_preservation(model))
+        check(actual, expected, has_core=kind not in WITHOUT_PARAMETERS)
 
 
 def test_checkpointing_that_is_turned_off_again():

@@ -18,7 +18,7 @@ from tests.loaders.adapters import FILE, predict, trained
 from tests.small_pipelines import small_sdxl
 
 
-@pytest.mark.parametrize("kind", ["rank mask", "bins", "knots", "layer vectors", "by type, normalised", "log-SNR"])
+@pytest.mark.parametrize("kind", TYPES)
 def test_a_pipeline_saves_loads_and_unloads_it(kind, tmp_path: Path):
     pipe = trained(text=False, target_modules=["to_q", "to_v", "conv1"], **TYPES[kind])
     expected = predict(pipe)
@@ -37,7 +37,7 @@ def test_a_pipeline_saves_loads_and_unloads_it(kind, tmp_path: Path):
     assert torch.equal(predict(other), base)
 
 
-@pytest.mark.parametrize("kind", ["rank mask", "bins", "knots", "layer vectors", "log-SNR"])
+@pytest.mark.parametrize("kind", [name for name in TYPES if "constant" not in name])
 def test_a_unets_samples_read_their_own_timesteps(kind):
     pipe = trained(text=False, target_modules=["to_q", "to_v", "conv1"], **TYPES[kind])
     generator = torch.Generator().manual_seed(9)

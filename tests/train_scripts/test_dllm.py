@@ -186,6 +186,27 @@ def test_variants_train(arguments, changes: dict) -> None:
     assert results["validation_loss_after"] < results["validation_loss_before"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "title", "tag", "noise"),
+    [
+        ({"core_type": "identity"}, "A low-rank adapter (LoRA, arXiv 2106.09685)", "lora", False),
+        ({"core_type": "rank_mask"}, "A noise-aware low-rank adapter (T-LoRA, arXiv 2507.05964)", "tlora", True),
+        ({"core_type": "constant"}, "A noise-aware low-rank adapter (NaRA-C, arXiv 2605.29716)", "nara", False),
+    ],
+    ids=["identity", "rank_mask", "constant"],
+)
+def test_the_card_names_what_the_adapter_really_is(arguments, changes, title, tag, noise) -> None:
+    args = arguments(**changes, max_train_steps=1, curve_points=1, test_samples=1, validation_steps=None)
+    main(args)
+    card = (Path(args.output_dir) / "README.md").read_text()
+    assert title in card
+    assert yaml.safe_load(card.split("---\n")[1])["tags"][0] == tag
+    name = title.partition("(")[2].partition(",")[0]
+    assert f" with {name}\n" in card
+    assert f"- adapter: {name}\n" in card
+    assert ("tells the adapter λ" in card) is noise
+
+
 def test_two_processes_give_the_losses_of_one(arguments, tmp_path) -> None:
     """On the same global batch, with accelerate's own launcher; masks and λ are those of the samples."""
     main(arguments(output_dir=str(tmp_path / "one"), train_batch_size=4))

@@ -18,6 +18,7 @@ from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.methods import METHODS
+from train_scripts import dllm, dreambooth_sdxl
 from train_scripts.dllm import Arguments, main
 
 CONFIGS = Path(__file__).parents[2] / "train_scripts" / "configs"
@@ -101,3 +102,19 @@ def test_one_file_of_arguments_serves_all_methods(adapter: str) -> None:
         if METHODS[adapter].family in ("nara", "lora"):
             assert config.r == args.rank * (args.core_bins if adapter == "multi_lora" else 1)
             assert config.lora_dropout == args.lora_dropout
+
+
+SCRIPTS = {"dllm": (Arguments, dllm.shipped_run), "dreambooth": (DreamBoothArguments, dreambooth_sdxl.shipped_run)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("adapter", ["lora", "full", "tlora", "multi_lora", "nara_c", "nara_knots", "nara"])
+def test_a_learning_rate_of_a_core_that_there_is_none_of_is_named(adapter: str, script: str, caplog) -> None:
+    """What only the shipped run sets is nobody's mistake."""
+    cls, shipped_run = SCRIPTS[script]
+    args = parse_arguments(cls, ["--adapter", adapter], stand_in=shipped_run)
+    assert caplog.messages == []
+    has_core = adapter.startswith("nara")
+    assert args.core_learning_rate == (1e-3 if has_core else None)
+    parse_arguments(cls, ["--adapter", adapter, "--core_learning_rate", "1e-2"], stand_in=shipped_run)
+    assert caplog.messages == ([] if has_core else [f"adapter {adapter} doesn't read core_learning_rate"])

@@ -4,9 +4,22 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from nara_diffusion import own_cores
 from nara_diffusion.training.adapter import adapter_config, add_adapter
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core, warmup_steps
+
+
+class Faded(nn.Module):
+    """C(λ) = (1 − λ) I."""
+
+    def __init__(self, config, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        return (1 - noise_level)[:, None, None] * torch.eye(self.rank)
 
 
 def test_every_argument_reaches_the_config(small_args) -> None:
@@ -79,6 +92,17 @@ def test_a_plain_lora_has_one_group_and_no_second_stage(small_args, tiny_llama) 
     assert [group["name"] for group in build_optimizer(model, small_args()).param_groups] == ["adapter"]
     with pytest.raises(ValueError, match=r"core_start_step is 2, but core_type 'identity' has no core"):
         build_optimizer(model, small_args(core_type="identity", core_start_step=2))
+
+
+@pytest.mark.parametrize("rate", [None, 1e-3])
+def test_a_rate_for_an_own_core_without_parameters_is_named(small_args, tiny_llama, monkeypatch, caplog, rate) -> None:
+    monkeypatch.setattr(own_cores, "_factories", {})
+    own_cores.register_core("faded", Faded)
+    args = small_args(core_type="faded", core_learning_rate=rate)
+    build_optimizer(add_adapter(tiny_llama, adapter_config(args)), args)
+    assert caplog.messages == (
+        [] if rate is None else ["core_learning_rate isn't read: core_type 'faded' trains nothing"]
+    )
 
 
 def test_nothing_to_train_is_refused(small_args, tiny_llama) -> None:

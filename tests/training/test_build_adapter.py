@@ -16,7 +16,7 @@ from nara_diffusion.training.adapter import build_adapter
 from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.arguments import AdapterArguments
 from nara_diffusion.training.cli import parse_arguments
-from nara_diffusion.training.methods import METHODS, check_method, title_of
+from nara_diffusion.training.methods import METHODS, check_method, kind_of, title_of, unread_arguments
 
 TYPES = {
     "hira": PeftType.HIRA,
@@ -173,10 +173,63 @@ def test_settings_that_a_method_does_not_read_are_named(caplog) -> None:
     ]
 
 
-def test_titles() -> None:
-    assert title_of(AdapterArguments(use_dora=True)) == "NaRA-DoRA"
-    assert title_of(AdapterArguments(adapter="lora", use_dora=True)) == "DoRA"
-    assert title_of(AdapterArguments(adapter="tlora")) == "T-LoRA"
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"core_type": "identity", "core_scale": 0.5, "core_sharing": "layer"}, ["core_scale", "core_sharing"]),
+        ({"adapter": "tlora", "core_hidden_dims": [5], "core_bins": 3}, ["core_hidden_dims", "core_bins"]),
+        ({"adapter": "multi_lora", "core_knots": 3, "core_bins": 2}, ["core_knots"]),
+        ({"adapter": "nara_c", "core_scale": 0.5, "fourier_scale": 2.0}, ["fourier_scale"]),
+        ({"adapter": "nara_knots", "core_knots": 3, "noise_embedding_dim": 8}, ["noise_embedding_dim"]),
+        ({"core_scale": 0.5, "core_hidden_dims": [5], "core_sharing": "layer", "mask_density_radius": 3}, []),
+        ({"adapter": "prompt_tuning", "noise_scale": "log_snr"}, ["noise_scale"]),
+    ],
+    ids=str,
+)
+def test_settings_that_a_type_of_core_does_not_read_are_named(settings: dict, unread: list[str]) -> None:
+    assert unread_arguments(AdapterArguments(**settings)) == unread
+
+
+@pytest.mark.parametrize(
+    ("settings", "title", "kind"),
+    [
+        ({}, "NaRA", "nara"),
+        ({"use_dora": True}, "NaRA-DoRA", "nara_dora"),
+        ({"adapter": "nara_dora"}, "NaRA-DoRA", "nara_dora"),
+        ({"core_sharing": "layer"}, "NaRA", "nara"),
+        ({"core_type": "constant"}, "NaRA-C", "nara_c"),
+        ({"adapter": "nara_c", "use_dora": True}, "NaRA-C-DoRA", "nara_c"),
+        ({"core_type": "bins"}, "Multi-LoRA", "multi_lora"),
+        ({"adapter": "tlora"}, "T-LoRA", "tlora"),
+        ({"core_type": "rank_mask", "use_dora": True}, "T-LoRA-DoRA", "tlora"),
+        ({"core_type": "knots", "core_sharing": "layer", "core_scale": 1.0}, "NaRA-Knots", "nara_knots"),
+        ({"adapter": "nara_knots", "use_dora": True}, "NaRA-Knots-DoRA", "nara_knots"),
+        ({"core_type": "knots"}, "NaRA with core 'knots'", "nara"),
+        ({"core_type": "mine"}, "NaRA with core 'mine'", "nara"),
+        ({"core_type": "mine", "use_dora": True}, "NaRA-DoRA with core 'mine'", "nara_dora"),
+        ({"core_type": "identity"}, "LoRA", "lora"),
+        ({"core_type": "identity", "use_dora": True}, "DoRA", "dora"),
+        ({"adapter": "nara_dora", "core_type": "identity"}, "DoRA", "dora"),
+        ({"core_type": "identity", "use_rslora": True}, "rsLoRA", "rslora"),
+        ({"adapter": "lora"}, "LoRA", "lora"),
+        ({"adapter": "lora", "use_dora": True}, "DoRA", "dora"),
+        ({"adapter": "lora", "use_rslora": True}, "rsLoRA", "rslora"),
+        ({"adapter": "rslora", "use_dora": True}, "rsLoRA-DoRA", "rslora"),
+        ({"adapter": "pissa", "use_dora": True}, "PiSSA-DoRA", "pissa"),
+        ({"adapter": "vera"}, "VeRA", "vera"),
+    ],
+    ids=str,
+)
+def test_the_title_is_that_of_what_the_configuration_really_is(settings: dict, title: str, kind: str) -> None:
+    args = AdapterArguments(**settings)
+    assert (title_of(args), kind_of(args)) == (title, kind)
+
+
+@pytest.mark.parametrize("option", ["core_type=identity", "use_dora=true", "core_scale=1.0"])
+def test_an_option_that_is_an_argument_itself_is_refused(option: str) -> None:
+    name = option.partition("=")[0]
+    with pytest.raises(ValueError, match=f"adapter_options holds '{option}', .* argument of its own: give {name} "):
+        check_method(arguments("nara", adapter_options=[option]))
 
 
 def test_adalora_needs_the_number_of_steps_and_full_has_no_options() -> None:

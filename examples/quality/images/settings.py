@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.training.methods import without_unread
 from quality.images.methods import BASE
 from quality.images.subjects import ASSETS, BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 from quality.suites import RANKS
@@ -36,7 +37,7 @@ def arguments(subject: str, method: str, seed: int, overrides: dict[str, Any]) -
     check_subject(subject)
     data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
     adapter = {} if method == BASE else {"adapter": method}
-    values = DEFAULTS | data | overrides | adapter | {"seed": seed}
+    values = without_unread(DEFAULTS, adapter) | data | overrides | adapter | {"seed": seed}
     unknown = sorted(values.keys() - DreamBoothArguments.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(
