@@ -11,7 +11,7 @@ of it, with command, hardware, versions and commit; the picture shows it over th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from benchmark_record import save_record
 from matplotlib.figure import Figure
 from quality.images.held_out import held_out_losses
 from quality.images.subjects import SUBJECTS
+from quality.images.task import ImageTask
 from quality.images.task import load_task as load_subject
 from quality.probe import Forward, probe
 from quality.text.runs import load_task
@@ -57,11 +58,12 @@ def _text_forwards(model: nn.Module, batches: list[MaskedBatch]) -> Iterator[For
 
 def image_probe() -> dict[str, dict[str, float]]:
     """{kind of layer: {layer: R²}} of sdxl-tiny."""
-    pipe = load_subject(next(iter(SUBJECTS))).pipe
+    tasks = [load_subject(subject) for subject in SUBJECTS]  # which runs the UNet: not while inputs are noted
+    pipe = tasks[0].pipe
     unet = pipe.unet
     layers = _linears(unet)
     adapted = {name: layer for name, layer in layers.items() if _image_kind(name)}
-    found = probe(adapted, _image_forwards(unet, pipe.scheduler.config.num_train_timesteps))
+    found = probe(adapted, _image_forwards(unet, tasks, pipe.scheduler.config.num_train_timesteps))
     return {kind: {name: r for name, r in found.items() if _image_kind(name) == kind} for kind in IMAGE_LAYERS}
 
 
@@ -69,10 +71,10 @@ def _image_kind(name: str) -> str | None:
     return next((kind for kind, ends in IMAGE_LAYERS.items() if name.endswith(ends)), None)
 
 
-def _image_forwards(unet: nn.Module, timesteps: int) -> Iterator[Forward]:
+def _image_forwards(unet: nn.Module, tasks: Sequence[ImageTask], timesteps: int) -> Iterator[Forward]:
     generator = torch.Generator().manual_seed(0)
-    for subject in tqdm(SUBJECTS, desc="sdxl-tiny", unit="subject"):
-        for whole in load_subject(subject).held_out:
+    for task in tqdm(tasks, desc="sdxl-tiny", unit="subject"):
+        for whole in task.held_out:
             held_out = whole.rows(slice(None, None, len(whole.kinds) // A_BIN))
             levels: Tensor = held_out.batch.timestep / timesteps
             place = torch.rand(len(levels), generator=generator)

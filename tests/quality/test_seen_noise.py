@@ -15,7 +15,7 @@ def test_it_writes_record_and_picture_of_every_layer(
     whole = benchmark_seen_noise.load_task("llada-tiny", "commonsense")
     few = replace(whole, validation=replace(whole.validation, batches=whole.validation.batches[:6]))
     monkeypatch.setattr(benchmark_seen_noise, "load_task", lambda backbone, domain: few)
-    monkeypatch.setattr(benchmark_seen_noise, "SUBJECTS", {"toy": "subject"})
+    monkeypatch.setattr(benchmark_seen_noise, "SUBJECTS", ("toy", "car"))
     figures = benchmark_seen_noise.main(output_dir=tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"benchmark_seen_noise.json", "benchmark_seen_noise.png"}
     assert "lm_head" not in {name for layers in figures["llada-tiny"].values() for name in layers}
