@@ -26,6 +26,7 @@ from quality.report.tables import (
     rates_table,
     resolution,
 )
+from quality.step_cost import PAIRS
 
 HOW_TO_READ = """\
 ± is the standard deviation over seeds. A difference is paired: within a seed all methods see the same data in the same
@@ -33,10 +34,11 @@ order, the same noise levels and the same noise or masks; its 95 % interval over
 brackets, and it is **bold** where that interval doesn't hold zero. *Gap closed* is (LoRA − method) / (LoRA − full
 fine-tuning) of the mean loss. Bins of λ are tenths of [0, 1], named by their middle; 1 is pure noise; in the tables
 over them a difference stands ± half the width of its 95 % interval."""
-COST_NOTE = """\
-A step of each method and one of LoRA, in turn, forty of each in one process: the median time of a step, and the median
-of the pairs' ratios with their quartiles. Memory is what a step holds at its largest, counted in tensors (weights,
-gradients, Adam's moments, what the forward keeps for the backward), without the temporaries of single operations."""
+COST_NOTE = f"""\
+A step of each method and one of LoRA, in turn, {PAIRS} of each in one process: the median time of a step, and the
+median of the pairs' ratios with their quartiles. Memory is what a step holds at its largest, counted in tensors
+(weights, gradients, Adam's moments, what the forward keeps for the backward), without the temporaries of single
+operations."""
 BY_DOMAIN = """\
 Domain by domain, the difference to LoRA, of DoRA's variants to DoRA, and of a control to what it controls:"""
 NOTES = ("summary", "setting", "text", "images", "learned", "failed")
