@@ -38,6 +38,14 @@ def put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def delete_folder(folder: Path) -> None:
+    """Deletes `folder`; what is left of it, if that fails midway, no longer has its name."""
+    aside = partial_name(folder)
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` that becomes `path` at the end, or vanishes on any error."""

@@ -3,8 +3,8 @@
     checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as `formats` or another writer has it
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16)
                  random_states_P.pkl                              of process P
-                 checkpoint.json                                  step, processes, arguments, SHA-256 of each file above
-                                                                  and of the training data
+                 checkpoint.json                                  step, time, processes, arguments, SHA-256 of each file
+                                                                  above and of the training data
 
 The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). The
 frozen base model isn't in a checkpoint. A checkpoint is written under another name and renamed when it is complete,
@@ -19,6 +19,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from accelerate import Accelerator
 from nara_diffusion.training.arguments import config_differences
 from nara_diffusion.training.formats import AdapterWriter, write_adapter, write_checkpoint
 from nara_diffusion.training.output import write_json
-from nara_diffusion.whole import partial_name, put_in_place, whole_folder
+from nara_diffusion.whole import delete_folder, partial_name, put_in_place, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ MANIFEST = "checkpoint.json"
 
 
 def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int, data: str = "") -> Path:
-    """Writes `folder/checkpoint-{step}`, called by every process; deletes those beyond `--checkpoints_total_limit`.
+    """Writes `folder/checkpoint-{step}`, called by every process; of the others, those that were written first are
+    deleted beyond `--checkpoints_total_limit`.
 
     Args:
         data: digest of the training data, for `check_same_data`.
@@ -50,7 +52,7 @@ def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int
     except Exception as error:
         raise OSError(f"{target} could not be written ({error}). {_last_whole(folder)}") from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-        _delete_oldest(folder, args.checkpoints_total_limit)
+        _delete_oldest(folder, args.checkpoints_total_limit, newest=target)
     accelerator.wait_for_everyone()
     return target
 
@@ -203,7 +205,8 @@ def _write(accelerator: Accelerator, target: Path, facts: dict[str, Any]) -> Non
 
 def _write_manifest(accelerator: Accelerator, folder: Path, facts: dict[str, Any]) -> None:
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    write_json(folder / MANIFEST, {**facts, "processes": accelerator.num_processes, "files": files})
+    facts = {**facts, "written": time.time(), "processes": accelerator.num_processes}
+    write_json(folder / MANIFEST, {**facts, "files": files})
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -211,16 +214,26 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = {name: manifest[name] for name in ("step", "processes", "arguments", "files")}
-        return found | {"data": manifest.get("data", "")}  # which earlier versions didn't write
+        # which earlier versions didn't write
+        return found | {"data": manifest.get("data", ""), "written": float(manifest.get("written", 0))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or corrupt ({error}). Resume from another checkpoint.") from error
 
 
-def _delete_oldest(folder: Path, limit: int) -> None:
-    found = find_checkpoints(folder)
-    for step in sorted(found)[:-limit]:
-        logger.info("deleting %s (--checkpoints_total_limit %d)", found[step], limit)
-        shutil.rmtree(found[step])
+def _delete_oldest(folder: Path, limit: int, newest: Path) -> None:
+    """Keeps `newest`, whatever its step: a run that went back writes steps anew that are below those of before."""
+    others = [(_written(path), step, path) for step, path in find_checkpoints(folder).items() if path != newest]
+    for _, _, path in sorted(others)[: max(0, len(others) + 1 - limit)]:
+        logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
+        delete_folder(path)
+
+
+def _written(checkpoint: Path) -> float:
+    """When, in seconds since 1970; 0 if it doesn't say."""
+    try:
+        return _read_manifest(checkpoint)["written"]
+    except ValueError:
+        return 0.0
 
 
 def _sha256(path: Path) -> str:

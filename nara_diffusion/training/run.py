@@ -31,6 +31,7 @@ from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.metrics import MetricLog
 from nara_diffusion.training.optimization import check_scheduler
 from nara_diffusion.training.output import check_output_dir, create_output_dir, numbered_dirs, write_yaml
+from nara_diffusion.training.random_states import check_random_states
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ class Run:
         `facts` about the run are logged.
 
         Raises:
-            ValueError: preparing changed the accumulation, as DeepSpeed's configuration can.
+            ValueError: preparing changed the accumulation, as DeepSpeed's configuration can; a random state can't be
+                restored.
         """
         check_accumulation(self.accelerator, accumulation_steps(self.args, self.accelerator.num_processes))
         folder = [Path()]
@@ -141,6 +143,7 @@ class Run:
             self.accelerator.init_trackers(self.name, config=flat)
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
+            check_random_states(self.checkpoint, self.accelerator.process_index)
         if self.is_main:
             logger.info("%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items()))
             logger.info("output folder: %s", self.folder)

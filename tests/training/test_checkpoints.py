@@ -1,5 +1,7 @@
 """What a checkpoint holds, and every reason to refuse one."""
 
+import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from nara_diffusion.training.checkpoints import (
+    _delete_oldest,
     find_checkpoints,
     resolve_checkpoint,
     save_checkpoint,
@@ -145,3 +148,68 @@ def test_going_on_in_another_runs_folder_is_refused(checkpoint: Path, small_args
     args = small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint), output_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"other already holds another run or other files \(adapter_model"):
         start_run(args, "small")
+
+
+def rewrite(checkpoint: Path, name: str, content: bytes) -> None:
+    """As if the file had been as bad when the checkpoint was written: with its digest."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    manifest["files"][name] = hashlib.sha256(content).hexdigest()
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+
+
+def pickled(content: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("spoilt", ["truncated", "empty", "without torch's", "other length"])
+def test_random_states_that_cannot_be_restored_are_refused(checkpoint, small_args, small_run, spoilt: str) -> None:
+    file = checkpoint / "random_states_0.pkl"
+    states = torch.load(file, weights_only=False)
+    content = {
+        "truncated": file.read_bytes()[:300],
+        "empty": b"",
+        "without torch's": pickled({name: value for name, value in states.items() if name != "torch_manual_seed"}),
+        "other length": pickled(states | {"torch_manual_seed": states["torch_manual_seed"][:-8]}),
+    }[spoilt]
+    rewrite(checkpoint, file.name, content)
+    with pytest.raises(ValueError, match=r"random_states_0.pkl doesn't give the random states back \(.*\).*another"):
+        small_run(small_args(max_train_steps=2, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, {4}), (2, {4, 6}), (3, {2, 4, 6}), (None, {2, 4, 6})])
+def test_the_limit_keeps_a_checkpoint_that_is_written_anew(small_args, small_run, limit: int | None, kept) -> None:
+    """Of 2, 4 and 6 the run goes back to 2 and writes 4 again."""
+    folder = small_run(small_args()).run.folder
+    back = {"resume_from_checkpoint": str(folder / "checkpoint-2"), "checkpoints_total_limit": limit}
+    run = start_run(small_args(**back), "small")
+    run.open()
+    save_checkpoint(run.accelerator, run.args, folder, 4)
+    assert set(find_checkpoints(folder)) == kept
+
+
+def test_the_limit_goes_by_the_time_of_writing_and_not_by_that_of_copying(small_args, small_run, tmp_path) -> None:
+    written = small_run(small_args()).run.folder
+    folder = tmp_path / "copy"
+    for name in ("checkpoint-6", "checkpoint-2", "checkpoint-4"):
+        shutil.copytree(written / name, folder / name, copy_function=shutil.copyfile)
+    run = start_run(small_args(output_dir=str(folder), resume_from_checkpoint="latest"), "small")
+    run.open()
+    args = small_args(checkpoints_total_limit=2)
+    save_checkpoint(run.accelerator, args, folder, 8)
+    assert set(find_checkpoints(folder)) == {6, 8}
+
+
+def test_a_checkpoint_that_is_half_deleted_is_no_checkpoint(small_args, small_run, monkeypatch) -> None:
+    def fails(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (path / "checkpoint.json").unlink()
+            raise OSError("killed")
+
+    run = small_run(small_args()).run
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    with pytest.raises(OSError, match="killed"):
+        _delete_oldest(run.folder, 1, newest=run.folder / "checkpoint-6")
+    assert set(find_checkpoints(run.folder)) == {4, 6}
