@@ -191,6 +191,8 @@ def _mix_alike(core: Tensor, h: Tensor) -> Tensor:
         return F.linear(h, core[0])
     if h.dim() == 3:
         return torch.bmm(h, core.mT)
+    if h.is_nested:
+        return torch.matmul(h, core.mT.reshape(core.shape[0], *(1,) * (h.dim() - 3), *core.shape[1:]))
     return torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core.mT).view(h.shape)
 
 

@@ -18,22 +18,17 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-import torch.nn.modules.module as global_hooks
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import Function
 
 from .core import mix_rows
+from .effective_weights import GLOBAL_HOOKS, is_plain
 
 # Stands in for a gain of zero, so that backward can divide by it; float16 has no number that is as small.
 TINY_GAIN = 2.0**-100
 # How many parts a sum over tokens is made of: its temporary is so many times smaller than an activation.
 PARTS = 16
-# PyTorch's own dictionaries, which are filled and emptied and stay the same objects.
-GLOBAL_HOOKS = tuple(
-    getattr(global_hooks, f"_global_{kind}")
-    for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-)
 
 
 def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Tensor) -> bool:
@@ -47,7 +42,7 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
         return False
     if module._modules["base_layer"] is not base_layer:
         return False  # another tuner has made `result`, which is more than W0 x
-    if _is_other(base_layer) or _is_other(A) or _is_other(B):
+    if not (is_plain(base_layer) and is_plain(A) and is_plain(B)):
         return False
     weight, bias = base_layer._parameters["weight"], base_layer._parameters["bias"]
     rising, rising_bias, dtype = B._parameters["weight"], B._parameters["bias"], x.dtype
@@ -58,26 +53,6 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
         and result.dtype == weight.dtype == rising.dtype == A._parameters["weight"].dtype == dtype
         and type(x) is type(result) is Tensor
         and result.is_contiguous()
-    )
-
-
-def _is_other(layer: Any) -> bool:
-    """Whether it is another kind of layer or parameter than PyTorch's own, or its call is watched.
-
-    Where something makes the weight anew for each call (pruning, weight_norm, FSDP1), it is no parameter of the layer.
-    """
-    if type(layer) is not nn.Linear:
-        return True
-    own = vars(layer)
-    parameters = own["_parameters"]
-    return bool(
-        type(parameters.get("weight")) is not nn.Parameter
-        or "bias" not in parameters
-        or "forward" in own
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
     )
 
 

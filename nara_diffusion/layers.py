@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Embedding, LoraVariant, _ConvNd
+from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from .channel import CoreChannel
 from .core import add_product, add_scaled_product, factored_row_norm, mix, mix_channels, times_core
+from .effective_weights import base_matrix, delta_weight, factors, may_read
 from .fused import can_fuse, fused_linear
 from .offload import check_mergeable_here, is_managed, onloaded
 from .quantized import base_weight, check_mergeable
@@ -74,6 +75,8 @@ class NaraVariant(LoraVariant):
         samples = core.shape[0]
         if samples in (1, batch):
             return core
+        if batch == 0:  # an idle expert: no row asks for a C, and A and B get gradients of zero
+            return core[:1]
         if self.channel.sample_major and batch % samples == 0:
             return core.repeat_interleave(batch // samples, dim=0)
         raise ValueError(
@@ -113,22 +116,25 @@ class NaraVariant(LoraVariant):
         check_mergeable_here(module.get_base_layer(), self.layer_name)
         rank = module.r[active_adapter]
         core = self.core_to_merge(*self.key)[:, :rank, :rank]
-        factor = self.merge_factor(module, active_adapter, core)
-        module._cache_store(f"{active_adapter}-nara", (core, factor))
+        A, B = factors(module, active_adapter)
+        K = times_core(B, core)  # (1, d_out, r)
+        scaling = module.scaling[active_adapter]
+        factor = self.merge_factor(module, active_adapter, A, K)
+        module._cache_store(f"{active_adapter}-nara", (A, K, scaling, factor))
         # read again: finding DoRA's norm may have taken other merged adapters out and put them back
         weight = base_weight(module.get_base_layer()).data
-        return (factor * (weight + _delta_weight(module, active_adapter, core))).to(orig_weight.dtype)
+        return (factor * (weight + delta_weight(module, A, K[0], scaling))).to(orig_weight.dtype)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         check_mergeable(module, active_adapter, self.layer_name)
-        core, factor = module._cache_pop(f"{active_adapter}-nara")
-        return (orig_weight.data / factor - _delta_weight(module, active_adapter, core)).to(orig_weight.dtype)
+        A, K, scaling, factor = module._cache_pop(f"{active_adapter}-nara")
+        return (orig_weight.data / factor - delta_weight(module, A, K[0], scaling)).to(orig_weight.dtype)
 
-    def merge_factor(self, module: Any, active_adapter: str, core: Tensor) -> Tensor | float:
-        """What a merged row is multiplied with: 1, or DoRA's m / ‖W0 + ΔW‖."""
+    def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor | float:
+        """What a merged row is multiplied with: 1, or DoRA's m / ‖W0 + s K A‖, for K = B C (1, d_out, r)."""
         return 1.0
 
 
@@ -144,8 +150,10 @@ class NaraLinear(NaraVariant):
         scaling = module.scaling[active_adapter]
         if _is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
             return fused_linear(x, result, base_layer.weight, A.weight, core, B.weight, scaling)
-        h = A(module.lora_dropout[active_adapter](x))  # (b, …, r)
-        result = add_product(result, mix(core, h), B.weight, scaling)
+        mixed = mix(core, A(module.lora_dropout[active_adapter](x)))  # (b, …, r)
+        if result.is_nested or not may_read(B):
+            return result + scaling * B(mixed)
+        result = add_product(result, mixed, B.weight, scaling)
         return result if B.bias is None else result + scaling * B.bias
 
 
@@ -164,9 +172,10 @@ class NaraEmbedding(NaraVariant):
         embed_scale = module._get_embed_scale()
         if embed_scale is not None:
             h = h * embed_scale.to(h.dtype)
-        return add_product(
-            result, mix(core, h), module.lora_embedding_B[active_adapter], module.scaling[active_adapter]
-        )
+        B, scaling = module.lora_embedding_B[active_adapter], module.scaling[active_adapter]
+        if result.is_nested:
+            return result + scaling * F.linear(mix(core, h), B)
+        return add_product(result, mix(core, h), B, scaling)
 
 
 class NaraConv(NaraVariant):
@@ -188,35 +197,37 @@ class NaraDoraLinear(NaraVariant):
     """
 
     def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
-        factors = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        return *factors, module.get_base_layer(), module.lora_magnitude_vector[active_adapter]
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        return A, B, module.get_base_layer(), module.lora_magnitude_vector[active_adapter]
+
+    def gain(self, module: Any, active_adapter: str, weight: Tensor, core: Tensor) -> Tensor:
+        """m / ‖W0 + s B C A‖ for W0 (d_out, k) and C (b or 1, r, r): (b or 1, d_out)."""
+        A, B = factors(module, active_adapter)
+        norm = factored_row_norm(weight, A, times_core(B, core), module.scaling[active_adapter])
+        return module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
         scaling = module.scaling[active_adapter]
-        base_layer = module.get_base_layer()
         core = self.batch_core(module.r[active_adapter], x.shape[0])
-        weight = _base_matrix(module)
-        norm = factored_row_norm(weight, A.weight, times_core(B.weight, core), scaling)  # (b, d_out)
-        magnitude = module.lora_magnitude_vector[active_adapter].weight
-        gain = (magnitude / norm).to(x.dtype)  # (b, d_out)
+        weight = base_matrix(module)
+        gain = self.gain(module, active_adapter, weight, core).to(x.dtype)  # (b or 1, d_out)
         bias = base_layer.bias
         if _is_dropout_free(module, active_adapter):
             base = result if bias is None else result - bias
             if x.dtype == gain.dtype != torch.float16 and can_fuse(module, base_layer, A, B, x, result):
                 result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, gain)
             else:
-                result = add_scaled_product(base, mix(core, A(x)), B.weight, gain, scaling)
+                result = _add_and_scale(base, mix(core, A(x)), B, gain, scaling)
             return result if bias is None else result + bias
         dropped = module.lora_dropout[active_adapter](x)
         base = F.linear(dropped, weight.to(dropped.dtype))
-        return result - base + add_scaled_product(base, mix(core, A(dropped)), B.weight, gain, scaling)
+        return result - base + _add_and_scale(base, mix(core, A(dropped)), B, gain, scaling)
 
-    def merge_factor(self, module: Any, active_adapter: str, core: Tensor) -> Tensor:
-        A, B = _factors(module, active_adapter)
+    def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor:
         with module._unmerged_base_weight(safe_merge=True) as weight:
             matrix = transpose(weight, getattr(module, "fan_in_fan_out", False)).flatten(1)
-            norm = factored_row_norm(matrix, A, times_core(B, core), module.scaling[active_adapter])[0]
+            norm = factored_row_norm(matrix, A, K, module.scaling[active_adapter])[0]
         factor = module.lora_magnitude_vector[active_adapter].weight.detach().flatten() / norm
         if isinstance(module, _ConvNd):
             return factor.view(-1, *(1,) * (module._kernel_dim - 1))
@@ -230,14 +241,12 @@ class NaraDoraConv(NaraDoraLinear):
         return module._kernel_dim
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        A, B = _factors(module, active_adapter)
         base_layer = module.get_base_layer()
         axes = (1,) * (result.dim() - 2)
         core = self.batch_core(module.r[active_adapter], x.shape[0])
         scaling = module.scaling[active_adapter]
-        norm = factored_row_norm(base_layer.weight.flatten(1), A, times_core(B, core), scaling)  # (b, d_out)
-        gain = (module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm).to(x.dtype)
-        gain = gain.view(*gain.shape, *axes)  # (b, d_out, 1, …)
+        gain = self.gain(module, active_adapter, base_matrix(module), core).to(x.dtype)
+        gain = gain.view(*gain.shape, *axes)  # (b or 1, d_out, 1, …)
         dropped = module.lora_dropout[active_adapter](x)
         if _is_dropout_free(module, active_adapter):
             base = result if base_layer.bias is None else result - base_layer.bias.view(1, -1, *axes)
@@ -263,33 +272,9 @@ def _is_dropout_free(module: Any, adapter_name: str) -> bool:
     return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
 
 
-def _weights(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A and B of any layer, as PEFT keeps them."""
-    if isinstance(module, Embedding):
-        return module.lora_embedding_A[adapter_name], module.lora_embedding_B[adapter_name]
-    return module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-
-
-def _factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """A (r, k) and B (d_out, r) of any layer, kernels flattened and groups written out."""
-    A, B = (weight.flatten(1) for weight in _weights(module, adapter_name))
-    groups = getattr(module.get_base_layer(), "groups", 1)
-    return A, B if groups == 1 else torch.block_diag(*B.chunk(groups))
-
-
-def _base_matrix(module: Any) -> Tensor:
-    """W0 (d_out, d_in) of a linear layer, dequantised if need be."""
-    weight = base_weight(module.get_base_layer())
-    return transpose(weight, getattr(module, "fan_in_fan_out", False))
-
-
-def _delta_weight(module: Any, adapter_name: str, core: Tensor) -> Tensor:
-    """s B C A for one C (1, r, r), in the layout of the base layer's weight."""
-    A, B = (factor.detach() for factor in _factors(module, adapter_name))
-    K = times_core(B, core)[0]  # (d_out, r)
-    delta = module.scaling[adapter_name] * (K @ A.to(K.dtype))  # (d_out, k)
-    if isinstance(module, Embedding):
-        return delta.T
-    if isinstance(module, _ConvNd):
-        return delta.view(module.get_base_layer().weight.shape)
-    return transpose(delta, getattr(module, "fan_in_fan_out", False))
+def _add_and_scale(base: Tensor, h: Tensor, B: Any, gain: Tensor, scaling: float) -> Tensor:
+    """gain ⊙ (base + s B(h)): base (b, …, d_out), h (b, …, r), gain (b or 1, d_out)."""
+    if not base.is_nested and may_read(B):
+        return add_scaled_product(base, h, B.weight, gain, scaling)
+    rows = gain.view(gain.shape[0], *(1,) * (base.dim() - 2), gain.shape[1])  # (b or 1, 1, …, d_out)
+    return rows * (base + scaling * B(h))
