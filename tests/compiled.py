@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from tests.adapted import relative_error
+from tests.rounding import rounding_of
 
 LEVELS = [torch.tensor([0.05, 0.5, 0.93]), torch.tensor([0.8, 0.2, 0.6]), torch.tensor([0.0, 1.0, 1.0])]
 
@@ -28,11 +29,11 @@ def gradients(model: nn.Module, named: nn.Module, forward: Forward, level: float
     return {name: p.grad.clone() for name, p in named.named_parameters() if p.grad is not None}
 
 
-def check_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_gradients(model: nn.Module, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     assert any("nara_core." in name for name in expected)
     for name, gradient in expected.items():
-        assert relative_error(actual[name], gradient) < 1e-6, name
+        assert relative_error(actual[name], gradient) < rounding_of(model), name
 
 
 def compiled(model: nn.Module, how: str, backend: Any) -> nn.Module:

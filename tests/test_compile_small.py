@@ -166,5 +166,5 @@ def test_a_checkpoint_that_cannot_be_compiled_is_right_too(x: Tensor) -> None:
     second = model.base_model.model[0]._checkpoint_wrapped_module.second
     second.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))
     fast = compiled(model, "torch.compile(model)", "eager")
-    check_gradients(gradients(model, model, both(fast), 0.5), expected)
+    check_gradients(model, gradients(model, model, both(fast), 0.5), expected)
     assert counters["graph_break"]

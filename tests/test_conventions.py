@@ -12,6 +12,7 @@ from torch import nn
 from nara_diffusion import conventions, noise_level, register_noise_source, set_noise_source
 from nara_diffusion.noise import NoiseSignals
 from tests.adapted import OneLayer, disturb, nara_config, relative_error
+from tests.rounding import rounding_of
 from tests.small_pipelines import pixels, small_sd
 
 NAME = "squared_share"
@@ -65,9 +66,9 @@ def test_a_pipeline_loads_it_and_reads_its_level(trained, tmp_path):
     assert torch.equal(pixels(pipe), pixels(trained))
     told = predict(pipe.unet, 700)
     with noise_level(pipe.unet, 0.49):
-        assert relative_error(told, predict(pipe.unet, 700)) < 1e-6
+        assert relative_error(told, predict(pipe.unet, 700)) < rounding_of(pipe.unet)
     with noise_level(pipe.unet, 0.7):
-        assert relative_error(told, predict(pipe.unet, 700)) > 1e-4
+        assert relative_error(told, predict(pipe.unet, 700)) > 0.1
 
 
 def test_peft_loads_it_alike(tmp_path):

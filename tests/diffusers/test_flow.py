@@ -110,5 +110,7 @@ def test_wan(kind, per_token):
     pipe(prompt_embeds=text[0], negative_prompt_embeds=text[1], generator=generator, output_type="latent", **call)
     assert set(shapes) == {2 if per_token else 1}
     sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[:4] for _ in range(2)]
-    assert levels == [[pytest.approx(sigma, abs=1e-3)] for sigma in sigmas]  # UniPC's timesteps are whole numbers
+    assert levels == [
+        [pytest.approx(sigma, abs=1e-3 + 1e-6)] for sigma in sigmas
+    ]  # UniPC cuts its timesteps to whole numbers
     assert max(errors) < ROUNDING

@@ -1,0 +1,26 @@
+"""How far apart two correct computations of the same thing may lie: a bound from the dtype and the size alone.
+
+A sum of n products in a dtype of machine epsilon ε is off by about √n · ε, relative to the largest value (Higham and
+Mary, 2019: rounding errors are independent, and zero in the mean). The processor chooses the order of a sum, by the
+width of its vectors, fused multiply-adds and where in memory a tensor lies, so no two ways agree to less. What
+several sums one after the other are off by adds up.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def rounding(terms: int, sums: int, dtype: torch.dtype = torch.float32) -> float:
+    """The relative error to allow for `sums` sums of `terms` products each, one after the other."""
+    return sums * math.sqrt(terms) * torch.finfo(dtype).eps
+
+
+def rounding_of(model: nn.Module) -> float:
+    """For a forward, or the gradients of one, through each weight of `model` once, in its coarsest dtype."""
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    dtype = max((weight.dtype for weight in weights), key=lambda dtype: torch.finfo(dtype).eps)
+    return rounding(max(weight[0].numel() for weight in weights), len(weights), dtype)
