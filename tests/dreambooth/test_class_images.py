@@ -12,6 +12,7 @@ from PIL import Image
 
 from nara_diffusion.dreambooth.class_images import generate_class_images, missing_class_images
 from nara_diffusion.dreambooth.records import class_records
+from tests.patience import LAST_RESORT, all_at_once
 from tests.small_pipelines import small_sdxl
 
 from .pictures import folder_of
@@ -105,18 +106,14 @@ def test_enough_images_of_the_user_s_own_need_no_pipeline(tmp_path) -> None:
 
 def test_processes_share_the_work(tmp_path) -> None:
     generate(tmp_path / "alone", count=7)
-    barrier = threading.Barrier(3)
+    barrier = threading.Barrier(3, timeout=LAST_RESORT)
     painters = [Painter() for _ in range(3)]
 
     def run(rank: int) -> None:
-        accelerator = SimpleNamespace(process_index=rank, num_processes=3, wait_for_everyone=lambda: barrier.wait(60))
+        accelerator = SimpleNamespace(process_index=rank, num_processes=3, wait_for_everyone=barrier.wait)
         assert generate(tmp_path / "shared", count=7, painter=painters[rank], accelerator=accelerator) == 7
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    all_at_once(run, range(3), barrier)
     assert [sum(painter.batches) for painter in painters] == [3, 2, 2]
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
 

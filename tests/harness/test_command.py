@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from nara_diffusion.harness.command import TASKS, adjusted, main, register, with_defaults
 from nara_diffusion.harness.model import NaraDLLM
+from tests.patience import LAST_RESORT
 
 from .conftest import LLADA_TINY, ROWS
 
@@ -233,7 +234,7 @@ def test_several_processes_answer_what_one_answers(adapter: Path, tasks: Path, t
     program.write_text(PROGRAM)
     arguments = [str(LLADA_TINY), str(adapter), str(tasks)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
-    subprocess.run([*launch, *arguments, str(tmp_path / "two.json")], check=True, timeout=300, cwd=ROOT)
+    subprocess.run([*launch, *arguments, str(tmp_path / "two.json")], check=True, timeout=LAST_RESORT, cwd=ROOT)
     names: dict = {}
     exec(PROGRAM.partition("if __name__")[0], names)
     names["evaluate"](*arguments, str(tmp_path / "one.json"))

@@ -7,13 +7,13 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nara_diffusion.harness.download import download
+from tests.patience import LAST_RESORT, all_at_once
 
 CONTENT = b"[1, 2, 3]"
 URL = "https://example.invalid/test.json"
@@ -32,16 +32,14 @@ class Slow(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         if not self.tell():
-            self.barrier.wait(timeout=30)
+            self.barrier.wait()
         return super().read(size)
 
 
 def test_several_may_fetch_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, barrier = tmp_path / "cache" / "test.json", threading.Barrier(4)
+    path, barrier = tmp_path / "cache" / "test.json", threading.Barrier(4, timeout=LAST_RESORT)
     answered_by(monkeypatch, lambda: Slow(barrier))
-    with ThreadPoolExecutor(4) as pool:
-        for future in [pool.submit(download, URL, path) for _ in range(4)]:
-            future.result()
+    all_at_once(lambda _: download(URL, path), range(4), barrier)
     assert path.read_bytes() == CONTENT
     assert [file.name for file in path.parent.iterdir()] == ["test.json"]
 

@@ -6,18 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from nara_diffusion.harness import execution
 from nara_diffusion.harness.execution import Limits, run_program
+from tests.patience import LAST_RESORT, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a subreaper and /proc")
 
 # What a descendant does, with a file as its argument that says that it is there.
-SLEEPING = "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(60)"
+SLEEPING = "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(600)"
 DAEMON = f"""
 import os, sys
 if os.fork() == 0:
@@ -37,7 +37,7 @@ while time.monotonic() < end:  # another process each time
     open(sys.argv[1], "w").close()
 """
 STARTING = {"in its group": SLEEPING, "in a session of its own": SLEEPING, "daemon": DAEMON, "moving on": MOVING_ON}
-ENDING = {"at its end": "", "out of time": "time.sleep(60)", "by a signal": "os.kill(os.getpid(), 9)"}
+ENDING = {"at its end": "", "out of time": "time.sleep(600)", "by a signal": "os.kill(os.getpid(), 9)"}
 REASONS = {"at its end": "passed", "out of time": "timed out", "by a signal": "ended early, with status -9"}
 
 
@@ -65,23 +65,39 @@ def running(mark: Path) -> list[int]:
     return found
 
 
-def left(mark: Path, seconds: float) -> list[int]:
-    """Those that still run after so long."""
-    end = time.monotonic() + seconds
-    while (found := running(mark)) and time.monotonic() < end:
-        time.sleep(0.05)
+def left(mark: Path) -> list[int]:
+    """Those that still run, which are ended."""
+    found = running(mark)
     for pid in found:
         os.kill(pid, signal.SIGKILL)
     return found
 
 
+def out_of_time_when(mark: Path) -> type[subprocess.Popen]:
+    """A process that is waited for until `mark` is there, and then has had its time."""
+
+    class Timed(subprocess.Popen):
+        timed_out = False
+
+        def wait(self, timeout: float | None = None) -> int:
+            if self.timed_out:
+                return super().wait(timeout)
+            wait_until(mark.exists)
+            self.timed_out = True
+            raise subprocess.TimeoutExpired(self.args, 0)
+
+    return Timed
+
+
 @pytest.mark.parametrize("start", STARTING)
 @pytest.mark.parametrize("end", ENDING)
-def test_nothing_of_a_program_is_left(tmp_path: Path, start: str, end: str) -> None:
+def test_nothing_of_a_program_is_left(tmp_path: Path, start: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mark = tmp_path / "mark"
-    outcome = run_program(program(mark, start, end), Limits(seconds=2 if end == "out of time" else 10))
+    if end == "out of time":
+        monkeypatch.setattr(execution.subprocess, "Popen", out_of_time_when(mark))
+    outcome = run_program(program(mark, start, end), Limits(seconds=LAST_RESORT))
     assert mark.exists()
-    assert left(mark, 0) == []
+    assert left(mark) == []
     assert outcome.reason == REASONS[end]
 
 
@@ -89,11 +105,14 @@ def test_nothing_of_a_program_is_left(tmp_path: Path, start: str, end: str) -> N
 def test_nothing_is_left_where_the_evaluation_is_stopped(tmp_path: Path, end: signal.Signals) -> None:
     mark = tmp_path / "mark"
     text = program(mark, "in a session of its own", "out of time")
-    asking = f"import runpy; runpy.run_path({execution.__file__!r})['run_program']({text!r})"  # without importing torch
+    # without importing torch
+    asking = f"""
+import runpy
+names = runpy.run_path({execution.__file__!r})
+names["run_program"]({text!r}, names["Limits"](seconds={LAST_RESORT}))
+"""
     with subprocess.Popen([sys.executable, "-c", asking], stderr=subprocess.DEVNULL) as evaluation:
-        until = time.monotonic() + 60
-        while not mark.exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_until(mark.exists)
         assert running(mark)
         evaluation.send_signal(end)
-    assert left(mark, 10) == []
+    wait_until(lambda: not running(mark))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.training.cli import build_parser, parse_arguments
+from tests.patience import LAST_RESORT
 from train_scripts.dllm import Arguments, main, shipped_run
 
 WEIGHTS = "adapter_model.safetensors"
@@ -215,7 +216,7 @@ def test_two_processes_give_the_losses_of_one(arguments, tmp_path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", "0", str(ROOT / "train_scripts" / "dllm.py"), "--config", str(config)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LAST_RESORT)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-6)
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.loaders.source import read_file
 from nara_diffusion.training.cli import parse_arguments
+from tests.patience import LAST_RESORT
 from train_scripts.dreambooth_sdxl import main
 
 from .dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, write_pictures
@@ -160,7 +161,7 @@ def test_two_processes_give_the_losses_of_one(arguments, tmp_path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", "0", str(ROOT / "train_scripts" / "dreambooth_sdxl.py"), "--config", str(config)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LAST_RESORT)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=1e-5)
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
