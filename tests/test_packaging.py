@@ -19,6 +19,7 @@ else:
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def code_blocks(language: str) -> list[str]:
@@ -56,12 +57,32 @@ def test_the_wheel_carries_the_licence(wheel_names):
 
 
 def test_each_requirement_is_a_range_and_only_the_tools_are_pinned():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    ranged = [*project["dependencies"], *extras["train"], *extras["test"]]
+    extras = PROJECT["optional-dependencies"]
+    ranged = [*PROJECT["dependencies"], *extras["train"], *extras["test"]]
     assert not [requirement for requirement in ranged if "==" in requirement]
     pinned = [requirement for requirement in extras["dev"] if not requirement.startswith("nara-diffusion")]
     assert all("==" in requirement for requirement in pinned)
+
+
+def requirements_of(extra: str) -> set[str]:
+    """The names of the packages that `pip install nara-diffusion[extra]` asks for, other extras' included."""
+    found: set[str] = set()
+    for requirement in PROJECT["optional-dependencies"][extra]:
+        others = re.match(r"nara-diffusion\[(.*)\]", requirement)
+        names = [requirements_of(name) for name in others[1].split(",")] if others else [{name_of(requirement)}]
+        found.update(*names)
+    return found
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[\s<>=!;\[]", requirement)[0].replace("_", "-")
+
+
+def test_each_package_that_a_test_is_skipped_without_is_installed_for_the_tests():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    names = {name.replace("_", "-") for source in sources for name in re.findall(r'importorskip\("(\w+)"', source)}
+    assert names
+    assert names - requirements_of("test") == set()
 
 
 def test_continuous_integration_runs_the_readmes_test_command():
