@@ -30,6 +30,8 @@ from transformers import (
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.shifted import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
+from tests.adapted import relative_error
+from tests.rounding import rounding_of
 
 from .checkpoints import (
     ATTENTION_MASK,
@@ -99,7 +101,8 @@ def test_shift_logits_is_a_choice_for_llama(tmp_path: Path) -> None:
     assert type(model) is ShiftedLlamaForCausalLM
     with torch.no_grad():
         plain = bidirectional(stock)(INPUT_IDS).logits
-        assert torch.equal(model(INPUT_IDS).logits, torch.cat([plain[:, :1], plain[:, :-1]], 1))
+        shifted = torch.cat([plain[:, :1], plain[:, :-1]], 1)
+        assert relative_error(model(INPUT_IDS).logits, shifted) < rounding_of(stock)  # its weights lie elsewhere
 
 
 def test_sliding_windows_are_refused(tmp_path: Path) -> None:
