@@ -77,17 +77,23 @@ class ModelArguments:
     """Model and data"""
 
     pretrained_model_name_or_path: str = option(
-        "", "Folder or Hub id of the model to adapt; none runs the shipped one."
+        "", "Folder or Hub id of the model to adapt; none runs the shipped one.", content="base model"
     )
-    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
+    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.", content="base model")
     mask_token: str | None = option(None, "Text of the mask token, where the checkpoint doesn't name it.")
     dataset_name: str | None = option(
-        None, "Data set on the Hub, or a folder that `datasets` reads, in place of files."
+        None,
+        "Data set on the Hub, or a folder that `datasets` reads, in place of files.",
+        content="training data",
     )
     dataset_config_name: str | None = option(None, "Configuration of that data set.")
-    train_file: str | None = option(None, "JSON list or JSON Lines to learn from.")
-    validation_file: str | None = option(None, "Records for the validation loss; none holds out --validation_samples.")
-    test_file: str | None = option(None, "Records for exact match, before and after; none takes the validation ones.")
+    train_file: str | None = option(None, "JSON list or JSON Lines to learn from.", content="training data")
+    validation_file: str | None = option(
+        None, "Records for the validation loss; none holds out --validation_samples.", content="validation data"
+    )
+    test_file: str | None = option(
+        None, "Records for exact match, before and after; none takes the validation ones.", resumable=True
+    )
     validation_samples: int = option(128, "Records held out of the training data, if there is no file.", unit="records")
     test_samples: int | None = option(None, "Use the first so many test records; none uses all.", unit="records")
     instruction_field: str = option("instruction", "Field of a record with the question.")
@@ -155,13 +161,15 @@ def main(args: Arguments) -> dict[str, Any]:
 
     # Data
     records = load_records(args)
-    run.settle_data(text for column in records[0].column_names for text in records[0][column])
+    for what, part in zip(("training data", "validation data"), records, strict=False):
+        run.record_data_digest(what, (text for column in part.column_names for text in part[column]))
 
     # Model
     options: dict[str, Any] = {"mask_token": args.mask_token}
     options |= {} if args.revision is None else {"revision": args.revision}
     load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
     backbone, tokenizer = load(dtype=run.weights_dtype)
+    run.record_base_digest(backbone=backbone)
     train_rows, validation_rows, test_rows = (
         encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main).rows for part in records
     )

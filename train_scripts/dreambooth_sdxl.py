@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from torch import nn
 
 from nara_diffusion.dreambooth import collate_draws
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
@@ -37,9 +38,11 @@ from nara_diffusion.dreambooth.preparation import (
     check_settings,
     latent_cache,
     load_class_images,
+    load_held_out,
     load_instances,
     make_judge,
     prompt_cache,
+    record_texts,
     sample_settings,
     settle_validation,
     training_data,
@@ -117,6 +120,8 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
 
     # Data
     instances = load_instances(args, show)
+    held_out_images = load_held_out(args, show)
+    run.record_data_digest("validation data", record_texts(held_out_images))
     judge = make_judge(args, instances, device)
     load = partial(
         load_pipeline,
@@ -129,9 +134,10 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
 
     # Model
     pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype)
+    run.record_base_digest(**{name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
     check_settings(args, pipe)
     class_images = load_class_images(args, run.accelerator, run.dtype, load)  # before `pipe` takes the device's memory
-    run.settle_data(text for record in (*instances, *class_images) for text in (record.key, record.prompt))
+    run.record_data_digest("training data", record_texts([*instances, *class_images]))
     pipe.to(device)
     dataset = training_data(args, instances, class_images, pipe)
     images = len(instances) * args.repeats
@@ -142,7 +148,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
     prompts = prompt_cache(args, pipe)
     build = partial(build_objective, pipe.scheduler, edm_style=args.do_edm_style_training)
     objective = build(snr_gamma=args.snr_gamma)
-    draws = validation_draws(args, dataset, pipe, show)
+    draws = validation_draws(args, dataset, pipe, held_out_images)
     latents.fill(draws, progress=False)
     held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size)
     config = adapter_config(args, noise_convention=objective.convention, total_steps=steps)

@@ -26,13 +26,13 @@ class ModelArguments:
     """Model"""
 
     pretrained_model_name_or_path: str = option(
-        "", "Folder or Hub id of the Stable Diffusion XL to adapt; none runs the shipped one."
+        "", "Folder or Hub id of the Stable Diffusion XL to adapt; none runs the shipped one.", content="base model"
     )
     pretrained_vae_model_name_or_path: str | None = option(
-        None, "Another autoencoder, such as madebyollin/sdxl-vae-fp16-fix."
+        None, "Another autoencoder, such as madebyollin/sdxl-vae-fp16-fix.", content="base model"
     )
-    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
-    variant: str | None = option(None, "Variant of the weight files, such as fp16.")
+    revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.", content="base model")
+    variant: str | None = option(None, "Variant of the weight files, such as fp16.", content="base model")
     cache_dir: str | None = option(None, "Where downloads are kept; none means the Hub's usual cache.", resumable=True)
     upcast_vae: bool = option(True, "Encode images in float32 whatever the precision, as SDXL's autoencoder needs.")
 
@@ -41,11 +41,13 @@ class ModelArguments:
 class DataArguments:
     """Images and captions"""
 
-    instance_data_dir: str | None = option(None, "Folder with images of the subject.")
+    instance_data_dir: str | None = option(None, "Folder with images of the subject.", content="training data")
     instance_prompt: str | None = option(
         None, "What they show, with a rare word for the subject: 'a photo of sks dog'. Images without caption get it."
     )
-    dataset_name: str | None = option(None, "Data set on the Hub, or a folder that `datasets` reads, in place of it.")
+    dataset_name: str | None = option(
+        None, "Data set on the Hub, or a folder that `datasets` reads, in place of it.", content="training data"
+    )
     dataset_config_name: str | None = option(None, "Configuration of that data set.")
     image_column: str = option("image", "Column of that data set with the images.")
     caption_column: str | None = option(None, "Column with the captions, there or in metadata.jsonl.")
@@ -74,7 +76,9 @@ class PriorArguments:
     """Prior preservation"""
 
     with_prior_preservation: bool = option(False, "Train on images of the class too, lest the model forgets it.")
-    class_data_dir: str | None = option(None, "Folder of the class images; those that it lacks are generated.")
+    class_data_dir: str | None = option(
+        None, "Folder of the class images; those that it lacks are generated.", content="training data"
+    )
     class_prompt: str | None = option(None, "What they show: 'a photo of a dog'.")
     num_class_images: int = option(100, "Class images that have to be there.", unit="images")
     prior_loss_weight: float = option(1.0, "What the loss on class images counts.")
@@ -129,13 +133,17 @@ class ValidationArguments:
     guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
     sample_batch_size: int = option(4, "Images that are sampled at once.", unit="images")
     validation_data_dir: str | None = option(
-        None, "Further images of the subject for the validation loss; none takes the training images, on other noise."
+        None,
+        "Further images of the subject for the validation loss; none takes the training images, on other noise.",
+        content="validation data",
     )
     similarity_model: str | None = option(
-        None, "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id; none doesn't."
+        None,
+        "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id; none doesn't.",
+        resumable=True,
     )
     alignment_model: str | None = option(
-        None, "CLIP that compares samples with their prompts: folder or Hub id; none doesn't."
+        None, "CLIP that compares samples with their prompts: folder or Hub id; none doesn't.", resumable=True
     )
     identifier: list[str] | None = option(None, "Words that it is not to read, such as sks, which it doesn't know.")
     curve_points: int = option(10, "Noise levels at which the validation loss is measured.", unit="points")

@@ -42,6 +42,18 @@ def load_instances(args: DreamBoothArguments, progress: bool) -> list[ImageRecor
     return records_from_folder(str(args.instance_data_dir), **_captions(args), progress=progress)
 
 
+def load_held_out(args: DreamBoothArguments, progress: bool) -> list[ImageRecord]:
+    """The images of `--validation_data_dir`; raises ValueError for bad ones."""
+    if args.validation_data_dir is None:
+        return []
+    return records_from_folder(args.validation_data_dir, **_captions(args), progress=progress)
+
+
+def record_texts(records: Sequence[ImageRecord]) -> list[str]:
+    """All that a sample depends on, for a digest."""
+    return [text for record in records for text in (record.key, record.prompt)]
+
+
 def load_class_images(
     args: DreamBoothArguments, accelerator: Accelerator, dtype: torch.dtype, load: Callable[..., Any]
 ) -> list[ImageRecord]:
@@ -75,15 +87,13 @@ def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
 
     Raises:
         ValueError: sizes that the model can't have, an objective that doesn't fit its scheduler, a target module that
-            its UNet lacks, a validation folder without usable images.
+            its UNet lacks.
     """
     training_buckets(args, pipe)
     objective = build_objective(pipe.scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
     config = adapter_config(args, noise_convention=objective.convention, total_steps=args.max_train_steps or 1_000_000)
     if config is not None:
         check_adaptable(pipe.unet, config)
-    if args.validation_data_dir is not None:
-        records_from_folder(args.validation_data_dir, **_captions(args), progress=False)
 
 
 def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
@@ -153,12 +163,13 @@ def settle_validation(args: DreamBoothArguments, images: int, global_batch: int)
         args.validation_steps = count_steps(images, global_batch, None, args.validation_epochs)
 
 
-def validation_draws(args: DreamBoothArguments, dataset: DreamBoothDataset, pipe: Any, progress: bool) -> list[Draw]:
-    """What the validation loss is measured on: `--validation_data_dir`, or the training images, their middles."""
-    if args.validation_data_dir is None:
+def validation_draws(
+    args: DreamBoothArguments, dataset: DreamBoothDataset, pipe: Any, held_out: Sequence[ImageRecord]
+) -> list[Draw]:
+    """What the validation loss is measured on: the images that were held out, or the training images, their middles."""
+    if not held_out:
         return dataset.plain_draws()
-    records = records_from_folder(args.validation_data_dir, **_captions(args), progress=progress)
-    return DreamBoothDataset(records, training_buckets(args, pipe), batch_size=1, seed=0).plain_draws()
+    return DreamBoothDataset(held_out, training_buckets(args, pipe), batch_size=1, seed=0).plain_draws()
 
 
 def make_judge(args: DreamBoothArguments, instances: Sequence[ImageRecord], device: torch.device) -> Judge:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -235,11 +235,25 @@ def _refuse_both(args: Any) -> None:
     )
 
 
-def config_differences(args: Any, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: (saved value, current value)} of the arguments that a resumed run may not change."""
+def config_differences(args: Any, saved: Mapping[str, Any], digests: Collection[str]) -> dict[str, tuple[Any, Any]]:
+    """{name: (saved value, current value)} of the arguments that a resumed run may not change.
+
+    Args:
+        digests: contents that are compared in place of their names, see `option`.
+    """
+    fields = [field for field in dataclasses.fields(args) if not field.metadata.get("resumable")]
+    return _differences(args, saved, [field.name for field in fields if field.metadata.get("content") not in digests])
+
+
+def content_differences(args: Any, saved: Mapping[str, Any], content: str) -> dict[str, tuple[Any, Any]]:
+    """The same for the arguments that name `content`."""
+    fields = dataclasses.fields(args)
+    return _differences(args, saved, [field.name for field in fields if field.metadata.get("content") == content])
+
+
+def _differences(args: Any, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     current = dataclasses.asdict(args)
-    fixed = [field.name for field in dataclasses.fields(args) if not field.metadata.get("resumable")]
-    return {name: (saved.get(name), current[name]) for name in fixed if saved.get(name) != current[name]}
+    return {name: (saved.get(name), current[name]) for name in names if saved.get(name) != current[name]}
 
 
 def require(args: Any, name: str, holds: bool, expected: str) -> None:

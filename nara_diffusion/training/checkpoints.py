@@ -4,11 +4,12 @@
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16)
                  random_states_P.pkl                              of process P
                  checkpoint.json                                  step, time, processes, arguments, SHA-256 of each file
-                                                                  above and of the training data
+                                                                  above, digests of data and base model
 
-The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). The
-frozen base model isn't in a checkpoint. A checkpoint is written under another name and renamed when it is complete,
-and a file that has changed since is named when it is loaded.
+The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). Neither
+the data nor the frozen base model are in a checkpoint, but it knows them again by their digests (`digests`). A
+checkpoint is written under another name and renamed when it is complete, and a file that has changed since is named
+when it is loaded.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from nara_diffusion.training.arguments import config_differences
+from nara_diffusion.training.arguments import config_differences, content_differences
 from nara_diffusion.training.formats import AdapterWriter, write_adapter, write_checkpoint
 from nara_diffusion.training.output import write_json
 from nara_diffusion.whole import delete_folder, partial_name, put_in_place, whole_folder
@@ -36,19 +37,23 @@ logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
 
 
-def save_checkpoint(accelerator: Accelerator, args: Any, folder: Path, step: int, data: str = "") -> Path:
+def save_checkpoint(
+    accelerator: Accelerator, args: Any, folder: Path, step: int, digests: Mapping[str, str] | None = None
+) -> Path:
     """Writes `folder/checkpoint-{step}`, called by every process; of the others, those that were written first are
     deleted beyond `--checkpoints_total_limit`.
 
     Args:
-        data: digest of the training data, for `check_same_data`.
+        digests: {what the run rests on: its digest}, for `check_same_content`.
 
     Raises:
         OSError: it couldn't be written (a full disk, say); nothing of it is left, earlier checkpoints are untouched.
     """
     target = folder / f"checkpoint-{step}"
     try:
-        _write(accelerator, target, {"step": step, "arguments": dataclasses.asdict(args), "data": data})
+        _write(
+            accelerator, target, {"step": step, "arguments": dataclasses.asdict(args), "digests": dict(digests or {})}
+        )
     except Exception as error:
         raise OSError(f"{target} could not be written ({error}). {_last_whole(folder)}") from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
@@ -97,11 +102,10 @@ def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
             raise ValueError(f"{checkpoint} is incomplete: {name} is missing. Resume from another checkpoint.")
         if _sha256(file) != digest:
             raise ValueError(f"{file} is corrupt: its content isn't what was saved. Resume from another checkpoint.")
-    differences = config_differences(args, manifest["arguments"])
+    differences = config_differences(args, manifest["arguments"], manifest["digests"])
     if differences:
-        listed = ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items())
         raise ValueError(
-            f"{checkpoint} belongs to a run of another configuration ({listed}). Give the same arguments "
+            f"{checkpoint} belongs to a run of another configuration ({_listed(differences)}). Give the same arguments "
             f"(--config {checkpoint.parent / 'config.yaml'} holds them), or start a new run."
         )
     if manifest["processes"] != processes:
@@ -112,30 +116,29 @@ def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
     return manifest["step"]
 
 
-def check_same_data(checkpoint: Path, data: str) -> None:
-    """Refuses to go on with other data: the place in them is the step alone, and would mean other samples.
+def check_same_content(checkpoint: Path, args: Any, what: str, digest: str) -> None:
+    """Refuses to go on with other data, in which the step means another place, or on another base model.
 
     Args:
-        data: `digest` of the training data now.
+        what: a key of the checkpoint's digests.
+        digest: what belongs there now.
 
     Raises:
-        ValueError: `checkpoint` was trained on others.
+        ValueError: `checkpoint` has another.
     """
-    then = _read_manifest(checkpoint)["data"]
-    if then and then != data:
-        raise ValueError(
-            f"{checkpoint} was trained on other data than there are now: bring back the files as they were, or start a "
-            "new run."
-        )
+    manifest = _read_manifest(checkpoint)
+    if manifest["digests"].get(what, digest) == digest:
+        return
+    differences = content_differences(args, manifest["arguments"], what)
+    names = f" ({_listed(differences)})" if differences else ""
+    raise ValueError(
+        f"{checkpoint} belongs to a run with {'other' if what.endswith('data') else 'another'} {what}{names}: bring it "
+        "back as it was, or start a new run."
+    )
 
 
-def digest(texts: Iterable[str]) -> str:
-    """SHA-256 of texts in their order."""
-    found = hashlib.sha256()
-    for text in texts:
-        content = text.encode("utf-8", errors="surrogatepass")
-        found.update(len(content).to_bytes(8, "big") + content)
-    return found.hexdigest()
+def _listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items())
 
 
 def keep_adapter_only(accelerator: Accelerator, write: AdapterWriter = write_checkpoint) -> None:
@@ -214,8 +217,9 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = {name: manifest[name] for name in ("step", "processes", "arguments", "files")}
-        # which earlier versions didn't write
-        return found | {"data": manifest.get("data", ""), "written": float(manifest.get("written", 0))}
+        # earlier versions wrote no time, and no digest but that of the training data
+        digests = manifest.get("digests", {"training data": manifest["data"]} if manifest.get("data") else {})
+        return found | {"digests": dict(digests), "written": float(manifest.get("written", 0))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or corrupt ({error}). Resume from another checkpoint.") from error
 

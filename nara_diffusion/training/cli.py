@@ -31,6 +31,7 @@ def option(
     unit: str = "",
     choices: Sequence[str] = (),
     resumable: bool = False,
+    content: str = "",
     sentences: bool = False,
     aliases: Sequence[str] = (),
 ) -> Any:
@@ -42,11 +43,13 @@ def option(
         unit: what a number counts, for `--help`.
         choices: the words that are allowed.
         resumable: True if a resumed run may have another value than the run that it continues.
+        content: what the value is the name of, as `Run` keeps a digest of it, such as "training data": a resumed run
+            may give another name for the same content.
         sentences: for a list: each word of the command line, quoted there, is one element with its spaces and commas.
         aliases: other names of the flag, without dashes.
     """
     metadata = {"help": help, "unit": unit, "choices": tuple(choices), "resumable": resumable}
-    metadata |= {"sentences": sentences, "aliases": tuple(aliases)}
+    metadata |= {"content": content, "sentences": sentences, "aliases": tuple(aliases)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

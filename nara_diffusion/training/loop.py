@@ -102,7 +102,7 @@ def train(
             if _any_process(run, interrupt.made):
                 _stop(run)
             if _due(run.step, args.checkpointing_steps):
-                save_checkpoint(accelerator, args, run.folder, run.step, run.data)
+                save_checkpoint(accelerator, args, run.folder, run.step, run.digests)
 
 
 def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
@@ -145,7 +145,7 @@ def _diverged(run: Run, what: str) -> TrainingDiverged:
 
 
 def _stop(run: Run) -> None:
-    checkpoint = save_checkpoint(run.accelerator, run.args, run.folder, run.step, run.data)
+    checkpoint = save_checkpoint(run.accelerator, run.args, run.folder, run.step, run.digests)
     logger.warning(
         "stopped after step %d. To continue, run the same command with --resume_from_checkpoint %s",
         run.step,

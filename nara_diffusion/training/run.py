@@ -18,13 +18,13 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.batches import accumulation_steps, check_accumulation
 from nara_diffusion.training.checkpoints import (
-    check_same_data,
-    digest,
+    check_same_content,
     find_checkpoints,
     keep_adapter_only,
     resolve_checkpoint,
     verify_checkpoint,
 )
+from nara_diffusion.training.digests import digest_texts, digest_weights
 from nara_diffusion.training.formats import AdapterWriter, write_checkpoint
 from nara_diffusion.training.hub import create_hub_repo
 from nara_diffusion.training.methods import method_of
@@ -49,7 +49,7 @@ class Run:
         folder: where the run writes; set by `open`.
         log: metrics.jsonl and the trackers; set by `open`.
         hub_id: the repository to push to, or None; of the main process.
-        data: digest of what the run trains on; set by `settle_data`.
+        digests: {what: digest} of what the run rests on; set by `record_data_digest` and `record_base_digest`.
     """
 
     accelerator: Accelerator
@@ -59,7 +59,7 @@ class Run:
     step: int = 0
     folder: Path = Path()
     hub_id: str | None = None
-    data: str = ""
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
     log: MetricLog = dataclasses.field(init=False)
 
     @property
@@ -108,15 +108,31 @@ class Run:
         known = accelerator.device.type in ("cpu", "cuda")
         return known and accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
 
-    def settle_data(self, texts: Iterable[str]) -> None:
-        """Notes what the run trains on, for its checkpoints: all that a sample depends on, sample after sample.
+    def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
+        """Notes data for the run's checkpoints: all that a sample depends on, sample after sample.
+
+        Args:
+            what: "training data" or "validation data", as `option` has it for the arguments that name them.
 
         Raises:
-            ValueError: the run continues a checkpoint that was trained on other data.
+            ValueError: the run continues a checkpoint that had others.
         """
-        self.data = digest(texts)
+        self._record(what, digest_texts(texts))
+
+    def record_base_digest(self, **modules: torch.nn.Module) -> None:
+        """Notes the weights of the base model for the run's checkpoints, before an adapter is added.
+
+        Raises:
+            ValueError: the run continues a checkpoint on others.
+        """
+        # in the main process alone: accelerate may leave the weights of others empty until `prepare`
+        digest = [digest_weights(modules) if self.is_main else ""]
+        self._record("base model", broadcast_object_list(digest)[0])
+
+    def _record(self, what: str, digest: str) -> None:
+        self.digests[what] = digest
         if self.checkpoint is not None:
-            check_same_data(self.checkpoint, self.data)
+            check_same_content(self.checkpoint, self.args, what, digest)
 
     def open(self, facts: Mapping[str, str] | None = None) -> None:
         """Makes the output folder, saves the configuration in it, restores a checkpoint's optimizer and random states.

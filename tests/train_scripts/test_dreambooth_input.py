@@ -186,7 +186,7 @@ def test_other_images_in_the_same_folder_are_not_resumed(arguments, tmp_path) ->
     common = {"instance_data_dir": str(pictures), "max_train_steps": 1}
     main(arguments(**common, checkpointing_steps=1))
     write_pictures(pictures, 3, seed=5)
-    with pytest.raises(ValueError, match="checkpoint-1 was trained on other data than there are now"):
+    with pytest.raises(ValueError, match="checkpoint-1 belongs to a run with other training data"):
         main(arguments(**common, resume_from_checkpoint="latest"))
 
 

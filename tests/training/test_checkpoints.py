@@ -18,6 +18,7 @@ from nara_diffusion.training.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
+from nara_diffusion.training.digests import digest_texts
 from nara_diffusion.training.run import start_run
 
 
@@ -123,23 +124,36 @@ def test_without_output_dir_latest_looks_in_the_newest_numbered_run(
 
 def test_other_data_are_refused(small_args, small_run, tmp_path) -> None:
     first = start_run(small_args(max_train_steps=2), "small")
-    first.settle_data(["a question", "its answer"])
+    first.record_data_digest("training data", ["a question", "its answer"])
     first.open()
-    checkpoint = save_checkpoint(first.accelerator, first.args, first.folder, 0, first.data)
+    checkpoint = save_checkpoint(first.accelerator, first.args, first.folder, 0, first.digests)
     resumed = start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
-    resumed.settle_data(["a question", "its answer"])
+    resumed.record_data_digest("training data", ["a question", "its answer"])
     for texts in (["a question"], ["its answer", "a question"], ["a questionits answer"], ["a questio", "nits answer"]):
-        with pytest.raises(ValueError, match=r"checkpoint-0 was trained on other data than there are now: bring back"):
-            resumed.settle_data(texts)
+        with pytest.raises(ValueError, match=r"checkpoint-0 belongs to a run with other training data: bring it back"):
+            resumed.record_data_digest("training data", texts)
 
 
 def test_a_checkpoint_of_before_data_were_noted_is_taken(checkpoint: Path, small_args) -> None:
     manifest = json.loads((checkpoint / "checkpoint.json").read_text())
-    del manifest["data"]
+    del manifest["digests"]
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
     run = start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
-    run.settle_data(["any"])
+    run.record_data_digest("training data", ["any"])
     assert run.step == 2
+
+
+def test_a_checkpoint_that_notes_training_data_alone_is_held_to_them(checkpoint: Path, small_args) -> None:
+    """What earlier versions wrote."""
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    del manifest["digests"], manifest["written"]
+    manifest["data"] = digest_texts(["a question"])
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    run = start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
+    run.record_data_digest("training data", ["a question"])
+    run.record_data_digest("validation data", ["any"])
+    with pytest.raises(ValueError, match="other training data"):
+        run.record_data_digest("training data", ["an answer"])
 
 
 def test_going_on_in_another_runs_folder_is_refused(checkpoint: Path, small_args, tmp_path) -> None:
