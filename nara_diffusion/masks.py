@@ -36,9 +36,12 @@ class RankMaskCore(Float32Module):
 
     def forward(self, noise_level: Tensor, mask_density: Any = None) -> Tensor:
         """λ (b,) → C (b, r, r), float32."""
-        active = torch.floor((self.rank - self.min_rank) * (1 - noise_level.float())) + self.min_rank  # (b,)
         directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
-        return torch.diag_embed((directions < active[:, None]).float())
+        return torch.diag_embed((directions < self.active_rank(noise_level)[:, None]).float())
+
+    def active_rank(self, noise_level: Tensor) -> Tensor:
+        """r(λ) (b,), as a float."""
+        return floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
 
 
 class BinsCore(Float32Module):
@@ -62,6 +65,18 @@ class BinsCore(Float32Module):
 
     def forward(self, noise_level: Tensor, mask_density: Any = None) -> Tensor:
         """λ (b,) → C (b, r, r), float32."""
-        chosen = (noise_level.float() * self.bins).floor().clamp(max=self.bins - 1)  # (b,)
         block = torch.arange(self.rank, device=noise_level.device) // (self.rank // self.bins)  # (r,)
-        return torch.diag_embed((block == chosen[:, None]).float())
+        return torch.diag_embed((block == self.chosen_bin(noise_level)[:, None]).float())
+
+    def chosen_bin(self, noise_level: Tensor) -> Tensor:
+        """k(λ) (b,), as a float."""
+        return floor_of_share(self.bins, noise_level.float()).clamp(max=self.bins - 1)
+
+
+def floor_of_share(count: int, share: Tensor) -> Tensor:
+    """⌊count · share⌋ for a share (b,) in [0, 1] that stands for a fraction such as t / 1000, rounded to float32.
+
+    The product may come out a few roundings, each below count · 2⁻²⁴, under the integer that it stands for, hence
+    what is added. For fractions of 1000 and a count below 1000 it is far less than the way to the next integer.
+    """
+    return torch.floor(count * share + count * 2.0**-21)

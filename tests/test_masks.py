@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
+from nara_diffusion.masks import BinsCore, RankMaskCore
 from tests.adapted import OneLayer, TwoLayers, adapted, lora_config, nara_config, relative_error
 
 STEPS = 1000
@@ -40,6 +41,31 @@ def test_the_rank_mask_is_t_loras_at_every_timestep(rank, least):
         for i in range(active_rank(step, rank, floor)):
             expected[step, i, i] = 1
     assert torch.equal(core_matrix(model, GRID), expected)
+
+
+def test_active_rank_at_every_rank_and_timestep_is_that_of_exact_fractions():
+    steps = torch.arange(STEPS + 1)
+    levels = {"t / T": GRID, "1 - (T - t) / T": 1 - (STEPS - steps) / STEPS, "t · (1 / T)": steps * (1 / STEPS)}
+    for rank in range(1, 33):
+        for least in range(1, rank + 1):
+            core = RankMaskCore(rank, least)
+            expected = [active_rank(step, rank, least) for step in range(STEPS + 1)]
+            for rounding, level in levels.items():
+                assert core.active_rank(level).tolist() == expected, (rank, least, rounding)
+
+
+def test_active_rank_of_high_ranks_is_that_of_integers():
+    steps = torch.arange(STEPS + 1)
+    for rank in (33, 64, 100, 128, 320, 512, 999):
+        for least in range(1, rank + 1):
+            expected = (rank - least) * (STEPS - steps) // STEPS + least
+            assert torch.equal(RankMaskCore(rank, least).active_rank(GRID).long(), expected), (rank, least)
+
+
+def test_chosen_bin_at_every_number_of_bins_and_timestep_is_that_of_exact_fractions():
+    for bins in range(1, 129):
+        expected = [chosen_bin(step, bins) for step in range(STEPS + 1)]
+        assert BinsCore(bins, bins).chosen_bin(GRID).tolist() == expected, bins
 
 
 @pytest.mark.parametrize(("rank", "bins"), [(4, 4), (10, 5), (6, 1), (8, 2), (30, 10)])
