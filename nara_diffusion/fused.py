@@ -108,7 +108,7 @@ class _FusedLinear(Function):
                 mixed = mix_rows(core, h)
             of_out = gradients[0].reshape(-1, B.shape[0])  # (b n, d_out)
             of_mixed = _scaled(torch.mm(B.T, of_out.T), ctx.scaling)  # (r, b n)
-            of_mixed = of_mixed.view(-1, *h.shape[:2]).permute(1, 2, 0)  # (b, n, r)
+            of_mixed = of_mixed.view(A.shape[0], *h.shape[:2]).permute(1, 2, 0)  # (b, n, r)
             of_h = mix_rows(core.mT, of_mixed).view(-1, A.shape[0])  # (b n, r)
             if needs_core:
                 of_core = _gradient_of_core(of_mixed, h, core)
