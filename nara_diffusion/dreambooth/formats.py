@@ -19,12 +19,13 @@ from typing import Any
 
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
-from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.denoiser import ADAPTER, AdaptedDenoiser
+from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter
 from nara_diffusion.loaders.source import read_adapter
 from nara_diffusion.training.formats import (
     TRAINABLE,
@@ -36,6 +37,7 @@ from nara_diffusion.training.formats import (
 from nara_diffusion.training.pissa import as_lora
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
@@ -69,7 +71,9 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
             read_all_weights(component, folder / name)
     else:
         for component, part in read_adapter(folder, "unet").items():
-            set_peft_model_state_dict(getattr(model, component), part.tensors, adapter_name=ADAPTER)
+            adapted = getattr(model, component)
+            set_peft_model_state_dict(adapted, part.tensors, adapter_name=ADAPTER)
+            check_loaded(adapted, ADAPTER, part.tensors, str(folder))
 
 
 @contextmanager
@@ -96,10 +100,12 @@ def _lora_loaded(pipe: Any, folder: Path) -> Iterator[None]:
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # it warns of each text encoder for which there is nothing in the file
     try:
-        pipe.load_lora_weights(folder)
+        pipe.load_lora_weights(folder, adapter_name=ADAPTER)
     finally:
         diffusers_logging.set_verbosity(level)
     try:
+        for component, tensors in _by_component(load_file(folder / LORA_WEIGHTS)).items():
+            check_loaded(getattr(pipe, component), ADAPTER, tensors, str(folder / LORA_WEIGHTS))
         yield
     finally:
         pipe.unload_lora_weights()
@@ -113,7 +119,7 @@ def _components_loaded(pipe: Any, folder: Path) -> Iterator[None]:
     try:
         for name, component in before.items():
             if (folder / name / "adapter_config.json").is_file():
-                adapted.append(PeftModel.from_pretrained(component, str(folder / name)))
+                adapted.append(load_peft_adapter(component, folder / name))
             elif (folder / name).is_dir():
                 whole = type(component).from_pretrained(str(folder / name), dtype=component.dtype)
                 setattr(pipe, name, whole.to(component.device))
@@ -126,14 +132,28 @@ def _components_loaded(pipe: Any, folder: Path) -> Iterator[None]:
 
 
 def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
+    """By PEFT's names: of a file that also has Diffusers' older ones, `load_lora_weights` passes by a part."""
     layers, metadata = {}, {}
     for name, component in model.components.items():
         config, tensors = as_lora(component, component.peft_config[ADAPTER], _adapter_tensors(component))
-        layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(tensors)
+        layers[f"{name}_lora_layers"] = tensors if name == "unet" else _for_transformers(tensors)
         metadata[f"{name}_lora_adapter_metadata"] = config.to_dict()
     StableDiffusionXLPipeline.save_lora_weights(folder, **layers, **metadata)
 
 
-def _adapter_tensors(component: nn.Module) -> dict[str, Any]:
-    tensors = get_peft_model_state_dict(component, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def _adapter_tensors(component: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in held_tensors(component, ADAPTER).items()}
+
+
+def _for_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Text encoders are loaded by Transformers, which finds DoRA's magnitudes by the whole name that PEFT shortens."""
+    return {f"{key}.weight" if key.endswith(_MAGNITUDE) else key: value for key, value in tensors.items()}
+
+
+def _by_component(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """unet.….lora_A.weight → {"unet": {"….lora_A.weight": …}}"""
+    split: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        component, _, rest = key.partition(".")
+        split.setdefault(component, {})[rest] = value
+    return split

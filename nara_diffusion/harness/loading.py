@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone
+from nara_diffusion.loaders.completeness import load_peft_adapter
 from nara_diffusion.noise import MASKED_SHARE
 
 # Arguments of `load_backbone` that make sense on a command line.
@@ -79,7 +80,7 @@ def load_model(
     if peft is None:
         return model.eval(), tokenizer
     options: dict[str, Any] = {} if peft_revision is None else {"revision": peft_revision}
-    adapted = PeftModel.from_pretrained(model, peft, **options)
+    adapted = load_peft_adapter(model, peft, **options)
     _refuse_other_noise(adapted, peft)
     return adapted.eval(), tokenizer
 

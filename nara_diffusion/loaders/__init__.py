@@ -1,6 +1,7 @@
 """Loading, saving and unloading the NaRA adapter of a Diffusers pipeline.
 
-source → format → checks → adapters or hotswap, each knowing the ones before it; `pipelines` has the three methods.
+source → format → checks → adapters or hotswap, each knowing the ones before it; `completeness` compares what is in the
+model after any load with its file; `pipelines` has the three methods.
 """
 
 from .format import WEIGHTS_NAME

@@ -10,13 +10,13 @@ from typing import Any
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.holder import HOLDER_NAME
 from nara_diffusion.injection import drop_idle_holder
 
+from .completeness import check_loaded, held_tensors
 from .format import AdapterPart, is_core_key
 
 _LOADED_FLAG = "_hf_peft_config_loaded"
@@ -46,6 +46,7 @@ def put_in(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
             _fill_layer(model.get_submodule(module), adapter_name, tensors)
         else:
             _fill_core(getattr(model, HOLDER_NAME).cores[adapter_name], tensors)
+    check_loaded(model, adapter_name, part.tensors, "the adapter")
     setattr(model, _LOADED_FLAG, True)
 
 
@@ -87,8 +88,7 @@ def _fill_core(cores: Any, tensors: dict[str, Tensor]) -> None:
 
 def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
     """The adapter as a file holds it."""
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return AdapterPart(nara_adapters_of(model)[adapter_name], tensors)
+    return AdapterPart(nara_adapters_of(model)[adapter_name], held_tensors(model, adapter_name))
 
 
 def take_out(model: nn.Module, adapter_names: list[str]) -> None:

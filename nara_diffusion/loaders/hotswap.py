@@ -25,6 +25,7 @@ from nara_diffusion.signals import with_convention
 
 from .adapters import nara_adapters_of, part_of
 from .checks import by_pattern, check_part, expected_tensors, rank_of
+from .completeness import check_loaded
 from .format import AdapterPart
 
 REQUEST = "_prepare_lora_hotswap_kwargs"
@@ -185,6 +186,8 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     stated = config.noise_convention is not None
     model.peft_config[adapter_name] = config = with_convention(config, holder.source, adapter_name)
     holder.know(adapter_name, config, stated)
+    held = trimmed(model, part_of(model, adapter_name)).tensors
+    check_loaded(model, adapter_name, part.tensors, "the adapter", held)
 
 
 def _follow(cores: Any, config: NaraConfig) -> None:

@@ -19,6 +19,7 @@ from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nara_diffusion.loaders.completeness import check_loaded
 from nara_diffusion.training.adalora import adalora_models, allocator_state, load_allocator_state
 from nara_diffusion.training.pissa import as_lora, changes_base
 
@@ -51,7 +52,9 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
     if (checkpoint / TRAINABLE).is_file():
         read_trainable(model, checkpoint)
     elif isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+        tensors = load_peft_weights(str(checkpoint), device="cpu")
+        set_peft_model_state_dict(model, tensors)
+        check_loaded(model, "default", tensors, str(checkpoint))
     else:
         read_all_weights(model, checkpoint)
 

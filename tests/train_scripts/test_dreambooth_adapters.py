@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.methods import METHODS
-from train_scripts.dreambooth_sdxl import main, shipped_run
+from train_scripts.dreambooth_sdxl import SHIPPED_RUN, main, shipped_run
 
 from .dreambooth_runs import tiny_arguments
 
 FEW = {"checkpointing_steps": 2, "num_validation_images": 1, "curve_points": 1, "max_train_steps": 3}
 # directions are dropped at steps 2 and 3 of 3, the second after a resume
+SHIPPED: list[str] = SHIPPED_RUN["target_modules"]
 OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": SHIPPED},
+    "dora": {"target_modules": SHIPPED},
     "adalora": {"adapter_options": ["tinit=1", "tfinal=1", "deltaT=1", "init_r=5"]},
     "oft": {"adapter_options": ["oft_block_size=4"], "lora_alpha": None},
     "hira": {"lora_alpha": None},

@@ -1,0 +1,103 @@
+"""After a load, the model holds what the file holds: every tensor of every adapted layer, and no layer besides.
+
+PEFT, Diffusers and Transformers pass by tensors whose names they don't expect, with a warning at most, and leave the
+layers that those belong to at their random start. Whatever this package loads is therefore compared with its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import Tensor, nn
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def load_peft_adapter(model: nn.Module, source: str | Path, **options: Any) -> PeftModel:
+    """`PeftModel.from_pretrained`, of all that is in the file.
+
+    Args:
+        source: folder or repository. options: where in it, such as `revision` or `subfolder`.
+
+    Raises:
+        ValueError: as `check_loaded`.
+    """
+    adapted: Any = PeftModel.from_pretrained(model, str(source), **options)  # type: ignore[arg-type]
+    check_loaded(adapted, "default", load_peft_weights(str(source), device="cpu", **options), str(source))
+    return adapted
+
+
+def check_loaded(
+    model: Any,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    held: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Compare the adapter in `model` with the `tensors` of the file `origin` that it was loaded from.
+
+    Args:
+        model: a PeftModel, or a model with adapters by `inject_adapter_in_model`.
+        tensors: by PEFT's names, with or without its prefix.
+        held: those in `model`, where they aren't as they were loaded; None asks PEFT for them.
+
+    Raises:
+        ValueError: not all of them are in the model, or it has layers of which there are none; naming the layers.
+    """
+    there = _by_plain_name(held_tensors(model, adapter_name) if held is None else held)
+    given = _by_plain_name(tensors)
+    lost = [key for key, tensor in given.items() if key not in there or not _equal(there[key], tensor)]
+    surplus = [key for key in there if key not in given]
+    if not lost and not surplus:
+        return
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "lora_")
+    wrong, layers = _layers(lost, prefix), _layers(given, prefix)
+    what = f"{len(wrong)} of the {len(layers)} layers in {origin} did not load into {type(model).__name__}"
+    if not lost:
+        wrong = _layers(surplus, prefix)
+        what = f"{type(model).__name__} has {len(wrong)} adapted layers of which there is nothing in {origin}"
+    raise ValueError(
+        f"{what}: {_some(wrong)}. The file's names, or its configuration, are not those that the installed PEFT, "
+        "Diffusers and Transformers expect of this model: save the adapter again with these versions, or load it into "
+        "the model that it was trained on."
+    )
+
+
+def held_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT would save of the adapter in `model`, without base weights."""
+    # given the tensors, PEFT doesn't take a layer of which AdaLoRA has dropped all directions for a shard
+    state = model.state_dict()
+    return get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what differs between PEFT's, Diffusers' and Transformers' names of one tensor."""
+    return {key.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
+
+
+def _equal(held: Tensor, given: Tensor) -> bool:
+    if held.is_meta:  # waits on disk
+        return held.shape == given.shape
+    if held.shape != given.shape:
+        return False
+    return torch.allclose(held, given.to(held.device, held.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def _layers(keys: Iterable[str], prefix: str) -> list[str]:
+    """The layers that tensors of these names belong to; `prefix` begins the names of what the method adds to one."""
+    names = []
+    for key in keys:
+        parts = key.split(".")
+        own = [i for i, part in enumerate(parts) if part.startswith((prefix, prefix.rstrip("_")))]
+        names.append(".".join(parts[: own[0]]) if own and own[0] else key)
+    return list(dict.fromkeys(names))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
