@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal
+from typing import Literal
 
 from peft import LoraConfig
 
+from .config_fields import check_core_size, check_fields
+from .lora_starts import changes_base, check_start
 from .own_cores import BUILT_IN, check_core_type
 
 NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
@@ -43,16 +44,6 @@ _REFUSED: dict[str, str] = {
     "monteclora_config": "MonteCLoRA is another LoRA variant of the same layer",
     "kasa_config": "KaSA is another LoRA variant of the same layer",
     "ensure_weight_tying": "tied layers use A and B the other way round, so that one would read C and the other Cᵀ",
-}
-
-_BASE_CHANGING_INITS = ("pissa", "olora", "orthogonal")
-_SUPPORTED_INITS = ("gaussian", *_BASE_CHANGING_INITS)
-_REFUSED_INITS = {
-    "loftq": "LoftQ fits A and B to a quantisation error without C, on a GPU alone",
-    "eva": "EVA redistributes ranks after the core has been made",
-    "mica": "MiCA is another LoRA variant of the same layer",
-    "corda": "CorDA takes statistics of the base model from an earlier pass at no λ",
-    "lora_ga": "LoRA-GA takes gradients of the base model from an earlier pass at no λ",
 }
 
 
@@ -174,44 +165,46 @@ class NaraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        check_fields(vars(self))
+        if self.core_type != "identity":
+            self._check_lora_fields()
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
-        if isinstance(self.core_hidden_dims, list):  # as JSON has it
-            self.core_hidden_dims = tuple(self.core_hidden_dims)
+        self.core_hidden_dims = tuple(self.core_hidden_dims)  # JSON has a list
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._check_core_fields()
         self._check_masks()
         self._check_use()
-        if self.core_type != "identity":
-            self._check_lora_fields()
+        self._check_size()
+        check_start(self.init_lora_weights, self.core_type, self.core_init)
 
     @property
     def changes_base(self) -> bool:
         """Whether the initialisation takes s·B·A out of the base weights, and so needs C = I at step 0."""
-        return str(self.init_lora_weights).lower().startswith(_BASE_CHANGING_INITS)
+        return changes_base(self.init_lora_weights)
+
+    @property
+    def _ranks(self) -> set[int]:
+        return {self.r, *self.rank_pattern.values()}  # type: ignore[union-attr]
+
+    def _check_size(self) -> None:
+        rank = max(self._ranks)
+        inputs = 2 * self.noise_embedding_dim + self.layer_embedding_dim
+        if self.core_type == "hypernetwork":
+            widths = (inputs, *self.core_hidden_dims, rank * rank)
+            check_core_size(widths, rank, f"core_hidden_dims {self.core_hidden_dims}")
+        elif self.core_type == "knots":
+            check_core_size((self.core_knots, rank * rank), rank, f"core_knots {self.core_knots}")
 
     def _check_core_fields(self) -> None:
         check_core_type(self.core_type)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
-        dims = self.core_hidden_dims
-        if not isinstance(dims, tuple) or not dims or not all(_is_positive_int(dim) for dim in dims):
-            raise ValueError(f"core_hidden_dims is {self.core_hidden_dims}: pass one positive integer a hidden layer.")
-        for name in ("noise_embedding_dim", "mask_density_radius", "core_bins", "core_knots", "layer_embedding_dim"):
-            if not _is_positive_int(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a positive integer.")
         if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
             raise ValueError(
                 f"noise_embedding_dim is {self.noise_embedding_dim}: Fourier features are sine and cosine pairs, so "
                 "pass an even number."
-            )
-        for name in ("core_scale", "fourier_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}: pass a finite number greater than 0.")
-        if self.noise_convention is not None and not (isinstance(self.noise_convention, str) and self.noise_convention):
-            raise ValueError(
-                f"noise_convention is {self.noise_convention!r}: pass the name of λ's definition, or None if unknown."
             )
 
     def _check_use(self) -> None:
@@ -253,9 +246,14 @@ class NaraConfig(LoraConfig):
             )
 
     def _check_masks(self) -> None:
-        ranks = {self.r, *(self.rank_pattern or {}).values()}
+        ranks = self._ranks
         least = self.rank_mask_min
-        if least is not None and (self.core_type != "rank_mask" or not _is_positive_int(least) or least > min(ranks)):
+        if least is not None and (
+            self.core_type != "rank_mask"
+            or isinstance(least, bool)
+            or not isinstance(least, int)
+            or least not in range(1, min(ranks) + 1)
+        ):
             raise ValueError(
                 f"rank_mask_min is {least!r}, with core_type={self.core_type!r} and r={min(ranks)}: it is for "
                 "core_type='rank_mask', an integer from 1 to r, or None for half of r."
@@ -269,33 +267,6 @@ class NaraConfig(LoraConfig):
 
     def _check_lora_fields(self) -> None:
         for name, why in _REFUSED.items():
-            if getattr(self, name, None):
+            value = getattr(self, name, None)
+            if value or isinstance(value, dict):  # of which PEFT makes an option that is on, empty or not
                 raise ValueError(f"NaRA does not support {name}: {why}. Remove it, or use core_type='identity'.")
-        init = self.init_lora_weights
-        if isinstance(init, bool):
-            return
-        kind = re.sub(r"^pissa_niter_\d+$", "pissa", str(init))
-        if kind.lower() in _REFUSED_INITS:
-            raise ValueError(
-                f"NaRA does not support init_lora_weights={init!r}: {_REFUSED_INITS[kind.lower()]}. "
-                f"Use True, False or one of {', '.join(map(repr, _SUPPORTED_INITS))}."
-            )
-        if kind not in _SUPPORTED_INITS:
-            raise ValueError(
-                f"init_lora_weights is {init!r}, which NaRA does not know: use True, False or one of "
-                f"{', '.join(map(repr, _SUPPORTED_INITS))}."
-            )
-        if self.changes_base and self.core_type not in ("hypernetwork", "constant", "knots"):
-            raise ValueError(
-                f"init_lora_weights={init!r} needs C = I at step 0, which core_type={self.core_type!r} does not "
-                "promise: use init_lora_weights=True."
-            )
-        if self.changes_base and self.core_init == "kaiming":
-            raise ValueError(
-                f"init_lora_weights={init!r} needs C = I at step 0, but core_init is 'kaiming': "
-                "use core_init='zero_last'."
-            )
-
-
-def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -14,8 +14,7 @@ Diffusers walks over the layers of a model. The holder of the cores stands at th
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,6 +27,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
+from .around import around
 from .config import NaraConfig
 from .holder import HOLDER_NAME, CoreHolder
 from .injection import drop_idle_holder, without_holder
@@ -46,35 +46,21 @@ _REFUSAL = (
 
 def extend_diffusers_methods() -> None:
     """Put the functions below around Diffusers'. Harmless when repeated."""
-    _around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter)
-    _around(PeftAdapterMixin, "load_lora_adapter", _load_lora_adapter)
-    _around(PeftAdapterMixin, "set_adapters", _set_adapters)
-    _around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
-    _around(PeftAdapterMixin, "unload_lora", _unload_lora)
-    _around(PeftAdapterMixin, "delete_adapters", _delete_adapters)
+    around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter)
+    around(PeftAdapterMixin, "load_lora_adapter", _load_lora_adapter)
+    around(PeftAdapterMixin, "set_adapters", _set_adapters)
+    around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
+    around(PeftAdapterMixin, "unload_lora", _unload_lora)
+    around(PeftAdapterMixin, "delete_adapters", _delete_adapters)
     for name in ("set_adapters", "disable_lora", "enable_lora"):
-        _around(LoraBaseMixin, name, _unless_wrapped)
-    _around(LoraBaseMixin, "fuse_lora", _fuse_pipeline)
-    _around(LoraBaseMixin, "set_lora_device", _set_lora_device)
-    _around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up)
-    _around(LoraBaseMixin, "delete_adapters", _then_tidy_up)
-    _around(lora_pipeline, "_fetch_state_dict", _fetch_state_dict)
-    _around(peft_loaders, "_fetch_state_dict", _fetch_state_dict)
-    _around(lora_base, "_load_sft_state_dict_metadata", _load_metadata)
-
-
-def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    """Let `owner.name(…)` be `function(original, …)`."""
-    original = getattr(owner, name)
-    if getattr(original, "knows_cores", False):
-        return
-
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return function(original, *args, **kwargs)
-
-    wrapper.knows_cores = True  # type: ignore[attr-defined]
-    setattr(owner, name, wrapper)
+        around(LoraBaseMixin, name, _unless_wrapped)
+    around(LoraBaseMixin, "fuse_lora", _fuse_pipeline)
+    around(LoraBaseMixin, "set_lora_device", _set_lora_device)
+    around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up)
+    around(LoraBaseMixin, "delete_adapters", _then_tidy_up)
+    around(lora_pipeline, "_fetch_state_dict", _fetch_state_dict)
+    around(peft_loaders, "_fetch_state_dict", _fetch_state_dict)
+    around(lora_base, "_load_sft_state_dict_metadata", _load_metadata)
 
 
 def _holder_of(model: Any) -> CoreHolder | None:

@@ -9,6 +9,7 @@ from .config import NaraConfig, NaraPeftType
 from .diffusers_methods import extend_diffusers_methods
 from .loaders import load_nara_weights, save_nara_weights, unload_nara_weights
 from .model import NaraModel
+from .peft_methods import extend_peft_methods
 
 
 def register() -> None:
@@ -22,6 +23,7 @@ def _register_with_peft() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[NaraPeftType.NARA] = NaraConfig  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[NaraPeftType.NARA] = NaraModel  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[NaraPeftType.NARA] = NaraModel.prefix  # type: ignore[index]
+    extend_peft_methods()
 
 
 def _register_with_diffusers() -> None:

@@ -147,7 +147,10 @@ PeftModel.from_pretrained(OneLayer(torch.nn.Linear(7, 5)), sys.argv[1])
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: core_type is 'affine': choose one of 'hypernetwork', ")
+    origin = tmp_path / "adapter_config.json"
+    assert last.startswith(
+        f"ValueError: The configuration of '{origin}' is refused: core_type is 'affine': choose one of 'hypernetwork', "
+    )
     assert "first import the module that calls nara_diffusion.register_core('affine', factory), as where" in last
 
 

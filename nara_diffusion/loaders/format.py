@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from enum import Enum
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.config_files import config_from_fields, config_to_fields, parse_json, refuse_repeated_keys
 from nara_diffusion.holder import HOLDER_NAME
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"
 FORMAT_VERSION = 1
-
-_OF_ONE_MACHINE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
-"""Fields of a configuration that say where it was made; the others say what the adapter is."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,9 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, or
     Raises:
         ValueError: another kind of file, one of a newer version, or tensors without a configuration.
     """
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise ValueError(f"{origin} holds {key!r}, which is no tensor with a text as its name: damaged.")
     if not metadata or METADATA_KEY not in metadata:
         raise ValueError(_what_it_is_instead(tensors, origin))
     configs = _configs(metadata[METADATA_KEY], origin)
@@ -69,45 +68,23 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, or
 
 
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
-    try:
-        content = json.loads(text)
-        version, components = content["format_version"], dict(content["components"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The configuration in the metadata of {origin} can't be read ({error!r}): damaged.") from None
+    where = f"The configuration in the metadata of {origin}"
+    content = parse_json(text, where)
+    refuse_repeated_keys(text, where)
+    for name in ("format_version", "components"):
+        if name not in content:
+            raise ValueError(f"{where} has no '{name}': damaged.")
+    version, components = content["format_version"], content["components"]
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise ValueError(f"{where} has format_version {version!r}, where an integer belongs: damaged.")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{origin} has format version {version}, this nara-diffusion reads {FORMAT_VERSION}: update the package, "
             "or save the adapter again with this one."
         )
+    if not isinstance(components, dict) or not all(isinstance(own, dict) for own in components.values()):
+        raise ValueError(f"{where} has components that are no objects with a configuration each: damaged.")
     return {name: config_from_fields(own, f"{origin}, '{name}'") for name, own in components.items()}
-
-
-def config_to_fields(config: NaraConfig) -> dict[str, Any]:
-    """What JSON can hold of a configuration, without what belongs to one machine."""
-    return {
-        key: _plain(value)
-        for key, value in config.to_dict().items()
-        if key not in _OF_ONE_MACHINE and value is not None
-    }
-
-
-def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
-    """A configuration from `config_to_fields`, or from the adapter_config.json that PEFT writes.
-
-    Raises:
-        ValueError: a field that this version does not know and that is set, or a value that NaraConfig refuses.
-    """
-    known = {field.name for field in fields(NaraConfig) if field.init}
-    unknown = sorted(key for key, value in given.items() if key not in known | _OF_ONE_MACHINE and value)
-    if unknown:
-        raise ValueError(
-            f"{origin} sets {', '.join(unknown)}, which this version of nara-diffusion and PEFT does not know: update "
-            "them, or save the adapter again with these."
-        )
-    try:
-        return NaraConfig(**{key: value for key, value in given.items() if key in known - _OF_ONE_MACHINE})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The configuration of {origin} is refused: {error}") from error
 
 
 def is_core_key(key: str) -> bool:
@@ -131,11 +108,3 @@ def _what_it_is_instead(keys: Iterable[str], origin: str) -> str:
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names) or "nothing"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, set):
-        return sorted(value)
-    return list(value) if isinstance(value, tuple) else value

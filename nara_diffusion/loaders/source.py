@@ -6,9 +6,9 @@ Two forms are read: the file of `save_nara_weights` (see `format`), and the fold
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nara_diffusion.config import NaraPeftType
+from nara_diffusion.config_files import config_from_fields, is_naras, read_config_file
 
-from .format import WEIGHTS_NAME, AdapterPart, config_from_fields, unpack
+from .format import WEIGHTS_NAME, AdapterPart, unpack
 
 _PEFT_PREFIX = "base_model.model."
 _USER_AGENT = {"file_type": "nara_weights", "framework": "pytorch"}
@@ -53,7 +53,8 @@ def read_adapter(
     if use_safetensors is False:
         raise ValueError("NaRA adapters are read from safetensors files only: leave use_safetensors out.")
     if isinstance(source, Mapping):
-        return unpack({key: _copy(tensor) for key, tensor in source.items()}, metadata, "The dict")
+        parts = unpack(source, metadata, "The dict")
+        return {name: replace(part, tensors=_copied(part.tensors)) for name, part in parts.items()}
     if metadata is not None:
         raise ValueError("metadata is for a dict of tensors: a file has its own.")
     path = Path(source).expanduser()
@@ -106,6 +107,10 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str] | Non
         ) from None
 
 
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: _copy(tensor) for key, tensor in tensors.items()}
+
+
 def _copy(tensor: Tensor) -> Tensor:
     """A tensor of the adapter's own: nobody else writes to it, and it is aligned in memory as a model's weights are.
 
@@ -115,21 +120,17 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _peft_part(weights: str, config: str, tensors: dict[str, Tensor]) -> AdapterPart:
-    try:
-        given = json.loads(Path(config).read_text(encoding="utf-8"))
-        kind = given["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{config}' can't be read ({error!r}): damaged.") from None
-    if kind != NaraPeftType.NARA.value:
+    origin, given = f"'{config}'", read_config_file(config)
+    if not is_naras(given, origin):
         raise ValueError(
-            f"'{config}' describes an adapter of type {kind}, not NARA: load it by pipe.load_lora_weights(…) or "
-            "peft.PeftModel.from_pretrained(…)."
+            f"{origin} describes an adapter of type {given.get('peft_type')}, not NARA: load it by "
+            "pipe.load_lora_weights(…) or peft.PeftModel.from_pretrained(…)."
         )
     foreign = [key for key in tensors if not key.startswith(_PEFT_PREFIX)]
     if foreign:
         raise ValueError(f"'{weights}' holds '{foreign[0]}', which is no key that PEFT writes: damaged.")
     own = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-    return AdapterPart(config_from_fields(given, f"'{config}'"), own)
+    return AdapterPart(config_from_fields(given, origin), own)
 
 
 def _beside(path: Path, name: str) -> str:

@@ -1,0 +1,136 @@
+"""A configuration as a file has it. What cannot be one is refused by the file's name, before a model is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from .config import NaraConfig, NaraPeftType
+from .config_fields import check_fields
+
+_OF_ONE_MACHINE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+    "runtime_config",
+}  # fmt: skip
+"""Fields of a configuration that say where it was made or runs; the others say what the adapter is."""
+
+_KNOWN = {field.name for field in fields(NaraConfig) if field.init}
+_NARAS_OWN = {"core_type", "core_scale"}
+
+
+def parse_json(content: str | bytes, origin: str) -> dict[str, Any]:
+    """The JSON object that `content` is. `origin` is what to call the file in messages.
+
+    Raises:
+        ValueError: it is none, or is not UTF-8.
+    """
+    try:
+        found = json.loads(content.decode("utf-8") if isinstance(content, bytes) else content)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{origin} can't be read ({error!r}): damaged.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{origin} can't be read (a {type(found).__name__}, where JSON's object belongs): damaged.")
+    return found
+
+
+def refuse_repeated_keys(content: str | bytes, origin: str) -> None:
+    """Raises ValueError if an object in this JSON has a key twice, of which readers take one or the other."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{origin} has '{twice}' twice: damaged, leave one of them.")
+        return found
+
+    json.loads(content, object_pairs_hook=once)
+
+
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields in an adapter_config.json, whatever it describes.
+
+    Raises:
+        ValueError: it can't be read, or is a NaRA's with a field twice.
+    """
+    content = Path(path).read_bytes()
+    given = parse_json(content, f"'{path}'")
+    if is_naras(given, f"'{path}'"):
+        refuse_repeated_keys(content, f"'{path}'")
+    return given
+
+
+def check_config_file(path: str | os.PathLike[str]) -> None:
+    """Refuse an adapter_config.json that nothing can read, or a NaRA's that NaraConfig refuses. Others' are not judged.
+
+    Raises:
+        ValueError: with the file's name and the field's.
+    """
+    given = read_config_file(path)
+    if is_naras(given, f"'{path}'"):
+        _made_of({key: value for key, value in given.items() if key in _KNOWN}, f"'{path}'")  # PEFT warns of others
+
+
+def is_naras(given: Mapping[str, Any], origin: str) -> bool:
+    """Whether PEFT's file describes a NaRA.
+
+    Raises:
+        ValueError: it has a NaRA's fields under another type, by which PEFT would leave the core out.
+    """
+    kind = given.get("peft_type")
+    if kind != NaraPeftType.NARA.value and given.keys() >= _NARAS_OWN:
+        raise ValueError(
+            f"{origin} has the fields of a NaRA, but its peft_type is {kind!r}: damaged, it should be "
+            f"'{NaraPeftType.NARA.value}'."
+        )
+    return kind == NaraPeftType.NARA.value
+
+
+def config_to_fields(config: NaraConfig) -> dict[str, Any]:
+    """What JSON can hold of a configuration, without what belongs to one machine."""
+    return {
+        key: _plain(value)
+        for key, value in config.to_dict().items()
+        if key not in _OF_ONE_MACHINE and value is not None
+    }
+
+
+def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
+    """A configuration from `config_to_fields`, or from the adapter_config.json that PEFT writes.
+
+    Raises:
+        ValueError: a field that this version does not know and that is set, or a value that NaraConfig refuses.
+    """
+    unknown = sorted(key for key, value in given.items() if key not in _KNOWN | _OF_ONE_MACHINE and value)
+    if unknown:
+        raise ValueError(
+            f"{origin} sets {', '.join(unknown)}, which this version of nara-diffusion and PEFT does not know: update "
+            "them, or save the adapter again with these."
+        )
+    if not given.get("target_modules") and not given.get("target_parameters"):
+        raise ValueError(
+            f"{origin} has target_modules {given.get('target_modules')!r}: a saved adapter names the modules that it "
+            "adapts, so it is damaged."
+        )
+    return _made_of({key: value for key, value in given.items() if key in _KNOWN}, origin)
+
+
+def _made_of(given: dict[str, Any], origin: str) -> NaraConfig:
+    try:
+        check_fields(given)
+        return NaraConfig(**{key: value for key, value in given.items() if key not in _OF_ONE_MACHINE})
+    except (TypeError, ValueError, AttributeError, ImportError) as error:  # the latter two of PEFT's own checks
+        raise ValueError(f"The configuration of {origin} is refused: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value

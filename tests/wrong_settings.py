@@ -1,0 +1,56 @@
+"""Values that a field of an adapter's configuration may have in a damaged file, and the few that are right for some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WRONG: dict[str, Any] = {
+    "a text": "x(",
+    "a number as a text": "8",
+    "null": None,
+    "negative": -3,
+    "zero": 0,
+    "a fraction": 2.5,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "overflowing": 10**12,
+    "beyond floats": 10**400,
+    "true": True,
+    "a list": [1, -1],
+    "a list of lists": [["q"]],
+    "a bad pattern in a list": ["a)("],
+    "a dictionary": {"x(": "y"},
+    "a dictionary of zeros": {"first": 0},
+}
+
+MAY_BE: dict[str, set[str]] = {
+    name: set(kinds.split(", "))
+    for names, kinds in {
+        "r layer_embedding_dim mask_density_radius core_bins core_knots qalora_group_size": "",
+        "noise_embedding_dim": "",
+        "lora_alpha": "negative, zero, a fraction, overflowing",
+        "lora_dropout": "zero",
+        "core_scale fourier_scale": "a fraction, overflowing",
+        "core_hidden_dims core_type core_init core_input core_sharing core_normalization bias": "",
+        "noise_embedding noise_scale lora_a_init": "",
+        "use_rslora use_dora lora_bias fan_in_fan_out inference_mode init_lora_weights": "true",
+        "target_modules": "null, a number as a text, a bad pattern in a list",
+        "exclude_modules": "null, a bad pattern in a list, a number as a text",
+        "modules_to_save": "null, a number as a text",
+        "layers_pattern": "null",
+        "layers_to_transform": "null, zero, overflowing, beyond floats",
+        "rank_pattern": "null",
+        "alpha_pattern": "null, a dictionary of zeros",
+        "trainable_token_indices rank_mask_min task_type": "null",
+        "base_model_name_or_path revision peft_version": "null, a text, a number as a text",
+        "noise_convention megatron_core": "null, a text, a number as a text",
+        "auto_mapping": "null, a dictionary, a dictionary of zeros",
+        "loftq_config": "null, a dictionary, a dictionary of zeros",  # PEFT drops it without init_lora_weights="loftq"
+        "eva_config corda_config lora_ga_config": "null, a dictionary, a dictionary of zeros",  # and these likewise
+        "megatron_config layer_replication alora_invocation_tokens arrow_config use_bdlora velora_config": "null",
+        "monteclora_config kasa_config target_parameters": "null",
+        "use_qalora ensure_weight_tying": "",
+        "peft_type": "",
+    }.items()
+    for name in names.split()
+}
