@@ -187,7 +187,7 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
         noise_offset=args.noise_offset,
         prior_loss_weight=args.prior_loss_weight,
     )
-    settings = sample_settings(args)
+    settings = sample_settings(args, instances)
     validate = Validation(run, denoiser, sampler, settings, held_out, judge.references)
     train(run, denoiser, optimizer, scheduler, loader, steps, step, validate)
 

@@ -53,7 +53,7 @@ class DataArguments:
     caption_column: str | None = option(None, "Column with the captions, there or in metadata.jsonl.")
     caption_source: str = option(
         "auto",
-        "Captions of a folder: the prompt for all, a .txt beside each, metadata.jsonl, or what of these there is.",
+        "Captions of a folder: the prompt for all, a .txt or .caption beside each, metadata.jsonl, or what there is.",
         choices=("auto", "prompt", "text_files", "metadata"),
     )
     repeats: int = option(1, "How often an epoch shows each image.", unit="times")
@@ -119,7 +119,8 @@ class ValidationArguments:
 
     validation_prompts: list[str] | None = option(
         None,
-        "Quoted prompts to sample before, after, and every --validation_steps; none takes the instance prompt.",
+        "Quoted prompts to sample before, after, and every --validation_steps; none takes the instance prompt, or "
+        "without one the first four captions.",
         sentences=True,
         aliases=("validation_prompt",),
     )
@@ -179,8 +180,8 @@ class DreamBoothArguments(
 
     @property
     def prompts(self) -> list[str]:
-        """What is sampled."""
-        return self.validation_prompts or [str(self.instance_prompt)]
+        """What is sampled, if it is named; else the images' captions are."""
+        return self.validation_prompts or ([] if self.instance_prompt is None else [self.instance_prompt])
 
 
 def _check_counts(args: Any) -> None:
@@ -205,8 +206,6 @@ def _check_data(args: Any) -> None:
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         got = "neither" if args.instance_data_dir is None else "both"
         raise ValueError(f"images come from instance_data_dir or from dataset_name: give one of them, got {got}.")
-    if args.validation_prompts is None and args.instance_prompt is None:
-        raise ValueError("there is nothing to sample: give an instance_prompt, or validation_prompts.")
     if args.instance_prompt is not None:
         check_prompt(args.instance_prompt, "instance_prompt")
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):

@@ -1,7 +1,7 @@
 """What is said about each image: one prompt for all, text files beside the images, or a metadata.jsonl.
 
 - "prompt": every image has the instance prompt;
-- "text_files": `dog.txt` beside `dog.png` holds the caption of the latter;
+- "text_files": `dog.txt` or `dog.caption` beside `dog.png` holds the caption of the latter;
 - "metadata": metadata.jsonl, one object a line, {"file_name": "dog.png", "text": "a photo of …"};
 - "auto": metadata.jsonl if there is one, else text files if there is one, else the prompt.
 
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 CAPTION_SOURCES = ("auto", "prompt", "text_files", "metadata")
 METADATA_FILE = "metadata.jsonl"
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Of text files beside images; kohya's scripts take the second one."""
 
 
 def captions_for(
@@ -48,11 +50,16 @@ def captions_for(
     if source == "metadata" or (source == "auto" and metadata.exists()):
         own = _from_metadata(metadata, caption_column or "text")
         captions, origin = [own.get(image.name, "") for image in images], metadata.name
-    elif source == "text_files" or (source == "auto" and any(image.with_suffix(".txt").exists() for image in images)):
-        captions, origin = [_from_text_file(image.with_suffix(".txt")) for image in images], "a text file"
+    elif source == "text_files" or (source == "auto" and have_text_files(images)):
+        captions, origin = [_from_text_files(image) for image in images], "a text file"
     else:
         captions, origin = [""] * len(images), ""
     return fill_captions(captions, [image.name for image in images], prompt=prompt, origin=origin)
+
+
+def have_text_files(images: Sequence[Path]) -> bool:
+    """Whether there is a caption beside one of `images`."""
+    return any(image.with_suffix(suffix).exists() for image in images for suffix in CAPTION_SUFFIXES)
 
 
 def fill_captions(
@@ -69,7 +76,8 @@ def fill_captions(
     if missing and prompt is None:
         if not origin:
             raise ValueError(
-                "no instance_prompt and no captions were given: give --instance_prompt 'a photo of sks dog'."
+                "no instance_prompt and no captions were given: give --instance_prompt 'a photo of sks dog', or a "
+                "caption for each image, in a .txt file beside it or in metadata.jsonl."
             )
         raise ValueError(
             f"{_some(missing, len(names))} have no caption in {origin}: write one for each, or give an instance_prompt "
@@ -91,10 +99,17 @@ def check_prompt(prompt: str, name: str) -> str:
     return prompt.strip()
 
 
-def _from_text_file(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    return " ".join(_read(path).split())
+def _from_text_files(image: Path) -> str:
+    """The caption beside `image`, or none."""
+    paths = [path for path in map(image.with_suffix, CAPTION_SUFFIXES) if path.is_file()]
+    captions = [" ".join(_read(path).split()) for path in paths]
+    if len(set(captions)) > 1:
+        said = " and ".join(
+            f"{path.name}{' says' if i == 0 else ''} {caption!r}"
+            for i, (path, caption) in enumerate(zip(paths, captions, strict=True))
+        )
+        raise ValueError(f"{image.parent}: {said}: remove one of them.")
+    return captions[0] if captions else ""
 
 
 def _from_metadata(path: Path, column: str) -> dict[str, str]:

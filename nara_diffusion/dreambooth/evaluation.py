@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nara_diffusion.dreambooth.captions import METADATA_FILE, captions_for
+from nara_diffusion.dreambooth.captions import METADATA_FILE, captions_for, have_text_files
 from nara_diffusion.dreambooth.encoders import Encoder
 from nara_diffusion.dreambooth.images import image_files
 from nara_diffusion.dreambooth.metrics import without_words
@@ -55,7 +55,7 @@ class PromptSource:
         folder = images[0].parent
         if self.file is not None:
             prompts = _dealt_out(self.file, images)
-        elif (folder / METADATA_FILE).exists() or any(path.with_suffix(".txt").exists() for path in images):
+        elif (folder / METADATA_FILE).exists() or have_text_files(images):
             prompts = captions_for(images, prompt=None, caption_column=self.caption_column)
         else:
             return None

@@ -54,6 +54,17 @@ class ImageError(ValueError):
     """An image that can't be used; the message names it, and says what to do."""
 
 
+class _NamedBytes(io.BytesIO):
+    """An image's bytes, which Pillow's messages call by its name."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """An encoded image, somewhere.
@@ -104,7 +115,7 @@ def decode_image(content: bytes, name: str, *, warn: bool = False) -> Image.Imag
         name: what messages call it.
         warn: say so if frames or pages are left out.
     """
-    with _pillow_errors(name), Image.open(io.BytesIO(content)) as image:
+    with _pillow_errors(name), Image.open(_NamedBytes(content, name)) as image:
         if image.width * image.height > MAX_PIXELS:
             raise _bomb(name)
         # an MPO is a photo, with a preview or a depth map behind it

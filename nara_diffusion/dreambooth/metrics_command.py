@@ -14,7 +14,7 @@ overlap leave it open which of two methods is the better one. Figures of differe
 
 Where the prompts come from:
     a metadata.jsonl in each generated folder, {"file_name": "00.png", "text": "a photo of sks dog on a beach"} a line;
-    or text files beside the images, 00.txt with the prompt of 00.png;
+    or text files beside the images, 00.txt or 00.caption with the prompt of 00.png;
     or --prompts FILE with one prompt a line: with k images a prompt, the first k of them belong to the first line.
 Without any of these the two similarities alone are measured.
 

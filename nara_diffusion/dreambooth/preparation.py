@@ -24,6 +24,7 @@ from nara_diffusion.training.adapter import check_adaptable
 from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.stream import count_steps
 
+_SAMPLED_CAPTIONS = 4
 _DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -77,7 +78,7 @@ def load_class_images(
         batch_size=args.sample_batch_size,
         accelerator=accelerator,
         progress=accelerator.is_main_process,
-        **sample_settings(args).call,
+        **_sample_call(args),
     )
     return class_records(folder, prompt=prompt, minimum=args.num_class_images, progress=accelerator.is_main_process)
 
@@ -188,15 +189,21 @@ def make_judge(args: DreamBoothArguments, instances: Sequence[ImageRecord], devi
     return Judge(references, encoders.get(args.similarity_model), texts, args.identifier or ())
 
 
-def sample_settings(args: DreamBoothArguments) -> SampleSettings:
-    """Samples at the training resolution."""
-    call = {
+def sample_settings(args: DreamBoothArguments, instances: Sequence[ImageRecord]) -> SampleSettings:
+    """Samples of what `args` name, or of the first captions of `instances`, at the training resolution."""
+    captions = list(dict.fromkeys(record.prompt for record in instances))[:_SAMPLED_CAPTIONS]
+    return SampleSettings(
+        args.prompts or captions, args.num_validation_images, args.seed, args.sample_batch_size, _sample_call(args)
+    )
+
+
+def _sample_call(args: DreamBoothArguments) -> dict[str, Any]:
+    return {
         "height": args.resolution,
         "width": args.resolution,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
     }
-    return SampleSettings(args.prompts, args.num_validation_images, args.seed, args.sample_batch_size, call)
 
 
 def _captions(args: DreamBoothArguments) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from nara_diffusion.dreambooth.buckets import Size
-from nara_diffusion.dreambooth.captions import METADATA_FILE, captions_for, check_prompt, fill_captions
+from nara_diffusion.dreambooth.captions import (
+    CAPTION_SUFFIXES,
+    METADATA_FILE,
+    captions_for,
+    check_prompt,
+    fill_captions,
+)
 from nara_diffusion.dreambooth.images import (
     ImageError,
     ImageSource,
@@ -157,7 +163,7 @@ def _report_others(folder: str | Path, images: list[Path], others: list[Path]) -
     junk = [
         path.name
         for path in others
-        if not (path.suffix == ".txt" and path.stem in stems)
+        if not (path.suffix in CAPTION_SUFFIXES and path.stem in stems)
         and path.name != METADATA_FILE
         and not path.name.startswith(".")
     ]

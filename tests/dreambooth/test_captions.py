@@ -45,6 +45,26 @@ def test_metadata_wins_over_text_files(images) -> None:
         captions_for(images, prompt=None, source="text_files")
 
 
+def test_caption_files_are_read_as_text_files_are(images) -> None:
+    """As kohya's scripts name them; a folder may have both."""
+    images[0].with_suffix(".caption").write_text(" first\n")
+    assert captions_for(images, prompt=PROMPT) == ["first", PROMPT, PROMPT]
+    images[1].with_suffix(".txt").write_text("second")
+    images[2].with_suffix(".caption").write_text("third")
+    for source in ("auto", "text_files"):
+        assert captions_for(images, prompt=None, source=source) == ["first", "second", "third"]
+
+
+def test_two_captions_of_one_image_that_differ_are_refused(images) -> None:
+    for image in images:
+        image.with_suffix(".caption").write_text("a toy")
+        image.with_suffix(".txt").write_text("a  toy\n")
+    assert captions_for(images, prompt=None) == ["a toy"] * 3
+    images[1].with_suffix(".txt").write_text("a cube")
+    with pytest.raises(ValueError, match=r"b\.txt says 'a cube' and b\.caption 'a toy': remove one of them"):
+        captions_for(images, prompt=PROMPT)
+
+
 def test_another_caption_column(images) -> None:
     write_metadata(images[0].parent, *({"file_name": image.name, "caption": image.stem, "text": 0} for image in images))
     assert captions_for(images, prompt=None, caption_column="caption") == ["a", "b", "c"]

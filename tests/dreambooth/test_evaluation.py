@@ -129,6 +129,9 @@ def test_prompts_beside_the_images(tmp_path):
     for image, text in zip(images, PROMPTS, strict=False):
         image.with_suffix(".txt").write_text(text)
     assert PromptSource().prompts_of(images) == PROMPTS[:2]
+    for image in images:
+        image.with_suffix(".txt").rename(image.with_suffix(".caption"))
+    assert PromptSource().prompts_of(images) == PROMPTS[:2]
     rows = [{"file_name": image.name, "prompt": f"{image.stem} sks"} for image in images]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert PromptSource(caption_column="prompt", identifier=["sks"]).prompts_of(images) == ["0", "1"]

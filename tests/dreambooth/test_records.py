@@ -53,11 +53,12 @@ def test_captions_come_with_the_folder(tmp_path) -> None:
 
 def test_junk_beside_the_images_is_left_out_and_told(tmp_path, caplog) -> None:
     folder = folder_of(tmp_path, [(8, 8), (8, 8)])
+    (folder / "01.caption").write_text("y")
     for name in ("00.txt", ".DS_Store", "._00.png", "Thumbs.db", "notes.txt", "clip.mp4"):
         (folder / name).write_text("x")
     (folder / "old").mkdir()
     records = records_from_folder(folder, prompt=PROMPT)
-    assert [record.prompt for record in records] == ["x", PROMPT]
+    assert [record.prompt for record in records] == ["x", "y"]
     assert f"{folder}: left out 4 entries that aren't images: Thumbs.db, clip.mp4, notes.txt, old" in caplog.text
     assert "DS_Store" not in caplog.text
 

@@ -91,10 +91,25 @@ def test_one_image_alone(arguments, tmp_path, caplog) -> None:
     assert "there is one image only" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".caption"])
+def test_captions_of_all_images_need_no_instance_prompt(arguments, tmp_path, suffix: str) -> None:
+    folder = write_pictures(tmp_path / "photos", 3)
+    for number, caption in enumerate(["a red toy", "a toy on grass", "a red toy"]):
+        (folder / f"{number}{suffix}").write_text(caption)
+    args = arguments(instance_data_dir=folder, instance_prompt=None, validation_prompts=None, max_train_steps=1)
+    results = main(args)
+    lines = (Path(args.output_dir) / "samples-after" / "metadata.jsonl").read_text().splitlines()
+    assert {json.loads(line)["text"] for line in lines} == {"a red toy", "a toy on grass"}
+    assert results["n"] == len(lines) == 2 * args.num_validation_images
+
+
 def test_missing_captions_without_a_prompt(arguments, tmp_path) -> None:
     folder = write_pictures(tmp_path / "photos", 2)
     (folder / "0.txt").write_text("a toy")
     refused(arguments(instance_data_dir=folder, instance_prompt=None), r"1 of 2 images \(1.png\) have no caption")
+    (folder / "0.txt").unlink()
+    nothing = arguments(instance_data_dir=folder, instance_prompt=None, validation_prompts=None)
+    refused(nothing, "no instance_prompt and no captions were given: give --instance_prompt .* or a caption for each")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +117,6 @@ def test_missing_captions_without_a_prompt(arguments, tmp_path) -> None:
     [
         ({"instance_prompt": " "}, "instance_prompt is empty"),
         ({"validation_prompts": ["a toy", ""]}, "a validation prompt is empty"),
-        ({"instance_prompt": None, "validation_prompts": None}, "there is nothing to sample"),
         ({"dataset_name": "org/data"}, "from instance_data_dir or from dataset_name: give one of them, got both"),
         ({"pretrained_model_name_or_path": ""}, "pretrained_model_name_or_path must be given"),
         ({"with_prior_preservation": True, "class_prompt": "a toy"}, "with_prior_preservation needs class_data_dir"),
