@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def check_target(target: Any, use_dora: bool, name: str) -> None:
             "sample. Leave it out by `exclude_modules`, or set use_dora=False."
         )
     weight = getattr(base, "weight", None)
-    if use_dora and isinstance(weight, Tensor) and _is_float8(weight):
+    if use_dora and isinstance(weight, Tensor) and _is_float8(weight.dtype):
         raise ValueError(
             f"NaRA-DoRA cannot adapt '{name}' ({kind}), whose weight is stored as {weight.dtype}: its norm is needed. "
             "Add the adapter before enable_layerwise_casting()."
@@ -65,9 +66,17 @@ def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
     """PEFT gives A and B the dtype of the base weight; where layerwise casting stores that as float8, float32."""
     for factors in (getattr(layer, name) for name in layer.adapter_layer_names):
         for name, parameter in factors.named_parameters():
-            if name.split(".")[0] == adapter_name and _is_float8(parameter):
+            if name.split(".")[0] == adapter_name and _is_float8(parameter.dtype):
                 parameter.data = parameter.data.float()
 
 
-def _is_float8(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.element_size() == 1
+def factor_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of loaded A and B beside a base weight: that of the weight, float32 beside float8, and the file's (None)
+    beside a quantised one."""
+    if weight_dtype is None or not weight_dtype.is_floating_point:
+        return None
+    return torch.float32 if _is_float8(weight_dtype) else weight_dtype
+
+
+def _is_float8(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.holder import HOLDER_NAME
 from nara_diffusion.injection import drop_idle_holder
+from nara_diffusion.rules import factor_dtype
 
 from .completeness import check_loaded, held_tensors
 from .format import AdapterPart, is_core_key
@@ -36,7 +37,8 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
 def put_in(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
     """Add an adapter that `check_part` let pass, inside `taken_back_on_error`.
 
-    A, B and magnitudes take the dtype of their base layer, as those of a LoRA do; the core stays in float32.
+    A, B and magnitudes take the dtype of their base layer, as those of a LoRA do, or float32 where layerwise casting
+    stores that as float8; the core stays in float32.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
@@ -65,7 +67,7 @@ def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _fill_layer(layer: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     """Let an adapted layer have these tensors. (PEFT's own way goes four times through the whole model.)"""
     device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-    dtype = dtype if dtype is not None and dtype.is_floating_point else None  # of a quantised layer
+    dtype = factor_dtype(dtype)
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         owner = getattr(layer, kind)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from diffusers.hooks import apply_layerwise_casting
 from diffusers.training_utils import cast_training_params
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from tests.adapted import core_by_hand, disturb, nara_config, relative_error
 from tests.diffusers.reference import ATTENTION, UNET_TARGETS, adapt
 from tests.rounding import rounding
-from tests.small_pipelines import pixels, small_sd, small_unet
+from tests.small_pipelines import pixels, small_sd, small_sdxl, small_unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
@@ -47,6 +48,14 @@ def run(model: Any, timestep: Any = TIMESTEPS, dtype: torch.dtype = torch.float3
     sample, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 16, generator=generator)
     with torch.no_grad():
         return model(sample.to(dtype), timestep, text.to(dtype)).sample
+
+
+def sdxl_prediction(pipe: Any) -> Tensor:
+    generator, dtype = torch.Generator().manual_seed(2), pipe.text_encoder.dtype
+    sample, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 40, generator=generator)
+    added = {"text_embeds": torch.randn(3, 24, generator=generator).to(dtype), "time_ids": torch.ones(3, 6)}
+    with torch.no_grad():
+        return pipe.unet(sample.to(dtype), TIMESTEPS, text.to(dtype), added_cond_kwargs=added).sample
 
 
 # ---------------------------------------------------------------------- bf16 and fp16
@@ -140,6 +149,35 @@ def test_an_adapter_added_to_a_denoiser_that_is_stored_in_float8(compute):
     assert relative_error(run(model, dtype=compute), run(reference, dtype=compute)) < 1e-6
     with noise_level(model, 0.5):
         assert relative_error(run(model, dtype=compute), run(reference, dtype=compute)) > 1e-2
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_load_nara_weights_before_and_after_layerwise_casting_keeps_a_and_b_out_of_float8(compute, tmp_path):
+    trained = small_sdxl()
+    trained.unet.add_adapter(nara_config(target_modules=UNET_TARGETS))
+    disturb_gently(trained.unet)
+    trained.save_nara_weights(tmp_path)  # type: ignore[attr-defined]
+    expected = {f"unet.{name}": value for name, value in get_peft_model_state_dict(trained.unet).items()}
+    pipes: dict[str, Any] = {order: small_sdxl().to(compute) for order in ("load, cast", "cast, load", "reference")}
+    pipes["load, cast"].load_nara_weights(tmp_path)
+    for order in ("load, cast", "cast, load"):
+        pipes[order].unet.enable_layerwise_casting(FLOAT8, compute)
+    pipes["cast, load"].load_nara_weights(tmp_path)
+    pipes["reference"].load_nara_weights(tmp_path)
+    stored = {name for name, value in pipes["cast, load"].unet.named_parameters() if value.dtype == FLOAT8}
+    assert any("base_layer" in name for name in stored)
+    for name, value in pipes["reference"].unet.named_parameters():
+        value.data = value.data.to(FLOAT8).to(compute) if name in stored else value.data
+    for order in ("load, cast", "cast, load"):
+        unet = pipes[order].unet
+        assert {name for name, value in unet.named_parameters() if value.dtype == FLOAT8} == stored
+        assert not any("lora_" in name or "nara_core" in name for name in stored)
+        dtype = torch.float32 if order == "cast, load" else compute
+        for name, value in get_peft_model_state_dict(unet, adapter_name="default_0").items():
+            given = expected[f"unet.{name}"]
+            torch.testing.assert_close(value, given.to(given.dtype if "nara_core" in name else dtype), rtol=0, atol=0)
+        error = relative_error(sdxl_prediction(pipes[order]), sdxl_prediction(pipes["reference"]))
+        assert error < (1e-6 if compute == torch.float32 else ROUNDING[compute])
 
 
 def test_float32_factors_beside_bf16_weights_stored_in_float8():
