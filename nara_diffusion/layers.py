@@ -85,7 +85,16 @@ class NaraVariant(LoraVariant):
         )
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one."""
+        """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one.
+
+        Raises:
+            ValueError: `x` is a nested tensor of the strided layout, or has another number of samples than λ.
+        """
+        if x.is_nested and x.layout is not torch.jagged:
+            raise ValueError(
+                f"The input of layer '{self.layer_name}' is a nested tensor of layout {x.layout}: make it with "
+                "torch.nested.nested_tensor(samples, layout=torch.jagged)."
+            )
         x = _in_dtype_of_factors(module, active_adapter, x)
         read = self.reads(module, active_adapter)
         if any(map(is_managed, read)):
@@ -277,4 +286,6 @@ def _add_and_scale(base: Tensor, h: Tensor, B: Any, gain: Tensor, scaling: float
     if not base.is_nested and may_read(B):
         return add_scaled_product(base, h, B.weight, gain, scaling)
     rows = gain.view(gain.shape[0], *(1,) * (base.dim() - 2), gain.shape[1])  # (b or 1, 1, …, d_out)
+    if base.is_nested:  # a gradient can be summed over the ragged axis, but not over that and another one
+        rows = rows.expand(-1, 1, *base.shape[2:])
     return rows * (base + scaling * B(h))
