@@ -225,13 +225,13 @@ def add_scaled_product(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, scaling
     return (scaled + scaling * torch.bmm(rows, rising.to(rows.dtype))).view(base.shape)
 
 
-@torch.no_grad()
 def times_core(B: Tensor, core: Tensor) -> Tensor:
     """K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r), float32 at least, not part of the graph.
 
     By one plain product Cᵀ Bᵀ: `matmul` would choose its way, and so the last bits, by whether B is trainable.
     """
     batch, rank, _ = core.shape
+    B, core = B.detach(), core.detach()
     dtype = torch.promote_types(B.dtype, torch.float32)
     with torch.autocast(B.device.type, enabled=False):
         rows = core.to(B.device, dtype).transpose(1, 2).reshape(batch * rank, rank)
@@ -250,7 +250,8 @@ def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> T
         (b, d_out), float32 at least, not part of the graph: DoRA treats the norm as a constant (DoRA, section 4.3).
     """
     dtype = torch.promote_types(weight.dtype, K.dtype)  # float32 or float64
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    weight, A, K = weight.detach(), A.detach(), K.detach()
+    with torch.autocast(weight.device.type, enabled=False):
         P = (A.to(weight.dtype) @ weight.T).to(dtype)  # transposed like all that follows: sums run along d_out
         A, K = A.to(dtype), K.to(dtype).transpose(1, 2)  # (b, r, d_out)
         G = (A @ A.T).expand(K.shape[0], -1, -1)

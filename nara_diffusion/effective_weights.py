@@ -50,7 +50,6 @@ def _has_plain_weight(layer: Any) -> bool:
     )
 
 
-@torch.no_grad()
 def effective_weight(layer: Any) -> Tensor:
     """The weight by which `layer` maps its input when it is called now, not part of the graph.
 
@@ -59,12 +58,12 @@ def effective_weight(layer: Any) -> Tensor:
     """
     own = vars(layer)
     if not (own["_forward_hooks"] or own["_forward_pre_hooks"] or _has_own_forward(layer)):
-        return layer.weight
+        return layer.weight.detach()
     like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    with torch.autocast(layer.weight.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(layer.weight.device.type, enabled=False):
         if layer.weight.dim() > 2:
             layer(torch.zeros(1, layer.in_channels, *(_extent(layer)), **like))
-            return layer.weight
+            return layer.weight.detach()
         zero_and_unit = torch.eye(layer.in_features + 1, **like)[:, 1:]  # (1 + d_in, d_in)
         rows = layer(zero_and_unit)
         return (rows[1:] - rows[0]).T

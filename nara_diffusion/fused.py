@@ -38,6 +38,8 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False  # a compiler fuses by itself; functions such as `vmap` and `jvp` have rules for the parts alone
+    if torch._C._get_tracing_state() is not None:
+        return False  # TorchScript cannot keep the function
     if any(GLOBAL_HOOKS) or len(module.active_adapters) != 1:
         return False
     if module._modules["base_layer"] is not base_layer:

@@ -1,0 +1,80 @@
+"""`torch.jit.trace` and `torch.export` of an adapted model inside `noise_level`: what it gives is eager at that λ.
+
+λ is then a constant of the graph, as the batch size is: a traced model knows no `noise_level`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nara_diffusion import noise_level
+from tests.adapted import TwoLayers, adapted, relative_error
+from tests.beside_lora import LEVELS, TARGETS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # λ is checked, and is a constant
+]
+CASES = pytest.mark.parametrize(
+    ("use_dora", "level"),
+    [(use_dora, level) for use_dora in (False, True) for level in (0.3, LEVELS)],
+    ids=["NaRA-one λ", "NaRA-a λ each", "NaRA-DoRA-one λ", "NaRA-DoRA-a λ each"],
+)
+
+
+def traced_model(use_dora: bool, level: Any) -> tuple[Any, Any, Tensor, Tensor]:
+    """A model, its trace, an input other than that of the trace, and what eager makes of it."""
+    model = adapted(TwoLayers(), target_modules=TARGETS, use_dora=use_dora)
+    seen, x = torch.randn(2, 3, 6, 7)
+    with noise_level(model, level):
+        return model, torch.jit.trace(model, seen), x, model(x)
+
+
+@CASES
+def test_a_traced_model_outside_of_any_context_gives_eager_at_the_level_of_its_trace(use_dora, level):
+    model, traced, x, expected = traced_model(use_dora, level)
+    assert relative_error(traced(x), expected) < 1e-6
+    with noise_level(model, 0.9):
+        assert relative_error(traced(x), expected) < 1e-6
+        assert relative_error(model(x), expected) > 0.01
+
+
+@CASES
+def test_gradients_of_a_traced_model_are_those_of_eager(use_dora, level):
+    model, traced, x, expected = traced_model(use_dora, level)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ours, theirs = (torch.autograd.grad(y.square().sum(), list(trainable.values())) for y in (traced(x), expected))
+    for name, one, other in zip(trainable, ours, theirs, strict=True):
+        assert other.count_nonzero(), name
+        assert relative_error(one, other) < 1e-5, name
+
+
+def test_tracing_without_a_level_is_refused():
+    model = adapted(TwoLayers(), target_modules=TARGETS)
+    with pytest.raises(ValueError, match="λ is not known"):
+        torch.jit.trace(model, torch.randn(3, 6, 7))
+
+
+@pytest.mark.xfail(reason="the core's module is called `global`, a keyword of Python and TorchScript", strict=True)
+@CASES
+def test_a_traced_model_that_is_saved_and_loaded_gives_the_same(tmp_path: Path, use_dora, level):
+    _, traced, x, expected = traced_model(use_dora, level)
+    traced.save(tmp_path / "model.pt")
+    assert relative_error(torch.jit.load(tmp_path / "model.pt")(x), expected) < 1e-6
+
+
+@pytest.mark.xfail(reason="`noise_level` takes an export for a backward pass; a module is called `global`", strict=True)
+@CASES
+def test_an_exported_model_gives_eager_at_the_level_of_its_export_also_from_a_file(tmp_path: Path, use_dora, level):
+    model = adapted(TwoLayers(), target_modules=TARGETS, use_dora=use_dora)
+    seen, x = torch.randn(2, 3, 6, 7)
+    with noise_level(model, level):
+        exported, expected = torch.export.export(model, (seen,)), model(x)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    for program in (exported, torch.export.load(tmp_path / "model.pt2")):
+        assert relative_error(program.module()(x), expected) < 1e-6
