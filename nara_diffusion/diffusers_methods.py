@@ -6,7 +6,8 @@ Diffusers walks over the layers of a model. The holder of the cores stands at th
     load_lora_adapter  activates what it has loaded, in the layers alone
     set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none
     set_lora_device    moves what each layer has as A and B, which the root's has not
-    fuse_lora          merges layer by layer, and would leave half of them merged if λ turns out to be unknown
+    fuse_lora          merges layer by layer, would leave half of them merged if λ turns out to be unknown, and doesn't
+                       say that every step then runs at the C of one λ
     disable_lora, …    pass by a model that PEFT has wrapped, whose adapters would stay as they are
     unload_lora, …     put the layers' base back, and would leave the holder with its hooks and its source of λ
     _fetch_state_dict  takes a part of a file's tensors for the whole: a NaRA's file is refused before
@@ -14,6 +15,7 @@ Diffusers walks over the layers of a model. The holder of the cores stands at th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -36,6 +38,8 @@ from .loaders.format import METADATA_KEY, is_core_key
 from .loaders.hotswap import REQUEST, check_enlargeable, enlarge_cores
 from .loaders.wrapped import check_none_wrapped
 from .offload import check_kept_nowhere
+
+logger = logging.getLogger(__name__)
 
 _FUSE_REMEDY = "fuse_lora works at one λ: call it inside `with noise_level(pipe.unet, value):` (or pipe.transformer)."
 
@@ -138,8 +142,16 @@ def _fuse_lora(
     safe_fusing: bool = False,
     adapter_names: list[str] | None = None,
 ) -> None:
-    _check_fusable(model, adapter_names)
+    fixed, noise_level = _check_fusable(model, adapter_names)
     original(model, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+    if fixed:
+        logger.warning(
+            "%s: %s is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, whatever its "
+            "own is.",
+            type(model).__name__,
+            " and ".join(map(repr, fixed)),
+            noise_level,
+        )
 
 
 def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
@@ -150,12 +162,16 @@ def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None
     original(pipe, components, *args, **kwargs)
 
 
-def _check_fusable(model: Any, adapter_names: list[str] | None) -> None:
+def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[str], float | None]:
+    """The adapters that will have the C of one λ, and this λ."""
     holder = _holder_of(model)
-    if holder is not None:
-        names = holder.active_adapters if adapter_names is None else adapter_names
-        holder.signals_to_merge([name for name in names if name in holder.cores], _FUSE_REMEDY)
-        check_kept_nowhere(model, LoraLayer)
+    if holder is None:
+        return [], None
+    names = holder.active_adapters if adapter_names is None else adapter_names
+    fixed = [name for name in names if name in holder.cores and holder.depend_on_noise([name])]
+    signals = holder.signals_to_merge(fixed, _FUSE_REMEDY)
+    check_kept_nowhere(model, LoraLayer)
+    return fixed, None if signals is None else signals.noise_level.item()
 
 
 def _unload_lora(original: Any, model: Any) -> None:

@@ -71,8 +71,8 @@ def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
 
 
 def factor_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype of loaded A and B beside a base weight: that of the weight, float32 beside float8, and the file's (None)
-    beside a quantised one."""
+    """The dtype of loaded A and B beside a base weight: that of the weight, float32 beside float8, and None, which is
+    the file's, beside a quantised one."""
     if weight_dtype is None or not weight_dtype.is_floating_point:
         return None
     return torch.float32 if _is_float8(weight_dtype) else weight_dtype

@@ -1,0 +1,79 @@
+"""After `fuse_lora` every step runs at the C of one λ, and the user is told so, once."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from nara_diffusion import noise_level
+from tests.adapted import relative_error
+
+from .adapters import predict, save_lora, trained
+
+# PEFT says so of a second adapter
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+LOGGER = "nara_diffusion.diffusers_methods"
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == LOGGER]
+
+
+def test_fuse_lora_at_one_level_says_that_all_steps_run_at_it(caplog) -> None:
+    pipe = trained(text=False)
+    free = predict(pipe)
+    with noise_level(pipe.unet, 0.3):
+        expected = predict(pipe)
+    assert relative_error(free, expected) > 1e-2
+    with caplog.at_level(logging.WARNING, LOGGER):
+        with noise_level(pipe.unet, 0.3):
+            pipe.fuse_lora(components=["unet"])
+        fused = predict(pipe)
+        predict(pipe)
+    (message,) = said(caplog)
+    assert "UNet2DConditionModel: 'default' is fused at noise_level 0.3" in message
+    assert "unfuse_lora()" in message
+    assert relative_error(fused, expected) < 1e-5
+    pipe.unfuse_lora(components=["unet"])
+    assert relative_error(predict(pipe), free) < 1e-5
+
+
+def test_fuse_lora_of_a_component_says_it_too(caplog) -> None:
+    pipe = trained(text=False)
+    with caplog.at_level(logging.WARNING, LOGGER), noise_level(pipe.unet, torch.tensor(0.3)):
+        pipe.unet.fuse_lora()
+    (message,) = said(caplog)
+    assert "'default' is fused at noise_level 0.3" in message
+
+
+def test_fuse_lora_names_the_adapters_that_depend_on_the_level_alone(caplog, tmp_path: Path) -> None:
+    pipe = trained(name="first", text=False)
+    trained(pipe, name="second", text=False, seed=3)
+    trained(pipe, name="fixed", text=False, seed=4, core_type="constant")
+    save_lora(tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="plain")
+    pipe.set_adapters(["first", "fixed", "plain", "second"])
+    with caplog.at_level(logging.WARNING, LOGGER), noise_level(pipe.unet, 0.25):
+        pipe.fuse_lora(components=["unet"], adapter_names=["fixed", "plain", "second"])
+    (message,) = said(caplog)
+    assert "'second' is fused at noise_level 0.25" in message
+    assert "first" not in message
+
+
+@pytest.mark.parametrize("core_type", ["constant", "identity"])
+def test_fuse_lora_of_an_adapter_without_a_level_says_nothing(caplog, core_type: str) -> None:
+    pipe = trained(text=False, core_type=core_type)
+    with caplog.at_level(logging.WARNING, LOGGER):
+        pipe.fuse_lora(components=["unet"])
+    assert not said(caplog)
+
+
+def test_fuse_lora_that_fails_says_nothing(caplog) -> None:
+    pipe = trained(text=False)
+    with caplog.at_level(logging.WARNING, LOGGER), pytest.raises(ValueError, match="λ is not known"):
+        pipe.fuse_lora(components=["unet"])
+    assert not said(caplog)
+    assert predict(pipe).isfinite().all()
