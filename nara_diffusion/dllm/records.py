@@ -1,25 +1,33 @@
 """Questions and answers from JSON files, in the form of the LLM-Adapters data sets.
 
-A file is a JSON list of objects or JSON Lines, one object a line, each like
+A file is a JSON list of objects or JSON Lines, one object a line, gzipped or not, each like
 
     {"instruction": "What is 2 + 3?", "output": "2 + 3 = 5. The answer is 5.", "answer": "5"}
 
 `instruction` is the question, with an optional `input` as its second part, `output` what the model learns to write, and
-`answer` what a generation is compared with. Files without any `answer` are compared by their whole `output`.
+`answer` what a generation is compared with. Files without any `answer` are compared by their whole `output`. These
+fields hold texts, numbers, true or false; other fields are not read.
 
 `datasets` is imported where it is needed, since training and evaluation need it and generation doesn't.
 """
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nara_diffusion.dllm.json_files import read_json_objects
+
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -36,26 +44,17 @@ def records_from_file(path: str | Path, fields: FieldNames = FieldNames()) -> Da
     """The records of a JSON or JSON Lines file: a Dataset of strings `instruction`, `input`, `output`, `answer`.
 
     Raises:
-        ValueError: no such file, an empty one, no UTF-8, JSON that breaks (with the line), a record without
-            instruction, output or answer (with its number).
+        ValueError: no such file, an empty or broken one (with the line), a record that lacks instruction, output or
+            answer, or has something there that is no text (with its number).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: pass a JSON or JSON Lines file of {{instruction, output, answer}}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} isn't UTF-8 text (byte {error.start}: {error.reason})") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty: it has to hold one record at least")
-    return normalized(_parse(text, path), fields, source=str(path))
+    return normalized(read_json_objects(Path(path)), fields, source=str(path))
 
 
 def records_from_hub(path: str, *, split: str = "train", fields: FieldNames = FieldNames(), **kwargs: Any) -> Dataset:
     """The same from a data set on the Hub, or a folder that `datasets` reads; kwargs as for `datasets.load_dataset`.
 
     Raises:
-        ValueError: it can't be loaded; a record without instruction, output or answer (with its number).
+        ValueError: it can't be loaded; a record as `records_from_file` refuses it.
     """
     from datasets import load_dataset
 
@@ -70,60 +69,64 @@ def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldN
     """`records` under the names of this module, checked, as a Dataset. `source` is what messages call them."""
     from datasets import Dataset
 
-    rows = [dict(record) for record in records]
+    rows = [_Record(record, fields, f"record {n} of {source}") for n, record in enumerate(records, 1)]
     if not rows:
         raise ValueError(f"{source} holds no records")
-    answered = any(_text(row.get(fields.answer)).strip() for row in rows)
-    return Dataset.from_list(
-        [_normal(row, fields, answered, f"record {n} of {source}") for n, row in enumerate(rows, 1)]
-    )
+    answered = any(row.text("answer").strip() for row in rows)
+    return Dataset.from_list([row.normal(answered) for row in rows])
 
 
-def _normal(row: Mapping[str, Any], fields: FieldNames, answered: bool, where: str) -> dict[str, str]:
-    def required(name: str, what: str) -> str:
-        value = _text(row.get(name))
-        if not value.strip():
-            state = "is empty" if name in row else f"is missing; the record has {', '.join(row) or 'no fields'}"
-            raise ValueError(f"{where}: its {what}, field {name!r}, {state}")
-        return value
+class _Record:
+    """A record of a file, whose fields have names of their own. `where` is what messages call it."""
 
-    output = required(fields.output, "output")
-    return {
-        "instruction": required(fields.instruction, "instruction"),
-        "input": _text(row.get(fields.input)),
-        "output": output,
-        "answer": required(fields.answer, "answer").strip() if answered else output,
-    }
+    def __init__(self, fields: Mapping[str, Any], names: FieldNames, where: str) -> None:
+        self.fields, self.names, self.where = fields, names, where
+
+    def normal(self, answered: bool) -> dict[str, str]:
+        """The record under this module's names; with an answer of its own if it is `answered`, else its output."""
+        output = self.required("output")
+        return {
+            "instruction": self.required("instruction"),
+            "input": self.text("input"),
+            "output": output,
+            "answer": self.required("answer").strip() if answered else output,
+        }
+
+    def required(self, what: str) -> str:
+        text = self.text(what)
+        if not text.strip():
+            missing = f"is missing; the record has {', '.join(self.fields) or 'no fields'}"
+            raise self.refusal(what, "is empty" if getattr(self.names, what) in self.fields else missing)
+        return text
+
+    def text(self, what: str) -> str:
+        """As it stands: white space at the start of an output can be Python's."""
+        value = self.fields.get(getattr(self.names, what))
+        text = _as_text(value)
+        if text is None:
+            raise self.refusal(what, f"{_description(value)}: expected a text or a number")
+        half = _HALF_A_PAIR.search(text)
+        if half:
+            near = f"U+{ord(half[0]):04X}, after {text[max(half.start() - 20, 0) : half.start()]!r}"
+            raise self.refusal(what, f"has half a surrogate pair ({near}), which is no character: write it whole")
+        return text
+
+    def refusal(self, what: str, state: str) -> ValueError:
+        return ValueError(f"{self.where}: its {what}, field {getattr(self.names, what)!r}, {state}")
 
 
-def _text(value: Any) -> str:
-    """As it stands: white space at the start of an output can be Python's."""
-    return "" if value is None else str(value)
+def _as_text(value: Any) -> str | None:
+    """`value` as JSON writes it; "" for null, None for what is neither a text nor a number nor true nor false."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    is_number = isinstance(value, (Real, Decimal)) and math.isfinite(value)
+    return str(value) if isinstance(value, str) or is_number else None
 
 
-def _parse(text: str, path: Path) -> list[dict[str, Any]]:
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} breaks at line {error.lineno}, column {error.colno}: {error.msg}") from None
-        numbered = [(f"record {n}", row) for n, row in enumerate(rows, 1)]
-    else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                numbered.append((f"line {number}", _parse_line(line, number, path)))
-    for where, row in numbered:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, {where}: expected an object, found {json.dumps(row)[:60]}")
-    return [row for _, row in numbered]
-
-
-def _parse_line(line: str, number: int, path: Path) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} breaks at line {number}, column {error.colno}: {error.msg}. Each line has to hold one whole "
-            "object; a list over several lines has to start with ["
-        ) from None
+def _description(value: Any) -> str:
+    if isinstance(value, (Real, Decimal)):
+        return f"is {value}"
+    kind = {list: "a list, ", dict: "an object, "}.get(type(value), f"of type {type(value).__name__}, ")
+    return f"is {kind}{repr(value)[:60]}"

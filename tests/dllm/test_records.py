@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from nara_diffusion.dllm import FieldNames, records_from_file, records_from_hub
+from nara_diffusion.dllm.records import normalized
 
 RECORDS = [
     {"instruction": "What is 2 + 3?", "input": "", "output": "2 + 3 = 5.", "answer": "5"},
@@ -103,3 +106,93 @@ def test_json_lines_end_at_a_line_feed_alone(tmp_path: Path, separator: str) -> 
 def test_a_data_set_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the data set .*nowhere \(train\) can't be loaded: "):
         records_from_hub(str(tmp_path / "nowhere"))
+
+
+GOOD = '{"instruction": "a", "output": "b", "answer": "c"}\n'
+
+
+@pytest.mark.parametrize("field", ["instruction", "input", "output", "answer"])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ('["b", "c"]', r"is a list, \['b', 'c'\]"),
+        ('{"b": 1}', r"is an object, \{'b': 1\}"),
+        ("NaN", "is nan"),
+        ("-Infinity", "is -inf"),
+    ],
+)
+def test_records_from_file_with_a_field_that_is_no_text_names_record_and_field(
+    tmp_path: Path, field: str, value: str, found: str
+) -> None:
+    fields = {"instruction": '"a"', "input": '"i"', "output": '"b"', "answer": '"c"'} | {field: value}
+    line = "{" + ", ".join(f'"{name}": {text}' for name, text in fields.items()) + "}"
+    with pytest.raises(
+        ValueError, match=rf"record 2 of .*data\.jsonl: its {field}, field '{field}', {found}: expected"
+    ):
+        records_from_file(write(tmp_path / "data.jsonl", GOOD + line))
+
+
+@pytest.mark.parametrize("number", ["7", "1.50", "-0.0", "1e3", "true", "false", "9" * 5000])
+def test_records_from_file_with_numbers_keeps_them_as_they_are_written(tmp_path: Path, number: str) -> None:
+    line = f'{{"instruction": {number}, "output": {number}, "answer": {number}}}'
+    (row,) = records_from_file(write(tmp_path / "data.jsonl", line))
+    assert (row["instruction"], row["output"], row["answer"]) == (number, number, number)
+
+
+def test_normalized_takes_numbers_and_refuses_other_objects() -> None:
+    row = {"instruction": 1, "input": True, "output": 2.5, "answer": Decimal("1.10")}
+    (record,) = normalized([row], source="test")
+    assert record == {"instruction": "1", "input": "true", "output": "2.5", "answer": "1.10"}
+    with pytest.raises(ValueError, match=r"record 1 of test: its output, field 'output', is of type bytes"):
+        normalized([row | {"output": b"2"}], source="test")
+    with pytest.raises(ValueError, match=r"record 1 of test: its answer, field 'answer', is nan"):
+        normalized([row | {"answer": float("nan")}], source="test")
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_records_from_file_with_a_field_that_stands_twice_names_it(tmp_path: Path, form: str) -> None:
+    twice = '{"instruction": "a", "output": "b", "output": "c", "answer": "c"}'
+    text = f"[{GOOD}, {twice}]" if form == "list" else GOOD + twice
+    with pytest.raises(ValueError, match=r"(record|line) 2: the field 'output' stands twice"):
+        records_from_file(write(tmp_path / "data.json", text))
+
+
+@pytest.mark.parametrize("field", ["instruction", "output"])
+def test_records_from_file_with_a_lone_surrogate_names_record_and_field(tmp_path: Path, field: str) -> None:
+    line = json.dumps({"instruction": "a", "output": "b", "answer": "c"} | {field: "ab\ud83d c"})
+    with pytest.raises(
+        ValueError,
+        match=rf"record 2 of .*: its {field}, field '{field}', has half a surrogate pair .*U\+D83D.* after 'ab'",
+    ):
+        records_from_file(write(tmp_path / "data.jsonl", GOOD + line))
+
+
+def test_records_from_file_with_whole_surrogate_pairs_reads_them(tmp_path: Path) -> None:
+    line = '{"instruction": "\\ud83d\\ude00", "output": "b"}'
+    assert records_from_file(write(tmp_path / "data.jsonl", line))["instruction"] == ["\U0001f600"]
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps(RECORDS), "\ufeff" + "\r\n".join(json.dumps(record) for record in RECORDS)]
+)
+@pytest.mark.parametrize("name", ["data.jsonl.gz", "data.json.gz", "data.jsonl"])
+def test_records_from_file_with_gzip_reads_what_is_compressed(tmp_path: Path, text: str, name: str) -> None:
+    plain = records_from_file(write(tmp_path / "plain.json", text))
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()))
+    assert list(records_from_file(path)) == list(plain)
+
+
+def test_records_from_file_with_broken_gzip_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    whole = gzip.compress(GOOD.encode() * 1000)
+    for broken in (whole[:-20], whole[:40] + bytes(20) + whole[60:]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"data\.jsonl\.gz can't be read: "):
+            records_from_file(path)
+
+
+@pytest.mark.parametrize("text", [GOOD + "[" * 100_000 + "]" * 100_000, "[" * 100_000 + "]" * 100_000])
+def test_records_from_file_with_deep_nesting_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.json.* nests too deep"):
+        records_from_file(write(tmp_path / "data.json", text))
