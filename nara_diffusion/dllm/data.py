@@ -17,6 +17,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from nara_diffusion.dllm.fitting import Fit
+from nara_diffusion.dllm.vocabulary import check_vocabulary
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -33,31 +36,45 @@ _ALPACA_WITH_INPUT = (
 )
 
 _BATCH = 1000  # records tokenised at once
+_SAMPLE = 1000  # records looked at before more are tokenised
 
 
 @dataclass(frozen=True)
 class EncodedRecords:
     """Attributes:
     rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`.
-    total: records that came in.
-    truncated: those whose answer was cut at `max_length`; they end without an end token.
-    dropped: those whose prompt leaves no room for an answer.
+    fit: how the records fit into `max_length`.
     """
 
     rows: Dataset
-    total: int
-    truncated: int
-    dropped: int
+    fit: Fit
+
+    @property
+    def total(self) -> int:
+        """Records that came in."""
+        return len(self.fit.lengths)
+
+    @property
+    def truncated(self) -> int:
+        """Those whose answer was cut at `max_length`; they end without an end token."""
+        return self.fit.truncated
+
+    @property
+    def dropped(self) -> int:
+        """Those whose prompt leaves no room for an answer."""
+        return self.fit.dropped
 
     def summary(self) -> str:
         """One line for a log."""
-        return f"{self.total} records: {len(self.rows)} kept, {self.truncated} of them cut, {self.dropped} dropped"
+        return self.fit.summary()
 
 
 def encode_records(
     records: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, progress: bool = True
 ) -> EncodedRecords:
     """Tokenise what `records_from_file` or `records_from_hub` returned.
+
+    Of many records, a sample is tokenised first, so that what is refused is refused at once.
 
     Args:
         records: with `instruction`, `input`, `output`, `answer`.
@@ -66,35 +83,60 @@ def encode_records(
         progress: show a bar.
 
     Raises:
-        ValueError: no record is left.
+        ValueError: there are no records, none is left, or none of the sample; the tokenizer knows less than half of
+            the tokens (`check_vocabulary`); a text holds the mask token.
     """
     from datasets import Dataset
 
+    total = len(records)
+    if total == 0:
+        raise ValueError("there are no records to encode")
+    sample: list[Any] = [records[i] for i in range(0, total, -(-total // _SAMPLE))]  # spread evenly
+    is_part = len(sample) < total
+    check_vocabulary(sample, tokenizer, total=total if is_part else None)
+    if is_part:
+        _, fit = _encode(sample, tokenizer, max_length, f"a sample of {len(sample)} of {total} records")
+        if fit.loses:
+            logger.warning("%s", fit.summary())
+    rows, fit = _encode(records, tokenizer, max_length, f"{total} records", progress=progress)
+    logger.log(logging.WARNING if fit.loses else logging.INFO, "%s", fit.summary())
+    return EncodedRecords(Dataset.from_list(rows), fit)
+
+
+def _encode(
+    records: Dataset | list[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    name: str,
+    *,
+    progress: bool = False,
+) -> tuple[list[dict[str, Any]], Fit]:
+    """(rows of those that fit, how they fit); `name` is what messages call the records."""
     rows: list[dict[str, Any]] = []
-    truncated = 0
+    lengths: list[tuple[int, int]] = []
+    mask = tokenizer.mask_token_id  # None where it has none
     starts = range(0, len(records), _BATCH)
     for start in tqdm(starts, desc="tokenise", unit="batch", disable=not progress or len(starts) < 2):
         batch = [records[i] for i in range(start, min(start + _BATCH, len(records)))]
         for record, prompt, answer in zip(batch, *_encode_batch(batch, tokenizer), strict=True):
-            if len(prompt) >= max_length:
-                continue
             whole = prompt + answer
-            truncated += len(whole) > max_length
-            rows.append(
-                {
-                    "input_ids": whole[:max_length],
-                    "prompt_length": len(prompt),
-                    "instruction": record["instruction"],
-                    "answer": record["answer"],
-                }
-            )
-    if not rows:
-        raise ValueError(
-            f"none of {len(records)} records is left: their prompts alone have {max_length} tokens (max_length) or more"
-        )
-    result = EncodedRecords(Dataset.from_list(rows), len(records), truncated, len(records) - len(rows))
-    logger.log(logging.WARNING if truncated or result.dropped else logging.INFO, "%s", result.summary())
-    return result
+            if mask in whole:
+                raise _holds_the_mask(record, tokenizer)
+            lengths.append((len(prompt), len(answer)))
+            if len(prompt) < max_length:
+                row = {field: record[field] for field in ("instruction", "answer")}
+                rows.append({"input_ids": whole[:max_length], "prompt_length": len(prompt), **row})
+    fit = Fit(lengths, max_length, name)
+    fit.check()
+    return rows, fit
+
+
+def _holds_the_mask(record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> ValueError:
+    text = " ".join(record[name] for name in ("instruction", "input", "output") if record[name])
+    return ValueError(
+        f"a record holds the mask token {tokenizer.mask_token!r} as text, and the model would take it for a token that "
+        f"is masked: write it otherwise, or leave out the record, {text[:100]!r}"
+    )
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -27,6 +28,7 @@ from nara_diffusion.dllm.json_files import read_json_objects
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # Unicode's control and format characters, and its kinds of white space
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -94,7 +96,7 @@ class _Record:
 
     def required(self, what: str) -> str:
         text = self.text(what)
-        if not text.strip():
+        if all(unicodedata.category(character) in _INVISIBLE for character in text):
             missing = f"is missing; the record has {', '.join(self.fields) or 'no fields'}"
             raise self.refusal(what, "is empty" if getattr(self.names, what) in self.fields else missing)
         return text

@@ -13,6 +13,7 @@ from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, 
 from nara_diffusion.dllm.records import normalized
 
 from .llada_reference import save_tokenizer
+from .word_tokenizers import count_texts
 
 END = 1
 
@@ -133,3 +134,53 @@ def test_positions_in_the_stream_become_sample_indices() -> None:
 def test_collator_refusals(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnswerCollator(END, **options)
+
+
+def many(count: int, output: str):
+    return records(*[("w5", output)] * count)
+
+
+@pytest.mark.parametrize("chat", [True], indirect=True)
+def test_encode_records_with_too_small_a_max_length_is_refused_before_all_are_tokenised(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = count_texts(monkeypatch, tokenizer)
+    message = r"none of a sample of 1000 of 20000 records is left: their prompts alone have 4 tokens \(max_length\)"
+    with pytest.raises(ValueError, match=message + r".*; 9 of 10 records have 8 tokens or fewer"):
+        encode_records(many(20_000, "w7 w8"), tokenizer, max_length=4)
+    assert sum(seen) <= 5000
+
+
+@pytest.mark.parametrize("chat", [True], indirect=True)
+def test_encode_records_with_a_max_length_that_cuts_warns_before_all_are_tokenised(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = count_texts(monkeypatch, tokenizer)
+    told: list[tuple[str, int]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append((record.getMessage(), sum(seen)))
+    logging.getLogger("nara_diffusion.dllm.data").addHandler(handler)
+    try:
+        # prompt: 4 tokens; answer and its two ends: 8
+        encoded = encode_records(many(5_000, "w7 w8 w9 w10 w11 w12"), tokenizer, max_length=6)
+    finally:
+        logging.getLogger("nara_diffusion.dllm.data").removeHandler(handler)
+    (first, texts), (last, _) = told
+    assert first.startswith("a sample of 1000 of 5000 records: 1000 kept, 1000 of them cut, 0 dropped; ")
+    assert first.endswith("max_length 6 holds 25 % of their answers' tokens; 9 of 10 records have 12 tokens or fewer")
+    assert texts <= 5000
+    assert last.startswith("5000 records: 5000 kept, 5000 of them cut, 0 dropped; max_length 6 holds 25 %")
+    assert (len(encoded.rows), encoded.truncated) == (5000, 5000)
+
+
+@pytest.mark.parametrize("chat", [True], indirect=True)
+def test_encode_records_that_fit_says_nothing_and_keeps_their_order(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = records(*((f"w{5 + i % 30}", f"w{5 + i % 31}") for i in range(2500)))
+    with caplog.at_level(logging.WARNING):
+        encoded = encode_records(source, tokenizer, max_length=7)
+    assert [row["input_ids"] for row in encoded.rows] == [
+        [2, 5 + i % 30, 3, 4, 5 + i % 31, 3, END] for i in range(2500)
+    ]
+    assert caplog.messages == []

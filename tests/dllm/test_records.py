@@ -196,3 +196,20 @@ def test_records_from_file_with_broken_gzip_names_the_file(tmp_path: Path) -> No
 def test_records_from_file_with_deep_nesting_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"data\.json.* nests too deep"):
         records_from_file(write(tmp_path / "data.json", text))
+
+
+@pytest.mark.parametrize("field", ["instruction", "output", "answer"])
+@pytest.mark.parametrize("text", ["\u200b", "\x00 \ufeff\n"])
+def test_records_from_file_with_nothing_but_invisible_characters_is_empty(
+    tmp_path: Path, field: str, text: str
+) -> None:
+    line = json.dumps({"instruction": "a", "output": "b", "answer": "c"} | {field: text})
+    with pytest.raises(ValueError, match=rf"record 2 of .*: its {field}, field '{field}', is empty"):
+        records_from_file(write(tmp_path / "data.jsonl", GOOD + line))
+
+
+@pytest.mark.parametrize("text", ["\U0001fae8", "\ue000", "a\u200bb"])
+def test_records_from_file_with_characters_python_does_not_know_keeps_them(tmp_path: Path, text: str) -> None:
+    line = json.dumps({"instruction": text, "output": text})
+    (row,) = records_from_file(write(tmp_path / "data.jsonl", line))
+    assert (row["instruction"], row["output"], row["answer"]) == (text, text, text)
