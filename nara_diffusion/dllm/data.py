@@ -245,6 +245,13 @@ class AnswerCollator:
             batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
         return batch
 
+    def padded_length(self, longest: int) -> int:
+        """Tokens, trained padding included, of the longest row that is made of rows with up to `longest` tokens."""
+        if self.trained_padding == "max_length":
+            return self.max_length or 0
+        padded = longest if self.trained_padding == "longest" else longest + int(self.trained_padding)
+        return padded if self.max_length is None else min(padded, self.max_length)
+
     def _ends(self, rows: Sequence[Mapping[str, Any]], lengths: torch.Tensor) -> torch.Tensor:
         """(b,) where each row's trained part ends. A cut answer gets no end token: it doesn't end there."""
         if self.trained_padding == "max_length":

@@ -30,6 +30,12 @@ class Fit:
         """Records whose answer is cut."""
         return sum(prompt < self.max_length < prompt + answer for prompt, answer in self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest record that is kept, after cutting."""
+        kept = [prompt + answer for prompt, answer in self.lengths if prompt < self.max_length]
+        return min(max(kept, default=0), self.max_length)
+
     def check(self) -> None:
         """Raises ValueError where no record is left."""
         if self.dropped == len(self.lengths):

@@ -31,9 +31,10 @@ import torch
 from torch import nn
 
 from nara_diffusion.dllm.conditioning import conditioned
-from nara_diffusion.dllm.heads import language_model, logits_at, position_limit
+from nara_diffusion.dllm.heads import language_model, logits_at
 from nara_diffusion.dllm.loss import logits_of, mask_token_of
 from nara_diffusion.dllm.modes import evaluating, without_ddp
+from nara_diffusion.dllm.positions import position_limit
 from nara_diffusion.dllm.prompts import Canvas, place_prompts
 from nara_diffusion.dllm.remasking import RowRandom, above, confidence_of, highest, sample_tokens
 from nara_diffusion.dllm.sampling import Sampling

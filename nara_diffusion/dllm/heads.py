@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from nara_diffusion.dllm.virtual_tokens import of_text, virtual_tokens
+from nara_diffusion.dllm.virtual_tokens import of_text
 from nara_diffusion.noise import find_holders
 from nara_diffusion.recompute import CheckpointWithCore
 
@@ -39,16 +39,6 @@ _LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "ou
 def language_model(model: nn.Module) -> PreTrainedModel | None:
     """The outermost transformers model in `model`, whatever wraps it (DDP, FSDP, torch.compile, PEFT), or None."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-
-
-def position_limit(model: nn.Module) -> int | None:
-    """The longest sequence that the model's position embeddings can tell apart; None if unknown."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-            return module.num_embeddings - reserved - virtual_tokens(model)
-    limit = getattr(getattr(language_model(model), "config", None), "max_position_embeddings", None)
-    return None if limit is None else limit - virtual_tokens(model)
 
 
 def head_of(model: nn.Module) -> nn.Module | None:

@@ -111,6 +111,8 @@ def test_how_much_padding_is_trained_on(options: dict, ends: list[int]) -> None:
     assert batch["prompt_lengths"].tolist() == [2, 1, 5]
     assert batch["answer_lengths"].tolist() == [end - start for end, start in zip(ends, [2, 1, 5], strict=True)]
     assert batch["input_ids"].shape == (3, max(ends))
+    whole = AnswerCollator(END, **options)(ROWS[:2])  # rows that end, and so are padded
+    assert whole["input_ids"].shape[1] == AnswerCollator(END, **options).padded_length(7)
     for row, expected in zip(batch["input_ids"].tolist(), ROWS, strict=True):
         length = len(expected["input_ids"])
         assert row == expected["input_ids"] + [END] * (max(ends) - length)
