@@ -12,6 +12,7 @@ README.md (the model card, which says how to load them), config.yaml, results.js
 noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
 """
 
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
 import os
@@ -27,6 +28,7 @@ from datasets import Dataset
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.data import end_token_id
 from nara_diffusion.dllm.measurement import compare, measure, validation_losses
+from nara_diffusion.dllm.positions import check_positions
 from nara_diffusion.dllm.records import FieldNames, records_from_file, records_from_hub
 from nara_diffusion.dllm.run_report import results_table, write_run_report
 from nara_diffusion.training.adapter import base_model, build_adapter, recompute_activations
@@ -81,6 +83,7 @@ class ModelArguments:
     )
     revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.", content="base model")
     mask_token: str | None = option(None, "Text of the mask token, where the checkpoint doesn't name it.")
+    ignore_tensors: list[str] | None = option(None, "Heads in the checkpoint to leave out, such as classifier.")
     dataset_name: str | None = option(
         None,
         "Data set on the Hub, or a folder that `datasets` reads, in place of files.",
@@ -165,20 +168,22 @@ def main(args: Arguments) -> dict[str, Any]:
         run.record_data_digest(what, (text for column in part.column_names for text in part[column]))
 
     # Model
-    options: dict[str, Any] = {"mask_token": args.mask_token}
+    options: dict[str, Any] = {"mask_token": args.mask_token, "ignore_tensors": args.ignore_tensors or ()}
     options |= {} if args.revision is None else {"revision": args.revision}
     load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
     backbone, tokenizer = load(dtype=run.weights_dtype)
     run.record_base_digest(backbone=backbone)
-    train_rows, validation_rows, test_rows = (
-        encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main).rows for part in records
-    )
+    check_positions(backbone, args.max_length)
+    encoded = [encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main) for part in records]
+    train_rows, validation_rows, test_rows = (part.rows for part in encoded)
     padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
     collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length)
     if args.gradient_checkpointing:
         recompute_activations(backbone)
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
     model = build_adapter(backbone, args, total_steps=steps)
+    longest = max(part.fit.longest for part in encoded)
+    check_positions(model, args.max_length, longest=collator.padded_length(longest))  # the adapter may take some
     if run.checkpoint is not None:
         load_checkpoint(model, run.checkpoint)
 
@@ -190,8 +195,8 @@ def main(args: Arguments) -> dict[str, Any]:
     model, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
     adapted = run.accelerator.unwrap_model(model)
     sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
-    longest = max(test_rows, key=lambda row: row["prompt_length"])
-    exact_match(adapted, tokenizer, [longest], **sampling, progress=False)  # bad settings show now
+    longest_prompt = max(test_rows, key=lambda row: row["prompt_length"])
+    exact_match(adapted, tokenizer, [longest_prompt], **sampling, progress=False)  # bad settings show now
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     facts = {
         "adapter": title_of(args),

@@ -12,8 +12,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
@@ -31,7 +30,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from nara_diffusion.dllm.llada_format import KEY_MAPPING, checkpoint_name, llama_config
+from nara_diffusion.dllm.llada_format import KEY_MAPPING, llama_config
+from nara_diffusion.dllm.loaded_tensors import check_loaded_tensors
 from nara_diffusion.dllm.shifted import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
 from nara_diffusion.dllm.tokenizers import load_tokenizer, resolve_mask_token, set_special_tokens
 
@@ -45,9 +45,6 @@ _REMOTE_CLASSES = {
     "AutoModel": AutoModel,
 }
 
-# Tensors of heads that a masked language model doesn't have, and that encoder checkpoints carry.
-_OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship)\.")
-
 
 def load_backbone(
     pretrained_model_name_or_path: str,
@@ -55,6 +52,7 @@ def load_backbone(
     mask_token_id: int | None = None,
     mask_token: str | None = None,
     shift_logits: bool | None = None,
+    ignore_tensors: str | Sequence[str] = (),
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -69,6 +67,8 @@ def load_backbone(
             doesn't say.
         shift_logits: whether position i of the checkpoint predicts token i + 1. Default: known for Dream, False
             otherwise.
+        ignore_tensors: heads in the checkpoint that the model doesn't have and that are left out: names of tensors, or
+            of modules with all that is in them. Those of BERT's and ALBERT's pre-training needn't be named.
         trust_remote_code: for checkpoints of other kinds only; those of the table never need it.
         **kwargs: as for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation, revision,
             token, …
@@ -95,7 +95,8 @@ def load_backbone(
     model, loading = model_class.from_pretrained(
         name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
-    _refuse_incomplete(name, loading, renamed=mapping is not None)
+    ignored = [ignore_tensors] if isinstance(ignore_tensors, str) else ignore_tensors
+    check_loaded_tensors(name, model, loading, renamed=mapping is not None, ignored=ignored)
     if mapping:
         del model._weight_conversions  # saved under the names of its class, which is what its configuration says
     set_special_tokens(model, tokenizer, mask)
@@ -143,23 +144,3 @@ def _bidirectional(config: PreTrainedConfig, shifted: bool) -> PreTrainedConfig:
     if shifted:
         config.shifted_logits = True  # so that a saved copy is read as this class again
     return config
-
-
-def _refuse_incomplete(name: str, loading: dict[str, Any], *, renamed: bool) -> None:
-    original = checkpoint_name if renamed else str
-    problems = {
-        "missing": sorted(loading["missing_keys"]),
-        "not known to the model": sorted(key for key in loading["unexpected_keys"] if not _OTHER_HEADS.search(key)),
-        "of another shape": [
-            f"{key} {tuple(found)} instead of {tuple(expected)}"
-            for key, found, expected in sorted(loading["mismatched_keys"])
-        ],
-    }
-    found = [f"{len(keys)} {kind}: {_listing(keys, original)}" for kind, keys in problems.items() if keys]
-    if found:
-        raise ValueError(f"the tensors of {name} don't fit its configuration; " + "; ".join(found))
-
-
-def _listing(keys: list[str], original: Callable[[str], str], limit: int = 8) -> str:
-    shown = ", ".join(original(key) for key in keys[:limit])
-    return shown + (", …" if len(keys) > limit else "")

@@ -88,8 +88,8 @@ def write_run_report(
 def _loading(args: Any, instruction: str, folder: str) -> str:
     """The card's code."""
     whole = args.adapter == "full"
-    names = ("mask_token",) if whole else ("mask_token", "revision")
-    options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name) is not None)
+    names = ("mask_token",) if whole else ("mask_token", "revision", "ignore_tensors")
+    options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name))
     return _LOADING.format(
         imports="" if whole else "from peft import PeftModel\n",
         loading=core_import(args)

@@ -82,10 +82,11 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     config.mask_token_id = mask_token_id
     if tokenizer.mask_token_id != mask_token_id:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
-    # a configuration's default can be an id that this vocabulary doesn't have
-    candidates: list[Any] = [first_token_id(config.eos_token_id), tokenizer.eos_token_id, tokenizer.sep_token_id]
+    # some configurations have none, and others one by default that this vocabulary doesn't have
+    configured = first_token_id(getattr(config, "eos_token_id", None))
+    candidates: list[Any] = [configured, tokenizer.eos_token_id, tokenizer.sep_token_id]
     end = next((i for i in candidates if i is not None and tokenizer.convert_ids_to_tokens(i) is not None), None)
-    if end is None or end != candidates[0]:
+    if end is None or end != configured:
         config.eos_token_id = end
     if tokenizer.eos_token is None and end is not None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)

@@ -18,6 +18,7 @@ BACKBONE_ARGUMENTS = (
     "mask_token",
     "mask_token_id",
     "shift_logits",
+    "ignore_tensors",
     "trust_remote_code",
     "attn_implementation",
     "device_map",

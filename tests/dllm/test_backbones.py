@@ -13,11 +13,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AlbertConfig,
+    AlbertForPreTraining,
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
     LlamaConfig,
     LlamaForCausalLM,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
@@ -160,6 +164,70 @@ def test_a_checkpoint_with_bert_s_other_heads_loads_and_one_without_mlm_head_doe
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"missing: cls\.predictions\.transform"):
         load_backbone(str(tmp_path))
+
+
+def with_more_tensors(folder: Path, *names: str) -> BertForMaskedLM:
+    """A BERT in `folder`, and tensors there that it doesn't have."""
+    torch.manual_seed(6)
+    stock = BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=32)).eval()
+    stock.save_pretrained(folder)
+    encoder_tokenizer(folder)
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {name: torch.randn(3, 24) for name in names}, file, metadata={"format": "pt"})
+    return stock
+
+
+def test_load_backbone_with_another_head_names_the_option_that_leaves_it_out(tmp_path: Path) -> None:
+    stock = with_more_tensors(tmp_path, "classifier.weight", "cls.choice.scale", "classifiers.weight")
+    message = (
+        r"3 not known to the model: .*ignore_tensors=\['classifier', 'classifiers', 'cls.choice'\].*--ignore_tensors"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_backbone(str(tmp_path))
+    with pytest.raises(ValueError, match=r"1 not known to the model: classifiers\.weight"):
+        load_backbone(str(tmp_path), ignore_tensors=["classifier", "cls.choice"])
+    model, _ = load_backbone(str(tmp_path), ignore_tensors=["classifier", "cls.choice", "classifiers.weight"])
+    assert torch.equal(logits_of(model), logits_of(stock))
+
+
+def test_load_backbone_with_one_name_to_ignore_takes_it_as_text(tmp_path: Path) -> None:
+    stock = with_more_tensors(tmp_path, "classifier.weight")
+    model, _ = load_backbone(str(tmp_path), ignore_tensors="classifier")
+    assert torch.equal(logits_of(model), logits_of(stock))
+
+
+def test_load_backbone_with_more_tensors_in_its_body_offers_no_option(tmp_path: Path) -> None:
+    with_more_tensors(tmp_path, "classifier.weight", "bert.embeddings.more.weight")
+    with pytest.raises(ValueError, match=r"2 not known to the model: bert\.embeddings\.more") as refusal:
+        load_backbone(str(tmp_path))
+    assert "ignore_tensors" not in str(refusal.value)
+
+
+def test_load_backbone_with_a_name_to_ignore_that_nothing_has_is_refused(tmp_path: Path) -> None:
+    with_more_tensors(tmp_path, "classifier.weight")
+    for name in ("cls.predictions.bias", "class"):  # the one is the model's, the other is nobody's
+        with pytest.raises(ValueError, match=rf"ignore_tensors names '{name}', .*: classifier\.weight"):
+            load_backbone(str(tmp_path), ignore_tensors=["classifier", name])
+
+
+def test_load_backbone_leaves_out_albert_s_sentence_order_head(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    stock = AlbertForPreTraining(AlbertConfig(**SIZES, embedding_size=12, max_position_embeddings=32)).eval()
+    stock.save_pretrained(tmp_path)
+    encoder_tokenizer(tmp_path)
+    model, _ = load_backbone(str(tmp_path))
+    with torch.no_grad():
+        expected = stock(INPUT_IDS, attention_mask=ATTENTION_MASK).prediction_logits[REAL]
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_load_backbone_with_a_configuration_without_end_token_takes_the_tokenizer_s(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    widths = {"hidden_size": 24, "embedding_size": 12, "intra_bottleneck_size": 12, "true_hidden_size": 12}
+    MobileBertForMaskedLM(MobileBertConfig(**sizes, **widths)).save_pretrained(tmp_path)
+    encoder_tokenizer(tmp_path)
+    model, _ = load_backbone(str(tmp_path))
+    assert (model.config.eos_token_id, model.config.mask_token_id) == (3, 4)
 
 
 def test_code_of_other_checkpoints_runs_only_when_it_is_trusted(tmp_path: Path) -> None:

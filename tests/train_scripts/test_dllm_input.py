@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 from nara_diffusion.training.memory import OutOfMemory
 from train_scripts.dllm import Arguments, main
+
+from .conftest import copy_tokenizer, shipped_config
 
 
 def refused(args: Arguments, message: str, error: type[Exception] = ValueError) -> None:
@@ -63,6 +67,46 @@ def test_cut_answers_are_counted(arguments, caplog) -> None:
 
 def test_nothing_left_after_cutting(arguments) -> None:
     refused(arguments(max_length=5), r"none of 11 records is left: their prompts alone have 5 tokens \(max_length\)")
+
+
+@pytest.fixture
+def bert_folder(tmp_path_factory) -> Path:
+    """A BERT of random weights with 48 positions, and the shipped tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("bert")
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=shipped_config()["vocab_size"], **sizes, max_position_embeddings=48)
+    BertForMaskedLM(config).save_pretrained(folder)
+    copy_tokenizer(folder)
+    return folder
+
+
+def test_main_with_max_length_beyond_learned_positions_is_refused(arguments, bert_folder) -> None:
+    bert = {"pretrained_model_name_or_path": str(bert_folder), "max_train_steps": 1}
+    message = r"max_length is 49, and the model has a table of 48 positions.*--max_length 48"
+    refused(arguments(**bert, max_length=49, trained_padding="max_length"), message)
+    assert main(arguments(**bert, max_length=48, trained_padding="max_length"))["n"] == 5
+
+
+def test_main_with_another_head_in_the_checkpoint_trains_when_it_is_ignored(arguments, bert_folder, tmp_path) -> None:
+    file = bert_folder / "model.safetensors"
+    save_file(load_file(file) | {"classifier.weight": torch.ones(2, 24)}, file, metadata={"format": "pt"})
+    bert = {"pretrained_model_name_or_path": str(bert_folder), "max_train_steps": 1}
+    refused(arguments(**bert), "--ignore_tensors classifier of train_scripts/dllm.py")
+    assert main(arguments(**bert, ignore_tensors=["classifier"]))["n"] == 5
+    assert "ignore_tensors=['classifier'])" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_main_with_samples_beyond_rotary_positions_warns(arguments, llada_folder, tmp_path, caplog) -> None:
+    folder = tmp_path / "short"
+    shutil.copytree(llada_folder, folder)
+    fields = json.loads((folder / "config.json").read_text()) | {"max_sequence_length": 46}
+    (folder / "config.json").write_text(json.dumps(fields))
+    changes = {"pretrained_model_name_or_path": str(folder), "max_train_steps": 1}
+    main(arguments(**changes, max_length=64))
+    assert [message for message in caplog.messages if "positions" in message] == []
+    main(arguments(**changes, max_length=64, trained_padding="max_length", output_dir=str(tmp_path / "padded")))
+    (message,) = [message for message in caplog.messages if "positions" in message]
+    assert "samples have up to 64 tokens, and the model knows 46 positions" in message
 
 
 def test_target_modules_that_match_nothing(arguments) -> None:
