@@ -1,7 +1,8 @@
 """HumanEval and MBPP: what is asked, which part of an answer is the program, and pass@1 by running it.
 
 The task files are marked unsafe: lm-eval refuses to run them without --confirm_run_unsafe_code, before anything is
-generated. Each program runs in a process of its own with limits (`nara_diffusion.harness.execution`).
+generated. Each program runs in a process of its own with limits. That is no sandbox; what a program can do all the
+same, a forged pass included, stands in `nara_diffusion.harness.execution`.
 
 pass@1 of a question is the share of its answers that pass, one answer each unless the task file's `repeats` says more.
 """

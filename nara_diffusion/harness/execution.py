@@ -1,14 +1,20 @@
 """Runs a Python program that a model wrote, in a process of its own with limits.
 
-The process is another interpreter (-I: nothing of the environment or of the user's packages on its path), in an empty
-folder that is removed afterwards. Where the system has POSIX limits (`limited`), it can't use more than `Limits`
-allows, and neither can any process that it starts; but each of them may use as much, and how many there are isn't
-limited, nor is the number of files. When the program ends, or has had its time, what it started is killed: on Linux
-every process that came of it, in other POSIX systems those of its group, on Windows none but itself.
+The process is another interpreter (-I: the user's packages and PYTHON… variables don't count), with PATH alone of our
+environment, in an empty folder that is removed afterwards. Where the system has POSIX limits (`limited`), it can't use
+more than `Limits` allows, and neither can any process that it starts; but each of them may use as much, and how many
+there are isn't limited, nor is the number of files. When the program ends, or has had its time, what it started is
+killed: on Linux every process that came of it, in other POSIX systems those of its group, on Windows none but itself.
 
 This keeps accidents small: a loop without end, a flood of memory or output, files and processes left behind. It is no
-sandbox against malice: the program can read and write what the user can, reach the network, kill what supervises it,
-or have a service of the machine run something. Run it in a container to be safe.
+sandbox against malice. The program runs as the user, so it can
+
+- read and write what the user can, wherever that is, and reach the network;
+- read our environment, with its tokens, where the system shows it to the user's other processes (Linux: /proc);
+- forge a pass: it can read the line, after its tests, that says that they passed, do what that says, and leave;
+- kill what supervises it, or have a service of the machine run something.
+
+Run it in a container that holds nothing worth reading, and read the programs before you trust a surprising score.
 """
 
 from __future__ import annotations
@@ -48,7 +54,7 @@ class Limits:
 @dataclass(frozen=True)
 class Outcome:
     """Attributes:
-    passed: whether the program came to its last line.
+    passed: whether the program came to its last line, or made it look so.
     reason: "passed", "timed out", or why not: the last line that it wrote to stderr.
     """
 

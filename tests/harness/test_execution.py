@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from nara_diffusion.harness import execution
 from nara_diffusion.harness.execution import Limits, Outcome, run_program
 from tests.patience import LAST_RESORT, wait_until
 
@@ -106,3 +108,41 @@ def test_the_program_sees_no_environment_of_ours(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("NARA_TEST_SECRET", "1")
     assert run_program("import os; assert 'NARA_TEST_SECRET' not in os.environ").passed
     assert not run_program("import torch_of_nobody").passed
+
+
+# What docs/evaluation.md says that a program can do, so that nobody takes the limits for a sandbox.
+
+
+def test_run_program_lets_a_program_write_outside_of_its_folder(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    assert run_program(f"open({str(elsewhere)!r}, 'w').write('here')").passed
+    assert elsewhere.read_text() == "here"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_run_program_lets_a_program_read_the_environment_that_we_were_started_with(tmp_path: Path) -> None:
+    reading = """
+import os
+for name in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        found = b"NARA_TEST_SECRET=1" in open(f"/proc/{name}/environ", "rb").read()
+    except OSError:
+        continue
+    if found:
+        break
+else:
+    raise LookupError
+"""
+    asking = f"import runpy; print(runpy.run_path({execution.__file__!r})['run_program']({reading!r}).passed)"
+    environment = {**os.environ, "NARA_TEST_SECRET": "1"}
+    evaluation = subprocess.run([sys.executable, "-c", asking], env=environment, capture_output=True, check=True)
+    assert evaluation.stdout.split() == [b"True"]
+
+
+def test_run_program_lets_a_program_forge_a_pass() -> None:
+    forging = """
+import os
+exec(open(__file__).read().splitlines()[-1])
+os._exit(0)
+"""
+    assert run_program(f"{forging}\nassert False").passed
