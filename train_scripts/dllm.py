@@ -47,7 +47,7 @@ from nara_diffusion.training.loop import train
 from nara_diffusion.training.memory import explaining_out_of_memory
 from nara_diffusion.training.methods import title_of, without_unread
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.run import start_run
+from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
 
@@ -157,10 +157,13 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
 @explaining_out_of_memory
 def main(args: Arguments) -> dict[str, Any]:
     """Trains, measures before and after, saves; returns what results.json holds."""
-    started = time.perf_counter()
+    with start_run(args, "dllm") as run:
+        return fine_tune(args, run)
 
-    # Setup
-    run = start_run(args, "dllm")
+
+def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
+    """The run from its data to its report."""
+    started = time.perf_counter()
 
     # Data
     records = load_records(args)
@@ -226,7 +229,6 @@ def main(args: Arguments) -> dict[str, Any]:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
         print(publish(run, results, results_table(before, after)))
-    run.close()
     return results
 
 

@@ -111,10 +111,13 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
 @explaining_out_of_memory
 def main(args: DreamBoothArguments) -> dict[str, Any]:
     """Trains, measures before and after, saves; returns what results.json holds."""
-    started = time.perf_counter()
+    with start_run(args, "dreambooth", write_checkpoint) as run:
+        return fine_tune(args, run)
 
-    # Setup
-    run = start_run(args, "dreambooth", write_checkpoint)
+
+def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
+    """The run from its data to its report."""
+    started = time.perf_counter()
     refuse_sharding(run)
     device, show = run.accelerator.device, run.is_main
 
@@ -204,7 +207,6 @@ def main(args: DreamBoothArguments) -> dict[str, Any]:
         load_from = run.hub_id or str(run.folder)
         write_run_report(run.folder, args, facts, settings, before, after, references, load_from)
         print(publish(run, results, results_table(before, after)))
-    run.close()
     return results
 
 

@@ -55,7 +55,9 @@ def save_checkpoint(
             accelerator, target, {"step": step, "arguments": dataclasses.asdict(args), "digests": dict(digests or {})}
         )
     except Exception as error:
-        raise OSError(f"{target} could not be written ({error}). {_last_whole(folder)}") from error
+        raise OSError(
+            f"{target} could not be written ({error}): is the disk full or read-only? {last_checkpoint(folder)}"
+        ) from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
         _delete_oldest(folder, args.checkpoints_total_limit, newest=target)
     accelerator.wait_for_everyone()
@@ -87,6 +89,17 @@ def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> 
         where = output_dir if output_dir is not None else "outputs/"
         raise ValueError(f"--resume_from_checkpoint latest: {where} holds no checkpoint-N folder to continue from.")
     return found[max(found)]
+
+
+def last_checkpoint(folder: Path) -> str:
+    """What of a run's folder can be continued from, for people."""
+    found = find_checkpoints(folder)
+    if not found:
+        return "There is no checkpoint to continue from."
+    return (
+        f"The last whole checkpoint is {found[max(found)]}: to continue, run the same command with "
+        f"--resume_from_checkpoint {found[max(found)]}"
+    )
 
 
 def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
@@ -173,7 +186,10 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Adap
                     shutil.rmtree(folder / entry.name)
                 entry.replace(folder / entry.name)
         except Exception as error:
-            raise OSError(f"the adapter could not be written to {folder} ({error}). {_last_whole(folder)}") from error
+            raise OSError(
+                f"the adapter could not be written to {folder} ({error}): is the disk full or read-only? "
+                f"{last_checkpoint(folder)}"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -181,11 +197,6 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Adap
 
 def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def _last_whole(folder: Path) -> str:
-    kept = find_checkpoints(folder)
-    return f"Is the disk full? The last whole checkpoint is {kept[max(kept)] if kept else 'none'}."
 
 
 def _write(accelerator: Accelerator, target: Path, facts: dict[str, Any]) -> None:

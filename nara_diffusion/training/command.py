@@ -1,6 +1,7 @@
 """What both train scripts do when they are started from a shell.
 
-What this package itself refuses is one line there, whose text says what to do. Any other error keeps its traceback.
+What this package itself refuses is one line there, whose text says what to do, and so is a stop by Ctrl-C or SIGTERM.
+Any other error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from textwrap import fill
 from typing import Any
 
 from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.interrupt import Terminated, exit_code, follow_launcher, sigterm_interrupts
 from nara_diffusion.training.loop import TrainingDiverged
 from nara_diffusion.training.memory import OutOfMemory
+
+logger = logging.getLogger(__name__)
 
 REFUSALS = (ValueError, OSError, OutOfMemory, TrainingDiverged)
 _OWN_CODE = (Path(__file__).parents[1], Path(__file__).parents[2] / "train_scripts")
@@ -42,13 +46,18 @@ def run_command(
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
     values = " ".join(f"{name}={value}" for name, value in shipped.items())
     description = f"{about}\nThe shipped run has these values in place of the defaults below:\n{fill(values, 110)}"
-    args = parse_arguments(arguments, description=description, stand_in=stand_in)
+    follow_launcher()
     try:
-        main(args)
+        with sigterm_interrupts():
+            main(parse_arguments(arguments, description=description, stand_in=stand_in))
     except REFUSALS as error:
         if not raised_here(error):
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        name = "SIGTERM" if isinstance(stop, Terminated) else "Ctrl-C"
+        logger.info("%s", f"stopped by {name}. {stop}".rstrip())  # of all processes, by the first
+        sys.exit(exit_code(stop))
 
 
 def raised_here(error: BaseException) -> bool:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from nara_diffusion.training.output import CLAIM
+
 
 def create_hub_repo(name: str) -> str:
     """Makes the repository (or finds it) before training, so that a missing login shows now; returns its full id."""
@@ -18,5 +20,5 @@ def push_to_hub(repo_id: str, folder: Path) -> None:
         repo_id=repo_id,
         folder_path=str(folder),
         commit_message="End of training",
-        ignore_patterns=["checkpoint-*/**", ".partial-*"],
+        ignore_patterns=["checkpoint-*/**", ".partial-*", CLAIM],
     )

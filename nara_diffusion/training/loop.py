@@ -69,7 +69,7 @@ def train(
 
     Raises:
         TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those of the step before.
-        SystemExit: code 130 after Ctrl-C, once a checkpoint is written.
+        SystemExit: code 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint is written.
     """
     accelerator, args = run.accelerator, run.args
     window = LossWindow()
@@ -99,8 +99,8 @@ def train(
                 _report(run, bar, window, optimizer)
             if _due(run.step, args.validation_steps):
                 run.log.write(run.step, validate())
-            if _any_process(run, interrupt.made):
-                _stop(run)
+            if number := _signal_of_any_process(run, interrupt.signal):
+                _stop(run, number)
             if _due(run.step, args.checkpointing_steps):
                 save_checkpoint(accelerator, args, run.folder, run.step, run.digests)
 
@@ -144,23 +144,24 @@ def _diverged(run: Run, what: str) -> TrainingDiverged:
     )
 
 
-def _stop(run: Run) -> None:
+def _stop(run: Run, number: int) -> None:
     checkpoint = save_checkpoint(run.accelerator, run.args, run.folder, run.step, run.digests)
-    logger.warning(
-        "stopped after step %d. To continue, run the same command with --resume_from_checkpoint %s",
-        run.step,
-        checkpoint,
-    )
+    if run.is_main:
+        logger.warning(
+            "stopped after step %d. To continue, run the same command with --resume_from_checkpoint %s",
+            run.step,
+            checkpoint,
+        )
     run.close()
-    raise SystemExit(130)
+    raise SystemExit(128 + number)
 
 
-def _any_process(run: Run, flag: bool) -> bool:
-    """Whether `flag` is set on any process, so that all of them stop at the same step."""
+def _signal_of_any_process(run: Run, number: int) -> int:
+    """The signal that some process was sent, or 0, so that all of them stop at the same step."""
     if run.accelerator.num_processes == 1:
-        return flag
-    flags = torch.tensor([int(flag)], device=run.accelerator.device)
-    return bool(cast(Tensor, run.accelerator.reduce(flags)).item())
+        return number
+    numbers = torch.tensor([number], device=run.accelerator.device)
+    return int(cast(Tensor, run.accelerator.gather(numbers)).max().item())
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -14,6 +14,8 @@ import yaml
 
 from nara_diffusion.whole import whole_file
 
+CLAIM = ".claimed"  # the file that a run locks, see `claim`
+
 
 def check_output_dir(output_dir: str | None, resume_from_checkpoint: str | None = None) -> None:
     """Refuses a folder that can't be written, or that the user named and that holds something, unless it is the run in
@@ -31,11 +33,11 @@ def check_output_dir(output_dir: str | None, resume_from_checkpoint: str | None 
     folder = Path(output_dir)
     if resume_from_checkpoint is not None and Path(resume_from_checkpoint).resolve().parent == folder.resolve():
         return
-    if folder.is_dir() and any(folder.iterdir()):
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
+    found = sorted(path.name for path in folder.iterdir() if path.name != CLAIM) if folder.is_dir() else []
+    if found:
         raise ValueError(
-            f"--output_dir {folder} already holds another run or other files ({found}). Name a fresh folder, or "
-            "continue the run in it with --resume_from_checkpoint latest."
+            f"--output_dir {folder} already holds another run or other files ({', '.join(found[:4])}). Name a fresh "
+            "folder, or continue the run in it with --resume_from_checkpoint latest."
         )
 
 

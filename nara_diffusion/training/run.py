@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ from nara_diffusion.training.checkpoints import (
     resolve_checkpoint,
     verify_checkpoint,
 )
+from nara_diffusion.training.claim import FolderClaim, claim_together
 from nara_diffusion.training.digests import digest_texts, digest_weights
+from nara_diffusion.training.endings import explain_ending
 from nara_diffusion.training.formats import AdapterWriter, write_checkpoint
 from nara_diffusion.training.hub import create_hub_repo
 from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.metrics import MetricLog
 from nara_diffusion.training.optimization import check_scheduler
-from nara_diffusion.training.output import check_output_dir, create_output_dir, numbered_dirs, write_yaml
+from nara_diffusion.training.output import check_output_dir, numbered_dirs, write_yaml
 from nara_diffusion.training.random_states import check_random_states
 
 logger = logging.getLogger(__name__)
@@ -46,8 +49,9 @@ class Run:
         name: names numbered output folders and trackers' projects.
         checkpoint: the folder that the run continues from, or None.
         step: optimizer steps done.
-        folder: where the run writes; set by `open`.
+        folder: where the run writes.
         log: metrics.jsonl and the trackers; set by `open`.
+        claim: the main process's on `folder`.
         hub_id: the repository to push to, or None; of the main process.
         digests: {what: digest} of what the run rests on; set by `record_data_digest` and `record_base_digest`.
     """
@@ -61,6 +65,23 @@ class Run:
     hub_id: str | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     log: MetricLog = dataclasses.field(init=False)
+    claim: FolderClaim | None = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the run, and lets go of its folder. An error says what is kept, if it is one of writing or a signal."""
+        try:
+            if error is None:
+                self.close()
+            elif (explained := explain_ending(error, self.folder)) is not None:
+                raise explained from error
+        finally:
+            if self.claim is not None:
+                self.claim.release()
 
     @property
     def is_main(self) -> bool:
@@ -135,7 +156,7 @@ class Run:
             check_same_content(self.checkpoint, self.args, what, digest)
 
     def open(self, facts: Mapping[str, str] | None = None) -> None:
-        """Makes the output folder, saves the configuration in it, restores a checkpoint's optimizer and random states.
+        """Saves the configuration in the run's folder, and restores a checkpoint's optimizer and random states.
 
         Called when data and model have proved usable, and `accelerator.prepare` has seen what is to be restored.
         `facts` about the run are logged.
@@ -145,10 +166,6 @@ class Run:
                 restored.
         """
         check_accumulation(self.accelerator, accumulation_steps(self.args, self.accelerator.num_processes))
-        folder = [Path()]
-        if self.accelerator.is_main_process:
-            folder = [create_output_dir(_output_dir(self), self.name)]
-        self.folder = broadcast_object_list(folder)[0]  # the main process alone picks a number
         self.log = MetricLog(self.accelerator, self.folder, self.step)
         if self.accelerator.is_main_process:
             write_yaml(self.folder / "config.yaml", dataclasses.asdict(self.args) | {"output_dir": str(self.folder)})
@@ -175,16 +192,17 @@ class Run:
 
 
 def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> Run:
-    """Checks what can be checked before anything is loaded, starts accelerate, and seeds every generator.
+    """Checks what can be checked before anything is loaded, starts accelerate, claims the run's folder, and seeds every
+    generator. For use as `with start_run(…) as run`, which ends it.
 
     Args:
         write: writes the adapter's files into a checkpoint.
 
     Raises:
-        ValueError: the output folder holds another run, or can't be written; there is nothing to resume from, or it
-            doesn't fit this run; the adapter's settings are impossible; a tracker isn't installed; the schedule is
-            unknown; accelerate sees fewer processes than were launched, or accumulates otherwise than the arguments
-            say; fp16 without a GPU; AdaLoRA under FSDP.
+        ValueError: the output folder holds another run, is in use by one, or can't be written; there is nothing to
+            resume from, or it doesn't fit this run; the adapter's settings are impossible; a tracker isn't installed;
+            the schedule is unknown; accelerate sees fewer processes than were launched, or accumulates otherwise than
+            the arguments say; fp16 without a GPU; AdaLoRA under FSDP.
     """
     check_scheduler(args.lr_scheduler, args.lr_warmup_steps)
     adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # for its refusals
@@ -209,6 +227,7 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
         run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes)
     if args.push_to_hub and run.is_main:
         run.hub_id = create_hub_repo(args.hub_model_id or Path(args.output_dir).name)
+    run.folder, run.claim = claim_together(accelerator, _output_dir(run), name, args.resume_from_checkpoint)
     keep_adapter_only(accelerator, write)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nara_diffusion.training.interrupt import leave_signals_to_main_process
+
 
 class ShuffledStream(Dataset):
     """`stream[p]` is the dict at position p, with its position under the key "position"."""
@@ -54,6 +56,7 @@ def stream_loader(
         num_workers=num_workers,
         # without one, the loader draws from the global generator when it starts, and a resumed run starts it twice
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=leave_signals_to_main_process,
     )
 
 

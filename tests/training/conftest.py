@@ -79,7 +79,10 @@ def small_run(tiny_llama) -> Callable[..., SmallRun]:
         meddle: Callable[[int, Any], Any] = lambda step, loss: loss,
         scaler: torch.amp.GradScaler | None = None,
     ) -> SmallRun:
-        run = start_run(args, "small")
+        with start_run(args, "small") as run:
+            return trained(args, run, meddle, scaler)
+
+    def trained(args: SmallArguments, run: Run, meddle: Callable, scaler: torch.amp.GradScaler | None) -> SmallRun:
         run.accelerator.scaler = scaler
         backbone = type(tiny_llama)(tiny_llama.config)
         backbone.load_state_dict(start)

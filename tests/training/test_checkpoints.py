@@ -123,10 +123,10 @@ def test_without_output_dir_latest_looks_in_the_newest_numbered_run(
 
 
 def test_other_data_are_refused(small_args, small_run, tmp_path) -> None:
-    first = start_run(small_args(max_train_steps=2), "small")
-    first.record_data_digest("training data", ["a question", "its answer"])
-    first.open()
-    checkpoint = save_checkpoint(first.accelerator, first.args, first.folder, 0, first.digests)
+    with start_run(small_args(max_train_steps=2), "small") as first:
+        first.record_data_digest("training data", ["a question", "its answer"])
+        first.open()
+        checkpoint = save_checkpoint(first.accelerator, first.args, first.folder, 0, first.digests)
     resumed = start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
     resumed.record_data_digest("training data", ["a question", "its answer"])
     for texts in (["a question"], ["its answer", "a question"], ["a questionits answer"], ["a questio", "nits answer"]):

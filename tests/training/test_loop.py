@@ -111,18 +111,19 @@ def test_without_a_checkpoint_the_message_says_so(small_args, small_run) -> None
         small_run(small_args(), lambda step, loss: replace(loss, per_sample=loss.per_sample * math.nan))
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(small_args, small_run, tmp_path, caplog) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(small_args, small_run, tmp_path, caplog, number, code) -> None:
     expected = (small_run(small_args(output_dir=str(tmp_path / "whole"))).run.folder / WEIGHTS).read_bytes()
     args = small_args(checkpointing_steps=None)
 
     def interrupt(step: int, loss):
         if step == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return loss
 
     with pytest.raises(SystemExit) as stop:
         small_run(args, interrupt)
-    assert stop.value.code == 130
+    assert stop.value.code == code
     checkpoint = Path(args.output_dir) / "checkpoint-3"
     assert f"stopped after step 3. To continue, run the same command with --resume_from_checkpoint {checkpoint}" in (
         caplog.text

@@ -11,6 +11,7 @@ from accelerate import tracking
 from accelerate.utils import DistributedType
 
 from nara_diffusion.training import hub
+from nara_diffusion.training.output import CLAIM
 from nara_diffusion.training.run import _check_adapter, start_run
 
 
@@ -64,9 +65,10 @@ def test_another_runs_folder_is_refused(small_args, tmp_path) -> None:
 
 def test_the_configuration_is_saved_when_the_run_opens(small_args) -> None:
     args = small_args(core_hidden_dims=[3])
-    run = start_run(args, "small")
-    assert not Path(args.output_dir).exists()
-    run.open()
+    with start_run(args, "small") as run:
+        assert [path.name for path in Path(args.output_dir).iterdir()] == [CLAIM]
+        run.open()
+    assert [path.name for path in Path(args.output_dir).iterdir()] == ["config.yaml"]
     saved = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert type(args)(**saved) == args
 
@@ -83,15 +85,15 @@ def test_a_push_uploads_the_folder_without_checkpoints(small_args, monkeypatch) 
             calls.append(("upload", arguments))
 
     monkeypatch.setattr(hub, "HfApi", Api)
-    run = start_run(small_args(push_to_hub=True), "small")
-    assert calls == [("create", "run", True)]  # a missing login shows before anything is loaded or written
-    assert not Path(small_args().output_dir).exists()
-    run.open()
-    assert run.hub_id == "me/run"
-    hub.push_to_hub(run.hub_id, run.folder)
+    with start_run(small_args(push_to_hub=True), "small") as run:
+        assert calls == [("create", "run", True)]  # a missing login shows before anything is loaded or written
+        assert [path.name for path in run.folder.iterdir()] == [CLAIM]
+        run.open()
+        assert run.hub_id == "me/run"
+        hub.push_to_hub(run.hub_id, run.folder)
     assert calls[1][1]["repo_id"] == "me/run"
     assert calls[1][1]["folder_path"] == str(run.folder)
-    assert "checkpoint-*/**" in calls[1][1]["ignore_patterns"]
+    assert {"checkpoint-*/**", CLAIM} < set(calls[1][1]["ignore_patterns"])
 
 
 @pytest.mark.parametrize("logging_dir", [None, "logs"])
