@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import (
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
+from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
-from .checkpoint import check_adapter_tensors, refuse_name_in_key
+from .checkpoint import check_adapter_tensors, check_core_precision, refuse_name_in_key
 from .config import NaraConfig
 from .core_set import core_group, core_tensors
 from .denoisers import denoiser_of
@@ -30,6 +31,7 @@ from .rules import check_target, keep_out_of_float8, rule_for
 from .signals import with_convention
 
 _PEFT_PREFIX = "base_model.model."
+_STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
 
 
 class NaraModel(MergesAtOneLevel):
@@ -253,12 +255,15 @@ class NaraModel(MergesAtOneLevel):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for holder in core_holders(model):
             core = holder.cores[adapter_name].state_dict() if adapter_name in holder.cores else {}
-            for key in core:
-                if not any(name.endswith(f"{HOLDER_NAME}.cores.{adapter_name}.{key}") for name in selected):
+            for key, like in core.items():
+                ending = f"{HOLDER_NAME}.cores.{adapter_name}.{key}"
+                found = next((name for name in selected if name.endswith(ending)), None)
+                if found is None:
                     raise ValueError(
                         f"'{key}' of the core of adapter '{adapter_name}' is missing from what would be saved. Is "
                         f"another adapter named like a part of it ({', '.join(unwanted_adapter_names)})? Rename that."
                     )
+                check_core_precision(found, selected[found], like, "in the state_dict to be saved", _STATE_DICT_REMEDY)
         return selected
 
     @classmethod
@@ -268,7 +273,10 @@ class NaraModel(MergesAtOneLevel):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         present = model.state_dict()
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
-        expected = _filter_state_dict_by_key_prefixes(present, prefixes)
+        others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
+        expected = _filter_state_dict_by_key_prefixes(present, prefixes) | cls._get_learnable_bias_state_dict(
+            model, _filter_state_dict_for_adapter_name(present, others), config
+        )
         for key in [key for key in mapped if key not in present and key.removeprefix(_PEFT_PREFIX) in present]:
             mapped[key.removeprefix(_PEFT_PREFIX)] = mapped.pop(key)
         check_adapter_tensors(mapped, expected, present, f"{HOLDER_NAME}.cores.{adapter_name}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from nara_diffusion.training.formats import load_checkpoint
 from tests.adapted import adapted, lora_config, nara_config
 from tests.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 
@@ -154,3 +156,70 @@ def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
     save_file(get_peft_model_state_dict(unet), tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(ValueError, match=r"holds a NaRA adapter, .* load it by pipe.load_nara_weights"):
         tiny_unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+
+
+# ---------------------------------------------------------------- numbers of another kind
+
+
+KINDS = [torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("key", [A_KEY, CORE + "layers.1.weight", "base_model.model.first.lora_magnitude_vector"])
+def test_a_tensor_of_no_real_numbers_is_refused_by_name(key, dtype, tmp_path):
+    saved(tmp_path, use_dora=True)
+    rewrite(tmp_path, lambda tensors: tensors.update({key: torch.ones_like(tensors[key]).to(dtype)}))
+    model = adapted(base_model(), target_modules=TARGETS, use_dora=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message = rf"is {dtype} in the checkpoint, where the model has torch\.float32"
+    for load in (
+        lambda: PeftModel.from_pretrained(reseeded_base(), tmp_path),
+        lambda: model.load_adapter(tmp_path, "default"),
+        lambda: load_checkpoint(model, tmp_path),  # as a run resumes
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn], ids=str)
+def test_factors_of_another_precision_are_converted(dtype, tmp_path):
+    saved(tmp_path)
+    factors = {name: tensor for name, tensor in load_file(tmp_path / WEIGHTS).items() if "lora_" in name}
+    rewrite(tmp_path, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in factors.items()}))
+    loaded = PeftModel.from_pretrained(reseeded_base(), tmp_path).state_dict()
+    for name, tensor in factors.items():
+        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor.to(dtype).float())
+
+
+def test_a_core_of_integers_and_a_module_to_save_with_integers_are_told_apart(tmp_path):
+    """A buffer that counts, as a batch norm's, is of integers in the model and stays so in the file."""
+
+    def base():
+        torch.manual_seed(7)
+        return nn.Sequential(OrderedDict(first=nn.Linear(7, 11), norm=nn.BatchNorm1d(11)))
+
+    model = adapted(base(), target_modules=["first"], modules_to_save=["norm"])
+    model.save_pretrained(tmp_path)
+    key = "base_model.model.norm.num_batches_tracked"
+    rewrite(tmp_path, lambda tensors: tensors[key].fill_(5))
+    loaded = PeftModel.from_pretrained(base(), tmp_path).state_dict()
+    assert loaded["base_model.model.norm.modules_to_save.default.num_batches_tracked"] == 5
+    rewrite(tmp_path, lambda tensors: tensors.update({key: torch.tensor(5.0)}))
+    with pytest.raises(ValueError, match=r"num_batches_tracked' is torch\.float32 .* the model has torch\.int64"):
+        PeftModel.from_pretrained(base(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("option", [{}, {"core_type": "constant"}, {"core_type": "knots"}], ids=str)
+def test_a_state_dict_with_a_converted_core_is_refused_before_a_file_is_written(option, dtype, tmp_path):
+    model = adapted(base_model(), target_modules=TARGETS, **option)
+    converted = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"is {dtype} in the state_dict to be saved, .* leave state_dict out"):
+        model.save_pretrained(tmp_path / "adapter", state_dict=converted)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    kept = {name: model.state_dict()[name] if "nara_core" in name else t.bfloat16() for name, t in converted.items()}
+    model.save_pretrained(tmp_path / "adapter", state_dict=kept)
+    loaded = PeftModel.from_pretrained(reseeded_base(), tmp_path / "adapter").state_dict()
+    for name in (name for name in loaded if "nara_core" in name):
+        assert torch.equal(loaded[name], model.state_dict()[name])

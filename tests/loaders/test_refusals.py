@@ -69,6 +69,10 @@ def replace_with(key, tensor):
         (replace_with(CORE, torch.ones(16, 11)), r"has shape \(16, 11\) in the checkpoint, but .* needs \(16, 10\)"),
         (replace_with(CORE, torch.ones(16, 10).half()), r"is torch.float16 in the checkpoint, but a core is kept"),
         (replace_with(f"{TO_Q}.lora_A.weight", torch.full((4, 16), torch.nan)), r"holds NaN or infinity"),
+        (replace_with(f"{TO_Q}.lora_A.weight", torch.ones(4, 16).int()), r"is torch.int32 in the checkpoint, where"),
+        (replace_with(CORE, torch.ones(16, 10).to(torch.int8)), r"is torch.int8 in the checkpoint, where"),
+        (replace_with(CORE, torch.ones(16, 10) > 0), r"is torch.bool in the checkpoint, where"),
+        (replace_with(f"{TO_Q}.lora_B.weight", 1j * torch.ones(16, 4)), r"is torch.complex64 in the checkpoint, where"),
         (lambda t: [t.pop(key) for key in list(t) if key.startswith("text_encoder.")], r"none of its tensors: damaged"),
         (
             replace_with("text_encoder_2.text_model.gone.lora_A.weight", torch.ones(1, 2)),
@@ -78,6 +82,15 @@ def replace_with(key, tensor):
 )
 def test_damaged_tensors(change, message, nara_folder, tmp_path):
     refused(small_sdxl(), message, altered(nara_folder, tmp_path, change))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("key", [CORE, f"{TO_Q}.lora_A.weight"])
+def test_hotswap_by_a_tensor_of_no_real_numbers_is_refused_by_name(key, dtype, nara_folder, tmp_path):
+    pipe = small_sdxl()
+    pipe.load_nara_weights(nara_folder, "mine")
+    path = altered(nara_folder, tmp_path, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    refused(pipe, rf"is {dtype} in the checkpoint, where the model has", path, "mine", hotswap=True)
 
 
 @pytest.mark.parametrize(
