@@ -90,7 +90,7 @@ class ModelArguments:
         content="training data",
     )
     dataset_config_name: str | None = option(None, "Configuration of that data set.")
-    train_file: str | None = option(None, "JSON list or JSON Lines to learn from.", content="training data")
+    train_file: str | None = option(None, "JSON list or JSON Lines, or gzip of one.", content="training data")
     validation_file: str | None = option(
         None, "Records for the validation loss; none holds out --validation_samples.", content="validation data"
     )

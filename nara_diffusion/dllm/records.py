@@ -13,10 +13,11 @@ fields hold texts, numbers, true or false; other fields are not read.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
@@ -27,6 +28,8 @@ from nara_diffusion.dllm.json_files import read_json_objects
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 _INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # Unicode's control and format characters, and its kinds of white space
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
@@ -74,8 +77,20 @@ def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldN
     rows = [_Record(record, fields, f"record {n} of {source}") for n, record in enumerate(records, 1)]
     if not rows:
         raise ValueError(f"{source} holds no records")
+    _warn_of_absent(fields, rows, source)
     answered = any(row.text("answer").strip() for row in rows)
     return Dataset.from_list([row.normal(answered) for row in rows])
+
+
+def _warn_of_absent(names: FieldNames, rows: Sequence[_Record], source: str) -> None:
+    """Of fields that records may lack, but that were named: another file of the same names may have them."""
+    for what in ("input", "answer"):
+        name = getattr(names, what)
+        if name != getattr(FieldNames, what) and not any(name in row.fields for row in rows):
+            logger.warning(
+                "no record of %s has the field %r, which was named for its %s: it counts as left out; the first has %s",
+                *(source, name, what, ", ".join(rows[0].fields)),
+            )
 
 
 class _Record:

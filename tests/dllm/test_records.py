@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from decimal import Decimal
 from pathlib import Path
 
@@ -213,3 +214,20 @@ def test_records_from_file_with_characters_python_does_not_know_keeps_them(tmp_p
     line = json.dumps({"instruction": text, "output": text})
     (row,) = records_from_file(write(tmp_path / "data.jsonl", line))
     assert (row["instruction"], row["output"], row["answer"]) == (text, text, text)
+
+
+@pytest.mark.parametrize("what", ["input", "answer"])
+def test_normalized_with_a_named_field_that_no_record_has_warns(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"instruction": "a", "input": "i", "output": "b", "answer": "c"}] * 2
+    with caplog.at_level(logging.WARNING):
+        normalized(rows, FieldNames(**{what: "mispelt"}), source="test")
+    (message,) = caplog.messages
+    assert message.startswith(f"no record of test has the field 'mispelt', which was named for its {what}")
+    assert "instruction, input, output, answer" in message
+
+
+def test_normalized_with_optional_fields_left_out_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        normalized([{"instruction": "a", "output": "b"}], source="test")
+        normalized([{"q": "a"}, {"q": "a", "i": "b"}], FieldNames("q", "i", "q"), source="test")
+    assert caplog.messages == []
