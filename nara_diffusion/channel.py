@@ -1,22 +1,23 @@
 """How C(λ) travels from the root of an adapted model to its layers, in forward, recomputation and compiled graphs.
 
-What layers may read is kept for the thread that runs the root's forward, and only while it does: a layer that finds
-nothing raises, so that C can be missing, but never stale or somebody else's. (A forward does not yield to another
-async task, so a thread is separation enough; unlike a `ContextVar`, a thread-local can be read inside a compiled
-graph.)
+What layers may read is kept for the thread that runs the root's forward, and only while it does. A layer that is called
+outside of any forward of the root asks for C, which is made for it at once if λ is known; a layer that finds nothing
+raises, so that C can be missing, but never stale or somebody else's. (A forward does not yield to another async task,
+so a thread is separation enough; unlike a `ContextVar`, a thread-local can be read inside a compiled graph.)
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .call_stack import innermost_call_of, is_running
 
 Frame = Mapping[tuple[str, str], Tensor]
 """(adapter name, group name) → C (b or 1, r, r)."""
@@ -25,6 +26,12 @@ Frame = Mapping[tuple[str, str], Tensor]
 def backward_pass() -> int | None:
     """The number of the backward pass that runs in this thread: −1 for none, None where a compiler is tracing."""
     return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def is_current(backward: int | None) -> bool:
+    """Whether what began in the backward pass of that number, or in none, may be read now: not by a later one."""
+    now = backward_pass()
+    return backward is None or now is None or backward == now
 
 
 class Scope(NamedTuple):
@@ -41,22 +48,27 @@ class Scope(NamedTuple):
 
     def is_over(self) -> bool:
         """Whether the forward was cut short by what runs no hook, such as a KeyboardInterrupt."""
-        return self.call is not None and not _is_running(self.call)
+        return self.call is not None and not is_running(self.call)
 
 
 class CoreChannel:
     """Hands C(λ) from the root of one adapted model to its layers, for the thread and time of one forward.
 
     Args:
+        ask: makes what a part of the model may read that is called by itself, or None where λ is not known.
         sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
     """
 
-    def __init__(self, sample_major: bool = False) -> None:
+    def __init__(self, ask: Callable[[], Frame | None], sample_major: bool = False) -> None:
+        self.ask = ask
         self.sample_major = sample_major
         self.local = threading.local()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CoreChannel, (self.sample_major,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ask": self.ask, "sample_major": self.sample_major}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, local=threading.local())
 
     @property
     def scopes(self) -> tuple[Scope, ...]:
@@ -73,11 +85,16 @@ class CoreChannel:
         if torch.compiler.is_compiling():
             # a compiled layer cannot look for that: do not run a backward pass through a checkpoint of your own around
             # a block that is compiled by itself, while another forward of the model runs
-            return scopes[-1].frame if scopes else None
+            return scopes[-1].frame if scopes else self._ask_at_once()
         for scope in reversed(scopes):
             if not scope.is_over():
-                return scope.frame if scope.backward in (None, backward_pass()) else None
-        return None
+                return scope.frame if is_current(scope.backward) else None
+        return self.ask()
+
+    @torch.compiler.disable(recursive=True)
+    def _ask_at_once(self) -> Frame | None:
+        frame = self.ask()
+        return None if frame is None else dict(frame)
 
     def begin(self, frame: Frame) -> None:
         """To be called by a forward pre-hook of the root: layers read `frame` until its forward ends."""
@@ -108,14 +125,4 @@ class CoreChannel:
 
 def _root_call() -> FrameType:
     """The call of the root, as seen from one of its hooks: the innermost running `nn.Module.__call__`."""
-    frame = sys._getframe(1)
-    while frame.f_code is not nn.Module._call_impl.__code__ and frame.f_back is not None:
-        frame = frame.f_back
-    return frame
-
-
-def _is_running(call: FrameType) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not call:
-        frame = frame.f_back
-    return frame is call
+    return innermost_call_of(nn.Module._call_impl)

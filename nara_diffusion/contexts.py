@@ -1,90 +1,90 @@
-"""Which `with noise_level(…)` holds here and now.
+"""The one stack of what `with` blocks say of forwards: λ, the adapter of each sample, ablations.
 
-Contexts live in a `ContextVar`, so that neither threads nor async tasks see each other's. Two things remain that it
-does not separate: a copy of a `ContextVar` may outlive a context, and generators that take turns share one. So a
-context knows itself whether it is over, and one that a generator has entered holds only while that generator runs.
+Entries live in a `ContextVar`, so that neither threads nor async tasks see each other's. Two things remain that it
+does not separate: a copy of a `ContextVar` may outlive an entry, and generators that take turns share one. So an
+entry knows itself whether it is over, and one that was made inside a running generator, by a `with` there or by
+whatever else it called, holds only while that generator runs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import sys
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import torch
+
+from .call_stack import enclosing_generator, is_suspended, running_calls
 from .channel import CoreChannel, backward_pass
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class Context:
-    """One `with` block: what it says, for which models.
+class Entry(Generic[T]):
+    """What one `with` block says, for which models.
 
     Attributes:
-        call: the call that has entered it. suspends: whether that is a generator's, other than one that `contextlib`
-            makes a context manager of, which yields to the body of its own `with`.
+        generator: the innermost running generator that it was made inside of.
         backward: the backward pass that was running; see `channel.backward_pass`.
     """
 
     channels: frozenset[CoreChannel]
-    signals: Any
-    call: FrameType
-    suspends: bool
-    is_open: bool = True
+    value: T
+    generator: FrameType | None = field(default_factory=enclosing_generator)
     backward: int | None = field(default_factory=backward_pass)
+    is_open: bool = True
 
 
-_contexts: ContextVar[tuple[Context, ...]] = ContextVar("nara_noise_level", default=())
+_stack: ContextVar[tuple[Entry[Any], ...]] = ContextVar("nara_contexts", default=())
 
 
-@contextlib.contextmanager
-def entered(channels: frozenset[CoreChannel], signals: Any) -> Iterator[None]:
-    """Inside, `innermost` finds `signals` for `channels`."""
-    context = Context(channels, signals, *_entering_call())
-    _contexts.set((*_contexts.get(), context))
+@torch.compiler.disable
+def _entry(channels: frozenset[CoreChannel], value: Any) -> Entry[Any]:
+    """No compiler can trace a look at frames."""
+    return Entry(channels, value)
+
+
+@contextmanager
+def entered(channels: frozenset[CoreChannel], value: Any) -> Iterator[None]:
+    """Inside, `innermost` finds `value` for `channels`, by its type."""
+    entry = _entry(channels, value)
+    _stack.set((*_stack.get(), entry))
     try:
         yield
     finally:
-        # not `ContextVar.reset`: contexts that generators hold may end in any order, and in other threads and tasks
-        context.is_open = False
-        del context.call  # copies of the `ContextVar` may outlive it, and would keep alive what it holds
-        _contexts.set(tuple(other for other in _contexts.get() if other.is_open))
+        # not `ContextVar.reset`: what generators have entered may end in any order, and in other threads and tasks
+        entry.is_open = False
+        entry.generator = None  # copies of the `ContextVar` may outlive it, and would keep alive what it holds
+        _stack.set(tuple(other for other in _stack.get() if other.is_open))
         for channel in channels:
             channel.drop_what_is_over()
 
 
-def innermost(channel: CoreChannel) -> Context | None:
-    """The context that holds for the model of `channel`, for this caller."""
-    contexts = [context for context in _contexts.get() if context.is_open and channel in context.channels]
-    if not any(context.suspends for context in contexts):
-        return contexts[-1] if contexts else None
-    depths = {call: depth for depth, call in enumerate(_running_calls())}
-    contexts = [context for context in contexts if not context.suspends or context.call in depths]
-    if not contexts:
-        return None
-    chosen = contexts.pop()
-    for context in reversed(contexts):
-        # what a generator's caller enters while the generator is suspended lies around what the generator has entered
-        if context.suspends and depths[context.call] < depths.get(chosen.call, -1):
-            chosen = context
-    return chosen
+def innermost(channel: CoreChannel, kind: type[T]) -> Entry[T] | None:
+    """The entry that holds for the model of `channel` here and now, of those whose value is a `kind`.
 
+    What a generator has entered lies inside of all that its callers enter, also while it was suspended.
 
-def _running_calls() -> Iterator[FrameType]:
-    """The calls that this thread is inside of, the innermost first."""
-    call: FrameType | None = sys._getframe(1)
-    while call is not None:
-        yield call
-        call = call.f_back
-
-
-def _entering_call() -> tuple[FrameType, bool]:
-    """The call that enters a context, behind the machinery that does it, and whether it may be suspended inside."""
-    machinery = (__file__, contextlib.__file__)
-    call = next(call for call in _running_calls() if call.f_code.co_filename not in machinery)
-    is_generator = bool(call.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
-    is_manager = call.f_back is not None and call.f_back.f_code.co_filename == contextlib.__file__
-    return call, is_generator and not is_manager
+    Raises:
+        ValueError: an entry was made inside a generator that has ended since, or that another thread runs.
+    """
+    entries = [e for e in _stack.get() if e.is_open and channel in e.channels and isinstance(e.value, kind)]
+    if all(entry.generator is None for entry in entries):
+        return entries[-1] if entries else None
+    depths: dict[FrameType | None, float] = {call: depth for depth, call in enumerate(running_calls())}
+    depths[None] = math.inf
+    for entry in entries:
+        if entry.generator not in depths and not is_suspended(entry.generator):  # type: ignore[arg-type]
+            name = entry.generator.f_code.co_name  # type: ignore[union-attr]
+            raise ValueError(
+                f"λ is not known: '{name}', a generator that has entered a context of this model (noise_level(…), or "
+                "an ablation), has ended without leaving it, or runs in another thread, so that nobody can tell for "
+                "whom the context holds. Enter it by `with` in the function, or in the generator, that calls the model."
+            )
+    holding = [entry for entry in entries if entry.generator in depths]
+    return min(reversed(holding), key=lambda entry: depths[entry.generator], default=None)

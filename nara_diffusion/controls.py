@@ -13,16 +13,15 @@ runs again in backward: let that happen inside the context too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .channel import CoreChannel
+from .contexts import entered, innermost
 from .noise import NoiseSignals, as_signals, core_holders
 
 Change = Callable[[NoiseSignals], NoiseSignals]
@@ -34,10 +33,6 @@ class Control(NamedTuple):
 
     grid: NoiseSignals | None = None
     change: Change | None = None
-
-
-_NONE: Mapping[CoreChannel, Control] = MappingProxyType({})
-_controls: ContextVar[Mapping[CoreChannel, Control]] = ContextVar("nara_controls", default=_NONE)
 
 
 def mean_core(
@@ -112,24 +107,31 @@ def _controlled(model: nn.Module, control: Control) -> Iterator[None]:
             f"Adapter(s) {', '.join(map(repr, merged))} are merged at one λ, which a control could not change: call "
             "unmerge_adapter() first."
         )
-    token = _controls.set({**_controls.get(), **{holder.channel: control for holder in holders}})
-    try:
+    with entered(frozenset(holder.channel for holder in holders), control):
         yield
-    finally:
-        _controls.reset(token)
 
 
 # ---------------------------------------------------------------------- for the holder of cores
 
 
+def _control(channel: CoreChannel) -> Control:
+    entry = innermost(channel, Control)
+    return Control() if entry is None else entry.value
+
+
 def grid_of(channel: CoreChannel) -> NoiseSignals | None:
     """The λ over which cores are averaged here and now, if they are."""
-    return _controls.get().get(channel, Control()).grid
+    return _control(channel).grid
+
+
+def is_noise_changed(channel: CoreChannel) -> bool:
+    """Whether `changed_noise` holds here and now."""
+    return _control(channel).change is not None
 
 
 def as_read(channel: CoreChannel, signals: NoiseSignals) -> NoiseSignals:
     """`signals` as cores are to read them here and now."""
-    change = _controls.get().get(channel, Control()).change
+    change = _control(channel).change
     if change is None:
         return signals
     changed = as_signals(*change(signals))
@@ -143,5 +145,5 @@ def as_read(channel: CoreChannel, signals: NoiseSignals) -> NoiseSignals:
 
 def refuse_control(channel: CoreChannel) -> None:
     """Raises ValueError inside `mean_core` or `changed_noise`."""
-    if channel in _controls.get():
+    if innermost(channel, Control) is not None:
         raise ValueError("An adapter cannot be merged inside mean_core() or changed_noise(): merge outside of it.")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .noise import NoiseSignals
+from .noise import NoiseSignals, is_differentiated
 from .schedules import LARGEST_LOG_SIGMA, check_discrete
 from .signals import arguments_of
 
@@ -86,7 +86,7 @@ class TimestepNoise:
         Raises:
             ValueError: an empty timestep, or one that does not have this meaning.
         """
-        t = torch.as_tensor(timestep).detach().float()
+        t = torch.as_tensor(timestep).float()
         if t.numel() == 0:
             raise ValueError(f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …).")
         _, to_noise_level = _MEANINGS[self.meaning]
@@ -115,7 +115,8 @@ class TimestepNoise:
         level = self.noise_level(timestep)
         self.check(timestep)
         # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
-        return NoiseSignals(level[:1] if bool((level == level[0]).all()) else level)
+        shared = not is_differentiated(level) and bool((level == level[0]).all())
+        return NoiseSignals(level[:1] if shared else level)
 
 
 class UndeclaredTimestep(TimestepNoise):

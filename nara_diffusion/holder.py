@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from .channel import CoreChannel, Frame
 from .config import NaraConfig
-from .controls import as_read, grid_of, refuse_control
+from .controls import refuse_control
 from .conventions import first_source
 from .core_set import CoreSet, make_cores
 from .denoisers import Denoiser
-from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
-from .offload import KEEPS_COPY, beside_inputs, onload_cores
+from .frames import check_signals, depend_on_noise, frame_of_forward, frame_of_part
+from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals
+from .offload import KEEPS_COPY, keeps_cores_on_disk, onload_cores
 from .recompute import checkpoint_with_core, checkpoint_without_core
-from .settings import check_not_fused, check_not_split
-from .signals import arguments_of, check_batch, check_convention, denoiser_hint, of_adapter, of_one_sample
+from .settings import check_not_fused
+from .signals import check_convention, of_one_sample
 
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
 
-_DENSITY_REMEDY = "pass noise_level(model, value, mask_density=…), or set a source that tells it."
 _MERGE_REMEDY = "Pass noise_level=…, or merge inside `with noise_level(model, value):`."
 
 
@@ -49,7 +49,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     def __init__(self, denoiser: Denoiser | None = None, convention: str | None = None) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
-        self.channel = CoreChannel(sample_major=denoiser is not None and denoiser.sample_major)
+        self.channel = CoreChannel(self._frame_of_part, denoiser is not None and denoiser.sample_major)
         self.source: NoiseSource | None = first_source(denoiser, convention)
         self.source_is_default = True
         self.r: dict[str, int] = {}
@@ -118,16 +118,12 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         names = active_adapter_names(self.channel) or self.active_adapters
         return [name for name in dict.fromkeys(names) if name in self.cores and name not in self.merged_adapters]
 
-    def _cores_of(self, names: list[str]) -> list[CoreSet]:
-        return [self.cores[name] for name in names]  # type: ignore[misc]
-
-    def depend_on_noise(self, names: list[str]) -> bool:
-        """Whether a core of the named adapters needs λ."""
-        return any(core.needs_noise for core in self._cores_of(names))
+    def _cores_of(self, names: list[str]) -> dict[str, CoreSet]:
+        return {name: self.cores[name] for name in names}  # type: ignore[misc]
 
     @property
     def needs_noise(self) -> bool:
-        return self.depend_on_noise(self._serving())
+        return depend_on_noise(self._cores_of(self._serving()))
 
     @property
     def density_radii(self) -> set[int]:
@@ -139,46 +135,14 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         """The identity: a root such as `nn.Sequential` calls its children, of which the holder is one."""
         return x
 
-    def cores_at(self, signals: NoiseSignals | None, names: list[str]) -> dict[tuple[str, str], Tensor]:
-        """The frame (adapter, group) → C (b or 1, r, r) of the named adapters; identities are left out."""
-        served_by = active_adapter_names(self.channel)
-        found = {name: self.cores[name].at(of_adapter(name, signals, served_by)) for name in names}  # type: ignore[operator]
-        return {(name, group): core for name, cores in found.items() for group, core in cores.items()}
+    def prepare_parts(self, root: nn.Module) -> None:
+        """Let parts of `root` be called by themselves inside `noise_level`, which calls this as it begins."""
+        self.kept_on_disk = keeps_cores_on_disk(root)
+        if torch.is_grad_enabled():
+            checkpoint_with_core(root, self.channel)
 
-    def _mean_cores(self, grid: NoiseSignals, names: list[str]) -> dict[tuple[str, str], Tensor]:
-        """The same with the mean of each core over a grid of λ, (1, r, r)."""
-        self.check_signals(grid, names, "", density_remedy="pass mask_density=… to mean_core().")
-        found = {name: self.cores[name].at(grid) for name in names}  # type: ignore[operator]
-        return {
-            (name, group): core.mean(0, keepdim=True) for name, cores in found.items() for group, core in cores.items()
-        }
-
-    def check_signals(
-        self, signals: NoiseSignals | None, names: list[str], remedy: str, density_remedy: str = _DENSITY_REMEDY
-    ) -> NoiseSignals | None:
-        """`signals`, if they are all that the cores of the named adapters need."""
-        cores = self._cores_of(names)
-        if signals is None and self.depend_on_noise(names):
-            raise ValueError(f"λ is not known, but adapter(s) {', '.join(map(repr, names))} depend on it: {remedy}")
-        if any(core.needs_density for core in cores) and (signals is None or signals.mask_density is None):
-            raise ValueError(
-                f"The mask density is not known, but adapter(s) {', '.join(map(repr, names))} read it: {density_remedy}"
-            )
-        return signals
-
-    def _signals_for(self, root: nn.Module, names: list[str], args: Any, kwargs: Any) -> NoiseSignals | None:
-        signals = active_signals(self.channel)
-        if signals is None and self.depend_on_noise(names) and self.source is not None:
-            signals = as_signals(*self.source(root, args, kwargs))
-        if signals is not None and self.channel.sample_major:
-            check_batch(signals, self.source, arguments_of(root, args, kwargs))
-            check_not_split(root, len(signals.noise_level))
-        return self.check_signals(
-            None if signals is None else as_read(self.channel, signals),
-            names,
-            "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
-            f"`set_noise_source(model, source)`.{denoiser_hint(root)}",
-        )
+    def _frame_of_part(self) -> Frame | None:
+        return frame_of_part(self._cores_of(self._serving()), self.channel, self.kept_on_disk)
 
     # ------------------------------------------------------------------ merging at one λ
 
@@ -188,11 +152,12 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: λ is not known, differs between samples, or is not that of what is merged already.
         """
-        if not self.depend_on_noise(names):
+        cores = self._cores_of(names)
+        if not depend_on_noise(cores):
             return None
         refuse_control(self.channel)
         signals, merged = active_signals(self.channel) or self.merged_signals, self.merged_signals
-        self.check_signals(signals, names, f"a λ-dependent update can only be merged at one λ. {remedy}")
+        check_signals(cores, signals, f"a λ-dependent update can only be merged at one λ. {remedy}")
         signals = of_one_sample(signals)  # type: ignore[arg-type]
         if merged is not None and signals.noise_level.item() != merged.noise_level.item():
             raise ValueError(
@@ -255,12 +220,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             checkpoint_with_core(root, self.channel)
         check_not_fused(root, names)
         self.kept_on_disk = onload_cores(root)
-        grid = grid_of(self.channel)
-        if grid is None:
-            frame = self.cores_at(self._signals_for(root, names, args, kwargs), names)
-        else:
-            frame = self._mean_cores(grid, names)
-        return beside_inputs(frame, args, kwargs)
+        return frame_of_forward(self._cores_of(names), self.channel, self.source, root, args, kwargs)
 
     def _check_merged_level(self) -> None:
         signals, merged = active_signals(self.channel), self.merged_signals

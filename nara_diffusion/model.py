@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from .checkpoint import check_adapter_tensors, check_core_precision, refuse_name_in_key
 from .config import NaraConfig
+from .contexts import entered
 from .core_set import core_group, core_tensors
 from .denoisers import denoiser_of
 from .holder import HOLDER_NAME, CoreHolder
 from .initialisation import make_directions_orthonormal
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
-from .noise import core_holders, mixed_adapters
+from .noise import MixedBatch, core_holders
 from .offload import check_addable
 from .own_cores import BUILT_IN
 from .rules import check_target, keep_out_of_float8, rule_for
@@ -216,7 +217,8 @@ class NaraModel(MergesAtOneLevel):
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]  # as `generate` repeats the batch
         failure = None
-        with super()._enable_peft_forward_hooks(*args, **kwargs), mixed_adapters(holder.channel, repeated):
+        mixed = entered(frozenset([holder.channel]), MixedBatch(repeated))
+        with super()._enable_peft_forward_hooks(*args, **kwargs), mixed:
             try:
                 yield
             except BaseException as error:  # PEFT takes its hooks away only if nothing is raised here

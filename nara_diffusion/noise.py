@@ -5,25 +5,26 @@
 1. `with noise_level(model, value): …`, which beats
 2. a source set once by `set_noise_source(model, source)`, asked at each forward.
 
-λ lives in a `ContextVar`: neither threads nor async tasks see each other's, and a thread started inside the context
-does not inherit it (it raises instead, since it finds none). What does inherit it, such as an async task, loses it
-when the context is left. A generator that yields inside the context does not lend its λ to its caller: it holds only
-while the generator itself runs (unless `contextlib` makes a context manager of it), in its own thread.
+Neither threads nor async tasks see each other's λ, and a thread started inside the context does not inherit it (it
+raises instead, since it finds none). What does inherit it, such as an async task, loses it when the context is left. A
+generator that yields inside the context, however it has entered it, does not lend its λ to its caller: it holds only
+while the generator itself runs (unless it makes a context manager), in its own thread.
+
+A part of the model that is called by itself, such as the encoder that `generate` of T5 and BART calls, has the λ of the
+context it is called in; sources are asked by forwards of the whole model alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from numbers import Real
-from types import MappingProxyType
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .channel import CoreChannel, backward_pass
+from .channel import CoreChannel, is_current
 from .contexts import entered, innermost
 
 MASKED_SHARE = "masked_share"
@@ -45,32 +46,59 @@ class NoiseSource(Protocol):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals: ...
 
 
-_NO_NAMES: Mapping[CoreChannel, list[str]] = MappingProxyType({})
-_adapter_names: ContextVar[Mapping[CoreChannel, list[str]]] = ContextVar("nara_adapter_names", default=_NO_NAMES)
+class MixedBatch(NamedTuple):
+    """PEFT's `adapter_names`: the adapter that serves each sample of a batch."""
+
+    adapter_names: list[str]
 
 
-def as_signal(value: float | Tensor, name: str = "noise_level") -> Tensor:
-    """`value` as a float32 tensor (1,) or (b,).
+Level = float | Tensor | np.ndarray | Sequence[float]
+"""One number in [0, 1], or one a sample."""
+
+
+def as_signal(value: Level, name: str = "noise_level") -> Tensor:
+    """`value` as a float32 tensor (1,) or (b,), with the gradient of a tensor.
 
     Raises:
-        ValueError: not a number or one-dimensional tensor, or an element that is NaN or outside [0, 1].
+        ValueError: not a number or one-dimensional, or an element that is NaN or outside [0, 1].
     """
-    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
-        raise ValueError(f"{name} is {value!r}: pass a float in [0, 1], or a tensor of shape (batch,).")
-    value = value if isinstance(value, Tensor) else torch.tensor(float(value))
-    signal = value.detach().clone()  # whoever writes to `value` later does not move λ
+    try:
+        signal = _as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{name} is {value!r}: pass a number in [0, 1], or a tensor, array or list of them, one a sample."
+        ) from None
     if signal.is_complex() or signal.dtype == torch.bool or signal.dim() > 1 or signal.numel() == 0:
         raise ValueError(
             f"{name} has shape {tuple(signal.shape)} and dtype {signal.dtype}: "
             "pass one number, or a tensor of shape (batch,)."
         )
-    signal = signal.float().reshape(-1)
-    if not bool(((signal >= 0) & (signal <= 1)).all()):
-        raise ValueError(f"{name} is {signal.tolist()}: every value has to lie in [0, 1], where 1 is pure noise.")
+    signal = signal.clone().float().reshape(-1)  # whoever writes to `value` later does not move λ
+    _check_range(signal, name)
     return signal
 
 
-def as_signals(noise_level: float | Tensor, mask_density: float | Tensor | None = None) -> NoiseSignals:
+@torch.compiler.disable
+def _check_range(signal: Tensor, name: str) -> None:
+    values = torch.func.debug_unwrap(signal)  # transforms of torch.func let nobody look at what they map over
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"{name} is {values.tolist()}: every value has to lie in [0, 1], where 1 is pure noise.")
+
+
+def is_differentiated(signal: Tensor) -> bool:
+    """Whether somebody differentiates by what `signal` was made from, sample by sample."""
+    return signal.requires_grad or torch.func.debug_unwrap(signal) is not signal
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, np.ndarray):
+        value = np.ascontiguousarray(value)  # which torch wants
+    elif isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
+        return torch.stack([torch.as_tensor(one) for one in value])  # with their gradients
+    return torch.as_tensor(value)
+
+
+def as_signals(noise_level: Level, mask_density: Level | None = None) -> NoiseSignals:
     """Both by `as_signal`, and of one length: a value shared by the batch is repeated beside one a sample.
 
     Raises:
@@ -87,25 +115,26 @@ def as_signals(noise_level: float | Tensor, mask_density: float | Tensor | None 
     return NoiseSignals(*torch.broadcast_tensors(level, density))
 
 
-def noise_level(
-    model: nn.Module, value: float | Tensor, *, mask_density: float | Tensor | None = None
-) -> AbstractContextManager[None]:
-    """Inside the context, forwards of `model` run at noise level λ = `value`; it beats any source.
+def noise_level(model: nn.Module, value: Level, *, mask_density: Level | None = None) -> AbstractContextManager[None]:
+    """Inside the context, forwards of `model` and of its parts run at noise level λ = `value`; it beats any source.
 
     Contexts nest, and the previous value comes back on exit, after an exception too. Other threads and async tasks
-    do not see it. (`value` is copied.)
+    do not see it. (`value` is copied; if it is a tensor that requires a gradient, it gets one.)
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
-        value: λ in [0, 1], 1 = pure noise: a float, or a tensor (b,) with one value a sample, where the adapted layers
-            see the batch first, (b, …): in a model that gives them (length, b, …), pass a float.
+        value: λ in [0, 1], 1 = pure noise: a float, or a tensor, array or list (b,) with one value a sample, where the
+            adapted layers see the batch first, (b, …): in a model that gives them (length, b, …), pass a float.
         mask_density: for `core_input` "mask_density" or "both": a float or (b,), in [0, 1].
 
     Raises:
         ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
     """
-    channels = frozenset(holder.channel for holder in core_holders(model))
-    return entered(channels, as_signals(value, mask_density))
+    holders = core_holders(model)
+    signals = as_signals(value, mask_density)
+    for root, holder in holders_by_root(model):
+        holder.prepare_parts(root)
+    return entered(frozenset(holder.channel for holder in holders), signals)
 
 
 def active_signals(channel: CoreChannel) -> NoiseSignals | None:
@@ -115,35 +144,26 @@ def active_signals(channel: CoreChannel) -> NoiseSignals | None:
         ValueError: a backward pass that began inside the context recomputes a whole forward, whose λ may have been
             another.
     """
-    context = innermost(channel)
-    if context is None:
+    entry = innermost(channel, NoiseSignals)
+    if entry is None:
         return None
-    if context.backward not in (None, backward_pass()):
+    if not is_current(entry.backward):
         raise ValueError(
             "A backward pass runs the whole adapted model again (a checkpoint function around it?), and the λ that is "
             "active now may not be that of the first run: enter `with noise_level(model, value):` inside the "
             "checkpointed function, or use the model's own `gradient_checkpointing_enable()`."
         )
-    return context.signals
-
-
-@contextmanager
-def mixed_adapters(channel: CoreChannel, adapter_names: list[str]) -> Iterator[None]:
-    """PEFT's `adapter_names`: inside, sample i of a batch is served by adapter `adapter_names[i]`."""
-    token = _adapter_names.set({**_adapter_names.get(), channel: adapter_names})
-    try:
-        yield
-    finally:
-        _adapter_names.reset(token)
+    return entry.value
 
 
 def active_adapter_names(channel: CoreChannel) -> list[str] | None:
-    """The adapter of each sample, if `mixed_adapters` says so here and now."""
-    return _adapter_names.get().get(channel)
+    """The adapter of each sample, if PEFT's `adapter_names` says so here and now."""
+    entry = innermost(channel, MixedBatch)
+    return None if entry is None else entry.value.adapter_names
 
 
-def find_holders(model: nn.Module) -> list[Any]:
-    """The core holders below `model`. A holder is told by its `is_core_holder` attribute.
+def holders_by_root(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """The core holders below `model`, each with the root that it belongs to; told by their `is_core_holder` attribute.
 
     Samplers ask at every step, so what cannot hold one, the inside of LoRA layers and of holders, is passed by: three
     quarters of the modules of an adapted LLaDA-8B.
@@ -151,14 +171,20 @@ def find_holders(model: nn.Module) -> list[Any]:
     found, seen, left = [], set(), [model]
     while left:
         module = left.pop()
-        if id(module) in seen:
+        if id(module) in seen or "lora_A" in module._modules:
             continue
         seen.add(id(module))
-        if getattr(type(module), "is_core_holder", False):
-            found.append(module)
-        elif "lora_A" not in module._modules:
-            left.extend(child for child in module._modules.values() if child is not None)
+        for child in module._modules.values():
+            if getattr(type(child), "is_core_holder", False):
+                found.append((module, child))
+            elif child is not None:
+                left.append(child)
     return found
+
+
+def find_holders(model: nn.Module) -> list[Any]:
+    """The core holders below `model`."""
+    return [holder for _, holder in holders_by_root(model)]
 
 
 def core_holders(model: nn.Module) -> list[Any]:

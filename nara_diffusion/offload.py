@@ -87,6 +87,11 @@ def onload_cores(root: nn.Module) -> bool:
     return bool(groups)
 
 
+def keeps_cores_on_disk(root: nn.Module) -> bool:
+    """Whether group offloading keeps the cores of `root` on disk while no forward of it runs."""
+    return bool(_groups_of_cores(root))
+
+
 @contextmanager
 def onloaded_cores(model: nn.Module) -> Iterator[None]:
     """Inside, the cores at or below `model` have their values in memory, though group offloading keeps them on disk."""

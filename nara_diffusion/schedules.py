@@ -11,13 +11,12 @@ The scheduler at work is found in the calls that the denoiser's forward runs ins
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .call_stack import local_variables
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """σ beyond 10⁶ is nobody's, but a timestep ¼ ln σ beyond 3.5 is a discrete schedule's."""
@@ -56,18 +55,11 @@ def passes_log_sigma(scheduler: Any) -> bool:
 
 def schedulers_at_work() -> list[Any]:
     """Those that the innermost call that knows any knows: as a variable, of a pipeline, or of its `self`."""
-    for call in _running_calls():
-        known = [scheduler for name, value in call.f_locals.items() for scheduler in _schedulers_of(name, value)]
+    for variables in local_variables():
+        known = [scheduler for name, value in variables.items() for scheduler in _schedulers_of(name, value)]
         if known:
             return known
     return []
-
-
-def _running_calls() -> Iterator[FrameType]:
-    call: FrameType | None = sys._getframe(1)
-    while call is not None:
-        yield call
-        call = call.f_back
 
 
 def _schedulers_of(name: str, value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
         if signal is not None and signal.unique().numel() > 1:
             raise ValueError(f"{name} is {signal.tolist()}: merging needs a single value.")
     level, density = signals
-    return NoiseSignals(level[:1], None if density is None else density[:1])
+    return NoiseSignals(level[:1].detach(), None if density is None else density[:1].detach())
 
 
 def of_adapter(adapter_name: str, signals: NoiseSignals | None, served_by: list[str] | None) -> NoiseSignals | None:

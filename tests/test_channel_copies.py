@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from nara_diffusion import noise_level
+from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.noise import find_holders
 from tests.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 from tests.channel_calls import at, expect_no_core
@@ -58,14 +58,27 @@ class Shares(nn.Module):
         return self.last(self.layer(x))
 
 
-def test_an_adapted_layer_in_a_model_that_is_not_its_root_raises(model: PeftModel, x: Tensor) -> None:
-    stranger = Shares(model.base_model.model.first)
+def test_an_adapted_layer_in_a_model_that_is_not_its_root_reads_the_level_of_its_root(
+    model: PeftModel, x: Tensor
+) -> None:
+    first = model.base_model.model.first
+    stranger = Shares(first)
+    expect_no_core(stranger, x)
     with noise_level(model, 0.4):
-        expect_no_core(stranger, x)
+        expected = first(x)
+        assert torch.equal(stranger(x), stranger.last(expected))
     with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
         other = adapted(stranger, target_modules=["last"], r=3)
-    with noise_level(model, 0.4), noise_level(other, 0.6):
+    with noise_level(model, 0.4):
+        expected = first(x)  # the second adapter has disturbed the first one's factors
+    with noise_level(other, 0.6):
+        with noise_level(model, 0.4):
+            shared = other(x)
         expect_no_core(other, x)
+        C = core_matrix(other, 0.6)[0]
+    A, B = stranger.last.lora_A["default"].weight, stranger.last.lora_B["default"].weight
+    last = stranger.last.get_base_layer()(expected) + 6 / 3 * expected @ (B @ C @ A).T
+    torch.testing.assert_close(shared, last)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

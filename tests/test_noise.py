@@ -53,12 +53,19 @@ def x() -> Tensor:
         torch.tensor([0, 1, 1]),
         torch.tensor([1.0, 0.0, 0.5], requires_grad=True),
         LEVELS.repeat(2)[::2],
+        LEVELS.tolist(),
+        tuple(LEVELS.tolist()),
+        [0, 1, 0.5],
+        [np.float32(0.1), torch.tensor(0.7), 1],
+        LEVELS.numpy(),
+        LEVELS.double().numpy()[::-1],
+        np.array(0.37),
     ],
 )
 def test_a_level_may_be_a_number_or_one_number_a_sample(model: PeftModel, x: Tensor, value: Any) -> None:
     with noise_level(model, value):
         output = run(model, x)
-    level = value.detach().float() if isinstance(value, Tensor) else float(value)
+    level = torch.tensor(np.array(value.detach().float() if isinstance(value, Tensor) else value, dtype=np.float32))
     assert relative_error(output, expect(model, x, level)) < 2e-6
 
 
@@ -77,11 +84,17 @@ def test_a_level_may_be_a_number_or_one_number_a_sample(model: PeftModel, x: Ten
         (torch.zeros(0), r"shape \(0,\).*shape \(batch,\)"),
         (torch.tensor([True, False, True]), r"torch.bool.*one number"),
         (torch.tensor([0.1 + 0j]), r"complex.*one number"),
-        (np.bool_(True), r"noise_level is np.True_: pass a float"),
-        (True, r"noise_level is True: pass a float in \[0, 1\]"),
-        ("0.3", r"noise_level is '0.3': pass a float in \[0, 1\]"),
-        (None, r"noise_level is None: pass a float in \[0, 1\]"),
-        ([0.1, 0.2, 0.3], r"noise_level is \[0.1, 0.2, 0.3\]: pass a float in \[0, 1\]"),
+        (np.bool_(True), r"dtype torch.bool: pass one number"),
+        (True, r"dtype torch.bool: pass one number"),
+        (
+            [[0.1], [0.2, 0.3]],
+            r"noise_level is \[\[0.1\], \[0.2, 0.3\]\]: pass a number in \[0, 1\], or a tensor, array or list",
+        ),
+        (np.array([[0.1, 0.2]]), r"shape \(1, 2\)"),
+        ([], r"shape \(0,\)"),
+        (10**400, r"pass a number in \[0, 1\]"),
+        ("0.3", r"noise_level is '0.3': pass a number in \[0, 1\]"),
+        (None, r"noise_level is None: pass a number in \[0, 1\]"),
     ],
 )
 def test_what_is_no_level_is_refused(model: PeftModel, value: Any, said: str) -> None:
