@@ -43,7 +43,7 @@ class Entry(Generic[T]):
 _stack: ContextVar[tuple[Entry[Any], ...]] = ContextVar("nara_contexts", default=())
 
 
-@torch.compiler.disable
+@torch.compiler.disable(recursive=True)
 def _entry(channels: frozenset[CoreChannel], value: Any) -> Entry[Any]:
     """No compiler can trace a look at frames."""
     return Entry(channels, value)

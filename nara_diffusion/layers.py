@@ -26,6 +26,7 @@ from .effective_weights import base_matrix, delta_weight, factors, may_read
 from .fused import can_fuse, fused_linear
 from .offload import check_mergeable_here, is_managed, onloaded
 from .quantized import base_weight, check_mergeable
+from .samples import Rows, check_rows
 
 
 class NaraVariant(LoraVariant):
@@ -35,7 +36,7 @@ class NaraVariant(LoraVariant):
         channel: where the model's root puts C(λ) for the time of a forward.
         core_to_merge: (adapter name, group) → C (1, r, r) of the λ at which layers are being merged.
         adapter_name, group: which C is this layer's.
-        layer_name: for error messages.
+        layer_name: for error messages. rows: what the rows of the layer's input are.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class NaraVariant(LoraVariant):
         adapter_name: str,
         group: str,
         layer_name: str,
+        rows: Rows = "samples",
     ) -> None:
         self.channel = channel
         self.core_to_merge = core_to_merge
         self.key = (adapter_name, group)
         self.layer_name = layer_name
+        self.rows: Rows = rows
 
     def supports_lora_conversion(self) -> bool:
         return False
@@ -70,10 +73,11 @@ class NaraVariant(LoraVariant):
         core = frame[self.key]
         return core if core.shape[-1] == rank else core[:, :rank, :rank]
 
-    def batch_core(self, rank: int, batch: int) -> Tensor:
-        """`read_core` as one matrix, or one for each of the `batch` rows that this layer sees."""
+    def batch_core(self, rank: int, x: Tensor) -> Tensor:
+        """`read_core` as one matrix, or one for each row of this layer's input `x` (b, …)."""
         core = self.read_core(rank)
-        samples = core.shape[0]
+        samples, batch = core.shape[0], x.shape[0]
+        check_rows(self.rows, x, samples, self.layer_name)
         if samples in (1, batch):
             return core
         if batch == 0:  # an idle expert: no row asks for a C, and A and B get gradients of zero
@@ -82,7 +86,7 @@ class NaraVariant(LoraVariant):
             return core.repeat_interleave(batch // samples, dim=0)
         raise ValueError(
             f"noise_level has {samples} values, but the batch inside layer '{self.layer_name}' is {batch}: "
-            "pass one value, or one a sample of the batch as the layer sees it (after beams, repeats or CFG)."
+            "pass one value, or one a sample of the batch as the layer sees it, (b, …), after beams, repeats or CFG."
         )
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -156,7 +160,7 @@ class NaraLinear(NaraVariant):
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
-        core = self.batch_core(module.r[active_adapter], x.shape[0])
+        core = self.batch_core(module.r[active_adapter], x)
         scaling = module.scaling[active_adapter]
         if _is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
             return fused_linear(x, result, base_layer.weight, A.weight, core, B.weight, scaling)
@@ -168,16 +172,16 @@ class NaraLinear(NaraVariant):
 
 
 class NaraEmbedding(NaraVariant):
-    """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout."""
+    """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout.
 
-    def batched_dims(self, module: Any) -> int:
-        return 1
+    Ids (n,), such as the positions `arange(n)`, are one sample.
+    """
 
     def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
         return module.lora_embedding_A, module.lora_embedding_B
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        core = self.batch_core(module.r[active_adapter], x.shape[0])
+        core = self.batch_core(module.r[active_adapter], x)
         h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
         embed_scale = module._get_embed_scale()
         if embed_scale is not None:
@@ -195,7 +199,7 @@ class NaraConv(NaraVariant):
         return module._kernel_dim
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        core = self.batch_core(module.r[active_adapter], x.shape[0])
+        core = self.batch_core(module.r[active_adapter], x)
         dropped = module.lora_dropout[active_adapter](x)
         return result + module.scaling[active_adapter] * _conv_update(module, active_adapter, dropped, core)
 
@@ -219,7 +223,7 @@ class NaraDoraLinear(NaraVariant):
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
         scaling = module.scaling[active_adapter]
-        core = self.batch_core(module.r[active_adapter], x.shape[0])
+        core = self.batch_core(module.r[active_adapter], x)
         weight = base_matrix(module)
         gain = self.gain(module, active_adapter, weight, core).to(x.dtype)  # (b or 1, d_out)
         bias = base_layer.bias
@@ -253,7 +257,7 @@ class NaraDoraConv(NaraDoraLinear):
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         base_layer = module.get_base_layer()
         axes = (1,) * (result.dim() - 2)
-        core = self.batch_core(module.r[active_adapter], x.shape[0])
+        core = self.batch_core(module.r[active_adapter], x)
         scaling = module.scaling[active_adapter]
         gain = self.gain(module, active_adapter, base_matrix(module), core).to(x.dtype)
         gain = gain.view(*gain.shape, *axes)  # (b or 1, d_out, 1, …)

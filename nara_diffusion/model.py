@@ -29,6 +29,7 @@ from .noise import MixedBatch, core_holders
 from .offload import check_addable
 from .own_cores import BUILT_IN
 from .rules import check_target, keep_out_of_float8, rule_for
+from .samples import rows_of
 from .signals import with_convention
 
 _PEFT_PREFIX = "base_model.model."
@@ -130,7 +131,8 @@ class NaraModel(MergesAtOneLevel):
         if lora_config.core_type != "identity":
             rule = rule_for(layer, lora_config.use_dora, current_key)
             holder = injecting.holder
-            variant = rule(holder.channel, holder.core_to_merge, adapter_name, group, current_key)
+            rows = rows_of(self.model, current_key)
+            variant = rule(holder.channel, holder.core_to_merge, adapter_name, group, current_key, rows)
             layer.lora_variant[adapter_name] = variant
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)

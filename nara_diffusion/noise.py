@@ -78,7 +78,7 @@ def as_signal(value: Level, name: str = "noise_level") -> Tensor:
     return signal
 
 
-@torch.compiler.disable
+@torch.compiler.disable(recursive=True)
 def _check_range(signal: Tensor, name: str) -> None:
     values = torch.func.debug_unwrap(signal)  # transforms of torch.func let nobody look at what they map over
     if not bool(((values >= 0) & (values <= 1)).all()):

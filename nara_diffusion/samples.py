@@ -1,0 +1,57 @@
+"""What the rows of a layer's input are: its samples, unless the modules around it are known to do otherwise.
+
+The rule is that an adapted layer sees (b, …), and one value of λ belongs to each row. Numbers can't tell where it does
+not hold, when b rows come together by chance, so that it has to be known of the model.
+
+    "tokens"      (n, d) inside of what has experts: the tokens of all samples, or those that one expert gets
+    "positions"   (l, b, d): PyTorch's transformer layers unless `batch_first`, and these classes of Transformers; ids
+                  (l, l) of a relative position bias
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from peft.tuners.lora.layer import Embedding
+from torch import Tensor, nn
+
+Rows = Literal["samples", "tokens", "positions"]
+
+_LENGTH_FIRST = ("LongformerSelfAttention", "LEDEncoderSelfAttention", "XLNetFeedForward", "FSMTEncoder", "FSMTDecoder")
+
+
+def rows_of(root: nn.Module, name: str) -> Rows:
+    """What the rows of the input of layer `name` below `root` are, by the modules around it."""
+    module: Any = root
+    around = []
+    for part in name.split("."):
+        around.append(module)
+        module = getattr(module, part)
+    if any(hasattr(outer, "experts") or "Experts" in type(outer).__name__ for outer in around):
+        return "tokens"
+    if isinstance(module, (nn.Embedding, Embedding)):
+        return "positions" if name.endswith("relative_attention_bias") else "samples"
+    return "positions" if any(map(_is_length_first, around)) else "samples"
+
+
+def _is_length_first(module: Any) -> bool:
+    if any(kind.__name__ in _LENGTH_FIRST for kind in type(module).__mro__):
+        return True
+    attention = getattr(module, "self_attn", None)
+    return any(getattr(one, "batch_first", None) is False for one in (module, attention))
+
+
+def check_rows(rows: Rows, x: Tensor, samples: int, layer_name: str) -> None:
+    """Refuse to take the rows of `x` for samples where they are known to be something else.
+
+    Raises:
+        ValueError: λ has several values, and the rows of `x` are tokens or positions.
+    """
+    if samples > 1 and (
+        (rows == "tokens" and x.dim() == 2) or (rows == "positions" and x.dim() > x.is_floating_point() + 1)
+    ):
+        raise ValueError(
+            f"noise_level has {samples} values, but the rows that layer '{layer_name}' sees, {tuple(x.shape)}, are "
+            f"{rows}, not samples: one value belongs to each row of a layer's input (b, …). Pass one value for the "
+            "whole batch, or leave the layer out by `exclude_modules`."
+        )
