@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +98,7 @@ def build_parser(cls: type, description: str | None = None) -> argparse.Argument
     fields = {field.name: field for field in dataclasses.fields(cls)}
     groups: dict[str, Any] = {}
     for owner in cls.__mro__:
-        own = [name for name in vars(owner).get("__annotations__", {}) if name in fields]
+        own = [name for name in inspect.get_annotations(owner) if name in fields]
         title = (owner.__doc__ or owner.__name__).strip().splitlines()[0]
         if own and title not in groups:
             groups[title] = parser.add_argument_group(title)
