@@ -1,4 +1,4 @@
-"""An adapted linear layer as one autograd function, which takes less memory and time than its parts.
+"""An adapted linear layer as one autograd function, which takes less memory and time than its parts if it is large.
 
     y = gain ⊙ (W0 x + s B C A x)        gain: none (NaRA), or m / ‖W0 + s B C A‖_row (NaRA-DoRA)
 
@@ -27,8 +27,8 @@ from .effective_weights import GLOBAL_HOOKS, is_plain
 
 # Stands in for a gain of zero, so that backward can divide by it; float16 has no number that is as small.
 TINY_GAIN = 2.0**-100
-# How many parts a sum over tokens is made of: its temporary is so many times smaller than an activation.
-PARTS = 16
+# Numbers in a layer's output, below which Python's share of the time is more than what fusing saves (benchmark_fused).
+MIN_ELEMENTS = 2**17
 
 
 def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Tensor) -> bool:
@@ -40,6 +40,8 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
         return False  # a compiler fuses by itself; functions such as `vmap` and `jvp` have rules for the parts alone
     if torch._C._get_tracing_state() is not None:
         return False  # TorchScript cannot keep the function
+    if result.numel() < MIN_ELEMENTS:
+        return False
     if any(GLOBAL_HOOKS) or len(module.active_adapters) != 1:
         return False
     if module._modules["base_layer"] is not base_layer:
@@ -141,9 +143,8 @@ class _FusedScaledLinear(Function):
         with _without_autocast(x):
             h = _project(x, A, core)
             mixed = mix_rows(core, h)
-            safe = _safe(gain)
-            rows = base.view(core.shape[0], -1, base.shape[-1]).mul_(safe[:, None])
-            rows.baddbmm_(mixed, (safe[..., None] * B).transpose(1, 2), alpha=scaling)
+            rows = base.view(core.shape[0], -1, base.shape[-1]).mul_(_safe(gain)[:, None])
+            rows.baddbmm_(mixed, _rising(B, gain), alpha=scaling)
         ctx.mark_dirty(base)
         ctx.save_for_backward(x, weight, A, core, B, h, mixed, gain, base)
         ctx.scaling = scaling
@@ -159,8 +160,8 @@ class _FusedScaledLinear(Function):
                 h = _project(x, A, core)
                 mixed = mix_rows(core, h)
             of_out = gradients[0].reshape(core.shape[0], -1, B.shape[0])  # (b, n, d_out)
-            rising = _safe(gain)[..., None] * B  # (b, d_out, r)
-            of_mixed = _scaled(torch.bmm(rising.mT, of_out.mT), ctx.scaling).mT  # (b, n, r)
+            of_mixed = torch.bmm(_rising(B, gain), of_out.mT)  # (b, r, n)
+            of_mixed = _scaled(of_mixed, ctx.scaling).mT  # (b, n, r)
             of_h = mix_rows(core.mT, of_mixed).view(-1, A.shape[0])  # (b n, r)
             if needs_core:
                 of_core = _gradient_of_core(of_mixed, h, core)
@@ -189,6 +190,11 @@ def _safe(gain: Tensor) -> Tensor:
     return torch.where(gain == 0, TINY_GAIN, gain)
 
 
+def _rising(B: Tensor, gain: Tensor) -> Tensor:
+    """(gain ⊙ B)ᵀ: (b, r, d_out)."""
+    return (_safe(gain)[..., None] * B).mT
+
+
 def _is_vectorized(gradient: Tensor) -> bool:
     """Whether it stands for many gradients, into which nothing can be written: `vmap`, or `is_grads_batched=True`."""
     return torch._C._are_functorch_transforms_active() or is_legacy_batchedtensor(gradient)
@@ -208,15 +214,11 @@ def _gradient_of_core(of_mixed: Tensor, h: Tensor, core: Tensor) -> Tensor:
 def _gradients_of_scaling(of_out: Tensor, out: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """Of out = gain ⊙ z, for z (b, n, d) and gain (b, d), where Σ_n of_out ⊙ z is found from out: z is not kept.
 
-    Part by part, so that what is read is still in the cache, and the sum needs no large temporary.
+    The products that are summed stand where the gradient of z comes after, so that there is no other large tensor.
     """
     safe = _safe(gain)
     if torch.is_grad_enabled() or _is_vectorized(of_out):
         return of_out * safe[:, None], (of_out * out).sum(1) / safe
-    of_z = torch.empty_like(of_out)
-    step = max(1, -(-of_out.shape[1] // PARTS))
-    total = safe.new_zeros(of_out.shape[0], step, of_out.shape[2], dtype=torch.promote_types(safe.dtype, torch.float32))
-    for part, result, target in zip(*(t.split(step, dim=1) for t in (of_out, out, of_z)), strict=True):
-        total[:, : part.shape[1]].addcmul_(part.to(total.dtype), result.to(total.dtype))
-        torch.mul(part, safe[:, None], out=target)
-    return of_z, (total.sum(1) / safe).to(gain.dtype)
+    of_z = of_out * out
+    of_gain = of_z.sum(1, dtype=torch.promote_types(safe.dtype, torch.float32)) / safe
+    return torch.mul(of_out, safe[:, None], out=of_z), of_gain.to(gain.dtype)

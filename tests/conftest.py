@@ -26,6 +26,12 @@ def _same_draws_in_every_test() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _small_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the large ones of real models are: tests have small ones."""
+    monkeypatch.setattr("nara_diffusion.fused.MIN_ELEMENTS", 0)
+
+
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A bidirectional Llama: 2 layers, d 24, 4 heads over 2 key-value ones, 50 tokens of which the mask is the last."""

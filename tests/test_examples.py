@@ -93,3 +93,17 @@ def test_own_core_example_trains_saves_and_loads_its_rotation(tmp_path, capsys):
     assert "gives the same logits: True" in capsys.readouterr().out
     assert (tmp_path / "06_own_core.png").stat().st_size > 0
     assert '"core_type": "rotation"' in (tmp_path / "06_own_core" / "adapter_config.json").read_text()
+
+
+def test_benchmark_fused_compares_time_and_memory_of_every_form_and_pass(tmp_path, capsys):
+    module = import_module("benchmark_fused")
+    cases = module.main({(2, 3, 8): (2,), (3, 32, 64): (4,)}, budget=0, output_dir=tmp_path)["cases"]
+    assert json.loads((tmp_path / "benchmark_fused.json").read_text())["cases"] == cases
+    assert [(case["form"], case["shape"][-1], case["pass"]) for case in cases] == [
+        (form, width, kind) for form in module.FORMS for width in (8, 64) for kind in module.PASSES
+    ]
+    assert all(case["time_ratio"] > 0 and case["rounds"] == module.MIN_ROUNDS for case in cases)
+    large = [case for case in cases if case["shape"][-1] == 64]
+    output = 4 * 3 * 32 * 64
+    assert all(case["peak_bytes"]["parts"] > case["peak_bytes"]["fused"] >= output for case in large)
+    assert capsys.readouterr().out.count("NaRA-DoRA") == 4

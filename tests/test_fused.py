@@ -20,6 +20,9 @@ SHAPES = ((3, 7, 6), (3, 2, 5, 6), (3, 6))
 LEVELS = torch.tensor([0.1, 0.5, 0.9])
 
 
+dora = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+
+
 def draw(shape: tuple[int, ...] = (3, 7, 6), *, cores: int = 3, gains: int | None = None) -> dict[str, Any]:
     """x (b, …, 6), W0 (5, 6), A (4, 6), C (cores, 4, 4), B (5, 4), gain (gains, 5), float64 and trainable but W0."""
     generator = torch.Generator().manual_seed(0)
@@ -264,6 +267,16 @@ def test_per_sample_gradients_of_torch_func_are_those_of_each_sample():
         alone = x[i, j : j + 1].clone().requires_grad_()
         loss(alone).backward()
         assert relative_error(gradients[i, j : j + 1], alone.grad) < 1e-5
+
+
+@dora
+def test_a_layer_is_fused_from_the_least_number_of_elements_on(monkeypatch, use_dora):
+    model = one_layer(use_dora=use_dora)
+    calls = count_fused_calls(monkeypatch)
+    monkeypatch.setattr("nara_diffusion.fused.MIN_ELEMENTS", 3 * 7 * 10)
+    for length, is_fused in ((6, False), (7, True)):
+        gradients_of(model, torch.randn(3, length, 6))
+        assert bool(calls) == is_fused
 
 
 def test_another_dtype_and_another_layout_are_left_to_the_parts():

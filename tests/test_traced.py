@@ -1,6 +1,7 @@
-"""`torch.jit.trace` and `torch.export` of an adapted model inside `noise_level`: what it gives is eager at that λ.
+"""`torch.jit.trace` and `torch.export` of an adapted model: what it gives is eager at the same λ.
 
-λ is then a constant of the graph, as the batch size is: a traced model knows no `noise_level`.
+Inside `noise_level` λ is a constant of the graph: a traced model knows of no context. Where a source tells λ from the
+model's own inputs, the graph reads it from those.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from tests.adapted import TwoLayers, adapted, relative_error
 from tests.beside_lora import LEVELS, TARGETS
+from tests.tiny_unet import tiny_unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning"),
@@ -52,6 +54,29 @@ def test_gradients_of_a_traced_model_are_those_of_eager(use_dora, level):
     for name, one, other in zip(trainable, ours, theirs, strict=True):
         assert other.count_nonzero(), name
         assert relative_error(one, other) < 1e-5, name
+
+
+class Denoiser(nn.Module):
+    """A denoiser as a function of tensors alone."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return self.unet(x, timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+@pytest.mark.parametrize("seen", [torch.tensor(100), torch.tensor([100, 300])], ids=["one λ", "a λ each"])
+def test_a_traced_denoiser_outside_of_any_context_reads_its_level_from_each_timestep(seen, use_dora):
+    denoiser = Denoiser(adapted(tiny_unet(), target_modules=["to_q", "to_k", "to_v"], use_dora=use_dora))
+    x, text = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 12)
+    traced = torch.jit.trace(denoiser, (x, seen, text))
+    timestep = 2 * seen + 100
+    expected = denoiser(x, timestep, text)
+    assert relative_error(traced(x, timestep, text), expected) < 1e-6
+    assert relative_error(denoiser(x, seen, text), expected) > 0.01
 
 
 def test_tracing_without_a_level_is_refused():
