@@ -6,12 +6,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.own_cores import check_core_type
 from nara_diffusion.training.cli import option
 from nara_diffusion.training.core_module import import_core_module
+from nara_diffusion.training.foreign_names import OTHER_NAMES
 from nara_diffusion.training.methods import METHODS, check_flags, check_method, effective
 
 
@@ -27,6 +28,8 @@ def core_option(name: str, unit: str = "", more: str = "") -> Any:
 @dataclass
 class AdapterArguments:
     """Adapter"""
+
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
 
     adapter: str = option("nara", "How to fine-tune: NaRA, a method of PEFT, or all weights.", choices=tuple(METHODS))
     rank: int = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")
@@ -210,6 +213,7 @@ def check_arguments(args: Any) -> None:
     require(
         args, "core_learning_rate", args.core_learning_rate is None or args.core_learning_rate > 0, "above 0, or none"
     )
+    require(args, "seed", 0 <= args.seed < 2**32, "from 0 to 4294967295, as NumPy's generator takes it")
     require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "in [0, 1)")
     require(args, "max_grad_norm", args.max_grad_norm is None or args.max_grad_norm > 0, "above 0, or none")
     if args.use_8bit_adam and args.optimizer != "AdamW":

@@ -1,11 +1,12 @@
 """A dataclass of arguments becomes a command line and a YAML file: one declaration, three uses.
 
 Each field is declared with `option(default, help, unit=…)`. The type annotation decides how text is read: bool
-becomes `--flag/--no-flag`, a list takes words separated by spaces or commas (or quoted texts, if it is one of
-`sentences`), `X | None` also takes `none`. Flags win over the file given as `--config`, the file wins over the
-defaults, and a key that the dataclass lacks is an error; flags of other scripts that users may bring along are named in
-its class attribute `foreign_flags`, {name: what to do instead}. A dataclass may have a method `check_flags`, which is
-called with the flags of the command line alone, and may refuse them by a ValueError.
+becomes `--flag/--no-flag` and takes `--flag True` too, a list takes words separated by spaces or commas (or quoted
+texts, if it is one of `sentences`), `X | None` also takes `none`. Flags win over the file given as `--config`, the file
+wins over the defaults, and a key that the dataclass lacks is an error. Flags of other scripts that users may bring
+along are named in two class attributes: `foreign_flags`, {name: what to do instead}, and `other_names`, {name: what it
+is called here}. A dataclass may have a method `check_flags`, which is called with the flags of the command line alone,
+and may refuse them by a ValueError.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,8 @@ from typing import Any, TypeVar
 import yaml
 
 Arguments = TypeVar("Arguments")
+
+_TRUTHS = {"true": "--", "false": "--no-"}
 
 
 def option(
@@ -71,7 +75,10 @@ def parse_arguments(
         stand_in: from the arguments that were given, by flag or file, to values for some that weren't.
     """
     parser = build_parser(cls, description)
-    flags = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(_without_truths(cls, sys.argv[1:] if argv is None else argv))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_flag_hints(cls, unknown)}")
+    flags = vars(known)
     try:
         file = flags.pop("config", None)
         given = {**(read_config(cls, file) if file else {}), **flags}
@@ -92,7 +99,10 @@ def build_parser(cls: type, description: str | None = None) -> argparse.Argument
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="Arguments as YAML; flags on the command line win over it."
+        "--config",
+        metavar="FILE.yaml",
+        help="Arguments as YAML; flags on the command line win over it. A file that names a core_module makes that "
+        "module's code run: take none from people whose code you wouldn't run.",
     )
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -107,6 +117,43 @@ def build_parser(cls: type, description: str | None = None) -> argparse.Argument
     for name, remedy in _foreign_flags(cls).items():
         parser.add_argument(f"--{name}", action=_refusal(remedy), nargs="?", help=argparse.SUPPRESS)
     return parser
+
+
+def _without_truths(cls: type, argv: Sequence[str]) -> list[str]:
+    """`--flag True` and `--flag=False` as `--flag` and `--no-flag`: how flags look that are declared with type=bool."""
+    hints = typing.get_type_hints(cls)
+    switches = {f"--{name}" for name, field in _flag_names(cls).items() if _parts(hints[field])[0] is bool}
+    words: list[str] = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if flag in switches and value.lower() in _TRUTHS:
+            words.append(_TRUTHS[value.lower()] + flag[2:])
+        elif words and words[-1] in switches and word.lower() in _TRUTHS:
+            words[-1] = _TRUTHS[word.lower()] + words[-1][2:]
+        else:
+            words.append(word)
+    return words
+
+
+def _flag_names(cls: type) -> dict[str, str]:
+    """{flag: field}, without dashes, aliases included."""
+    fields = dataclasses.fields(cls)
+    return {name: field.name for field in fields for name in (field.name, *field.metadata["aliases"])}
+
+
+def _flag_hints(cls: type, unknown: Sequence[str]) -> str:
+    names = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
+    near = [found for found in (_meant(cls, name.replace("-", "_")) for name in names) if found]
+    return f". Did you mean {', '.join(f'--{name}' for name in near)}?" if near else ". --help lists the known ones."
+
+
+def _meant(cls: type, name: str) -> str | None:
+    """The argument that another trainer calls `name`, with the value that it implies, or one of a similar name."""
+    known = _flag_names(cls)
+    other = getattr(cls, "other_names", {}).get(name)
+    if other is not None and other.split()[0] in known:
+        return other
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def _foreign_flags(cls: type) -> Mapping[str, str]:
@@ -141,8 +188,8 @@ def read_config(cls: type, path: str | Path) -> dict[str, Any]:
         if key in _foreign_flags(cls):
             raise ValueError(f"--config {path}: {key} isn't taken here: {_foreign_flags(cls)[key]}")
         if key not in fields:
-            near = difflib.get_close_matches(str(key), list(fields), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else " --help lists the known ones."
+            near = _meant(cls, str(key))
+            hint = f" Did you mean {near!r}?" if near else " --help lists the known ones."
             raise ValueError(f"--config {path} holds the unknown key {key!r}.{hint}")
     try:
         return {key: convert(key, value, hints[key], **_reading(fields[key])) for key, value in content.items()}

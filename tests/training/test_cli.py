@@ -1,6 +1,7 @@
 """One dataclass read from flags, from YAML, and from both."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import pytest
 
@@ -26,8 +27,10 @@ class Example(Base):
     More about it.
     """
 
+    other_names: ClassVar = {"network_dim": "rank", "unet_lr": "rate", "bf16": "shape cosine", "absent": "missing"}
+
     steps: int | None = option(None, "Steps.")
-    dora: bool = option(False, "Norms.")
+    dora: bool = option(False, "Norms.", aliases=("norms",))
     modules: list[str] = option(["q"], "Names.")  # noqa: RUF009
     share: float | None = option(0.5, "Share, 50 % say.", aliases=("part", "portion"))
     prompts: list[str] | None = option(None, "Prompts.", sentences=True, aliases=("prompt",))  # noqa: RUF009
@@ -40,6 +43,11 @@ class Example(Base):
         (["--rank", "3", "--rate", "1e-2"], Example(rank=3, rate=0.01)),
         (["--dora"], Example(dora=True)),
         (["--no-dora"], Example(dora=False)),
+        (["--dora", "True"], Example(dora=True)),
+        (["--dora", "false", "--rank", "3"], Example(dora=False, rank=3)),
+        (["--dora=FALSE"], Example(dora=False)),
+        (["--norms", "False"], Example(dora=False)),
+        (["--norms=true"], Example(dora=True)),
         (["--modules", "a,b"], Example(modules=["a", "b"])),
         (["--modules", "a", "b,c"], Example(modules=["a", "b", "c"])),
         (["--share", "none", "--steps", "7"], Example(share=None, steps=7)),
@@ -66,6 +74,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path) -> None:
     ("content", "message"),
     [
         ("rnak: 5", "unknown key 'rnak'. Did you mean 'rank'?"),
+        ("network_dim: 5", "unknown key 'network_dim'. Did you mean 'rank'?"),
         ("zzz: 5", "unknown key 'zzz'. --help lists the known ones."),
         ("rank: five", "rank takes a whole number, got 'five'"),
         ("rank: 1.5", "rank takes a whole number, got 1.5"),
@@ -97,8 +106,14 @@ def test_a_missing_file_is_named(tmp_path, capsys) -> None:
     [
         (["--rank", "x"], "rank takes a whole number, got 'x'"),
         (["--shape", "square"], "shape takes one of linear, cosine, got 'square'"),
-        (["--ran", "3"], "unrecognized arguments: --ran 3"),
-        (["--dora", "false"], "unrecognized arguments: false"),
+        (["--ran", "3"], "unrecognized arguments: --ran 3. Did you mean --rank?"),
+        (["--zzz"], "unrecognized arguments: --zzz. --help lists the known ones."),
+        (["--dora", "maybe"], "unrecognized arguments: maybe"),
+        (["--no-dora", "true"], "unrecognized arguments: true"),
+        (["--dora=maybe"], "ignored explicit argument 'maybe'"),
+        (["--network_dim", "4"], "unrecognized arguments: --network_dim 4. Did you mean --rank?"),
+        (["--unet-lr=1", "--bf16"], "--unet-lr=1 --bf16. Did you mean --rate, --shape cosine?"),
+        (["--absent", "4"], "unrecognized arguments: --absent 4. --help lists the known ones."),
     ],
 )
 def test_a_bad_flag_is_refused(capsys, argv: list[str], message: str) -> None:
@@ -112,7 +127,8 @@ def test_help_groups_flags_and_gives_unit_and_default() -> None:
     assert text.index("Everything else:") < text.index("--steps") < text.index("Weights:") < text.index("--rank")
     assert "Inner size. [columns] (default: 8)" in text
     assert "Share, 50 % say. (default: 0.5)" in text
-    assert "--dora, --no-dora" in text
+    assert "--dora, --no-dora, --norms, --no-norms" in text
+    assert "A file that names a core_module makes that module's code run" in " ".join(text.split())
     assert "{linear,cosine}" in text
 
 

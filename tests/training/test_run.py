@@ -22,6 +22,8 @@ from nara_diffusion.training.run import _check_adapter, start_run
         ({"max_train_steps": 0}, "max_train_steps must be at least 1, or none, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"core_learning_rate": -1.0}, "core_learning_rate must be above 0, or none"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, as NumPy's generator takes it, got -1"),
+        ({"seed": 2**32}, "seed must be from 0 to 4294967295"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, or none"),
         ({"lr_warmup_steps": -1.0}, "lr_warmup_steps must be at least 0"),
