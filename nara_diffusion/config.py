@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from peft import LoraConfig
 
 from .config_fields import check_core_size, check_fields
 from .lora_starts import changes_base, check_start
 from .own_cores import BUILT_IN, check_core_type
+from .whole import whole_files
 
 NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
 
@@ -177,6 +180,14 @@ class NaraConfig(LoraConfig):
         self._check_use()
         self._check_size()
         check_start(self.init_lora_weights, self.core_type, self.core_init)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As PEFT's, but adapter_config.json is whole or as it was."""
+        if os.path.isfile(save_directory):
+            super().save_pretrained(save_directory, **kwargs)  # which refuses a file
+            return
+        with whole_files(Path(save_directory)) as partial:
+            super().save_pretrained(str(partial), **kwargs)
 
     @property
     def changes_base(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import NaraConfig
@@ -52,6 +53,34 @@ class Injection:
         weight = getattr(layer.get_base_layer(), "weight", None)
         if self.changes_base and weight is not None and weight.is_floating_point():
             weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)
+
+
+def take_back(root: Any, adapter_name: str) -> None:
+    """Undo the injection of an adapter whose weights were refused: modules, base weights and names are as before it."""
+    holder: CoreHolder = getattr(root, HOLDER_NAME)
+    injection = Injection(holder, root.peft_config[adapter_name].changes_base)
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoraLayer) and adapter_name in child.r:
+                injection.layers.append((parent, name, child))
+            elif isinstance(child, AuxiliaryTrainingWrapper) and adapter_name in child._get_available_adapters():
+                _take_back_copy(parent, name, child, adapter_name)
+    injection.undo(adapter_name)
+    holder._active_adapter = [active for active in holder.active_adapters if active != adapter_name]
+    holder.delete_adapter(adapter_name)
+    del root.peft_config[adapter_name]
+    drop_idle_holder(root)
+    if not root.peft_config:
+        del root.peft_config
+
+
+def _take_back_copy(parent: nn.Module, name: str, wrapper: Any, adapter_name: str) -> None:
+    """Of a module that is trained and saved beside the adapter."""
+    if wrapper._get_available_adapters() == {adapter_name}:
+        setattr(parent, name, wrapper.original_module)
+    else:
+        active = [name for name in wrapper.active_adapters if name != adapter_name]
+        wrapper.delete_adapter(adapter_name, new_active_adapters=active)
 
 
 def check_name_is_free(root: Any, adapter_name: str, config: NaraConfig, state_dict: dict[str, Tensor] | None) -> None:

@@ -23,6 +23,30 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder whose files move into `folder` at the end, or vanish on any error.
+
+    What else is in `folder` stays. It is made if need be, and then is there only if all went well.
+    """
+    made = not folder.exists()
+    partial = partial_name(folder / f"files-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in [path for path in partial.rglob("*") if path.is_file()]:
+            target = folder / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+    except BaseException:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def put_in_place(partial: Path, folder: Path) -> None:
     """Let `partial` become `folder`. What was there is deleted last, and comes back on an error."""
     aside = partial_name(folder.with_name(f"old-{folder.name}"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -107,30 +109,102 @@ def test_a_refused_file_changes_no_tensor_of_a_model_that_has_adapters_already(t
     assert torch.equal(output(model, x), expected)
 
 
-def test_the_base_model_keeps_its_weights_when_a_file_is_refused(tmp_path):
-    saved(tmp_path)
-    rewrite(tmp_path, BROKEN["no core"][0])
-    base = reseeded_base()
-    before = dict(base.named_parameters())
-    with pytest.raises(ValueError, match="lacks"):
+BESIDE: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "DoRA": {"use_dora": True},
+    "a trained module": {"modules_to_save": ["second"], "target_modules": ["first"]},
+    "trained biases": {"bias": "all"},
+    "a start that changes the base": {"init_lora_weights": "pissa"},
+}
+
+
+def _frozen(model: nn.Module) -> dict[str, Any]:
+    """All that a refused file could leave behind: modules, tensors, who is trainable, hooks, attributes."""
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "trainable": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
+        "attributes": set(vars(model)),
+    }
+
+
+def _assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 0.0) -> None:
+    tensors, others = one.pop("tensors"), other.pop("tensors")
+    assert one == other
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(others[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("options", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("broken", ["no core", "cut off", "no file", "a missing A"])
+def test_a_base_model_is_as_it_was_after_a_refused_file_and_takes_a_good_one(tmp_path, broken, options):
+    model = adapted(base_model(), **{"target_modules": TARGETS, **options})
+    model.save_pretrained(tmp_path)
+    good = (tmp_path / WEIGHTS).read_bytes()
+    if broken == "cut off":
+        (tmp_path / WEIGHTS).write_bytes(good[:-9])
+    elif broken == "no file":
+        (tmp_path / WEIGHTS).rename(tmp_path / "elsewhere")
+    else:
+        rewrite(tmp_path, BROKEN[broken][0])
+    base, x = reseeded_base(), torch.randn(3, 7)
+    base.requires_grad_(False)
+    base.second.bias.requires_grad_(True)
+    before = _frozen(base)
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path))):
         PeftModel.from_pretrained(base, tmp_path)
-    after = {name.replace("base_layer.", ""): p for name, p in base.named_parameters()}
-    assert all(after[name] is p for name, p in before.items())
+    # PiSSA's rest of a weight is rounded, and so is the sum by which it comes back
+    _assert_same(before, _frozen(base), tolerance=1e-6 if "init_lora_weights" in options else 0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(base(x), base_model()(x))  # of no fresh core
+    (tmp_path / WEIGHTS).write_bytes(good)
+    torch.testing.assert_close(output(PeftModel.from_pretrained(base, tmp_path), x), output(model, x))
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-def test_after_a_refused_file_the_model_gives_no_output_of_a_fresh_core_and_takes_a_good_file(tmp_path):
-    model = saved(tmp_path)
-    good = load_file(tmp_path / WEIGHTS)
+@pytest.mark.parametrize("options", [BESIDE["alone"], BESIDE["DoRA"], BESIDE["a trained module"]], ids=str)
+@pytest.mark.parametrize("held", ["nara", "identity"])
+def test_a_model_with_adapters_is_as_it_was_after_a_refused_file(tmp_path, held, options):
+    adapted(base_model(), **{"target_modules": TARGETS, **options}).save_pretrained(tmp_path)
     rewrite(tmp_path, BROKEN["no frequencies"][0])
+    core_type = {"core_type": "identity"} if held == "identity" else {}
+    model = adapted(base_model(), target_modules=["first"], **core_type)
+    before = _frozen(model)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}.* lacks '.*frequencies"):
+        model.load_adapter(str(tmp_path), "other")
+    _assert_same(before, _frozen(model))
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapters == ["default"]
+
+
+def test_a_file_cut_off_and_one_in_another_format_are_refused_by_name(tmp_path):
+    saved(tmp_path / "inner")
+    good = (tmp_path / "inner" / WEIGHTS).read_bytes()
+    for content in (good[:-9], good[: len(good) // 2], good[:40], b"", b"no tensors here"):
+        (tmp_path / "inner" / WEIGHTS).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"weights in '{re.escape(str(tmp_path))}.inner' are no whole file"):
+            PeftModel.from_pretrained(reseeded_base(), str(tmp_path), subfolder="inner")
+
+
+def test_a_file_without_a_trained_module_is_refused_by_name(tmp_path):
+    model = adapted(base_model(), target_modules=["first"], modules_to_save=["second"])
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop("base_model.model.second.bias"))
+    with pytest.raises(ValueError, match=rf"The checkpoint in '{re.escape(str(tmp_path))}' lacks '.*second\.bias'"):
+        PeftModel.from_pretrained(reseeded_base(), tmp_path)
+
+
+@pytest.mark.parametrize("targets", [None, []])
+def test_a_configuration_that_names_no_module_is_refused_by_name(targets, tmp_path):
+    saved(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
     base = reseeded_base()
-    x = torch.randn(3, 7)
-    with pytest.raises(ValueError, match="frequencies"):
+    before = _frozen(base)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         PeftModel.from_pretrained(base, tmp_path)
-    with pytest.raises(ValueError, match="λ is not known"):
-        base(x)
-    save_file(good, tmp_path / WEIGHTS)
-    assert torch.equal(output(PeftModel.from_pretrained(base, tmp_path), x), output(model, x))
+    _assert_same(before, _frozen(base))
 
 
 @pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])

@@ -20,7 +20,7 @@ FAILING = [
         r"cannot adapt 'embed' \(Embedding\)|ModulesToSaveWrapper",
     ),
     ({"target_modules": ["first", "tanh"]}, "Target module Tanh"),
-    ({"target_modules": ["first"], "r": 0}, "`r` should be a positive integer"),
+    ({"target_modules": ["first"], "changed to": {"r": 0}}, "`r` should be a positive integer"),
     ({"target_modules": ["first", "second"], "init_lora_weights": "orthogonal", "r": 3}, "rank to be even"),
     ({"target_modules": ["first"], "noise_convention": "sigma"}, "trained with λ defined as 'sigma'"),
 ]
@@ -48,7 +48,10 @@ def test_a_failing_injection_leaves_the_model_as_it_was(options, message, first_
     modules = {name: id(module) for name, module in model.named_modules()}
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    config = nara_config(**{"modules_to_save": ["embed"], **options} if "embed" not in str(options) else options)
+    changes = {name: value for name, value in options.items() if name != "changed to"}
+    config = nara_config(**{"modules_to_save": ["embed"], **changes} if "embed" not in str(options) else changes)
+    for name, value in options.get("changed to", {}).items():
+        setattr(config, name, value)  # which NaraConfig itself refuses
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, config) if first_adapter else model.add_adapter("other", config)
     assert {name: id(module) for name, module in model.named_modules()} == modules

@@ -50,6 +50,7 @@ from nara_diffusion.training.optimization import build_optimizer, build_schedule
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
+from nara_diffusion.whole import whole_files
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
 # Arguments that `exact_match` takes under the same name.
@@ -217,7 +218,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     # Save
     save_adapter(run.accelerator, model, run.folder)
     if args.adapter == "full" and run.is_main:
-        tokenizer.save_pretrained(run.folder)  # a model folder has one
+        with whole_files(run.folder) as unfinished:
+            tokenizer.save_pretrained(unfinished)  # a model folder has one
     parts = (tokenizer, validation_rows, test_rows)
     options = {**held_out, "curve_points": args.curve_points, **sampling}
     with base_model(adapted, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device)) as base:
