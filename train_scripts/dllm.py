@@ -42,6 +42,7 @@ from nara_diffusion.training.arguments import (
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.cli import option
 from nara_diffusion.training.command import run_command
+from nara_diffusion.training.engine_state import load_whole, prepare
 from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.memory import explaining_out_of_memory
@@ -196,7 +197,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     scheduler = build_scheduler(optimizer, args, steps)
     stream = ShuffledStream(train_rows, args.seed)
     loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)
-    model, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
+    model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
     adapted = run.accelerator.unwrap_model(model)
     sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
     longest_prompt = max(test_rows, key=lambda row: row["prompt_length"])
@@ -222,7 +223,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
             tokenizer.save_pretrained(unfinished)  # a model folder has one
     parts = (tokenizer, validation_rows, test_rows)
     options = {**held_out, "curve_points": args.curve_points, **sampling}
-    with base_model(adapted, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device)) as base:
+    load_base = partial(load_whole, run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
+    with base_model(adapted, load_base) as base:
         before = measure(run.accelerator, base, *parts, **options)
     after = measure(run.accelerator, adapted, *parts, **options)
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(test_rows), **compare(before, after)}

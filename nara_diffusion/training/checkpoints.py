@@ -1,7 +1,8 @@
 """checkpoint-N: all that a run needs to go on after step N as if it had never stopped.
 
     checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as `formats` or another writer has it
-                 optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16)
+                 optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16); the
+                                                                  optimizer by the engine, see `engine_state`
                  random_states_P.pkl                              of process P
                  checkpoint.json                                  step, time, processes, arguments, SHA-256 of each file
                                                                   above, digests of data and base model
@@ -28,6 +29,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from nara_diffusion.training.arguments import config_differences, content_differences
+from nara_diffusion.training.engine_state import save_state, trained_state
 from nara_diffusion.training.formats import AdapterWriter, write_adapter, write_checkpoint
 from nara_diffusion.training.output import write_json
 from nara_diffusion.whole import delete_folder, partial_name, put_in_place, whole_folder
@@ -38,22 +40,27 @@ MANIFEST = "checkpoint.json"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, args: Any, folder: Path, step: int, digests: Mapping[str, str] | None = None
+    accelerator: Accelerator,
+    args: Any,
+    folder: Path,
+    step: int,
+    digests: Mapping[str, str] | None = None,
+    write: AdapterWriter = write_checkpoint,
 ) -> Path:
     """Writes `folder/checkpoint-{step}`, called by every process; of the others, those that were written first are
     deleted beyond `--checkpoints_total_limit`.
 
     Args:
         digests: {what the run rests on: its digest}, for `check_same_content`.
+        write: writes the adapter's files.
 
     Raises:
         OSError: it couldn't be written (a full disk, say); nothing of it is left, earlier checkpoints are untouched.
     """
     target = folder / f"checkpoint-{step}"
     try:
-        _write(
-            accelerator, target, {"step": step, "arguments": dataclasses.asdict(args), "digests": dict(digests or {})}
-        )
+        facts = {"step": step, "arguments": dataclasses.asdict(args), "digests": dict(digests or {})}
+        _write(accelerator, target, facts, write)
     except Exception as error:
         raise OSError(
             f"{target} could not be written ({error}): is the disk full or read-only? {last_checkpoint(folder)}"
@@ -154,33 +161,17 @@ def _listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in differences.items())
 
 
-def keep_adapter_only(accelerator: Accelerator, write: AdapterWriter = write_checkpoint) -> None:
-    """Makes `accelerator.save_state` write the adapter alone, and `load_state` leave the model as it is."""
-
-    def save(models: list[Any], weights: list[dict], output_dir: str) -> None:
-        for model in models:
-            state = weights.pop() if weights else None
-            if accelerator.is_main_process and state is not None:
-                write(accelerator.unwrap_model(model), Path(output_dir), _unwrapped(state))
-
-    def load(models: list[Any], input_dir: str) -> None:
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: AdapterWriter = write_adapter) -> None:
     """Puts the adapter's files into `folder`, called by every process.
 
     Raises:
         OSError: they couldn't be written (a full disk, say); neither is there then, checkpoints are untouched.
     """
-    state = accelerator.get_state_dict(model, unwrap=False)  # of all processes together, where weights are sharded
+    state = trained_state(accelerator, model)
     if accelerator.is_main_process:
         partial = partial_name(folder / "adapter")
         try:
-            write(accelerator.unwrap_model(model), partial, _unwrapped(state))
+            write(accelerator.unwrap_model(model), partial, state)
             for entry in partial.iterdir():
                 if (folder / entry.name).is_dir():  # of the run that is resumed
                     shutil.rmtree(folder / entry.name)
@@ -195,26 +186,31 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Adap
     accelerator.wait_for_everyone()
 
 
-def _unwrapped(state: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def _write(accelerator: Accelerator, target: Path, facts: dict[str, Any]) -> None:
+def _write(accelerator: Accelerator, target: Path, facts: dict[str, Any], write: AdapterWriter) -> None:
     if accelerator.num_processes == 1:
         with whole_folder(target) as partial:
-            accelerator.save_state(str(partial))
+            _write_states(accelerator, partial, write)
             _write_manifest(accelerator, partial, facts)
         return
     partial = partial_name(target)  # every process writes its random states into the same folder
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    _write_states(accelerator, partial, write)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _write_manifest(accelerator, partial, facts)
         put_in_place(partial, target)
     accelerator.wait_for_everyone()
+
+
+def _write_states(accelerator: Accelerator, folder: Path, write: AdapterWriter) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for model in accelerator._models:
+        state = trained_state(accelerator, model)
+        if accelerator.is_main_process:
+            write(accelerator.unwrap_model(model), folder, state)
+    save_state(accelerator, folder)
 
 
 def _write_manifest(accelerator: Accelerator, folder: Path, facts: dict[str, Any]) -> None:

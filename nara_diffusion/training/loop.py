@@ -102,7 +102,7 @@ def train(
             if number := _signal_of_any_process(run, interrupt.signal):
                 _stop(run, number)
             if _due(run.step, args.checkpointing_steps):
-                save_checkpoint(accelerator, args, run.folder, run.step, run.digests)
+                save_checkpoint(accelerator, args, run.folder, run.step, run.digests, run.write)
 
 
 def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
@@ -145,7 +145,7 @@ def _diverged(run: Run, what: str) -> TrainingDiverged:
 
 
 def _stop(run: Run, number: int) -> None:
-    checkpoint = save_checkpoint(run.accelerator, run.args, run.folder, run.step, run.digests)
+    checkpoint = save_checkpoint(run.accelerator, run.args, run.folder, run.step, run.digests, run.write)
     if run.is_main:
         logger.warning(
             "stopped after step %d. To continue, run the same command with --resume_from_checkpoint %s",

@@ -12,7 +12,7 @@ from accelerate.utils import load
 
 
 def check_random_states(checkpoint: Path, process: int) -> None:
-    """Compares every generator with what `accelerator.load_state` should have put into it.
+    """Compares every generator with what `engine_state.load_state` should have put into it.
 
     Args:
         process: index of this process, which has a file of its own.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,14 @@ from nara_diffusion.training.batches import accumulation_steps, check_accumulati
 from nara_diffusion.training.checkpoints import (
     check_same_content,
     find_checkpoints,
-    keep_adapter_only,
     resolve_checkpoint,
     verify_checkpoint,
 )
 from nara_diffusion.training.claim import FolderClaim, claim_together
 from nara_diffusion.training.digests import digest_texts, digest_weights
 from nara_diffusion.training.endings import explain_ending
+from nara_diffusion.training.engine_checks import check_engine, launched_processes
+from nara_diffusion.training.engine_state import load_state
 from nara_diffusion.training.formats import AdapterWriter, write_checkpoint
 from nara_diffusion.training.hub import create_hub_repo
 from nara_diffusion.training.methods import method_of
@@ -47,6 +47,7 @@ class Run:
         accelerator: accelerate's engine.
         args: the arguments as given.
         name: names numbered output folders and trackers' projects.
+        write: writes the adapter's files into a checkpoint.
         checkpoint: the folder that the run continues from, or None.
         step: optimizer steps done.
         folder: where the run writes.
@@ -59,6 +60,7 @@ class Run:
     accelerator: Accelerator
     args: Any
     name: str
+    write: AdapterWriter = write_checkpoint
     checkpoint: Path | None = None
     step: int = 0
     folder: Path = Path()
@@ -175,7 +177,7 @@ class Run:
             flat = {name: _flat(value) for name, value in dataclasses.asdict(self.args).items()}
             self.accelerator.init_trackers(self.name, config=flat)
         if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint))
+            load_state(self.accelerator, self.checkpoint)
             check_random_states(self.checkpoint, self.accelerator.process_index)
         if self.is_main:
             logger.info("%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items()))
@@ -201,14 +203,13 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
     Raises:
         ValueError: the output folder holds another run, is in use by one, or can't be written; there is nothing to
             resume from, or it doesn't fit this run; the adapter's settings are impossible; a tracker isn't installed;
-            the schedule is unknown; accelerate sees fewer processes than were launched, or accumulates otherwise than
-            the arguments say; fp16 without a GPU; AdaLoRA under FSDP.
+            the schedule is unknown; accelerate accumulates otherwise than the arguments say; or see `check_engine`.
     """
     check_scheduler(args.lr_scheduler, args.lr_warmup_steps)
     adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # for its refusals
     _check_trackers(args.report_to)
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
-    steps = accumulation_steps(args, _launched_processes())
+    steps = accumulation_steps(args, launched_processes())
     accelerator = Accelerator(
         gradient_accumulation_steps=steps,
         mixed_precision=args.mixed_precision,
@@ -216,19 +217,15 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
         project_config=ProjectConfiguration(logging_dir="."),  # asked for by trackers; `Run.open` gives the true one
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
-    _check_processes(accelerator.num_processes)
+    check_engine(accelerator, args)
     check_accumulation(accelerator, steps)
-    _check_adapter(args.adapter, accelerator.distributed_type)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision fp16 needs a GPU, and accelerate found none: use bf16 or no.")
-    run = Run(accelerator, args, name)
+    run = Run(accelerator, args, name, write)
     if args.resume_from_checkpoint is not None:
         run.checkpoint = resolve_checkpoint(args.resume_from_checkpoint, _latest_run(args, name))
         run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes)
     if args.push_to_hub and run.is_main:
         run.hub_id = create_hub_repo(args.hub_model_id or Path(args.output_dir).name)
     run.folder, run.claim = claim_together(accelerator, _output_dir(run), name, args.resume_from_checkpoint)
-    keep_adapter_only(accelerator, write)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
@@ -256,30 +253,6 @@ def _check_trackers(report_to: list[str] | None) -> None:
         if tracker not in available:
             installed = ", ".join(available) or "none"
             raise ValueError(f"report_to names {tracker!r}, which isn't installed here (installed: {installed}).")
-
-
-def _check_adapter(adapter: str, engine: DistributedType) -> None:
-    if adapter == "adalora" and engine == DistributedType.FSDP:
-        raise ValueError(
-            "adapter adalora weighs whole gradients to drop directions, and FSDP shards them: launch with --multi_gpu, "
-            "or choose another adapter."
-        )
-
-
-def _launched_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _check_processes(seen: int) -> None:
-    """Refuses to train N times over, or once, where N processes were asked for: on CPU, accelerate has to be told."""
-    launched = _launched_processes()
-    # what `accelerate launch --cpu --num_processes N` leaves behind when it starts one process after all
-    ignored = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
-    if launched != seen or (ignored and "WORLD_SIZE" not in os.environ):
-        raise ValueError(
-            f"{launched if launched > 1 else 'several'} processes were asked for, but accelerate sees {seen}. On CPU, "
-            "launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N (--cpu starts one)."
-        )
 
 
 def _flat(value: Any) -> Any:

@@ -8,11 +8,10 @@ import pytest
 import torch
 import yaml
 from accelerate import tracking
-from accelerate.utils import DistributedType
 
 from nara_diffusion.training import hub
 from nara_diffusion.training.output import CLAIM
-from nara_diffusion.training.run import _check_adapter, start_run
+from nara_diffusion.training.run import start_run
 
 
 @pytest.mark.parametrize(
@@ -48,14 +47,6 @@ def test_refused_before_anything_is_loaded(small_args, changes: dict, message: s
     with pytest.raises(ValueError, match=message):
         start_run(args, "small")
     assert not Path(args.output_dir).exists()
-
-
-@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"MASTER_ADDR": "::1", "ACCELERATE_USE_CPU": "True"}])
-def test_processes_that_accelerate_does_not_see_are_refused(small_args, monkeypatch, environment) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"processes were asked for, but accelerate sees 1"):
-        start_run(small_args(), "small")
 
 
 def test_another_runs_folder_is_refused(small_args, tmp_path) -> None:
@@ -135,10 +126,3 @@ def test_the_optimizer_is_fused_where_no_scaler_tells_skipped_steps_by_their_cal
     assert run.fuses_optimizer
     run.accelerator.scaler = torch.amp.GradScaler("cpu")
     assert not run.fuses_optimizer
-
-
-def test_adalora_needs_whole_gradients() -> None:
-    with pytest.raises(ValueError, match=r"adalora weighs whole gradients .* FSDP shards them: launch"):
-        _check_adapter("adalora", DistributedType.FSDP)
-    _check_adapter("adalora", DistributedType.MULTI_GPU)
-    _check_adapter("lora", DistributedType.FSDP)

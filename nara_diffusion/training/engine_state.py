@@ -1,0 +1,196 @@
+"""A run's state under each of accelerate's engines: the trained weights whole, the rest as the engine keeps it.
+
+| engine           | weights                        | optimizer, in a checkpoint                          |
+|------------------|--------------------------------|-----------------------------------------------------|
+| one process, DDP | each process has them          | optimizer.bin                                       |
+| FSDP2            | gathered, frozen ones left out | optimizer_0/ (optimizer.bin with FULL_STATE_DICT)   |
+| DeepSpeed ZeRO   | gathered under stage 3         | deepspeed/: parts of it, float32 weights among them |
+
+`accelerator.save_state` would store the frozen base model too under FSDP, and hand no weights to hooks under either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.utils import DistributedType, load_fsdp_optimizer, save_fsdp_optimizer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from nara_diffusion.noise import find_holders
+
+DEEPSPEED_FOLDER = "deepspeed"
+T = TypeVar("T")
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[Any]:
+    """`accelerator.prepare` for a model with an adapter, also under FSDP2.
+
+    With --fsdp_cpu_ram_efficient_loading accelerate gives all processes the weights of the main one, and expects
+    nothing but sharded tensors in a state dict: the core's frequencies are a buffer.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return list(accelerator.prepare(model, *others))
+    if find_holders(model):
+        _autocast_instead(accelerator, model)
+    with _buffers_not_persistent(model):
+        prepared = accelerator.prepare(model, *others)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    return list(prepared)
+
+
+def _autocast_instead(accelerator: Accelerator, model: nn.Module) -> None:
+    """Mixed precision as DDP has it. FSDP's own would round the core's weights, which are float32, as it gathers them:
+    C − I is some per cent off then."""
+    plugin: Any = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is None:
+        return
+    plugin.mixed_precision_policy = None
+    dtype = policy.param_dtype
+    model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
+
+
+def load_whole(accelerator: Accelerator, load: Callable[[], T]) -> T:
+    """What `load` returns, with `from_pretrained` giving each process the whole model, whatever the engine trains: no
+    parts of one (ZeRO-3), nor an empty one in all processes but the main (--fsdp_cpu_ram_efficient_loading)."""
+    variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(variable, None)
+    if zero_stage(accelerator) == 3:
+        unset_hf_deepspeed_config()
+    try:
+        return load()
+    finally:
+        if before is not None:
+            os.environ[variable] = before
+        if zero_stage(accelerator) == 3:
+            accelerator.state.deepspeed_plugin.set_deepspeed_weakref()  # type: ignore[union-attr]
+
+
+@contextmanager
+def _buffers_not_persistent(model: nn.Module) -> Iterator[None]:
+    marked = []
+    for module in model.modules():
+        names = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        module._non_persistent_buffers_set.update(names)
+        marked.append((module, names))
+    try:
+        yield
+    finally:
+        for module, names in marked:
+            module._non_persistent_buffers_set.difference_update(names)
+
+
+def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """{name in the model without wrappers: whole tensor} of all that is trained, and of buffers; called by every
+    process. Frozen parameters are in it where that costs nothing.
+
+    Args:
+        model: as `accelerator.prepare` returned it.
+
+    Returns:
+        On the main process; others may get less under FSDP and ZeRO-3.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        _reshard(model)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
+    inner = accelerator.unwrap_model(model)
+    return _gathered(accelerator, inner) if zero_stage(accelerator) == 3 else inner.state_dict()
+
+
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Puts all but the weights into `folder`: optimizer, schedule, scaler, random states; called by every process."""
+    engine, optimizers = accelerator.distributed_type, accelerator._optimizers
+    if engine == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        _reshard(accelerator._models[0])
+        for number, optimizer in enumerate(optimizers):
+            # without accelerate's wrapper, whose scaler would see the steps by which PyTorch makes room for states
+            save_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, accelerator._models[0], str(folder), number)
+        optimizers = []
+    elif engine == DistributedType.DEEPSPEED:
+        accelerator._models[0].save_checkpoint(
+            str(folder), DEEPSPEED_FOLDER, save_latest=False, exclude_frozen_parameters=True
+        )
+        optimizers = []
+    save_accelerator_state(
+        str(folder),
+        [],
+        optimizers,
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator.process_index,
+        accelerator.step,
+        accelerator.scaler,
+    )
+
+
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """`save_state` undone, once `accelerator.prepare` has seen what is to be restored; called by every process."""
+    engine, optimizers = accelerator.distributed_type, accelerator._optimizers
+    if engine == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        _reshard(accelerator._models[0])
+        for number, optimizer in enumerate(optimizers):
+            load_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, accelerator._models[0], str(folder), number)
+        optimizers = []
+    elif engine == DistributedType.DEEPSPEED:
+        # its float32 weights with it; the frozen ones aren't there
+        accelerator._models[0].load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)
+        optimizers = []
+    several_devices = accelerator.num_processes > 1 and accelerator.multi_device
+    restored = load_accelerator_state(
+        str(folder),
+        [],
+        optimizers,
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator.process_index,
+        accelerator.scaler,
+        "on_device" if several_devices else "cpu",
+    )
+    accelerator.step = restored.get("step", accelerator.step)
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's stage of ZeRO, 0 under other engines."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return 0
+    return accelerator.state.deepspeed_plugin.zero_stage  # type: ignore[union-attr]
+
+
+def _reshard(model: nn.Module) -> None:
+    """After a forward without a backward, a validation's say, FSDP leaves the outermost weights gathered, and PyTorch
+    then doesn't find them in the optimizer."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _gathered(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model that ZeRO-3 has split, without frozen parameters."""
+    import deepspeed  # type: ignore[import-not-found]
+
+    state = dict(model.state_dict())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(name, None)
+        elif name in state:
+            # one at a time, so that no device has to hold them all
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if accelerator.is_main_process:
+                    state[name] = parameter.detach().cpu().clone()
+    return state
