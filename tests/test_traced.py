@@ -29,9 +29,9 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def traced_model(use_dora: bool, level: Any) -> tuple[Any, Any, Tensor, Tensor]:
+def traced_model(use_dora: bool, level: Any, **options: Any) -> tuple[Any, Any, Tensor, Tensor]:
     """A model, its trace, an input other than that of the trace, and what eager makes of it."""
-    model = adapted(TwoLayers(), target_modules=TARGETS, use_dora=use_dora)
+    model = adapted(TwoLayers(), target_modules=TARGETS, use_dora=use_dora, **options)
     seen, x = torch.randn(2, 3, 6, 7)
     with noise_level(model, level):
         return model, torch.jit.trace(model, seen), x, model(x)
@@ -85,18 +85,26 @@ def test_tracing_without_a_level_is_refused():
         torch.jit.trace(model, torch.randn(3, 6, 7))
 
 
-@pytest.mark.xfail(reason="the core's module is called `global`, a keyword of Python and TorchScript", strict=True)
+# a module that is called `global` makes code that neither Python nor TorchScript can parse
+SHARING = pytest.mark.parametrize(
+    "sharing", ["module_type", pytest.param("global", marks=pytest.mark.xfail(reason="a keyword", strict=True))]
+)
+
+
+@SHARING
 @CASES
-def test_a_traced_model_that_is_saved_and_loaded_gives_the_same(tmp_path: Path, use_dora, level):
-    _, traced, x, expected = traced_model(use_dora, level)
+def test_a_traced_model_that_is_saved_and_loaded_gives_the_same(tmp_path: Path, use_dora, level, sharing):
+    _, traced, x, expected = traced_model(use_dora, level, core_sharing=sharing)
     traced.save(tmp_path / "model.pt")
     assert relative_error(torch.jit.load(tmp_path / "model.pt")(x), expected) < 1e-6
 
 
-@pytest.mark.xfail(reason="`noise_level` takes an export for a backward pass; a module is called `global`", strict=True)
+@SHARING
 @CASES
-def test_an_exported_model_gives_eager_at_the_level_of_its_export_also_from_a_file(tmp_path: Path, use_dora, level):
-    model = adapted(TwoLayers(), target_modules=TARGETS, use_dora=use_dora)
+def test_an_exported_model_gives_eager_at_the_level_of_its_export_also_from_a_file(
+    tmp_path: Path, use_dora, level, sharing
+):
+    model = adapted(TwoLayers(), target_modules=TARGETS, use_dora=use_dora, core_sharing=sharing)
     seen, x = torch.randn(2, 3, 6, 7)
     with noise_level(model, level):
         exported, expected = torch.export.export(model, (seen,)), model(x)
