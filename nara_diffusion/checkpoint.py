@@ -81,3 +81,8 @@ def refuse_name_in_key(key: str, adapter_names: Iterable[str]) -> None:
 def _some(keys: list[str]) -> str:
     shown = ", ".join(f"'{key}'" for key in keys[:3])
     return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more tensors"
+
+
+def current_name(key: str) -> str:
+    """The name of a tensor of a file: the core that all layers share was `nara_core.global` once, a Python keyword."""
+    return key.replace("nara_core.global.", "nara_core.shared.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from typing import Any
 
@@ -14,7 +15,8 @@ from .cores import build_core, is_tied_to_rank
 from .noise import NoiseSignals
 from .signals import on_device_of
 
-SHARED = "global"
+SHARED = "shared"
+"""The group of all layers, and `nara_core.shared.…` in files."""
 LAYER_EMBEDDING = "layer_embedding"
 
 
@@ -75,13 +77,13 @@ def core_group(config: NaraConfig, module_name: str, rank: int) -> str:
     """
     if is_tied_to_rank(config):
         return f"rank-{rank}"
-    if config.core_sharing == SHARED:
+    if config.core_sharing == "global":
         return SHARED
     if config.core_sharing == "module_type":
         group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
     else:
         group = module_name.replace(".", "-")
-    return f"{group}_" if hasattr(CoreSet, group) else group
+    return f"{group}_" if hasattr(CoreSet, group) or keyword.iskeyword(group) else group
 
 
 def core_tensors(config: NaraConfig, ranks: dict[str, int]) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[st
     if holder is None:
         return [], None
     names = holder.active_adapters if adapter_names is None else adapter_names
-    fixed = [name for name in names if name in holder.cores and holder.depend_on_noise([name])]
+    fixed = [name for name in names if name in holder.cores and holder.cores[name].needs_noise]
     signals = holder.signals_to_merge(fixed, _FUSE_REMEDY)
     check_kept_nowhere(model, LoraLayer)
     return fixed, None if signals is None else signals.noise_level.item()

@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import (
 from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
-from .checkpoint import check_adapter_tensors, check_core_precision, refuse_name_in_key
+from .checkpoint import check_adapter_tensors, check_core_precision, current_name, refuse_name_in_key
 from .config import NaraConfig
 from .contexts import entered
-from .core_set import core_group, core_tensors
+from .core_set import SHARED, core_group, core_tensors
 from .denoisers import denoiser_of
 from .holder import HOLDER_NAME, CoreHolder
 from .initialisation import make_directions_orthonormal
@@ -145,7 +145,7 @@ class NaraModel(MergesAtOneLevel):
                 model.state_dict(), _get_tuner_state_dict_key_prefixes(model)
             ):
                 refuse_name_in_key(f"{_PEFT_PREFIX}{key}", {adapter_name})
-            core = core_tensors(config, {"global": config.r})
+            core = core_tensors(config, {SHARED: config.r})
             parts = (HOLDER_NAME, "cores", *core, "lora_A", "lora_B", "weight", "bias")
             refuse_name_in_key(".".join(parts), others)
 
@@ -274,6 +274,7 @@ class NaraModel(MergesAtOneLevel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        state_dict = {current_name(key): tensor for key, tensor in state_dict.items()}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         present = model.state_dict()
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)

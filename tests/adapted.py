@@ -155,10 +155,10 @@ def interpolated_by_hand(deviation: Tensor, config: NaraConfig, level: float) ->
     return torch.eye(config.r, dtype=torch.float64) + config.core_scale * between
 
 
-def default_core(model: PeftModel, level: Tensor, adapter: str = "default", group: str = "global") -> Tensor:
+def default_core(model: PeftModel, level: Tensor, adapter: str = "default", group: str = "shared") -> Tensor:
     """`core_by_hand` of a PeftModel's adapter."""
     config = model.peft_config[adapter]
-    key, layer = ("global", group) if config.core_sharing == "layer_embedding" else (group, None)
+    key, layer = ("shared", group) if config.core_sharing == "layer_embedding" else (group, None)
     return core_by_hand(
         model.state_dict(), f"base_model.model.nara_core.cores.{adapter}.{key}.", config, level, layer=layer
     )

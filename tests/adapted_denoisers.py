@@ -41,7 +41,7 @@ def run(model: nn.Module, inputs: dict[str, Any], timestep: Any, argument: str =
 def told(model: nn.Module, call: Callable[[], Any]) -> list[float]:
     """λ as the model's core gets it while `call` runs."""
     levels: list[Tensor] = []
-    core = model.get_submodule("nara_core.cores.default.global")
+    core = model.get_submodule("nara_core.cores.default.shared")
     handle = core.register_forward_pre_hook(lambda _, args: levels.append(args[0]))
     try:
         call()

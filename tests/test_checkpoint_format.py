@@ -18,7 +18,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import core_matrix, noise_level
@@ -54,6 +54,18 @@ def test_a_differently_seeded_model_loads_the_same_bits(tmp_path, options, low_c
     x = torch.randn(3, 7)
     assert torch.equal(output(other, x), output(model, x))
     assert not any(p.requires_grad for p in other.parameters())
+
+
+def test_a_file_that_calls_the_shared_core_global_loads_the_same_bits(tmp_path):
+    """As all files did until `global`, a keyword of Python, kept models from being exported."""
+    model = saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    old = {name.replace("nara_core.shared.", "nara_core.global."): tensor for name, tensor in tensors.items()}
+    assert old.keys() != tensors.keys()
+    save_file(old, tmp_path / WEIGHTS)
+    other = PeftModel.from_pretrained(reseeded_base(), tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
 
 
 def test_another_process_loads_the_same_bits(tmp_path):
@@ -114,7 +126,7 @@ def test_core_and_frequencies_are_in_the_one_file_in_float32_without_the_word_lo
     core = {name: tensor for name, tensor in tensors.items() if "core" in name}
     assert len(tensors) == 2 * 2 + 7  # A and B of two layers; three Dense and the frequencies
     assert set(core) == {
-        f"base_model.model.nara_core.global.{name}"
+        f"base_model.model.nara_core.shared.{name}"
         for name in (
             "embeddings.noise_level.frequencies",
             *(f"layers.{index}.{kind}" for index in range(3) for kind in ("weight", "bias")),
@@ -196,7 +208,7 @@ def test_injected_adapters_save_and_load_by_state_dict():
     set_peft_model_state_dict(other, state)
     x = torch.randn(3, 7)
     assert torch.equal(output(other, x), output(model, x))
-    state.pop("nara_core.global.embeddings.noise_level.frequencies")
+    state.pop("nara_core.shared.embeddings.noise_level.frequencies")
     with pytest.raises(ValueError, match=r"lacks '.*frequencies'"):
         set_peft_model_state_dict(other, state)
 

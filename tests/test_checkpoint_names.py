@@ -40,7 +40,7 @@ def test_selected_adapters_alone_are_saved(tmp_path):
 
 
 PARTS_OF_A_KEY = [
-    *("nara_core", "cores", "global", "embeddings", "noise_level", "frequencies", "layers", "0", "weight", "bias"),
+    *("nara_core", "cores", "shared", "embeddings", "noise_level", "frequencies", "layers", "0", "weight", "bias"),
     *("first", "lora_A", "model"),
 ]
 

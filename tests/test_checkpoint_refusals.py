@@ -19,16 +19,16 @@ from nara_diffusion.training.formats import load_checkpoint
 from tests.adapted import adapted, lora_config, nara_config
 from tests.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 
-CORE = "base_model.model.nara_core.global."
+CORE = "base_model.model.nara_core.shared."
 A_KEY = "base_model.model.first.lora_A.weight"
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no core": (lambda t: [t.pop(k) for k in list(t) if k.startswith(CORE)], r"lacks '.*nara_core.*and 4 more tensors"),
     "no frequencies": (
         lambda t: t.pop(CORE + "embeddings.noise_level.frequencies"),
-        r"lacks '.*nara_core\.cores\.default\.global\.embeddings\.noise_level\.frequencies'",
+        r"lacks '.*nara_core\.cores\.default\.shared\.embeddings\.noise_level\.frequencies'",
     ),
-    "a missing bias": (lambda t: t.pop(CORE + "layers.1.bias"), r"lacks '.*global\.layers\.1\.bias'\."),
+    "a missing bias": (lambda t: t.pop(CORE + "layers.1.bias"), r"lacks '.*shared\.layers\.1\.bias'\."),
     "a missing A": (lambda t: t.pop(A_KEY), r"lacks '.*first\.lora_A\.default\.weight'"),
     "an extra key": (
         lambda t: t.update({CORE + "layers.7.weight": torch.ones(2)}),

@@ -15,7 +15,7 @@ from tests.adapted import OneLayer, TwoLayers, adapted, core_by_hand, default_co
 LEVELS = torch.tensor([0.0, 0.31, 0.77, 1.0])
 DENSITY = torch.tensor([0.9, 0.2, 0.0, 0.6])
 
-PREFIX = "base_model.model.nara_core.cores.default.global."
+PREFIX = "base_model.model.nara_core.cores.default.shared."
 
 # ---------------------------------------------------------------- the formula
 
@@ -121,7 +121,7 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize(
     ("core_sharing", "groups"),
     [
-        ("global", {"global"}),
+        ("global", {"shared"}),
         ("module_type", {"q_proj", "to_out"}),
         ("layer", {"blocks-0-q_proj", "blocks-0-to_out-0", "blocks-1-q_proj", "blocks-1-to_out-0"}),
     ],
@@ -135,7 +135,7 @@ def test_core_sharing_says_which_modules_read_which_core(core_sharing, groups):
     for index, block in enumerate(model.base_model.model.blocks):
         for kind, layer in (("q_proj", block["q_proj"]), ("to_out", block["to_out"][0])):
             name = f"blocks.{index}.{kind}" + (".0" if kind == "to_out" else "")
-            group = {"global": "global", "module_type": kind, "layer": name.replace(".", "-")}[core_sharing]
+            group = {"global": "shared", "module_type": kind, "layer": name.replace(".", "-")}[core_sharing]
             core = default_core(model, levels, group=group)
             assert relative_error(core_matrix(model, levels, module=name), core) < 2e-6
             A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()

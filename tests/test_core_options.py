@@ -16,7 +16,7 @@ from tests.rounding import rounding_of
 
 LEVELS = torch.tensor([0.0, 0.003, 0.31, 0.77, 0.999, 1.0])
 DENSITY = torch.tensor([0.9, 0.2, 0.0, 0.6, 1.0, 0.4])
-PREFIX = "base_model.model.nara_core.cores.default.global."
+PREFIX = "base_model.model.nara_core.cores.default.shared."
 
 
 # ---------------------------------------------------------------- the scale of λ

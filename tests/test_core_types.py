@@ -206,7 +206,7 @@ def test_the_vector_of_a_layer_that_is_missing_or_another_layers_is_refused(tmp_
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    key = "base_model.model.nara_core.global.layer_embeddings.second"
+    key = "base_model.model.nara_core.shared.layer_embeddings.second"
     vector = tensors.pop(key)
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"lacks '.*layer_embeddings\.second'"):

@@ -54,7 +54,7 @@ def test_the_programs_run(monkeypatch):
     names: dict = {}
     exec(use, names)
     model = get_peft_model(TwoLayers(), names["config"])
-    model.get_parameter("base_model.model.nara_core.cores.default.global.core.P").data.normal_()
+    model.get_parameter("base_model.model.nara_core.cores.default.shared.core.P").data.normal_()
     core = core_matrix(model, torch.tensor([0.0, 0.7]))
     torch.testing.assert_close(core @ core.transpose(1, 2), torch.eye(8).expand(2, 8, 8), rtol=0, atol=1e-5)
     assert torch.equal(core[0], torch.eye(8))

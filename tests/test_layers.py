@@ -88,7 +88,7 @@ def test_the_gradient_of_the_core_is_that_of_the_formula():
         (model(x) * weights).sum().backward()
     names = [n for n, p in model.named_parameters() if "nara_core" in n]
     state = {n: t.double().requires_grad_(n in names) for n, t in model.state_dict().items()}
-    prefix = "base_model.model.nara_core.cores.default.global."
+    prefix = "base_model.model.nara_core.cores.default.shared."
     core = core_by_hand(state, prefix, model.peft_config["default"], LEVELS)
     (linear_by_hand(model, x, core) * weights).sum().backward()
     parameters = dict(model.named_parameters())

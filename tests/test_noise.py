@@ -196,7 +196,7 @@ def test_level_and_density_may_each_be_shared_by_the_batch(
     with noise_level(model, level, mask_density=density):
         output = run(model, x)
     rows = [torch.as_tensor(signal, dtype=torch.float32).expand(3) for signal in (level, density)]
-    prefix = "base_model.model.nara_core.cores.default.global."
+    prefix = "base_model.model.nara_core.cores.default.shared."
     core = core_by_hand(model.state_dict(), prefix, model.peft_config["default"], *rows)
     assert relative_error(output, by_hand(model, x, core)) < 2e-6
 

@@ -25,7 +25,7 @@ from tests.recomputation import LEVELS as RECOMPUTED
 from tests.small_pipelines import small_sdxl
 
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
-PREFIX = "base_model.model.nara_core.cores.default.global.core."
+PREFIX = "base_model.model.nara_core.cores.default.shared.core."
 
 
 class Density(Affine):

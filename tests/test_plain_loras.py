@@ -69,7 +69,7 @@ def test_injected_nara_and_lora_adapters_mix(lora_first):
 
     def expected(names: list[str]) -> Tensor:
         rows = []
-        C = core_by_hand(model.state_dict(), "nara_core.cores.nara.global.", configs["nara"], LEVELS)
+        C = core_by_hand(model.state_dict(), "nara_core.cores.nara.shared.", configs["nara"], LEVELS)
         for i in range(3):
             h = x[i].double()
             for kind in TARGETS:

@@ -114,7 +114,7 @@ def test_autocast(tiny_llama: LlamaForCausalLM, reentrant: bool) -> None:
             return forward()
 
     seen = []
-    core = model.base_model.model.nara_core.cores["default"]["global"]
+    core = model.base_model.model.nara_core.cores["default"]["shared"]
     core.register_forward_hook(lambda module, args, output: seen.append(output))
     expected = gradients(model, forwards())
     llama_forwards(model)[0]()

@@ -123,7 +123,7 @@ def model() -> Any:
     )
     unet.add_adapter(nara_config(target_modules=["to_q"]))
     seen: list[float] = []
-    core = unet.get_submodule("nara_core.cores.default.global")
+    core = unet.get_submodule("nara_core.cores.default.shared")
     core.register_forward_pre_hook(lambda _, args: seen.extend(args[0].tolist()))
     return SimpleNamespace(unet=unet, seen=seen)
 

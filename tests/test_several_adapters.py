@@ -88,7 +88,7 @@ def test_each_adapter_keeps_its_own_frequencies():
     model.add_adapter("other", nara_config(target_modules=["first"]))
     state = model.state_dict()
     a, b = (
-        state[f"base_model.model.nara_core.cores.{name}.global.embeddings.noise_level.frequencies"]
+        state[f"base_model.model.nara_core.cores.{name}.shared.embeddings.noise_level.frequencies"]
         for name in ("default", "other")
     )
     assert not torch.equal(a, b)

@@ -85,10 +85,7 @@ def test_tracing_without_a_level_is_refused():
         torch.jit.trace(model, torch.randn(3, 6, 7))
 
 
-# a module that is called `global` makes code that neither Python nor TorchScript can parse
-SHARING = pytest.mark.parametrize(
-    "sharing", ["module_type", pytest.param("global", marks=pytest.mark.xfail(reason="a keyword", strict=True))]
-)
+SHARING = pytest.mark.parametrize("sharing", ["module_type", "global"])
 
 
 @SHARING

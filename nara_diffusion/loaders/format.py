@@ -1,7 +1,7 @@
 """The file of a pipeline's NaRA: one safetensors file, whose metadata holds what the tensors alone do not say.
 
     unet.down_blocks.1.….to_q.lora_A.weight      A, B and, for DoRA, the magnitude, of each adapted module
-    unet.nara_core.global.layers.0.weight        the core, once a component
+    unet.nara_core.shared.layers.0.weight        the core, once a component
     text_encoder.….q_proj.lora_A.weight          text encoders run before there is a λ: C = I
     __metadata__["nara_adapter_metadata"]        {"format_version": 1, "components": {"unet": NaraConfig's fields, …}}
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nara_diffusion.checkpoint import current_name
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.config_files import config_from_fields, config_to_fields, parse_json, refuse_repeated_keys
 from nara_diffusion.holder import HOLDER_NAME
@@ -60,7 +61,7 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, or
         component, _, rest = key.partition(".")
         if component not in split:
             raise ValueError(f"{origin} holds '{key}', but its configuration knows {_names(configs)} only: damaged.")
-        split[component][rest] = tensor
+        split[component][current_name(rest)] = tensor
     for component, own in split.items():
         if not own:
             raise ValueError(f"{origin} has a configuration for '{component}', but none of its tensors: damaged.")

@@ -44,7 +44,7 @@ def adapt(model: nn.Module, targets: list[str] | None = None, **changes: Any) ->
 def updates_at(adapted: nn.Module, level: float) -> dict[str, Tensor]:
     """s · B · C(λ) · A of each adapted layer, float64, in the shape of its weight, from the state dict alone."""
     state, config = adapted.state_dict(), adapted.peft_config["default"]  # type: ignore[index]
-    core = core_by_hand(state, "nara_core.cores.default.global.", config, torch.tensor([level], dtype=torch.float64))[0]
+    core = core_by_hand(state, "nara_core.cores.default.shared.", config, torch.tensor([level], dtype=torch.float64))[0]
     found = {}
     for key, A in state.items():
         name, is_a, _ = key.partition(".lora_A.")
@@ -89,7 +89,7 @@ def follow(
 def watch(adapted: nn.Module, adapter: str = "default") -> list[list[float]]:
     """The λ of each forward as the core is told it, one list a forward."""
     levels: list[list[float]] = []
-    core = adapted.get_submodule(f"nara_core.cores.{adapter}.global")
+    core = adapted.get_submodule(f"nara_core.cores.{adapter}.shared")
     core.register_forward_pre_hook(lambda _, args: levels.append(args[0].tolist()))
     return levels
 

@@ -83,7 +83,7 @@ def test_timesteps_are_exact_in_half_precision_pipelines():
     pipe = small_sd().to(torch.bfloat16)
     model, plain = adapt(pipe.unet, ATTENTION)
     levels: list[float] = []
-    core = model.get_submodule("nara_core.cores.default.global")
+    core = model.get_submodule("nara_core.cores.default.shared")
     core.register_forward_pre_hook(lambda _, args: levels.extend(args[0].tolist()))
     image = pixels(pipe)
     assert image.isfinite().all()
@@ -243,7 +243,7 @@ def layer_errors(model: Any) -> list[float]:
         level = torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else None)).double().reshape(-1) / 1000
 
     def compare(layer: Any, args: Any, output: Tensor) -> None:
-        C = core_by_hand(state, "nara_core.cores.default.global.", config, level)
+        C = core_by_hand(state, "nara_core.cores.default.shared.", config, level)
         A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
         update = 6 / 4 * torch.einsum("or,brq,qi,bli->blo", B, C, A, args[0].double())
         base = layer.get_base_layer()(args[0])  # under the same grad mode: 4-bit layers have a kernel for each

@@ -18,7 +18,7 @@ from nara_diffusion.loaders import adapters as loader_adapters
 from tests.loaders.adapters import FILE, State, trained
 from tests.small_pipelines import pixels, small_sd, small_sdxl
 
-CORE = "unet.nara_core.global.layers.2.weight"
+CORE = "unet.nara_core.shared.layers.2.weight"
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 

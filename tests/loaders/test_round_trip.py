@@ -56,6 +56,17 @@ def test_what_training_has_in_memory_is_what_is_loaded():
         assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
+def test_a_file_that_calls_the_shared_core_global_draws_the_same_pixels():
+    """As files did before; as a dictionary with metadata, from which hotswap and folders read too."""
+    pipe = trained()
+    tensors, metadata = _file_of(pipe)
+    old = {key.replace("nara_core.shared.", "nara_core.global."): tensor for key, tensor in tensors.items()}
+    assert old.keys() != tensors.keys()
+    loaded = small_sdxl()
+    loaded.load_nara_weights(old, metadata=metadata)
+    assert torch.equal(pixels(loaded), pixels(pipe))
+
+
 def _file_of(pipe):
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_nara_weights(folder)
@@ -158,7 +169,7 @@ def test_the_file_has_one_key_a_tensor_and_its_configuration(nara_folder):
         f"{part}.{key}" for part in content["components"] for key in get_peft_model_state_dict(getattr(trained(), part))
     }
     assert keys == expected
-    assert "unet.nara_core.global.embeddings.noise_level.frequencies" in keys
+    assert "unet.nara_core.shared.embeddings.noise_level.frequencies" in keys
     assert not any("default" in key for key in keys)
 
 
