@@ -35,7 +35,7 @@ def core_of(
     state: dict[str, Tensor], config: NaraConfig, layer: str, levels: Tensor, adapter: str = "default"
 ) -> Tensor:
     """C (b, r, r) of a layer in float64 from the state dict."""
-    group = layer if config.core_sharing == "module_type" else "global"
+    group = layer if config.core_sharing == "module_type" else "shared"
     vector = layer if config.core_sharing == "layer_embedding" else None
     return core_by_hand(state, f"base_model.model.nara_core.cores.{adapter}.{group}.", config, levels, layer=vector)
 
