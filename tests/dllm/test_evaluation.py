@@ -100,7 +100,7 @@ def tokenizer(tmp_path: Path):
 
 def encoded(tokenizer, answers: list[str]):
     questions = ["w5", "w6 w7 w8", "w9 w10", "w11 w12 w13 w14"]
-    records = [{"instruction": q, "output": a, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    records = [{"instruction": q, "output": "w20", "answer": a} for q, a in zip(questions, answers, strict=True)]
     return encode_records(normalized(records, source="test"), tokenizer, max_length=64).rows
 
 
