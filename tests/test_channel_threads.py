@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion import noise_level
 from tests.adapted import TwoLayers, adapted
 from tests.channel_calls import at, expect_no_core
+from tests.patience import LAST_RESORT, all_at_once
 from tests.two_layers import LEVELS, TARGETS
 
 
@@ -32,7 +33,7 @@ def test_threads_at_different_levels_on_one_model(model: PeftModel, x: Tensor) -
     workers, rounds = 4, 60
     levels = [torch.rand(3) for _ in range(workers)]
     expected = [at(model, level, x) for level in levels]
-    barrier = threading.Barrier(workers, timeout=30)
+    barrier = threading.Barrier(workers, timeout=LAST_RESORT)
 
     def work(index: int) -> int:
         right = 0
@@ -41,18 +42,16 @@ def test_threads_at_different_levels_on_one_model(model: PeftModel, x: Tensor) -
             right += torch.equal(at(model, levels[index], x), expected[index])
         return right
 
-    with ThreadPoolExecutor(workers) as pool:
-        assert list(pool.map(work, range(workers))) == [rounds] * workers
+    assert all_at_once(work, range(workers), barrier) == [rounds] * workers
 
 
 def test_threads_that_meet_inside_the_forward(model: PeftModel, x: Tensor) -> None:
     """Both threads are between the root and the second layer at the same time."""
     levels = [torch.rand(3), torch.rand(3)]
     expected = [at(model, level, x) for level in levels]
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=LAST_RESORT)
     model.base_model.model.second.register_forward_pre_hook(_waits(barrier))
-    with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(lambda level: at(model, level, x), levels))
+    outputs = all_at_once(lambda level: at(model, level, x), levels, barrier)
     assert all(map(torch.equal, outputs, expected))
 
 
@@ -75,11 +74,10 @@ def test_replicas_of_data_parallel(model: PeftModel, x: Tensor) -> None:
             with pytest.raises(ValueError, match="λ is not known"):
                 future.result()
     expected = [at(model, level, x) for level in (0.2, 0.7)]
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=LAST_RESORT)
     for replica in replicas:
         replica.base_model.model.second.register_forward_pre_hook(_waits(barrier))
-    with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(at, replicas, (0.2, 0.7), [x, x]))
+    outputs = all_at_once(lambda call: at(*call, x), list(zip(replicas, (0.2, 0.7), strict=True)), barrier)
     assert all(map(torch.equal, outputs, expected))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from nara_diffusion import noise_level
 from tests.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
 from tests.compiled import LEVELS, check_gradients, compiled, gradients, output
+from tests.patience import LAST_RESORT, all_at_once
+from tests.rounding import rounding_of
 
 pytestmark = pytest.mark.filterwarnings(
     # Dynamo looks at the gradient of each input; it hides its warning only where warnings are no errors
@@ -49,17 +50,17 @@ def test_threads(small: PeftModel, x: Tensor) -> None:
     expected = [output(small, small, lambda model: model(x), level) for level in levels]
     fast = torch.compile(small, backend="eager")
     output(fast, small, lambda model: model(x), levels[0])
-    barrier = threading.Barrier(workers, timeout=30)
+    barrier = threading.Barrier(workers, timeout=LAST_RESORT)
 
     def work(index: int) -> int:
         right = 0
         for _ in range(rounds):
             barrier.wait()
-            right += relative_error(output(fast, small, lambda model: model(x), levels[index]), expected[index]) < 1e-6
+            result = output(fast, small, lambda model: model(x), levels[index])
+            right += relative_error(result, expected[index]) < rounding_of(small)
         return right
 
-    with ThreadPoolExecutor(workers) as pool:
-        assert list(pool.map(work, range(workers))) == [rounds] * workers
+    assert all_at_once(work, range(workers), barrier) == [rounds] * workers
 
 
 def test_a_compiled_forward_that_failed_leaves_nothing_behind(small: PeftModel, x: Tensor) -> None:
@@ -131,7 +132,7 @@ def test_the_context_may_be_inside_of_what_is_compiled(small: PeftModel, x: Tens
         expected = [step(x, level) for level in levels]
         fast = torch.compile(step, backend="eager")
         for level, reference in zip(levels, expected, strict=True):
-            assert relative_error(fast(x, level), reference) < 1e-6
+            assert relative_error(fast(x, level), reference) < rounding_of(small)
     with pytest.raises(ValueError, match="λ is not known"):
         small(x)
 
@@ -144,7 +145,7 @@ def test_adapters_may_be_switched(small: PeftModel, x: Tensor) -> None:
         for names in (["default"], ["other"], ["default", "other"]):
             small.base_model.set_adapter(names)
             expected = output(small, small, lambda model: model(x), LEVELS[0])
-            assert relative_error(output(fast, small, lambda model: model(x), LEVELS[0]), expected) < 1e-6
+            assert relative_error(output(fast, small, lambda model: model(x), LEVELS[0]), expected) < rounding_of(small)
         with small.disable_adapter(), torch.no_grad():
             assert torch.equal(fast(x), small(x))
 

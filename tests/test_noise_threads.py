@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nara_diffusion import noise_level
 from tests.adapted import TwoLayers, adapted, relative_error
+from tests.patience import LAST_RESORT, all_at_once
 from tests.two_layers import TARGETS, expect, run
 
 
@@ -37,7 +38,7 @@ def test_a_thread_started_inside_a_context_has_no_level(model: PeftModel, x: Ten
 
 
 def test_threads_have_their_own_levels(model: PeftModel, x: Tensor) -> None:
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=LAST_RESORT)
 
     def work(level: float) -> Tensor:
         barrier.wait()
@@ -47,8 +48,7 @@ def test_threads_have_their_own_levels(model: PeftModel, x: Tensor) -> None:
             barrier.wait()
         return output
 
-    with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(work, (0.2, 0.8)))
+    outputs = all_at_once(work, (0.2, 0.8), barrier)
     for level, output in zip((0.2, 0.8), outputs, strict=True):
         assert relative_error(output, expect(model, x, level)) < 2e-6
 
@@ -66,12 +66,12 @@ def test_interleaved_tasks_have_their_own_levels(model: PeftModel, x: Tensor) ->
             with pytest.raises(ValueError, match="λ is not known"):
                 run(model, x)
 
-    async def all_at_once() -> dict[float, list[Tensor]]:
+    async def interleaved() -> dict[float, list[Tensor]]:
         outputs: dict[float, list[Tensor]] = {level: [] for level in levels}
         await asyncio.gather(*(work(level, outputs[level]) for level in levels))
         return outputs
 
-    for level, outputs in asyncio.run(all_at_once()).items():
+    for level, outputs in asyncio.run(interleaved()).items():
         assert len(outputs) == 6
         for output in outputs:
             assert relative_error(output, expect(model, x, level)) < 2e-6

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level
 from tests.adapted import TwoLayers, adapted, disturb, nara_config
+from tests.patience import LAST_RESORT, all_at_once
 from tests.recomputation import (
     EXACT,
     LEVELS,
@@ -196,7 +197,7 @@ def test_threads_train_at_their_own_levels(tiny_llama: LlamaForCausalLM, reentra
     expected = {name: rounds * g for name, g in gradients(model, llama_forwards(model)).items()}
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    barrier = Barrier(2, timeout=30)
+    barrier = Barrier(2, timeout=LAST_RESORT)
 
     def work(forward: Callable[[], Tensor]) -> None:
         for _ in range(rounds):
@@ -206,8 +207,7 @@ def test_threads_train_at_their_own_levels(tiny_llama: LlamaForCausalLM, reentra
             loss.backward()
 
     model.zero_grad()
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(work, llama_forwards(model)))
+    all_at_once(work, llama_forwards(model), barrier)
     check({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
 
 
