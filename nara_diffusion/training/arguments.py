@@ -160,7 +160,7 @@ class RunArguments:
         2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", resumable=True
     )
     resume_from_checkpoint: str | None = option(
-        None, "Continue from this checkpoint-N folder, or from the latest one of --output_dir.", resumable=True
+        None, "Continue from this checkpoint-N folder; latest: the one of --output_dir written last.", resumable=True
     )
     report_to: list[str] | None = option(
         None, "Trackers beside metrics.jsonl: tensorboard, wandb, or others of accelerate.", resumable=True

@@ -77,11 +77,17 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for path, match in matches.items() if match and path.is_dir()}
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint in a run's folder that was written last, whatever its step: a run that went back writes
+    steps anew that are below those of before."""
+    return next(reversed(_in_order_of_writing(folder)), None)
+
+
 def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> Path:
-    """The folder that `--resume_from_checkpoint` means; `latest` looks in `output_dir`.
+    """The folder that `--resume_from_checkpoint` means; `latest` is the newest one in `output_dir`.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: there is no such checkpoint; or, for `latest`, one doesn't say when it was written.
     """
     if resume_from_checkpoint != "latest":
         folder = Path(resume_from_checkpoint)
@@ -91,21 +97,23 @@ def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> 
                 "folder, or `latest` with the --output_dir of the run."
             )
         return folder
-    found = find_checkpoints(output_dir) if output_dir is not None else {}
-    if not found:
+    newest = newest_checkpoint(output_dir) if output_dir is not None else None
+    if newest is None:
         where = output_dir if output_dir is not None else "outputs/"
         raise ValueError(f"--resume_from_checkpoint latest: {where} holds no checkpoint-N folder to continue from.")
-    return found[max(found)]
+    for checkpoint in find_checkpoints(newest.parent).values():
+        _read_manifest(checkpoint)
+    return newest
 
 
 def last_checkpoint(folder: Path) -> str:
     """What of a run's folder can be continued from, for people."""
-    found = find_checkpoints(folder)
-    if not found:
+    newest = newest_checkpoint(folder)
+    if newest is None:
         return "There is no checkpoint to continue from."
     return (
-        f"The last whole checkpoint is {found[max(found)]}: to continue, run the same command with "
-        f"--resume_from_checkpoint {found[max(found)]}"
+        f"The last whole checkpoint is {newest}: to continue, run the same command with "
+        f"--resume_from_checkpoint {newest}"
     )
 
 
@@ -232,11 +240,17 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _delete_oldest(folder: Path, limit: int, newest: Path) -> None:
-    """Keeps `newest`, whatever its step: a run that went back writes steps anew that are below those of before."""
-    others = [(_written(path), step, path) for step, path in find_checkpoints(folder).items() if path != newest]
-    for _, _, path in sorted(others)[: max(0, len(others) + 1 - limit)]:
+    """Keeps `newest`, and of the others those that were written last."""
+    others = [path for path in _in_order_of_writing(folder) if path != newest]
+    for path in others[: max(0, len(others) + 1 - limit)]:
         logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
         delete_folder(path)
+
+
+def _in_order_of_writing(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's folder, the oldest first; by their steps where they don't say."""
+    found = find_checkpoints(folder)
+    return [found[step] for step in sorted(found, key=lambda step: (_written(found[step]), step))]
 
 
 def _written(checkpoint: Path) -> float:

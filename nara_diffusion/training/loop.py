@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.adalora import adalora_models, allocate_ranks, orthogonality
-from nara_diffusion.training.checkpoints import find_checkpoints, save_checkpoint
+from nara_diffusion.training.checkpoints import newest_checkpoint, save_checkpoint
 from nara_diffusion.training.interrupt import InterruptRequest
 from nara_diffusion.training.metrics import LossWindow
 from nara_diffusion.training.optimization import hold_core
@@ -136,8 +136,8 @@ def _report(run: Run, bar: tqdm, window: LossWindow, optimizer: Any) -> None:
 
 
 def _diverged(run: Run, what: str) -> TrainingDiverged:
-    found = find_checkpoints(run.folder)
-    last = f"The last good checkpoint is {found[max(found)]}" if found else "There is no checkpoint yet"
+    newest = newest_checkpoint(run.folder)
+    last = "There is no checkpoint yet" if newest is None else f"The last good checkpoint is {newest}"
     return TrainingDiverged(
         f"{what} in step {run.step + 1}; training stops and nothing is overwritten. {last}. Start again with a lower "
         "--learning_rate or --core_learning_rate, a longer --lr_warmup_steps, or bf16 in place of fp16."

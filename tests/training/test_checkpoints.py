@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from nara_diffusion.training.checkpoints import (
     _delete_oldest,
     find_checkpoints,
+    last_checkpoint,
     resolve_checkpoint,
     save_checkpoint,
     verify_checkpoint,
@@ -94,7 +95,7 @@ def test_another_number_of_processes_is_refused(checkpoint: Path, small_args) ->
         verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=2)
 
 
-def test_latest_is_the_highest_number_and_skips_unfinished_folders(checkpoint: Path) -> None:
+def test_latest_of_one_time_of_writing_is_the_highest_number_and_skips_unfinished_folders(checkpoint: Path) -> None:
     folder = checkpoint.parent
     shutil.copytree(checkpoint, folder / "checkpoint-10")
     shutil.copytree(checkpoint, folder / ".partial-checkpoint-30")
@@ -102,6 +103,26 @@ def test_latest_is_the_highest_number_and_skips_unfinished_folders(checkpoint: P
     (folder / "checkpoint-99").write_text("a file")
     assert sorted(find_checkpoints(folder)) == [2, 10]
     assert resolve_checkpoint("latest", folder) == folder / "checkpoint-10"
+
+
+def test_latest_after_a_run_that_went_back_is_the_checkpoint_written_last(small_args, small_run) -> None:
+    """Of 2, 4 and 6 the run goes back to 2 and writes 4 again, so that 6 is of the time before."""
+    folder = small_run(small_args()).run.folder
+    run = start_run(small_args(resume_from_checkpoint=str(folder / "checkpoint-2")), "small")
+    run.open()
+    assert resolve_checkpoint("latest", folder) == folder / "checkpoint-6"
+    save_checkpoint(run.accelerator, run.args, folder, 4)
+    assert resolve_checkpoint("latest", folder) == folder / "checkpoint-4"
+    assert f"--resume_from_checkpoint {folder / 'checkpoint-4'}" in last_checkpoint(folder)
+
+
+def test_latest_beside_a_checkpoint_that_says_no_time_raises(small_args, small_run) -> None:
+    """It may be the newest."""
+    folder = small_run(small_args()).run.folder
+    (folder / "checkpoint-4" / "checkpoint.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checkpoint-4/checkpoint.json is missing or corrupt"):
+        resolve_checkpoint("latest", folder)
+    assert f"--resume_from_checkpoint {folder / 'checkpoint-6'}" in last_checkpoint(folder)
 
 
 def test_nothing_to_resume_from_is_said(tmp_path, small_args) -> None:
