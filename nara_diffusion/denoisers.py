@@ -148,9 +148,12 @@ class Denoiser:
     def source(self, convention: str | None = None) -> TimestepNoise:
         """What reads λ from its timestep, for adapters whose λ is defined as `convention` (None: as the class does).
 
-        Models of discrete schedules are trained in EDM's terms too: an adapter that says so is read so.
+        Models of discrete schedules are trained in EDM's terms too, or converted to a rectified flow: an adapter that
+        says so is read so.
         """
-        meaning = "edm" if (self.meaning, convention) == ("discrete", "edm") else self.meaning
+        meaning = self.meaning
+        if meaning == "discrete":
+            meaning = {"edm": "edm", "flow": "sigma_1000"}.get(convention or "", meaning)
         return UndeclaredTimestep(meaning, argument=self.argument, scale=self.scale)
 
 

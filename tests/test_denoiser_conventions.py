@@ -67,6 +67,19 @@ def test_an_adapter_that_was_trained_in_edm_terms_reads_them(tmp_path):
         adapted_denoiser(UNET, nara_config(target_modules=TARGETS, noise_convention="masked_share"))
 
 
+def test_an_adapter_that_was_converted_to_a_flow_reads_its_timestep(tmp_path):
+    model = saved_adapter(tmp_path, nara_config(target_modules=TARGETS, noise_convention="flow"))
+    inputs = inputs_of(UNET)
+    loaded = PeftModel.from_pretrained(denoiser(UNET), tmp_path)
+    assert told(loaded.base_model.model, lambda: run(loaded, inputs, 250.0)) == [0.25]
+    assert torch.equal(run(loaded, inputs, 1000.0), run(model, inputs, 1000.0))
+    with pytest.raises(ValueError, match="as 'sigma_1000' is no λ"):
+        run(loaded, inputs, 1200.0)
+    discrete = get_peft_model(denoiser(UNET), nara_config(target_modules=TARGETS))
+    with pytest.raises(ValueError, match="trained with λ defined as 'flow', but the source of λ tells 'timestep'"):
+        discrete.load_adapter(str(tmp_path), "other")
+
+
 def test_one_config_serves_models_of_different_conventions():
     config = nara_config(target_modules=TARGETS)
     unet, flux = adapted_denoiser(UNET, config), adapted_denoiser("FluxTransformer2DModel", config)

@@ -6,6 +6,11 @@ Discrete schedules (`DiscreteObjective`), ᾱ_t from the scheduler, λ = t / N:
     min-SNR-γ (arXiv 2303.09556), SNR = ᾱ / (1 − ᾱ): the squared error in x counts min(SNR, γ), which is
     min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v and min(SNR, γ) for x
 
+A rectified flow (`FlowObjective`, arXiv 2209.03003), λ = σ = 1/N, 2/N, …, 1, the denoiser's timestep 1000 σ:
+
+    x_σ = (1 − σ) x + σ ε;   target  ε − x ("flow_prediction");   x̂ = x_σ − σ · prediction
+    SNR = (1 − σ)² / σ², so that min-SNR-γ is  σ² min(SNR, γ) = min((1 − σ)², γ σ²)
+
 EDM's terms (`PreconditionedObjective`, arXiv 2206.00364, section 5), x_σ = x + σ ε, the network F reads c_in x_σ:
 
     D = c_skip x_σ + c_out F;   loss = w (D − x)²;   target of F = (x − c_skip x_σ) / c_out
@@ -96,6 +101,38 @@ class DiscreteObjective:
         return (clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped).float()
 
 
+class FlowObjective:
+    """See the module's docstring.
+
+    Args:
+        snr_gamma: γ of min-SNR weights; None weights all σ alike.
+        levels: N, how many σ there are; those of Diffusers' flow schedulers by default.
+    """
+
+    convention = "flow"
+    prediction_type = "flow_prediction"
+
+    def __init__(self, snr_gamma: float | None = None, levels: int = 1000) -> None:
+        self.snr_gamma = snr_gamma
+        self.levels = levels
+        self.sigmas = torch.arange(1, levels + 1, dtype=torch.float64) / levels  # (N,)
+
+    def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
+        """`indices` (b,) into the σ, least noise first."""
+        sigma = self.sigmas.to(latents.device)[indices]  # (b,)
+        return Corrupted(
+            model_input=_column(1 - sigma) * latents + _column(sigma) * noise,
+            timestep=(1000 * sigma).float(),
+            target=noise - latents,
+            weight=self._weight(sigma),
+        )
+
+    def _weight(self, sigma: Tensor) -> Tensor:
+        if self.snr_gamma is None:
+            return torch.ones_like(sigma, dtype=torch.float32)
+        return torch.minimum((1 - sigma) ** 2, self.snr_gamma * sigma**2).float()
+
+
 class PreconditionedObjective:
     """See the module's docstring.
 
@@ -158,8 +195,12 @@ def build_objective(scheduler: Any, *, edm_style: bool = False, snr_gamma: float
         snr_gamma: γ of min-SNR weights, or None.
 
     Raises:
-        ValueError: an unknown prediction type, a schedule without ᾱ, or min-SNR in EDM's terms.
+        ValueError: an unknown prediction type, a schedule without ᾱ, min-SNR in EDM's terms, or EDM's terms of a flow.
     """
+    if scheduler.config.get("prediction_type") == FlowObjective.prediction_type:
+        if edm_style:
+            raise ValueError("a rectified flow has no EDM terms: leave do_edm_style_training out.")
+        return FlowObjective(snr_gamma, scheduler.config.num_train_timesteps)
     if not (edm_style or is_edm(scheduler) or _is_continuous(scheduler)):
         return DiscreteObjective(scheduler, snr_gamma)
     if snr_gamma is not None:

@@ -16,7 +16,7 @@ from nara_diffusion.dreambooth.objectives import Corrupted, Objective, squared_e
 from nara_diffusion.dreambooth.prompts import PromptCache
 from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
 
-_MEANINGS = {"timestep": "discrete", "edm": "edm"}
+_MEANINGS = {"timestep": "discrete", "flow": "sigma_1000", "edm": "edm"}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import (
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
@@ -15,13 +16,16 @@ from nara_diffusion import TimestepNoise
 from nara_diffusion.dreambooth.objectives import (
     Corrupted,
     DiscreteObjective,
+    FlowObjective,
     PreconditionedObjective,
     build_objective,
     squared_errors,
     with_prior,
 )
+from nara_diffusion.dreambooth.step import noise_levels
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
 INDICES = torch.tensor([0, 3, 250, 640, 999])
 
 
@@ -167,6 +171,38 @@ def test_a_continuous_schedule_gives_the_denoiser_log_sigma(tensors) -> None:
     assert objective.convention == "edm"
 
 
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_flow_objective_is_the_rectified_flows(tensors, snr_gamma: float | None) -> None:
+    latents, noise, prediction = tensors
+    objective = build_objective(FLOW, snr_gamma=snr_gamma)
+    assert isinstance(objective, FlowObjective)
+    batch = objective.corrupt(latents, noise, INDICES)
+    loss = squared_errors(prediction, batch)
+    for i, index in enumerate(INDICES.tolist()):
+        sigma, x, eps = (index + 1) / 1000, latents[i].double(), noise[i].double()
+        noisy = (1 - sigma) * x + sigma * eps
+        torch.testing.assert_close(batch.model_input[i], noisy.float())
+        torch.testing.assert_close(batch.target[i], (eps - x).float())
+        # min-SNR counts the squared error of x̂ = x_σ − σ F
+        error = (noisy - sigma * prediction[i].double() - x).square().mean()
+        counted = 1 / sigma**2 if snr_gamma is None else min(((1 - sigma) / sigma) ** 2, snr_gamma)
+        assert loss[i].item() == pytest.approx(counted * error.item(), rel=1e-4, abs=1e-9)
+        assert batch.timestep[i].item() == pytest.approx(1000 * sigma)
+    torch.testing.assert_close(noise_levels(objective, batch.timestep), (INDICES + 1) / 1000)
+    assert (objective.convention, objective.levels) == ("flow", 1000)
+
+
+def test_flow_sigmas_are_those_of_the_flow_scheduler(tensors) -> None:
+    latents, noise, _ = tensors
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    objective = FlowObjective()
+    torch.testing.assert_close(objective.sigmas.flip(0).float(), scheduler.sigmas)
+    batch = objective.corrupt(latents, noise, INDICES)
+    timesteps = scheduler.timesteps.flip(0)[INDICES]
+    torch.testing.assert_close(batch.timestep, timesteps)
+    torch.testing.assert_close(batch.model_input, scheduler.scale_noise(latents, timesteps, noise))
+
+
 def test_weights_multiply_per_sample_means(tensors) -> None:
     _, noise, prediction = tensors
     batch = Corrupted(noise, INDICES, noise.bfloat16(), torch.arange(5.0))
@@ -183,6 +219,7 @@ def test_weights_multiply_per_sample_means(tensors) -> None:
     [
         (DDPMScheduler(prediction_type="sample"), {"edm_style": True}, "prediction_type is 'sample'"),
         (DDPMScheduler(prediction_type="flow"), {}, "prediction_type is 'flow', expected one of epsilon"),
+        (FLOW, {"edm_style": True}, "a rectified flow has no EDM terms: leave do_edm_style_training out"),
         (FlowMatchEulerDiscreteScheduler(), {}, "FlowMatchEulerDiscreteScheduler has no noise schedule"),
         (DDPMScheduler(), {"edm_style": True, "snr_gamma": 5.0}, "train without do_edm_style_training"),
         (EDMEulerScheduler(), {"snr_gamma": 5.0}, "leave snr_gamma out, or use another model"),
