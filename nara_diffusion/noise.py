@@ -130,11 +130,11 @@ def noise_level(model: nn.Module, value: Level, *, mask_density: Level | None = 
     Raises:
         ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
     """
-    holders = core_holders(model)
+    adapted = _adapted_parts(model)
     signals = as_signals(value, mask_density)
-    for root, holder in holders_by_root(model):
+    for root, holder in adapted:
         holder.prepare_parts(root)
-    return entered(frozenset(holder.channel for holder in holders), signals)
+    return entered(frozenset(holder.channel for _, holder in adapted), signals)
 
 
 def active_signals(channel: CoreChannel) -> NoiseSignals | None:
@@ -162,8 +162,29 @@ def active_adapter_names(channel: CoreChannel) -> list[str] | None:
     return None if entry is None else entry.value.adapter_names
 
 
-def holders_by_root(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """The core holders below `model`, each with the root that it belongs to; told by their `is_core_holder` attribute.
+def find_holders(model: nn.Module) -> list[Any]:
+    """The core holders below `model`."""
+    return [holder for _, holder in _holders_by_root(model)]
+
+
+def core_holders(model: nn.Module) -> list[Any]:
+    """`find_holders`, where finding none is the caller's mistake."""
+    return [holder for _, holder in _adapted_parts(model)]
+
+
+def _adapted_parts(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
+    found = _holders_by_root(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
+        )
+    return found
+
+
+def _holders_by_root(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """(root, its holder of cores) of all that is adapted below `model`. A holder is told by its `is_core_holder`.
 
     Samplers ask at every step, so what cannot hold one, the inside of LoRA layers and of holders, is passed by: three
     quarters of the modules of an adapted LLaDA-8B.
@@ -180,23 +201,6 @@ def holders_by_root(model: nn.Module) -> list[tuple[nn.Module, Any]]:
             elif child is not None:
                 left.append(child)
     return found
-
-
-def find_holders(model: nn.Module) -> list[Any]:
-    """The core holders below `model`."""
-    return [holder for _, holder in holders_by_root(model)]
-
-
-def core_holders(model: nn.Module) -> list[Any]:
-    """`find_holders`, where finding none is the caller's mistake."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
-    holders = find_holders(model)
-    if not holders:
-        raise ValueError(
-            f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
-        )
-    return holders
 
 
 def is_noise_aware(model: nn.Module) -> bool:
