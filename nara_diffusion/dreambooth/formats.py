@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.denoiser import ADAPTER, AdaptedDenoiser
-from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter
+from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter, load_whole_model
 from nara_diffusion.loaders.source import read_adapter
 from nara_diffusion.training.formats import (
     TRAINABLE,
@@ -121,7 +121,7 @@ def _components_loaded(pipe: Any, folder: Path) -> Iterator[None]:
             if (folder / name / "adapter_config.json").is_file():
                 adapted.append(load_peft_adapter(component, folder / name))
             elif (folder / name).is_dir():
-                whole = type(component).from_pretrained(str(folder / name), dtype=component.dtype)
+                whole = load_whole_model(type(component), folder / name, dtype=component.dtype)
                 setattr(pipe, name, whole.to(component.device))
         yield
     finally:

@@ -1,7 +1,7 @@
-"""After a load, the model holds what the file holds: every tensor of every adapted layer, and no layer besides.
+"""After a load, the model holds what the file holds: every tensor, and no layer besides.
 
 PEFT, Diffusers and Transformers pass by tensors whose names they don't expect, with a warning at most, and leave the
-layers that those belong to at their random start. Whatever this package loads is therefore compared with its file.
+layers that those belong to at their random start. What this package has trained is therefore compared with its file.
 """
 
 from __future__ import annotations
@@ -30,6 +30,22 @@ def load_peft_adapter(model: nn.Module, source: str | Path, **options: Any) -> P
     adapted: Any = PeftModel.from_pretrained(model, str(source), **options)  # type: ignore[arg-type]
     check_loaded(adapted, "default", load_peft_weights(str(source), device="cpu", **options), str(source))
     return adapted
+
+
+def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of Diffusers or Transformers, of all weights of such a model and no others.
+
+    Raises:
+        ValueError: a tensor is missing or left over; naming it.
+    """
+    model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
+    missing, surplus = (sorted(loading[keys]) for keys in ("missing_keys", "unexpected_keys"))
+    lacks = f"lacks {_tensors(missing)} of {kind.__name__}: {_some(missing)}"
+    holds = f"holds {_tensors(surplus)} that {kind.__name__} doesn't know: {_some(surplus)}"
+    if missing or surplus:
+        what = " and ".join(text for text, keys in ((lacks, missing), (holds, surplus)) if keys)
+        raise ValueError(f"{folder} {what}. Was it written by another version, or of another model? Save it again.")
+    return model
 
 
 def check_loaded(
@@ -96,6 +112,10 @@ def _layers(keys: Iterable[str], prefix: str) -> list[str]:
         own = [i for i, part in enumerate(parts) if part.startswith((prefix, prefix.rstrip("_")))]
         names.append(".".join(parts[: own[0]]) if own and own[0] else key)
     return list(dict.fromkeys(names))
+
+
+def _tensors(keys: list[str]) -> str:
+    return f"{len(keys)} tensor{'s' * (len(keys) != 1)}"
 
 
 def _some(names: list[str]) -> str:

@@ -19,7 +19,7 @@ from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nara_diffusion.loaders.completeness import check_loaded
+from nara_diffusion.loaders.completeness import check_loaded, load_whole_model
 from nara_diffusion.training.adalora import adalora_models, allocator_state, load_allocator_state
 from nara_diffusion.training.pissa import as_lora, changes_base
 
@@ -92,8 +92,12 @@ def read_trainable(model: nn.Module, folder: Path) -> None:
 
 
 def read_all_weights(model: Any, folder: Path) -> None:
-    """Copies the weights of the model in `folder`, of `model`'s class, into `model`."""
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    """Copies the weights of the model in `folder`, of `model`'s class, into `model`.
+
+    Raises:
+        ValueError: as `load_whole_model`.
+    """
+    saved = load_whole_model(type(model), folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
 from nara_diffusion.dreambooth.formats import LORA_WEIGHTS, adapter_loaded, write_adapter
+from nara_diffusion.training.formats import read_all_weights
 from tests.small_pipelines import TEXT_WIDTHS, small_sdxl
 
 from .stock_loading import COMPONENTS, lora_layers, outputs
@@ -163,3 +164,52 @@ def test_sampling_pipeline_refuses_magnitudes_that_transformers_passes_by(stock,
         adapter_loaded(small_sdxl(), folder),
     ):
         pytest.fail("magnitudes at their start")
+
+
+def folder_of_all_weights(folder: Path, component: str, change: Any) -> tuple[Any, Path]:
+    """A pipeline, and what was trained of `component`, its weights file after `change` of its tensors, at `folder`."""
+    pipe = small_sdxl()
+    for name in ("unet", component):
+        getattr(pipe, name).save_pretrained(folder / name)
+    (file,) = (folder / component).glob("*model.safetensors")
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return pipe, folder
+
+
+def without_some(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors.items() if "k_proj" not in key and "to_k" not in key}
+
+
+def with_a_surplus(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**tensors, "surplus.weight": torch.ones(2)}
+
+
+WHOLE = pytest.mark.parametrize(
+    ("component", "change", "match"),
+    [
+        ("unet", without_some, r"unet lacks 16 tensors of UNet2DConditionModel: '.*to_k.weight' and 13 more"),
+        ("unet", with_a_surplus, r"unet holds 1 tensor that UNet2DConditionModel doesn't know: 'surplus.weight'"),
+        ("text_encoder", without_some, r"text_encoder lacks 4 tensors of CLIPTextModel: '.*k_proj.* and 1 more"),
+        ("text_encoder_2", with_a_surplus, r"text_encoder_2 holds 1 tensor that CLIPTextModelWithProjection doesn't"),
+    ],
+)
+
+
+@WHOLE
+def test_sampling_pipeline_refuses_all_weights_that_are_not_all(tmp_path: Path, component, change, match) -> None:
+    pipe, folder = folder_of_all_weights(tmp_path, component, change)
+    before = getattr(pipe, component)
+    with pytest.raises(ValueError, match=match), adapter_loaded(pipe, folder):
+        pytest.fail("weights at random")
+    assert getattr(pipe, component) is before
+
+
+@WHOLE
+def test_checkpoint_of_all_weights_that_are_not_all_is_refused(tmp_path: Path, component, change, match) -> None:
+    pipe, folder = folder_of_all_weights(tmp_path, component, change)
+    model = getattr(pipe, component)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        read_all_weights(model, folder / component)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
