@@ -22,7 +22,7 @@ from nara_diffusion.dreambooth.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.images import ImageSource
 from nara_diffusion.dreambooth.latents import LatentCache
-from nara_diffusion.dreambooth.objectives import Corrupted, build_objective, squared_errors
+from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.prompts import PromptCache
 from nara_diffusion.dreambooth.records import ImageRecord, check_sources
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
@@ -65,19 +65,48 @@ def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
     return squared_errors(prediction, batch).tolist()
 
 
+@dataclass(frozen=True)
+class CleanBin:
+    """The pictures of a bin before their noise is added, the same for all methods, seeds and objectives.
+
+    Attributes:
+        clean, noise: (b, c, h, w).
+        indices: (b,), noise levels of [0, N), spread over the bin.
+        time_ids, embeddings, kinds: as `HeldOut` has them.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    indices: Tensor
+    time_ids: Tensor
+    embeddings: tuple[Tensor, Tensor]
+    kinds: list[str]
+
+    def corrupted(self, objective: Objective) -> HeldOut:
+        """As `objective` shows them to a denoiser."""
+        batch = objective.corrupt(self.clean, self.noise, self.indices)
+        return HeldOut(batch, self.time_ids, self.embeddings, self.kinds)
+
+
 def held_out_bin(pipe: Any, latents: LatentCache, prompts: PromptCache, subject: str, index: int) -> HeldOut:
-    """The pictures of a bin, the same for all methods and seeds; their timesteps are spread over it."""
+    """The pictures of a bin under the objective that the scheduler of `pipe` has."""
+    objective = build_objective(pipe.scheduler)
+    return clean_bin(latents, prompts, subject, index, objective.levels).corrupted(objective)
+
+
+def clean_bin(latents: LatentCache, prompts: PromptCache, subject: str, index: int, levels: int) -> CleanBin:
+    """The pictures of a bin of [0, `levels`)."""
     first = sum(EACH_PLACE[:index])
     numbers, count = range(first, first + EACH_PLACE[index]), len(drawn.PLACES)
     places = drawn.in_places(drawn.SUBJECTS[subject], numbers)
     poses = drawn.in_poses(drawn.SUBJECTS[subject], range(count * numbers.start, count * numbers.stop))
-    draws = DreamBoothDataset(_records([*poses, *places]), [SIZE], batch_size=1, seed=0).plain_draws()
+    draws = DreamBoothDataset(records_of([*poses, *places]), [SIZE], batch_size=1, seed=0).plain_draws()
     clean = latents.mode(draws)  # (b, c, h, w)
     noise = seeded_normal(clean.shape[1:], seed=0, stream=f"held-out noise {index}", indices=range(len(draws)))
-    objective = build_objective(pipe.scheduler)
-    timesteps = torch.tensor(bin_timesteps(index, len(draws), objective.levels))
-    return HeldOut(
-        objective.corrupt(clean, noise, timesteps),
+    return CleanBin(
+        clean,
+        noise,
+        torch.tensor(bin_timesteps(index, len(draws), levels)),
         torch.tensor([draw.crop.time_ids for draw in draws], dtype=torch.float32),
         prompts.get([draw.prompt for draw in draws]),
         ["pose"] * len(poses) + ["place"] * len(places),
@@ -100,9 +129,9 @@ def bin_timesteps(index: int, count: int, levels: int) -> list[int]:
     return [int((index + (place + 0.5) / count) * levels / BINS) for place in order]
 
 
-def _records(pictures: Sequence[tuple[str, Image]]) -> list[ImageRecord]:
+def records_of(pictures: Sequence[tuple[str, Image]]) -> list[ImageRecord]:
     """Of (caption, picture)."""
-    sources = [_source(f"held-out picture {number}", image) for number, (_, image) in enumerate(pictures)]
+    sources = [_source(f"drawn picture {number}", image) for number, (_, image) in enumerate(pictures)]
     return check_sources(sources, [caption for caption, _ in pictures], progress=False)
 
 

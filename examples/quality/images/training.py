@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from peft import AdaLoraModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -72,13 +73,27 @@ def steps(
 ) -> Iterator[Step]:
     """The training itself, a step each time that one is asked for; see `train`."""
     denoiser = ControlledDenoiser(adapted.unet, control).train()
-    compute_loss = _loss_of(task, denoiser, args)
+    yield from optimize(denoiser, _loss_of(task, denoiser, args), adapted.adalora, args, progress)
+
+
+def optimize(
+    denoiser: nn.Module,
+    compute_loss: Callable[[int], Tensor],
+    adalora: list[AdaLoraModel],
+    args: Any,
+    progress: bool = False,
+) -> Iterator[Step]:
+    """`args.max_train_steps` steps down `compute_loss(number of the step)`, over what in `denoiser` is trainable.
+
+    Raises:
+        ArithmeticError: the loss is no longer finite.
+    """
     optimizer = build_optimizer(denoiser, args, fused=True)
     schedule = build_scheduler(optimizer, args, args.max_train_steps)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     for number in tqdm(range(args.max_train_steps), desc="train", unit="step", leave=False, disable=not progress):
         started = time.perf_counter()
-        loss = compute_loss(number) + orthogonality(adapted.adalora)
+        loss = compute_loss(number) + orthogonality(adalora)
         value = loss.item()
         if not loss.isfinite():
             raise ArithmeticError(f"the loss became {value} in step {number + 1}: lower the learning rate.")
@@ -89,7 +104,7 @@ def steps(
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         schedule.step()
-        allocate_ranks(adapted.adalora, number + 1)
+        allocate_ranks(adalora, number + 1)
         optimizer.zero_grad()
         yield Step(value, time.perf_counter() - started)
 

@@ -1,0 +1,85 @@
+"""The arms of a comparison: what each name trains, at which rank, and which λ it is told.
+
+lora_params      LoRA of the smallest rank that has at least as many parameters as NaRA
+nara_constant    NaRA, trained and evaluated with λ = 0.5
+nara_shuffled    NaRA, trained with the λ of other samples, evaluated with the true one
+lora_gated       LoRA, trained inside the window alone and switched off outside (regime "windowed")
+nara_gated       the same with NaRA
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from quality.images.methods import AdaptedUNet, adapted
+from quality.images.settings import arguments
+from quality.regimes.data import SUBJECT, base_pipeline
+
+MEAN_CORE = "mean_core"
+"""The ablation that needs no training: the trained adapter with its mean C(λ)."""
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_CONVOLUTIONS = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+_LINEAR = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+_TIME = ("time_emb_proj", "time_embedding.linear_1", "time_embedding.linear_2")
+TARGETS = {"attention": _ATTENTION, "all": (*_ATTENTION, *_LINEAR, *_CONVOLUTIONS, *_TIME)}
+"""{name: modules of the UNet}; "all" has the time embedding, where a static adapter reads λ by itself."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Attributes:
+    method: of the train scripts' --adapter.
+    control: the λ that it is told in training: None, "constant" or "shuffled".
+    equal_parameters: whether its rank is that at which it has as many parameters as NaRA.
+    gated: whether it exists inside the window alone.
+    """
+
+    method: str
+    control: str | None = None
+    equal_parameters: bool = False
+    gated: bool = False
+
+    @property
+    def has_core(self) -> bool:
+        """Whether its C depends on λ in evaluation too, so that its mean is an ablation."""
+        return self.method in ("nara", "nara_dora", "nara_knots") and self.control is None
+
+
+ARMS: dict[str, Arm] = {
+    **{name: Arm(name) for name in ("lora", "dora", "nara", "nara_dora", "nara_knots", "multi_lora", "tlora", "full")},
+    "lora_params": Arm("lora", equal_parameters=True),
+    "nara_constant": Arm("nara", control="constant"),
+    "nara_shuffled": Arm("nara", control="shuffled"),
+    "lora_gated": Arm("lora", gated=True),
+    "nara_gated": Arm("nara", gated=True),
+}
+
+
+def arm_arguments(name: str, *, targets: str, rank: int, steps: int, seed: int, **rates: float) -> Any:
+    """The arguments of train_scripts/dreambooth_sdxl.py of the arm `name`."""
+    arm = ARMS[name]
+    rank = equal_rank(targets, rank) if arm.equal_parameters else rank
+    return arguments(SUBJECT, arm.method, seed, _settings(arm, targets, rank) | {"max_train_steps": steps, **rates})
+
+
+def build(name: str, args: Any) -> AdaptedUNet:
+    """A copy of the base's UNet, as the arm `name` adapts it."""
+    return adapted(base_pipeline(), ARMS[name].method, args)
+
+
+@cache
+def equal_rank(targets: str, rank: int) -> int:
+    """The smallest rank at which LoRA has at least as many parameters as NaRA of `rank`."""
+    counts = {}
+    for name, each in (("nara", rank), ("lora", 1)):
+        unet = build(name, arguments(SUBJECT, name, 0, _settings(ARMS[name], targets, each))).unet
+        counts[name] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return math.ceil(counts["nara"] / counts["lora"])
+
+
+def _settings(arm: Arm, targets: str, rank: int) -> dict[str, Any]:
+    return {} if arm.method == "full" else {"rank": rank, "target_modules": list(TARGETS[targets])}

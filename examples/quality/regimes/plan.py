@@ -1,0 +1,84 @@
+"""What is run, fixed before the confirmation seeds are: docs/results/regimes_plan.md says it in words.
+
+Development seeds choose the rates; the confirmation seeds are run once, with those, and decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quality.regimes.objectives import CONVERSIONS
+from quality.regimes.runs import Cell
+from quality.suites import Settings
+from quality.trials import rates, with_core
+
+DEV_SEEDS = (100, 101, 102, 103, 104)
+CONFIRM_SEEDS = tuple(range(200, 210))
+DEV, CONFIRM = STAGES = ("dev", "confirm")
+BUDGET_HOURS = 16.0  # of one core, for all regimes together
+
+_PLAIN = rates(2e-3, 5e-3, 1e-2, 2e-2)
+_KNOTS = with_core((5e-3, 2.5e-3), (5e-3, 1e-2), (1e-2, 2.5e-3), (1e-2, 1e-2))
+_NARA = with_core((5e-3, 1e-3), (5e-3, 2.5e-3), (1e-2, 1e-3), (1e-2, 2.5e-3))
+TRIALS: dict[str, tuple[Settings, ...]] = {
+    **dict.fromkeys(("lora", "lora_params", "dora", "multi_lora", "tlora"), _PLAIN),
+    **dict.fromkeys(("nara", "nara_dora"), _NARA),
+    "nara_knots": _KNOTS,
+    "full": rates(5e-4, 1e-3, 2e-3, 4e-3),
+    "lora_gated": _PLAIN,
+    "nara_gated": _NARA,
+}
+"""Arm → the rates that development tries, equally many for each."""
+RATES_OF = {"nara_constant": "nara", "nara_shuffled": "nara"}
+"""Ablations run with the rates of what they are made of."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell of the plan.
+
+    Attributes:
+        cell: what is compared.
+        arms: in it.
+        dev_seeds: on which each arm tries its rates.
+    """
+
+    cell: Cell
+    arms: tuple[str, ...]
+    dev_seeds: tuple[int, ...] = DEV_SEEDS[:1]
+
+
+_ABLATIONS = ("nara_constant", "nara_shuffled")
+_LEADING = ("lora", "lora_params", "dora", "nara")
+_ALL = (*_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "full", *_ABLATIONS)
+_MOST = (*_LEADING, "nara_knots", "full", *_ABLATIONS)
+_FEW = ("lora", "lora_params", "nara")
+
+_TO_V, *_OTHERS = CONVERSIONS
+PLAN: tuple[Planned, ...] = (
+    Planned(Cell(_TO_V, "attention", 4, 200), _ALL, DEV_SEEDS[:2]),
+    *(Planned(Cell(name, "attention", 4, 200), _MOST) for name in _OTHERS),
+    Planned(Cell(_TO_V, "all", 4, 200), _MOST),
+    *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
+    *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
+    Planned(Cell(_TO_V, "attention", 4, 800), _FEW),
+    Planned(Cell("subject_low", "attention", 4, 200), (*_MOST, "lora_gated", "nara_gated")),
+    Planned(Cell("subject_low", "attention", 4, 100), ("lora_gated", "nara_gated")),
+    Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, "lora_gated", "nara_gated")),
+    Planned(Cell("subject_high", "attention", 4, 100), ("lora_gated", "nara_gated")),
+)
+"""In the order of running."""
+
+
+def chosen(regimes: Sequence[str]) -> list[Planned]:
+    """The cells of `regimes`.
+
+    Raises:
+        ValueError: the plan has no such regime.
+    """
+    known = tuple(dict.fromkeys(planned.cell.regime for planned in PLAN))
+    unknown = sorted(set(regimes) - set(known))
+    if unknown:
+        raise ValueError(f"--regimes has {', '.join(unknown)}, expected of {', '.join(known)}")
+    return [planned for planned in PLAN if planned.cell.regime in regimes]
