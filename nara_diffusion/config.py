@@ -166,6 +166,13 @@ class NaraConfig(LoraConfig):
             "refused. None is unknown."
         },
     )
+    scheduler: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Class (`_class_name`) and configuration of the Diffusers scheduler that an adapter was trained "
+            "for which predicts something else than its base. None: whatever samples the base."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_fields(vars(self))

@@ -199,4 +199,8 @@ _FIELDS: dict[str, _Rule] = {
         lambda value: value is None or (_is_text(value) and value != ""),
         "the name of λ's definition, or None if unknown",
     ),
+    "scheduler": (
+        lambda value: value is None or (_is_dict(value) and _is_text(value.get("_class_name"))),
+        "the configuration of a scheduler of Diffusers, with its _class_name, or None",
+    ),
 }

@@ -8,6 +8,7 @@ Diffusers walks over the layers of a model. The holder of the cores stands at th
     set_lora_device    moves what each layer has as A and B, which the root's has not
     fuse_lora          merges layer by layer, would leave half of them merged if λ turns out to be unknown, and doesn't
                        say that every step then runs at the C of one λ
+    …_lora, …_adapters  change which adapters are active, and with them the scheduler that the pipeline needs
     disable_lora, …    pass by a model that PEFT has wrapped, whose adapters would stay as they are
     unload_lora, …     put the layers' base back, and would leave the holder with its hooks and its source of λ
     _fetch_state_dict  takes a part of a file's tensors for the whole: a NaRA's file is refused before
@@ -36,6 +37,7 @@ from .injection import drop_idle_holder, without_holder
 from .loaders.adapters import adapters_of, unwrap
 from .loaders.format import METADATA_KEY, is_core_key
 from .loaders.hotswap import REQUEST, check_enlargeable, enlarge_cores
+from .loaders.schedulers import check_agree, follow_adapters, keep_if_fused
 from .loaders.wrapped import check_none_wrapped
 from .offload import check_kept_nowhere
 
@@ -56,7 +58,8 @@ def extend_diffusers_methods() -> None:
     around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
     around(PeftAdapterMixin, "unload_lora", _unload_lora)
     around(PeftAdapterMixin, "delete_adapters", _delete_adapters)
-    for name in ("set_adapters", "disable_lora", "enable_lora"):
+    around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters)
+    for name in ("disable_lora", "enable_lora"):
         around(LoraBaseMixin, name, _unless_wrapped)
     around(LoraBaseMixin, "fuse_lora", _fuse_pipeline)
     around(LoraBaseMixin, "set_lora_device", _set_lora_device)
@@ -121,6 +124,12 @@ def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, *ar
 def _unless_wrapped(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
     check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
     original(pipe, *args, **kwargs)
+    follow_adapters(pipe)
+
+
+def _set_pipeline_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, *args: Any, **kwargs: Any) -> None:
+    check_agree(pipe, adapter_names)
+    _unless_wrapped(original, pipe, adapter_names, *args, **kwargs)
 
 
 def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device: Any) -> None:
@@ -196,6 +205,7 @@ def _delete_adapters(original: Any, model: Any, adapter_names: list[str] | str) 
 def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
     """For text encoders, which Diffusers empties by functions of its own."""
     check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
+    keep_if_fused(pipe)
     original(pipe, *args, **kwargs)
     for component in pipe._lora_loadable_modules:
         model: Any = getattr(pipe, component, None)
@@ -204,6 +214,7 @@ def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
         drop_idle_holder(model)
         if not adapters_of(model):
             unwrap(model)
+    follow_adapters(pipe)
 
 
 def _fetch_state_dict(original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from .denoisers import Denoiser
 from .frames import check_signals, depend_on_noise, frame_of_forward, frame_of_part
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals
 from .offload import KEEPS_COPY, keeps_cores_on_disk, onload_cores
+from .prediction import Prediction, check_scheduler_at_work
 from .recompute import checkpoint_with_core, checkpoint_without_core
 from .settings import check_not_fused
 from .signals import check_convention, of_one_sample
@@ -56,6 +57,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         self.density_radius: dict[str, int] = {}
         self.convention: dict[str, str | None] = {}
         self.undecided: dict[str, NaraConfig] = {}
+        self.base_prediction: Prediction | None = None
         self.merged_adapters: list[str] = []
         self.merged_signals: NoiseSignals | None = None
         self.kept_on_disk = False
@@ -214,6 +216,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         elif self.merged:
             self._check_merged_level()
         names = self._serving()
+        check_scheduler_at_work(root.peft_config, names, self.base_prediction)  # type: ignore[arg-type]
         if not names:
             return {}
         if torch.is_grad_enabled():

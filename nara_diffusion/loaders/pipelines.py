@@ -20,10 +20,9 @@ from .checks import TEXT_ENCODER, check_part, check_storable
 from .format import WEIGHTS_NAME, AdapterPart, pack
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
 from .offloading import offloading_suspended
+from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
 from .source import read_adapter
 from .wrapped import check_not_wrapped, unwrapped
-
-DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 def load_nara_weights(
@@ -43,11 +42,14 @@ def load_nara_weights(
     use_safetensors: bool | None = None,
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
+    set_scheduler: bool = True,
 ) -> None:
     """Load a NaRA adapter into the denoiser, and its static part into the text encoders, if it has one.
 
     All is checked before anything is changed. Afterwards the pipeline's own `set_adapters`, `delete_adapters`,
-    `disable_lora`, `unload_lora_weights`, … treat it as they treat a LoRA; λ is read from each step's timestep.
+    `disable_lora`, `unload_lora_weights`, … treat it as they treat a LoRA; λ is read from each step's timestep. An
+    adapter that makes the model predict something else, such as a rectified flow's velocity, brings its scheduler: the
+    pipeline has it while the adapter is active, and its own again afterwards.
 
     Args:
         pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a repository on
@@ -61,6 +63,7 @@ def load_nara_weights(
         use_safetensors: may not be False, there is no other format.
         low_cpu_mem_usage: do not initialise what is replaced at once.
         metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.
+        set_scheduler: False leaves the scheduler to you; a warning says which one the adapter needs.
 
     Raises:
         ValueError: no denoiser; a file that is missing, damaged or of another kind (a LoRA); another base model, λ of
@@ -98,12 +101,15 @@ def load_nara_weights(
             check_swappable(model, component, name, part)
         else:
             check_part(model, component, part, name)
+    carrying = parts if set_scheduler else {}
+    check_schedulers(self, carrying)
     with offloading_suspended(self):
-        if not hotswap:
+        if hotswap:
+            for model, _, part in fits:
+                swap(model, name, part)
+        else:
             _put_in_all([(model, part) for model, _, part in fits], name, low_cpu_mem_usage)
-            return
-        for model, _, part in fits:
-            swap(model, name, part)
+    adopt_schedulers(self, carrying)
 
 
 def save_nara_weights(
@@ -154,16 +160,19 @@ def save_nara_weights(
 
 
 def unload_nara_weights(self: Any) -> None:
-    """Remove all NaRA adapters of the pipeline. LoRAs stay, and stay active; without any, it is the base again.
+    """Remove all NaRA adapters of the pipeline. LoRAs stay, and stay active; without any, it is the base again, with
+    the scheduler that it had before.
 
     What `fuse_lora` has put into the base weights stays there, as for a LoRA: call `unfuse_lora` first to undo that.
     """
     models = {name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)}
     for component, model in models.items():
         check_not_wrapped(model, component, "unload_nara_weights")
+    keep_if_fused(self)
     with offloading_suspended(self):
         for model in models.values():
             take_out(model, list(nara_adapters_of(model)))
+    follow_adapters(self)
 
 
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:

@@ -39,17 +39,23 @@ from nara_diffusion.training.methods import CORE_FIELDS, effective, method_of
 
 ALL_LINEAR = "all-linear"
 
-CORE_ARGUMENTS = tuple(sorted(CORE_FIELDS - {"noise_convention"}))
+CORE_ARGUMENTS = tuple(sorted(CORE_FIELDS - {"noise_convention", "scheduler"}))
 """Arguments that are fields of NaraConfig of the same name."""
 
 
 def adapter_config(
-    args: Any, *, noise_convention: str | None = None, total_steps: int | None = None, **fields: Any
+    args: Any,
+    *,
+    noise_convention: str | None = None,
+    scheduler: dict[str, Any] | None = None,
+    total_steps: int | None = None,
+    **fields: Any,
 ) -> PeftConfig | None:
     """What PEFT needs to make the adapter that `args` (an AdapterArguments) describe; None for full fine-tuning.
 
     Args:
         noise_convention: how λ is defined, for adapters that depend on it.
+        scheduler: of a model that is converted, for adapters that carry it; see `NaraConfig`.
         total_steps: optimizer steps of the training, which AdaLoRA's schedule needs.
         fields: further ones of the configuration, such as task_type.
 
@@ -64,7 +70,7 @@ def adapter_config(
     cls: Any
     values: dict[str, Any]
     if method.family == "nara":
-        cls, values = NaraConfig, _nara(args) | {"noise_convention": noise_convention}
+        cls, values = NaraConfig, _nara(args) | {"noise_convention": noise_convention, "scheduler": scheduler}
     elif args.adapter == "adalora":
         cls, values = AdaLoraConfig, _adalora(args, total_steps)
     elif method.family == "lora":

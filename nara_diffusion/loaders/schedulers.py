@@ -1,0 +1,150 @@
+"""The scheduler that an adapter carries: described, built, set on a pipeline, and taken back.
+
+A pipeline's scheduler follows its active adapters: whatever loads, activates, disables or removes them ends with
+`follow_adapters`. A scheduler that already takes the prediction for what it is stays, so that a user may choose
+another solver (UniPC in place of DPM-Solver).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import nn
+
+from nara_diffusion.holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
+
+from .adapters import adapters_of
+from .format import AdapterPart
+from .wrapped import unwrapped
+
+logger = logging.getLogger(__name__)
+
+_REPLACED = "_nara_replaced_scheduler"
+"""The attribute of a pipeline with the scheduler that it had before an adapter's was set."""
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+
+
+def scheduler_fields(scheduler: Any) -> dict[str, Any]:
+    """What `NaraConfig(scheduler=…)` holds: class and configuration of a scheduler of Diffusers."""
+    fields = json.loads(scheduler.to_json_string())
+    return {name: value for name, value in fields.items() if name not in ("_diffusers_version", "_use_default_values")}
+
+
+def build_scheduler(fields: Mapping[str, Any]) -> Any:
+    """The scheduler that `scheduler_fields` described.
+
+    Raises:
+        ValueError: a class that Diffusers doesn't have, or that refuses the configuration.
+    """
+    name = fields["_class_name"]
+    kind: Any = getattr(diffusers, name, None)
+    if not isinstance(kind, type) or SchedulerMixin not in kind.__mro__:
+        raise ValueError(
+            f"The adapter was trained for the scheduler {name}, which diffusers {diffusers.__version__} doesn't have: "
+            "update it, or load with set_scheduler=False and set a scheduler of the same prediction."
+        )
+    try:
+        return kind.from_config(dict(fields))
+    except Exception as error:  # whatever its constructor says of values from a file
+        raise ValueError(f"The adapter's scheduler {name} refuses its configuration: {error}: damaged.") from error
+
+
+def follow_adapters(pipe: Any) -> None:
+    """Let the pipeline's scheduler be the one that its active adapters were trained for, or the base's own.
+
+    Where a user keeps the scheduler in hand (`set_scheduler=False`) it is only said which to set.
+    """
+    fields, replaced = _carried(pipe), getattr(pipe, _REPLACED, None)
+    if fields is None:
+        if replaced is not None and prediction_by(pipe.scheduler) != prediction_by(replaced):
+            pipe.scheduler = replaced
+    elif prediction_by(getattr(pipe, "scheduler", None)) != prediction_in(fields):
+        if replaced is not None:
+            pipe.scheduler = build_scheduler(fields)
+        else:
+            logger.warning(
+                "the active adapters predict %s, which the pipeline's scheduler doesn't expect: %s",
+                prediction_in(fields),
+                how_to_set(fields),
+            )
+    if replaced is not None and not any(_carries(model) for model in _denoisers(pipe)):
+        delattr(pipe, _REPLACED)
+
+
+def check_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
+    """Raises ValueError if an adapter carries a scheduler that can't be built, or that `pipe` has no place for."""
+    for fields in _carried_by(parts):
+        build_scheduler(fields)
+        if not isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
+            raise ValueError(
+                f"The adapter was trained for the scheduler {fields['_class_name']}, and this {type(pipe).__name__} "
+                "has no scheduler of Diffusers: load it into the pipeline that it was trained on."
+            )
+
+
+def adopt_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
+    """After `parts` are loaded: set the scheduler that they carry, and let it follow the active adapters from now on.
+
+    A pipeline whose scheduler takes the prediction for what it is already stays in the user's hand.
+    """
+    for fields in _carried_by(parts):
+        if not hasattr(pipe, _REPLACED) and prediction_by(pipe.scheduler) != prediction_in(fields):
+            setattr(pipe, _REPLACED, pipe.scheduler)
+    follow_adapters(pipe)
+    if hasattr(pipe, _REPLACED):  # for forwards in which no such adapter is active
+        for holder in filter(None, map(_holder_of, _denoisers(pipe))):
+            holder.base_prediction = prediction_by(getattr(pipe, _REPLACED))
+
+
+def check_agree(pipe: Any, adapter_names: str | Iterable[str]) -> None:
+    """Raises ValueError if no scheduler serves all adapters of these names."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    for model in _denoisers(pipe):
+        carried_scheduler(adapters_of(model), names)
+
+
+def keep_if_fused(pipe: Any) -> None:
+    """Before adapters are unloaded: what `fuse_lora` has put into the base stays, and so does its scheduler."""
+    for model in _denoisers(pipe):
+        holder = _holder_of(model)
+        if holder is not None and carried_scheduler(adapters_of(model), holder.merged_adapters) is not None:
+            pipe.__dict__.pop(_REPLACED, None)
+
+
+def _carried_by(parts: Mapping[str, AdapterPart]) -> list[dict[str, Any]]:
+    return [part.config.scheduler for part in parts.values() if part.config.scheduler is not None]
+
+
+def _denoisers(pipe: Any) -> list[nn.Module]:
+    """Without torch.compile's and PEFT's wrappers."""
+    found = [getattr(pipe, name, None) for name in DENOISERS]
+    return [unwrapped(getattr(model, "_orig_mod", model)) for model in found if isinstance(model, nn.Module)]
+
+
+def _holder_of(model: nn.Module) -> CoreHolder | None:
+    holder = getattr(model, HOLDER_NAME, None)
+    return holder if isinstance(holder, CoreHolder) else None
+
+
+def _carries(model: nn.Module) -> bool:
+    return any(getattr(config, "scheduler", None) for config in adapters_of(model).values())
+
+
+def _carried(pipe: Any) -> dict[str, Any] | None:
+    """The fields of the scheduler that the active adapters were trained for."""
+    for model in _denoisers(pipe):
+        holder = _holder_of(model)
+        if holder is None:
+            continue
+        active = [] if holder.disable_adapters else holder.active_adapters
+        fields = carried_scheduler(adapters_of(model), [*active, *holder.merged_adapters])
+        if fields is not None:
+            return fields
+    return None
