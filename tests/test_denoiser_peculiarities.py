@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
+from packaging.version import Version
 
 from nara_diffusion import noise_level
 from nara_diffusion.denoisers import _DENOISERS
@@ -22,6 +24,9 @@ def test_the_timestep_of_cogview4_is_not_its_sigma():
     timesteps = torch.linspace(1000, 1, 5).long().float()
     scheduler.set_timesteps(timesteps=timesteps.tolist(), sigmas=(timesteps / 1000).tolist(), mu=0.5)  # its pipeline
     levels = _DENOISERS["CogView4Transformer2DModel"].source().noise_level(scheduler.timesteps)
+    if Version(diffusers.__version__) < Version("0.42"):  # the last for Python 3.10, whose scheduler passes σ instead
+        torch.testing.assert_close(levels, scheduler.sigmas[:-1])
+        return
     torch.testing.assert_close(levels, timesteps / 1000)
     assert (scheduler.sigmas[1:-1] - levels[1:]).abs().max() > 0.05  # so λ is the timestep's, not the flow's
 
