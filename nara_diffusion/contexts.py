@@ -24,6 +24,11 @@ from .channel import CoreChannel, backward_pass
 T = TypeVar("T")
 
 
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` or `torch.export`, neither of which sees a context, runs what runs here."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[reportPrivateImportUsage]
+
+
 @dataclass(eq=False)
 class Entry(Generic[T]):
     """What one `with` block says, for which models.
@@ -31,13 +36,17 @@ class Entry(Generic[T]):
     Attributes:
         generator: the innermost running generator that it was made inside of.
         backward: the backward pass that was running; see `channel.backward_pass`.
+        in_trace: whether the `with` itself was traced.
+        is_warned_of: whether a user has been told what a trace makes of it.
     """
 
     channels: frozenset[CoreChannel]
     value: T
     generator: FrameType | None = field(default_factory=enclosing_generator)
     backward: int | None = field(default_factory=backward_pass)
+    in_trace: bool = field(default_factory=is_traced)
     is_open: bool = True
+    is_warned_of: bool = False
 
 
 _stack: ContextVar[tuple[Entry[Any], ...]] = ContextVar("nara_contexts", default=())

@@ -5,13 +5,15 @@ A frame maps (adapter, group of layers) to C (b or 1, r, r). Identities have non
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .channel import CoreChannel, Frame, is_current
-from .contexts import innermost
+from .contexts import innermost, is_traced
 from .controls import as_read, grid_of, is_noise_changed
 from .core_set import CoreSet
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
@@ -78,6 +80,7 @@ def _signals_of_forward(
     cores: Cores, channel: CoreChannel, source: NoiseSource | None, root: nn.Module, args: Any, kwargs: Any
 ) -> NoiseSignals | None:
     signals = active_signals(channel)
+    _warn_of_constant(cores, channel)
     if signals is None and source is not None and depend_on_noise(cores):
         signals = as_signals(*source(root, args, kwargs))
     if signals is not None and channel.sample_major:
@@ -89,6 +92,33 @@ def _signals_of_forward(
         "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
         f"`set_noise_source(model, source)`.{denoiser_hint(root)}",
     )
+
+
+def _warn_of_constant(cores: Cores, channel: CoreChannel) -> None:
+    """Say once a `noise_level(…)` that its λ becomes a constant of what is traced inside of it."""
+    told = innermost(channel, NoiseSignals) if is_traced() and depend_on_noise(cores) else None
+    if told is None or told.in_trace or told.is_warned_of:
+        return
+    told.is_warned_of = True
+    levels = ", ".join(f"{level:.6g}" for level in _untraced(told.value.noise_level))
+    warnings.warn(
+        f"What is traced here keeps λ = {levels} for good: torch.jit.trace, torch.export and torch.onnx.export see no "
+        "noise_level(…) around them, so that its λ is a constant of the graph, whatever a later one says. To have λ "
+        "read from the model's inputs, trace outside of noise_level(…), with set_noise_source(model, source).",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _untraced(signal: Tensor) -> list[float]:
+    """The values of `signal`, without a look at them becoming a part of the graph."""
+    tracer: Any = torch._C
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
+    try:
+        return signal.tolist()
+    finally:
+        tracer._set_tracing_state(state)
 
 
 # ---------------------------------------------------------------------- a part that is called by itself
@@ -134,6 +164,8 @@ def frame_of_part(cores: Cores, channel: CoreChannel, kept_on_disk: bool) -> Fra
         return None
     signals = grid or (None if told is None else told.value)
     check_signals(cores, signals, "")
+    if grid is None:
+        _warn_of_constant(cores, channel)
     _check_part(channel, signals, grid is not None, kept_on_disk)
     served_by = None if grid else active_adapter_names(channel)
 
