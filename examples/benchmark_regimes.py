@@ -5,6 +5,7 @@
     python examples/benchmark_regimes.py --stages dev --regimes eps_to_v --methods lora nara --budget_hours 1
     python examples/benchmark_regimes.py --write_plan                              # the plan's tables, from the records
     python examples/benchmark_regimes.py --stages confirm                          # ten fresh seeds, once
+    python examples/benchmark_regimes.py --report                                  # what they say, as Markdown
 
 Regimes, on the sdxl-tiny that comes with the project:
 
@@ -35,6 +36,7 @@ from quality.regimes.cost import left_table
 from quality.regimes.methods import ARMS
 from quality.regimes.plan import BUDGET_HOURS, CONFIRM, DEV, PLAN, STAGES, chosen
 from quality.regimes.plan_file import PLAN_FILE, check_registered, write_plan
+from quality.regimes.report import report
 from quality.regimes.running import Wish, core_hours, left_of, make, runs_of
 
 REGIMES = list(dict.fromkeys(planned.cell.regime for planned in PLAN))
@@ -59,6 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the results file (default: %(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="say what is left to run and what it costs, and end")
     parser.add_argument("--write_plan", action="store_true", help=f"write the tables of {PLAN_FILE.name}, and end")
+    parser.add_argument("--report", action="store_true", help="print what the confirmation seeds say, and end")
     return parser.parse_args(argv)
 
 
@@ -68,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     wish = Wish(chosen(args.regimes), args.methods, args.seeds)
     if args.write_plan:
         write_plan(results.read(args.output))
+        return 0
+    if args.report:
+        print(report(wish.planned, results.read(args.output)))
         return 0
     if args.dry_run:
         print(left_table(args.stages, wish, results.read(args.output)))

@@ -23,6 +23,7 @@ from quality.report.markdown import rebased
 from nara_diffusion.whole import whole_file
 
 ROOT = Path(__file__).parents[1]
+RESULTS = [ROOT / "examples" / "results" / f"{suite}.jsonl" for suite in ("images", "text")]
 NOTES = ROOT / "docs" / "results_notes.md"  # of the results in examples/results; its links are those of RESULTS.md
 
 
@@ -35,7 +36,7 @@ def main(
     """Writes `output` and its pictures; returns the text.
 
     Args:
-        results: JSON Lines files; None means examples/results/*.jsonl.
+        results: JSON Lines files; None means those of both suites in examples/results.
         notes: the hand-written parts; None means docs/results_notes.md with the results that it speaks of, which are
             those of `results` None, and no such parts with others.
         output: None means RESULTS.md.
@@ -44,7 +45,7 @@ def main(
     Raises:
         ValueError: no results, or a line of them, or the notes, can't be used.
     """
-    files = sorted((ROOT / "examples" / "results").glob("*.jsonl")) if results is None else results
+    files = RESULTS if results is None else results
     output = output or ROOT / "RESULTS.md"
     figures = figures or output.parent / "docs" / "results"
     link = os.path.relpath(figures, output.parent).replace(os.sep, "/")
@@ -61,7 +62,12 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", nargs="+", type=Path, help="JSON Lines files (default: examples/results/*.jsonl)")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        help="JSON Lines files (default: both suites' in examples/results)",
+    )
     parser.add_argument(
         "--notes", type=Path, help="hand-written parts (default: docs/results_notes.md, but of --results none)"
     )

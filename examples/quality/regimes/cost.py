@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from quality.regimes.plan import CONFIRM_SEEDS, DEV, RATES_OF, TRIALS, Planned
-from quality.regimes.rates import Record
+from quality.regimes.plan import CONFIRM_SEEDS, DEV, RATES_OF, Planned
+from quality.regimes.rates import Record, cell_of
 from quality.regimes.running import Wish, core_hours
 from quality.regimes.runs import Cell
 
@@ -46,12 +46,7 @@ def _count(stage: str, planned: Planned, wish: Wish, records: Iterable[Record]) 
     if stage == DEV:
         arms = [arm for arm in arms if arm not in RATES_OF]
     seeds = wish.seeds or (planned.dev_seeds if stage == DEV else CONFIRM_SEEDS)
-    wanted = {arm: len(seeds) * (len(TRIALS[arm]) if stage == DEV else 1) for arm in arms}
+    wanted = {arm: len(seeds) * (len(planned.trials(arm)) if stage == DEV else 1) for arm in arms}
     done = [r for r in records if r["stage"] == stage and r["arm"] in wanted and r["seed"] in seeds]
     done = [r for r in done if cell_of(r) == planned.cell]
     return sum(wanted.values()), sum(wanted.values()) - len(done)
-
-
-def cell_of(record: Record) -> Cell:
-    """The cell that a record is of."""
-    return Cell(record["regime"], record["targets"], record["rank"], record["steps"])

@@ -3,8 +3,9 @@
 lora_params      LoRA of the smallest rank that has at least as many parameters as NaRA
 nara_constant    NaRA, trained and evaluated with λ = 0.5
 nara_shuffled    NaRA, trained with the λ of other samples, evaluated with the true one
-lora_gated       LoRA, trained inside the window alone and switched off outside (regime "windowed")
-nara_gated       the same with NaRA
+lora_gated           LoRA, trained inside the window alone and switched off outside (regime "windowed")
+lora_gated_samples   the same with half of the steps: as many samples of the window as the other arms have
+nara_gated, nara_gated_samples   the same with NaRA
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ class Arm:
     control: the λ that it is told in training: None, "constant" or "shuffled".
     equal_parameters: whether its rank is that at which it has as many parameters as NaRA.
     gated: whether it exists inside the window alone.
+    share: of the cell's steps that it has.
     """
 
     method: str
     control: str | None = None
     equal_parameters: bool = False
     gated: bool = False
+    share: float = 1.0
 
     @property
     def has_core(self) -> bool:
@@ -56,6 +59,8 @@ ARMS: dict[str, Arm] = {
     "nara_shuffled": Arm("nara", control="shuffled"),
     "lora_gated": Arm("lora", gated=True),
     "nara_gated": Arm("nara", gated=True),
+    "lora_gated_samples": Arm("lora", gated=True, share=0.5),
+    "nara_gated_samples": Arm("nara", gated=True, share=0.5),
 }
 
 
@@ -63,7 +68,8 @@ def arm_arguments(name: str, *, targets: str, rank: int, steps: int, seed: int, 
     """The arguments of train_scripts/dreambooth_sdxl.py of the arm `name`."""
     arm = ARMS[name]
     rank = equal_rank(targets, rank) if arm.equal_parameters else rank
-    return arguments(SUBJECT, arm.method, seed, _settings(arm, targets, rank) | {"max_train_steps": steps, **rates})
+    options = _settings(arm, targets, rank) | {"max_train_steps": round(arm.share * steps), **rates}
+    return arguments(SUBJECT, arm.method, seed, options)
 
 
 def build(name: str, args: Any) -> AdaptedUNet:

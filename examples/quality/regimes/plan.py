@@ -5,8 +5,8 @@ Development seeds choose the rates; the confirmation seeds are run once, with th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from quality.regimes.objectives import CONVERSIONS
 from quality.regimes.runs import Cell
@@ -26,8 +26,8 @@ TRIALS: dict[str, tuple[Settings, ...]] = {
     **dict.fromkeys(("nara", "nara_dora"), _NARA),
     "nara_knots": _KNOTS,
     "full": rates(5e-4, 1e-3, 2e-3, 4e-3),
-    "lora_gated": _PLAIN,
-    "nara_gated": _NARA,
+    **dict.fromkeys(("lora_gated", "lora_gated_samples"), _PLAIN),
+    **dict.fromkeys(("nara_gated", "nara_gated_samples"), _NARA),
 }
 """Arm → the rates that development tries, equally many for each."""
 RATES_OF = {"nara_constant": "nara", "nara_shuffled": "nara"}
@@ -42,13 +42,20 @@ class Planned:
         cell: what is compared.
         arms: in it.
         dev_seeds: on which each arm tries its rates.
+        further: {arm: trials beside those of TRIALS}, where the best was at an end of the grid.
     """
 
     cell: Cell
     arms: tuple[str, ...]
     dev_seeds: tuple[int, ...] = DEV_SEEDS[:1]
+    further: Mapping[str, tuple[Settings, ...]] = field(default_factory=dict)
+
+    def trials(self, arm: str) -> tuple[Settings, ...]:
+        """The rates that development tries for `arm`."""
+        return (*TRIALS[arm], *self.further.get(arm, ()))
 
 
+_GATED = ("lora_gated", "lora_gated_samples", "nara_gated", "nara_gated_samples")
 _ABLATIONS = ("nara_constant", "nara_shuffled")
 _LEADING = ("lora", "lora_params", "dora", "nara")
 _ALL = (*_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "full", *_ABLATIONS)
@@ -63,10 +70,8 @@ PLAN: tuple[Planned, ...] = (
     *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
     Planned(Cell(_TO_V, "attention", 4, 800), _FEW),
-    Planned(Cell("subject_low", "attention", 4, 200), (*_MOST, "lora_gated", "nara_gated")),
-    Planned(Cell("subject_low", "attention", 4, 100), ("lora_gated", "nara_gated")),
-    Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, "lora_gated", "nara_gated")),
-    Planned(Cell("subject_high", "attention", 4, 100), ("lora_gated", "nara_gated")),
+    Planned(Cell("subject_low", "attention", 4, 200), (*_MOST, *_GATED)),
+    Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, *_GATED)),
 )
 """In the order of running."""
 

@@ -11,14 +11,16 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from quality.regimes.plan import DEV_SEEDS, PLAN, RATES_OF, TRIALS, Planned
-from quality.regimes.rates import Record, chosen_rates, trial_scores
+from quality.regimes.plan import DEV_SEEDS, PLAN, RATES_OF, Planned
+from quality.regimes.rates import Record, chosen_rates, is_at_an_end, trial_scores
 from quality.suites import Settings
 from quality.tuning import Untuned
 
 ROOT = Path(__file__).parents[3]
 PLAN_FILE = ROOT / "docs" / "results" / "regimes_plan.md"
 FIRST, LAST = "<!-- tables from here, by benchmark_regimes.py --write_plan -->", "<!-- tables to here -->"
+
+AT_AN_END = "an end of the grid"
 
 
 def check_registered(regimes: Sequence[str], records: Sequence[Record], path: Path = PLAN_FILE) -> None:
@@ -39,6 +41,12 @@ def check_registered(regimes: Sequence[str], records: Sequence[Record], path: Pa
         raise ValueError(
             f"the tables of {path.name} differ from the plan in code or the development records: --write_plan, read "
             "what changed, and commit it."
+        )
+    ends = [p.cell.regime for p in PLAN if p.cell.regime in regimes and AT_AN_END in _cell_table(p, records)]
+    if ends:
+        raise ValueError(
+            f"in {', '.join(dict.fromkeys(ends))} a chosen rate is an end of its grid: give its cell in "
+            "quality/regimes/plan.py the next rate as `further`, and run --stages dev once more."
         )
     if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", path], cwd=path.parent, capture_output=True).returncode:
         raise ValueError(f"{path.name} has changes that aren't committed: a plan counts from its commit on.")
@@ -84,7 +92,7 @@ def _trials(planned: Planned, arm: str, records: Sequence[Record]) -> str:
     if arm in RATES_OF:
         return f"as {RATES_OF[arm]}"
     scores = trial_scores(records, planned, arm)
-    return "; ".join(f"{_text(trial)}: {_mean(own)}" for trial, own in zip(TRIALS[arm], scores, strict=True))
+    return "; ".join(f"{_text(trial)}: {_mean(own)}" for trial, own in zip(planned.trials(arm), scores, strict=True))
 
 
 def _mean(scores: Sequence[float | None]) -> str:
@@ -94,9 +102,10 @@ def _mean(scores: Sequence[float | None]) -> str:
 
 def _choice(planned: Planned, arm: str, records: Sequence[Record]) -> str:
     try:
-        return _text(chosen_rates(records, planned, arm))
+        rates = chosen_rates(records, planned, arm)
     except Untuned:
         return "open"
+    return f"{_text(rates)}, {AT_AN_END}" if is_at_an_end(planned, arm, rates) else _text(rates)
 
 
 def _text(rates: Settings) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from quality.regimes.plan import DEV, RATES_OF, TRIALS, Planned
-from quality.regimes.runs import Run
+from quality.regimes.plan import DEV, RATES_OF, Planned
+from quality.regimes.runs import Cell, Run
 from quality.suites import Settings
 from quality.tuning import Untuned
 
@@ -18,13 +18,13 @@ Record = Mapping[str, Any]
 def trial_runs(planned: Planned, arm: str, seeds: Sequence[int] | None = None) -> list[Run]:
     """Every trial of `arm`, on each development seed of the cell, or of `seeds`."""
     seeds = planned.dev_seeds if seeds is None else seeds
-    return [Run(planned.cell, arm, seed, trial) for seed in seeds for trial in TRIALS[arm]]
+    return [Run(planned.cell, arm, seed, trial) for seed in seeds for trial in planned.trials(arm)]
 
 
 def trial_scores(records: Iterable[Record], planned: Planned, arm: str) -> list[list[float | None]]:
     """(trials, development seeds): the score of each, infinite where it diverged, None where it hasn't run."""
     found = {key_of(record): record for record in records if record["stage"] == DEV}
-    runs = [[Run(planned.cell, arm, seed, trial) for seed in planned.dev_seeds] for trial in TRIALS[arm]]
+    runs = [[Run(planned.cell, arm, seed, trial) for seed in planned.dev_seeds] for trial in planned.trials(arm)]
     return [[_score(found.get(key_of(run.named))) for run in trial] for trial in runs]
 
 
@@ -44,7 +44,18 @@ def chosen_rates(records: Sequence[Record], planned: Planned, arm: str) -> Setti
     means = [fmean(score for score in trial if score is not None) for trial in scores]
     if math.isinf(min(means)):
         raise Untuned(f"every trial of {title} diverged: give it lower rates.")
-    return TRIALS[arm][means.index(min(means))]
+    return planned.trials(arm)[means.index(min(means))]
+
+
+def is_at_an_end(planned: Planned, arm: str, rates: Settings) -> bool:
+    """Whether `rates`, of an arm with one rate, are the lowest or the highest of its grid: it has to be widened."""
+    grid = sorted(trial["learning_rate"] for trial in planned.trials(RATES_OF.get(arm, arm)))
+    return len(rates) == 1 and rates["learning_rate"] in (grid[0], grid[-1])
+
+
+def cell_of(record: Record) -> Cell:
+    """The cell that a record is of."""
+    return Cell(record["regime"], record["targets"], record["rank"], record["steps"])
 
 
 def place_of(record: Record) -> tuple[Any, ...]:

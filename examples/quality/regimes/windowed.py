@@ -73,15 +73,16 @@ class Windowed:
         objective = build_conversion("eps", data.pipe.scheduler)
         losses, drifts = [], []
         for centre, clean in zip(bin_centres(), data.held_out, strict=True):
-            adapted = data.pipe.unet if gated and not self._has(centre) else unet
+            adapted = data.pipe.unet if gated and not self.has(centre) else unet
             share, drift = _shares(adapted, data.pipe.unet, clean.corrupted(objective))
             losses.append(share)
             drifts.append(drift)
-        inside = fmean(x for x, centre in zip(losses, bin_centres(), strict=True) if self._has(centre))
-        drift = fmean(x for x, centre in zip(drifts, bin_centres(), strict=True) if not self._has(centre))
+        inside = fmean(x for x, centre in zip(losses, bin_centres(), strict=True) if self.has(centre))
+        drift = fmean(x for x, centre in zip(drifts, bin_centres(), strict=True) if not self.has(centre))
         return {"losses": losses, "drifts": drifts, "inside": inside, "drift": drift, "score": inside + drift}
 
-    def _has(self, level: float) -> bool:
+    def has(self, level: float) -> bool:
+        """Whether λ is in the window."""
         return self.window[0] <= level < self.window[1]
 
 

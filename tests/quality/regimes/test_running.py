@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 from quality import results
@@ -19,7 +20,7 @@ from quality.regimes.plan_file import (
     tables_in,
     write_plan,
 )
-from quality.regimes.rates import chosen_rates, trial_runs
+from quality.regimes.rates import chosen_rates, is_at_an_end, trial_runs
 from quality.regimes.running import Wish, core_hours, left_of, make, runs_of
 from quality.regimes.runs import REGIMES, Cell, Run, rounded
 
@@ -150,6 +151,20 @@ def test_a_record_has_few_digits():
     }
 
 
+def test_further_trials_of_a_cell_are_tried_and_chosen():
+    planned = replace(PLANNED, further={"lora": ({"learning_rate": 4e-2},)})
+    records = developed(planned)
+    assert len(runs_of(DEV, Wish([planned], arms=["lora"]), [])) == 10
+    for each in records:
+        if each["rates"] == {"learning_rate": 4e-2}:
+            each["score"] = 0.3
+    assert chosen_rates(records, planned, "lora") == {"learning_rate": 4e-2}
+    assert is_at_an_end(planned, "lora", {"learning_rate": 4e-2})
+    assert is_at_an_end(planned, "lora", {"learning_rate": 2e-3})
+    assert not is_at_an_end(planned, "lora", {"learning_rate": 2e-2})
+    assert not is_at_an_end(planned, "nara", TRIALS["nara"][0])
+
+
 # ---------------------------------------------------------------------- the plan's file
 
 
@@ -160,7 +175,8 @@ def test_the_plans_file_agrees_with_the_code_and_the_records():
     assert f"{CONFIRM_SEEDS[0]} to {CONFIRM_SEEDS[-1]}" in text
     assert f"{DEV_SEEDS[0]} to {DEV_SEEDS[-1]}" in text
     assert set(registered(text)) <= set(REGIMES)
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) >= {arm for each in PLAN for arm in each.arms}
+    listed = text.partition("## Methods")[2].partition("##")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == {arm for planned in PLAN for arm in planned.arms}
 
 
 def test_plan_tables_name_each_trials_mean_score_and_the_choice():
@@ -202,6 +218,11 @@ def test_check_registered_of_a_committed_plan_passes_until_it_changes(plan_file)
     check_registered(["eps_to_v"], developed(), plan_file)
     with pytest.raises(ValueError, match="doesn't name subject_low as registered"):
         check_registered(["eps_to_v", "subject_low"], developed(), plan_file)
+    at_an_end = [each | {"score": 0.1} if each["rates"] == {"learning_rate": 2e-2} else each for each in developed()]
+    write_plan(at_an_end, plan_file)
+    with pytest.raises(ValueError, match="in eps_to_v a chosen rate is an end of its grid: give its cell"):
+        check_registered(["eps_to_v"], at_an_end, plan_file)
+    write_plan(developed(), plan_file)
     with pytest.raises(ValueError, match=r"tables of plan\.md differ from the plan in code or the development records"):
         check_registered(["eps_to_v"], developed()[1:], plan_file)
     plan_file.write_text(plan_file.read_text() + "more\n")

@@ -190,3 +190,9 @@ def test_target_all_has_every_layer_but_those_of_the_sizes_and_norms():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and ".lora_" not in name
     }
     assert layers - names == {"add_embedding.linear_1", "add_embedding.linear_2"}
+
+
+def test_gated_arm_at_equal_samples_has_half_of_the_steps():
+    options = {"targets": "attention", "rank": 2, "steps": 200, "seed": 0}
+    steps = {arm: arm_arguments(arm, **options).max_train_steps for arm in ("lora", "lora_gated", "lora_gated_samples")}
+    assert steps == {"lora": 200, "lora_gated": 200, "lora_gated_samples": 100}

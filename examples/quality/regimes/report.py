@@ -1,0 +1,135 @@
+"""What the confirmation seeds say: paired differences with 95 % intervals, bins of λ, and each condition of the plan.
+
+The unit is the seed: all arms of a seed meet the same data and noise, so that a difference is taken within it. The
+intervals are Student's t over the seeds; see docs/results/regimes_plan.md for what has to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nara_diffusion.dreambooth.statistics import Interval, interval
+from quality.images.held_out import bin_centres
+from quality.regimes.methods import MEAN_CORE
+from quality.regimes.plan import CONFIRM, Planned
+from quality.regimes.rates import Record, cell_of
+from quality.regimes.runs import REGIMES
+from quality.regimes.windowed import Windowed
+from quality.report.data import below_zero
+from quality.report.markdown import change, spread, table
+
+PEERS = ("lora", "lora_params", "dora")
+ABLATIONS = ("nara_constant", "nara_shuffled")
+CANDIDATES = ("nara", "nara_dora", "nara_knots")
+"""Which may win a regime, the published one first."""
+DIGITS = 4
+
+Value = Callable[[Record], float | None]
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """The confirmation runs of a cell, {(arm, seed): record}; the arm's mean C(λ) is the arm "… mean_core"."""
+
+    planned: Planned
+    records: dict[tuple[str, int], Record]
+
+    @property
+    def arms(self) -> list[str]:
+        """In the plan's order, each followed by its mean C(λ) if it was evaluated with that."""
+        names = [name for arm in self.planned.arms for name in (arm, with_mean_core(arm))]
+        return [name for name in names if any(arm == name for arm, _ in self.records)]
+
+    def score(self, arm: str) -> Interval | None:
+        """Mean, deviation and interval over its seeds; None if a run is missing or diverged."""
+        values = [record["score"] for (name, _), record in self.records.items() if name == arm]
+        return interval(values) if values and None not in values else None
+
+    def difference(self, arm: str, other: str, value: Value = lambda record: record["score"]) -> Interval | None:
+        """Of `arm` less `other` over the seeds that both have; None below two, or where one diverged."""
+        seeds = sorted({seed for name, seed in self.records if name == arm and (other, seed) in self.records})
+        pairs = [(value(self.records[arm, seed]), value(self.records[other, seed])) for seed in seeds]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        return interval(differences) if len(differences) == len(pairs) > 1 else None
+
+    def bins(self, arm: str, other: str) -> list[Interval | None]:
+        """The difference in each bin of λ: of the losses, where a regime has a window of the drifts outside of it."""
+        values = [_of_bin(self.planned.cell.regime, index) for index in range(len(bin_centres()))]
+        return [self.difference(arm, other, value) for value in values]
+
+
+def with_mean_core(arm: str) -> str:
+    return f"{arm} {MEAN_CORE}"
+
+
+def confirmed(planned: Planned, records: Iterable[Record]) -> Confirmed:
+    """Those of `records` that are of this cell's confirmation."""
+    found: dict[tuple[str, int], Any] = {}
+    for record in records:
+        if record["stage"] == CONFIRM and cell_of(record) == planned.cell:
+            found[record["arm"], record["seed"]] = record
+            if MEAN_CORE in record:
+                found[with_mean_core(record["arm"]), record["seed"]] = record | record[MEAN_CORE]
+    return Confirmed(planned, found)
+
+
+def conditions(cell: Confirmed, candidate: str) -> dict[str, bool | None]:
+    """{condition of the plan: whether `candidate` meets it}, None where runs are missing."""
+    ablations = (*(ABLATIONS if candidate == "nara" else ()), with_mean_core(candidate))
+    found = {f"below {peer}": _below(cell, candidate, peer) for peer in PEERS}
+    found |= {
+        f"below {peer}": _below(cell, candidate, peer) for peer in cell.planned.arms if peer.startswith("lora_gated")
+    }
+    lower = [each and each.mean < 0 for each in cell.bins(candidate, "lora")]
+    found["below lora in every bin"] = None if None in lower else all(lower)
+    return found | {f"{name} is worse": _below(cell, candidate, name) for name in ablations}
+
+
+def report(plan: Sequence[Planned], records: Sequence[Record]) -> str:
+    """As Markdown, a section for each cell that has confirmation runs."""
+    cells = [confirmed(planned, records) for planned in plan]
+    return "\n\n".join(_section(cell) for cell in cells if cell.records) or "No confirmation run is there yet."
+
+
+def _section(cell: Confirmed) -> str:
+    each = cell.planned.cell
+    seeds = len({seed for _, seed in cell.records})
+    title = f"### {each.regime}: {each.targets}, rank {each.rank}, {each.steps} steps ({seeds} seeds)"
+    return "\n\n".join([title, _scores(cell), *(_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms)])
+
+
+def _scores(cell: Confirmed) -> str:
+    header = ["method", "parameters", "score ± deviation", "less LoRA", "bins below LoRA"]
+    return table(header, [_row(cell, arm) for arm in cell.arms])
+
+
+def _row(cell: Confirmed, arm: str) -> list[str]:
+    size = next(record.get("trainable_parameters") for (name, _), record in cell.records.items() if name == arm)
+    lower = [each is not None and each.mean < 0 for each in cell.bins(arm, "lora")]
+    difference = "–" if arm == "lora" else change(cell.difference(arm, "lora"), DIGITS)
+    return [arm, "–" if size is None else str(size), spread(cell.score(arm), DIGITS), difference, str(sum(lower))]
+
+
+def _verdict(cell: Confirmed, candidate: str) -> str:
+    words = {True: "yes", False: "no", None: "open"}
+    found = conditions(cell, candidate)
+    won = None if None in found.values() else all(found.values())
+    named = "; ".join(f"{condition}: {words[met]}" for condition, met in found.items())
+    return f"**{candidate} wins: {words[won]}.** {named}."
+
+
+def _below(cell: Confirmed, arm: str, other: str) -> bool | None:
+    found = cell.difference(arm, other)
+    return None if found is None else below_zero(found)
+
+
+def _of_bin(regime: str, index: int) -> Value:
+    def value(record: Record) -> float | None:
+        kind = REGIMES[regime]
+        inside = not isinstance(kind, Windowed) or kind.has(bin_centres()[index])
+        values = record["losses" if inside else "drifts"] if record["losses"] is not None else None
+        return None if values is None else values[index]
+
+    return value
