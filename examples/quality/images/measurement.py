@@ -71,7 +71,8 @@ def stratified_error(values: Sequence[float], strata: Sequence[str]) -> float:
 def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
     """What `unet` draws, with whatever adapter and λ it has now."""
     settings = sample_settings(task, args)
-    images = sample_images(_pipeline(task.pipe, unet), settings)
+    scheduler = type(task.pipe.scheduler).from_config(task.pipe.scheduler.config)
+    images = sample_images(pipeline_of(task.pipe, unet, scheduler), settings)
     prompts = [prompt for prompt, _ in settings.pairs]
     encoder = task.judge.images
     assert encoder is not None
@@ -92,9 +93,8 @@ def sample_settings(task: ImageTask, args: Any) -> SampleSettings:
     return SampleSettings(task.sample_prompts, args.num_validation_images, seed, args.sample_batch_size, call)
 
 
-def _pipeline(pipe: Any, unet: Any) -> Any:
-    """`pipe` with another UNet and a scheduler of its own."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+def pipeline_of(pipe: Any, unet: Any, scheduler: Any) -> Any:
+    """`pipe` with another UNet and scheduler; itself unchanged."""
     options = {"force_zeros_for_empty_prompt": pipe.config.force_zeros_for_empty_prompt, "add_watermarker": False}
     other = type(pipe)(**{**pipe.components, "unet": unet, "scheduler": scheduler}, **options)
     other.set_progress_bar_config(disable=True)

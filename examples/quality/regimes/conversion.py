@@ -16,8 +16,9 @@ from nara_diffusion.dreambooth.objectives import squared_errors
 from quality.images.held_out import HeldOut, held_out_losses
 from quality.images.training import ControlledDenoiser
 from quality.regimes.batches import batches
-from quality.regimes.data import RegimeData, conversion_data
+from quality.regimes.data import SUBJECT, RegimeData, conversion_data
 from quality.regimes.objectives import build_conversion
+from quality.regimes.samples import sampled
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Conversion:
         _refuse_gated(gated)
         losses = [fmean(held_out_losses(unet, each)) for each in self.held_out()]
         return {"losses": losses, "score": fmean(losses)}
+
+    def sampled(self, unet: Any, seed: int, trained: bool = True) -> dict[str, float]:
+        """alignment and retrieval of samples; those of a base that isn't trained with its own scheduler."""
+        objective = self.objective_name if trained else "eps"
+        return sampled(self.load().pipe, unet, objective, SUBJECT, seed)
 
 
 def _refuse_gated(gated: bool) -> None:

@@ -1,5 +1,6 @@
 """The arms of a comparison: what each name trains, at which rank, and which λ it is told.
 
+base             nothing: what the others start from; its samples are drawn with its own scheduler
 lora_params      LoRA of the smallest rank that has at least as many parameters as NaRA
 nara_constant    NaRA, trained and evaluated with λ = 0.5
 nara_shuffled    NaRA, trained with the λ of other samples, evaluated with the true one
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from quality.images.methods import AdaptedUNet, adapted
+from quality.images.methods import BASE, AdaptedUNet, adapted
 from quality.images.settings import arguments
 from quality.regimes.data import SUBJECT, base_pipeline
 
@@ -53,6 +54,7 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
+    BASE: Arm(BASE),
     **{name: Arm(name) for name in ("lora", "dora", "nara", "nara_dora", "nara_knots", "multi_lora", "tlora", "full")},
     "lora_params": Arm("lora", equal_parameters=True),
     "nara_constant": Arm("nara", control="constant"),
@@ -88,4 +90,4 @@ def equal_rank(targets: str, rank: int) -> int:
 
 
 def _settings(arm: Arm, targets: str, rank: int) -> dict[str, Any]:
-    return {} if arm.method == "full" else {"rank": rank, "target_modules": list(TARGETS[targets])}
+    return {} if arm.method in (BASE, "full") else {"rank": rank, "target_modules": list(TARGETS[targets])}

@@ -25,11 +25,12 @@ TRIALS: dict[str, tuple[Settings, ...]] = {
     **dict.fromkeys(("lora", "lora_params", "dora", "multi_lora", "tlora"), _PLAIN),
     **dict.fromkeys(("nara", "nara_dora"), _NARA),
     "nara_knots": _KNOTS,
+    "base": (),
     "full": rates(5e-4, 1e-3, 2e-3, 4e-3),
     **dict.fromkeys(("lora_gated", "lora_gated_samples"), _PLAIN),
     **dict.fromkeys(("nara_gated", "nara_gated_samples"), _NARA),
 }
-"""Arm → the rates that development tries, equally many for each."""
+"""Arm → the rates that development tries, equally many for each that trains."""
 RATES_OF = {"nara_constant": "nara", "nara_shuffled": "nara"}
 """Ablations run with the rates of what they are made of."""
 
@@ -58,8 +59,8 @@ class Planned:
 _GATED = ("lora_gated", "lora_gated_samples", "nara_gated", "nara_gated_samples")
 _ABLATIONS = ("nara_constant", "nara_shuffled")
 _LEADING = ("lora", "lora_params", "dora", "nara")
-_ALL = (*_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "full", *_ABLATIONS)
-_MOST = (*_LEADING, "nara_knots", "full", *_ABLATIONS)
+_ALL = ("base", *_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "full", *_ABLATIONS)
+_MOST = ("base", *_LEADING, "nara_knots", "full", *_ABLATIONS)
 _FEW = ("lora", "lora_params", "nara")
 
 _TO_V, *_OTHERS = CONVERSIONS
@@ -74,6 +75,11 @@ PLAN: tuple[Planned, ...] = (
     Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, *_GATED)),
 )
 """In the order of running."""
+
+
+def has_samples(cell: Cell) -> bool:
+    """Whether confirmation runs of `cell` draw samples, if its regime has any: attention, rank 4, 200 steps."""
+    return (cell.targets, cell.rank, cell.steps) == ("attention", 4, 200)
 
 
 def chosen(regimes: Sequence[str]) -> list[Planned]:

@@ -91,6 +91,8 @@ def _cell_table(planned: Planned, records: Sequence[Record]) -> str:
 def _trials(planned: Planned, arm: str, records: Sequence[Record]) -> str:
     if arm in RATES_OF:
         return f"as {RATES_OF[arm]}"
+    if not planned.trials(arm):
+        return "none"
     scores = trial_scores(records, planned, arm)
     return "; ".join(f"{_text(trial)}: {_mean(own)}" for trial, own in zip(planned.trials(arm), scores, strict=True))
 
@@ -109,4 +111,4 @@ def _choice(planned: Planned, arm: str, records: Sequence[Record]) -> str:
 
 
 def _text(rates: Settings) -> str:
-    return " / ".join(f"{value:g}" for value in rates.values())
+    return "none" if not rates else " / ".join(f"{value:g}" for value in rates.values())

@@ -35,6 +35,8 @@ def chosen_rates(records: Sequence[Record], planned: Planned, arm: str) -> Setti
         Untuned: a trial hasn't run on a development seed of the cell, or all diverged.
     """
     arm = RATES_OF.get(arm, arm)
+    if not planned.trials(arm):
+        return {}
     cell = planned.cell
     title = f"{arm} in {cell.regime}, {cell.targets}, rank {cell.rank}, {cell.steps} steps"
     scores = trial_scores(records, planned, arm)

@@ -24,6 +24,7 @@ PEERS = ("lora", "lora_params", "dora")
 ABLATIONS = ("nara_constant", "nara_shuffled")
 CANDIDATES = ("nara", "nara_dora", "nara_knots")
 """Which may win a regime, the published one first."""
+DRAWN = ("alignment", "retrieval")
 DIGITS = 4
 
 Value = Callable[[Record], float | None]
@@ -71,7 +72,8 @@ def confirmed(planned: Planned, records: Iterable[Record]) -> Confirmed:
         if record["stage"] == CONFIRM and cell_of(record) == planned.cell:
             found[record["arm"], record["seed"]] = record
             if MEAN_CORE in record:
-                found[with_mean_core(record["arm"]), record["seed"]] = record | record[MEAN_CORE]
+                trained = {name: value for name, value in record.items() if name not in DRAWN}
+                found[with_mean_core(record["arm"]), record["seed"]] = trained | record[MEAN_CORE]
     return Confirmed(planned, found)
 
 
@@ -97,7 +99,9 @@ def _section(cell: Confirmed) -> str:
     each = cell.planned.cell
     seeds = len({seed for _, seed in cell.records})
     title = f"### {each.regime}: {each.targets}, rank {each.rank}, {each.steps} steps ({seeds} seeds)"
-    return "\n\n".join([title, _scores(cell), *(_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms)])
+    return "\n\n".join(
+        [title, _scores(cell), *_samples(cell), *(_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms)]
+    )
 
 
 def _scores(cell: Confirmed) -> str:
@@ -110,6 +114,21 @@ def _row(cell: Confirmed, arm: str) -> list[str]:
     lower = [each is not None and each.mean < 0 for each in cell.bins(arm, "lora")]
     difference = "–" if arm == "lora" else change(cell.difference(arm, "lora"), DIGITS)
     return [arm, "–" if size is None else str(size), spread(cell.score(arm), DIGITS), difference, str(sum(lower))]
+
+
+def _samples(cell: Confirmed) -> list[str]:
+    """A table of what was drawn, if anything was."""
+    drawn = [arm for arm in cell.arms if any(name == arm and "alignment" in r for (name, _), r in cell.records.items())]
+    rows = [[arm, *(text for measure in DRAWN for text in _drawn(cell, arm, measure))] for arm in drawn]
+    header = ["samples", *(text for measure in DRAWN for text in (measure, f"{measure} less LoRA"))]
+    return [table(header, rows)] if rows else []
+
+
+def _drawn(cell: Confirmed, arm: str, measure: str) -> tuple[str, str]:
+    """The mean over seeds, and its paired difference to LoRA."""
+    values = [record[measure] for (name, _), record in cell.records.items() if name == arm and measure in record]
+    difference = "–" if arm == "lora" else change(cell.difference(arm, "lora", lambda record: record.get(measure)), 3)
+    return spread(interval(values), 3), difference
 
 
 def _verdict(cell: Confirmed, candidate: str) -> str:

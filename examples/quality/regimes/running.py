@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from quality import results
-from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, DEV, DEV_SEEDS, RATES_OF, Planned
+from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, DEV, DEV_SEEDS, RATES_OF, Planned, has_samples
 from quality.regimes.rates import Record, chosen_rates, key_of, place_of, trial_runs
 from quality.regimes.runs import Run, record_of
 
@@ -80,7 +80,7 @@ def make(
     stage: str,
     path: Path,
     budget_hours: float,
-    record: Callable[[Run, str], dict[str, Any]] = record_of,
+    record: Callable[[Run, str, bool], dict[str, Any]] = record_of,
 ) -> int:
     """Makes `runs` until all are done, or the records of `path` have taken `budget_hours` of a core; returns how many
     are left."""
@@ -89,7 +89,7 @@ def make(
             if core_hours(results.read(path)) >= budget_hours:
                 return len(runs) - done
             bar.set_description(f"{run.cell.regime} {run.cell.targets} r{run.cell.rank} {run.arm} {run.seed}")
-            results.append(path, [record(run, stage)])
+            results.append(path, [record(run, stage, stage == CONFIRM and has_samples(run.cell))])
     return 0
 
 

@@ -13,6 +13,7 @@ import torch
 
 from quality import results
 from quality.images.controls import while_evaluating
+from quality.images.methods import BASE
 from quality.images.runs import trainable_parameters
 from quality.images.training import ControlledDenoiser, optimize
 from quality.regimes.conversion import Conversion
@@ -73,14 +74,17 @@ class Run:
         return {**asdict(self.cell), "arm": self.arm, "seed": self.seed, "rates": dict(self.rates)}
 
 
-def record_of(run: Run, stage: str) -> dict[str, Any]:
+def record_of(run: Run, stage: str, samples: bool = False) -> dict[str, Any]:
     """Trains, measures, and says what it was made with.
+
+    Args:
+        samples: draw, and judge what was drawn, in a regime that has it.
 
     Training that diverges has a record too, whose figures are None.
     """
     wall, core = time.perf_counter(), time.process_time()
     try:
-        figures = _trained(run)
+        figures = _trained(run, samples)
     except ArithmeticError:
         figures = {"score": None, "losses": None}
     seconds, core_seconds = time.perf_counter() - wall, time.process_time() - core
@@ -90,20 +94,23 @@ def record_of(run: Run, stage: str) -> dict[str, Any]:
     return {"stage": stage, **run.named, **rounded(figures), **cost, **made_with}
 
 
-def _trained(run: Run) -> dict[str, Any]:
+def _trained(run: Run, samples: bool) -> dict[str, Any]:
     arm, regime, cell = ARMS[run.arm], REGIMES[run.cell.regime], run.cell
     options = {"targets": cell.targets, "rank": cell.rank, "steps": cell.steps}
     args = arm_arguments(run.arm, **options, seed=run.seed, **run.rates)
     torch.manual_seed(run.seed)
     model = build(run.arm, args)
-    denoiser = ControlledDenoiser(model.unet, arm.control).train()
-    for _ in optimize(denoiser, regime.loss(denoiser, args, arm.gated), model.adalora, args):
-        pass
-    model.unet.eval()
-    own_rank = None if arm.method == "full" else args.rank
+    if arm.method != BASE:
+        denoiser = ControlledDenoiser(model.unet, arm.control).train()
+        for _ in optimize(denoiser, regime.loss(denoiser, args, arm.gated), model.adalora, args):
+            pass
+        model.unet.eval()
+    own_rank = None if arm.method in (BASE, "full") else args.rank
     sizes = {"trainable_parameters": trainable_parameters(model), "own_rank": own_rank}
     with while_evaluating(model.unet, arm.control):
         figures = regime.figures(model.unet, arm.gated)
+        if samples and isinstance(regime, Conversion):
+            figures |= regime.sampled(model.unet, run.seed, trained=arm.method != BASE)
     if arm.has_core:
         with while_evaluating(model.unet, MEAN_CORE):
             figures[MEAN_CORE] = regime.figures(model.unet, arm.gated)

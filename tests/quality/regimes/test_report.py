@@ -95,3 +95,15 @@ def test_report_has_a_section_for_each_cell_with_runs_and_none_for_development()
     assert "**nara wins: yes.** below lora: yes;" in text
     development = [each | {"stage": "dev"} for each in records()]
     assert report(PLAN, development) == "No confirmation run is there yet."
+
+
+def test_report_of_samples_is_paired_as_scores_are():
+    def drawn(each):
+        better = 0.1 * (each["arm"] == "nara")
+        return each | {"alignment": 0.01 * (each["seed"] % 10) + better, "retrieval": 0.5}
+
+    text = report([PLANNED], [drawn(each) for each in records()])
+    assert "| nara | 0.145 ± 0.030 | **+0.100** ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in text
+    assert "| lora | 0.045 ± 0.030 | – | 0.500 ± 0.000 | – |" in text
+    assert text.count("| nara mean_core |") == 1  # of which nothing was drawn
+    assert "| samples |" not in report([PLANNED], records())

@@ -29,14 +29,14 @@ BEST = {"lora": 1, "nara": 2}
 WISH = Wish([PLANNED])
 
 
-def record(run: Run, stage: str, score: float | None = 0.5):
+def record(run: Run, stage: str, samples: bool = False, score: float | None = 0.5):
     return {"stage": stage, **run.named, "score": score, "losses": [0.5] * 10, "core_seconds": 36.0}
 
 
 def developed(planned: Planned = PLANNED):
     """Records of all trials, of which the one in BEST is the best."""
     return [
-        record(run, DEV, 0.4 if dict(run.rates) == dict(TRIALS[arm][BEST.get(arm, 0)]) else 0.5)
+        record(run, DEV, score=0.4 if dict(run.rates) == dict(TRIALS[arm][BEST.get(arm, 0)]) else 0.5)
         for arm in planned.arms
         if arm not in RATES_OF
         for run in trial_runs(planned, arm)
@@ -70,7 +70,7 @@ def test_chosen_rates_are_of_the_mean_over_seeds():
 
 def test_chosen_rates_ignore_confirmation_runs_and_trials_that_diverged():
     records = developed()
-    records += [record(Run(PLANNED.cell, "lora", 200, TRIALS["lora"][0]), CONFIRM, 0.0)]
+    records += [record(Run(PLANNED.cell, "lora", 200, TRIALS["lora"][0]), CONFIRM, score=0.0)]
     for each in records:
         if each["arm"] == "nara" and each["rates"] == TRIALS["nara"][2] and each["seed"] == 101:
             each["score"] = None
@@ -88,7 +88,8 @@ def test_chosen_rates_without_all_trials_raise():
 def test_make_after_a_stop_makes_what_is_left(tmp_path):
     path, made = tmp_path / "r.jsonl", []
 
-    def stopping(run, stage):
+    def stopping(run, stage, samples):
+        assert not samples  # of development
         if len(made) == 5:
             raise KeyboardInterrupt
         made.append(run)
@@ -102,6 +103,30 @@ def test_make_after_a_stop_makes_what_is_left(tmp_path):
     assert make(left, DEV, path, 16, record) == 0
     assert [each["rates"] for each in results.read(path)] == [dict(run.rates) for run in runs]
     assert left_of(runs, results.read(path)) == []
+
+
+def test_make_of_confirmation_runs_draws_samples_on_attention_at_rank_4_alone(tmp_path):
+    drawn = {}
+    runs = [
+        Run(Cell("eps_to_v", targets, rank, 200), "base", 200, {})
+        for targets in ("attention", "all")
+        for rank in (1, 4)
+    ]
+
+    def noting(run, stage, samples):
+        drawn[run.cell.targets, run.cell.rank] = samples
+        return record(run, stage)
+
+    make(runs, CONFIRM, tmp_path / "r.jsonl", 16, noting)
+    assert [cell for cell, samples in drawn.items() if samples] == [("attention", 4)]
+    assert len(drawn) == 4
+
+
+def test_the_base_has_no_rates_and_no_development_runs():
+    planned = replace(PLANNED, arms=("base", "lora"))
+    assert {run.arm for run in runs_of(DEV, Wish([planned]), [])} == {"lora"}
+    runs = runs_of(CONFIRM, Wish([planned], arms=["base"]), [])
+    assert [(run.arm, run.rates, run.seed) for run in runs] == [("base", {}, seed) for seed in CONFIRM_SEEDS]
 
 
 def test_make_within_a_budget_stops_when_it_is_spent(tmp_path):
@@ -131,7 +156,7 @@ def test_chosen_of_an_unknown_regime_raises():
         chosen(["eps_to_v", "edm"])
     assert {planned.cell.regime for planned in PLAN} == set(REGIMES)
     assert all({arm for arm in planned.arms if arm not in RATES_OF} <= set(TRIALS) for planned in PLAN)
-    assert len({len(trials) for trials in TRIALS.values()}) == 1  # equally many for each
+    assert len({len(trials) for arm, trials in TRIALS.items() if arm != "base"}) == 1  # equally many for each
 
 
 def test_left_table_counts_runs_and_core_hours():
