@@ -5,7 +5,8 @@ The shipped model and task, offline, on CPU, in minutes:
 LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps of global_batch_size samples together:
     accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
 
-With --adapter lora, dora, …, full the same is done by another method; --help lists them.
+With --adapter lora, dora, …, full the same is done by another method; --help lists them. --min_noise_level and
+--max_noise_level train a part of the noise levels; docs/windows.md says how to keep the base outside.
 
 Written to the output folder: adapter_config.json and adapter_model.safetensors (a model folder, for --adapter full),
 README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,
@@ -27,6 +28,7 @@ from datasets import Dataset
 
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.data import end_token_id
+from nara_diffusion.dllm.masking import check_drawable
 from nara_diffusion.dllm.measurement import compare, measure, validation_losses
 from nara_diffusion.dllm.positions import check_positions
 from nara_diffusion.dllm.records import FieldNames, records_from_file, records_from_hub
@@ -51,6 +53,7 @@ from nara_diffusion.training.optimization import build_optimizer, build_schedule
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
+from nara_diffusion.training.window_arguments import WindowArguments, check_window, window_of
 from nara_diffusion.whole import whole_files
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
@@ -134,9 +137,13 @@ class ObjectiveArguments:
 
 
 @dataclass
-class Arguments(ModelArguments, AdapterArguments, OptimizationArguments, ObjectiveArguments, RunArguments):
+class Arguments(
+    ModelArguments, AdapterArguments, OptimizationArguments, ObjectiveArguments, WindowArguments, RunArguments
+):
     def __post_init__(self) -> None:
         check_arguments(self)
+        check_window(self)
+        check_drawable(window_of(self), self.complementary)
         for name in ("validation_samples", "max_length", "eval_batch_size", "gen_length", "curve_points"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
         require(self, "test_samples", self.test_samples is None or self.test_samples >= 1, "at least 1, or none")
@@ -210,10 +217,11 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         "hardware": run.hardware,
     }
     run.open(facts)
+    window = window_of(args)
     draws: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch, "complementary": args.complementary}
     held_out: dict[str, Any] = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
-    loss = partial(masked_diffusion_loss, model, **draws)
-    validate = partial(validation_losses, run.accelerator, adapted, validation_rows, **held_out)
+    loss = partial(masked_diffusion_loss, model, **draws, window=window)
+    validate = partial(validation_losses, run.accelerator, adapted, validation_rows, **held_out, window=window)
     train(run, model, optimizer, scheduler, loader, steps, lambda batch: loss(**batch), validate)
 
     # Save

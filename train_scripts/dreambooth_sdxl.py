@@ -6,7 +6,8 @@ Your own five images, on one GPU; the file holds what suits SDXL, flags win over
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-With --adapter lora, dora, …, full the same is done by another method; --help lists them.
+With --adapter lora, dora, …, full the same is done by another method; --help lists them. --min_noise_level and
+--max_noise_level train a part of the noise levels; docs/windows.md says how to keep the base outside.
 
 Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; other methods have files of
 their own, which nara_diffusion/dreambooth/formats.py lists), README.md (the model card, which says how to load them),
@@ -61,6 +62,7 @@ from nara_diffusion.training.optimization import build_optimizer, build_schedule
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import count_steps, stream_loader
+from nara_diffusion.training.window_arguments import window_of
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
 
@@ -153,7 +155,8 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     objective = build(snr_gamma=args.snr_gamma)
     draws = validation_draws(args, dataset, pipe, held_out_images)
     latents.fill(draws, progress=False)
-    held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size)
+    window = window_of(args)
+    held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size, window)
     config = adapter_config(args, noise_convention=objective.convention, total_steps=steps)
     sampler = sampling_twin(pipe, config, run.dtype, load)
     model = AdaptedDenoiser(
@@ -189,6 +192,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         stratified=args.stratified_timesteps,
         noise_offset=args.noise_offset,
         prior_loss_weight=args.prior_loss_weight,
+        window=window,
     )
     settings = sample_settings(args, instances)
     validate = Validation(run, denoiser, sampler, settings, held_out, judge.references)

@@ -5,8 +5,10 @@ A vocabulary of 126 464 makes logits the largest tensor of a training step, and 
 on the head module, the one that `get_output_embeddings()` names, see its hidden states (b, l, d). The model is still
 entered through its outermost `__call__`, so that DDP, FSDP, offload and autocast do their part.
 
-- `cross_entropy_in_head`: the head returns the cross-entropy (b, l, 1) in place of logits (b, l, v), computed at the
-  masked positions in chunks; a chunk's logits are computed again in backward, so that one chunk's are alive at a time.
+- `losses_in_head`: the head returns losses (b, l, 1), such as the cross-entropy, in place of logits (b, l, v), computed
+  at the masked positions in chunks; a chunk's logits are computed again in backward, so that one chunk's are alive at a
+  time.
+- `hidden_states_in_head`: what the head gets, (b, l, d), without its logits.
 - `logits_at`: the head returns (b, k, v) at k chosen positions of each row.
 
 Where the head isn't known, or where what leaves it isn't what leaves the model (logits scaled or capped afterwards;
@@ -16,8 +18,9 @@ a compiled model, whose graph would keep or miss the hooks), `head_of` is None a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -94,44 +97,83 @@ def logits_at(model: nn.Module, positions: torch.Tensor, length: int) -> Iterato
         handle.remove()
 
 
+@dataclass(frozen=True)
+class HeadLoss:
+    """A loss that the head computes in place of logits.
+
+    Attributes:
+        at: (b, l) bool, the positions that have it; it is zero at others.
+        inputs: tensors (b, l, …), what belongs to each position.
+        loss: (head, hidden states (n, c, d), *inputs (n, c, …)) → (n, c).
+    """
+
+    at: torch.Tensor
+    inputs: tuple[torch.Tensor, ...]
+    loss: Callable[..., torch.Tensor]
+
+
+def cross_entropy_loss(targets: torch.Tensor, masked: torch.Tensor) -> HeadLoss:
+    """−log p of the tokens `targets` (b, l) where `masked` (b, l)."""
+
+    def loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return token_cross_entropy(head.forward(hidden), targets)  # (n, c, d) → (n, c, v) → (n, c)
+
+    return HeadLoss(masked, (targets,), loss)
+
+
 @contextmanager
-def cross_entropy_in_head(
-    model: nn.Module, head: nn.Module, targets: torch.Tensor, masked: torch.Tensor, *, chunk_size: int
-) -> Iterator[None]:
-    """Within, `head` returns the cross-entropy (b, l, 1), zero where not `masked`, instead of logits (b, l, v).
+def hidden_states_in_head(model: nn.Module, head: nn.Module, rows: int, length: int) -> Iterator[list[torch.Tensor]]:
+    """Within, each forward of `model` on `rows` texts of `length` l puts into the list what its `head` gets, (b, l, d),
+    and makes the logits of one position only.
 
     Args:
         model: what the head is a part of.
         head: `head_of(model)`.
-        targets: (b, l) tokens to predict.
-        masked: (b, l) bool.
-        chunk_size: positions whose logits are alive at one time.
     """
     thread = threading.get_ident()
     hidden_states: list[torch.Tensor] = []
-    recompute = _checkpoint_of(model)
 
     def keep_hidden(module: nn.Module, args: tuple) -> tuple | None:
         if threading.get_ident() != thread:
             return None
-        hidden_states.append(of_text(model, _hidden_states(args, len(masked)), masked.shape[1]))
+        hidden_states.append(of_text(model, _hidden_states(args, rows), length))
         return (args[0][:, :1], *args[1:])  # the head's own call is for the sake of other hooks: let it cost nothing
 
-    def replace_logits(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if threading.get_ident() != thread:
-            return None
-        hidden = hidden_states.pop()
-        return _masked_cross_entropy(module, hidden, targets, masked, chunk_size=chunk_size, recompute=recompute)
+    handle = head.register_forward_pre_hook(keep_hidden)
+    try:
+        yield hidden_states
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def losses_in_head(model: nn.Module, head: nn.Module, losses: Sequence[HeadLoss], *, chunk_size: int) -> Iterator[None]:
+    """Within, `head` returns the sum (b, l, 1) of `losses` instead of logits (b, l, v).
+
+    Args:
+        model: what the head is a part of.
+        head: `head_of(model)`.
+        losses: as a rule at different positions.
+        chunk_size: positions whose logits are alive at one time.
+    """
+    thread = threading.get_ident()
+    recompute = _checkpoint_of(model)
+    rows, length = losses[0].at.shape
 
     # The inner pair of hooks: after FSDP and DeepSpeed have gathered the weights, before they let go of them.
-    handles = [
-        head.register_forward_pre_hook(keep_hidden),
-        head.register_forward_hook(replace_logits, prepend=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    with hidden_states_in_head(model, head, rows, length) as hidden_states:
+
+        def replace_logits(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+            if threading.get_ident() != thread:
+                return None
+            hidden = hidden_states.pop()
+            parts = [_loss_at(module, hidden, loss, chunk_size=chunk_size, recompute=recompute) for loss in losses]
+            return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+        handle = head.register_forward_hook(replace_logits, prepend=True)
+        try:
+            yield
+        finally:
             handle.remove()
 
 
@@ -143,11 +185,10 @@ def _checkpoint_of(model: nn.Module) -> Callable[..., torch.Tensor]:
     return recompute
 
 
-def _masked_cross_entropy(
+def _loss_at(
     head: nn.Module,
     hidden: torch.Tensor,
-    targets: torch.Tensor,
-    masked: torch.Tensor,
+    loss: HeadLoss,
     *,
     chunk_size: int,
     recompute: Callable[..., torch.Tensor],
@@ -155,27 +196,28 @@ def _masked_cross_entropy(
     """(b, l, d) → (b, l, 1).
 
     An adapted head may treat each sample in its own way (λ), so its chunks keep the batch dimension, at the price of
-    filling rows up to the longest; any other head sees the masked positions of all rows as one row.
+    filling rows up to the longest; any other head sees the chosen positions of all rows as one row.
     """
-    shape = masked.shape
+    at, values = loss.at, (hidden, *loss.inputs)
     if not isinstance(head, BaseTunerLayer):
-        hidden, targets, masked = hidden.flatten(0, 1)[None], targets.reshape(1, -1), masked.reshape(1, -1)
-    counts = masked.sum(1)
-    width = max(int(counts.max()), 1)  # with nothing masked, still one column: every parameter has to get a gradient
-    order = (~masked).byte().argsort(dim=1, stable=True)[:, :width]  # (b, k) masked positions first, then others
-    valid = torch.arange(width, device=masked.device) < counts[:, None]  # (b, k)
-    chosen = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))  # (b, k, d)
-    chosen_targets = targets.gather(1, order)  # (b, k)
+        at, values = at.reshape(1, -1), tuple(value.flatten(0, 1)[None] for value in values)
+    counts = at.sum(1)
+    width = max(int(counts.max()), 1)  # with nothing chosen, still one column: every parameter has to get a gradient
+    order = (~at).byte().argsort(dim=1, stable=True)[:, :width]  # (n, k) chosen positions first, then others
+    valid = torch.arange(width, device=at.device) < counts[:, None]  # (n, k)
+    columns = max(chunk_size // len(at), 1)
+    chunk_loss = partial(loss.loss, head)
+    results = []
+    for chunk in zip(*(_at_positions(value, order).split(columns, 1) for value in values), strict=True):
+        results.append(recompute(chunk_loss, *chunk) if torch.is_grad_enabled() else chunk_loss(*chunk))
+    result = torch.cat(results, 1).masked_fill(~valid, 0.0)  # (n, k)
+    return result.new_zeros(at.shape).scatter(1, order, result).view(*loss.at.shape, 1)
 
-    def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return token_cross_entropy(head.forward(hidden), targets)  # (b, c, d) → (b, c, v) → (b, c)
 
-    columns = max(chunk_size // hidden.shape[0], 1)
-    losses = []
-    for chunk in zip(chosen.split(columns, 1), chosen_targets.split(columns, 1), strict=True):
-        losses.append(recompute(chunk_loss, *chunk) if torch.is_grad_enabled() else chunk_loss(*chunk))
-    loss = torch.cat(losses, 1).masked_fill(~valid, 0.0)  # (b, k)
-    return loss.new_zeros(masked.shape).scatter(1, order, loss).view(*shape, 1)
+def _at_positions(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """(n, l, …) at positions `order` (n, k) → (n, k, …)."""
+    index = order.view(*order.shape, *(1 for _ in values.shape[2:]))
+    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
 
 
 def token_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

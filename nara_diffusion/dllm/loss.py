@@ -3,7 +3,11 @@
     L = 1/B Σ_i  1/n_i Σ_{j masked}  − log p(x_ij | masked x_i) / λ_i
 
 with n_i the length of answer i, its EOS padding included where that is trained on. Each sequence has its own λ and
-its adapters are told that one.
+its adapters are told that one. Where the base is held outside of a window of λ, the sequences that are masked so have
+
+    W  1/n_i Σ_{j masked}  KL(p₀(· | masked x_i) ‖ p(· | masked x_i)) / λ_i
+
+in place of it, p₀ being the model with its adapters disabled.
 """
 
 from __future__ import annotations
@@ -14,10 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nara_diffusion.dllm.base_divergence import base_hidden_states, divergence, divergence_loss
 from nara_diffusion.dllm.conditioning import conditioned
-from nara_diffusion.dllm.heads import cross_entropy_in_head, head_of, language_model, token_cross_entropy
+from nara_diffusion.dllm.heads import cross_entropy_loss, head_of, language_model, losses_in_head, token_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.dllm.virtual_tokens import of_text
+from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_base
 
 LOGITS = ("masked", "all")
 
@@ -28,11 +35,12 @@ class MaskedDiffusionLoss:
 
     Attributes:
         loss: scalar, the mean of `per_sample`.
-        per_sample: (b',) each sequence's share, divided by its λ and its answer's length.
+        per_sample: (b',) each sequence's share, divided by its λ and its answer's length; times W if held.
         noise_level: (b',) float32, λ.
         masked: (b', l) bool.
-        token_loss: (b', l) cross-entropy, zero where nothing is masked.
+        token_loss: (b', l) cross-entropy, or KL(p₀ ‖ p) where the base is held; zero where nothing is masked.
         answer: (b', l) bool.
+        split: the shares of `per_sample` without W; None unless the base is held.
     """
 
     loss: torch.Tensor
@@ -41,6 +49,7 @@ class MaskedDiffusionLoss:
     masked: torch.Tensor
     token_loss: torch.Tensor
     answer: torch.Tensor
+    split: SplitLosses | None = None
 
 
 def masked_diffusion_loss(
@@ -57,6 +66,7 @@ def masked_diffusion_loss(
     stratified: bool = True,
     group_size: int | None = None,
     complementary: bool = False,
+    window: NoiseWindow = EVERYTHING,
     mask_token_id: int | None = None,
     logits: str = "masked",
     chunk_size: int = 256,
@@ -74,6 +84,7 @@ def masked_diffusion_loss(
             makes them the same at any number of processes (see `nara_diffusion.dllm.masking`).
         stratified, group_size: stratify λ over each `group_size` consecutive indices (default: over this batch).
         complementary: train on every sequence twice, with complementary masks.
+        window: that λ is drawn from; outside of it the model's base is held, if the window says so.
         mask_token_id: default `model.config.mask_token_id`.
         logits: "masked" computes logits at masked positions, `chunk_size` at a time, and again in backward; "all"
             computes them everywhere at once, as most trainers do. The values are the same. Models whose head can't be
@@ -97,9 +108,14 @@ def masked_diffusion_loss(
         stratified=stratified,
         group_size=group_size,
         complementary=complementary,
+        window=window,
     )
-    token_loss = masked_cross_entropy(model, batch, logits=logits, chunk_size=chunk_size)  # (b', l)
-    per_sample = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)
+    held = None if window.hold_weight is None else window.held(batch.noise_level)  # (b',)
+    token_loss = _token_losses(model, batch, held, logits=logits, chunk_size=chunk_size)  # (b', l)
+    per_sample, split = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1), None
+    if window.hold_weight is not None and held is not None:
+        split = SplitLosses(per_sample, batch.noise_level, held)
+        per_sample = split.weighted(window.hold_weight)
     return MaskedDiffusionLoss(
         loss=per_sample.mean(),
         per_sample=per_sample,
@@ -107,6 +123,7 @@ def masked_diffusion_loss(
         masked=batch.masked,
         token_loss=token_loss,
         answer=batch.answer,
+        split=split,
     )
 
 
@@ -114,17 +131,32 @@ def masked_cross_entropy(
     model: nn.Module, batch: MaskedBatch, *, logits: str = "masked", chunk_size: int = 256
 ) -> torch.Tensor:
     """− log p of the clean token at each masked position, zero elsewhere: (b, l), float32 or wider."""
+    return _token_losses(model, batch, None, logits=logits, chunk_size=chunk_size)
+
+
+def _token_losses(
+    model: nn.Module, batch: MaskedBatch, held: torch.Tensor | None, *, logits: str, chunk_size: int
+) -> torch.Tensor:
+    """The same, with KL(p₀ ‖ p) in its place in rows that are `held` (b,)."""
     if logits not in LOGITS:
         raise ValueError(f"logits is {logits!r}, expected one of {', '.join(map(repr, LOGITS))}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected 1 at least")
     padding = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
     head = head_of(model) if logits == "masked" else None
+    base = None if held is None else _base_states(model, head, batch, held)
     with conditioned(model, batch.noise_level, masked=batch.masked, answer=batch.answer):
         if head is None:
             output = of_text(model, logits_of(model(batch.input_ids, **padding)), batch.masked.shape[1])  # (b, l, v)
-            return token_cross_entropy(output, batch.targets) * batch.masked
-        with cross_entropy_in_head(model, head, batch.targets, batch.masked, chunk_size=chunk_size):
+            losses = token_cross_entropy(output, batch.targets)
+            if base is not None and held is not None:
+                losses = torch.where(held[:, None], divergence(base, output), losses)
+            return losses * batch.masked
+        losses = [cross_entropy_loss(batch.targets, batch.masked)]
+        if base is not None and held is not None:
+            inside, outside = batch.masked & ~held[:, None], batch.masked & held[:, None]
+            losses = [cross_entropy_loss(batch.targets, inside), divergence_loss(base, outside)]
+        with losses_in_head(model, head, losses, chunk_size=chunk_size):
             output = logits_of(model(batch.input_ids, **padding))  # (b, l, 1)
     if output.shape != (*batch.masked.shape, 1):
         raise ValueError(
@@ -132,6 +164,19 @@ def masked_cross_entropy(
             'computed within it: pass logits="all"'
         )
     return output.squeeze(-1)
+
+
+def _base_states(model: nn.Module, head: nn.Module | None, batch: MaskedBatch, held: torch.Tensor) -> torch.Tensor:
+    """What the base's head gets, (b, l, d), or without a head its logits (b, l, v); zero in rows not `held` (b,)."""
+    rows = rows_for_base(held)
+    padding = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask[rows]}
+    ids = batch.input_ids[rows]
+    if head is None:
+        with as_base(model):
+            states = of_text(model, logits_of(model(ids, **padding)), ids.shape[1])
+    else:
+        states = base_hidden_states(model, head, ids, **padding)
+    return states.new_zeros(len(held), *states.shape[1:]).index_copy(0, rows, states)
 
 
 def logits_of(output: object) -> torch.Tensor:

@@ -19,8 +19,12 @@ Stratified λ: of every `group_size` consecutive indices each takes one of the e
 so t_i alone is still uniform, while the mean over the group varies far less. Set `group_size` to the global batch,
 with its processes and accumulation steps.
 
+A window of noise levels (`nara_diffusion.noise_window`) takes the place of (ε, 1), as far as it lies within, and, where
+the base is held outside, so does the rest of (ε, 1) for a share of the samples.
+
 Complementary masks: every sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so every
-answer token is trained on exactly once a step. There t ~ U(ε, 1 − ε), to keep both weights 1/λ finite.
+answer token is trained on exactly once a step. There t ~ U(ε, 1 − ε), to keep both weights 1/λ finite. A window then
+has to hold 1 − λ with each λ.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ import numpy as np
 import torch
 
 from nara_diffusion.draws import stratified_uniform
+from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
 
 MIN_NOISE_LEVEL = 1e-3
 """ε: the smallest λ that training draws."""
@@ -75,6 +80,7 @@ def mask_answers(
     stratified: bool = True,
     group_size: int | None = None,
     complementary: bool = False,
+    window: NoiseWindow = EVERYTHING,
 ) -> MaskedBatch:
     """Mask a share λ of every answer; the equations are above.
 
@@ -89,10 +95,11 @@ def mask_answers(
         seed, sample_indices: key of the random numbers, and the (b,) indices of the samples in the training stream.
         stratified, group_size: stratify drawn λ over groups of consecutive indices (default: the batch).
         complementary: return 2b rows, the second half with the complementary masks.
+        window: of drawn λ.
 
     Raises:
         ValueError: lengths that leave a row without an answer or exceed l, padding on the left, λ outside (0, 1],
-            indices without a seed.
+            indices without a seed, a window without λ (see `check_drawable`).
     """
     b, width = input_ids.shape
     device = input_ids.device
@@ -101,9 +108,8 @@ def mask_answers(
         attention_mask = (torch.arange(width, device=device) <= _last_position(answer)[:, None]).long()
     seed, indices = _key(seed, sample_indices, generator, b)
     if noise_level is None:
-        noise_level = draw_noise_levels(
-            indices, seed=seed, stratified=stratified, group_size=group_size or b, symmetric=complementary
-        ).to(device)
+        options = {"stratified": stratified, "group_size": group_size or b, "symmetric": complementary}
+        noise_level = draw_noise_levels(indices, seed=seed, window=window, **options).to(device)
     else:
         noise_level = _checked_noise_level(noise_level, b, device, below_one=complementary)
     masked = draw_masks(answer, noise_level, indices, seed=seed)  # (b, l)
@@ -167,8 +173,9 @@ def draw_noise_levels(
     stratified: bool = True,
     group_size: int = 1,
     symmetric: bool = False,
+    window: NoiseWindow = EVERYTHING,
 ) -> torch.Tensor:
-    """λ for each index of the training stream: (b,) float32 in (ε, 1), or in (ε, 1 − ε) if `symmetric`.
+    """λ for each index of the training stream: (b,) float32 in (ε, 1), or in (ε, 1 − ε) if `symmetric`; in `window`.
 
     The same index gets the same λ in any process and in any batch; the module's docstring has the formula.
     """
@@ -178,8 +185,39 @@ def draw_noise_levels(
         shift=partial(_random, seed, _SHIFT_STREAM),
         value=partial(_random, seed, _LEVEL_STREAM),
     )
+    check_drawable(window, symmetric)
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
-    return (MIN_NOISE_LEVEL + (top - MIN_NOISE_LEVEL) * u).float()
+    low, high = max(window.low, MIN_NOISE_LEVEL), min(window.high, top)
+    below, above = low - MIN_NOISE_LEVEL, top - high  # lengths of the two parts outside
+    v, is_outside = window.divide(u, (below + above) / (top - MIN_NOISE_LEVEL))
+    place = MIN_NOISE_LEVEL + (below + above) * v
+    outside = torch.where(place < low, place, place + (high - low))
+    return torch.where(is_outside, outside, low + (high - low) * v).float()
+
+
+def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
+    """Refuses a window that no λ is drawn in, or, where the base is held, outside of; and, for complementary masks, one
+    that doesn't hold 1 − λ with each λ.
+
+    Raises:
+        ValueError: naming what does.
+    """
+    top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
+    given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
+    drawn = f"masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}"
+    if window.low >= top or window.high <= MIN_NOISE_LEVEL:
+        raise ValueError(f"{given}, but {drawn}, and none lies between: widen the window.")
+    if window.hold_weight is not None and window.low <= MIN_NOISE_LEVEL and window.high >= top:
+        raise ValueError(
+            f"{given}, but {drawn}, and none lies outside of them for hold_base_outside: leave it out, or narrow the "
+            "window."
+        )
+    if complementary and abs(window.low + window.high - 1) > 1e-9:
+        low = min(window.low, 1 - window.high)
+        raise ValueError(
+            f"{given}, but complementary masks have a λ of 1 − λ beside each λ, which this window doesn't hold: leave "
+            f"complementary out, or take a window that is the same from both ends, as from {low:g} to {1 - low:g}."
+        )
 
 
 def draw_masks(

@@ -16,7 +16,8 @@ from nara_diffusion.dllm.data import AnswerCollator
 from nara_diffusion.dllm.evaluation import exact_match, noise_level_curve
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.dllm.modes import evaluating
-from nara_diffusion.training.metrics import LossWindow
+from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+from nara_diffusion.training.metrics import LossWindow, window_means
 from nara_diffusion.training.spread import spread
 
 
@@ -71,7 +72,7 @@ def measure(
         return noise_level_curve(model, validation_rows, chosen, **options)  # type: ignore[arg-type]
 
     generations = spread(accelerator, len(test_rows), generate)
-    options = {"seed": seed, "batch_size": batch_size}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     return Measurement(
         exact_match=sum(generation["correct"] for generation in generations) / len(generations),
         generations=generations,
@@ -94,9 +95,19 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
 
 @torch.no_grad()
 def validation_losses(
-    accelerator: Accelerator, model: nn.Module, rows: Dataset, collator: AnswerCollator, *, seed: int, batch_size: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    rows: Dataset,
+    collator: AnswerCollator,
+    *,
+    seed: int,
+    batch_size: int,
+    window: NoiseWindow = EVERYTHING,
 ) -> dict[str, float]:
-    """{"validation_loss", "validation_loss_low", …}: the training objective, at the same λ and masks at each call."""
+    """{"validation_loss", "validation_loss_low", …}: the training objective, at the same λ and masks at each call.
+
+    λ is spread over all of (0, 1]; with a `window` the means inside and outside of it are there too.
+    """
 
     def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
         pairs: list[tuple[float, float]] = []
@@ -110,6 +121,7 @@ def validation_losses(
 
     with evaluating(model):
         per_sample, noise_levels = torch.tensor(spread(accelerator, len(rows), losses)).unbind(1)
-    window = LossWindow()
-    window.add(per_sample, noise_levels)
-    return {f"validation_{name}": value for name, value in window.means().items()}
+    losses_so_far = LossWindow()
+    losses_so_far.add(per_sample, noise_levels)
+    means = losses_so_far.means() | window_means(per_sample, noise_levels, window)
+    return {f"validation_{name}": value for name, value in means.items()}

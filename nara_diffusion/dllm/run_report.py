@@ -10,6 +10,7 @@ from nara_diffusion.dllm.measurement import Measurement
 from nara_diffusion.training.curves import plot_noise_level_curves
 from nara_diffusion.training.report import format_table, write_samples
 from nara_diffusion.training.run_report import core_import, reads_noise, write_run_card
+from nara_diffusion.training.window_arguments import window_of
 
 SAMPLES = 40  # generations on the page
 
@@ -55,6 +56,7 @@ def write_run_report(
         after.curve,
         f"{name}: loss over the noise level, held-out records",
         "nats per masked token",
+        window_of(args),
     )
     rows = [
         [

@@ -19,6 +19,7 @@ from nara_diffusion.training.arguments import (
 )
 from nara_diffusion.training.cli import option
 from nara_diffusion.training.methods import METHODS, method_of
+from nara_diffusion.training.window_arguments import WindowArguments, check_window
 
 
 @dataclass
@@ -158,6 +159,7 @@ class DreamBoothArguments(
     DreamBoothAdapterArguments,
     OptimizationArguments,
     LossArguments,
+    WindowArguments,
     ValidationArguments,
     RunArguments,
 ):
@@ -169,6 +171,7 @@ class DreamBoothArguments(
         _check_counts(self)
         _check_data(self)
         _check_prior(self)
+        check_window(self)
         if method_of(self).family == "prompt":
             having = ", ".join(name for name, method in METHODS.items() if method.family != "prompt")
             raise ValueError(

@@ -26,7 +26,8 @@ from nara_diffusion.dreambooth.prompts import encode_prompts
 from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images
 from nara_diffusion.dreambooth.step import noise_levels
 from nara_diffusion.dreambooth.timesteps import draw_noise
-from nara_diffusion.training.metrics import LossWindow
+from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+from nara_diffusion.training.metrics import LossWindow, window_means
 from nara_diffusion.training.spread import spread
 
 
@@ -84,6 +85,7 @@ class ValidationLoss:
         seed: of the noise.
         points: noise levels.
         batch_size: images of one forward.
+        window: of training; the loss is measured outside of it too.
     """
 
     objective: Objective
@@ -92,6 +94,7 @@ class ValidationLoss:
     seed: int
     points: int
     batch_size: int
+    window: NoiseWindow = EVERYTHING
 
     @property
     def indices(self) -> list[int]:
@@ -165,11 +168,13 @@ def measure(
 
 
 def validation_losses(accelerator: Accelerator, pipe: Any, validation: ValidationLoss) -> dict[str, float]:
-    """{"validation_loss", "validation_loss_low", …} of `pipe` as it is."""
+    """{"validation_loss", "validation_loss_low", …} of `pipe` as it is; with a window the means of both sides too."""
     losses = validation.curve(pipe, accelerator)  # (points, draws)
-    window = LossWindow()
-    window.add(losses.flatten(), validation.levels().repeat_interleave(losses.shape[1]))
-    return {f"validation_{name}": value for name, value in window.means().items()}
+    levels = validation.levels().repeat_interleave(losses.shape[1])
+    losses_so_far = LossWindow()
+    losses_so_far.add(losses.flatten(), levels)
+    means = losses_so_far.means() | window_means(losses.flatten(), levels, validation.window)
+    return {f"validation_{name}": value for name, value in means.items()}
 
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.prompts import PromptCache, warn_of_cut
 from nara_diffusion.dreambooth.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 from nara_diffusion.dreambooth.sampling import SampleSettings
+from nara_diffusion.dreambooth.step import windowed_schedule
 from nara_diffusion.training.adapter import check_adaptable
 from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.stream import count_steps
+from nara_diffusion.training.window_arguments import window_of
 
 _SAMPLED_CAPTIONS = 4
 _DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -87,11 +89,12 @@ def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
     """Refuses what shows only with the model at hand, before hours go into class images.
 
     Raises:
-        ValueError: sizes that the model can't have, an objective that doesn't fit its scheduler, a target module that
-            its UNet lacks.
+        ValueError: sizes that the model can't have, an objective that doesn't fit its scheduler, a window without one
+            of its noise levels, a target module that its UNet lacks.
     """
     training_buckets(args, pipe)
     objective = build_objective(pipe.scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
+    windowed_schedule(objective, window_of(args))
     config = adapter_config(args, noise_convention=objective.convention, total_steps=args.max_train_steps or 1_000_000)
     if config is not None:
         check_adaptable(pipe.unet, config)

@@ -16,6 +16,7 @@ from nara_diffusion.training.curves import plot_noise_level_curves
 from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.report import format_table
 from nara_diffusion.training.run_report import core_import, reads_noise, write_run_card
+from nara_diffusion.training.window_arguments import window_of
 
 GRID = "samples.png"
 
@@ -74,6 +75,7 @@ def write_run_report(
         after.curve,
         f"{name}: loss over the noise level, {images} images of the subject",
         "mean squared error",
+        window_of(args),
     )
     ending = (
         f"Over {len(after.images)} samples of {len(settings.prompts)} prompts. Similarity is the mean cosine of "

@@ -3,6 +3,7 @@
     u ~ U[0, 1),  index = ⌊u · N⌋  into the N noise levels of the schedule, least noise first
     ε ~ N(0, 1) (c, h, w);  with offset noise  ε + κ δ,  δ ~ N(0, 1) (c, 1, 1)
 
+With a window of noise levels, N are those inside of it, or those outside (`nara_diffusion.noise_window`).
 `stratified` spreads the u of a global batch evenly (`nara_diffusion.draws`). The class image of prior preservation has
 its instance's position and another role, so the two meet independent noise.
 """
@@ -12,10 +13,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from nara_diffusion.draws import stratified_uniform
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
+from nara_diffusion.noise_window import NoiseWindow
+
+
+class WindowedSchedule:
+    """The noise levels of a schedule that lie inside of a window, and those outside where the base is held there.
+
+    Args:
+        noise_levels: λ (N,) of the schedule, least noise first.
+        window: of λ.
+
+    Raises:
+        ValueError: none of them lies inside; or outside, where the base is to be held.
+    """
+
+    def __init__(self, noise_levels: Tensor, window: NoiseWindow) -> None:
+        self.window = window
+        inside = window.contains(noise_levels)
+        self.inside, self.outside = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]  # (k,), (N − k,)
+        given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
+        span = f"of the {len(noise_levels)} noise levels of the schedule, from {noise_levels[0]:.4g} to "
+        span += f"{noise_levels[-1]:.4g},"
+        if len(self.inside) == 0:
+            raise ValueError(f"{given}, but {span} none lies between: widen the window.")
+        if window.hold_weight is not None and len(self.outside) == 0:
+            raise ValueError(
+                f"{given}, but {span} none lies outside of them for hold_base_outside: leave it out, or narrow the "
+                "window."
+            )
+
+    def indices(self, u: Tensor) -> Tensor:
+        """The indices (b,) into the schedule that u (b,) in [0, 1) stand for."""
+        levels = len(self.inside) + len(self.outside)
+        v, is_outside = self.window.divide(u, len(self.outside) / levels)
+        chosen = self.inside[(v * len(self.inside)).long()]
+        if is_outside.any():
+            chosen = torch.where(is_outside, self.outside[(v * len(self.outside)).long()], chosen)
+        return chosen
 
 
 def draw_indices(
@@ -26,6 +65,7 @@ def draw_indices(
     stratified: bool = False,
     group_size: int = 1,
     role: str = "instance",
+    windowed: WindowedSchedule | None = None,
 ) -> Tensor:
     """The index (b,) int64 in [0, `levels`) of each sample's noise level.
 
@@ -34,6 +74,7 @@ def draw_indices(
         levels: N, `num_train_timesteps`.
         stratified, group_size: spread the levels of each `group_size` consecutive positions (a global batch) evenly.
         role: "instance" or "class".
+        windowed: the same schedule with a window; None draws from all of it.
     """
     u = stratified_uniform(
         positions,
@@ -41,7 +82,7 @@ def draw_indices(
         shift=partial(numpy_generator, seed, f"timestep shift {role}"),
         value=partial(numpy_generator, seed, f"timestep {role}"),
     )
-    return (u * levels).long()
+    return (u * levels).long() if windowed is None else windowed.indices(u)
 
 
 def draw_noise(

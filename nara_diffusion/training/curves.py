@@ -9,11 +9,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
 from nara_diffusion.whole import whole_file
 
 
 def plot_noise_level_curves(
-    path: Path, noise_levels: Sequence[float], base: Sequence[float], adapted: Sequence[float], title: str, unit: str
+    path: Path,
+    noise_levels: Sequence[float],
+    base: Sequence[float],
+    adapted: Sequence[float],
+    title: str,
+    unit: str,
+    window: NoiseWindow = EVERYTHING,
 ) -> None:
     """Writes a PNG: on the left both losses over λ, on the right the adapter's gain, base − adapted.
 
@@ -23,6 +30,7 @@ def plot_noise_level_curves(
         base, adapted: the losses there.
         title: what was measured, on what.
         unit: unit of the losses, for the axes.
+        window: that was trained, to be shaded.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -32,12 +40,15 @@ def plot_noise_level_curves(
     left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1.02), yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(LogFormatter())
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     gains = [before - after for before, after in zip(base, adapted, strict=True)]
     right.axhline(0, color="tab:gray", linewidth=1)
     right.plot(noise_levels, gains, marker="o", color="tab:green")
     right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain ({unit})", xlim=(0, 1.02))
     right.set_title("base model − adapted model", fontsize="medium")
+    if not window.is_everything:
+        for axes in (left, right):
+            axes.axvspan(window.low, window.high, color="tab:blue", alpha=0.1, label="trained")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     figure.suptitle(title)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120)

@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.adalora import adalora_models, allocate_ranks, orthogonality
+from nara_diffusion.training.base_hold import SplitLosses
 from nara_diffusion.training.checkpoints import newest_checkpoint, save_checkpoint
 from nara_diffusion.training.interrupt import InterruptRequest
-from nara_diffusion.training.metrics import LossWindow
+from nara_diffusion.training.metrics import LossWindow, stacked
 from nara_diffusion.training.optimization import hold_core
 from nara_diffusion.training.run import Run
 
@@ -30,13 +31,16 @@ _SHORT = {
     "loss_low": "low λ",
     "loss_mid": "mid λ",
     "loss_high": "high λ",
+    "loss_inside": "inside",
+    "distance_outside": "outside",
     "learning_rate": "lr",
     "core_learning_rate": "core lr",
 }
 
 
 class StepLoss(Protocol):
-    """What a loss function returns: the scalar to differentiate, and the losses (b,) and λ (b,) of its samples."""
+    """What a loss function returns: the scalar to differentiate, the losses (b,) and λ (b,) of its samples, and where
+    the base is held outside of a window, the loss's parts."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -44,6 +48,8 @@ class StepLoss(Protocol):
     def per_sample(self) -> Tensor: ...
     @property
     def noise_level(self) -> Tensor: ...
+    @property
+    def split(self) -> SplitLosses | None: ...
 
 
 class TrainingDiverged(ArithmeticError):
@@ -111,7 +117,12 @@ def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
     losses, levels = cast(Tensor, run.accelerator.gather(mine)).unbind(1)
     if not losses.isfinite().all():
         raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
-    window.add(losses, levels)
+    window.add(losses, levels, None if step.split is None else _gathered(run, step.split))
+
+
+def _gathered(run: Run, split: SplitLosses) -> SplitLosses:
+    values, levels, held = cast(Tensor, run.accelerator.gather(stacked(split))).unbind(1)
+    return SplitLosses(values, levels, held == 1)
 
 
 def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None:

@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from nara_diffusion.noise_window import NoiseWindow
+from nara_diffusion.training.base_hold import SplitLosses
 from nara_diffusion.training.output import write_text
 
 # thirds of [0, 1]: an adapter's gain depends on λ, so one mean over all λ hides it
@@ -22,23 +24,44 @@ class LossWindow:
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
-        self._levels: list[Tensor] = []
+        self._parts: list[Tensor] = []  # (k, 3): loss or distance, λ, whether it is a distance
+        self._is_split = False
 
-    def add(self, losses: Tensor, noise_levels: Tensor) -> None:
-        """Takes losses (b,) and λ (b,)."""
+    def add(self, losses: Tensor, noise_levels: Tensor, split: SplitLosses | None = None) -> None:
+        """Takes losses (b,) and λ (b,); with `split` the loss's parts too, by which it is then told apart."""
         self._losses.append(losses)
-        self._levels.append(noise_levels)
+        self._is_split = split is not None
+        if split is None:
+            split = SplitLosses(losses, noise_levels, torch.zeros_like(losses, dtype=torch.bool))
+        self._parts.append(stacked(split))
 
     def means(self) -> dict[str, float]:
-        """{"loss", "loss_low", "loss_mid", "loss_high"}: means of all, and of each third of λ that isn't empty."""
-        losses, levels = torch.cat(self._losses), torch.cat(self._levels)
-        self._losses, self._levels = [], []
-        values = {"loss": losses.mean().item()}
+        """{"loss", "loss_low", "loss_mid", "loss_high"}: means of all, and of each third of λ that isn't empty.
+
+        Where the base is held outside of a window, the thirds are of what lies inside, and "loss_inside" and
+        "distance_outside" are beside them.
+        """
+        losses, (values, levels, held) = torch.cat(self._losses), torch.cat(self._parts).unbind(1)
+        self._losses, self._parts = [], []
+        chosen = {"loss_inside": held == 0, "distance_outside": held == 1} if self._is_split else {}
         for name, (low, high) in NOISE_BINS.items():
-            inside = (levels >= low) & ((levels < high) | (high == 1.0))
-            if inside.any():
-                values[name] = losses[inside].mean().item()
-        return values
+            chosen[name] = (held == 0) & (levels >= low) & ((levels < high) | (high == 1.0))
+        means = {name: values[rows].mean().item() for name, rows in chosen.items() if rows.any()}
+        return {"loss": losses.mean().item(), **means}
+
+
+def window_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:
+    """{"loss_inside", "loss_outside"}: means of losses (b,) at λ (b,) inside of `window` and outside of it."""
+    if window.is_everything:
+        return {}
+    inside = window.contains(noise_levels)
+    parts = {"loss_inside": losses[inside], "loss_outside": losses[~inside]}
+    return {name: part.mean().item() for name, part in parts.items() if len(part)}
+
+
+def stacked(split: SplitLosses) -> Tensor:
+    """(k, 3) float32."""
+    return torch.stack([part.detach().float() for part in (split.values, split.noise_level, split.held)], dim=1)
 
 
 class MetricLog:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import AnswerCollator, generate, masked_diffusion_loss
+from nara_diffusion.noise_window import NoiseWindow
 
 from .conftest import enable_checkpointing
 
@@ -51,7 +53,12 @@ def batch_of(rows: list[dict]) -> dict[str, torch.Tensor]:
     return AnswerCollator(END, trained_padding=1)(rows)
 
 
-KINDS = ("ddp", "ddp-checkpointed", "fsdp")
+KINDS = ("ddp", "ddp-checkpointed", "ddp-held", "fsdp")
+HOLD = NoiseWindow(0.2, 0.8, hold_weight=2.0)  # one process has no sample outside
+
+
+def options_of(kind: str) -> dict[str, Any]:
+    return OPTIONS | ({"window": HOLD} if kind == "ddp-held" else {})
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -79,7 +86,9 @@ def run(rank: int, kind: str) -> list[tuple[torch.Tensor, dict[str, torch.Tensor
     results = []
     for complementary in (False, True):
         wrapped.zero_grad()
-        loss = masked_diffusion_loss(wrapped, **batch_of(ROWS[rank::2]), **OPTIONS, complementary=complementary).loss
+        loss = masked_diffusion_loss(
+            wrapped, **batch_of(ROWS[rank::2]), **options_of(kind), complementary=complementary
+        ).loss
         loss.backward()
         dist.all_reduce(loss := loss.detach())
         gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
@@ -110,7 +119,7 @@ def test_two_processes_equal_one(results: dict[str, list], kind: str) -> None:
     assert isinstance(model, PeftModel) == (kind != "fsdp")
     for complementary, (loss, gradients) in zip((False, True), results[kind], strict=True):
         model.zero_grad()
-        expected = masked_diffusion_loss(model, **batch_of(ROWS), **OPTIONS, complementary=complementary).loss
+        expected = masked_diffusion_loss(model, **batch_of(ROWS), **options_of(kind), complementary=complementary).loss
         expected.backward()
         assert torch.allclose(loss, expected.detach(), rtol=1e-5)
         for name, parameter in model.named_parameters():

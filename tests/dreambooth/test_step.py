@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_draws, records_from_folder
@@ -24,17 +22,6 @@ CONFIG: dict[str, Any] = {
     "core_hidden_dims": (7, 6),
     "noise_convention": "timestep",
 }
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    generator = np.random.default_rng(3)
-    for name, count in (("instance", 3), ("class", 4)):
-        (tmp_path / name).mkdir()
-        for number in range(count):
-            pixels = generator.integers(0, 256, (22, 26, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
-    return tmp_path
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
 """Table, page of samples, model card, picture of the curves."""
 
+from typing import Any
+
 import yaml
+from matplotlib.axes import Axes
 from PIL import Image
 
+from nara_diffusion.noise_window import NoiseWindow
 from nara_diffusion.training.curves import plot_noise_level_curves
 from nara_diffusion.training.report import format_table, write_model_card, write_samples
 
@@ -44,3 +48,18 @@ def test_picture_is_written_whole(tmp_path) -> None:
     with Image.open(path) as picture:
         assert picture.size == (1200, 480)
     assert [entry.name for entry in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_plot_shades_the_window_that_was_trained(monkeypatch, tmp_path) -> None:
+    spans, shade = [], Axes.axvspan
+
+    def watched(self: Axes, *args: float, **options: Any) -> Any:
+        spans.append(args)
+        return shade(self, *args, **options)
+
+    monkeypatch.setattr(Axes, "axvspan", watched)
+    curves = ([0.1, 0.5, 0.9], [1.0, 2.0, 3.0], [0.5, 1.0, 2.9], "Loss over λ", "nats")
+    plot_noise_level_curves(tmp_path / "all.png", *curves)
+    assert spans == []
+    plot_noise_level_curves(tmp_path / "window.png", *curves, NoiseWindow(0.2, 0.7))
+    assert spans == [(0.2, 0.7), (0.2, 0.7)]

@@ -1,0 +1,70 @@
+"""Holding the base: outside of a window of noise levels, an adapted model is to predict what its base predicts.
+
+The base is the model itself with its adapters disabled, run without gradients and without dropout, on those samples
+alone that lie outside. Every process runs it in each forward of training, on one sample at least: the forwards of DDP
+and FSDP communicate, so that all processes have to run equally many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class SplitLosses:
+    """What is logged of k images or texts, of which some are to hold the base.
+
+    Attributes:
+        values: (k,), the loss of those inside of the window, and of those outside their distance to the base.
+        noise_level: (k,), λ.
+        held: (k,) bool, which lie outside.
+    """
+
+    values: Tensor
+    noise_level: Tensor
+    held: Tensor
+
+    def weighted(self, weight: float) -> Tensor:
+        """What each counts in the loss, (k,)."""
+        return torch.where(self.held, weight * self.values, self.values)
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """Within, `model` is its base: adapters disabled, no gradients, no dropout.
+
+    Unlike PEFT's own calls it leaves alone which parameters require a gradient, and afterwards all is as it was, also
+    where modules differ.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    disabled = [layer.disable_adapters for layer in layers]
+    training = [module for module in model.modules() if module.training]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for module in list(model.modules()):
+            if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+                stack.enter_context(module.disable_adapter())
+        try:
+            model.eval()
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, was_disabled in zip(layers, disabled, strict=True):
+                layer._disable_adapters = was_disabled
+            for module in training:
+                module.training = True
+
+
+def rows_for_base(held: Tensor) -> Tensor:
+    """The rows that the base runs on, of a batch with `held` (b,): those, or the first where there are none."""
+    rows = held.nonzero()[:, 0]
+    return rows if len(rows) else rows.new_zeros(1)

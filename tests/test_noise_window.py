@@ -1,0 +1,47 @@
+"""Which u goes where: inside of a window of λ, or outside of it, and that both are spread evenly."""
+
+import pytest
+import torch
+
+from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+
+
+def test_window_contains_its_lower_end_and_not_its_upper_one() -> None:
+    window = NoiseWindow(0.3, 0.7)
+    timesteps = torch.tensor([0, 299, 300, 301, 699, 700, 999])
+    assert window.contains(timesteps / 1000).tolist() == [False, False, True, True, True, False, False]
+    assert NoiseWindow(0.7, 1.0).contains(torch.tensor([0.69, 0.7, 1.0])).tolist() == [False, True, True]
+    assert EVERYTHING.contains(torch.tensor([0.0, 1.0])).all()
+
+
+def test_two_windows_that_meet_divide_every_noise_level() -> None:
+    levels = torch.arange(1001) / 1000
+    for edge in (0.1, 1 / 3, 0.5, 0.7):
+        lower, upper = NoiseWindow(0.0, edge).contains(levels), NoiseWindow(edge, 1.0).contains(levels)
+        assert torch.equal(lower, ~upper)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_divide_of_even_numbers_is_even_on_both_sides(share: float) -> None:
+    n = 16
+    u = (torch.arange(n, dtype=torch.float64) + torch.rand(n, dtype=torch.float64)) / n
+    v, outside = NoiseWindow(0.2, 0.6, hold_weight=2.0, outside_share=share).divide(u, 0.6)
+    assert outside.sum() == n * share
+    for part in (v[outside], v[~outside]):
+        assert sorted((part * len(part)).long().tolist()) == list(range(len(part)))
+
+
+def test_divide_takes_the_share_of_what_lies_outside_by_default() -> None:
+    u = torch.arange(1000, dtype=torch.float64) / 1000
+    _, outside = NoiseWindow(0.2, 0.6, hold_weight=2.0).divide(u, 0.6)
+    assert outside.sum() == 600
+    v, outside = NoiseWindow(0.2, 0.6).divide(u, 0.6)  # without a weight nothing is outside
+    assert torch.equal(v, u)
+    assert not outside.any()
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5 - 2**-54, 0.5, 1 - 2**-53])
+def test_divide_stays_below_one(u: float) -> None:
+    for share in (0.5, 0.1, 1 / 3):
+        v, _ = NoiseWindow(0.2, 0.6, hold_weight=1.0, outside_share=share).divide(torch.tensor([u]).double(), 0.6)
+        assert 0 <= v.item() < 1
