@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,10 +27,12 @@ def _same_draws_in_every_test() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _small_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the large ones of real models are: tests have small ones."""
-    monkeypatch.setattr("nara_diffusion.fused.MIN_ELEMENTS", 0)
+@pytest.fixture(autouse=True, scope="session")
+def _small_layers_are_fused() -> Iterator[None]:
+    """As the large ones of real models are, in what a fixture computes too: tests have small ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nara_diffusion.fused.MIN_ELEMENTS", 0)
+        yield
 
 
 @pytest.fixture
