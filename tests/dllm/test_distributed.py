@@ -53,12 +53,12 @@ def batch_of(rows: list[dict]) -> dict[str, torch.Tensor]:
     return AnswerCollator(END, trained_padding=1)(rows)
 
 
-KINDS = ("ddp", "ddp-checkpointed", "ddp-held", "fsdp")
+KINDS = ("ddp", "ddp-checkpointed", "ddp-held", "fsdp", "fsdp-held")
 HOLD = NoiseWindow(0.2, 0.8, hold_weight=2.0)  # one process has no sample outside
 
 
 def options_of(kind: str) -> dict[str, Any]:
-    return OPTIONS | ({"window": HOLD} if kind == "ddp-held" else {})
+    return OPTIONS | ({"window": HOLD} if kind.endswith("held") else {})
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -73,10 +73,11 @@ def worker(rank: int, port: int, folder: str) -> None:
 def run(rank: int, kind: str) -> list[tuple[torch.Tensor, dict[str, torch.Tensor | None]]]:
     """(loss, gradients) without and with complementary masks."""
     model = make_model(adapted=kind != "fsdp")
-    if kind == "fsdp":
-        for layer in model.model.layers:
+    if kind.startswith("fsdp"):
+        inner = model.base_model.model if isinstance(model, PeftModel) else model
+        for layer in inner.model.layers:
             fully_shard(layer)
-        fully_shard(model.lm_head)
+        fully_shard(inner.lm_head)
         wrapped = fully_shard(model)
     else:
         if kind == "ddp-checkpointed":
