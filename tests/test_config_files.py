@@ -1,4 +1,4 @@
-"""adapter_config.json with wrong settings: a ValueError names the file and the field before a model is touched."""
+"""adapter_config.json comes back as it was; with wrong settings a ValueError names the file and the field."""
 
 from __future__ import annotations
 
@@ -186,3 +186,53 @@ def test_the_file_that_is_altered_here_loads_as_it_is(folder):
 def test_a_number_that_is_none_is_refused_when_the_configuration_is_built(options, message, core_type):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         NaraConfig(core_type=core_type, **options)
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def test_a_config_survives_its_json_with_types(tmp_path):
+    config = NaraConfig(
+        r=6,
+        lora_alpha=9,
+        target_modules=["q_proj", "v_proj"],
+        core_type="hypernetwork",
+        core_scale=0.25,
+        core_hidden_dims=[31, 7],
+        core_init="zero_all",
+        core_input="both",
+        core_sharing="module_type",
+        noise_embedding="mlp",
+        noise_embedding_dim=10,
+        fourier_scale=2.5,
+        mask_density_radius=3,
+        noise_convention="masked_share",
+        rank_pattern={"q_proj": 4},
+        use_dora=True,
+    )
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "NARA"
+    assert written["core_hidden_dims"] == [31, 7]
+    for cls in (PeftConfig, NaraConfig, LoraConfig):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is NaraConfig
+        assert loaded == config
+        assert loaded.core_hidden_dims == (31, 7)
+        assert isinstance(loaded.core_hidden_dims, tuple)
+
+
+def test_a_config_of_a_later_version_loads_with_a_warning_that_names_the_unknown_field(tmp_path):
+    NaraConfig(r=6).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "core_flavour": "vanilla"}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['core_flavour'\] for class NaraConfig"):
+        assert PeftConfig.from_pretrained(tmp_path).r == 6
+
+
+def test_a_config_with_a_wrong_value_in_its_file_is_refused(tmp_path):
+    NaraConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "core_type": "magic"}))
+    with pytest.raises(ValueError, match="core_type is 'magic'"):
+        PeftConfig.from_pretrained(tmp_path)

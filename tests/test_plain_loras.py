@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.functional import delete_adapter, set_adapter
 from torch import Tensor, nn
 
@@ -104,3 +108,40 @@ def expected_without_core(model: nn.Module, x: Tensor) -> Tensor:
     W = second.get_base_layer().weight.double()
     W = W + 6 / 3 * second.lora_B["lora"].weight.double() @ second.lora_A["lora"].weight.double()
     return h @ W.T + second.get_base_layer().bias
+
+
+# ---------------------------------------------------------------- what a plain LoRA keeps
+
+
+def test_a_plain_lora_may_target_parameters():
+    model = adapted(TwoLayers(), target_modules=[], target_parameters=["first.weight"], core_type="identity")
+    base = model.base_model.model
+    layer = base.first
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    weight = layer.get_base_layer().weight + 6 / 4 * (B @ A).view_as(layer.get_base_layer().weight)
+    x = torch.randn(3, 7)
+    hidden = torch.tanh(nn.functional.linear(x, weight, layer.get_base_layer().bias))
+    torch.testing.assert_close(model(x), base.second(hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_a_plain_lora_may_replicate_layers(tiny_llama):
+    model = adapted(tiny_llama, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)], core_type="identity")
+    assert len(model.base_model.model.model.layers) == 3
+    assert model(torch.randint(49, (2, 5))).logits.shape == (2, 5, 50)
+
+
+def test_a_plain_lora_may_adapt_attention_modules():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x)[0]
+
+    model = adapted(Attention(), target_modules=["attention"], core_type="identity")
+    x = torch.randn(2, 5, 8)
+    expected = model(x)
+    merged = model.merge_and_unload()
+    assert type(merged.attention) is nn.MultiheadAttention
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)

@@ -73,6 +73,13 @@ def save_lora(folder: Path, *, seed: int = 5, **changes: Any) -> None:
     )
 
 
+def alone(folder: Path, *, lora: bool = False) -> Any:
+    """A pipeline with what is in `folder`, called "x", and nothing else."""
+    pipe = small_sdxl()
+    (pipe.load_lora_weights if lora else pipe.load_nara_weights)(folder, adapter_name="x")
+    return pipe
+
+
 class State:
     """All that loading an adapter could change in a pipeline: modules, tensors, hooks, attributes, flags."""
 

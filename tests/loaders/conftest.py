@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -40,3 +41,14 @@ def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base_pixels() -> Tensor:
     return pixels(small_sdxl())
+
+
+@pytest.fixture
+def pipe(nara_folder, other_folder, lora_folder) -> Any:
+    """With two NaRAs, "a" and "b", and one LoRA, "static"; "a" alone adapts the text encoders."""
+    pipe = small_sdxl()
+    pixels(pipe)
+    pipe.load_nara_weights(nara_folder, "a")
+    pipe.load_nara_weights(other_folder, "b")
+    pipe.load_lora_weights(lora_folder, adapter_name="static")
+    return pipe

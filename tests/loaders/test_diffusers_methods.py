@@ -1,9 +1,8 @@
-"""What Diffusers offers after loading, on NaRAs as on LoRAs, alone and mixed; and nothing left when they go."""
+"""What Diffusers offers after loading, on NaRAs as on LoRAs, alone and mixed."""
 
 from __future__ import annotations
 
 import importlib
-import re
 from typing import Any
 
 import pytest
@@ -19,8 +18,7 @@ from torch import nn
 import nara_diffusion
 from nara_diffusion import noise_level
 from nara_diffusion.noise import find_holders, is_noise_aware
-from tests.adapted import nara_config
-from tests.loaders.adapters import FILE, State, predict, trained
+from tests.loaders.adapters import FILE, State, alone, predict, trained
 from tests.small_pipelines import pixels, small_sdxl
 
 pytestmark = [
@@ -28,23 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already unmerged"),  # PEFT, at layers that unfuse_lora has nothing to do for
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),  # PEFT's delete_adapter
 ]
-
-
-@pytest.fixture
-def pipe(nara_folder, other_folder, lora_folder) -> Any:
-    """With two NaRAs, "a" and "b", and one LoRA, "static"; "a" alone adapts the text encoders."""
-    pipe = small_sdxl()
-    pixels(pipe)
-    pipe.load_nara_weights(nara_folder, "a")
-    pipe.load_nara_weights(other_folder, "b")
-    pipe.load_lora_weights(lora_folder, adapter_name="static")
-    return pipe
-
-
-def alone(folder, *, lora: bool = False) -> Any:
-    pipe = small_sdxl()
-    (pipe.load_lora_weights if lora else pipe.load_nara_weights)(folder, adapter_name="x")
-    return pipe
 
 
 def adapter_parameters(pipe: Any) -> dict[str, nn.Parameter]:
@@ -187,72 +168,6 @@ def test_what_is_fused_stays_when_the_adapter_is_unloaded(nara_folder):
     pipe.unload_nara_weights()
     torch.testing.assert_close(pixels(pipe), expected, rtol=0, atol=1e-4)
     assert not find_holders(pipe.unet)
-
-
-WAYS = {
-    "unload_nara_weights": lambda pipe: pipe.unload_nara_weights(),
-    "unload_lora_weights": lambda pipe: pipe.unload_lora_weights(),
-    "delete_adapters": lambda pipe: pipe.delete_adapters("x"),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("disabled", [False, True])
-def test_nothing_is_left_of_the_last_adapter(way, disabled, nara_folder, base_pixels):
-    pipe = small_sdxl()
-    assert torch.equal(pixels(pipe), base_pixels)
-    for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
-        part.requires_grad_(False)
-    before = State(pipe)
-    pipe.load_nara_weights(nara_folder, adapter_name="x")
-    pixels(pipe)
-    if disabled:
-        pipe.disable_lora()
-    WAYS[way](pipe)
-    assert before == State(pipe)
-    assert torch.equal(pixels(pipe), base_pixels)
-    pipe.load_nara_weights(nara_folder, adapter_name="x")  # and on again
-    assert not torch.allclose(pixels(pipe), base_pixels, atol=1e-2)
-
-
-def test_a_source_of_lambda_goes_with_the_adapters_that_it_was_for(base_pixels):
-    pipe = small_sdxl()
-    for convention, expected in (("edm", "edm"), (None, "timestep")):
-        pipe.unet.add_adapter(nara_config(target_modules=["to_q"], noise_convention=convention))
-        assert find_holders(pipe.unet)[0].source.convention == expected
-        assert pipe.unet.peft_config["default"].noise_convention == expected
-        pipe.delete_adapters("default")
-        assert not find_holders(pipe.unet)
-    assert torch.equal(pixels(pipe), base_pixels)
-
-
-def test_deleting_one_keeps_the_others(pipe, other_folder, lora_folder):
-    pipe.set_adapters("b")
-    pipe.delete_adapters("a")
-    assert pipe.get_list_adapters() == {"unet": ["b", "static"]}
-    assert torch.equal(pixels(pipe), pixels(alone(other_folder)))
-    assert not any(".a." in key for key in pipe.unet.state_dict())
-    assert not any(isinstance(module, BaseTunerLayer) for module in pipe.text_encoder.modules())
-    pipe.delete_adapters(["b"])
-    assert not find_holders(pipe.unet)  # the LoRA needs none
-    assert torch.equal(pixels(pipe), pixels(alone(lora_folder, lora=True)))
-
-
-@pytest.mark.parametrize("active", [["a", "static"], ["static"], ["a"]])
-def test_unloading_naras_keeps_loras_as_they_are(active, pipe, lora_folder, base_pixels):
-    pipe.set_adapters(active, 0.5)
-    pipe.unload_nara_weights()
-    assert pipe.get_list_adapters() == {"unet": ["static"]}
-    assert pipe.get_active_adapters() == [name for name in active if name == "static"]
-    assert not find_holders(pipe.unet)
-    lora = alone(lora_folder, lora=True)
-    assert {name for name, _ in pipe.unet.named_modules()} == {
-        re.sub(r"(lora_\w+)\.x\b", r"\1.static", name) for name, _ in lora.unet.named_modules()
-    }
-    lora.set_adapters("x", 0.5)
-    assert torch.equal(pixels(pipe), pixels(lora) if "static" in active else base_pixels)
-    pipe.unload_nara_weights()  # harmless
-    assert pipe.get_list_adapters() == {"unet": ["static"]}
 
 
 def test_adapters_get_numbers_for_names_as_loras_do(nara_folder, other_folder, lora_folder):
