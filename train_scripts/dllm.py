@@ -24,14 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.data import end_token_id
 from nara_diffusion.dllm.masking import check_drawable
 from nara_diffusion.dllm.measurement import compare, measure, validation_losses
 from nara_diffusion.dllm.positions import check_positions
-from nara_diffusion.dllm.records import FieldNames, records_from_file, records_from_hub
+from nara_diffusion.dllm.records import load_records
 from nara_diffusion.dllm.run_report import results_table, write_run_report
 from nara_diffusion.training.adapter import base_model, build_adapter, recompute_activations
 from nara_diffusion.training.arguments import (
@@ -242,27 +240,6 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
         print(publish(run, results, results_table(before, after)))
     return results
-
-
-def load_records(args: Arguments) -> tuple[Dataset, Dataset, Dataset]:
-    """(training, validation, test) records, from files or the Hub."""
-    fields = FieldNames(args.instruction_field, args.input_field, args.output_field, args.answer_field)
-    if args.dataset_name is not None:
-        records = records_from_hub(args.dataset_name, name=args.dataset_config_name, fields=fields)
-    else:
-        records = records_from_file(str(args.train_file), fields)
-    if args.validation_file is not None:
-        validation = records_from_file(args.validation_file, fields)
-    elif len(records) > args.validation_samples:
-        parts = records.train_test_split(test_size=args.validation_samples, seed=args.seed)
-        records, validation = parts["train"], parts["test"]
-    else:
-        raise ValueError(
-            f"{len(records)} training records can't spare {args.validation_samples} for validation: lower "
-            "validation_samples, or give a validation_file."
-        )
-    test = validation if args.test_file is None else records_from_file(args.test_file, fields)
-    return records, validation, test.select(range(min(len(test), args.test_samples or len(test))))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,35 @@ def records_from_hub(path: str, *, split: str = "train", fields: FieldNames = Fi
     return normalized(rows, fields, source=f"{path} ({split})")
 
 
+def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
+    """The (training, validation, test) records that a run's arguments name, in files or on the Hub.
+
+    Raises:
+        ValueError: see `records_from_file`; or there are too few training records to hold any out for validation.
+    """
+    fields = FieldNames(args.instruction_field, args.input_field, args.output_field, args.answer_field)
+    if args.dataset_name is not None:
+        records = records_from_hub(args.dataset_name, name=args.dataset_config_name, fields=fields)
+    else:
+        records = records_from_file(args.train_file, fields)
+    if args.validation_file is not None:
+        validation = records_from_file(args.validation_file, fields)
+    else:
+        records, validation = _held_out(records, args.validation_samples, args.seed)
+    test = validation if args.test_file is None else records_from_file(args.test_file, fields)
+    return records, validation, test.select(range(min(len(test), args.test_samples or len(test))))
+
+
+def _held_out(records: Dataset, validation_samples: int, seed: int) -> tuple[Dataset, Dataset]:
+    if len(records) <= validation_samples:
+        raise ValueError(
+            f"{len(records)} training records can't spare {validation_samples} for validation: lower "
+            "validation_samples, or give a validation_file."
+        )
+    parts = records.train_test_split(test_size=validation_samples, seed=seed)
+    return parts["train"], parts["test"]
+
+
 def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldNames(), *, source: str) -> Dataset:
     """`records` under the names of this module, checked, as a Dataset. `source` is what messages call them."""
     from datasets import Dataset
