@@ -9,11 +9,14 @@ from .inspection import core_matrix
 from .model import NaraModel
 from .noise import noise_level, set_noise_source
 from .own_cores import register_core
+from .set_strength import set_strength
+from .strength import StrengthSchedule
 
 __version__ = "0.1.0"
 __all__ = [
     "NaraConfig",
     "NaraModel",
+    "StrengthSchedule",
     "TimestepNoise",
     "__version__",
     "core_matrix",
@@ -22,6 +25,7 @@ __all__ = [
     "register_denoiser",
     "register_noise_source",
     "set_noise_source",
+    "set_strength",
     "shared_factors",
 ]
 

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from .config_fields import check_core_size, check_fields
 from .lora_starts import changes_base, check_start
 from .own_cores import BUILT_IN, check_core_type
+from .strength import StrengthSchedule
 from .whole import whole_files
 
 NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
@@ -48,6 +49,14 @@ _REFUSED: dict[str, str] = {
     "kasa_config": "KaSA is another LoRA variant of the same layer",
     "ensure_weight_tying": "tied layers use A and B the other way round, so that one would read C and the other Cᵀ",
 }
+
+_UNSCALED: dict[str, str] = {
+    "bias": "the biases that are trained",
+    "lora_bias": "the bias of B",
+    "modules_to_save": "modules that are trained as a whole",
+    "trainable_token_indices": "tokens that are trained",
+}
+"""Options whose share in the adapter is no part of s · B · C · A."""
 
 
 class NaraPeftType(str, Enum):
@@ -174,10 +183,19 @@ class NaraConfig(LoraConfig):
         },
     )
 
+    strength: StrengthSchedule | list[list[float]] | None = field(
+        default=None,
+        metadata={
+            "help": "The strength of the update as a function of λ: StrengthSchedule([(λ, strength), …]), or its "
+            "points. None is 1."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_fields(vars(self))
-        if self.core_type != "identity":
+        if self.reads_core:
             self._check_lora_fields()
+        self._check_strength()
         super().__post_init__()
         self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
         self.core_hidden_dims = tuple(self.core_hidden_dims)  # JSON has a list
@@ -195,6 +213,11 @@ class NaraConfig(LoraConfig):
             return
         with whole_files(Path(save_directory)) as partial:
             super().save_pretrained(str(partial), **kwargs)
+
+    @property
+    def reads_core(self) -> bool:
+        """Whether its layers read a C, which is not I, or is scaled."""
+        return self.core_type != "identity" or self.strength is not None
 
     @property
     def changes_base(self) -> bool:
@@ -283,8 +306,29 @@ class NaraConfig(LoraConfig):
                 "rank of all bins together, so pass core_bins times the rank of one."
             )
 
+    def _check_strength(self) -> None:
+        if self.strength is None:
+            return
+        given = self.strength
+        try:
+            self.strength = (given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)).as_lists()
+        except ValueError as error:
+            raise ValueError(f"strength is {given!r}: {error}") from None
+        for name, unscaled in _UNSCALED.items():
+            if getattr(self, name) not in (None, False, "none"):
+                raise ValueError(
+                    f"strength depends on λ, which would not reach {unscaled} ({name}={getattr(self, name)!r}): remove "
+                    "one of the two."
+                )
+        if self.changes_base:
+            raise ValueError(
+                f"strength depends on λ, but init_lora_weights={self.init_lora_weights!r} takes the update at strength "
+                "1 out of the base weights: remove one of the two."
+            )
+
     def _check_lora_fields(self) -> None:
         for name, why in _REFUSED.items():
             value = getattr(self, name, None)
             if value or isinstance(value, dict):  # of which PEFT makes an option that is on, empty or not
-                raise ValueError(f"NaRA does not support {name}: {why}. Remove it, or use core_type='identity'.")
+                remedy = "strength=None" if self.core_type == "identity" else "core_type='identity'"
+                raise ValueError(f"NaRA does not support {name}: {why}. Remove it, or use {remedy}.")

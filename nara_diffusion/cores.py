@@ -51,9 +51,9 @@ def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.
 
 
 def needs_noise(config: NaraConfig) -> bool:
-    """Whether an adapter of this configuration depends on λ."""
+    """Whether an adapter of this configuration depends on λ, by its core or by its strength."""
     with torch.device("meta"):
-        return bool(build_core(config, config.r).needs_noise)
+        return config.strength is not None or bool(build_core(config, config.r).needs_noise)
 
 
 def is_tied_to_rank(config: NaraConfig) -> bool:

@@ -4,7 +4,8 @@ Diffusers walks over the layers of a model. The holder of the cores stands at th
 
     save_lora_adapter  would write a NaRA into a file that is named and described as a LoRA's
     load_lora_adapter  activates what it has loaded, in the layers alone
-    set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none
+    set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none; and
+                       weights may be functions of λ
     set_lora_device    moves what each layer has as A and B, which the root's has not
     fuse_lora          merges layer by layer, would leave half of them merged if λ turns out to be unknown, and doesn't
                        say that every step then runs at the C of one λ
@@ -32,6 +33,7 @@ from safetensors import safe_open
 
 from .around import around
 from .config import NaraConfig
+from .diffusers_strength import check_components, set_weights
 from .holder import HOLDER_NAME, CoreHolder
 from .injection import drop_idle_holder, without_holder
 from .loaders.adapters import adapters_of, unwrap
@@ -40,6 +42,7 @@ from .loaders.hotswap import REQUEST, check_enlargeable, enlarge_cores
 from .loaders.schedulers import check_agree, follow_adapters, keep_if_fused
 from .loaders.wrapped import check_none_wrapped
 from .offload import check_kept_nowhere
+from .strength_layers import take_strength
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +61,9 @@ def extend_diffusers_methods() -> None:
     around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
     around(PeftAdapterMixin, "unload_lora", _unload_lora)
     around(PeftAdapterMixin, "delete_adapters", _delete_adapters)
-    around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters)
     for name in ("disable_lora", "enable_lora"):
         around(LoraBaseMixin, name, _unless_wrapped)
+    around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters)
     around(LoraBaseMixin, "fuse_lora", _fuse_pipeline)
     around(LoraBaseMixin, "set_lora_device", _set_lora_device)
     around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up)
@@ -97,6 +100,9 @@ def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> 
     if request is not None:
         check_enlargeable(model, request["target_rank"])
     original(model, *args, **kwargs)
+    if kwargs.get("hotswap"):  # its strength was that of the LoRA that is gone
+        name = str(kwargs.get("adapter_name"))
+        take_strength(model, adapters_of(model)[name], name)
     if request is not None:
         enlarge_cores(model, request["target_rank"])  # PEFT has padded the A and B of all adapters
     # the LoRA is now the active one, in layers alone
@@ -113,9 +119,12 @@ def _check_swapped_name(model: Any, name: str) -> None:
             )
 
 
-def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, *args: Any, **kwargs: Any) -> None:
-    with without_holder(model):
-        original(model, adapter_names, *args, **kwargs)
+def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, weights: Any = None) -> None:
+    def set_floats(model: Any, adapter_names: list[str] | str, weights: Any) -> None:
+        with without_holder(model):
+            original(model, adapter_names, weights)
+
+    set_weights(set_floats, model, adapter_names, weights)
     holder = _holder_of(model)
     if holder is not None:
         holder.set_adapter(adapter_names)
@@ -127,9 +136,14 @@ def _unless_wrapped(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None
     follow_adapters(pipe)
 
 
-def _set_pipeline_adapters(original: Any, pipe: Any, adapter_names: list[str] | str, *args: Any, **kwargs: Any) -> None:
+def _set_pipeline_adapters(
+    original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None
+) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_adapters")
     check_agree(pipe, adapter_names)
-    _unless_wrapped(original, pipe, adapter_names, *args, **kwargs)
+    check_components(pipe, adapter_names, adapter_weights)
+    original(pipe, adapter_names, adapter_weights)
+    follow_adapters(pipe)
 
 
 def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device: Any) -> None:
@@ -177,7 +191,7 @@ def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[st
     if holder is None:
         return [], None
     names = holder.active_adapters if adapter_names is None else adapter_names
-    fixed = [name for name in names if name in holder.cores and holder.cores[name].needs_noise]
+    fixed = [name for name in names if holder.depends_on_noise(name)]
     signals = holder.signals_to_merge(fixed, _FUSE_REMEDY)
     check_kept_nowhere(model, LoraLayer)
     return fixed, None if signals is None else signals.noise_level.item()

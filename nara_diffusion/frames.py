@@ -18,10 +18,11 @@ from .controls import as_read, grid_of, is_noise_changed
 from .core_set import CoreSet
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
 from .offload import beside_inputs
+from .scheduled_cores import ScheduledCores
 from .settings import check_not_split
 from .signals import arguments_of, check_batch, denoiser_hint, of_adapter
 
-Cores = Mapping[str, CoreSet]
+Cores = Mapping[str, CoreSet | ScheduledCores]
 """Those of the adapters that take part in a forward, by name."""
 
 _DENSITY_REMEDY = "pass noise_level(model, value, mask_density=…), or set a source that tells it."

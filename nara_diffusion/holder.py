@@ -16,13 +16,15 @@ from .channel import CoreChannel, Frame
 from .config import NaraConfig
 from .controls import refuse_control
 from .conventions import first_source
-from .core_set import CoreSet, make_cores
+from .core import IdentityCore
+from .core_set import SHARED, CoreSet, make_cores
 from .denoisers import Denoiser
-from .frames import check_signals, depend_on_noise, frame_of_forward, frame_of_part
+from .frames import Cores, check_signals, depend_on_noise, frame_of_forward, frame_of_part
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals
 from .offload import KEEPS_COPY, keeps_cores_on_disk, onload_cores
 from .prediction import Prediction, check_scheduler_at_work
 from .recompute import checkpoint_with_core, checkpoint_without_core
+from .scheduled_cores import ScheduledCores, Strengths
 from .settings import check_not_fused
 from .signals import check_convention, of_one_sample
 
@@ -36,7 +38,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     """Holds `cores[adapter][group]` for one adapted model and feeds its layers through `channel`.
 
     Adapters without a core of their own (identity) are listed too, so that PEFT's bookkeeping finds the same names
-    here as on any layer.
+    here as on any layer; and plain LoRAs, while their strength depends on λ.
 
     Args:
         denoiser: what is known of the root's class, if it is a denoiser of Diffusers: then its timestep tells λ.
@@ -45,7 +47,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     is_core_holder = True
     adapter_layer_names = ("cores",)
-    other_param_names = ("r", "density_radius", "convention", "undecided")
+    other_param_names = ("r", "density_radius", "convention", "undecided", "strengths")
 
     def __init__(self, denoiser: Denoiser | None = None, convention: str | None = None) -> None:
         super().__init__()
@@ -57,6 +59,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         self.density_radius: dict[str, int] = {}
         self.convention: dict[str, str | None] = {}
         self.undecided: dict[str, NaraConfig] = {}
+        self.strengths: dict[str, Strengths] = {}
         self.base_prediction: Prediction | None = None
         self.merged_adapters: list[str] = []
         self.merged_signals: NoiseSignals | None = None
@@ -72,6 +75,18 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         self.cores[adapter_name] = make_cores(config, ranks)
         self.r[adapter_name] = max(ranks.values(), default=config.r)
         self.know(adapter_name, config, convention_stated)
+
+    def add_plain(self, adapter_name: str, rank: int) -> None:
+        """Serve a plain LoRA, whose C = I, as long as its strength depends on λ."""
+        self.cores[adapter_name] = CoreSet({SHARED: IdentityCore(rank)})
+        self.r[adapter_name] = rank
+        self.convention[adapter_name] = None
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop all that is held of an adapter, whichever adapters are active."""
+        for held in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
+            if adapter_name in held:
+                del held[adapter_name]
 
     def know(self, adapter_name: str, config: NaraConfig, convention_stated: bool) -> None:
         """Take over what `config` says of signals; by hotswap, instead of what another has said."""
@@ -101,7 +116,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         """Let adapters that serve, need λ and are undecided follow `convention`, as `set_source` does; unless one of
         them has another: adapter name → that.
         """
-        told = [name for name in self._serving() if self.cores[name].needs_noise]
+        told = [name for name in self._serving() if self.depends_on_noise(name)]
         decided = {name: self.convention[name] for name in told if name not in self.undecided}
         others = {name: other for name, other in decided.items() if other not in (None, convention)}
         if not others:
@@ -120,8 +135,17 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         names = active_adapter_names(self.channel) or self.active_adapters
         return [name for name in dict.fromkeys(names) if name in self.cores and name not in self.merged_adapters]
 
-    def _cores_of(self, names: list[str]) -> dict[str, CoreSet]:
-        return {name: self.cores[name] for name in names}  # type: ignore[misc]
+    def _cores_of(self, names: list[str]) -> Cores:
+        return {name: self._cores(name) for name in names}
+
+    def _cores(self, adapter_name: str) -> CoreSet | ScheduledCores:
+        cores: Any = self.cores[adapter_name]
+        strengths = self.strengths.get(adapter_name)
+        return cores if strengths is None else ScheduledCores(cores, strengths)
+
+    def depends_on_noise(self, adapter_name: str) -> bool:
+        """Whether the adapter is one that is served here, and its core or its strength needs λ."""
+        return adapter_name in self.cores and self._cores(adapter_name).needs_noise
 
     @property
     def needs_noise(self) -> bool:
@@ -177,7 +201,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if signals is not None:
             self.merged_signals = signals
             self.merge(adapter_names=[adapter_name])
-        return self.cores[adapter_name].matrix(group, signals)  # type: ignore[operator]
+        return self._cores(adapter_name).matrix(group, signals)
 
     # ------------------------------------------------------------------ the root's forward
 

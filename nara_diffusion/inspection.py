@@ -57,5 +57,5 @@ def _group_of(model: nn.Module, module: str | None, adapter_name: str, groups: l
         if name == module or name == f"base_model.model.{module}":
             variant = getattr(layer, "lora_variant", {}).get(adapter_name)
             if variant is not None:
-                return variant.key[1]
+                return variant.group
     raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

@@ -37,6 +37,9 @@ class NaraVariant(LoraVariant):
         core_to_merge: (adapter name, group) → C (1, r, r) of the λ at which layers are being merged.
         adapter_name, group: which C is this layer's.
         layer_name: for error messages. rows: what the rows of the layer's input are.
+
+    Attributes:
+        key: by what it reads C from the channel; (adapter_name, group), unless the group's layers differ in strength.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class NaraVariant(LoraVariant):
     ) -> None:
         self.channel = channel
         self.core_to_merge = core_to_merge
+        self.group = group
         self.key = (adapter_name, group)
         self.layer_name = layer_name
         self.rows: Rows = rows

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
@@ -18,19 +17,19 @@ from torch import Tensor, nn
 
 from .checkpoint import check_adapter_tensors, check_core_precision, current_name, refuse_name_in_key
 from .config import NaraConfig
-from .contexts import entered
 from .core_set import SHARED, core_group, core_tensors
 from .denoisers import denoiser_of
 from .holder import HOLDER_NAME, CoreHolder
 from .initialisation import make_directions_orthonormal
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
-from .noise import MixedBatch, core_holders
+from .noise import core_holders
 from .offload import check_addable
 from .own_cores import BUILT_IN
 from .rules import check_target, keep_out_of_float8, rule_for
 from .samples import rows_of
 from .signals import with_convention
+from .strength_layers import default_strengths, give_strength
 
 _PEFT_PREFIX = "base_model.model."
 _STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
@@ -46,8 +45,6 @@ class NaraModel(MergesAtOneLevel):
     What of LoraModel would be wrong for an update that depends on λ is made right here (merging takes a λ) or raises
     (weighted sums, conversion of initialisations).
     """
-
-    tuner_layer_cls = (LoraLayer, CoreHolder)  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -109,13 +106,14 @@ class NaraModel(MergesAtOneLevel):
         holder._active_adapter = list(active)
         holder._disable_adapters = injected.disabled
         holder.attach(model)
+        give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
 
     def _create_and_replace(  # type: ignore[override]
         self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
         group = core_group(lora_config, current_key, lora_config.r)
         refuse_name_in_key(f"{_PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
-        if lora_config.core_type != "identity":
+        if lora_config.reads_core:
             check_target(target, lora_config.use_dora, current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
@@ -128,7 +126,7 @@ class NaraModel(MergesAtOneLevel):
         rank = layer.r[adapter_name]  # by rank_pattern
         group = core_group(lora_config, current_key, rank)
         injecting.ranks[group] = max(rank, injecting.ranks.get(group, 0))
-        if lora_config.core_type != "identity":
+        if lora_config.reads_core:
             rule = rule_for(layer, lora_config.use_dora, current_key)
             holder = injecting.holder
             rows = rows_of(self.model, current_key)
@@ -148,20 +146,6 @@ class NaraModel(MergesAtOneLevel):
             core = core_tensors(config, {SHARED: config.r})
             parts = (HOLDER_NAME, "cores", *core, "lora_A", "lora_B", "weight", "bias")
             refuse_name_in_key(".".join(parts), others)
-
-    # ------------------------------------------------------------------ unloading
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As `peft.LoraModel.delete_adapter`; with the last NaRA adapter its cores' holder goes too."""
-        super().delete_adapter(adapter_name)
-        drop_idle_holder(self.model)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        holder: CoreHolder | None = getattr(self.model, HOLDER_NAME, None)
-        if holder is not None:
-            holder.detach(self.model)
-        return model  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ refused, or right only for some adapters
 
@@ -205,37 +189,6 @@ class NaraModel(MergesAtOneLevel):
                 raise ValueError(
                     f"{what} would ignore the core of adapter '{name}', whose update depends on λ. Activate several "
                     "adapters together instead: model.base_model.set_adapter([…])."
-                )
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        holder: CoreHolder | None = getattr(self.model, HOLDER_NAME, None)
-        if names is None or holder is None:
-            with super()._enable_peft_forward_hooks(*args, **kwargs):
-                yield
-            return
-        self._check_mixed_batch(names)
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]  # as `generate` repeats the batch
-        failure = None
-        mixed = entered(frozenset([holder.channel]), MixedBatch(repeated))
-        with super()._enable_peft_forward_hooks(*args, **kwargs), mixed:
-            try:
-                yield
-            except BaseException as error:  # PEFT takes its hooks away only if nothing is raised here
-                failure = error
-        if failure is not None:
-            raise failure
-
-    def _check_mixed_batch(self, adapter_names: list[str]) -> None:
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, LoraLayer) and set(layer.lora_embedding_A) & set(layer.lora_variant) & set(
-                adapter_names
-            ):
-                raise ValueError(
-                    f"adapter_names cannot be used while the embedding '{name}' is adapted with NaRA: PEFT would apply "
-                    "it without its core. Use one adapter a batch."
                 )
 
     # ------------------------------------------------------------------ checkpoints

@@ -8,6 +8,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from .config import NaraConfig, NaraPeftType
 from .diffusers_methods import extend_diffusers_methods
 from .loaders import load_nara_weights, save_nara_weights, unload_nara_weights
+from .lora_methods import extend_lora_methods
 from .model import NaraModel
 from .peft_methods import extend_peft_methods
 
@@ -24,6 +25,7 @@ def _register_with_peft() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[NaraPeftType.NARA] = NaraModel  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[NaraPeftType.NARA] = NaraModel.prefix  # type: ignore[index]
     extend_peft_methods()
+    extend_lora_methods()
 
 
 def _register_with_diffusers() -> None:

@@ -22,8 +22,9 @@ from nara_diffusion.cores import build_core, is_block_of_larger
 from nara_diffusion.holder import HOLDER_NAME, CoreHolder
 from nara_diffusion.own_cores import OwnCore, rebuild_own_core
 from nara_diffusion.signals import with_convention
+from nara_diffusion.strength_layers import check_strength, default_strengths, give_strength, has_strength
 
-from .adapters import nara_adapters_of, part_of
+from .adapters import adapters_of, nara_adapters_of, part_of
 from .checks import by_pattern, check_part, expected_tensors, rank_of
 from .completeness import check_loaded
 from .format import AdapterPart
@@ -73,7 +74,13 @@ def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
 
 
 def check_enlargeable(model: nn.Module, target: int) -> None:
-    """Raises ValueError if a NaRA of the model has a C that can't follow A and B to the rank `target`."""
+    """Raises ValueError if an adapter of the model has a C that can't follow A and B to the rank `target`."""
+    for name, config in adapters_of(model).items():
+        if has_strength(model, name) and not isinstance(config, NaraConfig):
+            raise ValueError(
+                f"enable_lora_hotswap would make room for rank {target} in LoRA '{name}', whose strength depends on λ: "
+                f"give it a float before, pipe.set_adapters({name!r}, 1.0), or load it last."
+            )
     for name, config in nara_adapters_of(model).items():
         _check_enlargeable(name, config, target)
 
@@ -143,6 +150,7 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
             f"of core_type={old.core_type!r} and core_normalization={old.core_normalization!r} belongs: {_REMEDY}"
         )
     check_part(model, component, part, adapter_name)
+    check_strength(model, part.config, adapter_name, default_strengths(model, part.config, adapter_name))
     there = part_of(model, adapter_name).tensors
     if there.keys() != part.tensors.keys():
         different = sorted(there.keys() ^ part.tensors.keys())
@@ -186,6 +194,7 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     stated = config.noise_convention is not None
     model.peft_config[adapter_name] = config = with_convention(config, holder.source, adapter_name)
     holder.know(adapter_name, config, stated)
+    give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
     held = trimmed(model, part_of(model, adapter_name)).tensors
     check_loaded(model, adapter_name, part.tensors, "the adapter", held)
 

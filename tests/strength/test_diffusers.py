@@ -1,0 +1,359 @@
+"""StrengthSchedule as a weight of Diffusers' set_adapters: whole pipelines, blocks, mixtures, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from nara_diffusion import StrengthSchedule, noise_level, set_strength
+from nara_diffusion.noise import find_holders
+from tests.loaders.adapters import FILE, State, predict, save_lora, trained
+from tests.small_pipelines import pixels, small_flux, small_sd3, small_sdxl
+from tests.strength.models import SCHEDULE
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
+    pytest.mark.filterwarnings("ignore:Already unmerged"),
+]
+
+KINDS = pytest.mark.parametrize("kind", ["LoRA", "DoRA", "NaRA", "NaRA-DoRA"])
+DROP = StrengthSchedule([(0.5, 1.3), (0.5, 0.0)])
+LEVELS = (0.033, 0.87)
+"""Of the two samples of `predict`."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for kind in ("LoRA", "DoRA", "NaRA", "NaRA-DoRA"):
+        found[kind] = folder = tmp_path_factory.mktemp(kind)
+        options = {"use_dora": "DoRA" in kind, "target_modules": ["to_q", "to_out.0", "proj_in", "conv1"]}
+        if kind.startswith("NaRA"):
+            trained(text=False, **options).save_nara_weights(folder)
+        else:
+            save_lora(folder, **options)
+    return found
+
+
+def loaded(folder: Path, kind: str, pipe: Any = None, name: str = "toy") -> Any:
+    pipe = small_sdxl() if pipe is None else pipe
+    (pipe.load_nara_weights if kind.startswith("NaRA") else pipe.load_lora_weights)(folder, adapter_name=name)
+    return pipe
+
+
+def scalings(pipe: Any, name: str) -> dict[str, float]:
+    return {n: m.scaling[name] for n, m in pipe.unet.named_modules() if name in getattr(m, "scaling", {})}
+
+
+@KINDS
+def test_each_sample_has_the_strength_of_its_timestep(kind, folders):
+    pipe, reference = loaded(folders[kind], kind), loaded(folders[kind], kind)
+    base = predict(reference)
+    pipe.set_adapters("toy", adapter_weights=SCHEDULE)
+    found = predict(pipe)
+    for i, level in enumerate(LEVELS):
+        reference.set_adapters("toy", SCHEDULE(level).item())
+        expected = predict(reference)[i]
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-5)
+        assert float((base[i] - expected).abs().max()) > 1e-2
+
+
+@KINDS
+def test_each_step_of_a_pipeline_equals_that_with_its_level_s_number(kind, folders):
+    """With CFG; the reference gets its number before each call of its UNet."""
+    pipe, reference = loaded(folders[kind], kind), loaded(folders[kind], kind)
+    pipe.set_adapters("toy", SCHEDULE)
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+    pipe.unet.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append(({"args": args, **kwargs}, output[0].clone())),
+        with_kwargs=True,
+    )
+    image = pixels(pipe, num_inference_steps=6)
+    assert len({float(call["args"][1]) for call, _ in calls}) == 6
+    strengths = []
+    for call, output in calls:
+        args = call.pop("args")
+        strengths.append(SCHEDULE(float(args[1]) / 1000).item())
+        reference.set_adapters("toy", strengths[-1])
+        with torch.no_grad():
+            expected = reference.unet(*args, **call)[0]
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    assert max(strengths) - min(strengths) > 1.5
+
+    def set_number(module: Any, args: Any, kwargs: Any) -> None:
+        reference.set_adapters("toy", SCHEDULE(float(args[1]) / 1000).item())
+
+    reference.unet.register_forward_pre_hook(set_number, with_kwargs=True)
+    torch.testing.assert_close(pixels(reference, num_inference_steps=6), image, rtol=0, atol=2e-3)
+
+
+def test_a_step_range_is_the_lora_in_its_range_and_the_base_outside(folders):
+    pipe, reference = loaded(folders["LoRA"], "LoRA"), loaded(folders["LoRA"], "LoRA")
+    pipe.set_adapters("toy", DROP)
+    found = predict(pipe)
+    reference.set_adapters("toy", 1.3)
+    torch.testing.assert_close(found[0], predict(reference)[0], rtol=1e-4, atol=1e-5)
+    reference.disable_lora()
+    torch.testing.assert_close(found[1], predict(reference)[1], rtol=0, atol=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_a_number_or_none_leaves_no_trace_of_a_schedule(kind, weight, folders):
+    pipe = loaded(folders[kind], kind)
+    pipe.set_adapters("toy")
+    before, expected = State(pipe), predict(pipe)
+    pipe.set_adapters("toy", SCHEDULE)
+    predict(pipe)
+    pipe.set_adapters("toy", weight)
+    if not kind.startswith("NaRA"):  # whose configuration has it now
+        assert State(pipe) == before
+        assert not find_holders(pipe.unet)
+    assert torch.equal(predict(pipe), expected)
+
+
+@pytest.mark.parametrize("schedules", [(SCHEDULE, DROP), (0.4, DROP), (SCHEDULE, 0.4), (SCHEDULE, None)])
+def test_a_mixture_takes_a_strength_each(schedules, folders):
+    pipe = loaded(folders["LoRA"], "LoRA")
+    loaded(folders["NaRA"], "NaRA", pipe, "nara")
+    names = ["nara", "toy"]
+    pipe.set_adapters(names, adapter_weights=list(schedules))
+    assert pipe.get_active_adapters() == names
+    found = predict(pipe)
+    for i, level in enumerate(LEVELS):
+        numbers = [s(level).item() if isinstance(s, StrengthSchedule) else s for s in schedules]
+        pipe.set_adapters(names, numbers)
+        torch.testing.assert_close(found[i], predict(pipe)[i], rtol=1e-4, atol=1e-5)
+
+
+BLOCKS: list[Any] = [
+    {"unet": SCHEDULE},
+    {"unet": {"down": SCHEDULE}},
+    {"unet": {"down": SCHEDULE, "mid": 0.3, "up": DROP}},
+    {"unet": {"mid": SCHEDULE, "up": {"block_0": [SCHEDULE, 0.2]}}},
+    {"unet": {"up": {"block_0": [DROP, SCHEDULE]}}},
+]
+
+
+@KINDS
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_blocks_have_the_strengths_that_diffusers_gives_them_as_numbers(kind, blocks, folders):
+    pipe, reference = loaded(folders[kind], kind), loaded(folders[kind], kind)
+    pipe.set_adapters("toy", blocks)
+    found = predict(pipe)
+
+    def at(weights: Any, level: float) -> Any:
+        if isinstance(weights, dict):
+            return {key: at(weight, level) for key, weight in weights.items()}
+        if isinstance(weights, list):
+            return [at(weight, level) for weight in weights]
+        return weights(level).item() if isinstance(weights, StrengthSchedule) else weights
+
+    for i, level in enumerate(LEVELS):
+        reference.set_adapters("toy", at(blocks, level))
+        torch.testing.assert_close(found[i], predict(reference)[i], rtol=1e-4, atol=1e-5)
+    pipe.set_adapters("toy")
+    reference.set_adapters("toy")
+    assert scalings(pipe, "toy") == scalings(reference, "toy")
+    assert torch.equal(predict(pipe), predict(reference))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"unet": {"dwn": SCHEDULE}}, r"adapter_weights names 'dwn', .* choose 'down', 'mid', 'up'"),
+        ({"unet": {"down": {"block_0": SCHEDULE}}}, r"names 'down.block_0', .* choose 'block_1'"),
+        ({"unet": {"mid": {"block_0": SCHEDULE}}}, r"names 'mid.block_0', .* choose one strength"),
+        ({"unet": {"up": {"block_0": [SCHEDULE] * 3}}}, "Expected 2 scales for up.block_0, got 3"),
+        ({"net": SCHEDULE}, "has 'net', which is no component of StableDiffusionXLPipeline that adapters are for: "),
+        ([{"net": SCHEDULE}], "has 'net', which is no component"),
+    ],
+)
+def test_blocks_that_are_not_there_are_refused_and_nothing_is_changed(weights, message, folders):
+    pipe = loaded(folders["LoRA"], "LoRA")
+    before = State(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe.set_adapters(["toy"], weights)
+    assert State(pipe) == before
+
+
+def test_layers_of_which_diffusers_knows_no_block_are_refused_with_blocks(tmp_path: Path):
+    save_lora(tmp_path, target_modules=["to_q", "time_embedding.linear_1"])
+    pipe = loaded(tmp_path, "LoRA")
+    with pytest.raises(ValueError, match=r"finds none for layer 'time_embedding.linear_1'"):
+        pipe.set_adapters("toy", {"unet": {"down": SCHEDULE}})
+    pipe.set_adapters("toy", SCHEDULE)
+    predict(pipe)
+
+
+def test_text_encoders_are_refused_with_a_remedy_that_works():
+    pipe = trained()
+    before = State(pipe)
+    with pytest.raises(ValueError, match=r"'default' has a part in text_encoder, .* 'text_encoder': 1.0\}"):
+        pipe.set_adapters("default", SCHEDULE)
+    assert State(pipe) == before
+    pipe.set_adapters("default", {"unet": SCHEDULE, "text_encoder": 0.5, "text_encoder_2": 1.0})
+    pixels(pipe)
+    assert {m.scaling["default"] for m in pipe.text_encoder.modules() if hasattr(m, "scaling")} == {0.5 * 3 / 2}
+
+
+@pytest.mark.parametrize("make", [small_flux, small_sd3])
+def test_transformers_of_flow_read_their_own_level(make):
+    pipe = trained(make(), text=False, target_modules=["to_q", "to_out.0"], core_type="identity", name="toy")
+    block = "single_transformer_blocks" if make is small_flux else "transformer_blocks.0."
+    levels: list[float] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: levels.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    expected = []
+    for weights in (SCHEDULE, {"transformer": {block: SCHEDULE}}):
+        pipe.set_adapters("toy", weights)
+        expected.append(pixels(pipe, num_inference_steps=2))
+    assert not torch.allclose(*expected, atol=1e-3)
+    scale = 1 if make is small_flux else 1000
+    for weights, image in zip((lambda s: s, lambda s: {"transformer": {block: s}}), expected, strict=True):
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs, weights=weights: pipe.set_adapters(
+                "toy", weights(SCHEDULE(float(kwargs["timestep"][0]) / scale).item())
+            ),
+            with_kwargs=True,
+        )
+        torch.testing.assert_close(pixels(pipe, num_inference_steps=2), image, rtol=0, atol=1e-3)
+        handle.remove()
+    with pytest.raises(ValueError, match=r"names 'single_blocks', which is no block .* a part of the names"):
+        pipe.set_adapters("toy", {"transformer": {"single_blocks": SCHEDULE}})
+
+
+# ---------------------------------------------------------------------- a pipeline's life
+
+
+@KINDS
+def test_disabled_deleted_and_unloaded_it_is_the_base(kind, folders):
+    base = small_sdxl()
+    expected, state = predict(base), State(base)
+    pipe = loaded(folders[kind], kind)
+    pipe.set_adapters("toy", SCHEDULE)
+    found = predict(pipe)
+    pipe.disable_lora()
+    torch.testing.assert_close(predict(pipe), expected, rtol=0, atol=1e-6)
+    pipe.enable_lora()
+    assert torch.equal(predict(pipe), found)
+    pipe.delete_adapters("toy")
+    assert torch.equal(predict(pipe), expected)
+    loaded(folders[kind], kind, pipe)
+    plain = predict(pipe)
+    torch.testing.assert_close(plain, predict(loaded(folders[kind], kind)), rtol=0, atol=0)
+    pipe.set_adapters("toy", SCHEDULE)
+    predict(pipe)
+    pipe.unload_lora_weights()
+    assert torch.equal(predict(pipe), expected)
+    assert not find_holders(pipe.unet)
+    assert State(pipe).parts["unet"].keys() == state.parts["unet"].keys()
+
+
+@KINDS
+def test_fusing_takes_the_strength_at_its_level(kind, folders):
+    pipe = loaded(folders[kind], kind)
+    pipe.set_adapters("toy", SCHEDULE)
+    with pytest.raises(ValueError, match="fuse_lora works at one λ"):
+        pipe.fuse_lora()
+    before = predict(pipe)
+    with noise_level(pipe.unet, 0.33):
+        expected = predict(pipe)
+        pipe.fuse_lora(components=["unet"])
+    torch.testing.assert_close(predict(pipe), expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="is merged into"):
+        pipe.set_adapters("toy", 1.0)
+    pipe.unfuse_lora(components=["unet"])
+    torch.testing.assert_close(predict(pipe), before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_scale_of_one_call_multiplies_the_strength(folders):
+    pipe, reference = loaded(folders["LoRA"], "LoRA"), loaded(folders["LoRA"], "LoRA")
+    pipe.set_adapters("toy", StrengthSchedule([(0, 0.8)]))
+    reference.set_adapters("toy", 0.4)
+    found = pixels(pipe, cross_attention_kwargs={"scale": 0.5})
+    torch.testing.assert_close(found, pixels(reference), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["NaRA", "NaRA-DoRA"])
+def test_a_nara_s_schedule_is_saved_with_it_and_loaded(kind, folders, tmp_path: Path):
+    pipe = loaded(folders[kind], kind)
+    plain = predict(pipe)
+    pipe.set_adapters("toy", SCHEDULE)
+    expected = predict(pipe)
+    pipe.save_nara_weights(tmp_path)
+    again = loaded(tmp_path, kind, name="again")
+    assert torch.equal(predict(again), expected)
+    assert again.unet.peft_config["again"].strength == SCHEDULE.as_lists()
+    for weight in (1.0, None):
+        again.set_adapters("again", weight)
+        assert torch.equal(predict(again), plain)
+    again.save_nara_weights(tmp_path / "again")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / FILE).read_bytes()
+    set_strength(again.unet, "again", None)
+    again.save_nara_weights(tmp_path / "none")
+    assert torch.equal(predict(loaded(tmp_path / "none", kind)), plain)
+
+
+def test_hotswap_takes_the_strength_of_the_adapter_that_comes(folders, tmp_path: Path):
+    pipe = trained(seed=8, text=False, target_modules=["to_q", "to_out.0", "proj_in", "conv1"])
+    pipe.set_adapters("default", DROP)
+    pipe.save_nara_weights(tmp_path)
+    scheduled = predict(pipe)
+    pipe = loaded(folders["NaRA"], "NaRA")
+    plain = predict(pipe)
+    pipe.load_nara_weights(tmp_path, "toy", hotswap=True)
+    torch.testing.assert_close(predict(pipe), scheduled, rtol=0, atol=1e-6)
+    pipe.load_nara_weights(folders["NaRA"], "toy", hotswap=True)
+    torch.testing.assert_close(predict(pipe), plain, rtol=0, atol=1e-6)
+
+
+def test_hotswap_of_a_lora_drops_its_strength(folders, tmp_path: Path):
+    save_lora(tmp_path, seed=9, target_modules=["to_q", "to_out.0", "proj_in", "conv1"])
+    expected = predict(loaded(tmp_path, "LoRA"))
+    pipe = loaded(folders["LoRA"], "LoRA")
+    pipe.set_adapters("toy", SCHEDULE)
+    pipe.load_lora_weights(tmp_path, adapter_name="toy", hotswap=True)
+    torch.testing.assert_close(predict(pipe), expected, rtol=0, atol=1e-6)
+    assert not find_holders(pipe.unet)
+
+
+def test_room_for_hotswap_and_a_scheduled_lora_refuse_each_other(folders, tmp_path: Path):
+    pipe = loaded(folders["LoRA"], "LoRA")
+    pipe.set_adapters("toy", SCHEDULE)
+    expected = predict(pipe)
+    pipe.enable_lora_hotswap(target_rank=7, check_compiled="ignore")
+    with pytest.raises(ValueError, match="in LoRA 'toy', whose strength depends on λ"):
+        loaded(folders["LoRA"], "LoRA", pipe, "more")
+    assert torch.equal(predict(pipe), expected)
+    pipe = small_sdxl()
+    pipe.enable_lora_hotswap(target_rank=7)
+    loaded(folders["LoRA"], "LoRA", pipe)
+    with pytest.raises(
+        ValueError, match=r"enable_lora_hotswap has made room in layer '.*' for rank 7 beside its own 4"
+    ):
+        pipe.set_adapters("toy", SCHEDULE)
+
+
+def test_set_strength_works_on_what_diffusers_loaded(folders):
+    pipe, reference = loaded(folders["LoRA"], "LoRA"), loaded(folders["LoRA"], "LoRA")
+    set_strength(pipe.unet, "toy", SCHEDULE)
+    reference.set_adapters("toy", SCHEDULE)
+    assert torch.equal(predict(pipe), predict(reference))
+
+
+def test_a_unet_that_torch_compile_wraps_is_refused_with_a_remedy_that_works(folders):
+    pipe = loaded(folders["LoRA"], "LoRA")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with pytest.raises(ValueError, match=r"set_strength\(pipe.unet, 'toy', strength\), or compile it in place"):
+        pipe.set_adapters("toy", SCHEDULE)
+    set_strength(pipe.unet, "toy", SCHEDULE)
+    assert isinstance(pipe.unet._orig_mod, UNet2DConditionModel)
+    assert find_holders(pipe.unet)
