@@ -8,6 +8,12 @@ Your own five images, on one GPU; the file holds what suits SDXL, flags win over
 
 With --adapter lora, dora, …, full the same is done by another method; --help lists them. --min_noise_level and
 --max_noise_level train a part of the noise levels; docs/windows.md says how to keep the base outside.
+A base that predicts ε taught to predict a rectified flow's velocity, on a folder of captioned images; the adapter
+brings the scheduler that then samples (docs/conversion.md):
+    accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
+        --instance_data_dir photos --prediction_type flow_prediction --max_train_steps 5000 --output_dir sdxl-flow
+
+With --adapter lora, dora, …, full the same is done by another method; --help lists them.
 
 Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; other methods have files of
 their own, which nara_diffusion/dreambooth/formats.py lists), README.md (the model card, which says how to load them),
@@ -46,12 +52,14 @@ from nara_diffusion.dreambooth.preparation import (
     record_texts,
     sample_settings,
     settle_validation,
+    target_scheduler,
     training_data,
     validation_draws,
 )
 from nara_diffusion.dreambooth.run_report import results_table, write_run_report
 from nara_diffusion.dreambooth.step import TrainingStep
 from nara_diffusion.dreambooth.validation import Validation
+from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.training.adapter import adapter_config
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
@@ -151,19 +159,23 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     batches = run.batches(steps)
     latents = latent_cache(args, pipe, dataset, range(batches["first"], batches["stop"]), show)
     prompts = prompt_cache(args, pipe)
-    build = partial(build_objective, pipe.scheduler, edm_style=args.do_edm_style_training)
+    target = target_scheduler(args, pipe)
+    converted = None if target is pipe.scheduler else target
+    build = partial(build_objective, target, edm_style=args.do_edm_style_training)
     objective = build(snr_gamma=args.snr_gamma)
     draws = validation_draws(args, dataset, pipe, held_out_images)
     latents.fill(draws, progress=False)
     window = window_of(args)
     held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size, window)
-    config = adapter_config(args, noise_convention=objective.convention, total_steps=steps)
+    carried = None if converted is None else scheduler_fields(converted)
+    config = adapter_config(args, noise_convention=objective.convention, scheduler=carried, total_steps=steps)
     sampler = sampling_twin(pipe, config, run.dtype, load)
     model = AdaptedDenoiser(
         pipe,
         config,
         train_text_encoder=args.train_text_encoder,
         gradient_checkpointing=args.gradient_checkpointing,
+        scheduler=converted,
     )
     if run.checkpoint is not None:
         read_checkpoint(model, run.checkpoint)
@@ -209,7 +221,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         references = judge.references
         load_from = run.hub_id or str(run.folder)
-        write_run_report(run.folder, args, facts, settings, before, after, references, load_from)
+        write_run_report(run.folder, args, facts, settings, before, after, references, load_from, converted)
         print(publish(run, results, results_table(before, after)))
     return results
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nara_diffusion.dreambooth.captions import check_prompt
+from nara_diffusion.dreambooth.conversion import CONVERSIONS, check_conversion
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS
 from nara_diffusion.dreambooth.foreign_flags import FOREIGN_FLAGS
 from nara_diffusion.training.arguments import (
@@ -106,6 +107,16 @@ class DreamBoothAdapterArguments(AdapterArguments):
 class LossArguments:
     """Objective"""
 
+    prediction_type: str | None = option(
+        None,
+        "Teach the model to predict this in place of what it does: epsilon (the noise), v_prediction on the same "
+        "schedule, or flow_prediction (the velocity of a rectified flow); none leaves it. The adapter's file carries "
+        "the scheduler that then samples.",
+        choices=CONVERSIONS,
+    )
+    rescale_betas_zero_snr: bool = option(
+        False, "Teach it a schedule that ends in pure noise, so that it can make dark and bright images; needs v."
+    )
     stratified_timesteps: bool = option(False, "Spread the timesteps of each optimizer step evenly over the schedule.")
     snr_gamma: float | None = option(None, "γ of min-SNR weights, 5 as a rule; none weights all timesteps alike.")
     noise_offset: float = option(0.0, "Standard deviation of a shift of each channel's noise, 0.1 at most as a rule.")
@@ -172,6 +183,7 @@ class DreamBoothArguments(
         _check_data(self)
         _check_prior(self)
         check_window(self)
+        check_conversion(self.prediction_type, self.rescale_betas_zero_snr, self.do_edm_style_training)
         if method_of(self).family == "prompt":
             having = ", ".join(name for name, method in METHODS.items() if method.family != "prompt")
             raise ValueError(

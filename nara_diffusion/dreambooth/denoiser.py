@@ -43,6 +43,7 @@ class AdaptedDenoiser(nn.Module):
             a core, and is static. None trains all weights.
         train_text_encoder: also train both text encoders.
         gradient_checkpointing: recompute activations in the backward.
+        scheduler: of the model that it is converted to; None where it isn't.
 
     Raises:
         ValueError: a target module that the UNet lacks, or that the method can't adapt; a NaRA that a pipeline couldn't
@@ -56,12 +57,14 @@ class AdaptedDenoiser(nn.Module):
         *,
         train_text_encoder: bool = False,
         gradient_checkpointing: bool = False,
+        scheduler: Any = None,
     ) -> None:
         super().__init__()
         if isinstance(config, NaraConfig):
             check_storable(config, "unet")
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
         self.config = config
+        self.scheduler = scheduler
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         self.unet = adapt(pipe.unet, config)

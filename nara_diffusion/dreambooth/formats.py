@@ -5,6 +5,8 @@
       pissa
     other adapters of PEFT  COMPONENT/adapter_config.json, …     PeftModel.from_pretrained(pipe.unet, "folder/unet")
     all weights             COMPONENT/config.json, …             UNet2DConditionModel.from_pretrained("folder/unet")
+    of a converted model,   scheduler/scheduler_config.json      type(…).from_pretrained(folder, subfolder="scheduler")
+      all but NaRA's family, whose file carries it
 
 A COMPONENT is what was trained, by the pipeline's name: unet, text_encoder, text_encoder_2. A checkpoint has the same
 and, where those files don't hold all that training goes on with, trainable.safetensors.
@@ -12,6 +14,7 @@ and, where those files don't hold all that training goes on with, trainable.safe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.denoiser import ADAPTER, AdaptedDenoiser
 from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter, load_whole_model
+from nara_diffusion.loaders.schedulers import build_scheduler
 from nara_diffusion.loaders.source import read_adapter
 from nara_diffusion.training.formats import (
     TRAINABLE,
@@ -37,6 +41,7 @@ from nara_diffusion.training.formats import (
 from nara_diffusion.training.pissa import as_lora
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+SCHEDULER = "scheduler"
 _MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -53,6 +58,8 @@ def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -
                 write_peft_adapter(component, folder / name)
             else:
                 component.save_pretrained(str(folder / name))
+    if model.scheduler is not None and not isinstance(config, NaraConfig):
+        model.scheduler.save_pretrained(folder / SCHEDULER)
 
 
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
@@ -82,10 +89,10 @@ def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
     elif (folder / LORA_WEIGHTS).is_file():
-        with _lora_loaded(pipe, folder):
+        with _lora_loaded(pipe, folder), _scheduler_set(pipe, folder / SCHEDULER):
             yield
     elif (folder / "unet").is_dir():
-        with _components_loaded(pipe, folder):
+        with _components_loaded(pipe, folder), _scheduler_set(pipe, folder / SCHEDULER):
             yield
     else:
         pipe.load_nara_weights(folder)
@@ -93,6 +100,18 @@ def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
             yield
         finally:
             pipe.unload_nara_weights()
+
+
+@contextmanager
+def _scheduler_set(pipe: Any, folder: Path) -> Iterator[None]:
+    """The scheduler of a converted model, if there is one in `folder`."""
+    before = pipe.scheduler
+    if folder.is_dir():
+        pipe.scheduler = build_scheduler(json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")))
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.buckets import Size, check_size, make_buckets, parse_buckets
 from nara_diffusion.dreambooth.class_images import generate_class_images
+from nara_diffusion.dreambooth.conversion import converted_scheduler
 from nara_diffusion.dreambooth.dataset import Draw, DreamBoothDataset
 from nara_diffusion.dreambooth.denoiser import tokenizers_of
 from nara_diffusion.dreambooth.encoders import Encoder
@@ -93,11 +94,21 @@ def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
             of its noise levels, a target module that its UNet lacks.
     """
     training_buckets(args, pipe)
-    objective = build_objective(pipe.scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
+    scheduler = target_scheduler(args, pipe)
+    objective = build_objective(scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
     windowed_schedule(objective, window_of(args))
     config = adapter_config(args, noise_convention=objective.convention, total_steps=args.max_train_steps or 1_000_000)
     if config is not None:
         check_adaptable(pipe.unet, config)
+
+
+def target_scheduler(args: DreamBoothArguments, pipe: Any) -> Any:
+    """The scheduler that samples the trained model: the pipeline's own, unless the model is converted.
+
+    Raises:
+        ValueError: a base that can't be converted so.
+    """
+    return converted_scheduler(pipe.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
 
 
 def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:

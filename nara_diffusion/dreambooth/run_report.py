@@ -8,10 +8,12 @@ from typing import Any
 
 from PIL.Image import Image
 
+from nara_diffusion.dreambooth.formats import SCHEDULER
 from nara_diffusion.dreambooth.grid import write_grid
 from nara_diffusion.dreambooth.measurement import Measurement
 from nara_diffusion.dreambooth.pipelines import model_name
 from nara_diffusion.dreambooth.sampling import SampleSettings, write_images
+from nara_diffusion.prediction import prediction_by
 from nara_diffusion.training.curves import plot_noise_level_curves
 from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.report import format_table
@@ -52,6 +54,7 @@ def write_run_report(
     after: Measurement,
     references: Sequence[Image],
     load_from: str,
+    converted: Any = None,
 ) -> None:
     """Writes samples.png, samples-before, samples-after, noise_level_curve.png and README.md into `folder`.
 
@@ -62,6 +65,7 @@ def write_run_report(
         before, after: of the base model, and of the same after training.
         references: images of the subject.
         load_from: where the card says to load from, a path or a repository.
+        converted: the scheduler of the model that the base was converted to, if it was.
     """
     write_grid(folder / GRID, settings.prompts, {"before": before.images, "after": after.images}, references)
     for when, measured in (("before", before), ("after", after)):
@@ -91,28 +95,48 @@ def write_run_report(
         about=f"for `{args.pretrained_model_name_or_path}`{about}.",
         figures=_figures(before, after),
         how_good=(f"![training images, and samples before and after]({GRID})", ending),
-        loading=_loading(args, settings, load_from),
+        loading=_loading(args, settings, load_from, converted),
         tags=["text-to-image", "stable-diffusion-xl", "diffusers", "dreambooth"],
         library="diffusers",
         instance_prompt=prompt,
     )
 
 
-def _loading(args: Any, settings: SampleSettings, load_from: str) -> str:
+def _loading(args: Any, settings: SampleSettings, load_from: str, converted: Any) -> str:
     """The card's code."""
     dtypes = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
     dtype = dtypes.get(args.mixed_precision, "torch.float32")
     family = method_of(args).family
-    return _LOADING.format(
-        classes="StableDiffusionXLPipeline" + (", UNet2DConditionModel" if family == "full" else ""),
-        imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(family, ""),
-        base=args.pretrained_model_name_or_path,
-        dtype=dtype,
-        loading=core_import(args) + "\n".join(_loading_lines(family, load_from, dtype, args.train_text_encoder)),
-        prompt=settings.prompts[0],
-        seed=settings.seed,
-        call=",\n    ".join(f"{name}={value!r}" for name, value in settings.call.items()),
-    ) + (_NOISE if reads_noise(args) else "")
+    lines = _loading_lines(family, load_from, dtype, args.train_text_encoder)
+    classes = ["StableDiffusionXLPipeline", *(["UNet2DConditionModel"] if family == "full" else [])]
+    if converted is not None and family != "nara":
+        kind = type(converted).__name__
+        classes.append(kind)
+        lines.append(f"pipe.scheduler = {kind}.from_pretrained({load_from!r}, subfolder={SCHEDULER!r})")
+    return (
+        _LOADING.format(
+            classes=", ".join(classes),
+            imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(family, ""),
+            base=args.pretrained_model_name_or_path,
+            dtype=dtype,
+            loading=core_import(args) + "\n".join(lines),
+            prompt=settings.prompts[0],
+            seed=settings.seed,
+            call=",\n    ".join(f"{name}={value!r}" for name, value in settings.call.items()),
+        )
+        + (_NOISE if reads_noise(args) else "")
+        + _about_conversion(converted, family)
+    )
+
+
+def _about_conversion(converted: Any, family: str) -> str:
+    if converted is None:
+        return ""
+    brought = "`load_nara_weights` sets the scheduler that it needs, and `unload_nara_weights` brings the old one back"
+    return (
+        f"\n\nThe model now predicts {prediction_by(converted)} and is sampled by {type(converted).__name__}: "
+        f"{brought if family == 'nara' else 'set the scheduler, as above, whenever the weights are loaded'}."
+    )
 
 
 def _loading_lines(family: str, folder: str, dtype: str, with_encoders: bool) -> list[str]:

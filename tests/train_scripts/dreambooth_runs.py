@@ -1,5 +1,6 @@
 """A tiny random SDXL on disk, pictures, the arguments of a run of some seconds on them, and its pipeline."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,23 @@ def loaded_pipeline(args: DreamBoothArguments, dtype: torch.dtype = torch.float3
     pipe.set_progress_bar_config(disable=True)
     pipe.load_nara_weights(args.output_dir)
     return pipe
+
+
+def by_the_card(folder: Path) -> Any:
+    """A pipeline loaded as the model card says."""
+    code = re.search(r"```python\n(.*?)image = pipe", (folder / "README.md").read_text(), re.DOTALL)[1]
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    scope["pipe"].set_progress_bar_config(disable=True)
+    return scope["pipe"]
+
+
+def run_pixels(pipe: Any, args: DreamBoothArguments) -> list[np.ndarray]:
+    """The samples of the run, all in one call, as its report made them."""
+    generators = [torch.Generator().manual_seed(args.seed) for _ in args.prompts]
+    call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 5.0}
+    return [np.asarray(image) for image in pipe(list(args.prompts), generator=generators, **call).images]
+
+
+def written(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]

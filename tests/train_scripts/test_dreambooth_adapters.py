@@ -1,6 +1,5 @@
 """--adapter in train_scripts/dreambooth_sdxl.py: what each method leaves is what a pipeline loads; resume."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
@@ -17,7 +15,7 @@ from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.methods import METHODS
 from train_scripts.dreambooth_sdxl import SHIPPED_RUN, main, shipped_run
 
-from .dreambooth_runs import tiny_arguments
+from .dreambooth_runs import by_the_card, run_pixels, tiny_arguments, written
 
 FEW = {"checkpointing_steps": 2, "num_validation_images": 1, "curve_points": 1, "max_train_steps": 3}
 # directions are dropped at steps 2 and 3 of 3, the second after a resume
@@ -56,26 +54,6 @@ def files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {str(path.relative_to(folder)): load_file(path) for path in found}
 
 
-def by_the_card(folder: Path) -> Any:
-    """A pipeline loaded as the model card says."""
-    code = re.search(r"```python\n(.*?)image = pipe", (folder / "README.md").read_text(), re.DOTALL)[1]
-    scope: dict[str, Any] = {}
-    exec(code, scope)
-    scope["pipe"].set_progress_bar_config(disable=True)
-    return scope["pipe"]
-
-
-def pixels(pipe: Any, args: DreamBoothArguments) -> list[np.ndarray]:
-    """The samples of the run, all in one call, as its report made them."""
-    generators = [torch.Generator().manual_seed(args.seed) for _ in args.prompts]
-    call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 5.0}
-    return [np.asarray(image) for image in pipe(list(args.prompts), generator=generators, **call).images]
-
-
-def written(folder: Path) -> list[np.ndarray]:
-    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
-
-
 # PEFT 0.21 takes the names in AdaLoRA's own rank_pattern for those of modules
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("adapter", [name for name in METHODS if name not in ELSEWHERE])
@@ -89,8 +67,8 @@ def test_what_is_saved_gives_the_run_s_pixels_and_a_resumed_run_ends_alike(argum
     )
     base.set_progress_bar_config(disable=True)
     before, after = (written(folder / f"samples-{when}") for when in ("before", "after"))
-    np.testing.assert_array_equal(pixels(base, args), before)
-    np.testing.assert_array_equal(pixels(by_the_card(folder), args), after)
+    np.testing.assert_array_equal(run_pixels(base, args), before)
+    np.testing.assert_array_equal(run_pixels(by_the_card(folder), args), after)
     assert any((old != new).any() for old, new in zip(before, after, strict=True))
     if adapter not in RESUMED:
         return
