@@ -95,6 +95,17 @@ def test_own_core_example_trains_saves_and_loads_its_rotation(tmp_path, capsys):
     assert '"core_type": "rotation"' in (tmp_path / "06_own_core" / "adapter_config.json").read_text()
 
 
+def test_conversion_example_brings_its_scheduler_and_takes_it_back(tmp_path, capsys):
+    small_sdxl().save_pretrained(tmp_path / "sdxl")
+    main = import_module("07_convert_a_model").main
+    losses = main(model=tmp_path / "sdxl", steps=8, n=8, sample_steps=2, output_dir=tmp_path)
+    assert losses["after"] < losses["before"]
+    printed = capsys.readouterr().out
+    assert "samples by DPMSolverMultistepScheduler, prediction: flow_prediction" in printed
+    assert "samples by EulerDiscreteScheduler and gives the base's pixels again: True" in printed
+    assert (tmp_path / "07_convert_a_model.png").stat().st_size > 0
+
+
 def test_benchmark_fused_compares_time_and_memory_of_every_form_and_pass(tmp_path, capsys):
     module = import_module("benchmark_fused")
     cases = module.main({(2, 3, 8): (2,), (3, 32, 64): (4,)}, budget=0, output_dir=tmp_path)["cases"]
