@@ -184,6 +184,13 @@ class DreamBoothArguments(
         _check_prior(self)
         check_window(self)
         check_conversion(self.prediction_type, self.rescale_betas_zero_snr, self.do_edm_style_training)
+        window = (self.min_noise_level, self.max_noise_level, self.hold_base_outside)
+        if (self.prediction_type is not None or self.rescale_betas_zero_snr) and window != (None, None, None):
+            raise ValueError(
+                "a model that is converted at some noise levels alone predicts something else at the others: leave "
+                "min_noise_level, max_noise_level and hold_base_outside out with prediction_type and "
+                "rescale_betas_zero_snr."
+            )
         if method_of(self).family == "prompt":
             having = ", ".join(name for name, method in METHODS.items() if method.family != "prompt")
             raise ValueError(

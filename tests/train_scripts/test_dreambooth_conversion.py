@@ -99,6 +99,7 @@ def test_other_methods_leave_their_scheduler_beside_the_weights(arguments, adapt
         ({"rescale_betas_zero_snr": True}, "predict ε: .* add --prediction_type v_pred"),
         ({"prediction_type": "flow_prediction", "rescale_betas_zero_snr": True}, "leave it out"),
         ({"prediction_type": "flow_prediction", "do_edm_style_training": True}, "leave one of them out"),
+        ({"prediction_type": "v_prediction", "max_noise_level": 0.5}, "converted at some noise levels alone"),
         ({"prediction_type": "sample"}, "prediction_type is 'sample', expected one of"),
     ],
 )
