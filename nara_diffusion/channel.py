@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .call_stack import innermost_call_of, is_running
+
+contexts: ContextVar[tuple[Any, ...]] = ContextVar("nara_contexts", default=())
+"""What `with` blocks say of forwards; see contexts.py."""
 
 Frame = Mapping[tuple[str, str], Tensor]
 """(adapter name, group name) → C (b or 1, r, r)."""
@@ -40,11 +44,13 @@ class Scope(NamedTuple):
     Attributes:
         frame: the cores. backward: `backward_pass()` when it began.
         call: the Python call that has to be running still, or None if a `finally` ends the scope.
+        entered: the contexts that it began in.
     """
 
     frame: Frame
     backward: int | None
     call: FrameType | None
+    entered: tuple[Any, ...]
 
     def is_over(self) -> bool:
         """Whether the forward was cut short by what runs no hook, such as a KeyboardInterrupt."""
@@ -88,8 +94,16 @@ class CoreChannel:
             return scopes[-1].frame if scopes else self._ask_at_once()
         for scope in reversed(scopes):
             if not scope.is_over():
+                if self._was_told_since(scope):
+                    break  # a part is called inside a context of its own
                 return scope.frame if is_current(scope.backward) else None
         return self.ask()
+
+    def _was_told_since(self, scope: Scope) -> bool:
+        entered = contexts.get()
+        if entered is scope.entered:
+            return False
+        return any(entry.is_open and self in entry.channels and entry not in scope.entered for entry in entered)
 
     @torch.compiler.disable(recursive=True)
     def _ask_at_once(self) -> Frame | None:
@@ -99,7 +113,7 @@ class CoreChannel:
     def begin(self, frame: Frame) -> None:
         """To be called by a forward pre-hook of the root: layers read `frame` until its forward ends."""
         self.drop_what_is_over()
-        self.local.scopes = (*self.scopes, Scope(frame, backward_pass(), _root_call()))
+        self.local.scopes = (*self.scopes, Scope(frame, backward_pass(), _root_call(), contexts.get()))
 
     def end(self) -> None:
         """To be called by a forward hook of the root: ends what `begin` began in the same call, if it did."""
@@ -116,7 +130,7 @@ class CoreChannel:
     def using(self, frame: Frame) -> Iterator[None]:
         """Layers read `frame` inside; what they read before comes back afterwards."""
         outer = self.scopes
-        self.local.scopes = (*outer, Scope(frame, backward_pass(), None))
+        self.local.scopes = (*outer, Scope(frame, backward_pass(), None, contexts.get()))
         try:
             yield
         finally:

@@ -83,6 +83,16 @@ def _some(keys: list[str]) -> str:
     return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more tensors"
 
 
-def current_name(key: str) -> str:
-    """The name of a tensor of a file: the core that all layers share was `nara_core.global` once, a Python keyword."""
-    return key.replace("nara_core.global.", "nara_core.shared.")
+def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` of a file: the core that all layers share was `nara_core.global` once, a Python keyword.
+
+    Raises:
+        ValueError: the file has both names.
+    """
+    renamed = {key.replace("nara_core.global.", "nara_core.shared."): tensor for key, tensor in tensors.items()}
+    if len(renamed) != len(tensors):
+        raise ValueError(
+            "The checkpoint holds the shared core twice, as 'nara_core.shared' and by its old name 'nara_core.global': "
+            "leave one of them out."
+        )
+    return renamed

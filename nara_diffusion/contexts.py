@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from .call_stack import enclosing_generator, is_suspended, running_calls
-from .channel import CoreChannel, backward_pass
+from .call_stack import Generator, enclosing_generator, is_suspended, running_calls
+from .channel import CoreChannel, backward_pass, contexts
 
 T = TypeVar("T")
 
@@ -42,14 +41,11 @@ class Entry(Generic[T]):
 
     channels: frozenset[CoreChannel]
     value: T
-    generator: FrameType | None = field(default_factory=enclosing_generator)
+    generator: Generator | None = field(default_factory=enclosing_generator)
     backward: int | None = field(default_factory=backward_pass)
     in_trace: bool = field(default_factory=is_traced)
     is_open: bool = True
     is_warned_of: bool = False
-
-
-_stack: ContextVar[tuple[Entry[Any], ...]] = ContextVar("nara_contexts", default=())
 
 
 @torch.compiler.disable(recursive=True)
@@ -58,18 +54,43 @@ def _entry(channels: frozenset[CoreChannel], value: Any) -> Entry[Any]:
     return Entry(channels, value)
 
 
-@contextmanager
-def entered(channels: frozenset[CoreChannel], value: Any) -> Iterator[None]:
+class entered(ContextDecorator):
     """Inside, `innermost` finds `value` for `channels`, by its type."""
+
+    def __init__(self, channels: frozenset[CoreChannel], value: Any) -> None:
+        self._channels, self._value = channels, value
+        self._context = _entered(channels, value)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._context.__exit__(*error)
+
+    def _recreate_cm(self) -> entered:
+        return entered(self._channels, self._value)
+
+    def __call__(self, function: Any) -> Any:
+        """Decorates a function, each of whose calls then runs inside."""
+        if isgeneratorfunction(function) or iscoroutinefunction(function) or isasyncgenfunction(function):
+            raise TypeError(
+                f"A context of λ can't decorate '{function.__name__}', a generator or coroutine function, whose body "
+                "runs after the call that it would hold for: enter it by `with` in the body."
+            )
+        return super().__call__(function)
+
+
+@contextmanager
+def _entered(channels: frozenset[CoreChannel], value: Any) -> Iterator[None]:
     entry = _entry(channels, value)
-    _stack.set((*_stack.get(), entry))
+    contexts.set((*contexts.get(), entry))
     try:
         yield
     finally:
         # not `ContextVar.reset`: what generators have entered may end in any order, and in other threads and tasks
         entry.is_open = False
         entry.generator = None  # copies of the `ContextVar` may outlive it, and would keep alive what it holds
-        _stack.set(tuple(other for other in _stack.get() if other.is_open))
+        contexts.set(tuple(other for other in contexts.get() if other.is_open))
         for channel in channels:
             channel.drop_what_is_over()
 
@@ -80,20 +101,24 @@ def innermost(channel: CoreChannel, kind: type[T]) -> Entry[T] | None:
     What a generator has entered lies inside of all that its callers enter, also while it was suspended.
 
     Raises:
-        ValueError: an entry was made inside a generator that has ended since, or that another thread runs.
+        ValueError: for whom an entry holds can't be told: it was made inside a generator that has ended since, awaits,
+            or runs in another thread, or that may have made a context manager.
     """
-    entries = [e for e in _stack.get() if e.is_open and channel in e.channels and isinstance(e.value, kind)]
+    entries = [e for e in contexts.get() if e.is_open and channel in e.channels and isinstance(e.value, kind)]
     if all(entry.generator is None for entry in entries):
         return entries[-1] if entries else None
-    depths: dict[FrameType | None, float] = {call: depth for depth, call in enumerate(running_calls())}
-    depths[None] = math.inf
+    depths = {call: float(depth) for depth, call in enumerate(running_calls())}
+
+    def depth(entry: Entry[T]) -> float | None:
+        return math.inf if entry.generator is None else depths.get(entry.generator.call)
+
     for entry in entries:
-        if entry.generator not in depths and not is_suspended(entry.generator):  # type: ignore[arg-type]
-            name = entry.generator.f_code.co_name  # type: ignore[union-attr]
+        if depth(entry) is None and (entry.generator.may_manage or not is_suspended(entry.generator.call)):  # type: ignore[union-attr]
             raise ValueError(
-                f"λ is not known: '{name}', a generator that has entered a context of this model (noise_level(…), or "
-                "an ablation), has ended without leaving it, or runs in another thread, so that nobody can tell for "
-                "whom the context holds. Enter it by `with` in the function, or in the generator, that calls the model."
+                f"λ is not known: '{entry.generator.call.f_code.co_name}', a generator that has entered a context of "  # type: ignore[union-attr]
+                "this model (noise_level(…), or an ablation), has ended without leaving it, awaits, runs in another "
+                "thread, or was advanced by an `__enter__`, so that nobody can tell for whom the context holds. Enter "
+                "it by `with` in the function, or in the generator, that calls the model."
             )
-    holding = [entry for entry in entries if entry.generator in depths]
-    return min(reversed(holding), key=lambda entry: depths[entry.generator], default=None)
+    holding = [entry for entry in entries if depth(entry) is not None]
+    return min(reversed(holding), key=depth, default=None)  # type: ignore[arg-type]

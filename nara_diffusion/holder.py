@@ -162,7 +162,13 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         return x
 
     def prepare_parts(self, root: nn.Module) -> None:
-        """Let parts of `root` be called by themselves inside `noise_level`, which calls this as it begins."""
+        """Let parts of `root` be called by themselves inside `noise_level`, which calls this as it begins.
+
+        Raises:
+            ValueError: attention uses a fused copy of base projections, past those that are adapted.
+        """
+        self.channel.drop_what_is_over()
+        check_not_fused(root, self._serving())
         self.kept_on_disk = keeps_cores_on_disk(root)
         if torch.is_grad_enabled():
             checkpoint_with_core(root, self.channel)

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
-from .checkpoint import check_adapter_tensors, check_core_precision, current_name, refuse_name_in_key
+from .checkpoint import check_adapter_tensors, check_core_precision, refuse_name_in_key, with_current_names
 from .config import NaraConfig
 from .core_set import SHARED, core_group, core_tensors
 from .denoisers import denoiser_of
@@ -227,7 +227,7 @@ class NaraModel(MergesAtOneLevel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = {current_name(key): tensor for key, tensor in state_dict.items()}
+        state_dict = with_current_names(state_dict)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         present = model.state_dict()
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)

@@ -4,8 +4,8 @@ The rule is that an adapted layer sees (b, …), and one value of λ belongs to 
 not hold, when b rows come together by chance, so that it has to be known of the model.
 
     "tokens"      (n, d) inside of what has experts: the tokens of all samples, or those that one expert gets
-    "positions"   (l, b, d): PyTorch's transformer layers unless `batch_first`, and these classes of Transformers; ids
-                  (l, l) of a relative position bias
+    "positions"   (l, b, d): beside PyTorch's attention unless `batch_first`, and in these classes of Transformers; ids
+                  (l, l) of relative positions, and XLNet's (l, b)
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 Rows = Literal["samples", "tokens", "positions"]
 
-_LENGTH_FIRST = ("LongformerSelfAttention", "LEDEncoderSelfAttention", "XLNetFeedForward", "FSMTEncoder", "FSMTDecoder")
+_LENGTH_FIRST = (
+    *(
+        "LongformerSelfAttention",
+        "LEDEncoderSelfAttention",
+        "FSMTEncoder",
+        "FSMTDecoder",
+        "XLNetModel",
+        "MLCDAttention",
+    ),
+    *("Mask2FormerMaskedAttentionDecoderLayer", "OneFormerTransformerDecoderFFNLayer"),
+)
+_RELATIVE = ("relative_attention_bias", "distance_embedding")
 
 
 def rows_of(root: nn.Module, name: str) -> Rows:
@@ -30,15 +41,16 @@ def rows_of(root: nn.Module, name: str) -> Rows:
     if any(hasattr(outer, "experts") or "Experts" in type(outer).__name__ for outer in around):
         return "tokens"
     if isinstance(module, (nn.Embedding, Embedding)):
-        return "positions" if name.endswith("relative_attention_bias") else "samples"
+        is_relative = name.endswith(_RELATIVE) or any(type(outer).__name__ == "XLNetModel" for outer in around)
+        return "positions" if is_relative else "samples"
     return "positions" if any(map(_is_length_first, around)) else "samples"
 
 
 def _is_length_first(module: Any) -> bool:
     if any(kind.__name__ in _LENGTH_FIRST for kind in type(module).__mro__):
         return True
-    attention = getattr(module, "self_attn", None)
-    return any(getattr(one, "batch_first", None) is False for one in (module, attention))
+    attentions = (one for one in module._modules.values() if isinstance(one, nn.MultiheadAttention))
+    return any(getattr(one, "batch_first", None) is False for one in (module, *attentions))
 
 
 def check_rows(rows: Rows, x: Tensor, samples: int, layer_name: str) -> None:

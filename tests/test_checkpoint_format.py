@@ -66,6 +66,9 @@ def test_a_file_that_calls_the_shared_core_global_loads_the_same_bits(tmp_path):
     other = PeftModel.from_pretrained(reseeded_base(), tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
+    save_file({name: tensor.clone() for name, tensor in (old | tensors).items()}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="holds the shared core twice"):
+        PeftModel.from_pretrained(reseeded_base(), tmp_path)
 
 
 def test_another_process_loads_the_same_bits(tmp_path):

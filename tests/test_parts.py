@@ -127,7 +127,54 @@ def test_the_mean_core_in_a_part(model: PeftModel, x: Tensor) -> None:
         assert relative_error(parts_in_turn(model, x), by_hand(model, x, mean)) < 5e-6
 
 
+def test_a_part_inside_a_forward_has_the_level_of_its_own_context(model: PeftModel, x: Tensor) -> None:
+    root = model.base_model.model
+    inner: list[Tensor] = []
+
+    def call_a_part(*_: Any) -> None:
+        handle.remove()
+        with noise_level(model, 0.9):
+            inner.append(parts_in_turn(model, x))
+        with mean_core(model, [0.7]):
+            inner.append(parts_in_turn(model, x))
+
+    with torch.no_grad():
+        handle = root.second.register_forward_pre_hook(call_a_part)
+        with noise_level(model, 0.2):
+            outer = model(x)
+    for actual, level in zip((outer, *inner), (0.2, 0.9, 0.7), strict=True):
+        assert relative_error(actual, expect(model, x, level)) < 2e-6
+
+
+def test_a_part_after_a_forward_that_was_interrupted_in_a_compiled_part(model: PeftModel, x: Tensor) -> None:
+    root = model.base_model.model
+    compiled = torch.compile(root.first, backend="eager")
+    with noise_level(model, 0.9), torch.no_grad():
+        expected = compiled(x)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = root.second.register_forward_pre_hook(interrupt)
+    set_noise_source(model, lambda module, args, kwargs: NoiseSignals(LEVELS))  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    with noise_level(model, 0.9), torch.no_grad():
+        assert relative_error(compiled(x), expected) < 1e-6
+
+
 # ---------------------------------------------------------------------- refused
+
+
+def test_a_part_past_fused_projections_is_refused() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1).eval()
+    vae.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
+    disturb(vae)
+    vae.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"fuse_qkv_projections\(\) has put a copy"), noise_level(vae, 0.3):
+        vae.encode(torch.randn(3, 3, 8, 8))
 
 
 def test_changed_noise_is_refused_in_a_part(model: PeftModel, x: Tensor) -> None:

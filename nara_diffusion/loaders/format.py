@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nara_diffusion.checkpoint import current_name
+from nara_diffusion.checkpoint import with_current_names
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.config_files import config_from_fields, config_to_fields, parse_json, refuse_repeated_keys
 from nara_diffusion.holder import HOLDER_NAME
@@ -57,11 +57,11 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, or
         raise ValueError(_what_it_is_instead(tensors, origin))
     configs = _configs(metadata[METADATA_KEY], origin)
     split: dict[str, dict[str, Tensor]] = {name: {} for name in configs}
-    for key, tensor in tensors.items():
+    for key, tensor in with_current_names(tensors).items():
         component, _, rest = key.partition(".")
         if component not in split:
             raise ValueError(f"{origin} holds '{key}', but its configuration knows {_names(configs)} only: damaged.")
-        split[component][current_name(rest)] = tensor
+        split[component][rest] = tensor
     for component, own in split.items():
         if not own:
             raise ValueError(f"{origin} has a configuration for '{component}', but none of its tensors: damaged.")

@@ -19,7 +19,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nara_diffusion.checkpoint import current_name
+from nara_diffusion.checkpoint import with_current_names
 from nara_diffusion.config_files import config_from_fields, is_naras, read_config_file
 
 from .format import WEIGHTS_NAME, AdapterPart, unpack
@@ -130,7 +130,7 @@ def _peft_part(weights: str, config: str, tensors: dict[str, Tensor]) -> Adapter
     foreign = [key for key in tensors if not key.startswith(_PEFT_PREFIX)]
     if foreign:
         raise ValueError(f"'{weights}' holds '{foreign[0]}', which is no key that PEFT writes: damaged.")
-    own = {current_name(key.removeprefix(_PEFT_PREFIX)): tensor for key, tensor in tensors.items()}
+    own = with_current_names({key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()})
     return AdapterPart(config_from_fields(given, origin), own)
 
 
