@@ -17,7 +17,7 @@ from .contexts import innermost, is_traced
 from .controls import as_read, grid_of, is_noise_changed
 from .core_set import CoreSet
 from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signals, as_signals
-from .offload import beside_inputs
+from .offload import beside_inputs, is_sharded
 from .scheduled_cores import ScheduledCores
 from .settings import check_not_split
 from .signals import arguments_of, check_batch, denoiser_hint, of_adapter
@@ -157,7 +157,7 @@ def frame_of_part(cores: Cores, channel: CoreChannel, kept_on_disk: bool) -> Fra
         kept_on_disk: whether group offloading keeps the cores on disk.
 
     Raises:
-        ValueError: λ is known, but that of the part's rows is not; or the cores have no values in memory.
+        ValueError: λ is known, but that of the part's rows is not; or the cores have no values in memory, or not all.
     """
     told, grid = innermost(channel, NoiseSignals), grid_of(channel)
     began = -1 if told is None else told.backward
@@ -167,7 +167,7 @@ def frame_of_part(cores: Cores, channel: CoreChannel, kept_on_disk: bool) -> Fra
     check_signals(cores, signals, "")
     if grid is None:
         _warn_of_constant(cores, channel)
-    _check_part(channel, signals, grid is not None, kept_on_disk)
+    _check_part(cores, channel, signals, grid is not None, kept_on_disk)
     served_by = None if grid else active_adapter_names(channel)
 
     def core(adapter_name: str, group: str) -> Tensor:
@@ -177,10 +177,16 @@ def frame_of_part(cores: Cores, channel: CoreChannel, kept_on_disk: bool) -> Fra
     return CoresOnDemand([(name, group) for name, core_set in cores.items() for group in core_set.groups], core)
 
 
-def _check_part(channel: CoreChannel, signals: NoiseSignals | None, is_grid: bool, kept_on_disk: bool) -> None:
+def _check_part(
+    cores: Cores, channel: CoreChannel, signals: NoiseSignals | None, is_grid: bool, kept_on_disk: bool
+) -> None:
     remedy = "call the whole model instead of a part of it"
     if kept_on_disk:
         raise ValueError(f"Group offloading keeps the cores on disk while no forward of the model runs: {remedy}.")
+    if any(is_sharded(core.cores if isinstance(core, ScheduledCores) else core) for core in cores.values()):
+        raise ValueError(
+            f"The cores are sharded between processes, and only a forward of the model brings them together: {remedy}."
+        )
     if is_noise_changed(channel):
         raise ValueError(f"changed_noise changes λ once a forward of the whole model: {remedy}.")
     values = 1 if signals is None or is_grid else len(signals.noise_level)

@@ -55,6 +55,12 @@ def _offloading_hooks(hook: Any) -> list[Any]:
 # ---------------------------------------------------------------------- the root
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed's ZeRO-3 keeps a part of the weights of `module` in each process now."""
+    marks = ("device_mesh", "ds_id")  # of a DTensor, and of what ZeRO-3 manages
+    return any(hasattr(parameter, mark) for parameter in module.parameters() for mark in marks)
+
+
 def compute_device(module: nn.Module) -> torch.device | None:
     """Where `module` computes, though its weights may be elsewhere now; None if it has none."""
     tensors = (*module.parameters(), *module.buffers())

@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -25,6 +26,9 @@ ENGINES: dict[str, dict[str, str]] = {
     "fsdp, loaded once": _FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
     "zero-2": _DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero-3": _DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    # small parameters stay whole by default, and a test model has no others
+    "zero-3, all sharded": _DEEPSPEED
+    | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(Path(__file__).with_name("zero_3_all_sharded.json"))},
 }
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
 
