@@ -4,8 +4,8 @@
 
 The backbones as they are, without an adapter: llada-tiny on masked validation questions, at a masked position of the
 answer; sdxl-tiny on noisy held-out pictures, at a pixel or, in cross-attention's keys and values, a word of the prompt.
-Where R² is near 1 an ordinary LoRA can already act differently at each λ (see quality/probe.py). The record holds all
-of it, with command, hardware, versions and commit; the picture shows it over the depth.
+Where R² is near 1 an ordinary LoRA can already act differently at each λ (see nara_diffusion/check/probe.py). The
+record holds all of it, with command, hardware, versions and commit; the picture shows it over the depth.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from benchmark_record import save_record
 from matplotlib.figure import Figure
-from quality.images.held_out import held_out_losses
+from quality.images.held_out import HeldOut, held_out_losses
 from quality.images.subjects import SUBJECTS
 from quality.images.task import ImageTask
 from quality.images.task import load_task as load_subject
-from quality.probe import Forward, probe
 from quality.text.runs import load_task
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nara_diffusion.check.probe import Forward, probe
+from nara_diffusion.check.text import masked_place
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch
 
@@ -51,9 +52,14 @@ def text_probe(domain: str) -> dict[str, dict[str, float]]:
 def _text_forwards(model: nn.Module, batches: list[MaskedBatch]) -> Iterator[Forward]:
     generator = torch.Generator().manual_seed(0)
     for batch in tqdm(batches, desc="llada-tiny", unit="batch"):
-        rank = torch.rand(batch.masked.shape, generator=generator).masked_fill(~batch.masked, -1)
-        place = (rank.argmax(1) + 0.5) / batch.masked.shape[1]  # a masked token, any of them
-        yield Forward(partial(masked_cross_entropy, model, batch, logits="all"), batch.noise_level, place)
+        yield Forward(partial(_masked_levels, model, batch), masked_place(batch.masked, generator))
+
+
+@torch.no_grad()
+def _masked_levels(model: nn.Module, batch: MaskedBatch) -> Tensor:
+    """λ (b,) of a forward."""
+    masked_cross_entropy(model, batch, logits="all")
+    return batch.noise_level
 
 
 def image_probe() -> dict[str, dict[str, float]]:
@@ -76,9 +82,14 @@ def _image_forwards(unet: nn.Module, tasks: Sequence[ImageTask], timesteps: int)
     for task in tqdm(tasks, desc="sdxl-tiny", unit="subject"):
         for whole in task.held_out:
             held_out = whole.rows(slice(None, None, len(whole.kinds) // A_BIN))
-            levels: Tensor = held_out.batch.timestep / timesteps
-            place = torch.rand(len(levels), generator=generator)
-            yield Forward(partial(held_out_losses, unet, held_out), levels, place)
+            place = torch.rand(len(held_out.kinds), generator=generator)
+            yield Forward(partial(_noisy_levels, unet, held_out, timesteps), place)
+
+
+def _noisy_levels(unet: nn.Module, held_out: HeldOut, timesteps: int) -> Tensor:
+    """λ (b,) of a forward."""
+    held_out_losses(unet, held_out)
+    return held_out.batch.timestep / timesteps
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nara_diffusion.check.run import check_training
+from nara_diffusion.check.text import text_task
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.data import end_token_id
 from nara_diffusion.dllm.masking import check_drawable
@@ -32,6 +34,7 @@ from nara_diffusion.dllm.positions import check_positions
 from nara_diffusion.dllm.records import load_records
 from nara_diffusion.dllm.run_report import results_table, write_run_report
 from nara_diffusion.training.adapter import base_model, build_adapter, recompute_activations
+from nara_diffusion.training.adapter_configs import static_lora
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -190,6 +193,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length)
     if args.gradient_checkpointing:
         recompute_activations(backbone)
+    if args.check:
+        return check(args, run, backbone, train_rows, collator)
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
     model = build_adapter(backbone, args, total_steps=steps)
     longest = max(part.fit.longest for part in encoded)
@@ -239,6 +244,22 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
         print(publish(run, results, results_table(before, after)))
+    return results
+
+
+def check(args: Arguments, run: Run, backbone: Any, train_rows: Any, collator: AnswerCollator) -> dict[str, Any]:
+    """Whether λ can help this training, in place of it."""
+    samples = {"batch_size": args.train_batch_size, "group_size": run.global_batch, "complementary": args.complementary}
+    options: dict[str, Any] = {
+        "device": run.accelerator.device,
+        "seed": args.seed,
+        "window": window_of(args),
+        **samples,
+    }
+    backbone.requires_grad_(False)
+    task = text_task(backbone, static_lora(args), train_rows, collator, **options)
+    results, shown = check_training(task, args, run)
+    print(shown)
     return results
 
 

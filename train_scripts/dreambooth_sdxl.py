@@ -34,6 +34,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from nara_diffusion.check.images import image_task
+from nara_diffusion.check.run import check_training
 from nara_diffusion.dreambooth import collate_draws
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
@@ -61,6 +63,7 @@ from nara_diffusion.dreambooth.step import TrainingStep
 from nara_diffusion.dreambooth.validation import Validation
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.training.adapter import adapter_config
+from nara_diffusion.training.adapter_configs import static_lora
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import train
@@ -206,6 +209,11 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         prior_loss_weight=args.prior_loss_weight,
         window=window,
     )
+    if args.check:
+        options = {"batch_size": args.train_batch_size, "gradient_checkpointing": args.gradient_checkpointing}
+        results, shown = check_training(image_task(sampler, static_lora(args), step, dataset, **options), args, run)
+        print(shown)
+        return results
     settings = sample_settings(args, instances)
     validate = Validation(run, denoiser, sampler, settings, held_out, judge.references)
     train(run, denoiser, optimizer, scheduler, loader, steps, step, validate)

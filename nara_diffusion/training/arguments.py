@@ -149,6 +149,11 @@ class RunArguments:
         None, "Folder of everything that is written; none makes a fresh numbered one under outputs/.", resumable=True
     )
     seed: int = option(0, "Seed of the weights, the order of the data, masks and dropout.")
+    check: bool = option(
+        False,
+        "Measure whether λ can help this training, write check.json and check.png, and stop before it; docs/check.md.",
+        resumable=True,
+    )
     logging_steps: int = option(10, "Write to metrics.jsonl every so often.", unit="optimizer steps", resumable=True)
     validation_steps: int | None = option(
         100, "Measure the validation loss every so often; none never.", unit="optimizer steps", resumable=True
@@ -216,6 +221,8 @@ def check_arguments(args: Any) -> None:
     require(args, "seed", 0 <= args.seed < 2**32, "from 0 to 4294967295, as NumPy's generator takes it")
     require(args, "lora_dropout", 0 <= args.lora_dropout < 1, "in [0, 1)")
     require(args, "max_grad_norm", args.max_grad_norm is None or args.max_grad_norm > 0, "above 0, or none")
+    if args.check:
+        _check_checkable(args)
     if args.use_8bit_adam and args.optimizer != "AdamW":
         raise ValueError(
             f"use_8bit_adam is a form of AdamW, but the optimizer is {args.optimizer}: give one of the two."
@@ -230,6 +237,16 @@ def check_arguments(args: Any) -> None:
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
             "use core_init 'zero_last', or core_start_step 0."
         )
+
+
+def _check_checkable(args: Any) -> None:
+    if METHODS[args.adapter].family in ("prompt", "full"):
+        raise ValueError(
+            f"check asks what λ tells a low-rank adapter, but adapter is {args.adapter!r}: give nara, or lora."
+        )
+    for name in ("resume_from_checkpoint", "push_to_hub"):
+        if getattr(args, name):
+            raise ValueError(f"check measures before a training, and {name} is {getattr(args, name)!r}: leave it out.")
 
 
 def _refuse_both(args: Any) -> None:

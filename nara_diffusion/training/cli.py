@@ -5,8 +5,9 @@ becomes `--flag/--no-flag` and takes `--flag True` too, a list takes words separ
 texts, if it is one of `sentences`), `X | None` also takes `none`. Flags win over the file given as `--config`, the file
 wins over the defaults, and a key that the dataclass lacks is an error. Flags of other scripts that users may bring
 along are named in two class attributes: `foreign_flags`, {name: what to do instead}, and `other_names`, {name: what it
-is called here}. A dataclass may have a method `check_flags`, which is called with the flags of the command line alone,
-and may refuse them by a ValueError.
+is called here}. `positional`, a third one, says for the usage what words a program takes before its flags. A dataclass
+may have a method `check_flags`, which is called with the flags of the command line alone, and may refuse them by a
+ValueError.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def parse_arguments(
 def build_parser(cls: type, description: str | None = None) -> argparse.ArgumentParser:
     """The parser of `cls`: a group of flags for each class that has some, titled by the start of its docstring."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE …]",
+        usage=f"%(prog)s {getattr(cls, 'positional', '')}[--config FILE.yaml] [--FLAG VALUE …]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
