@@ -39,7 +39,7 @@ from nara_diffusion.training.methods import CORE_FIELDS, effective, method_of
 
 ALL_LINEAR = "all-linear"
 
-CORE_ARGUMENTS = tuple(sorted(CORE_FIELDS - {"noise_convention", "scheduler"}))
+CORE_ARGUMENTS = tuple(sorted(CORE_FIELDS - {"noise_convention", "scheduler", "strength"}))
 """Arguments that are fields of NaraConfig of the same name."""
 
 
