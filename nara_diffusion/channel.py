@@ -62,16 +62,20 @@ class CoreChannel:
 
     Args:
         ask: makes what a part of the model may read that is called by itself, or None where λ is not known.
+        check_merged: refuses another λ than that of what is merged.
         sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
     """
 
-    def __init__(self, ask: Callable[[], Frame | None], sample_major: bool = False) -> None:
+    def __init__(
+        self, ask: Callable[[], Frame | None], check_merged: Callable[[], None], sample_major: bool = False
+    ) -> None:
         self.ask = ask
+        self._check_merged = check_merged
         self.sample_major = sample_major
         self.local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"ask": self.ask, "sample_major": self.sample_major}
+        return {"ask": self.ask, "_check_merged": self._check_merged, "sample_major": self.sample_major}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, local=threading.local())
@@ -104,6 +108,14 @@ class CoreChannel:
         if entered is scope.entered:
             return False
         return any(entry.is_open and self in entry.channels and entry not in scope.entered for entry in entered)
+
+    def check_merged(self) -> None:
+        """Refuse another λ than that of what is merged; to be called by a merged layer, whose root may not run.
+
+        (Not in a backward pass, which recomputes what has been checked, nor while a compiler is tracing.)
+        """
+        if backward_pass() == -1 and contexts.get():
+            self._check_merged()
 
     @torch.compiler.disable(recursive=True)
     def _ask_at_once(self) -> Frame | None:

@@ -52,7 +52,9 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     def __init__(self, denoiser: Denoiser | None = None, convention: str | None = None) -> None:
         super().__init__()
         self.cores = nn.ModuleDict()
-        self.channel = CoreChannel(self._frame_of_part, denoiser is not None and denoiser.sample_major)
+        self.channel = CoreChannel(
+            self._frame_of_part, self._check_merged_level, denoiser is not None and denoiser.sample_major
+        )
         self.source: NoiseSource | None = first_source(denoiser, convention)
         self.source_is_default = True
         self.r: dict[str, int] = {}

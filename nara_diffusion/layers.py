@@ -138,17 +138,24 @@ class NaraVariant(LoraVariant):
         K = times_core(B, core)  # (1, d_out, r)
         scaling = module.scaling[active_adapter]
         factor = self.merge_factor(module, active_adapter, A, K)
-        module._cache_store(f"{active_adapter}-nara", (A, K, scaling, factor))
+        guard = module.register_forward_pre_hook(self._check_merged)
+        module._cache_store(f"{active_adapter}-nara", (A, K, scaling, factor, guard))
         # read again: finding DoRA's norm may have taken other merged adapters out and put them back
         weight = base_weight(module.get_base_layer()).data
         return (factor * (weight + delta_weight(module, A, K[0], scaling))).to(orig_weight.dtype)
+
+    def _check_merged(self, module: Any, args: Any) -> None:
+        """For a merged layer whose root does not run, and so does not check λ."""
+        if module.merged:
+            self.channel.check_merged()
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
 
     def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         check_mergeable(module, active_adapter, self.layer_name)
-        A, K, scaling, factor = module._cache_pop(f"{active_adapter}-nara")
+        A, K, scaling, factor, guard = module._cache_pop(f"{active_adapter}-nara")
+        guard.remove()
         return (orig_weight.data / factor - delta_weight(module, A, K[0], scaling)).to(orig_weight.dtype)
 
     def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor | float:

@@ -167,6 +167,24 @@ def test_a_part_after_a_forward_that_was_interrupted_in_a_compiled_part(model: P
 # ---------------------------------------------------------------------- refused
 
 
+def test_a_part_that_is_merged_at_another_level_is_refused(model: PeftModel, x: Tensor) -> None:
+    merged = expect(model, x, 0.2)
+    model.merge_adapter(noise_level=0.2)
+    for name in ("as merged", "copied"):
+        one = model if name == "as merged" else copy.deepcopy(model)
+        assert relative_error(parts_in_turn(one, x), merged) < 5e-6
+        with noise_level(one, 0.2):
+            assert relative_error(parts_in_turn(one, x), merged) < 5e-6
+        with noise_level(one, 0.9), pytest.raises(ValueError, match=r"merged at noise_level 0\.2"):
+            one.base_model.model.first(x)
+        one.unmerge_adapter()
+        with noise_level(one, 0.9):
+            assert relative_error(parts_in_turn(one, x), expect(one, x, 0.9)) < 5e-6
+        assert not one.base_model.model.first._forward_pre_hooks
+        if one is model:
+            model.merge_adapter(noise_level=0.2)
+
+
 def test_a_part_past_fused_projections_is_refused() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1).eval()
