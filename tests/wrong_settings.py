@@ -44,7 +44,7 @@ MAY_BE: dict[str, set[str]] = {
         "trainable_token_indices rank_mask_min task_type": "null",
         "base_model_name_or_path revision peft_version": "null, a text, a number as a text",
         "noise_convention megatron_core": "null, a text, a number as a text",
-        "scheduler": "null",
+        "scheduler strength": "null",
         "auto_mapping": "null, a dictionary, a dictionary of zeros",
         "loftq_config": "null, a dictionary, a dictionary of zeros",  # PEFT drops it without init_lora_weights="loftq"
         "eva_config corda_config lora_ga_config": "null, a dictionary, a dictionary of zeros",  # and these likewise
