@@ -154,7 +154,8 @@ def test_a_list_default_is_not_shared() -> None:
 def test_every_own_field_of_nara_config_is_an_argument_with_its_default() -> None:
     inherited = {field.name for field in fields(NaraConfig.__mro__[1])}
     own = {field.name: field.default for field in fields(NaraConfig) if field.name not in inherited}
-    del own["noise_convention"], own["scheduler"]  # a train script knows what its λ means and what it trains for
+    # a train script knows what its λ means and what it trains for; strength is for use
+    del own["noise_convention"], own["scheduler"], own["strength"]
     assert sorted(own) == sorted(CORE_ARGUMENTS)
     for name, default in own.items():
         value = getattr(AdapterArguments(), name)
