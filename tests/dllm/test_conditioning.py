@@ -115,7 +115,6 @@ def test_a_source_that_was_set_has_named_the_convention(tiny_llama: LlamaForCaus
 
 
 def test_refusing_and_adopting_take_no_walk_over_the_model_of_their_own(monkeypatch, adapted_llama: PeftModel) -> None:
-    import nara_diffusion.dllm.conditioning as conditioning
     import nara_diffusion.noise as noise
 
     walks = []
@@ -124,9 +123,8 @@ def test_refusing_and_adopting_take_no_walk_over_the_model_of_their_own(monkeypa
         walks.append(model)
         return found(model)
 
-    found = noise.find_holders
-    for module in (noise, conditioning):
-        monkeypatch.setattr(module, "find_holders", counted, raising=False)
+    found = noise._holders_by_root
+    monkeypatch.setattr(noise, "_holders_by_root", counted)
     masked = torch.ones(2, 9, dtype=torch.bool)
     with conditioned(adapted_llama, torch.tensor([0.2, 0.7]), masked=masked, answer=masked):
         pass

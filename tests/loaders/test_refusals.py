@@ -105,7 +105,10 @@ def test_hotswap_by_a_tensor_of_no_real_numbers_is_refused_by_name(key, dtype, n
         ),
         (lambda c: c["components"]["unet"].update(r=5), r"\(4, 8, 3, 3\), but the adapter's configuration says rank 5"),
         (lambda c: c["components"]["unet"].update(core_sharing="layer"), r"lacks .*nara_core"),
-        (lambda c: c["components"]["unet"].update(noise_convention="flow"), r"λ defined as 'flow', but .* 'timestep'"),
+        (
+            lambda c: c["components"]["unet"].update(noise_convention="masked_share"),
+            r"λ defined as 'masked_share', but .* 'timestep'",
+        ),
         (
             lambda c: c["components"]["text_encoder"].update(core_type="hypernetwork"),
             r"text_encoder has core_type='hypernetwork', but text encoders run before there is a λ",
