@@ -15,6 +15,9 @@ Regimes, on the sdxl-tiny that comes with the project:
     subject_low    a subject is learnt where λ < 0.5, and the base is to stay elsewhere
     subject_high   a subject is learnt where λ ≥ 0.5, and the base is to stay elsewhere
 
+A regime's name stands for the cell that decides it (attention, rank 4, 200 steps); with "_reach" behind it, such as
+eps_to_v_reach, for its other cells: other ranks, more steps, all layers.
+
 Stages: "dev" tries every method's rates on development seeds; "confirm" runs the ten confirmation seeds with the rates
 that development chose, and refuses to until the plan's file has those rates and is no draft any more. All methods of a
 seed meet the same pictures, noise levels and noise.
@@ -34,12 +37,11 @@ from pathlib import Path
 from quality import results
 from quality.regimes.cost import left_table
 from quality.regimes.methods import ARMS
-from quality.regimes.plan import BUDGET_HOURS, CONFIRM, DEV, PLAN, STAGES, chosen
+from quality.regimes.plan import BUDGET_HOURS, CONFIRM, DEV, NAMES, STAGES, chosen
 from quality.regimes.plan_file import PLAN_FILE, check_registered, write_plan
 from quality.regimes.report import report
 from quality.regimes.running import Wish, core_hours, left_of, make, runs_of
 
-REGIMES = list(dict.fromkeys(planned.cell.regime for planned in PLAN))
 OUTPUT = Path(__file__).parent / "results" / "regimes.jsonl"
 
 
@@ -49,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[DEV], help="one after another (default: dev)")
-    parser.add_argument("--regimes", nargs="+", default=REGIMES, help=f"default: all, {' '.join(REGIMES)}")
+    parser.add_argument("--regimes", nargs="+", default=NAMES, help=f"default: all, {' '.join(NAMES)}")
     parser.add_argument("--methods", nargs="+", choices=tuple(ARMS), help="default: all that the plan has of a regime")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the plan")
     parser.add_argument(

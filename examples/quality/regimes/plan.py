@@ -35,6 +35,11 @@ RATES_OF = {"nara_constant": "nara", "nara_shuffled": "nara"}
 """Ablations run with the rates of what they are made of."""
 
 
+def is_deciding(cell: Cell) -> bool:
+    """Whether `cell` is the one by which its regime is won; samples are drawn of that alone."""
+    return (cell.targets, cell.rank, cell.steps) == ("attention", 4, 200)
+
+
 @dataclass(frozen=True)
 class Planned:
     """A cell of the plan.
@@ -50,6 +55,11 @@ class Planned:
     arms: tuple[str, ...]
     dev_seeds: tuple[int, ...] = DEV_SEEDS[:1]
     further: Mapping[str, tuple[Settings, ...]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The regime's for the cell that decides it; "…_reach" for those that say how far its result reaches."""
+        return self.cell.regime if is_deciding(self.cell) else f"{self.cell.regime}_reach"
 
     def trials(self, arm: str) -> tuple[Settings, ...]:
         """The rates that development tries for `arm`."""
@@ -67,29 +77,24 @@ _TO_V, *_OTHERS = CONVERSIONS
 PLAN: tuple[Planned, ...] = (
     Planned(Cell(_TO_V, "attention", 4, 200), _ALL, DEV_SEEDS[:2]),
     *(Planned(Cell(name, "attention", 4, 200), _MOST) for name in _OTHERS),
+    Planned(Cell("subject_low", "attention", 4, 200), (*_MOST, *_GATED)),
+    Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, *_GATED)),
     Planned(Cell(_TO_V, "all", 4, 200), _MOST),
     *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
     Planned(Cell(_TO_V, "attention", 4, 800), _FEW),
-    Planned(Cell("subject_low", "attention", 4, 200), (*_MOST, *_GATED)),
-    Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, *_GATED)),
 )
 """In the order of running."""
+NAMES = tuple(dict.fromkeys(planned.name for planned in PLAN))
 
 
-def has_samples(cell: Cell) -> bool:
-    """Whether confirmation runs of `cell` draw samples, if its regime has any: attention, rank 4, 200 steps."""
-    return (cell.targets, cell.rank, cell.steps) == ("attention", 4, 200)
-
-
-def chosen(regimes: Sequence[str]) -> list[Planned]:
-    """The cells of `regimes`.
+def chosen(names: Sequence[str]) -> list[Planned]:
+    """The cells of these names.
 
     Raises:
-        ValueError: the plan has no such regime.
+        ValueError: the plan has none of such a name.
     """
-    known = tuple(dict.fromkeys(planned.cell.regime for planned in PLAN))
-    unknown = sorted(set(regimes) - set(known))
+    unknown = sorted(set(names) - set(NAMES))
     if unknown:
-        raise ValueError(f"--regimes has {', '.join(unknown)}, expected of {', '.join(known)}")
-    return [planned for planned in PLAN if planned.cell.regime in regimes]
+        raise ValueError(f"--regimes has {', '.join(unknown)}, expected of {', '.join(NAMES)}")
+    return [planned for planned in PLAN if planned.name in names]

@@ -23,26 +23,27 @@ FIRST, LAST = "<!-- tables from here, by benchmark_regimes.py --write_plan -->",
 AT_AN_END = "an end of the grid"
 
 
-def check_registered(regimes: Sequence[str], records: Sequence[Record], path: Path = PLAN_FILE) -> None:
+def check_registered(names: Sequence[str], records: Sequence[Record], path: Path = PLAN_FILE) -> None:
     """Refuses to confirm what wasn't decided before.
 
     Raises:
-        ValueError: a regime that the file doesn't name as registered, tables that differ from the plan in code or
+        ValueError: a cell that the file doesn't name as registered, tables that differ from the plan in code or
             from the development records, or changes that aren't committed.
     """
     text = path.read_text(encoding="utf-8")
-    missing = sorted(set(regimes) - set(registered(text)))
+    missing = sorted(set(names) - set(registered(text)))
     if missing:
         raise ValueError(
             f"{path.name} doesn't name {', '.join(missing)} as registered: finish its development, --write_plan, add "
             'it to the line "Registered:" and commit the file, before its confirmation seeds run.'
         )
-    if tables_in(text) != plan_tables(records):
+    planned = [each for each in PLAN if each.name in names]
+    if not all(_cell_table(each, records) in tables_in(text) for each in planned):
         raise ValueError(
             f"the tables of {path.name} differ from the plan in code or the development records: --write_plan, read "
             "what changed, and commit it."
         )
-    ends = [p.cell.regime for p in PLAN if p.cell.regime in regimes and AT_AN_END in _cell_table(p, records)]
+    ends = [each.name for each in planned if AT_AN_END in _cell_table(each, records)]
     if ends:
         raise ValueError(
             f"in {', '.join(dict.fromkeys(ends))} a chosen rate is an end of its grid: give its cell in "
@@ -53,7 +54,7 @@ def check_registered(regimes: Sequence[str], records: Sequence[Record], path: Pa
 
 
 def registered(text: str) -> list[str]:
-    """The regimes that the file's line "Registered:" names."""
+    """The cells that the file's line "Registered:" names."""
     lines = re.findall(r"^Registered:(.*)$", text, re.MULTILINE)
     names = re.findall(r"[a-z_]+", lines[0].partition("(")[0]) if len(lines) == 1 else []
     return [name for name in names if name != "none"]
@@ -82,7 +83,7 @@ def _cell_table(planned: Planned, records: Sequence[Record]) -> str:
     cell = planned.cell
     seeds = ", ".join(map(str, planned.dev_seeds))
     assert set(planned.dev_seeds) <= set(DEV_SEEDS)
-    title = f"**{cell.regime}**, targets {cell.targets}, rank {cell.rank}, {cell.steps} steps; development on {seeds}"
+    title = f"**{planned.name}**, targets {cell.targets}, rank {cell.rank}, {cell.steps} steps; development on {seeds}"
     rows = ["| method | trials (rate, or rate / core's rate: mean score) | chosen |", "|---|---|---|"]
     rows += [f"| {arm} | {_trials(planned, arm, records)} | {_choice(planned, arm, records)} |" for arm in planned.arms]
     return "\n".join([title, "", *rows])

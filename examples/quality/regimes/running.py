@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from quality import results
-from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, DEV, DEV_SEEDS, RATES_OF, Planned, has_samples
+from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, DEV, DEV_SEEDS, RATES_OF, Planned, is_deciding
 from quality.regimes.rates import Record, chosen_rates, key_of, place_of, trial_runs
 from quality.regimes.runs import Run, record_of
 
@@ -89,7 +89,7 @@ def make(
             if core_hours(results.read(path)) >= budget_hours:
                 return len(runs) - done
             bar.set_description(f"{run.cell.regime} {run.cell.targets} r{run.cell.rank} {run.arm} {run.seed}")
-            results.append(path, [record(run, stage, stage == CONFIRM and has_samples(run.cell))])
+            results.append(path, [record(run, stage, stage == CONFIRM and is_deciding(run.cell))])
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from quality import results
 from quality.regimes.cost import left_table, seconds_of
-from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, DEV, DEV_SEEDS, PLAN, RATES_OF, TRIALS, Planned, chosen
+from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, DEV, DEV_SEEDS, NAMES, PLAN, RATES_OF, TRIALS, Planned, chosen
 from quality.regimes.plan_file import (
     FIRST,
     LAST,
@@ -151,6 +151,12 @@ def test_confirmation_with_other_rates_than_before_raises():
         runs_of(CONFIRM, WISH, records)
 
 
+def test_chosen_tells_the_deciding_cell_from_the_others():
+    assert [planned.cell for planned in chosen(["zero_snr"])] == [Cell("zero_snr", "attention", 4, 200)]
+    assert [planned.cell for planned in chosen(["zero_snr_reach"])] == [Cell("zero_snr", "all", 4, 200)]
+    assert sorted(map(id, chosen(NAMES))) == sorted(map(id, PLAN))
+
+
 def test_chosen_of_an_unknown_regime_raises():
     with pytest.raises(ValueError, match="--regimes has edm, expected of eps_to_v, eps_to_flow, zero_snr, subject_low"):
         chosen(["eps_to_v", "edm"])
@@ -199,7 +205,7 @@ def test_the_plans_file_agrees_with_the_code_and_the_records():
     assert tables_in(text) == plan_tables(records)
     assert f"{CONFIRM_SEEDS[0]} to {CONFIRM_SEEDS[-1]}" in text
     assert f"{DEV_SEEDS[0]} to {DEV_SEEDS[-1]}" in text
-    assert set(registered(text)) <= set(REGIMES)
+    assert set(registered(text)) <= set(NAMES)
     listed = text.partition("## Methods")[2].partition("##")[0]
     assert set(re.findall(r"`(\w+)`", listed)) == {arm for planned in PLAN for arm in planned.arms}
 
@@ -241,6 +247,8 @@ def test_check_registered_of_a_committed_plan_passes_until_it_changes(plan_file)
     assert plan_file.read_text().endswith(f"{LAST}\n\nEnd.\n")
     commit(plan_file)
     check_registered(["eps_to_v"], developed(), plan_file)
+    other = record(trial_runs(chosen(["zero_snr"])[0], "lora")[0], DEV)  # another cell goes on with its development
+    check_registered(["eps_to_v"], [*developed(), other], plan_file)
     with pytest.raises(ValueError, match="doesn't name subject_low as registered"):
         check_registered(["eps_to_v", "subject_low"], developed(), plan_file)
     at_an_end = [each | {"score": 0.1} if each["rates"] == {"learning_rate": 2e-2} else each for each in developed()]
