@@ -2,12 +2,13 @@
 
     convention   λ               the argument t of a denoiser
     timestep     t / N           discrete schedules, N = num_train_timesteps; fractional t of Karras sigmas too
-    flow         σ               x_σ = (1 − σ) x + σ ε; t is 1000 σ, σ, 1 − σ or 1000 (1 − σ)
+    flow         σ               x_σ = (1 − σ) x + σ ε; t is N σ, σ, 1 − σ or N (1 − σ)
     edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364): the σ of the flow with as much noise
 
 λ = 1 is pure noise in all of them. The convention's name is stored in an adapter (`noise_convention`) and checked when
 a source of λ is set or an adapter is loaded. A class is looked up by its name, then by those of its base classes; some
-classes serve models that mean different things, which their configuration tells apart (`_SETTLED_BY_CONFIG`).
+classes serve models that mean different things, which their configuration tells apart (`_SETTLED_BY_CONFIG`). N is 1000
+unless a pipeline's scheduler says otherwise where an adapter is trained or loaded.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .noise import NoiseSignals, is_differentiated
+from .noise import NoiseSignals, find_holders, is_differentiated
 from .schedules import LARGEST_LOG_SIGMA, check_discrete
 from .signals import arguments_of
 
 NUM_TRAIN_TIMESTEPS = 1000
-"""N of the schedules that the denoisers of Diffusers are trained with; models do not hold it."""
+"""N of the schedules that the denoisers of Diffusers are trained with, where none is at hand; models do not hold it."""
 
 _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "discrete": ("timestep", lambda t, n: t / n),
-    "sigma_1000": ("flow", lambda t, n: t / 1000),
+    "sigma_1000": ("flow", lambda t, n: t / n),
     "sigma": ("flow", lambda t, n: t),
-    "data_1000": ("flow", lambda t, n: 1 - t / 1000),
+    "data_1000": ("flow", lambda t, n: 1 - t / n),
     "data": ("flow", lambda t, n: 1 - t),
     # σ / (1 + σ) for σ = exp 4t
     "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
@@ -50,10 +51,10 @@ class TimestepNoise:
     counts: what is being denoised, since a given image or frame has no noise, or little.
 
     Args:
-        meaning: "discrete" (t of a discrete schedule), "sigma_1000" (flow, 1000 σ), "sigma" (flow, σ), "data_1000" and
-            "data" (flow, 1000 (1 − σ) and 1 − σ), "edm" (¼ ln σ).
+        meaning: "discrete" (t of a discrete schedule), "sigma_1000" (flow, N σ), "sigma" (flow, σ), "data_1000" and
+            "data" (flow, N (1 − σ) and 1 − σ), "edm" (¼ ln σ).
         argument: the name of the argument of the denoiser's forward.
-        num_train_timesteps: N of a discrete schedule.
+        num_train_timesteps: N of the schedule, 1000 nearly always.
         scale: what the pipeline multiplies the timestep with before it calls the denoiser (Sana's `timestep_scale`).
 
     Raises:
@@ -128,6 +129,18 @@ class UndeclaredTimestep(TimestepNoise):
     def check(self, timestep: float | Tensor) -> None:
         if self.meaning == "discrete":
             check_discrete(timestep, self.argument)
+
+    def of_schedule(self, scheduler: Any) -> UndeclaredTimestep:
+        """The same with the N of a scheduler of Diffusers, if that has one."""
+        steps = scheduler.config.get("num_train_timesteps") or self.num_train_timesteps
+        return UndeclaredTimestep(self.meaning, argument=self.argument, num_train_timesteps=steps, scale=self.scale)
+
+
+def count_timesteps(model: nn.Module, scheduler: Any) -> None:
+    """Let the adapters of `model` read λ by the N of this scheduler of Diffusers, unless somebody has set a source."""
+    for holder in find_holders(model):
+        if isinstance(holder.source, UndeclaredTimestep):
+            holder.source = holder.source.of_schedule(scheduler)
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     window = window_of(args)
     held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size, window)
     carried = None if converted is None else scheduler_fields(converted)
-    config = adapter_config(args, noise_convention=objective.convention, scheduler=carried, total_steps=steps)
+    config = adapter_config(args, noise_convention=objective.source.convention, scheduler=carried, total_steps=steps)
     sampler = sampling_twin(pipe, config, run.dtype, load)
     model = AdaptedDenoiser(
         pipe,

@@ -88,7 +88,7 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
 def objective_of(scheduler: Any, prediction_type: str | None) -> Objective:
     """The objective of a model with this scheduler, or of its conversion to another prediction."""
     if prediction_type == FlowObjective.prediction_type:
-        return FlowObjective()
+        return FlowObjective(levels=scheduler.config.num_train_timesteps)
     if prediction_type is not None:
         scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
     return build_objective(scheduler)

@@ -18,6 +18,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model, inject_a
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.denoisers import count_timesteps
 from nara_diffusion.dreambooth.prompts import encode_prompts
 from nara_diffusion.loaders.checks import check_storable
 from nara_diffusion.training.adapter import check_adaptable, recompute_activations
@@ -68,6 +69,7 @@ class AdaptedDenoiser(nn.Module):
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         self.unet = adapt(pipe.unet, config)
+        count_timesteps(self.unet, scheduler or pipe.scheduler)
         if train_text_encoder:
             text = text_config(config)
             for name in ("text_encoder", "text_encoder_2"):

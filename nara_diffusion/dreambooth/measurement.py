@@ -24,7 +24,6 @@ from nara_diffusion.dreambooth.metrics import ImageSimilarity, TextAlignment, wi
 from nara_diffusion.dreambooth.objectives import Objective, squared_errors
 from nara_diffusion.dreambooth.prompts import encode_prompts
 from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images
-from nara_diffusion.dreambooth.step import noise_levels
 from nara_diffusion.dreambooth.timesteps import draw_noise
 from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.metrics import LossWindow, window_means
@@ -124,7 +123,7 @@ class ValidationLoss:
         """λ (points,)."""
         latents = self.latents.mode(self.draws[:1]).expand(self.points, -1, -1, -1)
         timestep = self.objective.corrupt(latents, latents, torch.tensor(self.indices)).timestep
-        return noise_levels(self.objective, timestep)
+        return self.objective.source.noise_level(timestep)
 
     def curve(self, pipe: Any, accelerator: Accelerator) -> Tensor:
         """(points, draws), on every process."""

@@ -6,7 +6,7 @@ Discrete schedules (`DiscreteObjective`), ᾱ_t from the scheduler, λ = t / N:
     min-SNR-γ (arXiv 2303.09556), SNR = ᾱ / (1 − ᾱ): the squared error in x counts min(SNR, γ), which is
     min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v and min(SNR, γ) for x
 
-A rectified flow (`FlowObjective`, arXiv 2209.03003), λ = σ = 1/N, 2/N, …, 1, the denoiser's timestep 1000 σ:
+A rectified flow (`FlowObjective`, arXiv 2209.03003), λ = σ = 1/N, 2/N, …, 1, the denoiser's timestep N σ:
 
     x_σ = (1 − σ) x + σ ε;   target  ε − x ("flow_prediction");   x̂ = x_σ − σ · prediction
     SNR = (1 − σ)² / σ², so that min-SNR-γ is  σ² min(SNR, γ) = min((1 − σ)², γ σ²)
@@ -32,6 +32,8 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
+from nara_diffusion.denoisers import TimestepNoise
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -53,9 +55,9 @@ class Corrupted:
 
 
 class Objective(Protocol):
-    """`convention` names λ's definition, `levels` counts the noise levels that `corrupt` takes indices of."""
+    """`source` tells λ from the timesteps of `corrupt`, which takes indices of `levels` noise levels."""
 
-    convention: str
+    source: TimestepNoise
     levels: int
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted: ...
@@ -69,14 +71,13 @@ class DiscreteObjective:
         snr_gamma: γ of min-SNR weights; None weights all timesteps alike.
     """
 
-    convention = "timestep"
-
     def __init__(self, scheduler: Any, snr_gamma: float | None = None) -> None:
         self.prediction_type = _prediction_type(scheduler, PREDICTION_TYPES)
         self.snr_gamma = snr_gamma
         training: Any = DDPMScheduler.from_config(scheduler.config)
         self.alphas: Tensor = training.alphas_cumprod.double()  # ᾱ (N,)
         self.levels = len(self.alphas)
+        self.source = TimestepNoise("discrete", num_train_timesteps=self.levels)
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
         """`indices` (b,) are timesteps."""
@@ -109,12 +110,12 @@ class FlowObjective:
         levels: N, how many σ there are; those of Diffusers' flow schedulers by default.
     """
 
-    convention = "flow"
     prediction_type = "flow_prediction"
 
     def __init__(self, snr_gamma: float | None = None, levels: int = 1000) -> None:
         self.snr_gamma = snr_gamma
         self.levels = levels
+        self.source = TimestepNoise("sigma_1000", num_train_timesteps=levels)
         self.sigmas = torch.arange(1, levels + 1, dtype=torch.float64) / levels  # (N,)
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
@@ -122,7 +123,7 @@ class FlowObjective:
         sigma = self.sigmas.to(latents.device)[indices]  # (b,)
         return Corrupted(
             model_input=_column(1 - sigma) * latents + _column(sigma) * noise,
-            timestep=(1000 * sigma).float(),
+            timestep=(self.levels * sigma).float(),
             target=noise - latents,
             weight=self._weight(sigma),
         )
@@ -145,7 +146,8 @@ class PreconditionedObjective:
         self.prediction_type = _prediction_type(scheduler, PREDICTION_TYPES[:2])
         kind: Any = EDMEulerScheduler if self.is_edm else EulerDiscreteScheduler
         scheduler = kind.from_config(scheduler.config)
-        self.convention = "edm" if self.is_edm or _is_continuous(scheduler) else "timestep"
+        meaning = "edm" if self.is_edm or _is_continuous(scheduler) else "discrete"
+        self.source = TimestepNoise(meaning, num_train_timesteps=scheduler.config.num_train_timesteps)
         self.levels = len(scheduler.timesteps)  # EDM's schedulers have N + 1
         # schedulers go from noise to data, indices here from data to noise
         self.sigmas = scheduler.sigmas[: self.levels].double().flip(0)  # (N,)
@@ -174,7 +176,7 @@ class PreconditionedObjective:
 
     def _timestep(self, device: torch.device, indices: Tensor) -> Tensor:
         timestep = self.timesteps.to(device)[indices]
-        return timestep.float() if self.convention == "edm" else timestep.round().long()
+        return timestep.float() if self.source.meaning == "edm" else timestep.round().long()
 
 
 def is_edm(scheduler: Any) -> bool:

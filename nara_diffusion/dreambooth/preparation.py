@@ -97,7 +97,9 @@ def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
     scheduler = target_scheduler(args, pipe)
     objective = build_objective(scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
     windowed_schedule(objective, window_of(args))
-    config = adapter_config(args, noise_convention=objective.convention, total_steps=args.max_train_steps or 1_000_000)
+    config = adapter_config(
+        args, noise_convention=objective.source.convention, total_steps=args.max_train_steps or 1_000_000
+    )
     if config is not None:
         check_adaptable(pipe.unet, config)
 

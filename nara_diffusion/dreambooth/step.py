@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.denoisers import TimestepNoise
 from nara_diffusion.dreambooth.dataset import Draw
 from nara_diffusion.dreambooth.latents import LatentCache
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, squared_errors, with_prior
@@ -26,8 +25,6 @@ from nara_diffusion.dreambooth.prompts import PromptCache
 from nara_diffusion.dreambooth.timesteps import WindowedSchedule, draw_indices, draw_noise
 from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_base
-
-_MEANINGS = {"timestep": "discrete", "flow": "sigma_1000", "edm": "edm"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class TrainingStep:
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         corrupted = self._corrupt(batch["draws"], batch.get("pixel_values"))
-        levels = noise_levels(self.objective, corrupted.timestep)
+        levels = self.objective.source.noise_level(corrupted.timestep)
         weight = self.window.hold_weight
         if weight is None:
             losses, split = squared_errors(self._predict(corrupted, batch), corrupted), None
@@ -134,9 +131,4 @@ def windowed_schedule(objective: Objective, window: NoiseWindow) -> WindowedSche
     """The objective's noise levels in `window`; raises ValueError where there are none."""
     nothing = torch.zeros(objective.levels, 1, 1, 1)
     timestep = objective.corrupt(nothing, nothing, torch.arange(objective.levels)).timestep
-    return WindowedSchedule(noise_levels(objective, timestep), window)
-
-
-def noise_levels(objective: Objective, timestep: Tensor) -> Tensor:
-    """λ (b,) as an adapter reads it from the denoiser's timestep (b,)."""
-    return TimestepNoise(_MEANINGS[objective.convention]).noise_level(timestep)
+    return WindowedSchedule(objective.source.noise_level(timestep), window)

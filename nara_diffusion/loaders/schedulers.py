@@ -16,6 +16,7 @@ import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
+from nara_diffusion.denoisers import count_timesteps
 from nara_diffusion.holder import HOLDER_NAME, CoreHolder
 from nara_diffusion.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
 
@@ -59,6 +60,8 @@ def build_scheduler(fields: Mapping[str, Any]) -> Any:
 def follow_adapters(pipe: Any) -> None:
     """Let the pipeline's scheduler be the one that its active adapters were trained for, or the base's own.
 
+    λ = t / N is read by that scheduler's N.
+
     Where a user keeps the scheduler in hand (`set_scheduler=False`) it is only said which to set.
     """
     fields, replaced = _carried(pipe), getattr(pipe, _REPLACED, None)
@@ -76,6 +79,9 @@ def follow_adapters(pipe: Any) -> None:
             )
     if replaced is not None and not any(_carries(model) for model in _denoisers(pipe)):
         delattr(pipe, _REPLACED)
+    if isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
+        for model in _denoisers(pipe):
+            count_timesteps(model, pipe.scheduler)
 
 
 def check_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:

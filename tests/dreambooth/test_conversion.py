@@ -44,7 +44,7 @@ def test_conversion_to_v_keeps_class_and_betas(base, zero_snr: bool) -> None:
         tolerance = {"rtol": 1e-3, "atol": 1e-3} if zero_snr else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(batch.model_input[i].double(), a.sqrt() * x + (1 - a).sqrt() * eps, **tolerance)
         torch.testing.assert_close(batch.target[i].double(), a.sqrt() * eps - (1 - a).sqrt() * x, **tolerance)
-    assert objective.convention == "timestep"
+    assert objective.source.convention == "timestep"
 
 
 def test_conversion_to_a_flow_is_sampled_by_dpm_solver_from_any_base() -> None:
@@ -52,7 +52,7 @@ def test_conversion_to_a_flow_is_sampled_by_dpm_solver_from_any_base() -> None:
         scheduler = converted_scheduler(base, "flow_prediction", False)
         assert isinstance(scheduler, DPMSolverMultistepScheduler)
         assert (scheduler.config.prediction_type, scheduler.config.use_flow_sigmas) == ("flow_prediction", True)
-        assert build_objective(scheduler).convention == "flow"
+        assert build_objective(scheduler).source.convention == "flow"
 
 
 def test_flow_scheduler_follows_the_exact_velocity_from_noise_to_data() -> None:

@@ -22,7 +22,6 @@ from nara_diffusion.dreambooth.objectives import (
     squared_errors,
     with_prior,
 )
-from nara_diffusion.dreambooth.step import noise_levels
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -52,7 +51,7 @@ def test_discrete_corruption_is_diffusers(tensors, prediction_type: str) -> None
     torch.testing.assert_close(batch.target, targets[prediction_type])
     assert torch.equal(batch.timestep, INDICES)
     assert torch.equal(batch.weight, torch.ones(5))
-    assert (objective.convention, objective.levels) == ("timestep", 1000)
+    assert (objective.source.convention, objective.levels) == ("timestep", 1000)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -134,7 +133,7 @@ def test_edm_loss_is_the_papers(tensors, scheduler_class, prediction_type: str, 
         assert batch.timestep[i].item() == pytest.approx(0.25 * sigma.log().item(), rel=1e-5, abs=1e-6)
         level = TimestepNoise("edm").noise_level(batch.timestep[i])
         assert level.item() == pytest.approx((sigma / (1 + sigma)).item(), rel=1e-5)
-    assert (objective.convention, objective.levels) == ("edm", 1001)
+    assert (objective.source.convention, objective.levels) == ("edm", 1001)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -157,7 +156,7 @@ def test_edm_style_with_a_discrete_schedule(tensors, prediction_type: str) -> No
         assert loss[i].item() == pytest.approx(expected.item(), rel=1e-4)
         torch.testing.assert_close(batch.model_input[i], (noisy / (sigma**2 + 1).sqrt()).float())
     assert torch.equal(batch.timestep, INDICES)
-    assert objective.convention == "timestep"
+    assert objective.source.convention == "timestep"
 
 
 def test_a_continuous_schedule_gives_the_denoiser_log_sigma(tensors) -> None:
@@ -168,7 +167,7 @@ def test_a_continuous_schedule_gives_the_denoiser_log_sigma(tensors) -> None:
     batch = objective.corrupt(latents, noise, INDICES)
     sigma = objective.sigmas[INDICES]
     torch.testing.assert_close(batch.timestep, (0.25 * sigma.log()).float())
-    assert objective.convention == "edm"
+    assert objective.source.convention == "edm"
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
@@ -188,8 +187,8 @@ def test_flow_objective_is_the_rectified_flows(tensors, snr_gamma: float | None)
         counted = 1 / sigma**2 if snr_gamma is None else min(((1 - sigma) / sigma) ** 2, snr_gamma)
         assert loss[i].item() == pytest.approx(counted * error.item(), rel=1e-4, abs=1e-9)
         assert batch.timestep[i].item() == pytest.approx(1000 * sigma)
-    torch.testing.assert_close(noise_levels(objective, batch.timestep), (INDICES + 1) / 1000)
-    assert (objective.convention, objective.levels) == ("flow", 1000)
+    torch.testing.assert_close(objective.source.noise_level(batch.timestep), (INDICES + 1) / 1000)
+    assert (objective.source.convention, objective.levels) == ("flow", 1000)
 
 
 def test_flow_sigmas_are_those_of_the_flow_scheduler(tensors) -> None:

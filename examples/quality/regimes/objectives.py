@@ -15,6 +15,7 @@ from typing import Any
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
+from nara_diffusion import TimestepNoise
 from nara_diffusion.dreambooth.objectives import Corrupted, DiscreteObjective, Objective
 
 CONVERSIONS = ("eps_to_v", "eps_to_flow", "zero_snr")
@@ -30,8 +31,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
 class FlowObjective:
     """The velocity of a rectified flow; index i is σ = (i + 1) / N, as FlowMatchEulerDiscreteScheduler has it."""
 
-    convention = "timestep"
     levels = LEVELS
+    source = TimestepNoise("discrete", num_train_timesteps=LEVELS)
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
         timestep = indices + 1  # (b,)
