@@ -221,7 +221,7 @@ class NaraConfig(LoraConfig):
 
     @property
     def changes_base(self) -> bool:
-        """Whether the initialisation takes s·B·A out of the base weights, and so needs C = I at step 0."""
+        """Whether the initialisation changes the base weights: it takes s·B·A out of them, or quantises them."""
         return changes_base(self.init_lora_weights)
 
     @property

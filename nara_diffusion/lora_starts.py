@@ -1,12 +1,13 @@
-"""`init_lora_weights`: which of LoRA's starts a NaRA can have."""
+"""`init_lora_weights`: what PEFT's starts of a LoRA do to the base, and which of them a NaRA can have."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-_BASE_CHANGING = ("pissa", "olora", "orthogonal")
-_SUPPORTED = ("gaussian", *_BASE_CHANGING)
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_BALANCED = ("pissa", "olora", "orthogonal")  # the adapted model starts as the base only with C = I
+_SUPPORTED = ("gaussian", *_BALANCED)
 _REFUSED = {
     "loftq": "LoftQ fits A and B to a quantisation error without C, on a GPU alone",
     "eva": "EVA redistributes ranks after the core has been made",
@@ -17,8 +18,12 @@ _REFUSED = {
 
 
 def changes_base(start: Any) -> bool:
-    """Whether the start takes s·B·A out of the base weights, and so needs C = I at step 0."""
+    """Whether the start puts other weights into the base: W − s·B·A, or LoftQ's quantised ones."""
     return str(start).lower().startswith(_BASE_CHANGING)
+
+
+def _needs_identity(start: Any) -> bool:
+    return str(start).lower().startswith(_BALANCED)
 
 
 def check_start(start: Any, core_type: str, core_init: str) -> None:
@@ -34,12 +39,12 @@ def check_start(start: Any, core_type: str, core_init: str) -> None:
         return
     if is_refused:
         raise ValueError(f"NaRA does not support init_lora_weights={start!r}: {_REFUSED[kind.lower()]}. Use {choices}.")
-    if changes_base(start) and core_type not in ("hypernetwork", "constant", "knots"):
+    if _needs_identity(start) and core_type not in ("hypernetwork", "constant", "knots"):
         raise ValueError(
             f"init_lora_weights={start!r} needs C = I at step 0, which core_type={core_type!r} does not "
             "promise: use init_lora_weights=True."
         )
-    if changes_base(start) and core_init == "kaiming":
+    if _needs_identity(start) and core_init == "kaiming":
         raise ValueError(
             f"init_lora_weights={start!r} needs C = I at step 0, but core_init is 'kaiming': use core_init='zero_last'."
         )

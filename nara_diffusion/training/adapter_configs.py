@@ -39,6 +39,13 @@ from nara_diffusion.training.methods import CORE_FIELDS, effective, method_of
 
 ALL_LINEAR = "all-linear"
 
+_UNPREPARED = {
+    "corda": "needs covariances of the base model's inputs, which this script doesn't collect",
+    "eva": "needs activations of the base model on data, which this script doesn't collect",
+    "lora_ga": "needs gradients of the base model on data, which this script doesn't collect",
+    "loftq": "replaces the base weights by quantised ones, which nobody has who loads the adapter",
+}
+
 CORE_ARGUMENTS = tuple(sorted(CORE_FIELDS - {"noise_convention", "scheduler", "strength"}))
 """Arguments that are fields of NaraConfig of the same name."""
 
@@ -78,7 +85,15 @@ def adapter_config(
     else:
         cls, build = _OTHERS[args.adapter]
         values = build(args)
-    return cls(**values | parse_options(cls, args.adapter_options or []) | fields)
+    config = cls(**values | parse_options(cls, args.adapter_options or []) | fields)
+    _check_lora_start(getattr(config, "init_lora_weights", True))
+    return config
+
+
+def _check_lora_start(start: Any) -> None:
+    """Refuses starts that would be others than they say: no script here makes the passes that they need."""
+    if start in _UNPREPARED:
+        raise ValueError(f"init_lora_weights={start} {_UNPREPARED[start]}: leave it out, or use --adapter pissa.")
 
 
 def parse_options(cls: type, options: list[str]) -> dict[str, Any]:

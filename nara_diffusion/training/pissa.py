@@ -16,9 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from nara_diffusion import NaraConfig
-
-_TAKEN_FROM_BASE = ("pissa", "olora")
+from nara_diffusion import NaraConfig, lora_starts
 
 
 def changes_base(model: nn.Module) -> bool:
@@ -29,9 +27,7 @@ def changes_base(model: nn.Module) -> bool:
 
 def takes_start_from_base(config: Any) -> bool:
     """Whether an adapter of this configuration changes the weights that it is added to."""
-    if isinstance(config, NaraConfig):
-        return config.changes_base
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(_TAKEN_FROM_BASE)
+    return lora_starts.changes_base(getattr(config, "init_lora_weights", None))
 
 
 def remember_start(model: nn.Module) -> None:

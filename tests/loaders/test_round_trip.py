@@ -251,6 +251,22 @@ def test_saving_into_a_file_or_what_the_base_would_have_to_be_saved_with(tmp_pat
         pipe.save_nara_weights(tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_adapter_with_an_orthogonal_start_loads_and_unloading_it_gives_the_base(tmp_path, low_cpu_mem_usage):
+    targets = ["to_q", "to_k", "to_out.0"]
+    pipe = trained(text=False, init_lora_weights="orthogonal", r=4, target_modules=targets)
+    expected = predict(pipe)
+    pipe.save_nara_weights(tmp_path)
+    loaded = small_sdxl()
+    loaded.unet.requires_grad_(False)
+    before, base = State(loaded), predict(loaded)
+    loaded.load_nara_weights(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(predict(loaded), expected)
+    assert (expected - base).abs().max() > 0.01
+    loaded.unload_nara_weights()
+    assert before == State(loaded)
+
+
 def test_text_encoders_take_static_adapters_of_this_package(tmp_path):
     for config, message in (
         (lora_config(target_modules=["q_proj"]), r"'default' of text_encoder is a plain LoRA.*core_type=\"identity\""),
