@@ -8,7 +8,7 @@ import dis
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from types import FrameType, FunctionType
+from types import FrameType
 from typing import Any, NamedTuple
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -20,19 +20,6 @@ def running_calls() -> Iterator[FrameType]:
     while call is not None:
         yield call
         call = call.f_back
-
-
-def is_running(call: FrameType) -> bool:
-    """Whether this thread is inside of `call`."""
-    return any(running is call for running in running_calls())
-
-
-def innermost_call_of(function: FunctionType) -> FrameType:
-    """The innermost running call of `function`; where there is none, the outermost call of all."""
-    for call in running_calls():
-        if call.f_code is function.__code__:
-            break
-    return call
 
 
 def local_variables() -> Iterator[Mapping[str, Any]]:

@@ -12,13 +12,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from .call_stack import innermost_call_of, is_running
+from torch import Tensor
 
 contexts: ContextVar[tuple[Any, ...]] = ContextVar("nara_contexts", default=())
 """What `with` blocks say of forwards; see contexts.py."""
@@ -39,22 +36,15 @@ def is_current(backward: int | None) -> bool:
 
 
 class Scope(NamedTuple):
-    """What layers may read, until when.
+    """What layers may read.
 
     Attributes:
-        frame: the cores. backward: `backward_pass()` when it began.
-        call: the Python call that has to be running still, or None if a `finally` ends the scope.
-        entered: the contexts that it began in.
+        frame: the cores; None where a layer has to ask.
+        backward: `backward_pass()` when it began.
     """
 
-    frame: Frame
+    frame: Frame | None
     backward: int | None
-    call: FrameType | None
-    entered: tuple[Any, ...]
-
-    def is_over(self) -> bool:
-        """Whether the forward was cut short by what runs no hook, such as a KeyboardInterrupt."""
-        return self.call is not None and not is_running(self.call)
 
 
 class CoreChannel:
@@ -91,23 +81,14 @@ class CoreChannel:
 
         Nothing in a backward pass that began after the forward: it recomputes a part of some other forward.
         """
-        scopes = self.scopes
+        scope = self.scopes[-1] if self.scopes else Scope(None, None)
         if torch.compiler.is_compiling():
             # a compiled layer cannot look for that: do not run a backward pass through a checkpoint of your own around
             # a block that is compiled by itself, while another forward of the model runs
-            return scopes[-1].frame if scopes else self._ask_at_once()
-        for scope in reversed(scopes):
-            if not scope.is_over():
-                if self._was_told_since(scope):
-                    break  # a part is called inside a context of its own
-                return scope.frame if is_current(scope.backward) else None
-        return self.ask()
-
-    def _was_told_since(self, scope: Scope) -> bool:
-        entered = contexts.get()
-        if entered is scope.entered:
-            return False
-        return any(entry.is_open and self in entry.channels and entry not in scope.entered for entry in entered)
+            return self._ask_at_once() if scope.frame is None else scope.frame
+        if scope.frame is None:
+            return self.ask()
+        return scope.frame if is_current(scope.backward) else None
 
     def check_merged(self) -> None:
         """Refuse another λ than that of what is merged; to be called by a merged layer, whose root may not run.
@@ -122,33 +103,50 @@ class CoreChannel:
         frame = self.ask()
         return None if frame is None else dict(frame)
 
+    @torch.compiler.disable(recursive=True)
+    def open(self) -> tuple[Scope, ...]:
+        """To be called as a call of the root begins: layers ask, until `begin`. Returns what `close` takes."""
+        outer = self.scopes
+        self.local.scopes = (*outer, Scope(None, None))
+        return outer
+
+    @torch.compiler.disable(recursive=True)
+    def close(self, outer: tuple[Scope, ...]) -> None:
+        """To be called as that call of the root ends, in whatever way."""
+        self.local.scopes = outer
+
     def begin(self, frame: Frame) -> None:
-        """To be called by a forward pre-hook of the root: layers read `frame` until its forward ends."""
-        self.drop_what_is_over()
-        self.local.scopes = (*self.scopes, Scope(frame, backward_pass(), _root_call(), contexts.get()))
+        """To be called by a pre-hook of the root: layers read `frame` until its call ends.
 
-    def end(self) -> None:
-        """To be called by a forward hook of the root: ends what `begin` began in the same call, if it did."""
-        call = _root_call()
-        calls = [scope.call for scope in self.scopes]
-        if call in calls:
-            self.local.scopes = self.scopes[: calls.index(call)]
-
-    def drop_what_is_over(self) -> None:
-        """Forget forwards of this thread that were cut short; a compiled layer does not look whether they run still."""
-        self.local.scopes = tuple(scope for scope in self.scopes if not scope.is_over())
+        Raises:
+            RuntimeError: nothing would end it.
+        """
+        if not self.scopes:
+            raise RuntimeError(
+                "Something calls the forward hooks of an adapted model by itself, so that nobody would say when its "
+                "C(λ) ends: call the model, `model(…)`."
+            )
+        self.local.scopes = (*self.scopes[:-1], Scope(frame, backward_pass()))
 
     @contextmanager
     def using(self, frame: Frame) -> Iterator[None]:
         """Layers read `frame` inside; what they read before comes back afterwards."""
         outer = self.scopes
-        self.local.scopes = (*outer, Scope(frame, backward_pass(), None, contexts.get()))
+        self.local.scopes = (*outer, Scope(frame, backward_pass()))
         try:
             yield
         finally:
             self.local.scopes = outer
 
-
-def _root_call() -> FrameType:
-    """The call of the root, as seen from one of its hooks: the innermost running `nn.Module.__call__`."""
-    return innermost_call_of(nn.Module._call_impl)
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Layers ask inside, though a forward of the root may run, which was told something else before."""
+        if not self.scopes:
+            yield
+            return
+        own = Scope(None, backward_pass())
+        self.local.scopes = (*self.scopes, own)
+        try:
+            yield
+        finally:  # what generators have entered may end in any order
+            self.local.scopes = tuple(scope for scope in self.scopes if scope is not own)

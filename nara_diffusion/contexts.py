@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ContextDecorator, contextmanager
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import Any, Generic, TypeVar
@@ -85,14 +85,15 @@ def _entered(channels: frozenset[CoreChannel], value: Any) -> Iterator[None]:
     entry = _entry(channels, value)
     contexts.set((*contexts.get(), entry))
     try:
-        yield
+        with ExitStack() as asking:
+            for channel in channels:
+                asking.enter_context(channel.asking())
+            yield
     finally:
         # not `ContextVar.reset`: what generators have entered may end in any order, and in other threads and tasks
         entry.is_open = False
         entry.generator = None  # copies of the `ContextVar` may outlive it, and would keep alive what it holds
         contexts.set(tuple(other for other in contexts.get() if other.is_open))
-        for channel in channels:
-            channel.drop_what_is_over()
 
 
 def innermost(channel: CoreChannel, kind: type[T]) -> Entry[T] | None:

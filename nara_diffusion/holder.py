@@ -24,6 +24,7 @@ from .noise import NoiseSignals, NoiseSource, active_adapter_names, active_signa
 from .offload import KEEPS_COPY, keeps_cores_on_disk, onload_cores
 from .prediction import Prediction, check_scheduler_at_work
 from .recompute import checkpoint_with_core, checkpoint_without_core
+from .root_call import remove_root_call, set_root_call
 from .scheduled_cores import ScheduledCores, Strengths
 from .settings import check_not_fused
 from .signals import check_convention, of_one_sample
@@ -68,7 +69,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         self.kept_on_disk = False
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._handles: list[Any] = []
+        self._handle: Any = None
 
     # ------------------------------------------------------------------ adapters
 
@@ -169,7 +170,6 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: attention uses a fused copy of base projections, past those that are adapted.
         """
-        self.channel.drop_what_is_over()
         check_not_fused(root, self._serving())
         self.kept_on_disk = keeps_cores_on_disk(root)
         if torch.is_grad_enabled():
@@ -218,16 +218,15 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if getattr(root, HOLDER_NAME, None) is self:
             return
         setattr(root, HOLDER_NAME, self)
-        self._handles = [
-            root.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            root.register_forward_hook(self._after_forward, always_call=True),
-        ]
+        self._handle = root.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        set_root_call(root, self.channel)
 
     def detach(self, root: nn.Module) -> None:
         """Leave `root` as it was before `attach`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        remove_root_call(root)
         checkpoint_without_core(root, self.channel)
         delattr(root, HOLDER_NAME)
 
@@ -237,10 +236,6 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             self.detach(root)  # adapters were unloaded by what does not know of cores
             return
         self.channel.begin(self._frame_for(root, args, kwargs))
-
-    @torch.compiler.disable(recursive=True)
-    def _after_forward(self, root: nn.Module, args: Any, output: Any) -> None:
-        self.channel.end()
 
     def _frame_for(self, root: nn.Module, args: Any, kwargs: Any) -> Frame:
         if self.merged and self.disable_adapters:

@@ -173,3 +173,11 @@ def test_constant_and_identity_cores_need_no_level(x: Tensor) -> None:
         model = adapted(TwoLayers(), target_modules=TARGETS, core_type=core_type)
         assert torch.equal(model(x), at(model, 0.3, x))
     assert isinstance(model.peft_config["default"], NaraConfig)
+
+
+def test_a_hook_that_is_called_by_itself_raises(model: PeftModel, x: Tensor) -> None:
+    root = model.base_model.model
+    (hook,) = root._forward_pre_hooks.values()
+    with noise_level(model, 0.3), pytest.raises(RuntimeError, match="calls the forward hooks of an adapted model"):
+        hook(root, (x,), {})
+    expect_no_core(root.first, x)

@@ -146,24 +146,6 @@ def test_a_part_inside_a_forward_has_the_level_of_its_own_context(model: PeftMod
         assert relative_error(actual, expect(model, x, level)) < 2e-6
 
 
-def test_a_part_after_a_forward_that_was_interrupted_in_a_compiled_part(model: PeftModel, x: Tensor) -> None:
-    root = model.base_model.model
-    compiled = torch.compile(root.first, backend="eager")
-    with noise_level(model, 0.9), torch.no_grad():
-        expected = compiled(x)
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    handle = root.second.register_forward_pre_hook(interrupt)
-    set_noise_source(model, lambda module, args, kwargs: NoiseSignals(LEVELS))  # type: ignore[arg-type]
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    handle.remove()
-    with noise_level(model, 0.9), torch.no_grad():
-        assert relative_error(compiled(x), expected) < 1e-6
-
-
 # ---------------------------------------------------------------------- refused
 
 
@@ -335,13 +317,3 @@ def test_encode_and_decode_of_a_vae_equal_its_forward() -> None:
         parts = vae.decode(vae.encode(images).latent_dist.mode()).sample
         whole = vae(images).sample
     assert torch.equal(parts, whole)
-
-
-def test_a_compiled_part_has_the_level_that_is_told(model: PeftModel, x: Tensor) -> None:
-    first = model.base_model.model.first
-    compiled = torch.compile(first, backend="eager")
-    for level in (0.3, LEVELS, 0.8):
-        with noise_level(model, level), torch.no_grad():
-            assert relative_error(compiled(x), first(x)) < 2e-6
-    with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
-        compiled(x)
