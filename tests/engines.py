@@ -7,7 +7,6 @@ all else is its own code, and PyTorch's and DeepSpeed's, on gloo.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed import TCPStore
 
 _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 _DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
@@ -40,14 +40,13 @@ def in_two_processes(work: Callable[[Any], None], runs: Sequence[Run]) -> None:
     """Calls `work` with each run, one after the other, in both of two processes.
 
     DeepSpeed keeps the groups of processes of its first run, so it takes two new processes for each.
+
+    They meet at a store that is open before they start, as torchrun's do: of a port that is merely free now, nobody
+    knows who has it by then.
     """
-    mp.spawn(_worker, args=(work, [(*run, _free_port()) for run in runs]), nprocs=2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs]
+    numbered = [(*run, store.port) for run, store in zip(runs, stores, strict=True)]
+    mp.spawn(_worker, args=(work, numbered), nprocs=2)
 
 
 def _worker(rank: int, work: Callable[[Any], None], runs: Sequence[tuple[str, Any, int]]) -> None:
@@ -55,7 +54,13 @@ def _worker(rank: int, work: Callable[[Any], None], runs: Sequence[tuple[str, An
     for engine, run, port in runs:
         os.environ.clear()
         os.environ.update(plain, **ENGINES[engine], MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
+        os.environ.update(
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE="2",
+            OMP_NUM_THREADS="1",
+        )
         PartialState._prepare_backend = prepare_backend
         if engine != "ddp":
             os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,11 @@ def options_of(kind: str) -> dict[str, Any]:
     return OPTIONS | ({"window": HOLD} if kind.endswith("held") else {})
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
     results = {kind: run(rank, kind) for kind in KINDS}
     if rank == 0:
-        torch.save(results, Path(folder) / "results.pt")
+        torch.save(results, folder / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -106,10 +105,7 @@ def _whole(gradient: torch.Tensor | None) -> torch.Tensor | None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, args=(port, str(folder)), nprocs=2)
+    mp.spawn(worker, args=(folder,), nprocs=2)
     return torch.load(folder / "results.pt", weights_only=True)
 
 
