@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from itertools import pairwise
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from peft import TaskType
+
+from .limits import LARGEST_NUMBER, SMALLEST_SCALE, is_number
+from .prediction import KINDS
 
 LARGEST_SIZE = 2**16
 """Of a rank, a width or a number of parts: beyond any layer, and small enough that no product overflows."""
@@ -62,13 +64,6 @@ def _is_index(value: Any) -> bool:
     return _is_int(value) and value >= 0
 
 
-def _is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -104,11 +99,22 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_scheduler(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("_class_name"), str)
+        and value.get("prediction_type") in (None, *KINDS)
+    )
+
+
 # ---------------------------------------------------------------- of which field
 
 _Rule = tuple[_Holds, str]
 _SIZE: _Rule = (_is_size, f"a positive integer of at most {LARGEST_SIZE}")
-_POSITIVE: _Rule = (lambda value: _is_finite(value) and value > 0, "a finite number greater than 0")
+_SCALE: _Rule = (
+    lambda value: is_number(value) and value >= SMALLEST_SCALE,
+    f"a finite number greater than 0, from {SMALLEST_SCALE:g} to {LARGEST_NUMBER:g}",
+)
 _FLAG: _Rule = (_is_bool, "True or False")
 _TEXT: _Rule = (_any_of(_is_none, _is_text), "a text, or None")
 _PATH: _Rule = (lambda value: value is None or isinstance(value, (str, os.PathLike)), "a name, or None")
@@ -136,14 +142,14 @@ _FIELDS: dict[str, _Rule] = {
     "inference_mode": _FLAG,
     # LoRA's
     "r": _SIZE,
-    "lora_alpha": (_is_finite, "a finite number"),
+    "lora_alpha": (is_number, f"a finite number of at most {LARGEST_NUMBER:g}"),
     "lora_dropout": (
-        lambda value: _is_finite(value) and 0 <= value < 1,
+        lambda value: is_number(value) and 0 <= value < 1,
         "a number from 0 to less than 1",
     ),
     "target_modules": _MODULES,
     "exclude_modules": _MODULES,
-    "modules_to_save": _PATTERNS,
+    "modules_to_save": (_any_of(_is_none, _some_of(_is_pattern)), "a list of names, or None"),  # PEFT iterates over it
     "layers_pattern": _PATTERNS,
     "layers_to_transform": _INDICES,
     "rank_pattern": (
@@ -151,8 +157,8 @@ _FIELDS: dict[str, _Rule] = {
         f"a dictionary from valid regular expressions to positive integers of at most {LARGEST_SIZE}",
     ),
     "alpha_pattern": (
-        _any_of(_is_none, _by(_is_pattern, _is_finite)),
-        "a dictionary from valid regular expressions to finite numbers",
+        _any_of(_is_none, _by(_is_pattern, is_number)),
+        f"a dictionary from valid regular expressions to finite numbers of at most {LARGEST_NUMBER:g}",
     ),
     "trainable_token_indices": (
         _any_of(_is_none, _some_of(_is_index), _by(_is_text, _some_of(_is_index))),
@@ -188,8 +194,8 @@ _FIELDS: dict[str, _Rule] = {
         lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and _some_of(_is_size)(value),
         f"one positive integer of at most {LARGEST_SIZE} a hidden layer",
     ),
-    "core_scale": _POSITIVE,
-    "fourier_scale": _POSITIVE,
+    "core_scale": _SCALE,
+    "fourier_scale": _SCALE,
     "noise_embedding_dim": _SIZE,
     "layer_embedding_dim": _SIZE,
     "mask_density_radius": _SIZE,
@@ -200,7 +206,8 @@ _FIELDS: dict[str, _Rule] = {
         "the name of λ's definition, or None if unknown",
     ),
     "scheduler": (
-        lambda value: value is None or (_is_dict(value) and _is_text(value.get("_class_name"))),
-        "the configuration of a scheduler of Diffusers, with its _class_name, or None",
+        _any_of(_is_none, _is_scheduler),
+        "the configuration of a scheduler of Diffusers, with its _class_name and, if it has a prediction_type, one of "
+        f"{', '.join(KINDS)}; or None",
     ),
 }

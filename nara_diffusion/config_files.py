@@ -22,6 +22,13 @@ _OF_ONE_MACHINE = {
 _KNOWN = {field.name for field in fields(NaraConfig) if field.init}
 _NARAS_OWN = {"core_type", "core_scale"}
 
+_ALWAYS_WRITTEN = (
+    "core_type", "core_scale", "core_hidden_dims", "core_init", "core_input", "core_sharing", "noise_embedding",
+    "noise_embedding_dim", "fourier_scale", "mask_density_radius", "r", "rank_pattern", "lora_alpha", "alpha_pattern",
+    "use_rslora", "use_dora", "lora_bias", "bias", "init_lora_weights",
+)  # fmt: skip
+"""What the files of every version have. What has been added since is at its default where a file lacks it."""
+
 
 def parse_json(content: str | bytes, origin: str) -> dict[str, Any]:
     """The JSON object that `content` is. `origin` is what to call the file in messages.
@@ -121,6 +128,9 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
 
 
 def _made_of(given: dict[str, Any], origin: str) -> NaraConfig:
+    missing = [name for name in _ALWAYS_WRITTEN if name not in given]
+    if missing:
+        raise ValueError(f"{origin} lacks {', '.join(missing)}, which every NaRA's file has: damaged.")
     try:
         check_fields(given)
         return NaraConfig(**{key: value for key, value in given.items() if key not in _OF_ONE_MACHINE})

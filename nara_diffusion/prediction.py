@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from .call_stack import local_variables
 
 FLOW = "flow_prediction"
+KINDS = ("epsilon", "v_prediction", "sample", FLOW)
 
 
 class Prediction(NamedTuple):

@@ -8,15 +8,14 @@ s is piecewise linear between points (λ, strength), and constant before the fir
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .limits import is_number
 from .noise import Level, as_signal
 
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
@@ -81,7 +80,7 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
     if not points:
         raise ValueError(f"points is empty: pass at least one pair (λ, strength), e.g. {_EXAMPLE}.")
     for point in points:
-        if not isinstance(point, (tuple, list)) or len(point) != 2 or not all(map(_is_number, point)):
+        if not isinstance(point, (tuple, list)) or len(point) != 2 or not all(map(is_number, point)):
             raise ValueError(f"points holds {point!r}: pass pairs (λ, strength) of finite numbers, e.g. {_EXAMPLE}.")
         level, strength = map(float, point)
         if not 0 <= level <= 1:
@@ -90,10 +89,6 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
                 "out of 1000 is λ = t / 1000."
             )
         yield level, strength
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_kept(level: float) -> float:

@@ -15,8 +15,8 @@ from torch import nn
 
 from nara_diffusion import NaraConfig
 from tests.adapted import adapted
-from tests.saved_adapters import TARGETS, base_model, reseeded_base, saved
-from tests.wrong_settings import MAY_BE, WRONG
+from tests.saved_adapters import TARGETS, base_model, output, reseeded_base, saved
+from tests.wrong_settings import ALWAYS_THERE, LATER, MAY_BE, WRONG
 
 CONFIG = "adapter_config.json"
 UNTOUCHED = base_model(), adapted(base_model(), target_modules=TARGETS)
@@ -101,11 +101,36 @@ def test_a_wrong_value_of_any_field_is_refused_with_the_file_and_the_field(field
         ({"core_type": "mine"}, ("core_type is 'mine'", "register_core")),
         ({"core_type": "identity", "init_lora_weights": "loftq"}, ("loftq",)),
         ({"core_type": "identity", "eva_config": 3}, ("eva_config is 3",)),
+        ({"core_scale": 1e308}, ("core_scale is 1e+308", "1e+09")),
+        ({"core_scale": 1e-40}, ("core_scale is 1e-40", "from 1e-09")),
+        ({"fourier_scale": 10**30}, ("fourier_scale is 1000000000",)),
+        ({"lora_alpha": -1e308}, ("lora_alpha is -1e+308", "1e+09")),
+        ({"alpha_pattern": {"first": 1e39}}, ("alpha_pattern is {'first': 1e+39}",)),
+        ({"strength": [[0, 1e39]]}, ("strength is [[0, 1e+39]]",)),
+        ({"strength": [[0, 10**400]]}, ("strength is [[0, 1000",)),
+        ({"modules_to_save": "enc\0"}, ("modules_to_save is 'enc\\x00'", "a list of names")),
     ],
     ids=str,
 )
 def test_a_setting_that_no_adapter_can_have_is_refused_by_name(changes, parts, folder, tmp_path):
     refused_everywhere(altered(folder, tmp_path, **changes), *parts)
+
+
+@pytest.mark.parametrize("field", ALWAYS_THERE)
+def test_file_without_a_field_that_every_version_writes_is_refused_by_name(field, folder, tmp_path):
+    fields = json.loads((folder / CONFIG).read_text())
+    del fields[field]
+    refused_everywhere(written(folder, tmp_path, json.dumps(fields)), f"lacks {field}", "damaged")
+
+
+def test_file_of_an_older_version_without_later_fields_loads_as_it_did(folder, tmp_path):
+    assert {field.name for field in dataclasses.fields(NaraConfig)} - set(LATER) > set(ALWAYS_THERE)
+    fields = json.loads((folder / CONFIG).read_text())
+    older = {name: value for name, value in fields.items() if name not in LATER}
+    assert len(older) == len(fields) - len(LATER)
+    loaded = PeftModel.from_pretrained(reseeded_base(), written(folder, tmp_path, json.dumps(older)))
+    x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(output(loaded, x), output(saved(tmp_path / "again"), x))
 
 
 # ---------------------------------------------------------------- files

@@ -1,4 +1,5 @@
-"""Values that a field of an adapter's configuration may have in a damaged file, and the few that are right for some."""
+"""Values that a field of an adapter's configuration may have in a damaged file, and the few that are right for some;
+which fields a file may lack."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ WRONG: dict[str, Any] = {
     "NaN": float("nan"),
     "infinity": float("inf"),
     "overflowing": 10**12,
+    "beyond float32": 1e39,
     "beyond floats": 10**400,
     "true": True,
     "a list": [1, -1],
@@ -28,15 +30,15 @@ MAY_BE: dict[str, set[str]] = {
     for names, kinds in {
         "r layer_embedding_dim mask_density_radius core_bins core_knots qalora_group_size": "",
         "noise_embedding_dim": "",
-        "lora_alpha": "negative, zero, a fraction, overflowing",
+        "lora_alpha": "negative, zero, a fraction",
         "lora_dropout": "zero",
-        "core_scale fourier_scale": "a fraction, overflowing",
+        "core_scale fourier_scale": "a fraction",
         "core_hidden_dims core_type core_init core_input core_sharing core_normalization bias": "",
         "noise_embedding noise_scale lora_a_init": "",
         "use_rslora use_dora lora_bias fan_in_fan_out inference_mode init_lora_weights": "true",
         "target_modules": "null, a number as a text, a bad pattern in a list",
         "exclude_modules": "null, a bad pattern in a list, a number as a text",
-        "modules_to_save": "null, a number as a text",
+        "modules_to_save": "null",
         "layers_pattern": "null",
         "layers_to_transform": "null, zero, overflowing, beyond floats",
         "rank_pattern": "null",
@@ -55,3 +57,17 @@ MAY_BE: dict[str, set[str]] = {
     }.items()
     for name in names.split()
 }
+
+ALWAYS_THERE = [
+    *("core_type", "core_scale", "core_hidden_dims", "core_init", "core_input", "core_sharing"),
+    *("noise_embedding", "noise_embedding_dim", "fourier_scale", "mask_density_radius"),
+    *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias"),
+    "init_lora_weights",
+]
+"""What the package's first version (commit 0ebe572) wrote, as far as an adapter is computed by it."""
+
+LATER = [
+    *("core_bins", "core_knots", "core_normalization", "layer_embedding_dim", "lora_a_init", "noise_scale"),
+    *("rank_mask_min", "scheduler", "strength"),
+]
+"""What later versions have added: files without them hold adapters of the defaults."""

@@ -21,7 +21,7 @@ from .format import WEIGHTS_NAME, AdapterPart, pack
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
 from .offloading import offloading_suspended
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
-from .source import read_adapter
+from .source import naming, read_adapter
 from .wrapped import check_not_wrapped, unwrapped
 
 
@@ -84,26 +84,12 @@ def load_nara_weights(
         proxies=proxies,
         local_files_only=local_files_only,
     )
-    for component in parts:
-        if component not in models:
-            raise ValueError(
-                f"The adapter has a part for '{component}', but this {type(self).__name__} has "
-                f"{', '.join(map(repr, models))}: load it into the pipeline that it was trained on."
-            )
-        check_not_wrapped(models[component], component, "load_nara_weights")
     name = _checked_name(models, adapter_name, hotswap)
-    if hotswap:
-        held = [component for component, model in models.items() if name in adapters_of(model)]
-        check_no_part_stays(held, parts, name)
-    fits = [(model, component, parts[component]) for component, model in models.items() if component in parts]
-    for model, component, part in fits:
-        if hotswap:
-            check_swappable(model, component, name, part)
-        else:
-            check_part(model, component, part, name)
     carrying = parts if set_scheduler else {}
-    check_schedulers(self, carrying)
-    with offloading_suspended(self):
+    with naming(pretrained_model_name_or_path_or_dict):
+        fits = _fitting(self, models, parts, name, hotswap)
+        check_schedulers(self, carrying)
+    with naming(pretrained_model_name_or_path_or_dict), offloading_suspended(self):
         if hotswap:
             for model, _, part in fits:
                 swap(model, name, part)
@@ -196,6 +182,33 @@ def _denoiser_name(pipe: Any) -> str:
         f"{type(pipe).__name__} has no unet and no transformer, one of which a NaRA adapts: its components are "
         f"{', '.join(map(repr, pipe.components))}."
     )
+
+
+def _fitting(
+    pipe: Any, models: dict[str, nn.Module], parts: Mapping[str, AdapterPart], name: str, hotswap: bool
+) -> list[tuple[nn.Module, str, AdapterPart]]:
+    """(model, component, its part) of each part.
+
+    Raises:
+        ValueError: one doesn't fit its model.
+    """
+    for component in parts:
+        if component not in models:
+            raise ValueError(
+                f"It has a part for '{component}', but this {type(pipe).__name__} has "
+                f"{', '.join(map(repr, models))}: load it into the pipeline that it was trained on."
+            )
+        check_not_wrapped(models[component], component, "load_nara_weights")
+    if hotswap:
+        held = [component for component, model in models.items() if name in adapters_of(model)]
+        check_no_part_stays(held, parts, name)
+    fits = [(model, component, parts[component]) for component, model in models.items() if component in parts]
+    for model, component, part in fits:
+        if hotswap:
+            check_swappable(model, component, name, part)
+        else:
+            check_part(model, component, part, name)
+    return fits
 
 
 def _put_in_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_mem_usage: bool) -> None:

@@ -52,9 +52,13 @@ def build_scheduler(fields: Mapping[str, Any]) -> Any:
             "update it, or load with set_scheduler=False and set a scheduler of the same prediction."
         )
     try:
-        return kind.from_config(dict(fields))
+        scheduler = kind.from_config(dict(fields))
     except Exception as error:  # whatever its constructor says of values from a file
         raise ValueError(f"The adapter's scheduler {name} refuses its configuration: {error}: damaged.") from error
+    for values in (getattr(scheduler, "betas", None), getattr(scheduler, "alphas_cumprod", None)):
+        if values is not None and not (len(values) and bool(((values >= 0) & (values <= 1)).all())):
+            raise ValueError(f"The adapter's scheduler {name} has no noise schedule, by its betas: damaged.")
+    return scheduler
 
 
 def follow_adapters(pipe: Any) -> None:

@@ -7,7 +7,8 @@ Two forms are read: the file of `save_nara_weights` (see `format`), and the fold
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def read_adapter(
         return _get_model_file(repository, weights_name=name, subfolder=subfolder, user_agent=_USER_AGENT, **hub)
 
     return _read_repository(weight_name, download, denoiser)
+
+
+@contextmanager
+def naming(source: Any) -> Iterator[None]:
+    """Refusals inside say which adapter they mean, if they don't yet; `source` as `read_adapter` has it."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(source, Mapping) and str(source) in str(error):
+            raise
+        where = "the dict" if isinstance(source, Mapping) else f"'{source}'"
+        raise ValueError(f"The adapter in {where} is refused: {error}") from error
 
 
 def _read_repository(weight_name: str | None, download: Locate, denoiser: str) -> dict[str, AdapterPart]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nara_diffusion import noise_level
+from nara_diffusion.config_files import config_to_fields
 from tests.adapted import lora_config
 from tests.core_types import TYPES
 from tests.loaders.adapters import FILE, predict, trained
@@ -68,7 +69,7 @@ def test_text_encoders_refuse_what_depends_on_lambda(tmp_path: Path):
     tensors = load_file(tmp_path / FILE)
     assert not [key for key in tensors if "nara_core" in key]
     moved = {key.replace("unet.", "text_encoder."): tensor for key, tensor in tensors.items()}
-    fields = {"r": 4, "core_type": "bins", "core_bins": 2, "target_modules": ["to_q"]}
+    fields = config_to_fields(pipe.unet.peft_config["default"])
     content = {"format_version": 1, "components": {"text_encoder": fields}}
     metadata = {"nara_adapter_metadata": json.dumps(content)}
     with pytest.raises(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tests.loaders.adapters import FILE, State
 from tests.small_pipelines import small_sdxl
-from tests.wrong_settings import MAY_BE, WRONG
+from tests.wrong_settings import ALWAYS_THERE, MAY_BE, WRONG
 
 KEY = "nara_adapter_metadata"
 
@@ -64,6 +64,13 @@ def test_a_wrong_value_of_any_field_is_refused_with_the_file_and_the_field(field
             changed = json.loads(json.dumps(content))
             changed["components"]["unet"][field] = value
             refused(pipe, tensors, json.dumps(changed), tmp_path / "a.safetensors", field)
+
+
+@pytest.mark.parametrize("field", ALWAYS_THERE)
+def test_metadata_without_a_field_that_every_version_writes_is_refused(field, pipe, tensors, content, tmp_path):
+    changed = json.loads(json.dumps(content))
+    del changed["components"]["unet"][field]
+    refused(pipe, tensors, json.dumps(changed), tmp_path / "a.safetensors", f"lacks {field}", "'unet'")
 
 
 @pytest.mark.parametrize(
@@ -120,4 +127,59 @@ def test_a_header_that_is_not_utf_8_is_refused_by_name(pipe, nara_folder, tmp_pa
     path = tmp_path / "a.safetensors"
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=r"'.*a.safetensors' is no whole safetensors file"):
+        pipe.load_nara_weights(path)
+
+
+def test_what_does_not_fit_the_pipeline_is_refused_with_the_file(pipe, tensors, content, tmp_path):
+    for field, value, part in (
+        ("core_hidden_dims", [4], "'nara_core.shared.layers"),
+        ("layers_to_transform", [7], "its own target_modules do not select"),
+        ("noise_convention", "mine", "λ defined as 'mine'"),
+        ("modules_to_save", ["proj_in"], "modules_to_save=['proj_in']"),
+        ("scheduler", {"_class_name": "NoScheduler"}, "the scheduler NoScheduler"),
+    ):
+        changed = json.loads(json.dumps(content))
+        changed["components"]["unet"][field] = value
+        path = tmp_path / "a.safetensors"
+        save_file(tensors, path, metadata={"format": "pt", KEY: json.dumps(changed)})
+        with pytest.raises(ValueError, match=re.escape(f"The adapter in '{path}' is refused: ")) as caught:
+            pipe.load_nara_weights(path)
+        assert part in str(caught.value)
+        with pytest.raises(ValueError, match="The adapter in the dict is refused: "):
+            pipe.load_nara_weights(tensors, metadata={KEY: json.dumps(changed)})
+
+
+SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"prediction_type": ["v_prediction"]}, "one of epsilon, v_prediction, sample, flow_prediction"),
+        ({"prediction_type": "velocity"}, "scheduler is {"),
+        ({"prediction_type": 1e308}, "scheduler is {"),
+        ({"beta_end": float("nan")}, "EulerDiscreteScheduler has no noise schedule"),
+        ({"beta_start": -1.0}, "EulerDiscreteScheduler has no noise schedule"),
+        ({"beta_end": 2.0}, "EulerDiscreteScheduler has no noise schedule"),
+        ({"num_train_timesteps": 0}, "EulerDiscreteScheduler"),
+        ({"beta_start": "x"}, "EulerDiscreteScheduler refuses its configuration"),
+    ],
+    ids=str,
+)
+def test_carried_scheduler_with_wrong_values_is_refused_with_the_file(changes, part, pipe, tensors, content, tmp_path):
+    changed = json.loads(json.dumps(content))
+    changed["components"]["unet"]["scheduler"] = SCHEDULER | changes
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", KEY: json.dumps(changed)})
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        pipe.load_nara_weights(path)
+    assert part in str(caught.value)
+
+
+def test_adapter_that_peft_refuses_is_taken_back_and_named(pipe, tensors, content, tmp_path):
+    changed = json.loads(json.dumps(content))
+    changed["components"]["unet"]["trainable_token_indices"] = []
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", KEY: json.dumps(changed)})
+    with pytest.raises(ValueError, match=re.escape(f"The adapter in '{path}' is refused: ")):
         pipe.load_nara_weights(path)
