@@ -6,16 +6,18 @@ import torch
 pytest.importorskip("reasoning_gym")
 
 import make_uniform_tiny
-from tiny_uniform import uniform_corruption, uniform_loss
+from tiny_tokenizer import build_tokenizer
+from tiny_uniform import noise_tokens, uniform_corruption, uniform_loss
 
 from nara_diffusion.dllm import load_backbone
 
 IDS = torch.randint(0, 49, (6, 11), generator=torch.Generator().manual_seed(3))
 PROMPTS = torch.tensor([2, 4, 1, 3, 5, 2])
+TOKENS = torch.tensor([3, 8, 9, 21, 40, 48])
 
 
 def corrupted(**changes):
-    return uniform_corruption(IDS, PROMPTS, 49, **{"seed": 5, "sample_indices": range(6), **changes})
+    return uniform_corruption(IDS, PROMPTS, TOKENS, **{"seed": 5, "sample_indices": range(6), **changes})
 
 
 def test_uniform_corruption_replaces_answer_tokens_alone_and_can_be_repeated():
@@ -23,6 +25,7 @@ def test_uniform_corruption_replaces_answer_tokens_alone_and_can_be_repeated():
     changed = batch.input_ids != IDS
     assert changed.any()
     assert not (changed & ~batch.masked).any()
+    assert set(batch.input_ids[batch.masked].tolist()) == set(TOKENS.tolist())
     assert not (batch.masked & (torch.arange(11) < PROMPTS[:, None])).any()
     assert torch.equal(batch.targets, IDS)
     assert torch.equal(corrupted().input_ids, batch.input_ids)
@@ -31,11 +34,20 @@ def test_uniform_corruption_replaces_answer_tokens_alone_and_can_be_repeated():
 
 def test_uniform_corruption_replaces_a_share_of_lambda_by_uniform_tokens():
     ids, count = torch.full((400, 60), 7), 400
-    batch = uniform_corruption(ids, torch.full((count,), 10), 20, seed=1, sample_indices=range(count))
+    tokens = torch.arange(3, 23)
+    batch = uniform_corruption(ids, torch.full((count,), 10), tokens, seed=1, sample_indices=range(count))
     share = batch.masked[:, 10:].float().mean(1)
     assert (share - batch.noise_level).abs().mean() < 0.08  # 50 tokens each
-    counts = torch.bincount(batch.input_ids[batch.masked], minlength=20) / batch.masked.sum()
-    assert (counts - 1 / 20).abs().max() < 0.01
+    counts = torch.bincount(batch.input_ids[batch.masked], minlength=23) / batch.masked.sum()
+    assert counts[:3].sum() == 0
+    assert (counts[3:] - 1 / 20).abs().max() < 0.01
+
+
+def test_noise_tokens_are_those_that_answers_are_written_in():
+    tokenizer = build_tokenizer()
+    tokens = noise_tokens(tokenizer).tolist()
+    assert "".join(tokenizer.decode(token) for token in tokens[:-2]) == "abcdefghijklmnopqrstuvwxyz0123456789 "
+    assert tokenizer.convert_ids_to_tokens(tokens[-2:]) == ["<|eot_id|>", "<|endoftext|>"]
 
 
 def test_uniform_loss_is_the_mean_over_all_answer_tokens(tiny_llama):
@@ -59,3 +71,6 @@ def test_make_uniform_tiny_writes_a_backbone_and_resumes(tmp_path):
     model, tokenizer = load_backbone(tmp_path)
     assert model.config.vocab_size == len(tokenizer)
     assert (tmp_path / "training_curve.csv").read_text().startswith("step,")
+    assert set(results["losses"]) == {"0.1", "0.3", "0.5", "0.7", "0.9"}
+    assert f"| 0.5 | {results['losses']['0.5']:.3f} |" in (tmp_path / "README.md").read_text()
+    assert "$" not in (tmp_path / "README.md").read_text()
