@@ -15,12 +15,18 @@ Regimes, on the sdxl-tiny that comes with the project:
     subject_low    a subject is learnt where λ < 0.5, and the base is to stay elsewhere
     subject_high   a subject is learnt where λ ≥ 0.5, and the base is to stay elsewhere
 
+and on uniform-tiny and llada-tiny:
+
+    blind_open         answers that the prompt leaves open, of a model whose tokens are replaced by random ones
+    blind_determined   … that the prompt determines
+    seen_open, seen_determined      the same, of a model whose tokens are masked
+
 A regime's name stands for the cell that decides it (attention, rank 4, 200 steps); with "_reach" behind it, such as
 eps_to_v_reach, for its other cells: other ranks, more steps, all layers.
 
 Stages: "dev" tries every method's rates on development seeds; "confirm" runs the ten confirmation seeds with the rates
 that development chose, and refuses to until the plan's file has those rates and is no draft any more. All methods of a
-seed meet the same pictures, noise levels and noise.
+seed meet the same pictures or questions, noise levels and noise.
 
 Each run becomes one line of --output, with what it was made with, and is on the disk before the next begins: stop
 whenever you like, and give the same command again. A run takes half a minute of one core or more; set

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from nara_diffusion.dreambooth.objectives import squared_errors
 from quality.images.held_out import HeldOut, held_out_losses
 from quality.images.training import ControlledDenoiser
+from quality.regimes.backbones import UNET, Backbone
 from quality.regimes.batches import batches
 from quality.regimes.data import SUBJECT, RegimeData, conversion_data
 from quality.regimes.objectives import build_conversion
@@ -28,6 +29,7 @@ class Conversion:
     load: of the pictures.
     """
 
+    backbone: ClassVar[Backbone] = UNET
     objective_name: str
     load: Callable[[], RegimeData] = conversion_data
 

@@ -16,19 +16,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from quality.images.methods import BASE, AdaptedUNet, adapted
-from quality.images.settings import arguments
-from quality.regimes.data import SUBJECT, base_pipeline
+from quality.images.methods import BASE
+from quality.regimes.backbones import UNET, Backbone
 
 MEAN_CORE = "mean_core"
 """The ablation that needs no training: the trained adapter with its mean C(λ)."""
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_CONVOLUTIONS = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
-_LINEAR = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-_TIME = ("time_emb_proj", "time_embedding.linear_1", "time_embedding.linear_2")
-TARGETS = {"attention": _ATTENTION, "all": (*_ATTENTION, *_LINEAR, *_CONVOLUTIONS, *_TIME)}
-"""{name: modules of the UNet}; "all" has the time embedding, where a static adapter reads λ by itself."""
 
 
 @dataclass(frozen=True)
@@ -66,28 +58,37 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def arm_arguments(name: str, *, targets: str, rank: int, steps: int, seed: int, **rates: float) -> Any:
-    """The arguments of train_scripts/dreambooth_sdxl.py of the arm `name`."""
+def arm_arguments(
+    name: str, *, targets: str, rank: int, steps: int, seed: int, backbone: Backbone = UNET, **rates: float
+) -> Any:
+    """The arguments of the training of the arm `name`."""
     arm = ARMS[name]
-    rank = equal_rank(targets, rank) if arm.equal_parameters else rank
-    options = _settings(arm, targets, rank) | {"max_train_steps": round(arm.share * steps), **rates}
-    return arguments(SUBJECT, arm.method, seed, options)
+    rank = equal_rank(targets, rank, backbone) if arm.equal_parameters else rank
+    options = _settings(arm, targets, rank, backbone) | {"max_train_steps": round(arm.share * steps), **rates}
+    return backbone.arguments(arm.method, seed, options)
 
 
-def build(name: str, args: Any) -> AdaptedUNet:
-    """A copy of the base's UNet, as the arm `name` adapts it."""
-    return adapted(base_pipeline(), ARMS[name].method, args)
+def build(name: str, args: Any, backbone: Backbone = UNET) -> Any:
+    """A copy of the base model, as the arm `name` adapts it."""
+    return backbone.adapted(ARMS[name].method, args)
 
 
 @cache
-def equal_rank(targets: str, rank: int) -> int:
+def equal_rank(targets: str, rank: int, backbone: Backbone = UNET) -> int:
     """The smallest rank at which LoRA has at least as many parameters as NaRA of `rank`."""
     counts = {}
     for name, each in (("nara", rank), ("lora", 1)):
-        unet = build(name, arguments(SUBJECT, name, 0, _settings(ARMS[name], targets, each))).unet
-        counts[name] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+        model = build(name, backbone.arguments(name, 0, _settings(ARMS[name], targets, each, backbone)), backbone)
+        counts[name] = trainable_parameters(model)
     return math.ceil(counts["nara"] / counts["lora"])
 
 
-def _settings(arm: Arm, targets: str, rank: int) -> dict[str, Any]:
-    return {} if arm.method in (BASE, "full") else {"rank": rank, "target_modules": list(TARGETS[targets])}
+def trainable_parameters(model: Any) -> int:
+    """Numbers that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _settings(arm: Arm, targets: str, rank: int, backbone: Backbone) -> dict[str, Any]:
+    if arm.method in (BASE, "full"):
+        return {}
+    return {"rank": rank, "target_modules": list(backbone.targets[targets])}

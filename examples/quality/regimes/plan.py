@@ -31,6 +31,14 @@ TRIALS: dict[str, tuple[Settings, ...]] = {
     **dict.fromkeys(("nara_gated", "nara_gated_samples"), _NARA),
 }
 """Arm → the rates that development tries, equally many for each that trains."""
+_TEXT_NARA = with_core((1e-2, 3e-4), (1e-2, 1e-3), (2e-2, 3e-4), (2e-2, 1e-3))
+TEXT_TRIALS: dict[str, tuple[Settings, ...]] = {
+    **dict.fromkeys(("lora", "lora_params", "dora"), rates(5e-3, 1e-2, 2e-2, 4e-2)),
+    **dict.fromkeys(("nara", "nara_dora"), _TEXT_NARA),
+    "nara_knots": with_core((1e-2, 3e-3), (1e-2, 1e-2), (2e-2, 3e-3), (2e-2, 1e-2)),
+    "base": (),
+}
+"""… of the regimes of text, around the rates that are best on the text benchmark."""
 RATES_OF = {"nara_constant": "nara", "nara_shuffled": "nara"}
 """Ablations run with the rates of what they are made of."""
 
@@ -48,13 +56,15 @@ class Planned:
         cell: what is compared.
         arms: in it.
         dev_seeds: on which each arm tries its rates.
-        further: {arm: trials beside those of TRIALS}, where the best was at an end of the grid.
+        further: {arm: trials beside those of `grid`}, where the best was at an end of it.
+        grid: {arm: trials}.
     """
 
     cell: Cell
     arms: tuple[str, ...]
     dev_seeds: tuple[int, ...] = DEV_SEEDS[:1]
     further: Mapping[str, tuple[Settings, ...]] = field(default_factory=dict)
+    grid: Mapping[str, tuple[Settings, ...]] = field(default_factory=lambda: TRIALS)
 
     @property
     def name(self) -> str:
@@ -63,7 +73,7 @@ class Planned:
 
     def trials(self, arm: str) -> tuple[Settings, ...]:
         """The rates that development tries for `arm`."""
-        return (*TRIALS[arm], *self.further.get(arm, ()))
+        return (*self.grid[arm], *self.further.get(arm, ()))
 
 
 _GATED = ("lora_gated", "lora_gated_samples", "nara_gated", "nara_gated_samples")
@@ -72,6 +82,9 @@ _LEADING = ("lora", "lora_params", "dora", "nara")
 _ALL = ("base", *_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "full", *_ABLATIONS)
 _MOST = ("base", *_LEADING, "nara_knots", "full", *_ABLATIONS)
 _FEW = ("lora", "lora_params", "nara")
+
+_TEXT = ("base", *_LEADING, "nara_dora", "nara_knots", *_ABLATIONS)
+_TEXTS = ("blind_open", "blind_determined", "seen_open", "seen_determined")
 
 _TO_V, *_OTHERS = CONVERSIONS
 PLAN: tuple[Planned, ...] = (
@@ -83,6 +96,8 @@ PLAN: tuple[Planned, ...] = (
     *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
     Planned(Cell(_TO_V, "attention", 4, 800), _FEW),
+    *(Planned(Cell(name, "attention", 4, 200), _TEXT, grid=TEXT_TRIALS) for name in _TEXTS),
+    *(Planned(Cell(name, "all", 4, 200), _FEW, grid=TEXT_TRIALS) for name in _TEXTS[:2]),
 )
 """In the order of running."""
 NAMES = tuple(dict.fromkeys(planned.name for planned in PLAN))

@@ -14,28 +14,38 @@ import torch
 from quality import results
 from quality.images.controls import while_evaluating
 from quality.images.methods import BASE
-from quality.images.runs import trainable_parameters
-from quality.images.training import ControlledDenoiser, optimize
+from quality.images.training import optimize
+from quality.regimes.backbones import Backbone
 from quality.regimes.conversion import Conversion
-from quality.regimes.methods import ARMS, MEAN_CORE, arm_arguments, build
+from quality.regimes.methods import ARMS, MEAN_CORE, arm_arguments, build, trainable_parameters
 from quality.regimes.objectives import CONVERSIONS
+from quality.regimes.text.corruption import MASKED, REPLACED
+from quality.regimes.text.data import determined_data, open_data
+from quality.regimes.text.denoising import Denoising
 from quality.regimes.windowed import HIGH, LOW, Windowed
 
 DIGITS = 6  # of a figure in a record
 
 
 class Regime(Protocol):
-    """What a run trains on and is measured by."""
+    """What a run trains, on what, and by what it is measured."""
 
-    def loss(self, denoiser: ControlledDenoiser, args: Any, gated: bool = False) -> Any: ...
+    @property
+    def backbone(self) -> Backbone: ...
 
-    def figures(self, unet: Any, gated: bool = False) -> dict[str, Any]: ...
+    def loss(self, denoiser: Any, args: Any, gated: bool = False) -> Any: ...
+
+    def figures(self, model: Any, gated: bool = False) -> dict[str, Any]: ...
 
 
 REGIMES: dict[str, Regime] = {
     **{name: Conversion(name) for name in CONVERSIONS},
     "subject_low": Windowed(LOW),
     "subject_high": Windowed(HIGH),
+    "blind_open": Denoising(REPLACED, open_data),
+    "blind_determined": Denoising(REPLACED, determined_data),
+    "seen_open": Denoising(MASKED, open_data),
+    "seen_determined": Denoising(MASKED, determined_data),
 }
 
 
@@ -97,23 +107,23 @@ def record_of(run: Run, stage: str, samples: bool = False) -> dict[str, Any]:
 def _trained(run: Run, samples: bool) -> dict[str, Any]:
     arm, regime, cell = ARMS[run.arm], REGIMES[run.cell.regime], run.cell
     options = {"targets": cell.targets, "rank": cell.rank, "steps": cell.steps}
-    args = arm_arguments(run.arm, **options, seed=run.seed, **run.rates)
+    args = arm_arguments(run.arm, **options, seed=run.seed, backbone=regime.backbone, **run.rates)
     torch.manual_seed(run.seed)
-    model = build(run.arm, args)
+    model = build(run.arm, args, regime.backbone)
     if arm.method != BASE:
-        denoiser = ControlledDenoiser(model.unet, arm.control).train()
-        for _ in optimize(denoiser, regime.loss(denoiser, args, arm.gated), model.adalora, args):
+        denoiser = regime.backbone.controlled(model, arm.control, run.seed).train()
+        for _ in optimize(denoiser, regime.loss(denoiser, args, arm.gated), [], args):
             pass
-        model.unet.eval()
+        model.eval()
     own_rank = None if arm.method in (BASE, "full") else args.rank
     sizes = {"trainable_parameters": trainable_parameters(model), "own_rank": own_rank}
-    with while_evaluating(model.unet, arm.control):
-        figures = regime.figures(model.unet, arm.gated)
+    with while_evaluating(model, arm.control):
+        figures = regime.figures(model, arm.gated)
         if samples and isinstance(regime, Conversion):
-            figures |= regime.sampled(model.unet, run.seed, trained=arm.method != BASE)
+            figures |= regime.sampled(model, run.seed, trained=arm.method != BASE)
     if arm.has_core:
-        with while_evaluating(model.unet, MEAN_CORE):
-            figures[MEAN_CORE] = regime.figures(model.unet, arm.gated)
+        with while_evaluating(model, MEAN_CORE):
+            figures[MEAN_CORE] = regime.figures(model, arm.gated)
     return {**figures, **sizes}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.objectives import Corrupted, squared_errors
 from quality.images.held_out import HeldOut, bin_centres, held_out_losses
 from quality.images.training import ControlledDenoiser
+from quality.regimes.backbones import UNET, Backbone
 from quality.regimes.batches import WHOLE, Batch, Window, batches
 from quality.regimes.data import RegimeData, subject_data
 from quality.regimes.objectives import LEVELS, build_conversion
@@ -36,6 +37,7 @@ class Windowed:
     load: of the pictures.
     """
 
+    backbone: ClassVar[Backbone] = UNET
     window: Window
     load: Callable[[], RegimeData] = subject_data
 

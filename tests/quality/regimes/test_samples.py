@@ -51,7 +51,7 @@ def test_agreement_is_of_each_sample_with_its_own_prompt():
 
 @pytest.mark.parametrize("name", ["eps_to_flow", "zero_snr"])
 def test_samples_of_an_adapter_read_the_noise_level_of_their_scheduler(name):
-    unet = build("nara", arm_arguments("nara", targets="attention", rank=2, steps=2, seed=0)).unet.eval()
+    unet = build("nara", arm_arguments("nara", targets="attention", rank=2, steps=2, seed=0)).eval()
     disturb(unet)
     seen = []
     unet.register_forward_pre_hook(lambda module, given: seen.append(float(given[1])))

@@ -22,7 +22,7 @@ def args_of(arm: str, seed: int = 3):
 
 
 def adapted_unet(arm: str):
-    unet = build(arm, args_of(arm)).unet
+    unet = build(arm, args_of(arm))
     disturb(unet)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
@@ -64,8 +64,8 @@ def test_arms_of_a_seed_meet_the_same_inputs(data, first, second):
     for arm, seed in ((first, 3), (second, 3), (first, 4)):
         args = args_of(arm, seed)
         model = build(arm, args)
-        calls = watched(model.unet)
-        loss = Conversion("eps_to_v", lambda: data).loss(ControlledDenoiser(model.unet, ARMS[arm].control), args)
+        calls = watched(model)
+        loss = Conversion("eps_to_v", lambda: data).loss(ControlledDenoiser(model, ARMS[arm].control), args)
         with torch.no_grad():
             [loss(number) for number in range(2)]
         seen[arm, seed] = [tensor for x, t, _ in calls for tensor in (x, t)]
@@ -172,7 +172,7 @@ def test_conversion_figures_are_the_mean_errors_of_the_bins(data):
 def test_equal_rank_is_the_smallest_with_as_many_parameters_as_nara():
     def count(arm: str, rank: int, targets: str) -> int:
         options = {"targets": targets, "rank": rank, "steps": 2, "seed": 0}
-        unet = build(arm, arm_arguments(arm, **options)).unet
+        unet = build(arm, arm_arguments(arm, **options))
         return sum(p.numel() for p in unet.parameters() if p.requires_grad)
 
     for targets in ("attention", "all"):
@@ -182,7 +182,7 @@ def test_equal_rank_is_the_smallest_with_as_many_parameters_as_nara():
 
 
 def test_target_all_has_every_layer_but_those_of_the_sizes_and_norms():
-    unet = build("lora", arm_arguments("lora", targets="all", rank=1, steps=2, seed=0)).unet
+    unet = build("lora", arm_arguments("lora", targets="all", rank=1, steps=2, seed=0))
     names = {name.partition(".lora_A")[0] for name, _ in unet.named_parameters() if ".lora_A." in name}
     layers = {
         name.removesuffix(".base_layer")
