@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from nara_diffusion.training.claim import claim_output_dir
 from nara_diffusion.training.output import CLAIM
@@ -73,6 +74,19 @@ input()
     assert (tmp_path / "run" / CLAIM).exists()
     claim_output_dir(str(tmp_path / "run"), "small").release()
     assert [path.name for path in (tmp_path / "run").iterdir()] == []
+
+
+def test_folder_that_was_released_is_free_within_the_same_process(tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    lock = FileLock(tmp_path / "run" / CLAIM)
+    claim = claim_output_dir(str(tmp_path / "run"), "small")
+    held = claim._lock
+    claim.release()
+    assert not held.is_locked
+    claim.release()  # harmless
+    with lock.acquire(timeout=0):
+        claim.release()
+        assert (tmp_path / "run" / CLAIM).exists()  # that of somebody else
 
 
 def test_a_folder_that_was_filled_before_the_claim_is_refused(tmp_path, monkeypatch) -> None:

@@ -87,3 +87,11 @@ def accelerator(engine: DistributedType, *, config: dict[str, Any] | None = None
         mixed_precision="no",
         state=SimpleNamespace(deepspeed_plugin=plugin),
     )
+
+
+@pytest.mark.parametrize(("adapter", "stage"), [("adalora", 2), ("prompt_tuning", 3)])
+def test_check_engine_adapter_that_deepspeed_shards_raises(small_args, adapter: str, stage: int) -> None:
+    engine = accelerator(DistributedType.DEEPSPEED, config={})
+    engine.state.deepspeed_plugin.zero_stage = stage
+    with pytest.raises(ValueError, match=f"adapter {adapter} .* launch with --multi_gpu"):
+        check_engine(engine, small_args(adapter=adapter, lora_alpha=None))
