@@ -105,9 +105,10 @@ def test_nothing_of_a_program_is_left(tmp_path: Path, start: str, end: str, monk
 def test_nothing_is_left_where_the_evaluation_is_stopped(tmp_path: Path, end: signal.Signals) -> None:
     mark = tmp_path / "mark"
     text = program(mark, "in a session of its own", "out of time")
-    # without importing torch
+    # without importing torch; a child of a job in the background would ignore SIGINT
     asking = f"""
-import runpy
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 names = runpy.run_path({execution.__file__!r})
 names["run_program"]({text!r}, names["Limits"](seconds={LAST_RESORT}))
 """
