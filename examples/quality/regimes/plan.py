@@ -83,8 +83,8 @@ _ALL = ("base", *_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "fu
 _MOST = ("base", *_LEADING, "nara_knots", "full", *_ABLATIONS)
 _FEW = ("lora", "lora_params", "nara")
 
-_TEXT = ("base", *_LEADING, "nara_dora", "nara_knots", *_ABLATIONS)
-_TEXTS = ("blind_open", "blind_determined", "seen_open", "seen_determined")
+_SEEN = ("base", *_LEADING, *_ABLATIONS)
+_BLIND = (*_SEEN, "nara_dora", "nara_knots")
 
 _TO_V, *_OTHERS = CONVERSIONS
 PLAN: tuple[Planned, ...] = (
@@ -96,8 +96,10 @@ PLAN: tuple[Planned, ...] = (
     *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
     Planned(Cell(_TO_V, "attention", 4, 800), _FEW),
-    *(Planned(Cell(name, "attention", 4, 200), _TEXT, grid=TEXT_TRIALS) for name in _TEXTS),
-    *(Planned(Cell(name, "all", 4, 200), _FEW, grid=TEXT_TRIALS) for name in _TEXTS[:2]),
+    Planned(Cell("blind_open", "attention", 4, 200), _BLIND, further={"lora": rates(8e-2)}, grid=TEXT_TRIALS),
+    Planned(Cell("blind_determined", "attention", 4, 200), _BLIND, grid=TEXT_TRIALS),
+    *(Planned(Cell(name, "attention", 4, 200), _SEEN, grid=TEXT_TRIALS) for name in ("seen_open", "seen_determined")),
+    *(Planned(Cell(name, "all", 4, 200), _FEW, grid=TEXT_TRIALS) for name in ("blind_open", "blind_determined")),
 )
 """In the order of running."""
 NAMES = tuple(dict.fromkeys(planned.name for planned in PLAN))
