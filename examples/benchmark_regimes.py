@@ -6,6 +6,7 @@
     python examples/benchmark_regimes.py --write_plan                              # the plan's tables, from the records
     python examples/benchmark_regimes.py --stages confirm                          # ten fresh seeds, once
     python examples/benchmark_regimes.py --report                                  # what they say, as Markdown
+    python examples/benchmark_regimes.py --pictures docs/results                   # … and as pictures, in minutes
 
 Regimes, on the sdxl-tiny that comes with the project:
 
@@ -43,6 +44,7 @@ from pathlib import Path
 from quality import results
 from quality.regimes.cost import left_table
 from quality.regimes.methods import ARMS
+from quality.regimes.pictures import write_pictures
 from quality.regimes.plan import BUDGET_HOURS, CONFIRM, DEV, NAMES, STAGES, chosen
 from quality.regimes.plan_file import PLAN_FILE, check_registered, write_plan
 from quality.regimes.report import report
@@ -70,6 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="say what is left to run and what it costs, and end")
     parser.add_argument("--write_plan", action="store_true", help=f"write the tables of {PLAN_FILE.name}, and end")
     parser.add_argument("--report", action="store_true", help="print what the confirmation seeds say, and end")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw what the confirmation seeds say, and end")
     return parser.parse_args(argv)
 
 
@@ -82,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.report:
         print(report(wish.planned, results.read(args.output)))
+        return 0
+    if args.pictures:
+        print(*write_pictures(wish.planned, results.read(args.output), args.pictures), sep="\n")
         return 0
     if args.dry_run:
         print(left_table(args.stages, wish, results.read(args.output)))

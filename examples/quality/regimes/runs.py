@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -84,6 +84,13 @@ class Run:
         return {**asdict(self.cell), "arm": self.arm, "seed": self.seed, "rates": dict(self.rates)}
 
 
+class Trained(NamedTuple):
+    """rank: that of the adapter, None without one."""
+
+    model: Any
+    rank: int | None
+
+
 def record_of(run: Run, stage: str, samples: bool = False) -> dict[str, Any]:
     """Trains, measures, and says what it was made with.
 
@@ -94,7 +101,7 @@ def record_of(run: Run, stage: str, samples: bool = False) -> dict[str, Any]:
     """
     wall, core = time.perf_counter(), time.process_time()
     try:
-        figures = _trained(run, samples)
+        figures = _figures(run, samples)
     except ArithmeticError:
         figures = {"score": None, "losses": None}
     seconds, core_seconds = time.perf_counter() - wall, time.process_time() - core
@@ -104,7 +111,12 @@ def record_of(run: Run, stage: str, samples: bool = False) -> dict[str, Any]:
     return {"stage": stage, **run.named, **rounded(figures), **cost, **made_with}
 
 
-def _trained(run: Run, samples: bool) -> dict[str, Any]:
+def train(run: Run) -> Trained:
+    """The model of `run`, trained.
+
+    Raises:
+        ArithmeticError: training diverged.
+    """
     arm, regime, cell = ARMS[run.arm], REGIMES[run.cell.regime], run.cell
     options = {"targets": cell.targets, "rank": cell.rank, "steps": cell.steps}
     args = arm_arguments(run.arm, **options, seed=run.seed, backbone=regime.backbone, **run.rates)
@@ -115,8 +127,12 @@ def _trained(run: Run, samples: bool) -> dict[str, Any]:
         for _ in optimize(denoiser, regime.loss(denoiser, args, arm.gated), [], args):
             pass
         model.eval()
-    own_rank = None if arm.method in (BASE, "full") else args.rank
-    sizes = {"trainable_parameters": trainable_parameters(model), "own_rank": own_rank}
+    return Trained(model, None if arm.method in (BASE, "full") else args.rank)
+
+
+def _figures(run: Run, samples: bool) -> dict[str, Any]:
+    arm, regime, (model, rank) = ARMS[run.arm], REGIMES[run.cell.regime], train(run)
+    sizes = {"trainable_parameters": trainable_parameters(model), "own_rank": rank}
     with while_evaluating(model, arm.control):
         figures = regime.figures(model, arm.gated)
         if samples and isinstance(regime, Conversion):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from PIL.Image import Image
 from torch import Tensor
 
 from nara_diffusion.dreambooth.encoders import Encoder
@@ -51,19 +52,28 @@ def sampling_scheduler(objective: str, scheduler: Any) -> Any:
     return type(scheduler).from_config(scheduler.config, **changes[objective])
 
 
-def sampled(pipe: Any, unet: Any, objective: str, subject: str, seed: int) -> dict[str, float]:
-    """alignment and retrieval of one sample in each place."""
-    prompts = [f"{instance_prompt(subject)} {place}" for place in PLACES]
+def prompts_of(subject: str) -> list[str]:
+    """One for each place."""
+    return [f"{instance_prompt(subject)} {place}" for place in PLACES]
+
+
+def drawn(pipe: Any, unet: Any, objective: str, subject: str, seed: int) -> list[Image]:
+    """One sample in each place."""
     call: dict[str, Any] = {"height": SIZE[0], "width": SIZE[1], "guidance_scale": GUIDANCE}
     call["num_inference_steps"] = STEPS
     if objective == "eps_to_flow":
         call["sigmas"] = [1 - step / STEPS for step in range(STEPS)]
-    images = sample_images(
+    return sample_images(
         pipeline_of(pipe, unet, sampling_scheduler(objective, pipe.scheduler)),
-        SampleSettings(prompts, 1, FIRST_SEED + 100 * seed, BATCH, call),
+        SampleSettings(prompts_of(subject), 1, FIRST_SEED + 100 * seed, BATCH, call),
     )
+
+
+def sampled(pipe: Any, unet: Any, objective: str, subject: str, seed: int) -> dict[str, float]:
+    """alignment and retrieval of what is `drawn`."""
+    images = drawn(pipe, unet, objective, subject, seed)
     encoder = _encoder()
-    texts = encoder.texts([without_words(prompt, [IDENTIFIER]) for prompt in prompts])
+    texts = encoder.texts([without_words(prompt, [IDENTIFIER]) for prompt in prompts_of(subject)])
     return agreement(encoder.images(images) @ texts.T)
 
 
