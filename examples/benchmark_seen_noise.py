@@ -4,7 +4,7 @@
 
 The backbones as they are, without an adapter: llada-tiny on masked validation questions, at a masked position of the
 answer; sdxl-tiny on noisy held-out pictures, at a pixel or, in cross-attention's keys and values, a word of the prompt.
-Where R² is near 1 an ordinary LoRA can already act differently at each λ (see nara_diffusion/check/probe.py). The
+Where R² is near 1 an ordinary LoRA can already act differently at each λ (see examples/quality/probe.py). The
 record holds all of it, with command, hardware, versions and commit; the picture shows it over the depth.
 """
 
@@ -23,12 +23,11 @@ from quality.images.held_out import HeldOut, held_out_losses
 from quality.images.subjects import SUBJECTS
 from quality.images.task import ImageTask
 from quality.images.task import load_task as load_subject
+from quality.probe import Forward, masked_place, probe
 from quality.text.runs import load_task
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nara_diffusion.check.probe import Forward, probe
-from nara_diffusion.check.text import masked_place
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch
 

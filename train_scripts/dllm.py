@@ -34,7 +34,6 @@ from nara_diffusion.dllm.positions import check_positions
 from nara_diffusion.dllm.records import load_records
 from nara_diffusion.dllm.run_report import results_table, write_run_report
 from nara_diffusion.training.adapter import base_model, build_adapter, recompute_activations
-from nara_diffusion.training.adapter_configs import static_lora
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -193,8 +192,14 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length)
     if args.gradient_checkpointing:
         recompute_activations(backbone)
+    objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
+    objective |= {"complementary": args.complementary, "window": window_of(args)}
     if args.check:
-        return check(args, run, backbone, train_rows, collator)
+        device = run.accelerator.device
+        task = text_task(backbone, args, train_rows, validation_rows, collator, objective, device)
+        results, shown = check_training(task, args, run)
+        print(shown)
+        return results
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
     model = build_adapter(backbone, args, total_steps=steps)
     longest = max(part.fit.longest for part in encoded)
@@ -220,11 +225,11 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         "hardware": run.hardware,
     }
     run.open(facts)
-    window = window_of(args)
-    draws: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch, "complementary": args.complementary}
     held_out: dict[str, Any] = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
-    loss = partial(masked_diffusion_loss, model, **draws, window=window)
-    validate = partial(validation_losses, run.accelerator, adapted, validation_rows, **held_out, window=window)
+    loss = partial(masked_diffusion_loss, model, **objective)
+    validate = partial(
+        validation_losses, run.accelerator, adapted, validation_rows, **held_out, window=objective["window"]
+    )
     train(run, model, optimizer, scheduler, loader, steps, lambda batch: loss(**batch), validate)
 
     # Save
@@ -244,22 +249,6 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
         print(publish(run, results, results_table(before, after)))
-    return results
-
-
-def check(args: Arguments, run: Run, backbone: Any, train_rows: Any, collator: AnswerCollator) -> dict[str, Any]:
-    """Whether λ can help this training, in place of it."""
-    samples = {"batch_size": args.train_batch_size, "group_size": run.global_batch, "complementary": args.complementary}
-    options: dict[str, Any] = {
-        "device": run.accelerator.device,
-        "seed": args.seed,
-        "window": window_of(args),
-        **samples,
-    }
-    backbone.requires_grad_(False)
-    task = text_task(backbone, static_lora(args), train_rows, collator, **options)
-    results, shown = check_training(task, args, run)
-    print(shown)
     return results
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,6 @@ from nara_diffusion.dreambooth.step import TrainingStep
 from nara_diffusion.dreambooth.validation import Validation
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.training.adapter import adapter_config
-from nara_diffusion.training.adapter_configs import static_lora
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import train
@@ -152,7 +152,8 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype)
     run.record_base_digest(**{name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
     check_settings(args, pipe)
-    class_images = load_class_images(args, run.accelerator, run.dtype, load)  # before `pipe` takes the device's memory
+    # before `pipe` takes the device's memory; a check leaves them out
+    class_images = [] if args.check else load_class_images(args, run.accelerator, run.dtype, load)
     run.record_data_digest("training data", record_texts([*instances, *class_images]))
     pipe.to(device)
     dataset = training_data(args, instances, class_images, pipe)
@@ -160,18 +161,36 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     steps = count_steps(images, run.global_batch, args.max_train_steps, args.num_train_epochs)
     settle_validation(args, images, run.global_batch)
     batches = run.batches(steps)
-    latents = latent_cache(args, pipe, dataset, range(batches["first"], batches["stop"]), show)
+    needed = range(0) if args.check else range(batches["first"], batches["stop"])
+    latents = latent_cache(args, pipe, dataset, needed, show)
     prompts = prompt_cache(args, pipe)
     target = target_scheduler(args, pipe)
     converted = None if target is pipe.scheduler else target
     build = partial(build_objective, target, edm_style=args.do_edm_style_training)
-    objective = build(snr_gamma=args.snr_gamma)
+    step = TrainingStep(
+        model=pipe.unet,
+        objective=build(snr_gamma=args.snr_gamma),
+        latents=latents,
+        prompts=prompts,
+        device=device,
+        seed=args.seed,
+        group_size=run.global_batch,
+        stratified=args.stratified_timesteps,
+        noise_offset=args.noise_offset,
+        prior_loss_weight=args.prior_loss_weight,
+        window=window_of(args),
+    )
+    if args.check:
+        held_out_data = training_data(args, held_out_images, [], pipe) if held_out_images else dataset
+        results, shown = check_training(image_task(pipe, args, step, dataset, held_out_data), args, run)
+        print(shown)
+        return results
     draws = validation_draws(args, dataset, pipe, held_out_images)
     latents.fill(draws, progress=False)
-    window = window_of(args)
-    held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size, window)
+    held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size, step.window)
     carried = None if converted is None else scheduler_fields(converted)
-    config = adapter_config(args, noise_convention=objective.source.convention, scheduler=carried, total_steps=steps)
+    convention = step.objective.source.convention
+    config = adapter_config(args, noise_convention=convention, scheduler=carried, total_steps=steps)
     sampler = sampling_twin(pipe, config, run.dtype, load)
     model = AdaptedDenoiser(
         pipe,
@@ -196,27 +215,9 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         "hardware": run.hardware,
     }
     run.open(facts)
-    step = TrainingStep(
-        model=denoiser,
-        objective=objective,
-        latents=latents,
-        prompts=prompts,
-        device=device,
-        seed=args.seed,
-        group_size=run.global_batch,
-        stratified=args.stratified_timesteps,
-        noise_offset=args.noise_offset,
-        prior_loss_weight=args.prior_loss_weight,
-        window=window,
-    )
-    if args.check:
-        options = {"batch_size": args.train_batch_size, "gradient_checkpointing": args.gradient_checkpointing}
-        results, shown = check_training(image_task(sampler, static_lora(args), step, dataset, **options), args, run)
-        print(shown)
-        return results
     settings = sample_settings(args, instances)
     validate = Validation(run, denoiser, sampler, settings, held_out, judge.references)
-    train(run, denoiser, optimizer, scheduler, loader, steps, step, validate)
+    train(run, denoiser, optimizer, scheduler, loader, steps, replace(step, model=denoiser), validate)
 
     # Save
     save_adapter(run.accelerator, denoiser, run.folder, write_adapter)

@@ -6,13 +6,9 @@
 MODEL is Stable Diffusion XL or a masked language model: a folder, or a repository on the Hub. DATA is a folder of
 images, or a JSON or JSON Lines file with records of instruction and output.
 
-What is measured:
-    R² of λ         how well one token's input of an adapted layer tells the noise level, by ridge regression
-    lost share      of the gradients' energy at B, what the first step of a static update can't use, since the gradients
-                    of bins of λ differ
-    conflict ratio  what bins pull against each other after a short fit of a static LoRA, over the gradients' energy
-                    before it
-The conflict ratio decides: λ is likely to pay, unlikely to pay, or it can't be said. docs/check.md explains all three.
+What is measured: short trainings of LoRA, of NaRA, and of NaRA that isn't told λ, from the same start on the same
+samples, noise levels and noise, repeated. The verdict rests on the relative differences of their losses on held-out
+samples and the intervals of these: λ is likely to pay, unlikely to pay, or it can't be said. docs/check.md explains it.
 
 A training that is set up already is checked by itself, with its own data, loss and targets, by --check:
     python train_scripts/dreambooth_sdxl.py … --check
@@ -32,14 +28,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from nara_diffusion.check.measurement import CheckSettings, CheckTask
 from nara_diffusion.check.run import run_check
 from nara_diffusion.check.sources import image_source, text_source
+from nara_diffusion.check.trial import CheckSettings, CheckTask
+from nara_diffusion.check.verdict import THRESHOLDS
+from nara_diffusion.dreambooth.conversion import CONVERSIONS
 from nara_diffusion.training.cli import option, parse_arguments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
-FEWEST_SAMPLES = 80
+FEWEST_SAMPLES = 20
 _POSITIONAL = ("--model", "--data")
 _OF_IMAGES = ("prompt", "resolution", "prediction_type")
 
@@ -53,38 +50,38 @@ class CheckArguments:
     model: str = option("", "The same as MODEL.")
     data: str = option("", "The same as DATA.")
     output_dir: str = option("outputs/check", "Folder for check.json and check.png, which are overwritten.")
-    rank: int = option(4, "Inner size r of the LoRA.")
+    rank: int = option(4, "Inner size r of both.")
     target_modules: list[str] | None = option(
         None, "Layers to adapt; none means a UNet's attention, or all linear layers of a language model."
     )
     prompt: str | None = option(None, "What images without a caption show; none means 'a photo'.")
     resolution: int | None = option(None, "Side of the images; none means what the UNet was made for.", unit="pixels")
     prediction_type: str | None = option(
-        None, "What the UNet shall learn to predict; none means what it does.", choices=PREDICTIONS
+        None, "What the UNet shall learn to predict; none means what it does.", choices=CONVERSIONS
     )
     max_length: int = option(512, "Length of prompt and answer together.", unit="tokens")
-    learning_rate: float = option(1e-2, "Of the fit of the static LoRA. 1e-2 suits small models, 1e-3 large ones.")
-    samples: int = option(480, "Measured before the fit, and again after it.", unit="samples")
-    steps: int = option(60, "Of the fit, of 20 samples each.", unit="steps")
-    batch_size: int = option(20, "Samples of one forward; fewer take less memory.", unit="samples")
+    learning_rate: float = option(1e-2, "Of A and B. 1e-2 suits small models, 1e-3 large ones.")
+    core_learning_rate: float | None = option(None, "Of NaRA's core; none means a quarter of --learning_rate.")
+    steps: int = option(100, "Of each short training.", unit="optimizer steps")
+    batch_size: int = option(5, "Samples of an optimizer step, and of a forward.", unit="samples")
+    samples: int = option(100, "Held out in each repeat.", unit="samples")
+    repeats: int = option(6, "Of the short trainings, at most; three may be enough.", unit="repeats")
     dtype: str = option("float32", "Precision of the frozen weights.", choices=tuple(DTYPES))
     device: str | None = option(None, "Where it runs, such as cuda:1; none means cuda if there is one, or cpu.")
-    seed: int = option(0, "Of A, noise levels, noise and order: the same seed measures the same.")
+    seed: int = option(0, "Of A, core, noise levels, noise and order: the same seed measures the same.")
 
     def __post_init__(self) -> None:
         if not self.model or not self.data:
             raise ValueError("MODEL and DATA are needed: nara-check MODEL DATA; --help says what they are.")
         if not Path(self.data).exists():
             raise ValueError(f"DATA {self.data} isn't there: name a folder of images, or a file of records.")
-        for name in ("rank", "max_length", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
-        if self.samples < FEWEST_SAMPLES:
-            raise ValueError(
-                f"samples is {self.samples}, too few for all bins of λ: expected {FEWEST_SAMPLES} at least."
-            )
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, expected more than 0.")
+        fewest = {"rank": 1, "max_length": 1, "steps": 1, "batch_size": 1}
+        for name, least in (fewest | {"samples": FEWEST_SAMPLES, "repeats": THRESHOLDS.fewest}).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}.")
+        for name in ("learning_rate", "core_learning_rate"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} is {value}, expected more than 0.")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected 0 or more.")
         given = [name for name in _OF_IMAGES if getattr(self, name) is not None]
@@ -96,12 +93,11 @@ def check(args: CheckArguments) -> str:
     """Measures and writes; returns what to show.
 
     Raises:
-        ValueError: a model or data that can't be used; an output folder that can't be written; see `measure`.
+        ValueError: a model or data that can't be used; an output folder that can't be written; see `run_check`.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
-    torch.manual_seed(args.seed)
-    settings = CheckSettings(args.samples, args.steps, learning_rate=args.learning_rate)
+    settings = CheckSettings(args.steps, args.samples, args.repeats)
     about: dict[str, Any] = {name: value for name, value in asdict(args).items() if name != "output_dir"}
     return run_check(build_task(args), settings, folder, about, progress=True)[1]
 

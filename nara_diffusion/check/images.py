@@ -1,52 +1,44 @@
-"""The check of Stable Diffusion XL: the step of train_scripts/dreambooth_sdxl.py, with a static LoRA in place of the
-adapter. Images of a class, for prior preservation, are left out, and so are adapters of text encoders, which run before
-there is a λ.
+"""The check of Stable Diffusion XL: the step of train_scripts/dreambooth_sdxl.py, with NaRA as published as adapter.
+
+Images of a class, for prior preservation, are left out, and so are adapters of text encoders, which run before there is
+a λ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
-from peft import LoraConfig
-
-from nara_diffusion.check.measurement import Batch, CheckTask
+from nara_diffusion.check.trial import CheckTask, published
 from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_draws
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
 from nara_diffusion.dreambooth.prompts import PromptCache
-from nara_diffusion.dreambooth.step import TrainingStep
+from nara_diffusion.dreambooth.step import DreamBoothLoss, TrainingStep
+from nara_diffusion.training.adapter_configs import adapter_config
 
 
 def image_task(
-    pipe: Any,
-    config: LoraConfig,
-    step: TrainingStep,
-    dataset: DreamBoothDataset,
-    *,
-    batch_size: int,
-    gradient_checkpointing: bool = False,
+    pipe: Any, args: Any, step: TrainingStep, dataset: DreamBoothDataset, held_out: DreamBoothDataset
 ) -> CheckTask:
-    """A training of the UNet of `pipe`, which has no adapter yet, and to which the static LoRA `config` is added.
+    """A training of the UNet of `pipe`, which has no adapter yet.
 
     Args:
+        args: a DreamBoothArguments.
         step: of the training; its model is replaced.
         dataset: of the training.
-        batch_size: samples of a forward.
-        gradient_checkpointing: recompute activations in the backward.
+        held_out: what is measured; `dataset` where no image can be spared, which is then met under other noise.
 
     Raises:
         ValueError: see `AdaptedDenoiser`.
     """
+    args = published(args)
+    config = adapter_config(args, noise_convention=step.objective.source.convention)
     prompts = step.prompts or PromptCache(tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2])
-    model = AdaptedDenoiser(pipe, config, gradient_checkpointing=gradient_checkpointing)
+    model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing)
     own = replace(step, model=model.train(), prompts=prompts)
 
-    def batch(positions: Sequence[int]) -> Batch:
-        instances = [{"draws": dataset.draws(position)[:1]} for position in positions]
-        generator = torch.Generator().manual_seed(step.seed * 1_000_003 + positions[0])
-        return Batch(partial(own, collate_draws(instances)), torch.rand(len(positions), generator=generator))
+    def loss_of(images: DreamBoothDataset) -> Callable[[Sequence[int]], DreamBoothLoss]:
+        return lambda positions: own(collate_draws([{"draws": images.draws(p)[:1]} for p in positions]))
 
-    return CheckTask(model, batch, batch_size)
+    return CheckTask(model, config, args, loss_of(dataset), loss_of(held_out), args.train_batch_size, step.group_size)

@@ -3,114 +3,75 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nara_diffusion.check.comparison import BinComparison
-from nara_diffusion.check.measurement import BINS, Findings
-from nara_diffusion.check.verdict import Verdict
+from nara_diffusion.check.comparison import ROUNDING, BinLosses, by_bins, mean_losses, relative_difference
+from nara_diffusion.check.trial import Repeat
+from nara_diffusion.check.verdict import Verdict, described
+from nara_diffusion.dreambooth.statistics import Interval
 from nara_diffusion.training.output import write_json
 from nara_diffusion.training.report import format_table
 from nara_diffusion.whole import whole_file
 
-_HEADER = ("layers", "number", "R² of λ: median", "lowest", "highest", "lost share", "conflict ratio")
+_TITLES = {"base": "base", "lora": "LoRA", "untold": "without λ", "nara": "NaRA"}
 
 
-def write_report(folder: Path, findings: Findings, verdict: Verdict, about: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(folder: Path, repeats: Sequence[Repeat], verdict: Verdict, about: Mapping[str, Any]) -> dict[str, Any]:
     """Writes check.json, which is returned, and check.png; `about` says what was measured, and how."""
-    content = {**verdict.as_dict(), **about, **_numbers(findings)}
+    bins = by_bins(repeats)
+    content = {
+        **verdict.as_dict(),
+        **about,
+        "repeats": len(repeats),
+        "differences": {other: _known(relative_difference(repeats, other)) for other in ("lora", "untold")},
+        "losses": mean_losses(repeats),
+        "bins": [row._asdict() | {"difference": _known(row.difference)} for row in bins],
+    }
     write_json(folder / "check.json", content)
-    draw(folder / "check.png", findings, verdict)
+    draw(folder / "check.png", bins, verdict)
     return content
 
 
-def summary(findings: Findings, verdict: Verdict) -> str:
-    """The table, a row a kind of layer, and the verdict."""
-    rows = [_row(kind, findings, names) for kind, names in layer_kinds(findings).items()]
-    rows.append(_row("all", findings, list(findings.layers_before)))
-    fit = f"loss {findings.loss_before:.4g} before the fit of a static LoRA, {findings.loss_after:.4g} after it"
-    return f"{format_table(_HEADER, rows)}\n\n{fit}\n{verdict.answer}: {verdict.reason}"
+def summary(repeats: Sequence[Repeat], verdict: Verdict) -> str:
+    """The table, a row a bin of λ, and the verdict."""
+    rows = [_row(f"{row.low:.1f} to {row.high:.1f}", row.losses, row.difference) for row in by_bins(repeats)]
+    rows.append(_row("all", mean_losses(repeats), relative_difference(repeats, "lora")))
+    return f"{format_table(('λ', *_TITLES.values(), 'NaRA against LoRA'), rows)}\n\n{verdict.answer}: {verdict.reason}"
 
 
-def layer_kinds(findings: Findings) -> dict[str, list[str]]:
-    """{kind: names of its layers}; the kind is what follows the last number of a block: attn1.to_q, mlp.up_proj."""
-    kinds: dict[str, list[str]] = {}
-    for name in findings.layers_before:
-        kinds.setdefault(re.sub(r"^.*\.\d+\.(?=.*\D)", "", name), []).append(name)
-    return kinds
+def _row(name: str, losses: Mapping[str, float], difference: Interval) -> list[str]:
+    figures = [f"{losses[arm]:.4g}" if losses[arm] > ROUNDING else "0" for arm in _TITLES]
+    return [name, *figures, described(difference)]
 
 
-def _row(kind: str, findings: Findings, names: list[str]) -> list[str]:
-    told = sorted(findings.r_squared[name] for name in names)
-    energy = _sum(findings.layers_before, names, "energy")
-    shares = [_sum(findings.layers_before, names, "conflict"), _sum(findings.layers_after, names, "conflict")]
-    ratios = [f"{share / energy:.3f}" if energy > 0 else "none" for share in shares]
-    return [kind, str(len(names)), *(f"{value:.2f}" for value in (median(told), told[0], told[-1])), *ratios]
-
-
-def _sum(layers: Mapping[str, BinComparison], names: list[str], what: str) -> float:
-    return sum(getattr(layers[name], what) for name in names if name in layers)
-
-
-def _numbers(findings: Findings) -> dict[str, Any]:
-    return {
-        "conflict_ratio": _number(findings.conflict_ratio),
-        "lost_share": _number(findings.before.lost_share),
-        "loss": {"before": findings.loss_before, "after": findings.loss_after},
-        "noise_levels": [[k / BINS, (k + 1) / BINS] for k in findings.before.bins],
-        "before": _gradients(findings.before),
-        "after": _gradients(findings.after),
-        "layers": {
-            name: {
-                "r_squared": _number(findings.r_squared[name]),
-                "lost_share": _number(before.lost_share),
-                "energy_before": before.energy,
-                "conflict_after": findings.layers_after[name].conflict if name in findings.layers_after else None,
-            }
-            for name, before in findings.layers_before.items()
-        },
-    }
-
-
-def _gradients(side: BinComparison) -> dict[str, Any]:
-    return {
-        "energy": side.products.diagonal().tolist(),
-        "common_energy": side.common,
-        "conflict": side.conflict,
-        "reliability": side.reliability,
-        "cosine": side.cosines,
-    }
-
-
-def _number(value: float) -> float | None:
+def _known(values: Interval) -> dict[str, float | None]:
     """JSON has no nan."""
-    return None if math.isnan(value) else value
+    return {name: None if math.isnan(value) else value for name, value in values._asdict().items()}
 
 
-def draw(path: Path, findings: Findings, verdict: Verdict) -> None:
-    """R² over the depth, and the cosines between bins before and after the fit."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+def draw(path: Path, bins: Sequence[BinLosses], verdict: Verdict) -> None:
+    """The losses over λ, and NaRA's difference to LoRA with its intervals."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    told, *matrices = figure.subplots(1, 3)
-    order = list(findings.r_squared)
-    for kind, names in layer_kinds(findings).items():
-        told.plot([order.index(name) for name in names], [findings.r_squared[name] for name in names], ".", label=kind)
-    told.set(xlabel="adapted layer, first to last", ylabel="R² of λ from one token's input", ylim=(-0.15, 1.02))
-    if len(layer_kinds(findings)) <= 12:
-        told.legend(fontsize="x-small")
-    for axes, side, when in zip(matrices, (findings.before, findings.after), ("before", "after"), strict=True):
-        cosines = [[math.nan if value is None else value for value in row] for row in side.cosines]
-        image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu", origin="lower")
-        labels = [f"{(k + 0.5) / BINS:.1f}" for k in side.bins]
-        axes.set(xticks=range(len(labels)), xticklabels=labels, yticks=range(len(labels)), yticklabels=labels)
-        axes.set(xlabel="λ", ylabel="λ", title=f"cosine of gradients {when} the fit")
-    figure.colorbar(image, ax=matrices)  # type: ignore[possibly-undefined]
-    figure.suptitle(f"{verdict.answer}: conflict ratio {findings.conflict_ratio:.3g}")
+    losses, differences = figure.subplots(1, 2)
+    centres = [(row.low + row.high) / 2 for row in bins]
+    for arm, title in _TITLES.items():
+        losses.plot(centres, [row.losses[arm] for row in bins], "o-", label=title)
+    losses.set(xlabel="noise level λ", ylabel="held-out loss", xlim=(0, 1))
+    losses.legend()
+    means = [100 * row.difference.mean for row in bins]
+    reach = [
+        0.0 if math.isnan(row.difference.high) else 100 * row.difference.high - m
+        for row, m in zip(bins, means, strict=True)
+    ]
+    differences.errorbar(centres, means, reach, fmt="o", capsize=4)
+    differences.axhline(0, color="gray", linewidth=1)
+    differences.set(xlabel="noise level λ", ylabel="NaRA against LoRA, %", xlim=(0, 1))
+    figure.suptitle(verdict.answer)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=110)

@@ -6,35 +6,45 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.check.measurement import CheckSettings, CheckTask, measure
 from nara_diffusion.check.report import summary, write_report
-from nara_diffusion.check.verdict import judge
+from nara_diffusion.check.trial import CheckSettings, CheckTask, Repeat, trials
+from nara_diffusion.check.verdict import THRESHOLDS, UNKNOWN, Verdict, judge
 from nara_diffusion.training.run import Run
 
 
 def run_check(
     task: CheckTask, settings: CheckSettings, folder: Path, about: dict[str, Any], progress: bool
 ) -> tuple[dict[str, Any], str]:
-    """Measures, and writes check.json and check.png into `folder`: (what check.json holds, what to show).
+    """Repeats the short trainings until they give a verdict, and writes check.json and check.png into `folder`: (what
+    check.json holds, what to show).
 
     Raises:
-        ValueError: see `measure`.
+        ValueError: see `trials`.
     """
-    findings = measure(task, settings, progress)
-    verdict = judge(findings)
-    content = write_report(folder, findings, verdict, about | {"settings": dataclasses.asdict(settings)})
+    repeats, verdict = decide(task, settings, progress)
+    content = write_report(folder, repeats, verdict, about | {"settings": dataclasses.asdict(settings)})
     files = f"all numbers are in {folder / 'check.json'}, drawn in {folder / 'check.png'}"
-    return content, f"{summary(findings, verdict)}\n{files}"
+    return content, f"{summary(repeats, verdict)}\n{files}"
+
+
+def decide(task: CheckTask, settings: CheckSettings, progress: bool) -> tuple[list[Repeat], Verdict]:
+    """As many repeats as the verdict needs, `settings.repeats` at most."""
+    repeats: list[Repeat] = []
+    for repeat in trials(task, settings, progress):
+        repeats.append(repeat)
+        if len(repeats) >= THRESHOLDS.fewest and (verdict := judge(repeats)).answer != UNKNOWN:
+            return repeats, verdict
+    return repeats, judge(repeats)
 
 
 def check_training(task: CheckTask, args: Any, run: Run) -> tuple[dict[str, Any], str]:
-    """The check of a train script: by its own learning rate, in its folder; returns as `run_check`.
+    """The check of a train script, in its folder; returns as `run_check`.
 
     Raises:
-        ValueError: there are several processes; see `measure`.
+        ValueError: there are several processes; see `trials`.
     """
     if run.accelerator.num_processes > 1:
         raise ValueError(f"check runs on one process, got {run.accelerator.num_processes}: start it by python alone.")
-    settings = CheckSettings(learning_rate=args.learning_rate)
     about = {"model": args.pretrained_model_name_or_path, "rank": args.rank, "target_modules": args.target_modules}
-    return run_check(task, settings, run.folder, {**about, "seed": args.seed}, run.is_main)
+    rates = {"learning_rate": args.learning_rate, "core_learning_rate": args.core_learning_rate}
+    return run_check(task, CheckSettings(), run.folder, {**about, **rates, "seed": args.seed}, run.is_main)

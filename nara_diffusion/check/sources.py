@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 
 from nara_diffusion.check.images import image_task
-from nara_diffusion.check.measurement import CheckTask
 from nara_diffusion.check.text import text_task
+from nara_diffusion.check.trial import CheckTask
 from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, records_from_file
 from nara_diffusion.dllm.data import end_token_id
 from nara_diffusion.dllm.positions import check_positions
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS
 from nara_diffusion.dreambooth.latents import LatentCache
-from nara_diffusion.dreambooth.objectives import FlowObjective, Objective, build_objective
+from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.pipelines import load_pipeline
-from nara_diffusion.dreambooth.preparation import load_instances, prompt_cache, training_data
+from nara_diffusion.dreambooth.preparation import load_instances, prompt_cache, target_scheduler, training_data
 from nara_diffusion.dreambooth.step import TrainingStep
-from nara_diffusion.training.adapter_configs import ALL_LINEAR, static_lora
-from nara_diffusion.training.arguments import AdapterArguments
+from nara_diffusion.training.adapter_configs import ALL_LINEAR
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
+
+T = TypeVar("T")
 
 _TRAINED_PADDING = 3
 _PROMPT = "a photo"
+_HELD_OUT = 5  # every so manieth sample
+_FEWEST = 10  # samples, of which some can be spared
 
 
 def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTask:
@@ -39,15 +45,11 @@ def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTas
     model, tokenizer = load_backbone(args.model, dtype=dtype)
     check_positions(model, args.max_length)
     rows = encode_records(records, tokenizer, max_length=args.max_length, progress=False).rows
+    adapter = AdapterArguments(rank=args.rank, target_modules=args.target_modules or [ALL_LINEAR])
+    own = SimpleNamespace(**vars(adapter), **vars(OptimizationArguments(**_rates(args))), seed=args.seed)
+    collator = AnswerCollator(end_token_id(tokenizer), _TRAINED_PADDING, args.max_length)
     return text_task(
-        model,
-        static_lora(AdapterArguments(rank=args.rank, target_modules=args.target_modules or [ALL_LINEAR])),
-        rows,
-        AnswerCollator(end_token_id(tokenizer), _TRAINED_PADDING, args.max_length),
-        device=device,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        group_size=args.batch_size,
+        model, own, *divide(list(rows)), collator, {"seed": args.seed, "group_size": args.batch_size}, device
     )
 
 
@@ -58,7 +60,7 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
         args: a CheckArguments.
 
     Raises:
-        ValueError: see `load_instances`, `load_pipeline`, `training_data` and `image_task`.
+        ValueError: see `load_instances`, `load_pipeline`, `target_scheduler`, `training_data` and `image_task`.
     """
     own = DreamBoothArguments(
         pretrained_model_name_or_path=args.model,
@@ -66,15 +68,16 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
         instance_prompt=args.prompt or _PROMPT,
         rank=args.rank,
         target_modules=args.target_modules or UNET_TARGETS,
-        train_batch_size=args.batch_size,
+        prediction_type=args.prediction_type,
         seed=args.seed,
+        **_rates(args),
     )
     images = load_instances(own, progress=False)
     pipe = load_pipeline(args.model, dtype=dtype).to(device)
     own.resolution = args.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     step = TrainingStep(
         model=pipe.unet,
-        objective=objective_of(pipe.scheduler, args.prediction_type),
+        objective=build_objective(target_scheduler(own, pipe)),
         latents=LatentCache(pipe.vae),
         prompts=prompt_cache(own, pipe),
         device=device,
@@ -82,13 +85,16 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
         group_size=args.batch_size,
         stratified=True,
     )
-    return image_task(pipe, static_lora(own), step, training_data(own, images, [], pipe), batch_size=args.batch_size)
+    return image_task(pipe, own, step, *(training_data(own, part, [], pipe) for part in divide(images)))
 
 
-def objective_of(scheduler: Any, prediction_type: str | None) -> Objective:
-    """The objective of a model with this scheduler, or of its conversion to another prediction."""
-    if prediction_type == FlowObjective.prediction_type:
-        return FlowObjective(levels=scheduler.config.num_train_timesteps)
-    if prediction_type is not None:
-        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
-    return build_objective(scheduler)
+def divide(samples: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """(what is trained on, what is held out), both all of them where they are few."""
+    if len(samples) < _FEWEST:
+        return samples, samples
+    return [sample for i, sample in enumerate(samples) if i % _HELD_OUT], samples[::_HELD_OUT]
+
+
+def _rates(args: Any) -> dict[str, Any]:
+    core = args.learning_rate / 4 if args.core_learning_rate is None else args.core_learning_rate
+    return {"train_batch_size": args.batch_size, "learning_rate": args.learning_rate, "core_learning_rate": core}

@@ -1,66 +1,62 @@
-"""The check of a masked language model: the loss of train_scripts/dllm.py, with a static LoRA as the adapter."""
+"""The check of a masked language model: the loss of train_scripts/dllm.py, with NaRA as published as the adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from nara_diffusion.check.measurement import Batch, CheckTask
+from nara_diffusion.check.trial import CheckTask, published
 from nara_diffusion.dllm.data import AnswerCollator
-from nara_diffusion.dllm.loss import mask_token_of, masked_diffusion_loss
-from nara_diffusion.dllm.masking import mask_answers
-from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_diffusion_loss
+from nara_diffusion.noise import MASKED_SHARE
 from nara_diffusion.training.adapter import add_adapter
+from nara_diffusion.training.adapter_configs import adapter_config
 from nara_diffusion.training.stream import ShuffledStream
 
 
 def text_task(
     model: PreTrainedModel,
-    config: LoraConfig,
+    args: Any,
     rows: Any,
+    held_out: Any,
     collator: AnswerCollator,
-    *,
+    objective: Mapping[str, Any],
     device: torch.device,
-    seed: int,
-    batch_size: int,
-    group_size: int,
-    complementary: bool = False,
-    window: NoiseWindow = EVERYTHING,
 ) -> CheckTask:
-    """A training of `model`, to which the static LoRA `config` is added.
+    """A training of `model`, which has no adapter yet.
 
     Args:
+        args: an AdapterArguments and OptimizationArguments.
         rows: of training, encoded.
-        seed: of order, λ, masks, and of which token R² looks at.
-        batch_size: samples of a forward.
-        group_size: samples of an optimizer step, over which λ is stratified.
-        complementary: train on each sample twice, with complementary masks.
-        window: of λ.
+        held_out: rows to measure; `rows` where none can be spared, which are then met under other masks.
+        objective: what `masked_diffusion_loss` is told in training beside model and batch.
 
     Raises:
         ValueError: see `add_adapter`.
     """
+    args = published(args)
+    config = adapter_config(args, noise_convention=MASKED_SHARE)
     adapted = add_adapter(model.to(device), config)  # type: ignore[arg-type]
-    stream = ShuffledStream(rows, seed)
-    draws: dict[str, Any] = {"seed": seed, "group_size": group_size, "complementary": complementary, "window": window}
+    loss = partial(masked_diffusion_loss, adapted, **objective)
 
-    def batch(positions: Sequence[int]) -> Batch:
-        inputs = {name: value.to(device) for name, value in collator([stream[p] for p in positions]).items()}
-        masked = mask_answers(**inputs, mask_token_id=mask_token_of(model), **draws).masked  # those of the loss
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + positions[0])
-        return Batch(partial(masked_diffusion_loss, adapted, **inputs, **draws), masked_place(masked, generator))
+    def loss_of(part: Any) -> Callable[[Sequence[int]], MaskedDiffusionLoss]:
+        stream = ShuffledStream(part, args.seed)
 
-    return CheckTask(adapted.train(), batch, batch_size)
+        def positioned(positions: Sequence[int]) -> MaskedDiffusionLoss:
+            return loss(**{name: value.to(device) for name, value in collator([stream[p] for p in positions]).items()})
 
+        return positioned
 
-def masked_place(masked: Tensor, generator: torch.Generator) -> Tensor:
-    """(b, l) bool → (b,) in [0, 1): the middle of one masked token of each row, any of them; −1 where none is."""
-    masked = masked.cpu()
-    rank = torch.rand(masked.shape, generator=generator).masked_fill(~masked, -1)
-    return ((rank.argmax(1) + 0.5) / masked.shape[1]).where(masked.any(1), -1.0)
+    return CheckTask(
+        adapted.train(),
+        config,
+        args,
+        loss_of(rows),
+        loss_of(held_out),
+        args.train_batch_size,
+        objective["group_size"],
+    )

@@ -1,35 +1,28 @@
-"""Is λ likely to pay? The thresholds, and the rules that read them, in order.
-
-The thresholds are preliminary: they separate the trainings of which docs/check.md tells, where the outcome was known
-beforehand, and wait for the benchmark of regimes to confirm them. R² is no part of the rules: the same layers, with the
-same R², gain by λ in one training and not in another. What λ tells beyond a layer's own input is in the conflict: it is
-measured after a static LoRA has used that input.
-"""
+"""Is λ likely to pay? The thresholds and the rules that read them, in order; docs/check.md says where they are from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nara_diffusion.check.measurement import Findings
+from nara_diffusion.check.comparison import mean_losses, relative_difference
+from nara_diffusion.check.trial import ARMS, Repeat
+from nara_diffusion.dreambooth.statistics import Interval
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """Attributes:
-    likely: conflict ratio from which on λ is likely to pay.
-    unlikely: conflict ratio up to which it is unlikely.
-    reliability: least share of gradient in what is measured before the fit.
-    risen: loss after the fit over that before it, above which the fit has failed.
-    fitted: the common gradient's energy that a fit may leave, over that before it.
+    pays: how much lower, relatively, NaRA's loss has to be for λ to pay.
+    learnt: how much lower than the base's the lowest loss has to be for the trainings to show anything.
+    fewest: repeats before anything is said.
     """
 
-    likely: float = 0.3
-    unlikely: float = 0.1
-    reliability: float = 0.05
-    risen: float = 1.2
-    fitted: float = 0.5
+    pays: float = 0.02
+    learnt: float = 0.02
+    fewest: int = 3
 
 
 THRESHOLDS = Thresholds()
@@ -48,31 +41,35 @@ class Verdict:
         return {"verdict": self.answer, "reason": self.reason, "thresholds": asdict(THRESHOLDS)}
 
 
-def judge(findings: Findings, thresholds: Thresholds = THRESHOLDS) -> Verdict:
+def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Verdict:
     """The verdict; the first rule that holds."""
-    ratio, reliability = findings.conflict_ratio, findings.before.reliability
-    if math.isnan(ratio) or reliability < thresholds.reliability:
+    losses, pays = mean_losses(repeats), _percent(-thresholds.pays)
+    change = min(losses[arm] for arm in ARMS) / losses["base"] - 1
+    if change > -thresholds.learnt:
         return Verdict(
             UNKNOWN,
-            f"the gradients don't show above the noise of the samples (reliability {reliability:.2f}, "
-            f"{thresholds.reliability:g} needed): measure more samples.",
+            f"the lowest loss is {_percent(change)} against the base's, and {_percent(-thresholds.learnt)} are needed "
+            "to show anything: raise the learning rate or the steps, or lower the rate if the loss rose.",
         )
-    if findings.loss_after > thresholds.risen * findings.loss_before:
-        return Verdict(
-            UNKNOWN,
-            f"the loss rose from {findings.loss_before:.4g} to {findings.loss_after:.4g} in the fit of the static "
-            "LoRA: lower the learning rate.",
-        )
-    conflict = f"after the fit, the bins' gradients against each other have {ratio:.3g} of the energy before it"
-    if ratio >= thresholds.likely:
-        return Verdict(LIKELY, f"{conflict} ({thresholds.likely:g} or more): no static update serves all λ.")
-    left = findings.after.common / findings.before.common if findings.before.common > 0 else math.inf
-    if left > thresholds.fitted:
-        return Verdict(
-            UNKNOWN,
-            f"the fit of the static LoRA left {left:.2f} of the gradient that all λ share ({thresholds.fitted:g} at "
-            "most): raise the learning rate, or the steps of the fit.",
-        )
-    if ratio <= thresholds.unlikely:
-        return Verdict(UNLIKELY, f"{conflict} ({thresholds.unlikely:g} or less): a static update serves all λ.")
-    return Verdict(UNKNOWN, f"{conflict}, between {thresholds.unlikely:g} and {thresholds.likely:g}: try both.")
+    lora, untold = differences = [relative_difference(repeats, other) for other in ("lora", "untold")]
+    told = f"NaRA's held-out loss is {described(lora)} against LoRA's and {described(untold)} against that of NaRA "
+    told += f"without λ, in {len(repeats)} repeats"
+    is_lower = all(difference.high < 0 for difference in differences)
+    if is_lower and all(difference.mean <= -thresholds.pays for difference in differences):
+        return Verdict(LIKELY, f"{told}: both are clear of zero, and {pays} or lower.")
+    if is_lower:
+        return Verdict(UNKNOWN, f"{told}: clear of zero, but not {pays}: take more steps, with which it may grow.")
+    if any(difference.low > -thresholds.pays and difference.high >= 0 for difference in differences):
+        return Verdict(UNLIKELY, f"{told}: of one of them zero lies inside or below, and {pays} outside.")
+    return Verdict(UNKNOWN, f"{told}: that may be {pays} or nothing, take more repeats.")
+
+
+def described(difference: Interval) -> str:
+    """A relative difference and its 95 % interval, if it has one."""
+    if math.isnan(difference.low):
+        return _percent(difference.mean)
+    return f"{_percent(difference.mean)} ({_percent(difference.low)} to {_percent(difference.high)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")

@@ -124,12 +124,6 @@ def target_modules(args: Any) -> str | list[str]:
     return ALL_LINEAR if args.target_modules == [ALL_LINEAR] else list(args.target_modules)
 
 
-def static_lora(args: Any) -> LoraConfig:
-    """The LoRA of rank, scale and target modules that `args` give, whatever the method: what a static update can do."""
-    neutral = {"lora_dropout": 0.0, "use_dora": False, "init_lora_weights": True}
-    return LoraConfig(**_lora(args) | neutral)
-
-
 def _lora(args: Any) -> dict[str, Any]:
     return {
         "r": args.rank,

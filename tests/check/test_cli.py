@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from nara_diffusion.check import cli
+from nara_diffusion.check.sources import divide
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY
 
 from .conftest import LLADA
 
-SHORT = ["--samples", "80", "--steps", "3", "--rank", "2"]
+SHORT = ["--samples", "20", "--steps", "2", "--batch_size", "10", "--repeats", "3", "--rank", "2"]
 
 
 def checked(folder: Path, *words: str) -> dict[str, Any]:
@@ -38,16 +39,17 @@ def test_check_of_an_image_folder_writes_numbers_and_a_picture(own: dict[str, An
     found, shown, folder = own, own["shown"], own["folder"]
     assert found["verdict"] in (LIKELY, UNLIKELY, UNKNOWN)
     assert f"{found['verdict']}: {found['reason']}" in shown
-    assert re.search(r"^attn1\.to_q +\d+ ", shown, flags=re.MULTILINE)
-    assert re.search(r"^attn2\.to_out\.0 +\d+ ", shown, flags=re.MULTILINE)
+    assert re.search(r"^0\.4 to 0\.5 ", shown, flags=re.MULTILINE)
+    assert re.search(r"^all ", shown, flags=re.MULTILINE)
     assert str(folder / "check.json") in shown
     assert {file.name for file in folder.iterdir()} == {"check.json", "check.png"}
     assert (folder / "check.png").read_bytes().startswith(b"\x89PNG")
-    assert found["noise_levels"] == [[k / 5, (k + 1) / 5] for k in range(5)]
-    assert len(found["before"]["cosine"]) == 5
-    assert all(name.split(".")[-1] in ("to_q", "to_k", "to_v", "0") for name in found["layers"])
+    assert [row["low"] for row in found["bins"]] == [k / 10 for k in range(10)]
+    assert found["repeats"] == 3
+    for difference in (found["differences"]["lora"], found["differences"]["untold"]):
+        assert difference["low"] <= difference["mean"] <= difference["high"]
     assert found["model"] == str(sdxl_folder)
-    assert found["settings"]["samples"] == 80
+    assert found["settings"] == {"steps": 2, "samples": 20, "repeats": 3}
 
 
 def test_check_of_another_prediction_measures_another_loss(
@@ -55,23 +57,17 @@ def test_check_of_another_prediction_measures_another_loss(
 ) -> None:
     words = (str(sdxl_folder), str(pictures), "--resolution", "16", "--prediction_type")
     same, v, flow = (checked(tmp_path / kind, *words, kind) for kind in ("epsilon", "v_prediction", "flow_prediction"))
-    assert own["loss"] == same["loss"]
-    assert own["layers"] == same["layers"]  # the same seed, to the last bit
-    assert len({found["loss"]["before"] for found in (own, v, flow)}) == 3
+    assert own["bins"] == same["bins"]  # the same seed, to the last bit
+    assert len({found["losses"]["base"] for found in (own, v, flow)}) == 3
 
 
-def test_check_of_records_measures_a_language_model(
-    tmp_path: Path, records: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = checked(
-        tmp_path / "out", str(LLADA), str(records), "--max_length", "40", "--target_modules", "q_proj,up_proj"
-    )
-    assert {name.rpartition(".")[2] for name in found["layers"]} == {"q_proj", "up_proj"}
-    assert re.search(r"^self_attn\.q_proj +4 ", capsys.readouterr().out, flags=re.MULTILINE)
-    other = checked(
-        tmp_path / "other", str(LLADA), str(records), "--max_length", "40", "--target_modules", "q_proj", "--seed", "1"
-    )
-    assert other["loss"] != found["loss"]
+def test_check_of_records_measures_a_language_model(tmp_path: Path, records: Path) -> None:
+    words = (str(LLADA), str(records), "--max_length", "40", "--target_modules", "q_proj,up_proj")
+    found, again = (checked(tmp_path / name, *words) for name in ("out", "again"))
+    assert found["losses"] == again["losses"]
+    assert 0 < found["losses"]["nara"] != found["losses"]["lora"] > 0
+    other = checked(tmp_path / "other", *words, "--seed", "1")
+    assert other["losses"] != found["losses"]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +78,10 @@ def test_check_of_records_measures_a_language_model(
         (["model", "nowhere"], "DATA nowhere isn't there: name a folder of images, or a file of records"),
         (["model", "{pictures}", "more"], "takes MODEL and DATA before its flags, got 3"),
         (["model", "{pictures}", "--rank", "0"], "rank is 0, expected at least 1"),
-        (["model", "{pictures}", "--samples", "20"], "samples is 20, too few"),
+        (["model", "{pictures}", "--samples", "19"], "samples is 19, expected at least 20"),
         (["model", "{pictures}", "--learning_rate", "0"], "learning_rate is 0.0, expected more than 0"),
+        (["model", "{pictures}", "--repeats", "2"], "repeats is 2, expected at least 3"),
+        (["model", "{pictures}", "--core_learning_rate", "-1"], "core_learning_rate is -1.0, expected more than 0"),
         (["model", "{pictures}", "--seed", "-1"], "seed is -1, expected 0 or more"),
         (["model", "{records}", "--prompt", "a dog"], "prompt: only for images, but DATA"),
         (["{llada}", "{pictures}"], "can't be loaded as Stable Diffusion XL"),
@@ -121,15 +119,23 @@ def fill(tmp_path: Path, sdxl_folder: Path, pictures: Path, records: Path) -> Ca
     return lambda word: word.format(**paths) if "{" in word else word
 
 
+@pytest.mark.parametrize(("count", "trained"), [(9, 9), (10, 8), (23, 18)])
+def test_divide_holds_out_a_fifth_where_there_are_enough(count: int, trained: int) -> None:
+    training, held_out = divide(range(count))
+    assert len(training) == trained
+    if count == trained:
+        assert list(held_out) == list(training)
+    else:
+        assert sorted([*training, *held_out]) == list(range(count))
+
+
 def test_the_help_says_how_it_is_called_and_how_to_read_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     shown = capsys.readouterr().out
     for words in (
         "MODEL DATA [--config",
-        "R² of λ",
-        "lost share",
-        "conflict ratio",
+        "short trainings of LoRA",
         "docs/check.md",
         "--prediction_type",
     ):

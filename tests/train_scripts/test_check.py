@@ -1,4 +1,4 @@
-"""`--check` of both scripts: the run's own data, loss, targets and seed are measured, and nothing is trained."""
+"""`--check` of both scripts: the run's own objective is measured, on its own data, and nothing else is trained."""
 
 from __future__ import annotations
 
@@ -10,15 +10,30 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from nara_diffusion.check import run as check_run
-from nara_diffusion.check.measurement import CheckSettings, CheckTask, measure
+from nara_diffusion.check.trial import CheckSettings, CheckTask, published, trials
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.training.adapter_configs import adapter_config
 from train_scripts import dllm, dreambooth_sdxl
 
-from .dreambooth_runs import tiny_arguments
+from .dreambooth_runs import fresh_accelerate, tiny_arguments, write_pictures
 
 WRITTEN = {"check.json", "check.png"}
+OBJECTIVES: list[dict[str, Any]] = [
+    {"snr_gamma": 5.0, "noise_offset": 0.1},
+    {"prediction_type": "flow_prediction", "snr_gamma": 5.0},
+    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+]
+WINDOWS: list[dict[str, Any]] = [
+    {"max_noise_level": 0.5, "hold_base_outside": 3.0},
+    {"min_noise_level": 0.6, "hold_base_outside": 0.5, "hold_base_share": 0.3},
+]
+
+
+class Stopped(Exception):
+    """Where training would begin."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,20 +43,96 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[CheckTask]:
 
     def noted(task: CheckTask, *rest: Any) -> Any:
         tasks.append(task)
-        return measure(task, *rest)
+        return trials(task, *rest)
 
-    monkeypatch.setattr(check_run, "CheckSettings", partial(CheckSettings, samples=80, steps=3, step_samples=4))
-    monkeypatch.setattr(check_run, "measure", noted)
+    monkeypatch.setattr(check_run, "CheckSettings", partial(CheckSettings, steps=2, samples=20, repeats=3))
+    monkeypatch.setattr(check_run, "trials", noted)
     return tasks
 
 
 @pytest.fixture
 def image_arguments(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> Callable[..., DreamBoothArguments]:
-    return lambda **changes: tiny_arguments(sdxl_folder, pictures, tmp_path / "images", check=True, **changes)
+    defaults = {"output_dir": str(tmp_path / "images")}
+    return lambda **changes: tiny_arguments(sdxl_folder, pictures, tmp_path, **defaults | changes)
+
+
+def first_losses(script: Any, args: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Those of the first batch of a training, whose adapter is disturbed."""
+    found: list[Tensor] = []
+
+    def first(run: Any, model: nn.Module, optimizer: Any, scheduler: Any, loader: Any, steps: int, loss: Any, *_: Any):
+        disturb(model)
+        found.append(loss(next(iter(loader))).per_sample.detach())
+        raise Stopped
+
+    monkeypatch.setattr(script, "train", first)
+    with pytest.raises(Stopped):
+        script.main(args)
+    fresh_accelerate()
+    return found[0]
+
+
+def disturb(model: nn.Module) -> None:
+    """Fills what is trained with numbers that its order alone decides; B = 0 would hide an update, and a drift."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def checked_losses(script: Any, args: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The same of its check."""
+    tasks: list[CheckTask] = []
+
+    def stop(task: CheckTask, *rest: Any) -> None:
+        tasks.append(task)
+        raise Stopped
+
+    monkeypatch.setattr(script, "check_training", stop)
+    with pytest.raises(Stopped):
+        script.main(args)
+    disturb(tasks[0].model)
+    return tasks[0].loss(range(args.train_batch_size)).per_sample.detach()
+
+
+@pytest.mark.parametrize("changes", [*OBJECTIVES, *WINDOWS], ids=str)
+def test_dreambooth_check_measures_the_losses_of_training(
+    changes: dict[str, Any],
+    image_arguments: Callable[..., DreamBoothArguments],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    trained = image_arguments(output_dir=str(tmp_path / "trained"), **changes)
+    expected = first_losses(dreambooth_sdxl, trained, monkeypatch)
+    found = checked_losses(dreambooth_sdxl, image_arguments(check=True, **changes), monkeypatch)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("changes", [{"complementary": True}, *WINDOWS], ids=str)
+def test_dllm_check_measures_the_losses_of_training(
+    changes: dict[str, Any],
+    arguments: Callable[..., dllm.Arguments],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    expected = first_losses(dllm, arguments(output_dir=str(tmp_path / "trained"), **changes), monkeypatch)
+    torch.testing.assert_close(checked_losses(dllm, arguments(check=True, **changes), monkeypatch), expected)
+
+
+def test_dreambooth_check_of_a_held_window_sees_the_base_itself_as_no_loss_outside(
+    image_arguments: Callable[..., DreamBoothArguments],
+) -> None:
+    results = dreambooth_sdxl.main(image_arguments(check=True, max_noise_level=0.5, hold_base_outside=1.0))
+    inside = [row["losses"]["base"] for row in results["bins"] if row["high"] <= 0.5]
+    outside = [row["losses"]["base"] for row in results["bins"] if row["low"] >= 0.5]
+    assert min(inside) > 1e-3
+    assert len(outside) == 5
+    assert max(outside) < 1e-9
 
 
 def test_dllm_check_measures_the_runs_own_targets_and_stops_before_training(
     arguments: Callable[..., dllm.Arguments],
+    measured: list[CheckTask],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -50,44 +141,51 @@ def test_dllm_check_measures_the_runs_own_targets_and_stops_before_training(
     results = dllm.main(arguments(check=True, target_modules=["q_proj", "down_proj"]))
     assert results == json.loads((tmp_path / "run" / "check.json").read_text())
     assert {file.name for file in (tmp_path / "run").iterdir()} == WRITTEN
-    assert {name.rpartition(".")[2] for name in results["layers"]} == {"q_proj", "down_proj"}
-    assert results["settings"]["learning_rate"] == 1e-2
+    layers = [name for name, module in measured[0].model.named_modules() if hasattr(module, "lora_A")]
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "down_proj"}
+    assert results["learning_rate"] == measured[0].args.learning_rate == 1e-2
     assert results["verdict"] in capsys.readouterr().out
 
 
-def test_dllm_check_takes_the_losses_that_training_takes_first(
-    arguments: Callable[..., dllm.Arguments],
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "nara_knots", "multi_lora", "tlora", "dora", "vera"])
+def test_published_is_nara_of_the_arguments_rank_and_scale_whatever_the_adapter(
+    adapter: str, arguments: Callable[..., dllm.Arguments]
+) -> None:
+    config: Any = adapter_config(published(arguments(check=True, adapter=adapter)))
+    assert (config.core_type, config.core_init, config.core_sharing) == ("hypernetwork", "zero_last", "global")
+    assert (config.r, config.use_dora, config.use_rslora) == (3, False, adapter == "rslora")
+
+
+def test_dreambooth_check_adapts_the_runs_own_targets_in_the_unet_alone(
+    image_arguments: Callable[..., DreamBoothArguments],
     measured: list[CheckTask],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """B = 0 in both: the first batch has the loss of the base model."""
-    seen: list[torch.Tensor] = []
-    original = dllm.masked_diffusion_loss
-
-    def noted(*parts: Any, **named: Any) -> Any:
-        step = original(*parts, **named)
-        seen.append(step.per_sample.detach())
-        return step
-
-    monkeypatch.setattr(dllm, "masked_diffusion_loss", noted)
-    dllm.main(arguments(max_train_steps=1, output_dir=str(tmp_path / "trained")))
-    dllm.main(arguments(check=True, max_train_steps=1))
-    task = measured[0]
-    for module in task.model.modules():
-        if hasattr(module, "lora_B"):
-            torch.nn.init.zeros_(module.lora_B["default"].weight)  # the check has fitted it
-    torch.testing.assert_close(task.batch(range(4)).loss().per_sample, seen[0])
-
-
-def test_dreambooth_check_measures_the_runs_own_targets_and_stops_before_training(
-    image_arguments: Callable[..., DreamBoothArguments], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
     monkeypatch.setattr(dreambooth_sdxl, "train", lambda *parts: pytest.fail("it trained"))
-    results = dreambooth_sdxl.main(image_arguments(target_modules=["to_q", "conv1"], train_text_encoder=True))
+    monkeypatch.setattr(dreambooth_sdxl, "load_class_images", lambda *parts: pytest.fail("it made class images"))
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a toy"}
+    dreambooth_sdxl.main(
+        image_arguments(check=True, target_modules=["to_q", "conv1"], train_text_encoder=True, **prior)
+    )
     assert {file.name for file in (tmp_path / "images").iterdir()} >= WRITTEN
     assert not list((tmp_path / "images").glob("*.safetensors"))
-    assert {name.rpartition(".")[2] for name in results["layers"]} == {"to_q", "conv1"}
+    layers = [name for name, module in measured[0].model.named_modules() if hasattr(module, "lora_A")]
+    assert {name.rpartition(".")[2] for name in layers} == {"to_q", "conv1"}
+    assert all(name.startswith("unet.") for name in layers)
+
+
+def test_dreambooth_check_measures_images_that_are_held_out(
+    image_arguments: Callable[..., DreamBoothArguments], measured: list[CheckTask], tmp_path: Path
+) -> None:
+    others = write_pictures(tmp_path / "others", 2, seed=9)
+    own = dreambooth_sdxl.main(image_arguments(check=True))
+    fresh_accelerate()
+    there = image_arguments(check=True, validation_data_dir=str(others), output_dir=str(tmp_path / "there"))
+    assert dreambooth_sdxl.main(there)["losses"]["base"] != own["losses"]["base"]
+    for task in measured:
+        disturb(task.model)
+    torch.testing.assert_close(*(task.loss(range(2)).per_sample for task in measured))  # trained on the same
 
 
 @pytest.mark.parametrize(

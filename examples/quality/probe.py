@@ -8,7 +8,7 @@ is near 1, an update that is a function of x can already differ over λ, and C(�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,40 +55,31 @@ def recorded_inputs(modules: Mapping[str, nn.Module], choose: Callable[[Tensor],
         yield noted
 
 
-def r_squared(features: Tensor, levels: Tensor, penalties: Sequence[float] = (RIDGE,)) -> float:
-    """Of ridge regression (n, d) → (n,), fitted on two of three samples, on the third.
+def masked_place(masked: Tensor, generator: torch.Generator) -> Tensor:
+    """(b, l) bool → (b,) in [0, 1): the middle of one masked token of each row, any of them; −1 where none is."""
+    masked = masked.cpu()
+    rank = torch.rand(masked.shape, generator=generator).masked_fill(~masked, -1)
+    return ((rank.argmax(1) + 0.5) / masked.shape[1]).where(masked.any(1), -1.0)
 
-    Args:
-        penalties: times the number of samples; of several, that with the least leave-one-out error of the two thirds.
-    """
+
+def r_squared(features: Tensor, levels: Tensor) -> float:
+    """Of ridge regression (n, d) → (n,), fitted on two of three samples, on the third."""
     held_out = torch.arange(len(levels)) % HELD_OUT == 0
     x, y = features.double(), levels.double()
     mean, scale = x[~held_out].mean(0), x[~held_out].std(0).clamp(min=1e-8)
     x, y = (x - mean) / scale, y - y[~held_out].mean()
-    error = y[held_out] - x[held_out] @ _ridge(x[~held_out], y[~held_out], penalties)
+    error = y[held_out] - x[held_out] @ _ridge(x[~held_out], y[~held_out])
     around = y[held_out] - y[held_out].mean()
     return 1 - (error.square().sum() / around.square().sum()).item()
 
 
-def _ridge(x: Tensor, y: Tensor, penalties: Sequence[float]) -> Tensor:
-    """The weights (d,) for centred x (n, d) and y (n,), by x = U S Vᵀ.
-
-    The leave-one-out error of sample i is its residual / (1 − h_i), h_i = 1 / n + Σ_j U_ij² s_j² / (s_j² + penalty).
-    """
-    n = len(x)
+def _ridge(x: Tensor, y: Tensor) -> Tensor:
+    """The weights (d,) for centred x (n, d) and y (n,), by x = U S Vᵀ: there may be more features than samples."""
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    along = u.T @ y
-    choices = []
-    for penalty in penalties:
-        kept = s.square() / (s.square() + penalty * n)
-        left_out = (y - u @ (kept * along)) / (1 - u.square() @ kept - 1 / n).clamp(min=1e-8)
-        choices.append((left_out.square().sum().item(), penalty))
-    return vt.T @ (s / (s.square() + min(choices)[1] * n) * along)
+    return vt.T @ (s / (s.square() + RIDGE * len(x)) * (u.T @ y))
 
 
-def probe(
-    modules: Mapping[str, nn.Module], forwards: Iterable[Forward], penalties: Sequence[float] = (RIDGE,)
-) -> dict[str, float]:
+def probe(modules: Mapping[str, nn.Module], forwards: Iterable[Forward]) -> dict[str, float]:
     """{name of a module: its R²}, from what `modules` are given in `forwards`; see `r_squared`."""
     levels: list[Tensor] = []
     places: list[Tensor] = []
@@ -101,4 +92,4 @@ def probe(
     told = (torch.cat(places) >= 0).nonzero().flatten()
     order = told[torch.randperm(len(told), generator=torch.Generator().manual_seed(0))]
     known = torch.cat(levels)[order]
-    return {name: r_squared(torch.cat(own)[order], known, penalties) for name, own in noted.items()}
+    return {name: r_squared(torch.cat(own)[order], known) for name, own in noted.items()}

@@ -1,0 +1,187 @@
+"""What knowing λ is worth in a training: short trainings of LoRA, of NaRA, and of NaRA without λ.
+
+    lora     NaRA whose core is held at its start C = I
+    untold   NaRA that is told λ = 0.5 for every sample, when it is trained and when it is measured
+    nara     NaRA
+
+All three start from the same A, with B = 0, and meet the same samples at the same noise levels under the same noise,
+with the training's own loss, optimizer and learning rates. A core may hasten a training without knowing λ: what NaRA
+gains against `untold` is what λ tells. A repeat draws all anew: A, core, samples, noise, and what is held out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nara_diffusion.controls import changed_noise, constant_noise
+from nara_diffusion.core_set import make_cores
+from nara_diffusion.noise import core_holders
+from nara_diffusion.training.loop import StepLoss
+from nara_diffusion.training.methods import effective
+from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+
+ADAPTER = "default"
+ARMS = ("lora", "untold", "nara")
+_TOLD = 0.5
+WARMUP = 0.05  # of the steps
+
+Loss = Callable[[Sequence[int]], StepLoss]
+
+
+@dataclass(frozen=True)
+class CheckTask:
+    """A training, as the check sees it.
+
+    Attributes:
+        model: with an adapter of NaRA as `published` describes it; all else is frozen.
+        config: of that adapter.
+        args: with rates and optimizer, as `published` returns them.
+        loss: positions in the stream → losses of its samples, as the training itself computes them.
+        held_out: the same of samples that aren't trained on, or not under that noise.
+        batch_size: samples of a forward.
+        step_samples: samples of an optimizer step, a multiple of batch_size.
+    """
+
+    model: nn.Module
+    config: Any
+    args: Any
+    loss: Loss
+    held_out: Loss
+    batch_size: int
+    step_samples: int
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """Attributes:
+    steps: of each short training.
+    samples: held out for each repeat, at least.
+    repeats: at most.
+    """
+
+    steps: int = 100
+    samples: int = 100
+    repeats: int = 6
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Attributes:
+    noise_level: (n,), λ of the held-out samples.
+    losses: {"base" or a name of `ARMS`: their losses (n,)}.
+    """
+
+    noise_level: Tensor
+    losses: dict[str, Tensor]
+
+
+def published(args: Any) -> Any:
+    """`args` of a train script with NaRA as published in place of their adapter, at their rank, scale and targets, and
+    with the schedule of a short training."""
+    own = {"adapter": "nara", "use_dora": False, "lora_dropout": 0.0, "adapter_options": None}
+    scale = {"use_rslora": effective(args, "use_rslora")}
+    core = {
+        "core_type": "hypernetwork",
+        "core_init": "zero_last",
+        "core_input": "noise_level",
+        "core_sharing": "global",
+    }
+    start = {"core_normalization": "none", "lora_a_init": "peft"}
+    schedule = {"core_start_step": 0, "lr_scheduler": "cosine", "lr_warmup_steps": WARMUP}
+    return SimpleNamespace(**vars(args) | own | scale | core | start | schedule)
+
+
+def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> Iterator[Repeat]:
+    """The repeats, each trained when it is asked for.
+
+    Raises:
+        ValueError: a loss that isn't finite.
+    """
+    trained = settings.steps * task.step_samples
+    held_out = math.ceil(settings.samples / task.batch_size) * task.batch_size
+    total = len(ARMS) * trained + (1 + len(ARMS)) * held_out  # of a repeat
+    for number in range(settings.repeats):
+        first, kept = number * trained, settings.repeats * trained + number * held_out
+        with tqdm(total=total, desc=f"repeat {number + 1}", unit="sample", disable=not progress) as bar:
+            yield _repeat(task, settings, number, range(first, first + trained), range(kept, kept + held_out), bar)
+
+
+def _repeat(
+    task: CheckTask, settings: CheckSettings, number: int, training: range, held_out: range, bar: tqdm
+) -> Repeat:
+    restart(task, number)
+    levels, base = _held_out_losses(task, held_out, bar)
+    losses = {"base": base}
+    for arm in ARMS:
+        restart(task, number)
+        with changed_noise(task.model, constant_noise(_TOLD)) if arm == "untold" else nullcontext():
+            _train(task, settings, training, arm, bar)
+            losses[arm] = _held_out_losses(task, held_out, bar)[1]
+    return Repeat(levels, losses)
+
+
+def restart(task: CheckTask, number: int) -> None:
+    """Draws A and the cores anew, a function of the seed and `number`; B is 0 and C = I."""
+    torch.manual_seed(task.args.seed * 1_000_003 + number)
+    for layer in task.model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.reset_lora_parameters(ADAPTER, True)
+    for holder in core_holders(task.model):
+        cores = holder.cores[ADAPTER]
+        cores.load_state_dict(make_cores(task.config, {group: core.rank for group, core in cores.items()}).state_dict())
+
+
+def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str, bar: tqdm) -> None:
+    cores = [holder.cores.requires_grad_(arm != "lora") for holder in core_holders(task.model)]
+    parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(task.model, task.args, task.step_samples)
+    schedule = build_scheduler(optimizer, task.args, settings.steps)
+    bar.set_postfix_str(arm)
+    for group in _chunks(positions, task.step_samples):
+        for chosen in _chunks(group, task.batch_size):
+            loss = task.loss(chosen).loss
+            _check_finite(loss)
+            (loss * len(chosen) / len(group)).backward()
+            bar.update(len(chosen))
+        if task.args.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, task.args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for core in cores:
+        core.requires_grad_(True)
+
+
+@torch.no_grad()
+def _held_out_losses(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tensor, Tensor]:
+    """(λ, losses) (n,)."""
+    steps = []
+    task.model.eval()
+    for chosen in _chunks(positions, task.batch_size):
+        steps.append(task.held_out(chosen))
+        bar.update(len(chosen))
+    task.model.train()
+    losses = torch.cat([step.per_sample for step in steps]).double().cpu()
+    _check_finite(losses)
+    return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
+
+
+def _check_finite(losses: Tensor) -> None:
+    if not losses.isfinite().all():
+        raise ValueError(
+            "the loss is no longer a finite number: lower the learning rate, or use mixed_precision bf16 or no."
+        )
+
+
+def _chunks(positions: range, size: int) -> list[range]:
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
