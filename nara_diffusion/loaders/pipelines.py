@@ -84,6 +84,8 @@ def load_nara_weights(
         proxies=proxies,
         local_files_only=local_files_only,
     )
+    for component in parts.keys() & models.keys():
+        check_not_wrapped(models[component], component, "load_nara_weights")
     name = _checked_name(models, adapter_name, hotswap)
     carrying = parts if set_scheduler else {}
     with naming(pretrained_model_name_or_path_or_dict):
@@ -198,7 +200,6 @@ def _fitting(
                 f"It has a part for '{component}', but this {type(pipe).__name__} has "
                 f"{', '.join(map(repr, models))}: load it into the pipeline that it was trained on."
             )
-        check_not_wrapped(models[component], component, "load_nara_weights")
     if hotswap:
         held = [component for component, model in models.items() if name in adapters_of(model)]
         check_no_part_stays(held, parts, name)
