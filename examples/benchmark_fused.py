@@ -1,4 +1,4 @@
-"""What `nara_diffusion.fused` saves: an adapted linear layer as one autograd function, beside the same from its parts.
+"""What `layers.fused` saves: an adapted linear layer as one autograd function, beside the same from its parts.
 
     python examples/benchmark_fused.py
 
@@ -30,7 +30,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import nara_diffusion.fused as fused
+import nara_diffusion.layers.fused as fused
 from nara_diffusion import NaraConfig, noise_level
 
 Shape = tuple[int, int, int]

@@ -20,7 +20,7 @@ from quality.report.data import read_records
 from quality.report.document import document, read_notes
 from quality.report.markdown import rebased
 
-from nara_diffusion.whole import whole_file
+from nara_diffusion.utils.atomic_write import whole_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = [ROOT / "examples" / "results" / f"{suite}.jsonl" for suite in ("images", "text")]

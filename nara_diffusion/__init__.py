@@ -1,16 +1,17 @@
 """NaRA, noise-aware LoRA, as a PEFT and Diffusers plugin (arXiv 2605.29716)."""
 
 from . import registry
-from .config import NaraConfig
-from .conventions import register_noise_source
-from .denoisers import TimestepNoise, register_denoiser
-from .factors import shared_factors
-from .inspection import core_matrix
-from .model import NaraModel
-from .noise import noise_level, set_noise_source
-from .own_cores import register_core
-from .set_strength import set_strength
-from .strength import StrengthSchedule
+from .cores.custom import register_core
+from .cores.factorization import shared_factors
+from .noise.context import noise_level
+from .noise.denoisers import register_denoiser
+from .noise.sources import register_noise_source, set_noise_source
+from .noise.strength import StrengthSchedule
+from .noise.timesteps import TimestepNoise
+from .tuner.config import NaraConfig
+from .tuner.inspection import core_matrix
+from .tuner.model import NaraModel
+from .tuner.set_strength import set_strength
 
 __version__ = "0.1.0"
 __all__ = [

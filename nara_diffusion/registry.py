@@ -5,12 +5,12 @@ from __future__ import annotations
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from .config import NaraConfig, NaraPeftType
-from .diffusers_methods import extend_diffusers_methods
 from .loaders import load_nara_weights, save_nara_weights, unload_nara_weights
-from .lora_methods import extend_lora_methods
-from .model import NaraModel
-from .peft_methods import extend_peft_methods
+from .loaders.patches import extend_diffusers_methods
+from .tuner.config import NaraConfig, NaraPeftType
+from .tuner.lora_patches import extend_lora_methods
+from .tuner.model import NaraModel
+from .tuner.peft_patches import extend_peft_methods
 
 
 def register() -> None:

@@ -29,7 +29,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import Generation, GenerationStep, encode_prompts, generate, load_backbone, prompt_text
-from nara_diffusion.dllm.evaluation import decode_answer, stop_token_ids
+from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token_ids
 from nara_diffusion.dllm.loss import mask_token_of
 from nara_diffusion.loaders import load_nara_weights, save_nara_weights, unload_nara_weights
 

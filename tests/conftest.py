@@ -31,7 +31,7 @@ def _same_draws_in_every_test() -> None:
 def _small_layers_are_fused() -> Iterator[None]:
     """As the large ones of real models are, in what a fixture computes too: tests have small ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nara_diffusion.fused.MIN_ELEMENTS", 0)
+        patch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
         yield
 
 

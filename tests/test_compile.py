@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level, set_noise_source
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import adapted, disturb, nara_config, relative_error
 from tests.compiled import LEVELS, check_gradients, compiled, gradients, output
 from tests.rounding import rounding_of

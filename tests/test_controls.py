@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from nara_diffusion import core_matrix, noise_level, set_noise_source
-from nara_diffusion.controls import changed_noise, constant_noise, mean_core, reversed_noise, shuffled_noise
 from nara_diffusion.dllm import masked_diffusion_loss
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core, reversed_noise, shuffled_noise
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import TwoLayers, adapted, default_core, relative_error
 
 TARGETS = ["first", "second"]

@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from nara_diffusion import conventions, noise_level, register_noise_source, set_noise_source
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion import noise_level, register_noise_source, set_noise_source
+from nara_diffusion.noise import sources as conventions
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import OneLayer, disturb, nara_config, relative_error
 from tests.rounding import rounding_of
 from tests.small_pipelines import pixels, small_sd

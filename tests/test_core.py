@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.core import Dense
+from nara_diffusion.cores.float32 import Dense
 from tests.adapted import OneLayer, TwoLayers, adapted, core_by_hand, default_core, nara_config, relative_error
 
 LEVELS = torch.tensor([0.0, 0.31, 0.77, 1.0])

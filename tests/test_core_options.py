@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from nara_diffusion.embeddings import rescaled
+from nara_diffusion.cores.embeddings import rescaled
 from tests.adapted import OneLayer, TwoLayers, adapted, core_by_hand, default_core, nara_config, relative_error
 from tests.rounding import rounding_of
 

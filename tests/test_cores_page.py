@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from nara_diffusion import NaraConfig, core_matrix, own_cores
+from nara_diffusion import NaraConfig, core_matrix
+from nara_diffusion.cores import custom as own_cores
 from nara_diffusion.harness import command
-from nara_diffusion.training.methods import _CORE_READERS, CORE_FIELDS
+from nara_diffusion.training.adapters.methods import _CORE_READERS, CORE_FIELDS
 from tests.adapted import TwoLayers
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "cores.md").read_text(encoding="utf-8")

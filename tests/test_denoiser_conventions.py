@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from nara_diffusion import TimestepNoise, noise_level, register_denoiser, set_noise_source
-from nara_diffusion.denoisers import _DENOISERS, denoiser_of
+from nara_diffusion.noise.denoisers import _DENOISERS, denoiser_of
 from tests.adapted import disturb, nara_config
 from tests.adapted_denoisers import TARGETS, UNET, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
 from tests.denoiser_models import DENOISERS, denoiser, inputs_of

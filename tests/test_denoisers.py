@@ -14,7 +14,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.denoisers import _DENOISERS
+from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.adapted import disturb, nara_config, relative_error
 from tests.adapted_denoisers import WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
 from tests.denoiser_models import DENOISERS, denoiser, inputs_of, sample_of, tensor_of

@@ -43,7 +43,7 @@ def test_no_update_matrix_is_ever_made(training):
 
 
 def test_the_norm_at_llada_width_is_exact_to_float32():
-    from nara_diffusion.core import factored_row_norm
+    from nara_diffusion.layers.functional import factored_row_norm
 
     W0, A, K = torch.randn(512, 768) * 0.02, torch.randn(32, 768) * 0.02, torch.randn(4, 512, 32)
     exact = (W0.double() + 0.5 * K.double() @ A.double()).norm(dim=2)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import nara_diffusion.layers as layers
+import nara_diffusion.layers.variants as layers
 from nara_diffusion import noise_level
-from nara_diffusion.core import add_product, add_scaled_product, mix
-from nara_diffusion.fused import TINY_GAIN, can_fuse, fused_linear
+from nara_diffusion.layers.functional import add_product, add_scaled_product, mix
+from nara_diffusion.layers.fused import TINY_GAIN, can_fuse, fused_linear
 from tests.adapted import OneLayer, adapted, relative_error
 
 SHAPES = ((3, 7, 6), (3, 2, 5, 6), (3, 6))
@@ -273,7 +273,7 @@ def test_per_sample_gradients_of_torch_func_are_those_of_each_sample():
 def test_a_layer_is_fused_from_the_least_number_of_elements_on(monkeypatch, use_dora):
     model = one_layer(use_dora=use_dora)
     calls = count_fused_calls(monkeypatch)
-    monkeypatch.setattr("nara_diffusion.fused.MIN_ELEMENTS", 3 * 7 * 10)
+    monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 3 * 7 * 10)
     for length, is_fused in ((6, False), (7, True)):
         gradients_of(model, torch.randn(3, length, 6))
         assert bool(calls) == is_fused

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.knots import KnotsCore
+from nara_diffusion.cores.knots import KnotsCore
 from tests.adapted import TwoLayers, disturb, nara_config, relative_error
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from nara_diffusion.masks import BinsCore, RankMaskCore
+from nara_diffusion.cores.rank_masks import BinsCore, RankMaskCore
 from tests.adapted import OneLayer, TwoLayers, adapted, lora_config, nara_config, relative_error
 
 STEPS = 1000

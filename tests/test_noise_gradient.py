@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import TwoLayers, adapted
 from tests.recomputation import at
 from tests.two_layers import LEVELS, TARGETS, expect

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.controls import changed_noise, constant_noise, mean_core
+from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core
 from tests.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
 from tests.two_layers import LEVELS, TARGETS, expect, run
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nara_diffusion import NaraConfig, samples
-from nara_diffusion.cores import build_core
+from nara_diffusion import NaraConfig
+from nara_diffusion.runtime import batch_rows as samples
+from nara_diffusion.tuner.build_core import build_core
 from tests.adapted import TwoLayers, adapted
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "noise.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level, set_noise_source
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
 from tests.two_layers import TARGETS, expect, run
 

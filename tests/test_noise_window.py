@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 
 
 def test_window_contains_its_lower_end_and_not_its_upper_one() -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from nara_diffusion import NaraConfig, core_matrix, noise_level, own_cores, register_core
-from nara_diffusion.controls import mean_core
+from nara_diffusion import NaraConfig, core_matrix, noise_level, register_core
+from nara_diffusion.cores import custom as own_cores
+from nara_diffusion.noise.ablations import mean_core
 from tests.adapted import OneLayer, TwoLayers, adapted, disturb, nara_config, relative_error
 from tests.core_types import Affine
 from tests.loaders.adapters import predict, trained

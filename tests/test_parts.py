@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from nara_diffusion import noise_level, set_noise_source
-from nara_diffusion.controls import changed_noise, constant_noise, mean_core
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
 from tests.channel_calls import expect_no_core
 from tests.recomputation import check, gradients

@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level, set_noise_source
-from nara_diffusion.controls import mean_core
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.noise.ablations import mean_core
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import TwoLayers, adapted, relative_error
 from tests.two_layers import LEVELS, TARGETS, expect
 

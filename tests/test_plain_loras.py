@@ -13,7 +13,7 @@ from peft.functional import delete_adapter, set_adapter
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.noise import is_noise_aware
+from nara_diffusion.noise.needs import is_noise_aware
 from tests.adapted import TwoLayers, adapted, core_by_hand, disturb, lora_config, nara_config, relative_error
 from tests.three_adapters import LEVELS, TARGETS, three_adapters
 

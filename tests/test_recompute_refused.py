@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level, set_noise_source
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import TwoLayers, adapted, nara_config
 from tests.recomputation import EXACT, LEVELS, REENTRANT, TARGETS, at, check, gradients, llama_forwards, square
 

@@ -9,7 +9,7 @@ from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.noise import is_noise_aware
+from nara_diffusion.noise.needs import is_noise_aware
 from tests.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
 from tests.three_adapters import LEVELS, TARGETS, by_hand, three_adapters
 

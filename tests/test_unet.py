@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.noise import is_noise_aware
+from nara_diffusion.noise.needs import is_noise_aware
 from tests.adapted import disturb, lora_config, nara_config
 
 pytestmark = pytest.mark.filterwarnings(

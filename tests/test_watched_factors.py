@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-import nara_diffusion.layers as layers
+import nara_diffusion.layers.variants as layers
 from nara_diffusion import noise_level
 from tests.adapted import TwoLayers, adapted, default_core, relative_error
 from tests.beside_lora import LEVELS, TARGETS, assert_alike, beside_lora, outcome

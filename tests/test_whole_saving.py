@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from nara_diffusion.whole import whole_files
+from nara_diffusion.utils.atomic_write import whole_files
 from tests.adapted import adapted, nara_config
 from tests.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 

@@ -27,13 +27,14 @@ from typing import Any
 from nara_diffusion.check.run import check_training
 from nara_diffusion.check.text import text_task
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.data import end_token_id
+from nara_diffusion.dllm.data.encoding import end_token_id
+from nara_diffusion.dllm.data.records import load_records
+from nara_diffusion.dllm.evaluation.before_after import compare, measure, validation_losses
+from nara_diffusion.dllm.evaluation.report import results_table, write_run_report
 from nara_diffusion.dllm.masking import check_drawable
-from nara_diffusion.dllm.measurement import compare, measure, validation_losses
-from nara_diffusion.dllm.positions import check_positions
-from nara_diffusion.dllm.records import load_records
-from nara_diffusion.dllm.run_report import results_table, write_run_report
-from nara_diffusion.training.adapter import base_model, build_adapter, recompute_activations
+from nara_diffusion.dllm.models.positions import check_positions
+from nara_diffusion.training.adapters.build import base_model, build_adapter, recompute_activations
+from nara_diffusion.training.adapters.methods import title_of, without_unread
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -43,18 +44,17 @@ from nara_diffusion.training.arguments import (
 )
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.cli import option
-from nara_diffusion.training.command import run_command
 from nara_diffusion.training.engine_state import load_whole, prepare
 from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
-from nara_diffusion.training.memory import explaining_out_of_memory
-from nara_diffusion.training.methods import title_of, without_unread
+from nara_diffusion.training.main import run_command
+from nara_diffusion.training.oom import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
 from nara_diffusion.training.window_arguments import WindowArguments, check_window, window_of
-from nara_diffusion.whole import whole_files
+from nara_diffusion.utils.atomic_write import whole_files
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
 # Arguments that `exact_match` takes under the same name.

@@ -40,11 +40,13 @@ from nara_diffusion.check.run import check_training
 from nara_diffusion.dreambooth import collate_draws
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
+from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
+from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
 from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
-from nara_diffusion.dreambooth.measurement import ValidationLoss, compare, measure
+from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.pipelines import load_pipeline, sampling_twin
-from nara_diffusion.dreambooth.preparation import (
+from nara_diffusion.dreambooth.sdxl import load_pipeline, sampling_twin
+from nara_diffusion.dreambooth.setup import (
     check_settings,
     latent_cache,
     load_class_images,
@@ -59,16 +61,14 @@ from nara_diffusion.dreambooth.preparation import (
     training_data,
     validation_draws,
 )
-from nara_diffusion.dreambooth.run_report import results_table, write_run_report
-from nara_diffusion.dreambooth.step import TrainingStep
 from nara_diffusion.dreambooth.validation import Validation
 from nara_diffusion.loaders.schedulers import scheduler_fields
-from nara_diffusion.training.adapter import adapter_config
+from nara_diffusion.training.adapters.build import adapter_config
+from nara_diffusion.training.adapters.methods import METHODS, title_of, without_unread
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.command import run_command
 from nara_diffusion.training.loop import train
-from nara_diffusion.training.memory import explaining_out_of_memory
-from nara_diffusion.training.methods import METHODS, title_of, without_unread
+from nara_diffusion.training.main import run_command
+from nara_diffusion.training.oom import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish

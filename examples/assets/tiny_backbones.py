@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tiny_checkpoint import save_llada_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
-from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

@@ -13,7 +13,7 @@ from tiny_tokenizer import EOT
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from nara_diffusion.dllm.data import prompt_text
+from nara_diffusion.dllm.data.encoding import prompt_text
 
 MAX_TOKENS = 36
 LONGEST_TAIL = 3  # EOS tokens after the longest answer of a batch, at most

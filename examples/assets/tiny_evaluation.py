@@ -9,9 +9,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nara_diffusion.dllm import masked_diffusion_loss
-from nara_diffusion.dllm.data import encode_records
-from nara_diffusion.dllm.evaluation import exact_match
-from nara_diffusion.dllm.records import normalized
+from nara_diffusion.dllm.data.encoding import encode_records
+from nara_diffusion.dllm.data.records import normalized
+from nara_diffusion.dllm.evaluation.exact_match import exact_match
 
 GEN_LENGTH = 12  # tokens; the longest answer has 9 and its <|eot_id|>
 BATCH = 256  # questions

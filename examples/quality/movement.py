@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.noise import as_signals, core_holders
+from nara_diffusion.noise.signals import as_signals
+from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.training.optimization import CORE_MARK
 
 LEVELS = torch.linspace(0.025, 0.975, 20)

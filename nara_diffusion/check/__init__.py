@@ -1,8 +1,8 @@
 """Whether knowing λ can help an adapter, measured before training; docs/check.md."""
 
-from nara_diffusion.check.run import decide
-from nara_diffusion.check.trial import CheckSettings, CheckTask, Repeat, published, trials
-from nara_diffusion.check.verdict import THRESHOLDS, Thresholds, Verdict, judge
+from .run import decide
+from .trial import CheckSettings, CheckTask, Repeat, published, trials
+from .verdict import THRESHOLDS, Thresholds, Verdict, judge
 
 __all__ = [
     "THRESHOLDS",

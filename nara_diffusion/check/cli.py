@@ -28,12 +28,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from nara_diffusion.check.run import run_check
-from nara_diffusion.check.sources import image_source, text_source
-from nara_diffusion.check.trial import CheckSettings, CheckTask
-from nara_diffusion.check.verdict import THRESHOLDS
 from nara_diffusion.dreambooth.conversion import CONVERSIONS
 from nara_diffusion.training.cli import option, parse_arguments
+
+from .run import run_check
+from .sources import image_source, text_source
+from .trial import CheckSettings, CheckTask
+from .verdict import THRESHOLDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FEWEST_SAMPLES = 20

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nara_diffusion.check.trial import Repeat
-from nara_diffusion.dreambooth.statistics import Interval, interval
+from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
+
+from .trial import Repeat
 
 BINS = 10  # equal parts of λ's [0, 1]
 ROUNDING = 1e-10  # a mean squared error of float32

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nara_diffusion.check.trial import CheckTask, published
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_draws
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_draws
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
-from nara_diffusion.dreambooth.prompts import PromptCache
-from nara_diffusion.dreambooth.step import DreamBoothLoss, TrainingStep
-from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.dreambooth.loss import DreamBoothLoss, TrainingStep
+from nara_diffusion.training.adapters.configs import adapter_config
+
+from .trial import CheckTask, published
 
 
 def image_task(

@@ -10,13 +10,14 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nara_diffusion.check.comparison import ROUNDING, BinLosses, by_bins, mean_losses, relative_difference
-from nara_diffusion.check.trial import Repeat
-from nara_diffusion.check.verdict import Verdict, described
-from nara_diffusion.dreambooth.statistics import Interval
-from nara_diffusion.training.output import write_json
-from nara_diffusion.training.report import format_table
-from nara_diffusion.whole import whole_file
+from nara_diffusion.dreambooth.evaluation.statistics import Interval
+from nara_diffusion.training.model_card import format_table
+from nara_diffusion.training.output_dir import write_json
+from nara_diffusion.utils.atomic_write import whole_file
+
+from .comparison import ROUNDING, BinLosses, by_bins, mean_losses, relative_difference
+from .trial import Repeat
+from .verdict import Verdict, described
 
 _TITLES = {"base": "base", "lora": "LoRA", "untold": "without λ", "nara": "NaRA"}
 

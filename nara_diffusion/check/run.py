@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.check.report import summary, write_report
-from nara_diffusion.check.trial import CheckSettings, CheckTask, Repeat, trials
-from nara_diffusion.check.verdict import THRESHOLDS, UNKNOWN, Verdict, judge
 from nara_diffusion.training.run import Run
+
+from .report import summary, write_report
+from .trial import CheckSettings, CheckTask, Repeat, trials
+from .verdict import THRESHOLDS, UNKNOWN, Verdict, judge
 
 
 def run_check(

@@ -8,21 +8,22 @@ from typing import Any, TypeVar
 
 import torch
 
-from nara_diffusion.check.images import image_task
-from nara_diffusion.check.text import text_task
-from nara_diffusion.check.trial import CheckTask
 from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, records_from_file
-from nara_diffusion.dllm.data import end_token_id
-from nara_diffusion.dllm.positions import check_positions
+from nara_diffusion.dllm.data.encoding import end_token_id
+from nara_diffusion.dllm.models.positions import check_positions
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS
-from nara_diffusion.dreambooth.latents import LatentCache
+from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.pipelines import load_pipeline
-from nara_diffusion.dreambooth.preparation import load_instances, prompt_cache, target_scheduler, training_data
-from nara_diffusion.dreambooth.step import TrainingStep
-from nara_diffusion.training.adapter_configs import ALL_LINEAR
+from nara_diffusion.dreambooth.sdxl import load_pipeline
+from nara_diffusion.dreambooth.setup import load_instances, prompt_cache, target_scheduler, training_data
+from nara_diffusion.training.adapters.configs import ALL_LINEAR
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
+
+from .images import image_task
+from .text import text_task
+from .trial import CheckTask
 
 T = TypeVar("T")
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nara_diffusion.check.trial import CheckTask, published
-from nara_diffusion.dllm.data import AnswerCollator
+from nara_diffusion.dllm.data.encoding import AnswerCollator
 from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_diffusion_loss
-from nara_diffusion.noise import MASKED_SHARE
-from nara_diffusion.training.adapter import add_adapter
-from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.noise.signals import MASKED_SHARE
+from nara_diffusion.training.adapters.build import add_adapter
+from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.stream import ShuffledStream
+
+from .trial import CheckTask, published
 
 
 def text_task(

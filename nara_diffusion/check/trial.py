@@ -23,12 +23,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nara_diffusion.controls import changed_noise, constant_noise
-from nara_diffusion.core_set import make_cores
-from nara_diffusion.noise import core_holders
+from nara_diffusion.noise.ablations import changed_noise, constant_noise
+from nara_diffusion.runtime.modules import core_holders
+from nara_diffusion.training.adapters.methods import effective
 from nara_diffusion.training.loop import StepLoss
-from nara_diffusion.training.methods import effective
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.tuner.core_set import make_cores
 
 ADAPTER = "default"
 ARMS = ("lora", "untold", "nara")

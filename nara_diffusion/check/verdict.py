@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nara_diffusion.check.comparison import mean_losses, relative_difference
-from nara_diffusion.check.trial import ARMS, Repeat
-from nara_diffusion.dreambooth.statistics import Interval
+from nara_diffusion.dreambooth.evaluation.statistics import Interval
+
+from .comparison import mean_losses, relative_difference
+from .trial import ARMS, Repeat
 
 
 @dataclass(frozen=True)

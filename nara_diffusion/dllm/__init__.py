@@ -1,15 +1,22 @@
 """Masked-diffusion language models: backbones, loss, generation, data and evaluation."""
 
-from nara_diffusion.dllm.backbones import load_backbone
-from nara_diffusion.dllm.conditioning import mask_density
-from nara_diffusion.dllm.data import AnswerCollator, EncodedRecords, encode_prompts, encode_records, prompt_text
-from nara_diffusion.dllm.evaluation import ExactMatch, exact_match, noise_level_curve, stop_token_ids
-from nara_diffusion.dllm.generation import Generation, GenerationStep, generate
-from nara_diffusion.dllm.likelihood import log_likelihood
-from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss
-from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
-from nara_diffusion.dllm.records import FieldNames, records_from_file, records_from_hub
-from nara_diffusion.dllm.source import InputIdsNoise, read_noise_from_input_ids
+from nara_diffusion.dllm.data.encoding import (
+    AnswerCollator,
+    EncodedRecords,
+    encode_prompts,
+    encode_records,
+    prompt_text,
+)
+from nara_diffusion.dllm.data.records import FieldNames, records_from_file, records_from_hub
+from nara_diffusion.dllm.evaluation.exact_match import ExactMatch, exact_match, noise_level_curve, stop_token_ids
+from nara_diffusion.dllm.evaluation.likelihood import log_likelihood
+from nara_diffusion.dllm.models.loading import load_backbone
+
+from .loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss
+from .masking import MaskedBatch, mask_answers
+from .noise_conditioning import mask_density
+from .noise_source import InputIdsNoise, read_noise_from_input_ids
+from .sampler import Generation, GenerationStep, generate
 
 __all__ = [
     "AnswerCollator",

@@ -18,13 +18,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nara_diffusion.dllm.base_divergence import base_hidden_states, divergence, divergence_loss
-from nara_diffusion.dllm.conditioning import conditioned
-from nara_diffusion.dllm.heads import cross_entropy_loss, head_of, language_model, losses_in_head, token_cross_entropy
-from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
-from nara_diffusion.dllm.virtual_tokens import of_text
-from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+from nara_diffusion.dllm.evaluation.base_divergence import base_hidden_states, divergence, divergence_loss
+from nara_diffusion.dllm.models.lm_head import (
+    cross_entropy_loss,
+    head_of,
+    language_model,
+    losses_in_head,
+    token_cross_entropy,
+)
+from nara_diffusion.dllm.models.virtual_tokens import of_text
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_base
+
+from .masking import MaskedBatch, mask_answers
+from .noise_conditioning import conditioned
 
 LOGITS = ("masked", "all")
 
@@ -88,7 +95,7 @@ def masked_diffusion_loss(
         mask_token_id: default `model.config.mask_token_id`.
         logits: "masked" computes logits at masked positions, `chunk_size` at a time, and again in backward; "all"
             computes them everywhere at once, as most trainers do. The values are the same. Models whose head can't be
-            reached (`nara_diffusion.dllm.heads.head_of` is None) always take "all".
+            reached (`nara_diffusion.dllm.models.lm_head.head_of` is None) always take "all".
         chunk_size: positions whose logits exist at one time.
 
     Raises:

@@ -19,7 +19,7 @@ Stratified λ: of every `group_size` consecutive indices each takes one of the e
 so t_i alone is still uniform, while the mean over the group varies far less. Set `group_size` to the global batch,
 with its processes and accumulation steps.
 
-A window of noise levels (`nara_diffusion.noise_window`) takes the place of (ε, 1), as far as it lies within, and, where
+A window of noise levels (`nara_diffusion.noise.window`) takes the place of (ε, 1), as far as it lies within, and, where
 the base is held outside, so does the rest of (ε, 1) for a share of the samples.
 
 Complementary masks: every sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so every
@@ -36,8 +36,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from nara_diffusion.draws import stratified_uniform
-from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.utils.random import stratified_uniform
 
 MIN_NOISE_LEVEL = 1e-3
 """ε: the smallest λ that training draws."""

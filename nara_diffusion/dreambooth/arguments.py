@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nara_diffusion.dreambooth.captions import check_prompt
-from nara_diffusion.dreambooth.conversion import CONVERSIONS, check_conversion
-from nara_diffusion.dreambooth.denoiser import UNET_TARGETS
-from nara_diffusion.dreambooth.foreign_flags import FOREIGN_FLAGS
+from nara_diffusion.dreambooth.data.captions import check_prompt
+from nara_diffusion.training.adapters.methods import METHODS, method_of
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -19,8 +17,11 @@ from nara_diffusion.training.arguments import (
     require,
 )
 from nara_diffusion.training.cli import option
-from nara_diffusion.training.methods import METHODS, method_of
 from nara_diffusion.training.window_arguments import WindowArguments, check_window
+
+from .conversion import CONVERSIONS, check_conversion
+from .denoiser import UNET_TARGETS
+from .foreign_flags import FOREIGN_FLAGS
 
 
 @dataclass

@@ -18,12 +18,12 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model, inject_a
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.denoisers import count_timesteps
-from nara_diffusion.dreambooth.prompts import encode_prompts
-from nara_diffusion.loaders.checks import check_storable
-from nara_diffusion.training.adapter import check_adaptable, recompute_activations
-from nara_diffusion.training.methods import CORE_FIELDS
-from nara_diffusion.training.pissa import remember_start
+from nara_diffusion.dreambooth.cache.prompt_embeds import encode_prompts
+from nara_diffusion.loaders.validation import check_storable
+from nara_diffusion.noise.timesteps import count_timesteps
+from nara_diffusion.training.adapters.build import check_adaptable, recompute_activations
+from nara_diffusion.training.adapters.methods import CORE_FIELDS
+from nara_diffusion.training.adapters.pissa import remember_start
 
 ADAPTER = "default"
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

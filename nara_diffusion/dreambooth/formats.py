@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.denoiser import ADAPTER, AdaptedDenoiser
 from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter, load_whole_model
 from nara_diffusion.loaders.schedulers import build_scheduler
 from nara_diffusion.loaders.source import read_adapter
+from nara_diffusion.training.adapters.pissa import as_lora
 from nara_diffusion.training.formats import (
     TRAINABLE,
     read_all_weights,
@@ -38,7 +38,8 @@ from nara_diffusion.training.formats import (
     write_peft_adapter,
     write_trainable,
 )
-from nara_diffusion.training.pissa import as_lora
+
+from .denoiser import ADAPTER, AdaptedDenoiser
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler"

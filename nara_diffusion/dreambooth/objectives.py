@@ -32,7 +32,7 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
-from nara_diffusion.denoisers import TimestepNoise
+from nara_diffusion.noise.timesteps import TimestepNoise
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

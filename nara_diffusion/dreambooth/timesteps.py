@@ -3,9 +3,9 @@
     u ~ U[0, 1),  index = ⌊u · N⌋  into the N noise levels of the schedule, least noise first
     ε ~ N(0, 1) (c, h, w);  with offset noise  ε + κ δ,  δ ~ N(0, 1) (c, 1, 1)
 
-With a window of noise levels, N are those inside of it, or those outside (`nara_diffusion.noise_window`).
-`stratified` spreads the u of a global batch evenly (`nara_diffusion.draws`). The class image of prior preservation has
-its instance's position and another role, so the two meet independent noise.
+With a window of noise levels, N are those inside of it, or those outside (`nara_diffusion.noise.window`).
+`stratified` spreads the u of a global batch evenly (`nara_diffusion.utils.random`). The class image of prior
+preservation has its instance's position and another role, so the two meet independent noise.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nara_diffusion.draws import stratified_uniform
-from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
-from nara_diffusion.noise_window import NoiseWindow
+from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.utils.random import stratified_uniform
+
+from .seeding import numpy_generator, seeded_normal
 
 
 class WindowedSchedule:

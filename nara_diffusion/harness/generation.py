@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.dllm.sampling import Sampling
+from nara_diffusion.dllm.sampler_config import Sampling
 
 SETTINGS = ("gen_length", "steps", "block_length", "temperature", "cfg_scale", "remasking", "confidence_threshold")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first wins

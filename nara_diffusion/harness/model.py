@@ -21,11 +21,12 @@ from lm_eval.api.model import LM
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm import generate, log_likelihood, stop_token_ids
-from nara_diffusion.dllm.positions import position_limit
-from nara_diffusion.harness.generation import SETTINGS, HowToAnswer, contradiction, cut, read_gen_kwargs
-from nara_diffusion.harness.loading import load_model
-from nara_diffusion.harness.processes import Processes
-from nara_diffusion.harness.prompts import ALPACA, encode, encode_pair, shortened, templated
+from nara_diffusion.dllm.models.positions import position_limit
+
+from .generation import SETTINGS, HowToAnswer, contradiction, cut, read_gen_kwargs
+from .loading import load_model
+from .processes import Processes
+from .prompts import ALPACA, encode, encode_pair, shortened, templated
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.harness.launching import check_processes, values_of
-from nara_diffusion.training.methods import METHODS as ADAPTERS
+from nara_diffusion.training.adapters.methods import METHODS as ADAPTERS
+
+from .launching import check_processes, values_of
 
 _ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
 BASE = "base"

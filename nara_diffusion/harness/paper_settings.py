@@ -21,9 +21,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.harness.launching import values_of
-from nara_diffusion.harness.paper import BASE, EVALUATION, METHODS, TRAINING, Plan, Run, settings_of
-from nara_diffusion.harness.shared import write_shared
+from .launching import values_of
+from .paper import BASE, EVALUATION, METHODS, TRAINING, Plan, Run, settings_of
+from .shared import write_shared
 
 FILE = "settings.json"
 OF_THE_MODEL = ("pretrained_model_name_or_path", "revision")

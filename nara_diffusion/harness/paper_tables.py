@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from nara_diffusion.dreambooth.statistics import interval
-from nara_diffusion.harness.paper import BASE, DOMAINS, MATH, Plan, Run
-from nara_diffusion.harness.paper_settings import recorded, separated
-from nara_diffusion.training.methods import METHODS as TITLES
+from nara_diffusion.dreambooth.evaluation.statistics import interval
+from nara_diffusion.training.adapters.methods import METHODS as TITLES
+
+from .paper import BASE, DOMAINS, MATH, Plan, Run
+from .paper_settings import recorded, separated
 
 REFERENCE = "lora"
 MEAN = "Average"

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather
 
-from nara_diffusion.harness.loading import default_device
+from .loading import default_device
 
 
 class Processes:

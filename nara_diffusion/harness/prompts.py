@@ -1,4 +1,4 @@
-"""Texts as token ids, in the way that training encodes them (`nara_diffusion.dllm.data`)."""
+"""Texts as token ids, in the way that training encodes them (`nara_diffusion.dllm.data.encoding`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm.data import prompt_text
+from nara_diffusion.dllm.data.encoding import prompt_text
 
 ALPACA = "alpaca"  # what lm-eval is told is the template of a tokenizer that has none
 

@@ -5,6 +5,6 @@ model after any load with its file; `pipelines` has the three methods.
 """
 
 from .format import WEIGHTS_NAME
-from .pipelines import load_nara_weights, save_nara_weights, unload_nara_weights
+from .weights import load_nara_weights, save_nara_weights, unload_nara_weights
 
 __all__ = ["WEIGHTS_NAME", "load_nara_weights", "save_nara_weights", "unload_nara_weights"]

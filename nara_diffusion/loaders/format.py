@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nara_diffusion.checkpoint import with_current_names
-from nara_diffusion.config import NaraConfig
-from nara_diffusion.config_files import config_from_fields, config_to_fields, parse_json, refuse_repeated_keys
-from nara_diffusion.holder import HOLDER_NAME
+from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.tuner.config_files import config_from_fields, config_to_fields, parse_json, refuse_repeated_keys
+from nara_diffusion.tuner.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.state_dict import with_current_names
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
 METADATA_KEY = "nara_adapter_metadata"

@@ -16,18 +16,18 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
-from nara_diffusion.config import NaraConfig
-from nara_diffusion.core_set import layer_names
-from nara_diffusion.cores import build_core, is_block_of_larger
-from nara_diffusion.holder import HOLDER_NAME, CoreHolder
-from nara_diffusion.own_cores import OwnCore, rebuild_own_core
-from nara_diffusion.signals import with_convention
-from nara_diffusion.strength_layers import check_strength, default_strengths, give_strength, has_strength
+from nara_diffusion.cores.custom import OwnCore, rebuild_own_core
+from nara_diffusion.tuner.build_core import build_core, is_block_of_larger
+from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.core_set import layer_names
+from nara_diffusion.tuner.noise_convention import with_convention
+from nara_diffusion.tuner.strength_layers import check_strength, default_strengths, give_strength, has_strength
 
-from .adapters import adapters_of, nara_adapters_of, part_of
-from .checks import by_pattern, check_part, expected_tensors, rank_of
 from .completeness import check_loaded
 from .format import AdapterPart
+from .insertion import adapters_of, nara_adapters_of, part_of
+from .validation import by_pattern, check_part, expected_tensors, rank_of
 
 REQUEST = "_prepare_lora_hotswap_kwargs"
 """What `enable_lora_hotswap` leaves on a model for its next load."""

@@ -16,13 +16,13 @@ import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from nara_diffusion.denoisers import count_timesteps
-from nara_diffusion.holder import HOLDER_NAME, CoreHolder
-from nara_diffusion.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
+from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
+from nara_diffusion.noise.timesteps import count_timesteps
+from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
 
-from .adapters import adapters_of
 from .format import AdapterPart
-from .wrapped import unwrapped
+from .guards import unwrapped
+from .insertion import adapters_of
 
 logger = logging.getLogger(__name__)
 

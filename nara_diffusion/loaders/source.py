@@ -20,8 +20,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nara_diffusion.checkpoint import with_current_names
-from nara_diffusion.config_files import config_from_fields, is_naras, read_config_file
+from nara_diffusion.tuner.config_files import config_from_fields, is_naras, read_config_file
+from nara_diffusion.tuner.state_dict import with_current_names
 
 from .format import WEIGHTS_NAME, AdapterPart, unpack
 

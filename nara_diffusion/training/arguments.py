@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.own_cores import check_core_type
-from nara_diffusion.training.cli import option
-from nara_diffusion.training.core_module import import_core_module
-from nara_diffusion.training.foreign_names import OTHER_NAMES
-from nara_diffusion.training.methods import METHODS, check_flags, check_method, effective
+from nara_diffusion.cores.custom import check_core_type
+from nara_diffusion.training.adapters.custom_core import import_core_module
+from nara_diffusion.training.adapters.methods import METHODS, check_flags, check_method, effective
+
+from .cli import option
+from .foreign_names import OTHER_NAMES
 
 
 def core_option(name: str, unit: str = "", more: str = "") -> Any:

@@ -28,11 +28,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from nara_diffusion.training.arguments import config_differences, content_differences
-from nara_diffusion.training.engine_state import save_state, trained_state
-from nara_diffusion.training.formats import AdapterWriter, write_adapter, write_checkpoint
-from nara_diffusion.training.output import write_json
-from nara_diffusion.whole import delete_folder, partial_name, put_in_place, whole_folder
+from nara_diffusion.utils.atomic_write import delete_folder, partial_name, put_in_place, whole_folder
+
+from .arguments import config_differences, content_differences
+from .engine_state import save_state, trained_state
+from .formats import AdapterWriter, write_adapter, write_checkpoint
+from .output_dir import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from nara_diffusion.training.output import CLAIM, check_output_dir, create_output_dir
+from .output_dir import CLAIM, check_output_dir, create_output_dir
 
 
 class FolderClaim:

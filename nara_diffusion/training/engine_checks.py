@@ -8,8 +8,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from nara_diffusion.training.engine_state import zero_stage
-from nara_diffusion.training.methods import METHODS
+from nara_diffusion.training.adapters.methods import METHODS
+
+from .engine_state import zero_stage
 
 _ASKED = {
     DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),

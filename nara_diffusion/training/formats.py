@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nara_diffusion.loaders.completeness import check_loaded, load_whole_model
-from nara_diffusion.training.adalora import adalora_models, allocator_state, load_allocator_state
-from nara_diffusion.training.pissa import as_lora, changes_base
+from nara_diffusion.training.adapters.adalora import adalora_models, allocator_state, load_allocator_state
+from nara_diffusion.training.adapters.pissa import as_lora, changes_base
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINABLE = "trainable.safetensors"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from nara_diffusion.training.output import CLAIM
+from .output_dir import CLAIM
 
 
 def create_hub_repo(name: str) -> str:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nara_diffusion.training.adalora import adalora_models, allocate_ranks, orthogonality
-from nara_diffusion.training.base_hold import SplitLosses
-from nara_diffusion.training.checkpoints import newest_checkpoint, save_checkpoint
-from nara_diffusion.training.interrupt import InterruptRequest
-from nara_diffusion.training.metrics import LossWindow, stacked
-from nara_diffusion.training.optimization import hold_core
-from nara_diffusion.training.run import Run
+from nara_diffusion.training.adapters.adalora import adalora_models, allocate_ranks, orthogonality
+
+from .base_hold import SplitLosses
+from .checkpoints import newest_checkpoint, save_checkpoint
+from .interrupt import InterruptRequest
+from .metrics import LossWindow, stacked
+from .optimization import hold_core
+from .run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from nara_diffusion.own_cores import BUILT_IN
-from nara_diffusion.training.methods import effective, method_of
+from nara_diffusion.cores.custom import BUILT_IN
+from nara_diffusion.training.adapters.methods import effective, method_of
 
 CORE_MARK = "nara_core."
 TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with

@@ -9,15 +9,16 @@ from typing import Any
 
 import yaml
 
-from nara_diffusion.cores import needs_noise
-from nara_diffusion.own_cores import BUILT_IN
-from nara_diffusion.training.adapter_configs import adapter_config
-from nara_diffusion.training.core_module import module_name
-from nara_diffusion.training.hub import push_to_hub
-from nara_diffusion.training.methods import METHODS, Method, effective, kind_of, method_of, title_of
-from nara_diffusion.training.output import write_json
-from nara_diffusion.training.report import write_model_card
-from nara_diffusion.training.run import Run
+from nara_diffusion.cores.custom import BUILT_IN
+from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.adapters.custom_core import module_name
+from nara_diffusion.training.adapters.methods import METHODS, Method, effective, kind_of, method_of, title_of
+from nara_diffusion.tuner.build_core import needs_noise
+
+from .hub import push_to_hub
+from .model_card import write_model_card
+from .output_dir import write_json
+from .run import Run
 
 _WHAT_IT_IS = {
     "nara": "A noise-aware low-rank adapter",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from nara_diffusion.training.interrupt import leave_signals_to_main_process
+from .interrupt import leave_signals_to_main_process
 
 
 class ShuffledStream(Dataset):

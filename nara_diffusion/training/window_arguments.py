@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.noise_window import NoiseWindow
-from nara_diffusion.training.adapter_configs import adapter_config
-from nara_diffusion.training.arguments import require
-from nara_diffusion.training.cli import option
-from nara_diffusion.training.methods import METHODS, method_of
-from nara_diffusion.training.pissa import takes_start_from_base
+from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.adapters.methods import METHODS, method_of
+from nara_diffusion.training.adapters.pissa import takes_start_from_base
+
+from .arguments import require
+from .cli import option
 
 
 @dataclass

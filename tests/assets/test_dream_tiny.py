@@ -12,7 +12,7 @@ from make_llada_tiny import Arguments, main
 from tiny_evaluation import exact_match_by_family
 
 from nara_diffusion.dllm import generate, load_backbone
-from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
 
 MODEL = Path(__file__).parents[2] / "examples" / "assets" / "dream-tiny"
 

@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from nara_diffusion import own_cores
+from nara_diffusion.cores import custom as own_cores
 from tests.adapted import disturb, nara_config
 from tests.core_types import TYPES, Affine
 from tests.diffusers.reference import UNET_TARGETS

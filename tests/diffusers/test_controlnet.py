@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor
 
 from nara_diffusion import register_denoiser
-from nara_diffusion.denoisers import _DENOISERS
+from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.adapted import disturb, nara_config, relative_error
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
 from tests.rounding import rounding_of

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from nara_diffusion.denoisers import _DENOISERS
+from nara_diffusion.noise.denoisers import _DENOISERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")

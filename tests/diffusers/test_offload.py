@@ -17,7 +17,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.offload import beside_inputs
+from nara_diffusion.runtime.offloading import beside_inputs
 from tests.adapted import disturb, nara_config, relative_error
 from tests.core_types import TYPES
 from tests.diffusers.reference import UNET_TARGETS

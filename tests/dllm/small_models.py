@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
 
 from .conftest import disturb
 

@@ -33,7 +33,7 @@ from transformers import (
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import load_backbone
-from nara_diffusion.dllm.shifted import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.shifted_logits import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
 from tests.adapted import relative_error
 from tests.rounding import rounding_of
 

@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, noise_level, set_noise_source
 from nara_diffusion.dllm import InputIdsNoise, generate, log_likelihood, masked_diffusion_loss, noise_level_curve
-from nara_diffusion.dllm.conditioning import conditioned
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.dllm.noise_conditioning import conditioned
+from nara_diffusion.noise.signals import NoiseSignals
 
 from .conftest import disturb
 
@@ -115,7 +115,7 @@ def test_a_source_that_was_set_has_named_the_convention(tiny_llama: LlamaForCaus
 
 
 def test_refusing_and_adopting_take_no_walk_over_the_model_of_their_own(monkeypatch, adapted_llama: PeftModel) -> None:
-    import nara_diffusion.noise as noise
+    import nara_diffusion.runtime.modules as modules
 
     walks = []
 
@@ -123,8 +123,8 @@ def test_refusing_and_adopting_take_no_walk_over_the_model_of_their_own(monkeypa
         walks.append(model)
         return found(model)
 
-    found = noise._holders_by_root
-    monkeypatch.setattr(noise, "_holders_by_root", counted)
+    found = modules._holders_by_root
+    monkeypatch.setattr(modules, "_holders_by_root", counted)
     masked = torch.ones(2, 9, dtype=torch.bool)
     with conditioned(adapted_llama, torch.tensor([0.2, 0.7]), masked=masked, answer=masked):
         pass

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, mask_answers, prompt_text
-from nara_diffusion.dllm.records import normalized
+from nara_diffusion.dllm.data.records import normalized
 
 from .llada_reference import save_tokenizer
 from .word_tokenizers import count_texts
@@ -161,12 +161,12 @@ def test_encode_records_with_a_max_length_that_cuts_warns_before_all_are_tokenis
     told: list[tuple[str, int]] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append((record.getMessage(), sum(seen)))
-    logging.getLogger("nara_diffusion.dllm.data").addHandler(handler)
+    logging.getLogger("nara_diffusion.dllm.data.encoding").addHandler(handler)
     try:
         # prompt: 4 tokens; answer and its two ends: 8
         encoded = encode_records(many(5_000, "w7 w8 w9 w10 w11 w12"), tokenizer, max_length=6)
     finally:
-        logging.getLogger("nara_diffusion.dllm.data").removeHandler(handler)
+        logging.getLogger("nara_diffusion.dllm.data.encoding").removeHandler(handler)
     (first, texts), (last, _) = told
     assert first.startswith("a sample of 1000 of 5000 records: 1000 kept, 1000 of them cut, 0 dropped; ")
     assert first.endswith("max_length 6 holds 25 % of their answers' tokens; 9 of 10 records have 12 tokens or fewer")

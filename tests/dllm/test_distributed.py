@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import AnswerCollator, generate, masked_diffusion_loss
-from nara_diffusion.noise_window import NoiseWindow
+from nara_diffusion.noise.window import NoiseWindow
 
 from .conftest import enable_checkpointing
 

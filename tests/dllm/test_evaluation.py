@@ -24,10 +24,10 @@ from nara_diffusion.dllm import (
     mask_answers,
     noise_level_curve,
 )
-from nara_diffusion.dllm.answers import rule_of
-from nara_diffusion.dllm.evaluation import stop_token_ids
-from nara_diffusion.dllm.likelihood import stratified_masks
-from nara_diffusion.dllm.records import normalized
+from nara_diffusion.dllm.data.records import normalized
+from nara_diffusion.dllm.evaluation.answers import rule_of
+from nara_diffusion.dllm.evaluation.exact_match import stop_token_ids
+from nara_diffusion.dllm.evaluation.likelihood import stratified_masks
 
 from .llada_reference import save_tokenizer
 
@@ -176,7 +176,7 @@ def test_a_set_has_as_many_choices_as_its_answers_name_and_those_of_llm_adapters
 def say(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
     """The answers are these, one after the other."""
     left = iter(texts)
-    monkeypatch.setattr("nara_diffusion.dllm.evaluation.decode_answer", lambda *_: next(left))
+    monkeypatch.setattr("nara_diffusion.dllm.evaluation.exact_match.decode_answer", lambda *_: next(left))
 
 
 def test_exact_match_goes_by_its_rule(tiny_llama: LlamaForCausalLM, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import GenerationStep, generate
-from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
 
 from .generation_reference import reference_generate
 

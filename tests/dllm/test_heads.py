@@ -15,7 +15,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nara_diffusion.dllm import generate, mask_answers, masked_cross_entropy, masked_diffusion_loss
-from nara_diffusion.dllm.heads import head_of
+from nara_diffusion.dllm.models.lm_head import head_of
 
 from .small_models import BATCH, INPUT_IDS, MASK, PROMPT_LENGTHS, gradients, make
 

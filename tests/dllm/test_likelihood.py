@@ -12,7 +12,7 @@ from torch import nn
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import log_likelihood
-from nara_diffusion.dllm.likelihood import all_masks
+from nara_diffusion.dllm.evaluation.likelihood import all_masks
 
 MASK = 49
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.llada_format import KEY_MAPPING, checkpoint_name, llama_config
+from nara_diffusion.dllm.models.llada_conversion import KEY_MAPPING, checkpoint_name, llama_config
 
 from .checkpoints import INPUT_IDS, REAL, logits_of
 from .llada_reference import CONFIG, random_tensors, reference_logits, save_checkpoint

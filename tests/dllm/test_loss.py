@@ -10,7 +10,7 @@ from torch import nn
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import mask_answers, mask_density, masked_diffusion_loss
-from nara_diffusion.dllm.heads import head_of
+from nara_diffusion.dllm.models.lm_head import head_of
 
 from .conftest import disturb, enable_checkpointing
 from .small_models import ATTENTION_MASK, BATCH, INPUT_IDS, MASK, MODELS, PROMPT_LENGTHS, close, gradients, llama, make

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nara_diffusion.dllm.conditioning import mask_density
 from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, answer_positions, draw_noise_levels, mask_answers
+from nara_diffusion.dllm.noise_conditioning import mask_density
 
 MASK = 99
 

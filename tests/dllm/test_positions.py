@@ -21,7 +21,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from nara_diffusion.dllm.positions import check_positions, position_limit
+from nara_diffusion.dllm.models.positions import check_positions, position_limit
 
 SIZES = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
 TABLES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nara_diffusion.dllm import FieldNames, records_from_file, records_from_hub
-from nara_diffusion.dllm.records import normalized
+from nara_diffusion.dllm.data.records import normalized
 
 RECORDS = [
     {"instruction": "What is 2 + 3?", "input": "", "output": "2 + 3 = 5.", "answer": "5"},

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from nara_diffusion.dllm import encode_records
-from nara_diffusion.dllm.records import normalized
+from nara_diffusion.dllm.data.records import normalized
 
 from .word_tokenizers import count_texts, word_tokenizer
 

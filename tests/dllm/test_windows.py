@@ -14,7 +14,7 @@ from torch import nn
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import mask_answers, masked_diffusion_loss
 from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, check_drawable, draw_noise_levels
-from nara_diffusion.noise_window import NoiseWindow
+from nara_diffusion.noise.window import NoiseWindow
 
 from .conftest import disturb, enable_checkpointing
 from .small_models import ATTENTION_MASK, BATCH, INPUT_IDS, MASK, PROMPT_LENGTHS, close, dream, gradients, llama

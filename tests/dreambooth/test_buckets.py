@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nara_diffusion.dreambooth.buckets import make_buckets, nearest_bucket, parse_buckets
+from nara_diffusion.dreambooth.data.buckets import make_buckets, nearest_bucket, parse_buckets
 
 
 @pytest.mark.parametrize(("resolution", "divisor", "max_ratio"), [(1024, 64, 2.0), (64, 8, 2.0), (512, 32, 3.0)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nara_diffusion.dreambooth.cache import TensorCache, fingerprint
+from nara_diffusion.dreambooth.cache.tensor_cache import TensorCache, fingerprint
 
 
 class Source:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.dreambooth.captions import captions_for, check_prompt
+from nara_diffusion.dreambooth.data.captions import captions_for, check_prompt
 
 PROMPT = "a photo of sks toy"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nara_diffusion.dreambooth.class_images import generate_class_images, missing_class_images
-from nara_diffusion.dreambooth.records import class_records
+from nara_diffusion.dreambooth.data.class_images import generate_class_images, missing_class_images
+from nara_diffusion.dreambooth.data.records import class_records
 from tests.patience import LAST_RESORT, all_at_once
 from tests.small_pipelines import small_sdxl
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nara_diffusion.dreambooth.crops import Crop, center_crop, crop_image, random_crop, scaled_size, to_pixels
+from nara_diffusion.dreambooth.data.crops import Crop, center_crop, crop_image, random_crop, scaled_size, to_pixels
 
 from .pictures import gradient, noise
 

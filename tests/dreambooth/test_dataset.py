@@ -9,11 +9,11 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 
-from nara_diffusion.dreambooth.buckets import make_buckets
-from nara_diffusion.dreambooth.crops import crop_image, to_pixels
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_draws
-from nara_diffusion.dreambooth.images import ImageError
-from nara_diffusion.dreambooth.records import ImageRecord, class_records, records_from_folder
+from nara_diffusion.dreambooth.data.buckets import make_buckets
+from nara_diffusion.dreambooth.data.crops import crop_image, to_pixels
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_draws
+from nara_diffusion.dreambooth.data.images import ImageError
+from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.training.stream import stream_loader
 
 from .pictures import folder_of, noise

@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from nara_diffusion import NaraConfig, own_cores
+from nara_diffusion import NaraConfig
+from nara_diffusion.cores import custom as own_cores
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.denoiser import TEXT_TARGETS, AdaptedDenoiser, text_config
-from nara_diffusion.training.adapter_configs import adapter_config
-from nara_diffusion.training.methods import CORE_FIELDS, METHODS
+from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.adapters.methods import CORE_FIELDS, METHODS
 from tests.small_pipelines import small_sdxl
 
 IMAGE_METHODS = [name for name, method in METHODS.items() if method.family != "prompt"]

@@ -11,12 +11,12 @@ from statistics import fmean
 
 import pytest
 
-from nara_diffusion.dreambooth.encoders import Encoder
-from nara_diffusion.dreambooth.evaluation import PromptSource, evaluate, table
-from nara_diffusion.dreambooth.images import load_image
-from nara_diffusion.dreambooth.metrics import ImageSimilarity, TextAlignment
-from nara_diffusion.dreambooth.metrics_command import MetricsArguments, main, measure
-from nara_diffusion.dreambooth.statistics import interval
+from nara_diffusion.dreambooth.data.images import load_image
+from nara_diffusion.dreambooth.evaluation.cli import MetricsArguments, main, measure
+from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity, TextAlignment
+from nara_diffusion.dreambooth.evaluation.statistics import interval
+from nara_diffusion.dreambooth.evaluation.subject_fidelity import PromptSource, evaluate, table
 
 from .small_encoders import random_images, save_clip, save_dino
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nara_diffusion.dreambooth.grid import CELL, GAP, MARGIN, draw_grid, write_grid
+from nara_diffusion.dreambooth.evaluation.grid import CELL, GAP, MARGIN, draw_grid, write_grid
 
 
 def plain(colour: tuple[int, int, int], size: tuple[int, int] = (32, 32)) -> Image.Image:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nara_diffusion.dreambooth.images import MAX_PIXELS, ImageError, decode_image, image_files, load_image
+from nara_diffusion.dreambooth.data.images import MAX_PIXELS, ImageError, decode_image, image_files, load_image
 
 from .pictures import gradient, noise
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_draws
-from nara_diffusion.dreambooth.latents import LatentCache, scale_latents
-from nara_diffusion.dreambooth.records import records_from_folder
+from nara_diffusion.dreambooth.cache.latents import LatentCache, scale_latents
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_draws
+from nara_diffusion.dreambooth.data.records import records_from_folder
 from nara_diffusion.dreambooth.seeding import torch_generator
 from nara_diffusion.training.stream import stream_loader
 

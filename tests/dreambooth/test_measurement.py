@@ -15,10 +15,16 @@ from PIL import Image
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
+from nara_diffusion.dreambooth.evaluation.before_after import (
+    Judge,
+    Measurement,
+    ValidationLoss,
+    compare,
+    validation_losses,
+)
+from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings, sample_images, write_images
 from nara_diffusion.dreambooth.formats import adapter_loaded
-from nara_diffusion.dreambooth.measurement import Judge, Measurement, ValidationLoss, compare, validation_losses
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images, write_images
 from nara_diffusion.dreambooth.timesteps import draw_noise
 from tests.small_pipelines import small_sdxl
 
@@ -119,7 +125,7 @@ def test_a_judge_without_encoders_measures_nothing() -> None:
 def test_a_judge_leaves_the_identifier_out(monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(
-        "nara_diffusion.dreambooth.measurement.TextAlignment",
+        "nara_diffusion.dreambooth.evaluation.before_after.TextAlignment",
         lambda encoder: SimpleNamespace(alignment=lambda images, prompts: asked.extend(prompts) or 0.5),
     )
     texts: Any = object()

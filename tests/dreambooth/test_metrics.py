@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModel, BertConfig, BertModel, CLIPProcessor
 
-from nara_diffusion.dreambooth.encoders import Encoder
-from nara_diffusion.dreambooth.metrics import ImageSimilarity, TextAlignment, without_words
+from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity, TextAlignment, without_words
 
 from .small_encoders import (
     TEXT_LENGTH,

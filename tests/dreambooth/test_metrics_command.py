@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from nara_diffusion.dreambooth import metrics_command
-from nara_diffusion.dreambooth.run_report import write_run_report
+from nara_diffusion.dreambooth.evaluation import cli as metrics_command
+from nara_diffusion.dreambooth.evaluation.report import write_run_report
 
 
 def test_the_help_names_a_folder_that_a_training_writes() -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from nara_diffusion.dreambooth.order import BucketedOrder
+from nara_diffusion.dreambooth.data.batch_sampler import BucketedOrder
 from nara_diffusion.training.stream import ShuffledStream
 
 BUCKETS = ["wide", "tall", "wide", "square", "wide", "tall", "wide"]

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.pipelines import load_pipeline, twin
+from nara_diffusion.dreambooth.sdxl import load_pipeline, twin
 from tests.small_pipelines import pixels, small_sd, small_sdxl
 
 CONFIG = NaraConfig(r=2, target_modules=["to_q"], core_hidden_dims=(4, 4), noise_convention="timestep")

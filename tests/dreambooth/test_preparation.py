@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.dreambooth.preparation import load_instances, prompt_cache, training_data
-from nara_diffusion.dreambooth.records import class_records
+from nara_diffusion.dreambooth.data.records import class_records
+from nara_diffusion.dreambooth.setup import load_instances, prompt_cache, training_data
 from tests.small_pipelines import small_sdxl
 from tests.train_scripts.dreambooth_runs import tiny_arguments, write_pictures
 

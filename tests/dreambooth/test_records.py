@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nara_diffusion.dreambooth.records import class_records, records_from_dataset, records_from_folder
+from nara_diffusion.dreambooth.data.records import class_records, records_from_dataset, records_from_folder
 
 from .pictures import folder_of, noise
 

@@ -8,14 +8,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from nara_diffusion import NaraConfig, TimestepNoise
+from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
-from nara_diffusion.dreambooth.latents import LatentCache
+from nara_diffusion.dreambooth.loss import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.objectives import Objective, build_objective
-from nara_diffusion.dreambooth.prompts import PromptCache
-from nara_diffusion.dreambooth.step import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.timesteps import draw_indices
 from nara_diffusion.loaders.schedulers import scheduler_fields
-from nara_diffusion.noise_window import EVERYTHING
+from nara_diffusion.noise.window import EVERYTHING
 from tests.adapted_denoisers import told
 from tests.dreambooth.test_step import CONFIG, batch_of
 from tests.small_pipelines import pixels, small_sdxl

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nara_diffusion.dreambooth.statistics import interval, student_t
+from nara_diffusion.dreambooth.evaluation.statistics import interval, student_t
 
 
 # Abramowitz & Stegun, table 26.10, columns A = 0.90, 0.95 and 0.99

@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_draws, records_from_folder
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, predict, tokenizers_of
+from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.step import TrainingStep
 from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
 from tests.small_pipelines import small_sdxl
 
@@ -56,7 +56,7 @@ def seen() -> list[torch.Tensor]:
 @pytest.fixture
 def watched(monkeypatch, seen) -> None:
     """Notes every λ that a core is asked for."""
-    from nara_diffusion.core import HypernetworkCore
+    from nara_diffusion.cores.hypernetwork import HypernetworkCore
 
     forward = HypernetworkCore.forward
 

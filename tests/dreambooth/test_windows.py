@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import LatentCache, PromptCache
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
+from nara_diffusion.dreambooth.loss import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.step import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
-from nara_diffusion.noise_window import NoiseWindow
+from nara_diffusion.noise.window import NoiseWindow
 from tests.small_pipelines import small_sdxl
 
 from .test_step import CONFIG, batch_of

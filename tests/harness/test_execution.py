@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.harness import execution
-from nara_diffusion.harness.execution import Limits, Outcome, run_program
+from nara_diffusion.harness.tasks import execution
+from nara_diffusion.harness.tasks.execution import Limits, Outcome, run_program
 from tests.patience import LAST_RESORT, wait_until
 
 SMALL = Limits(seconds=LAST_RESORT, memory=2**30, file_size=2**16)

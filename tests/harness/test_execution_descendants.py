@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.harness import execution
-from nara_diffusion.harness.execution import Limits, run_program
+from nara_diffusion.harness.tasks import execution
+from nara_diffusion.harness.tasks.execution import Limits, run_program
 from tests.patience import LAST_RESORT, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs a subreaper and /proc")

@@ -11,11 +11,11 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from nara_diffusion.dllm.answers import rule_of
-from nara_diffusion.harness.code_tasks import code_of, humaneval_program
+from nara_diffusion.dllm.evaluation.answers import rule_of
 from nara_diffusion.harness.command import TASKS
 from nara_diffusion.harness.generation import read_gen_kwargs
-from nara_diffusion.harness.llm_adapters import load, score_choice, score_letter, score_number
+from nara_diffusion.harness.tasks.code import code_of, humaneval_program
+from nara_diffusion.harness.tasks.llm_adapters import load, score_choice, score_letter, score_number
 
 SETS = {
     "AddSub": ("llm_adapters_addsub", [("1 + 1.5?", 2.5, "The answer is 2.5"), ("1 + 1?", "2.0", "3")]),
@@ -169,8 +169,8 @@ def test_a_set_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     source = tmp_path / "web" / "AddSub"
     source.mkdir(parents=True)
     (source / "test.json").write_text(json.dumps([{"instruction": "x", "answer": "1"}]))
-    monkeypatch.setattr("nara_diffusion.harness.llm_adapters.SOURCE", (tmp_path / "web").as_uri())
-    monkeypatch.setattr("nara_diffusion.harness.llm_adapters.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("nara_diffusion.harness.tasks.llm_adapters.SOURCE", (tmp_path / "web").as_uri())
+    monkeypatch.setattr("nara_diffusion.harness.tasks.llm_adapters.CACHE", tmp_path / "cache")
     assert len(load("AddSub")["test"]) == 1
     (source / "test.json").unlink()
     assert len(load("AddSub")["test"]) == 1

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.harness.loading import load_model
-from nara_diffusion.loaders import adapters
+from nara_diffusion.loaders import insertion as adapters
 from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter
 from nara_diffusion.training.formats import load_checkpoint
 from tests.adapted import disturb

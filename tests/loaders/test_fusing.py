@@ -15,7 +15,7 @@ from .adapters import predict, save_lora, trained
 
 # PEFT says so of a second adapter
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
-LOGGER = "nara_diffusion.diffusers_methods"
+LOGGER = "nara_diffusion.loaders.patches"
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nara_diffusion import TimestepNoise, own_cores, register_core, set_noise_source
-from nara_diffusion.noise import find_holders
+from nara_diffusion import TimestepNoise, register_core, set_noise_source
+from nara_diffusion.cores import custom as own_cores
+from nara_diffusion.runtime.modules import find_holders
 from tests.loaders.adapters import FILE, State, predict, save_lora, trained
 from tests.small_pipelines import pixels, small_sdxl
 

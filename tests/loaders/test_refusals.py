@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig, set_noise_source
-from nara_diffusion.denoisers import TimestepNoise
-from nara_diffusion.loaders import adapters as loader_adapters
+from nara_diffusion.loaders import insertion as loader_adapters
+from nara_diffusion.noise.timesteps import TimestepNoise
 from tests.loaders.adapters import FILE, State, trained
 from tests.small_pipelines import pixels, small_sd, small_sdxl
 

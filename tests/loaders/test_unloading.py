@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from nara_diffusion.noise import find_holders
+from nara_diffusion.runtime.modules import find_holders
 from tests.adapted import nara_config
 from tests.loaders.adapters import State, alone
 from tests.small_pipelines import pixels, small_sdxl

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nara_diffusion.dllm import encode_prompts, generate, prompt_text
-from nara_diffusion.dllm.evaluation import stop_token_ids
+from nara_diffusion.dllm.evaluation.exact_match import stop_token_ids
 from pipelines.llada import LLaDAPipeline
 
 ROOT = Path(__file__).parents[2]

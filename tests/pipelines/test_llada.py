@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, Qwen2Config
 
 from nara_diffusion.dllm import prompt_text
-from nara_diffusion.dllm.shifted import ShiftedQwen2ForCausalLM
+from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
 from pipelines.llada import LLaDAPipeline
 
 from .llada_answers import FILE, LENGTH, MODEL, QUESTIONS, by_generate, from_texts, loaded_pipeline, states

@@ -9,7 +9,7 @@ from quality.text.methods import adapted
 from quality.text.recipe import Recipe
 from quality.variants import VARIANTS, is_noise_aware
 
-from nara_diffusion.training.methods import METHODS
+from nara_diffusion.training.adapters.methods import METHODS
 
 
 def selection(suite, **changes):

@@ -10,8 +10,8 @@ from quality.text.recipe import Recipe
 from quality.text.validation import CENTRES
 
 from nara_diffusion import noise_level
-from nara_diffusion.core import HypernetworkCore
-from nara_diffusion.noise import NoiseSignals
+from nara_diffusion.cores.hypernetwork import HypernetworkCore
+from nara_diffusion.noise.signals import NoiseSignals
 from tests.adapted import disturb
 
 LEVELS = torch.tensor([0.1, 0.35, 0.6, 0.85])

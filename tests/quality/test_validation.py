@@ -8,7 +8,7 @@ from peft import get_peft_model
 from quality.text.validation import BINS, _draw, binned_loss, summarise, validation_set
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.controls import changed_noise, reversed_noise
+from nara_diffusion.noise.ablations import changed_noise, reversed_noise
 from tests.adapted import disturb
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nara_diffusion import StrengthSchedule, noise_level, set_strength
-from nara_diffusion.noise import find_holders
+from nara_diffusion.runtime.modules import find_holders
 from tests.loaders.adapters import FILE, State, predict, save_lora, trained
 from tests.small_pipelines import pixels, small_flux, small_sd3, small_sdxl
 from tests.strength.models import SCHEDULE

@@ -14,8 +14,10 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import StrengthSchedule, core_matrix, noise_level, set_noise_source, set_strength
-from nara_diffusion.controls import changed_noise, constant_noise, mean_core
-from nara_diffusion.noise import NoiseSignals, find_holders, is_noise_aware
+from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core
+from nara_diffusion.noise.needs import is_noise_aware
+from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.runtime.modules import find_holders
 from tests.adapted import TwoLayers, disturb, lora_config, nara_config, relative_error
 from tests.strength.models import LEVELS, SCHEDULE, adapted_by, strength_by_hand
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nara_diffusion import StrengthSchedule
-from nara_diffusion.noise import as_signal
+from nara_diffusion.noise.signals import as_signal
 from tests.strength.models import POINTS, SCHEDULE, strength_by_hand
 
 

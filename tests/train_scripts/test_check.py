@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion.check import run as check_run
 from nara_diffusion.check.trial import CheckSettings, CheckTask, published, trials
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.training.adapters.configs import adapter_config
 from train_scripts import dllm, dreambooth_sdxl
 
 from .dreambooth_runs import fresh_accelerate, tiny_arguments, write_pictures

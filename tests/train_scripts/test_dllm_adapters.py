@@ -11,13 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone
-from nara_diffusion.dllm.data import end_token_id
-from nara_diffusion.dllm.measurement import validation_losses
-from nara_diffusion.dllm.records import FieldNames, records_from_file
+from nara_diffusion.dllm.data.encoding import end_token_id
+from nara_diffusion.dllm.data.records import FieldNames, records_from_file
+from nara_diffusion.dllm.evaluation.before_after import validation_losses
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.adapters.methods import METHODS
 from nara_diffusion.training.cli import parse_arguments
-from nara_diffusion.training.methods import METHODS
 from train_scripts import dllm, dreambooth_sdxl
 from train_scripts.dllm import Arguments, main
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
-from nara_diffusion.training.memory import OutOfMemory
+from nara_diffusion.training.oom import OutOfMemory
 from train_scripts.dllm import Arguments, main
 
 from .conftest import copy_tokenizer, shipped_config

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from nara_diffusion import core_matrix
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.metrics import ImageSimilarity, TextAlignment
-from nara_diffusion.dreambooth.sampling import sample_batch
+from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity, TextAlignment
+from nara_diffusion.dreambooth.evaluation.sampling import sample_batch
 from nara_diffusion.training.run import Run
 from tests.dreambooth.small_encoders import save_clip, save_dino
 from train_scripts.dreambooth_sdxl import main

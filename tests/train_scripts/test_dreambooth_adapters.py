@@ -11,8 +11,8 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.training.adapters.methods import METHODS
 from nara_diffusion.training.cli import parse_arguments
-from nara_diffusion.training.methods import METHODS
 from train_scripts.dreambooth_sdxl import SHIPPED_RUN, main, shipped_run
 
 from .dreambooth_runs import by_the_card, run_pixels, tiny_arguments, written

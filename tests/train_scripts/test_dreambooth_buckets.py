@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.step import TrainingStep
+from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.training.cli import parse_arguments
 from train_scripts.dreambooth_sdxl import main
 

@@ -11,9 +11,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from nara_diffusion import noise_level, own_cores
+from nara_diffusion import noise_level
+from nara_diffusion.cores import custom as own_cores
 from nara_diffusion.harness.loading import load_model
-from nara_diffusion.training.command import run_command
+from nara_diffusion.training.main import run_command
 from train_scripts import dllm, dreambooth_sdxl
 
 from .dreambooth_runs import WEIGHTS, loaded_pipeline, tiny_arguments

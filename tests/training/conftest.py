@@ -10,13 +10,8 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
 
 from nara_diffusion.dllm import masked_diffusion_loss
-from nara_diffusion.training.adapter import build_adapter
-from nara_diffusion.training.arguments import (
-    AdapterArguments,
-    OptimizationArguments,
-    RunArguments,
-    check_arguments,
-)
+from nara_diffusion.training.adapters.build import build_adapter
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments, check_arguments
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train

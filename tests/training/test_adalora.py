@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nara_diffusion.training.adalora import (
+from nara_diffusion.training.adapters.adalora import (
     adalora_models,
     allocate_ranks,
     allocator_state,
     load_allocator_state,
     orthogonality,
 )
-from nara_diffusion.training.adapter import build_adapter
+from nara_diffusion.training.adapters.build import build_adapter
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion import own_cores
-from nara_diffusion.training.adapter import adapter_config, add_adapter
+from nara_diffusion.cores import custom as own_cores
+from nara_diffusion.training.adapters.build import adapter_config, add_adapter
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core, warmup_steps
 
 

@@ -12,11 +12,11 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import generate, masked_diffusion_loss
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import mask_answers
-from nara_diffusion.training.adapter import build_adapter
-from nara_diffusion.training.adapter_configs import adapter_config
+from nara_diffusion.training.adapters.build import build_adapter
+from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.adapters.methods import METHODS, check_method, kind_of, title_of, unread_arguments
 from nara_diffusion.training.arguments import AdapterArguments
 from nara_diffusion.training.cli import parse_arguments
-from nara_diffusion.training.methods import METHODS, check_method, kind_of, title_of, unread_arguments
 
 TYPES = {
     "hira": PeftType.HIRA,

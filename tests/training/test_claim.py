@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from nara_diffusion.training.claim import claim_output_dir
-from nara_diffusion.training.output import CLAIM
+from nara_diffusion.training.output_dir import CLAIM
 from nara_diffusion.training.run import start_run
 
 IN_USE = r"--output_dir .*run is in use by another run, which hasn't ended: wait for it, stop it, or name another"

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.training.adapter_configs import CORE_ARGUMENTS
+from nara_diffusion.training.adapters.configs import CORE_ARGUMENTS
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments
 from nara_diffusion.training.cli import build_parser, option, parse_arguments
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nara_diffusion.training.command import run_command
-from nara_diffusion.training.memory import explaining_out_of_memory
+from nara_diffusion.training.main import run_command
 from nara_diffusion.training.metrics import MetricLog
-from nara_diffusion.training.output import check_output_dir
+from nara_diffusion.training.oom import explaining_out_of_memory
+from nara_diffusion.training.output_dir import check_output_dir
 from nara_diffusion.training.run import start_run
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nara_diffusion.training.memory import OutOfMemory, explain_out_of_memory, is_out_of_memory
+from nara_diffusion.training.oom import OutOfMemory, explain_out_of_memory, is_out_of_memory
 
 HUNGRY = {
     "mixed_precision": None,

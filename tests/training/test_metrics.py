@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from nara_diffusion.noise_window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.base_hold import SplitLosses
 from nara_diffusion.training.metrics import LossWindow, MetricLog, window_means
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.training.output import check_output_dir, create_output_dir, write_json
-from nara_diffusion.whole import whole_file, whole_folder
+from nara_diffusion.training.output_dir import check_output_dir, create_output_dir, write_json
+from nara_diffusion.utils.atomic_write import whole_file, whole_folder
 
 
 def test_without_a_name_each_run_gets_the_next_number(tmp_path) -> None:

@@ -5,9 +5,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from nara_diffusion.training.adapter import base_model, build_adapter
+from nara_diffusion.training.adapters.build import base_model, build_adapter
+from nara_diffusion.training.adapters.pissa import as_lora, changes_base
 from nara_diffusion.training.formats import write_adapter
-from nara_diffusion.training.pissa import as_lora, changes_base
 
 
 @pytest.fixture(params=[{}, {"use_rslora": True}, {"use_dora": True}], ids=lambda options: next(iter(options), "plain"))

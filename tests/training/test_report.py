@@ -6,9 +6,9 @@ import yaml
 from matplotlib.axes import Axes
 from PIL import Image
 
-from nara_diffusion.noise_window import NoiseWindow
-from nara_diffusion.training.curves import plot_noise_level_curves
-from nara_diffusion.training.report import format_table, write_model_card, write_samples
+from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.training.model_card import format_table, write_model_card, write_samples
+from nara_diffusion.training.plots import plot_noise_level_curves
 
 
 def test_table_aligns_columns() -> None:

@@ -10,7 +10,7 @@ import yaml
 from accelerate import tracking
 
 from nara_diffusion.training import hub
-from nara_diffusion.training.output import CLAIM
+from nara_diffusion.training.output_dir import CLAIM
 from nara_diffusion.training.run import start_run
 
 

@@ -6,8 +6,8 @@ import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from nara_diffusion.training import spread as module
-from nara_diffusion.training.spread import spread
+from nara_diffusion.training import distributed as module
+from nara_diffusion.training.distributed import spread
 
 
 def test_one_process_does_everything_in_order() -> None:

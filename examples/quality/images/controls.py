@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.controls import changed_noise, constant_noise, mean_core, reversed_noise
 from nara_diffusion.dreambooth.timesteps import draw_indices
+from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core, reversed_noise
 
 TRAINED_CONTROLS = ("constant", "shuffled")
 EVALUATED_CONTROLS = ("mean_core", "reversed")

@@ -18,13 +18,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.data.images import ImageSource
+from nara_diffusion.dreambooth.data.records import ImageRecord, check_sources
 from nara_diffusion.dreambooth.denoiser import predict
-from nara_diffusion.dreambooth.images import ImageSource
-from nara_diffusion.dreambooth.latents import LatentCache
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
-from nara_diffusion.dreambooth.prompts import PromptCache
-from nara_diffusion.dreambooth.records import ImageRecord, check_sources
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
 from quality.images import drawn
 from quality.images.subjects import SIZE

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from nara_diffusion.dreambooth.metrics import ImageSimilarity
-from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images
+from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity
+from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings, sample_images
 from quality.images.held_out import held_out_losses
 from quality.images.task import ImageTask
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, AdaLoraModel
 
-from nara_diffusion.training.adapter import check_target_modules
-from nara_diffusion.training.adapter_configs import adapter_config
-from nara_diffusion.training.methods import METHODS
+from nara_diffusion.training.adapters.build import check_target_modules
+from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.adapters.methods import METHODS
 
 BASE = "base"
 """The backbone as it is."""

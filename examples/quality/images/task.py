@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from nara_diffusion.dreambooth.encoders import Encoder
-from nara_diffusion.dreambooth.latents import LatentCache
-from nara_diffusion.dreambooth.measurement import Judge
-from nara_diffusion.dreambooth.pipelines import load_pipeline
-from nara_diffusion.dreambooth.prompts import PromptCache
-from nara_diffusion.dreambooth.records import ImageRecord, records_from_folder
+from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
+from nara_diffusion.dreambooth.data.records import ImageRecord, records_from_folder
+from nara_diffusion.dreambooth.evaluation.before_after import Judge
+from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.sdxl import load_pipeline
 from quality.images.held_out import BINS, HeldOut, held_out_bin, held_out_losses, places_of
 from quality.images.subjects import ASSETS, BACKBONE, IDENTIFIER, SUBJECTS, check_subject, instance_prompt
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.dreambooth import collate_draws
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.denoiser import predict
+from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.step import TrainingStep
-from nara_diffusion.training.adalora import allocate_ranks, orthogonality
+from nara_diffusion.training.adapters.adalora import allocate_ranks, orthogonality
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
 from quality.images.controls import shuffled_noise_levels, while_training
 from quality.images.methods import AdaptedUNet

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nara_diffusion.dreambooth import collate_draws
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective
 from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
 from quality.images.controls import shuffled_noise_levels

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from nara_diffusion.dreambooth.latents import LatentCache
-from nara_diffusion.dreambooth.pipelines import load_pipeline
-from nara_diffusion.dreambooth.prompts import PromptCache
-from nara_diffusion.dreambooth.records import ImageRecord, records_from_folder
+from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
+from nara_diffusion.dreambooth.data.records import ImageRecord, records_from_folder
+from nara_diffusion.dreambooth.sdxl import load_pipeline
 from quality.images import drawn
 from quality.images.held_out import BINS, CleanBin, clean_bin, records_of
 from quality.images.subjects import ASSETS, BACKBONE, SUBJECTS, check_subject, instance_prompt

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from nara_diffusion.whole import whole_file
+from nara_diffusion.utils.atomic_write import whole_file
 from quality.images.held_out import bin_centres
 from quality.images.methods import BASE
 from quality.regimes.conversion import Conversion

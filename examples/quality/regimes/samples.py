@@ -14,9 +14,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL.Image import Image
 from torch import Tensor
 
-from nara_diffusion.dreambooth.encoders import Encoder
-from nara_diffusion.dreambooth.metrics import without_words
-from nara_diffusion.dreambooth.sampling import SampleSettings, sample_images
+from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.evaluation.metrics import without_words
+from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings, sample_images
 from quality.images.drawn import PLACES
 from quality.images.measurement import pipeline_of
 from quality.images.subjects import ASSETS, IDENTIFIER, SIZE, instance_prompt

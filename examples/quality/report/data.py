@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from nara_diffusion.dreambooth.statistics import Interval, interval
+from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
 
 Record = Mapping[str, Any]
 Value = Callable[[Record], float | None]

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from nara_diffusion.whole import whole_file
+from nara_diffusion.utils.atomic_write import whole_file
 from quality.report.data import Arm, Grid
 from quality.report.names import LORA, baseline_of, ordered, title
 from quality.report.tables import bin_value, noise_levels

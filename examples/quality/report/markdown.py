@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nara_diffusion.dreambooth.statistics import Interval
+from nara_diffusion.dreambooth.evaluation.statistics import Interval
 from quality.report.data import clear_of_zero
 
 NOTHING = "–"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nara_diffusion.training.methods import METHODS
+from nara_diffusion.training.adapters.methods import METHODS
 from quality.report.data import Arm, Grid, Record
 from quality.suites import MUST
 from quality.variants import is_noise_aware

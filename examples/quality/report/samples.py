@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nara_diffusion.whole import whole_file
+from nara_diffusion.utils.atomic_write import whole_file
 from quality.report.data import Grid
 from quality.report.names import ordered, title
 from quality.strips import unpacked

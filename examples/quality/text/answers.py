@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import Generation, generate
-from nara_diffusion.dllm.evaluation import decode_answer, stop_token_ids
+from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token_ids
 from quality.text.data import Rows
 from quality.text.families import is_right
 

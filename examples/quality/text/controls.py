@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.controls import Change, changed_noise, constant_noise, mean_core, reversed_noise
-from nara_diffusion.noise import NoiseSignals, needs_mask_density
+from nara_diffusion.noise.ablations import Change, changed_noise, constant_noise, mean_core, reversed_noise
+from nara_diffusion.noise.needs import needs_mask_density
+from nara_diffusion.noise.signals import NoiseSignals
 from quality.text.validation import CENTRES
 from quality.variants import is_noise_aware
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from nara_diffusion.training.adapter import build_adapter
+from nara_diffusion.training.adapters.build import build_adapter
+from nara_diffusion.training.adapters.methods import METHODS, check_method
 from nara_diffusion.training.arguments import AdapterArguments
-from nara_diffusion.training.methods import METHODS, check_method
 from quality.text.recipe import Recipe
 
 BASE = "base"

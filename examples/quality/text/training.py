@@ -14,7 +14,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
-from nara_diffusion.training.adalora import adalora_models, allocate_ranks, orthogonality
+from nara_diffusion.training.adapters.adalora import adalora_models, allocate_ranks, orthogonality
 from nara_diffusion.training.optimization import CORE_MARK, hold_core
 from quality.step_cost import Step
 from quality.text.data import Rows

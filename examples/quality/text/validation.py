@@ -24,7 +24,7 @@ from torch import nn
 
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch, answer_positions
-from nara_diffusion.dllm.modes import evaluating
+from nara_diffusion.utils.eval_mode import evaluating
 from quality.text.data import Rows
 
 BINS = 10

@@ -6,9 +6,9 @@ from quality.images.held_out import BINS, CleanBin
 from quality.images.subjects import ASSETS, SUBJECTS, instance_prompt
 from quality.regimes.data import RegimeData, base_pipeline
 
-from nara_diffusion.dreambooth.latents import LatentCache
-from nara_diffusion.dreambooth.prompts import PromptCache
-from nara_diffusion.dreambooth.records import records_from_folder
+from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
+from nara_diffusion.dreambooth.data.records import records_from_folder
 
 ROWS = 3  # of a bin
 

@@ -10,7 +10,7 @@ from quality.regimes.methods import ARMS, arm_arguments, build
 from quality.regimes.objectives import build_conversion
 from quality.regimes.windowed import HIGH, LOW, Windowed
 
-from nara_diffusion.dreambooth.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.timesteps import draw_noise
 from tests.adapted import disturb
 

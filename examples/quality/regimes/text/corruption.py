@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
-from nara_diffusion.noise import MASKED_SHARE
+from nara_diffusion.noise.signals import MASKED_SHARE
 from quality.regimes.text.models import ASSETS, load
 
 sys.path.append(str(ASSETS))

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion import noise_level
-from nara_diffusion.controls import changed_noise, constant_noise
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.masking import MaskedBatch
-from nara_diffusion.noise import find_holders
-from nara_diffusion.training.adapter import build_adapter
+from nara_diffusion.noise.ablations import changed_noise, constant_noise
+from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.training.adapters.build import build_adapter
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
 from quality.images.methods import BASE
 from quality.text.controls import CONSTANT, exchanged_noise

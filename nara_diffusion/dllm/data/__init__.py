@@ -1,0 +1,1 @@
+"""Questions and answers, as records and as token ids."""

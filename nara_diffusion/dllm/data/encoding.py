@@ -1,0 +1,265 @@
+"""Records as token ids: prompt, answer, end of sequence.
+
+With a chat template in the tokenizer, the prompt is the user's turn and what opens the assistant's, and the answer
+is the assistant's turn as the template closes it. Without one, the prompt is Alpaca's, which LLM-Adapters uses too.
+The answer ends with one end-of-sequence token, and every row can be lengthened by more of them, which are trained
+on: that is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .fitting import Fit
+from .vocabulary import check_vocabulary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+_BATCH = 1000  # records tokenised at once
+_SAMPLE = 1000  # records looked at before more are tokenised
+
+
+@dataclass(frozen=True)
+class EncodedRecords:
+    """Attributes:
+    rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`.
+    fit: how the records fit into `max_length`.
+    """
+
+    rows: Dataset
+    fit: Fit
+
+    @property
+    def total(self) -> int:
+        """Records that came in."""
+        return len(self.fit.lengths)
+
+    @property
+    def truncated(self) -> int:
+        """Those whose answer was cut at `max_length`; they end without an end token."""
+        return self.fit.truncated
+
+    @property
+    def dropped(self) -> int:
+        """Those whose prompt leaves no room for an answer."""
+        return self.fit.dropped
+
+    def summary(self) -> str:
+        """One line for a log."""
+        return self.fit.summary()
+
+
+def encode_records(
+    records: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, progress: bool = True
+) -> EncodedRecords:
+    """Tokenise what `records_from_file` or `records_from_hub` returned.
+
+    Of many records, a sample is tokenised first, so that what is refused is refused at once.
+
+    Args:
+        records: with `instruction`, `input`, `output`, `answer`.
+        max_length: tokens of prompt, answer and end together. A longer answer is cut, a prompt that fills
+            `max_length` by itself drops its record; both are counted and logged.
+        progress: show a bar.
+
+    Raises:
+        ValueError: there are no records, none is left, or none of the sample; the tokenizer knows less than half of
+            the tokens (`check_vocabulary`); a text holds the mask token.
+    """
+    from datasets import Dataset
+
+    total = len(records)
+    if total == 0:
+        raise ValueError("there are no records to encode")
+    sample: list[Any] = [records[i] for i in range(0, total, -(-total // _SAMPLE))]  # spread evenly
+    is_part = len(sample) < total
+    check_vocabulary(sample, tokenizer, total=total if is_part else None)
+    if is_part:
+        _, fit = _encode(sample, tokenizer, max_length, f"a sample of {len(sample)} of {total} records")
+        if fit.loses:
+            logger.warning("%s", fit.summary())
+    rows, fit = _encode(records, tokenizer, max_length, f"{total} records", progress=progress)
+    logger.log(logging.WARNING if fit.loses else logging.INFO, "%s", fit.summary())
+    return EncodedRecords(Dataset.from_list(rows), fit)
+
+
+def _encode(
+    records: Dataset | list[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    name: str,
+    *,
+    progress: bool = False,
+) -> tuple[list[dict[str, Any]], Fit]:
+    """(rows of those that fit, how they fit); `name` is what messages call the records."""
+    rows: list[dict[str, Any]] = []
+    lengths: list[tuple[int, int]] = []
+    mask = tokenizer.mask_token_id  # None where it has none
+    starts = range(0, len(records), _BATCH)
+    for start in tqdm(starts, desc="tokenise", unit="batch", disable=not progress or len(starts) < 2):
+        batch = [records[i] for i in range(start, min(start + _BATCH, len(records)))]
+        for record, prompt, answer in zip(batch, *_encode_batch(batch, tokenizer), strict=True):
+            whole = prompt + answer
+            if mask in whole:
+                raise _holds_the_mask(record, tokenizer)
+            lengths.append((len(prompt), len(answer)))
+            if len(prompt) < max_length:
+                row = {field: record[field] for field in ("instruction", "answer")}
+                rows.append({"input_ids": whole[:max_length], "prompt_length": len(prompt), **row})
+    fit = Fit(lengths, max_length, name)
+    fit.check()
+    return rows, fit
+
+
+def _holds_the_mask(record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> ValueError:
+    text = " ".join(record[name] for name in ("instruction", "input", "output") if record[name])
+    return ValueError(
+        f"a record holds the mask token {tokenizer.mask_token!r} as text, and the model would take it for a token that "
+        f"is masked: write it otherwise, or leave out the record, {text[:100]!r}"
+    )
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:
+    """What the model reads before it answers, as text."""
+    if tokenizer.chat_template:
+        return _chat(tokenizer, _turn(instruction, input), add_generation_prompt=True)
+    return (_ALPACA_WITH_INPUT if input else _ALPACA).format(instruction=instruction, input=input)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts. A chat template has its special tokens; else the tokenizer adds those that open a text."""
+    if tokenizer.chat_template:
+        return tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    closing = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    encoded = tokenizer(list(prompts))["input_ids"]
+    return [ids[:-1] if ids and ids[-1] in closing else ids for ids in encoded]
+
+
+def _encode_batch(
+    batch: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompts, answers with their end), as token ids."""
+    prompts = [prompt_text(tokenizer, record["instruction"], record["input"]) for record in batch]
+    answers = [_answer_text(tokenizer, record, prompt) for record, prompt in zip(batch, prompts, strict=True)]
+    end = end_token_id(tokenizer)
+    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    return encode_prompts(tokenizer, prompts), [ids if ids[-1:] == [end] else [*ids, end] for ids in answer_ids]
+
+
+def _answer_text(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, str], prompt: str) -> str:
+    if not tokenizer.chat_template:
+        return record["output"]
+    turns = [*_turn(record["instruction"], record["input"]), {"role": "assistant", "content": record["output"]}]
+    whole = _chat(tokenizer, turns, add_generation_prompt=False)
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else record["output"]
+
+
+def _turn(instruction: str, input: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)
+    return text
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer: eos, or sep for encoders.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise ValueError("the tokenizer has no eos_token to end answers with: set tokenizer.eos_token")
+    return int(end)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AnswerCollator:
+    """Rows of `encode_records` → {input_ids (b, l), prompt_lengths (b,), answer_lengths (b,)}, padded on the right.
+
+    A "position" in the rows, their place in the training stream, becomes `sample_indices` (b,); the batch is then what
+    `masked_diffusion_loss` takes.
+
+    Args:
+        end_token_id: what to pad with.
+        trained_padding: how much of the padding counts as answer, and so is masked and trained on:
+            "longest" all of it, as LLaDA does (a row's loss then depends on the rows beside it);
+            "max_length" all of it, and every row gets `max_length` tokens;
+            a number: that many tokens at most, the rest is not attended to. Rows are then independent of each
+                other, which
+            several processes need to get the loss of one.
+        max_length: length of the rows under "max_length", and never exceeded.
+    """
+
+    end_token_id: int
+    trained_padding: str | int = "longest"
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.trained_padding, str):
+            if self.trained_padding not in ("longest", "max_length"):
+                raise ValueError(
+                    f"trained_padding is {self.trained_padding!r}, expected 'longest', 'max_length' or a number"
+                )
+            if self.trained_padding == "max_length" and self.max_length is None:
+                raise ValueError("trained_padding='max_length' needs max_length")
+        elif self.trained_padding < 0:
+            raise ValueError(f"trained_padding is {self.trained_padding}, expected 0 tokens or more")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
+        ends = torch.maximum(self._ends(rows, lengths), lengths)
+        input_ids = torch.full((len(rows), int(ends.max())), self.end_token_id)
+        for i, row in enumerate(rows):
+            input_ids[i, : lengths[i]] = torch.as_tensor(row["input_ids"])
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "prompt_lengths": prompt_lengths,
+            "answer_lengths": ends - prompt_lengths,
+        }
+        if "position" in rows[0]:
+            batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
+        return batch
+
+    def padded_length(self, longest: int) -> int:
+        """Tokens, trained padding included, of the longest row that is made of rows with up to `longest` tokens."""
+        if self.trained_padding == "max_length":
+            return self.max_length or 0
+        padded = longest if self.trained_padding == "longest" else longest + int(self.trained_padding)
+        return padded if self.max_length is None else min(padded, self.max_length)
+
+    def _ends(self, rows: Sequence[Mapping[str, Any]], lengths: torch.Tensor) -> torch.Tensor:
+        """(b,) where each row's trained part ends. A cut answer gets no end token: it doesn't end there."""
+        if self.trained_padding == "max_length":
+            ends = torch.full_like(lengths, self.max_length or 0)
+        elif self.trained_padding == "longest":
+            ends = torch.full_like(lengths, int(lengths.max()))
+        else:
+            ends = lengths + int(self.trained_padding)
+        whole = torch.tensor([int(row["input_ids"][-1]) == self.end_token_id for row in rows])
+        ends = ends.clamp(max=self.max_length) if self.max_length is not None else ends
+        return torch.where(whole, ends, lengths)

@@ -1,0 +1,1 @@
+"""How good a fine-tuned language model is, before and after."""

@@ -1,0 +1,128 @@
+"""What a train script measures before and after: exact match, and the loss over λ; on several processes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from nara_diffusion.dllm.data.encoding import AnswerCollator
+from nara_diffusion.dllm.loss import masked_diffusion_loss
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.training.distributed import spread
+from nara_diffusion.training.metrics import LossWindow, window_means
+from nara_diffusion.utils.eval_mode import evaluating
+
+from .exact_match import exact_match, noise_level_curve
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Attributes:
+    exact_match: share of right answers, in [0, 1].
+    generations: one {instruction, generation, extracted, answer, correct} a test row.
+    noise_levels, curve: λ, and the loss there in nats a masked token.
+    validation_loss: the training objective on the validation rows.
+    """
+
+    exact_match: float
+    generations: list[dict[str, Any]]
+    noise_levels: list[float]
+    curve: list[float]
+    validation_loss: float
+
+
+def measure(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    validation_rows: Dataset,
+    test_rows: Dataset,
+    collator: AnswerCollator,
+    *,
+    seed: int,
+    batch_size: int,
+    curve_points: int,
+    **generation: Any,
+) -> Measurement:
+    """Measures `model` as it is now, with its adapter enabled or not.
+
+    Args:
+        model: without DDP's wrapper, whose forward has to run equally often on all processes.
+        curve_points: number of λ, equally spaced up to 1.
+        **generation: further arguments of `exact_match`.
+    """
+    progress = accelerator.is_main_process
+    levels = [(i + 1) / curve_points for i in range(curve_points)]
+
+    def generate(indices: Sequence[int]) -> list[dict[str, Any]]:
+        generator = torch.Generator(accelerator.device).manual_seed(seed)
+        rows = test_rows.select(indices)
+        options = {"batch_size": batch_size, "progress": progress, "generator": generator}
+        return exact_match(model, tokenizer, rows, **options, **generation).generations  # type: ignore[arg-type]
+
+    def losses(indices: Sequence[int]) -> list[float]:
+        chosen = [levels[i] for i in indices]
+        options = {"collator": collator, "batch_size": batch_size, "seed": seed, "progress": progress}
+        return noise_level_curve(model, validation_rows, chosen, **options)  # type: ignore[arg-type]
+
+    generations = spread(accelerator, len(test_rows), generate)
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
+    return Measurement(
+        exact_match=sum(generation["correct"] for generation in generations) / len(generations),
+        generations=generations,
+        noise_levels=levels,
+        curve=spread(accelerator, len(levels), losses),
+        validation_loss=validation_losses(accelerator, model, validation_rows, collator, **options)["validation_loss"],
+    )
+
+
+def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
+    """Both measurements as results.json holds them, without the generations."""
+    pairs = {
+        "exact_match": (before.exact_match, after.exact_match),
+        "validation_loss": (before.validation_loss, after.validation_loss),
+        "curve": (before.curve, after.curve),
+    }
+    sides = {f"{name}_{side}": pair[i] for name, pair in pairs.items() for i, side in enumerate(("before", "after"))}
+    return {**sides, "noise_levels": after.noise_levels}
+
+
+@torch.no_grad()
+def validation_losses(
+    accelerator: Accelerator,
+    model: nn.Module,
+    rows: Dataset,
+    collator: AnswerCollator,
+    *,
+    seed: int,
+    batch_size: int,
+    window: NoiseWindow = EVERYTHING,
+) -> dict[str, float]:
+    """{"validation_loss", "validation_loss_low", …}: the training objective, at the same λ and masks at each call.
+
+    λ is spread over all of (0, 1]; with a `window` the means inside and outside of it are there too.
+    """
+
+    def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
+        pairs: list[tuple[float, float]] = []
+        for start in range(0, len(indices), batch_size):
+            chosen = [{**rows[i], "position": i} for i in indices[start : start + batch_size]]
+            batch: dict[str, Any] = {name: value.to(accelerator.device) for name, value in collator(chosen).items()}
+            # λ stratified over all rows; another seed than that of training, whose draws have the same indices
+            loss = masked_diffusion_loss(model, **batch, seed=seed + 1, group_size=len(rows))
+            pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
+        return pairs
+
+    with evaluating(model):
+        per_sample, noise_levels = torch.tensor(spread(accelerator, len(rows), losses)).unbind(1)
+    losses_so_far = LossWindow()
+    losses_so_far.add(per_sample, noise_levels)
+    means = losses_so_far.means() | window_means(per_sample, noise_levels, window)
+    return {f"validation_{name}": value for name, value in means.items()}

@@ -1,0 +1,65 @@
+"""How long a sequence a model can read.
+
+A table of learned positions ends: no row stands for a position beyond it. Rotary positions go on, but a model that
+never saw those beyond `max_position_embeddings` is out of its depth there.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from .lm_head import language_model
+from .virtual_tokens import virtual_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The longest sequence that the model's position embeddings can tell apart; None if unknown."""
+    limits = [limit for limit in (_table(model), _configured(model)) if limit is not None]
+    return min(limits) - virtual_tokens(model) if limits else None
+
+
+def check_positions(model: nn.Module, max_length: int, *, longest: int = 0) -> None:
+    """Refuses a `max_length` beyond a table of learned positions, and warns of samples beyond other positions.
+
+    Args:
+        max_length: tokens that a sample may have.
+        longest: tokens that the longest sample has.
+
+    Raises:
+        ValueError: with what was given, the limit and the remedy.
+    """
+    limit = position_limit(model)
+    if limit is None:
+        return
+    if _table(model) is not None and max_length > limit:
+        virtual = virtual_tokens(model)
+        taken = f" ({virtual} more are the adapter's virtual tokens)" if virtual else ""
+        raise ValueError(
+            f"max_length is {max_length}, and the model has a table of {limit} positions{taken}: lower it to that, "
+            f"--max_length {limit}"
+        )
+    if longest > limit:
+        logger.warning(
+            "samples have up to %d tokens, and the model knows %d positions: what it makes of those beyond is worse, "
+            "and neither `generate` nor nara-eval goes there. --max_length %d cuts the samples; to train on them "
+            "whole, raise max_position_embeddings, and the rope parameters with it, in the model's config.json",
+            *(longest, limit, limit),
+        )
+
+
+def _table(model: nn.Module) -> int | None:
+    """Positions in the model's table, if it has one."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            return module.num_embeddings - reserved
+    return None
+
+
+def _configured(model: nn.Module) -> int | None:
+    """As the configuration has it. Tables can be longer (RoBERTa, Nyströmformer), by rows that aren't positions."""
+    return getattr(getattr(language_model(model), "config", None), "max_position_embeddings", None)

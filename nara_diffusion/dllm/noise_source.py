@@ -1,0 +1,171 @@
+"""λ read from `input_ids`, so that an adapted model runs inside other people's samplers.
+
+    λ_i = masked tokens of answer i / tokens of answer i
+
+What a forward's arguments can't tell is told once: where the prompts end. The prompt doesn't count, masked by
+guidance or not, and neither does padding, where an `attention_mask` (B, l) says what that is. `noise_level(model,
+…)` still beats it.
+
+    with read_noise_from_input_ids(model, prompt_lengths=[12, 30]):
+        somebody_elses_generate(model, …)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nara_diffusion.noise.needs import mask_density_radius
+from nara_diffusion.noise.signals import MASKED_SHARE, NoiseSignals
+from nara_diffusion.noise.sources import set_noise_source
+from nara_diffusion.runtime.modules import core_holders
+
+from .loss import mask_token_of
+from .noise_conditioning import mask_density
+
+REPETITIONS = ("tiled", "interleaved")
+
+
+class InputIdsNoise:
+    """A noise source (`nara_diffusion.set_noise_source`): λ, and the mask density, from the masks in `input_ids`.
+
+    Args:
+        prompt_lengths: columns before each answer, padding on the left included: one number for all rows, or (b,).
+        mask_token_id: the token that counts.
+        answer_lengths: columns of each answer; default: to the end of the row.
+        repeated: how a sampler repeats the b rows where it passes m · b of them: "tiled", all rows and then all
+            again, as guidance does by torch.cat; "interleaved", each row m times in a row. Needed only if lengths
+            differ.
+
+    Raises:
+        ValueError: negative lengths, or an unknown `repeated`.
+    """
+
+    convention = MASKED_SHARE
+
+    def __init__(
+        self,
+        prompt_lengths: int | Sequence[int] | torch.Tensor,
+        *,
+        mask_token_id: int,
+        answer_lengths: int | Sequence[int] | torch.Tensor | None = None,
+        repeated: str | None = None,
+    ) -> None:
+        if repeated is not None and repeated not in REPETITIONS:
+            raise ValueError(f"repeated is {repeated!r}, expected one of {', '.join(map(repr, REPETITIONS))}, or None")
+        self.prompt_lengths = _as_lengths("prompt_lengths", prompt_lengths)
+        self.answer_lengths = None if answer_lengths is None else _as_lengths("answer_lengths", answer_lengths)
+        self.mask_token_id = mask_token_id
+        self.repeated = repeated
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
+        """λ (B,) for a forward of `module`.
+
+        Raises:
+            ValueError: no input_ids, a part of the sequence only (with a cache), a batch of unknown make-up, or rows
+                without an answer.
+        """
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                "λ can't be read: this forward has no input_ids of shape (batch, length); use noise_level(…)"
+            )
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "λ can't be read from input_ids that continue a cache, since they are a part of the sequence only: "
+                "use noise_level(model, masked share of the whole answer)"
+            )
+        attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        answer = self._answer(input_ids, attention_mask)  # (B, l)
+        masked = answer & (input_ids == self.mask_token_id)
+        radius = mask_density_radius(module)
+        density = None if radius is None else mask_density(masked, answer, radius)
+        return NoiseSignals(masked.sum(1) / answer.sum(1), density)
+
+    def _answer(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        rows, width = input_ids.shape
+        columns = torch.arange(width, device=input_ids.device)
+        starts = self._for_rows("prompt_lengths", self.prompt_lengths, rows).to(input_ids.device)[:, None]
+        answer = columns >= starts
+        if self.answer_lengths is not None:
+            lengths = self._for_rows("answer_lengths", self.answer_lengths, rows).to(input_ids.device)[:, None]
+            answer = answer & (columns < starts + lengths)
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            answer = answer & attention_mask.bool()
+        if not answer.any(1).all():
+            row = int((~answer.any(1)).nonzero()[0])
+            raise ValueError(
+                f"λ can't be read: row {row} of input_ids has {width} tokens, and none of an answer behind the "
+                f"{int(starts.expand(rows, 1)[row])} of its prompt"
+            )
+        return answer
+
+    def _for_rows(self, name: str, lengths: torch.Tensor, rows: int) -> torch.Tensor:
+        known = len(lengths)
+        if known == rows:
+            return lengths
+        if rows % known == 0:
+            if bool((lengths == lengths[0]).all()) or self.repeated == "interleaved":
+                return lengths.repeat_interleave(rows // known)
+            if self.repeated == "tiled":
+                return lengths.repeat(rows // known)
+        raise ValueError(
+            f"λ can't be read: {name} has {known} values and this forward {rows} rows. Say how the sampler repeats "
+            "rows, repeated='tiled' (all, then all again, as in classifier-free guidance) or 'interleaved' (each "
+            "several times), or give one value a row"
+        )
+
+
+class ReadNoise:
+    """What `read_noise_from_input_ids` did, to be undone by `remove()` or at the end of a `with` block."""
+
+    def __init__(self, model: nn.Module, source: InputIdsNoise) -> None:
+        self.source = source
+        self._previous = [(holder, holder.source) for holder in core_holders(model)]
+        set_noise_source(model, source)
+
+    def remove(self) -> None:
+        """Give the model the source that it had before."""
+        for holder, source in self._previous:
+            holder.set_source(source)
+        self._previous = []
+
+    def __enter__(self) -> ReadNoise:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def read_noise_from_input_ids(
+    model: nn.Module,
+    prompt_lengths: int | Sequence[int] | torch.Tensor,
+    *,
+    mask_token_id: int | None = None,
+    answer_lengths: int | Sequence[int] | torch.Tensor | None = None,
+    repeated: str | None = None,
+) -> ReadNoise:
+    """Let `model` tell λ from the masks it sees; for good, or within a `with` block. The arguments are
+    `InputIdsNoise`'s.
+
+    Raises:
+        ValueError: `model` has no NaRA adapter or no mask token, or see `InputIdsNoise`.
+    """
+    source = InputIdsNoise(
+        prompt_lengths,
+        mask_token_id=mask_token_of(model, mask_token_id),
+        answer_lengths=answer_lengths,
+        repeated=repeated,
+    )
+    return ReadNoise(model, source)
+
+
+def _as_lengths(name: str, lengths: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
+    tensor = torch.as_tensor(lengths).reshape(-1)
+    if tensor.numel() == 0 or tensor.is_floating_point() or bool((tensor < 0).any()):
+        raise ValueError(f"{name} is {tensor.tolist()}, expected whole numbers >= 0, one for all rows or one a row")
+    return tensor

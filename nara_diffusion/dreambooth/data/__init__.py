@@ -1,0 +1,1 @@
+"""Images, captions and the training samples made of them."""

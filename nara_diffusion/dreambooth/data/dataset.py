@@ -1,0 +1,238 @@
+"""Training draws: position in the stream → image, crop, flip, prompt and time_ids, with a class image beside it.
+
+Position p takes its image from `BucketedOrder` and its crop and flip from (seed, p): the same in every process, with
+any number of workers, and after a resume. A class image (prior preservation) comes from a stream of its own and is cut
+to the bucket of the instance image that it stands beside, so that one forward takes both.
+
+Crops. "center" cuts the middle, as --center_crop; "random" takes one of `crops_per_image` positions, drawn once
+for each image; which one is drawn anew each time. That makes a cache of latents worth having: 5 images × 4 crops × 2
+flips are 40 latents, at 1024² 20 MiB. `crops_per_image=None` takes any position; then most draws miss the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from nara_diffusion.dreambooth.seeding import numpy_generator
+from nara_diffusion.training.stream import ShuffledStream
+
+from .batch_sampler import BucketedOrder
+from .buckets import Size, nearest_bucket
+from .crops import Crop, center_crop, crop_image, enlargement, random_crop, to_pixels
+from .images import ImageError
+from .records import ImageRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One training sample, without its pixels.
+
+    Attributes:
+        image: the record that it is cut from.
+        crop: how.
+        position: in the training stream; with `role`, the key of its random numbers.
+        role: "instance" or "class".
+    """
+
+    image: ImageRecord
+    crop: Crop
+    position: int = 0
+    role: str = "instance"
+
+    @property
+    def prompt(self) -> str:
+        return self.image.prompt
+
+    @property
+    def original_size(self) -> Size:
+        """(H, W) of the upright image."""
+        return self.crop.original
+
+    @property
+    def crop_top_left(self) -> tuple[int, int]:
+        """(y, x) in the scaled and mirrored image."""
+        return self.crop.top, self.crop.left
+
+    @property
+    def target_size(self) -> Size:
+        """(h, w)."""
+        return self.crop.target
+
+    @property
+    def key(self) -> str:
+        """Names the pixels: content, scaling, cut and flip."""
+        crop = self.crop
+        return f"{self.image.key}-{crop.target[0]}x{crop.target[1]}-{crop.top}-{crop.left}-{'m' if crop.flip else 'o'}"
+
+    def pixel_values(self) -> torch.Tensor:
+        """(3, h, w) float32 in [−1, 1].
+
+        Raises:
+            ImageError: the file was changed or removed since the run began.
+        """
+        image = self.image.source.load()
+        if (image.height, image.width) != self.image.size:
+            raise ImageError(f"{self.image.source.name} was changed since the run began: start again.")
+        return to_pixels(crop_image(image, self.crop))
+
+
+class DreamBoothDataset(Dataset):
+    """`dataset[p]` is the sample at position p, for `stream_loader`: {"draws": [instance] or [instance, class], …}.
+
+    Args:
+        instances: the subject's images.
+        buckets: sizes (h, w) to train at; one for a fixed resolution.
+        batch_size: samples of one forward on one process (`train_batch_size`), which share a bucket.
+        seed: of order, crops and flips.
+        class_images: for prior preservation, or none.
+        crop: "center" or "random".
+        crops_per_image: positions of random crops, or None for any.
+        flip: mirror half of the draws.
+        load_pixels: also put "pixel_values" of each draw in, as a run without a latent cache wants its workers to.
+
+    Raises:
+        ValueError: no images, no buckets, an unknown `crop`, crops_per_image below 1.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[ImageRecord],
+        buckets: Sequence[Size],
+        *,
+        batch_size: int,
+        seed: int,
+        class_images: Sequence[ImageRecord] = (),
+        crop: str = "center",
+        crops_per_image: int | None = 4,
+        flip: bool = False,
+        load_pixels: bool = False,
+    ) -> None:
+        if crop not in ("center", "random"):
+            raise ValueError(f"crop is {crop!r}, expected center or random.")
+        if crops_per_image is not None and crops_per_image < 1:
+            raise ValueError(f"crops_per_image is {crops_per_image}, expected 1 or more, or none.")
+        if not buckets:
+            raise ValueError("there are no buckets: give one size (h, w) at least.")
+        self.instances, self.buckets, self.class_images = list(instances), list(buckets), list(class_images)
+        self.crop, self.crops_per_image, self.flip, self.load_pixels = crop, crops_per_image, flip, load_pixels
+        self.seed = seed
+        self.instance_buckets = [nearest_bucket(image.size, self.buckets) for image in self.instances]
+        self._order = BucketedOrder(self.instance_buckets, batch_size, seed)
+        numbers = [{"image": i} for i in range(len(self.class_images))]
+        self._class_order = ShuffledStream(numbers, seed + 1) if numbers else None
+        self._warn()
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        draws = self.draws(position)
+        sample: dict[str, Any] = {"draws": draws}
+        if self.load_pixels:
+            sample["pixel_values"] = [draw.pixel_values() for draw in draws]
+        return sample
+
+    def draws(self, position: int) -> list[Draw]:
+        """The instance at `position`, and the class image beside it if there are any."""
+        number = self._order[position]
+        target = self.instance_buckets[number]
+        draws = [self._draw(self.instances[number], target, position, "instance")]
+        if self._class_order is not None:
+            image = self.class_images[self._class_order[position]["image"]]
+            draws.append(self._draw(image, target, position, "class"))
+        return draws
+
+    def plain_draws(self) -> list[Draw]:
+        """Each instance image once, its middle, as it is: for a validation loss. `position` counts them."""
+        return [
+            Draw(image, center_crop(image.size, target), number)
+            for number, (image, target) in enumerate(zip(self.instances, self.instance_buckets, strict=True))
+        ]
+
+    def possible_draws(self) -> Iterator[Draw]:
+        """Every draw that can ever occur; their `position` means nothing.
+
+        Raises:
+            ValueError: with random crops at any position they can't be listed.
+        """
+        if self.crop == "random" and self.crops_per_image is None:
+            raise ValueError("random crops at any position can't be listed: set crops_per_image.")
+        targets = sorted(set(self.instance_buckets))
+        pairs = [(image, [target]) for image, target in zip(self.instances, self.instance_buckets, strict=True)]
+        seen = set()
+        for image, sizes in [*pairs, *((image, targets) for image in self.class_images)]:
+            for target in sizes:
+                for flip in (False, True) if self.flip else (False,):
+                    for choice in range(1 if self.crop == "center" else self.crops_per_image or 1):
+                        draw = Draw(image, self._crop(image, target, choice, flip))
+                        if draw.key not in seen:
+                            seen.add(draw.key)
+                            yield draw
+
+    def distinct_draws(self, positions: Iterable[int]) -> Iterator[Draw]:
+        """The draws at `positions`, each crop of an image once: to fill a latent cache with what a run will need."""
+        seen = set()
+        for position in positions:
+            for draw in self.draws(position):
+                if draw.key not in seen:
+                    seen.add(draw.key)
+                    yield draw
+
+    def _warn(self) -> None:
+        """Of data that train badly: one image alone, and images that have to be enlarged."""
+        if len(self.instances) == 1:
+            logger.warning("there is one image only: the adapter will learn that picture rather than its subject")
+        pairs = zip(self.instances, self.instance_buckets, strict=True)
+        small = [(image, target) for image, target in pairs if enlargement(image.size, target) > 1]
+        if small:
+            (height, width), target = small[0][0].size, small[0][1]
+            logger.warning(
+                "%d of %d images are enlarged, and teach blur: %s has %d x %d pixels and is trained at %d x %d. Lower "
+                "--resolution, or use larger images",
+                len(small), len(self.instances), small[0][0].source.name, height, width, *target,
+            )  # fmt: skip
+
+    def _draw(self, image: ImageRecord, target: Size, position: int, role: str) -> Draw:
+        generator = numpy_generator(self.seed, f"crop {role}", position)
+        flip = bool(generator.random() < 0.5) and self.flip
+        if self.crop == "random" and self.crops_per_image is None:
+            return Draw(image, random_crop(image.size, target, generator, flip), position, role)
+        choice = int(generator.integers(self.crops_per_image or 1))
+        return Draw(image, self._crop(image, target, choice, flip), position, role)
+
+    def _crop(self, image: ImageRecord, target: Size, choice: int, flip: bool) -> Crop:
+        """The `choice`-th crop of an image: the middle, or one of its random positions, which its content decides."""
+        if self.crop == "center":
+            return center_crop(image.size, target, flip)
+        generator = numpy_generator(self.seed, f"position {image.key} {target} {flip}", choice)
+        return random_crop(image.size, target, generator, flip)
+
+
+def collate_draws(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Samples of one bucket → a batch of B rows: all b instances, then, with prior preservation, their b class images.
+
+    Returns:
+        draws: the B draws.
+        prompts: their B prompts.
+        time_ids: (B, 6) float32, (H, W, top, left, h, w).
+        sample_indices: (B,) int64, positions in the training stream; a class image has that of its instance.
+        is_class: (B,) bool.
+        pixel_values: (B, 3, h, w), if the dataset loads pixels.
+    """
+    order = [(sample, i) for i in range(len(samples[0]["draws"])) for sample in samples]
+    draws = [sample["draws"][i] for sample, i in order]
+    batch: dict[str, Any] = {
+        "draws": draws,
+        "prompts": [draw.prompt for draw in draws],
+        "time_ids": torch.tensor([draw.crop.time_ids for draw in draws], dtype=torch.float32),
+        "sample_indices": torch.tensor([draw.position for draw in draws]),
+        "is_class": torch.tensor([draw.role == "class" for draw in draws]),
+    }
+    if "pixel_values" in samples[0]:
+        batch["pixel_values"] = torch.stack([sample["pixel_values"][i] for sample, i in order])
+    return batch

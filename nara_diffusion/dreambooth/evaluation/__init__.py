@@ -1,0 +1,1 @@
+"""Subject fidelity, prompt fidelity and samples, before and after."""

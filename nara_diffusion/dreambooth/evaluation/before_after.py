@@ -1,0 +1,185 @@
+"""What is measured before and after: likeness, alignment, and the loss over λ; on several processes at once.
+
+Everything is measured on a pipeline into which the saved adapter was loaded as a user loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL.Image import Image
+from torch import Tensor
+
+from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import encode_prompts
+from nara_diffusion.dreambooth.data.dataset import Draw
+from nara_diffusion.dreambooth.denoiser import predict, tokenizers_of
+from nara_diffusion.dreambooth.formats import adapter_loaded
+from nara_diffusion.dreambooth.objectives import Objective, squared_errors
+from nara_diffusion.dreambooth.timesteps import draw_noise
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.training.distributed import spread
+from nara_diffusion.training.metrics import LossWindow, window_means
+
+from .encoders import Encoder
+from .metrics import ImageSimilarity, TextAlignment, without_words
+from .sampling import SampleSettings, sample_images
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Attributes:
+    images: samples, one for each (prompt, seed).
+    similarity: of the samples to the subject's images, mean cosine; None without an encoder.
+    text_alignment: of the samples to their prompts; None without an encoder.
+    noise_levels, curve: λ, and the mean squared error there.
+    validation_loss: its mean over λ.
+    """
+
+    images: list[Image]
+    similarity: float | None
+    text_alignment: float | None
+    noise_levels: list[float]
+    curve: list[float]
+    validation_loss: float
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Encoders that say how good samples are.
+
+    Attributes:
+        references: images of the subject.
+        images: what compares them with samples, or None.
+        texts: what compares samples with prompts, or None.
+        identifier: words left out of the prompts there, since no encoder knows them.
+    """
+
+    references: Sequence[Image]
+    images: Encoder | None = None
+    texts: Encoder | None = None
+    identifier: Sequence[str] = ()
+
+    def similarity(self, samples: Sequence[Image]) -> float | None:
+        return None if self.images is None else ImageSimilarity(self.images).similarity(samples, self.references)
+
+    def alignment(self, samples: Sequence[Image], prompts: Sequence[str]) -> float | None:
+        if self.texts is None:
+            return None
+        return TextAlignment(self.texts).alignment(samples, [without_words(p, self.identifier) for p in prompts])
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """The objective without weights, at equally spaced noise levels, on the same noise at every call.
+
+    Attributes:
+        objective: built without min-SNR.
+        latents: the cache.
+        draws: images to measure on.
+        seed: of the noise.
+        points: noise levels.
+        batch_size: images of one forward.
+        window: of training; the loss is measured outside of it too.
+    """
+
+    objective: Objective
+    latents: LatentCache
+    draws: Sequence[Draw]
+    seed: int
+    points: int
+    batch_size: int
+    window: NoiseWindow = EVERYTHING
+
+    @property
+    def indices(self) -> list[int]:
+        """The middles of `points` equal parts of the schedule."""
+        return [int((i + 0.5) * self.objective.levels / self.points) for i in range(self.points)]
+
+    @torch.no_grad()
+    def at(self, pipe: Any, index: int) -> list[float]:
+        """The loss of each draw at noise level `index`, with whatever adapter `pipe` has."""
+        device = pipe.unet.device
+        losses: list[float] = []
+        for batch in self._batches():
+            latents = self.latents.mode(batch)
+            noise = draw_noise([draw.position for draw in batch], latents.shape[1:], seed=self.seed, role="validation")
+            corrupted = self.objective.corrupt(
+                latents.to(device), noise.to(device), torch.full((len(batch),), index, device=device)
+            )
+            embeddings = encode_prompts(
+                tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2], [draw.prompt for draw in batch]
+            )
+            time_ids = torch.tensor([draw.crop.time_ids for draw in batch], device=device)
+            prediction = predict(pipe.unet, corrupted.model_input, corrupted.timestep, time_ids, embeddings)
+            losses += squared_errors(prediction, corrupted).tolist()
+        return losses
+
+    def levels(self) -> Tensor:
+        """λ (points,)."""
+        latents = self.latents.mode(self.draws[:1]).expand(self.points, -1, -1, -1)
+        timestep = self.objective.corrupt(latents, latents, torch.tensor(self.indices)).timestep
+        return self.objective.source.noise_level(timestep)
+
+    def curve(self, pipe: Any, accelerator: Accelerator) -> Tensor:
+        """(points, draws), on every process."""
+
+        def work(points: Sequence[int]) -> list[list[float]]:
+            return [self.at(pipe, self.indices[point]) for point in points]
+
+        return torch.tensor(spread(accelerator, self.points, work))
+
+    def _batches(self) -> list[list[Draw]]:
+        """Draws of one size each."""
+        batches: list[list[Draw]] = []
+        for draw in sorted(self.draws, key=lambda draw: draw.target_size):
+            if not batches or len(batches[-1]) == self.batch_size or batches[-1][0].target_size != draw.target_size:
+                batches.append([])
+            batches[-1].append(draw)
+        return batches
+
+
+def measure(
+    accelerator: Accelerator,
+    pipe: Any,
+    folder: Path | None,
+    settings: SampleSettings,
+    validation: ValidationLoss,
+    judge: Judge,
+    name: str,
+) -> Measurement:
+    """Samples and losses of `pipe` with the adapter in `folder`, or without one; `name` is for the progress bar."""
+    with adapter_loaded(pipe, folder):
+        images = sample_images(pipe, settings, accelerator, desc=f"sample {name}")
+        curve = validation.curve(pipe, accelerator).mean(1)
+    return Measurement(
+        images=images,
+        similarity=judge.similarity(images),
+        text_alignment=judge.alignment(images, [prompt for prompt, _ in settings.pairs]),
+        noise_levels=validation.levels().tolist(),
+        curve=curve.tolist(),
+        validation_loss=curve.mean().item(),
+    )
+
+
+def validation_losses(accelerator: Accelerator, pipe: Any, validation: ValidationLoss) -> dict[str, float]:
+    """{"validation_loss", "validation_loss_low", …} of `pipe` as it is; with a window the means of both sides too."""
+    losses = validation.curve(pipe, accelerator)  # (points, draws)
+    levels = validation.levels().repeat_interleave(losses.shape[1])
+    losses_so_far = LossWindow()
+    losses_so_far.add(losses.flatten(), levels)
+    means = losses_so_far.means() | window_means(losses.flatten(), levels, validation.window)
+    return {f"validation_{name}": value for name, value in means.items()}
+
+
+def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
+    """Both measurements as results.json holds them, without the images."""
+    names = ("similarity", "text_alignment", "validation_loss", "curve")
+    sides = {"before": before, "after": after}
+    values = {f"{name}_{side}": getattr(of, name) for name in names for side, of in sides.items()}
+    return {**values, "noise_levels": after.noise_levels}

@@ -1,0 +1,168 @@
+"""What a subject's folder says about it: table, sheet of samples, curve, model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from nara_diffusion.dreambooth.formats import SCHEDULER
+from nara_diffusion.dreambooth.sdxl import model_name
+from nara_diffusion.noise.prediction import prediction_by
+from nara_diffusion.training.adapters.methods import method_of
+from nara_diffusion.training.model_card import format_table
+from nara_diffusion.training.plots import plot_noise_level_curves
+from nara_diffusion.training.run_report import core_import, reads_noise, write_run_card
+from nara_diffusion.training.window_arguments import window_of
+
+from .before_after import Measurement
+from .grid import write_grid
+from .sampling import SampleSettings, write_images
+
+GRID = "samples.png"
+
+_LOADING = """\
+```python
+import torch
+from diffusers import {classes}
+{imports}
+pipe = StableDiffusionXLPipeline.from_pretrained({base!r}, dtype={dtype})
+{loading}
+image = pipe(
+    {prompt!r},
+    generator=torch.Generator().manual_seed({seed}),
+    {call},
+).images[0]
+image.save("sample.png")
+```"""
+_NARA = "\nimport nara_diffusion  # gives pipelines load_nara_weights\n"
+_NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
+
+
+def results_table(before: Measurement, after: Measurement) -> str:
+    """Similarity, alignment and validation loss, before and after, as text."""
+    return format_table(["", "before", "after"], _figures(before, after))
+
+
+def write_run_report(
+    folder: Path,
+    args: Any,
+    facts: Mapping[str, str],
+    settings: SampleSettings,
+    before: Measurement,
+    after: Measurement,
+    references: Sequence[Image],
+    load_from: str,
+    converted: Any = None,
+) -> None:
+    """Writes samples.png, samples-before, samples-after, noise_level_curve.png and README.md into `folder`.
+
+    Args:
+        args: the run's arguments.
+        facts: {what: value} of the run for the card, such as the number of trainable parameters.
+        settings: what was sampled.
+        before, after: of the base model, and of the same after training.
+        references: images of the subject.
+        load_from: where the card says to load from, a path or a repository.
+        converted: the scheduler of the model that the base was converted to, if it was.
+    """
+    write_grid(folder / GRID, settings.prompts, {"before": before.images, "after": after.images}, references)
+    for when, measured in (("before", before), ("after", after)):
+        write_images(folder / f"samples-{when}", measured.images, settings)
+    name, prompt = model_name(args.pretrained_model_name_or_path), args.instance_prompt
+    images = "training" if args.validation_data_dir is None else "held-out"
+    plot_noise_level_curves(
+        folder / "noise_level_curve.png",
+        after.noise_levels,
+        before.curve,
+        after.curve,
+        f"{name}: loss over the noise level, {images} images of the subject",
+        "mean squared error",
+        window_of(args),
+    )
+    ending = (
+        f"Over {len(after.images)} samples of {len(settings.prompts)} prompts. Similarity is the mean cosine of "
+        "samples and images of the subject, alignment that of samples and their prompts; figures of other encoders "
+        "can't be compared. The loss at each noise level:\n\n![loss over the noise level](noise_level_curve.png)"
+    )
+    about = "" if prompt is None else f", trained on images of “{prompt}”"
+    write_run_card(
+        folder,
+        args,
+        facts,
+        name=name,
+        about=f"for `{args.pretrained_model_name_or_path}`{about}.",
+        figures=_figures(before, after),
+        how_good=(f"![training images, and samples before and after]({GRID})", ending),
+        loading=_loading(args, settings, load_from, converted),
+        tags=["text-to-image", "stable-diffusion-xl", "diffusers", "dreambooth"],
+        library="diffusers",
+        instance_prompt=prompt,
+    )
+
+
+def _loading(args: Any, settings: SampleSettings, load_from: str, converted: Any) -> str:
+    """The card's code."""
+    dtypes = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
+    dtype = dtypes.get(args.mixed_precision, "torch.float32")
+    family = method_of(args).family
+    lines = _loading_lines(family, load_from, dtype, args.train_text_encoder)
+    classes = ["StableDiffusionXLPipeline", *(["UNet2DConditionModel"] if family == "full" else [])]
+    if converted is not None and family != "nara":
+        kind = type(converted).__name__
+        classes.append(kind)
+        lines.append(f"pipe.scheduler = {kind}.from_pretrained({load_from!r}, subfolder={SCHEDULER!r})")
+    return (
+        _LOADING.format(
+            classes=", ".join(classes),
+            imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(family, ""),
+            base=args.pretrained_model_name_or_path,
+            dtype=dtype,
+            loading=core_import(args) + "\n".join(lines),
+            prompt=settings.prompts[0],
+            seed=settings.seed,
+            call=",\n    ".join(f"{name}={value!r}" for name, value in settings.call.items()),
+        )
+        + (_NOISE if reads_noise(args) else "")
+        + _about_conversion(converted, family)
+    )
+
+
+def _about_conversion(converted: Any, family: str) -> str:
+    if converted is None:
+        return ""
+    brought = "`load_nara_weights` sets the scheduler that it needs, and `unload_nara_weights` brings the old one back"
+    return (
+        f"\n\nThe model now predicts {prediction_by(converted)} and is sampled by {type(converted).__name__}: "
+        f"{brought if family == 'nara' else 'set the scheduler, as above, whenever the weights are loaded'}."
+    )
+
+
+def _loading_lines(family: str, folder: str, dtype: str, with_encoders: bool) -> list[str]:
+    if family == "nara":
+        return [f"pipe.load_nara_weights({folder!r})"]
+    if family == "lora":
+        return [f"pipe.load_lora_weights({folder!r})"]
+    names = ["unet", *(["text_encoder", "text_encoder_2"] if with_encoders else [])]
+    if family == "other":  # PEFT changes the component itself
+        return [f"PeftModel.from_pretrained(pipe.{name}, {folder!r}, subfolder={name!r})" for name in names]
+    return [
+        f"pipe.{name} = {'UNet2DConditionModel' if name == 'unet' else f'type(pipe.{name})'}.from_pretrained("
+        f"{folder!r}, subfolder={name!r}, dtype={dtype})"
+        for name in names
+    ]
+
+
+def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
+    rows = [
+        ["similarity to the subject", before.similarity, after.similarity],
+        ["alignment with the prompt", before.text_alignment, after.text_alignment],
+        ["validation loss", before.validation_loss, after.validation_loss],
+    ]
+    return [[str(name), _number(old), _number(new)] for name, old, new in rows]
+
+
+def _number(value: Any) -> str:
+    return "not measured" if value is None else f"{value:.3f}"

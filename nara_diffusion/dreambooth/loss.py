@@ -1,0 +1,135 @@
+"""One forward of training: a batch of draws → latents → noise → the denoiser's error.
+
+Where the base is held outside of a window of λ, the loss of an image that was drawn there is
+
+    W · mean (f(x_λ, λ) − f₀(x_λ, λ))²
+
+f what the denoiser returns with its adapters and f₀ without, over all (c, h, w). Neither min-SNR's weights nor EDM's
+enter it, so that the base is held as firmly at every λ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
+from nara_diffusion.dreambooth.data.dataset import Draw
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_base
+
+from .objectives import Corrupted, Objective, squared_errors, with_prior
+from .timesteps import WindowedSchedule, draw_indices, draw_noise
+
+
+@dataclass(frozen=True)
+class DreamBoothLoss:
+    """A `StepLoss` of b samples.
+
+    Attributes:
+        loss: the scalar to differentiate, the mean of `per_sample`.
+        per_sample: (b,), with the weighted loss of each sample's class image added, if there are any.
+        noise_level: (b,), λ of the instance images.
+        split: of all images, those of the class too, and without their weight; None unless the base is held.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    noise_level: Tensor
+    split: SplitLosses | None = None
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """`step(batch)` is the loss of a batch that `collate_draws` made.
+
+    Attributes:
+        model: an `AdaptedDenoiser`, as accelerate wrapped it.
+        objective: what is learnt.
+        latents: of the images.
+        prompts: embeddings of frozen text encoders; None where they are trained.
+        device: where `model` runs.
+        seed: of noise levels, noise and posterior samples.
+        group_size: samples of an optimizer step, for `stratified`.
+        stratified: spread the noise levels of each optimizer step evenly.
+        noise_offset: κ, see `draw_noise`.
+        prior_loss_weight: what class images count.
+        window: of λ; class images are drawn from it as well.
+    """
+
+    model: nn.Module
+    objective: Objective
+    latents: LatentCache
+    prompts: PromptCache | None
+    device: torch.device
+    seed: int
+    group_size: int = 1
+    stratified: bool = False
+    noise_offset: float = 0.0
+    prior_loss_weight: float = 1.0
+    window: NoiseWindow = EVERYTHING
+
+    @cached_property
+    def windowed(self) -> WindowedSchedule:
+        """The noise levels to draw from."""
+        return windowed_schedule(self.objective, self.window)
+
+    def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
+        corrupted = self._corrupt(batch["draws"], batch.get("pixel_values"))
+        levels = self.objective.source.noise_level(corrupted.timestep)
+        weight = self.window.hold_weight
+        if weight is None:
+            losses, split = squared_errors(self._predict(corrupted, batch), corrupted), None
+        else:
+            split = self._split(corrupted, batch, levels)
+            losses = split.weighted(weight)
+        if batch["draws"][-1].role == "class":
+            losses, levels = with_prior(losses, self.prior_loss_weight), levels.chunk(2)[0]
+        return DreamBoothLoss(losses.mean(), losses, levels, split)
+
+    def _split(self, corrupted: Corrupted, batch: Mapping[str, Any], levels: Tensor) -> SplitLosses:
+        """Of each image its error, or its distance to the base where λ (b,) lies outside of the window."""
+        held = self.window.held(levels)
+        rows = rows_for_base(held)
+        with as_base(self.model):
+            base = self._predict(corrupted, batch, rows)
+        prediction = self._predict(corrupted, batch)
+        errors = squared_errors(prediction, corrupted)
+        distances = (prediction[rows].float() - base.float()).square().flatten(1).mean(1)  # (k,)
+        return SplitLosses(torch.where(held, errors.index_put((rows,), distances), errors), levels, held)
+
+    def _predict(self, corrupted: Corrupted, batch: Mapping[str, Any], rows: Tensor | None = None) -> Tensor:
+        """What the model as it is says of some `rows` (k,) of the batch, or of all, (k, c, h, w)."""
+        rows = torch.arange(len(batch["draws"]), device=self.device) if rows is None else rows
+        inputs = (corrupted.model_input[rows], corrupted.timestep[rows], batch["time_ids"].to(self.device)[rows])
+        prompts = [batch["prompts"][row] for row in rows.tolist()]
+        if self.prompts is None:
+            return self.model(*inputs, prompts=prompts)
+        return self.model(*inputs, embeddings=tuple(tensor.to(self.device) for tensor in self.prompts.get(prompts)))
+
+    def _corrupt(self, draws: Sequence[Draw], pixel_values: Tensor | None) -> Corrupted:
+        """Draws of one role have consecutive rows: all instances, then all class images."""
+        latents = self.latents.sample(draws, seed=self.seed, pixel_values=pixel_values)  # (b, c, h, w)
+        indices, noise = [], []
+        for role in dict.fromkeys(draw.role for draw in draws):
+            positions = [draw.position for draw in draws if draw.role == role]
+            options: dict[str, Any] = {"seed": self.seed, "role": role}
+            levels = {"levels": self.objective.levels, "stratified": self.stratified, "group_size": self.group_size}
+            indices.append(draw_indices(positions, windowed=self.windowed, **levels, **options))
+            noise.append(draw_noise(positions, latents.shape[1:], offset=self.noise_offset, **options))
+        return self.objective.corrupt(
+            latents.to(self.device), torch.cat(noise).to(self.device), torch.cat(indices).to(self.device)
+        )
+
+
+def windowed_schedule(objective: Objective, window: NoiseWindow) -> WindowedSchedule:
+    """The objective's noise levels in `window`; raises ValueError where there are none."""
+    nothing = torch.zeros(objective.levels, 1, 1, 1)
+    timestep = objective.corrupt(nothing, nothing, torch.arange(objective.levels)).timestep
+    return WindowedSchedule(objective.source.noise_level(timestep), window)

@@ -1,0 +1,231 @@
+"""From the script's arguments to what a run works with: images, class images, caches, encoders, settings of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache, warn_of_cut
+from nara_diffusion.dreambooth.data.buckets import Size, check_size, make_buckets, parse_buckets
+from nara_diffusion.dreambooth.data.class_images import generate_class_images
+from nara_diffusion.dreambooth.data.dataset import Draw, DreamBoothDataset
+from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
+from nara_diffusion.dreambooth.evaluation.before_after import Judge
+from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings
+from nara_diffusion.training.adapters.build import check_adaptable
+from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.stream import count_steps
+from nara_diffusion.training.window_arguments import window_of
+
+from .arguments import DreamBoothArguments
+from .conversion import converted_scheduler
+from .denoiser import tokenizers_of
+from .loss import windowed_schedule
+from .objectives import build_objective
+
+_SAMPLED_CAPTIONS = 4
+_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_instances(args: DreamBoothArguments, progress: bool) -> list[ImageRecord]:
+    """The subject's images with their captions, from a folder or the Hub; raises ValueError for bad ones."""
+    if args.dataset_name is not None:
+        return records_from_dataset(
+            args.dataset_name,
+            config_name=args.dataset_config_name,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            prompt=args.instance_prompt,
+            cache_dir=args.cache_dir,
+            progress=progress,
+        )
+    return records_from_folder(str(args.instance_data_dir), **_captions(args), progress=progress)
+
+
+def load_held_out(args: DreamBoothArguments, progress: bool) -> list[ImageRecord]:
+    """The images of `--validation_data_dir`; raises ValueError for bad ones."""
+    if args.validation_data_dir is None:
+        return []
+    return records_from_folder(args.validation_data_dir, **_captions(args), progress=progress)
+
+
+def record_texts(records: Sequence[ImageRecord]) -> list[str]:
+    """All that a sample depends on, for a digest."""
+    return [text for record in records for text in (record.key, record.prompt)]
+
+
+def load_class_images(
+    args: DreamBoothArguments, accelerator: Accelerator, dtype: torch.dtype, load: Callable[..., Any]
+) -> list[ImageRecord]:
+    """The images of prior preservation, of which missing ones are generated; none without it.
+
+    Args:
+        dtype: of the generation, where `--prior_generation_precision` doesn't say.
+        load: `load_pipeline` with all but its dtypes given.
+    """
+    if not args.with_prior_preservation:
+        return []
+    folder, prompt = str(args.class_data_dir), str(args.class_prompt)
+    if args.prior_generation_precision is not None:
+        dtype = _DTYPES[args.prior_generation_precision]
+    generate_class_images(
+        lambda: load(dtype=dtype, vae_dtype=dtype).to(accelerator.device),
+        folder,
+        prompt,
+        args.num_class_images,
+        seed=args.seed,
+        batch_size=args.sample_batch_size,
+        accelerator=accelerator,
+        progress=accelerator.is_main_process,
+        **_sample_call(args),
+    )
+    return class_records(folder, prompt=prompt, minimum=args.num_class_images, progress=accelerator.is_main_process)
+
+
+def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
+    """Refuses what shows only with the model at hand, before hours go into class images.
+
+    Raises:
+        ValueError: sizes that the model can't have, an objective that doesn't fit its scheduler, a window without one
+            of its noise levels, a target module that its UNet lacks.
+    """
+    training_buckets(args, pipe)
+    scheduler = target_scheduler(args, pipe)
+    objective = build_objective(scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
+    windowed_schedule(objective, window_of(args))
+    config = adapter_config(
+        args, noise_convention=objective.source.convention, total_steps=args.max_train_steps or 1_000_000
+    )
+    if config is not None:
+        check_adaptable(pipe.unet, config)
+
+
+def target_scheduler(args: DreamBoothArguments, pipe: Any) -> Any:
+    """The scheduler that samples the trained model: the pipeline's own, unless the model is converted.
+
+    Raises:
+        ValueError: a base that can't be converted so.
+    """
+    return converted_scheduler(pipe.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
+
+
+def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
+    """The sizes to train at: multiples of what autoencoder and UNet divide an image by, together.
+
+    Raises:
+        ValueError: sizes that aren't.
+    """
+    divisor = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if args.aspect_ratio_buckets is None:
+        check_size((args.resolution, args.resolution), divisor)
+        return [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets == "auto":
+        return make_buckets(args.resolution, divisor=max(divisor, min(64, args.resolution // 4)))
+    return parse_buckets(args.aspect_ratio_buckets, divisor=divisor)
+
+
+def training_data(
+    args: DreamBoothArguments, instances: Sequence[ImageRecord], class_images: Sequence[ImageRecord], pipe: Any
+) -> DreamBoothDataset:
+    """The draws of training; their pixels too, where no cache makes them superfluous.
+
+    Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here.
+    """
+    if args.train_text_encoder:
+        for prompt in dict.fromkeys(record.prompt for record in (*instances, *class_images)):
+            warn_of_cut(pipe.tokenizer, prompt)
+    return DreamBoothDataset(
+        instances,
+        training_buckets(args, pipe),
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        class_images=class_images,
+        crop="center" if args.center_crop else "random",
+        crops_per_image=args.crops_per_image,
+        flip=args.random_flip,
+        load_pixels=not args.cache_latents,
+    )
+
+
+def latent_cache(
+    args: DreamBoothArguments, pipe: Any, dataset: DreamBoothDataset, positions: range, progress: bool
+) -> LatentCache:
+    """Latents of `dataset`; those that training will draw, at `positions` of the stream, are encoded now, if they fit.
+
+    Raises:
+        ValueError: the autoencoder gives NaN; the text says what to do about it.
+    """
+    if not args.cache_latents:
+        return LatentCache(pipe.vae, memory_mib=0)
+    latents = LatentCache(pipe.vae, memory_mib=args.cache_memory, folder=args.cache_folder)
+    latents.fill(dataset.distinct_draws(positions), progress=progress)
+    return latents
+
+
+def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
+    """Embeddings of the prompts; None where the text encoders are trained."""
+    if args.train_text_encoder:
+        return None
+    encoders = [pipe.text_encoder, pipe.text_encoder_2]
+    return PromptCache(tokenizers_of(pipe), encoders, memory_mib=args.cache_memory, folder=args.cache_folder)
+
+
+def settle_validation(args: DreamBoothArguments, images: int, global_batch: int) -> None:
+    """Says --validation_epochs in --validation_steps: an epoch is `images` samples, repeats counted."""
+    if args.validation_epochs is not None:
+        args.validation_steps = count_steps(images, global_batch, None, args.validation_epochs)
+
+
+def validation_draws(
+    args: DreamBoothArguments, dataset: DreamBoothDataset, pipe: Any, held_out: Sequence[ImageRecord]
+) -> list[Draw]:
+    """What the validation loss is measured on: the images that were held out, or the training images, their middles."""
+    if not held_out:
+        return dataset.plain_draws()
+    return DreamBoothDataset(held_out, training_buckets(args, pipe), batch_size=1, seed=0).plain_draws()
+
+
+def make_judge(args: DreamBoothArguments, instances: Sequence[ImageRecord], device: torch.device) -> Judge:
+    """The encoders that judge samples; one that both arguments name is loaded once.
+
+    Raises:
+        ValueError: an encoder that can't be loaded, or one without a text tower for prompts.
+    """
+    options: dict[str, Any] = {"device": device, "progress": False}
+    named = {name for name in (args.similarity_model, args.alignment_model) if name is not None}
+    encoders: dict[str | None, Encoder] = {name: Encoder(name, **options) for name in sorted(named)}
+    texts = encoders.get(args.alignment_model)
+    if texts is not None:
+        texts.check_text()
+    references = [record.source.load() for record in instances]
+    return Judge(references, encoders.get(args.similarity_model), texts, args.identifier or ())
+
+
+def sample_settings(args: DreamBoothArguments, instances: Sequence[ImageRecord]) -> SampleSettings:
+    """Samples of what `args` name, or of the first captions of `instances`, at the training resolution."""
+    captions = list(dict.fromkeys(record.prompt for record in instances))[:_SAMPLED_CAPTIONS]
+    return SampleSettings(
+        args.prompts or captions, args.num_validation_images, args.seed, args.sample_batch_size, _sample_call(args)
+    )
+
+
+def _sample_call(args: DreamBoothArguments) -> dict[str, Any]:
+    return {
+        "height": args.resolution,
+        "width": args.resolution,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+    }
+
+
+def _captions(args: DreamBoothArguments) -> dict[str, Any]:
+    return {
+        "prompt": args.instance_prompt,
+        "caption_source": args.caption_source,
+        "caption_column": args.caption_column,
+    }

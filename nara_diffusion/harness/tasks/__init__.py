@@ -1,0 +1,1 @@
+"""The test sets of nara-eval, and how their answers are scored."""

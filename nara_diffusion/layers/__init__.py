@@ -1,0 +1,1 @@
+"""y = W0 x + s B C A x: the adapted layers."""

@@ -1,0 +1,82 @@
+"""Which forward rule an adapted layer gets, and which modules can have none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
+from torch import Tensor, nn
+
+from .variants import NaraConv, NaraDoraConv, NaraDoraLinear, NaraEmbedding, NaraLinear, NaraVariant
+
+
+def check_target(target: Any, use_dora: bool, name: str) -> None:
+    """Refuse modules for which there is no rule, before PEFT adapts them; `name` is the module's, for messages.
+
+    Raises:
+        ValueError: `target` is an attention module, or NaRA-DoRA's norm cannot be had for it.
+    """
+    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+    kind = type(base).__name__
+    if isinstance(base, nn.MultiheadAttention):
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({kind}): PEFT merges its update before each forward, at no λ. Leave it out "
+            'by `exclude_modules`, or use core_type="identity".'
+        )
+    if use_dora and isinstance(base, nn.Embedding):
+        raise ValueError(
+            f"NaRA-DoRA cannot adapt '{name}' ({kind}): the norm of a whole vocabulary would be needed for each "
+            "sample. Leave it out by `exclude_modules`, or set use_dora=False."
+        )
+    weight = getattr(base, "weight", None)
+    if use_dora and isinstance(weight, Tensor) and _is_float8(weight.dtype):
+        raise ValueError(
+            f"NaRA-DoRA cannot adapt '{name}' ({kind}), whose weight is stored as {weight.dtype}: its norm is needed. "
+            "Add the adapter before enable_layerwise_casting()."
+        )
+    if use_dora and isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
+        raise ValueError(
+            f"NaRA-DoRA cannot adapt '{name}' ({kind} with groups > 1): leave it out by `exclude_modules`, "
+            "or set use_dora=False."
+        )
+
+
+def rule_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
+    """The rule for `layer`, which PEFT has made; `name` is the layer's, for messages.
+
+    Raises:
+        ValueError: PEFT's class of this layer does not consult rules.
+    """
+    if isinstance(layer, ParamWrapper) or "lora_variant" not in type(layer).forward.__code__.co_names:
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({type(layer.get_base_layer()).__name__}, adapted by PEFT's "
+            f"{type(layer).__name__}): that class skips λ-dependent updates. Leave it out by `exclude_modules`, or use "
+            'core_type="identity".'
+        )
+    if isinstance(layer, Embedding):
+        return NaraEmbedding
+    if isinstance(layer, _ConvNd):
+        return NaraDoraConv if use_dora else NaraConv
+    return NaraDoraLinear if use_dora else NaraLinear
+
+
+def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
+    """PEFT gives A and B the dtype of the base weight; where layerwise casting stores that as float8, float32."""
+    for factors in (getattr(layer, name) for name in layer.adapter_layer_names):
+        for name, parameter in factors.named_parameters():
+            if name.split(".")[0] == adapter_name and _is_float8(parameter.dtype):
+                parameter.data = parameter.data.float()
+
+
+def factor_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of loaded A and B beside a base weight: that of the weight, float32 beside float8, and None, which is
+    the file's, beside a quantised one."""
+    if weight_dtype is None or not weight_dtype.is_floating_point:
+        return None
+    return torch.float32 if _is_float8(weight_dtype) else weight_dtype
+
+
+def _is_float8(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1

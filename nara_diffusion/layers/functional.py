@@ -1,0 +1,102 @@
+"""y = s · B · C · A · x on rows, channels and weights, and DoRA's norms; with torch alone.
+
+Shapes: A (r, d_in), C (b, r, r), or (1, r, r) where the batch shares it, B (d_out, r).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mix(core: Tensor, h: Tensor) -> Tensor:
+    """C h for each row of h: (b or 1, r, r), (b, …, r) → (b, …, r).
+
+    It is computed in float32 at least, also under autocast, so that C − I is not rounded. (B·C first would be the
+    same, but turns every large product of the layer, and of its backward, into a batched one.)
+    """
+    with torch.autocast(h.device.type, enabled=False):
+        return mix_rows(core, h)
+
+
+def mix_rows(core: Tensor, h: Tensor) -> Tensor:
+    """`mix` where autocast is known to be off."""
+    if core.dtype == h.dtype and core.device == h.device:
+        return _mix_alike(core, h)
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    return _mix_alike(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
+
+
+def _mix_alike(core: Tensor, h: Tensor) -> Tensor:
+    if core.shape[0] == 1:
+        return F.linear(h, core[0])
+    if h.dim() == 3:
+        return torch.bmm(h, core.mT)
+    if h.is_nested:
+        return torch.matmul(h, core.mT.reshape(core.shape[0], *(1,) * (h.dim() - 3), *core.shape[1:]))
+    return torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core.mT).view(h.shape)
+
+
+def mix_channels(core: Tensor, h: Tensor) -> Tensor:
+    """The same where the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    with torch.autocast(h.device.type, enabled=False):
+        mixed = torch.matmul(core.to(h.device, dtype), h.to(dtype).flatten(2))
+    return mixed.view(h.shape).to(h.dtype)
+
+
+def add_product(base: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """base + s · h Bᵀ by one product: base (…, d_out), h (…, r), B (d_out, r)."""
+    dtype = torch.promote_types(base.dtype, h.dtype)
+    rows = base.to(dtype).reshape(-1, base.shape[-1])
+    return torch.addmm(rows, h.to(dtype).reshape(-1, h.shape[-1]), B.to(dtype).T, alpha=scaling).view(base.shape)
+
+
+def add_scaled_product(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, scaling: float) -> Tensor:
+    """gain ⊙ (base + s · h Bᵀ): base (b, …, d_out), h (b, …, r), B (d_out, r), gain (b or 1, d_out).
+
+    The gain goes onto `base` and onto B, so that the product is added in place: one large tensor instead of two.
+    """
+    batch, width = gain.shape
+    scaled = base.reshape(batch, -1, width) * gain[:, None]  # (b, n, d_out), or (1, b n, d_out)
+    rows = h.reshape(batch, -1, h.shape[-1])
+    rising = (gain[..., None] * B).transpose(1, 2)  # (b, r, d_out)
+    if scaled.dtype == rows.dtype:
+        return scaled.baddbmm_(rows, rising.to(rows.dtype), alpha=scaling).view(base.shape)
+    return (scaled + scaling * torch.bmm(rows, rising.to(rows.dtype))).view(base.shape)
+
+
+def times_core(B: Tensor, core: Tensor) -> Tensor:
+    """K = B·C for norms and merging: (d_out, r), (b, r, r) → (b, d_out, r), float32 at least, not part of the graph.
+
+    By one plain product Cᵀ Bᵀ: `matmul` would choose its way, and so the last bits, by whether B is trainable.
+    """
+    batch, rank, _ = core.shape
+    B, core = B.detach(), core.detach()
+    dtype = torch.promote_types(B.dtype, torch.float32)
+    with torch.autocast(B.device.type, enabled=False):
+        rows = core.to(B.device, dtype).transpose(1, 2).reshape(batch * rank, rank)
+        return (rows @ B.to(dtype).T).view(batch, rank, -1).transpose(1, 2)
+
+
+def factored_row_norm(weight: Tensor, A: Tensor, K: Tensor, scaling: float) -> Tensor:
+    """‖W0 + s K A‖ by row, without the (b, d_out, d_in) product; for NaRA-DoRA (paper, appendix M).
+
+        ‖W0 + s K A‖²_row = ‖W0‖²_row + Σ_r K ⊙ (2 s P + s² K G),   P = W0 Aᵀ (d_out, r),  G = A Aᵀ (r, r)
+
+    Args:
+        weight: W0 (d_out, d_in). A: (r, d_in). K: B·C (b, d_out, r). scaling: s.
+
+    Returns:
+        (b, d_out), float32 at least, not part of the graph: DoRA treats the norm as a constant (DoRA, section 4.3).
+    """
+    dtype = torch.promote_types(weight.dtype, K.dtype)  # float32 or float64
+    weight, A, K = weight.detach(), A.detach(), K.detach()
+    with torch.autocast(weight.device.type, enabled=False):
+        P = (A.to(weight.dtype) @ weight.T).to(dtype)  # transposed like all that follows: sums run along d_out
+        A, K = A.to(dtype), K.to(dtype).transpose(1, 2)  # (b, r, d_out)
+        G = (A @ A.T).expand(K.shape[0], -1, -1)
+        base = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()  # (d_out,)
+        update = torch.bmm(G, K).mul_(scaling**2).add_(P, alpha=2 * scaling).mul_(K).sum(1)
+        return update.add_(base).clamp_min_(torch.finfo(dtype).tiny).sqrt_()

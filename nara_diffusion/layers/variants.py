@@ -1,0 +1,308 @@
+"""The forward rules of adapted layers: NaRA and NaRA-DoRA on Linear (quantised or not), Conv and Embedding.
+
+    NaRA        y = W0 x + b + s B C A x                              (paper, equation 4)
+    NaRA-DoRA   y = m / ‖W0 + s B C A‖_row ⊙ (W0 x + s B C A x) + b    (paper, appendix M; the norm is a constant)
+
+with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r), K = B C (b, d_out, r). Rules are PEFT "LoRA
+variants": PEFT's own layers hold A and B and call `forward`. A rule reads its C from the model's channel and knows
+neither the core that made it nor the modality that it serves. (`module` is PEFT's layer, whose attributes are typed
+too loosely to check.) A layer of rank r below its core's reads C[:r, :r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import LoraVariant, _ConvNd
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from nara_diffusion.runtime.batch_rows import Rows, check_rows
+from nara_diffusion.runtime.channel import CoreChannel
+from nara_diffusion.runtime.offloading import check_mergeable_here, is_managed, onloaded
+
+from .bnb import base_weight, check_mergeable
+from .effective_weights import base_matrix, delta_weight, factors, may_read
+from .functional import add_product, add_scaled_product, factored_row_norm, mix, mix_channels, times_core
+from .fused import can_fuse, fused_linear
+
+
+class NaraVariant(LoraVariant):
+    """What all rules share: where C comes from, the product B·C, and merging at one fixed C.
+
+    Args:
+        channel: where the model's root puts C(λ) for the time of a forward.
+        core_to_merge: (adapter name, group) → C (1, r, r) of the λ at which layers are being merged.
+        adapter_name, group: which C is this layer's.
+        layer_name: for error messages. rows: what the rows of the layer's input are.
+
+    Attributes:
+        key: by what it reads C from the channel; (adapter_name, group), unless the group's layers differ in strength.
+    """
+
+    def __init__(
+        self,
+        channel: CoreChannel,
+        core_to_merge: Callable[[str, str], Tensor],
+        adapter_name: str,
+        group: str,
+        layer_name: str,
+        rows: Rows = "samples",
+    ) -> None:
+        self.channel = channel
+        self.core_to_merge = core_to_merge
+        self.group = group
+        self.key = (adapter_name, group)
+        self.layer_name = layer_name
+        self.rows: Rows = rows
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to create: PEFT has made A, B and the magnitude, and the core belongs to the root."""
+
+    def read_core(self, rank: int) -> Tensor:
+        """C (b, r, r) or (1, r, r), float32, of the forward that is running, or of the λ that is told where none is."""
+        frame = self.channel.frame
+        if frame is None or self.key not in frame:
+            raise RuntimeError(
+                f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. C is made when the "
+                "forward of the whole adapted model is called: call that, or call a part of it inside `with "
+                "noise_level(model, value):`, and do not recompute a part of it by a checkpoint other than the "
+                "model's own (`model.gradient_checkpointing_enable()`)."
+            )
+        core = frame[self.key]
+        return core if core.shape[-1] == rank else core[:, :rank, :rank]
+
+    def batch_core(self, rank: int, x: Tensor) -> Tensor:
+        """`read_core` as one matrix, or one for each row of this layer's input `x` (b, …)."""
+        core = self.read_core(rank)
+        samples, batch = core.shape[0], x.shape[0]
+        check_rows(self.rows, x, samples, self.layer_name)
+        if samples in (1, batch):
+            return core
+        if batch == 0:  # an idle expert: no row asks for a C, and A and B get gradients of zero
+            return core[:1]
+        if self.channel.sample_major and batch % samples == 0:
+            return core.repeat_interleave(batch // samples, dim=0)
+        raise ValueError(
+            f"noise_level has {samples} values, but the batch inside layer '{self.layer_name}' is {batch}: "
+            "pass one value, or one a sample of the batch as the layer sees it, (b, …), after beams, repeats or CFG."
+        )
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one.
+
+        Raises:
+            ValueError: `x` is a nested tensor of the strided layout, or has another number of samples than λ.
+        """
+        if x.is_nested and x.layout is not torch.jagged:
+            raise ValueError(
+                f"The input of layer '{self.layer_name}' is a nested tensor of layout {x.layout}: make it with "
+                "torch.nested.nested_tensor(samples, layout=torch.jagged)."
+            )
+        x = _in_dtype_of_factors(module, active_adapter, x)
+        read = self.reads(module, active_adapter)
+        if any(map(is_managed, read)):
+            with onloaded(*read):
+                return self._update_any(module, active_adapter, x, result)
+        return self._update_any(module, active_adapter, x, result)
+
+    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+        """The modules whose weights `update` reads without calling them."""
+        return ()
+
+    def _update_any(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        if x.dim() < self.batched_dims(module):
+            return self.update(module, active_adapter, x[None], result[None])[0]
+        return self.update(module, active_adapter, x, result)
+
+    def batched_dims(self, module: Any) -> int:
+        """How many axes an input with a batch axis has at least."""
+        return 2
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """`forward` for x (b, …)."""
+        raise NotImplementedError
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The base weight with this adapter merged at one C."""
+        check_mergeable(module, active_adapter, self.layer_name)
+        check_mergeable_here(module.get_base_layer(), self.layer_name)
+        rank = module.r[active_adapter]
+        core = self.core_to_merge(*self.key)[:, :rank, :rank]
+        A, B = factors(module, active_adapter)
+        K = times_core(B, core)  # (1, d_out, r)
+        scaling = module.scaling[active_adapter]
+        factor = self.merge_factor(module, active_adapter, A, K)
+        guard = module.register_forward_pre_hook(self._check_merged)
+        module._cache_store(f"{active_adapter}-nara", (A, K, scaling, factor, guard))
+        # read again: finding DoRA's norm may have taken other merged adapters out and put them back
+        weight = base_weight(module.get_base_layer()).data
+        return (factor * (weight + delta_weight(module, A, K[0], scaling))).to(orig_weight.dtype)
+
+    def _check_merged(self, module: Any, args: Any) -> None:
+        """For a merged layer whose root does not run, and so does not check λ."""
+        if module.merged:
+            self.channel.check_merged()
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        check_mergeable(module, active_adapter, self.layer_name)
+        A, K, scaling, factor, guard = module._cache_pop(f"{active_adapter}-nara")
+        guard.remove()
+        return (orig_weight.data / factor - delta_weight(module, A, K[0], scaling)).to(orig_weight.dtype)
+
+    def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor | float:
+        """What a merged row is multiplied with: 1, or DoRA's m / ‖W0 + s K A‖, for K = B C (1, d_out, r)."""
+        return 1.0
+
+
+class NaraLinear(NaraVariant):
+    """y = W0 x + b + s B C A x, the last product onto the base layer's output."""
+
+    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+        return (module.lora_B[active_adapter],)
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
+        core = self.batch_core(module.r[active_adapter], x)
+        scaling = module.scaling[active_adapter]
+        if _is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
+            return fused_linear(x, result, base_layer.weight, A.weight, core, B.weight, scaling)
+        mixed = mix(core, A(module.lora_dropout[active_adapter](x)))  # (b, …, r)
+        if result.is_nested or not may_read(B):
+            return result + scaling * B(mixed)
+        result = add_product(result, mixed, B.weight, scaling)
+        return result if B.bias is None else result + scaling * B.bias
+
+
+class NaraEmbedding(NaraVariant):
+    """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout.
+
+    Ids (n,), such as the positions `arange(n)`, are one sample.
+    """
+
+    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+        return module.lora_embedding_A, module.lora_embedding_B
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        core = self.batch_core(module.r[active_adapter], x)
+        h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
+        embed_scale = module._get_embed_scale()
+        if embed_scale is not None:
+            h = h * embed_scale.to(h.dtype)
+        B, scaling = module.lora_embedding_B[active_adapter], module.scaling[active_adapter]
+        if result.is_nested:
+            return result + scaling * F.linear(mix(core, h), B)
+        return add_product(result, mix(core, h), B, scaling)
+
+
+class NaraConv(NaraVariant):
+    """The same with A a convolution and B of kernel 1, on any number of spatial axes."""
+
+    def batched_dims(self, module: Any) -> int:
+        return module._kernel_dim
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        core = self.batch_core(module.r[active_adapter], x)
+        dropped = module.lora_dropout[active_adapter](x)
+        return result + module.scaling[active_adapter] * _conv_update(module, active_adapter, dropped, core)
+
+
+class NaraDoraLinear(NaraVariant):
+    """y = m / ‖W0 + s K A‖ ⊙ (W0 x + s K A x) + b, the norm from its factors.
+
+    With dropout, as in PEFT, the dropped input also goes through the magnitude's share of the base product.
+    """
+
+    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        return A, B, module.get_base_layer(), module.lora_magnitude_vector[active_adapter]
+
+    def gain(self, module: Any, active_adapter: str, weight: Tensor, core: Tensor) -> Tensor:
+        """m / ‖W0 + s B C A‖ for W0 (d_out, k) and C (b or 1, r, r): (b or 1, d_out)."""
+        A, B = factors(module, active_adapter)
+        norm = factored_row_norm(weight, A, times_core(B, core), module.scaling[active_adapter])
+        return module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
+        scaling = module.scaling[active_adapter]
+        core = self.batch_core(module.r[active_adapter], x)
+        weight = base_matrix(module)
+        gain = self.gain(module, active_adapter, weight, core).to(x.dtype)  # (b or 1, d_out)
+        bias = base_layer.bias
+        if _is_dropout_free(module, active_adapter):
+            base = result if bias is None else result - bias
+            if x.dtype == gain.dtype != torch.float16 and can_fuse(module, base_layer, A, B, x, result):
+                result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, gain)
+            else:
+                result = _add_and_scale(base, mix(core, A(x)), B, gain, scaling)
+            return result if bias is None else result + bias
+        dropped = module.lora_dropout[active_adapter](x)
+        base = F.linear(dropped, weight.to(dropped.dtype))
+        return result - base + _add_and_scale(base, mix(core, A(dropped)), B, gain, scaling)
+
+    def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor:
+        with module._unmerged_base_weight(safe_merge=True) as weight:
+            matrix = transpose(weight, getattr(module, "fan_in_fan_out", False)).flatten(1)
+            norm = factored_row_norm(matrix, A, K, module.scaling[active_adapter])[0]
+        factor = module.lora_magnitude_vector[active_adapter].weight.detach().flatten() / norm
+        if isinstance(module, _ConvNd):
+            return factor.view(-1, *(1,) * (module._kernel_dim - 1))
+        return transpose(factor[:, None], getattr(module, "fan_in_fan_out", False))
+
+
+class NaraDoraConv(NaraDoraLinear):
+    """NaRA-DoRA on a convolution: rows are output channels, over input channels and kernel."""
+
+    def batched_dims(self, module: Any) -> int:
+        return module._kernel_dim
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        base_layer = module.get_base_layer()
+        axes = (1,) * (result.dim() - 2)
+        core = self.batch_core(module.r[active_adapter], x)
+        scaling = module.scaling[active_adapter]
+        gain = self.gain(module, active_adapter, base_matrix(module), core).to(x.dtype)
+        gain = gain.view(*gain.shape, *axes)  # (b or 1, d_out, 1, …)
+        dropped = module.lora_dropout[active_adapter](x)
+        if _is_dropout_free(module, active_adapter):
+            base = result if base_layer.bias is None else result - base_layer.bias.view(1, -1, *axes)
+        else:
+            base = base_layer._conv_forward(dropped, base_layer.weight, None)
+        return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, core)
+
+
+def _in_dtype_of_factors(module: Any, adapter_name: str, x: Tensor) -> Tensor:
+    """`x` in A's dtype where layerwise casting, which is for the base weights, has kept PEFT from seeing to that."""
+    if getattr(module, "cast_input_dtype_enabled", True) or not x.is_floating_point():
+        return x
+    A = module.lora_A[adapter_name]
+    return x if is_managed(A) else x.to(A.weight.dtype)
+
+
+def _conv_update(module: Any, adapter_name: str, x: Tensor, core: Tensor) -> Tensor:
+    """B(C A(x)), with B's bias: x (b, d_in, …) → (b, d_out, …)."""
+    return module.lora_B[adapter_name](mix_channels(core, module.lora_A[adapter_name](x)))
+
+
+def _is_dropout_free(module: Any, adapter_name: str) -> bool:
+    return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
+
+
+def _add_and_scale(base: Tensor, h: Tensor, B: Any, gain: Tensor, scaling: float) -> Tensor:
+    """gain ⊙ (base + s B(h)): base (b, …, d_out), h (b, …, r), gain (b or 1, d_out)."""
+    if not base.is_nested and may_read(B):
+        return add_scaled_product(base, h, B.weight, gain, scaling)
+    rows = gain.view(gain.shape[0], *(1,) * (base.dim() - 2), gain.shape[1])  # (b or 1, 1, …, d_out)
+    if base.is_nested:  # a gradient can be summed over the ragged axis, but not over that and another one
+        rows = rows.expand(-1, 1, *base.shape[2:])
+    return rows * (base + scaling * B(h))

@@ -1,0 +1,65 @@
+"""Loading into a pipeline whose parts wait elsewhere: the hooks that bring them in are off meanwhile, as for a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import _func_optionally_disable_offloading
+from peft import PeftModel
+from torch import nn
+
+from nara_diffusion.runtime.offloading import check_not_on_disk
+
+from .insertion import nara_adapters_of
+
+
+@contextmanager
+def offloading_suspended(pipe: Any) -> Iterator[None]:
+    """Inside, no offload hook of accelerate's is on `pipe`; afterwards, also after an error, all are on again.
+
+    Raises:
+        ValueError: group offloading keeps weights on disk.
+    """
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            check_not_on_disk(part, name)
+    model, sequential, grouped = _func_optionally_disable_offloading(pipe)
+    device = {"device": pipe._offload_device} if hasattr(pipe, "_offload_device") else {}
+    try:
+        yield
+    finally:
+        if model:
+            pipe.enable_model_cpu_offload(**device)
+        elif sequential:
+            pipe.enable_sequential_cpu_offload(**device)
+        elif grouped:
+            for part in pipe.components.values():
+                if isinstance(part, nn.Module):
+                    _maybe_remove_and_reapply_group_offloading(part)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The base model, adapters included, of a PeftModel; any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
+    """Raises ValueError if `model`, the pipeline's `component`, is a PeftModel, which its `method` cannot serve."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"{component} is a PeftModel, whose adapters pipe.{method} cannot change. Put its base model, adapters "
+            f"included, into the pipeline first, pipe.{component} = pipe.{component}.get_base_model(), or use its own "
+            "methods (load_adapter, set_adapter, delete_adapter, unload)."
+        )
+
+
+def check_none_wrapped(pipe: Any, components: list[str], method: str) -> None:
+    """Raises ValueError if one of `components` is a PeftModel with a NaRA, which Diffusers' `method` would pass by."""
+    for component in components:
+        model = getattr(pipe, component, None)
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        if isinstance(model, PeftModel) and nara_adapters_of(model):
+            check_not_wrapped(model, component, method)

@@ -1,0 +1,148 @@
+"""One component of a pipeline: an adapter put in, taken out, or, if putting it in fails, taken back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from nara_diffusion.layers.dispatch import factor_dtype
+from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.tuner.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.injection import drop_idle_holder
+
+from .completeness import check_loaded, held_tensors
+from .format import AdapterPart, is_core_key
+
+_LOADED_FLAG = "_hf_peft_config_loaded"
+"""By this Diffusers and Transformers know whether a model has adapters."""
+
+
+def adapters_of(model: nn.Module) -> dict[str, Any]:
+    """Adapter name → configuration, of whatever type."""
+    return getattr(model, "peft_config", None) or {}
+
+
+def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
+    """The same, of NaRA adapters alone."""
+    return {name: config for name, config in adapters_of(model).items() if isinstance(config, NaraConfig)}
+
+
+def put_in(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
+    """Add an adapter that `check_part` let pass, inside `taken_back_on_error`.
+
+    A, B and magnitudes take the dtype of their base layer, as those of a LoRA do, or float32 where layerwise casting
+    stores that as float8; the core stays in float32.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
+        inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    for module, tensors in _by_module(part.tensors).items():
+        if module:
+            _fill_layer(model.get_submodule(module), adapter_name, tensors)
+        else:
+            _fill_core(getattr(model, HOLDER_NAME).cores[adapter_name], tensors)
+    check_loaded(model, adapter_name, part.tensors, "the adapter")
+    setattr(model, _LOADED_FLAG, True)
+
+
+def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module name → its tensors by their names in it; those of the core stand under an empty name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if is_core_key(key):
+            found.setdefault("", {})[key.removeprefix(f"{HOLDER_NAME}.")] = tensor
+        else:
+            module, _, rest = key.partition(".lora_")
+            found.setdefault(module, {})[f"lora_{rest}"] = tensor
+    return found
+
+
+def _fill_layer(layer: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+    """Let an adapted layer have these tensors. (PEFT's own way goes four times through the whole model.)"""
+    device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    dtype = factor_dtype(dtype)
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        owner = getattr(layer, kind)
+        if isinstance(owner, nn.ParameterDict):  # of an embedding
+            name = adapter_name
+        else:
+            owner, name = owner[adapter_name], name or "weight"  # PEFT leaves it out of the names of magnitudes
+        requires_grad = getattr(owner, name).requires_grad
+        setattr(owner, name, nn.Parameter(tensor.to(device, dtype), requires_grad=requires_grad))
+
+
+def _fill_core(cores: Any, tensors: dict[str, Tensor]) -> None:
+    device = next((t.device for t in (*cores.parameters(), *cores.buffers()) if not t.is_meta), None)
+    trainable = [parameter.requires_grad for parameter in cores.parameters()]
+    cores.load_state_dict(tensors, assign=True)
+    cores.to(device)
+    for parameter, requires_grad in zip(cores.parameters(), trainable, strict=True):
+        parameter.requires_grad = requires_grad
+
+
+def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
+    """The adapter as a file holds it."""
+    return AdapterPart(nara_adapters_of(model)[adapter_name], held_tensors(model, adapter_name))
+
+
+def take_out(model: nn.Module, adapter_names: list[str]) -> None:
+    """Remove adapters. The others stay as they are, active or not; without any the model is the base again."""
+    layers, trainable = tuner_layers(model), _trainable(model)
+    active = [[name for name in layer.active_adapters if name not in adapter_names] for layer in layers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+        for layer, names in zip(layers, active, strict=True):
+            for name in adapter_names:
+                layer.delete_adapter(name)
+            layer._active_adapter = names
+    for name in adapter_names:
+        adapters_of(model).pop(name, None)
+    drop_idle_holder(model)
+    unwrap(model)
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad = requires_grad
+
+
+def unwrap(model: nn.Module) -> None:
+    """Put base layers back where no adapter is left, and forget that there were adapters if none is."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, LoraLayer) and not child.r:
+                setattr(parent, name, child.get_base_layer())
+    if not adapters_of(model):
+        for name in ("peft_config", _LOADED_FLAG):
+            model.__dict__.pop(name, None)
+
+
+def tuner_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def taken_back_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """An error inside takes the adapter back, and leaves the model as it was."""
+    trainable, flag = _trainable(model), model.__dict__.get(_LOADED_FLAG)
+    states = [(layer, list(layer.active_adapters)) for layer in tuner_layers(model)]
+    try:
+        yield
+    except BaseException:
+        take_out(model, [adapter_name])
+        for layer, active in states:
+            layer._active_adapter = active
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        if flag is not None:
+            setattr(model, _LOADED_FLAG, flag)
+        raise
+
+
+def _trainable(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    return [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -1,0 +1,250 @@
+"""What Diffusers' own adapter methods have to know of cores, put around them once.
+
+Diffusers walks over the layers of a model. The holder of the cores stands at the model's root, outside of its blocks:
+
+    save_lora_adapter  would write a NaRA into a file that is named and described as a LoRA's
+    load_lora_adapter  activates what it has loaded, in the layers alone
+    set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none; and
+                       weights may be functions of λ
+    set_lora_device    moves what each layer has as A and B, which the root's has not
+    fuse_lora          merges layer by layer, would leave half of them merged if λ turns out to be unknown, and doesn't
+                       say that every step then runs at the C of one λ
+    …_lora, …_adapters  change which adapters are active, and with them the scheduler that the pipeline needs
+    disable_lora, …    pass by a model that PEFT has wrapped, whose adapters would stay as they are
+    unload_lora, …     put the layers' base back, and would leave the holder with its hooks and its source of λ
+    _fetch_state_dict  takes a part of a file's tensors for the whole: a NaRA's file is refused before
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import diffusers.loaders.lora_base as lora_base
+import diffusers.loaders.lora_pipeline as lora_pipeline
+import diffusers.loaders.peft as peft_loaders
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.peft import PeftAdapterMixin
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+
+from nara_diffusion.runtime.offloading import check_kept_nowhere
+from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.injection import drop_idle_holder, without_holder
+from nara_diffusion.tuner.strength_layers import take_strength
+from nara_diffusion.utils.patching import around
+
+from .format import METADATA_KEY, is_core_key
+from .guards import check_none_wrapped
+from .hotswap import REQUEST, check_enlargeable, enlarge_cores
+from .insertion import adapters_of, unwrap
+from .schedulers import check_agree, follow_adapters, keep_if_fused
+from .strengths import check_components, set_weights
+
+logger = logging.getLogger(__name__)
+
+_FUSE_REMEDY = "fuse_lora works at one λ: call it inside `with noise_level(pipe.unet, value):` (or pipe.transformer)."
+
+_REFUSAL = (
+    "holds a NaRA adapter, of which loading as a LoRA would leave out the core: load it by pipe.load_nara_weights(…)."
+)
+
+
+def extend_diffusers_methods() -> None:
+    """Put the functions below around Diffusers'. Harmless when repeated."""
+    around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter)
+    around(PeftAdapterMixin, "load_lora_adapter", _load_lora_adapter)
+    around(PeftAdapterMixin, "set_adapters", _set_adapters)
+    around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
+    around(PeftAdapterMixin, "unload_lora", _unload_lora)
+    around(PeftAdapterMixin, "delete_adapters", _delete_adapters)
+    for name in ("disable_lora", "enable_lora"):
+        around(LoraBaseMixin, name, _unless_wrapped)
+    around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters)
+    around(LoraBaseMixin, "fuse_lora", _fuse_pipeline)
+    around(LoraBaseMixin, "set_lora_device", _set_lora_device)
+    around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up)
+    around(LoraBaseMixin, "delete_adapters", _then_tidy_up)
+    around(lora_pipeline, "_fetch_state_dict", _fetch_state_dict)
+    around(peft_loaders, "_fetch_state_dict", _fetch_state_dict)
+    around(lora_base, "_load_sft_state_dict_metadata", _load_metadata)
+
+
+def _holder_of(model: Any) -> CoreHolder | None:
+    holder = getattr(model, HOLDER_NAME, None)
+    return holder if isinstance(holder, CoreHolder) else None
+
+
+def _save_lora_adapter(
+    original: Any, model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> None:
+    if isinstance(adapters_of(model).get(adapter_name), NaraConfig):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is a NaRA, which save_lora_adapter would write as a LoRA that nothing can load: "
+            "call pipe.save_nara_weights(save_directory, adapter_name=…). Without a pipeline, "
+            "peft.get_peft_model_state_dict(model, adapter_name=…) has its tensors."
+        )
+    original(model, save_directory, adapter_name, *args, **kwargs)
+
+
+def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    holder, request = _holder_of(model), getattr(model, REQUEST, None)
+    if holder is None:
+        original(model, *args, **kwargs)
+        return
+    if kwargs.get("hotswap"):
+        _check_swapped_name(model, str(kwargs.get("adapter_name")))
+    if request is not None:
+        check_enlargeable(model, request["target_rank"])
+    original(model, *args, **kwargs)
+    if kwargs.get("hotswap"):  # its strength was that of the LoRA that is gone
+        name = str(kwargs.get("adapter_name"))
+        take_strength(model, adapters_of(model)[name], name)
+    if request is not None:
+        enlarge_cores(model, request["target_rank"])  # PEFT has padded the A and B of all adapters
+    # the LoRA is now the active one, in layers alone
+    holder.set_adapter(next(layer.active_adapters for layer in model.modules() if isinstance(layer, LoraLayer)))
+
+
+def _check_swapped_name(model: Any, name: str) -> None:
+    """PEFT's hotswap puts to zero what the new LoRA lacks, and finds it by the name anywhere in a key."""
+    for key in model.state_dict():
+        if "lora_" in key and name in key and name not in key.split("."):
+            raise ValueError(
+                f"hotswap would put '{key}' of another adapter to zero, since '{name}' is a part of that key: load "
+                "the LoRA under a longer name, and delete the old one."
+            )
+
+
+def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, weights: Any = None) -> None:
+    def set_floats(model: Any, adapter_names: list[str] | str, weights: Any) -> None:
+        with without_holder(model):
+            original(model, adapter_names, weights)
+
+    set_weights(set_floats, model, adapter_names, weights)
+    holder = _holder_of(model)
+    if holder is not None:
+        holder.set_adapter(adapter_names)
+
+
+def _unless_wrapped(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
+    original(pipe, *args, **kwargs)
+    follow_adapters(pipe)
+
+
+def _set_pipeline_adapters(
+    original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None
+) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_adapters")
+    check_agree(pipe, adapter_names)
+    check_components(pipe, adapter_names, adapter_weights)
+    original(pipe, adapter_names, adapter_weights)
+    follow_adapters(pipe)
+
+
+def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device: Any) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_lora_device")
+    models = [model for name in pipe._lora_loadable_modules if (model := getattr(pipe, name, None)) is not None]
+    with ExitStack() as hidden:
+        for model in models:
+            hidden.enter_context(without_holder(model))
+        original(pipe, adapter_names, device)
+    for holder in filter(None, map(_holder_of, models)):
+        for name in adapter_names:
+            holder._move_adapter_to_device_of_base_layer(name, torch.device(device))
+
+
+def _fuse_lora(
+    original: Any,
+    model: Any,
+    lora_scale: float = 1.0,
+    safe_fusing: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    fixed, noise_level = _check_fusable(model, adapter_names)
+    original(model, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+    if fixed:
+        logger.warning(
+            "%s: %s is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, whatever its "
+            "own is.",
+            type(model).__name__,
+            " and ".join(map(repr, fixed)),
+            noise_level,
+        )
+
+
+def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+    check_none_wrapped(pipe, components or [], "fuse_lora")
+    names = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
+    for component in components or []:  # before the first of them is changed
+        _check_fusable(getattr(pipe, component, None), names)
+    original(pipe, components, *args, **kwargs)
+
+
+def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[str], float | None]:
+    """The adapters that will have the C of one λ, and this λ."""
+    holder = _holder_of(model)
+    if holder is None:
+        return [], None
+    names = holder.active_adapters if adapter_names is None else adapter_names
+    fixed = [name for name in names if holder.depends_on_noise(name)]
+    signals = holder.signals_to_merge(fixed, _FUSE_REMEDY)
+    check_kept_nowhere(model, LoraLayer)
+    return fixed, None if signals is None else signals.noise_level.item()
+
+
+def _unload_lora(original: Any, model: Any) -> None:
+    holder = _holder_of(model)
+    if holder is None:
+        original(model)
+        return
+    holder.detach(model)
+    original(model)
+    unwrap(model)
+
+
+def _delete_adapters(original: Any, model: Any, adapter_names: list[str] | str) -> None:
+    names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+    if _holder_of(model) is not None and not adapters_of(model).keys() - names:
+        model.unload_lora()  # Diffusers would leave every layer in an empty wrapper
+        return
+    original(model, adapter_names)
+    drop_idle_holder(model)
+
+
+def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
+    """For text encoders, which Diffusers empties by functions of its own."""
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
+    keep_if_fused(pipe)
+    original(pipe, *args, **kwargs)
+    for component in pipe._lora_loadable_modules:
+        model: Any = getattr(pipe, component, None)
+        if _holder_of(model) is None:
+            continue
+        drop_idle_holder(model)
+        if not adapters_of(model):
+            unwrap(model)
+    follow_adapters(pipe)
+
+
+def _fetch_state_dict(original: Any, *args: Any, **kwargs: Any) -> Any:
+    fetched = original(*args, **kwargs)
+    _refuse_cores(fetched[0])
+    return fetched
+
+
+def _load_metadata(original: Any, model_file: str) -> Any:
+    with safe_open(model_file, framework="pt", device="cpu") as file:
+        if METADATA_KEY in (file.metadata() or {}):
+            raise ValueError(f"'{model_file}' {_REFUSAL}")
+    return original(model_file)
+
+
+def _refuse_cores(keys: Iterable[str]) -> None:
+    if any(is_core_key(key) for key in keys):
+        raise ValueError(f"What was given {_REFUSAL}")

@@ -1,0 +1,183 @@
+"""Whether an adapter's part fits a component of a pipeline: asked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.sources import first_source
+from nara_diffusion.tuner.build_core import needs_noise
+from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.tuner.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.core_set import core_group, core_tensors
+from nara_diffusion.tuner.noise_convention import with_convention
+from nara_diffusion.tuner.state_dict import check_adapter_tensors
+
+from .format import AdapterPart, is_core_key
+
+TEXT_ENCODER = "text_encoder"
+"""How the names of those components begin."""
+
+_OTHER_BASE = "It was trained on another base model: load the pipeline that it was trained on."
+
+
+def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name: str) -> None:
+    """Raises ValueError if `part` does not fit `model`, the pipeline's `component`, in any way that can be told."""
+    check_storable(part.config, component)
+    modules = dict(_base_modules(model))
+    adapted = {_module_of(key) for key in part.tensors if not is_core_key(key)}
+    unknown = sorted(adapted - modules.keys())
+    if unknown:
+        raise ValueError(f"{component} ({type(model).__name__}) has no module {_some(unknown)}. {_OTHER_BASE}")
+    targets = {name for name in modules if check_target_module_exists(part.config, name)}
+    if targets - adapted:
+        raise ValueError(
+            f"The adapter's target_modules select {_some(sorted(targets - adapted))} in {component}, for which it has "
+            f"no tensors: a part of its keys is missing, or it was trained on another base model."
+        )
+    if adapted - targets:
+        raise ValueError(
+            f"The adapter holds tensors for {_some(sorted(adapted - targets))} in {component}, which its own "
+            "target_modules do not select: damaged."
+        )
+    for name in sorted(adapted):
+        _check_fits_layer(modules[name], f"{component}.{name}", rank_of(part.config, name), part, name)
+    expected = expected_tensors(model, part)
+    check_adapter_tensors(part.tensors, expected, expected, f"{HOLDER_NAME}.")
+    _check_convention(model, part.config, adapter_name)
+
+
+def check_storable(config: NaraConfig, component: str) -> None:
+    """Raises ValueError for what cannot run in `component`, or changes it so that unloading could not give it back."""
+    if component.startswith(TEXT_ENCODER) and needs_noise(config):
+        raise ValueError(
+            f"The adapter of {component} has core_type={config.core_type!r}, but text encoders run before there is a "
+            'λ: use NaraConfig(core_type="identity", …) there.'
+        )
+    for field in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if getattr(config, field, None):
+            raise ValueError(_refusal(component, f"{field}={getattr(config, field)!r}"))
+    if config.bias != "none":
+        raise ValueError(_refusal(component, f"bias={config.bias!r}"))
+    if config.changes_base:
+        raise ValueError(_refusal(component, f"init_lora_weights={config.init_lora_weights!r}"))
+
+
+def _refusal(component: str, what: str) -> str:
+    return (
+        f"The adapter of {component} has {what}, which changes the base model itself, so that unloading could not give "
+        "it back: train without it, or use peft.PeftModel's save_pretrained and from_pretrained on the component."
+    )
+
+
+def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor]:
+    """Name → a tensor of the shape that it needs, without memory."""
+    config, modules = part.config, dict(_base_modules(model))
+    expected: dict[str, Tensor] = {}
+    groups: dict[str, int] = {}
+    for name in {_module_of(key): None for key in part.tensors if not is_core_key(key)}:
+        rank = rank_of(config, name)
+        shapes = _shapes(_base_layer(modules[name]), rank, config)
+        expected |= {f"{name}.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        group = core_group(config, name, rank)
+        groups[group] = max(rank, groups.get(group, 0))
+    core = core_tensors(config, groups)
+    return expected | {f"{HOLDER_NAME}.{key}": tensor for key, tensor in core.items()}
+
+
+def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of one adapted layer, as PEFT names them in a checkpoint."""
+    if isinstance(layer, nn.Embedding):
+        return {
+            "lora_embedding_A": (rank, layer.num_embeddings),
+            "lora_embedding_B": (layer.embedding_dim, rank),
+        }
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        ones = (1,) * len(layer.kernel_size)
+        d_out, magnitude = layer.out_channels, (1, layer.out_channels, *ones)
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A.weight": (rank, layer.in_channels, *layer.kernel_size),
+            "lora_B.weight": (d_out, rank // layer.groups, *ones),
+        }
+    else:
+        d_in, d_out = _get_in_out_features(layer)
+        if d_in is None or d_out is None:
+            raise ValueError(f"The adapter adapts a {type(layer).__name__}, which is no layer that has such adapters.")
+        magnitude = (d_out,)
+        shapes = {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
+    if config.lora_bias:
+        shapes["lora_B.bias"] = (d_out,)
+    if config.use_dora:
+        shapes["lora_magnitude_vector"] = magnitude
+    return shapes
+
+
+def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart, name: str) -> None:
+    """The two ways in which A and B go wrong that deserve words of their own: another base model, another rank."""
+    shapes = _shapes(_base_layer(layer), rank, part.config)
+    for key, row in (("lora_A.weight", 0), ("lora_B.weight", 1)):
+        tensor, shape = part.tensors.get(f"{name}.{key}"), shapes.get(key)
+        if tensor is None or shape is None or tensor.dim() < 2:
+            continue
+        if len(shape) != tensor.dim() or tensor.shape[1 - row] != shape[1 - row]:
+            raise ValueError(
+                f"{key} of {where} has shape {tuple(tensor.shape)} in the adapter, this layer needs {shape}. "
+                f"{_OTHER_BASE}"
+            )
+        if tensor.shape[row] != shape[row]:
+            raise ValueError(
+                f"{key} of {where} has shape {tuple(tensor.shape)}, but the adapter's configuration says rank {rank}, "
+                f"which is {shape}: the tensors and the configuration are not of one adapter."
+            )
+
+
+def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -> None:
+    holder = getattr(model, HOLDER_NAME, None)
+    source = first_source(denoiser_of(model), config.noise_convention) if holder is None else holder.source
+    with_convention(config, source, adapter_name)
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The base model's modules by name, adapted ones in their wrapper; neither adapters nor cores."""
+    left = [("", model)]
+    while left:
+        prefix, module = left.pop()
+        for name, child in module._modules.items():
+            if child is None or getattr(type(child), "is_core_holder", False):
+                continue
+            path = f"{prefix}{name}"
+            yield path, child
+            if not isinstance(child, BaseTunerLayer):
+                left.append((f"{path}.", child))
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _module_of(key: str) -> str:
+    """down.0.to_q.lora_A.weight → down.0.to_q"""
+    return key.partition(".lora_")[0]
+
+
+def rank_of(config: NaraConfig, name: str) -> int:
+    """The rank of the adapted module of that name."""
+    return by_pattern(config.rank_pattern, name, config.r)
+
+
+def by_pattern(pattern: dict[str, int] | None, name: str, default: int) -> int:
+    """What PEFT's rank_pattern or alpha_pattern says of a module."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), default)  # type: ignore[arg-type]
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,289 @@
+"""The three methods that every Diffusers pipeline gets: load, save and unload a NaRA adapter."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.utils.atomic_write import whole_file
+
+from .format import WEIGHTS_NAME, AdapterPart, pack
+from .guards import check_not_wrapped, offloading_suspended, unwrapped
+from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
+from .insertion import adapters_of, nara_adapters_of, part_of, put_in, take_out, taken_back_on_error
+from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
+from .source import naming, read_adapter
+from .validation import TEXT_ENCODER, check_part, check_storable
+
+
+def load_nara_weights(
+    self: Any,
+    pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Mapping[str, Tensor],
+    adapter_name: str | None = None,
+    hotswap: bool = False,
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force_download: bool = False,
+    proxies: dict[str, str] | None = None,
+    local_files_only: bool | None = None,
+    use_safetensors: bool | None = None,
+    low_cpu_mem_usage: bool = True,
+    metadata: Mapping[str, str] | None = None,
+    set_scheduler: bool = True,
+) -> None:
+    """Load a NaRA adapter into the denoiser, and its static part into the text encoders, if it has one.
+
+    All is checked before anything is changed. Afterwards the pipeline's own `set_adapters`, `delete_adapters`,
+    `disable_lora`, `unload_lora_weights`, … treat it as they treat a LoRA; λ is read from each step's timestep. An
+    adapter that makes the model predict something else, such as a rectified flow's velocity, brings its scheduler: the
+    pipeline has it while the adapter is active, and its own again afterwards.
+
+    Args:
+        pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a repository on
+            the hub; a folder or repository in PEFT's form, as `PeftModel.save_pretrained` and train_scripts/dllm.py
+            write it, for the denoiser; or a dict of tensors, with the file's `metadata`.
+        adapter_name: how to call it; None takes "default_0", "default_1", ….
+        hotswap: replace the weights of the adapter of that name in place, which a compiled model survives without
+            recompilation. For adapters of other ranks call `enable_lora_hotswap(target_rank=…)` before the first load.
+        weight_name: the file's name in its folder, "pytorch_nara_weights.safetensors" unless given.
+        subfolder, revision, token, cache_dir, force_download, proxies, local_files_only: as for `load_lora_weights`.
+        use_safetensors: may not be False, there is no other format.
+        low_cpu_mem_usage: do not initialise what is replaced at once.
+        metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.
+        set_scheduler: False leaves the scheduler to you; a warning says which one the adapter needs.
+
+    Raises:
+        ValueError: no denoiser; a file that is missing, damaged or of another kind (a LoRA); another base model, λ of
+            another convention, or a name that is taken. The pipeline is as it was. OSError: what the hub answers.
+    """
+    models = adaptable_models(self)
+    parts = read_adapter(
+        pretrained_model_name_or_path_or_dict,
+        _denoiser_name(self),
+        weight_name=weight_name,
+        subfolder=subfolder,
+        use_safetensors=use_safetensors,
+        metadata=metadata,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        force_download=force_download,
+        proxies=proxies,
+        local_files_only=local_files_only,
+    )
+    for component in parts.keys() & models.keys():
+        check_not_wrapped(models[component], component, "load_nara_weights")
+    name = _checked_name(models, adapter_name, hotswap)
+    carrying = parts if set_scheduler else {}
+    with naming(pretrained_model_name_or_path_or_dict):
+        fits = _fitting(self, models, parts, name, hotswap)
+        check_schedulers(self, carrying)
+    with naming(pretrained_model_name_or_path_or_dict), offloading_suspended(self):
+        if hotswap:
+            for model, _, part in fits:
+                swap(model, name, part)
+        else:
+            _put_in_all([(model, part) for model, _, part in fits], name, low_cpu_mem_usage)
+    adopt_schedulers(self, carrying)
+
+
+def save_nara_weights(
+    self: Any,
+    save_directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    is_main_process: bool = True,
+    weight_name: str | None = None,
+    save_function: Callable[..., Any] | None = None,
+    safe_serialization: bool = True,
+) -> None:
+    """Save one NaRA adapter, all components of the pipeline in one file, whole or not at all.
+
+    Also of a component that PEFT has wrapped, `pipe.unet = get_peft_model(pipe.unet, …)`.
+
+    Args:
+        save_directory: the folder, made if need be.
+        adapter_name: which one; None takes "default", or the only one that there is.
+        is_main_process: False does nothing: of several processes one writes.
+        weight_name: the file's name, "pytorch_nara_weights.safetensors" unless given.
+        save_function: called as save_function(tensors, path, metadata=…) in place of safetensors' `save_file`.
+        safe_serialization: may not be False, there is no other format.
+
+    Raises:
+        ValueError: no such adapter, a folder that is a file, or a name that does not end in .safetensors.
+    """
+    if not safe_serialization:
+        raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
+    models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
+    name = _saved_name(models, adapter_name)
+    weight_name = WEIGHTS_NAME if weight_name is None else weight_name
+    _check_writable(save_directory, weight_name, save_function)
+    with offloading_suspended(self):
+        parts = {}
+        for component, model in models.items():
+            if name in adapters_of(model):
+                _check_saved(adapters_of(model)[name], component, name)
+                parts[component] = trimmed(model, part_of(model, name))
+        if not is_main_process:
+            return
+        tensors, metadata = pack(parts)
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / weight_name) as partial:
+            (save_function or save_file)(tensors, str(partial), metadata=metadata)
+
+
+def unload_nara_weights(self: Any) -> None:
+    """Remove all NaRA adapters of the pipeline. LoRAs stay, and stay active; without any, it is the base again, with
+    the scheduler that it had before.
+
+    What `fuse_lora` has put into the base weights stays there, as for a LoRA: call `unfuse_lora` first to undo that.
+    """
+    models = {name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)}
+    for component, model in models.items():
+        check_not_wrapped(model, component, "unload_nara_weights")
+    keep_if_fused(self)
+    with offloading_suspended(self):
+        for model in models.values():
+            take_out(model, list(nara_adapters_of(model)))
+    follow_adapters(self)
+
+
+def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
+    """Component → model, the denoiser first: what an adapter may have parts for.
+
+    Raises:
+        ValueError: the pipeline has no denoiser.
+    """
+    _denoiser_name(pipe)
+    names = [name for name in pipe.components if name in DENOISERS or name.startswith(TEXT_ENCODER)]
+    found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)}
+    originals = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
+    return {name: model for name, model in originals.items() if isinstance(model, nn.Module)}
+
+
+def _denoiser_name(pipe: Any) -> str:
+    for name in DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise ValueError(
+        f"{type(pipe).__name__} has no unet and no transformer, one of which a NaRA adapts: its components are "
+        f"{', '.join(map(repr, pipe.components))}."
+    )
+
+
+def _fitting(
+    pipe: Any, models: dict[str, nn.Module], parts: Mapping[str, AdapterPart], name: str, hotswap: bool
+) -> list[tuple[nn.Module, str, AdapterPart]]:
+    """(model, component, its part) of each part.
+
+    Raises:
+        ValueError: one doesn't fit its model.
+    """
+    for component in parts:
+        if component not in models:
+            raise ValueError(
+                f"It has a part for '{component}', but this {type(pipe).__name__} has "
+                f"{', '.join(map(repr, models))}: load it into the pipeline that it was trained on."
+            )
+    if hotswap:
+        held = [component for component, model in models.items() if name in adapters_of(model)]
+        check_no_part_stays(held, parts, name)
+    fits = [(model, component, parts[component]) for component, model in models.items() if component in parts]
+    for model, component, part in fits:
+        if hotswap:
+            check_swappable(model, component, name, part)
+        else:
+            check_part(model, component, part, name)
+    return fits
+
+
+def _put_in_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_mem_usage: bool) -> None:
+    """Into every component, or into none."""
+    with ExitStack() as undo:
+        for model, part in fits:
+            undo.enter_context(taken_back_on_error(model, name))
+            put_in(model, name, part, low_cpu_mem_usage)
+            prepare_for_hotswap(model, name)
+
+
+def _free_name(models: dict[str, nn.Module]) -> str:
+    taken = {name for model in models.values() for name in adapters_of(model)}
+    number = len(adapters_of(next(iter(models.values()))))
+    while f"default_{number}" in taken:
+        number += 1
+    return f"default_{number}"
+
+
+def _checked_name(models: dict[str, nn.Module], name: str | None, hotswap: bool) -> str:
+    taken = sorted({name for model in models.values() for name in adapters_of(model)})
+    if hotswap:
+        if name is None or name not in taken:
+            raise ValueError(
+                f"hotswap=True replaces an adapter that is there, but adapter_name is {name!r} and the pipeline has "
+                f"{', '.join(map(repr, taken)) or 'none'}: name one of them, or leave hotswap out."
+            )
+        return name
+    if name is None:
+        return _free_name(models)
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter_name is {name!r}: pass a name without dots, or None.")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter_name '{name}' is a method of torch's modules, which keep adapters: choose another.")
+    if name in taken:
+        raise ValueError(
+            f"adapter_name '{name}' is taken already: choose another, delete it first by "
+            f"pipe.delete_adapters('{name}'), or replace it in place by hotswap=True."
+        )
+    return name
+
+
+def _saved_name(models: dict[str, nn.Module], name: str | None) -> str:
+    there = list(dict.fromkeys(name for model in models.values() for name in nara_adapters_of(model)))
+    if name is None and len(there) == 1:
+        return there[0]
+    wanted = "default" if name is None else name
+    if wanted in there:
+        return wanted
+    others = {other for model in models.values() for other in adapters_of(model)} - set(there)
+    hint = f" '{wanted}' is a LoRA: save it by save_lora_weights." if wanted in others else ""
+    raise ValueError(
+        f"There is no NaRA adapter '{wanted}' to save: the pipeline has {', '.join(map(repr, there)) or 'none'}.{hint}"
+    )
+
+
+def _check_saved(config: Any, component: str, name: str) -> None:
+    if not isinstance(config, NaraConfig):
+        raise ValueError(
+            f"'{name}' of {component} is a plain LoRA, which a NaRA's file has no place for: add it by "
+            'NaraConfig(core_type="identity", …), which is the same.'
+        )
+    check_storable(config, component)
+
+
+def _check_writable(folder: Any, weight_name: str, save_function: Callable[..., Any] | None) -> None:
+    if os.path.isfile(folder):
+        raise ValueError(f"save_directory '{folder}' is a file: name a folder.")
+    if not weight_name.endswith(".safetensors") or os.path.basename(weight_name) != weight_name:
+        raise ValueError(f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder.")
+    if save_function is None:
+        return
+    parameters = inspect.signature(save_function).parameters.values()
+    if not any(p.name == "metadata" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            "save_function takes no metadata=, without which the file would lack its configuration: pass one like "
+            "safetensors.torch.save_file."
+        )

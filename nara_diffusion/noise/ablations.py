@@ -1,0 +1,151 @@
+"""Controls: the same adapter with λ taken away from it, to tell what noise-awareness is worth.
+
+    with mean_core(model, torch.linspace(0, 1, 101)): …         C(λ) replaced by its mean over a grid of λ
+    with changed_noise(model, constant_noise(0.5)): …           cores read one λ whatever the noise is
+    with changed_noise(model, shuffled_noise(generator)): …     … the λ of another sample of the batch
+    with changed_noise(model, reversed_noise): …                … 1 − λ
+
+They hold for evaluation and for training, and beat everything that tells λ: `noise_level`, which is what a loss or a
+sampler enters itself, and sources. What the model is given, masks or noise, is not changed, nor what `core_matrix`
+says. Contexts nest, and the innermost holds. A forward inside a checkpoint function of your own (not the model's)
+runs again in backward: let that happen inside the context too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.runtime.channel import CoreChannel
+from nara_diffusion.runtime.context_stack import entered, innermost
+from nara_diffusion.runtime.modules import core_holders
+
+from .signals import NoiseSignals, as_signals
+
+Change = Callable[[NoiseSignals], NoiseSignals]
+"""From the signals of a batch, λ (b,) or (1,) and the mask density or None, to those that cores read, as many."""
+
+
+class Control(NamedTuple):
+    """One of the two: a grid of λ over which C is averaged, or a change of what cores read."""
+
+    grid: NoiseSignals | None = None
+    change: Change | None = None
+
+
+def mean_core(
+    model: nn.Module,
+    noise_levels: Tensor | Sequence[float],
+    *,
+    mask_density: Tensor | Sequence[float] | None = None,
+) -> AbstractContextManager[None]:
+    """Inside, every core of `model` is its mean over `noise_levels`; λ need not be known.
+
+    The mean is taken at each forward, from the parameters as they are then, and has their gradients.
+
+    Args:
+        noise_levels: (n,) in [0, 1].
+        mask_density: (n,) beside them, for `core_input` "mask_density" or "both".
+
+    Raises:
+        ValueError: a value is out of range; `model` has no NaRA adapter, or a merged one.
+    """
+    density = None if mask_density is None else torch.as_tensor(mask_density)
+    return _controlled(model, Control(grid=as_signals(torch.as_tensor(noise_levels), density)))
+
+
+def changed_noise(model: nn.Module, change: Change) -> AbstractContextManager[None]:
+    """Inside, the cores of `model` read `change(signals)`: see `constant_noise`, `shuffled_noise`, `reversed_noise`.
+
+    Raises:
+        ValueError: `model` has no NaRA adapter, or a merged one.
+    """
+    return _controlled(model, Control(change=change))
+
+
+def constant_noise(level: float) -> Change:
+    """λ, and the mask density, are `level` for every sample.
+
+    Raises:
+        ValueError: `level` is not in [0, 1].
+    """
+    value = as_signals(level).noise_level
+
+    def change(signals: NoiseSignals) -> NoiseSignals:
+        return _map(signals, lambda signal: value.to(signal.device).expand_as(signal))
+
+    return change
+
+
+def shuffled_noise(generator: torch.Generator | None = None) -> Change:
+    """Each sample has the signals of another one of its batch, by a random permutation for each forward."""
+
+    def change(signals: NoiseSignals) -> NoiseSignals:
+        order = torch.randperm(len(signals.noise_level), generator=generator)
+        return _map(signals, lambda signal: signal[order.to(signal.device)])
+
+    return change
+
+
+def reversed_noise(signals: NoiseSignals) -> NoiseSignals:
+    """1 − λ, and one minus the mask density."""
+    return _map(signals, lambda signal: 1 - signal)
+
+
+def _map(signals: NoiseSignals, function: Callable[[Tensor], Tensor]) -> NoiseSignals:
+    return NoiseSignals(*(None if signal is None else function(signal) for signal in signals))  # type: ignore[arg-type]
+
+
+@contextmanager
+def _controlled(model: nn.Module, control: Control) -> Iterator[None]:
+    holders = core_holders(model)
+    merged = sorted({name for holder in holders for name in holder.merged_adapters})
+    if merged:
+        raise ValueError(
+            f"Adapter(s) {', '.join(map(repr, merged))} are merged at one λ, which a control could not change: call "
+            "unmerge_adapter() first."
+        )
+    with entered(frozenset(holder.channel for holder in holders), control):
+        yield
+
+
+# ---------------------------------------------------------------------- for the holder of cores
+
+
+def _control(channel: CoreChannel) -> Control:
+    entry = innermost(channel, Control)
+    return Control() if entry is None else entry.value
+
+
+def grid_of(channel: CoreChannel) -> NoiseSignals | None:
+    """The λ over which cores are averaged here and now, if they are."""
+    return _control(channel).grid
+
+
+def is_noise_changed(channel: CoreChannel) -> bool:
+    """Whether `changed_noise` holds here and now."""
+    return _control(channel).change is not None
+
+
+def as_read(channel: CoreChannel, signals: NoiseSignals) -> NoiseSignals:
+    """`signals` as cores are to read them here and now."""
+    change = _control(channel).change
+    if change is None:
+        return signals
+    changed = as_signals(*change(signals))
+    if len(changed.noise_level) != len(signals.noise_level):
+        raise ValueError(
+            f"The change of noise returned {len(changed.noise_level)} values for {len(signals.noise_level)}: return "
+            "as many as it is given."
+        )
+    return changed
+
+
+def refuse_control(channel: CoreChannel) -> None:
+    """Raises ValueError inside `mean_core` or `changed_noise`."""
+    if innermost(channel, Control) is not None:
+        raise ValueError("An adapter cannot be merged inside mean_core() or changed_noise(): merge outside of it.")

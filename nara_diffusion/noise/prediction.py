@@ -1,0 +1,113 @@
+"""What a denoiser predicts, on which path from data to noise, and whether the scheduler at work takes it for that.
+
+    path                  x_t                                prediction
+    variance preserving   √ᾱ x + √(1 − ᾱ) ε, ᾱ_N > 0         ε, v = √ᾱ ε − √(1 − ᾱ) x, or x
+    zero terminal SNR     the same with ᾱ_N = 0              v or x: at ᾱ = 0 an ε says nothing of x
+    rectified flow        (1 − σ) x + σ ε                    ε − x
+
+An adapter that was trained to predict something else than its base carries its scheduler (`NaraConfig.scheduler`). Read
+as what it isn't, a prediction gives noise and no error: so each forward inside a pipeline's call compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from nara_diffusion.utils.call_stack import local_variables
+
+FLOW = "flow_prediction"
+KINDS = ("epsilon", "v_prediction", "sample", FLOW)
+
+
+class Prediction(NamedTuple):
+    """As the module's docstring has them, by the names of Diffusers' schedulers."""
+
+    kind: str
+    path: str = "variance preserving"
+
+    def __str__(self) -> str:
+        return self.kind if self.path in ("variance preserving", "rectified flow") else f"{self.kind} on {self.path}"
+
+
+def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | None:
+    """What a scheduler of Diffusers takes the denoiser's output for; None where it doesn't say."""
+    if class_name.startswith("FlowMatch"):
+        return Prediction(FLOW, "rectified flow")
+    kind = config.get("prediction_type")
+    if kind is None:
+        return None
+    if config.get("use_flow_sigmas"):
+        return Prediction(kind, "rectified flow")
+    return Prediction(kind, "zero terminal SNR") if config.get("rescale_betas_zero_snr") else Prediction(kind)
+
+
+def prediction_in(fields: Mapping[str, Any]) -> Prediction | None:
+    """The same of the fields that an adapter carries."""
+    return prediction_of(fields["_class_name"], fields)
+
+
+def prediction_by(scheduler: Any) -> Prediction | None:
+    """The same of a scheduler itself, or of none."""
+    return None if scheduler is None else prediction_of(type(scheduler).__name__, scheduler.config)
+
+
+def carried_scheduler(configs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
+    """The fields of the scheduler that the adapters of these names were trained for; None if none was for another.
+
+    Raises:
+        ValueError: two of them were trained for different predictions.
+    """
+    carried = {name: fields for name in names if (fields := getattr(configs.get(name), "scheduler", None)) is not None}
+    predictions = {name: prediction_in(fields) for name, fields in carried.items()}
+    if len(set(predictions.values())) > 1:
+        listed = ", ".join(f"'{name}' for {prediction}" for name, prediction in predictions.items())
+        raise ValueError(
+            f"No scheduler serves these adapters together, which were trained for different predictions: {listed}. "
+            "Activate one of them, pipe.set_adapters(name)."
+        )
+    return next(iter(carried.values()), None)
+
+
+def check_scheduler_at_work(configs: Mapping[str, Any], names: Iterable[str], base: Prediction | None) -> None:
+    """Refuse a forward whose output the pipeline that calls would take for something else.
+
+    Args:
+        configs: of all adapters of the model, by name.
+        names: of those that serve.
+        base: what the model predicts without adapters that carry a scheduler, if it is known.
+
+    Raises:
+        ValueError: the scheduler of the innermost running pipeline takes it for something else.
+    """
+    if not any(getattr(config, "scheduler", None) for config in configs.values()):
+        return
+    fields = carried_scheduler(configs, names)
+    wanted = base if fields is None else prediction_in(fields)
+    scheduler = _scheduler_at_work()
+    taken = prediction_by(scheduler)
+    if wanted is None or taken is None or taken == wanted:
+        return
+    raise ValueError(
+        f"With its active adapters the denoiser predicts {wanted}, but the scheduler of this pipeline, "
+        f"{type(scheduler).__name__}, takes it for {taken}. pipe.set_adapters(names) sets the scheduler that belongs "
+        f"to them; by hand: {how_to_set(fields)}."
+    )
+
+
+def how_to_set(fields: Mapping[str, Any] | None) -> str:
+    """The line that sets a scheduler with these fields."""
+    if fields is None:
+        return "pipe.scheduler = the one that the base model came with"
+    told = ("prediction_type", "use_flow_sigmas", "rescale_betas_zero_snr", "timestep_spacing")
+    options = ", ".join(f"{name}={fields[name]!r}" for name in told if fields.get(name))
+    return f"pipe.scheduler = {fields['_class_name']}.from_config(pipe.scheduler.config, {options})"
+
+
+def _scheduler_at_work() -> Any:
+    """That of the innermost pipeline whose method is running, if any is."""
+    for variables in local_variables():
+        pipe = variables.get("self")
+        if any(kind.__name__ == "DiffusionPipeline" for kind in type(pipe).__mro__):
+            return getattr(pipe, "scheduler", None)
+    return None

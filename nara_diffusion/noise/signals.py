@@ -1,0 +1,91 @@
+"""λ and the mask density of a batch, validated: float32 tensors (1,) or (b,) in [0, 1]; λ = 1 is pure noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MASKED_SHARE = "masked_share"
+"""The name of λ's definition for masked language models: masked tokens of the answer over all of its tokens."""
+
+
+class NoiseSignals(NamedTuple):
+    """What a core may be told about the noise of a batch: λ (b,) or (1,), and the mask density, likewise, or None."""
+
+    noise_level: Tensor
+    mask_density: Tensor | None = None
+
+
+class NoiseSource(Protocol):
+    """Tells λ from a forward's own arguments. `convention` names λ's definition, e.g. "masked_share"."""
+
+    convention: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals: ...
+
+
+Level = float | Tensor | np.ndarray | Sequence[float]
+"""One number in [0, 1], or one a sample."""
+
+
+def as_signal(value: Level, name: str = "noise_level") -> Tensor:
+    """`value` as a float32 tensor (1,) or (b,), with the gradient of a tensor.
+
+    Raises:
+        ValueError: not a number or one-dimensional, or an element that is NaN or outside [0, 1].
+    """
+    try:
+        signal = _as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{name} is {value!r}: pass a number in [0, 1], or a tensor, array or list of them, one a sample."
+        ) from None
+    if signal.is_complex() or signal.dtype == torch.bool or signal.dim() > 1 or signal.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(signal.shape)} and dtype {signal.dtype}: "
+            "pass one number, or a tensor of shape (batch,)."
+        )
+    signal = signal.clone().float().reshape(-1)  # whoever writes to `value` later does not move λ
+    _check_range(signal, name)
+    return signal
+
+
+@torch.compiler.disable(recursive=True)
+def _check_range(signal: Tensor, name: str) -> None:
+    values = torch.func.debug_unwrap(signal)  # transforms of torch.func let nobody look at what they map over
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"{name} is {values.tolist()}: every value has to lie in [0, 1], where 1 is pure noise.")
+
+
+def is_differentiated(signal: Tensor) -> bool:
+    """Whether somebody differentiates by what `signal` was made from, sample by sample."""
+    return signal.requires_grad or torch.func.debug_unwrap(signal) is not signal
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, np.ndarray):
+        value = np.ascontiguousarray(value)  # which torch wants
+    elif isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
+        return torch.stack([torch.as_tensor(one) for one in value])  # with their gradients
+    return torch.as_tensor(value)
+
+
+def as_signals(noise_level: Level, mask_density: Level | None = None) -> NoiseSignals:
+    """Both by `as_signal`, and of one length: a value shared by the batch is repeated beside one a sample.
+
+    Raises:
+        ValueError: see `as_signal`; or two different lengths.
+    """
+    level = as_signal(noise_level)
+    if mask_density is None:
+        return NoiseSignals(level)
+    density = as_signal(mask_density, "mask_density").to(level.device)
+    if len(level) != len(density) and 1 not in (len(level), len(density)):
+        raise ValueError(
+            f"mask_density has {len(density)} values, noise_level {len(level)}: pass one value, or one a sample."
+        )
+    return NoiseSignals(*torch.broadcast_tensors(level, density))

@@ -1,0 +1,69 @@
+"""λ by a definition of one's own: the source of it that models use which know another, or none.
+
+An adapter is saved with the name of the definition that it was trained with (`noise_convention`), and is refused where
+the model tells λ by another. Registering a source under that name says how such an adapter is to be served.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nara_diffusion.runtime.modules import core_holders
+
+from .denoisers import Denoiser
+from .signals import MASKED_SHARE, NoiseSource
+from .timesteps import CONVENTIONS
+
+_KNOWN = (*CONVENTIONS, MASKED_SHARE)
+_sources: dict[str, NoiseSource] = {}
+
+
+def register_noise_source(source: NoiseSource) -> None:
+    """Let `source` tell λ to every model whose first adapter has the `noise_convention` that the source names.
+
+        register_noise_source(ShareOfFrames())  # whose `convention` is "share_of_frames"
+        pipe.load_nara_weights("adapter")       # trained with NaraConfig(noise_convention="share_of_frames")
+
+    It holds for models that are adapted after it, and beats what their class says. The source serves all of them.
+
+    Raises:
+        ValueError: the source names no convention, one that this package defines, or one that another source tells.
+    """
+    name = getattr(source, "convention", None)
+    if not (isinstance(name, str) and name and callable(source)):
+        raise ValueError(
+            f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → NoiseSignals whose attribute "
+            "`convention` names λ's definition."
+        )
+    if name in _KNOWN:
+        raise ValueError(
+            f"λ as {name!r} is defined by this package: name your definition otherwise, or give one model a source of "
+            "its own, set_noise_source(model, source)."
+        )
+    if _sources.setdefault(name, source) is not source:
+        raise ValueError(f"λ as {name!r} has a source already, {_sources[name]!r}: name your definition otherwise.")
+
+
+def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSource | None:
+    """What tells λ to a model until somebody sets a source.
+
+    Args:
+        denoiser: what is known of the model's class, if it is a denoiser of Diffusers.
+        convention: how its first adapter defines λ, if it says so.
+    """
+    if convention in _sources:
+        return _sources[convention]
+    return None if denoiser is None else denoiser.source(convention)
+
+
+def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
+    """Let `source` tell λ at each forward of `model` for which no `noise_level(…)` is active. None removes it.
+
+    Raises:
+        ValueError: `model` holds no NaRA adapter, or one was trained with another convention of λ.
+    """
+    holders = core_holders(model)
+    for holder in holders:
+        holder.check_source(source)
+    for holder in holders:
+        holder.set_source(source)

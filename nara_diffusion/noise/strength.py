@@ -1,0 +1,108 @@
+"""The strength of an adapter as a function of λ: s(λ), by which its update is multiplied.
+
+    ΔW(λ) = s(λ) · α/r · B C(λ) A            W0 + ΔW(λ) inside DoRA's norm, too
+
+s is piecewise linear between points (λ, strength), and constant before the first and after the last. Two points at one
+λ are a step: below that λ the first one counts, from that λ on the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nara_diffusion.limits import is_number
+
+from .signals import Level, as_signal
+
+_EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
+
+
+class StrengthSchedule:
+    """An adapter's strength, piecewise linear in λ (0 = no noise, 1 = pure noise) and constant beyond its ends.
+
+        StrengthSchedule([(0, 1.0), (0.7, 0.3)])              # 1 without noise, 0.3 from λ = 0.7 on
+        StrengthSchedule([(0.5, 1.0), (0.5, 0.0)])            # 1 where λ < 0.5, 0 where λ ≥ 0.5
+
+    Schedules of the same points are equal. (λ and points are compared in float32, as λ is kept.)
+
+    Args:
+        points: pairs (λ, strength), λ in [0, 1] and in ascending order; at most two at one λ.
+
+    Raises:
+        ValueError: no points, what is no pair of finite numbers, λ outside of [0, 1] or out of order.
+    """
+
+    __slots__ = ("points",)
+
+    def __init__(self, points: Iterable[Sequence[float]]) -> None:
+        self.points: tuple[tuple[float, float], ...] = tuple(_pairs(points))
+        _check_order([_as_kept(level) for level, _ in self.points])
+
+    def __call__(self, noise_level: Level) -> Tensor:
+        """s(λ) (b,), float32, of λ (b,), or (1,) of a number.
+
+        Raises:
+            ValueError: λ is not in [0, 1], NaN or misshapen.
+        """
+        return self.at(as_signal(noise_level))
+
+    def at(self, noise_level: Tensor) -> Tensor:
+        """s(λ) (b,) of λ (b,), float32 in [0, 1]."""
+        levels, strengths = torch.tensor(self.points, dtype=torch.float32, device=noise_level.device).T  # (n,) each
+        passed = (noise_level[:, None] >= levels).sum(1)  # (b,), how many points are at or below λ
+        below, above = (passed - 1).clamp(min=0), passed.clamp(max=len(levels) - 1)
+        gap = levels[above] - levels[below]
+        share = (noise_level - levels[below]) * (gap > 0) / gap.where(gap > 0, 1.0)
+        return strengths[below] + share * (strengths[above] - strengths[below])
+
+    def as_lists(self) -> list[list[float]]:
+        """The points as JSON has them."""
+        return [list(point) for point in self.points]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StrengthSchedule) and self.points == other.points
+
+    def __hash__(self) -> int:
+        return hash(self.points)
+
+    def __repr__(self) -> str:
+        return f"StrengthSchedule({list(self.points)})"
+
+
+def _pairs(points: Any) -> Iterator[tuple[float, float]]:
+    if isinstance(points, (str, bytes, dict)) or not isinstance(points, Iterable):
+        raise ValueError(f"points is {points!r}: pass pairs (λ, strength), e.g. {_EXAMPLE}.")
+    points = list(points)
+    if not points:
+        raise ValueError(f"points is empty: pass at least one pair (λ, strength), e.g. {_EXAMPLE}.")
+    for point in points:
+        if not isinstance(point, (tuple, list)) or len(point) != 2 or not all(map(is_number, point)):
+            raise ValueError(f"points holds {point!r}: pass pairs (λ, strength) of finite numbers, e.g. {_EXAMPLE}.")
+        level, strength = map(float, point)
+        if not 0 <= level <= 1:
+            raise ValueError(
+                f"points holds {point!r}, whose λ is {level:g}: λ lies in [0, 1], where 1 is pure noise; a timestep t "
+                "out of 1000 is λ = t / 1000."
+            )
+        yield level, strength
+
+
+def _as_kept(level: float) -> float:
+    return torch.tensor(level, dtype=torch.float32).item()
+
+
+def _check_order(levels: list[float]) -> None:
+    for before, after in pairwise(levels):
+        if after < before:
+            raise ValueError(f"points has λ {after:g} after λ {before:g}: pass the points by ascending λ.")
+    for first, last in zip(levels, levels[2:], strict=False):
+        if first == last:
+            raise ValueError(
+                f"points has three points at λ {first:g}, of which the middle one would never count: pass two, the "
+                "strength below that λ and the strength from it on."
+            )

@@ -1,0 +1,145 @@
+"""λ from a timestep or a sigma. No other module computes it.
+
+    convention   λ               the argument t of a denoiser
+    timestep     t / N           discrete schedules, N = num_train_timesteps; fractional t of Karras sigmas too
+    flow         σ               x_σ = (1 − σ) x + σ ε; t is N σ, σ, 1 − σ or N (1 − σ)
+    edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364): the σ of the flow with as much noise
+
+λ = 1 is pure noise in all of them. The convention's name is stored in an adapter (`noise_convention`) and checked when
+a source of λ is set or an adapter is loaded. N is 1000 unless a pipeline's scheduler says otherwise where an adapter is
+trained or loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.runtime.modules import arguments_of, find_holders
+
+from .schedulers import LARGEST_LOG_SIGMA, check_discrete
+from .signals import NoiseSignals, is_differentiated
+
+NUM_TRAIN_TIMESTEPS = 1000
+"""N of the schedules that the denoisers of Diffusers are trained with, where none is at hand; models do not hold it."""
+
+
+_MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
+    "discrete": ("timestep", lambda t, n: t / n),
+    "sigma_1000": ("flow", lambda t, n: t / n),
+    "sigma": ("flow", lambda t, n: t),
+    "data_1000": ("flow", lambda t, n: 1 - t / n),
+    "data": ("flow", lambda t, n: 1 - t),
+    # σ / (1 + σ) for σ = exp 4t
+    "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
+}
+
+
+CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
+"""The names of λ's definitions above."""
+
+
+_ROUNDING = 1e-4
+"""How far λ may lie outside [0, 1]: SanaSprint's first σ is 1 + 4e-6."""
+
+
+class TimestepNoise:
+    """A source of λ (`nara_diffusion.set_noise_source`) that reads a denoiser's own timestep.
+
+    A timestep may be a number, 0-d, (1,), (b,), or (b, …) with one value a token or frame, of which the noisiest
+    counts: what is being denoised, since a given image or frame has no noise, or little.
+
+    Args:
+        meaning: "discrete" (t of a discrete schedule), "sigma_1000" (flow, N σ), "sigma" (flow, σ), "data_1000" and
+            "data" (flow, N (1 − σ) and 1 − σ), "edm" (¼ ln σ).
+        argument: the name of the argument of the denoiser's forward.
+        num_train_timesteps: N of the schedule, 1000 nearly always.
+        scale: what the pipeline multiplies the timestep with before it calls the denoiser (Sana's `timestep_scale`).
+
+    Raises:
+        ValueError: an unknown meaning, N below 1, or a scale that is not positive.
+    """
+
+    def __init__(
+        self,
+        meaning: str = "discrete",
+        *,
+        argument: str = "timestep",
+        num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
+        scale: float = 1.0,
+    ) -> None:
+        if meaning not in _MEANINGS:
+            raise ValueError(f"meaning is {meaning!r}: choose one of {', '.join(map(repr, _MEANINGS))}.")
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps is {num_train_timesteps}: pass a positive number.")
+        if not scale > 0:
+            raise ValueError(f"scale is {scale}: pass a positive number.")
+        self.meaning = meaning
+        self.convention = _MEANINGS[meaning][0]
+        self.argument = argument
+        self.num_train_timesteps = num_train_timesteps
+        self.scale = scale
+
+    def noise_level(self, timestep: float | Tensor) -> Tensor:
+        """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes.
+
+        Raises:
+            ValueError: an empty timestep, or one that does not have this meaning.
+        """
+        t = torch.as_tensor(timestep).float()
+        if t.numel() == 0:
+            raise ValueError(f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …).")
+        _, to_noise_level = _MEANINGS[self.meaning]
+        level = to_noise_level(t / self.scale, self.num_train_timesteps)
+        level = level.flatten(1).amax(1) if level.dim() > 1 else level.reshape(-1)
+        if not bool(((level >= -_ROUNDING) & (level <= 1 + _ROUNDING)).all()):
+            raise ValueError(
+                f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]. If this pipeline means "
+                "something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. "
+                'TimestepNoise("edm") where it passes ¼ ln σ.'
+            )
+        return level.clamp(0, 1)
+
+    def check(self, timestep: float | Tensor) -> None:
+        """Refuse a timestep that may mean something else; whoever makes a source has said what it means."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
+        """λ of one forward of `module`: (b,), or (1,) if all samples have the same.
+
+        Raises:
+            ValueError: the forward has no such argument, or see `noise_level` and `check`.
+        """
+        timestep = arguments_of(module, args, kwargs).get(self.argument)
+        if timestep is None:
+            raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {self.argument}.")
+        level = self.noise_level(timestep)
+        self.check(timestep)
+        # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
+        shared = not is_differentiated(level) and bool((level == level[0]).all())
+        return NoiseSignals(level[:1] if shared else level)
+
+
+class UndeclaredTimestep(TimestepNoise):
+    """The source that a denoiser's class is given, until somebody declares what its pipeline passes.
+
+    A small timestep of a discrete schedule is then taken for one only if it can't be ¼ ln σ: see `check_discrete`.
+    """
+
+    def check(self, timestep: float | Tensor) -> None:
+        if self.meaning == "discrete":
+            check_discrete(timestep, self.argument)
+
+    def of_schedule(self, scheduler: Any) -> UndeclaredTimestep:
+        """The same with the N of a scheduler of Diffusers, if that has one."""
+        steps = scheduler.config.get("num_train_timesteps") or self.num_train_timesteps
+        return UndeclaredTimestep(self.meaning, argument=self.argument, num_train_timesteps=steps, scale=self.scale)
+
+
+def count_timesteps(model: nn.Module, scheduler: Any) -> None:
+    """Let the adapters of `model` read λ by the N of this scheduler of Diffusers, unless somebody has set a source."""
+    for holder in find_holders(model):
+        if isinstance(holder.source, UndeclaredTimestep):
+            holder.source = holder.source.of_schedule(scheduler)

@@ -1,0 +1,88 @@
+"""Gradient checkpointing whose recomputation sees the C(λ) of its own forward.
+
+Transformers, Diffusers and PyTorch's `CheckpointWrapper` (which FSDP uses) keep their checkpoint function as an
+attribute of the checkpointed module. Each is wrapped so that C goes in as explicit tensor inputs, which is right for
+reentrant and non-reentrant checkpoints alike, in whatever thread the backward pass recomputes, and lets gradients
+flow from the block to C. Other checkpoint functions around a part of the model find no C when they recompute: that
+raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .channel import CoreChannel
+from .modules import outer_modules
+
+CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""Where Transformers and Diffusers, and where `CheckpointWrapper`, keep the function."""
+
+
+class CheckpointWithCore:
+    """Stands in for `checkpoint` and carries what `channel` holds from the forward to the recomputation."""
+
+    def __init__(self, checkpoint: Callable[..., Any], channel: CoreChannel) -> None:
+        self.checkpoint = checkpoint
+        self.channel = channel
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        frame = self.channel.frame
+        if not frame:
+            return self.checkpoint(function, *args, **kwargs)
+        return self.checkpoint(_WithCores(function, tuple(frame), self.channel), *frame.values(), *args, **kwargs)
+
+
+class _WithCores:
+    """`function`, preceded by the cores of `keys` among its arguments.
+
+    An object, not a closure: Diffusers asks for its `__call__`, which a compiler cannot trace on a function.
+    """
+
+    def __init__(self, function: Callable[..., Any], keys: tuple[tuple[str, str], ...], channel: CoreChannel) -> None:
+        self.function = function
+        self.keys = keys
+        self.channel = channel
+
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        cores, args = inputs[: len(self.keys)], inputs[len(self.keys) :]
+        if torch.compiler.is_compiling() and self.channel.frame:
+            # traced as a part of the root's forward, whose C the graph itself hands to the recomputation
+            return self.function(*args, **kwargs)
+        with self.channel.using(dict(zip(self.keys, cores, strict=True))):
+            return self.function(*args, **kwargs)
+
+
+def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
+    """Make every checkpointed block below `root` carry C(λ); called at each forward, harmless when repeated."""
+    for module in outer_modules(root):
+        for name in CHECKPOINT_ATTRIBUTES:
+            checkpoint = module.__dict__.get(name)
+            if callable(checkpoint) and channel not in _channels(checkpoint):
+                setattr(module, name, CheckpointWithCore(checkpoint, channel))
+
+
+def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
+    """Undo `checkpoint_with_core`."""
+    for module in root.modules():
+        for name in CHECKPOINT_ATTRIBUTES:
+            checkpoint = module.__dict__.get(name)
+            if isinstance(checkpoint, CheckpointWithCore):
+                setattr(module, name, _without(checkpoint, channel))
+
+
+def _channels(checkpoint: Any) -> list[CoreChannel]:
+    """Those whose cores `checkpoint` carries; an adapted part of an adapted model has two."""
+    if not isinstance(checkpoint, CheckpointWithCore):
+        return []
+    return [checkpoint.channel, *_channels(checkpoint.checkpoint)]
+
+
+def _without(checkpoint: Any, channel: CoreChannel) -> Any:
+    if not isinstance(checkpoint, CheckpointWithCore):
+        return checkpoint
+    inner = _without(checkpoint.checkpoint, channel)
+    return inner if checkpoint.channel is channel else CheckpointWithCore(inner, checkpoint.channel)

@@ -1,0 +1,1 @@
+"""The values of `--adapter`: from arguments to an adapted model."""

@@ -1,0 +1,54 @@
+"""A picture of the loss over the noise level, for a base model and its adapted self: Figure 1 of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.utils.atomic_write import whole_file
+
+
+def plot_noise_level_curves(
+    path: Path,
+    noise_levels: Sequence[float],
+    base: Sequence[float],
+    adapted: Sequence[float],
+    title: str,
+    unit: str,
+    window: NoiseWindow = EVERYTHING,
+) -> None:
+    """Writes a PNG: on the left both losses over λ, on the right the adapter's gain, base − adapted.
+
+    Args:
+        path: the file to write.
+        noise_levels: λ of each point, in [0, 1].
+        base, adapted: the losses there.
+        title: what was measured, on what.
+        unit: unit of the losses, for the axes.
+        window: that was trained, to be shaded.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
+    left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")
+    left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1.02), yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(LogFormatter())
+    gains = [before - after for before, after in zip(base, adapted, strict=True)]
+    right.axhline(0, color="tab:gray", linewidth=1)
+    right.plot(noise_levels, gains, marker="o", color="tab:green")
+    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain ({unit})", xlim=(0, 1.02))
+    right.set_title("base model − adapted model", fontsize="medium")
+    if not window.is_everything:
+        for axes in (left, right):
+            axes.axvspan(window.low, window.high, color="tab:blue", alpha=0.1, label="trained")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    figure.suptitle(title)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)

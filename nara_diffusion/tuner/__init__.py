@@ -1,0 +1,1 @@
+"""The PEFT plugin: configuration, injection, the holder of cores, merging, files."""

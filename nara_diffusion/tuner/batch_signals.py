@@ -1,0 +1,59 @@
+"""The signals of a batch as an adapter, a device and a merge need them, checked against the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from nara_diffusion.noise.signals import NoiseSignals, NoiseSource
+from nara_diffusion.runtime.offloading import compute_device
+
+
+def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
+    """The signals of a batch whose samples agree, as those of one sample."""
+    for name, signal in zip(NoiseSignals._fields, signals, strict=True):
+        if signal is not None and signal.unique().numel() > 1:
+            raise ValueError(f"{name} is {signal.tolist()}: merging needs a single value.")
+    level, density = signals
+    return NoiseSignals(level[:1].detach(), None if density is None else density[:1].detach())
+
+
+def of_adapter(adapter_name: str, signals: NoiseSignals | None, served_by: list[str] | None) -> NoiseSignals | None:
+    """The signals of those samples that the adapter serves; `served_by` names, under PEFT's `adapter_names`, each's."""
+    if served_by is None or signals is None:
+        return signals
+    rows = [index for index, name in enumerate(served_by) if name == adapter_name]
+
+    def pick(signal: Tensor | None) -> Tensor | None:
+        if signal is None or signal.shape[0] == 1:
+            return signal
+        if signal.shape[0] != len(served_by):
+            raise ValueError(f"noise_level has {signal.shape[0]} values, but adapter_names has {len(served_by)}.")
+        return signal[rows]
+
+    return NoiseSignals(pick(signals.noise_level), pick(signals.mask_density))  # type: ignore[arg-type]
+
+
+def check_batch(signals: NoiseSignals, source: NoiseSource | None, arguments: dict[str, Any]) -> None:
+    """Where layers may see multiples of the batch, λ has to fit the batch of the root: the rows of its first tensor."""
+    timestep = getattr(source, "argument", None)
+    rows = (len(value) for name, value in arguments.items() if name != timestep and _is_batch(value))
+    values, batch = len(signals.noise_level), next(rows, None)
+    if values not in (1, batch):
+        raise ValueError(
+            f"noise_level has {values} values, but the batch is {batch}: pass one value, or one a sample of the batch "
+            "as the model sees it (after CFG or repeats)."
+        )
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
+    """λ and the mask density where `core` computes."""
+    assert signals is not None
+    level, density = signals
+    device = compute_device(core) or level.device
+    return level.to(device), None if density is None else density.to(device)

@@ -1,0 +1,335 @@
+"""`NaraConfig`: PEFT's LoraConfig and what the noise-conditioned core adds to it. What cannot work is refused here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig
+
+from nara_diffusion.cores.custom import BUILT_IN, check_core_type
+from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.utils.atomic_write import whole_files
+
+from .config_fields import check_core_size, check_fields
+from .lora_starts import changes_base, check_start
+
+NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "core_init": ("zero_last", "kaiming", "zero_all"),
+    "core_input": ("noise_level", "mask_density", "both"),
+    "core_sharing": ("global", "module_type", "layer", "layer_embedding"),
+    "core_normalization": ("none", "frobenius", "centred"),
+    "lora_a_init": ("peft", "orthogonal"),
+    "noise_embedding": NOISE_EMBEDDINGS,
+    "noise_scale": ("linear", "log_snr"),
+}
+
+_READERS: dict[str, tuple[str, ...]] = {
+    "core_init": ("hypernetwork", "constant"),
+    "core_input": ("hypernetwork",),
+    "noise_embedding": ("hypernetwork",),
+    "noise_scale": ("hypernetwork",),
+}
+"""Choices, and the types of core made here that read them; types of the user's own may read all."""
+
+_REFUSED: dict[str, str] = {
+    "target_parameters": "parameters are adapted by merging the update before each forward, at no λ",
+    "layer_replication": "replicated layers would share one core under several names",
+    "megatron_config": "Megatron's parallel layers have no rule for C(λ)",
+    "alora_invocation_tokens": "aLoRA is another LoRA variant of the same layer",
+    "arrow_config": "Arrow routes between static updates",
+    "use_bdlora": "BD-LoRA is another LoRA variant of the same layer",
+    "use_qalora": "QA-LoRA is another LoRA variant of the same layer",
+    "velora_config": "VeLoRA is another LoRA variant of the same layer",
+    "monteclora_config": "MonteCLoRA is another LoRA variant of the same layer",
+    "kasa_config": "KaSA is another LoRA variant of the same layer",
+    "ensure_weight_tying": "tied layers use A and B the other way round, so that one would read C and the other Cᵀ",
+}
+
+_UNSCALED: dict[str, str] = {
+    "bias": "the biases that are trained",
+    "lora_bias": "the bias of B",
+    "modules_to_save": "modules that are trained as a whole",
+    "trainable_token_indices": "tokens that are trained",
+}
+"""Options whose share in the adapter is no part of s · B · C · A."""
+
+
+class NaraPeftType(str, Enum):
+    """NaRA's entry among PEFT's types. PEFT prints it where it refuses to mix types, so it says what to do there."""
+
+    NARA = "NARA"
+
+    def __str__(self) -> str:
+        return (
+            "NARA (in one PeftModel all adapters have one type: a plain LoRA joins NaRA ones as "
+            'NaraConfig(core_type="identity"))'
+        )
+
+    __format__ = object.__format__
+
+
+@dataclass
+class NaraConfig(LoraConfig):
+    """Configuration of NaRA: ΔW(λ) = s · B · C(λ) · A with C(λ) = I + η F(e(λ)) (arXiv 2605.29716, section 4).
+
+    All fields of `peft.LoraConfig` keep their meaning (`use_dora=True` is NaRA-DoRA). With `rank_pattern`, one core of
+    the largest rank serves all: a layer of rank r' reads the leading block C(λ)[:r', :r'].
+
+    Raises:
+        ValueError: a choice that does not exist, a number out of range, or a LoRA option that has no meaning for an
+            update that depends on λ; the message names the option.
+    """
+
+    core_type: str = field(
+        default="hypernetwork",
+        metadata={
+            "help": "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), "
+            "'identity' is plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r "
+            "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ), "
+            "'knots' interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer')."
+        },
+    )
+    core_scale: float = field(default=0.1, metadata={"help": "η in C = I + η F(e(λ)); greater than 0."})
+    core_hidden_dims: tuple[int, ...] = field(
+        default=(256, 512), metadata={"help": "Widths of the hidden layers of the hypernetwork F."}
+    )
+    core_init: Literal["zero_last", "kaiming", "zero_all"] = field(
+        default="zero_last",
+        metadata={
+            "help": "Initialisation of F: 'zero_last' (last layer zero, so that C = I at step 0), 'zero_all' (all "
+            "zero: only the last bias receives a gradient at first), 'kaiming' (C is not I at step 0)."
+        },
+    )
+    core_input: Literal["noise_level", "mask_density", "both"] = field(
+        default="noise_level",
+        metadata={"help": "What F reads: λ, the mask density around masked tokens (masked LMs only), or both."},
+    )
+    core_sharing: Literal["global", "module_type", "layer", "layer_embedding"] = field(
+        default="global",
+        metadata={
+            "help": "Which adapted modules share one F: all of them, those of one name such as q_proj, or none "
+            "('layer': each adapted module has its own). With 'layer_embedding' all share one F that also reads a "
+            "learnable vector of the module, so that each has its own C at little cost."
+        },
+    )
+    layer_embedding_dim: int = field(
+        default=16, metadata={"help": "Width of each module's vector with core_sharing 'layer_embedding'."}
+    )
+    core_normalization: Literal["none", "frobenius", "centred"] = field(
+        default="none",
+        metadata={
+            "help": "'frobenius' scales C to the norm of I, √r, whatever λ is: C then turns and doesn't grow. "
+            "'centred' moves C so that its mean over λ is I: A and B keep what all noise levels share."
+        },
+    )
+    noise_embedding: Literal["fourier", "mlp", "raw"] = field(
+        default="fourier",
+        metadata={"help": "e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself."},
+    )
+    noise_embedding_dim: int = field(
+        default=64, metadata={"help": "Width of e(λ); even for 'fourier', unused by 'raw'."}
+    )
+    fourier_scale: float = field(
+        default=16.0, metadata={"help": "Standard deviation of the Fourier frequencies, in radians per unit of λ."}
+    )
+    noise_scale: Literal["linear", "log_snr"] = field(
+        default="linear",
+        metadata={
+            "help": "What e() reads: λ, or 'log_snr', the logarithm of λ / (1 − λ), clipped at ±5 and brought to "
+            "[0, 1]; the mask density is not rescaled."
+        },
+    )
+    rank_mask_min: int | None = field(
+        default=None,
+        metadata={"help": "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r."},
+    )
+    lora_a_init: Literal["peft", "orthogonal"] = field(
+        default="peft",
+        metadata={
+            "help": "How A starts: as init_lora_weights says, or with orthonormal rows while B is zero, so that no "
+            "direction repeats what a masked one knows (T-LoRA's idea)."
+        },
+    )
+    core_knots: int = field(
+        default=5, metadata={"help": "For 'knots': how many, at equal distances from λ = 0 to λ = 1; 2 or more."}
+    )
+    core_bins: int = field(
+        default=5,
+        metadata={
+            "help": "For 'bins': the number K of equal bins of λ; r is the rank of all together, a multiple of K."
+        },
+    )
+    mask_density_radius: int = field(
+        default=4,
+        metadata={"help": "Radius R, in tokens, of the neighbourhood whose masked share is the mask density."},
+    )
+    noise_convention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of λ's definition in training, e.g. 'masked_share'; a source of λ with another name is "
+            "refused. None is unknown."
+        },
+    )
+    scheduler: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Class (`_class_name`) and configuration of the Diffusers scheduler that an adapter was trained "
+            "for which predicts something else than its base. None: whatever samples the base."
+        },
+    )
+
+    strength: StrengthSchedule | list[list[float]] | None = field(
+        default=None,
+        metadata={
+            "help": "The strength of the update as a function of λ: StrengthSchedule([(λ, strength), …]), or its "
+            "points. None is 1."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(vars(self))
+        if self.reads_core:
+            self._check_lora_fields()
+        self._check_strength()
+        super().__post_init__()
+        self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
+        self.core_hidden_dims = tuple(self.core_hidden_dims)  # JSON has a list
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self._check_core_fields()
+        self._check_masks()
+        self._check_use()
+        self._check_size()
+        check_start(self.init_lora_weights, self.core_type, self.core_init)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As PEFT's, but adapter_config.json is whole or as it was."""
+        if os.path.isfile(save_directory):
+            super().save_pretrained(save_directory, **kwargs)  # which refuses a file
+            return
+        with whole_files(Path(save_directory)) as partial:
+            super().save_pretrained(str(partial), **kwargs)
+
+    @property
+    def reads_core(self) -> bool:
+        """Whether its layers read a C, which is not I, or is scaled."""
+        return self.core_type != "identity" or self.strength is not None
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation changes the base weights: it takes s·B·A out of them, or quantises them."""
+        return changes_base(self.init_lora_weights)
+
+    @property
+    def _ranks(self) -> set[int]:
+        return {self.r, *self.rank_pattern.values()}  # type: ignore[union-attr]
+
+    def _check_size(self) -> None:
+        rank = max(self._ranks)
+        inputs = 2 * self.noise_embedding_dim + self.layer_embedding_dim
+        if self.core_type == "hypernetwork":
+            widths = (inputs, *self.core_hidden_dims, rank * rank)
+            check_core_size(widths, rank, f"core_hidden_dims {self.core_hidden_dims}")
+        elif self.core_type == "knots":
+            check_core_size((self.core_knots, rank * rank), rank, f"core_knots {self.core_knots}")
+
+    def _check_core_fields(self) -> None:
+        check_core_type(self.core_type)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}.")
+        if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
+            raise ValueError(
+                f"noise_embedding_dim is {self.noise_embedding_dim}: Fourier features are sine and cosine pairs, so "
+                "pass an even number."
+            )
+
+    def _check_use(self) -> None:
+        """Refuse choices that the chosen type of core would not read."""
+        for name, types in _READERS.items():
+            default = _CHOICES[name][0]
+            if self.core_type in BUILT_IN and self.core_type not in types and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which core_type {self.core_type!r} doesn't read: leave it at "
+                    f"{default!r}, or use core_type {' or '.join(map(repr, types))}."
+                )
+        if self.core_sharing == "layer_embedding" and self.core_type != "hypernetwork":
+            raise ValueError(
+                f"core_sharing is 'layer_embedding', but core_type {self.core_type!r} has no network that could read "
+                "it: use core_sharing='layer' for a core of each module."
+            )
+        if self.core_type == "knots" and self.core_knots < 2:
+            raise ValueError(f"core_knots is {self.core_knots}: interpolation needs one at either end, so 2 or more.")
+        self._check_normalization()
+
+        if self.lora_a_init != "peft" and (self.core_type == "identity" or self.init_lora_weights is not True):
+            raise ValueError(
+                f"lora_a_init is {self.lora_a_init!r}, with core_type={self.core_type!r} and init_lora_weights="
+                f"{self.init_lora_weights!r}: it needs a core, and init_lora_weights=True."
+            )
+
+    def _check_normalization(self) -> None:
+        kind = self.core_normalization
+        of = {"frobenius": ("hypernetwork", "constant"), "centred": ("hypernetwork", "knots")}
+        if kind != "none" and self.core_type not in of[kind]:
+            raise ValueError(
+                f"core_normalization is {kind!r}, which is for core_type {' and '.join(map(repr, of[kind]))}; C of "
+                f"core_type {self.core_type!r} is taken as it is: use core_normalization='none'."
+            )
+        if kind == "centred" and self.core_input != "noise_level":
+            raise ValueError(
+                "core_normalization is 'centred', over the noise level alone, but core_input is "
+                f"{self.core_input!r}: use core_input='noise_level'."
+            )
+
+    def _check_masks(self) -> None:
+        ranks = self._ranks
+        least = self.rank_mask_min
+        if least is not None and (
+            self.core_type != "rank_mask"
+            or isinstance(least, bool)
+            or not isinstance(least, int)
+            or least not in range(1, min(ranks) + 1)
+        ):
+            raise ValueError(
+                f"rank_mask_min is {least!r}, with core_type={self.core_type!r} and r={min(ranks)}: it is for "
+                "core_type='rank_mask', an integer from 1 to r, or None for half of r."
+            )
+        uneven = sorted(rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins)
+        if uneven:
+            raise ValueError(
+                f"r is {uneven[0]}, which {self.core_bins} bins cannot share evenly: with core_type='bins', r is the "
+                "rank of all bins together, so pass core_bins times the rank of one."
+            )
+
+    def _check_strength(self) -> None:
+        if self.strength is None:
+            return
+        given = self.strength
+        try:
+            self.strength = (given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)).as_lists()
+        except ValueError as error:
+            raise ValueError(f"strength is {given!r}: {error}") from None
+        for name, unscaled in _UNSCALED.items():
+            if getattr(self, name) not in (None, False, "none"):
+                raise ValueError(
+                    f"strength depends on λ, which would not reach {unscaled} ({name}={getattr(self, name)!r}): remove "
+                    "one of the two."
+                )
+        if self.changes_base:
+            raise ValueError(
+                f"strength depends on λ, but init_lora_weights={self.init_lora_weights!r} takes the update at strength "
+                "1 out of the base weights: remove one of the two."
+            )
+
+    def _check_lora_fields(self) -> None:
+        for name, why in _REFUSED.items():
+            value = getattr(self, name, None)
+            if value or isinstance(value, dict):  # of which PEFT makes an option that is on, empty or not
+                remedy = "strength=None" if self.core_type == "identity" else "core_type='identity'"
+                raise ValueError(f"NaRA does not support {name}: {why}. Remove it, or use {remedy}.")

@@ -1,0 +1,93 @@
+"""The cores of one adapter, and which layers read which of them."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.cores.constant import IdentityCore
+from nara_diffusion.noise.signals import NoiseSignals
+
+from .batch_signals import on_device_of
+from .build_core import build_core, is_tied_to_rank
+from .config import NaraConfig
+
+SHARED = "shared"
+"""The group of all layers, and `nara_core.shared.…` in files."""
+LAYER_EMBEDDING = "layer_embedding"
+
+
+class CoreSet(nn.ModuleDict):
+    """Group of layers → its core; made by `make_cores`."""
+
+    @property
+    def needs_noise(self) -> bool:
+        return any(bool(core.needs_noise) for core in self.values())
+
+    @property
+    def needs_density(self) -> bool:
+        return any(bool(core.needs_density) for core in self.values())
+
+    def at(self, signals: NoiseSignals | None) -> dict[str, Tensor]:
+        """Group of layers → C (b or 1, r, r); identities are left out."""
+        found: dict[str, Tensor] = {}
+        for group, core in self.items():
+            if not isinstance(core, IdentityCore):
+                found |= _by_group(core, group, signals)
+        return found
+
+    def matrix(self, group: str, signals: NoiseSignals | None) -> Tensor:
+        """C (b or 1, r, r) of one group."""
+        key = group if group in self else SHARED
+        return _by_group(self[key], key, signals)[group]
+
+    @property
+    def groups(self) -> list[str]:
+        """Of layers that have the same C."""
+        return [name for group, core in self.items() for name in layer_names(core) or (group,)]
+
+
+def _by_group(core: Any, group: str, signals: NoiseSignals | None) -> dict[str, Tensor]:
+    """What `core` says: one C for its group, or, if it embeds layers, one for each of them."""
+    found = core(*on_device_of(core, signals)) if core.needs_noise else core()
+    layers = layer_names(core)
+    return dict(zip(layers, found.unbind(), strict=True)) if layers else {group: found}
+
+
+def layer_names(core: Any) -> list[str]:
+    """Those that have a C of their own each in `core`; none where all that read it read the same."""
+    return getattr(core, "layer_names", [])
+
+
+def make_cores(config: NaraConfig, ranks: dict[str, int]) -> CoreSet:
+    """The cores that `config` describes. `ranks`: group → the largest rank among its layers."""
+    if config.core_sharing == LAYER_EMBEDDING and ranks:
+        return CoreSet({SHARED: build_core(config, max(ranks.values()), layers=list(ranks))})
+    return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
+
+
+def core_group(config: NaraConfig, module_name: str, rank: int) -> str:
+    """The name of the core that an adapted module of this rank reads.
+
+    By `core_sharing` it is one for all, one for modules of its name, or the module's own (with "layer_embedding" out of
+    a shared network); where C has no parameters to share, but depends on the rank, that of all modules of this rank.
+    """
+    if is_tied_to_rank(config):
+        return f"rank-{rank}"
+    if config.core_sharing == "global":
+        return SHARED
+    if config.core_sharing == "module_type":
+        group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
+    else:
+        group = module_name.replace(".", "-")
+    return f"{group}_" if hasattr(CoreSet, group) or keyword.iskeyword(group) else group
+
+
+def core_tensors(config: NaraConfig, ranks: dict[str, int]) -> dict[str, Tensor]:
+    """Name → a tensor, without values, of what is saved of those cores."""
+    with torch.device("meta"):
+        return make_cores(config, ranks).state_dict()

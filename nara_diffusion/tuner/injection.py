@@ -1,0 +1,135 @@
+"""What adding an adapter needs beside PEFT: a record by which it is taken back, and the cores out of PEFT's sight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from nara_diffusion.layers.variants import NaraVariant
+
+from .config import NaraConfig
+from .core_holder import HOLDER_NAME, CoreHolder
+
+
+class Injection:
+    """What one call of `inject_adapter` has done so far, and how to take it back.
+
+    Args:
+        holder: of the cores. changes_base: whether the initialisation takes s·B·A out of the base weights, as PiSSA's.
+    """
+
+    def __init__(self, holder: CoreHolder, changes_base: bool) -> None:
+        self.holder = holder
+        self.changes_base = changes_base
+        self.layers: list[tuple[nn.Module, str, LoraLayer]] = []
+        self.ranks: dict[str, int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        parameters = (p for _, _, layer in self.layers for p in layer.parameters())  # type: ignore[attr-defined]
+        return next((p.device for p in parameters if p.device.type != "meta"), torch.device("cpu"))
+
+    @property
+    def disabled(self) -> bool:
+        return any(layer.disable_adapters for _, _, layer in self.layers)
+
+    def undo(self, adapter_name: str) -> None:
+        for parent, name, layer in reversed(self.layers):
+            self._restore_base(layer, adapter_name)
+            layer._active_adapter = [active for active in layer.active_adapters if active != adapter_name]
+            layer.delete_adapter(adapter_name)
+            if not layer.r:
+                setattr(parent, name, layer.base_layer)
+
+    def _restore_base(self, layer: Any, adapter_name: str) -> None:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if self.changes_base and weight is not None and weight.is_floating_point():
+            weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)
+
+
+def take_back(root: Any, adapter_name: str) -> None:
+    """Undo the injection of an adapter whose weights were refused: modules, base weights and names are as before it."""
+    holder: CoreHolder = getattr(root, HOLDER_NAME)
+    injection = Injection(holder, root.peft_config[adapter_name].changes_base)
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoraLayer) and adapter_name in child.r:
+                injection.layers.append((parent, name, child))
+            elif isinstance(child, AuxiliaryTrainingWrapper) and adapter_name in child._get_available_adapters():
+                _take_back_copy(parent, name, child, adapter_name)
+    injection.undo(adapter_name)
+    holder._active_adapter = [active for active in holder.active_adapters if active != adapter_name]
+    holder.delete_adapter(adapter_name)
+    del root.peft_config[adapter_name]
+    drop_idle_holder(root)
+    if not root.peft_config:
+        del root.peft_config
+
+
+def _take_back_copy(parent: nn.Module, name: str, wrapper: Any, adapter_name: str) -> None:
+    """Of a module that is trained and saved beside the adapter."""
+    if wrapper._get_available_adapters() == {adapter_name}:
+        setattr(parent, name, wrapper.original_module)
+    else:
+        active = [name for name in wrapper.active_adapters if name != adapter_name]
+        wrapper.delete_adapter(adapter_name, new_active_adapters=active)
+
+
+def check_name_is_free(root: Any, adapter_name: str, config: NaraConfig, state_dict: dict[str, Tensor] | None) -> None:
+    """A second adapter of one name begins anew, in PEFT, where it is injected; elsewhere the first one would stay.
+
+    Args:
+        config: of the second, its target modules filled in. state_dict: says what it adapts, if given.
+
+    Raises:
+        ValueError: a layer of `root` has the adapter, and the second would not adapt it, or the first is no NaRA.
+    """
+    config = _maybe_include_all_linear_layers(copy(config), root)  # type: ignore[assignment]
+    listed = state_dict and {key.rsplit(".lora_", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+    for name in _layers_with(root, adapter_name):
+        stays = not (name in listed if listed else check_target_module_exists(config, name))
+        if stays or not isinstance(root.peft_config[adapter_name], NaraConfig):
+            raise ValueError(
+                f"Layer '{name}' of {type(root).__name__} has an adapter '{adapter_name}', which would "
+                f"{'stay beside' if stays else 'be overwritten by'} the new one of that name: call unload() of the "
+                "PeftModel that has it before, or give the new one a name of its own, adapter_name=…."
+            )
+
+
+def _layers_with(root: nn.Module, adapter_name: str) -> Iterator[str]:
+    """The names of layers that have the adapter, unless it is that of another root."""
+    layers = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
+    channel = getattr(getattr(root, HOLDER_NAME, None), "channel", None)
+    for name, layer in layers.items():
+        is_inside = any(name.startswith(f"{other}.") for other in layers)
+        variant = layer.lora_variant.get(adapter_name)
+        is_others = isinstance(variant, NaraVariant) and variant.channel is not channel
+        if adapter_name in layer.r and not (is_inside or is_others or isinstance(layer, ParamWrapper)):
+            yield name
+
+
+def drop_idle_holder(root: nn.Module) -> None:
+    """Take the holder off `root`, with its hooks and its source of λ, if no adapter is left to serve."""
+    holder = root._modules.get(HOLDER_NAME)
+    if isinstance(holder, CoreHolder) and not (holder.cores and getattr(root, "peft_config", None)):
+        holder.detach(root)
+
+
+@contextmanager
+def without_holder(root: nn.Module) -> Iterator[None]:
+    """Inside, PEFT does not see the cores, whose parts are named as a base model's may be ("embeddings", "layers")."""
+    holder = root._modules.pop(HOLDER_NAME, None)
+    try:
+        yield
+    finally:
+        if holder is not None:
+            root._modules[HOLDER_NAME] = holder

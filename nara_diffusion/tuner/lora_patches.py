@@ -1,0 +1,114 @@
+"""What PEFT's `LoraModel` has to know of the holder of cores, put around it once, for NaRA's subclass too.
+
+PEFT walks over the LoRA layers of a model. The holder stands at the model's root: that of NaRAs, or that of plain LoRAs
+whose strength depends on λ.
+
+    set_adapter, delete_adapter    pass by what is no LoRA layer
+    _unload_and_optionally_merge   puts the layers' base back, and would leave the holder with its hooks
+    merge_adapter                  merges layer by layer, and would leave half of them merged if λ is unknown
+    merge_and_unload               the same, and has no argument for λ
+    add_weighted_adapter           sums up A's and B's, without their strength
+    _enable_peft_forward_hooks     knows which adapter serves which sample of a batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+
+from nara_diffusion.noise.context import MixedBatch
+from nara_diffusion.runtime.context_stack import entered
+from nara_diffusion.utils.patching import around
+
+from .core_holder import HOLDER_NAME, CoreHolder
+from .injection import drop_idle_holder
+from .merging import MergesAtOneLevel, merge_and_unload_at_one_level, merge_at_one_level
+from .strength_layers import has_strength
+
+
+def extend_lora_methods() -> None:
+    """Put the functions below around PEFT's. Harmless when repeated."""
+    LoraModel.tuner_layer_cls = (LoraLayer, CoreHolder)  # type: ignore[assignment]
+    around(LoraModel, "delete_adapter", _delete_adapter)
+    around(LoraModel, "_unload_and_optionally_merge", _unload)
+    around(LoraModel, "merge_adapter", _merge_adapter)
+    around(LoraModel, "merge_and_unload", _merge_and_unload)
+    around(LoraModel, "add_weighted_adapter", _add_weighted_adapter)
+    around(LoraModel, "_enable_peft_forward_hooks", _enable_forward_hooks)
+
+
+def _holder_of(tuner: Any) -> CoreHolder | None:
+    holder = getattr(tuner.model, HOLDER_NAME, None)
+    return holder if isinstance(holder, CoreHolder) else None
+
+
+def _delete_adapter(original: Any, tuner: Any, adapter_name: str) -> None:
+    original(tuner, adapter_name)
+    drop_idle_holder(tuner.model)
+
+
+def _unload(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    holder = _holder_of(tuner)
+    model = original(tuner, *args, **kwargs)
+    if holder is not None:
+        holder.detach(tuner.model)
+    return model
+
+
+def _merge_adapter(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> None:
+    if _holder_of(tuner) is None or isinstance(tuner, MergesAtOneLevel):
+        original(tuner, *args, **kwargs)
+    else:
+        merge_at_one_level(tuner, partial(original, tuner), *args, **kwargs)
+
+
+def _merge_and_unload(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    if _holder_of(tuner) is None or isinstance(tuner, MergesAtOneLevel):
+        return original(tuner, *args, **kwargs)
+    return merge_and_unload_at_one_level(tuner, partial(original, tuner), *args, **kwargs)
+
+
+def _add_weighted_adapter(original: Any, tuner: Any, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+    for name in adapters:
+        if has_strength(tuner.model, name):
+            raise ValueError(
+                f"add_weighted_adapter would ignore the strength of adapter '{name}', which depends on λ. Activate "
+                "several adapters together instead, model.base_model.set_adapter([…]), or take the strength away: "
+                f"set_strength(model, '{name}', None)."
+            )
+    original(tuner, adapters, *args, **kwargs)
+
+
+@contextmanager
+def _enable_forward_hooks(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+    names, holder = kwargs.get("adapter_names"), _holder_of(tuner)
+    if names is None or holder is None:
+        with original(tuner, *args, **kwargs):
+            yield
+        return
+    _check_mixed_batch(tuner.model, names)
+    beams = kwargs.get("num_beams") or 1
+    repeated = [name for name in names for _ in range(beams)]  # as `generate` repeats the batch
+    failure = None
+    mixed = entered(frozenset([holder.channel]), MixedBatch(repeated))
+    with original(tuner, *args, **kwargs), mixed:
+        try:
+            yield
+        except BaseException as error:  # PEFT takes its hooks away only if nothing is raised here
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def _check_mixed_batch(model: nn.Module, adapter_names: list[str]) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and set(layer.lora_embedding_A) & set(layer.lora_variant) & set(adapter_names):
+            raise ValueError(
+                f"adapter_names cannot be used while the embedding '{name}' is adapted with NaRA, or at a strength "
+                "that depends on λ: PEFT would apply it without its core. Use one adapter a batch."
+            )

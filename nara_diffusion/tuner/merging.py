@@ -1,0 +1,114 @@
+"""Merging an update that depends on λ: at one λ, which is then the only one that the model can run at."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from nara_diffusion.noise.context import noise_level as at_noise_level
+from nara_diffusion.runtime.offloading import check_kept_nowhere
+
+from .core_holder import HOLDER_NAME, CoreHolder
+
+
+class MergesAtOneLevel(LoraModel):
+    """PEFT's merging with a λ: refused without one, all layers or none, and undone by `unmerge_adapter`."""
+
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        noise_level: float | None = None,
+    ) -> None:
+        """Merge the update of one λ into the base weights, until `unmerge_adapter`.
+
+        Args:
+            adapter_names, safe_merge: as in PEFT.
+            noise_level: λ in [0, 1]. None takes that of the active `noise_level(…)` context.
+
+        Raises:
+            ValueError: an adapter depends on λ and none is known, or it differs between samples; group offloading
+                would read the base weights again from elsewhere.
+        """
+        merge_at_one_level(self, super().merge_adapter, adapter_names, safe_merge, noise_level)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        noise_level: float | None = None,
+    ) -> nn.Module:
+        """The base model with the update of one λ in its weights; see `merge_adapter` for arguments and errors."""
+        return merge_and_unload_at_one_level(
+            self, super().merge_and_unload, progressbar, safe_merge, adapter_names, noise_level
+        )
+
+
+def merge_at_one_level(
+    tuner: Any,
+    merge: Callable[..., None],
+    adapter_names: list[str] | None = None,
+    safe_merge: bool = False,
+    noise_level: float | None = None,
+) -> None:
+    """`MergesAtOneLevel.merge_adapter` by PEFT's own method `merge`, for a plain LoRA's tuner too."""
+    holder: CoreHolder | None = getattr(tuner.model, HOLDER_NAME, None)
+    if holder is None:  # no adapter is left, and PEFT merges nothing without an error
+        merge(adapter_names, safe_merge)
+        return
+    names = tuner.active_adapters if adapter_names is None else adapter_names
+    level = nullcontext() if noise_level is None else at_noise_level(tuner.model, noise_level)
+    with level, _all_or_nothing(tuner.model, holder):
+        holder.signals_to_merge([name for name in names if name in holder.cores])
+        check_kept_nowhere(tuner.model, LoraLayer)
+        merge(adapter_names, safe_merge)
+
+
+def merge_and_unload_at_one_level(
+    tuner: Any,
+    merge_and_unload: Callable[..., nn.Module],
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+    noise_level: float | None = None,
+) -> nn.Module:
+    """`MergesAtOneLevel.merge_and_unload`, where PEFT's own method serves adapters that read no C."""
+    names = tuner.active_adapters if adapter_names is None else adapter_names
+    if not any(_reads_core(tuner, name) for name in names):
+        return merge_and_unload(progressbar, safe_merge, adapter_names)
+    tuner.merge_adapter(adapter_names, safe_merge, noise_level=noise_level)
+    with warnings.catch_warnings():  # the layers are merged; PEFT does more than that when it merges and unloads
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        return tuner._unload_and_optionally_merge(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+
+def _reads_core(tuner: Any, adapter_name: str) -> bool:
+    holder: CoreHolder | None = getattr(tuner.model, HOLDER_NAME, None)
+    has_core = getattr(tuner.peft_config.get(adapter_name), "core_type", "identity") != "identity"
+    return has_core or (holder is not None and holder.depends_on_noise(adapter_name))
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, holder: CoreHolder) -> Iterator[None]:
+    """If merging fails in one layer, the layers before it are put back."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before, signals = [list(layer.merged_adapters) for layer in layers], holder.merged_signals
+    try:
+        yield
+    except Exception:
+        for layer, names in zip(layers, before, strict=True):
+            if layer.merged_adapters != names:
+                layer.unmerge()
+                if names:
+                    layer.merge(adapter_names=names)
+        holder.merged_signals = signals
+        raise

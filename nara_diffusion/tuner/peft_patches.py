@@ -1,0 +1,124 @@
+"""What PEFT's own reading and writing of adapters has to know of NaRA, put around it once.
+
+from_json_file     builds a configuration far from the file's name
+load_adapter       says nothing of the file in its errors, and leaves an adapter whose weights were refused
+from_pretrained    the same, on a model that had no adapter before
+save_pretrained    writes its files under their own names, so that half of one stays behind if the disk is full
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.config import PeftConfigMixin
+from safetensors import SafetensorError
+from torch import nn
+
+from nara_diffusion.utils.atomic_write import whole_files
+from nara_diffusion.utils.patching import around
+
+from .config import NaraConfig, NaraPeftType
+from .config_files import check_config_file
+from .injection import take_back
+
+_begun: ContextVar[tuple[nn.Module, str] | None] = ContextVar("_begun", default=None)
+"""The model and the name of an adapter that `from_pretrained` adds before it calls `load_adapter`."""
+
+
+def extend_peft_methods() -> None:
+    """Put the functions below around PEFT's. Harmless when repeated."""
+    around(PeftConfigMixin, "from_json_file", _from_json_file)
+    around(PeftModel, "from_pretrained", _from_pretrained)
+    around(PeftModel, "load_adapter", _load_adapter)
+    around(PeftModel, "save_pretrained", _save_pretrained)
+
+
+def _from_json_file(original: Any, cls: type, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+    check_config_file(path_json_file)
+    return original(cls, path_json_file, **kwargs)
+
+
+def _from_pretrained(
+    original: Any, cls: type, model: nn.Module, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> PeftModel:
+    is_new = adapter_name not in getattr(model, "peft_config", {})
+    token = _begun.set((model, adapter_name) if is_new else None)
+    try:
+        with _named(model_id, kwargs), _trainable_again(model):
+            return original(cls, model, model_id, adapter_name, *args, **kwargs)
+    finally:
+        _begun.reset(token)
+
+
+def _load_adapter(original: Any, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    is_new = adapter_name not in self.peft_config or _begun.get() == (self.get_base_model(), adapter_name)
+    try:
+        with _named(model_id, kwargs), _trainable_again(self):
+            return original(self, model_id, adapter_name, *args, **kwargs)
+    except Exception:
+        if is_new and isinstance(self.peft_config.get(adapter_name), NaraConfig):
+            take_back(self.get_base_model(), adapter_name)
+        raise
+
+
+@contextmanager
+def _named(model_id: Any, options: dict[str, Any]) -> Iterator[None]:
+    """Errors about a NaRA inside name its folder or repository, if they don't yet."""
+    try:
+        yield
+    except (ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+        subfolder = options.get("subfolder")
+        where = os.path.join(model_id, subfolder) if subfolder else os.fspath(model_id)
+        if where in str(error) or not _is_naras(model_id, options):
+            raise
+        raise ValueError(_refusal(where, error)) from error
+
+
+def _is_naras(model_id: Any, options: dict[str, Any]) -> bool:
+    hub = {name: options[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in options}
+    try:
+        return PeftConfig._get_peft_type(model_id, **hub) == NaraPeftType.NARA.value
+    except Exception:  # it can't be asked: the error that is on its way says why
+        return False
+
+
+def _refusal(where: str, error: Exception) -> str:
+    if isinstance(error, (SafetensorError, UnpicklingError)):
+        return f"The weights in '{where}' are no whole file ({error}): it was cut off, so download or save it again."
+    if isinstance(error, KeyError):
+        return f"The checkpoint in '{where}' lacks {error}, of a module that is saved beside the adapter."
+    return f"The adapter in '{where}' is refused: {error}"
+
+
+@contextmanager
+def _trainable_again(model: nn.Module) -> Iterator[None]:
+    """After an error inside, the same parameters need a gradient as before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except Exception:
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
+        raise
+
+
+def _save_pretrained(original: Any, self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
+    writes = given.get("is_main_process", True) and not os.path.isfile(save_directory)
+    if not writes or not any(isinstance(config, NaraConfig) for config in self.peft_config.values()):
+        original(self, save_directory, *args, **kwargs)
+        return
+    folder = Path(save_directory)
+    with whole_files(folder) as partial:
+        if (folder / "README.md").is_file():  # PEFT goes on with the card that is there
+            shutil.copy(folder / "README.md", partial)
+        original(self, str(partial), *args, **kwargs)
