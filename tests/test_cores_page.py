@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from nara_diffusion import NaraConfig, core_matrix
 from nara_diffusion.cores import custom as own_cores
 from nara_diffusion.harness import command
-from nara_diffusion.training.adapters.methods import _CORE_READERS, CORE_FIELDS
+from nara_diffusion.training.adapters.method_arguments import _CORE_READERS
+from nara_diffusion.training.adapters.methods import CORE_FIELDS
 from tests.adapted import TwoLayers
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "cores.md").read_text(encoding="utf-8")

@@ -34,14 +34,10 @@ from nara_diffusion.dllm.evaluation.report import results_table, write_run_repor
 from nara_diffusion.dllm.masking import check_drawable
 from nara_diffusion.dllm.models.positions import check_positions
 from nara_diffusion.training.adapters.build import base_model, build_adapter, recompute_activations
-from nara_diffusion.training.adapters.methods import title_of, without_unread
-from nara_diffusion.training.arguments import (
-    AdapterArguments,
-    OptimizationArguments,
-    RunArguments,
-    check_arguments,
-    require,
-)
+from nara_diffusion.training.adapters.method_arguments import without_unread
+from nara_diffusion.training.adapters.methods import title_of
+from nara_diffusion.training.argument_checks import check_arguments, require
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.cli import option
 from nara_diffusion.training.engine_state import load_whole, prepare

@@ -64,7 +64,8 @@ from nara_diffusion.dreambooth.setup import (
 from nara_diffusion.dreambooth.validation import Validation
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.training.adapters.build import adapter_config
-from nara_diffusion.training.adapters.methods import METHODS, title_of, without_unread
+from nara_diffusion.training.adapters.method_arguments import without_unread
+from nara_diffusion.training.adapters.methods import METHODS, title_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.main import run_command

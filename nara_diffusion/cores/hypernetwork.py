@@ -24,14 +24,8 @@ from .embeddings import Embedding, LayerVectors, NoiseScale, rescaled
 from .float32 import Dense, Float32Module
 
 CoreInput = Literal["noise_level", "mask_density", "both"]
-
-
 CoreInit = Literal["zero_last", "kaiming", "zero_all"]
-
-
 CoreNormalization = Literal["none", "frobenius", "centred"]
-
-
 GRID = 64  # noise levels over which a centred core takes its mean
 
 

@@ -9,13 +9,8 @@ from typing import Any, ClassVar
 
 from nara_diffusion.dreambooth.data.captions import check_prompt
 from nara_diffusion.training.adapters.methods import METHODS, method_of
-from nara_diffusion.training.arguments import (
-    AdapterArguments,
-    OptimizationArguments,
-    RunArguments,
-    check_arguments,
-    require,
-)
+from nara_diffusion.training.argument_checks import check_arguments, require
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments
 from nara_diffusion.training.cli import option
 from nara_diffusion.training.window_arguments import WindowArguments, check_window
 

@@ -26,7 +26,6 @@ from .signals import NoiseSignals, is_differentiated
 NUM_TRAIN_TIMESTEPS = 1000
 """N of the schedules that the denoisers of Diffusers are trained with, where none is at hand; models do not hold it."""
 
-
 _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "discrete": ("timestep", lambda t, n: t / n),
     "sigma_1000": ("flow", lambda t, n: t / n),
@@ -36,11 +35,8 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     # σ / (1 + σ) for σ = exp 4t
     "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
 }
-
-
 CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
 """The names of λ's definitions above."""
-
 
 _ROUNDING = 1e-4
 """How far λ may lie outside [0, 1]: SanaSprint's first σ is 1 + 4e-6."""

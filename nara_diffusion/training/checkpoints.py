@@ -30,7 +30,7 @@ from accelerate import Accelerator
 
 from nara_diffusion.utils.atomic_write import delete_folder, partial_name, put_in_place, whole_folder
 
-from .arguments import config_differences, content_differences
+from .argument_checks import config_differences, content_differences
 from .engine_state import save_state, trained_state
 from .formats import AdapterWriter, write_adapter, write_checkpoint
 from .output_dir import write_json

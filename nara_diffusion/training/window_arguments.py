@@ -11,7 +11,7 @@ from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.methods import METHODS, method_of
 from nara_diffusion.training.adapters.pissa import takes_start_from_base
 
-from .arguments import require
+from .argument_checks import require
 from .cli import option
 
 

@@ -9,7 +9,7 @@ import pytest
 from nara_diffusion.cores import custom as own_cores
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.custom_core import import_core_module
-from nara_diffusion.training.adapters.methods import unread_arguments
+from nara_diffusion.training.adapters.method_arguments import unread_arguments
 from nara_diffusion.training.arguments import AdapterArguments
 from nara_diffusion.training.cli import build_parser, parse_arguments
 from train_scripts import dllm, dreambooth_sdxl

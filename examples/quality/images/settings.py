@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.training.adapters.methods import without_unread
+from nara_diffusion.training.adapters.method_arguments import without_unread
 from quality.images.methods import BASE
 from quality.images.subjects import ASSETS, BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 from quality.suites import RANKS

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from nara_diffusion.training.adapters.build import build_adapter
-from nara_diffusion.training.adapters.methods import METHODS, check_method
+from nara_diffusion.training.adapters.method_arguments import check_method
+from nara_diffusion.training.adapters.methods import METHODS
 from nara_diffusion.training.arguments import AdapterArguments
 from quality.text.recipe import Recipe
 
