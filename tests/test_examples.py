@@ -6,7 +6,7 @@ from importlib import import_module  # the names of the examples start with thei
 
 import pytest
 
-from tests.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import small_sdxl
 
 
 def test_benchmark_speed_records_all_that_is_needed_to_repeat_it(tmp_path, capsys):

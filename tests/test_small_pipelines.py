@@ -6,7 +6,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tests.small_pipelines import MAX_TOKENS, clip_tokenizer, pixels, small_flux, small_sd, small_sd3, small_sdxl
+from tests.helpers.small_pipelines import (
+    MAX_TOKENS,
+    clip_tokenizer,
+    pixels,
+    small_flux,
+    small_sd,
+    small_sd3,
+    small_sdxl,
+)
 
 
 @pytest.mark.parametrize("make", [small_sd, small_sdxl, small_sd3, small_flux])

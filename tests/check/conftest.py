@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import small_sdxl
 
 LLADA = Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny"
 

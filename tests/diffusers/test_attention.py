@@ -24,11 +24,11 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.adapted import disturb, nara_config, relative_error
-from tests.denoiser_models import denoiser, inputs_of, tensor_of
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, follow, latents, watch
-from tests.rounding import rounding_of
-from tests.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl, small_unet
+from tests.helpers.adapted import disturb, nara_config, relative_error
+from tests.helpers.denoiser_models import denoiser, inputs_of, tensor_of
+from tests.helpers.rounding import rounding_of
+from tests.helpers.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl, small_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*PAG.*deprecated:FutureWarning")
 

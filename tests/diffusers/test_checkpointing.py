@@ -21,10 +21,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint
 
 from nara_diffusion.cores import custom as own_cores
-from tests.adapted import disturb, nara_config
-from tests.core_types import TYPES, Affine
 from tests.diffusers.reference import UNET_TARGETS
-from tests.small_pipelines import TEXT_WIDTHS, small_sdxl
+from tests.helpers.adapted import disturb, nara_config
+from tests.helpers.core_types import TYPES, Affine
+from tests.helpers.small_pipelines import TEXT_WIDTHS, small_sdxl
 
 TIMESTEPS = (torch.tensor([950, 30]), torch.tensor([200, 700]))
 BOUND = 5e-6  # the sum of the two backward passes comes in another order; a wrong λ is off by a tenth

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from nara_diffusion import noise_level
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
-from tests.small_pipelines import small_sd
+from tests.helpers.small_pipelines import small_sd
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),

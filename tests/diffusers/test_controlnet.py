@@ -16,10 +16,10 @@ from torch import Tensor
 
 from nara_diffusion import register_denoiser
 from nara_diffusion.noise.denoisers import _DENOISERS
-from tests.adapted import disturb, nara_config, relative_error
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
-from tests.rounding import rounding_of
-from tests.small_pipelines import small_sd, small_sdxl
+from tests.helpers.adapted import disturb, nara_config, relative_error
+from tests.helpers.rounding import rounding_of
+from tests.helpers.small_pipelines import small_sd, small_sdxl
 
 CONDITION = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 

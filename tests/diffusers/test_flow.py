@@ -15,9 +15,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from tests.denoiser_models import denoiser
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
-from tests.small_pipelines import small_flux, small_sd3
+from tests.helpers.denoiser_models import denoiser
+from tests.helpers.small_pipelines import small_flux, small_sd3
 
 TARGETS = [*ATTENTION, "add_k_proj", "proj_mlp", "linear_1"]
 

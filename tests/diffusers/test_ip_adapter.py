@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.diffusers.reference import ROUNDING, adapt, compare_calls
-from tests.small_pipelines import pixels, small_sd, small_sdxl
+from tests.helpers.small_pipelines import pixels, small_sd, small_sdxl
 
 
 def ip_adapter_weights(

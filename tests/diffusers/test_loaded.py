@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nara_diffusion import TimestepNoise, set_noise_source
-from tests.adapted import disturb, nara_config
 from tests.diffusers.reference import ROUNDING, UNET_TARGETS, compare_calls, latents, watch
-from tests.small_pipelines import small_flux, small_sdxl
+from tests.helpers.adapted import disturb, nara_config
+from tests.helpers.small_pipelines import small_flux, small_sdxl
 
 
 def saved(folder: Path, seed: int, make: Any = small_sdxl, part: str = "unet", **changes: Any) -> Any:

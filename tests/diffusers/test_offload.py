@@ -18,11 +18,11 @@ from torch import Tensor
 
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.runtime.offloading import beside_inputs
-from tests.adapted import disturb, nara_config, relative_error
-from tests.core_types import TYPES
 from tests.diffusers.reference import UNET_TARGETS
-from tests.rounding import rounding_of
-from tests.small_pipelines import pixels, small_sd, small_unet
+from tests.helpers.adapted import disturb, nara_config, relative_error
+from tests.helpers.core_types import TYPES
+from tests.helpers.rounding import rounding_of
+from tests.helpers.small_pipelines import pixels, small_sd, small_unet
 
 CPU = torch.device("cpu")
 TIMESTEPS = torch.tensor([20, 500, 900])

@@ -13,10 +13,10 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.adapted import core_by_hand, disturb, nara_config, relative_error
 from tests.diffusers.reference import ATTENTION, UNET_TARGETS, adapt
-from tests.rounding import rounding
-from tests.small_pipelines import pixels, small_sd, small_sdxl, small_unet
+from tests.helpers.adapted import core_by_hand, disturb, nara_config, relative_error
+from tests.helpers.rounding import rounding
+from tests.helpers.small_pipelines import pixels, small_sd, small_sdxl, small_unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),

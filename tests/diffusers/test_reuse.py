@@ -15,9 +15,9 @@ from diffusers import (
 )
 from torch import nn
 
-from tests.adapted import relative_error
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, follow, latents, watch
-from tests.small_pipelines import small_flux, small_sd, small_sdxl
+from tests.helpers.adapted import relative_error
+from tests.helpers.small_pipelines import small_flux, small_sd, small_sdxl
 
 
 def reuse_deep_blocks(unet: Any, interval: int = 2) -> list[int]:

@@ -33,9 +33,9 @@ from diffusers import (
 from PIL import Image
 
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
-from tests.adapted import relative_error
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
-from tests.small_pipelines import TEXT_WIDTHS, small_sd, small_sdxl, small_unet
+from tests.helpers.adapted import relative_error
+from tests.helpers.small_pipelines import TEXT_WIDTHS, small_sd, small_sdxl, small_unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Diffusers' Karras sigmas

@@ -11,11 +11,11 @@ from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter, TextToV
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.adapted import relative_error
-from tests.denoiser_models import denoiser, inputs_of
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, updates_at, watch, write
-from tests.rounding import rounding_of
-from tests.small_pipelines import small_sd
+from tests.helpers.adapted import relative_error
+from tests.helpers.denoiser_models import denoiser, inputs_of
+from tests.helpers.rounding import rounding_of
+from tests.helpers.small_pipelines import small_sd
 
 TARGETS = [*ATTENTION, "attentions.0.proj_in", "conv1", "time_emb_proj"]
 FRAMES = 4

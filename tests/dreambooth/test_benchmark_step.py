@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import small_sdxl
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.denoiser import TEXT_TARGETS, AdaptedDenoiser, text_config
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.methods import CORE_FIELDS, METHODS
-from tests.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import small_sdxl
 
 IMAGE_METHODS = [name for name, method in METHODS.items() if method.family != "prompt"]
 

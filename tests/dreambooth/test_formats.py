@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
 from nara_diffusion.dreambooth.formats import LORA_WEIGHTS, adapter_loaded, write_adapter
 from nara_diffusion.training.formats import read_all_weights
-from tests.small_pipelines import TEXT_WIDTHS, small_sdxl
+from tests.helpers.small_pipelines import TEXT_WIDTHS, small_sdxl
 
 from .stock_loading import COMPONENTS, lora_layers, outputs
 

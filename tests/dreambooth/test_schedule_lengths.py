@@ -16,9 +16,9 @@ from nara_diffusion.dreambooth.objectives import Objective, build_objective
 from nara_diffusion.dreambooth.timesteps import draw_indices
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.window import EVERYTHING
-from tests.adapted_denoisers import told
-from tests.dreambooth.test_step import CONFIG, batch_of
-from tests.small_pipelines import pixels, small_sdxl
+from tests.dreambooth.test_loss import CONFIG, batch_of
+from tests.helpers.adapted_denoisers import told
+from tests.helpers.small_pipelines import pixels, small_sdxl
 
 N = 400
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -16,9 +16,8 @@ from nara_diffusion.dreambooth.loss import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
 from nara_diffusion.noise.window import NoiseWindow
-from tests.small_pipelines import small_sdxl
-
-from .test_step import CONFIG, batch_of
+from tests.dreambooth.test_loss import CONFIG, batch_of
+from tests.helpers.small_pipelines import small_sdxl
 
 WINDOW = NoiseWindow(0.0, 0.5, hold_weight=3.0)
 

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from nara_diffusion.harness.command import TASKS, adjusted, main, register, with_defaults
 from nara_diffusion.harness.model import NaraDLLM
-from tests.patience import LAST_RESORT
+from tests.helpers.patience import LAST_RESORT
 
 from .conftest import LLADA_TINY, ROWS
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nara_diffusion.harness.download import download
-from tests.patience import LAST_RESORT, all_at_once
+from tests.helpers.patience import LAST_RESORT, all_at_once
 
 CONTENT = b"[1, 2, 3]"
 URL = "https://example.invalid/test.json"

@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from tests.adapted import lora_config, nara_config
-from tests.small_pipelines import small_sdxl
+from tests.helpers.adapted import lora_config, nara_config
+from tests.helpers.small_pipelines import small_sdxl
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "time_emb_proj"]
 TEXT_TARGETS = ["q_proj", "v_proj", "fc1"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import save_lora, trained
-from tests.small_pipelines import pixels, small_sdxl
 
 
 @pytest.fixture(scope="session")

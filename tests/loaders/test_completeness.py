@@ -15,9 +15,9 @@ from nara_diffusion.harness.loading import load_model
 from nara_diffusion.loaders import insertion as adapters
 from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter
 from nara_diffusion.training.formats import load_checkpoint
-from tests.adapted import disturb
-from tests.saved_adapters import TARGETS, WEIGHTS, base_model
-from tests.small_pipelines import small_sdxl
+from tests.helpers.adapted import disturb
+from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model
+from tests.helpers.small_pipelines import small_sdxl
 
 from .adapters import trained
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nara_diffusion import noise_level
-from tests.adapted import relative_error
+from tests.helpers.adapted import relative_error
 
 from .adapters import predict, save_lora, trained
 

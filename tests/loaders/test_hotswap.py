@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nara_diffusion import TimestepNoise, register_core, set_noise_source
 from nara_diffusion.cores import custom as own_cores
 from nara_diffusion.runtime.modules import find_holders
+from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import FILE, State, predict, save_lora, trained
-from tests.small_pipelines import pixels, small_sdxl
 
 TARGETS = ["to_q", "to_v", "conv1", "proj_out"]
 

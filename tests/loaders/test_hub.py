@@ -12,8 +12,8 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
+from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import FILE, State
-from tests.small_pipelines import pixels, small_sdxl
 
 
 class Hub:

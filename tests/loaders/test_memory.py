@@ -14,8 +14,8 @@ from accelerate.hooks import CpuOffload, add_hook_to_module
 from diffusers.hooks import apply_group_offloading
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import State, predict, trained
-from tests.small_pipelines import pixels, small_sdxl
 
 
 def tensors() -> dict[int, int]:

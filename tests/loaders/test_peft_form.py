@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from nara_diffusion import noise_level
-from tests.adapted import nara_config
+from tests.helpers.adapted import nara_config
+from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import State, shake
-from tests.small_pipelines import pixels, small_sdxl
 
 
 class TextPipeline(DiffusionPipeline):

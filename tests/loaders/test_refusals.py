@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from nara_diffusion import NaraConfig, set_noise_source
 from nara_diffusion.loaders import insertion as loader_adapters
 from nara_diffusion.noise.timesteps import TimestepNoise
+from tests.helpers.small_pipelines import pixels, small_sd, small_sdxl
 from tests.loaders.adapters import FILE, State, trained
-from tests.small_pipelines import pixels, small_sd, small_sdxl
 
 CORE = "unet.nara_core.shared.layers.2.weight"
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nara_diffusion import NaraConfig, core_matrix
-from tests.adapted import lora_config, nara_config
+from tests.helpers.adapted import lora_config, nara_config
+from tests.helpers.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
 from tests.loaders.adapters import FILE, State, predict, shake, trained
-from tests.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])

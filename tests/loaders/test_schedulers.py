@@ -19,8 +19,8 @@ from diffusers import (
 from torch import Tensor
 
 from nara_diffusion.loaders.schedulers import scheduler_fields
+from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import State, trained
-from tests.small_pipelines import pixels, small_sdxl
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nara_diffusion import noise_level
 from nara_diffusion.tuner.config_files import config_to_fields
-from tests.adapted import lora_config
-from tests.core_types import TYPES
+from tests.helpers.adapted import lora_config
+from tests.helpers.core_types import TYPES
+from tests.helpers.small_pipelines import small_sdxl
 from tests.loaders.adapters import FILE, predict, trained
-from tests.small_pipelines import small_sdxl
 
 
 @pytest.mark.parametrize("kind", TYPES)

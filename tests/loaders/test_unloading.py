@@ -9,9 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from nara_diffusion.runtime.modules import find_holders
-from tests.adapted import nara_config
+from tests.helpers.adapted import nara_config
+from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import State, alone
-from tests.small_pipelines import pixels, small_sdxl
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),  # PEFT, at Diffusers' second LoRA

@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionXLImg2ImgPipeline
 
 from pipelines.stable_diffusion_xl_nara import StableDiffusionXLPipeline
-from tests.adapted import disturb, nara_config
-from tests.small_pipelines import pixels, small_sdxl
+from tests.helpers.adapted import disturb, nara_config
+from tests.helpers.small_pipelines import pixels, small_sdxl
 
 FILE = str(Path(__file__).parents[2] / "pipelines" / "stable_diffusion_xl_nara.py")
 OPTIONS = {"custom_pipeline": FILE, "trust_remote_code": True}

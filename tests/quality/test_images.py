@@ -20,7 +20,7 @@ from quality.report.design import DESIGN
 from quality.strips import unpacked
 
 from nara_diffusion import noise_level
-from tests.adapted import disturb, relative_error
+from tests.helpers.adapted import disturb, relative_error
 
 SHORT: dict[str, Any] = {"progress": False, "max_train_steps": 2, "lr_warmup_steps": 0}
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from quality.movement import LEVELS, agreement, look, pull_on, shape_of_core
 
 from nara_diffusion import noise_level
-from tests.adapted import TwoLayers, nara_config
+from tests.helpers.adapted import TwoLayers, nara_config
 
 
 def two_layers(**changes: object) -> torch.nn.Module:

@@ -12,7 +12,7 @@ from quality.text.validation import CENTRES
 from nara_diffusion import noise_level
 from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.noise.signals import NoiseSignals
-from tests.adapted import disturb
+from tests.helpers.adapted import disturb
 
 LEVELS = torch.tensor([0.1, 0.35, 0.6, 0.85])
 

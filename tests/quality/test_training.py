@@ -7,7 +7,7 @@ from quality.text.recipe import Recipe
 from quality.text.training import batches, build_optimizer, objective, told, train
 
 from nara_diffusion.dllm import masked_diffusion_loss
-from tests.adapted import disturb
+from tests.helpers.adapted import disturb
 
 
 def model_of(task, method, **settings):

@@ -9,7 +9,7 @@ from quality.text.validation import BINS, _draw, binned_loss, summarise, validat
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.noise.ablations import changed_noise, reversed_noise
-from tests.adapted import disturb
+from tests.helpers.adapted import disturb
 
 
 @pytest.fixture(scope="module")

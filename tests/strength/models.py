@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import StrengthSchedule
-from tests.adapted import default_core, disturb, lora_config, nara_config
+from tests.helpers.adapted import default_core, disturb, lora_config, nara_config
 
 POINTS = [(0.1, 1.5), (0.4, -0.5), (0.8, 0.2)]
 SCHEDULE = StrengthSchedule(POINTS)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nara_diffusion import StrengthSchedule, noise_level, set_strength
 from nara_diffusion.runtime.modules import find_holders
+from tests.helpers.small_pipelines import pixels, small_flux, small_sd3, small_sdxl
 from tests.loaders.adapters import FILE, State, predict, save_lora, trained
-from tests.small_pipelines import pixels, small_flux, small_sd3, small_sdxl
 from tests.strength.models import SCHEDULE
 
 pytestmark = [

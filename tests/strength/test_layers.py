@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from nara_diffusion import noise_level, set_strength
-from tests.adapted import OneLayer, TwoLayers, relative_error
-from tests.layer_formulas import CONVOLUTIONS, LINEARS, TIGHT, convolution_by_hand, linear_by_hand
+from tests.helpers.adapted import OneLayer, TwoLayers, relative_error
+from tests.helpers.layer_formulas import CONVOLUTIONS, LINEARS, TIGHT, convolution_by_hand, linear_by_hand
 from tests.strength.models import ADAPTERS, LEVELS, SCHEDULE, adapted_by, core_at, strength_by_hand
 
 DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "DoRA"])

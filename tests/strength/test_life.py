@@ -18,7 +18,7 @@ from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_c
 from nara_diffusion.noise.needs import is_noise_aware
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.runtime.modules import find_holders
-from tests.adapted import TwoLayers, disturb, lora_config, nara_config, relative_error
+from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config, relative_error
 from tests.strength.models import LEVELS, SCHEDULE, adapted_by, strength_by_hand
 
 TARGETS = ["first", "second"]

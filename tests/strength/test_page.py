@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nara_diffusion import StrengthSchedule
-from tests.adapted import TwoLayers
+from tests.helpers.adapted import TwoLayers
 from tests.loaders.adapters import trained
 from tests.strength.models import adapted_by
 

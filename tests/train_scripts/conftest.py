@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from nara_diffusion.dllm.models.llada_conversion import checkpoint_name
 from nara_diffusion.training import hub
-from tests.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import small_sdxl
 from train_scripts.dllm import Arguments
 
 from .dreambooth_runs import write_pictures

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.training.cli import build_parser, parse_arguments
-from tests.patience import LAST_RESORT
+from tests.helpers.patience import LAST_RESORT
 from train_scripts.dllm import Arguments, main
 
 WEIGHTS = "adapter_model.safetensors"

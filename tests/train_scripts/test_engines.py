@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.engines import HAS_DEEPSPEED, in_two_processes
+from tests.helpers.engines import HAS_DEEPSPEED, in_two_processes
 from train_scripts.dllm import Arguments, main
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nara_diffusion import noise_level
 from nara_diffusion.training.engine_state import prepare
-from tests.engines import in_two_processes
-from tests.test_distributed import make_model
+from tests.helpers.engines import in_two_processes
+from tests.runtime.test_distributed import make_model
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 

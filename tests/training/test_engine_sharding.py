@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion import noise_level
 from nara_diffusion.training.engine_state import prepare, trained_state
-from tests.adapted import adapted
-from tests.engines import HAS_DEEPSPEED, in_two_processes
+from tests.helpers.adapted import adapted
+from tests.helpers.engines import HAS_DEEPSPEED, in_two_processes
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed")

@@ -8,7 +8,7 @@ from quality.regimes.methods import arm_arguments, build
 from quality.regimes.objectives import CONVERSIONS, build_conversion
 from quality.regimes.samples import STEPS, agreement, sampled, sampling_scheduler
 
-from tests.adapted import disturb
+from tests.helpers.adapted import disturb
 
 
 def walked(name: str, steps: int = 12) -> tuple[torch.Tensor, torch.Tensor]:

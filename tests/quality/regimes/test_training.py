@@ -12,7 +12,7 @@ from quality.regimes.windowed import HIGH, LOW, Windowed
 
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.timesteps import draw_noise
-from tests.adapted import disturb
+from tests.helpers.adapted import disturb
 
 CELL = {"targets": "attention", "rank": 2, "steps": 2}
 

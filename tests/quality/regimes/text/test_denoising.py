@@ -13,7 +13,7 @@ from quality.regimes.text.denoising import Denoising
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import masked_diffusion_loss
-from tests.adapted import disturb
+from tests.helpers.adapted import disturb
 
 SIZES = {"targets": "attention", "rank": 2, "steps": 2}
 BLIND, SEEN = "blind", "seen"

@@ -1,0 +1,84 @@
+"""Theorem 4.1: updates that share their spaces have shared factors, and a core for each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nara_diffusion import shared_factors
+from tests.helpers.adapted import relative_error
+
+
+def updates_of_rank(n: int, d_out: int, d_in: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """n matrices that share column and row spaces of dimension `rank`."""
+    B, A = torch.randn(d_out, rank, dtype=torch.float64), torch.randn(rank, d_in, dtype=torch.float64)
+    return torch.einsum("or,nrq,qi->noi", B, torch.randn(n, rank, rank, dtype=torch.float64), A).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(
+    ("n", "d_out", "d_in", "rank"), [(1, 9, 6, 2), (3, 9, 6, 4), (5, 6, 11, 6), (2, 40, 30, 7), (4, 7, 7, 1)]
+)
+def test_shared_factors_reproduce_every_update_at_the_smallest_rank(n, d_out, d_in, rank, dtype, tolerance):
+    updates = updates_of_rank(n, d_out, d_in, rank, dtype)
+    B, cores, A = shared_factors(updates)
+    assert (B.shape, cores.shape, A.shape) == ((d_out, rank), (n, rank, rank), (rank, d_in))
+    assert {t.dtype for t in (B, cores, A)} == {dtype}
+    torch.testing.assert_close(B.T @ B, torch.eye(rank, dtype=dtype), atol=1e-5, rtol=0)
+    torch.testing.assert_close(A @ A.T, torch.eye(rank, dtype=dtype), atol=1e-5, rtol=0)
+    assert relative_error(torch.einsum("or,nrq,qi->noi", B, cores, A), updates) < tolerance
+
+
+def test_updates_of_different_spaces_need_the_sum_of_their_ranks_and_no_more():
+    first, second = updates_of_rank(1, 12, 10, 2, torch.float64), updates_of_rank(1, 12, 10, 3, torch.float64)
+    updates = torch.cat([first, second])
+    B, cores, A = shared_factors(updates)
+    assert cores.shape == (2, 5, 5)
+    assert relative_error(B @ cores @ A, updates) < 1e-13
+    assert torch.linalg.matrix_rank(cores[0]) == 2
+
+
+def test_column_and_row_spaces_of_different_dimension_share_the_larger_rank():
+    left, right = torch.randn(12, 1, dtype=torch.float64), torch.randn(4, 1, 10, dtype=torch.float64)
+    updates = left @ right  # one column space, four row directions
+    B, cores, A = shared_factors(updates)
+    assert cores.shape == (4, 4, 4)
+    assert relative_error(B @ cores @ A, updates) < 1e-13
+
+
+def test_a_full_rank_set_of_updates_is_reproduced_where_one_side_is_exhausted():
+    updates = torch.randn(3, 5, 8, dtype=torch.float64)  # joint column space 5, joint row space 8
+    B, cores, A = shared_factors(updates)
+    assert relative_error(B @ cores @ A, updates) < 1e-13
+
+
+def test_a_smaller_rank_keeps_the_leading_directions():
+    updates = updates_of_rank(3, 9, 8, 4, torch.float64)
+    B, cores, A = shared_factors(updates, rank=2)
+    assert cores.shape == (3, 2, 2)
+    U = torch.linalg.svd(torch.cat(list(updates), dim=1))[0][:, :2]
+    V = torch.linalg.svd(torch.cat(list(updates), dim=0))[2][:2]
+    expected = U @ U.T @ updates @ V.T @ V
+    assert relative_error(B @ cores @ A, expected) < 1e-12
+
+
+def test_zero_updates_have_a_factorisation():
+    B, cores, A = shared_factors(torch.zeros(2, 5, 4))
+    assert torch.equal(B @ cores @ A, torch.zeros(2, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("updates", "rank", "message"),
+    [
+        (torch.randn(5, 4), None, r"shape \(5, 4\)"),
+        (torch.ones(2, 5, 4, dtype=torch.int64), None, "int64"),
+        (torch.randn(2, 5, 4).bfloat16(), None, "bfloat16"),
+        (torch.randn(2, 5, 4), 0, r"rank is 0: it has to lie between 1 and .* 5"),
+        (torch.randn(2, 5, 4), 6, "rank is 6"),
+        (torch.full((2, 5, 4), float("nan")), None, "NaN"),
+        (torch.randn(0, 5, 4), None, r"shape \(0, 5, 4\)"),
+    ],
+)
+def test_shared_factors_refuses_what_it_cannot_factor(updates, rank, message):
+    with pytest.raises(ValueError, match=message):
+        shared_factors(updates, rank)

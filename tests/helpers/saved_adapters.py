@@ -1,0 +1,40 @@
+"""Adapters on two layers, saved, and base models into which they load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from nara_diffusion import noise_level
+from tests.helpers.adapted import TwoLayers, adapted
+
+LEVELS = torch.tensor([0.05, 0.5, 0.93])
+TARGETS = ["first", "second"]
+WEIGHTS = "adapter_model.safetensors"
+
+
+def base_model() -> TwoLayers:
+    torch.manual_seed(7)
+    return TwoLayers()
+
+
+def saved(path: Path, **options: Any) -> PeftModel:
+    model = adapted(base_model(), target_modules=TARGETS, **options)
+    model.save_pretrained(path)
+    return model
+
+
+def reseeded_base() -> TwoLayers:
+    """The same base model, after which the generator is somewhere else."""
+    base = base_model()
+    torch.manual_seed(12345)
+    return base
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    with noise_level(model, LEVELS, mask_density=LEVELS.flip(0)), torch.no_grad():
+        return model(x)

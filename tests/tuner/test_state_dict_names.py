@@ -1,0 +1,83 @@
+"""Several adapters in one folder, saved each alone, under any name that does not clash with a key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from tests.helpers.adapted import adapted, disturb, nara_config
+from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
+
+
+def test_two_adapters_save_each_its_own_and_load_under_any_name(tmp_path):
+    model = saved(tmp_path / "unused")
+    model.add_adapter("other", nara_config(r=2, core_hidden_dims=(5,), target_modules=["first"]))
+    disturb(model, seed=3)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "other" / WEIGHTS)
+    assert len(tensors) == 2 + 2 * 2 + 1
+    assert len(load_file(tmp_path / WEIGHTS)) == 2 * 2 + 7
+    loaded = PeftModel.from_pretrained(reseeded_base(), tmp_path / "other", adapter_name="renamed")
+    loaded.load_adapter(tmp_path, adapter_name="another")
+    x = torch.randn(3, 7)
+    for theirs, ours in (("renamed", "other"), ("another", "default")):
+        loaded.set_adapter(theirs)
+        model.set_adapter(ours)
+        assert torch.equal(output(loaded, x), output(model, x))
+    loaded.base_model.set_adapter(["renamed", "another"])
+    model.base_model.set_adapter(["other", "default"])
+    assert torch.equal(output(loaded, x), output(model, x))
+
+
+def test_selected_adapters_alone_are_saved(tmp_path):
+    model = adapted(base_model(), target_modules=TARGETS)
+    model.add_adapter("other", nara_config(target_modules=["first"]))
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    assert (tmp_path / "other" / WEIGHTS).exists()
+    assert not (tmp_path / WEIGHTS).exists()
+
+
+PARTS_OF_A_KEY = [
+    *("nara_core", "cores", "shared", "embeddings", "noise_level", "frequencies", "layers", "0", "weight", "bias"),
+    *("first", "lora_A", "model"),
+]
+
+
+@pytest.mark.parametrize("name", PARTS_OF_A_KEY)
+def test_an_adapter_named_like_a_part_of_a_key_is_saved_and_loaded_alone(tmp_path, name):
+    model = get_peft_model(base_model(), nara_config(target_modules=TARGETS), adapter_name=name)
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / name / WEIGHTS)) == 2 * 2 + 7
+    for adapter_name in (name, "default"):
+        other = PeftModel.from_pretrained(reseeded_base(), tmp_path / name, adapter_name=adapter_name)
+        x = torch.randn(3, 7)
+        assert torch.equal(output(other, x), output(model, x))
+
+
+@pytest.mark.parametrize("name", PARTS_OF_A_KEY)
+@pytest.mark.parametrize("clashing_first", [False, True])
+def test_beside_another_adapter_such_a_name_is_refused_when_it_is_added(name, clashing_first):
+    names = [name, "default"] if clashing_first else ["default", name]
+    model = get_peft_model(base_model(), nara_config(target_modules=TARGETS), adapter_name=names[0])
+    before = model.state_dict().keys()
+    with pytest.raises(ValueError, match=f"adapter '{name}' is named like a part of"):
+        model.add_adapter(names[1], nara_config(target_modules=["first"]))
+    assert model.state_dict().keys() == before
+    assert set(model.peft_config) == {names[0]}
+
+
+def test_a_name_that_begins_like_another_is_not_confused_with_it(tmp_path):
+    model = get_peft_model(base_model(), nara_config(target_modules=TARGETS), adapter_name="x")
+    model.add_adapter("xy", nara_config(target_modules=TARGETS))
+    model.add_adapter("y_x", nara_config(target_modules=TARGETS, core_type="constant"))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 7)
+    for name, count in (("x", 11), ("xy", 11), ("y_x", 5)):
+        assert len(load_file(tmp_path / name / WEIGHTS)) == count
+        other = PeftModel.from_pretrained(reseeded_base(), tmp_path / name)
+        model.set_adapter(name)
+        assert torch.equal(output(other, x), output(model, x))
