@@ -20,7 +20,7 @@ from quality.report.data import read_records
 from quality.report.document import document, read_notes
 from quality.report.markdown import rebased
 
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = [ROOT / "examples" / "results" / f"{suite}.jsonl" for suite in ("images", "text")]
@@ -54,7 +54,7 @@ def main(
     else:
         prose = read_notes(notes)
     text = document(read_records(files), prose, figures, link)
-    with whole_file(output) as partial:
+    with atomic_write(output) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"{output} and {len(list(figures.glob('*.png')))} pictures in {figures}")
     return text

@@ -50,7 +50,7 @@ from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
 from nara_diffusion.training.window_arguments import WindowArguments, check_window, window_of
-from nara_diffusion.utils.atomic_write import whole_files
+from nara_diffusion.utils.atomic_write import atomic_write_files
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
 # Arguments that `exact_match` takes under the same name.
@@ -231,7 +231,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     # Save
     save_adapter(run.accelerator, model, run.folder)
     if args.adapter == "full" and run.is_main:
-        with whole_files(run.folder) as unfinished:
+        with atomic_write_files(run.folder) as unfinished:
             tokenizer.save_pretrained(unfinished)  # a model folder has one
     parts = (tokenizer, validation_rows, test_rows)
     options = {**held_out, "curve_points": args.curve_points, **sampling}

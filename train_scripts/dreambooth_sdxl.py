@@ -52,7 +52,7 @@ from nara_diffusion.dreambooth.setup import (
     load_class_images,
     load_held_out,
     load_instances,
-    make_judge,
+    make_evaluator,
     prompt_cache,
     record_texts,
     sample_settings,
@@ -139,7 +139,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     instances = load_instances(args, show)
     held_out_images = load_held_out(args, show)
     run.record_data_digest("validation data", record_texts(held_out_images))
-    judge = make_judge(args, instances, device)
+    judge = make_evaluator(args, instances, device)
     load = partial(
         load_pipeline,
         args.pretrained_model_name_or_path,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from nara_diffusion.dreambooth.evaluation.statistics import Interval
 from nara_diffusion.training.model_card import format_table
 from nara_diffusion.training.output_dir import write_json
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 
 from .comparison import ROUNDING, BinLosses, by_bins, mean_losses, relative_difference
 from .trial import Repeat
@@ -74,5 +74,5 @@ def draw(path: Path, bins: Sequence[BinLosses], verdict: Verdict) -> None:
     differences.axhline(0, color="gray", linewidth=1)
     differences.set(xlabel="noise level λ", ylabel="NaRA against LoRA, %", xlim=(0, 1))
     figure.suptitle(verdict.answer)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110)

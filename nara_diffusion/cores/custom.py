@@ -59,7 +59,7 @@ def registered_cores() -> dict[str, CoreFactory]:
     return dict(_factories)
 
 
-def build_own_core(config: Any, rank: int) -> OwnCore:
+def build_custom_core(config: Any, rank: int) -> CustomCore:
     """The core that is registered under the name `config.core_type`."""
     core = _factories[config.core_type](config, rank)
     if not isinstance(core, nn.Module):
@@ -67,13 +67,13 @@ def build_own_core(config: Any, rank: int) -> OwnCore:
             f"The factory of core_type {config.core_type!r} returned {type(core).__name__}: return a torch.nn.Module "
             "that maps λ (b,) to C (b, r, r)."
         )
-    return OwnCore(core, rank, config.core_type)
+    return CustomCore(core, rank, config.core_type)
 
 
-def rebuild_own_core(core: OwnCore, config: Any) -> OwnCore:
+def rebuild_custom_core(core: CustomCore, config: Any) -> CustomCore:
     """`core` as its factory makes it from another configuration, with the tensors that it has: the same objects."""
     with torch.random.fork_rng(devices=[]):  # what is drawn at random is replaced at once
-        rebuilt = build_own_core(config, core.rank)
+        rebuilt = build_custom_core(config, core.rank)
     trainable = [(parameter, parameter.requires_grad) for parameter in core.parameters()]
     rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)
     for parameter, requires_grad in trainable:
@@ -82,7 +82,7 @@ def rebuild_own_core(core: OwnCore, config: Any) -> OwnCore:
     return rebuilt.to(device).train(core.training)
 
 
-class OwnCore(Float32Module):
+class CustomCore(Float32Module):
     """A user's core in float32, whose answers are checked.
 
     Args:

@@ -14,7 +14,7 @@ from nara_diffusion.dreambooth.data.buckets import Size, check_size, make_bucket
 from nara_diffusion.dreambooth.data.class_images import generate_class_images
 from nara_diffusion.dreambooth.data.dataset import Draw, DreamBoothDataset
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
-from nara_diffusion.dreambooth.evaluation.before_after import Judge
+from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings
 from nara_diffusion.training.adapters.build import check_adaptable
@@ -190,7 +190,7 @@ def validation_draws(
     return DreamBoothDataset(held_out, training_buckets(args, pipe), batch_size=1, seed=0).plain_draws()
 
 
-def make_judge(args: DreamBoothArguments, instances: Sequence[ImageRecord], device: torch.device) -> Judge:
+def make_evaluator(args: DreamBoothArguments, instances: Sequence[ImageRecord], device: torch.device) -> Evaluator:
     """The encoders that judge samples; one that both arguments name is loaded once.
 
     Raises:
@@ -203,7 +203,7 @@ def make_judge(args: DreamBoothArguments, instances: Sequence[ImageRecord], devi
     if texts is not None:
         texts.check_text()
     references = [record.source.load() for record in instances]
-    return Judge(references, encoders.get(args.similarity_model), texts, args.identifier or ())
+    return Evaluator(references, encoders.get(args.similarity_model), texts, args.identifier or ())
 
 
 def sample_settings(args: DreamBoothArguments, instances: Sequence[ImageRecord]) -> SampleSettings:

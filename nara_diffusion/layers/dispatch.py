@@ -43,7 +43,7 @@ def check_target(target: Any, use_dora: bool, name: str) -> None:
         )
 
 
-def rule_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
+def variant_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
     """The rule for `layer`, which PEFT has made; `name` is the layer's, for messages.
 
     Raises:

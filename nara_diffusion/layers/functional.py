@@ -10,25 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mix(core: Tensor, h: Tensor) -> Tensor:
+def apply_core(core: Tensor, h: Tensor) -> Tensor:
     """C h for each row of h: (b or 1, r, r), (b, …, r) → (b, …, r).
 
     It is computed in float32 at least, also under autocast, so that C − I is not rounded. (B·C first would be the
     same, but turns every large product of the layer, and of its backward, into a batched one.)
     """
     with torch.autocast(h.device.type, enabled=False):
-        return mix_rows(core, h)
+        return apply_core_to_rows(core, h)
 
 
-def mix_rows(core: Tensor, h: Tensor) -> Tensor:
+def apply_core_to_rows(core: Tensor, h: Tensor) -> Tensor:
     """`mix` where autocast is known to be off."""
     if core.dtype == h.dtype and core.device == h.device:
-        return _mix_alike(core, h)
+        return _apply_core_alike(core, h)
     dtype = torch.promote_types(h.dtype, torch.float32)
-    return _mix_alike(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
+    return _apply_core_alike(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
 
 
-def _mix_alike(core: Tensor, h: Tensor) -> Tensor:
+def _apply_core_alike(core: Tensor, h: Tensor) -> Tensor:
     if core.shape[0] == 1:
         return F.linear(h, core[0])
     if h.dim() == 3:
@@ -38,7 +38,7 @@ def _mix_alike(core: Tensor, h: Tensor) -> Tensor:
     return torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core.mT).view(h.shape)
 
 
-def mix_channels(core: Tensor, h: Tensor) -> Tensor:
+def apply_core_to_channels(core: Tensor, h: Tensor) -> Tensor:
     """The same where the r features are channels: (b or 1, r, r), (b, r, …) → (b, r, …)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     with torch.autocast(h.device.type, enabled=False):

@@ -23,7 +23,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.function import Function
 
 from .effective_weights import GLOBAL_HOOKS, is_plain
-from .functional import mix_rows
+from .functional import apply_core_to_rows
 
 # Stands in for a gain of zero, so that backward can divide by it; float16 has no number that is as small.
 TINY_GAIN = 2.0**-100
@@ -94,7 +94,7 @@ class _FusedLinear(Function):
     ) -> Tensor:
         with _without_autocast(x):
             h = _project(x, A, core)
-            mixed = mix_rows(core, h)
+            mixed = apply_core_to_rows(core, h)
             base.view(-1, B.shape[0]).addmm_(mixed.view(-1, A.shape[0]), B.T, alpha=scaling)
         ctx.mark_dirty(base)
         ctx.save_for_backward(x, weight, A, core, B, h, mixed)
@@ -109,11 +109,11 @@ class _FusedLinear(Function):
         with _without_autocast(x):
             if torch.is_grad_enabled():  # for second derivatives
                 h = _project(x, A, core)
-                mixed = mix_rows(core, h)
+                mixed = apply_core_to_rows(core, h)
             of_out = gradients[0].reshape(-1, B.shape[0])  # (b n, d_out)
             of_mixed = _scaled(torch.mm(B.T, of_out.T), ctx.scaling)  # (r, b n)
             of_mixed = of_mixed.view(A.shape[0], *h.shape[:2]).permute(1, 2, 0)  # (b, n, r)
-            of_h = mix_rows(core.mT, of_mixed).view(-1, A.shape[0])  # (b n, r)
+            of_h = apply_core_to_rows(core.mT, of_mixed).view(-1, A.shape[0])  # (b n, r)
             if needs_core:
                 of_core = _gradient_of_core(of_mixed, h, core)
             if needs_B:
@@ -142,7 +142,7 @@ class _FusedScaledLinear(Function):
     ) -> Tensor:
         with _without_autocast(x):
             h = _project(x, A, core)
-            mixed = mix_rows(core, h)
+            mixed = apply_core_to_rows(core, h)
             rows = base.view(core.shape[0], -1, base.shape[-1]).mul_(_safe(gain)[:, None])
             rows.baddbmm_(mixed, _rising(B, gain), alpha=scaling)
         ctx.mark_dirty(base)
@@ -158,11 +158,11 @@ class _FusedScaledLinear(Function):
         with _without_autocast(x):
             if torch.is_grad_enabled():  # for second derivatives
                 h = _project(x, A, core)
-                mixed = mix_rows(core, h)
+                mixed = apply_core_to_rows(core, h)
             of_out = gradients[0].reshape(core.shape[0], -1, B.shape[0])  # (b, n, d_out)
             of_mixed = torch.bmm(_rising(B, gain), of_out.mT)  # (b, r, n)
             of_mixed = _scaled(of_mixed, ctx.scaling).mT  # (b, n, r)
-            of_h = mix_rows(core.mT, of_mixed).view(-1, A.shape[0])  # (b n, r)
+            of_h = apply_core_to_rows(core.mT, of_mixed).view(-1, A.shape[0])  # (b n, r)
             if needs_core:
                 of_core = _gradient_of_core(of_mixed, h, core)
             if needs_B:

@@ -26,7 +26,14 @@ from nara_diffusion.runtime.offloading import check_mergeable_here, is_managed, 
 
 from .bnb import base_weight, check_mergeable
 from .effective_weights import base_matrix, delta_weight, factors, may_read
-from .functional import add_product, add_scaled_product, factored_row_norm, mix, mix_channels, times_core
+from .functional import (
+    add_product,
+    add_scaled_product,
+    apply_core,
+    apply_core_to_channels,
+    factored_row_norm,
+    times_core,
+)
 from .fused import can_fuse, fused_linear
 
 
@@ -176,7 +183,7 @@ class NaraLinear(NaraVariant):
         scaling = module.scaling[active_adapter]
         if _is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
             return fused_linear(x, result, base_layer.weight, A.weight, core, B.weight, scaling)
-        mixed = mix(core, A(module.lora_dropout[active_adapter](x)))  # (b, …, r)
+        mixed = apply_core(core, A(module.lora_dropout[active_adapter](x)))  # (b, …, r)
         if result.is_nested or not may_read(B):
             return result + scaling * B(mixed)
         result = add_product(result, mixed, B.weight, scaling)
@@ -200,8 +207,8 @@ class NaraEmbedding(NaraVariant):
             h = h * embed_scale.to(h.dtype)
         B, scaling = module.lora_embedding_B[active_adapter], module.scaling[active_adapter]
         if result.is_nested:
-            return result + scaling * F.linear(mix(core, h), B)
-        return add_product(result, mix(core, h), B, scaling)
+            return result + scaling * F.linear(apply_core(core, h), B)
+        return add_product(result, apply_core(core, h), B, scaling)
 
 
 class NaraConv(NaraVariant):
@@ -244,11 +251,11 @@ class NaraDoraLinear(NaraVariant):
             if x.dtype == gain.dtype != torch.float16 and can_fuse(module, base_layer, A, B, x, result):
                 result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, gain)
             else:
-                result = _add_and_scale(base, mix(core, A(x)), B, gain, scaling)
+                result = _add_and_scale(base, apply_core(core, A(x)), B, gain, scaling)
             return result if bias is None else result + bias
         dropped = module.lora_dropout[active_adapter](x)
         base = F.linear(dropped, weight.to(dropped.dtype))
-        return result - base + _add_and_scale(base, mix(core, A(dropped)), B, gain, scaling)
+        return result - base + _add_and_scale(base, apply_core(core, A(dropped)), B, gain, scaling)
 
     def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor:
         with module._unmerged_base_weight(safe_merge=True) as weight:
@@ -291,7 +298,7 @@ def _in_dtype_of_factors(module: Any, adapter_name: str, x: Tensor) -> Tensor:
 
 def _conv_update(module: Any, adapter_name: str, x: Tensor, core: Tensor) -> Tensor:
     """B(C A(x)), with B's bias: x (b, d_in, …) → (b, d_out, …)."""
-    return module.lora_B[adapter_name](mix_channels(core, module.lora_A[adapter_name](x)))
+    return module.lora_B[adapter_name](apply_core_to_channels(core, module.lora_A[adapter_name](x)))
 
 
 def _is_dropout_free(module: Any, adapter_name: str) -> bool:

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
-from nara_diffusion.cores.custom import OwnCore, rebuild_own_core
+from nara_diffusion.cores.custom import CustomCore, rebuild_custom_core
 from nara_diffusion.tuner.build_core import build_core, is_block_of_larger
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
@@ -202,8 +202,8 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
 def _follow(cores: Any, config: NaraConfig) -> None:
     """Let cores that have their tensors already do what `config` says besides."""
     for group, core in cores.items():
-        if isinstance(core, OwnCore):  # only its factory knows what it reads of the configuration
-            cores[group] = rebuild_own_core(core, config)
+        if isinstance(core, CustomCore):  # only its factory knows what it reads of the configuration
+            cores[group] = rebuild_custom_core(core, config)
         else:
             core.scale = config.core_scale
 

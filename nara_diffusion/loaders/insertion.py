@@ -34,8 +34,8 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
     return {name: config for name, config in adapters_of(model).items() if isinstance(config, NaraConfig)}
 
 
-def put_in(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
-    """Add an adapter that `check_part` let pass, inside `taken_back_on_error`.
+def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
+    """Add an adapter that `check_part` let pass, inside `rollback_on_error`.
 
     A, B and magnitudes take the dtype of their base layer, as those of a LoRA do, or float32 where layerwise casting
     stores that as float8; the core stays in float32.
@@ -93,7 +93,7 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
     return AdapterPart(nara_adapters_of(model)[adapter_name], held_tensors(model, adapter_name))
 
 
-def take_out(model: nn.Module, adapter_names: list[str]) -> None:
+def remove(model: nn.Module, adapter_names: list[str]) -> None:
     """Remove adapters. The others stay as they are, active or not; without any the model is the base again."""
     layers, trainable = tuner_layers(model), _trainable(model)
     active = [[name for name in layer.active_adapters if name not in adapter_names] for layer in layers]
@@ -127,14 +127,14 @@ def tuner_layers(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def taken_back_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
+def rollback_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """An error inside takes the adapter back, and leaves the model as it was."""
     trainable, flag = _trainable(model), model.__dict__.get(_LOADED_FLAG)
     states = [(layer, list(layer.active_adapters)) for layer in tuner_layers(model)]
     try:
         yield
     except BaseException:
-        take_out(model, [adapter_name])
+        remove(model, [adapter_name])
         for layer, active in states:
             layer._active_adapter = active
         for parameter, requires_grad in trainable:

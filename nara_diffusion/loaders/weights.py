@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 
 from .format import WEIGHTS_NAME, AdapterPart, pack
 from .guards import check_not_wrapped, offloading_suspended, unwrapped
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
-from .insertion import adapters_of, nara_adapters_of, part_of, put_in, take_out, taken_back_on_error
+from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove, rollback_on_error
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
 from .source import naming, read_adapter
 from .validation import TEXT_ENCODER, check_part, check_storable
@@ -95,7 +95,7 @@ def load_nara_weights(
             for model, _, part in fits:
                 swap(model, name, part)
         else:
-            _put_in_all([(model, part) for model, _, part in fits], name, low_cpu_mem_usage)
+            _insert_all([(model, part) for model, _, part in fits], name, low_cpu_mem_usage)
     adopt_schedulers(self, carrying)
 
 
@@ -142,7 +142,7 @@ def save_nara_weights(
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / weight_name) as partial:
+        with atomic_write(folder / weight_name) as partial:
             (save_function or save_file)(tensors, str(partial), metadata=metadata)
 
 
@@ -158,7 +158,7 @@ def unload_nara_weights(self: Any) -> None:
     keep_if_fused(self)
     with offloading_suspended(self):
         for model in models.values():
-            take_out(model, list(nara_adapters_of(model)))
+            remove(model, list(nara_adapters_of(model)))
     follow_adapters(self)
 
 
@@ -211,12 +211,12 @@ def _fitting(
     return fits
 
 
-def _put_in_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_mem_usage: bool) -> None:
+def _insert_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_mem_usage: bool) -> None:
     """Into every component, or into none."""
     with ExitStack() as undo:
         for model, part in fits:
-            undo.enter_context(taken_back_on_error(model, name))
-            put_in(model, name, part, low_cpu_mem_usage)
+            undo.enter_context(rollback_on_error(model, name))
+            insert(model, name, part, low_cpu_mem_usage)
             prepare_for_hotswap(model, name)
 
 

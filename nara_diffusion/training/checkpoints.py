@@ -28,7 +28,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from nara_diffusion.utils.atomic_write import delete_folder, partial_name, put_in_place, whole_folder
+from nara_diffusion.utils.atomic_write import atomic_write_folder, delete_folder, partial_name, put_in_place
 
 from .argument_checks import config_differences, content_differences
 from .engine_state import save_state, trained_state
@@ -197,7 +197,7 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Adap
 
 def _write(accelerator: Accelerator, target: Path, facts: dict[str, Any], write: AdapterWriter) -> None:
     if accelerator.num_processes == 1:
-        with whole_folder(target) as partial:
+        with atomic_write_folder(target) as partial:
             _write_states(accelerator, partial, write)
             _write_manifest(accelerator, partial, facts)
         return

@@ -12,7 +12,9 @@ from accelerate.utils import DistributedType, gather_object
 _TOGETHER = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def spread(accelerator: Accelerator, count: int, work: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
+def split_across_processes(
+    accelerator: Accelerator, count: int, work: Callable[[Sequence[int]], Sequence[Any]]
+) -> list[Any]:
     """The results for 0 … count − 1, in order, on every process.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 
 CLAIM = ".claimed"  # the file that a run locks, see `claim`
 
@@ -84,7 +84,7 @@ def numbered_dirs(name: str, root: str | Path = "outputs") -> dict[int, Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path`, whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 
 
 def plot_noise_level_curves(
@@ -50,5 +50,5 @@ def plot_noise_level_curves(
             axes.axvspan(window.low, window.high, color="tab:blue", alpha=0.1, label="trained")
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     figure.suptitle(title)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nara_diffusion.cores.constant import ConstantCore, IdentityCore
-from nara_diffusion.cores.custom import build_own_core
+from nara_diffusion.cores.custom import build_custom_core
 from nara_diffusion.cores.embeddings import make_embedding
 from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.cores.knots import KnotsCore
@@ -37,7 +37,7 @@ def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.
         centred = config.core_normalization == "centred"
         return KnotsCore(rank, config.core_knots, scale=config.core_scale, centred=centred)
     if config.core_type != "hypernetwork":
-        return build_own_core(config, rank)
+        return build_custom_core(config, rank)
     return HypernetworkCore(
         rank,
         scale=config.core_scale,

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from nara_diffusion.cores.custom import BUILT_IN, check_core_type
 from nara_diffusion.noise.strength import StrengthSchedule
-from nara_diffusion.utils.atomic_write import whole_files
+from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .config_fields import check_core_size, check_fields
 from .lora_starts import changes_base, check_start
@@ -212,7 +212,7 @@ class NaraConfig(LoraConfig):
         if os.path.isfile(save_directory):
             super().save_pretrained(save_directory, **kwargs)  # which refuses a file
             return
-        with whole_files(Path(save_directory)) as partial:
+        with atomic_write_files(Path(save_directory)) as partial:
             super().save_pretrained(str(partial), **kwargs)
 
     @property

@@ -122,7 +122,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         """Let adapters that serve, need λ and are undecided follow `convention`, as `set_source` does; unless one of
         them has another: adapter name → that.
         """
-        told = [name for name in self._serving() if self.depends_on_noise(name)]
+        told = [name for name in self._active() if self.depends_on_noise(name)]
         decided = {name: self.convention[name] for name in told if name not in self.undecided}
         others = {name: other for name, other in decided.items() if other not in (None, convention)}
         if not others:
@@ -134,7 +134,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         config = self.undecided.pop(adapter_name)
         config.noise_convention = self.convention[adapter_name] = convention
 
-    def _serving(self) -> list[str]:
+    def _active(self) -> list[str]:
         """The adapters that take part in a forward now."""
         if self.disable_adapters:
             return []
@@ -155,11 +155,11 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     @property
     def needs_noise(self) -> bool:
-        return depend_on_noise(self._cores_of(self._serving()))
+        return depend_on_noise(self._cores_of(self._active()))
 
     @property
     def density_radii(self) -> set[int]:
-        return {self.density_radius[name] for name in self._serving() if self.cores[name].needs_density}
+        return {self.density_radius[name] for name in self._active() if self.cores[name].needs_density}
 
     # ------------------------------------------------------------------ C(λ)
 
@@ -173,13 +173,13 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: attention uses a fused copy of base projections, past those that are adapted.
         """
-        check_not_fused(root, self._serving())
+        check_not_fused(root, self._active())
         self.kept_on_disk = keeps_cores_on_disk(root)
         if torch.is_grad_enabled():
             checkpoint_with_core(root, self.channel)
 
     def _frame_of_part(self) -> Frame | None:
-        return frame_of_part(self._cores_of(self._serving()), self.channel, self.kept_on_disk)
+        return frame_of_part(self._cores_of(self._active()), self.channel, self.kept_on_disk)
 
     # ------------------------------------------------------------------ merging at one λ
 
@@ -245,7 +245,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             unmerge_all(root)  # every layer of it, and not only those that this forward reaches
         elif self.merged:
             self._check_merged_level()
-        names = self._serving()
+        names = self._active()
         check_scheduler_at_work(root.peft_config, names, self.base_prediction)  # type: ignore[arg-type]
         if not names:
             return {}

@@ -56,7 +56,7 @@ class Injection:
             weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)
 
 
-def take_back(root: Any, adapter_name: str) -> None:
+def roll_back(root: Any, adapter_name: str) -> None:
     """Undo the injection of an adapter whose weights were refused: modules, base weights and names are as before it."""
     holder: CoreHolder = getattr(root, HOLDER_NAME)
     injection = Injection(holder, root.peft_config[adapter_name].changes_base)
@@ -65,7 +65,7 @@ def take_back(root: Any, adapter_name: str) -> None:
             if isinstance(child, LoraLayer) and adapter_name in child.r:
                 injection.layers.append((parent, name, child))
             elif isinstance(child, AuxiliaryTrainingWrapper) and adapter_name in child._get_available_adapters():
-                _take_back_copy(parent, name, child, adapter_name)
+                _roll_back_copy(parent, name, child, adapter_name)
     injection.undo(adapter_name)
     holder._active_adapter = [active for active in holder.active_adapters if active != adapter_name]
     holder.delete_adapter(adapter_name)
@@ -75,7 +75,7 @@ def take_back(root: Any, adapter_name: str) -> None:
         del root.peft_config
 
 
-def _take_back_copy(parent: nn.Module, name: str, wrapper: Any, adapter_name: str) -> None:
+def _roll_back_copy(parent: nn.Module, name: str, wrapper: Any, adapter_name: str) -> None:
     """Of a module that is trained and saved beside the adapter."""
     if wrapper._get_available_adapters() == {adapter_name}:
         setattr(parent, name, wrapper.original_module)

@@ -16,7 +16,7 @@ from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
 from nara_diffusion.cores.custom import BUILT_IN
-from nara_diffusion.layers.dispatch import check_target, keep_out_of_float8, rule_for
+from nara_diffusion.layers.dispatch import check_target, keep_out_of_float8, variant_for
 from nara_diffusion.layers.initialisation import make_directions_orthonormal
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.runtime.batch_rows import rows_of
@@ -128,7 +128,7 @@ class NaraModel(MergesAtOneLevel):
         group = core_group(lora_config, current_key, rank)
         injecting.ranks[group] = max(rank, injecting.ranks.get(group, 0))
         if lora_config.reads_core:
-            rule = rule_for(layer, lora_config.use_dora, current_key)
+            rule = variant_for(layer, lora_config.use_dora, current_key)
             holder = injecting.holder
             rows = rows_of(self.model, current_key)
             variant = rule(holder.channel, holder.core_to_merge, adapter_name, group, current_key, rows)

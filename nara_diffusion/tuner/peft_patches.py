@@ -23,12 +23,12 @@ from peft.config import PeftConfigMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from nara_diffusion.utils.atomic_write import whole_files
+from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.patching import around
 
 from .config import NaraConfig, NaraPeftType
 from .config_files import check_config_file
-from .injection import take_back
+from .injection import roll_back
 
 _begun: ContextVar[tuple[nn.Module, str] | None] = ContextVar("_begun", default=None)
 """The model and the name of an adapter that `from_pretrained` adds before it calls `load_adapter`."""
@@ -66,7 +66,7 @@ def _load_adapter(original: Any, self: PeftModel, model_id: Any, adapter_name: s
             return original(self, model_id, adapter_name, *args, **kwargs)
     except Exception:
         if is_new and isinstance(self.peft_config.get(adapter_name), NaraConfig):
-            take_back(self.get_base_model(), adapter_name)
+            roll_back(self.get_base_model(), adapter_name)
         raise
 
 
@@ -118,7 +118,7 @@ def _save_pretrained(original: Any, self: PeftModel, save_directory: Any, *args:
         original(self, save_directory, *args, **kwargs)
         return
     folder = Path(save_directory)
-    with whole_files(folder) as partial:
+    with atomic_write_files(folder) as partial:
         if (folder / "README.md").is_file():  # PEFT goes on with the card that is there
             shutil.copy(folder / "README.md", partial)
         original(self, str(partial), *args, **kwargs)

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from nara_diffusion.cores.constant import IdentityCore
-from nara_diffusion.layers.dispatch import check_target, rule_for
+from nara_diffusion.layers.dispatch import check_target, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.strength import StrengthSchedule
@@ -154,7 +154,7 @@ def _variant_for(
     cores: Any = holder.cores[adapter_name]
     own = core_group(config, name, layer.r[adapter_name]) if isinstance(config, NaraConfig) else ""
     group = own if own in cores else next(iter(cores))
-    rule = rule_for(layer, use_dora, name)
+    rule = variant_for(layer, use_dora, name)
     return rule(holder.channel, holder.core_to_merge, adapter_name, group, name, rows_of(root, name))
 
 
@@ -183,7 +183,7 @@ def _check_layer(layer: Any, name: str, adapter_name: str) -> None:
         raise ValueError(_refusal(adapter_name, f"layer '{name}', whose LoRA variant is {type(variant).__name__}"))
     try:
         check_target(layer, variant is not None, name)
-        rule_for(layer, variant is not None, name)
+        variant_for(layer, variant is not None, name)
     except ValueError as error:
         base = type(layer.get_base_layer()).__name__
         raise ValueError(_refusal(adapter_name, f"layer '{name}' ({base}, adapted by PEFT's {kind})")) from error

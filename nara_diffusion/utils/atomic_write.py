@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_write_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside `folder` that becomes `folder` at the end, or vanishes on any error."""
     partial = partial_name(folder)
     shutil.rmtree(partial, ignore_errors=True)
@@ -24,7 +24,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
+def atomic_write_files(folder: Path) -> Iterator[Path]:
     """Yields an empty temporary folder whose files move into `folder` at the end, or vanish on any error.
 
     What else is in `folder` stays. It is made if need be, and then is there only if all went well.
@@ -71,7 +71,7 @@ def delete_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` that becomes `path` at the end, or vanishes on any error."""
     partial = partial_name(path)
     try:

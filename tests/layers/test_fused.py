@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nara_diffusion.layers.variants as layers
 from nara_diffusion import noise_level
-from nara_diffusion.layers.functional import add_product, add_scaled_product, mix
+from nara_diffusion.layers.functional import add_product, add_scaled_product, apply_core
 from nara_diffusion.layers.fused import TINY_GAIN, can_fuse, fused_linear
 from tests.helpers.adapted import OneLayer, adapted, relative_error
 
@@ -105,7 +105,7 @@ def test_the_output_has_the_bits_of_the_parts(dtype, gains):
     inputs = {name: tensor.detach().to(dtype) for name, tensor in draw(gains=gains).items()}
     inputs["core"] = inputs["core"].float()
     x, weight, A, core, B = (inputs[name] for name in ("x", "weight", "A", "core", "B"))
-    h = mix(core, nn.functional.linear(x, A))
+    h = apply_core(core, nn.functional.linear(x, A))
     base = x @ weight.T
     parts = add_product(base, h, B, 0.7) if gains is None else add_scaled_product(base, h, B, inputs["gain"], 0.7)
     assert torch.equal(fused(**inputs), parts)

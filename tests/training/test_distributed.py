@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from nara_diffusion.training import distributed as module
-from nara_diffusion.training.distributed import spread
+from nara_diffusion.training.distributed import split_across_processes
 
 
 def test_one_process_does_everything_in_order() -> None:
@@ -17,7 +17,7 @@ def test_one_process_does_everything_in_order() -> None:
         seen.extend(indices)
         return [index * index for index in indices]
 
-    assert spread(Accelerator(cpu=True), 5, work) == [0, 1, 4, 9, 16]
+    assert split_across_processes(Accelerator(cpu=True), 5, work) == [0, 1, 4, 9, 16]
     assert seen == [0, 1, 2, 3, 4]
 
 
@@ -28,7 +28,7 @@ def test_shares_make_up_the_whole_whatever_its_size(monkeypatch, count: int) -> 
     monkeypatch.setattr(module, "gather_object", lambda pairs: shares.append(pairs) or [(i, -i) for i in range(count)])
     for rank in range(3):
         engine = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, process_index=rank, num_processes=3)
-        assert spread(engine, count, lambda indices: [-i for i in indices] if indices else 1 / 0) == [
+        assert split_across_processes(engine, count, lambda indices: [-i for i in indices] if indices else 1 / 0) == [
             -i for i in range(count)
         ]
     assert sorted(pair for share in shares for pair in share) == [(i, -i) for i in range(count)]
@@ -39,5 +39,5 @@ def test_sharded_models_are_run_by_all_processes_together(monkeypatch, kind: Dis
     monkeypatch.setattr(module, "gather_object", lambda pairs: pairs + pairs)
     engine = SimpleNamespace(distributed_type=kind, process_index=1, num_processes=2)
     seen = []
-    assert spread(engine, 3, lambda indices: seen.extend(indices) or list(indices)) == [0, 1, 2]
+    assert split_across_processes(engine, 3, lambda indices: seen.extend(indices) or list(indices)) == [0, 1, 2]
     assert seen == [0, 1, 2]

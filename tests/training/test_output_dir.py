@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nara_diffusion.training.output_dir import check_output_dir, create_output_dir, write_json
-from nara_diffusion.utils.atomic_write import whole_file, whole_folder
+from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_folder
 
 
 def test_without_a_name_each_run_gets_the_next_number(tmp_path) -> None:
@@ -68,7 +68,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path) -> None:
     write_json(path, {"n": 1})
 
     def fail() -> None:
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("half")
             raise KeyboardInterrupt
 
@@ -80,13 +80,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path) -> None:
 
 def test_a_folder_appears_when_it_is_complete(tmp_path) -> None:
     target = tmp_path / "checkpoint-1"
-    with whole_folder(target) as partial:
+    with atomic_write_folder(target) as partial:
         (partial / "weights").write_text("w")
         assert not target.exists()
     assert (target / "weights").read_text() == "w"
 
     def fail() -> None:
-        with whole_folder(target) as partial:
+        with atomic_write_folder(target) as partial:
             (partial / "weights").write_text("half")
             raise OSError("full")
 
@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_replaced_stays(fails_at: int, tmp_path, monkeyp
         replace(source, destination)
 
     def write(content: str) -> None:
-        with whole_folder(target) as partial:
+        with atomic_write_folder(target) as partial:
             (partial / "weights").write_text(content)
 
     write("old")
@@ -129,7 +129,7 @@ def test_a_folder_that_a_killed_process_has_set_aside_is_kept_until_another_is_c
     (aside / "weights").write_text("old")
 
     def write(fail: bool) -> None:
-        with whole_folder(target) as partial:
+        with atomic_write_folder(target) as partial:
             (partial / "weights").write_text("new")
             if fail:
                 raise OSError("full")

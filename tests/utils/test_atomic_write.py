@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from nara_diffusion.utils.atomic_write import whole_files
+from nara_diffusion.utils.atomic_write import atomic_write_files
 from tests.helpers.adapted import adapted, nara_config
 from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 
@@ -118,7 +118,7 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
 def test_whole_files_replaces_files_by_those_of_the_same_name(tmp_path):
     (tmp_path / "a").write_text("old")
     (tmp_path / "b").write_text("stays")
-    with whole_files(tmp_path) as partial:
+    with atomic_write_files(tmp_path) as partial:
         (partial / "a").write_text("new")
         (partial / "inner").mkdir()
         (partial / "inner" / "c").write_text("too")

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
 from nara_diffusion.dreambooth.data.records import ImageRecord, records_from_folder
-from nara_diffusion.dreambooth.evaluation.before_after import Judge
+from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.sdxl import load_pipeline
 from quality.images.held_out import BINS, HeldOut, held_out_bin, held_out_losses, places_of
@@ -54,7 +54,7 @@ class ImageTask:
     instances: list[ImageRecord]
     held_out: list[HeldOut]
     base_losses: list[list[float]]
-    judge: Judge
+    judge: Evaluator
     in_places: dict[str, Image]
 
     @property
@@ -88,7 +88,7 @@ def load_task(subject: str) -> ImageTask:
         instances,
         held_out,
         [held_out_losses(pipe.unet, batch) for batch in held_out],
-        Judge([record.source.load() for record in instances], judge, judge, [IDENTIFIER]),
+        Evaluator([record.source.load() for record in instances], judge, judge, [IDENTIFIER]),
         places_of(subject),
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 from quality.images.held_out import bin_centres
 from quality.images.methods import BASE
 from quality.regimes.conversion import Conversion
@@ -95,7 +95,7 @@ def _samples(cell: Confirmed, records: Sequence[Record], path: Path) -> None:
         for column, image in enumerate(images):
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (LABEL + column * (side + GAP), top))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         sheet.save(partial)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 from quality.report.data import Arm, Grid
 from quality.report.names import LORA, baseline_of, ordered, title
 from quality.report.tables import bin_value, noise_levels
@@ -24,7 +24,7 @@ AXIS = "noise level λ (1 = pure noise)"
 
 def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         # without the version of matplotlib in it, so that the same figures give the same file
         figure.savefig(partial, dpi=110, metadata={"Software": None})
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 from quality.report.data import Grid
 from quality.report.names import ordered, title
 from quality.strips import unpacked
@@ -34,6 +34,6 @@ def samples_sheet(grid: Grid, domain: str, path: Path) -> bool:
         pen.text((GAP, y + strip.height // 2 - TEXT // 2), name, fill="black", font=ImageFont.load_default(TEXT))
         sheet.paste(strip, (LABELS, y))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         sheet.save(partial, "PNG")
     return True

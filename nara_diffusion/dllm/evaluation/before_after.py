@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nara_diffusion.dllm.data.encoding import AnswerCollator
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.training.distributed import spread
+from nara_diffusion.training.distributed import split_across_processes
 from nara_diffusion.training.metrics import LossWindow, window_means
 from nara_diffusion.utils.eval_mode import evaluating
 
@@ -72,13 +72,13 @@ def measure(
         options = {"collator": collator, "batch_size": batch_size, "seed": seed, "progress": progress}
         return noise_level_curve(model, validation_rows, chosen, **options)  # type: ignore[arg-type]
 
-    generations = spread(accelerator, len(test_rows), generate)
+    generations = split_across_processes(accelerator, len(test_rows), generate)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
     return Measurement(
         exact_match=sum(generation["correct"] for generation in generations) / len(generations),
         generations=generations,
         noise_levels=levels,
-        curve=spread(accelerator, len(levels), losses),
+        curve=split_across_processes(accelerator, len(levels), losses),
         validation_loss=validation_losses(accelerator, model, validation_rows, collator, **options)["validation_loss"],
     )
 
@@ -121,7 +121,7 @@ def validation_losses(
         return pairs
 
     with evaluating(model):
-        per_sample, noise_levels = torch.tensor(spread(accelerator, len(rows), losses)).unbind(1)
+        per_sample, noise_levels = torch.tensor(split_across_processes(accelerator, len(rows), losses)).unbind(1)
     losses_so_far = LossWindow()
     losses_so_far.add(per_sample, noise_levels)
     means = losses_so_far.means() | window_means(per_sample, noise_levels, window)

@@ -18,7 +18,7 @@ from nara_diffusion.dreambooth.seeding import numpy_generator
 from nara_diffusion.training.stream import ShuffledStream
 
 
-class BucketedOrder:
+class BucketBatchSampler:
     """`order[p]` is the number of the image at position p.
 
     Args:

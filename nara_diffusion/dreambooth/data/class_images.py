@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
 from nara_diffusion.dreambooth.seeding import torch_generator
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 
 from .captions import check_prompt
 from .images import image_files
@@ -125,7 +125,7 @@ def _save(path: Path, image: np.ndarray, prompt: str) -> None:
     info.add_itxt(PROMPT_KEY, prompt)
     pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
     try:
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             Image.fromarray(pixels).save(partial, pnginfo=info)
     except OSError as error:
         raise ValueError(f"class image {path} can't be written: {error.strerror or error}.") from error

@@ -1,8 +1,8 @@
 """Training draws: position in the stream → image, crop, flip, prompt and time_ids, with a class image beside it.
 
-Position p takes its image from `BucketedOrder` and its crop and flip from (seed, p): the same in every process, with
-any number of workers, and after a resume. A class image (prior preservation) comes from a stream of its own and is cut
-to the bucket of the instance image that it stands beside, so that one forward takes both.
+Position p takes its image from `BucketBatchSampler` and its crop and flip from (seed, p): the same in every process,
+with any number of workers, and after a resume. A class image (prior preservation) comes from a stream of its own and is
+cut to the bucket of the instance image that it stands beside, so that one forward takes both.
 
 Crops. "center" cuts the middle, as --center_crop; "random" takes one of `crops_per_image` positions, drawn once
 for each image; which one is drawn anew each time. That makes a cache of latents worth having: 5 images × 4 crops × 2
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from nara_diffusion.dreambooth.seeding import numpy_generator
 from nara_diffusion.training.stream import ShuffledStream
 
-from .batch_sampler import BucketedOrder
+from .batch_sampler import BucketBatchSampler
 from .buckets import Size, nearest_bucket
 from .crops import Crop, center_crop, crop_image, enlargement, random_crop, to_pixels
 from .images import ImageError
@@ -125,7 +125,7 @@ class DreamBoothDataset(Dataset):
         self.crop, self.crops_per_image, self.flip, self.load_pixels = crop, crops_per_image, flip, load_pixels
         self.seed = seed
         self.instance_buckets = [nearest_bucket(image.size, self.buckets) for image in self.instances]
-        self._order = BucketedOrder(self.instance_buckets, batch_size, seed)
+        self._order = BucketBatchSampler(self.instance_buckets, batch_size, seed)
         numbers = [{"image": i} for i in range(len(self.class_images))]
         self._class_order = ShuffledStream(numbers, seed + 1) if numbers else None
         self._warn()

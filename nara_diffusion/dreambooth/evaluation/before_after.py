@@ -23,7 +23,7 @@ from nara_diffusion.dreambooth.formats import adapter_loaded
 from nara_diffusion.dreambooth.objectives import Objective, squared_errors
 from nara_diffusion.dreambooth.timesteps import draw_noise
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.training.distributed import spread
+from nara_diffusion.training.distributed import split_across_processes
 from nara_diffusion.training.metrics import LossWindow, window_means
 
 from .encoders import Encoder
@@ -50,7 +50,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Encoders that say how good samples are.
 
     Attributes:
@@ -132,7 +132,7 @@ class ValidationLoss:
         def work(points: Sequence[int]) -> list[list[float]]:
             return [self.at(pipe, self.indices[point]) for point in points]
 
-        return torch.tensor(spread(accelerator, self.points, work))
+        return torch.tensor(split_across_processes(accelerator, self.points, work))
 
     def _batches(self) -> list[list[Draw]]:
         """Draws of one size each."""
@@ -150,7 +150,7 @@ def measure(
     folder: Path | None,
     settings: SampleSettings,
     validation: ValidationLoss,
-    judge: Judge,
+    judge: Evaluator,
     name: str,
 ) -> Measurement:
     """Samples and losses of `pipe` with the adapter in `folder`, or without one; `name` is for the progress bar."""

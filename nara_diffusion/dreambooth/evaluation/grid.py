@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nara_diffusion.utils.atomic_write import whole_file
+from nara_diffusion.utils.atomic_write import atomic_write
 
 CELL = 128  # side of the square that an image is shown in, in pixels
 GAP, MARGIN, TEXT = 4, 16, 15
@@ -29,7 +29,7 @@ def write_grid(
         columns: {title: images}, the images of one prompt after those of another, equally many for each.
         references: images of the subject, for the row on top.
     """
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         draw_grid(prompts, columns, references).save(partial)
 
 

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from nara_diffusion.training.distributed import spread
-from nara_diffusion.utils.atomic_write import whole_folder
+from nara_diffusion.training.distributed import split_across_processes
+from nara_diffusion.utils.atomic_write import atomic_write_folder
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def sample_images(
         return images
 
     count = len(settings.pairs)
-    return work(range(count)) if accelerator is None else spread(accelerator, count, work)
+    return work(range(count)) if accelerator is None else split_across_processes(accelerator, count, work)
 
 
 def sample_batch(pipe: Any, pairs: Sequence[tuple[str, int]], call: dict[str, Any]) -> list[Image]:
@@ -85,7 +85,7 @@ def sample_batch(pipe: Any, pairs: Sequence[tuple[str, int]], call: dict[str, An
 def write_images(folder: Path, images: Sequence[Image], settings: SampleSettings) -> None:
     """PNG files named by prompt and seed, with a metadata.jsonl of their prompts, as `nara-metrics` reads them."""
     lines = []
-    with whole_folder(folder) as partial:
+    with atomic_write_folder(folder) as partial:
         for i, (image, (prompt, seed)) in enumerate(zip(images, settings.pairs, strict=True)):
             name = f"{i // settings.images_per_prompt:02d}-seed-{seed}.png"
             image.save(partial / name)

@@ -108,13 +108,13 @@ def evaluate(
     runs = {folder: _match(folder, subjects.keys(), source if clip else None) for folder in folders}
     if clip is not None and _prompts_known(runs):
         clip.check_text()
-    judges = {name: _Judge(clip, dino, images) for name, images in subjects.items()}
+    judges = {name: _Evaluator(clip, dino, images) for name, images in subjects.items()}
     seeds = [_seed(folder, run, judges) for folder, run in runs.items()]
     figures = {key: _over_seeds([seed[key] for seed in seeds]) for key in MEASURES if key in seeds[0]}
     return {**figures, "seeds": seeds, "reference": _means([judge.among_themselves() for judge in judges.values()])}
 
 
-class _Judge:
+class _Evaluator:
     """What one subject looks like to each encoder, and the figures of images beside that."""
 
     def __init__(self, clip: Encoder | None, dino: Encoder | None, reference: Sequence[Path]) -> None:
@@ -162,7 +162,7 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _seed(folder: Path, run: Mapping[str, SubjectImages], judges: Mapping[str, _Judge]) -> dict[str, Any]:
+def _seed(folder: Path, run: Mapping[str, SubjectImages], judges: Mapping[str, _Evaluator]) -> dict[str, Any]:
     """The means over its subjects, and, of several, the figures of each."""
     subjects = {name: judges[name].figures(images) for name, images in run.items()}
     figures = {"folder": str(folder), "images": sum(len(images.files) for images in run.values())}

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from nara_diffusion.dreambooth.data.batch_sampler import BucketedOrder
+from nara_diffusion.dreambooth.data.batch_sampler import BucketBatchSampler
 from nara_diffusion.training.stream import ShuffledStream
 
 BUCKETS = ["wide", "tall", "wide", "square", "wide", "tall", "wide"]
@@ -12,7 +12,7 @@ BUCKETS = ["wide", "tall", "wide", "square", "wide", "tall", "wide"]
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 def test_a_batch_holds_one_bucket_and_a_round_every_image_equally_often(batch_size: int) -> None:
-    order = BucketedOrder(BUCKETS, batch_size, seed=3)
+    order = BucketBatchSampler(BUCKETS, batch_size, seed=3)
     for number in range(4):
         seen: Counter[int] = Counter()
         for batch in range(number * 7, (number + 1) * 7):
@@ -23,7 +23,7 @@ def test_a_batch_holds_one_bucket_and_a_round_every_image_equally_often(batch_si
 
 
 def test_each_bucket_passes_through_all_its_images_before_one_comes_again() -> None:
-    order = BucketedOrder(BUCKETS, 3, seed=0)
+    order = BucketBatchSampler(BUCKETS, 3, seed=0)
     images = [order[position] for position in range(3 * 7 * 4)]
     for bucket in set(BUCKETS):
         members = [image for image, kind in enumerate(BUCKETS) if kind == bucket]
@@ -33,15 +33,15 @@ def test_each_bucket_passes_through_all_its_images_before_one_comes_again() -> N
 
 
 def test_a_position_always_holds_the_same_image() -> None:
-    expected = [BucketedOrder(BUCKETS, 2, seed=3)[position] for position in range(60)]
-    order = BucketedOrder(BUCKETS, 2, seed=3)
+    expected = [BucketBatchSampler(BUCKETS, 2, seed=3)[position] for position in range(60)]
+    order = BucketBatchSampler(BUCKETS, 2, seed=3)
     assert [order[position] for position in reversed(range(60))] == expected[::-1]
     assert [order[position] for position in range(37, 60)] == expected[37:]
-    assert [BucketedOrder(BUCKETS, 2, seed=4)[position] for position in range(60)] != expected
+    assert [BucketBatchSampler(BUCKETS, 2, seed=4)[position] for position in range(60)] != expected
 
 
 def test_buckets_come_in_another_order_each_round() -> None:
-    order = BucketedOrder(BUCKETS, 2, seed=0)
+    order = BucketBatchSampler(BUCKETS, 2, seed=0)
     rounds = [[BUCKETS[order[2 * batch]] for batch in range(7 * number, 7 * number + 7)] for number in range(4)]
     assert len({tuple(each) for each in rounds}) > 1
     assert all(Counter(each) == Counter(BUCKETS) for each in rounds)
@@ -49,10 +49,10 @@ def test_buckets_come_in_another_order_each_round() -> None:
 
 def test_with_one_bucket_it_is_the_order_of_the_plain_stream() -> None:
     stream = ShuffledStream([{"image": number} for number in range(5)], seed=9)
-    order = BucketedOrder([(64, 64)] * 5, 3, seed=9)
+    order = BucketBatchSampler([(64, 64)] * 5, 3, seed=9)
     assert [order[position] for position in range(40)] == [stream[position]["image"] for position in range(40)]
 
 
 def test_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match="no training images"):
-        BucketedOrder([], 2, seed=0)
+        BucketBatchSampler([], 2, seed=0)

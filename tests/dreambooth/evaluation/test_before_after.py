@@ -16,7 +16,7 @@ from PIL import Image
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
 from nara_diffusion.dreambooth.evaluation.before_after import (
-    Judge,
+    Evaluator,
     Measurement,
     ValidationLoss,
     compare,
@@ -117,7 +117,7 @@ def test_an_adapter_is_taken_out_again_after_an_error(pipe, tmp_path) -> None:
 
 
 def test_a_judge_without_encoders_measures_nothing() -> None:
-    judge = Judge([])
+    judge = Evaluator([])
     assert judge.similarity([]) is None
     assert judge.alignment([], []) is None
 
@@ -129,7 +129,7 @@ def test_a_judge_leaves_the_identifier_out(monkeypatch) -> None:
         lambda encoder: SimpleNamespace(alignment=lambda images, prompts: asked.extend(prompts) or 0.5),
     )
     texts: Any = object()
-    assert Judge([], texts=texts, identifier=["sks"]).alignment([], ["a photo of sks toy on grass"]) == 0.5
+    assert Evaluator([], texts=texts, identifier=["sks"]).alignment([], ["a photo of sks toy on grass"]) == 0.5
     assert asked == ["a photo of toy on grass"]
 
 
