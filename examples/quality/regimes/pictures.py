@@ -28,7 +28,7 @@ TITLES = {
     "nara_constant": "NaRA told λ = 0.5",
 }
 ROWS = {
-    BASE: "base, ε",
+    BASE: "base, not converted",
     "lora": "LoRA",
     "lora_params": "LoRA, as many parameters",
     "nara": "NaRA",
@@ -38,13 +38,13 @@ LABEL, GAP, SCALE = 170, 4, 2  # pixels; samples are enlarged so many times
 
 
 def write_pictures(plan: Sequence[Planned], records: Sequence[Record], folder: Path) -> list[Path]:
-    """For each cell with confirmation runs, {name}-loss.png, and {name}-samples.png of a conversion's first seed.
+    """For each cell whose confirmation is whole, {name}-loss.png, and {name}-samples.png of a conversion's first seed.
 
     The samples are of models that are trained here again, a minute for each cell.
     """
     written = []
     for cell in (confirmed(planned, records) for planned in plan):
-        if cell.records:
+        if cell.is_whole:
             written.append(folder / f"{cell.planned.name}-loss.png")
             _loss(cell, written[-1])
             if isinstance(REGIMES[cell.planned.cell.regime], Conversion):
@@ -70,7 +70,7 @@ def _loss(cell: Confirmed, path: Path) -> None:
         right.plot(bin_centres(), parts[0], color=colour, linewidth=1.4)
         right.fill_between(bin_centres(), parts[1], parts[2], color=colour, alpha=0.2, linewidth=0)
     right.axhline(0, color="black", linewidth=0.6)
-    left.set(xlabel=AXIS, ylabel="held-out loss", yscale="log")
+    left.set(xlabel=AXIS, ylabel="held-out loss")
     right.set(xlabel=AXIS, ylabel="loss − LoRA's, % of LoRA's")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     save(figure, path)
@@ -96,7 +96,7 @@ def _samples(cell: Confirmed, records: Sequence[Record], path: Path) -> None:
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (LABEL + column * (side + GAP), top))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
-        sheet.save(partial)
+        sheet.quantize(256).save(partial, optimize=True)  # a third of the bytes
 
 
 def _drawn(planned: Planned, records: Sequence[Record], arm: str, seed: int) -> list[Image.Image]:

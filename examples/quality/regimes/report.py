@@ -13,7 +13,7 @@ from typing import Any
 from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
 from quality.images.held_out import bin_centres
 from quality.regimes.methods import MEAN_CORE
-from quality.regimes.plan import CONFIRM, Planned
+from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned
 from quality.regimes.rates import Record, cell_of
 from quality.regimes.runs import REGIMES
 from quality.regimes.windowed import Windowed
@@ -36,6 +36,11 @@ class Confirmed:
 
     planned: Planned
     records: dict[tuple[str, int], Record]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each arm has each seed: nothing is said before."""
+        return all((arm, seed) in self.records for arm in self.planned.arms for seed in CONFIRM_SEEDS)
 
     @property
     def arms(self) -> list[str]:
@@ -95,10 +100,17 @@ def report(plan: Sequence[Planned], records: Sequence[Record]) -> str:
     return "\n\n".join(_section(cell) for cell in cells if cell.records) or "No confirmation run is there yet."
 
 
+def _begun(cell: Confirmed) -> str:
+    done = sum((arm, seed) in cell.records for arm in cell.planned.arms for seed in CONFIRM_SEEDS)
+    return f"{done} of {len(cell.planned.arms) * len(CONFIRM_SEEDS)} runs are there; nothing is said before all are."
+
+
 def _section(cell: Confirmed) -> str:
     each = cell.planned.cell
     seeds = len({seed for _, seed in cell.records})
     title = f"### {each.regime}: {each.targets}, rank {each.rank}, {each.steps} steps ({seeds} seeds)"
+    if not cell.is_whole:
+        return f"{title}\n\n{_begun(cell)}"
     return "\n\n".join(
         [title, _scores(cell), *_samples(cell), *(_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms)]
     )

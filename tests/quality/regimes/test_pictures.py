@@ -23,7 +23,7 @@ def test_write_pictures_draws_each_arm_in_a_row_of_its_own(tmp_path, monkeypatch
     paths = write_pictures([converted, WINDOWED], found, tmp_path / "new")
     assert [path.name for path in paths] == ["eps_to_v-loss.png", "eps_to_v-samples.png", "subject_low-loss.png"]
     assert made == [("eps_to_v", arm, 200) for arm in ("base", "lora", "lora_params", "nara")]
-    sheet = np.asarray(Image.open(paths[1]))
+    sheet = np.asarray(Image.open(paths[1]).convert("RGB"))
     side = 16 * SCALE
     for row in range(4):
         for column in range(10):
@@ -34,6 +34,6 @@ def test_write_pictures_draws_each_arm_in_a_row_of_its_own(tmp_path, monkeypatch
     assert not np.array_equal(*losses)
 
 
-def test_write_pictures_without_confirmation_runs_writes_nothing(tmp_path):
-    assert write_pictures([WINDOWED], [], tmp_path / "new") == []
+def test_write_pictures_before_all_runs_are_there_writes_nothing(tmp_path):
+    assert write_pictures([WINDOWED], records(WINDOWED)[:-1], tmp_path / "new") == []
     assert not (tmp_path / "new").exists()

@@ -1,8 +1,10 @@
 """The verdict of the confirmation seeds, against differences and Student's t by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
+from quality import results
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, PLAN, Planned
 from quality.regimes.report import conditions, confirmed, report
 from quality.regimes.runs import Cell, Run
@@ -107,3 +109,18 @@ def test_report_of_samples_is_paired_as_scores_are():
     assert "| lora | 0.045 ± 0.030 | – | 0.500 ± 0.000 | – |" in text
     assert text.count("| nara mean_core |") == 1  # of which nothing was drawn
     assert "| samples |" not in report([PLANNED], records())
+
+
+def test_report_of_a_cell_without_all_its_runs_says_no_figure():
+    text = report([PLANNED], records()[:-1])
+    assert text == (
+        "### eps_to_v: attention, rank 4, 200 steps (10 seeds)\n\n"
+        "59 of 60 runs are there; nothing is said before all are."
+    )
+
+
+def test_the_page_of_results_is_what_the_records_say():
+    """Made again by `benchmark_regimes.py --report`."""
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "results" / "regimes.md").read_text(encoding="utf-8")
+    assert page.endswith("\n\n" + report(PLAN, results.read(root / "examples" / "results" / "regimes.jsonl")) + "\n")
