@@ -18,7 +18,7 @@ from quality.text.families import Question
 EACH_BIN = 120  # held-out questions
 TRAIN = 6000
 SEED = 5  # of the open questions
-HALF = 4  # characters
+LENGTH = 8  # characters of an open answer
 CHARACTERS = string.ascii_lowercase + string.digits
 
 _TOKENIZER = "llada-tiny"  # uniform-tiny has the same
@@ -47,17 +47,17 @@ def determined_data() -> TextData:
 
 @cache
 def open_data() -> TextData:
-    """Random characters, written twice: the prompt says nothing of the answer, one half of it all of the other."""
+    """Random characters: neither the prompt nor the rest of an answer says anything of a character."""
     questions = open_questions(SEED)
     sizes = {"test": 1, "validation": BINS * EACH_BIN, "tuning": 1, "train": TRAIN}
     return _encoded(Domain(**{part: list(islice(questions, size)) for part, size in sizes.items()}))
 
 
 def open_questions(seed: int) -> Iterator[Question]:
-    """ "code 41352" → "k7?Rk7?R": questions without end, none of which comes twice."""
+    """ "code 41352" → "k7rqx0d3": questions without end, none of which comes twice."""
     rng = random.Random(seed)
     for number in rng.sample(range(10000, 100000), 90000):
-        yield Question("code", f"code {number}", 2 * "".join(rng.choices(CHARACTERS, k=HALF)), {})
+        yield Question("code", f"code {number}", "".join(rng.choices(CHARACTERS, k=LENGTH)), {})
 
 
 def _encoded(domain: Domain) -> TextData:
