@@ -96,7 +96,7 @@ PLAN: tuple[Planned, ...] = (
     *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
     Planned(Cell(_TO_V, "attention", 4, 800), _FEW),
-    Planned(Cell("blind_open", "attention", 4, 200), _BLIND, grid=TEXT_TRIALS),
+    Planned(Cell("blind_open", "attention", 4, 200), _BLIND, further={"dora": rates(8e-2)}, grid=TEXT_TRIALS),
     Planned(Cell("blind_determined", "attention", 4, 200), _BLIND, grid=TEXT_TRIALS),
     *(Planned(Cell(name, "attention", 4, 200), _SEEN, grid=TEXT_TRIALS) for name in ("seen_open", "seen_determined")),
     *(Planned(Cell(name, "all", 4, 200), _FEW, grid=TEXT_TRIALS) for name in ("blind_open", "blind_determined")),
