@@ -13,7 +13,7 @@ from tiny_vae import pixels
 from torch import Tensor
 from tqdm import tqdm
 
-from nara_diffusion.training.output_dir import whole_file
+from nara_diffusion.training.output_dir import atomic_write
 
 SPLIT = "sdxl"
 CROPPED_SHARE = 0.3  # of the scenes: cut from a larger picture, as SDXL's time_ids tell
@@ -47,7 +47,7 @@ def cached_latents(pipe: StableDiffusionXLPipeline, split: str, seed: int, count
     path = folder / f"latents-{split}-{seed}-{count}.pt"
     if not path.exists():
         latents = encode_scenes(pipe, split, seed, count)
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             torch.save(vars(latents), partial)
     return Latents(**torch.load(path, weights_only=True))
 

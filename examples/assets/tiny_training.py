@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
-from nara_diffusion.training.output_dir import whole_file, write_json
+from nara_diffusion.training.output_dir import atomic_write, write_json
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Training:
             "curve": self.curve,
             "fixed": self._fixed(),
         }
-        with whole_file(self.state_file) as partial:
+        with atomic_write(self.state_file) as partial:
             torch.save(state, partial)
 
     @property
