@@ -107,7 +107,7 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
         _reshard(model)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
-    inner = accelerator.unwrap_model(model)
+    inner: Any = accelerator.unwrap_model(model)  # whose type depends on whether DeepSpeed is installed
     return _gathered(accelerator, inner) if zero_stage(accelerator) == 3 else inner.state_dict()
 
 

@@ -80,7 +80,8 @@ def train(
     """
     accelerator, args = run.accelerator, run.args
     window = LossWindow()
-    tuners = adalora_models(accelerator.unwrap_model(model))
+    unwrapped: Any = accelerator.unwrap_model(model)  # whose type depends on whether DeepSpeed is installed
+    tuners = adalora_models(unwrapped)
     bar = tqdm(total=total_steps, initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
     model.train()
     with InterruptRequest() as interrupt, bar:
