@@ -41,10 +41,12 @@ class Scope(NamedTuple):
     Attributes:
         frame: the cores; None where a layer has to ask.
         backward: `backward_pass()` when it began.
+        entered: the contexts that it began in.
     """
 
     frame: Frame | None
     backward: int | None
+    entered: tuple[Any, ...] = ()
 
 
 class CoreChannel:
@@ -86,9 +88,16 @@ class CoreChannel:
             # a compiled layer cannot look for that: do not run a backward pass through a checkpoint of your own around
             # a block that is compiled by itself, while another forward of the model runs
             return self._ask_at_once() if scope.frame is None else scope.frame
-        if scope.frame is None:
+        if scope.frame is None or self._is_told_otherwise(scope):
             return self.ask()
         return scope.frame if is_current(scope.backward) else None
+
+    def _is_told_otherwise(self, scope: Scope) -> bool:
+        """Whether a part runs in a context that `scope` did not begin in."""
+        entered = contexts.get()
+        if entered is scope.entered:
+            return False
+        return any(entry.is_open and self in entry.channels and entry not in scope.entered for entry in entered)
 
     def check_merged(self) -> None:
         """Refuse another λ than that of what is merged; to be called by a merged layer, whose root may not run.
@@ -126,13 +135,13 @@ class CoreChannel:
                 "Something calls the forward hooks of an adapted model by itself, so that nobody would say when its "
                 "C(λ) ends: call the model, `model(…)`."
             )
-        self.local.scopes = (*self.scopes[:-1], Scope(frame, backward_pass()))
+        self.local.scopes = (*self.scopes[:-1], Scope(frame, backward_pass(), contexts.get()))
 
     @contextmanager
     def using(self, frame: Frame) -> Iterator[None]:
         """Layers read `frame` inside; what they read before comes back afterwards."""
         outer = self.scopes
-        self.local.scopes = (*outer, Scope(frame, backward_pass()))
+        self.local.scopes = (*outer, Scope(frame, backward_pass(), contexts.get()))
         try:
             yield
         finally:

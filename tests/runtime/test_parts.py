@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -144,6 +145,23 @@ def test_a_part_inside_a_forward_has_the_level_of_its_own_context(model: PeftMod
             outer = model(x)
     for actual, level in zip((outer, *inner), (0.2, 0.9, 0.7), strict=True):
         assert relative_error(actual, expect(model, x, level)) < 2e-6
+
+
+def test_a_part_inside_a_forward_has_the_level_of_the_context_that_it_runs_in(model: PeftModel, x: Tensor) -> None:
+    """A `contextvars.Context` that was copied inside of `noise_level`, before the forward began."""
+    inner: list[Tensor] = []
+    with noise_level(model, 0.9), torch.no_grad():
+        told = contextvars.copy_context()
+        set_noise_source(model, lambda module, args, kwargs: NoiseSignals(torch.tensor([0.2])))  # type: ignore[arg-type]
+
+        def call_a_part(*_: Any) -> None:
+            handle.remove()
+            inner.append(told.run(parts_in_turn, model, x))
+
+        handle = model.base_model.model.second.register_forward_pre_hook(call_a_part)
+        outer = contextvars.Context().run(model, x)
+    for actual, level in ((outer, 0.2), (inner[0], 0.9)):
+        assert relative_error(actual, expect(model, x, level)) < 2e-6, level
 
 
 # ---------------------------------------------------------------------- refused
