@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nara_diffusion.utils.call_stack import is_running
+
 contexts: ContextVar[tuple[Any, ...]] = ContextVar("nara_contexts", default=())
 """What `with` blocks say of forwards; see context_stack.py."""
 
@@ -41,12 +43,24 @@ class Scope(NamedTuple):
     Attributes:
         frame: the cores; None where a layer has to ask.
         backward: `backward_pass()` when it began.
-        entered: the contexts that it began in.
+        entered: the contexts that held where it began.
     """
 
     frame: Frame | None
     backward: int | None
     entered: tuple[Any, ...] = ()
+
+
+def _holds(entry: Any) -> bool:
+    """Whether the generator that has entered it, if one has, runs."""
+    return entry.generator is None or is_running(entry.generator.call)
+
+
+def _holding() -> tuple[Any, ...]:
+    entered = contexts.get()
+    if torch.compiler.is_compiling():  # which cannot trace a look at calls, and whose layers don't ask for that
+        return entered
+    return tuple(entry for entry in entered if _holds(entry))
 
 
 class CoreChannel:
@@ -93,11 +107,9 @@ class CoreChannel:
         return scope.frame if is_current(scope.backward) else None
 
     def _is_told_otherwise(self, scope: Scope) -> bool:
-        """Whether a part runs in a context that `scope` did not begin in."""
-        entered = contexts.get()
-        if entered is scope.entered:
-            return False
-        return any(entry.is_open and self in entry.channels and entry not in scope.entered for entry in entered)
+        """Whether a part runs in a context that did not hold where `scope` began."""
+        own = (entry for entry in contexts.get() if entry.is_open and self in entry.channels)
+        return any(entry not in scope.entered and _holds(entry) for entry in own)
 
     def check_merged(self) -> None:
         """Refuse another λ than that of what is merged; to be called by a merged layer, whose root may not run.
@@ -135,13 +147,13 @@ class CoreChannel:
                 "Something calls the forward hooks of an adapted model by itself, so that nobody would say when its "
                 "C(λ) ends: call the model, `model(…)`."
             )
-        self.local.scopes = (*self.scopes[:-1], Scope(frame, backward_pass(), contexts.get()))
+        self.local.scopes = (*self.scopes[:-1], Scope(frame, backward_pass(), _holding()))
 
     @contextmanager
     def using(self, frame: Frame) -> Iterator[None]:
         """Layers read `frame` inside; what they read before comes back afterwards."""
         outer = self.scopes
-        self.local.scopes = (*outer, Scope(frame, backward_pass(), contexts.get()))
+        self.local.scopes = (*outer, Scope(frame, backward_pass(), _holding()))
         try:
             yield
         finally:

@@ -22,6 +22,11 @@ def running_calls() -> Iterator[FrameType]:
         call = call.f_back
 
 
+def is_running(call: FrameType) -> bool:
+    """Whether this thread is inside of `call`."""
+    return any(running is call for running in running_calls())
+
+
 def local_variables() -> Iterator[Mapping[str, Any]]:
     """Those of each running call, by name, the innermost call first."""
     for call in running_calls():

@@ -99,3 +99,26 @@ def test_a_context_manager_of_one_s_own_may_hold_the_level(model: PeftModel, x: 
 
     with noise_level(model, 0.1), ExitStack() as stack, enter(at_half(), stack) or nullcontext():
         assert relative_error(run(model, x), expect(model, x, 0.5)) < 2e-6
+
+
+def test_a_generator_that_a_forward_resumes_has_its_own_level_in_parts(model: PeftModel, x: Tensor) -> None:
+    root, inner = model.base_model.model, []
+
+    def parts_at(level: float) -> Iterator[None]:
+        with noise_level(model, level):
+            while True:
+                yield
+                inner.append(root.second(torch.tanh(root.first(x))))
+
+    generator = parts_at(0.9)
+    next(generator)
+
+    def resume(*_: Any) -> None:
+        handle.remove()
+        next(generator)
+
+    handle = root.second.register_forward_pre_hook(resume)
+    with noise_level(model, 0.2):
+        outer = run(model, x)
+    for actual, level in ((outer, 0.2), (inner[0], 0.9)):
+        assert relative_error(actual, expect(model, x, level)) < 2e-6, level
