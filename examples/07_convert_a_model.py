@@ -29,7 +29,7 @@ from nara_diffusion.dreambooth.objectives import Objective, build_objective, squ
 from nara_diffusion.loaders.schedulers import scheduler_fields
 
 ASSETS = Path(__file__).parent / "assets"
-sys.path.insert(0, str(ASSETS))
+sys.path.insert(0, str(ASSETS / "makers"))
 from tiny_latents import Latents, encode_scenes  # noqa: E402
 
 PROMPTS = [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +62,6 @@ def test_fifty_hotswaps_leave_memory_where_it_was(light):
         pipe.load_nara_weights(light[number % 2], "x", hotswap=True)
     end = tensors()
     assert (len(end), sum(end.values())) == (len(start), sum(start.values()))
-
-
-def test_the_benchmark_of_loading_counts_the_same(tmp_path, capsys):
-    narrow = {
-        "block_out_channels": (32, 32, 32),
-        "attention_head_dim": 4,
-        "transformer_layers_per_block": 1,
-        "layers_per_block": 1,
-    }
-    figures = import_module("benchmark_load").main(rounds=2, rank=3, swaps=2, output_dir=tmp_path, **narrow)
-    record = json.loads((tmp_path / "benchmark_load.json").read_text())
-    assert record["ratio"] == figures["ratio"] > 0
-    assert figures["memory"]["before"]["tensors"] == figures["memory"]["after"]["tensors"] > 0
-    assert "NaRA / LoRA: " in capsys.readouterr().out
 
 
 def offloaded(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:

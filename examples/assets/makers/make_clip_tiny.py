@@ -1,0 +1,170 @@
+"""Trains clip-tiny, the small CLIP that encodes sdxl-tiny's prompts and measures its pictures.
+
+    python examples/assets/makers/make_clip_tiny.py                                   # a quarter of an hour, one core
+    python examples/assets/makers/make_clip_tiny.py --output_dir outputs/clip-smaller --text_width 64 --text_layers 2 \\
+        --vision_width 64 --vision_layers 3 --seed 1 --max_train_steps 800              # sdxl-tiny's first text encoder
+
+A CLIPModel on 64 × 64 pixels, trained with CLIP's contrastive loss on the scenes of tiny_scenes.py. A run that was
+stopped goes on with --resume.
+
+Written to --output_dir: model.safetensors, config.json, the processor's files, results.json and training_curve.csv;
+and training_state.pt, which --resume reads and nobody else needs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tiny_clip_card import write_clip_card
+from tiny_retrieval import retrieval
+from tiny_scenes import SIZE, render, scenes, training_caption
+from tiny_training import Plan, Training, load_as_float32, parse
+from tiny_vocabulary import MAX_TOKENS, build_tokenizer, save_tokenizer
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
+
+SPLIT = "clip"
+
+
+@dataclass
+class Arguments:
+    """What the command line sets; --help says what each is."""
+
+    output_dir: Path = Path("outputs/clip-tiny")
+    text_width: int = 96
+    text_layers: int = 3
+    vision_width: int = 128
+    vision_layers: int = 4
+    max_train_steps: int = 1000
+    train_batch_size: int = 64
+    learning_rate: float = 1e-3
+    lr_warmup_steps: int = 100
+    save_steps: int = 500
+    retrieval_batches: int = 8
+    seed: int = 0
+    device: str = "cpu"
+    fp32: bool = False
+    resume: bool = False
+
+
+HELP = {
+    "output_dir": "folder of the model",
+    "text_width": "width of the text tower",
+    "text_layers": "layers of the text tower",
+    "vision_width": "width of the image tower",
+    "vision_layers": "layers of the image tower",
+    "max_train_steps": "optimiser steps",
+    "train_batch_size": "scenes a step, each the others' counterexample",
+    "learning_rate": "of AdamW, after warm-up and before decay",
+    "lr_warmup_steps": "steps of linear warm-up",
+    "save_steps": "steps between two saved states, each with a usable model beside it",
+    "retrieval_batches": "batches of 64 scenes in the final measurement",
+    "seed": "of weights and scenes",
+    "device": "torch device",
+    "fp32": "train without bf16 autocast",
+    "resume": "go on from the state in --output_dir",
+}
+
+
+def build_clip(args: Arguments, processor: CLIPProcessor) -> CLIPModel:
+    """CLIP's two towers, 16 wide a head (32 in the image tower), patches of 8 pixels, a shared space of 64."""
+    tokenizer = processor.tokenizer
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.text_width,
+        intermediate_size=4 * args.text_width,
+        projection_dim=64,
+        num_hidden_layers=args.text_layers,
+        num_attention_heads=args.text_width // 16,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=args.vision_width,
+        intermediate_size=4 * args.vision_width,
+        projection_dim=64,
+        num_hidden_layers=args.vision_layers,
+        num_attention_heads=args.vision_width // 32,
+        image_size=SIZE,
+        patch_size=8,
+    )
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
+
+
+def build_processor() -> CLIPProcessor:
+    """Pictures of SIZE × SIZE pixels, centred crops of others, values in [-1, 1]; and the trimmed tokenizer."""
+    images = CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return CLIPProcessor(images, build_tokenizer())
+
+
+def contrastive_loss(training: Training, processor: CLIPProcessor) -> dict[str, Tensor]:
+    """CLIP's loss on the scenes of the present step."""
+    batch = training.plan.batch
+    shown = scenes(SPLIT, training.seed, batch, start=training.step * batch)
+    inputs = processor(
+        text=[training_caption(scene) for scene in shown],
+        images=[render(scene) for scene in shown],
+        padding=True,
+        return_tensors="pt",
+    ).to(training.device)
+    with training.autocast():
+        logits = training.model(**inputs).logits_per_image.float()
+    own = torch.arange(batch, device=logits.device)
+    loss = (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+    return {"loss": loss}
+
+
+def save_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
+    """The folder that CLIPModel.from_pretrained and CLIPProcessor.from_pretrained load, weights in fp16."""
+    dtype = model.dtype
+    model.half().save_pretrained(folder)
+    model.to(dtype)
+    load_as_float32(folder)
+    processor.save_pretrained(folder)
+    save_tokenizer(processor.tokenizer, folder)
+
+
+def main(args: Arguments) -> dict:
+    """Trains, measures, writes the folder; returns what results.json holds."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    processor = build_processor()
+    model = build_clip(args, processor).to(args.device)
+    plan = Plan(
+        steps=args.max_train_steps,
+        batch=args.train_batch_size,
+        learning_rate=args.learning_rate,
+        warmup=args.lr_warmup_steps,
+        ema=0.998,
+        save_steps=args.save_steps,
+        bf16=not args.fp32,
+    )
+    training = Training(model, plan, args.output_dir / "training_state.pt", args.seed, args.device, args.resume)
+    training.run("clip", lambda now: contrastive_loss(now, processor), lambda: retrieval(model, processor, batches=1))
+
+    training.finish()
+    save_clip(model, processor, args.output_dir)
+    shipped = CLIPModel.from_pretrained(args.output_dir, dtype=torch.float32)
+    results = {
+        "steps": training.step,
+        "minutes": round(training.seconds / 60, 1),
+        "seed": args.seed,
+        "parameters": model.num_parameters(),
+        "retrieval_among_64": retrieval(shipped, processor, args.retrieval_batches),
+    }
+    write_clip_card(args.output_dir, args, results, training.curve)
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(parse(Arguments, __doc__ or "", HELP)), indent=2))

@@ -1,0 +1,228 @@
+"""Trains sdxl-tiny, the small Stable Diffusion XL that the examples and the default DreamBooth run use.
+
+    python examples/assets/makers/make_sdxl_tiny.py --clip outputs/clip-tiny --clip_smaller outputs/clip-smaller
+
+Two CLIPs of make_clip_tiny.py come first; that file has the commands. Then the autoencoder and its decoder (half an
+hour of one CPU core), then the UNet (an hour). A run that was stopped goes on with --resume; until the learning rate of
+a part begins to fall, its number of steps may change too.
+
+Written to --output_dir: the folder that StableDiffusionXLPipeline.from_pretrained loads, README.md, results.json,
+samples.png and the curves; and training/, which --resume reads and nobody else needs.
+"""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from tiny_latents import SPLIT, cached_latents
+from tiny_sdxl_card import write_sdxl_card
+from tiny_sdxl_evaluation import evaluate, write_samples
+from tiny_training import Plan, Training, load_as_float32, parse
+from tiny_unet import NoisePrediction, build_scheduler, build_unet
+from tiny_vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
+from tiny_vocabulary import save_tokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
+
+
+@dataclass
+class Arguments:
+    """What the command line sets; --help says what each is."""
+
+    output_dir: Path = Path("outputs/sdxl-tiny")
+    clip: Path = Path("outputs/clip-tiny")
+    clip_smaller: Path = Path("outputs/clip-smaller")
+    vae_steps: int = 4500
+    decoder_steps: int = 3500
+    vae_batch_size: int = 4
+    vae_learning_rate: float = 1.5e-3
+    unet_steps: int = 11000
+    unet_decay_steps: int = 5000
+    unet_batch_size: int = 8
+    unet_late_batch_size: int = 16
+    unet_learning_rate: float = 6e-4
+    scenes: int = 16000
+    held_out: int = 64
+    save_steps: int = 2000
+    evaluation_batches: int = 4
+    inference_steps: int = 25
+    seed: int = 0
+    device: str = "cpu"
+    only: str = ""
+    fp32: bool = False
+    resume: bool = False
+
+
+HELP = {
+    "output_dir": "folder of the model",
+    "clip": "folder of clip-tiny: its text tower is the second text encoder, and it measures the samples",
+    "clip_smaller": "folder of the smaller CLIP: its text tower is the first text encoder",
+    "vae_steps": "optimiser steps of the autoencoder",
+    "decoder_steps": "further optimiser steps of its decoder",
+    "vae_batch_size": "scenes a step of the autoencoder",
+    "vae_learning_rate": "of AdamW, after warm-up and before decay",
+    "unet_steps": "optimiser steps of the UNet",
+    "unet_decay_steps": "the last of them, in which the learning rate falls to zero",
+    "unet_batch_size": "scenes a step of the UNet",
+    "unet_late_batch_size": "the same while the learning rate falls",
+    "unet_learning_rate": "of AdamW, after warm-up and before decay",
+    "scenes": "scenes that the UNet learns from",
+    "held_out": "scenes of the validation loss and of the autoencoder's errors",
+    "save_steps": "steps between two saved states, with a usable pipeline beside the UNet's",
+    "evaluation_batches": "batches of 16 prompts in the final measurement",
+    "inference_steps": "denoising steps of the samples",
+    "seed": "of weights, scenes, timesteps and noise",
+    "device": "torch device",
+    "only": "vae, decoder or unet: train that part alone; the last two need a finished vae, and can run side by side",
+    "fp32": "train without bf16 autocast",
+    "resume": "go on from the state in --output_dir",
+}
+
+
+def train_vae(args: Arguments) -> Training:
+    """The autoencoder, trained or loaded from its finished state."""
+    torch.manual_seed(args.seed)
+    vae = build_vae().to(args.device)
+    plan = Plan(
+        args.vae_steps, args.vae_batch_size, args.vae_learning_rate, ema=0.998, save_steps=args.save_steps,
+        bf16=not args.fp32,
+    )  # fmt: skip
+    training = Training(vae, plan, state_file(args, "vae"), args.seed, args.device, args.resume)
+    training.run("vae", vae_loss, lambda: reconstruction(vae, args.held_out))
+    training.finish()
+    return training
+
+
+def train_decoder(args: Arguments, vae: AutoencoderKL) -> Training:
+    """The autoencoder's decoder, trained further on latents that no longer change: it may run beside the UNet."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    plan = Plan(
+        args.decoder_steps, args.vae_batch_size, args.vae_learning_rate / 2, ema=0.998, save_steps=args.save_steps,
+        bf16=not args.fp32,
+    )  # fmt: skip
+    training = Training(vae, plan, state_file(args, "decoder"), args.seed + 1, args.device, args.resume)
+    training.run("decoder", vae_loss, lambda: reconstruction(vae, args.held_out))
+    training.finish()
+    return training
+
+
+def state_file(args: Arguments, name: str) -> Path:
+    return args.output_dir / "training" / f"{name}.pt"
+
+
+def assemble(args: Arguments, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """The pipeline with the trained parts and a fresh UNet, in float32."""
+    logging.set_verbosity_error()  # each loads one tower of a CLIP, and would report the other's weights as unexpected
+    first = CLIPTextModel.from_pretrained(args.clip_smaller, dtype=torch.float32)
+    second = CLIPTextModelWithProjection.from_pretrained(args.clip, dtype=torch.float32)
+    torch.manual_seed(args.seed + 1)
+    unet = build_unet(first.config.hidden_size + second.config.hidden_size, second.config.projection_dim)
+    pipe = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=CLIPTokenizer.from_pretrained(args.clip_smaller),
+        tokenizer_2=CLIPTokenizer.from_pretrained(args.clip),
+        unet=unet,
+        scheduler=build_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
+    """Trains the pipeline's UNet; the pipeline as it stands is written beside each saved state."""
+    folder = args.output_dir / "training"
+    sizes = {SPLIT: args.scenes, f"{SPLIT}-validation": args.held_out}
+    data = [cached_latents(pipe, split, args.seed, count, folder) for split, count in sizes.items()]
+    objective = NoisePrediction(*data)
+    plan = Plan(
+        steps=args.unet_steps,
+        batch=args.unet_batch_size,
+        learning_rate=args.unet_learning_rate,
+        decay=args.unet_decay_steps / args.unet_steps,
+        late_batch=args.unet_late_batch_size,
+        ema=0.999,
+        save_steps=args.save_steps,
+        bf16=not args.fp32,
+    )
+    training = Training(pipe.unet, plan, state_file(args, "unet"), args.seed, args.device, args.resume)
+
+    def export() -> None:
+        save_pipeline(pipe, args.output_dir)
+        write_samples(pipe, args.output_dir, 1, args.inference_steps)
+
+    training.run("unet", objective.loss, lambda: objective.validation(training), export)
+    training.finish()
+    return training
+
+
+def save_pipeline(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
+    """Writes a copy in float16; the pipeline itself keeps training."""
+    parts: dict[str, Any] = {name: deepcopy(part) for name, part in pipe.components.items()}
+    parts = {name: part.half() if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
+    copy = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    copy.save_pretrained(folder)
+    for number in ("", "_2"):
+        load_as_float32(folder / f"text_encoder{number}")
+        tokenizer = parts[f"tokenizer{number}"]
+        tokenizer.backend_tokenizer.no_padding()  # what the last prompts were padded and cut to
+        tokenizer.backend_tokenizer.no_truncation()
+        save_tokenizer(tokenizer, folder / f"tokenizer{number}")
+
+
+def main(args: Arguments) -> dict | None:
+    """Trains what isn't trained yet, measures, writes the folder; returns what results.json holds."""
+    if args.only not in ("", "vae", "decoder", "unet"):
+        raise ValueError(f"--only is {args.only!r}: give vae, decoder or unet, or leave it out to train all three")
+    (args.output_dir / "training").mkdir(parents=True, exist_ok=True)
+    trained = {"vae": train_vae(args)}
+    vae = trained["vae"].model
+    if args.only == "vae":
+        return None
+    vae.register_to_config(scaling_factor=measured_scaling_factor(vae, min(512, args.scenes)))
+    if args.only != "unet":
+        trained["decoder"] = train_decoder(args, vae)
+    if args.only == "decoder":
+        return None
+    pipe = assemble(args, vae)
+    trained["unet"] = train_unet(args, pipe)
+    if args.only == "unet":
+        return None
+
+    save_pipeline(pipe, args.output_dir)
+    write_samples(pipe, args.output_dir, 4, args.inference_steps)
+    shipped = StableDiffusionXLPipeline.from_pretrained(args.output_dir).to(args.device)
+    shipped.set_progress_bar_config(disable=True)
+    results = {
+        "minutes": {name: round(training.seconds / 60, 1) for name, training in trained.items()},
+        "steps": {name: training.step for name, training in trained.items()},
+        "parameters": parameters(shipped),
+        "seed": args.seed,
+        "scenes": args.scenes,
+        "scaling_factor": shipped.vae.config.scaling_factor,
+        "reconstruction": reconstruction(shipped.vae, args.held_out),
+        "validation_loss": trained["unet"].curve[-1]["validation_loss"],
+        "samples": evaluate(shipped, args.clip, args.evaluation_batches, args.inference_steps),
+    }
+    write_sdxl_card(args.output_dir, args, results, {name: training.curve for name, training in trained.items()})
+    return results
+
+
+def parameters(pipe: StableDiffusionXLPipeline) -> dict[str, int]:
+    parts: dict[str, torch.nn.Module] = {
+        name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
+    }
+    return {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(parse(Arguments, __doc__ or "", HELP)), indent=2))

@@ -1,0 +1,151 @@
+"""Makes uniform-tiny, a small language model that is given random tokens in place of masks, of llada-tiny: one that is
+blind to λ of one that sees it.
+
+    python examples/assets/makers/make_uniform_tiny.py                              # 10 to 20 minutes of one CPU core
+    python examples/assets/makers/make_uniform_tiny.py --output_dir outputs/trial --max_train_steps 100
+
+It starts from llada-tiny's weights, as Dream does from Qwen2.5's, and has its
+tokenizer, questions and checkpoint format; all weights are trained, with the objective of tiny_uniform.py. The
+benchmark of regimes fine-tunes it. A run that was stopped goes on with --resume.
+
+Written to --output_dir: model.safetensors, config.json, the tokenizer, README.md (the model card), training_curve.csv
+and .png, results.json; and training_state.pt, which --resume reads and nobody else needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from tiny_checkpoint import save_llada_checkpoint
+from tiny_curves import write_curve
+from tiny_data import LONGEST_TAIL, Rows, encode, training_and_validation
+from tiny_tokenizer import build_tokenizer
+from tiny_training import Plan, Training, parse
+from tiny_uniform import noise_tokens, uniform_corruption, uniform_loss
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nara_diffusion.dllm import load_backbone
+
+VALIDATION_BATCH = 256  # questions
+START = Path(__file__).parents[1] / "llada-tiny"
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # λ of the card's table
+CARD = Path(__file__).with_name("uniform_tiny_card.md")
+
+
+@dataclass
+class Arguments:
+    """What the command line sets; --help says what each is."""
+
+    output_dir: Path = Path("outputs/uniform-tiny")
+    max_train_steps: int = 1500
+    train_batch_size: int = 96
+    learning_rate: float = 2e-3
+    train_size: int = 40000
+    validation_size: int = 128
+    seed: int = 0
+    device: str = "cpu"
+    resume: bool = False
+
+
+HELP = {
+    "output_dir": "folder of the model",
+    "max_train_steps": "optimiser steps",
+    "train_batch_size": "questions a step",
+    "learning_rate": "of AdamW, after warm-up and before decay",
+    "train_size": "questions a family to learn from",
+    "validation_size": "held-out questions a family",
+    "seed": "of weights, questions, noise levels and tokens",
+    "device": "torch device",
+    "resume": "go on from the state in --output_dir",
+}
+
+
+def step_loss(model: PreTrainedModel, rows: Rows, tokens: Tensor, training: Training) -> dict[str, Tensor]:
+    """Of the present step, whose questions and noise follow from the seed and its number."""
+    generator = training.generator()
+    indices = torch.randint(len(rows.ends), (training.batch,), generator=generator)
+    tail = int(torch.randint(LONGEST_TAIL + 1, (), generator=generator))
+    first = training.step * training.batch
+    samples = range(first, first + len(indices))
+    return {"loss": _losses(model, rows, tokens, indices, tail, training.seed, samples).mean()}
+
+
+@torch.no_grad()
+def validation_loss(model: PreTrainedModel, rows: Rows, tokens: Tensor, seed: int, level: float | None = None) -> float:
+    """Over all `rows`, on noise that is the same at every call; of λ in (0, 1), or of one λ."""
+    parts = torch.arange(len(rows.ends)).split(VALIDATION_BATCH)
+    losses = [_losses(model, rows, tokens, part, 0, seed + 1, part.tolist(), level) for part in parts]
+    return torch.cat(losses).mean().item()
+
+
+def _losses(
+    model: PreTrainedModel,
+    rows: Rows,
+    tokens: Tensor,
+    indices: Tensor,
+    tail: int,
+    seed: int,
+    samples: Sequence[int],
+    level: float | None = None,
+) -> Tensor:
+    input_ids, prompt_lengths = (tensor.to(model.device) for tensor in rows.batch(indices, tail))
+    options: dict[str, Any] = {"seed": seed, "sample_indices": samples, "noise_level": level}
+    return uniform_loss(model, uniform_corruption(input_ids, prompt_lengths, tokens, **options))
+
+
+def write_card(args: Arguments, results: dict[str, Any]) -> None:
+    """README.md in --output_dir."""
+    figures = asdict(args) | results
+    figures["million"] = f"{results['parameters'] / 1e6:.2f}"
+    figures["minutes"] = f"{results['minutes']:.0f}"
+    figures["validation_loss"] = f"{results['validation_loss']:.3f}"
+    figures["levels"] = "\n".join(f"| {level} | {loss:.3f} |" for level, loss in results["losses"].items())
+    text = Template(CARD.read_text(encoding="utf-8")).substitute(figures)
+    (args.output_dir / "README.md").write_text(text, encoding="utf-8")
+
+
+def main(args: Arguments) -> dict:
+    """Trains, measures, writes the folder; returns what results.json holds."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    model, _ = load_backbone(str(START))
+    tokenizer = build_tokenizer()
+    tokens = noise_tokens(tokenizer)
+    learned, held_out = training_and_validation(args.train_size, args.validation_size, args.seed)
+    rows = encode(learned, tokenizer)
+    validation = encode([item for items in held_out.values() for item in items], tokenizer)
+    plan = Plan(args.max_train_steps, args.train_batch_size, args.learning_rate, decay=0.3, bf16=False)
+    training = Training(
+        model.to(args.device), plan, args.output_dir / "training_state.pt", args.seed, args.device, args.resume
+    )
+    training.run(
+        "training",
+        lambda now: step_loss(model, rows, tokens, now),
+        lambda: {"validation_loss": validation_loss(model, validation, tokens, args.seed)},
+        lambda: save_llada_checkpoint(model, tokenizer, args.output_dir),
+    )
+    model.eval()
+    results = {
+        "steps": training.step,
+        "minutes": round(training.seconds / 60, 1),
+        "seed": args.seed,
+        "parameters": model.num_parameters(),
+        "validation_loss": training.curve[-1]["validation_loss"],
+        "losses": {str(x): validation_loss(model, validation, tokens, args.seed, x) for x in LEVELS},
+    }
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    curve = args.output_dir / "training_curve"
+    write_curve(curve, training.curve, ("loss", "validation_loss"), "loss (nats a token)")
+    write_card(args, results)
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(parse(Arguments, __doc__, HELP)), indent=2))

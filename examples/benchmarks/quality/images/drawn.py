@@ -1,0 +1,15 @@
+"""What draws the subjects, from examples/assets/makers."""
+
+from __future__ import annotations
+
+import sys
+
+from quality.assets import MAKERS
+
+sys.path.append(str(MAKERS))
+
+from tiny_held_out import in_places, in_poses
+from tiny_places import PLACES
+from tiny_subjects import SUBJECTS
+
+__all__ = ["PLACES", "SUBJECTS", "in_places", "in_poses"]

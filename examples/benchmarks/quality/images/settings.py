@@ -1,0 +1,53 @@
+"""What an image run does: the arguments of train_scripts/dreambooth_sdxl.py, from defaults, method and overrides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.training.adapters.method_arguments import without_unread
+from quality.assets import ASSETS
+from quality.images.methods import BASE
+from quality.images.subjects import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
+from quality.suites import RANKS
+
+DEFAULTS: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(ASSETS / BACKBONE),
+    "resolution": SIZE[0],
+    "rank": RANKS["images"],
+    "train_batch_size": 5,
+    "max_train_steps": 120,
+    "learning_rate": 2e-3,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 0.05,
+    "stratified_timesteps": True,
+    "num_inference_steps": 12,
+    "guidance_scale": 2.5,
+    "num_validation_images": 3,
+    "sample_batch_size": 16,
+}
+
+
+def arguments(subject: str, method: str, seed: int, overrides: dict[str, Any]) -> DreamBoothArguments:
+    """Those of one run; overrides win over the defaults.
+
+    Raises:
+        ValueError: an unknown subject, an override that is no argument of the script, or whose value it refuses.
+    """
+    check_subject(subject)
+    data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
+    adapter = {} if method == BASE else {"adapter": method}
+    values = without_unread(DEFAULTS, adapter) | data | overrides | adapter | {"seed": seed}
+    unknown = sorted(values.keys() - DreamBoothArguments.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} is no argument of train_scripts/dreambooth_sdxl.py, which an image run has."
+        )
+    return DreamBoothArguments(**values)
+
+
+def settings(overrides: dict[str, Any]) -> dict[str, Any]:
+    """What a record keeps beside what it names itself: all that isn't the script's own default."""
+    named = ("pretrained_model_name_or_path", "rank", "max_train_steps", "learning_rate", "core_learning_rate")
+    return {name: value for name, value in (DEFAULTS | overrides).items() if name not in named}

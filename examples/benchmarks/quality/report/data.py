@@ -1,0 +1,161 @@
+"""Raw results → the numbers of the report: figures of each seed, and paired differences with their 95 % interval.
+
+The unit is the seed: runs of one seed share data order and noise, so that the difference of two methods is taken within
+a seed; the mean over domains is taken there too, and the interval (Student's t) is over the seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
+
+Record = Mapping[str, Any]
+Value = Callable[[Record], float | None]
+
+REQUIRED = ("suite", "stage", "backbone", "domain", "method", "seed", "validation_loss", "losses", "noise_levels")
+SAME_FOR_ALL_SEEDS = ("learning_rate", "core_learning_rate", "rank", "steps", "settings")
+
+
+class Arm(NamedTuple):
+    """What is compared: a method, or one of its controls."""
+
+    method: str
+    control: str | None = None
+
+
+def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """All lines of JSON Lines files.
+
+    Raises:
+        ValueError: no file, a line that isn't a JSON object, or one that lacks what every record has.
+    """
+    paths = list(paths)
+    if not paths:
+        raise ValueError("there are no results: run examples/benchmarks/benchmark_quality.py first.")
+    records = []
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                records.append(_record(line, f"{path}, line {number}"))
+    return records
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON ({error}): take the line out, and run the benchmark again.") from error
+    missing = [name for name in REQUIRED if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise ValueError(
+            f"{where} lacks {', '.join(missing)}: expected what examples/benchmarks/benchmark_quality.py writes."
+        )
+    return record
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Records of one suite, backbone and stage, each under its arm, domain and seed.
+
+    Attributes:
+        cells: {(arm, domain, seed): record}.
+    """
+
+    cells: Mapping[tuple[Arm, str, int], Record]
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Grid:
+        """A run that was repeated counts once: the last.
+
+        Raises:
+            ValueError: an arm was run with different settings on one domain, so that its seeds can't be pooled.
+        """
+        cells: dict[tuple[Arm, str, int], Record] = {}
+        for record in records:
+            arm = Arm(record["method"], record.get("control"))
+            cells[arm, record["domain"], record["seed"]] = record
+        _check_settings(cells)
+        return cls(cells)
+
+    @property
+    def arms(self) -> list[Arm]:
+        """In the order of their first record."""
+        return list(dict.fromkeys(arm for arm, _, _ in self.cells))
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(domain for _, domain, _ in self.cells))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for _, _, seed in self.cells})
+
+    def records(self, arm: Arm) -> list[Record]:
+        return [record for (own, _, _), record in self.cells.items() if own == arm]
+
+    def per_seed(self, arm: Arm, value: Value, domains: Sequence[str] | None = None) -> dict[int, float]:
+        """{seed: mean over `domains`}, default all; of seeds that have the value on them all."""
+        names = self.domains if domains is None else domains
+        found = {}
+        for seed in self.seeds:
+            cells = [self.cells.get((arm, name, seed)) for name in names]
+            values = [None if cell is None else value(cell) for cell in cells]
+            known = [each for each in values if each is not None]
+            if known and len(known) == len(names):
+                found[seed] = fmean(known)
+        return found
+
+    def spread(self, arm: Arm, value: Value, domains: Sequence[str] | None = None) -> Interval | None:
+        """Mean, deviation and interval over the seeds; None if there is no such run."""
+        values = list(self.per_seed(arm, value, domains).values())
+        return interval(values) if values else None
+
+    def difference(
+        self, arm: Arm, baseline: Arm, value: Value, domains: Sequence[str] | None = None
+    ) -> Interval | None:
+        """`arm` − `baseline`, paired over the seeds that both have; None without two of them."""
+        own, other = self.per_seed(arm, value, domains), self.per_seed(baseline, value, domains)
+        differences = [own[seed] - other[seed] for seed in own if seed in other]
+        return interval(differences) if len(differences) > 1 else None
+
+
+def _check_settings(cells: Mapping[tuple[Arm, str, int], Record]) -> None:
+    found: dict[tuple[Arm, str], dict[str, Any]] = {}
+    for (arm, domain, seed), record in cells.items():
+        settings = {name: record.get(name) for name in SAME_FOR_ALL_SEEDS}
+        known = found.setdefault((arm, domain), settings)
+        if settings != known:
+            changed = {name: (known[name], settings[name]) for name in settings if settings[name] != known[name]}
+            raise ValueError(
+                f"{arm.method} on {domain} was run with different settings, {changed} (seed {seed}): keep the runs of "
+                "one setting, or give the others another stage."
+            )
+
+
+def select(records: Iterable[Record], **wanted: Any) -> list[Record]:
+    """Records whose fields have these values."""
+    return [record for record in records if all(record.get(name) == value for name, value in wanted.items())]
+
+
+def distinct(records: Iterable[Record], name: str) -> list[Any]:
+    """The values of a field, in the order of their first record."""
+    return list(dict.fromkeys(record.get(name) for record in records))
+
+
+def clear_of_zero(found: Interval | None) -> bool:
+    """Whether the interval exists and doesn't hold zero."""
+    return found is not None and (found.low > 0 or found.high < 0)
+
+
+def below_zero(found: Interval | None) -> bool:
+    return found is not None and found.high < 0
+
+
+def above_zero(found: Interval | None) -> bool:
+    return found is not None and found.low > 0

@@ -1,0 +1,176 @@
+"""One run of the text benchmark: backbone × domain × method × seed → its records.
+
+from quality.text.runs import run_one
+
+run_one("llada-tiny", "arithmetic", "nara", seed=0, rank=2, steps=300, core_scale=1.0)
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nara_diffusion.dllm import load_backbone
+from nara_diffusion.dllm.loss import mask_token_of
+from quality.assets import ASSETS
+from quality.step_memory import step_memory_mib
+from quality.text.answers import answered_right
+from quality.text.controls import EVALUATED, check_control, while_evaluating, while_training
+from quality.text.data import EncodedDomain, encode_domain
+from quality.text.domains import DEFAULT_SIZES, Sizes, build_domain, sizes_of
+from quality.text.methods import BASE, adapted, adapter_arguments
+from quality.text.recipe import Recipe
+from quality.text.training import Trained, batches, objective, told, train
+from quality.text.validation import CENTRES, ValidationSet, binned_loss, validation_set
+from quality.variants import is_noise_aware
+
+TUNE = "tune"
+
+
+def run_one(backbone: str, domain: str, method: str, seed: int, **settings: Any) -> dict[str, Any]:
+    """The record of one run (see `text_records`), without those of the trained adapter under a wrong λ."""
+    return text_records(backbone, domain, method, seed, evaluated=(), **settings)[0]
+
+
+def text_records(
+    backbone: str,
+    domain: str,
+    method: str,
+    seed: int,
+    *,
+    stage: str = "main",
+    control: str | None = None,
+    evaluated: tuple[str, ...] | None = None,
+    sizes: Sizes | Mapping[str, int] = DEFAULT_SIZES,
+    keep_model: bool = False,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Trains once, and measures: as it is, and under each control that needs no training of its own.
+
+    Args:
+        backbone: a folder of examples/assets, "llada-tiny", or any path that `load_backbone` takes.
+        domain: of `DOMAINS`, or one family of questions alone.
+        method: a value of the train scripts' --adapter, or "base", the backbone as it is.
+        seed: of initialisation, data order, λ and masks.
+        stage: "tune" measures the loss on questions that the other stages don't see, and no exact match.
+        control: None, "constant" or "shuffled": the λ that training sees.
+        evaluated: controls of the trained adapter; None means all of them where they mean something.
+        sizes: questions of the domain's parts.
+        keep_model: put the trained model into the first record, as "model".
+        **settings: fields of `Recipe`, or arguments of the adapter as train_scripts/dllm.py has them.
+
+    Raises:
+        ValueError: an unknown name, or a setting that can't be.
+        ArithmeticError: training diverged.
+    """
+    recipe = Recipe.of(**settings)
+    check_control(method, control)
+    if method != BASE:
+        adapter_arguments(method, recipe)  # refuses what is wrong before anything is loaded
+    started = time.perf_counter()
+    task = load_task(backbone, domain, sizes_of(sizes))
+    torch.manual_seed(seed)
+    model = adapted(copy.deepcopy(task.model), method, recipe)
+    trained = None
+    if method != BASE:
+        with while_training(model, control, seed):
+            trained = train(model, task.data.train, recipe, seed)
+    common = description(backbone, domain, method, seed, stage, recipe)
+    common |= size(model, task, recipe) | _time(recipe, trained)
+    if evaluated is None:
+        evaluated = EVALUATED if is_noise_aware(method) and control is None and stage != TUNE else ()
+    records = []
+    for name in (control, *evaluated):
+        figures = _measure(model, task, recipe, name, stage)
+        seconds = round(time.perf_counter() - started, 2)  # with the records before it
+        records.append({**common, "control": name, **figures, "seconds": seconds})
+    return [{**records[0], "model": model}, *records[1:]] if keep_model else records
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs of a backbone and a domain share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: EncodedDomain
+    tuning: ValidationSet
+    validation: ValidationSet
+
+
+@cache
+def load_task(backbone: str, domain: str, sizes: Sizes = DEFAULT_SIZES) -> Task:
+    """Loads and encodes once a process."""
+    model, tokenizer = _backbone(backbone)
+    data = encode_domain(build_domain(domain, sizes), tokenizer)
+    mask = mask_token_of(model)
+    return Task(model, tokenizer, data, validation_set(data.tuning, mask), validation_set(data.validation, mask))
+
+
+@cache
+def _backbone(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = ASSETS / name
+    return load_backbone(str(folder if folder.exists() else name))
+
+
+def description(backbone: str, domain: str, method: str, seed: int, stage: str, recipe: Recipe) -> dict[str, Any]:
+    """What a record says of a run before it began."""
+    is_trained = method != BASE
+    return {
+        "suite": "text",
+        "stage": stage,
+        "backbone": backbone,
+        "domain": domain,
+        "method": method,
+        "seed": seed,
+        "learning_rate": recipe.learning_rate if is_trained else None,
+        "core_learning_rate": recipe.core_learning_rate if method.startswith("nara") else None,
+        "rank": recipe.rank if method not in (BASE, "full", "prompt_tuning", "p_tuning") else None,
+        "steps": recipe.steps if is_trained else 0,
+        "settings": recipe.settings() if is_trained else {},
+    }
+
+
+def size(model: nn.Module, task: Task, recipe: Recipe) -> dict[str, Any]:
+    """How many numbers are trained, and the memory of a step of it (none of the backbone as it is)."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not parameters:
+        return {"trainable_parameters": 0, "peak_memory_mib": None}
+    batch = next(batches(task.data.train, recipe, 0, mask_token_of(model)))
+    model.train()
+    memory = step_memory_mib(model, lambda: objective(model, batch, batch.noise_level))
+    model.eval()
+    return {"trainable_parameters": parameters, "peak_memory_mib": round(memory, 2)}
+
+
+def _time(recipe: Recipe, trained: Trained | None) -> dict[str, Any]:
+    if trained is None:
+        return {"step_ms": None, "train_loss": None}
+    last = trained.losses[-max(1, recipe.steps // 10) :]
+    return {"step_ms": round(trained.step_ms, 2), "train_loss": round(sum(last) / len(last), 6)}
+
+
+def _measure(model: nn.Module, task: Task, recipe: Recipe, control: str | None, stage: str) -> dict[str, Any]:
+    """Loss in each bin, and the share of right answers, of a model under an evaluation's control."""
+    rows = task.tuning if stage == TUNE else task.validation
+    with while_evaluating(model, control):
+        loss = binned_loss(model, rows, lambda batch: told(batch, recipe))
+        right = None if stage == TUNE else answered_right(model, task.tokenizer, task.data.test)
+    return {
+        "noise_levels": CENTRES,
+        "losses": [round(value, 6) for value in loss.losses],
+        "loss_errors": [round(value, 6) for value in loss.errors],
+        "validation_loss": round(loss.mean, 6),
+        "validation_error": round(loss.mean_error, 6),
+        "exact_match": right,
+        "n": len(task.data.tuning if stage == TUNE else task.data.validation),
+        "n_exact_match": 0 if stage == TUNE else len(task.data.test),
+    }

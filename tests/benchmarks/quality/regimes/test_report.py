@@ -1,0 +1,128 @@
+"""The verdict of the confirmation seeds, against differences and Student's t by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+from quality import results
+from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, PLAN, Planned
+from quality.regimes.report import conditions, confirmed, report
+from quality.regimes.runs import Cell, Run
+
+ARMS = ("lora", "lora_params", "dora", "nara", "nara_constant", "nara_shuffled")
+PLANNED = Planned(Cell("eps_to_v", "attention", 4, 200), ARMS)
+WINDOWED = Planned(Cell("subject_low", "attention", 4, 200), (*ARMS, "lora_gated", "lora_gated_samples", "nara_gated"))
+GAIN = {"nara": 0.05, "nara_gated": 0.2}
+
+
+def records(planned=PLANNED, seeds=CONFIRM_SEEDS):
+    """NaRA is better by 0.05 and a little that depends on the seed; all else is as LoRA is."""
+    return [_record(planned, arm, seed) for seed in seeds for arm in planned.arms]
+
+
+def _record(planned, arm, seed):
+    score = 0.4 + 0.01 * seed - GAIN.get(arm, 0) + 0.001 * (seed % 3) * (arm == "nara")
+    found = {"stage": CONFIRM, **Run(planned.cell, arm, seed, {"learning_rate": 1.0}).named, "trainable_parameters": 9}
+    found |= {"score": score, "losses": [score + bin for bin in range(10)], "drifts": [score / 2] * 10}
+    if arm == "nara":
+        found["mean_core"] = {"score": score + 0.1, "losses": [score + 0.1 + bin for bin in range(10)]}
+        found["mean_core"]["drifts"] = [score] * 10
+    return found
+
+
+def test_a_difference_is_paired_over_seeds_with_students_interval():
+    found = confirmed(PLANNED, records()).difference("nara", "lora")
+    values = [-0.05 + 0.001 * (seed % 3) for seed in CONFIRM_SEEDS]
+    mean = sum(values) / 10
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 9)
+    assert found.mean == pytest.approx(mean)
+    assert found.high - found.mean == pytest.approx(2.262157 * deviation / math.sqrt(10), rel=1e-5)
+
+
+def test_all_conditions_are_met_where_they_are():
+    found = conditions(confirmed(PLANNED, records()), "nara")
+    assert found == dict.fromkeys(
+        (
+            "below lora",
+            "below lora_params",
+            "below dora",
+            "below lora in every bin",
+            "nara_constant is worse",
+            "nara_shuffled is worse",
+            "nara mean_core is worse",
+        ),
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arm", "change", "failed"),
+    [
+        ("lora_params", lambda r: r | {"score": r["score"] - 0.06}, "below lora_params"),
+        ("dora", lambda r: r | {"score": r["score"] - 0.1 * (r["seed"] % 2)}, "below dora"),
+        ("nara_shuffled", lambda r: r | {"score": r["score"] - 0.05}, "nara_shuffled is worse"),
+        ("nara", lambda r: r | {"mean_core": r["mean_core"] | {"score": r["score"]}}, "nara mean_core is worse"),
+        ("nara", lambda r: r | {"losses": [*r["losses"][:9], r["losses"][9] + 1]}, "below lora in every bin"),
+    ],
+)
+def test_a_condition_that_is_not_met_is_named(arm, change, failed):
+    changed = [change(each) if each["arm"] == arm else each for each in records()]
+    found = conditions(confirmed(PLANNED, changed), "nara")
+    assert [name for name, met in found.items() if not met] == [failed]
+
+
+def test_a_windowed_regime_is_judged_against_the_gate_and_by_drift_outside():
+    found = conditions(confirmed(WINDOWED, records(WINDOWED)), "nara")
+    assert found["below lora_gated"] is True
+    assert found["below lora_gated_samples"] is True
+    assert found["below lora in every bin"] is True
+    worse = lambda r: r | {"drifts": [*r["drifts"][:9], 9.0]} if r["arm"] == "nara" else r  # noqa: E731
+    assert conditions(confirmed(WINDOWED, map(worse, records(WINDOWED))), "nara")["below lora in every bin"] is False
+    unused = lambda r: r | {"losses": [*r["losses"][:9], 99.0]} if r["arm"] == "nara" else r  # noqa: E731
+    assert conditions(confirmed(WINDOWED, map(unused, records(WINDOWED))), "nara")["below lora in every bin"] is True
+
+
+def test_runs_that_are_missing_or_diverged_leave_a_condition_open():
+    diverged = [r | {"score": None, "losses": None} if (r["arm"], r["seed"]) == ("dora", 203) else r for r in records()]
+    assert conditions(confirmed(PLANNED, diverged), "nara")["below dora"] is None
+    missing = [each for each in records() if each["arm"] != "nara_constant"]
+    assert conditions(confirmed(PLANNED, missing), "nara")["nara_constant is worse"] is None
+
+
+def test_report_has_a_section_for_each_cell_with_runs_and_none_for_development():
+    text = report([PLANNED, WINDOWED], records())
+    assert text.count("###") == 1
+    assert "### eps_to_v: attention, rank 4, 200 steps (10 seeds)" in text
+    assert "| nara mean_core |" in text
+    assert "**nara wins: yes.** below lora: yes;" in text
+    development = [each | {"stage": "dev"} for each in records()]
+    assert report(PLAN, development) == "No confirmation run is there yet."
+
+
+def test_report_of_samples_is_paired_as_scores_are():
+    def drawn(each):
+        better = 0.1 * (each["arm"] == "nara")
+        return each | {"alignment": 0.01 * (each["seed"] % 10) + better, "retrieval": 0.5}
+
+    text = report([PLANNED], [drawn(each) for each in records()])
+    assert "| nara | 0.145 ± 0.030 | **+0.100** ± 0.000 | 0.500 ± 0.000 | 0.000 ± 0.000 |" in text
+    assert "| lora | 0.045 ± 0.030 | – | 0.500 ± 0.000 | – |" in text
+    assert text.count("| nara mean_core |") == 1  # of which nothing was drawn
+    assert "| samples |" not in report([PLANNED], records())
+
+
+def test_report_of_a_cell_without_all_its_runs_says_no_figure():
+    text = report([PLANNED], records()[:-1])
+    assert text == (
+        "### eps_to_v: attention, rank 4, 200 steps (10 seeds)\n\n"
+        "59 of 60 runs are there; nothing is said before all are."
+    )
+
+
+def test_the_page_of_results_is_what_the_records_say():
+    """Made again by `benchmark_regimes.py --report`."""
+    root = Path(__file__).parents[4]
+    page = (root / "docs" / "results" / "regimes.md").read_text(encoding="utf-8")
+    assert page.endswith(
+        "\n\n" + report(PLAN, results.read(root / "examples" / "benchmarks" / "results" / "regimes.jsonl")) + "\n"
+    )
