@@ -15,6 +15,7 @@ Regimes, on the sdxl-tiny that comes with the project:
     zero_snr       … v, on a schedule with zero terminal SNR
     subject_low    a subject is learnt where λ < 0.5, and the base is to stay elsewhere
     subject_high   a subject is learnt where λ ≥ 0.5, and the base is to stay elsewhere
+    two_conditions one subject is learnt where λ < 0.5 and another where λ ≥ 0.5, with the same prompt
 
 and on uniform-tiny and llada-tiny:
 

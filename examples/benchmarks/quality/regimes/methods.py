@@ -4,6 +4,7 @@ base             nothing: what the others start from; its samples are drawn with
 lora_params      LoRA of the smallest rank that has at least as many parameters as NaRA
 nara_constant    NaRA, trained and evaluated with λ = 0.5
 nara_shuffled    NaRA, trained with the λ of other samples, evaluated with the true one
+lora_switched    two LoRAs of the cell's rank, one below λ = 0.5 and one above (regime "two conditions")
 lora_gated           LoRA, trained inside the window alone and switched off outside (regime "windowed")
 lora_gated_samples   the same with half of the steps: as many samples of the window as the other arms have
 nara_gated, nara_gated_samples   the same with NaRA
@@ -31,6 +32,7 @@ class Arm:
     equal_parameters: whether its rank is that at which it has as many parameters as NaRA.
     gated: whether it exists inside the window alone.
     share: of the cell's steps that it has.
+    bins: LoRAs of which λ chooses one, None for the method's own number.
     """
 
     method: str
@@ -38,6 +40,7 @@ class Arm:
     equal_parameters: bool = False
     gated: bool = False
     share: float = 1.0
+    bins: int | None = None
 
     @property
     def has_core(self) -> bool:
@@ -52,6 +55,7 @@ ARMS: dict[str, Arm] = {
     "nara_constant": Arm("nara", control="constant"),
     "nara_shuffled": Arm("nara", control="shuffled"),
     "lora_gated": Arm("lora", gated=True),
+    "lora_switched": Arm("multi_lora", bins=2),
     "nara_gated": Arm("nara", gated=True),
     "lora_gated_samples": Arm("lora", gated=True, share=0.5),
     "nara_gated_samples": Arm("nara", gated=True, share=0.5),
@@ -91,4 +95,5 @@ def trainable_parameters(model: Any) -> int:
 def _settings(arm: Arm, targets: str, rank: int, backbone: Backbone) -> dict[str, Any]:
     if arm.method in (BASE, "full"):
         return {}
-    return {"rank": rank, "target_modules": list(backbone.targets[targets])}
+    bins = {} if arm.bins is None else {"core_bins": arm.bins}
+    return {"rank": rank, "target_modules": list(backbone.targets[targets]), **bins}

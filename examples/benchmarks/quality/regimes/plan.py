@@ -22,7 +22,7 @@ _PLAIN = rates(2e-3, 5e-3, 1e-2, 2e-2)
 _KNOTS = with_core((5e-3, 2.5e-3), (5e-3, 1e-2), (1e-2, 2.5e-3), (1e-2, 1e-2))
 _NARA = with_core((5e-3, 1e-3), (5e-3, 2.5e-3), (1e-2, 1e-3), (1e-2, 2.5e-3))
 TRIALS: dict[str, tuple[Settings, ...]] = {
-    **dict.fromkeys(("lora", "lora_params", "dora", "multi_lora", "tlora"), _PLAIN),
+    **dict.fromkeys(("lora", "lora_params", "dora", "multi_lora", "tlora", "lora_switched"), _PLAIN),
     **dict.fromkeys(("nara", "nara_dora"), _NARA),
     "nara_knots": _KNOTS,
     "base": (),
@@ -92,6 +92,7 @@ PLAN: tuple[Planned, ...] = (
     *(Planned(Cell(name, "attention", 4, 200), _MOST) for name in _OTHERS),
     Planned(Cell("subject_low", "attention", 4, 200), (*_MOST, *_GATED)),
     Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, *_GATED)),
+    Planned(Cell("two_conditions", "attention", 4, 200), (*_LEADING, "nara_knots", "lora_switched", *_ABLATIONS)),
     Planned(Cell(_TO_V, "all", 4, 200), _MOST),
     *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),

@@ -22,6 +22,8 @@ from quality.report.markdown import change, spread, table
 
 PEERS = ("lora", "lora_params", "dora")
 ABLATIONS = ("nara_constant", "nara_shuffled")
+SIMPLER = ("lora_gated", "lora_switched")
+"""Peers of single regimes, which know λ by a switch."""
 CANDIDATES = ("nara", "nara_dora", "nara_knots")
 """Which may win a regime, the published one first."""
 DRAWN = ("alignment", "retrieval")
@@ -86,9 +88,7 @@ def conditions(cell: Confirmed, candidate: str) -> dict[str, bool | None]:
     """{condition of the plan: whether `candidate` meets it}, None where runs are missing."""
     ablations = (*(ABLATIONS if candidate == "nara" else ()), with_mean_core(candidate))
     found = {f"below {peer}": _below(cell, candidate, peer) for peer in PEERS}
-    found |= {
-        f"below {peer}": _below(cell, candidate, peer) for peer in cell.planned.arms if peer.startswith("lora_gated")
-    }
+    found |= {f"below {peer}": _below(cell, candidate, peer) for peer in cell.planned.arms if peer.startswith(SIMPLER)}
     lower = [each and each.mean < 0 for each in cell.bins(candidate, "lora")]
     found["below lora in every bin"] = None if None in lower else all(lower)
     return found | {f"{name} is worse": _below(cell, candidate, name) for name in ablations}

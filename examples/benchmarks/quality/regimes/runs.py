@@ -17,11 +17,13 @@ from quality.images.methods import BASE
 from quality.images.training import optimize
 from quality.regimes.backbones import Backbone
 from quality.regimes.conversion import Conversion
+from quality.regimes.data import subject_data
 from quality.regimes.methods import ARMS, MEAN_CORE, arm_arguments, build, trainable_parameters
 from quality.regimes.objectives import CONVERSIONS
 from quality.regimes.text.corruption import MASKED, REPLACED
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
+from quality.regimes.two_conditions import TwoConditions
 from quality.regimes.windowed import HIGH, LOW, Windowed
 
 DIGITS = 6  # of a figure in a record
@@ -40,8 +42,10 @@ class Regime(Protocol):
 
 REGIMES: dict[str, Regime] = {
     **{name: Conversion(name) for name in CONVERSIONS},
+    "subject": Conversion("eps", subject_data),
     "subject_low": Windowed(LOW),
     "subject_high": Windowed(HIGH),
+    "two_conditions": TwoConditions(),
     "blind_open": Denoising(REPLACED, open_data),
     "blind_determined": Denoising(REPLACED, determined_data),
     "seen_open": Denoising(MASKED, open_data),

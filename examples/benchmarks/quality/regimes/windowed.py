@@ -69,14 +69,18 @@ class Windowed:
         level = timestep / LEVELS
         return (level >= self.window[0]) & (level < self.window[1])
 
-    def figures(self, unet: Any, gated: bool = False) -> dict[str, Any]:
-        """losses: of each bin over the base's; drifts: of each bin; inside, drift; score: their sum."""
+    def held_out(self) -> list[HeldOut]:
+        """One batch a bin of λ, the same for every method and seed."""
         data = self.load()
         objective = build_conversion("eps", data.pipe.scheduler)
+        return [each.corrupted(objective) for each in data.held_out]
+
+    def figures(self, unet: Any, gated: bool = False) -> dict[str, Any]:
+        """losses: of each bin over the base's; drifts: of each bin; inside, drift; score: their sum."""
+        base = self.load().pipe.unet
         losses, drifts = [], []
-        for centre, clean in zip(bin_centres(), data.held_out, strict=True):
-            adapted = data.pipe.unet if gated and not self.has(centre) else unet
-            share, drift = _shares(adapted, data.pipe.unet, clean.corrupted(objective))
+        for centre, held_out in zip(bin_centres(), self.held_out(), strict=True):
+            share, drift = _shares(base if gated and not self.has(centre) else unet, base, held_out)
             losses.append(share)
             drifts.append(drift)
         inside = fmean(x for x, centre in zip(losses, bin_centres(), strict=True) if self.has(centre))

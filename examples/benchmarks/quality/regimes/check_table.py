@@ -1,0 +1,71 @@
+"""What nara-check said beside what the confirmation seeds found, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from nara_diffusion.check.verdict import LIKELY, UNLIKELY
+from quality.regimes.check_rows import ROWS
+from quality.regimes.plan import PLAN
+from quality.regimes.report import Confirmed, confirmed
+from quality.report.data import below_zero
+from quality.report.markdown import table
+
+Record = Mapping[str, Any]
+RIGHT, WRONG, OPEN = "right", "**wrong**", "–"
+ALONE = {"subject": False}
+"""{row: whether λ pays}, of what RESULTS.md answers and not a regime of the plan."""
+
+
+def check_table(records: Sequence[Record], known: Sequence[Record]) -> str:
+    """A line a record, in the order of `ROWS`."""
+    order = list(ROWS)
+    rows = [_row(record, known) for record in sorted(records, key=lambda r: (order.index(r["row"]), r["seed"]))]
+    header = ["regime", "seed", "known", "against LoRA", "against NaRA without λ", "repeats", "verdict", "is it?"]
+    return table(header, rows)
+
+
+def _row(record: Record, known: Sequence[Record]) -> list[str]:
+    cell = _confirmed(record["row"], known)
+    differences = [_described(record["differences"][other]) for other in ("lora", "untold")]
+    verdict, pays = record["verdict"], _pays(record["row"], cell)
+    named = [record["row"], str(record["seed"]), _known(record["row"], cell), *differences, str(record["repeats"])]
+    return [*named, verdict, _judged(verdict, pays)]
+
+
+def _judged(verdict: str, pays: bool | None) -> str:
+    if pays is None or verdict not in (LIKELY, UNLIKELY):
+        return OPEN
+    return RIGHT if (verdict == LIKELY) == pays else WRONG
+
+
+def _confirmed(row: str, known: Sequence[Record]) -> Confirmed | None:
+    """The confirmation of the row's cell, if all its runs are there."""
+    cells = [confirmed(planned, known) for planned in PLAN if planned.cell == ROWS[row]]
+    return cells[0] if cells and cells[0].is_whole else None
+
+
+def _pays(row: str, cell: Confirmed | None) -> bool | None:
+    """Whether NaRA is below LoRA and below itself without λ, both clear of zero; None where it isn't known."""
+    if cell is None:
+        return ALONE.get(row)
+    found = [cell.difference("nara", other) for other in ("lora", "nara_constant") if other in cell.planned.arms]
+    return all(each is not None and below_zero(each) for each in found)
+
+
+def _known(row: str, cell: Confirmed | None) -> str:
+    """The relative difference of NaRA's and LoRA's mean scores."""
+    if cell is None:
+        return "no gain" if ALONE.get(row) is False else "open"
+    nara, lora = (fmean(r["score"] for (name, _), r in cell.records.items() if name == arm) for arm in ("nara", "lora"))
+    return f"{_percent(nara / lora - 1)}, {'pays' if _pays(row, cell) else 'no gain from λ'}"
+
+
+def _described(difference: Mapping[str, float]) -> str:
+    return f"{_percent(difference['mean'])} ({_percent(difference['low'])} to {_percent(difference['high'])})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "−")

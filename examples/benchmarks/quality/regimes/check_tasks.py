@@ -1,0 +1,106 @@
+"""A regime as nara-check sees a training: the regime's own data and loss, judged on its own held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nara_diffusion.check.trial import CheckTask, published
+from nara_diffusion.dllm.masking import MaskedBatch
+from nara_diffusion.dreambooth.denoiser import predict
+from nara_diffusion.dreambooth.objectives import squared_errors
+from quality.images.held_out import BINS, HeldOut
+from quality.regimes.methods import arm_arguments, build
+from quality.regimes.objectives import LEVELS
+from quality.regimes.runs import REGIMES, Cell
+from quality.regimes.text.corruption import token_losses
+from quality.regimes.text.denoising import Denoising
+from quality.regimes.text.models import logits_of
+from quality.regimes.windowed import Windowed
+
+Samples = tuple[Tensor, Tensor]
+"""λ and loss (n,) of held-out samples."""
+Measured = Callable[[Any], Samples]
+"""… of a model."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a check asks of a step, and of held-out samples; see `nara_diffusion.training.loop.StepLoss`."""
+
+    loss: Tensor
+    per_sample: Tensor
+    noise_level: Tensor
+    split: None = None
+
+
+def check_task(cell: Cell, rates: dict[str, float], seed: int) -> CheckTask:
+    """The training of a cell's NaRA, with `rates`."""
+    regime = REGIMES[cell.regime]
+    options = {"targets": cell.targets, "rank": cell.rank, "steps": cell.steps}
+    args: Any = published(arm_arguments("nara", **options, seed=seed, backbone=regime.backbone, **rates))
+    torch.manual_seed(seed)
+    model = build("nara", args, regime.backbone).train()
+    step = regime.loss(regime.backbone.controlled(model, None, seed), args)
+    size = args.train_batch_size
+    measured = [list(parts) for parts in _measured(cell.regime, size)]
+
+    def loss(positions: Sequence[int]) -> Losses:
+        value = step(positions[0] // size)
+        return Losses(value, value[None], torch.zeros(1))
+
+    def held_out(positions: Sequence[int]) -> Losses:
+        """A chunk of positions is a part of one bin of λ: of the next bin for the next chunk."""
+        chunk = positions[0] // size
+        parts = measured[chunk % BINS]
+        levels, losses = parts[chunk // BINS % len(parts)](model)
+        return Losses(losses.mean(), losses, levels)
+
+    return CheckTask(model, model.peft_config["default"], args, loss, held_out, size, size)
+
+
+def _measured(name: str, size: int) -> list[Iterator[Measured]]:
+    """The held-out samples of each bin of λ, in parts of `size`."""
+    regime: Any = REGIMES[name]
+    parts: Any = _text_parts if isinstance(regime, Denoising) else _image_parts
+    return [parts(regime, batch, size) for batch in regime.held_out()]
+
+
+def _image_parts(regime: Any, batch: HeldOut, size: int) -> Iterator[Measured]:
+    count = max(1, len(batch.kinds) // size)
+    for first in range(count):
+        rows = _with_base_outside(regime, batch.rows(slice(first, None, count)))
+        yield lambda unet, rows=rows: (rows.batch.timestep / LEVELS, squared_errors(_predicted(unet, rows), rows.batch))
+
+
+def _with_base_outside(regime: Any, rows: HeldOut) -> HeldOut:
+    """What is to be learnt: outside of a window, what the base says."""
+    if not isinstance(regime, Windowed):
+        return rows
+    base = regime.load().pipe.unet
+    inside = regime.contains(rows.batch.timestep)[:, None, None, None]
+    target = torch.where(inside, rows.batch.target, _predicted(base, rows))
+    return replace(rows, batch=replace(rows.batch, target=target))
+
+
+@torch.no_grad()
+def _predicted(unet: Any, rows: HeldOut) -> Tensor:
+    return predict(unet, rows.batch.model_input, rows.batch.timestep, rows.time_ids, rows.embeddings)
+
+
+def _text_parts(regime: Denoising, batch: MaskedBatch, size: int) -> Iterator[Measured]:
+    count = max(1, len(batch.input_ids) // size)
+    for first in range(count):
+        chosen = {name: value if value is None else value[first::count] for name, value in vars(batch).items()}
+        yield lambda model, rows=MaskedBatch(**chosen): (rows.noise_level, _text_losses(regime, model, rows))
+
+
+@torch.no_grad()
+def _text_losses(regime: Denoising, model: Any, rows: MaskedBatch) -> Tensor:
+    """The mean over the tokens that count, (n,); 0 where a sample has none."""
+    counted = regime.corruption.counted(rows)
+    return (token_losses(logits_of(model, rows), rows) * counted).sum(1) / counted.sum(1).clamp(min=1)
