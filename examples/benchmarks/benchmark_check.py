@@ -6,9 +6,9 @@
     python examples/benchmark_check.py --report                       # verdicts beside what was found, as Markdown
 
 A row is a regime and what is adapted in it, "eps_to_v" or "eps_to_v:all". Trials, rules and defaults are nara-check's
-own: short trainings of 100 steps at rank 4 and the rate 1e-2, of the core 2.5e-3 (1e-3 in text), in three to six repeats;
-data, loss and held-out samples are the regime's. What is known is from the confirmation seeds of --known, after 200
-steps at the best rate of each method. Each row becomes one line of --output; give the same command again to go on.
+own: short trainings of 100 steps at rank 4 and the rate 1e-2, of the core 2.5e-3 (1e-3 in text), in three to six
+repeats; data, loss and held-out samples are the regime's. What is known is from the confirmation seeds in --known,
+after 200 steps at each method's best rate. Each row becomes one line of --output; give the same command again to go on.
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ def _text_parts(regime: Denoising, batch: MaskedBatch, size: int) -> Iterator[Me
     count = max(1, len(batch.input_ids) // size)
     for first in range(count):
         chosen = {name: value if value is None else value[first::count] for name, value in vars(batch).items()}
-        yield lambda model, rows=MaskedBatch(**chosen): (rows.noise_level, _text_losses(regime, model, rows))
+        rows = MaskedBatch(**chosen)
+        yield lambda model, rows=rows: (rows.noise_level, _text_losses(regime, model, rows))
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ class TwoConditions:
 
 
 def joined(below: Batch, above: Batch) -> Batch:
-    """Rows of `below` where λ < `SWITCH`, of `above` elsewhere; prompts, noise levels and noise are the same in both."""
+    """Rows of `below` where λ < `SWITCH`, of `above` elsewhere, with the prompts of `below`; λ and noise are shared."""
     is_below = below.corrupted.timestep < SWITCH * LEVELS  # (b,)
 
     def chosen(one: Tensor, other: Tensor) -> Tensor:  # (b, …)
