@@ -1,9 +1,9 @@
 """Is nara-check right where the answer is known? Runs it on the regimes of docs/results/regimes_plan.md.
 
-    python examples/benchmark_check.py --dry_run                      # the rows that are left
-    python examples/benchmark_check.py                                # each two to eight minutes of one core
-    python examples/benchmark_check.py --rows eps_to_v subject --seeds 1
-    python examples/benchmark_check.py --report                       # verdicts beside what was found, as Markdown
+    python examples/benchmarks/benchmark_check.py --dry_run        # the rows that are left
+    python examples/benchmarks/benchmark_check.py                  # each two to eight minutes of a core
+    python examples/benchmarks/benchmark_check.py --rows eps_to_v subject --seeds 1
+    python examples/benchmarks/benchmark_check.py --report         # verdicts beside what was found, as Markdown
 
 A row is a regime and what is adapted in it, "eps_to_v" or "eps_to_v:all". Trials, rules and defaults are nara-check's
 own: short trainings of 100 steps at rank 4 and the rate 1e-2, of the core 2.5e-3 (1e-3 in text), in three to six

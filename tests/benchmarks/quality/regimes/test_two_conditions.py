@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quality.images.subjects import ASSETS, SUBJECTS, instance_prompt
+from quality.assets import ASSETS
+from quality.images.subjects import SUBJECTS, instance_prompt
 from quality.images.training import ControlledDenoiser
 from quality.regimes.batches import batches
 from quality.regimes.methods import arm_arguments, build
