@@ -27,6 +27,7 @@ class Thresholds:
 
 
 THRESHOLDS = Thresholds()
+"""Those that `judge` reads unless it is given others."""
 
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
 

@@ -85,11 +85,15 @@ def masked_diffusion_loss(
             `__call__`.
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
         prompt_lengths: (b,) tokens before the answer.
-        attention_mask, answer_lengths: where the answers end, one of the two; at l if neither is given.
+        attention_mask: (b, l), 1 on prompt and answer, 0 on the padding to their right.
+        answer_lengths: (b,), the other way to say where answers end; at l if neither is given.
         noise_level: λ in (0, 1], (b,) or one number, instead of drawing it.
-        generator, seed, sample_indices: random numbers; `seed` with the samples' indices in the training stream
-            makes them the same at any number of processes (see `nara_diffusion.dllm.masking`).
-        stratified, group_size: stratify λ over each `group_size` consecutive indices (default: over this batch).
+        generator: source of the seed where `seed` is None.
+        seed: with `sample_indices`, makes random numbers the same at any number of processes (see
+            `nara_diffusion.dllm.masking`).
+        sample_indices: (b,) indices of the samples in the training stream.
+        stratified: whether drawn λ are stratified over each `group_size` consecutive indices.
+        group_size: by default the batch.
         complementary: train on every sequence twice, with complementary masks.
         window: that λ is drawn from; outside of it the model's base is held, if the window says so.
         mask_token_id: default `model.config.mask_token_id`.

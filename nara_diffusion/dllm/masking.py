@@ -92,8 +92,10 @@ def mask_answers(
         answer_lengths: (b,), the other way to say the same.
         noise_level: λ in (0, 1], (b,) or one number; drawn if None.
         generator: source of the seed where `seed` is None.
-        seed, sample_indices: key of the random numbers, and the (b,) indices of the samples in the training stream.
-        stratified, group_size: stratify drawn λ over groups of consecutive indices (default: the batch).
+        seed: key of the random numbers, with `sample_indices`.
+        sample_indices: (b,) indices of the samples in the training stream.
+        stratified: whether drawn λ are stratified over each `group_size` consecutive indices.
+        group_size: by default the batch.
         complementary: return 2b rows, the second half with the complementary masks.
         window: of drawn λ.
 

@@ -52,7 +52,8 @@ def mask_density(masked: torch.Tensor, answer: torch.Tensor, radius: int) -> tor
     without masks, count 0.
 
     Args:
-        masked, answer: (b, l) bool; positions outside the answer are nobody's neighbours.
+        masked: (b, l) bool.
+        answer: (b, l) bool; positions outside of it are nobody's neighbours.
         radius: R ≥ 1, in tokens.
     """
     window = torch.ones(1, 1, 2 * radius + 1, device=masked.device)

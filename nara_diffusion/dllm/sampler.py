@@ -116,7 +116,9 @@ def generate(
         attention_mask: (b, p), the other way to say so; here padding may stand on either side.
         generator: seeds a stream of random numbers a row, for Gumbel noise and random remasking: what a row draws
             doesn't depend on the rows beside it, but for its place among them.
-        mask_token_id, eos_token_id, pad_token_id: default: the model's configuration. Several eos tokens may be given.
+        mask_token_id: by default that of the model's configuration.
+        eos_token_id: one or several; by default those of the configuration.
+        pad_token_id: by default that of the configuration.
         stop_at_eos: finish a row at its first eos token.
         return_stats: return a `Generation`, with the number of forwards, in place of the sequences.
         on_step_end: called after each step with a `GenerationStep`, which it may change.

@@ -58,7 +58,13 @@ def load_nara_weights(
         hotswap: replace the weights of the adapter of that name in place, which a compiled model survives without
             recompilation. For adapters of other ranks call `enable_lora_hotswap(target_rank=…)` before the first load.
         weight_name: the file's name in its folder, "pytorch_nara_weights.safetensors" unless given.
-        subfolder, revision, token, cache_dir, force_download, proxies, local_files_only: as for `load_lora_weights`.
+        subfolder: as for `load_lora_weights`, like the six that follow.
+        revision: of a repository on the Hub.
+        token: for private repositories.
+        cache_dir: where downloads are kept.
+        force_download: even if the file is there.
+        proxies: protocol → URL.
+        local_files_only: never download.
         use_safetensors: may not be False, there is no other format.
         low_cpu_mem_usage: do not initialise what is replaced at once.
         metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.

@@ -44,10 +44,13 @@ def log_likelihood(
     Args:
         model: the outermost module.
         input_ids: (b, l) prompt, answer, padding on the right.
-        prompt_lengths, attention_mask, answer_lengths: as for `masked_diffusion_loss`.
+        prompt_lengths: (b,) tokens before the answer.
+        attention_mask: (b, l), as for `masked_diffusion_loss`.
+        answer_lengths: (b,), the other way to say where answers end.
         samples: S, masks an answer.
         batch_size: masked sequences that go through the model together, of one answer or of several.
-        seed, sample_indices: the masks of row i depend on (seed, sample_indices[i]) and on the answer's length alone;
+        seed: of the masks.
+        sample_indices: (b,). The masks of row i depend on (seed, sample_indices[i]) and on the answer's length alone;
             by default on (seed, i). Rows with the same index and length are compared on the same masks.
 
     Raises:

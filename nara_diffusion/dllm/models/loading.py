@@ -63,8 +63,8 @@ def load_backbone(
 
     Args:
         pretrained_model_name_or_path: a folder or a repository on the Hub.
-        mask_token_id, mask_token: which token stands for a masked one, by id or by text, where the checkpoint
-            doesn't say.
+        mask_token_id: which token stands for a masked one, where the checkpoint doesn't say.
+        mask_token: the same by its text.
         shift_logits: whether position i of the checkpoint predicts token i + 1. Default: known for Dream, False
             otherwise.
         ignore_tensors: heads in the checkpoint that the model doesn't have and that are left out: names of tensors, or

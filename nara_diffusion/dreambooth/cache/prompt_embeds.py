@@ -59,7 +59,8 @@ class PromptCache:
     """The embeddings of each distinct prompt, encoded once by frozen encoders.
 
     Args:
-        tokenizers, text_encoders: SDXL's two of each.
+        tokenizers: SDXL's two.
+        text_encoders: SDXL's two.
         memory_mib: bound on memory; a prompt of SDXL takes 620 KiB in float32.
         folder: a disk cache that later runs share (see `TensorCache`).
 
