@@ -3,6 +3,7 @@
 from . import registry
 from .cores.custom import register_core
 from .cores.factorization import shared_factors
+from .export import to_lora
 from .noise.context import noise_level
 from .noise.denoisers import register_denoiser
 from .noise.sources import register_noise_source, set_noise_source
@@ -28,6 +29,7 @@ __all__ = [
     "set_noise_source",
     "set_strength",
     "shared_factors",
+    "to_lora",
 ]
 
 registry.register()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from .export.peft_conversion import extend_conversion
 from .loaders import load_nara_weights, save_nara_weights, unload_nara_weights
 from .loaders.patches import extend_diffusers_methods
 from .tuner.config import NaraConfig, NaraPeftType
@@ -26,6 +27,7 @@ def _register_with_peft() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[NaraPeftType.NARA] = NaraModel.prefix  # type: ignore[index]
     extend_peft_methods()
     extend_lora_methods()
+    extend_conversion()
 
 
 def _register_with_diffusers() -> None:

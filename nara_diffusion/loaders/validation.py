@@ -30,7 +30,7 @@ _OTHER_BASE = "It was trained on another base model: load the pipeline that it w
 def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name: str) -> None:
     """Raises ValueError if `part` does not fit `model`, the pipeline's `component`, in any way that can be told."""
     check_storable(part.config, component)
-    modules = dict(_base_modules(model))
+    modules = dict(base_modules(model))
     adapted = {_module_of(key) for key in part.tensors if not is_core_key(key)}
     unknown = sorted(adapted - modules.keys())
     if unknown:
@@ -78,7 +78,7 @@ def _refusal(component: str, what: str) -> str:
 
 def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor]:
     """Name → a tensor of the shape that it needs, without memory."""
-    config, modules = part.config, dict(_base_modules(model))
+    config, modules = part.config, dict(base_modules(model))
     expected: dict[str, Tensor] = {}
     groups: dict[str, int] = {}
     for name in {_module_of(key): None for key in part.tensors if not is_core_key(key)}:
@@ -143,7 +143,7 @@ def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -
     with_convention(config, source, adapter_name)
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The base model's modules by name, adapted ones in their wrapper; neither adapters nor cores."""
     left = [("", model)]
     while left:

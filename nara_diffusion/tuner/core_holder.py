@@ -17,7 +17,7 @@ from nara_diffusion.noise.ablations import refuse_control
 from nara_diffusion.noise.context import active_adapter_names, active_signals
 from nara_diffusion.noise.denoisers import Denoiser
 from nara_diffusion.noise.prediction import Prediction, check_scheduler_at_work
-from nara_diffusion.noise.signals import NoiseSignals, NoiseSource
+from nara_diffusion.noise.signals import Level, NoiseSignals, NoiseSource, as_signals
 from nara_diffusion.noise.sources import first_source
 from nara_diffusion.runtime.channel import CoreChannel, Frame
 from nara_diffusion.runtime.checkpointing import checkpoint_with_core, checkpoint_without_core
@@ -212,6 +212,37 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if signals is not None:
             self.merged_signals = signals
             self.merge(adapter_names=[adapter_name])
+        return self._cores(adapter_name).matrix(group, signals)
+
+    # ------------------------------------------------------------------ export
+
+    def signals_to_export(
+        self, adapter_name: str, noise_level: Level | None, mask_density: Level | None = None
+    ) -> NoiseSignals | None:
+        """The signals, of one sample, at which the adapter is to be exported; None if it needs none.
+
+        Args:
+            noise_level: λ in [0, 1]; None takes that of `noise_level(…)`, or of what is merged.
+
+        Raises:
+            ValueError: λ or the mask density is needed and not known, or differs between samples.
+        """
+        cores = self._cores_of([adapter_name])
+        if not depend_on_noise(cores):
+            return None
+        refuse_control(self.channel)
+        if noise_level is None:
+            signals = active_signals(self.channel) or self.merged_signals
+        else:
+            signals = as_signals(noise_level, mask_density)
+        remedy = "pass noise_level=…, or export inside `with noise_level(model, value):`."
+        check_signals(cores, signals, f"a plain LoRA is exact at one λ alone. {remedy}")
+        return of_one_sample(signals)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def core_to_export(self, key: tuple[str, str], signals: NoiseSignals | None) -> Tensor:
+        """C (b or 1, r, r), times the strength, float32, of the layers that read by `key`."""
+        adapter_name, group = key
         return self._cores(adapter_name).matrix(group, signals)
 
     # ------------------------------------------------------------------ the root's forward

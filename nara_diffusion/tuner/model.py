@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from nara_diffusion.cores.custom import BUILT_IN
 from nara_diffusion.layers.dispatch import check_target, keep_out_of_float8, variant_for
 from nara_diffusion.layers.initialisation import make_directions_orthonormal
+from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.noise.context import active_signals
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.runtime.batch_rows import rows_of
 from nara_diffusion.runtime.modules import core_holders
@@ -176,9 +178,18 @@ class NaraModel(MergesAtOneLevel):
         return super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is a plain LoRA already; an update that depends on λ is no single LoRA."""
-        return self._core_type(adapter_name) == "identity" and all(
-            layer.supports_lora_conversion(adapter_name) for layer in self.modules() if isinstance(layer, LoraLayer)
+        """Whether the adapter is a single LoRA here and now: λ is told by `noise_level(…)`, or it needs none.
+
+        Then `peft.convert_to_lora` and `save_as_lora` give that LoRA (see `nara_diffusion.to_lora`).
+        """
+        holder: CoreHolder | None = getattr(self.model, HOLDER_NAME, None)
+        if holder is not None and holder.depends_on_noise(adapter_name):
+            return active_signals(holder.channel) is not None
+        return all(
+            isinstance(layer.lora_variant.get(adapter_name), NaraVariant)
+            or layer.supports_lora_conversion(adapter_name)
+            for layer in self.modules()
+            if isinstance(layer, LoraLayer)
         )
 
     def _core_type(self, adapter_name: str) -> str:

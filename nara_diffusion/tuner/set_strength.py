@@ -40,7 +40,7 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
             adapter has changed (see `strength_layers.check_strength`).
     """
     checked = _checked(strength)
-    roots = _roots_of(model, adapter_name)
+    roots = roots_of(model, adapter_name)
     schedules = {}
     for root in roots:
         is_schedule = isinstance(checked, StrengthSchedule)
@@ -78,7 +78,7 @@ def _checked(strength: Any) -> StrengthSchedule | float:
     return float(strength)
 
 
-def _roots_of(model: Any, adapter_name: str) -> list[Any]:
+def roots_of(model: Any, adapter_name: str) -> list[Any]:
     """The models at or below `model` that have the adapter, without what PEFT has put around them."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")

@@ -186,14 +186,13 @@ def test_weighted_sums_are_refused_for_cores_and_right_for_plain_loras():
     torch.testing.assert_close(actual, model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("core_type", ["hypernetwork", "constant"])
-def test_conversion_to_lora_is_refused(tmp_path, core_type):
-    model = adapted(TwoLayers(), target_modules=TARGETS, core_type=core_type)
+def test_conversion_to_lora_is_refused(tmp_path):
+    model = adapted(TwoLayers(), target_modules=TARGETS)
     assert model.supports_lora_conversion() is False
     assert model.base_model.supports_lora_conversion("default") is False
-    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*CoreHolder"):
+    with pytest.raises(ValueError, match=r"λ is not known.*export inside `with noise_level"):
         convert_to_lora(model, rank=2)
-    with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*CoreHolder"):
+    with pytest.raises(ValueError, match=r"λ is not known.*export inside `with noise_level"):
         save_as_lora(tmp_path, model, rank=2)
     assert not list(tmp_path.iterdir())
     assert adapted(TwoLayers(), target_modules=TARGETS, core_type="identity").supports_lora_conversion() is True

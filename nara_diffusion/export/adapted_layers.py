@@ -1,0 +1,187 @@
+"""What an adapted model has of one adapter, layer by layer: A, B, C(λ), s and the magnitude, read and not changed.
+
+    ΔW(λ) = s · B · C(λ) · A          A (r, d_in …), B (d_out, r …), C (b, r, r), s a number
+
+C includes a strength that depends on λ; it is I in a layer that reads no core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraConfig, LoraLayer
+from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
+from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
+from torch import Tensor, nn
+
+from nara_diffusion.layers.effective_weights import effective_weight
+from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.noise.signals import Level, NoiseSignals
+from nara_diffusion.runtime.offloading import is_sharded, onloaded, onloaded_cores
+from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.set_strength import roots_of
+from nara_diffusion.tuner.strength_layers import layers_of
+
+_SPREAD = ("target_parameters", "layer_replication", "megatron_config")
+"""Options of a LoRA by which its layers are no layers with an A and a B of their own."""
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer's share of the adapter; tensors are copies on the CPU.
+
+    Attributes:
+        name: of the layer in its root. A: (r, d_in), (r, d_in, *kernel) or, of an embedding, (r, n). B: (d_out, r) or
+            (d_out, r / groups, 1, …). bias: of B (d_out,), or None. magnitude: DoRA's, or None. scaling: s.
+        key: by which the layer reads its core; None: C = I.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    magnitude: Tensor | None
+    rank: int
+    scaling: float
+    groups: int
+    is_embedding: bool
+    key: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of one root.
+
+    Attributes:
+        root: the adapted model without what PEFT puts around it. is_wrapped: whether a PeftModel is around it.
+    """
+
+    root: nn.Module
+    name: str
+    config: LoraConfig
+    layers: list[AdaptedLayer]
+
+    @property
+    def holder(self) -> CoreHolder | None:
+        return _holder_of(self.root)
+
+    def depends_on_noise(self) -> bool:
+        return self.holder is not None and self.holder.depends_on_noise(self.name)
+
+    def signals(self, noise_level: Level | None, mask_density: Level | None = None) -> NoiseSignals | None:
+        """Of one sample; None if the adapter needs none. Raises ValueError if it needs some that are not known."""
+        holder = self.holder
+        if holder is None or self.name not in holder.cores:
+            return None
+        return holder.signals_to_export(self.name, noise_level, mask_density)
+
+    def core(self, layer: AdaptedLayer, signals: NoiseSignals | None) -> Tensor:
+        """C (b or 1, r, r), float32, on the CPU, of λ (b,)."""
+        if layer.key is None:
+            return torch.eye(layer.rank)[None]
+        assert self.holder is not None
+        return self.holder.core_to_export(layer.key, signals)[:, : layer.rank, : layer.rank].cpu()
+
+
+@contextmanager
+def read_adapter(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
+    """The adapter, whose cores have their values in memory inside the context.
+
+    Raises:
+        ValueError: no such adapter, several roots that have it, another method than LoRA, a LoRA variant that is no
+            plain LoRA, or weights that are not in memory here.
+    """
+    root = _root_of(model, adapter_name)
+    config = root.peft_config[adapter_name]
+    _check_config(config, adapter_name)
+    layers = layers_of(root, adapter_name)
+    with onloaded_cores(model):
+        yield Adapter(root, adapter_name, config, [_read(name, layers[name], adapter_name) for name in layers])
+
+
+def _root_of(model: nn.Module, adapter_name: str) -> Any:
+    roots = roots_of(model, adapter_name)
+    if len(roots) > 1:
+        kinds = ", ".join(type(root).__name__ for root in roots)
+        raise ValueError(
+            f"{len(roots)} models below {type(model).__name__} have an adapter {adapter_name!r} ({kinds}): pass the "
+            "one that is meant."
+        )
+    return roots[0]
+
+
+def _holder_of(root: nn.Module) -> CoreHolder | None:
+    holder = getattr(root, HOLDER_NAME, None)
+    return holder if isinstance(holder, CoreHolder) else None
+
+
+def _check_config(config: Any, adapter_name: str) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}: a NaRA or a LoRA becomes a "
+            "plain LoRA exactly, another method by peft.convert_to_lora(model, rank=…) at best."
+        )
+    for field in _SPREAD:
+        if getattr(config, field, None):
+            raise ValueError(_refusal(adapter_name, f"{field}={getattr(config, field)!r}"))
+
+
+def _read(name: str, layer: Any, adapter_name: str) -> AdaptedLayer:
+    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+    _check_layer(name, layer, variant, adapter_name)
+    with onloaded(layer):
+        A, B, bias, magnitude = (None if t is None else _copied(t, name) for t in _tensors(layer, adapter_name))
+    assert A is not None
+    assert B is not None
+    groups = getattr(layer.get_base_layer(), "groups", 1) if isinstance(layer, _ConvNd) else 1
+    rank = layer.r[adapter_name]
+    return AdaptedLayer(
+        name,
+        A[:rank].clone(),  # hotswap makes room for larger ranks
+        B[:, : rank // groups].clone(),
+        bias,
+        magnitude,
+        rank,
+        float(layer.scaling[adapter_name]),
+        groups,
+        isinstance(layer, Embedding),
+        variant.key if isinstance(variant, NaraVariant) else None,
+    )
+
+
+def _tensors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    vectors = layer.lora_magnitude_vector
+    magnitude = vectors[adapter_name].weight if adapter_name in vectors else None
+    if isinstance(layer, Embedding):
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name], None, magnitude
+    A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    return effective_weight(A), effective_weight(B), B.bias, magnitude
+
+
+def _copied(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(
+            f"The adapter's weights of layer '{name}' are offloaded: export before offloading, or from a copy of the "
+            "model in memory."
+        )
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _check_layer(name: str, layer: Any, variant: Any, adapter_name: str) -> None:
+    kind = type(layer).__name__
+    if is_sharded(layer):
+        raise ValueError(
+            f"Layer '{name}' is sharded between processes: save the adapter, load it in one process and export there."
+        )
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+        raise ValueError(_refusal(adapter_name, f"layer '{name}', which is adapted by PEFT's {kind}"))
+    if variant is not None and not isinstance(variant, (NaraVariant, DoraLinearVariant, _DoraConvNdVariant)):
+        raise ValueError(_refusal(adapter_name, f"layer '{name}', whose LoRA variant is {type(variant).__name__}"))
+
+
+def _refusal(adapter_name: str, what: str) -> str:
+    return f"Adapter '{adapter_name}' is no plain LoRA at any λ, since it has {what}: save it by PEFT's own methods."

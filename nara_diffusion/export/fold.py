@@ -1,0 +1,116 @@
+"""A NaRA at one λ as a plain LoRA, exactly: C(λ) goes into B.
+
+    s · B · C(λ) · A  =  α/r · B' · A,        B' = (s r / α) · B · C(λ)
+
+α and r are the configuration's; s differs from α/r where a strength was set, and then goes into B', too. Of a
+convolution with groups B is block-diagonal and C is not, so that there A' = (s r / α) · C(λ) · A. Products are computed
+in float64 and kept in float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from nara_diffusion.noise.signals import Level, as_signals
+from nara_diffusion.tuner.core_holder import HOLDER_NAME
+
+from .adapted_layers import AdaptedLayer, Adapter, read_adapter
+from .lora_config import configured_scaling, plain_config
+from .plain_lora import PlainLora, PlainLoraLayer
+
+
+def to_lora(
+    model: nn.Module,
+    noise_level: Level | None = None,
+    adapter_name: str = "default",
+    *,
+    mask_density: Level | None = None,
+) -> PlainLora:
+    """The adapter of `model` at one λ as a plain LoRA (a DoRA, if it is a NaRA-DoRA); the model stays as it is.
+
+        to_lora(model, noise_level=0.5).save_pretrained("folder")      # for PeftModel.from_pretrained, without NaRA
+
+    The update is equal to the NaRA's at λ to rounding (1e-7 of it in float32), and differs at any other λ. A strength,
+    by `set_strength` or the configuration, is part of it. Every type of core and `core_sharing` has one, and so has a
+    plain LoRA whose strength depends on λ.
+
+    Args:
+        model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`, `unet.add_adapter`,
+            `load_nara_weights`), or a model that contains one such; quantised or not.
+        noise_level: λ in [0, 1]; None takes that of `with noise_level(model, …)`, and is right for an adapter that
+            doesn't depend on λ.
+        adapter_name: which one. mask_density: for `core_input` "mask_density" or "both", in [0, 1].
+
+    Raises:
+        ValueError: no such adapter; λ is missing, or differs between samples; the adapter is no plain LoRA at any λ (a
+            LoRA variant such as aLoRA, or another method); its weights are offloaded or sharded.
+    """
+    if noise_level is not None:
+        as_signals(noise_level, mask_density)  # out of range is an error for an adapter that needs none, too
+    with read_adapter(model, adapter_name) as adapter:
+        signals = adapter.signals(noise_level, mask_density)
+        return assembled(adapter, lambda layer: adapter.core(layer, signals)[0])
+
+
+def assembled(adapter: Adapter, core_of: Callable[[AdaptedLayer], Tensor]) -> PlainLora:
+    """The plain LoRA s · B · C · A with that C (r, r) in each layer."""
+    config = plain_config(adapter.root, adapter.config, {layer.name: layer.rank for layer in adapter.layers})
+    layers = {}
+    for layer in adapter.layers:
+        scaling = configured_scaling(config, layer.name, layer.rank)
+        layers[layer.name] = folded(layer, core_of(layer), scaling)
+    return PlainLora(config, layers, _others(adapter))
+
+
+def folded(layer: AdaptedLayer, core: Tensor, scaling: float) -> PlainLoraLayer:
+    """s · B · C · A of one layer as `scaling` · B' · A'."""
+    gain = _gain(layer, scaling)
+    plain = PlainLoraLayer(
+        layer.A, layer.B, scaling * layer.rank, layer.rank, layer.bias, layer.magnitude, layer.is_embedding
+    )
+    if layer.bias is not None and gain != 1.0:
+        plain = replace(plain, bias=(layer.bias.double() * gain).to(_kept(layer.bias)))
+    if gain == 1.0 and torch.equal(core, torch.eye(layer.rank, dtype=core.dtype)):
+        return plain
+    core = gain * core.double()
+    if layer.groups > 1:
+        A = core @ layer.A.double().flatten(1)
+        return replace(plain, A=A.view(layer.A.shape).to(_kept(layer.A)))
+    B = layer.B.double().flatten(1) @ core
+    return replace(plain, B=B.view(layer.B.shape).to(_kept(layer.B)))
+
+
+def _gain(layer: AdaptedLayer, scaling: float) -> float:
+    """s over what the configuration says; where that is zero, so is what it multiplies."""
+    if scaling == layer.scaling:
+        return 1.0
+    if scaling == 0:
+        raise ValueError(
+            f"Layer '{layer.name}' has lora_alpha 0 in the configuration, but is scaled by {layer.scaling:g}: give the "
+            "configuration the lora_alpha that it was trained with."
+        )
+    return layer.scaling / scaling
+
+
+def _kept(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _others(adapter: Adapter) -> dict[str, Tensor]:
+    """What the adapter's file holds beside A, B, C and magnitudes."""
+    with torch.no_grad():
+        held = get_peft_model_state_dict(
+            adapter.root, adapter.root.state_dict(), adapter.name, save_embedding_layers=False
+        )
+    own = tuple(f"{layer.name}.lora_" for layer in adapter.layers)
+    rest = {key: tensor for key, tensor in held.items() if not key.startswith(own) and not _is_cores(key)}
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in rest.items()}
+
+
+def _is_cores(key: str) -> bool:
+    return HOLDER_NAME in key.split(".")

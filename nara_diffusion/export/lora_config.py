@@ -1,0 +1,87 @@
+"""The LoraConfig of an exported adapter: that of the NaRA without its core, and the same modules, ranks and scales."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from nara_diffusion.loaders.validation import base_modules, by_pattern
+
+_SELECTS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def plain_config(root: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """What PEFT needs to make a LoRA on the same modules of the same base, with the same scales.
+
+    Args:
+        root: the adapted model. config: of its adapter. ranks: name of each adapted module → its rank.
+    """
+    given = {field.name: copy.copy(getattr(config, field.name)) for field in fields(LoraConfig) if field.init}
+    given |= {"inference_mode": True, "base_model_name_or_path": _base_name(root, config)}
+    if config.task_type is None:  # as PEFT's save_pretrained, for AutoPeftModel
+        given["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
+    plain = LoraConfig(**given)
+    modules = [name for name, _ in base_modules(root)]
+    if _selects(plain, modules, ranks):
+        return plain
+    return _explicit(plain, config, modules, ranks)
+
+
+def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """α / r, or α / √r for rsLoRA, of the module of that name."""
+    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)  # type: ignore[arg-type]
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _base_name(root: Any, config: LoraConfig) -> str | None:
+    return config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
+
+
+def _selects(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> bool:
+    """Whether PEFT, by `config`, adapts those modules and no others, at those ranks."""
+    inner = {name for name in ranks if name not in modules}  # of attention that PEFT wraps as a whole
+    selected = {name for name in modules if check_target_module_exists(config, name)}
+    if selected != ranks.keys() - inner:
+        return False
+    return all(by_pattern(config.rank_pattern, name, config.r) == ranks[name] for name in selected)  # type: ignore[arg-type]
+
+
+def _explicit(plain: LoraConfig, config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> LoraConfig:
+    """The same with each module by its whole name."""
+    plain = copy.copy(plain)
+    for name in _SELECTS:
+        setattr(plain, name, None)
+    alphas = {name: by_pattern(config.alpha_pattern, name, config.lora_alpha) for name in ranks}  # type: ignore[arg-type]
+    plain.r, plain.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    plain.rank_pattern, plain.alpha_pattern = _exceptions(ranks, plain.r), _exceptions(alphas, plain.lora_alpha)
+    plain.target_modules = sorted(ranks)
+    if not _selects(plain, modules, ranks):  # the end of another module's name is the name of one of them
+        plain.target_modules = "|".join(map(re.escape, sorted(ranks)))
+    return plain
+
+
+def _most_common(values: Collection[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
+    """`config` with other ranks and α by whole names; α / rank is the scale."""
+    changed = copy.copy(config)
+    changed.use_rslora = False
+    changed.r, changed.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    changed.rank_pattern = _exceptions(ranks, changed.r)
+    changed.alpha_pattern = _exceptions(alphas, changed.lora_alpha)
+    return changed
+
+
+def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}

@@ -1,0 +1,89 @@
+"""A plain LoRA outside of any model: its factors by module, and the configuration by which PEFT loads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nara_diffusion.utils.atomic_write import atomic_write_files
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the name of each module in a file."""
+
+
+@dataclass(frozen=True)
+class PlainLoraLayer:
+    """One layer of a plain LoRA: ΔW = alpha / rank · B · A.
+
+    Attributes:
+        A: (rank, d_in), of a convolution (rank, d_in, *kernel), of an embedding (rank, n).
+        B: (d_out, rank), of a convolution (d_out, rank / groups, 1, …), of an embedding (d_out, rank).
+        alpha: so that alpha / rank is the scale, whatever the configuration says of rsLoRA.
+        bias: of B (d_out,), or None. magnitude: DoRA's m, as the layer has it, or None.
+        is_embedding: whether ΔWᵀ (n, d_out) is what is added to the embedding's table.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    rank: int
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    is_embedding: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class PlainLora:
+    """A LoRA or DoRA that any host can load.
+
+    Attributes:
+        config: by which PEFT makes it. layers: name of the module in the adapted model → its factors.
+        others: what else belongs to the adapter, by PEFT's names in the model: trained biases, tokens, and modules that
+            are trained as a whole.
+    """
+
+    config: LoraConfig
+    layers: Mapping[str, PlainLoraLayer]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors by PEFT's names, as `peft.get_peft_model_state_dict` gives them; `prefix` before each."""
+        own = {f"{name}.{key}": tensor for name, layer in self.layers.items() for key, tensor in _named(layer)}
+        return {f"{prefix}{key}": tensor.contiguous() for key, tensor in {**own, **self.others}.items()}
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, both or none, for `PeftModel.from_pretrained`.
+
+        Raises:
+            ValueError: `directory` is a file.
+        """
+        folder = Path(directory)
+        if folder.is_file():
+            raise ValueError(f"directory '{folder}' is a file: name a folder.")
+        with atomic_write_files(folder) as partial:
+            save_file(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            self.config.save_pretrained(str(partial))
+
+
+def _named(layer: PlainLoraLayer) -> Iterator[tuple[str, Tensor]]:
+    if layer.is_embedding:
+        yield "lora_embedding_A", layer.A
+        yield "lora_embedding_B", layer.B
+    else:
+        yield "lora_A.weight", layer.A
+        yield "lora_B.weight", layer.B
+    if layer.bias is not None:
+        yield "lora_B.bias", layer.bias
+    if layer.magnitude is not None:
+        yield "lora_magnitude_vector", layer.magnitude
