@@ -18,6 +18,7 @@ PAGES = {
     "dreambooth": "nara_diffusion.dreambooth",
     "metrics": "nara_diffusion.dreambooth.evaluation.metrics",
     "check": "nara_diffusion.check",
+    "export": "nara_diffusion.export",
 }
 """{page of docs/reference: the module whose `__all__` it shows}."""
 
