@@ -1,8 +1,35 @@
 """Each example runs through its `main`, as a newcomer would run it, or with fewer steps."""
 
+import re
 from importlib import import_module  # the names of the examples start with their numbers
+from pathlib import Path
 
 from tests.helpers.small_pipelines import small_sdxl
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHOWN_FILE_BY_FILE = {".", "benchmarks", "assets", "assets/makers"}
+
+
+def test_the_readme_of_the_examples_names_every_file_or_the_folder_that_holds_it():
+    """Every program and what makes the assets by itself, a benchmark's code and the models by their folder."""
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"[\w.-]+/?", text))
+    files = [path.relative_to(EXAMPLES) for path in EXAMPLES.rglob("*") if path.is_file()]
+    files = [path for path in files if not {"__pycache__", "outputs", "README.md"} & set(path.parts)]
+    assert len(files) > 100
+
+    def is_named(path: Path) -> bool:
+        folders = [folder for folder in path.parents if folder.as_posix() not in SHOWN_FILE_BY_FILE]
+        return path.name in names or any(f"{folder.name}/" in names for folder in folders)
+
+    assert [str(path) for path in files if not is_named(path)] == []
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert [link for link in links if not (EXAMPLES / link).exists()] == []
+
+
+def test_the_readme_of_the_examples_has_them_in_their_order():
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(\d\d_\w+\.py)\]", text, re.MULTILINE) == sorted(p.name for p in EXAMPLES.glob("0*.py"))
 
 
 def test_first_example_moves_the_points_and_keeps_them_when_saved(tmp_path, capsys):
