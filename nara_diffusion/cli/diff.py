@@ -1,0 +1,113 @@
+"""Where two adapters differ: fields of the configuration, adapted modules, and ΔW over λ.
+
+    nara diff my-toy my-toy-longer
+    nara diff outputs/dllm-1 outputs/dllm-1/checkpoint-200 --points 11
+
+ΔW is compared as ‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖) at each λ: 0 where the adapters do the same, whatever their A, B and
+cores are; 1 where one of them does nothing; 2 where they do the opposite. It says how far updates are apart, not how
+far images or answers are. Magnitudes of NaRA-DoRA don't count in it. The status is 0 if nothing differs, 1 if something
+does, as diff's own, and 2 on an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nara_diffusion.loaders.format import AdapterPart
+from nara_diffusion.training.model_card import format_table
+from nara_diffusion.tuner.config_files import config_to_fields
+
+from .adapter_file import AdapterFile, modules_of, read
+from .updates import Update, norm_of_difference, updates_of
+
+SHOWN = 5
+"""Modules that differ most, of those that are shown."""
+
+
+def field_differences(one: AdapterPart, other: AdapterPart) -> list[tuple[str, Any, Any]]:
+    """(field, its value in each) of the configurations' fields that differ."""
+    fields, others = config_to_fields(one.config), config_to_fields(other.config)
+    names = sorted(fields.keys() | others.keys())
+    return [(name, fields.get(name), others.get(name)) for name in names if fields.get(name) != others.get(name)]
+
+
+def module_differences(one: AdapterPart, other: AdapterPart, levels: Tensor) -> dict[str, Tensor]:
+    """{module that both adapt: (3, n), of λ (n,): ‖ΔW − ΔW'‖², ‖ΔW‖² and ‖ΔW'‖²}."""
+    updates, others = updates_of(one, levels), updates_of(other, levels)
+    return {name: _squares(updates[name], others[name]) for name in updates if name in others}
+
+
+def _squares(one: Update, other: Update) -> Tensor:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"The adapters have updates of {one.shape} and {other.shape} in one module: they are of two base models."
+        )
+    return torch.stack([norm_of_difference(one, other), one.norm(), other.norm()]) ** 2
+
+
+def relative(squares: Tensor) -> Tensor:
+    """(n,) of (3, n): the distance over the larger norm; 0 where both are 0."""
+    largest = squares[1:].amax(0)
+    return (squares[0] / largest.where(largest > 0, 1.0)).sqrt()
+
+
+def report(one: AdapterFile, other: AdapterFile, points: int) -> Iterator[str]:
+    """The lines of `nara diff`; none if the adapters are the same."""
+    for name in sorted(one.parts.keys() ^ other.parts.keys()):
+        yield f"{name}: only in {(one if name in one.parts else other).path}"
+    levels = torch.linspace(0, 1, points)
+    for name in sorted(one.parts.keys() & other.parts.keys()):
+        lines = list(_component(one.parts[name], other.parts[name], levels))
+        yield from ([f"{name}:", *(f"  {line}" for line in lines)] if lines else [])
+
+
+def _component(one: AdapterPart, other: AdapterPart, levels: Tensor) -> Iterator[str]:
+    yield from (f"{field}: {value!r} → {new!r}" for field, value, new in field_differences(one, other))
+    mine, theirs = modules_of(one).keys(), modules_of(other).keys()
+    yield from _named("modules only in the first", mine - theirs)
+    yield from _named("modules only in the second", theirs - mine)
+    squares = module_differences(one, other, levels)
+    if not squares or not any(found[0].any() for found in squares.values()):
+        return
+    yield f"ΔW of the {len(squares)} modules of both, ‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖):"
+    yield from _table(squares, levels).splitlines()
+
+
+def _named(title: str, names: Any) -> Iterator[str]:
+    if names:
+        shown = sorted(names)[:SHOWN]
+        yield f"{title}: {', '.join(shown)}{'' if len(names) <= SHOWN else f' and {len(names) - SHOWN} more'}"
+
+
+def _table(squares: Mapping[str, Tensor], levels: Tensor) -> str:
+    """A row for all modules, and one for each of those that differ most."""
+    most = sorted(squares, key=lambda name: -relative(squares[name]).mean().item())[:SHOWN]
+    rows = [("all", torch.stack(list(squares.values())).sum(0)), *((name, squares[name]) for name in most)]
+    header = ["λ", *(f"{level:.2f}" for level in levels.tolist())]
+    return format_table(header, [[name, *(f"{value:.3g}" for value in relative(own).tolist())] for name, own in rows])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `nara diff`."""
+    parser = argparse.ArgumentParser(
+        "nara diff", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("file", metavar="FILE", help="an adapter: a file, or a folder")
+    parser.add_argument("other", metavar="OTHER", help="another one of the same base model")
+    parser.add_argument("--points", type=int, default=5, help="of λ, from 0 to 1 (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        if args.points < 2:
+            raise ValueError(f"--points is {args.points}, expected at least 2.")
+        lines = list(report(read(args.file), read(args.other), args.points))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    sys.stdout.write("".join(f"{line}\n" for line in lines or ["the adapters are the same"]))
+    sys.exit(1 if lines else 0)

@@ -1,0 +1,16 @@
+"""What a user can mend ends a command in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """A ValueError or OSError inside ends the program with its message and status 1, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,111 @@
+"""`nara inspect`: what it says of files that were written by the three ways of saving, counted by hand."""
+
+import hashlib
+import json
+
+import pytest
+from diffusers import UNet2DConditionModel
+from peft import get_peft_model
+
+import nara_diffusion  # noqa: F401
+from nara_diffusion import StrengthSchedule
+from nara_diffusion.cli.main import COMMANDS, main
+from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
+from tests.helpers.small_pipelines import small_sdxl
+
+
+@pytest.fixture
+def peft_folder(tmp_path):
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first", "second"], rank_pattern={"second": 3}))
+    disturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def inspected(capsys, *words):
+    main(["inspect", *map(str, words), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inspect_counts_modules_ranks_and_parameters_of_a_peft_folder(peft_folder, capsys):
+    found = inspected(capsys, peft_folder)
+    weights = peft_folder / "adapter_model.safetensors"
+    assert found["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert found["bytes"] == weights.stat().st_size
+    part = found["components"]["model"]
+    assert part["ranks"] == [3, 4]
+    assert part["module_kinds"] == {"first": 1, "second": 1}
+    factors = 4 * 7 + 11 * 4 + 3 * 11 + 5 * 3
+    core = 8 // 2 + (8 + 1) * 9 + (9 + 1) * 10 + (10 + 1) * 16  # frequencies, and three layers with biases
+    assert part["parameters"] == {"factors": factors, "core": core}
+    assert part["core"]["core_scale"] == 0.7
+    assert part["method"] == "NaRA"
+
+
+def test_inspect_names_every_component_and_the_convention_of_a_pipelines_file(tmp_path, capsys):
+    pipe = small_sdxl()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_k"], use_dora=True), "toy")
+    pipe.save_nara_weights(tmp_path, adapter_name="toy")
+    part = inspected(capsys, tmp_path)["components"]["unet"]
+    wanted = sum(name.endswith(("to_q", "to_k")) for name, _ in small_sdxl().unet.named_modules())
+    assert isinstance(pipe.unet, UNet2DConditionModel)
+    assert part["modules"] == wanted > 0
+    assert part["method"] == "NaRA-DoRA"
+    assert part["noise_convention"] == pipe.unet.peft_config["toy"].noise_convention is not None
+    assert part["dtypes"] == ["float32"]
+
+
+def test_inspect_prints_lines_that_people_read(peft_folder, capsys):
+    main(["inspect", str(peft_folder)])
+    printed = capsys.readouterr().out
+    assert "model: NaRA\n" in printed
+    assert "modules     2: 1 first, 1 second\n" in printed
+    assert "rank        3, 4; lora_alpha 6\n" in printed
+    assert "core        hypernetwork: core_scale 0.7, core_hidden_dims (9, 10)" in printed
+
+
+def test_inspect_shows_a_strength_over_noise(tmp_path, capsys):
+    config = nara_config(target_modules=["first"], strength=StrengthSchedule([(0, 1.0), (0.5, 0.25)]))
+    get_peft_model(TwoLayers(), config).save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path)])
+    assert "strength    over λ: [[0.0, 1.0], [0.5, 0.25]]\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["nothing", "lora", "cut", "text"])
+def test_bad_file_ends_in_one_line(tmp_path, peft_folder, what, capsys):
+    path = tmp_path / "missing"
+    if what == "lora":
+        path = tmp_path / "lora"
+        get_peft_model(TwoLayers(), lora_config(target_modules=["first"])).save_pretrained(path)
+    if what == "cut":
+        path = peft_folder
+        file = path / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-10])
+    if what == "text":
+        path = tmp_path / "note.safetensors"
+        path.write_text("nothing of the kind")
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", str(path)])
+    message = str(caught.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert str(path) in message
+
+
+def test_unknown_command_names_the_known_ones():
+    with pytest.raises(SystemExit, match="has no command 'inspekt', expected one of inspect, plot, diff, check"):
+        main(["inspekt"])
+
+
+def test_help_names_every_command(capsys):
+    main([])
+    printed = capsys.readouterr().out
+    assert all(f"nara {command} " in printed for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["inspect", "plot", "diff", "check", "metrics"])
+def test_help_of_a_command_teaches(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"nara{'-' if command in ('check', 'metrics') else ' '}{command}" in capsys.readouterr().out
