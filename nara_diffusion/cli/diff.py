@@ -5,8 +5,8 @@
 
 ΔW is compared as ‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖) at each λ: 0 where the adapters do the same, whatever their A, B and
 cores are; 1 where one of them does nothing; 2 where they do the opposite. It says how far updates are apart, not how
-far images or answers are. Magnitudes of NaRA-DoRA don't count in it. The status is 0 if nothing differs, 1 if something
-does, as diff's own, and 2 on an error.
+far images or answers are. Magnitudes of NaRA-DoRA don't count in it, and are named. The status is 0 if nothing differs,
+1 if something does, as diff's own, and 2 on an error.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nara_diffusion.tuner.config_files import config_to_fields
 from .adapter_file import AdapterFile, modules_of, read
 from .updates import Update, norm_of_difference, updates_of
 
+ROUNDING = 1e-6  # a relative distance that float32 makes
 SHOWN = 5
 """Modules that differ most, of those that are shown."""
 
@@ -72,11 +73,22 @@ def _component(one: AdapterPart, other: AdapterPart, levels: Tensor) -> Iterator
     mine, theirs = modules_of(one).keys(), modules_of(other).keys()
     yield from _named("modules only in the first", mine - theirs)
     yield from _named("modules only in the second", theirs - mine)
+    yield from _named("magnitudes or biases differ in", _other_differences(one, other))
     squares = module_differences(one, other, levels)
-    if not squares or not any(found[0].any() for found in squares.values()):
+    if all(relative(found).max() <= ROUNDING for found in squares.values()):
         return
     yield f"ΔW of the {len(squares)} modules of both, ‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖):"
     yield from _table(squares, levels).splitlines()
+
+
+def _other_differences(one: AdapterPart, other: AdapterPart) -> set[str]:
+    """Modules of both that have another magnitude or another bias of B, which aren't in ΔW."""
+    names = [key for key in one.tensors if key.endswith((".lora_magnitude_vector", ".lora_B.bias"))]
+    return {
+        name.partition(".lora_")[0]
+        for name in names
+        if name in other.tensors and not torch.equal(one.tensors[name], other.tensors[name])
+    }
 
 
 def _named(title: str, names: Any) -> Iterator[str]:

@@ -18,8 +18,8 @@ from tests.helpers.adapted import TwoLayers, disturb, nara_config
         {},
         {"core_type": "knots"},
         {"core_type": "constant"},
-        {"core_sharing": "layer"},
         {"core_type": "bins", "core_bins": 2},
+        {"core_sharing": "layer"},
     ],
 )
 def test_curves_are_those_of_the_adapted_model(tmp_path, changes):
