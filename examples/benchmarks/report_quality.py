@@ -1,78 +1,96 @@
-"""Makes RESULTS.md and its pictures from what examples/benchmarks/benchmark_quality.py measured, and from nothing else.
+"""Makes the tables and pictures of RESULTS.md and docs/results from the records of the benchmarks, and nothing else.
 
-    python examples/benchmarks/report_quality.py
-    python examples/benchmarks/report_quality.py --results examples/benchmarks/results/rank4/*.jsonl \\
-        --notes docs/rank4/notes.md --output docs/rank4/RESULTS.md --figures docs/rank4/figures
+    python examples/benchmarks/report_quality.py                                    # the committed results, in place
+    python examples/benchmarks/report_quality.py --results outputs/quality/*.jsonl  # yours, to --output_dir
+    python examples/benchmarks/report_quality.py --results outputs/quality/text.jsonl --pack text.jsonl
 
-The prose comes from docs/results_notes.md or --notes, which people write, below the headings "# Summary", "# Setting",
-"# Learned" and "# Failed"; none of them has to be there. What stands below "# Text" and "# Images" says how a suite was
-measured, where that was otherwise than now.
+People write the pages; the program fills in what stands between the marks of a table (quality/report/pages.py). Of
+other results it writes all tables without words. --pack writes results in little room, as they are committed.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from quality.report.data import read_records
-from quality.report.document import document, read_notes
-from quality.report.markdown import rebased
+from quality.jobs import SEEDS
+from quality.report.blocks import all_tables, block
+from quality.report.data import Grid, Record, distinct, read_records, select
+from quality.report.figures import controls_figure, loss_figure
+from quality.report.names import SUITES
+from quality.report.packing import pack
+from quality.report.pages import fill
 
 from nara_diffusion.utils.atomic_write import atomic_write
 
 ROOT = Path(__file__).parents[2]
-RESULTS = [Path(__file__).parent / "results" / f"{suite}.jsonl" for suite in ("images", "text")]
-NOTES = ROOT / "docs" / "results_notes.md"  # of RESULTS; its links are those of RESULTS.md
+RESULTS = Path(__file__).parent / "results"
+DRAWN = ("images.jsonl", "text.jsonl")  # those with pictures
+PAGES = ("RESULTS.md", *(f"docs/results/{name}.md" for name in ("text", "images", "rank4")))
+
+
+def filled(page: Path, results: Path = RESULTS) -> str:
+    """The text of a page with the tables that the records of the folder `results` make."""
+    return fill(page.read_text(encoding="utf-8"), partial(block, results=results))
+
+
+def write_pictures(records: Sequence[Record], folder: Path) -> None:
+    """For each backbone SUITE-BACKBONE-loss.png, and SUITE-BACKBONE-controls.png if controls ran."""
+    main = [record for record in select(records, stage="main") if record["seed"] in SEEDS]
+    for suite, backbone in dict.fromkeys((record["suite"], record["backbone"]) for record in main):
+        grid = Grid.of(select(main, suite=suite, backbone=backbone))
+        name = f"{SUITES.get(suite, suite)}: {backbone}, r = {_rank(grid)}"
+        loss_figure(grid, folder / f"{suite}-{backbone}-loss.png", name)
+        controls_figure(grid, folder / f"{suite}-{backbone}-controls.png", name)
+
+
+def _rank(grid: Grid) -> str:
+    ranks = distinct(grid.cells.values(), "rank")
+    return ", ".join(str(rank) for rank in ranks if rank is not None)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partly:
+        partly.write_text(text, encoding="utf-8")
 
 
 def main(
-    results: list[Path] | None = None,
-    notes: Path | None = None,
-    output: Path | None = None,
-    figures: Path | None = None,
-) -> str:
-    """Writes `output` and its pictures; returns the text.
+    results: list[Path] | None = None, output_dir: Path = Path("outputs/quality"), pack_to: Path | None = None
+) -> None:
+    """Writes what the module says.
 
     Args:
-        results: JSON Lines files; None means those of both suites in examples/benchmarks/results.
-        notes: the hand-written parts; None means docs/results_notes.md with the results that it speaks of, which are
-            those of `results` None, and no such parts with others.
-        output: None means RESULTS.md.
-        figures: folder of the pictures; None means docs/results beside `output`.
+        results: JSON Lines files; None means the committed ones, whose pages are filled in.
+        output_dir: folder of tables.md and its pictures, of other results.
+        pack_to: the file to which `results` are written in little room, and nothing else is.
 
     Raises:
-        ValueError: no results, or a line of them, or the notes, can't be used.
+        ValueError: no results, or a line of them can't be used, or a page asks for a table that there isn't.
     """
-    files = RESULTS if results is None else results
-    output = output or ROOT / "RESULTS.md"
-    figures = figures or output.parent / "docs" / "results"
-    link = os.path.relpath(figures, output.parent).replace(os.sep, "/")
-    if notes is None and results is None:
-        prose = {name: rebased(text, ROOT, output.parent) for name, text in read_notes(NOTES).items()}
-    else:
-        prose = read_notes(notes)
-    text = document(read_records(files), prose, figures, link)
-    with atomic_write(output) as partial:
-        partial.write_text(text, encoding="utf-8")
-    print(f"{output} and {len(list(figures.glob('*.png')))} pictures in {figures}")
-    return text
+    if results is None:
+        for name in PAGES:
+            write(ROOT / name, filled(ROOT / name))
+        for name in DRAWN:
+            write_pictures(read_records([RESULTS / name]), ROOT / "docs" / "results")
+        return
+    records = read_records(results)
+    if pack_to is not None:
+        write(pack_to, "\n".join(pack(records)) + "\n")
+        return
+    write(output_dir / "tables.md", all_tables(records))
+    write_pictures(records, output_dir)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--results",
-        nargs="+",
-        type=Path,
-        help="JSON Lines files (default: both suites' in examples/benchmarks/results)",
-    )
-    parser.add_argument(
-        "--notes", type=Path, help="hand-written parts (default: docs/results_notes.md, but of --results none)"
-    )
-    parser.add_argument("--output", type=Path, help="default: RESULTS.md")
-    parser.add_argument("--figures", type=Path, help="folder of its pictures (default: docs/results beside --output)")
+    parser.add_argument("--results", nargs="+", type=Path, help="JSON Lines files (default: the committed ones)")
+    where = "folder of the tables and pictures of --results (default: %(default)s)"
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"), help=where)
+    parser.add_argument("--pack", dest="pack_to", type=Path, metavar="FILE", help="write --results to FILE, packed")
     try:
         main(**vars(parser.parse_args()))
     except ValueError as error:

@@ -20,10 +20,8 @@ from quality.images.settings import arguments, settings
 from quality.images.subjects import BACKBONE
 from quality.images.task import ImageTask, load_task
 from quality.images.training import Trained, train
-from quality.strips import packed
 
-TUNE, MAIN = "tune", "main"
-SHOWN_SEED = 0  # whose samples the report shows
+TUNE = "tune"
 
 
 def run_one_image(subject: str, method: str, seed: int, **overrides: Any) -> dict[str, Any]:
@@ -72,7 +70,7 @@ def image_records(
     records = []
     for name in (control, *evaluated):
         with while_evaluating(model.unet, name):
-            figures = _measure(task, model.unet, args, stage, shown=name is None)
+            figures = _measure(task, model.unet, args, stage)
         seconds = round(time.perf_counter() - started, 2)  # with the records before it
         records.append({**common, "control": name, **figures, "seconds": seconds})
     return [{**records[0], "model": model.unet}, *records[1:]] if keep_model else records
@@ -120,7 +118,7 @@ def _cost(model: AdaptedUNet, trained: Trained | None) -> dict[str, Any]:
     }
 
 
-def _measure(task: ImageTask, unet: Any, args: Any, stage: str, shown: bool) -> dict[str, Any]:
+def _measure(task: ImageTask, unet: Any, args: Any, stage: str) -> dict[str, Any]:
     losses = binned_losses(task, unet)
     figures: dict[str, Any] = {
         "noise_levels": bin_centres(),
@@ -131,7 +129,5 @@ def _measure(task: ImageTask, unet: Any, args: Any, stage: str, shown: bool) -> 
     }
     samples = None if stage == TUNE else judged_samples(task, unet, args)
     names = ("similarity", "text_alignment", "place_similarity")
-    figures |= {name: samples and getattr(samples, name) for name in names} | {"n": samples and len(samples.images)}
-    if samples and shown and stage == MAIN and args.seed == SHOWN_SEED:
-        figures["samples_jpeg"] = packed(samples.images[:: args.num_validation_images])  # the first of each prompt
-    return figures
+    figures |= {name: samples and getattr(samples, name) for name in names}
+    return figures | {"n": samples and len(samples.images)}

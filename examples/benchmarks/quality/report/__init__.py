@@ -1,1 +1,1 @@
-"""RESULTS.md, from the records of both benchmarks alone."""
+"""Tables and pictures of RESULTS.md and the pages of docs/results, from the records alone."""

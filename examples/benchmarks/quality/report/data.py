@@ -6,7 +6,6 @@ a seed; the mean over domains is taken there too, and the interval (Student's t)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
+from quality.report.packing import FORM, unpack
+from quality.results import read
 
 Record = Mapping[str, Any]
 Value = Callable[[Record], float | None]
 
-REQUIRED = ("suite", "stage", "backbone", "domain", "method", "seed", "validation_loss", "losses", "noise_levels")
+REQUIRED = ("suite", "stage", "backbone", "domain", "method", "seed", "validation_loss")
 SAME_FOR_ALL_SEEDS = ("learning_rate", "core_learning_rate", "rank", "steps", "settings")
 
 
@@ -30,33 +31,28 @@ class Arm(NamedTuple):
 
 
 def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """All lines of JSON Lines files.
+    """All records of JSON Lines files, packed or as benchmark_quality.py writes them.
 
     Raises:
-        ValueError: no file, a line that isn't a JSON object, or one that lacks what every record has.
+        ValueError: no file, a line that isn't a JSON object, or a record that lacks what every record has.
     """
     paths = list(paths)
     if not paths:
         raise ValueError("there are no results: run examples/benchmarks/benchmark_quality.py first.")
-    records = []
-    for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                records.append(_record(line, f"{path}, line {number}"))
+    return [record for path in paths for record in _records(path)]
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    lines = read(path)
+    is_packed = lines[:1] == [FORM]
+    records = list(unpack(lines[1:])) if is_packed else lines
+    for number, record in enumerate(records, start=2 if is_packed else 1):
+        if missing := [name for name in REQUIRED if name not in record]:
+            raise ValueError(
+                f"{path}, line {number} lacks {', '.join(missing)}: "
+                "expected what examples/benchmarks/benchmark_quality.py writes."
+            )
     return records
-
-
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON ({error}): take the line out, and run the benchmark again.") from error
-    missing = [name for name in REQUIRED if not isinstance(record, dict) or name not in record]
-    if missing:
-        raise ValueError(
-            f"{where} lacks {', '.join(missing)}: expected what examples/benchmarks/benchmark_quality.py writes."
-        )
-    return record
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,3 @@ def clear_of_zero(found: Interval | None) -> bool:
 
 def below_zero(found: Interval | None) -> bool:
     return found is not None and found.high < 0
-
-
-def above_zero(found: Interval | None) -> bool:
-    return found is not None and found.low > 0

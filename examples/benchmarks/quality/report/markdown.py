@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from nara_diffusion.dreambooth.evaluation.statistics import Interval
 from quality.report.data import clear_of_zero
@@ -63,12 +60,3 @@ def listed(values: Sequence[object]) -> str:
     """ "a, b and c"."""
     words = [str(value) for value in values]
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1] if words else ""]))
-
-
-def rebased(text: str, old: Path, new: Path) -> str:
-    """`text`, whose links are relative to the folder `old`, for a page in the folder `new`."""
-
-    def link(found: re.Match[str]) -> str:
-        return f"]({os.path.relpath(old / found[1], new).replace(os.sep, '/')})"
-
-    return re.sub(r"\]\((?!\w+:|[#/])([^)\s]+)\)", link, text)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import fmean
 
-from quality.report.data import Arm, Grid, Record, Value, above_zero, below_zero
+from quality.report.data import Arm, Grid, Record, Value
 from quality.report.markdown import NOTHING, change, difference, percent, spread, table
 from quality.report.names import (
     BASE,
@@ -97,7 +96,7 @@ def bins_table(grid: Grid) -> str:
 
 
 def controls_table(grid: Grid, measure: Measure) -> str | None:
-    """Each control against the method that it controls, and what it keeps of the method's gain; None if none ran."""
+    """Each control against the method that it controls, and against its LoRA or DoRA; None if none ran."""
     rows = []
     for arm in ordered(grid.arms):
         if arm.control is None or not is_noise_aware(arm.method):
@@ -109,54 +108,24 @@ def controls_table(grid: Grid, measure: Measure) -> str | None:
                 spread(grid.spread(arm, measure), measure.digits),
                 difference(grid.difference(arm, method, measure), measure.digits),
                 difference(grid.difference(arm, baseline, measure), measure.digits),
-                kept(grid, arm, measure),
             ]
         )
-    header = [measure.title, "of the control", "control − method", "control − its LoRA or DoRA", "gain kept"]
+    header = [measure.title, "of the control", "control − method", "control − its LoRA or DoRA"]
     return table(header, rows) if rows else None
 
 
-def kept(grid: Grid, control: Arm, measure: Measure) -> str:
-    """(control − baseline) / (method − baseline): 100 % where knowing λ plays no part; of a gain clear of zero only."""
-    baseline = baseline_of(control.method)
-    own = grid.difference(control, baseline, measure)
-    gain = grid.difference(Arm(control.method), baseline, measure)
-    gained = below_zero if measure.lower_is_better else above_zero
-    if own is None or gain is None or not gained(gain):
-        return NOTHING
-    return percent(own.mean / gain.mean)
-
-
-def rates_table(grid: Grid) -> str:
-    """The settings that tuning chose, as the runs had them."""
-    rows = []
-    for arm in ordered([arm for arm in grid.arms if arm.control is None and arm.method != BASE]):
-        for domain in grid.domains:
-            found = [r for r in grid.records(arm) if r["domain"] == domain]
-            if found:
-                record = found[0]
-                names = ("learning_rate", "core_learning_rate", "rank", "steps")
-                rows.append([title(arm), domain, *(_setting(record.get(name)) for name in names)])
-    return table(["", "domain", "learning rate", "of the core", "rank", "steps"], _merged(rows))
-
-
-def _merged(rows: Sequence[list[str]]) -> list[list[str]]:
-    """Rows that differ in the domain alone become one."""
-    found: dict[tuple[str, ...], list[str]] = {}
-    for label, domain, *settings in rows:
-        found.setdefault((label, *settings), []).append(domain)
-    return [[label, ", ".join(domains), *settings] for (label, *settings), domains in found.items()]
-
-
-def _setting(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:g}"
-
-
-def resolution(grid: Grid) -> tuple[float, float] | None:
-    """(standard error of what one run says, LoRA-to-full gap): the first should be a tenth of the second.
-
-    Of the loss itself for text, for images of the gain over the backbone. None where runs don't have it.
+def resolution(grid: Grid, suite: str) -> str:
+    """In words: what the spread over validation samples makes of one run's figure, beside LoRA's gap to full
+    fine-tuning. Of the loss itself for text, for images of the gain over the backbone.
     """
     gap = grid.difference(LORA, FULL, LOSS)
-    errors = [record["validation_error"] for record in grid.records(LORA) if "validation_error" in record]
-    return (fmean(errors), gap.mean) if gap is not None and errors else None
+    errors = [r["validation_error"] for r in grid.records(LORA) if r.get("validation_error") is not None]
+    if gap is None or not errors:
+        return "No run of LoRA beside full fine-tuning has the standard error of its loss."
+    error, digits = fmean(errors), loss_of(suite).digits
+    of_what = "gain over the backbone as it is" if suite == "images" else "loss"
+    return (
+        f"The standard error of one run's {of_what}, from the spread over validation samples, is {error:.{digits}f}, "
+        f"{error / gap.mean:.0%} of the gap from LoRA to full fine-tuning, {gap.mean:.{digits}f}. (Differences of two "
+        "runs are taken on the same samples, and vary less.)"
+    )

@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 
 import pytest
+import report_quality
 from quality import results
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, PLAN, Planned
 from quality.regimes.report import conditions, confirmed, report
 from quality.regimes.runs import Cell, Run
+from quality.regimes.summary import summary
 
 ARMS = ("lora", "lora_params", "dora", "nara", "nara_constant", "nara_shuffled")
 PLANNED = Planned(Cell("eps_to_v", "attention", 4, 200), ARMS)
@@ -120,9 +122,21 @@ def test_report_of_a_cell_without_all_its_runs_says_no_figure():
 
 
 def test_the_page_of_results_is_what_the_records_say():
-    """Made again by `benchmark_regimes.py --report`."""
+    """Made again by `benchmark_regimes.py --report`, and RESULTS.md by `report_quality.py`."""
     root = Path(__file__).parents[4]
     page = (root / "docs" / "results" / "regimes.md").read_text(encoding="utf-8")
     assert page.endswith(
         "\n\n" + report(PLAN, results.read(root / "examples" / "benchmarks" / "results" / "regimes.jsonl")) + "\n"
     )
+    assert report_quality.filled(root / "RESULTS.md") == (root / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_summary_has_a_row_for_each_whole_cell_and_names_who_won():
+    assert summary([PLANNED], records()[:-1]) == "No regime's confirmation is whole yet."
+    row = summary([PLANNED], records()).splitlines()[2].strip("| ").split(" | ")
+    # 0.4 + 0.01 · 204.5 = 2.445; NaRA is 0.05 − 0.001 · 1.1 below; knots and all weights aren't in this plan
+    assert row == ["eps_to_v", *["2.445"] * 3, "2.396", "2.445", "–", "–", "**−0.0489** ± 0.0006", "nara"]
+    worse = [{**each, "score": each["score"] + 0.06} if each["arm"] == "nara" else each for each in records()]
+    assert summary([PLANNED], worse).endswith("| none |")
+    wider = Planned(Cell("eps_to_v", "all", 1, 200), ARMS)
+    assert summary([wider], records(wider)).splitlines()[2].startswith("| eps_to_v, all, rank 1, 200 steps | ")
