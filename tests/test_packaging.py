@@ -97,10 +97,24 @@ def test_the_readme_has_one_command_that_sets_up_and_runs_the_main_job():
     assert command.endswith("accelerate launch train_scripts/dllm.py")
 
 
-def test_local_links_of_the_readme_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README.read_text(encoding="utf-8"))
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def local_links(text: str) -> list[str]:
+    """Those that lead to a file, of Markdown without its code."""
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    return re.findall(r"\]\((?!https?:|#)([^)#]+)", prose)
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "README.md"]
+
+
+def test_local_links_of_the_pages_lead_somewhere():
+    links = [(page, link) for page in PAGES for link in local_links(page.read_text(encoding="utf-8"))]
+    assert {README, ROOT / "RESULTS.md", ROOT / "docs" / "index.md"} < {page for page, _ in links}
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_read_in_a_few_minutes():
+    """What goes further has a page in docs/."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
 
 
 def write_nara_weights(folder: Path) -> None:
