@@ -3,7 +3,7 @@
 from . import registry
 from .cores.custom import register_core
 from .cores.factorization import shared_factors
-from .export import to_lora
+from .export import from_lora, to_lora
 from .noise.context import noise_level
 from .noise.denoisers import register_denoiser
 from .noise.sources import register_noise_source, set_noise_source
@@ -22,6 +22,7 @@ __all__ = [
     "TimestepNoise",
     "__version__",
     "core_matrix",
+    "from_lora",
     "noise_level",
     "register_core",
     "register_denoiser",

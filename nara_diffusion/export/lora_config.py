@@ -29,11 +29,7 @@ def plain_config(root: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) 
     given |= {"inference_mode": True, "base_model_name_or_path": _base_name(root, config)}
     if config.task_type is None:  # as PEFT's save_pretrained, for AutoPeftModel
         given["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
-    plain = LoraConfig(**given)
-    modules = [name for name, _ in base_modules(root)]
-    if _selects(plain, modules, ranks):
-        return plain
-    return _explicit(plain, config, modules, ranks)
+    return fitting_config(LoraConfig(**given), root, ranks)
 
 
 def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
@@ -55,9 +51,9 @@ def _selects(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, i
     return all(by_pattern(config.rank_pattern, name, config.r) == ranks[name] for name in selected)  # type: ignore[arg-type]
 
 
-def _explicit(plain: LoraConfig, config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> LoraConfig:
+def _explicit(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> LoraConfig:
     """The same with each module by its whole name."""
-    plain = copy.copy(plain)
+    plain = copy.copy(config)
     for name in _SELECTS:
         setattr(plain, name, None)
     alphas = {name: by_pattern(config.alpha_pattern, name, config.lora_alpha) for name in ranks}  # type: ignore[arg-type]
@@ -85,3 +81,22 @@ def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str
 
 def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
+
+
+def config_of_layers(layers: Mapping[str, Any]) -> LoraConfig:
+    """The LoraConfig of factors that came without one. `layers`: name → PlainLoraLayer."""
+    first = next(iter(layers.values()))
+    config = LoraConfig(
+        target_modules=sorted(layers),
+        use_dora=first.magnitude is not None,
+        lora_bias=first.bias is not None,
+        inference_mode=True,
+    )
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    return with_ranks(config, ranks, {name: layer.alpha for name, layer in layers.items()})
+
+
+def fitting_config(config: LoraConfig, root: nn.Module, ranks: Mapping[str, int]) -> LoraConfig:
+    """`config`, or, if it doesn't select those modules of `root` at those ranks and no others, one that does."""
+    modules = [name for name, _ in base_modules(root)]
+    return config if _selects(config, modules, ranks) else _explicit(config, modules, ranks)

@@ -53,7 +53,7 @@ def _from_pretrained(
     is_new = adapter_name not in getattr(model, "peft_config", {})
     token = _begun.set((model, adapter_name) if is_new else None)
     try:
-        with _named(model_id, kwargs), _trainable_again(model):
+        with _named(model_id, kwargs), trainable_again(model):
             return original(cls, model, model_id, adapter_name, *args, **kwargs)
     finally:
         _begun.reset(token)
@@ -62,7 +62,7 @@ def _from_pretrained(
 def _load_adapter(original: Any, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     is_new = adapter_name not in self.peft_config or _begun.get() == (self.get_base_model(), adapter_name)
     try:
-        with _named(model_id, kwargs), _trainable_again(self):
+        with _named(model_id, kwargs), trainable_again(self):
             return original(self, model_id, adapter_name, *args, **kwargs)
     except Exception:
         if is_new and isinstance(self.peft_config.get(adapter_name), NaraConfig):
@@ -100,7 +100,7 @@ def _refusal(where: str, error: Exception) -> str:
 
 
 @contextmanager
-def _trainable_again(model: nn.Module) -> Iterator[None]:
+def trainable_again(model: nn.Module) -> Iterator[None]:
     """After an error inside, the same parameters need a gradient as before."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

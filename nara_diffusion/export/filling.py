@@ -1,0 +1,105 @@
+"""The tensors of a LoRA put into an adapter that has been made for them: all of them, unchanged, or none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.tuner.strength_layers import layers_of
+
+from .plain_lora import PlainLora, PlainLoraLayer
+
+
+def fill(root: nn.Module, adapter_name: str, lora: PlainLora, origin: str) -> None:
+    """Let the LoRA layers of an adapter of `root` have A, B, bias and magnitude of `lora`. Cores stay as they are.
+
+    Tensors keep their values bit by bit: where a layer has a coarser dtype, it takes that of the tensor.
+
+    Raises:
+        ValueError: other layers, ranks, scales, shapes or kinds than the adapter has; nothing is changed then.
+    """
+    layers = layers_of(root, adapter_name)
+    check_layers(layers.keys(), lora.layers.keys(), adapter_name, origin)
+    pairs = []
+    for name, given in lora.layers.items():
+        _check_scale(layers[name], name, given, adapter_name, origin)
+        pairs += _pairs(layers[name], name, given, adapter_name, origin)
+    for parameter, tensor in pairs:
+        dtype = torch.promote_types(parameter.dtype, tensor.dtype)
+        parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
+
+
+def check_layers(adapted: Any, given: Any, adapter_name: str, origin: str) -> None:
+    """Raises ValueError if the adapter has other layers than the file: names → names."""
+    missing, surplus = sorted(given - adapted), sorted(adapted - given)
+    if missing or surplus:
+        texts = [f"it has {_some(missing)}, which the adapter hasn't"] if missing else []
+        texts += [f"it lacks {_some(surplus)}, which the adapter has"] if surplus else []
+        raise ValueError(
+            f"{origin} has {len(given)} layers, the adapter '{adapter_name}' {len(adapted)}: {', and '.join(texts)}. "
+            "Choose target_modules that are the file's."
+        )
+
+
+def _check_scale(layer: Any, name: str, given: PlainLoraLayer, adapter_name: str, origin: str) -> None:
+    rank = layer.r[adapter_name]
+    if rank != given.rank:
+        raise ValueError(
+            f"{origin} has rank {given.rank} in '{name}', the adapter {rank}: choose the rank of the file (and, for "
+            "layers of other ranks, rank_pattern)."
+        )
+    if not math.isclose(layer.scaling[adapter_name], given.scaling, rel_tol=1e-6):
+        raise ValueError(
+            f"{origin} is scaled by {given.scaling:g} (alpha {given.alpha:g} / rank {given.rank}) in '{name}', the "
+            f"adapter by {layer.scaling[adapter_name]:g}: choose lora_alpha {given.alpha:g} without rsLoRA."
+        )
+
+
+def _pairs(
+    layer: Any, name: str, given: PlainLoraLayer, adapter_name: str, origin: str
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """A parameter of the layer, and what it is to hold."""
+    held, tensors = _parameters(layer, adapter_name), _tensors(given)
+    if held.keys() != tensors.keys():
+        raise ValueError(
+            f"{origin} has {_kinds(tensors)} in '{name}', the adapter {_kinds(held)}: DoRA, or the bias of B, is in "
+            "one of them only, so set use_dora or lora_bias as in the file."
+        )
+    for kind, tensor in tensors.items():
+        parameter = held[kind]
+        # one-by-one kernels and magnitudes are written with and without their axes of length 1
+        if parameter.squeeze().shape != tensor.squeeze().shape:
+            raise ValueError(
+                f"{kind} of '{name}' has shape {tuple(tensor.shape)} in {origin}, this layer needs "
+                f"{tuple(parameter.shape)}: it was trained on another base model."
+            )
+        yield parameter, tensor.reshape(parameter.shape)
+
+
+def _parameters(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
+    if adapter_name in layer.lora_embedding_A:
+        found = {"A": layer.lora_embedding_A[adapter_name], "B": layer.lora_embedding_B[adapter_name]}
+    else:
+        A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        found = {"A": A.weight, "B": B.weight} | ({} if B.bias is None else {"bias": B.bias})
+    if adapter_name in layer.lora_magnitude_vector:
+        found["magnitude"] = layer.lora_magnitude_vector[adapter_name].weight
+    return found
+
+
+def _tensors(given: PlainLoraLayer) -> dict[str, Tensor]:
+    all_ = {"A": given.A, "B": given.B, "bias": given.bias, "magnitude": given.magnitude}
+    return {kind: tensor for kind, tensor in all_.items() if tensor is not None}
+
+
+def _kinds(found: Mapping[str, Any]) -> str:
+    return ", ".join(found)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

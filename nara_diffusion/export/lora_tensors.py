@@ -1,0 +1,103 @@
+"""From the tensors of a LoRA by PEFT's names to a `PlainLora`, with nothing left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from peft import LoraConfig
+from torch import Tensor
+
+from nara_diffusion.loaders.validation import by_pattern
+
+from .lora_config import configured_scaling
+from .plain_lora import PlainLora, PlainLoraLayer
+
+_TENSOR = re.compile(
+    r"(?P<name>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
+    r"lora_magnitude_vector)(?:\.weight)?"
+)
+"""Diffusers and Transformers write the magnitude's `.weight`, PEFT leaves it out."""
+
+
+def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], origin: str) -> PlainLora:
+    """The LoRA that PEFT makes of `config` and `tensors`. `origin` is what to call the file in messages.
+
+    Raises:
+        ValueError: half of a layer is missing, a tensor of a LoRA that has no place, or another rank or kind than the
+            configuration says.
+    """
+    found, others = by_layer(tensors, origin)
+    layers = {}
+    for name, own in found.items():
+        rank = _rank(name, own, origin)
+        configured = by_pattern(config.rank_pattern, name, config.r)  # type: ignore[arg-type]
+        if rank != configured:
+            raise ValueError(
+                f"{origin} has rank {rank} in '{name}', but its configuration says {configured}: the tensors and the "
+                "configuration are not of one adapter."
+            )
+        layers[name] = plain_layer(own, configured_scaling(config, name, rank) * rank)
+    _check_kind(config, layers, origin)
+    return PlainLora(config, layers, others)
+
+
+def by_layer(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Layer → kind of tensor → tensor, whole layers; and what is no tensor of a LoRA layer.
+
+    Raises:
+        ValueError: A without B, B without A, or a name that is none of PEFT's.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _TENSOR.fullmatch(key)
+        if match:
+            found.setdefault(match["name"], {})[match["kind"]] = tensor
+        elif "lora" in key.lower():
+            raise ValueError(f"{origin} holds '{key}', which is no tensor of a LoRA that is known here.")
+        else:
+            others[key] = tensor
+    for name, own in found.items():
+        _check_whole(name, own, origin)
+    if not found:
+        raise ValueError(
+            f"{origin} holds no LoRA: its tensors are {', '.join(map(repr, list(tensors)[:3])) or 'none'}."
+        )
+    return found, others
+
+
+def plain_layer(own: Mapping[str, Tensor], alpha: float) -> PlainLoraLayer:
+    """One layer of `by_layer`."""
+    is_embedding = "lora_embedding_A" in own
+    A, B = (own["lora_embedding_A"], own["lora_embedding_B"]) if is_embedding else (
+        own["lora_A.weight"], own["lora_B.weight"])  # fmt: skip
+    return PlainLoraLayer(A, B, alpha, len(A), own.get("lora_B.bias"), own.get("lora_magnitude_vector"), is_embedding)
+
+
+def _check_whole(name: str, own: Mapping[str, Tensor], origin: str) -> None:
+    pairs = [{"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}]
+    if not any(pair <= own.keys() for pair in pairs):
+        raise ValueError(
+            f"{origin} has {', '.join(map(repr, sorted(own)))} of '{name}', but not A and B both: damaged."
+        )
+
+
+def _rank(name: str, own: Mapping[str, Tensor], origin: str) -> int:
+    layer = plain_layer(own, 1.0)
+    if layer.A.dim() < 2 or layer.B.dim() < 2 or layer.rank % layer.B.shape[1]:  # groups of a convolution divide r
+        raise ValueError(
+            f"{origin} has A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} in '{name}', which have no rank in "
+            "common: damaged."
+        )
+    return layer.rank
+
+
+def _check_kind(config: LoraConfig, layers: Mapping[str, PlainLoraLayer], origin: str) -> None:
+    for name, layer in layers.items():
+        if (layer.magnitude is not None) != bool(config.use_dora):
+            what = "a magnitude (DoRA)" if layer.magnitude is not None else "no magnitude (DoRA)"
+            raise ValueError(
+                f"{origin} has {what} in '{name}', but use_dora={config.use_dora}: the tensors and the configuration "
+                "are not of one adapter."
+            )
