@@ -5,8 +5,8 @@ The shipped model and task, offline, on CPU, in minutes:
 LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps of global_batch_size samples together:
     accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
 
-With --adapter lora, dora, …, full the same is done by another method; --help lists them. --min_noise_level and
---max_noise_level train a part of the noise levels; docs/windows.md says how to keep the base outside.
+With --adapter lora, dora, …, full the same is done by another method; --help lists them. --init_adapter starts from
+a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/windows.md).
 
 Written to the output folder: adapter_config.json and adapter_model.safetensors (a model folder, for --adapter full),
 README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,
@@ -34,6 +34,7 @@ from nara_diffusion.dllm.evaluation.report import results_table, write_run_repor
 from nara_diffusion.dllm.masking import check_drawable
 from nara_diffusion.dllm.models.positions import check_positions
 from nara_diffusion.training.adapters.build import base_model, build_adapter, recompute_activations
+from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread
 from nara_diffusion.training.adapters.methods import title_of
 from nara_diffusion.training.argument_checks import check_arguments, require
@@ -202,6 +203,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     check_positions(model, args.max_length, longest=collator.padded_length(longest))  # the adapter may take some
     if run.checkpoint is not None:
         load_checkpoint(model, run.checkpoint)
+    elif args.init_adapter is not None:
+        start_from({"": backbone}, args.init_adapter, backbone)
 
     # Train
     optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)

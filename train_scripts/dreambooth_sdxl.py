@@ -6,14 +6,12 @@ Your own five images, on one GPU; the file holds what suits SDXL, flags win over
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-With --adapter lora, dora, …, full the same is done by another method; --help lists them. --min_noise_level and
---max_noise_level train a part of the noise levels; docs/windows.md says how to keep the base outside.
+With --adapter lora, dora, …, full the same is done by another method; --help lists them. --init_adapter starts from
+a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/windows.md).
 A base that predicts ε taught to predict a rectified flow's velocity, on a folder of captioned images; the adapter
 brings the scheduler that then samples (docs/conversion.md):
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir photos --prediction_type flow_prediction --max_train_steps 5000 --output_dir sdxl-flow
-
-With --adapter lora, dora, …, full the same is done by another method; --help lists them.
 
 Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; other methods have files of
 their own, which nara_diffusion/dreambooth/formats.py lists), README.md (the model card, which says how to load them),
@@ -64,6 +62,7 @@ from nara_diffusion.dreambooth.setup import (
 from nara_diffusion.dreambooth.validation import Validation
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.training.adapters.build import adapter_config
+from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread
 from nara_diffusion.training.adapters.methods import METHODS, title_of
 from nara_diffusion.training.checkpoints import save_adapter
@@ -202,6 +201,8 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     )
     if run.checkpoint is not None:
         read_checkpoint(model, run.checkpoint)
+    elif args.init_adapter is not None:
+        start_from(model.components, args.init_adapter, pipe)
 
     # Train
     optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)

@@ -227,7 +227,7 @@ def _insert_as(
     try:
         fill(root, adapter_name, lora, origin)
         _set_others(model, adapter_name, lora, origin)
-        _check_identity(root, adapter_name, config)
+        check_identity(root, adapter_name, config)
     except Exception:
         roll_back(root, adapter_name)
         raise
@@ -279,7 +279,7 @@ def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> 
     set_peft_model_state_dict(model, held | others, adapter_name=adapter_name)
 
 
-def _check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> None:
+def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> None:
     """Raises ValueError if C(λ) is not I."""
     level = torch.tensor(_LEVELS)
     with read_adapter(root, adapter_name) as adapter:

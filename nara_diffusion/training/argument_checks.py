@@ -8,6 +8,7 @@ from typing import Any
 
 from nara_diffusion.cores.custom import check_core_type
 from nara_diffusion.training.adapters.custom_core import import_core_module
+from nara_diffusion.training.adapters.init_adapter import check_init_adapter
 from nara_diffusion.training.adapters.method_arguments import check_method
 from nara_diffusion.training.adapters.methods import METHODS, effective
 
@@ -24,6 +25,7 @@ def check_arguments(args: Any) -> None:
         import_core_module(args.core_module)
     check_core_type(args.core_type)
     check_method(args)
+    check_init_adapter(args)
     for name in (
         "rank",
         "num_virtual_tokens",
@@ -77,7 +79,7 @@ def _check_checkable(args: Any) -> None:
         raise ValueError(
             f"check asks what λ tells a low-rank adapter, but adapter is {args.adapter!r}: give nara, or lora."
         )
-    for name in ("resume_from_checkpoint", "push_to_hub"):
+    for name in ("resume_from_checkpoint", "push_to_hub", "init_adapter"):
         if getattr(args, name):
             raise ValueError(f"check measures before a training, and {name} is {getattr(args, name)!r}: leave it out.")
 

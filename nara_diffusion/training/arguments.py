@@ -47,6 +47,12 @@ class AdapterArguments:
         "Further fields of PEFT's configuration of the adapter, each NAME=VALUE: init_r=12, oft_block_size=16, ….",
         sentences=True,
     )
+    init_adapter: str | None = option(
+        None,
+        "Start from this adapter: a LoRA's file or folder (PEFT's, Diffusers', …), whose core starts as C = I, or a "
+        "NaRA of this package. Its layers, rank, lora_alpha and DoRA have to be those of the flags.",
+        resumable=True,
+    )
     core_type: str = core_option("core_type", more=" Or a core of your own: the name that --core_module registers.")
     core_module: str | None = option(
         None,

@@ -1,0 +1,164 @@
+"""`--init_adapter`: a training that goes on from a LoRA, or from a NaRA of this package, as the flags describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from nara_diffusion import NaraConfig
+from nara_diffusion.export.filling import fill
+from nara_diffusion.export.from_lora import check_identity, read_lora
+from nara_diffusion.export.lora_tensors import lora_of_tensors
+from nara_diffusion.export.plain_lora import PlainLora
+from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
+from nara_diffusion.loaders.source import naming, read_adapter
+from nara_diffusion.tuner.config_files import is_naras, read_config_file
+from nara_diffusion.tuner.core_holder import HOLDER_NAME
+
+from .methods import CORE_FIELDS, METHODS, method_of
+from .pissa import takes_start_from_base
+
+_FREE = {"core_init", "lora_a_init", "noise_convention", "scheduler", "strength"}
+"""Fields of a core that say how it starts, or what it was trained for, and not what its tensors mean."""
+
+
+def check_init_adapter(args: Any) -> None:
+    """Refuse a path that isn't there, and methods that have no A and B to start from a file, or another start.
+
+    Raises:
+        ValueError: naming the argument and what to do.
+    """
+    if args.init_adapter is None:
+        return
+    if not Path(args.init_adapter).expanduser().exists():
+        raise ValueError(f"init_adapter is {args.init_adapter!r}: there is no such file or folder.")
+    if method_of(args).family not in ("nara", "lora") or args.adapter == "pissa":
+        able = [name for name, method in METHODS.items() if method.family in ("nara", "lora") and name != "pissa"]
+        raise ValueError(
+            f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: choose one of "
+            f"{', '.join(able)}."
+        )
+
+
+def start_from(components: Mapping[str, Any], path: str, source_model: Any, adapter_name: str = "default") -> None:
+    """Let the adapters of `components` have the tensors of the one in `path`: all layers of both, or none.
+
+    A LoRA gives A, B and magnitudes, and the core stays as it starts, C = I; a NaRA gives its core, too.
+
+    Args:
+        components: name → the adapted model without PEFT's wrapper; a single one that is no pipeline's has an empty
+            name. source_model: the pipeline, or the model, by whose class files are read.
+
+    Raises:
+        ValueError: the file is no such adapter, or disagrees with the adapters in layers, rank, α, DoRA, core or λ's
+            convention; the message says which flag decides that.
+    """
+    file = Path(path).expanduser()
+    origin = f"init_adapter '{path}'"
+    if _is_naras(file):
+        denoiser = next(iter(components))
+        with naming(path):
+            parts: dict[str, Any] = dict(read_adapter(file, denoiser))
+        loras = {name: _without_core(part, origin) for name, part in parts.items()}
+    else:
+        loras, parts = read_lora(file, source_model)[0], {}
+    if loras.keys() != components.keys():
+        raise ValueError(
+            f"{origin} is for {_names(loras)}, but this run trains {_names(components)}: the text encoders are trained "
+            "by --train_text_encoder."
+        )
+    for name, root in components.items():
+        _check_start(root, adapter_name, loras[name], parts.get(name), origin)
+    for name, root in components.items():
+        fill(root, adapter_name, loras[name], origin)
+        if name in parts:
+            _fill_core(root, adapter_name, parts[name], origin)
+
+
+def _is_naras(path: Path) -> bool:
+    if (path / CONFIG_NAME).is_file():
+        return is_naras(read_config_file(path / CONFIG_NAME), f"'{path / CONFIG_NAME}'")
+    if (path / WEIGHTS_NAME).is_file():
+        return True
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False  # whoever reads it says what is wrong
+
+
+def _without_core(part: AdapterPart, origin: str) -> PlainLora:
+    own = {key: tensor for key, tensor in part.tensors.items() if not is_core_key(key)}
+    return lora_of_tensors(part.config, own, origin)
+
+
+def _check_start(root: Any, adapter_name: str, lora: PlainLora, part: AdapterPart | None, origin: str) -> None:
+    config: LoraConfig = root.peft_config[adapter_name]
+    if lora.others:
+        raise ValueError(f"{origin} has trained '{next(iter(lora.others))}' beside a LoRA, which this run doesn't.")
+    if takes_start_from_base(lora.config) or takes_start_from_base(config):
+        raise ValueError(
+            f"{origin} would start with init_lora_weights {lora.config.init_lora_weights!r} (here "
+            f"{config.init_lora_weights!r}), which takes the start of A and B out of the base: convert it to a LoRA of "
+            "the unchanged base first."
+        )
+    if part is None or part.config.core_type == "identity":
+        if isinstance(config, NaraConfig) and config.core_type != "identity":
+            check_identity(root, adapter_name, config)
+    else:
+        _check_core(config, part.config, origin)
+
+
+def _check_core(config: LoraConfig, given: NaraConfig, origin: str) -> None:
+    if not isinstance(config, NaraConfig):
+        raise ValueError(f"{origin} is a NaRA with core_type {given.core_type!r}: give --adapter nara.")
+    for name in sorted(CORE_FIELDS - _FREE):
+        here, there = getattr(config, name), getattr(given, name)
+        if here != there:
+            raise ValueError(f"{origin} has {name} {there!r}, this run {here!r}: give --{name} as in the file.")
+    if given.strength is not None:
+        raise ValueError(
+            f"{origin} has a strength that depends on λ: take it away first, set_strength(model, …, None)."
+        )
+    if None not in (config.noise_convention, given.noise_convention) and (
+        config.noise_convention != given.noise_convention
+    ):
+        raise ValueError(
+            f"{origin} was trained with λ as {given.noise_convention!r}, this run's is {config.noise_convention!r}: "
+            "they are not the same noise levels."
+        )
+    if _predicts(config.scheduler) != _predicts(given.scheduler):
+        raise ValueError(
+            f"{origin} was trained for {_predicts(given.scheduler)}, this run is for {_predicts(config.scheduler)}: "
+            "give --prediction_type as it was."
+        )
+
+
+def _predicts(scheduler: Mapping[str, Any] | None) -> str:
+    if scheduler is None:
+        return "what the base predicts"
+    return f"{scheduler.get('_class_name')} with prediction_type {scheduler.get('prediction_type')}"
+
+
+def _fill_core(root: nn.Module, adapter_name: str, part: AdapterPart, origin: str) -> None:
+    tensors = {key.removeprefix(f"{HOLDER_NAME}."): tensor for key, tensor in part.tensors.items() if is_core_key(key)}
+    holder = getattr(root, HOLDER_NAME, None)
+    cores: Any = nn.ModuleDict() if holder is None else holder.cores[adapter_name]
+    held = cores.state_dict()
+    wrong = [key for key in held.keys() | tensors.keys() if key not in held or key not in tensors
+             or held[key].shape != tensors[key].shape]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{origin} has another core than this run's flags describe: '{min(wrong)}' differs.")
+    cores.load_state_dict(tensors)
+
+
+def _names(names: Any) -> str:
+    return ", ".join(name or "a single model" for name in names)
