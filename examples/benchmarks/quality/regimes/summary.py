@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from quality.regimes.plan import Planned, is_deciding
 from quality.regimes.rates import Record
 from quality.regimes.report import CANDIDATES, DIGITS, Confirmed, conditions, confirmed
+from quality.report.data import Arm
 from quality.report.markdown import NOTHING, change, table
+from quality.report.names import title
 
 SHOWN = {
     "lora": "LoRA",
@@ -38,6 +40,6 @@ def _row(cell: Confirmed) -> list[str]:
 
 
 def winners(cell: Confirmed) -> str:
-    """The candidates that meet every condition of the plan."""
+    """The forms of NaRA that meet every condition of the plan."""
     won = [arm for arm in CANDIDATES if arm in cell.arms and all(conditions(cell, arm).values())]
-    return ", ".join(won) or "none"
+    return ", ".join(title(Arm(arm)) for arm in won) or "none"

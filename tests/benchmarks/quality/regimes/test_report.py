@@ -1,7 +1,6 @@
 """The verdict of the confirmation seeds, against differences and Student's t by hand."""
 
 import math
-from pathlib import Path
 
 import pytest
 import report_quality
@@ -123,11 +122,9 @@ def test_report_of_a_cell_without_all_its_runs_says_no_figure():
 
 def test_the_page_of_results_is_what_the_records_say():
     """Made again by `benchmark_regimes.py --report`, and RESULTS.md by `report_quality.py`."""
-    root = Path(__file__).parents[4]
+    root = report_quality.ROOT
     page = (root / "docs" / "results" / "regimes.md").read_text(encoding="utf-8")
-    assert page.endswith(
-        "\n\n" + report(PLAN, results.read(root / "examples" / "benchmarks" / "results" / "regimes.jsonl")) + "\n"
-    )
+    assert page.endswith("\n\n" + report(PLAN, results.read(report_quality.RESULTS / "regimes.jsonl")) + "\n")
     assert report_quality.filled(root / "RESULTS.md") == (root / "RESULTS.md").read_text(encoding="utf-8")
 
 
@@ -135,8 +132,27 @@ def test_summary_has_a_row_for_each_whole_cell_and_names_who_won():
     assert summary([PLANNED], records()[:-1]) == "No regime's confirmation is whole yet."
     row = summary([PLANNED], records()).splitlines()[2].strip("| ").split(" | ")
     # 0.4 + 0.01 · 204.5 = 2.445; NaRA is 0.05 − 0.001 · 1.1 below; knots and all weights aren't in this plan
-    assert row == ["eps_to_v", *["2.445"] * 3, "2.396", "2.445", "–", "–", "**−0.0489** ± 0.0006", "nara"]
+    assert row == ["eps_to_v", *["2.445"] * 3, "2.396", "2.445", "–", "–", "**−0.0489** ± 0.0006", "NaRA"]
     worse = [{**each, "score": each["score"] + 0.06} if each["arm"] == "nara" else each for each in records()]
     assert summary([PLANNED], worse).endswith("| none |")
     wider = Planned(Cell("eps_to_v", "all", 1, 200), ARMS)
     assert summary([wider], records(wider)).splitlines()[2].startswith("| eps_to_v, all, rank 1, 200 steps | ")
+
+
+@pytest.mark.parametrize(
+    ("page", "regime", "line"),
+    [
+        ("README.md", "eps_to_v", "| an adapter on attention changes what the model predicts"),
+        ("README.md", "blind_open", "| a language model is given random tokens in place of masks"),
+        ("RESULTS.md", "eps_to_v", "**ε → v (eps_to_v).**"),
+        ("RESULTS.md", "blind_open", "**Blind text (blind_open).**"),
+    ],
+)
+def test_what_the_first_pages_say_of_a_regime_is_what_the_records_say(page, regime, line):
+    """Their words are written by hand."""
+    (planned,) = (each for each in PLAN if each.name == regime)
+    cell = confirmed(planned, results.read(report_quality.RESULTS / "regimes.jsonl"))
+    text = (report_quality.ROOT / page).read_text(encoding="utf-8")
+    paragraph = text[text.index(line) :].split("\n" if page == "README.md" else "\n\n")[0]
+    for arm in ("nara", "lora", "lora_params", "dora"):
+        assert f"{cell.score(arm).mean:.3f}" in paragraph, arm
