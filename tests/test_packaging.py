@@ -117,6 +117,17 @@ def test_the_readme_is_read_in_a_few_minutes():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
 
 
+def test_errors_that_their_page_lists_are_in_the_code():
+    """Each piece of a message between what changes."""
+    files = (ROOT / "nara_diffusion").rglob("*.py")
+    code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in files))
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| (?:merging: )?`(.*?)` \|", page, flags=re.MULTILINE)
+    assert len(messages) >= 7
+    pieces = [piece.strip(" ,") for message in messages for piece in re.split(r"…|\b\d+\b", message)]
+    assert [piece for piece in pieces if piece not in code] == []
+
+
 def write_nara_weights(folder: Path) -> None:
     """What the README's DreamBooth command leaves behind, from a UNet that has learnt nothing."""
     pipe = DiffusionPipeline.from_pretrained(ROOT / "examples" / "assets" / "sdxl-tiny", dtype=torch.float32)
