@@ -86,7 +86,7 @@ def test_an_offloaded_denoiser_gives_the_same_numbers(offload, use_dora, tmp_pat
         )  # weights read from disk lie elsewhere: other kernels
 
 
-@pytest.mark.parametrize("kind", ["layer vectors", "knots", "rank mask"])
+@pytest.mark.parametrize("kind", ["by layer", "knots", "rank mask"])
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_other_types_of_core_are_offloaded_too(offload, kind, tmp_path):
     model = adapted_unet(**TYPES[kind])

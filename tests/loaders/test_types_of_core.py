@@ -78,7 +78,7 @@ def test_text_encoders_refuse_what_depends_on_lambda(tmp_path: Path):
         small_sdxl().load_nara_weights(moved, metadata=metadata)
 
 
-@pytest.mark.parametrize("kind", ["rank mask", "bins", "normalised"])
+@pytest.mark.parametrize("kind", ["rank mask", "bins", "knots"])
 def test_hotswap_keeps_a_core_that_belongs_to_its_rank_and_refuses_other_ranks(kind, tmp_path: Path):
     folders = []
     for index, rank in enumerate((4, 4, 2)):
@@ -103,7 +103,7 @@ def test_hotswap_keeps_a_core_that_belongs_to_its_rank_and_refuses_other_ranks(k
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-@pytest.mark.parametrize("kind", ["rank mask", "bins", "normalised"])
+@pytest.mark.parametrize("kind", ["rank mask", "bins", "knots"])
 def test_a_lora_that_would_pad_a_core_that_belongs_to_its_rank_is_refused(kind, tmp_path: Path):
     lora = small_sdxl()
     lora.unet.add_adapter(lora_config(target_modules=["to_q"], r=2), "default")

@@ -1,0 +1,93 @@
+"""The factors of one module as a host's file has them: up · down, scaled, and several modules as one.
+
+    ΔW = up · down          the scale α/r is in `up`, so that α = rank for every reader, whatever it takes α for
+
+Hosts keep what Diffusers splits, such as q, k and v, in one matrix. Its LoRA is block-diagonal and exact:
+
+    [ΔW_q; ΔW_k; ΔW_v] = diag(up_q, up_k, up_v) · [down_q; down_k; down_v]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nara_diffusion.export.plain_lora import PlainLoraLayer
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Attributes:
+    down: (r, d_in), of a convolution (r, d_in, *kernel).
+    up: (d_out, r), of a convolution (d_out, r, 1, …); the scale is in it.
+    dora_scale: DoRA's magnitude (d_out, 1, …), or None.
+    """
+
+    down: Tensor
+    up: Tensor
+    dora_scale: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
+    """Of one layer, in its own dtype; the product with the scale is in float64.
+
+    Raises:
+        ValueError: an embedding, a bias of B, or groups of a convolution, which hosts' files don't know.
+    """
+    unknown = [
+        what
+        for what, present in (
+            ("is an embedding", layer.is_embedding),
+            ("has a bias of B (lora_bias=True)", layer.bias is not None),
+            ("is a convolution with groups", layer.B.shape[1] != len(layer.A)),
+        )
+        if present
+    ]
+    if unknown:
+        raise ValueError(f"Module '{name}' {unknown[0]}, which files of other hosts can't express: save it for PEFT.")
+    up = layer.B if layer.scaling == 1 else (layer.B.double() * layer.scaling).to(layer.B.dtype)
+    return Factors(layer.A, up, None if layer.magnitude is None else _broadcasting(layer.magnitude, layer.A.dim()))
+
+
+def _broadcasting(magnitude: Tensor, dimensions: int) -> Tensor:
+    """(d_out, 1, …), by which a weight (d_out, d_in, …) can be multiplied."""
+    return magnitude.flatten().view(-1, *[1] * (dimensions - 1))
+
+
+def fused(name: str, parts: Sequence[Factors | None], sizes: Sequence[int]) -> Factors:
+    """The parts of one matrix, from above to below; those that aren't adapted are zero.
+
+    Args:
+        name: of the matrix, for errors. parts: None where a part has no LoRA. sizes: rows of each part.
+
+    Raises:
+        ValueError: a DoRA that lacks a part: its magnitude would have to be that of the base weight.
+    """
+    present = [part for part in parts if part is not None]
+    scales = [part.dora_scale for part in present if part.dora_scale is not None]
+    if scales and len(scales) < len(parts):
+        raise ValueError(f"'{name}' is one matrix in that file, of which the DoRA adapts a part: adapt all of it.")
+    up = present[0].up.new_zeros(sum(sizes), sum(part.rank for part in present))
+    row = column = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None:
+            up[row : row + size, column : column + part.rank] = part.up
+            column += part.rank
+        row += size
+    return Factors(torch.cat([part.down for part in present]), up, torch.cat(scales) if scales else None)
+
+
+def fuse_into(
+    found: dict[str, Factors], layers: Mapping[str, Factors], name: str, parts: Sequence[str], sizes: Sequence[int]
+) -> None:
+    """Adds the matrix `name`, of the modules `parts`, to `found`, if one of them is adapted."""
+    own = [layers.get(part) for part in parts]
+    if any(part is not None for part in own):
+        found[name] = fused(name, own, sizes)

@@ -1,0 +1,138 @@
+"""Files of plain LoRAs for other hosts: which names, which keys.
+
+    diffusers   unet.….lora_A.weight, transformer.….lora_A.weight      load_lora_weights; FLUX's and SD3's in ComfyUI
+    kohya       lora_unet_….lora_down.weight, .alpha, lora_te1_…       A1111, Forge, SD.Next, InvokeAI, ComfyUI
+    comfyui     diffusion_model.….lora_A.weight                        ComfyUI, by the names of the original code
+
+A form that lacks a place for something refuses it by name, so that nothing of an adapter is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nara_diffusion.export.plain_lora import PlainLora
+from nara_diffusion.utils.atomic_write import atomic_write
+
+from .factors import Factors, factors_of
+from .transformers import flux, sd3, wan
+from .unet import SD15, SDXL, UNetLayout, stability_name
+
+BASES = ("sd15", "sdxl", "sd3", "flux", "wan")
+FORMS = ("diffusers", "kohya", "comfyui")
+DENOISERS = ("unet", "transformer")
+_TRANSFORMERS: dict[str, Callable[[Mapping[str, Factors]], dict[str, Factors]]] = {"flux": flux, "sd3": sd3, "wan": wan}
+_LAYOUTS = {"sd15": SD15, "sdxl": SDXL}
+_ENCODERS = {
+    "sd15": {"text_encoder": "lora_te"},
+    "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    "flux": {"text_encoder": "lora_te1"},
+}
+"""{base: {component: what kohya calls it}}."""
+
+
+def host_state_dict(
+    loras: Mapping[str, PlainLora], form: str, base: str, layout: UNetLayout | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file for another host. The scale α/r is in `up`, so that α is the rank.
+
+    Args:
+        loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
+        form: of `FORMS`. base: of `BASES`, what the adapter is for.
+        layout: of a UNet that has another depth than `base`'s, such as a small one.
+
+    Raises:
+        ValueError: no such form or base, a component that the form doesn't know, a module without a name there, or what
+            a file for other hosts can't express (see `factors_of`).
+    """
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}.")
+    if base not in BASES:
+        raise ValueError(f"base is {base!r}, expected one of {', '.join(BASES)}: what the adapter was trained on.")
+    found: dict[str, Tensor] = {}
+    for component, lora in loras.items():
+        if lora.others:
+            raise ValueError(
+                f"The adapter of {component} trains more than LoRA factors ({next(iter(lora.others))}), which files of "
+                "other hosts can't express: save it for PEFT."
+            )
+        factors = {name: factors_of(name, layer) for name, layer in lora.layers.items()}
+        found |= _tensors(component, factors, form, base, layout or _LAYOUTS.get(base))
+    return found
+
+
+def save_host_file(
+    loras: Mapping[str, PlainLora],
+    path: str | os.PathLike[str],
+    form: str,
+    base: str,
+    layout: UNetLayout | None = None,
+) -> None:
+    """Writes that file, whole or not at all; see `host_state_dict`.
+
+    Raises:
+        ValueError: as there.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in host_state_dict(loras, form, base, layout).items()}
+    with atomic_write(Path(path)) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def _tensors(
+    component: str, layers: Mapping[str, Factors], form: str, base: str, layout: UNetLayout | None
+) -> dict[str, Tensor]:
+    if form == "diffusers":
+        return _peft_keys({f"{component}.{name}": own for name, own in layers.items()}, "lora_magnitude_vector")
+    if component in DENOISERS:
+        named = _denoiser_names(layers, form, base, layout)
+        if form == "comfyui":
+            return _peft_keys({f"diffusion_model.{name}": own for name, own in named.items()}, "dora_scale")
+        return _kohya_keys("lora_unet", named)
+    encoders = _ENCODERS.get(base, {})
+    if component not in encoders:
+        known = ", ".join(["the denoiser", *encoders])
+        raise ValueError(f"A {form} file of {base} has no place for '{component}', expected {known}.")
+    return _kohya_keys(encoders[component], {_encoder_name(name): own for name, own in layers.items()})
+
+
+def _denoiser_names(
+    layers: Mapping[str, Factors], form: str, base: str, layout: UNetLayout | None
+) -> dict[str, Factors]:
+    if base in _TRANSFORMERS:
+        return _TRANSFORMERS[base](layers)
+    if base == "sd15" and form == "kohya":
+        return dict(layers)  # kohya trains SD 1.5 on Diffusers' UNet
+    assert layout is not None
+    return {stability_name(name, layout): own for name, own in layers.items()}
+
+
+def _encoder_name(name: str) -> str:
+    """With the part that transformers 5 leaves out of CLIPTextModel's names."""
+    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+
+
+def _peft_keys(layers: Mapping[str, Factors], magnitude: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, own in layers.items():
+        found |= {f"{name}.lora_A.weight": own.down, f"{name}.lora_B.weight": own.up}
+        if own.dora_scale is not None:
+            flat = magnitude == "lora_magnitude_vector" and own.down.dim() == 2
+            found[f"{name}.{magnitude}"] = own.dora_scale.flatten() if flat else own.dora_scale
+    return found
+
+
+def _kohya_keys(prefix: str, layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, own in layers.items():
+        key = f"{prefix}_{name.replace('.', '_')}"
+        found |= {f"{key}.lora_down.weight": own.down, f"{key}.lora_up.weight": own.up}
+        found[f"{key}.alpha"] = torch.tensor(float(own.rank))
+        if own.dora_scale is not None:
+            found[f"{key}.dora_scale"] = own.dora_scale
+    return found
