@@ -13,8 +13,9 @@ from torch import nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.export.filling import fill
-from nara_diffusion.export.from_lora import check_identity, read_lora
+from nara_diffusion.export.lora_sources import read_lora
 from nara_diffusion.export.lora_tensors import lora_of_tensors
+from nara_diffusion.export.lora_to_nara import check_identity
 from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import naming, read_adapter
