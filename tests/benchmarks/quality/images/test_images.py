@@ -76,7 +76,7 @@ def test_each_bin_has_pictures_and_noise_of_its_own(task):
     values = torch.stack(noise)
     cosines = torch.corrcoef(values.flatten(1)) - torch.eye(len(values))
     assert cosines.abs().max() < 0.4  # 256 numbers each: 6 standard deviations
-    page = (Path(__file__).parents[3] / "docs" / "results" / "images.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "results" / "images.md").read_text(encoding="utf-8")
     assert f"on {len(values)} further pictures" in page.replace("\n", " ")
     assert values.std().item() == pytest.approx(1, abs=0.02)
 

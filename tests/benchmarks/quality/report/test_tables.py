@@ -13,7 +13,7 @@ from quality.report.tables import (
     resolution,
 )
 
-from tests.benchmarks.quality.report_records import cells, record, runs
+from tests.benchmarks.quality.report.records import cells, record, runs
 
 # paired differences: full − LoRA −0.4, NaRA − LoRA −0.1, its controls − NaRA +0.06 and +0.1, all with a tiny spread
 MAIN = [

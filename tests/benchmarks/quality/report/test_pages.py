@@ -9,9 +9,9 @@ from quality.report.blocks import KINDS, Measured, all_tables, block
 from quality.report.pages import fill
 from quality.report.setting import hours, setting
 
-from tests.benchmarks.quality.report_records import cells, record, runs
+from tests.benchmarks.quality.report.records import cells, record, runs
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PAGE = "Before.\n\n<!-- table: loss text -->\n\nold\n\n<!-- end of table -->\n\nAfter.\n"
 COST = {"parameters_ratio": 2.0, "memory_ratio": 1.0, "step_ratio": 1.0, "step_ratio_quartiles": [1.0, 1.0]}
 RECORDS = [

@@ -5,7 +5,7 @@ import json
 from quality.report.data import read_records
 from quality.report.packing import KEPT, pack
 
-from tests.benchmarks.quality.report_records import record, runs
+from tests.benchmarks.quality.report.records import record, runs
 
 DROPPED = {"job": "a long key", "date": "now"}
 WHERE = {"commit": "abc123", "versions": {"torch": "2.13"}, "hardware": {"cores": 2}, **DROPPED}

@@ -6,7 +6,7 @@ import pytest
 from quality.report.data import Arm, Grid, below_zero, clear_of_zero, read_records
 from quality.report.names import LOSS
 
-from tests.benchmarks.quality.report_records import record, runs
+from tests.benchmarks.quality.report.records import record, runs
 
 LORA, NARA = Arm("lora"), Arm("nara")
 
