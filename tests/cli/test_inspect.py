@@ -93,7 +93,7 @@ def test_bad_file_ends_in_one_line(tmp_path, peft_folder, what, capsys):
 
 
 def test_unknown_command_names_the_known_ones():
-    with pytest.raises(SystemExit, match="has no command 'inspekt', expected one of inspect, plot, diff, check"):
+    with pytest.raises(SystemExit, match="has no command 'inspekt', expected one of inspect, plot, diff, fold, check"):
         main(["inspekt"])
 
 
@@ -103,7 +103,7 @@ def test_help_names_every_command(capsys):
     assert all(f"nara {command} " in printed for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["inspect", "plot", "diff", "check", "metrics"])
+@pytest.mark.parametrize("command", ["inspect", "plot", "diff", "fold", "check", "metrics"])
 def test_help_of_a_command_teaches(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -1,0 +1,83 @@
+"""A NaRA's file at one noise level λ as a plain LoRA, for hosts that know only LoRA.
+
+    nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl      # A1111, Forge, InvokeAI, ComfyUI
+    nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux    # ComfyUI, by its own names
+    nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers: load_lora_weights
+    nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                      # a folder for PeftModel
+
+At λ the LoRA is the NaRA exactly, elsewhere it is not: docs/export.md tells how far, and which λ to take. The base
+model isn't needed. Text encoders, whose adapters don't depend on λ, go into the same file (--form peft: one component).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nara_diffusion.export import PlainLora, to_lora
+from nara_diffusion.export.hosts import BASES, FORMS, save_host_file
+from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
+
+from .adapter_file import AdapterFile, read
+from .errors import in_one_line
+from .skeleton import skeleton
+
+PEFT = "peft"
+
+
+def folded(file: AdapterFile, level: float) -> dict[str, PlainLora]:
+    """{component: its plain LoRA at λ = `level`}.
+
+    Raises:
+        ValueError: λ outside of [0, 1], a damaged file, or what is no plain LoRA at any λ.
+    """
+    return {name: to_lora(skeleton(part, name), level) for name, part in file.parts.items()}
+
+
+def write(loras: dict[str, PlainLora], output: Path, form: str, base: str | None, layers_per_block: int | None) -> None:
+    """The file, or with "peft" the folder.
+
+    Raises:
+        ValueError: several components for PEFT, or no base for a form that needs one.
+    """
+    if form == PEFT:
+        if len(loras) > 1:
+            raise ValueError(f"--form peft holds one component, the file has {', '.join(loras)}: choose another form.")
+        next(iter(loras.values())).save_pretrained(output)
+        return
+    if base is None and form != "diffusers":
+        raise ValueError(f"--form {form} needs --base, one of {', '.join(BASES)}: what the adapter was trained on.")
+    base = base or BASES[0]  # Diffusers' names are the same for each
+    save_host_file(loras, output, form, base, _layout(base, layers_per_block))
+
+
+def _layout(base: str, layers_per_block: int | None) -> UNetLayout | None:
+    if layers_per_block is None:
+        return None
+    return UNetLayout(layers_per_block, (SD15 if base == "sd15" else SDXL).attention_up_blocks)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "nara fold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --form peft")
+    parser.add_argument("--noise_level", type=float, required=True, help="λ in [0, 1], 1 is pure noise")
+    parser.add_argument("--form", choices=(*FORMS, PEFT), default="diffusers", help="default: %(default)s")
+    parser.add_argument("--base", choices=BASES, help="what the adapter was trained on")
+    parser.add_argument("--layers_per_block", type=int, help="of a UNet that has another number than Stability's 2")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `nara fold`."""
+    args = parse_arguments(argv)
+    with in_one_line():
+        loras = folded(read(args.file), args.noise_level)
+        write(loras, args.output, args.form, args.base, args.layers_per_block)
+        modules = sum(len(lora.layers) for lora in loras.values())
+        sys.stdout.write(f"{args.output}: {modules} modules, λ = {args.noise_level:g}\n")

@@ -1,0 +1,141 @@
+"""`nara fold`: from a file alone, without its base model, the same LoRA as from the adapted model."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from torch import nn
+
+from nara_diffusion import StrengthSchedule, noise_level, to_lora
+from nara_diffusion.cli.adapter_file import read
+from nara_diffusion.cli.fold import folded
+from nara_diffusion.cli.main import main
+from nara_diffusion.export.hosts import host_state_dict
+from nara_diffusion.export.hosts.unet import UNetLayout
+from tests.helpers.adapted import TwoLayers, disturb, nara_config
+from tests.helpers.small_pipelines import pixels, small_sdxl
+
+LEVEL = 0.37
+pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+
+
+class Mixed(nn.Module):
+    """Every kind of layer that has an adapter; no two sizes alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(7, 11)
+        self.conv1 = nn.Conv1d(3, 4, 2)
+        self.conv2 = nn.Conv2d(3, 5, (2, 3))
+        self.conv3 = nn.Conv3d(2, 3, (1, 2, 3))
+        self.grouped = nn.Conv2d(8, 6, 3, groups=2)
+        self.deeper = nn.ModuleDict({"embedding": nn.Embedding(13, 9)})
+
+
+ALL = ["linear", "conv1", "conv2", "conv3", "grouped", "embedding"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"core_type": "knots", "core_sharing": "layer"},
+        {"core_type": "bins", "core_bins": 2, "rank_pattern": {"linear": 6}},
+        {"strength": StrengthSchedule([(0, 1.0), (0.6, 0.2)]), "alpha_pattern": {"conv2": 9}, "use_rslora": True},
+        {"use_dora": True, "target_modules": ["linear", "conv2"]},
+    ],
+)
+def test_fold_of_a_file_is_that_of_the_adapted_model(tmp_path, changes):
+    model = get_peft_model(Mixed(), nara_config(**{"target_modules": ALL, **changes}))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    wanted = to_lora(model, LEVEL)
+    (found,) = folded(read(str(tmp_path)), LEVEL).values()
+    tensors, expected = found.state_dict(), wanted.state_dict()
+    assert tensors.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=0)
+    assert {name: layer.scaling for name, layer in found.layers.items()} == {
+        name: layer.scaling for name, layer in wanted.layers.items()
+    }
+
+
+def test_peft_loads_the_folder_and_answers_as_the_nara_at_that_level(tmp_path, capsys):
+    torch.manual_seed(0)
+    base = TwoLayers()
+    model = get_peft_model(base, nara_config(target_modules=["first", "second"]))
+    disturb(model)
+    model.save_pretrained(tmp_path / "nara")
+    x = torch.randn(3, 7)
+    with torch.no_grad(), noise_level(model, LEVEL):
+        wanted = model(x)
+    main(["fold", str(tmp_path / "nara"), str(tmp_path / "lora"), "--noise_level", str(LEVEL), "--form", "peft"])
+    assert capsys.readouterr().out == f"{tmp_path / 'lora'}: 2 modules, λ = 0.37\n"
+    plain = PeftModel.from_pretrained(model.unload(), tmp_path / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def pipeline_file(tmp_path):
+    pipe = small_sdxl()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_v", "conv1"]), "toy")
+    disturb(pipe.unet)
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.2
+    encoder = nara_config(core_type="identity", target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+    inject_adapter_in_model(encoder, pipe.text_encoder, "toy")
+    disturb(pipe.text_encoder, 5)
+    pipe.save_nara_weights(tmp_path, adapter_name="toy")
+    return pipe, tmp_path
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_diffusers_draws_the_pixels_of_the_nara_at_that_level(pipeline_file, tmp_path, form):
+    pipe, folder = pipeline_file
+    with noise_level(pipe.unet, LEVEL):
+        wanted = pixels(pipe)
+    words = ["--noise_level", str(LEVEL), "--form", form, "--base", "sdxl", "--layers_per_block", "1"]
+    main(["fold", str(folder), str(tmp_path / "lora.safetensors"), *words])
+    other = small_sdxl()
+    other.load_lora_weights(tmp_path / "lora.safetensors")
+    torch.testing.assert_close(pixels(other), wanted, rtol=1e-4, atol=2e-5)
+
+
+def test_comfyui_file_has_the_adapters_tensors(pipeline_file, tmp_path):
+    pipe, folder = pipeline_file
+    words = ["--noise_level", "0.8", "--form", "kohya", "--base", "sdxl", "--layers_per_block", "1"]
+    main(["fold", str(folder), str(tmp_path / "lora.safetensors"), *words])
+    loras = {"unet": to_lora(pipe.unet, 0.8, "toy"), "text_encoder": to_lora(pipe.text_encoder, adapter_name="toy")}
+    wanted = host_state_dict(loras, "kohya", "sdxl", UNetLayout(1, (0, 1)))
+    found = load_file(tmp_path / "lora.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--noise_level", "1.5"], "error: .*1.5"),
+        (["--noise_level", "0.5", "--form", "kohya"], "error: --form kohya needs --base, one of sd15, sdxl"),
+        (["--noise_level", "0.5", "--form", "comfyui", "--base", "flux"], "error: .* has no name in FLUX's own code"),
+        (["--noise_level", "0.5", "--form", "peft"], "error: --form peft holds one component, the file has"),
+    ],
+)
+def test_what_is_wrong_ends_in_one_line_and_writes_nothing(pipeline_file, tmp_path, words, message):
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(["fold", str(pipeline_file[1]), str(tmp_path / "lora.safetensors"), *words])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_skeleton_takes_no_memory_of_the_base(tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(4096, 4096)), nara_config(target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    from nara_diffusion.cli.skeleton import skeleton
+
+    (part,) = read(str(tmp_path)).parts.values()
+    weight = skeleton(part, "model").get_submodule("0").get_base_layer().weight
+    assert weight.shape == (4096, 4096)
+    assert weight.untyped_storage().nbytes() == 4
