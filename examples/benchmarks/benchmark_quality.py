@@ -34,6 +34,7 @@ import yaml
 from quality import results
 from quality.jobs import SEEDS, STAGES, Job, finished, shard
 from quality.planning import Selection, jobs_of
+from quality.report.packing import is_packed
 from quality.running import run_jobs
 from quality.suites import MUST, Suite, load_suite
 from quality.variants import VARIANTS
@@ -129,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     suite = load_suite(args.modality)
     path = args.output or Path("outputs/quality") / f"{args.modality}.jsonl"
+    if is_packed(results.read(path)):
+        raise ValueError(f"{path} holds packed results: choose another --output, and pack it when it is whole.")
     selection = select(suite, args)
     stages = {stage: shard(jobs_of(suite, stage, selection), args.shard) for stage in STAGES if stage in args.stages}
     if args.dry_run:

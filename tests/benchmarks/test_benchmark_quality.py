@@ -49,6 +49,15 @@ def test_dry_run_lists_all_stages_without_a_file(tmp_path, capsys):
     assert not (tmp_path / "none.jsonl").exists()
 
 
+def test_packed_results_are_refused_as_output(tmp_path):
+    """Their lines are differences: a whole record after them would take fields from the line before it."""
+    path = tmp_path / "packed.jsonl"
+    path.write_text('{"form": "changes"}\n{"suite": "text"}\n')
+    with pytest.raises(ValueError, match=r"packed\.jsonl holds packed results: choose another --output"):
+        main(*FEW, "--output", path, "--dry_run")
+    assert path.read_text().count("\n") == 2
+
+
 def test_untuned_runs_try_no_rates(tmp_path, capsys):
     assert main(*FEW, "--untuned", "--output", tmp_path / "none.jsonl", "--dry_run") == 0
     assert capsys.readouterr().out.startswith("main: 20 of 20 runs left")

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
-from quality.report.packing import FORM, unpack
+from quality.report.packing import is_packed, unpack
 from quality.results import read
 
 Record = Mapping[str, Any]
@@ -44,9 +44,9 @@ def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     lines = read(path)
-    is_packed = lines[:1] == [FORM]
-    records = list(unpack(lines[1:])) if is_packed else lines
-    for number, record in enumerate(records, start=2 if is_packed else 1):
+    first = 2 if is_packed(lines) else 1
+    records = list(unpack(lines[1:])) if first == 2 else lines
+    for number, record in enumerate(records, start=first):
         if missing := [name for name in REQUIRED if name not in record]:
             raise ValueError(
                 f"{path}, line {number} lacks {', '.join(missing)}: "

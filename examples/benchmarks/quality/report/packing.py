@@ -6,7 +6,7 @@ The first line says so: {"form": "changes"}. Numbers are rounded to nine decimal
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 FORM = {"form": "changes"}
@@ -43,6 +43,11 @@ def pack(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         changes = {name: value for name, value in now.items() if value != before.get(name)}
         yield json.dumps(changes, separators=(",", ":"))
         before = now
+
+
+def is_packed(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a file with these lines is what `pack` wrote."""
+    return list(lines[:1]) == [FORM]
 
 
 def unpack(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
