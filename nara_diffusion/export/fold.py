@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from peft import get_peft_model_state_dict
@@ -20,16 +21,20 @@ from nara_diffusion.noise.signals import Level, as_signals
 from nara_diffusion.tuner.core_holder import HOLDER_NAME
 
 from .adapted_layers import AdaptedLayer, Adapter, read_adapter
+from .best import Density, best_cores
 from .lora_config import configured_scaling, plain_config
+from .outputs import Batch
 from .plain_lora import PlainLora, PlainLoraLayer
 
 
 def to_lora(
     model: nn.Module,
-    noise_level: Level | None = None,
+    noise_level: Level | Literal["best"] | None = None,
     adapter_name: str = "default",
     *,
     mask_density: Level | None = None,
+    density: Density | None = None,
+    batch: Batch | None = None,
 ) -> PlainLora:
     """The adapter of `model` at one λ as a plain LoRA (a DoRA, if it is a NaRA-DoRA); the model stays as it is.
 
@@ -43,18 +48,38 @@ def to_lora(
         model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`, `unet.add_adapter`,
             `load_nara_weights`), or a model that contains one such; quantised or not.
         noise_level: λ in [0, 1]; None takes that of `with noise_level(model, …)`, and is right for an adapter that
-            doesn't depend on λ.
+            doesn't depend on λ. "best" is the one LoRA that is nearest over all λ, for hosts without schedules; its
+            `error` says how near.
         adapter_name: which one. mask_density: for `core_input` "mask_density" or "both", in [0, 1].
+        density: for "best", λ (n,) → how often each occurs (n,), such as a StrengthSchedule; None is uniform.
+        batch: for "best", what the model is called with (a dict, a tuple or a tensor), or a function of λ that calls
+            it on inputs of that noise level: then each layer's outputs are nearest, by least squares, and those of the
+            model are compared.
 
     Raises:
         ValueError: no such adapter; λ is missing, or differs between samples; the adapter is no plain LoRA at any λ (a
             LoRA variant such as aLoRA, or another method); its weights are offloaded or sharded.
     """
+    if isinstance(noise_level, str):
+        return _best(model, noise_level, adapter_name, density, batch, mask_density)
+    if density is not None or batch is not None:
+        raise ValueError('density and batch are for noise_level="best": a LoRA of one λ is exact.')
     if noise_level is not None:
         as_signals(noise_level, mask_density)  # out of range is an error for an adapter that needs none, too
     with read_adapter(model, adapter_name) as adapter:
         signals = adapter.signals(noise_level, mask_density)
         return assembled(adapter, lambda layer: adapter.core(layer, signals)[0])
+
+
+def _best(
+    model: nn.Module, kind: str, adapter_name: str, density: Density | None, batch: Batch | None, mask_density: Any
+) -> PlainLora:
+    if kind != "best":
+        raise ValueError(f'noise_level is {kind!r}: pass a number in [0, 1], or "best".')
+    with read_adapter(model, adapter_name) as adapter:
+        adapter.signals(0.5, mask_density)  # all that is needed is known
+        core_of, error = best_cores(model, adapter, density, batch, mask_density)
+        return replace(assembled(adapter, core_of), error=error)
 
 
 def assembled(adapter: Adapter, core_of: Callable[[AdaptedLayer], Tensor]) -> PlainLora:

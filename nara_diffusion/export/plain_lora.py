@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
+from .errors import ExportError
+
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the name of each module in a file."""
 
@@ -51,11 +53,13 @@ class PlainLora:
         config: by which PEFT makes it. layers: name of the module in the adapted model → its factors.
         others: what else belongs to the adapter, by PEFT's names in the model: trained biases, tokens, and modules that
             are trained as a whole.
+        error: of a LoRA that stands for several λ; None where it is exact.
     """
 
     config: LoraConfig
     layers: Mapping[str, PlainLoraLayer]
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    error: ExportError | None = None
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """The tensors by PEFT's names, as `peft.get_peft_model_state_dict` gives them; `prefix` before each."""
@@ -64,6 +68,8 @@ class PlainLora:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, both or none, for `PeftModel.from_pretrained`.
+
+        Of a LoRA that stands for several λ, the error is beside them: export_error.json and export_error.png.
 
         Raises:
             ValueError: `directory` is a file.
@@ -74,6 +80,8 @@ class PlainLora:
         with atomic_write_files(folder) as partial:
             save_file(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             self.config.save_pretrained(str(partial))
+            if self.error is not None:
+                self.error.save(partial)
 
 
 def _named(layer: PlainLoraLayer) -> Iterator[tuple[str, Tensor]]:
