@@ -23,7 +23,7 @@ from tiny_subjects import SUBJECTS, Subject
 
 SIZE = 128  # pixels: twice what sdxl-tiny draws, so that the training has something to resize
 TOY = SUBJECTS["toy"]
-INSTANCE_PROMPT, CLASS_PROMPT = TOY.instance_prompt, TOY.class_prompt
+INSTANCE_PROMPT = TOY.instance_prompt
 CARD_TEMPLATE = Path(__file__).with_name("subject_card.md")
 
 

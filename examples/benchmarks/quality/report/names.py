@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nara_diffusion.training.adapters.methods import METHODS
-from quality.report.data import Arm, Grid, Record
+from quality.report.data import Arm, Record
 from quality.suites import MUST
-from quality.variants import is_noise_aware
 
-LORA, DORA, FULL, MULTI_LORA = Arm("lora"), Arm("dora"), Arm("full"), Arm("multi_lora")
+LORA, DORA, FULL = Arm("lora"), Arm("dora"), Arm("full")
 CONTROLS = {
     "constant": "trained with λ = 0.5",
     "shuffled": "trained with other samples' λ",
@@ -86,10 +85,3 @@ def ordered(arms: Sequence[Arm]) -> list[Arm]:
 def baseline_of(method: str) -> Arm:
     """What a method has to beat."""
     return DORA if "dora" in method else LORA
-
-
-def candidates(grid: Grid) -> list[Arm]:
-    """The noise-aware methods that were run without a control, and whose baseline was."""
-    arms = grid.arms
-    found = [a for a in arms if a.control is None and is_noise_aware(a.method) and baseline_of(a.method) in arms]
-    return ordered(found)
