@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
+from nara_diffusion.utils.statistics import Interval, interval
 
 from .trial import Repeat
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nara_diffusion.dreambooth.evaluation.statistics import Interval
+from nara_diffusion.utils.statistics import Interval
 
 from .comparison import mean_losses, relative_difference
 from .trial import ARMS, Repeat

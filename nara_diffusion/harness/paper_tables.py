@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from nara_diffusion.dreambooth.evaluation.statistics import interval
 from nara_diffusion.training.adapters.methods import METHODS as TITLES
+from nara_diffusion.utils.statistics import interval
 
 from .paper import BASE, DOMAINS, MATH, Plan, Run
 from .paper_settings import recorded, separated

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from nara_diffusion.utils.statistics import Interval, interval
+
 from .encoders import Encoder
-from .statistics import Interval, interval
 
 __all__ = ["ImageSimilarity", "Interval", "TextAlignment", "interval", "without_words"]
 

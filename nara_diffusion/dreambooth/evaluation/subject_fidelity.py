@@ -18,10 +18,10 @@ from typing import Any
 
 from nara_diffusion.dreambooth.data.captions import METADATA_FILE, captions_for, have_text_files
 from nara_diffusion.dreambooth.data.images import image_files
+from nara_diffusion.utils.statistics import interval
 
 from .encoders import Encoder
 from .metrics import without_words
-from .statistics import interval
 
 MEASURES = {
     "dino_similarity": "DINO image similarity",

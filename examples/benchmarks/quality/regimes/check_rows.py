@@ -11,7 +11,7 @@ from typing import Any
 from nara_diffusion.check.comparison import mean_losses, relative_difference
 from nara_diffusion.check.run import decide
 from nara_diffusion.check.trial import CheckSettings
-from nara_diffusion.dreambooth.evaluation.statistics import Interval
+from nara_diffusion.utils.statistics import Interval
 from quality import results
 from quality.images.held_out import BINS
 from quality.regimes.check_tasks import check_task

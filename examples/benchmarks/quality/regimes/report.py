@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
+from nara_diffusion.utils.statistics import Interval, interval
 from quality.images.held_out import bin_centres
 from quality.regimes.methods import MEAN_CORE
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned

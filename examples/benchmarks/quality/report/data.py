@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from nara_diffusion.dreambooth.evaluation.statistics import Interval, interval
+from nara_diffusion.utils.statistics import Interval, interval
 from quality.report.packing import is_packed, unpack
 from quality.results import read
 

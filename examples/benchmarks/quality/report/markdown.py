@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from nara_diffusion.dreambooth.evaluation.statistics import Interval
+from nara_diffusion.utils.statistics import Interval
 from quality.report.data import clear_of_zero
 
 NOTHING = "–"

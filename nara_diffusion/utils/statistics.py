@@ -1,0 +1,46 @@
+"""Mean, standard deviation and 95 % interval of a few values, such as one figure of several training seeds.
+
+With n values of mean m and sample deviation s (n − 1 in the denominator), the interval is m ± t · s / √n, where t is
+the 0.975 quantile of Student's t with n − 1 degrees of freedom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """`low` and `high` bound the 95 % interval; one value alone has a mean, and nan for the other three."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean, sample standard deviation, and the interval that holds the true mean with `confidence`.
+
+    Raises:
+        ValueError: no value, one that isn't finite, or a confidence outside (0, 1).
+    """
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"values are {list(values)}, expected one finite number or more")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, expected a probability between 0 and 1")
+    mean = fmean(values)
+    if len(values) == 1:
+        return Interval(mean, math.nan, math.nan, math.nan)
+    std = stdev(values)
+    half = student_t(confidence, len(values) - 1) * std / math.sqrt(len(values))
+    return Interval(mean, std, mean - half, mean + half)
+
+
+def student_t(confidence: float, degrees: int) -> float:
+    """The t for which |T| < t with probability `confidence`, T of Student's distribution; `degrees` of freedom, ≥ 1."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, (1 + confidence) / 2))
