@@ -17,6 +17,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nara_diffusion.noise.denoisers import _DENOISERS
+
 MASK_TOKEN_ID = 49
 
 
@@ -52,3 +54,12 @@ def tiny_llama() -> LlamaForCausalLM:
     config.is_causal = False
     config.mask_token_id = MASK_TOKEN_ID
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def _registry() -> Iterator[None]:
+    """What a test declares of denoisers is forgotten after it."""
+    before = dict(_DENOISERS)
+    yield
+    _DENOISERS.clear()
+    _DENOISERS.update(before)

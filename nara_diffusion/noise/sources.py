@@ -10,7 +10,7 @@ from torch import nn
 
 from nara_diffusion.runtime.modules import core_holders
 
-from .denoisers import Denoiser
+from .denoiser import Denoiser
 from .signals import MASKED_SHARE, NoiseSource
 from .timesteps import CONVENTIONS
 

@@ -1,9 +1,11 @@
 """λ from a timestep or a sigma. No other module computes it.
 
     convention   λ               the argument t of a denoiser
-    timestep     t / N           discrete schedules, N = num_train_timesteps; fractional t of Karras sigmas too
+    timestep     t / N           discrete schedules, N = num_train_timesteps; fractional t of Karras sigmas too; t / N
+                                 is passed by continuous ones
     flow         σ               x_σ = (1 − σ) x + σ ε; t is N σ, σ, 1 − σ or N (1 − σ)
-    edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364): the σ of the flow with as much noise
+    edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364) or 2/π atan σ: the σ of the flow with as
+                                 much noise
 
 λ = 1 is pure noise in all of them. The convention's name is stored in an adapter (`noise_convention`) and checked when
 a source of λ is set or an adapter is loaded. N is 1000 unless a pipeline's scheduler says otherwise where an adapter is
@@ -13,6 +15,7 @@ trained or loaded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -26,12 +29,24 @@ from .signals import NoiseSignals, is_differentiated
 NUM_TRAIN_TIMESTEPS = 1000
 """N of the schedules that the denoisers of Diffusers are trained with, where none is at hand; models do not hold it."""
 
+
+def _of_angle(angle: Tensor) -> Tensor:
+    """σ / (1 + σ) for σ = tan angle"""
+    return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
+
+
 _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "discrete": ("timestep", lambda t, n: t / n),
     "sigma_1000": ("flow", lambda t, n: t / n),
     "sigma": ("flow", lambda t, n: t),
     "data_1000": ("flow", lambda t, n: 1 - t / n),
     "data": ("flow", lambda t, n: 1 - t),
+    "ratio": ("timestep", lambda t, n: t),
+    # σ / (1 + σ) for σ = tan πt/2
+    "angle": (
+        "edm",
+        lambda t, n: torch.sin(t * torch.pi / 2) / (torch.sin(t * torch.pi / 2) + torch.cos(t * torch.pi / 2)),
+    ),
     # σ / (1 + σ) for σ = exp 4t
     "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
 }
@@ -49,11 +64,16 @@ class TimestepNoise:
     counts: what is being denoised, since a given image or frame has no noise, or little.
 
     Args:
-        meaning: "discrete" (t of a discrete schedule), "sigma_1000" (flow, N σ), "sigma" (flow, σ), "data_1000" and
-            "data" (flow, N (1 − σ) and 1 − σ), "edm" (¼ ln σ).
+        meaning: "discrete" (t of a discrete schedule), "ratio" (t / N of one), "sigma_1000" (flow, N σ), "sigma" (flow,
+            σ), "data_1000" and "data" (flow, N (1 − σ) and 1 − σ), "edm" (¼ ln σ), "angle" (EDM, 2/π atan σ).
         argument: the name of the argument of the denoiser's forward.
         num_train_timesteps: N of the schedule, 1000 nearly always.
         scale: what the pipeline multiplies the timestep with before it calls the denoiser (Sana's `timestep_scale`).
+        also: names of further arguments of the same meaning, each of which may be missing: timesteps of sound or of
+            actions beside those of a video. The noisiest of all counts.
+        pinned: (argument, value, t): where this other argument of the forward has this value, the denoiser runs at t,
+            whatever its timestep is.
+        packed: whether a timestep (n,) has one value a token or a distinct value of a sequence that is no batch.
 
     Raises:
         ValueError: an unknown meaning, N below 1, or a scale that is not positive.
@@ -66,6 +86,9 @@ class TimestepNoise:
         argument: str = "timestep",
         num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
         scale: float = 1.0,
+        also: tuple[str, ...] = (),
+        packed: bool = False,
+        pinned: tuple[str, Any, float] | None = None,
     ) -> None:
         if meaning not in _MEANINGS:
             raise ValueError(f"meaning is {meaning!r}: choose one of {', '.join(map(repr, _MEANINGS))}.")
@@ -78,6 +101,9 @@ class TimestepNoise:
         self.argument = argument
         self.num_train_timesteps = num_train_timesteps
         self.scale = scale
+        self.also = also
+        self.packed = packed
+        self.pinned = pinned
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
         """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes.
@@ -90,6 +116,8 @@ class TimestepNoise:
             raise ValueError(f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …).")
         _, to_noise_level = _MEANINGS[self.meaning]
         level = to_noise_level(t / self.scale, self.num_train_timesteps)
+        if self.packed:
+            level = level.max().reshape(1)
         level = level.flatten(1).amax(1) if level.dim() > 1 else level.reshape(-1)
         if not bool(((level >= -_ROUNDING) & (level <= 1 + _ROUNDING)).all()):
             raise ValueError(
@@ -108,11 +136,19 @@ class TimestepNoise:
         Raises:
             ValueError: the forward has no such argument, or see `noise_level` and `check`.
         """
-        timestep = arguments_of(module, args, kwargs).get(self.argument)
-        if timestep is None:
-            raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {self.argument}.")
-        level = self.noise_level(timestep)
-        self.check(timestep)
+        arguments = arguments_of(module, args, kwargs)
+        told = [t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None]
+        filled = [t for t in told if not isinstance(t, Tensor) or t.numel()]
+        told = filled or told  # a video that is given, without noise, has no timesteps beside those of its sound
+        if self.pinned is not None and arguments.get(self.pinned[0]) == self.pinned[1]:
+            told = [self.pinned[2]]
+        if not told:
+            names = " and no ".join((self.argument, *self.also))
+            raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {names}.")
+        level = self.noise_level(told[0])
+        for other in told[1:]:
+            level = torch.maximum(level, self.noise_level(other))
+        self.check(told[0])
         # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
         shared = not is_differentiated(level) and bool((level == level[0]).all())
         return NoiseSignals(level[:1] if shared else level)
@@ -130,8 +166,9 @@ class UndeclaredTimestep(TimestepNoise):
 
     def of_schedule(self, scheduler: Any) -> UndeclaredTimestep:
         """The same with the N of a scheduler of Diffusers, if that has one."""
-        steps = scheduler.config.get("num_train_timesteps") or self.num_train_timesteps
-        return UndeclaredTimestep(self.meaning, argument=self.argument, num_train_timesteps=steps, scale=self.scale)
+        other = copy(self)
+        other.num_train_timesteps = scheduler.config.get("num_train_timesteps") or self.num_train_timesteps
+        return other
 
 
 def count_timesteps(model: nn.Module, scheduler: Any) -> None:

@@ -70,18 +70,24 @@ class CoreChannel:
         ask: makes what a part of the model may read that is called by itself, or None where λ is not known.
         check_merged: refuses another λ than that of what is merged.
         sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
+        one_level: whether layers see something else than samples first, so that a batch must share its λ.
     """
 
     def __init__(
-        self, ask: Callable[[], Frame | None], check_merged: Callable[[], None], sample_major: bool = False
+        self,
+        ask: Callable[[], Frame | None],
+        check_merged: Callable[[], None],
+        sample_major: bool = False,
+        one_level: bool = False,
     ) -> None:
         self.ask = ask
         self._check_merged = check_merged
         self.sample_major = sample_major
+        self.one_level = one_level
         self.local = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"ask": self.ask, "_check_merged": self._check_merged, "sample_major": self.sample_major}
+        return {name: value for name, value in self.__dict__.items() if name != "local"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, local=threading.local())

@@ -47,6 +47,16 @@ def check_batch(signals: NoiseSignals, source: NoiseSource | None, arguments: di
         )
 
 
+def check_one_level(signals: NoiseSignals, root: nn.Module) -> None:
+    """Where layers don't see samples first, no C can go to one of them: the batch has to share its λ."""
+    if len(signals.noise_level) > 1:
+        raise ValueError(
+            f"noise_level has {len(signals.noise_level)} values, but the layers of {type(root).__name__} see tokens "
+            "where others see samples, so that each cannot get its own C: let the batch share one λ, or run its "
+            "samples one by one."
+        )
+
+
 def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 

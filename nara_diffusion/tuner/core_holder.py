@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion.cores.constant import IdentityCore
 from nara_diffusion.noise.ablations import refuse_control
 from nara_diffusion.noise.context import active_adapter_names, active_signals
-from nara_diffusion.noise.denoisers import Denoiser
+from nara_diffusion.noise.denoiser import Denoiser
 from nara_diffusion.noise.prediction import Prediction, check_scheduler_at_work
 from nara_diffusion.noise.signals import Level, NoiseSignals, NoiseSource, as_signals
 from nara_diffusion.noise.sources import first_source
@@ -57,7 +57,10 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         super().__init__()
         self.cores = nn.ModuleDict()
         self.channel = CoreChannel(
-            self._frame_of_part, self._check_merged_level, denoiser is not None and denoiser.sample_major
+            self._frame_of_part,
+            self._check_merged_level,
+            sample_major=denoiser is not None and denoiser.sample_major,
+            one_level=denoiser is not None and (denoiser.one_level or denoiser.packed),
         )
         self.source: NoiseSource | None = first_source(denoiser, convention)
         self.source_is_default = True

@@ -6,6 +6,7 @@ from copy import copy
 
 from torch import nn
 
+from nara_diffusion.noise.denoisers import why_undeclared
 from nara_diffusion.noise.signals import NoiseSource
 
 from .build_core import needs_noise
@@ -41,4 +42,5 @@ def denoiser_hint(root: nn.Module) -> str:
     kinds = [kind.__name__ for kind in type(root).__mro__]
     if "ModelMixin" not in kinds:  # of Diffusers
         return ""
-    return f" To have it read its timestep, declare register_denoiser('{kinds[0]}', meaning) before adding adapters."
+    declare = f" To have it read its timestep, declare register_denoiser('{kinds[0]}', meaning) before adding adapters."
+    return declare + why_undeclared(root)

@@ -21,7 +21,7 @@ from nara_diffusion.runtime.guards import check_not_split
 from nara_diffusion.runtime.modules import arguments_of
 from nara_diffusion.runtime.offloading import beside_inputs, is_sharded
 
-from .batch_signals import check_batch, of_adapter
+from .batch_signals import check_batch, check_one_level, of_adapter
 from .core_set import CoreSet
 from .noise_convention import denoiser_hint
 from .scheduled_cores import ScheduledCores
@@ -88,6 +88,8 @@ def _signals_of_forward(
     _warn_of_constant(cores, channel)
     if signals is None and source is not None and depend_on_noise(cores):
         signals = as_signals(*source(root, args, kwargs))
+    if signals is not None and channel.one_level:
+        check_one_level(signals, root)
     if signals is not None and channel.sample_major:
         check_batch(signals, source, arguments_of(root, args, kwargs))
         check_not_split(root, len(signals.noise_level))
@@ -194,7 +196,7 @@ def _check_part(
     if is_noise_changed(channel):
         raise ValueError(f"changed_noise changes λ once a forward of the whole model: {remedy}.")
     values = 1 if signals is None or is_grid else len(signals.noise_level)
-    if channel.sample_major and values > 1:
+    if (channel.sample_major or channel.one_level) and values > 1:
         raise ValueError(
             f"noise_level has {values} values, but a part of a model whose layers may see several rows a sample is "
             f"called by itself, so that its samples cannot be told apart: pass one value, or {remedy}."

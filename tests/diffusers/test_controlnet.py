@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from diffusers import (
 from torch import Tensor
 
 from nara_diffusion import register_denoiser
-from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
 from tests.helpers.adapted import disturb, nara_config, relative_error
 from tests.helpers.rounding import rounding_of
@@ -47,14 +45,6 @@ def test_a_controlnet_beside(make, options):
     assert len(errors) == len(levels) >= 3
     assert max(errors) < ROUNDING
     assert not torch.allclose(latents(pipe, ["a toy", "red"], image=1 - CONDITION, **options), output, atol=1e-2)
-
-
-@pytest.fixture
-def _registry() -> Iterator[None]:
-    before = dict(_DENOISERS)
-    yield
-    _DENOISERS.clear()
-    _DENOISERS.update(before)
 
 
 @pytest.mark.usefixtures("_registry")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.av_denoisers import SOUND_SHAPES, SOUNDS
+from tests.helpers.flux_denoisers import FLUXES
+from tests.helpers.hunyuan_denoisers import HUNYUANS
 from tests.helpers.image_denoisers import IMAGES
+from tests.helpers.other_denoisers import OTHER_SHAPES, OTHERS
+from tests.helpers.unet_denoisers import MORE_UNETS
 from tests.helpers.video_denoisers import VIDEOS
+from tests.helpers.wan_denoisers import WAN_SHAPES, WANS, Reference
 
 Inputs = dict[str, Any]
 
@@ -51,8 +57,37 @@ UNETS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
     ),
 }
 
-DENOISERS: dict[str, tuple[dict[str, Any], Callable[[int], Inputs]]] = {**UNETS, **IMAGES, **VIDEOS}
+DENOISERS: dict[str, tuple[dict[str, Any], Callable[[int], Inputs]]] = {
+    **UNETS,
+    **MORE_UNETS,
+    **IMAGES,
+    **FLUXES,
+    **VIDEOS,
+    **WANS,
+    **HUNYUANS,
+    **SOUNDS,
+    **OTHERS,
+}
 """Class name → (the arguments of its constructor, its inputs for a batch of that size)."""
+
+_SHAPES = {**WAN_SHAPES, **SOUND_SHAPES, **OTHER_SHAPES}
+
+
+def timestep_for(model: nn.Module, timestep: Any) -> Any:
+    """A timestep (b,) in the shape that the class of `model` takes; others as they are."""
+    shape = _SHAPES.get(type(model).__name__)
+    return shape(timestep) if shape is not None and isinstance(timestep, Tensor) and timestep.dim() == 1 else timestep
+
+
+_HOMES = {
+    "WuerstchenPrior": "diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior",
+    "WuerstchenDiffNeXt": "diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext",
+}
+"""Where classes are that `diffusers` itself has no name for."""
+
+
+def class_of(name: str) -> Any:
+    return getattr(importlib.import_module(_HOMES.get(name, "diffusers")), name)
 
 
 def denoiser(name: str, **changes: Any) -> nn.Module:
@@ -61,9 +96,14 @@ def denoiser(name: str, **changes: Any) -> nn.Module:
         pytest.importorskip("torchvision", reason="Diffusers' Cosmos resizes its padding mask with torchvision")
     torch.manual_seed(3)
     options, _ = DENOISERS[name]
-    model = getattr(diffusers, name)(**{**options, **changes}).eval()
+    model = class_of(name)(**{**options, **changes}).eval()
     generator = torch.Generator().manual_seed(4)
-    for parameter in model.parameters():  # Diffusers starts gates and last layers at zero, which hides adapters
+    for (
+        key,
+        parameter,
+    ) in model.named_parameters():  # Diffusers starts gates and last layers at zero, which hides adapters
+        if ".experts." in key:  # which NucleusMoE leaves as the memory was
+            parameter.data.zero_()
         scale = 0.3 if parameter.dim() > 1 else 0.1
         parameter.data += scale * torch.randn(parameter.shape, generator=generator)
     return model
@@ -75,16 +115,24 @@ def inputs_of(name: str, batch: int = 2) -> Inputs:
     return DENOISERS[name][1](batch)
 
 
-_SHARED = ("position_ids", "padding_mask", "image_rotary_emb", "added_cond_kwargs", "cross_attention_kwargs")
+_SHARED = ("image_rotary_emb", "added_cond_kwargs", "cross_attention_kwargs", "visual_rope_pos")
+_BY_PART = ("text_encoder_layers", "video_rotary_emb")
 
 
 def sample_of(inputs: Inputs, index: int, batch: int) -> Inputs:
-    """The inputs of one sample of a batch; an input may have several rows a sample."""
+    """The inputs of one sample of a batch; an input may have several rows a sample.
+
+    What a batch shares has another number of rows than a multiple of `batch`, or its name in `_SHARED`.
+    """
 
     def part(key: str, value: Any) -> Any:
         if key == "encoder_hidden_states_llama3":  # (layers, b, l, d)
             return value[:, index : index + 1]
-        if key in _SHARED or not hasattr(value, "__len__") or (key.endswith("_ids") and value.dim() == 2):
+        if key in _BY_PART:
+            return type(value)(part("", own) for own in value)
+        if isinstance(value, dict) and key not in _SHARED:
+            return {name: part(name, own) for name, own in value.items()}
+        if key in _SHARED or not isinstance(value, (Tensor, list, Reference)) or len(value) % batch:
             return value
         rows = len(value) // batch
         return value[index * rows : (index + 1) * rows]
@@ -94,5 +142,5 @@ def sample_of(inputs: Inputs, index: int, batch: int) -> Inputs:
 
 def tensor_of(output: Any) -> Tensor:
     """The prediction in what a denoiser returns: most give an object, some a list with one tensor a sample."""
-    sample = output[0]
+    sample = output if isinstance(output, Tensor) else output[0]
     return torch.stack(sample) if isinstance(sample, list) else sample

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,20 +11,12 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from nara_diffusion import TimestepNoise, noise_level, register_denoiser, set_noise_source
-from nara_diffusion.noise.denoisers import _DENOISERS, denoiser_of
+from nara_diffusion.noise.denoisers import denoiser_of
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.adapted_denoisers import TARGETS, UNET, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
 from tests.helpers.denoiser_models import DENOISERS, denoiser, inputs_of
 
 pytestmark = WARNINGS_OF_DIFFUSERS
-
-
-@pytest.fixture
-def _registry() -> Iterator[None]:
-    before = dict(_DENOISERS)
-    yield
-    _DENOISERS.clear()
-    _DENOISERS.update(before)
 
 
 class FlowUNet(UNet2DConditionModel):
