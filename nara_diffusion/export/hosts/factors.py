@@ -24,11 +24,13 @@ class Factors:
     down: (r, d_in), of a convolution (r, d_in, *kernel).
     up: (d_out, r), of a convolution (d_out, r, 1, …); the scale is in it.
     dora_scale: DoRA's magnitude (d_out, 1, …), or None.
+    modules: whose factors they are, in the order of their ranks: several, where a matrix holds several modules.
     """
 
     down: Tensor
     up: Tensor
     dora_scale: Tensor | None = None
+    modules: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -53,7 +55,8 @@ def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
     if unknown:
         raise ValueError(f"Module '{name}' {unknown[0]}, which files of other hosts can't express: save it for PEFT.")
     up = layer.B if layer.scaling == 1 else (layer.B.double() * layer.scaling).to(layer.B.dtype)
-    return Factors(layer.A, up, None if layer.magnitude is None else _broadcasting(layer.magnitude, layer.A.dim()))
+    scale = None if layer.magnitude is None else _broadcasting(layer.magnitude, layer.A.dim())
+    return Factors(layer.A, up, scale, (name,))
 
 
 def _broadcasting(magnitude: Tensor, dimensions: int) -> Tensor:
@@ -81,7 +84,8 @@ def fused(name: str, parts: Sequence[Factors | None], sizes: Sequence[int]) -> F
             up[row : row + size, column : column + part.rank] = part.up
             column += part.rank
         row += size
-    return Factors(torch.cat([part.down for part in present]), up, torch.cat(scales) if scales else None)
+    modules = tuple(name for part in present for name in part.modules)
+    return Factors(torch.cat([part.down for part in present]), up, torch.cat(scales) if scales else None, modules)
 
 
 def fuse_into(

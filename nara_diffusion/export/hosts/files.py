@@ -28,7 +28,7 @@ BASES = ("sd15", "sdxl", "sd3", "flux", "wan")
 FORMS = ("diffusers", "kohya", "comfyui")
 DENOISERS = ("unet", "transformer")
 _TRANSFORMERS: dict[str, Callable[[Mapping[str, Factors]], dict[str, Factors]]] = {"flux": flux, "sd3": sd3, "wan": wan}
-_LAYOUTS = {"sd15": SD15, "sdxl": SDXL}
+LAYOUTS = {"sd15": SD15, "sdxl": SDXL}
 _ENCODERS = {
     "sd15": {"text_encoder": "lora_te"},
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
@@ -63,7 +63,7 @@ def host_state_dict(
                 "other hosts can't express: save it for PEFT."
             )
         factors = {name: factors_of(name, layer) for name, layer in lora.layers.items()}
-        found |= _tensors(component, factors, form, base, layout or _LAYOUTS.get(base))
+        found |= _tensors(component, factors, form, base, layout)
     return found
 
 
@@ -90,7 +90,7 @@ def _tensors(
     if form == "diffusers":
         return _peft_keys({f"{component}.{name}": own for name, own in layers.items()}, "lora_magnitude_vector")
     if component in DENOISERS:
-        named = _denoiser_names(layers, form, base, layout)
+        named = denoiser_names(layers, form, base, layout)
         if form == "comfyui":
             return _peft_keys({f"diffusion_model.{name}": own for name, own in named.items()}, "dora_scale")
         return _kohya_keys("lora_unet", named)
@@ -101,14 +101,15 @@ def _tensors(
     return _kohya_keys(encoders[component], {_encoder_name(name): own for name, own in layers.items()})
 
 
-def _denoiser_names(
+def denoiser_names(
     layers: Mapping[str, Factors], form: str, base: str, layout: UNetLayout | None
 ) -> dict[str, Factors]:
+    """{name in the original code: factors} of a denoiser; Diffusers' own names where kohya has those."""
     if base in _TRANSFORMERS:
         return _TRANSFORMERS[base](layers)
     if base == "sd15" and form == "kohya":
         return dict(layers)  # kohya trains SD 1.5 on Diffusers' UNet
-    assert layout is not None
+    layout = layout or LAYOUTS[base]
     return {stability_name(name, layout): own for name, own in layers.items()}
 
 

@@ -110,7 +110,7 @@ def _shift_first(name: str, own: Factors) -> Factors:
     if not name.endswith("context_block.adaLN_modulation.1") or len(own.up) != 2 * own.down.shape[1]:
         return own
     scale = own.dora_scale
-    return Factors(own.down, _swapped(own.up), None if scale is None else _swapped(scale))
+    return Factors(own.down, _swapped(own.up), None if scale is None else _swapped(scale), own.modules)
 
 
 def _swapped(rows: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""A NaRA's file on the modules of ComfyUI's own models: y += strength · up · M(λ) · down · x.
+
+    M(λ) = diag(C(λ) of each module that the matrix holds), (b, r, r)
+
+ComfyUI keeps some of Diffusers' modules as one matrix, such as FLUX's q, k and v; there M is block-diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.cli.adapter_file import cores_of, modules_of, read
+from nara_diffusion.cli.skeleton import ADAPTER, skeleton
+from nara_diffusion.cli.updates import strength_of
+from nara_diffusion.export import PlainLora
+from nara_diffusion.export.adapted_layers import read_adapter
+from nara_diffusion.export.fold import assembled
+from nara_diffusion.export.hosts.factors import Factors, factors_of
+from nara_diffusion.export.hosts.files import DENOISERS, denoiser_names
+from nara_diffusion.export.hosts.unet import UNetLayout
+from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.tuner.core_set import core_group
+
+CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
+"""{base: definitions of λ that it can have}; "flow" for all others."""
+
+
+class LiveAdapter:
+    """An adapter's denoiser part, by the names of the original code.
+
+    Args:
+        path: what `save_nara_weights` wrote.
+        base: of `nara_diffusion.export.hosts.BASES`.
+        layout: of a UNet that has another depth than `base`'s.
+
+    Attributes:
+        convention: how λ is defined, None where the adapter doesn't need it.
+        encoders: {component: LoRA} of text encoders, which have no λ.
+
+    Raises:
+        ValueError: a file that is none, a part that isn't the base's, DoRA, a core that reads the mask density.
+    """
+
+    def __init__(self, path: str, base: str, layout: UNetLayout | None = None) -> None:
+        parts = dict(read(path).parts)
+        component = next((name for name in DENOISERS if name in parts), None)
+        if component is None:
+            raise ValueError(
+                f"'{path}' has parts for {', '.join(parts)}, and none for a denoiser: it can't be used here."
+            )
+        self.part = parts.pop(component)
+        if self.part.config.use_dora:
+            raise ValueError(f"'{path}' is a NaRA-DoRA, which this node can't apply: fold it by nara fold, at one λ.")
+        self.cores = cores_of(self.part)
+        if self.cores.needs_density:
+            raise ValueError(f"'{path}' reads a mask density, which images don't have.")
+        self.convention = self._convention(base, path)
+        self.factors = denoiser_names(_factors(skeleton(self.part, component)), "comfyui", base, layout)
+        self.encoders = {name: _plain(skeleton(part, name)) for name, part in parts.items()}
+
+    def _convention(self, base: str, path: str) -> str | None:
+        config = self.part.config
+        if not self.cores.needs_noise and config.strength is None:
+            return None
+        allowed = CONVENTIONS.get(base, ("flow",))
+        if config.noise_convention not in allowed:
+            raise ValueError(
+                f"'{path}' defines λ as {config.noise_convention!r}, where {base} has {' or '.join(allowed)}: "
+                "choose the base that it was trained on."
+            )
+        return config.noise_convention
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError if a module is missing in ComfyUI's `model`, or has another size."""
+        modules = dict(model.named_modules())
+        missing = [name for name in self.factors if name not in modules]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.factors)} modules aren't in this model, such as {missing[0]}: choose the "
+                "base that the adapter was trained on, and its checkpoint."
+            )
+        for name, own in self.factors.items():
+            wanted, found = (len(own.up), *own.down.shape[1:]), tuple(modules[name].weight.shape)  # type: ignore[arg-type]
+            if wanted != found:
+                raise ValueError(f"{name} has a weight {found} in this model, the adapter was trained on {wanted}.")
+
+    def matrices(self, level: Tensor) -> dict[str, Tensor]:
+        """{module: M(λ) (b, r, r)} of λ (b,)."""
+        config, signals = self.part.config, NoiseSignals(level.float().cpu())
+        strength = strength_of(config, signals.noise_level)[:, None, None]
+        with torch.no_grad():
+            cores = {group: self.cores.matrix(group, signals) for group in self.cores.groups}
+        ranks = modules_of(self.part)
+
+        def of_module(name: str) -> Tensor:
+            rank = ranks[name]
+            return (strength * cores[core_group(config, name, rank)])[:, :rank, :rank]
+
+        return {name: _block_diagonal([of_module(each) for each in own.modules]) for name, own in self.factors.items()}
+
+    @contextmanager
+    def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
+        """Inside, forwards of ComfyUI's `model` have the adapter at λ (b,), with one value a row of the batch."""
+        if bool((level == level[0]).all()):
+            level = level[:1]  # also for layers that don't see the batch first
+        matrices, modules = self.matrices(level), dict(model.named_modules())
+        handles = [
+            modules[name].register_forward_hook(_hook(own, strength * matrices[name]))
+            for name, own in self.factors.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _factors(model: nn.Module) -> dict[str, Factors]:
+    return {name: factors_of(name, layer) for name, layer in _plain(model).layers.items()}
+
+
+def _plain(model: nn.Module) -> PlainLora:
+    """A and B with C = I."""
+    with read_adapter(model, ADAPTER) as adapter:
+        return assembled(adapter, lambda layer: torch.eye(layer.rank))
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    """(b, Σr, Σr) of blocks (b, r, r)."""
+    if len(blocks) == 1:
+        return blocks[0]
+    rows = max(len(block) for block in blocks)
+    return torch.stack(
+        [torch.block_diag(*(block.expand(rows, -1, -1)[row] for block in blocks)) for row in range(rows)]
+    )
+
+
+def _hook(own: Factors, matrix: Tensor) -> Any:
+    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + _update(module, own, matrix, args[0]).to(output.dtype)
+
+    return add
+
+
+def _update(module: nn.Module, own: Factors, matrix: Tensor, x: Tensor) -> Tensor:
+    """up · M · down · x, of x (b, …, d_in) or (b, d_in, h, w)."""
+    if len(matrix) not in (1, len(x)):
+        raise ValueError(
+            f"λ has {len(matrix)} values, and a layer sees a batch of {len(x)}: sample at one λ at a time."
+        )
+    down, up, M = (tensor.to(x.device, x.dtype) for tensor in (own.down, own.up, matrix))
+    if own.down.dim() == 2:
+        hidden = torch.einsum("brs,b...s->b...r", M.expand(len(x), -1, -1), nn.functional.linear(x, down))
+        return nn.functional.linear(hidden, up)
+    options: Mapping[str, Any] = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
+    hidden = torch.einsum("brs,bs...->br...", M.expand(len(x), -1, -1), nn.functional.conv2d(x, down, **options))
+    return nn.functional.conv2d(hidden, up)

@@ -1,0 +1,93 @@
+"""The node: it tells the adapter λ by the sampler's sigma, at each call of the model.
+
+convention   λ
+timestep     model_sampling.timestep(σ) / N, as Diffusers' t / N
+flow         σ
+edm          σ / (1 + σ)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.sd  # type: ignore[import-not-found]
+import folder_paths  # type: ignore[import-not-found]
+from torch import Tensor
+
+from nara_diffusion.export.hosts import BASES, host_state_dict
+
+from .adapter import LiveAdapter
+
+_ROUNDING = 1e-3  # how far λ may lie outside of [0, 1]
+
+
+class LoadNaRA:
+    """Model (and CLIP, where the adapter has text encoders) → the same with a NaRA."""
+
+    RETURN_TYPES = ("MODEL", "CLIP")
+    FUNCTION = "load"
+    CATEGORY = "loaders"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "nara_name": (folder_paths.get_filename_list("loras"),),
+                "base": (list(BASES), {"default": "sdxl"}),
+                "strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}),
+            },
+            "optional": {"clip": ("CLIP",)},
+        }
+
+    def load(self, model: Any, nara_name: str, base: str, strength: float, clip: Any = None) -> tuple[Any, Any]:
+        """The patched model and CLIP.
+
+        Raises:
+            ValueError: see `LiveAdapter`; modules that the model lacks; text encoders without a CLIP to put them on.
+        """
+        adapter = LiveAdapter(folder_paths.get_full_path_or_raise("loras", nara_name), base)
+        adapter.check(model.model.diffusion_model)
+        if adapter.encoders and clip is None:
+            raise ValueError(f"'{nara_name}' adapts {', '.join(adapter.encoders)} too: connect clip.")
+        patched = model.clone()
+        previous = model.model_options.get("model_function_wrapper")
+        patched.set_model_unet_function_wrapper(wrapper(adapter, patched.model, strength, previous))
+        if adapter.encoders:
+            tensors = host_state_dict(adapter.encoders, "kohya", base)
+            _, clip = comfy.sd.load_lora_for_models(None, clip, tensors, 0.0, strength)
+        return patched, clip
+
+
+def wrapper(
+    adapter: LiveAdapter, base: Any, strength: float, previous: Callable[..., Any] | None
+) -> Callable[[Any, dict[str, Any]], Any]:
+    """What ComfyUI calls in place of `apply_model`, around another node's wrapper if there is one."""
+
+    def call(apply_model: Any, args: dict[str, Any]) -> Any:
+        level = noise_level(adapter.convention, base.model_sampling, args["timestep"])
+        with adapter.applied(base.diffusion_model, level, strength):
+            if previous is not None:
+                return previous(apply_model, args)
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    return call
+
+
+def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
+    """λ (b,) of ComfyUI's σ (b,).
+
+    Raises:
+        ValueError: it lies outside of [0, 1]: the model samples in another way than the adapter was trained for.
+    """
+    if convention == "timestep":
+        level = sampling.timestep(sigma).float() / len(sampling.sigmas)
+    else:
+        level = sigma / (1 + sigma) if convention == "edm" else sigma
+    if convention is not None and not bool(((level >= -_ROUNDING) & (level <= 1 + _ROUNDING)).all()):
+        raise ValueError(
+            f"σ {sigma.tolist()} is no λ in [0, 1] by {convention!r}: the model samples in another way than the "
+            "adapter was trained for."
+        )
+    return level.clamp(0, 1)
