@@ -63,3 +63,14 @@ def check_none_wrapped(pipe: Any, components: list[str], method: str) -> None:
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         if isinstance(model, PeftModel) and nara_adapters_of(model):
             check_not_wrapped(model, component, method)
+
+
+def check_none_left_out(pipe: Any, models: dict[str, nn.Module], name: str) -> None:
+    """Raises ValueError if the adapter is in a component, as a ControlNet, that is not among the `models` of a file."""
+    rest = {key: unwrapped(part) for key, part in pipe.components.items() if isinstance(part, nn.Module)}
+    others = [key for key, part in rest.items() if key not in models and name in nara_adapters_of(part)]
+    if others:
+        raise ValueError(
+            f"Adapter '{name}' is in {', '.join(map(repr, others))} too, which a pipeline's file has no place for: "
+            f"save that part by peft.PeftModel, or take it out first, e.g. pipe.{others[0]}.delete_adapters('{name}')."
+        )

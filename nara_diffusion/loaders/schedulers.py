@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 _REPLACED = "_nara_replaced_scheduler"
 """The attribute of a pipeline with the scheduler that it had before an adapter's was set."""
 
-DENOISERS = ("unet", "transformer", "transformer_2")
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder")
+"""The components of pipelines that denoise: a second transformer for little noise (Wan 2.2) or for guidance (Ideogram
+4), a prior of embeddings and a decoder of them (unCLIP, Kandinsky, Würstchen, Stable Cascade)."""
 
 
 def scheduler_fields(scheduler: Any) -> dict[str, Any]:

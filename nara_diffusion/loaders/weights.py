@@ -16,7 +16,7 @@ from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .format import WEIGHTS_NAME, AdapterPart, pack
-from .guards import check_not_wrapped, offloading_suspended, unwrapped
+from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
 from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove, rollback_on_error
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
@@ -128,12 +128,14 @@ def save_nara_weights(
         safe_serialization: may not be False, there is no other format.
 
     Raises:
-        ValueError: no such adapter, a folder that is a file, or a name that does not end in .safetensors.
+        ValueError: no such adapter, one that is in components which the file has no place for, a folder that is a
+            file, or a name that does not end in .safetensors.
     """
     if not safe_serialization:
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     name = _saved_name(models, adapter_name)
+    check_none_left_out(self, models, name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     _check_writable(save_directory, weight_name, save_function)
     with offloading_suspended(self):
@@ -186,7 +188,7 @@ def _denoiser_name(pipe: Any) -> str:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise ValueError(
-        f"{type(pipe).__name__} has no unet and no transformer, one of which a NaRA adapts: its components are "
+        f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, one of which a NaRA adapts: its components are "
         f"{', '.join(map(repr, pipe.components))}."
     )
 

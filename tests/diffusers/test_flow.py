@@ -7,17 +7,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     UniPCMultistepScheduler,
-    WanPipeline,
 )
 from PIL import Image
 
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
-from tests.helpers.denoiser_models import denoiser
 from tests.helpers.small_pipelines import small_flux, small_sd3
+from tests.helpers.small_wan import small_wan, wan_latents
 
 TARGETS = [*ATTENTION, "add_k_proj", "proj_mlp", "linear_1"]
 
@@ -81,33 +78,12 @@ def test_flux_that_starts_midway():
 @pytest.mark.parametrize("kind", ["Euler", "UniPC"])
 def test_wan(kind, per_token):
     """Wan 2.2 TI2V hands its transformer one timestep a token."""
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
     unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipe = WanPipeline(
-        tokenizer=None,  # type: ignore[arg-type]
-        text_encoder=None,  # type: ignore[arg-type]
-        vae=vae,
-        scheduler=flow if kind == "Euler" else unipc,  # type: ignore[arg-type]
-        transformer=denoiser("WanTransformer3DModel"),  # type: ignore[arg-type]
-        expand_timesteps=per_token,
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = small_wan(scheduler=unipc if kind == "UniPC" else None, expand_timesteps=per_token)
     model, plain = adapt(pipe.transformer, ATTENTION)
     errors, levels, shapes = compare_calls(model, plain), watch(model), []
     model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["timestep"].dim()), with_kwargs=True)
-    generator = torch.Generator().manual_seed(1)
-    text = [torch.randn(2, 5, 8, generator=generator) for _ in range(2)]
-    call = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": 32, "width": 32, "num_frames": 5}
-    pipe(prompt_embeds=text[0], negative_prompt_embeds=text[1], generator=generator, output_type="latent", **call)
+    wan_latents(pipe)
     assert set(shapes) == {2 if per_token else 1}
     sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[:4] for _ in range(2)]
     assert levels == [
