@@ -39,10 +39,10 @@ def small_wan(*, scheduler: Any = None, transformers: int = 1, **options: Any) -
     return pipe
 
 
-def wan_latents(pipe: Any, **options: Any) -> Tensor:
+def wan_latents(pipe: Any, prompts: int = 2, *, guided: bool = True, **options: Any) -> Tensor:
     """What four steps with guidance leave before decoding, the same at each call."""
     generator = torch.Generator().manual_seed(1)
-    text = [torch.randn(2, 5, 8, generator=generator) for _ in range(2)]
+    text = [torch.randn(prompts, 5, 8, generator=generator) for _ in range(2)]
     call = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": 32, "width": 32, "num_frames": 5, **options}
-    embeds = {"prompt_embeds": text[0], "negative_prompt_embeds": text[1]}
+    embeds = {"prompt_embeds": text[0], **({"negative_prompt_embeds": text[1]} if guided else {})}
     return pipe(**embeds, generator=generator, output_type="latent", **call).frames
