@@ -3,7 +3,7 @@
 from . import registry
 from .cores.custom import register_core
 from .cores.factorization import shared_factors
-from .export import from_lora, to_lora
+from .export import from_lora, to_lora, to_lora_bins
 from .noise.context import noise_level
 from .noise.denoisers import register_denoiser
 from .noise.sources import register_noise_source, set_noise_source
@@ -31,6 +31,7 @@ __all__ = [
     "set_strength",
     "shared_factors",
     "to_lora",
+    "to_lora_bins",
 ]
 
 registry.register()

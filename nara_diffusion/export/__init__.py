@@ -1,7 +1,18 @@
 """To plain LoRAs and back, for hosts that know only those."""
 
+from .bins import LoraBins, read_lora_bins, to_lora_bins
+from .errors import ExportError
 from .fold import to_lora
 from .lora_to_nara import from_lora
 from .plain_lora import PlainLora, PlainLoraLayer
 
-__all__ = ["PlainLora", "PlainLoraLayer", "from_lora", "to_lora"]
+__all__ = [
+    "ExportError",
+    "LoraBins",
+    "PlainLora",
+    "PlainLoraLayer",
+    "from_lora",
+    "read_lora_bins",
+    "to_lora",
+    "to_lora_bins",
+]
