@@ -18,6 +18,7 @@ from nara_diffusion.utils.atomic_write import atomic_write
 from .format import WEIGHTS_NAME, AdapterPart, pack
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
+from .hub import check_hub_options, push
 from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove, rollback_on_error
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
 from .source import naming, read_adapter
@@ -114,6 +115,8 @@ def save_nara_weights(
     weight_name: str | None = None,
     save_function: Callable[..., Any] | None = None,
     safe_serialization: bool = True,
+    push_to_hub: bool = False,
+    **hub: Any,
 ) -> None:
     """Save one NaRA adapter, all components of the pipeline in one file, whole or not at all.
 
@@ -126,6 +129,8 @@ def save_nara_weights(
         weight_name: the file's name, "pytorch_nara_weights.safetensors" unless given.
         save_function: called as save_function(tensors, path, metadata=…) in place of safetensors' `save_file`.
         safe_serialization: may not be False, there is no other format.
+        push_to_hub: upload the file afterwards, with a model card, which is written if the folder has none.
+        hub: repo_id (by default the folder's name, in your namespace), token, private, commit_message, create_pr.
 
     Raises:
         ValueError: no such adapter, one that is in components which the file has no place for, a folder that is a
@@ -133,6 +138,7 @@ def save_nara_weights(
     """
     if not safe_serialization:
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
+    check_hub_options(push_to_hub, hub)
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
     name = _saved_name(models, adapter_name)
     check_none_left_out(self, models, name)
@@ -152,6 +158,8 @@ def save_nara_weights(
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / weight_name) as partial:
             (save_function or save_file)(tensors, str(partial), metadata=metadata)
+    if push_to_hub:
+        push(self, folder, weight_name, parts, hub)
 
 
 def unload_nara_weights(self: Any) -> None:

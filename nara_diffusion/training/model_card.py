@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from nara_diffusion.utils.hub_metadata import ADAPTER, front_matter
 
 from .output_dir import write_text
 
@@ -59,13 +59,11 @@ def write_model_card(
     tags: Sequence[str],
     sections: Mapping[str, str],
     library: str = "peft",
-    **front_matter: Any,
+    relation: str = ADAPTER,
+    **others: Any,
 ) -> None:
-    """Writes README.md: front matter for the Hub, title, summary, and one heading for each section."""
-    front: dict[str, Any] = {"library_name": library, "tags": list(tags)}
-    front |= {name: value for name, value in front_matter.items() if value is not None}
-    if not Path(base_model).exists():  # the Hub takes ids of models there, not paths of this disk
-        front["base_model"] = base_model
-    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {title}", summary]
+    """Writes README.md: front matter for the Hub (see `front_matter`), title, summary, a heading for each section."""
+    front = front_matter(library, tags, base_model, relation, **others)
+    parts = [f"---\n{front.strip()}\n---", f"# {title}", summary]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items()]
     write_text(folder / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")

@@ -14,6 +14,7 @@ from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.custom_core import module_name
 from nara_diffusion.training.adapters.methods import METHODS, Method, effective, kind_of, method_of, title_of
 from nara_diffusion.tuner.build_core import needs_noise
+from nara_diffusion.utils.hub_metadata import ADAPTER, FINETUNE
 
 from .hub import push_to_hub
 from .model_card import write_model_card
@@ -65,6 +66,7 @@ def write_run_card(
         title=f"{name} with {title}",
         summary=f"{_WHAT_IT_IS[method.family]} ({title}, {method.source}) {about}",
         base_model=args.pretrained_model_name_or_path,
+        relation=FINETUNE if method.family == "full" else ADAPTER,
         tags=["nara" if kind.startswith("nara") else kind.replace("_", "-"), *tags],
         sections={
             "How good it is": "\n\n".join(part for part in (how_good[0], table, how_good[1]) if part),

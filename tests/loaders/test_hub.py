@@ -1,97 +1,96 @@
-"""Repositories: every argument reaches the hub's client, and what it answers comes back. Nothing goes to a network."""
+"""save_nara_weights(push_to_hub=True): what is uploaded, under which name, with which card; no network."""
 
-from __future__ import annotations
-
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import diffusers.utils.hub_utils as hub_utils
 import pytest
-import torch
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import ModelCard
 
-from tests.helpers.small_pipelines import pixels, small_sdxl
-from tests.loaders.adapters import FILE, State
+from nara_diffusion.loaders import hub
+from tests.helpers.adapted import disturb, nara_config
+from tests.helpers.small_pipelines import small_sdxl
 
-
-class Hub:
-    """Stands in for `hf_hub_download`: folders by name of repository, and what was asked of it."""
-
-    def __init__(self, **repositories: Path) -> None:
-        self.repositories = {name.replace("__", "/"): folder for name, folder in repositories.items()}
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, repo_id: str, filename: str, **options: Any) -> str:
-        self.calls.append({"repo_id": repo_id, "filename": filename, **options})
-        if repo_id not in self.repositories:
-            response: Any = SimpleNamespace(headers={}, request=None)
-            raise RepositoryNotFoundError("404", response=response)
-        path = self.repositories[repo_id] / (options.get("subfolder") or "") / filename
-        if not path.is_file():
-            raise EntryNotFoundError("404")
-        return str(path)
+FILE = "pytorch_nara_weights.safetensors"
 
 
-def connect(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
-    monkeypatch.setattr(hub_utils, "hf_hub_download", hub)
-    return hub
+@pytest.fixture
+def uploads(monkeypatch):
+    """(arguments of create_repo, arguments of upload_folder) of each upload."""
+    calls, made = [], []
+
+    def create_repo(name, **options):
+        made.append((name, options))
+        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    monkeypatch.setattr(hub, "upload_folder", lambda **options: calls.append((made[-1], options)) or "commit")
+    return calls
 
 
-def test_the_default_file_of_a_repository(nara_folder, monkeypatch):
-    hub = connect(monkeypatch, Hub(me__toy=nara_folder))
-    pipe, local = small_sdxl(), small_sdxl()
-    pipe.load_nara_weights("me/toy")
-    local.load_nara_weights(nara_folder)
-    assert torch.equal(pixels(pipe), pixels(local))
-    (call,) = hub.calls
-    assert call["filename"] == FILE
-    assert call["user_agent"] == {"file_type": "nara_weights", "framework": "pytorch"}
-
-
-def test_every_argument_reaches_the_hub(nara_folder, tmp_path, monkeypatch):
-    shutil.copytree(nara_folder, tmp_path / "repository" / "sub")
-    (tmp_path / "repository" / "sub" / FILE).rename(tmp_path / "repository" / "sub" / "toy.safetensors")
-    hub = connect(monkeypatch, Hub(me__toy=tmp_path / "repository"))
+@pytest.fixture(scope="module")
+def pipe():
     pipe = small_sdxl()
-    options = {
-        "subfolder": "sub",
-        "revision": "v2",
-        "token": "secret",
-        "cache_dir": str(tmp_path / "cache"),
-        "force_download": True,
-        "local_files_only": True,
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q"]), "toy")
+    disturb(pipe.unet)
+    return pipe
+
+
+def test_file_and_card_are_uploaded_and_nothing_else_of_the_folder(pipe, uploads, tmp_path):
+    (tmp_path / "secret.txt").write_text("of the user's")
+    options = {"repo_id": "org/toy", "token": "t", "private": True, "commit_message": "first", "create_pr": True}
+    pipe.save_nara_weights(tmp_path, adapter_name="toy", push_to_hub=True, **options)
+    (((name, made), sent),) = uploads
+    assert (name, made) == ("org/toy", {"exist_ok": True, "private": True, "token": "t"})
+    assert sent == {
+        "repo_id": "org/toy",
+        "folder_path": str(tmp_path),
+        "allow_patterns": [FILE, "README.md"],
+        "token": "t",
+        "commit_message": "first",
+        "create_pr": True,
     }
-    pipe.load_nara_weights("me/toy", "mine", weight_name="toy.safetensors", **options)
-    assert pipe.get_active_adapters() == ["mine"]
-    (call,) = hub.calls
-    assert call["filename"] == "toy.safetensors"
-    assert {key: call[key] for key in options} == options
+    assert (tmp_path / FILE).is_file()
 
 
-def test_a_repository_in_the_form_of_peft(tmp_path, monkeypatch):
-    from tests.loaders.test_peft_form import save_as_peft
-
-    save_as_peft(tmp_path)
-    hub = connect(monkeypatch, Hub(me__toy=tmp_path))
-    pipe = small_sdxl()
-    pipe.load_nara_weights("me/toy", revision="v2")
-    assert pipe.get_list_adapters() == {"unet": ["default_0"]}
-    assert [call["filename"] for call in hub.calls] == [FILE, "adapter_model.safetensors", "adapter_config.json"]
-    assert {call["revision"] for call in hub.calls} == {"v2"}
+def test_repository_is_named_after_the_folder(pipe, uploads, tmp_path):
+    pipe.save_nara_weights(tmp_path / "my-toy", adapter_name="toy", push_to_hub=True)
+    (((name, _), sent),) = uploads
+    assert (name, sent["repo_id"]) == ("my-toy", "me/my-toy")
+    assert "load_nara_weights('me/my-toy')" in (tmp_path / "my-toy" / "README.md").read_text()
 
 
-def test_what_the_hub_has_not(nara_folder, lora_folder, monkeypatch):
-    connect(monkeypatch, Hub(me__toy=lora_folder))
-    pipe = small_sdxl()
-    before = State(pipe)
-    with pytest.raises(OSError, match=rf"me/toy does not appear to have a file named {FILE}"):
-        pipe.load_nara_weights("me/toy")
-    with pytest.raises(OSError, match=r"me/toy does not appear to have a file named x.safetensors"):
-        pipe.load_nara_weights("me/toy", weight_name="x.safetensors")
-    with pytest.raises(OSError, match=r"you/toy is not a local folder and is not a valid model identifier"):
-        pipe.load_nara_weights("you/toy")
-    with pytest.raises(ValueError, match=r"is a LoRA, without core: load it by pipe.load_lora_weights"):
-        pipe.load_nara_weights("me/toy", weight_name="pytorch_lora_weights.safetensors")
-    assert before == State(pipe)
+def test_card_has_the_hubs_metadata(pipe, uploads, tmp_path):
+    pipe.register_to_config(_name_or_path="stabilityai/stable-diffusion-xl-base-1.0")
+    pipe.save_nara_weights(tmp_path, adapter_name="toy", weight_name="toy.safetensors", push_to_hub=True)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.base_model == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert {"nara", "lora"} <= set(card.data.tags)
+    assert "StableDiffusionXLPipeline.from_pretrained('stabilityai/stable-diffusion-xl-base-1.0'" in card.text
+    assert "weight_name='toy.safetensors'" in card.text
+    assert "unet (rank 4, core hypernetwork)" in card.text
+
+
+def test_card_that_is_there_stays(pipe, uploads, tmp_path):
+    (tmp_path / "README.md").write_text("written by hand")
+    pipe.save_nara_weights(tmp_path, adapter_name="toy", push_to_hub=True)
+    assert (tmp_path / "README.md").read_text() == "written by hand"
+
+
+def test_nothing_is_uploaded_unless_asked_for(pipe, uploads, tmp_path):
+    pipe.save_nara_weights(tmp_path, adapter_name="toy")
+    assert not uploads
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repo_id": "org/toy"}, "repo_id is for push_to_hub=True"),
+        ({"push_to_hub": True, "branch": "main"}, "no argument 'branch'; of the Hub's it takes repo_id, token"),
+    ],
+)
+def test_option_that_would_be_ignored_is_refused_before_anything_is_written(pipe, uploads, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.save_nara_weights(tmp_path, adapter_name="toy", **options)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -33,8 +34,22 @@ def test_card_has_front_matter_that_the_hub_accepts(tmp_path) -> None:
     arguments = {"title": "T", "summary": "S", "tags": ["nara", "text"], "sections": {"How good": "97 %"}}
     write_model_card(tmp_path, base_model="org/model", **arguments)
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {"library_name": "peft", "tags": ["nara", "text"], "base_model": "org/model"}
+    wanted = {"library_name": "peft", "tags": ["nara", "text"], "base_model": "org/model"}
+    assert yaml.safe_load(front) == {**wanted, "base_model_relation": "adapter"}
+    data = ModelCard.load(tmp_path / "README.md").data  # Hugging Face's own reader
+    assert (data.library_name, data.base_model, data.tags) == ("peft", "org/model", ["nara", "text"])
     assert body == "\n# T\n\nS\n\n## How good\n\n97 %\n"
+
+
+def test_card_keeps_widget_and_prompt_and_leaves_out_what_is_none(tmp_path) -> None:
+    widget = [{"text": "a photo of “sks”: dog", "output": {"url": "samples-after/00-seed-0.png"}}]
+    others = {"widget": widget, "instance_prompt": "a photo of sks dog", "license": None, "relation": "finetune"}
+    write_model_card(tmp_path, base_model="org/model", title="T", summary="S", tags=[], sections={}, **others)
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert data["widget"] == widget
+    assert data["instance_prompt"] == "a photo of sks dog"
+    assert data["base_model_relation"] == "finetune"
+    assert "license" not in data
 
 
 def test_card_names_no_path_of_this_disk_as_a_hub_model(tmp_path) -> None:

@@ -19,7 +19,7 @@ from nara_diffusion.training.window_arguments import window_of
 
 from .before_after import Measurement
 from .grid import write_grid
-from .sampling import SampleSettings, write_images
+from .sampling import SampleSettings, image_names, write_images
 
 GRID = "samples.png"
 
@@ -100,7 +100,15 @@ def write_run_report(
         tags=["text-to-image", "stable-diffusion-xl", "diffusers", "dreambooth"],
         library="diffusers",
         instance_prompt=prompt,
+        widget=_widget(folder, settings),
     )
+
+
+def _widget(folder: Path, settings: SampleSettings) -> list[dict[str, Any]]:
+    """What the Hub shows above the card: the first sample of each prompt."""
+    names = image_names(settings)[:: settings.images_per_prompt]
+    shown = zip(settings.prompts, names, strict=True)
+    return [{"text": prompt, "output": {"url": f"samples-after/{name}"}} for prompt, name in shown]
 
 
 def _loading(args: Any, settings: SampleSettings, load_from: str, converted: Any) -> str:

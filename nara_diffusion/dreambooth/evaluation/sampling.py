@@ -82,12 +82,16 @@ def sample_batch(pipe: Any, pairs: Sequence[tuple[str, int]], call: dict[str, An
     return pipe.image_processor.numpy_to_pil(images)
 
 
+def image_names(settings: SampleSettings) -> list[str]:
+    """The files' names of `write_images`."""
+    return [f"{i // settings.images_per_prompt:02d}-seed-{seed}.png" for i, (_, seed) in enumerate(settings.pairs)]
+
+
 def write_images(folder: Path, images: Sequence[Image], settings: SampleSettings) -> None:
     """PNG files named by prompt and seed, with a metadata.jsonl of their prompts, as `nara-metrics` reads them."""
     lines = []
     with atomic_write_folder(folder) as partial:
-        for i, (image, (prompt, seed)) in enumerate(zip(images, settings.pairs, strict=True)):
-            name = f"{i // settings.images_per_prompt:02d}-seed-{seed}.png"
+        for name, image, (prompt, seed) in zip(image_names(settings), images, settings.pairs, strict=True):
             image.save(partial / name)
             lines.append(json.dumps({"file_name": name, "text": prompt, "seed": seed}, ensure_ascii=False) + "\n")
         (partial / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
