@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nara_diffusion.loaders.schedulers import DENOISERS
 from nara_diffusion.loaders.validation import TEXT_ENCODER
 
+from .comfyui_names import with_kohya_names
 from .lora_config import config_of_layers
 from .lora_tensors import by_layer, lora_of_tensors, plain_layer
 from .plain_lora import PlainLora
@@ -84,7 +85,7 @@ def _by_diffusers(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tup
     if not hasattr(kind, "lora_state_dict"):
         raise ValueError(f"{kind.__name__} of Diffusers loads no LoRA, so that {origin} has no place in it.")
     try:
-        found = kind.lora_state_dict(dict(tensors), **options)
+        found = kind.lora_state_dict(with_kohya_names(tensors, kind, "unet_config" in options), **options)
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise ValueError(f"{origin} is no LoRA that Diffusers reads for {kind.__name__}: {error}") from error
     state, alphas = found if isinstance(found, tuple) else (found, None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nara_diffusion import from_lora, to_lora
 from tests.helpers.adapted import relative_error
 from tests.helpers.exported import update_of
-from tests.helpers.small_pipelines import small_sd, small_sdxl
+from tests.helpers.small_pipelines import small_flux, small_sd, small_sdxl
 
 BLOCKS = 1  # layers_per_block of the small UNets
 
@@ -31,24 +31,21 @@ UNET = [
 TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.out_proj", "encoder.layers.1.mlp.fc1"]
 
 
+def sgm_name(name: str) -> str:
+    """The name of a module of the UNet in Stability's own code, for which kohya writes SDXL's files."""
+    kinds = ["resnets", "attentions"]
+    blocks = {"down_blocks": ("input_blocks", 1), "up_blocks": ("output_blocks", 0)}
+    for ours, (theirs, first) in blocks.items():
+        match = re.match(rf"{ours}\.(\d)\.(resnets|attentions)\.(\d)", name)
+        if match:
+            index = first + int(match[1]) * (BLOCKS + 1) + int(match[3])
+            name = f"{theirs}.{index}.{kinds.index(match[2])}{name[match.end() :]}"
+    name = name.replace("mid_block.attentions.0", "middle_block.1")
+    return name.replace(".conv1", ".in_layers.2").replace(".time_emb_proj", ".emb_layers.1")
+
+
 def kohya_name(name: str, sgm: bool) -> str:
-    """kohya's name of a module of the UNet, after Stability's own code for SDXL, else after Diffusers'."""
-    if sgm:
-        name = re.sub(
-            r"down_blocks\.(\d)\.(resnets|attentions)\.(\d)",
-            lambda m: (
-                f"input_blocks.{1 + int(m[1]) * (BLOCKS + 1) + int(m[3])}.{['resnets', 'attentions'].index(m[2])}"
-            ),
-            name,
-        )
-        name = re.sub(
-            r"up_blocks\.(\d)\.(resnets|attentions)\.(\d)",
-            lambda m: f"output_blocks.{int(m[1]) * (BLOCKS + 1) + int(m[3])}.{['resnets', 'attentions'].index(m[2])}",
-            name,
-        )
-        name = name.replace("mid_block.attentions.0", "middle_block.1")
-        name = name.replace(".conv1", ".in_layers.2").replace(".time_emb_proj", ".emb_layers.1")
-    return "lora_unet_" + name.replace(".", "_")
+    return "lora_unet_" + (sgm_name(name) if sgm else name).replace(".", "_")
 
 
 def kohya_file(pipe: Any, *, sgm: bool, text: bool = True) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -107,6 +104,53 @@ def test_a_file_without_alphas_has_the_scale_one():
     for index, (name, update) in enumerate(updates["unet"].items()):
         rank, alpha = 2 + index % 3, 1.5 + index
         assert relative_error(update_of(pipe.unet.get_submodule(name)), rank / alpha * update) < 1e-6
+
+
+def comfyui_names(tensors: dict[str, Tensor], kinds: dict[str, str]) -> dict[str, Tensor]:
+    """The file as ComfyUI names it: with dots, which kohya's names have lost."""
+    dotted = {kohya_name(name, sgm=True): "diffusion_model." + sgm_name(name) for name in UNET}
+    for prefix, encoder in (("lora_te1_", "clip_l"), ("lora_te2_", "clip_g")):
+        for name in TEXT:
+            inner = f"text_model.{name}"
+            dotted[prefix + inner.replace(".", "_")] = f"text_encoders.{encoder}.transformer.{inner}"
+    found = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.partition(".")
+        found[f"{dotted[name]}.{kinds.get(kind, kind)}"] = tensor
+    return found
+
+
+@pytest.mark.parametrize(
+    "kinds", [{}, {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}], ids=["up, down", "A, B"]
+)
+def test_comfyui_s_names_are_read(kinds):
+    pipe = small_sdxl()
+    tensors, updates = kohya_file(pipe, sgm=True)
+    from_lora(comfyui_names(tensors, kinds), pipe)
+    for component, expected in updates.items():
+        model = getattr(pipe, component)
+        assert to_lora(model, 0.4).layers.keys() == expected.keys()
+        for name, update in expected.items():
+            assert relative_error(update_of(model.get_submodule(name)), update) < 1e-6, name
+
+
+@pytest.mark.parametrize("names", ["kohya", "ComfyUI", "ComfyUI, A and B"])
+def test_fused_projections_of_flux_become_their_parts(names):
+    pipe = small_flux()
+    width = pipe.transformer.inner_dim
+    tensors, updates = {}, {}
+    for index, name in enumerate(("double_blocks.0.img_attn.qkv", "double_blocks.0.img_attn.proj")):
+        down, up = torch.randn(4, width), torch.randn((3 - 2 * index) * width, 4)
+        key = f"lora_unet_{name.replace('.', '_')}" if names == "kohya" else f"diffusion_model.{name}"
+        A, B = ("lora_A", "lora_B") if "A and B" in names else ("lora_down", "lora_up")
+        tensors |= {f"{key}.{A}.weight": down, f"{key}.{B}.weight": up, f"{key}.alpha": torch.tensor(3.0)}
+        updates[name] = 3 / 4 * up.double() @ down.double()
+    from_lora(tensors, pipe)
+    attention = pipe.transformer.transformer_blocks[0].attn
+    q, k, v = updates["double_blocks.0.img_attn.qkv"].chunk(3)
+    parts = {"to_q": q, "to_k": k, "to_v": v, "to_out.0": updates["double_blocks.0.img_attn.proj"]}
+    for name, update in parts.items():
+        assert relative_error(update_of(attention.get_submodule(name)), update) < 1e-6
 
 
 @pytest.mark.parametrize(
