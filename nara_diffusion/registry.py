@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -32,5 +33,6 @@ def _register_with_peft() -> None:
 
 def _register_with_diffusers() -> None:
     for method in (load_nara_weights, save_nara_weights, unload_nara_weights):
-        setattr(DiffusionPipeline, method.__name__, method)
+        for kind in (DiffusionPipeline, ModularPipeline):
+            setattr(kind, method.__name__, method)
     extend_diffusers_methods()
