@@ -125,13 +125,13 @@ class ReadNoise:
 
     def __init__(self, model: nn.Module, source: InputIdsNoise) -> None:
         self.source = source
-        self._previous = [(holder, holder.source) for holder in core_holders(model)]
+        self._previous = [(holder, holder.conventions.source) for holder in core_holders(model)]
         set_noise_source(model, source)
 
     def remove(self) -> None:
         """Give the model the source that it had before."""
         for holder, source in self._previous:
-            holder.set_source(source)
+            holder.conventions.set_source(source)
         self._previous = []
 
     def __enter__(self) -> ReadNoise:

@@ -74,15 +74,15 @@ class NaraVariant(LoraVariant):
 
     def read_core(self, rank: int) -> Tensor:
         """C (b, r, r) or (1, r, r), float32, of the forward that is running, or of the λ that is told where none is."""
-        frame = self.channel.frame
-        if frame is None or self.key not in frame:
+        cores = self.channel.cores
+        if cores is None or self.key not in cores:
             raise RuntimeError(
                 f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. C is made when the "
                 "forward of the whole adapted model is called: call that, or call a part of it inside `with "
                 "noise_level(model, value):`, and do not recompute a part of it by a checkpoint other than the "
                 "model's own (`model.gradient_checkpointing_enable()`)."
             )
-        core = frame[self.key]
+        core = cores[self.key]
         return core if core.shape[-1] == rank else core[:, :rank, :rank]
 
     def batch_core(self, rank: int, x: Tensor) -> Tensor:

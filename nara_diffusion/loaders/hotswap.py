@@ -192,8 +192,8 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     holder = _holder(model)
     _follow(holder.cores[adapter_name], config)
     stated = config.noise_convention is not None
-    model.peft_config[adapter_name] = config = with_convention(config, holder.source, adapter_name)
-    holder.know(adapter_name, config, stated)
+    model.peft_config[adapter_name] = config = with_convention(config, holder.conventions.source, adapter_name)
+    holder.configure(adapter_name, config, stated)
     give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
     held = trimmed(model, part_of(model, adapter_name)).tensors
     check_loaded(model, adapter_name, part.tensors, "the adapter", held)

@@ -34,6 +34,7 @@ from safetensors import safe_open
 from nara_diffusion.runtime.offloading import check_kept_nowhere
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.forward_hook import detach_holder
 from nara_diffusion.tuner.injection import drop_idle_holder, without_holder
 from nara_diffusion.tuner.strength_layers import take_strength
 from nara_diffusion.utils.patching import around
@@ -203,7 +204,7 @@ def _unload_lora(original: Any, model: Any) -> None:
     if holder is None:
         original(model)
         return
-    holder.detach(model)
+    detach_holder(model)
     original(model)
     unwrap(model)
 

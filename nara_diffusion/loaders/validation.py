@@ -139,7 +139,7 @@ def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart
 
 def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -> None:
     holder = getattr(model, HOLDER_NAME, None)
-    source = first_source(denoiser_of(model), config.noise_convention) if holder is None else holder.source
+    source = first_source(denoiser_of(model), config.noise_convention) if holder is None else holder.conventions.source
     with_convention(config, source, adapter_name)
 
 

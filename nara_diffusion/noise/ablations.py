@@ -145,7 +145,7 @@ def as_read(channel: CoreChannel, signals: NoiseSignals) -> NoiseSignals:
     return changed
 
 
-def refuse_control(channel: CoreChannel) -> None:
+def refuse_ablation(channel: CoreChannel) -> None:
     """Raises ValueError inside `mean_core` or `changed_noise`."""
     if innermost(channel, Control) is not None:
         raise ValueError("An adapter cannot be merged inside mean_core() or changed_noise(): merge outside of it.")

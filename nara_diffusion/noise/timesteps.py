@@ -174,5 +174,5 @@ class UndeclaredTimestep(TimestepNoise):
 def count_timesteps(model: nn.Module, scheduler: Any) -> None:
     """Let the adapters of `model` read λ by the N of this scheduler of Diffusers, unless somebody has set a source."""
     for holder in find_holders(model):
-        if isinstance(holder.source, UndeclaredTimestep):
-            holder.source = holder.source.of_schedule(scheduler)
+        if isinstance(holder.conventions.source, UndeclaredTimestep):
+            holder.conventions.source = holder.conventions.source.of_schedule(scheduler)

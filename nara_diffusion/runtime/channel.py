@@ -22,7 +22,7 @@ from nara_diffusion.utils.call_stack import is_running
 contexts: ContextVar[tuple[Any, ...]] = ContextVar("nara_contexts", default=())
 """What `with` blocks say of forwards; see context_stack.py."""
 
-Frame = Mapping[tuple[str, str], Tensor]
+PerForwardCores = Mapping[tuple[str, str], Tensor]
 """(adapter name, group name) → C (b or 1, r, r)."""
 
 
@@ -41,12 +41,12 @@ class Scope(NamedTuple):
     """What layers may read.
 
     Attributes:
-        frame: the cores; None where a layer has to ask.
+        cores: the per-forward cores; None where a layer has to ask.
         backward: `backward_pass()` when it began.
         entered: the contexts that held where it began.
     """
 
-    frame: Frame | None
+    cores: PerForwardCores | None
     backward: int | None
     entered: tuple[Any, ...] = ()
 
@@ -75,7 +75,7 @@ class CoreChannel:
 
     def __init__(
         self,
-        ask: Callable[[], Frame | None],
+        ask: Callable[[], PerForwardCores | None],
         check_merged: Callable[[], None],
         sample_major: bool = False,
         one_level: bool = False,
@@ -98,7 +98,7 @@ class CoreChannel:
         return getattr(self.local, "scopes", ())
 
     @property
-    def frame(self) -> Frame | None:
+    def cores(self) -> PerForwardCores | None:
         """What layers may read here and now.
 
         Nothing in a backward pass that began after the forward: it recomputes a part of some other forward.
@@ -107,10 +107,10 @@ class CoreChannel:
         if torch.compiler.is_compiling():
             # a compiled layer cannot look for that: do not run a backward pass through a checkpoint of your own around
             # a block that is compiled by itself, while another forward of the model runs
-            return self._ask_at_once() if scope.frame is None else scope.frame
-        if scope.frame is None or self._is_told_otherwise(scope):
+            return self._ask_at_once() if scope.cores is None else scope.cores
+        if scope.cores is None or self._is_told_otherwise(scope):
             return self.ask()
-        return scope.frame if is_current(scope.backward) else None
+        return scope.cores if is_current(scope.backward) else None
 
     def _is_told_otherwise(self, scope: Scope) -> bool:
         """Whether a part runs in a context that did not hold where `scope` began."""
@@ -126,9 +126,9 @@ class CoreChannel:
             self._check_merged()
 
     @torch.compiler.disable(recursive=True)
-    def _ask_at_once(self) -> Frame | None:
-        frame = self.ask()
-        return None if frame is None else dict(frame)
+    def _ask_at_once(self) -> PerForwardCores | None:
+        cores = self.ask()
+        return None if cores is None else dict(cores)
 
     @torch.compiler.disable(recursive=True)
     def open(self) -> tuple[Scope, ...]:
@@ -142,8 +142,8 @@ class CoreChannel:
         """To be called as that call of the root ends, in whatever way."""
         self.local.scopes = outer
 
-    def begin(self, frame: Frame) -> None:
-        """To be called by a pre-hook of the root: layers read `frame` until its call ends.
+    def begin(self, cores: PerForwardCores) -> None:
+        """To be called by a pre-hook of the root: layers read `cores` until its call ends.
 
         Raises:
             RuntimeError: nothing would end it.
@@ -153,13 +153,13 @@ class CoreChannel:
                 "Something calls the forward hooks of an adapted model by itself, so that nobody would say when its "
                 "C(λ) ends: call the model, `model(…)`."
             )
-        self.local.scopes = (*self.scopes[:-1], Scope(frame, backward_pass(), _holding()))
+        self.local.scopes = (*self.scopes[:-1], Scope(cores, backward_pass(), _holding()))
 
     @contextmanager
-    def using(self, frame: Frame) -> Iterator[None]:
-        """Layers read `frame` inside; what they read before comes back afterwards."""
+    def using(self, cores: PerForwardCores) -> Iterator[None]:
+        """Layers read `cores` inside; what they read before comes back afterwards."""
         outer = self.scopes
-        self.local.scopes = (*outer, Scope(frame, backward_pass(), _holding()))
+        self.local.scopes = (*outer, Scope(cores, backward_pass(), _holding()))
         try:
             yield
         finally:

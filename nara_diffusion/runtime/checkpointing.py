@@ -30,10 +30,10 @@ class CheckpointWithCore:
         self.channel = channel
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        frame = self.channel.frame
-        if not frame:
+        cores = self.channel.cores
+        if not cores:
             return self.checkpoint(function, *args, **kwargs)
-        return self.checkpoint(_WithCores(function, tuple(frame), self.channel), *frame.values(), *args, **kwargs)
+        return self.checkpoint(_WithCores(function, tuple(cores), self.channel), *cores.values(), *args, **kwargs)
 
 
 class _WithCores:
@@ -49,7 +49,7 @@ class _WithCores:
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         cores, args = inputs[: len(self.keys)], inputs[len(self.keys) :]
-        if torch.compiler.is_compiling() and self.channel.frame:
+        if torch.compiler.is_compiling() and self.channel.cores:
             # traced as a part of the root's forward, whose C the graph itself hands to the recomputation
             return self.function(*args, **kwargs)
         with self.channel.using(dict(zip(self.keys, cores, strict=True))):

@@ -196,10 +196,10 @@ def check_not_on_disk(model: nn.Module, component: str) -> None:
             )
 
 
-def beside_inputs(frame: Mapping[Any, Tensor], args: Any, kwargs: Any) -> dict[Any, Tensor]:
-    """`frame`, if made on the CPU, where a forward's first tensor is: once, and not again in each layer."""
+def beside_inputs(cores: Mapping[Any, Tensor], args: Any, kwargs: Any) -> dict[Any, Tensor]:
+    """Move cores that are on the CPU to the device of a forward's first tensor, once and not again in each layer."""
     devices = (value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     device = next(devices, None)
     return {
-        key: core if device is None or core.device.type != "cpu" else core.to(device) for key, core in frame.items()
+        key: core if device is None or core.device.type != "cpu" else core.to(device) for key, core in cores.items()
     }

@@ -18,6 +18,7 @@ from nara_diffusion.layers.variants import NaraVariant
 
 from .config import NaraConfig
 from .core_holder import HOLDER_NAME, CoreHolder
+from .forward_hook import detach_holder
 
 
 class Injection:
@@ -121,7 +122,7 @@ def drop_idle_holder(root: nn.Module) -> None:
     """Take the holder off `root`, with its hooks and its source of λ, if no adapter is left to serve."""
     holder = root._modules.get(HOLDER_NAME)
     if isinstance(holder, CoreHolder) and not (holder.cores and getattr(root, "peft_config", None)):
-        holder.detach(root)
+        detach_holder(root)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from nara_diffusion.runtime.context_stack import entered
 from nara_diffusion.utils.patching import around
 
 from .core_holder import HOLDER_NAME, CoreHolder
+from .forward_hook import detach_holder
 from .injection import drop_idle_holder
 from .merging import MergesAtOneLevel, merge_and_unload_at_one_level, merge_at_one_level
 from .strength_layers import has_strength
@@ -56,7 +57,7 @@ def _unload(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> nn.Module:
     holder = _holder_of(tuner)
     model = original(tuner, *args, **kwargs)
     if holder is not None:
-        holder.detach(tuner.model)
+        detach_holder(tuner.model)
     return model
 
 

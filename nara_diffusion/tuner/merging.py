@@ -101,7 +101,7 @@ def _reads_core(tuner: Any, adapter_name: str) -> bool:
 def _all_or_nothing(model: nn.Module, holder: CoreHolder) -> Iterator[None]:
     """If merging fails in one layer, the layers before it are put back."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before, signals = [list(layer.merged_adapters) for layer in layers], holder.merged_signals
+    before, signals = [list(layer.merged_adapters) for layer in layers], holder.merged_level.signals
     try:
         yield
     except Exception:
@@ -110,5 +110,12 @@ def _all_or_nothing(model: nn.Module, holder: CoreHolder) -> Iterator[None]:
                 layer.unmerge()
                 if names:
                     layer.merge(adapter_names=names)
-        holder.merged_signals = signals
+        holder.merged_level.signals = signals
         raise
+
+
+def unmerge_all(root: nn.Module) -> None:
+    """Take every merged adapter out of the base weights of the layers below `root`."""
+    for module in root.modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            module.unmerge()

@@ -28,6 +28,7 @@ from nara_diffusion.runtime.offloading import check_addable
 from .config import NaraConfig
 from .core_holder import HOLDER_NAME, CoreHolder
 from .core_set import SHARED, core_group, core_tensors
+from .forward_hook import attach_holder
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
 from .noise_convention import with_convention
@@ -84,7 +85,7 @@ class NaraModel(MergesAtOneLevel):
             denoiser_of(model), config.noise_convention
         )
         convention_stated = config.noise_convention is not None
-        self.peft_config[adapter_name] = config = with_convention(config, holder.source, adapter_name)
+        self.peft_config[adapter_name] = config = with_convention(config, holder.conventions.source, adapter_name)
         self._injecting = Injection(holder, config.changes_base)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:
@@ -108,7 +109,7 @@ class NaraModel(MergesAtOneLevel):
         core.requires_grad_(adapter_name in active and not config.inference_mode)
         holder._active_adapter = list(active)
         holder._disable_adapters = injected.disabled
-        holder.attach(model)
+        attach_holder(holder, model)
         give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
 
     def _create_and_replace(  # type: ignore[override]

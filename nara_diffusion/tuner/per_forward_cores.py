@@ -1,6 +1,6 @@
-"""What layers read: the C(λ) of a forward of the root, or of a part of the root that is called by itself.
+"""The per-forward cores: C(λ) for one forward of the root, or for a part of the root that is called by itself.
 
-A frame maps (adapter, group of layers) to C (b or 1, r, r). Identities have none.
+They map (adapter, group of layers) to C (b or 1, r, r). A group whose C is I has no entry.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion.noise.ablations import as_read, grid_of, is_noise_changed
 from nara_diffusion.noise.context import active_adapter_names, active_signals
 from nara_diffusion.noise.signals import NoiseSignals, NoiseSource, as_signals
-from nara_diffusion.runtime.channel import CoreChannel, Frame, is_current
+from nara_diffusion.runtime.channel import CoreChannel, PerForwardCores, is_current
 from nara_diffusion.runtime.context_stack import innermost, is_traced
 from nara_diffusion.runtime.guards import check_not_split
 from nara_diffusion.runtime.modules import arguments_of
@@ -26,19 +26,19 @@ from .core_set import CoreSet
 from .noise_convention import denoiser_hint
 from .scheduled_cores import ScheduledCores
 
-Cores = Mapping[str, CoreSet | ScheduledCores]
-"""Those of the adapters that take part in a forward, by name."""
+AdapterCores = Mapping[str, CoreSet | ScheduledCores]
+"""Adapter → its cores, of the adapters that take part in a forward."""
 
 _DENSITY_REMEDY = "pass noise_level(model, value, mask_density=…), or set a source that tells it."
 
 
-def depend_on_noise(cores: Cores) -> bool:
+def depend_on_noise(cores: AdapterCores) -> bool:
     """Whether one of them needs λ."""
     return any(core.needs_noise for core in cores.values())
 
 
 def check_signals(
-    cores: Cores, signals: NoiseSignals | None, remedy: str, density_remedy: str = _DENSITY_REMEDY
+    cores: AdapterCores, signals: NoiseSignals | None, remedy: str, density_remedy: str = _DENSITY_REMEDY
 ) -> NoiseSignals | None:
     """`signals`, if they are all that `cores` need.
 
@@ -53,25 +53,25 @@ def check_signals(
     return signals
 
 
-def frame_of_forward(
-    cores: Cores, channel: CoreChannel, source: NoiseSource | None, root: nn.Module, args: Any, kwargs: Any
-) -> Frame:
-    """All cores, made once for a forward of `root`.
+def cores_of_forward(
+    cores: AdapterCores, channel: CoreChannel, source: NoiseSource | None, root: nn.Module, args: Any, kwargs: Any
+) -> PerForwardCores:
+    """The cores of all groups, for one forward of `root`.
 
     Raises:
         ValueError: see `check_signals`; or λ has another number of values than the batch.
     """
     grid = grid_of(channel)
     if grid is None:
-        frame = _cores_at(cores, channel, _signals_of_forward(cores, channel, source, root, args, kwargs))
+        made = _cores_at(cores, channel, _signals_of_forward(cores, channel, source, root, args, kwargs))
     else:
         check_signals(cores, grid, "", density_remedy="pass mask_density=… to mean_core().")
         found = {name: core_set.at(grid) for name, core_set in cores.items()}
-        frame = {(name, group): _mean(core) for name, by_group in found.items() for group, core in by_group.items()}
-    return beside_inputs(frame, args, kwargs)
+        made = {(name, group): _mean(core) for name, by_group in found.items() for group, core in by_group.items()}
+    return beside_inputs(made, args, kwargs)
 
 
-def _cores_at(cores: Cores, channel: CoreChannel, signals: NoiseSignals | None) -> dict[tuple[str, str], Tensor]:
+def _cores_at(cores: AdapterCores, channel: CoreChannel, signals: NoiseSignals | None) -> dict[tuple[str, str], Tensor]:
     served_by = active_adapter_names(channel)
     found = {name: core_set.at(of_adapter(name, signals, served_by)) for name, core_set in cores.items()}
     return {(name, group): core for name, by_group in found.items() for group, core in by_group.items()}
@@ -82,7 +82,7 @@ def _mean(core: Tensor) -> Tensor:
 
 
 def _signals_of_forward(
-    cores: Cores, channel: CoreChannel, source: NoiseSource | None, root: nn.Module, args: Any, kwargs: Any
+    cores: AdapterCores, channel: CoreChannel, source: NoiseSource | None, root: nn.Module, args: Any, kwargs: Any
 ) -> NoiseSignals | None:
     signals = active_signals(channel)
     _warn_of_constant(cores, channel)
@@ -101,7 +101,7 @@ def _signals_of_forward(
     )
 
 
-def _warn_of_constant(cores: Cores, channel: CoreChannel) -> None:
+def _warn_of_constant(cores: AdapterCores, channel: CoreChannel) -> None:
     """Say once a `noise_level(…)` that its λ becomes a constant of what is traced inside of it."""
     told = innermost(channel, NoiseSignals) if is_traced() and depend_on_noise(cores) else None
     if told is None or told.in_trace or told.is_warned_of:
@@ -132,7 +132,7 @@ def _untraced(signal: Tensor) -> list[float]:
 
 
 class CoresOnDemand(Mapping[tuple[str, str], Tensor]):
-    """A frame whose cores are made when a layer reads them, each time anew: none outlives an optimizer step."""
+    """Per-forward cores that are made each time that a layer reads one, so that none outlives an optimizer step."""
 
     def __init__(self, keys: list[tuple[str, str]], core: Callable[[str, str], Tensor]) -> None:
         self._keys = keys
@@ -153,7 +153,7 @@ class CoresOnDemand(Mapping[tuple[str, str], Tensor]):
         return len(self._keys)
 
 
-def frame_of_part(cores: Cores, channel: CoreChannel, kept_on_disk: bool) -> Frame | None:
+def cores_of_part(cores: AdapterCores, channel: CoreChannel, kept_on_disk: bool) -> PerForwardCores | None:
     """What a part of the root reads that is called by itself; sources of λ are not asked.
 
     None where λ is not known, and in a backward pass that began after λ was told: what it recomputes may have had
@@ -184,7 +184,7 @@ def frame_of_part(cores: Cores, channel: CoreChannel, kept_on_disk: bool) -> Fra
 
 
 def _check_part(
-    cores: Cores, channel: CoreChannel, signals: NoiseSignals | None, is_grid: bool, kept_on_disk: bool
+    cores: AdapterCores, channel: CoreChannel, signals: NoiseSignals | None, is_grid: bool, kept_on_disk: bool
 ) -> None:
     remedy = "call the whole model instead of a part of it"
     if kept_on_disk:

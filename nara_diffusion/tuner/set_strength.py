@@ -59,11 +59,11 @@ def keep_as_default(root: Any, adapter_name: str, strength: StrengthSchedule | N
     old, holder = root.peft_config[adapter_name], getattr(root, HOLDER_NAME, None)
     if not isinstance(old, NaraConfig) or not isinstance(holder, CoreHolder):
         return
-    convention_stated = old.noise_convention is not None and adapter_name not in holder.undecided
+    convention_stated = old.noise_convention is not None and not holder.conventions.is_undecided(adapter_name)
     config = copy(old)  # the caller's may serve several models
     config.strength = None if strength is None else strength.as_lists()
-    root.peft_config[adapter_name] = config = with_convention(config, holder.source, adapter_name)
-    holder.know(adapter_name, config, convention_stated)
+    root.peft_config[adapter_name] = config = with_convention(config, holder.conventions.source, adapter_name)
+    holder.configure(adapter_name, config, convention_stated)
 
 
 def _checked(strength: Any) -> StrengthSchedule | float:

@@ -26,6 +26,7 @@ from nara_diffusion.runtime.batch_rows import rows_of
 from .config import NaraConfig
 from .core_holder import HOLDER_NAME, CoreHolder
 from .core_set import core_group
+from .forward_hook import attach_holder
 from .injection import drop_idle_holder
 from .scheduled_cores import ScaledCore
 
@@ -101,7 +102,7 @@ def take_strength(root: nn.Module, config: Any, adapter_name: str) -> None:
                 layer.lora_variant[adapter_name] = own
     if not isinstance(config, NaraConfig):
         holder.forget(adapter_name)
-        if holder.source_is_default:  # one that somebody has set is still to be read when a strength is given again
+        if holder.conventions.source_is_default:  # a source that a user has set serves the next strength too
             drop_idle_holder(root)
 
 
@@ -140,7 +141,7 @@ def _holder_of(root: nn.Module, adapter_name: str) -> CoreHolder:
         first = next(iter(layers.values()))
         holder._active_adapter = list(first.active_adapters)
         holder._disable_adapters = first.disable_adapters
-        holder.attach(root)
+        attach_holder(holder, root)
     if adapter_name not in holder.cores:
         holder.add_plain(adapter_name, max(layer.r[adapter_name] for layer in layers.values()))
     return holder

@@ -211,7 +211,7 @@ def test_adapters_of_a_pipeline_whose_weights_are_on_disk_are_refused_before_any
 
 
 def test_c_goes_where_the_inputs_are_once_a_forward():
-    frame = {("a", "shared"): torch.eye(3)[None]}
-    moved = beside_inputs(frame, (), {"sample": torch.empty(2, device="meta"), "timestep": torch.empty(1)})
+    cores = {("a", "shared"): torch.eye(3)[None]}
+    moved = beside_inputs(cores, (), {"sample": torch.empty(2, device="meta"), "timestep": torch.empty(1)})
     assert [core.device.type for core in moved.values()] == ["meta"]
-    assert beside_inputs(frame, (3,), {}) == frame
+    assert beside_inputs(cores, (3,), {}) == cores

@@ -114,4 +114,4 @@ def test_source_that_was_set_keeps_its_number_of_timesteps(pipe: Any, convention
     source = TimestepNoise("discrete" if convention == "timestep" else "sigma_1000", num_train_timesteps=500)
     set_noise_source(model.unet, source)
     pipe.load_nara_weights(tmp_path, adapter_name="second")
-    assert model.unet.nara_core.source is source
+    assert model.unet.nara_core.conventions.source is source

@@ -170,7 +170,7 @@ def test_the_convention_is_that_of_the_adapter_that_came_in(tmp_path):
     pipe.load_nara_weights(**silent, adapter_name="x", hotswap=True)
     set_noise_source(pipe.unet, TimestepNoise("edm"))
     (holder,) = find_holders(pipe.unet)
-    assert pipe.unet.peft_config["x"].noise_convention == holder.convention["x"] == "edm"
+    assert pipe.unet.peft_config["x"].noise_convention == holder.conventions.by_adapter["x"] == "edm"
     before = State(pipe)
     with pytest.raises(ValueError, match="'x' was trained with λ defined as 'timestep', but the source of λ tells"):
         pipe.load_nara_weights(**stated, adapter_name="x", hotswap=True)

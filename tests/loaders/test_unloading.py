@@ -50,7 +50,7 @@ def test_a_source_of_lambda_goes_with_the_adapters_that_it_was_for(base_pixels):
     pipe = small_sdxl()
     for convention, expected in (("edm", "edm"), (None, "timestep")):
         pipe.unet.add_adapter(nara_config(target_modules=["to_q"], noise_convention=convention))
-        assert find_holders(pipe.unet)[0].source.convention == expected
+        assert find_holders(pipe.unet)[0].conventions.source.convention == expected
         assert pipe.unet.peft_config["default"].noise_convention == expected
         pipe.delete_adapters("default")
         assert not find_holders(pipe.unet)

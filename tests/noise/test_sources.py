@@ -100,7 +100,7 @@ def test_a_source_of_another_convention_is_refused() -> None:
         set_noise_source(model, Share(None))
     with pytest.raises(ValueError, match=message.format("default", "None")):
         set_noise_source(model, lambda module, args, kwargs: NoiseSignals(args[0][:, 0]))  # type: ignore[arg-type]
-    assert model.base_model.model.nara_core.source is None
+    assert model.base_model.model.nara_core.conventions.source is None
     set_noise_source(model, Share("masked_share"))
 
     model = make(None)
@@ -129,4 +129,4 @@ def test_a_source_is_set_on_all_models_or_on_none() -> None:
     )
     with pytest.raises(ValueError, match="masked_share"):
         set_noise_source(pair, Share())
-    assert pair[0].base_model.model.nara_core.source is None
+    assert pair[0].base_model.model.nara_core.conventions.source is None

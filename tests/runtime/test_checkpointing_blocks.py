@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion.tuner.forward_hook import detach_holder
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
 from tests.helpers.recomputation import (
     EXACT,
@@ -169,7 +170,7 @@ def test_a_block_that_two_roots_adapt() -> None:
     for implementation in CheckpointImpl:
         whole, actual = make(lambda module, kind=implementation: checkpoint_wrapper(module, kind))
         check(actual, expected, REENTRANT)
-        whole.part.nara_core.detach(whole.part)  # type: ignore[union-attr, operator]
+        detach_holder(whole.part)
         assert whole.part.block.checkpoint_fn.channel is whole.nara_core.channel  # type: ignore[union-attr]
-        whole.nara_core.detach(whole)  # type: ignore[union-attr, operator]
+        detach_holder(whole)
         assert type(whole.part.block.checkpoint_fn).__name__ == "partial"
