@@ -96,9 +96,8 @@ def published(args: Any) -> Any:
         "core_input": "noise_level",
         "core_sharing": "global",
     }
-    start = {"core_normalization": "none", "lora_a_init": "peft"}
-    schedule = {"core_start_step": 0, "lr_scheduler": "cosine", "lr_warmup_steps": WARMUP}
-    return SimpleNamespace(**vars(args) | own | scale | core | start | schedule)
+    schedule = {"lora_a_init": "peft", "core_start_step": 0, "lr_scheduler": "cosine", "lr_warmup_steps": WARMUP}
+    return SimpleNamespace(**vars(args) | own | scale | core | schedule)
 
 
 def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> Iterator[Repeat]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .float32 import Float32Module
-from .hypernetwork import CoreInit, CoreNormalization, normalized
+from .hypernetwork import CoreInit
 
 
 class ConstantCore(Float32Module):
@@ -17,11 +17,10 @@ class ConstantCore(Float32Module):
     needs_noise = False
     needs_density = False
 
-    def __init__(self, rank: int, *, scale: float, init: CoreInit, normalization: CoreNormalization = "none") -> None:
+    def __init__(self, rank: int, *, scale: float, init: CoreInit) -> None:
         super().__init__()
         self.rank = rank
         self.scale = scale
-        self.normalization: CoreNormalization = normalization
         self.deviation = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32))
         if init == "kaiming":
             nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
@@ -29,7 +28,7 @@ class ConstantCore(Float32Module):
     def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
         """→ C (1, r, r), float32."""
         identity = torch.eye(self.rank, dtype=torch.float32, device=self.deviation.device)
-        return normalized((identity + self.scale * self.deviation.float())[None], self.normalization)
+        return (identity + self.scale * self.deviation.float())[None]
 
 
 class IdentityCore(Float32Module):

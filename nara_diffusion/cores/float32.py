@@ -25,24 +25,23 @@ class Float32Module(nn.Module):
 
 
 class Dense(Float32Module):
-    """y = x Wᵀ + b, or without b, in float32, zero until `reset`.
+    """y = x Wᵀ + b in float32, zero until `reset`.
 
     Not an `nn.Linear`, so that quantisers, casters and "all-linear" pass it by.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=torch.float32)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=torch.float32))
 
     def reset(self, zero: bool) -> None:
         """Zero weight, or Kaiming-uniform with a = √5; the bias is zero in both cases (paper, appendix)."""
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.bias)
         if zero:
             nn.init.zeros_(self.weight)
         else:
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.float(), None if self.bias is None else self.bias.float())
+        return F.linear(x, self.weight.float(), self.bias.float())

@@ -5,8 +5,6 @@
 D_k (r, r) are learned and start at zero, so that C = I at step 0. φ are the hat functions of linear interpolation: C
 changes no faster over λ than between two knots, and each λ trains the two knots beside it alone. With
 core_sharing="layer" each adapted module has its own D, at K r² parameters. Not of the paper: see RESULTS.md.
-
-Centred, each φ_k is less its mean over λ, so that the mean of C is I whatever D is.
 """
 
 from __future__ import annotations
@@ -20,16 +18,15 @@ from .float32 import Float32Module
 
 
 class KnotsCore(Float32Module):
-    """Args: `rank`, r; `knots`, K ≥ 2, the first at λ = 0 and the last at λ = 1; `scale`, η; `centred`: see above."""
+    """Args: `rank`, r; `knots`, K ≥ 2, the first at λ = 0 and the last at λ = 1; `scale`, η."""
 
     needs_noise = True
     needs_density = False
 
-    def __init__(self, rank: int, knots: int, *, scale: float, centred: bool = False) -> None:
+    def __init__(self, rank: int, knots: int, *, scale: float) -> None:
         super().__init__()
         self.rank = rank
         self.scale = scale
-        self.centred = centred
         self.deviation = nn.Parameter(torch.zeros(knots, rank, rank, dtype=torch.float32))
 
     def forward(self, noise_level: Tensor, mask_density: Any = None) -> Tensor:
@@ -39,8 +36,5 @@ class KnotsCore(Float32Module):
             place = noise_level.float()[:, None] * (knots - 1)  # (b, 1), from 0 to K − 1
             index = torch.arange(knots, device=place.device)
             share = (1 - (place - index).abs()).clamp(min=0)  # (b, K)
-            if self.centred:
-                inner = ((index > 0) & (index < knots - 1)).float()
-                share = share - (1 + inner) / (2 * (knots - 1))  # the area below a hat, or below half of one
             deviation = (share @ self.deviation.float().flatten(1)).view(-1, self.rank, self.rank)
             return torch.eye(self.rank, dtype=torch.float32, device=place.device) + self.scale * deviation

@@ -20,7 +20,6 @@ from nara_diffusion.cores.custom import CustomCore, rebuild_custom_core
 from nara_diffusion.tuner.build_core import build_core, is_block_of_larger
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
-from nara_diffusion.tuner.core_set import layer_names
 from nara_diffusion.tuner.noise_convention import with_convention
 from nara_diffusion.tuner.strength_layers import check_strength, default_strengths, give_strength, has_strength
 
@@ -37,14 +36,11 @@ _HAS_TO_AGREE = (
     "core_hidden_dims",
     "core_input",
     "core_sharing",
-    "core_normalization",
-    "layer_embedding_dim",
     "rank_mask_min",
     "core_bins",
     "core_knots",
     "noise_embedding",
     "noise_embedding_dim",
-    "noise_scale",
     "mask_density_radius",
     "use_dora",
     "lora_bias",
@@ -89,8 +85,7 @@ def _check_enlargeable(adapter_name: str, config: NaraConfig, target: int) -> No
     if not is_block_of_larger(config) and {config.r, *(config.rank_pattern or {}).values()} != {target}:
         raise ValueError(
             f"enable_lora_hotswap was given target_rank={target}, but adapter '{adapter_name}' has "
-            f"core_type={config.core_type!r} and core_normalization={config.core_normalization!r}, whose C belongs to "
-            f"its rank {config.r}: pass target_rank={config.r}."
+            f"core_type={config.core_type!r}, whose C belongs to its rank {config.r}: pass target_rank={config.r}."
         )
 
 
@@ -110,7 +105,7 @@ def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int)
     cores: Any = _holder(model).cores[adapter_name]
     for group, core in cores.items():
         with torch.device("meta"):
-            larger = build_core(config, rank, layers=layer_names(core))
+            larger = build_core(config, rank)
         old = core.state_dict()
         new = {
             key: resized(old[key], like.shape, _is_squared(key, config)) for key, like in larger.state_dict().items()
@@ -147,7 +142,7 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
     if not is_block_of_larger(old) and (old.r, old.rank_pattern) != (part.config.r, part.config.rank_pattern):
         raise ValueError(
             f"The new adapter has rank {part.config.r}, and '{adapter_name}' of {component} rank {old.r}, to which C "
-            f"of core_type={old.core_type!r} and core_normalization={old.core_normalization!r} belongs: {_REMEDY}"
+            f"of core_type={old.core_type!r} belongs: {_REMEDY}"
         )
     check_part(model, component, part, adapter_name)
     check_strength(model, part.config, adapter_name, default_strengths(model, part.config, adapter_name))

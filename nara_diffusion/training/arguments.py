@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.training.adapters.methods import METHODS, check_flags
+from nara_diffusion.tuner.config_files import REMOVED_FIELDS
 
 from .cli import option
 from .foreign_names import OTHER_NAMES
@@ -29,6 +30,7 @@ class AdapterArguments:
     """Adapter"""
 
     other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
+    removed_arguments: ClassVar[Mapping[str, str | None]] = REMOVED_FIELDS
 
     adapter: str = option("nara", "How to fine-tune: NaRA, a method of PEFT, or all weights.", choices=tuple(METHODS))
     rank: int = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")
@@ -65,13 +67,10 @@ class AdapterArguments:
     core_init: str = core_option("core_init")
     core_input: str = core_option("core_input")
     core_sharing: str = core_option("core_sharing")
-    layer_embedding_dim: int = core_option("layer_embedding_dim", unit="features")
-    core_normalization: str = core_option("core_normalization")
     lora_a_init: str = core_option("lora_a_init")
     rank_mask_min: int | None = core_option("rank_mask_min", unit="directions")
     core_bins: int = core_option("core_bins", unit="bins")
     core_knots: int = core_option("core_knots", unit="knots")
-    noise_scale: str = core_option("noise_scale")
     noise_embedding: str = core_option("noise_embedding")
     noise_embedding_dim: int = core_option("noise_embedding_dim", unit="features")
     fourier_scale: float = core_option("fourier_scale", unit="radians per unit of λ")

@@ -5,9 +5,9 @@ becomes `--flag/--no-flag` and takes `--flag True` too, a list takes words separ
 texts, if it is one of `sentences`), `X | None` also takes `none`. Flags win over the file given as `--config`, the file
 wins over the defaults, and a key that the dataclass lacks is an error. Flags of other scripts that users may bring
 along are named in two class attributes: `foreign_flags`, {name: what to do instead}, and `other_names`, {name: what it
-is called here}. `positional`, a third one, says for the usage what words a program takes before its flags. A dataclass
-may have a method `check_flags`, which is called with the flags of the command line alone, and may refuse them by a
-ValueError.
+is called here}. `removed_arguments`, a third one, names the keys that files of earlier versions may hold; `positional`
+says for the usage what words a program takes before its flags. A dataclass may have a method `check_flags`, which is
+called with the flags of the command line alone, and may refuse them by a ValueError.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ def read_config(cls: type, path: str | Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold `key: value` lines, got {type(content).__name__}.")
+    content = _without_removed(cls, content, path)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in content:
@@ -196,6 +197,22 @@ def read_config(cls: type, path: str | Path) -> dict[str, Any]:
         return {key: convert(key, value, hints[key], **_reading(fields[key])) for key, value in content.items()}
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
+
+
+def _without_removed(cls: type, content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """`content` without the `removed_arguments` of `cls`, {name: the value that stands for what is always done now}.
+
+    Raises:
+        ValueError: one of them has another value. (None among the values allows any.)
+    """
+    removed = getattr(cls, "removed_arguments", {})
+    for key, neutral in removed.items():
+        if content.get(key, neutral) != neutral is not None:
+            raise ValueError(
+                f"--config {path}: {key} is {content[key]!r}, an option that this version no longer has: remove the "
+                "key, or train with the version that wrote it."
+            )
+    return {key: value for key, value in content.items() if key not in removed}
 
 
 def convert(name: str, value: Any, hint: Any, choices: Sequence[str] = (), sentences: bool = False) -> Any:

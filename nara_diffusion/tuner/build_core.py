@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -17,25 +15,18 @@ from nara_diffusion.cores.rank_masks import BinsCore, RankMaskCore
 from .config import NaraConfig
 
 
-def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.Module:
-    """The core that `config` describes, for layers of rank up to `rank`.
-
-    Args:
-        layers: names, "." written as "-", of those that have an embedding, by `core_sharing="layer_embedding"`.
-    """
+def build_core(config: NaraConfig, rank: int) -> nn.Module:
+    """The core that `config` describes, for layers of rank up to `rank`."""
     if config.core_type == "identity":
         return IdentityCore(rank)
     if config.core_type == "constant":
-        return ConstantCore(
-            rank, scale=config.core_scale, init=config.core_init, normalization=config.core_normalization
-        )
+        return ConstantCore(rank, scale=config.core_scale, init=config.core_init)
     if config.core_type == "rank_mask":
         return RankMaskCore(rank, config.rank_mask_min)
     if config.core_type == "bins":
         return BinsCore(rank, config.core_bins)
     if config.core_type == "knots":
-        centred = config.core_normalization == "centred"
-        return KnotsCore(rank, config.core_knots, scale=config.core_scale, centred=centred)
+        return KnotsCore(rank, config.core_knots, scale=config.core_scale)
     if config.core_type != "hypernetwork":
         return build_custom_core(config, rank)
     return HypernetworkCore(
@@ -45,10 +36,6 @@ def build_core(config: NaraConfig, rank: int, layers: Sequence[str] = ()) -> nn.
         init=config.core_init,
         core_input=config.core_input,
         embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
-        noise_scale=config.noise_scale,
-        normalization=config.core_normalization,
-        layers=layers,
-        layer_dim=config.layer_embedding_dim if layers else 0,
     )
 
 
@@ -65,4 +52,4 @@ def is_tied_to_rank(config: NaraConfig) -> bool:
 
 def is_block_of_larger(config: NaraConfig) -> bool:
     """Whether a larger core can hold this one as its leading block, the rest being that of I."""
-    return config.core_type in ("hypernetwork", "constant", "identity") and config.core_normalization == "none"
+    return config.core_type in ("hypernetwork", "constant", "identity")

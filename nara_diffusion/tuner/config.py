@@ -22,18 +22,15 @@ NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "core_init": ("zero_last", "kaiming", "zero_all"),
     "core_input": ("noise_level", "mask_density", "both"),
-    "core_sharing": ("global", "module_type", "layer", "layer_embedding"),
-    "core_normalization": ("none", "frobenius", "centred"),
+    "core_sharing": ("global", "module_type", "layer"),
     "lora_a_init": ("peft", "orthogonal"),
     "noise_embedding": NOISE_EMBEDDINGS,
-    "noise_scale": ("linear", "log_snr"),
 }
 
 _READERS: dict[str, tuple[str, ...]] = {
     "core_init": ("hypernetwork", "constant"),
     "core_input": ("hypernetwork",),
     "noise_embedding": ("hypernetwork",),
-    "noise_scale": ("hypernetwork",),
 }
 """Choices, and the types of core made here that read them; types of the user's own may read all."""
 
@@ -110,22 +107,11 @@ class NaraConfig(LoraConfig):
         default="noise_level",
         metadata={"help": "What F reads: λ, the mask density around masked tokens (masked LMs only), or both."},
     )
-    core_sharing: Literal["global", "module_type", "layer", "layer_embedding"] = field(
+    core_sharing: Literal["global", "module_type", "layer"] = field(
         default="global",
         metadata={
             "help": "Which adapted modules share one F: all of them, those of one name such as q_proj, or none "
-            "('layer': each adapted module has its own). With 'layer_embedding' all share one F that also reads a "
-            "learnable vector of the module, so that each has its own C at little cost."
-        },
-    )
-    layer_embedding_dim: int = field(
-        default=16, metadata={"help": "Width of each module's vector with core_sharing 'layer_embedding'."}
-    )
-    core_normalization: Literal["none", "frobenius", "centred"] = field(
-        default="none",
-        metadata={
-            "help": "'frobenius' scales C to the norm of I, √r, whatever λ is: C then turns and doesn't grow. "
-            "'centred' moves C so that its mean over λ is I: A and B keep what all noise levels share."
+            "('layer': each adapted module has its own)."
         },
     )
     noise_embedding: Literal["fourier", "mlp", "raw"] = field(
@@ -137,13 +123,6 @@ class NaraConfig(LoraConfig):
     )
     fourier_scale: float = field(
         default=16.0, metadata={"help": "Standard deviation of the Fourier frequencies, in radians per unit of λ."}
-    )
-    noise_scale: Literal["linear", "log_snr"] = field(
-        default="linear",
-        metadata={
-            "help": "What e() reads: λ, or 'log_snr', the logarithm of λ / (1 − λ), clipped at ±5 and brought to "
-            "[0, 1]; the mask density is not rescaled."
-        },
     )
     rank_mask_min: int | None = field(
         default=None,
@@ -231,7 +210,7 @@ class NaraConfig(LoraConfig):
 
     def _check_size(self) -> None:
         rank = max(self._ranks)
-        inputs = 2 * self.noise_embedding_dim + self.layer_embedding_dim
+        inputs = 2 * self.noise_embedding_dim
         if self.core_type == "hypernetwork":
             widths = (inputs, *self.core_hidden_dims, rank * rank)
             check_core_size(widths, rank, f"core_hidden_dims {self.core_hidden_dims}")
@@ -258,33 +237,12 @@ class NaraConfig(LoraConfig):
                     f"{name} is {getattr(self, name)!r}, which core_type {self.core_type!r} doesn't read: leave it at "
                     f"{default!r}, or use core_type {' or '.join(map(repr, types))}."
                 )
-        if self.core_sharing == "layer_embedding" and self.core_type != "hypernetwork":
-            raise ValueError(
-                f"core_sharing is 'layer_embedding', but core_type {self.core_type!r} has no network that could read "
-                "it: use core_sharing='layer' for a core of each module."
-            )
         if self.core_type == "knots" and self.core_knots < 2:
             raise ValueError(f"core_knots is {self.core_knots}: interpolation needs one at either end, so 2 or more.")
-        self._check_normalization()
-
         if self.lora_a_init != "peft" and (self.core_type == "identity" or self.init_lora_weights is not True):
             raise ValueError(
                 f"lora_a_init is {self.lora_a_init!r}, with core_type={self.core_type!r} and init_lora_weights="
                 f"{self.init_lora_weights!r}: it needs a core, and init_lora_weights=True."
-            )
-
-    def _check_normalization(self) -> None:
-        kind = self.core_normalization
-        of = {"frobenius": ("hypernetwork", "constant"), "centred": ("hypernetwork", "knots")}
-        if kind != "none" and self.core_type not in of[kind]:
-            raise ValueError(
-                f"core_normalization is {kind!r}, which is for core_type {' and '.join(map(repr, of[kind]))}; C of "
-                f"core_type {self.core_type!r} is taken as it is: use core_normalization='none'."
-            )
-        if kind == "centred" and self.core_input != "noise_level":
-            raise ValueError(
-                "core_normalization is 'centred', over the noise level alone, but core_input is "
-                f"{self.core_input!r}: use core_input='noise_level'."
             )
 
     def _check_masks(self) -> None:

@@ -197,7 +197,6 @@ _FIELDS: dict[str, _Rule] = {
     "core_scale": _SCALE,
     "fourier_scale": _SCALE,
     "noise_embedding_dim": _SIZE,
-    "layer_embedding_dim": _SIZE,
     "mask_density_radius": _SIZE,
     "core_bins": _SIZE,
     "core_knots": _SIZE,

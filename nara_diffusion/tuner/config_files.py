@@ -21,6 +21,8 @@ _OF_ONE_MACHINE = {
 
 _KNOWN = {field.name for field in fields(NaraConfig) if field.init}
 _NARAS_OWN = {"core_type", "core_scale"}
+REMOVED_FIELDS = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": None}
+"""Fields that files of earlier versions have → the value that stands for what every core does now; None: any value."""
 
 _ALWAYS_WRITTEN = (
     "core_type", "core_scale", "core_hidden_dims", "core_init", "core_input", "core_sharing", "noise_embedding",
@@ -80,7 +82,28 @@ def check_config_file(path: str | os.PathLike[str]) -> None:
     """
     given = read_config_file(path)
     if is_naras(given, f"'{path}'"):
+        given = without_removed_fields(given, f"'{path}'")
         _made_of({key: value for key, value in given.items() if key in _KNOWN}, f"'{path}'")  # PEFT warns of others
+
+
+def without_removed_fields(given: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The fields of a NaRA's file without those that only earlier versions had.
+
+    Raises:
+        ValueError: the core of the adapter depends on such a field.
+    """
+    used = {
+        name: given[name] for name, neutral in REMOVED_FIELDS.items() if given.get(name, neutral) != neutral is not None
+    }
+    if given.get("core_sharing") == "layer_embedding":
+        used["core_sharing"] = "layer_embedding"
+    if used:
+        listed = ", ".join(f"{name} {value!r}" for name, value in used.items())
+        raise ValueError(
+            f"{origin} has {listed}, an option that this version no longer has: make such a core yourself, by "
+            "nara_diffusion.register_core (docs/cores.md), and train the adapter with that core_type."
+        )
+    return {name: value for name, value in given.items() if name not in REMOVED_FIELDS}
 
 
 def is_naras(given: Mapping[str, Any], origin: str) -> bool:
@@ -113,6 +136,7 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
     Raises:
         ValueError: a field that this version does not know and that is set, or a value that NaraConfig refuses.
     """
+    given = without_removed_fields(given, origin)
     unknown = sorted(key for key, value in given.items() if key not in _KNOWN | _OF_ONE_MACHINE and value)
     if unknown:
         raise ValueError(

@@ -18,7 +18,6 @@ from .config import NaraConfig
 
 SHARED = "shared"
 """The group of all layers, and `nara_core.shared.…` in files."""
-LAYER_EMBEDDING = "layer_embedding"
 
 
 class CoreSet(nn.ModuleDict):
@@ -37,44 +36,33 @@ class CoreSet(nn.ModuleDict):
         found: dict[str, Tensor] = {}
         for group, core in self.items():
             if not isinstance(core, IdentityCore):
-                found |= _by_group(core, group, signals)
+                found[group] = _matrix(core, signals)
         return found
 
     def matrix(self, group: str, signals: NoiseSignals | None) -> Tensor:
         """C (b or 1, r, r) of one group."""
-        key = group if group in self else SHARED
-        return _by_group(self[key], key, signals)[group]
+        return _matrix(self[group], signals)
 
     @property
     def groups(self) -> list[str]:
-        """Of layers that have the same C."""
-        return [name for group, core in self.items() for name in layer_names(core) or (group,)]
+        """The groups, each of which has a core."""
+        return list(self)
 
 
-def _by_group(core: Any, group: str, signals: NoiseSignals | None) -> dict[str, Tensor]:
-    """What `core` says: one C for its group, or, if it embeds layers, one for each of them."""
-    found = core(*on_device_of(core, signals)) if core.needs_noise else core()
-    layers = layer_names(core)
-    return dict(zip(layers, found.unbind(), strict=True)) if layers else {group: found}
-
-
-def layer_names(core: Any) -> list[str]:
-    """Those that have a C of their own each in `core`; none where all that read it read the same."""
-    return getattr(core, "layer_names", [])
+def _matrix(core: Any, signals: NoiseSignals | None) -> Tensor:
+    return core(*on_device_of(core, signals)) if core.needs_noise else core()
 
 
 def make_cores(config: NaraConfig, ranks: dict[str, int]) -> CoreSet:
     """The cores that `config` describes. `ranks`: group → the largest rank among its layers."""
-    if config.core_sharing == LAYER_EMBEDDING and ranks:
-        return CoreSet({SHARED: build_core(config, max(ranks.values()), layers=list(ranks))})
     return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
 
 
 def core_group(config: NaraConfig, module_name: str, rank: int) -> str:
     """The name of the core that an adapted module of this rank reads.
 
-    By `core_sharing` it is one for all, one for modules of its name, or the module's own (with "layer_embedding" out of
-    a shared network); where C has no parameters to share, but depends on the rank, that of all modules of this rank.
+    `core_sharing` makes it one for all modules, one for all modules of that name, or one for each module. A core that
+    has no parameters, but depends on the rank, is one for all modules of that rank.
     """
     if is_tied_to_rank(config):
         return f"rank-{rank}"

@@ -27,7 +27,7 @@ from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.patching import around
 
 from .config import NaraConfig, NaraPeftType
-from .config_files import check_config_file
+from .config_files import check_config_file, is_naras, without_removed_fields
 from .injection import roll_back
 
 _begun: ContextVar[tuple[nn.Module, str] | None] = ContextVar("_begun", default=None)
@@ -44,7 +44,9 @@ def extend_peft_methods() -> None:
 
 def _from_json_file(original: Any, cls: type, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
     check_config_file(path_json_file)
-    return original(cls, path_json_file, **kwargs)
+    fields = original(cls, path_json_file, **kwargs)
+    origin = f"'{path_json_file}'"
+    return without_removed_fields(fields, origin) if is_naras(fields, origin) else fields
 
 
 def _from_pretrained(

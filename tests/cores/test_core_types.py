@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaForCausalLM
@@ -35,9 +35,8 @@ def core_of(
     state: dict[str, Tensor], config: NaraConfig, layer: str, levels: Tensor, adapter: str = "default"
 ) -> Tensor:
     """C (b, r, r) of a layer in float64 from the state dict."""
-    group = layer if config.core_sharing == "module_type" else "shared"
-    vector = layer if config.core_sharing == "layer_embedding" else None
-    return core_by_hand(state, f"base_model.model.nara_core.cores.{adapter}.{group}.", config, levels, layer=vector)
+    group = "shared" if config.core_sharing == "global" else layer
+    return core_by_hand(state, f"base_model.model.nara_core.cores.{adapter}.{group}.", config, levels)
 
 
 def output_by_hand(state: dict[str, Tensor], config: NaraConfig, x: Tensor, levels: Tensor) -> Tensor:
@@ -154,7 +153,7 @@ def test_recomputation_sees_the_levels_of_its_own_forward(options, use_reentrant
 
 
 def test_one_compiled_graph_serves_all_levels(tiny_llama: LlamaForCausalLM):
-    model = adapted(tiny_llama, target_modules=["q_proj", "down_proj"], **TYPES["layer vectors"])
+    model = adapted(tiny_llama, target_modules=["q_proj", "down_proj"], **TYPES["by layer"])
     ids = torch.arange(15).view(3, 5) + 7
 
     def logits(model: nn.Module, levels: Tensor) -> Tensor:
@@ -195,25 +194,8 @@ def test_a_differently_seeded_model_loads_the_same_bits(options, use_dora, low_c
     saved = len(load_file(tmp_path / "adapter_model.safetensors"))
     factors = 2 * (3 if use_dora else 2)
     embedding = 2 if options.get("noise_embedding") == "mlp" else 1
-    layers = 5 if options.get("core_normalization") == "centred" else 6  # no last bias
-    core = {"constant": 1, "knots": 1, "rank_mask": 0, "bins": 0}.get(options.get("core_type", ""), layers + embedding)
-    vectors = 2 if options.get("core_sharing") == "layer_embedding" else 0
-    assert saved == factors + core * (2 if options.get("core_sharing") == "module_type" else 1) + vectors
-
-
-def test_the_vector_of_a_layer_that_is_missing_or_another_layers_is_refused(tmp_path: Path):
-    model = adapted(base_model(), target_modules=TARGETS, core_sharing="layer_embedding")
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    key = "base_model.model.nara_core.shared.layer_embeddings.second"
-    vector = tensors.pop(key)
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"lacks '.*layer_embeddings\.second'"):
-        PeftModel.from_pretrained(base_model(), tmp_path)
-    save_file({**tensors, key.replace("second", "third"): vector}, file)
-    with pytest.raises(ValueError, match=r"lacks '.*layer_embeddings\.second'"):
-        PeftModel.from_pretrained(base_model(), tmp_path)
+    core = {"constant": 1, "knots": 1, "rank_mask": 0, "bins": 0}.get(options.get("core_type", ""), 6 + embedding)
+    assert saved == factors + core * (2 if "core_sharing" in options else 1)
 
 
 # ---------------------------------------------------------------- beside other adapters

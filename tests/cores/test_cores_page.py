@@ -74,5 +74,5 @@ def test_who_reads_a_field_is_what_the_train_scripts_go_by():
             told |= dict.fromkeys(re.findall(r"`(\w+)`", names), tuple(readers.split(", ")))
     fields = {name: types for name, types in _CORE_READERS.items() if name in CORE_FIELDS - {"core_sharing"}}
     assert fields.items() <= told.items()
-    refused = {"core_init", "core_input", "noise_embedding", "noise_scale", "core_normalization", "rank_mask_min"}
+    refused = {"core_init", "core_input", "noise_embedding", "rank_mask_min"}
     assert told.keys() - fields.keys() == refused  # by NaraConfig, so that nothing is left to be said

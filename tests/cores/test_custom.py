@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import subprocess
 import sys
 from functools import partial
@@ -17,8 +19,10 @@ from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level, register_core
 from nara_diffusion.cores import custom as own_cores
+from nara_diffusion.cores.embeddings import make_embedding
+from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.noise.ablations import mean_core
-from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, nara_config, relative_error
+from tests.helpers.adapted import OneLayer, TwoLayers, adapted, core_by_hand, disturb, nara_config, relative_error
 from tests.helpers.core_types import Affine
 from tests.helpers.recomputation import EXACT, REENTRANT, TARGETS, check, gradients, llama_loss
 from tests.helpers.recomputation import LEVELS as RECOMPUTED
@@ -43,6 +47,25 @@ class Still(Affine):
         return (torch.eye(len(self.P)) + self.Q)[None]
 
 
+class Normalised(nn.Module):
+    """C(λ) = √r C' / ‖C'‖ for the C'(λ) of a hypernetwork that reads log(λ / (1 − λ)), clipped at ±5, in [0, 1]."""
+
+    def __init__(self, config: NaraConfig, rank: int) -> None:
+        super().__init__()
+        self.inner = HypernetworkCore(
+            rank,
+            scale=config.core_scale,
+            hidden_dims=config.core_hidden_dims,
+            init=config.core_init,
+            core_input="noise_level",
+            embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+        )
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        core = self.inner((torch.logit(noise_level, eps=1e-7).clamp(-5, 5) + 5) / 10)
+        return core * math.sqrt(core.shape[-1]) / core.norm(dim=(1, 2), keepdim=True)
+
+
 class Grid(nn.Module):
     """C(λ) between matrices at fixed λ, which are no part of its state: like an embedding's frequencies, say."""
 
@@ -63,6 +86,7 @@ def _registered(monkeypatch) -> None:
     register_core("density", Density)
     register_core("still", Still)
     register_core("grid", Grid)
+    register_core("normalised", Normalised)
 
 
 def affine_by_hand(model: PeftModel, level: Tensor) -> Tensor:
@@ -94,6 +118,27 @@ def test_an_own_core_is_read_per_sample_and_trained():
     with mean_core(model, LEVELS):
         mean = affine_by_hand(model, LEVELS).mean(0, keepdim=True)
         assert relative_error(model(x), layer_by_hand(model, x, mean)) < 2e-6
+
+
+@pytest.mark.parametrize("noise_embedding", ["mlp", "raw"])
+def test_a_hypernetwork_with_its_own_scale_and_norm_is_a_custom_core(noise_embedding, tmp_path):
+    base = OneLayer(nn.Linear(7, 5))
+    again = copy.deepcopy(base)
+    model = adapted(base, target_modules=["layer"], core_type="normalised", noise_embedding=noise_embedding)
+    levels = torch.tensor([0.0, 0.02, 0.5, 0.93, 1.0])
+    logit = torch.log(levels.double() / (1 - levels.double())).clamp(-5, 5)
+    plain = core_by_hand(model.state_dict(), f"{PREFIX}inner.", model.peft_config["default"], (logit + 5) / 10)
+    expected = torch.stack([2 * C / C.square().sum().sqrt() for C in plain])
+    assert relative_error(core_matrix(model, levels), expected) < 5e-6
+    assert (expected[1] - expected[3]).abs().max() > 0.05
+    x = torch.randn(5, 7)
+    with noise_level(model, levels):
+        output = model(x)
+    assert relative_error(output, layer_by_hand(model, x, expected)) < 5e-6
+    model.save_pretrained(tmp_path)
+    other = PeftModel.from_pretrained(again, tmp_path)
+    with noise_level(other, levels):
+        assert torch.equal(other(x), output)
 
 
 def test_it_needs_lambda_unless_it_says_otherwise():
@@ -262,8 +307,6 @@ def test_a_factory_that_makes_no_module_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"core_sharing": "layer_embedding"}, "core_type 'affine' has no network that could read it"),
-        ({"core_normalization": "frobenius"}, "C of core_type 'affine' is taken as it is"),
         ({"init_lora_weights": "pissa"}, "core_type='affine' does not promise"),
         ({"rank_mask_min": 2}, "it is for core_type='rank_mask'"),
     ],

@@ -82,9 +82,9 @@ OPTIONS = ["init_lora_weights=gaussian", "rank_pattern={v_proj: 4}", "alpha_patt
 @pytest.mark.parametrize(
     "changes",
     [
-        {"core_input": "noise_level", "noise_scale": "log_snr", "core_init": "kaiming"},
-        {"core_sharing": "layer_embedding", "core_normalization": "frobenius"},
-        {"adapter": "nara_knots", "core_normalization": "centred"},
+        {"core_input": "noise_level", "core_init": "kaiming"},
+        {"core_sharing": "layer", "noise_embedding": "raw"},
+        {"adapter": "nara_knots", "core_sharing": "module_type"},
         {"adapter": "nara_dora", "use_rslora": True},
         {"core_type": "identity"},
         {"adapter": "tlora", "rank_mask_min": 1},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -70,33 +69,18 @@ def core_by_hand(
     config: NaraConfig,
     level: Tensor,
     density: Tensor | None = None,
-    layer: str | None = None,
 ) -> Tensor:
-    """C (b, r, r) in float64 from the tensors under `prefix`; λ and the mask density are (b,).
-
-    `layer` is the name, "." written as "-", under which an embedding of it is kept.
-    """
+    """C (b, r, r) in float64 from the tensors under `prefix`; λ and the mask density are (b,)."""
     if config.core_type in ("rank_mask", "bins"):
         return mask_by_hand(config, level)
-    if config.core_normalization == "centred":
-        plain = copy.copy(config)
-        plain.core_normalization = "none"
-        points = 192 if config.core_type == "knots" else 64  # pieces between knots are linear: their middles are exact
-        grid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-        over = core_by_hand(state, prefix, plain, grid, layer=layer).mean(0)
-        own = core_by_hand(state, prefix, plain, level, layer=layer)
-        return own - over + torch.eye(own.shape[-1], dtype=torch.float64)
     own = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
     if config.core_type == "constant":
         deviation = own["deviation"]
         core = torch.eye(len(deviation), dtype=torch.float64) + config.core_scale * deviation
-        return normalized_by_hand(core.expand(len(level), -1, -1), config)
+        return core.expand(len(level), -1, -1)
     level = level.double()
     if config.core_type == "knots":
         return torch.stack([interpolated_by_hand(own["deviation"], config, value) for value in level.tolist()])
-    if config.noise_scale == "log_snr":
-        log_snr = torch.log((1 - level) / level).clamp(-5, 5)
-        level = (5 - log_snr) / 10
     chosen = {"noise_level": [level], "mask_density": [density], "both": [level, density]}[config.core_input]
     names = ["noise_level", "mask_density"] if config.core_input == "both" else [config.core_input]
     features = []
@@ -112,24 +96,15 @@ def core_by_hand(
             features.append(hidden * torch.sigmoid(hidden))
         else:
             features.append(signal)
-    if layer is not None:
-        features.append(own[f"layer_embeddings.{layer}"].expand(len(level), -1))
     h = torch.cat(features, dim=1)
     depth = len(config.core_hidden_dims)
     for index in range(depth + 1):
-        h = torch.einsum("bi,oi->bo", h, own[f"layers.{index}.weight"]) + own.get(f"layers.{index}.bias", 0)
+        h = torch.einsum("bi,oi->bo", h, own[f"layers.{index}.weight"]) + own[f"layers.{index}.bias"]
         if index < depth:
             h = h / (1 + torch.exp(-h))
     rank = math.isqrt(h.shape[1])
     assert rank * rank == h.shape[1]
-    core = torch.eye(rank, dtype=torch.float64) + config.core_scale * h.reshape(-1, rank, rank)
-    return normalized_by_hand(core, config)
-
-
-def normalized_by_hand(core: Tensor, config: NaraConfig) -> Tensor:
-    if config.core_normalization == "none":
-        return core
-    return torch.stack([math.sqrt(len(C)) * C / C.square().sum().sqrt() for C in core])
+    return torch.eye(rank, dtype=torch.float64) + config.core_scale * h.reshape(-1, rank, rank)
 
 
 def mask_by_hand(config: NaraConfig, level: Tensor) -> Tensor:
@@ -158,10 +133,7 @@ def interpolated_by_hand(deviation: Tensor, config: NaraConfig, level: float) ->
 def default_core(model: PeftModel, level: Tensor, adapter: str = "default", group: str = "shared") -> Tensor:
     """`core_by_hand` of a PeftModel's adapter."""
     config = model.peft_config[adapter]
-    key, layer = ("shared", group) if config.core_sharing == "layer_embedding" else (group, None)
-    return core_by_hand(
-        model.state_dict(), f"base_model.model.nara_core.cores.{adapter}.{key}.", config, level, layer=layer
-    )
+    return core_by_hand(model.state_dict(), f"base_model.model.nara_core.cores.{adapter}.{group}.", config, level)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

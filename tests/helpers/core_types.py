@@ -1,4 +1,4 @@
-"""The types of core and their options that are proved alike, by name, and a core of a user's own."""
+"""The types of core and their options that are proved alike, by name, and a custom core."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from nara_diffusion import NaraConfig
 
 TYPES: dict[str, dict[str, Any]] = {
     "constant": {"core_type": "constant"},
-    "normalised constant": {"core_type": "constant", "core_normalization": "frobenius"},
     "rank mask": {"core_type": "rank_mask", "rank_mask_min": 1},
     "bins": {"core_type": "bins", "core_bins": 2},
     "knots": {"core_type": "knots", "core_knots": 4},
-    "centred knots": {"core_type": "knots", "core_knots": 4, "core_normalization": "centred"},
-    "centred": {"core_normalization": "centred", "noise_scale": "log_snr"},
-    "centred vectors": {"core_normalization": "centred", "core_sharing": "layer_embedding", "layer_embedding_dim": 3},
-    "log-SNR": {"noise_scale": "log_snr"},
-    "normalised": {"core_normalization": "frobenius"},
-    "layer vectors": {"core_sharing": "layer_embedding", "layer_embedding_dim": 3},
-    "by type, normalised": {"core_sharing": "module_type", "core_normalization": "frobenius"},
-    "vectors, log-SNR": {"core_sharing": "layer_embedding", "noise_scale": "log_snr", "noise_embedding": "mlp"},
+    "by type, mlp": {"core_sharing": "module_type", "noise_embedding": "mlp"},
+    "by layer": {"core_sharing": "layer", "core_init": "kaiming"},
 }
 
 

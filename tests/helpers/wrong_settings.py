@@ -28,13 +28,13 @@ WRONG: dict[str, Any] = {
 MAY_BE: dict[str, set[str]] = {
     name: set(kinds.split(", "))
     for names, kinds in {
-        "r layer_embedding_dim mask_density_radius core_bins core_knots qalora_group_size": "",
+        "r mask_density_radius core_bins core_knots qalora_group_size": "",
         "noise_embedding_dim": "",
         "lora_alpha": "negative, zero, a fraction",
         "lora_dropout": "zero",
         "core_scale fourier_scale": "a fraction",
-        "core_hidden_dims core_type core_init core_input core_sharing core_normalization bias": "",
-        "noise_embedding noise_scale lora_a_init": "",
+        "core_hidden_dims core_type core_init core_input core_sharing bias": "",
+        "noise_embedding lora_a_init": "",
         "use_rslora use_dora lora_bias fan_in_fan_out inference_mode init_lora_weights": "true",
         "target_modules": "null, a number as a text, a bad pattern in a list",
         "exclude_modules": "null, a bad pattern in a list, a number as a text",
@@ -67,7 +67,6 @@ ALWAYS_THERE = [
 """What the package's first version (commit 0ebe572) wrote, as far as an adapter is computed by it."""
 
 LATER = [
-    *("core_bins", "core_knots", "core_normalization", "layer_embedding_dim", "lora_a_init", "noise_scale"),
-    *("rank_mask_min", "scheduler", "strength"),
+    *("core_bins", "core_knots", "lora_a_init", "rank_mask_min", "scheduler", "strength"),
 ]
 """What later versions have added: files without them hold adapters of the defaults."""

@@ -67,7 +67,7 @@ def test_the_swapped_adapter_is_the_one_loaded_afresh(tmp_path):
         {"use_dora": True},
         {"core_type": "constant"},
         {"core_sharing": "module_type"},
-        {"core_sharing": "layer_embedding", "noise_scale": "log_snr"},
+        {"core_sharing": "layer", "noise_embedding": "mlp"},
     ],
 )
 def test_other_ranks_fit_where_room_was_made(changes, tmp_path):

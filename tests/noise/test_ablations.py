@@ -59,7 +59,7 @@ def test_inside_mean_core_every_sample_has_the_mean_of_the_grid(core_type):
     assert (after - alone).abs().max() > 1e-3 or core_type == "constant"
 
 
-@pytest.mark.parametrize("core_sharing", ["module_type", "layer", "layer_embedding"])
+@pytest.mark.parametrize("core_sharing", ["module_type", "layer"])
 def test_each_layers_own_core_is_averaged(core_sharing):
     model = two_layers(core_sharing=core_sharing)
     means = {name: core_matrix(model, GRID, module=name).mean(0) for name in TARGETS}

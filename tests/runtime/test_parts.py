@@ -62,7 +62,7 @@ def test_a_part_has_the_level_that_is_told(model: PeftModel, x: Tensor, level: A
     expect_no_core(model.base_model.model.first, x)
 
 
-@pytest.mark.parametrize("core_sharing", ["module_type", "layer", "layer_embedding"])
+@pytest.mark.parametrize("core_sharing", ["module_type", "layer"])
 def test_a_part_reads_the_core_of_its_own_group(x: Tensor, core_sharing: str) -> None:
     model = adapted(TwoLayers(), target_modules=TARGETS, core_sharing=core_sharing)
     with noise_level(model, LEVELS):

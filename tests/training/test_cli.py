@@ -28,6 +28,7 @@ class Example(Base):
     """
 
     other_names: ClassVar = {"network_dim": "rank", "unet_lr": "rate", "bf16": "shape cosine", "absent": "missing"}
+    removed_arguments: ClassVar = {"noise_scale": "linear", "width": None}
 
     steps: int | None = option(None, "Steps.")
     dora: bool = option(False, "Norms.", aliases=("norms",))
@@ -64,7 +65,9 @@ def test_flags(argv: list[str], expected: Example) -> None:
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     # 1e-3 without a point is text to YAML 1.1, and still a number to us
-    file.write_text("rank: 5\nrate: 1e-3\nmodules: [x, y]\nshare: null\ndora: true\nprompts: ['a dog, red', a cat]\n")
+    earlier = "noise_scale: linear\nwidth: 16\n"
+    given = "rank: 5\nrate: 1e-3\nmodules: [x, y]\nshare: null\ndora: true\nprompts: ['a dog, red', a cat]\n"
+    file.write_text(earlier + given)
     args = parse_arguments(Example, ["--config", str(file), "--rank", "6", "--no-dora"])
     prompts = ["a dog, red", "a cat"]
     assert args == Example(rank=6, rate=1e-3, modules=["x", "y"], share=None, dora=False, prompts=prompts)
@@ -76,6 +79,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path) -> None:
         ("rnak: 5", "unknown key 'rnak'. Did you mean 'rank'?"),
         ("network_dim: 5", "unknown key 'network_dim'. Did you mean 'rank'?"),
         ("zzz: 5", "unknown key 'zzz'. --help lists the known ones."),
+        ("noise_scale: log_snr", "noise_scale is 'log_snr', an option that this version no longer has: remove the key"),
         ("rank: five", "rank takes a whole number, got 'five'"),
         ("rank: 1.5", "rank takes a whole number, got 1.5"),
         ("rank: true", "rank takes a whole number, got True"),

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.tuner.config_files import config_from_fields, config_to_fields
 from tests.helpers.adapted import adapted
 from tests.helpers.saved_adapters import TARGETS, base_model, output, reseeded_base, saved
 from tests.helpers.wrong_settings import ALWAYS_THERE, LATER, MAY_BE, WRONG
@@ -131,6 +132,32 @@ def test_file_of_an_older_version_without_later_fields_loads_as_it_did(folder, t
     loaded = PeftModel.from_pretrained(reseeded_base(), written(folder, tmp_path, json.dumps(older)))
     x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(3))
     assert torch.equal(output(loaded, x), output(saved(tmp_path / "again"), x))
+
+
+REMOVED = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": 16}
+
+
+def test_file_with_the_default_of_a_removed_option_loads_as_it_did(folder, tmp_path):
+    fields = json.loads((folder / CONFIG).read_text())
+    assert not fields.keys() & REMOVED
+    loaded = PeftModel.from_pretrained(reseeded_base(), written(folder, tmp_path, json.dumps(fields | REMOVED)))
+    x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(output(loaded, x), output(saved(tmp_path / "again"), x))
+    config = config_from_fields(fields | REMOVED, "the file")
+    assert config_to_fields(config) == config_to_fields(config_from_fields(fields, "the file"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("core_normalization", "frobenius"),
+        ("core_normalization", "centred"),
+        ("noise_scale", "log_snr"),
+        ("core_sharing", "layer_embedding"),
+    ],
+)
+def test_file_whose_core_depends_on_a_removed_option_is_refused_with_a_remedy(field, value, folder, tmp_path):
+    refused_everywhere(altered(folder, tmp_path, **{field: value}), f"{field} '{value}'", "register_core")
 
 
 # ---------------------------------------------------------------- files

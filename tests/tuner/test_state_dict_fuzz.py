@@ -15,11 +15,11 @@ from torch import Tensor
 from tests.helpers.adapted import adapted
 from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model, saved
 
-SHARINGS = ["global", "module_type", "layer", "layer_embedding"]
+SHARINGS = ["global", "module_type", "layer"]
 CORES: list[dict[str, Any]] = [
     *({"core_sharing": sharing} for sharing in SHARINGS),
-    *({"core_type": "constant", "core_sharing": sharing} for sharing in SHARINGS[:3]),
-    *({"core_type": "knots", "core_sharing": sharing} for sharing in SHARINGS[:3]),
+    *({"core_type": "constant", "core_sharing": sharing} for sharing in SHARINGS),
+    *({"core_type": "knots", "core_sharing": sharing} for sharing in SHARINGS),
     {"core_type": "rank_mask"},
     {"core_type": "bins", "core_bins": 2},
     {"core_type": "identity"},

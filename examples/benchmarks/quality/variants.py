@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "nara_centred": ("nara_knots", {"core_normalization": "centred"}),
     "nara_knots_dora": ("nara_knots", {"use_dora": True}),
 }
 

@@ -28,7 +28,6 @@ _CORE_READERS: dict[str, tuple[str, ...]] = {
     "core_scale": _TRAINED,
     "core_sharing": _TRAINED,
     "core_hidden_dims": ("hypernetwork",),
-    "layer_embedding_dim": ("hypernetwork",),
     "mask_density_radius": ("hypernetwork",),
     "noise_embedding_dim": ("hypernetwork",),
     "fourier_scale": ("hypernetwork",),

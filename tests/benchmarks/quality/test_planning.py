@@ -56,7 +56,7 @@ def test_main_runs_all_methods_and_the_controls_of_the_noise_aware_ones_for_each
 
 def test_a_variant_has_both_controls_without_being_named_for_it():
     suite = load_suite("text")
-    jobs = jobs_of(suite, "main", selection(suite, methods=("nara_centred",), seeds=(0,), domains=("code",)))
+    jobs = jobs_of(suite, "main", selection(suite, methods=("nara_knots_dora",), seeds=(0,), domains=("code",)))
     assert {job.control for job in jobs} == {None, "constant", "shuffled"}
 
 

@@ -183,7 +183,7 @@ def test_settings_that_a_method_does_not_read_are_named(caplog) -> None:
         ({"adapter": "nara_c", "core_scale": 0.5, "fourier_scale": 2.0}, ["fourier_scale"]),
         ({"adapter": "nara_knots", "core_knots": 3, "noise_embedding_dim": 8}, ["noise_embedding_dim"]),
         ({"core_scale": 0.5, "core_hidden_dims": [5], "core_sharing": "layer", "mask_density_radius": 3}, []),
-        ({"adapter": "prompt_tuning", "noise_scale": "log_snr"}, ["noise_scale"]),
+        ({"adapter": "prompt_tuning", "noise_embedding": "raw"}, ["noise_embedding"]),
     ],
     ids=str,
 )

@@ -30,7 +30,7 @@ ABLATIONS = (
     *beside("lora", {"rank": 2}, {"rank": 4}, {"rank": 8}),
     *beside("nara", {"noise_embedding": "mlp"}, {"noise_embedding": "raw"}, {"fourier_scale": 1.0}),
     *beside("nara", {"core_sharing": "module_type"}, {"core_sharing": "layer"}),
-    *beside("nara", {"core_init": "kaiming"}, {"core_start_step": 100}, {"noise_scale": "log_snr"}),
+    *beside("nara", {"core_init": "kaiming"}, {"core_start_step": 100}),
     *beside("nara_knots", {"core_knots": 2}, {"core_knots": 9}),
 )
 

@@ -40,11 +40,10 @@ ABLATIONS = (
     *beside("lora", {"rank": 2}, {"rank": 4}, {"rank": 8}),
     *beside("nara", {"noise_embedding": "mlp"}, {"noise_embedding": "raw"}),
     *beside("nara", {"fourier_scale": 1.0}, {"fourier_scale": 4.0}),
-    *beside("nara", {"core_sharing": "module_type"}, {"core_sharing": "layer"}, {"core_sharing": "layer_embedding"}),
+    *beside("nara", {"core_sharing": "module_type"}, {"core_sharing": "layer"}),
     *beside("nara", {"core_init": "zero_all"}, {"core_init": "kaiming"}),
     *beside("nara", {"core_input": "mask_density"}, {"core_input": "both"}),
     *beside("nara", {"core_start_step": 250}, {"told": "masked_share"}),
-    *beside("nara", {"noise_scale": "log_snr"}),
     *beside("nara_knots", {"core_knots": 2}, {"core_knots": 9}, *LATE),
 )
 """The paper's, and the options that were tried for a better one."""
