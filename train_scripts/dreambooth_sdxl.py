@@ -35,7 +35,7 @@ from torch import nn
 
 from nara_diffusion.check.images import image_task
 from nara_diffusion.check.run import check_training
-from nara_diffusion.dreambooth import collate_draws
+from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
 from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
@@ -43,9 +43,10 @@ from nara_diffusion.dreambooth.evaluation.report import results_table, write_run
 from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.sdxl import load_pipeline, sampling_twin
+from nara_diffusion.dreambooth.sdxl import load_pipeline, sampling_pipeline
 from nara_diffusion.dreambooth.setup import (
     check_settings,
+    count_validation_steps,
     latent_cache,
     load_class_images,
     load_held_out,
@@ -54,10 +55,9 @@ from nara_diffusion.dreambooth.setup import (
     prompt_cache,
     record_texts,
     sample_settings,
-    settle_validation,
     target_scheduler,
     training_data,
-    validation_draws,
+    validation_samples,
 )
 from nara_diffusion.dreambooth.validation import Validation
 from nara_diffusion.loaders.schedulers import scheduler_fields
@@ -138,7 +138,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     instances = load_instances(args, show)
     held_out_images = load_held_out(args, show)
     run.record_data_digest("validation data", record_texts(held_out_images))
-    judge = make_evaluator(args, instances, device)
+    evaluator = make_evaluator(args, instances, device)
     load = partial(
         load_pipeline,
         args.pretrained_model_name_or_path,
@@ -159,7 +159,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     dataset = training_data(args, instances, class_images, pipe)
     images = len(instances) * args.repeats
     steps = count_steps(images, run.global_batch, args.max_train_steps, args.num_train_epochs)
-    settle_validation(args, images, run.global_batch)
+    count_validation_steps(args, images, run.global_batch)
     batches = run.batches(steps)
     needed = range(0) if args.check else range(batches["first"], batches["stop"])
     latents = latent_cache(args, pipe, dataset, needed, show)
@@ -185,13 +185,15 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         results, shown = check_training(image_task(pipe, args, step, dataset, held_out_data), args, run)
         print(shown)
         return results
-    draws = validation_draws(args, dataset, pipe, held_out_images)
-    latents.fill(draws, progress=False)
-    held_out = ValidationLoss(build(), latents, draws, args.seed, args.curve_points, args.train_batch_size, step.window)
+    samples = validation_samples(args, dataset, pipe, held_out_images)
+    latents.fill(samples, progress=False)
+    held_out = ValidationLoss(
+        build(), latents, samples, args.seed, args.curve_points, args.train_batch_size, step.window
+    )
     carried = None if converted is None else scheduler_fields(converted)
     convention = step.objective.source.convention
     config = adapter_config(args, noise_convention=convention, scheduler=carried, total_steps=steps)
-    sampler = sampling_twin(pipe, config, run.dtype, load)
+    sampler = sampling_pipeline(pipe, config, run.dtype, load)
     model = AdaptedDenoiser(
         pipe,
         config,
@@ -207,7 +209,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     # Train
     optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
-    loader = stream_loader(dataset, collate_draws, **batches, num_workers=args.dataloader_num_workers)
+    loader = stream_loader(dataset, collate_samples, **batches, num_workers=args.dataloader_num_workers)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
@@ -218,19 +220,19 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     }
     run.open(facts)
     settings = sample_settings(args, instances)
-    validate = Validation(run, denoiser, sampler, settings, held_out, judge.references)
+    validate = Validation(run, denoiser, sampler, settings, held_out, evaluator.references)
     train(run, denoiser, optimizer, scheduler, loader, steps, replace(step, model=denoiser), validate)
 
     # Save
     save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
-    parts = (settings, held_out, judge)
+    parts = (settings, held_out, evaluator)
     before = measure(run.accelerator, sampler, None, *parts, name="before")
     after = measure(run.accelerator, sampler, run.folder, *parts, name="after")
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(after.images), **compare(before, after)}
     results |= {"adapter": args.adapter, "trainable_parameters": trainable}
     if run.is_main:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
-        references = judge.references
+        references = evaluator.references
         load_from = run.hub_id or str(run.folder)
         write_run_report(run.folder, args, facts, settings, before, after, references, load_from, converted)
         print(publish(run, results, results_table(before, after)))

@@ -29,7 +29,7 @@ from diffusers import DDPMScheduler
 from peft import LoraConfig
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_draws, records_from_folder
+from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_samples, records_from_folder
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser, tokenizers_of
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
@@ -46,7 +46,9 @@ class DiffusersStep:
 
     def __init__(self, pipe: Any, dataset: DreamBoothDataset, batch: int, rank: int) -> None:
         self.pipe, self.batch = pipe, batch
-        self.pixels = [draw.pixel_values() for draw in dataset.plain_draws()]  # cropped once, when training starts
+        self.pixels = [
+            sample.pixel_values() for sample in dataset.plain_samples()
+        ]  # cropped once, when training starts
         self.order = random.Random(0)
         self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         pipe.unet.add_adapter(
@@ -80,7 +82,7 @@ class CachedStep:
 
     def __init__(self, pipe: Any, dataset: DreamBoothDataset, batch: int, rank: int) -> None:
         latents = LatentCache(pipe.vae)
-        latents.fill(dataset.possible_draws(), progress=False)
+        latents.fill(dataset.possible_samples(), progress=False)
         config = NaraConfig(r=rank, lora_alpha=rank, target_modules=UNET_TARGETS, noise_convention="timestep")
         model = AdaptedDenoiser(pipe, config).train()
         self.step = TrainingStep(
@@ -94,7 +96,7 @@ class CachedStep:
             stratified=True,
         )
         self.batches: Iterator[Any] = iter(
-            stream_loader(dataset, collate_draws, batch_size=batch, first=0, stop=10**9)  # type: ignore[arg-type]
+            stream_loader(dataset, collate_samples, batch_size=batch, first=0, stop=10**9)  # type: ignore[arg-type]
         )
         self.finish = Finish(model, fused=True)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
-from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_draws
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
 from nara_diffusion.dreambooth.loss import DreamBoothLoss, TrainingStep
 from nara_diffusion.training.adapters.configs import adapter_config
@@ -40,6 +40,6 @@ def image_task(
     own = replace(step, model=model.train(), prompts=prompts)
 
     def loss_of(images: DreamBoothDataset) -> Callable[[Sequence[int]], DreamBoothLoss]:
-        return lambda positions: own(collate_draws([{"draws": images.draws(p)[:1]} for p in positions]))
+        return lambda positions: own(collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions]))
 
     return CheckTask(model, config, args, loss_of(dataset), loss_of(held_out), args.train_batch_size, step.group_size)

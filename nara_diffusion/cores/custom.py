@@ -1,4 +1,4 @@
-"""Cores of a user's own: `register_core("mine", factory)`, then `NaraConfig(core_type="mine")` like any other."""
+"""Custom cores: `register_core("mine", factory)`, then `NaraConfig(core_type="mine")` like any built-in type."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def register_core(name: str, factory: CoreFactory) -> None:
         ValueError: `name` is empty or that of a built-in core, or `factory` cannot be called.
     """
     if not isinstance(name, str) or not name or name in BUILT_IN:
-        raise ValueError(f"name is {name!r}: choose a text of your own, other than {', '.join(map(repr, BUILT_IN))}.")
+        raise ValueError(f"name is {name!r}: choose a text other than {', '.join(map(repr, BUILT_IN))}.")
     if not callable(factory):
         raise ValueError(f"factory is {factory!r}: pass a class or function (config, rank) → torch.nn.Module.")
     _factories[name] = factory
@@ -48,14 +48,14 @@ def check_core_type(name: Any) -> None:
     known = (*BUILT_IN, *_factories)
     if name not in known:
         raise ValueError(
-            f"core_type is {name!r}: choose one of {', '.join(map(repr, known))}. If it is a core of your own, first "
+            f"core_type is {name!r}: choose one of {', '.join(map(repr, known))}. If it is a custom core, first "
             f"import the module that calls nara_diffusion.register_core({name!r}, factory), as where the adapter was "
             "trained; the train scripts do by --core_module."
         )
 
 
 def registered_cores() -> dict[str, CoreFactory]:
-    """{name: factory} of the cores of a user's own."""
+    """{name: factory} of the custom cores."""
     return dict(_factories)
 
 

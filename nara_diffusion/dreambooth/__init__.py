@@ -4,18 +4,18 @@ from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache, encode_prompts
 from nara_diffusion.dreambooth.data.buckets import make_buckets, nearest_bucket, parse_buckets
 from nara_diffusion.dreambooth.data.class_images import generate_class_images
-from nara_diffusion.dreambooth.data.dataset import Draw, DreamBoothDataset, collate_draws
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample, collate_samples
 from nara_diffusion.dreambooth.data.images import load_image
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 
 __all__ = [
-    "Draw",
     "DreamBoothDataset",
     "ImageRecord",
     "LatentCache",
     "PromptCache",
+    "TrainingSample",
     "class_records",
-    "collate_draws",
+    "collate_samples",
     "encode_prompts",
     "generate_class_images",
     "load_image",

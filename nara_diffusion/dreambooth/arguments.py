@@ -63,7 +63,7 @@ class DataArguments:
     crops_per_image: int | None = option(
         4, "Places of random crops, to bound the cache of latents; none means anywhere, anew each time.", unit="places"
     )
-    random_flip: bool = option(False, "Mirror half of the draws.")
+    random_flip: bool = option(False, "Mirror half of the samples.")
     cache_latents: bool = option(True, "Keep what the autoencoder says of each crop instead of running it each step.")
     cache_memory: float = option(1024, "Most that each cache, of latents and of prompts, holds in memory.", unit="MiB")
     cache_folder: str | None = option(None, "Keep the caches in this folder too, for later runs.", resumable=True)

@@ -1,4 +1,4 @@
-"""One forward of training: a batch of draws → latents → noise → the denoiser's error.
+"""One forward of training: a batch of samples → latents → noise → the denoiser's error.
 
 Where the base is held outside of a window of λ, the loss of an image that was drawn there is
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
-from nara_diffusion.dreambooth.data.dataset import Draw
+from nara_diffusion.dreambooth.data.dataset import TrainingSample
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_base
 
@@ -47,7 +47,7 @@ class DreamBoothLoss:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """`step(batch)` is the loss of a batch that `collate_draws` made.
+    """`step(batch)` is the loss of a batch that `collate_samples` made.
 
     Attributes:
         model: an `AdaptedDenoiser`, as accelerate wrapped it.
@@ -81,7 +81,7 @@ class TrainingStep:
         return windowed_schedule(self.objective, self.window)
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
-        corrupted = self._corrupt(batch["draws"], batch.get("pixel_values"))
+        corrupted = self._corrupt(batch["samples"], batch.get("pixel_values"))
         levels = self.objective.source.noise_level(corrupted.timestep)
         weight = self.window.hold_weight
         if weight is None:
@@ -89,7 +89,7 @@ class TrainingStep:
         else:
             split = self._split(corrupted, batch, levels)
             losses = split.weighted(weight)
-        if batch["draws"][-1].role == "class":
+        if batch["samples"][-1].role == "class":
             losses, levels = with_prior(losses, self.prior_loss_weight), levels.chunk(2)[0]
         return DreamBoothLoss(losses.mean(), losses, levels, split)
 
@@ -106,19 +106,19 @@ class TrainingStep:
 
     def _predict(self, corrupted: Corrupted, batch: Mapping[str, Any], rows: Tensor | None = None) -> Tensor:
         """What the model as it is says of some `rows` (k,) of the batch, or of all, (k, c, h, w)."""
-        rows = torch.arange(len(batch["draws"]), device=self.device) if rows is None else rows
+        rows = torch.arange(len(batch["samples"]), device=self.device) if rows is None else rows
         inputs = (corrupted.model_input[rows], corrupted.timestep[rows], batch["time_ids"].to(self.device)[rows])
         prompts = [batch["prompts"][row] for row in rows.tolist()]
         if self.prompts is None:
             return self.model(*inputs, prompts=prompts)
         return self.model(*inputs, embeddings=tuple(tensor.to(self.device) for tensor in self.prompts.get(prompts)))
 
-    def _corrupt(self, draws: Sequence[Draw], pixel_values: Tensor | None) -> Corrupted:
+    def _corrupt(self, samples: Sequence[TrainingSample], pixel_values: Tensor | None) -> Corrupted:
         """Draws of one role have consecutive rows: all instances, then all class images."""
-        latents = self.latents.sample(draws, seed=self.seed, pixel_values=pixel_values)  # (b, c, h, w)
+        latents = self.latents.sample(samples, seed=self.seed, pixel_values=pixel_values)  # (b, c, h, w)
         indices, noise = [], []
-        for role in dict.fromkeys(draw.role for draw in draws):
-            positions = [draw.position for draw in draws if draw.role == role]
+        for role in dict.fromkeys(sample.role for sample in samples):
+            positions = [sample.position for sample in samples if sample.role == role]
             options: dict[str, Any] = {"seed": self.seed, "role": role}
             levels = {"levels": self.objective.levels, "stratified": self.stratified, "group_size": self.group_size}
             indices.append(draw_indices(positions, windowed=self.windowed, **levels, **options))

@@ -1,8 +1,8 @@
-"""The SDXL pipeline that is trained, and its twin that samples: two pipelines, one set of frozen weights.
+"""The SDXL pipeline that is trained, and the pipeline that samples: two pipelines, one set of frozen weights.
 
-The twin's modules are of their own and share the parameters of the first pipeline's, so that adapters and gradient
-checkpointing come to one of them only. Weights loaded into the twin by `load_nara_weights` therefore give what a user
-gets from a freshly loaded pipeline, and cost no second copy of the base model.
+The sampling pipeline has modules of its own around the parameters of the trained one, so that adapters and gradient
+checkpointing reach only one of them. `load_nara_weights` on it gives what a user gets from a freshly loaded pipeline,
+without a second copy of the base model.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def check_sdxl(pipe: Any, name: str) -> None:
         raise ValueError(f"{name} has no first text encoder: SDXL's refiner can't be trained so, name its base model.")
 
 
-def twin(pipe: Any, dtype: torch.dtype) -> Any:
+def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     """A pipeline with modules of its own around the parameters of `pipe`, its autoencoder in `dtype`.
 
     Make it before anything is added to `pipe`. A user's pipeline loaded in `dtype` computes the same bits.
@@ -97,12 +97,15 @@ def twin(pipe: Any, dtype: torch.dtype) -> Any:
     return other
 
 
-def sampling_twin(pipe: Any, config: PeftConfig | None, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
-    """What samples while `pipe` is trained with an adapter of `config`: its twin, or, where training changes the
-    weights themselves, another pipeline by `load`. Make it before the adapter is added."""
+def sampling_pipeline(pipe: Any, config: PeftConfig | None, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
+    """The pipeline that samples while `pipe` is trained with an adapter of `config`.
+
+    Make it before the adapter is added. It shares the parameters of `pipe`, unless training changes those: then `load`
+    makes another pipeline.
+    """
     if config is None or takes_start_from_base(config):
         return load(dtype=dtype, vae_dtype=dtype).to(pipe.device)
-    return twin(pipe, dtype)
+    return sharing_pipeline(pipe, dtype)
 
 
 def model_name(name: str) -> str:

@@ -12,7 +12,7 @@ from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache, warn_of_cut
 from nara_diffusion.dreambooth.data.buckets import Size, check_size, make_buckets, parse_buckets
 from nara_diffusion.dreambooth.data.class_images import generate_class_images
-from nara_diffusion.dreambooth.data.dataset import Draw, DreamBoothDataset
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
@@ -132,7 +132,7 @@ def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
 def training_data(
     args: DreamBoothArguments, instances: Sequence[ImageRecord], class_images: Sequence[ImageRecord], pipe: Any
 ) -> DreamBoothDataset:
-    """The draws of training; their pixels too, where no cache makes them superfluous.
+    """The samples of training; their pixels too, where no cache makes them superfluous.
 
     Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here.
     """
@@ -163,7 +163,7 @@ def latent_cache(
     if not args.cache_latents:
         return LatentCache(pipe.vae, memory_mib=0)
     latents = LatentCache(pipe.vae, memory_mib=args.cache_memory, folder=args.cache_folder)
-    latents.fill(dataset.distinct_draws(positions), progress=progress)
+    latents.fill(dataset.distinct_samples(positions), progress=progress)
     return latents
 
 
@@ -175,23 +175,23 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
     return PromptCache(tokenizers_of(pipe), encoders, memory_mib=args.cache_memory, folder=args.cache_folder)
 
 
-def settle_validation(args: DreamBoothArguments, images: int, global_batch: int) -> None:
-    """Says --validation_epochs in --validation_steps: an epoch is `images` samples, repeats counted."""
+def count_validation_steps(args: DreamBoothArguments, images: int, global_batch: int) -> None:
+    """Convert --validation_epochs to --validation_steps; an epoch is `images` samples, repeats counted."""
     if args.validation_epochs is not None:
         args.validation_steps = count_steps(images, global_batch, None, args.validation_epochs)
 
 
-def validation_draws(
+def validation_samples(
     args: DreamBoothArguments, dataset: DreamBoothDataset, pipe: Any, held_out: Sequence[ImageRecord]
-) -> list[Draw]:
+) -> list[TrainingSample]:
     """What the validation loss is measured on: the images that were held out, or the training images, their middles."""
     if not held_out:
-        return dataset.plain_draws()
-    return DreamBoothDataset(held_out, training_buckets(args, pipe), batch_size=1, seed=0).plain_draws()
+        return dataset.plain_samples()
+    return DreamBoothDataset(held_out, training_buckets(args, pipe), batch_size=1, seed=0).plain_samples()
 
 
 def make_evaluator(args: DreamBoothArguments, instances: Sequence[ImageRecord], device: torch.device) -> Evaluator:
-    """The encoders that judge samples; one that both arguments name is loaded once.
+    """The encoders that measure samples; one that both arguments name is loaded once.
 
     Raises:
         ValueError: an encoder that can't be loaded, or one without a text tower for prompts.

@@ -1,4 +1,4 @@
-"""Which forward rule an adapted layer gets, and which modules can have none."""
+"""Which LoRA variant an adapted layer gets, and which modules can have none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .variants import NaraConv, NaraDoraConv, NaraDoraLinear, NaraEmbedding, Nar
 
 
 def check_target(target: Any, use_dora: bool, name: str) -> None:
-    """Refuse modules for which there is no rule, before PEFT adapts them; `name` is the module's, for messages.
+    """Refuse modules that no LoRA variant covers, before PEFT adapts them; `name` is for messages.
 
     Raises:
         ValueError: `target` is an attention module, or NaRA-DoRA's norm cannot be had for it.
@@ -44,10 +44,10 @@ def check_target(target: Any, use_dora: bool, name: str) -> None:
 
 
 def variant_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
-    """The rule for `layer`, which PEFT has made; `name` is the layer's, for messages.
+    """The LoRA variant for `layer`, which PEFT has made; `name` is for messages.
 
     Raises:
-        ValueError: PEFT's class of this layer does not consult rules.
+        ValueError: PEFT's class of this layer does not call LoRA variants.
     """
     if isinstance(layer, ParamWrapper) or "lora_variant" not in type(layer).forward.__code__.co_names:
         raise ValueError(

@@ -21,7 +21,7 @@ def apply_core(core: Tensor, h: Tensor) -> Tensor:
 
 
 def apply_core_to_rows(core: Tensor, h: Tensor) -> Tensor:
-    """`mix` where autocast is known to be off."""
+    """`apply_core` where autocast is known to be off."""
     if core.dtype == h.dtype and core.device == h.device:
         return _apply_core_alike(core, h)
     dtype = torch.promote_types(h.dtype, torch.float32)
@@ -53,15 +53,15 @@ def add_product(base: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     return torch.addmm(rows, h.to(dtype).reshape(-1, h.shape[-1]), B.to(dtype).T, alpha=scaling).view(base.shape)
 
 
-def add_scaled_product(base: Tensor, h: Tensor, B: Tensor, gain: Tensor, scaling: float) -> Tensor:
-    """gain ⊙ (base + s · h Bᵀ): base (b, …, d_out), h (b, …, r), B (d_out, r), gain (b or 1, d_out).
+def add_scaled_product(base: Tensor, h: Tensor, B: Tensor, dora_scale: Tensor, scaling: float) -> Tensor:
+    """dora_scale ⊙ (base + s · h Bᵀ): base (b, …, d_out), h (b, …, r), B (d_out, r), dora_scale (b or 1, d_out).
 
-    The gain goes onto `base` and onto B, so that the product is added in place: one large tensor instead of two.
+    It goes onto `base` and onto B, so that the product is added in place: one large tensor instead of two.
     """
-    batch, width = gain.shape
-    scaled = base.reshape(batch, -1, width) * gain[:, None]  # (b, n, d_out), or (1, b n, d_out)
+    batch, width = dora_scale.shape
+    scaled = base.reshape(batch, -1, width) * dora_scale[:, None]  # (b, n, d_out), or (1, b n, d_out)
     rows = h.reshape(batch, -1, h.shape[-1])
-    rising = (gain[..., None] * B).transpose(1, 2)  # (b, r, d_out)
+    rising = (dora_scale[..., None] * B).transpose(1, 2)  # (b, r, d_out)
     if scaled.dtype == rows.dtype:
         return scaled.baddbmm_(rows, rising.to(rows.dtype), alpha=scaling).view(base.shape)
     return (scaled + scaling * torch.bmm(rows, rising.to(rows.dtype))).view(base.shape)

@@ -1,11 +1,11 @@
 """An adapted linear layer as one autograd function, which takes less memory and time than its parts if it is large.
 
-    y = gain ⊙ (W0 x + s B C A x)        gain: none (NaRA), or m / ‖W0 + s B C A‖_row (NaRA-DoRA)
+    y = dora_scale ⊙ (W0 x + s B C A x)        dora_scale: none (NaRA), or m / ‖W0 + s B C A‖_row (NaRA-DoRA)
 
 The update is written into the base layer's output, and both shares of x's gradient into one tensor, so that of what
-is large a layer keeps x alone and, for the gain's gradient, its own output. That is right only where the base layer is
-a frozen W0, without another tuner between, and nobody watches its call or its output: `can_fuse` says so, and elsewhere
-layers compute it from its parts.
+is large a layer keeps x alone and, for the gradient of dora_scale, its own output. That is right only where the base
+layer is a frozen W0, without another tuner between, and nobody watches its call or its output: `can_fuse` says so, and
+elsewhere layers compute it from its parts.
 In backward, products with a side as narrow as r have it first, (r, …), not last: on a CPU some are five times as fast.
 (A model that changes the output of a NaRA-DoRA layer without bias in place gets PyTorch's error in backward.)
 """
@@ -25,8 +25,8 @@ from torch.autograd.function import Function
 from .effective_weights import GLOBAL_HOOKS, is_plain
 from .functional import apply_core_to_rows
 
-# Stands in for a gain of zero, so that backward can divide by it; float16 has no number that is as small.
-TINY_GAIN = 2.0**-100
+# Stands in for a dora_scale of zero, so that backward can divide by it; float16 has no number that is as small.
+TINY_DORA_SCALE = 2.0**-100
 # Numbers in a layer's output, below which Python's share of the time is more than what fusing saves (benchmark_fused).
 MIN_ELEMENTS = 2**17
 
@@ -68,25 +68,26 @@ def fused_linear(
     core: Tensor,
     B: Tensor,
     scaling: float,
-    gain: Tensor | None = None,
+    dora_scale: Tensor | None = None,
 ) -> Tensor:
-    """gain ⊙ (base + s B C A x), written into `base`, where `can_fuse` holds.
+    """dora_scale ⊙ (base + s B C A x), written into `base`, where `can_fuse` holds.
 
     Args:
-        x: (b, …, d_in). base: W0 x (b, …, d_out); without gain it may hold the bias too. weight: W0 (d_out, d_in).
+        x: (b, …, d_in). weight: W0 (d_out, d_in).
+        base: W0 x (b, …, d_out); without dora_scale it may hold the bias too.
         A: (r, d_in). core: C (b or 1, r, r). B: (d_out, r). scaling: s.
-        gain: (b or 1, d_out), of x's dtype, not float16. A gain of zero gives 2⁻¹⁰⁰ of what a gain of one would.
+        dora_scale: (b or 1, d_out), of x's dtype, not float16. A zero in it counts as 2⁻¹⁰⁰.
 
     Returns:
-        (b, …, d_out), with gradients for x, A, core, B and gain, which have gradients in their turn.
+        (b, …, d_out), with gradients for x, A, core, B and dora_scale, which have gradients in their turn.
     """
-    if gain is None:
+    if dora_scale is None:
         return _FusedLinear.apply(x, base.detach(), weight, A, core, B, scaling)
-    return _FusedScaledLinear.apply(x, base.detach(), weight, A, core, B, scaling, gain)
+    return _FusedScaledLinear.apply(x, base.detach(), weight, A, core, B, scaling, dora_scale)
 
 
 class _FusedLinear(Function):
-    """`fused_linear` without gain."""
+    """`fused_linear` without dora_scale."""
 
     @staticmethod
     def forward(
@@ -105,28 +106,28 @@ class _FusedLinear(Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         x, weight, A, core, B, h, mixed = ctx.saved_tensors
         needs_x, _, _, needs_A, needs_core, needs_B, _ = ctx.needs_input_grad
-        of_x = of_A = of_core = of_B = None
+        grad_x = grad_A = grad_core = grad_B = None
         with _without_autocast(x):
             if torch.is_grad_enabled():  # for second derivatives
                 h = _project(x, A, core)
                 mixed = apply_core_to_rows(core, h)
-            of_out = gradients[0].reshape(-1, B.shape[0])  # (b n, d_out)
-            of_mixed = _scaled(torch.mm(B.T, of_out.T), ctx.scaling)  # (r, b n)
-            of_mixed = of_mixed.view(A.shape[0], *h.shape[:2]).permute(1, 2, 0)  # (b, n, r)
-            of_h = apply_core_to_rows(core.mT, of_mixed).view(-1, A.shape[0])  # (b n, r)
+            grad_out = gradients[0].reshape(-1, B.shape[0])  # (b n, d_out)
+            grad_mixed = _scaled(torch.mm(B.T, grad_out.T), ctx.scaling)  # (r, b n)
+            grad_mixed = grad_mixed.view(A.shape[0], *h.shape[:2]).permute(1, 2, 0)  # (b, n, r)
+            grad_h = apply_core_to_rows(core.mT, grad_mixed).view(-1, A.shape[0])  # (b n, r)
             if needs_core:
-                of_core = _gradient_of_core(of_mixed, h, core)
+                grad_core = _gradient_of_core(grad_mixed, h, core)
             if needs_B:
-                of_B = _scaled(torch.mm(mixed.view(-1, B.shape[1]).T, of_out), ctx.scaling).T
+                grad_B = _scaled(torch.mm(mixed.view(-1, B.shape[1]).T, grad_out), ctx.scaling).T
             if needs_A:
-                of_A = torch.mm(of_h.T, x.reshape(-1, x.shape[-1]))
+                grad_A = torch.mm(grad_h.T, x.reshape(-1, x.shape[-1]))
             if needs_x:
-                of_x = torch.mm(of_out, weight).addmm_(of_h, A).view(x.shape)
-        return of_x, None, None, of_A, of_core, of_B, None
+                grad_x = torch.mm(grad_out, weight).addmm_(grad_h, A).view(x.shape)
+        return grad_x, None, None, grad_A, grad_core, grad_B, None
 
 
 class _FusedScaledLinear(Function):
-    """`fused_linear` with gain."""
+    """`fused_linear` with dora_scale."""
 
     @staticmethod
     def forward(
@@ -138,42 +139,42 @@ class _FusedScaledLinear(Function):
         core: Tensor,
         B: Tensor,
         scaling: float,
-        gain: Tensor,
+        dora_scale: Tensor,
     ) -> Tensor:
         with _without_autocast(x):
             h = _project(x, A, core)
             mixed = apply_core_to_rows(core, h)
-            rows = base.view(core.shape[0], -1, base.shape[-1]).mul_(_safe(gain)[:, None])
-            rows.baddbmm_(mixed, _rising(B, gain), alpha=scaling)
+            rows = base.view(core.shape[0], -1, base.shape[-1]).mul_(_safe(dora_scale)[:, None])
+            rows.baddbmm_(mixed, _rising(B, dora_scale), alpha=scaling)
         ctx.mark_dirty(base)
-        ctx.save_for_backward(x, weight, A, core, B, h, mixed, gain, base)
+        ctx.save_for_backward(x, weight, A, core, B, h, mixed, dora_scale, base)
         ctx.scaling = scaling
         return base
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        x, weight, A, core, B, h, mixed, gain, out = ctx.saved_tensors
+        x, weight, A, core, B, h, mixed, dora_scale, out = ctx.saved_tensors
         needs_x, _, _, needs_A, needs_core, needs_B, _, _ = ctx.needs_input_grad
-        of_x = of_A = of_core = of_B = None
+        grad_x = grad_A = grad_core = grad_B = None
         with _without_autocast(x):
             if torch.is_grad_enabled():  # for second derivatives
                 h = _project(x, A, core)
                 mixed = apply_core_to_rows(core, h)
-            of_out = gradients[0].reshape(core.shape[0], -1, B.shape[0])  # (b, n, d_out)
-            of_mixed = torch.bmm(_rising(B, gain), of_out.mT)  # (b, r, n)
-            of_mixed = _scaled(of_mixed, ctx.scaling).mT  # (b, n, r)
-            of_h = apply_core_to_rows(core.mT, of_mixed).view(-1, A.shape[0])  # (b n, r)
+            grad_out = gradients[0].reshape(core.shape[0], -1, B.shape[0])  # (b, n, d_out)
+            grad_mixed = torch.bmm(_rising(B, dora_scale), grad_out.mT)  # (b, r, n)
+            grad_mixed = _scaled(grad_mixed, ctx.scaling).mT  # (b, n, r)
+            grad_h = apply_core_to_rows(core.mT, grad_mixed).view(-1, A.shape[0])  # (b n, r)
             if needs_core:
-                of_core = _gradient_of_core(of_mixed, h, core)
+                grad_core = _gradient_of_core(grad_mixed, h, core)
             if needs_B:
-                product = torch.bmm(mixed.mT, of_out)  # (b, r, d_out)
-                of_B = _scaled((_safe(gain)[:, None] * product).sum(0), ctx.scaling).T
+                product = torch.bmm(mixed.mT, grad_out)  # (b, r, d_out)
+                grad_B = _scaled((_safe(dora_scale)[:, None] * product).sum(0), ctx.scaling).T
             if needs_A:
-                of_A = torch.mm(of_h.T, x.reshape(-1, x.shape[-1]))
-            of_base, of_gain = _gradients_of_scaling(of_out, out.view(of_out.shape), gain)
+                grad_A = torch.mm(grad_h.T, x.reshape(-1, x.shape[-1]))
+            grad_base, grad_dora_scale = _gradients_of_scaling(grad_out, out.view(grad_out.shape), dora_scale)
             if needs_x:
-                of_x = torch.mm(of_base.reshape(-1, B.shape[0]), weight).addmm_(of_h, A).view(x.shape)
-        return of_x, None, None, of_A, of_core, of_B, None, of_gain
+                grad_x = torch.mm(grad_base.reshape(-1, B.shape[0]), weight).addmm_(grad_h, A).view(x.shape)
+        return grad_x, None, None, grad_A, grad_core, grad_B, None, grad_dora_scale
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -186,13 +187,13 @@ def _project(x: Tensor, A: Tensor, core: Tensor) -> Tensor:
     return F.linear(x, A).view(core.shape[0], -1, A.shape[0])
 
 
-def _safe(gain: Tensor) -> Tensor:
-    return torch.where(gain == 0, TINY_GAIN, gain)
+def _safe(dora_scale: Tensor) -> Tensor:
+    return torch.where(dora_scale == 0, TINY_DORA_SCALE, dora_scale)
 
 
-def _rising(B: Tensor, gain: Tensor) -> Tensor:
-    """(gain ⊙ B)ᵀ: (b, r, d_out)."""
-    return (_safe(gain)[..., None] * B).mT
+def _rising(B: Tensor, dora_scale: Tensor) -> Tensor:
+    """(dora_scale ⊙ B)ᵀ: (b, r, d_out)."""
+    return (_safe(dora_scale)[..., None] * B).mT
 
 
 def _is_vectorized(gradient: Tensor) -> bool:
@@ -204,21 +205,21 @@ def _scaled(tensor: Tensor, scaling: float) -> Tensor:
     return tensor if scaling == 1.0 else scaling * tensor
 
 
-def _gradient_of_core(of_mixed: Tensor, h: Tensor, core: Tensor) -> Tensor:
+def _gradient_of_core(grad_mixed: Tensor, h: Tensor, core: Tensor) -> Tensor:
     """Of mixed = h Cᵀ: (b, r, r), from (b, n, r) twice."""
-    if of_mixed.dtype != core.dtype:
-        of_mixed, h = of_mixed.to(core.dtype), h.to(core.dtype)
-    return torch.bmm(of_mixed.mT, h)
+    if grad_mixed.dtype != core.dtype:
+        grad_mixed, h = grad_mixed.to(core.dtype), h.to(core.dtype)
+    return torch.bmm(grad_mixed.mT, h)
 
 
-def _gradients_of_scaling(of_out: Tensor, out: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Of out = gain ⊙ z, for z (b, n, d) and gain (b, d), where Σ_n of_out ⊙ z is found from out: z is not kept.
+def _gradients_of_scaling(grad_out: Tensor, out: Tensor, dora_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of out = dora_scale ⊙ z, z (b, n, d), dora_scale (b, d). Σ_n grad_out ⊙ z comes from out, so z is not kept.
 
     The products that are summed stand where the gradient of z comes after, so that there is no other large tensor.
     """
-    safe = _safe(gain)
-    if torch.is_grad_enabled() or _is_vectorized(of_out):
-        return of_out * safe[:, None], (of_out * out).sum(1) / safe
-    of_z = of_out * out
-    of_gain = of_z.sum(1, dtype=torch.promote_types(safe.dtype, torch.float32)) / safe
-    return torch.mul(of_out, safe[:, None], out=of_z), of_gain.to(gain.dtype)
+    safe = _safe(dora_scale)
+    if torch.is_grad_enabled() or _is_vectorized(grad_out):
+        return grad_out * safe[:, None], (grad_out * out).sum(1) / safe
+    grad_z = grad_out * out
+    grad_dora_scale = grad_z.sum(1, dtype=torch.promote_types(safe.dtype, torch.float32)) / safe
+    return torch.mul(grad_out, safe[:, None], out=grad_z), grad_dora_scale.to(dora_scale.dtype)

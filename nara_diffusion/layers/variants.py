@@ -1,12 +1,12 @@
-"""The forward rules of adapted layers: NaRA and NaRA-DoRA on Linear (quantised or not), Conv and Embedding.
+"""The LoRA variants of adapted layers: NaRA and NaRA-DoRA on Linear (quantised or not), Conv and Embedding.
 
     NaRA        y = W0 x + b + s B C A x                              (paper, equation 4)
     NaRA-DoRA   y = m / ‖W0 + s B C A‖_row ⊙ (W0 x + s B C A x) + b    (paper, appendix M; the norm is a constant)
 
-with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r), K = B C (b, d_out, r). Rules are PEFT "LoRA
-variants": PEFT's own layers hold A and B and call `forward`. A rule reads its C from the model's channel and knows
-neither the core that made it nor the modality that it serves. (`module` is PEFT's layer, whose attributes are typed
-too loosely to check.) A layer of rank r below its core's reads C[:r, :r].
+with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r), K = B C (b, d_out, r). PEFT's own layers hold
+A and B and call `forward` of the variant. A variant reads its C from the model's channel; it knows neither the core
+that made C nor the modality. A layer whose rank r is below that of its core reads C[:r, :r]. (`module` is PEFT's layer,
+whose attributes are typed too loosely to check.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .fused import can_fuse, fused_linear
 
 
 class NaraVariant(LoraVariant):
-    """What all rules share: where C comes from, the product B·C, and merging at one fixed C.
+    """The base of all variants: reading C, the product B·C, and merging at one fixed C.
 
     Args:
         channel: where the model's root puts C(λ) for the time of a forward.
@@ -233,7 +233,7 @@ class NaraDoraLinear(NaraVariant):
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         return A, B, module.get_base_layer(), module.lora_magnitude_vector[active_adapter]
 
-    def gain(self, module: Any, active_adapter: str, weight: Tensor, core: Tensor) -> Tensor:
+    def dora_scale(self, module: Any, active_adapter: str, weight: Tensor, core: Tensor) -> Tensor:
         """m / ‖W0 + s B C A‖ for W0 (d_out, k) and C (b or 1, r, r): (b or 1, d_out)."""
         A, B = factors(module, active_adapter)
         norm = factored_row_norm(weight, A, times_core(B, core), module.scaling[active_adapter])
@@ -244,18 +244,18 @@ class NaraDoraLinear(NaraVariant):
         scaling = module.scaling[active_adapter]
         core = self.batch_core(module.r[active_adapter], x)
         weight = base_matrix(module)
-        gain = self.gain(module, active_adapter, weight, core).to(x.dtype)  # (b or 1, d_out)
+        dora_scale = self.dora_scale(module, active_adapter, weight, core).to(x.dtype)  # (b or 1, d_out)
         bias = base_layer.bias
         if _is_dropout_free(module, active_adapter):
             base = result if bias is None else result - bias
-            if x.dtype == gain.dtype != torch.float16 and can_fuse(module, base_layer, A, B, x, result):
-                result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, gain)
+            if x.dtype == dora_scale.dtype != torch.float16 and can_fuse(module, base_layer, A, B, x, result):
+                result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, dora_scale)
             else:
-                result = _add_and_scale(base, apply_core(core, A(x)), B, gain, scaling)
+                result = _add_and_scale(base, apply_core(core, A(x)), B, dora_scale, scaling)
             return result if bias is None else result + bias
         dropped = module.lora_dropout[active_adapter](x)
         base = F.linear(dropped, weight.to(dropped.dtype))
-        return result - base + _add_and_scale(base, apply_core(core, A(dropped)), B, gain, scaling)
+        return result - base + _add_and_scale(base, apply_core(core, A(dropped)), B, dora_scale, scaling)
 
     def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor:
         with module._unmerged_base_weight(safe_merge=True) as weight:
@@ -278,14 +278,18 @@ class NaraDoraConv(NaraDoraLinear):
         axes = (1,) * (result.dim() - 2)
         core = self.batch_core(module.r[active_adapter], x)
         scaling = module.scaling[active_adapter]
-        gain = self.gain(module, active_adapter, base_matrix(module), core).to(x.dtype)
-        gain = gain.view(*gain.shape, *axes)  # (b or 1, d_out, 1, …)
+        dora_scale = self.dora_scale(module, active_adapter, base_matrix(module), core).to(x.dtype)
+        dora_scale = dora_scale.view(*dora_scale.shape, *axes)  # (b or 1, d_out, 1, …)
         dropped = module.lora_dropout[active_adapter](x)
         if _is_dropout_free(module, active_adapter):
             base = result if base_layer.bias is None else result - base_layer.bias.view(1, -1, *axes)
         else:
             base = base_layer._conv_forward(dropped, base_layer.weight, None)
-        return result + (gain - 1) * base + gain * scaling * _conv_update(module, active_adapter, dropped, core)
+        return (
+            result
+            + (dora_scale - 1) * base
+            + dora_scale * scaling * _conv_update(module, active_adapter, dropped, core)
+        )
 
 
 def _in_dtype_of_factors(module: Any, adapter_name: str, x: Tensor) -> Tensor:
@@ -305,11 +309,11 @@ def _is_dropout_free(module: Any, adapter_name: str) -> bool:
     return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
 
 
-def _add_and_scale(base: Tensor, h: Tensor, B: Any, gain: Tensor, scaling: float) -> Tensor:
-    """gain ⊙ (base + s B(h)): base (b, …, d_out), h (b, …, r), gain (b or 1, d_out)."""
+def _add_and_scale(base: Tensor, h: Tensor, B: Any, dora_scale: Tensor, scaling: float) -> Tensor:
+    """dora_scale ⊙ (base + s B(h)): base (b, …, d_out), h (b, …, r), dora_scale (b or 1, d_out)."""
     if not base.is_nested and may_read(B):
-        return add_scaled_product(base, h, B.weight, gain, scaling)
-    rows = gain.view(gain.shape[0], *(1,) * (base.dim() - 2), gain.shape[1])  # (b or 1, 1, …, d_out)
+        return add_scaled_product(base, h, B.weight, dora_scale, scaling)
+    rows = dora_scale.view(dora_scale.shape[0], *(1,) * (base.dim() - 2), dora_scale.shape[1])  # (b or 1, 1, …, d_out)
     if base.is_nested:  # a gradient can be summed over the ragged axis, but not over that and another one
         rows = rows.expand(-1, 1, *base.shape[2:])
     return rows * (base + scaling * B(h))

@@ -1,4 +1,4 @@
-"""One component of a pipeline: an adapter put in, taken out, or, if putting it in fails, taken back."""
+"""One component of a pipeline: insert an adapter, remove it, and roll back an insertion that fails."""
 
 from __future__ import annotations
 

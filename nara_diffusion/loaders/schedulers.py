@@ -1,4 +1,4 @@
-"""The scheduler that an adapter carries: described, built, set on a pipeline, and taken back.
+"""The scheduler that an adapter carries: described, built, set on a pipeline, and reset.
 
 A pipeline's scheduler follows its active adapters: whatever loads, activates, disables or removes them ends with
 `follow_adapters`. A scheduler that already takes the prediction for what it is stays, so that a user may choose
@@ -116,7 +116,7 @@ def adopt_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
 
 
 def check_agree(pipe: Any, adapter_names: str | Iterable[str]) -> None:
-    """Raises ValueError if no scheduler serves all adapters of these names."""
+    """Raises ValueError if these adapters were trained for different predictions."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     for model in _denoisers(pipe):
         carried_scheduler(adapters_of(model), names)

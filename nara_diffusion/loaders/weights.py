@@ -73,7 +73,7 @@ def load_nara_weights(
 
     Raises:
         ValueError: no denoiser; a file that is missing, damaged or of another kind (a LoRA); another base model, λ of
-            another convention, or a name that is taken. The pipeline is as it was. OSError: what the hub answers.
+            another convention, or a duplicate name. The pipeline is as it was. OSError: what the hub answers.
     """
     models = adaptable_models(self)
     parts = read_adapter(
@@ -237,20 +237,20 @@ def _insert_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_me
 
 
 def _free_name(models: dict[str, nn.Module]) -> str:
-    taken = {name for model in models.values() for name in adapters_of(model)}
+    existing = {name for model in models.values() for name in adapters_of(model)}
     number = len(adapters_of(next(iter(models.values()))))
-    while f"default_{number}" in taken:
+    while f"default_{number}" in existing:
         number += 1
     return f"default_{number}"
 
 
 def _checked_name(models: dict[str, nn.Module], name: str | None, hotswap: bool) -> str:
-    taken = sorted({name for model in models.values() for name in adapters_of(model)})
+    existing = sorted({name for model in models.values() for name in adapters_of(model)})
     if hotswap:
-        if name is None or name not in taken:
+        if name is None or name not in existing:
             raise ValueError(
                 f"hotswap=True replaces an adapter that is there, but adapter_name is {name!r} and the pipeline has "
-                f"{', '.join(map(repr, taken)) or 'none'}: name one of them, or leave hotswap out."
+                f"{', '.join(map(repr, existing)) or 'none'}: name one of them, or leave hotswap out."
             )
         return name
     if name is None:
@@ -259,10 +259,10 @@ def _checked_name(models: dict[str, nn.Module], name: str | None, hotswap: bool)
         raise ValueError(f"adapter_name is {name!r}: pass a name without dots, or None.")
     if hasattr(nn.ModuleDict, name):
         raise ValueError(f"adapter_name '{name}' is a method of torch's modules, which keep adapters: choose another.")
-    if name in taken:
+    if name in existing:
         raise ValueError(
-            f"adapter_name '{name}' is taken already: choose another, delete it first by "
-            f"pipe.delete_adapters('{name}'), or replace it in place by hotswap=True."
+            f"adapter_name '{name}' is a duplicate, since the pipeline has an adapter of that name: choose "
+            f"another name, delete the other adapter by pipe.delete_adapters('{name}'), or replace it by hotswap=True."
         )
     return name
 

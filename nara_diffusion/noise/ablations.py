@@ -1,14 +1,14 @@
-"""Controls: the same adapter with λ taken away from it, to tell what noise-awareness is worth.
+"""Ablations: the same adapter without its λ, to measure what λ is worth.
 
     with mean_core(model, torch.linspace(0, 1, 101)): …         C(λ) replaced by its mean over a grid of λ
     with changed_noise(model, constant_noise(0.5)): …           cores read one λ whatever the noise is
     with changed_noise(model, shuffled_noise(generator)): …     … the λ of another sample of the batch
     with changed_noise(model, reversed_noise): …                … 1 − λ
 
-They hold for evaluation and for training, and beat everything that tells λ: `noise_level`, which is what a loss or a
-sampler enters itself, and sources. What the model is given, masks or noise, is not changed, nor what `core_matrix`
-says. Contexts nest, and the innermost holds. A forward inside a checkpoint function of your own (not the model's)
-runs again in backward: let that happen inside the context too.
+They work in evaluation and in training, and take precedence over every other λ: that of `noise_level`, which a loss or
+a sampler enters itself, and that of a source. They change neither the model's inputs (masks, noise) nor the result of
+`core_matrix`. Contexts nest; the innermost one applies. A forward inside your own checkpoint function (not the model's)
+runs again in backward: call backward inside the context too.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Change = Callable[[NoiseSignals], NoiseSignals]
 """From the signals of a batch, λ (b,) or (1,) and the mask density or None, to those that cores read, as many."""
 
 
-class Control(NamedTuple):
-    """One of the two: a grid of λ over which C is averaged, or a change of what cores read."""
+class Ablation(NamedTuple):
+    """Exactly one of two: a grid of λ over which C is averaged, or a change of the signals that cores read."""
 
     grid: NoiseSignals | None = None
     change: Change | None = None
@@ -55,7 +55,7 @@ def mean_core(
         ValueError: a value is out of range; `model` has no NaRA adapter, or a merged one.
     """
     density = None if mask_density is None else torch.as_tensor(mask_density)
-    return _controlled(model, Control(grid=as_signals(torch.as_tensor(noise_levels), density)))
+    return _ablated(model, Ablation(grid=as_signals(torch.as_tensor(noise_levels), density)))
 
 
 def changed_noise(model: nn.Module, change: Change) -> AbstractContextManager[None]:
@@ -64,7 +64,7 @@ def changed_noise(model: nn.Module, change: Change) -> AbstractContextManager[No
     Raises:
         ValueError: `model` has no NaRA adapter, or a merged one.
     """
-    return _controlled(model, Control(change=change))
+    return _ablated(model, Ablation(change=change))
 
 
 def constant_noise(level: float) -> Change:
@@ -101,39 +101,39 @@ def _map(signals: NoiseSignals, function: Callable[[Tensor], Tensor]) -> NoiseSi
 
 
 @contextmanager
-def _controlled(model: nn.Module, control: Control) -> Iterator[None]:
+def _ablated(model: nn.Module, ablation: Ablation) -> Iterator[None]:
     holders = core_holders(model)
     merged = sorted({name for holder in holders for name in holder.merged_adapters})
     if merged:
         raise ValueError(
-            f"Adapter(s) {', '.join(map(repr, merged))} are merged at one λ, which a control could not change: call "
+            f"Adapter(s) {', '.join(map(repr, merged))} are merged at one λ, which an ablation cannot change: call "
             "unmerge_adapter() first."
         )
-    with entered(frozenset(holder.channel for holder in holders), control):
+    with entered(frozenset(holder.channel for holder in holders), ablation):
         yield
 
 
 # ---------------------------------------------------------------------- for the holder of cores
 
 
-def _control(channel: CoreChannel) -> Control:
-    entry = innermost(channel, Control)
-    return Control() if entry is None else entry.value
+def _ablation(channel: CoreChannel) -> Ablation:
+    entry = innermost(channel, Ablation)
+    return Ablation() if entry is None else entry.value
 
 
 def grid_of(channel: CoreChannel) -> NoiseSignals | None:
     """The λ over which cores are averaged here and now, if they are."""
-    return _control(channel).grid
+    return _ablation(channel).grid
 
 
 def is_noise_changed(channel: CoreChannel) -> bool:
     """Whether `changed_noise` holds here and now."""
-    return _control(channel).change is not None
+    return _ablation(channel).change is not None
 
 
 def as_read(channel: CoreChannel, signals: NoiseSignals) -> NoiseSignals:
     """`signals` as cores are to read them here and now."""
-    change = _control(channel).change
+    change = _ablation(channel).change
     if change is None:
         return signals
     changed = as_signals(*change(signals))
@@ -147,5 +147,5 @@ def as_read(channel: CoreChannel, signals: NoiseSignals) -> NoiseSignals:
 
 def refuse_ablation(channel: CoreChannel) -> None:
     """Raises ValueError inside `mean_core` or `changed_noise`."""
-    if innermost(channel, Control) is not None:
+    if innermost(channel, Ablation) is not None:
         raise ValueError("An adapter cannot be merged inside mean_core() or changed_noise(): merge outside of it.")

@@ -29,7 +29,7 @@ from .signals import Level, NoiseSignals, as_signals
 
 
 class MixedBatch(NamedTuple):
-    """PEFT's `adapter_names`: the adapter that serves each sample of a batch."""
+    """PEFT's `adapter_names`: the adapter of each sample of a batch."""
 
     adapter_names: list[str]
 

@@ -63,7 +63,7 @@ def carried_scheduler(configs: Mapping[str, Any], names: Iterable[str]) -> dict[
     if len(set(predictions.values())) > 1:
         listed = ", ".join(f"'{name}' for {prediction}" for name, prediction in predictions.items())
         raise ValueError(
-            f"No scheduler serves these adapters together, which were trained for different predictions: {listed}. "
+            f"These adapters cannot be active together, since they were trained for different predictions: {listed}. "
             "Activate one of them, pipe.set_adapters(name)."
         )
     return next(iter(carried.values()), None)
@@ -74,7 +74,7 @@ def check_scheduler_at_work(configs: Mapping[str, Any], names: Iterable[str], ba
 
     Args:
         configs: of all adapters of the model, by name.
-        names: of those that serve.
+        names: of the active adapters.
         base: what the model predicts without adapters that carry a scheduler, if it is known.
 
     Raises:

@@ -1,7 +1,7 @@
 """λ by a definition of one's own: the source of it that models use which know another, or none.
 
 An adapter is saved with the name of the definition that it was trained with (`noise_convention`), and is refused where
-the model tells λ by another. Registering a source under that name says how such an adapter is to be served.
+the model tells λ by another. Registering a source under that name says how to read λ for such an adapter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def register_noise_source(source: NoiseSource) -> None:
         register_noise_source(ShareOfFrames())  # whose `convention` is "share_of_frames"
         pipe.load_nara_weights("adapter")       # trained with NaraConfig(noise_convention="share_of_frames")
 
-    It holds for models that are adapted after it, and beats what their class says. The source serves all of them.
+    It holds for models that are adapted afterwards, and takes precedence over the default of their class. All of them
+    share the one source.
 
     Raises:
         ValueError: the source names no convention, one that this package defines, or one that another source tells.

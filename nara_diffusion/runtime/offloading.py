@@ -4,8 +4,8 @@
     Diffusers      `_diffusers_hook`   group offloading: elsewhere, they are on the CPU, or left without values on disk;
                                        layerwise casting: elsewhere, they are in a storage dtype such as float8
 
-What reads weights without calling their module, as the forward rules read B, W0 and the magnitude, and the root's
-hook reads the cores, has to see to that itself.
+Code that reads weights without calling their module has to bring them in itself: the LoRA variants, which read B, W0
+and the magnitude, and the root's hook, which reads the cores.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class AdapterArguments:
         "NaRA of this package. Its layers, rank, lora_alpha and DoRA have to be those of the flags.",
         resumable=True,
     )
-    core_type: str = core_option("core_type", more=" Or a core of your own: the name that --core_module registers.")
+    core_type: str = core_option("core_type", more=" Or a custom core: the name that --core_module registers.")
     core_module: str | None = option(
         None,
         "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; docs/cores.md "

@@ -83,7 +83,7 @@ def reads_noise(args: Any) -> bool:
 
 
 def core_import(args: Any) -> str:
-    """The line of a model card's code that registers a core of the user's own; nothing for other adapters."""
+    """The line of a model card's code that registers a custom core; nothing for other adapters."""
     if method_of(args).family != "nara" or effective(args, "core_type") in BUILT_IN:
         return ""
     if args.core_module is None:

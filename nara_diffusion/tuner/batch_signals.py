@@ -19,17 +19,17 @@ def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
     return NoiseSignals(level[:1].detach(), None if density is None else density[:1].detach())
 
 
-def of_adapter(adapter_name: str, signals: NoiseSignals | None, served_by: list[str] | None) -> NoiseSignals | None:
-    """The signals of those samples that the adapter serves; `served_by` names, under PEFT's `adapter_names`, each's."""
-    if served_by is None or signals is None:
+def of_adapter(adapter_name: str, signals: NoiseSignals | None, names: list[str] | None) -> NoiseSignals | None:
+    """The signals of the samples whose adapter this is. `names`: PEFT's `adapter_names`, one for each sample."""
+    if names is None or signals is None:
         return signals
-    rows = [index for index, name in enumerate(served_by) if name == adapter_name]
+    rows = [index for index, name in enumerate(names) if name == adapter_name]
 
     def pick(signal: Tensor | None) -> Tensor | None:
         if signal is None or signal.shape[0] == 1:
             return signal
-        if signal.shape[0] != len(served_by):
-            raise ValueError(f"noise_level has {signal.shape[0]} values, but adapter_names has {len(served_by)}.")
+        if signal.shape[0] != len(names):
+            raise ValueError(f"noise_level has {signal.shape[0]} values, but adapter_names has {len(names)}.")
         return signal[rows]
 
     return NoiseSignals(pick(signals.noise_level), pick(signals.mask_density))  # type: ignore[arg-type]

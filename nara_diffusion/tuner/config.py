@@ -32,12 +32,12 @@ _READERS: dict[str, tuple[str, ...]] = {
     "core_input": ("hypernetwork",),
     "noise_embedding": ("hypernetwork",),
 }
-"""Choices, and the types of core made here that read them; types of the user's own may read all."""
+"""Choices, and the built-in types of core that read them; custom cores may read all."""
 
 _REFUSED: dict[str, str] = {
     "target_parameters": "parameters are adapted by merging the update before each forward, at no λ",
     "layer_replication": "replicated layers would share one core under several names",
-    "megatron_config": "Megatron's parallel layers have no rule for C(λ)",
+    "megatron_config": "Megatron's parallel layers have no LoRA variant for C(λ)",
     "alora_invocation_tokens": "aLoRA is another LoRA variant of the same layer",
     "arrow_config": "Arrow routes between static updates",
     "use_bdlora": "BD-LoRA is another LoRA variant of the same layer",

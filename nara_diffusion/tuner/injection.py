@@ -1,4 +1,4 @@
-"""What adding an adapter needs beside PEFT: a record by which it is taken back, and the cores out of PEFT's sight."""
+"""Adding an adapter: a record of what PEFT has injected, to undo it, and hiding the cores from PEFT meanwhile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .forward_hook import detach_holder
 
 
 class Injection:
-    """What one call of `inject_adapter` has done so far, and how to take it back.
+    """The record of one call of `inject_adapter`, by which `undo` reverts it.
 
     Args:
         holder: of the cores. changes_base: whether the initialisation takes s·B·A out of the base weights, as PiSSA's.
@@ -119,7 +119,7 @@ def _layers_with(root: nn.Module, adapter_name: str) -> Iterator[str]:
 
 
 def drop_idle_holder(root: nn.Module) -> None:
-    """Take the holder off `root`, with its hooks and its source of λ, if no adapter is left to serve."""
+    """Take the holder off `root`, with its hooks and its source of λ, if it has no adapter left."""
     holder = root._modules.get(HOLDER_NAME)
     if isinstance(holder, CoreHolder) and not (holder.cores and getattr(root, "peft_config", None)):
         detach_holder(root)

@@ -8,7 +8,7 @@ whose strength depends on λ.
     merge_adapter                  merges layer by layer, and would leave half of them merged if λ is unknown
     merge_and_unload               the same, and has no argument for λ
     add_weighted_adapter           sums up A's and B's, without their strength
-    _enable_peft_forward_hooks     knows which adapter serves which sample of a batch
+    _enable_peft_forward_hooks     knows the adapter of each sample of a batch
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def merge_and_unload_at_one_level(
     adapter_names: list[str] | None = None,
     noise_level: float | None = None,
 ) -> nn.Module:
-    """`MergesAtOneLevel.merge_and_unload`, where PEFT's own method serves adapters that read no C."""
+    """`MergesAtOneLevel.merge_and_unload`, with PEFT's own method for adapters that read no C."""
     names = tuner.active_adapters if adapter_names is None else adapter_names
     if not any(_reads_core(tuner, name) for name in names):
         return merge_and_unload(progressbar, safe_merge, adapter_names)

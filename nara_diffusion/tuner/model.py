@@ -93,7 +93,7 @@ class NaraModel(MergesAtOneLevel):
                 super().inject_adapter(
                     model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
                 )
-            # a core of the user's own may have what no file holds
+            # a custom core may have values that no file holds
             with torch.device("meta") if low_cpu_mem_usage and config.core_type in BUILT_IN else nullcontext():
                 holder.add(adapter_name, config, self._injecting.ranks, convention_stated)
         except Exception:
@@ -131,10 +131,10 @@ class NaraModel(MergesAtOneLevel):
         group = core_group(lora_config, current_key, rank)
         injecting.ranks[group] = max(rank, injecting.ranks.get(group, 0))
         if lora_config.reads_core:
-            rule = variant_for(layer, lora_config.use_dora, current_key)
+            variant_class = variant_for(layer, lora_config.use_dora, current_key)
             holder = injecting.holder
             rows = rows_of(self.model, current_key)
-            variant = rule(holder.channel, holder.core_to_merge, adapter_name, group, current_key, rows)
+            variant = variant_class(holder.channel, holder.core_to_merge, adapter_name, group, current_key, rows)
             layer.lora_variant[adapter_name] = variant
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)

@@ -72,8 +72,8 @@ def cores_of_forward(
 
 
 def _cores_at(cores: AdapterCores, channel: CoreChannel, signals: NoiseSignals | None) -> dict[tuple[str, str], Tensor]:
-    served_by = active_adapter_names(channel)
-    found = {name: core_set.at(of_adapter(name, signals, served_by)) for name, core_set in cores.items()}
+    names = active_adapter_names(channel)
+    found = {name: core_set.at(of_adapter(name, signals, names)) for name, core_set in cores.items()}
     return {(name, group): core for name, by_group in found.items() for group, core in by_group.items()}
 
 
@@ -174,10 +174,10 @@ def cores_of_part(cores: AdapterCores, channel: CoreChannel, kept_on_disk: bool)
     if grid is None:
         _warn_of_constant(cores, channel)
     _check_part(cores, channel, signals, grid is not None, kept_on_disk)
-    served_by = None if grid else active_adapter_names(channel)
+    names = None if grid else active_adapter_names(channel)
 
     def core(adapter_name: str, group: str) -> Tensor:
-        found = cores[adapter_name].matrix(group, of_adapter(adapter_name, signals, served_by))
+        found = cores[adapter_name].matrix(group, of_adapter(adapter_name, signals, names))
         return found if grid is None else _mean(found)
 
     return CoresOnDemand([(name, group) for name, core_set in cores.items() for group in core_set.groups], core)

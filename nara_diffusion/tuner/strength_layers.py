@@ -133,7 +133,7 @@ def _named(variants: Mapping[str, NaraVariant], by_layer: Mapping[str, StrengthS
 
 
 def _holder_of(root: nn.Module, adapter_name: str) -> CoreHolder:
-    """The root's, which now serves the adapter."""
+    """The holder of `root`, made if there is none, with the adapter in it."""
     layers = layers_of(root, adapter_name)
     holder = getattr(root, HOLDER_NAME, None)
     if not isinstance(holder, CoreHolder):
@@ -155,8 +155,8 @@ def _variant_for(
     cores: Any = holder.cores[adapter_name]
     own = core_group(config, name, layer.r[adapter_name]) if isinstance(config, NaraConfig) else ""
     group = own if own in cores else next(iter(cores))
-    rule = variant_for(layer, use_dora, name)
-    return rule(holder.channel, holder.core_to_merge, adapter_name, group, name, rows_of(root, name))
+    variant_class = variant_for(layer, use_dora, name)
+    return variant_class(holder.channel, holder.core_to_merge, adapter_name, group, name, rows_of(root, name))
 
 
 # ---------------------------------------------------------------------- refused

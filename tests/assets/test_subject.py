@@ -88,6 +88,6 @@ def test_nothing_of_the_data_is_as_like_the_subject_as_it_is_itself(
     own = embed([picture(pose, subject=subject) for pose in POSES])
     kin = embed([render(item) for item in scenes("sdxl", 0, 1500) if item.kind == subject.kind])
     assert len(kin) > 80
-    likeness = own @ own.T
-    among = likeness[~torch.eye(5, dtype=torch.bool)].mean()
+    similarity = own @ own.T
+    among = similarity[~torch.eye(5, dtype=torch.bool)].mean()
     assert among - (kin @ own.T).mean() > 0.3

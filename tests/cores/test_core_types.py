@@ -49,8 +49,8 @@ def output_by_hand(state: dict[str, Tensor], config: NaraConfig, x: Tensor, leve
             state[f"{key}base_layer.weight"] + scaling * B @ core_of(state, config, name, levels) @ A
         )  # (b, d_out, d_in)
         if config.use_dora:
-            gain = state[f"{key}lora_magnitude_vector.default.weight"] / W.detach().norm(dim=2)  # (b, d_out)
-            W = gain[..., None] * W
+            dora_scale = state[f"{key}lora_magnitude_vector.default.weight"] / W.detach().norm(dim=2)  # (b, d_out)
+            W = dora_scale[..., None] * W
         h = torch.einsum("bli,boi->blo", h, W) + state[f"{key}base_layer.bias"]
         h = torch.tanh(h) if name == "first" else h
     return h

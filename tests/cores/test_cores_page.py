@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from nara_diffusion import NaraConfig, core_matrix
-from nara_diffusion.cores import custom as own_cores
+from nara_diffusion.cores import custom as custom_cores
 from nara_diffusion.harness import command
 from nara_diffusion.training.adapters.method_arguments import _CORE_READERS
 from nara_diffusion.training.adapters.methods import CORE_FIELDS
@@ -30,7 +30,7 @@ def rows(header: str) -> list[list[str]]:
 
 def test_every_type_has_a_row():
     named = [re.sub(r'[`"]', "", row[0]) for row in rows("`core_type`")]
-    assert tuple(named[:-1]) == own_cores.BUILT_IN
+    assert tuple(named[:-1]) == custom_cores.BUILT_IN
 
 
 def test_every_field_has_a_row_with_its_default():
@@ -47,8 +47,8 @@ def test_every_field_has_a_row_with_its_default():
 
 
 def test_the_programs_run(monkeypatch):
-    monkeypatch.setattr(own_cores, "_factories", {})
-    module, use, evaluation, controls = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.setattr(custom_cores, "_factories", {})
+    module, use, evaluation, ablations = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert module.startswith("# my_cores.py\n")
     my_cores = types.ModuleType("my_cores")
     exec(module, vars(my_cores))
@@ -60,9 +60,9 @@ def test_the_programs_run(monkeypatch):
     core = core_matrix(model, torch.tensor([0.0, 0.7]))
     torch.testing.assert_close(core @ core.transpose(1, 2), torch.eye(8).expand(2, 8, 8), rtol=0, atol=1e-5)
     assert torch.equal(core[0], torch.eye(8))
-    exec(controls, {"model": model, "torch": torch})
+    exec(ablations, {"model": model, "torch": torch})
     calls = []
-    monkeypatch.setattr(command, "main", lambda: calls.append(set(own_cores.registered_cores())))
+    monkeypatch.setattr(command, "main", lambda: calls.append(set(custom_cores.registered_cores())))
     exec(evaluation, {})
     assert calls == [{"rotation"}]
 
@@ -70,7 +70,7 @@ def test_the_programs_run(monkeypatch):
 def test_who_reads_a_field_is_what_the_train_scripts_go_by():
     told = {}
     for names, _, readers, *_ in rows("field of `NaraConfig`"):
-        if readers.split(", ")[0] in own_cores.BUILT_IN:
+        if readers.split(", ")[0] in custom_cores.BUILT_IN:
             told |= dict.fromkeys(re.findall(r"`(\w+)`", names), tuple(readers.split(", ")))
     fields = {name: types for name, types in _CORE_READERS.items() if name in CORE_FIELDS - {"core_sharing"}}
     assert fields.items() <= told.items()

@@ -1,4 +1,4 @@
-"""A user's own core: registered in one line, then made, trained, saved and loaded like those of the package."""
+"""A custom core: registered in one line, then made, trained, saved and loaded like those of the package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level, register_core
-from nara_diffusion.cores import custom as own_cores
+from nara_diffusion.cores import custom as custom_cores
 from nara_diffusion.cores.embeddings import make_embedding
 from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.noise.ablations import mean_core
@@ -81,7 +81,7 @@ class Grid(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch) -> None:
-    monkeypatch.setattr(own_cores, "_factories", {})
+    monkeypatch.setattr(custom_cores, "_factories", {})
     register_core("affine", Affine)
     register_core("density", Density)
     register_core("still", Still)
@@ -106,7 +106,7 @@ def one_layer(**changes: Any) -> PeftModel:
     return adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], **changes)
 
 
-def test_an_own_core_is_read_per_sample_and_trained():
+def test_a_custom_core_is_read_per_sample_and_trained():
     model = one_layer(core_type="affine")
     x = torch.randn(3, 7)
     with noise_level(model, LEVELS):
@@ -268,9 +268,7 @@ def test_a_name_may_be_registered_again_but_no_built_in_one():
     register_core("affine", lambda config, rank: Still(config, rank))
     assert one_layer(core_type="affine")(torch.randn(3, 7)).shape == (3, 5)
     for name in ("hypernetwork", "bins", "", 3):
-        with pytest.raises(
-            ValueError, match=f"^name is {name!r}: choose a text of your own, other than 'hypernetwork'"
-        ):
+        with pytest.raises(ValueError, match=f"^name is {name!r}: choose a text other than 'hypernetwork'"):
             register_core(name, Affine)
     with pytest.raises(ValueError, match="factory is 3: pass a class or function"):
         register_core("other", 3)

@@ -116,14 +116,14 @@ def test_a_bin_is_pefts_lora_of_its_rank_and_trains_as_one(level):
         return output, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
 
     with noise_level(model, level):
-        output, of_A, of_B = gradients(model)
+        output, grad_A, grad_B = gradients(model)
     expected, lora_A, lora_B = gradients(lora)
     assert relative_error(output, expected) < 2e-6
-    assert relative_error(of_A[block], lora_A) < 5e-6
-    assert relative_error(of_B[:, block], lora_B) < 5e-6
+    assert relative_error(grad_A[block], lora_A) < 5e-6
+    assert relative_error(grad_B[:, block], lora_B) < 5e-6
     others = [i for i in range(6) if not block.start <= i < block.stop]
-    assert torch.equal(of_A[others], torch.zeros(4, 7))
-    assert torch.equal(of_B[:, others], torch.zeros(5, 4))
+    assert torch.equal(grad_A[others], torch.zeros(4, 7))
+    assert torch.equal(grad_B[:, others], torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -99,10 +99,10 @@ def test_caches_of_diffusers(name):
 def test_a_copy_of_an_adapted_unet_made_by_a_cache_has_its_own_level():
     """Some keep a second copy of the model, for another guidance or resolution."""
     unet, _ = adapt(small_sd().unet, ATTENTION)
-    twin: nn.Module = copy.deepcopy(unet)
-    first, second = watch(unet), watch(twin)
+    clone: nn.Module = copy.deepcopy(unet)
+    first, second = watch(unet), watch(clone)
     sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
     with torch.no_grad():
-        outputs = [model(sample, t, text).sample for model, t in ((unet, 100), (twin, 900), (unet, 100))]
+        outputs = [model(sample, t, text).sample for model, t in ((unet, 100), (clone, 900), (unet, 100))]
     assert (first, second) == ([[pytest.approx(0.1)]] * 2, [[pytest.approx(0.9)]])
     assert torch.equal(outputs[0], outputs[2])

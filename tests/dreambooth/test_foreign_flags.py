@@ -8,7 +8,7 @@ import pytest
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.foreign_flags import FOREIGN_FLAGS
-from nara_diffusion.dreambooth.setup import settle_validation
+from nara_diffusion.dreambooth.setup import count_validation_steps
 from nara_diffusion.training.cli import build_parser, parse_arguments
 
 NEEDED = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "a photo of sks dog"]
@@ -63,10 +63,10 @@ def test_they_are_not_in_the_help() -> None:
 
 def test_a_validation_every_other_epoch_is_one_every_so_many_steps() -> None:
     args = parse_arguments(DreamBoothArguments, [*NEEDED, "--validation_epochs", "2"])
-    settle_validation(args, images=15, global_batch=4)
+    count_validation_steps(args, images=15, global_batch=4)
     assert args.validation_steps == 8  # 30 samples in steps of 4
     untouched = parse_arguments(DreamBoothArguments, [*NEEDED, "--validation_steps", "7"])
-    settle_validation(untouched, images=15, global_batch=4)
+    count_validation_steps(untouched, images=15, global_batch=4)
     assert untouched.validation_steps == 7
 
 

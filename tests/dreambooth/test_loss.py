@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_draws, records_from_folder
+from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_samples, records_from_folder
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, predict, tokenizers_of
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
@@ -45,7 +45,7 @@ def batch_of(folder: Path, prior: bool) -> dict[str, Any]:
     dataset = DreamBoothDataset(
         instances, [(16, 16)], batch_size=2, seed=1, class_images=others, crop="random", flip=True
     )
-    return collate_draws([dataset[6], dataset[7]])
+    return collate_samples([dataset[6], dataset[7]])
 
 
 @pytest.fixture
@@ -91,14 +91,14 @@ def test_a_step_is_the_one_that_is_written_out(pipe, folder, watched, seen, prio
     # the same from Diffusers' scheduler and pipeline; one sample at a time
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     expected, indices = [], []
-    for draw in batch["draws"]:
-        options: dict[str, Any] = {"seed": 11, "role": draw.role}
-        t = draw_indices([draw.position], levels=1000, stratified=True, group_size=2, **options)
+    for sample in batch["samples"]:
+        options: dict[str, Any] = {"seed": 11, "role": sample.role}
+        t = draw_indices([sample.position], levels=1000, stratified=True, group_size=2, **options)
         indices.append(t.item())
-        latents = step.latents.sample([draw], seed=11)
-        noise = draw_noise([draw.position], latents.shape[1:], offset=0.1, **options)
-        embeds, _, pooled, _ = pipe.encode_prompt(draw.prompt, device="cpu", do_classifier_free_guidance=False)
-        time_ids = torch.tensor([[22, 26, draw.crop.top, draw.crop.left, 16, 16]])
+        latents = step.latents.sample([sample], seed=11)
+        noise = draw_noise([sample.position], latents.shape[1:], offset=0.1, **options)
+        embeds, _, pooled, _ = pipe.encode_prompt(sample.prompt, device="cpu", do_classifier_free_guidance=False)
+        time_ids = torch.tensor([[22, 26, sample.crop.top, sample.crop.left, 16, 16]])
         prediction = model.unet(
             scheduler.add_noise(latents, noise, t),
             t,

@@ -1,4 +1,4 @@
-"""The pipeline that is trained and its twin."""
+"""The pipeline that is trained and the pipeline that samples."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.sdxl import load_pipeline, twin
+from nara_diffusion.dreambooth.sdxl import load_pipeline, sharing_pipeline
 from tests.helpers.small_pipelines import pixels, small_sd, small_sdxl
 
 CONFIG = NaraConfig(r=2, target_modules=["to_q"], core_hidden_dims=(4, 4), noise_convention="timestep")
@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_twin_shares_weights_and_nothing_that_comes_later(folder) -> None:
     pipe = load_pipeline(str(folder), dtype=torch.float32)
-    other = twin(pipe, torch.float32)
+    other = sharing_pipeline(pipe, torch.float32)
     before = pixels(other)
     torch.testing.assert_close(before, pixels(StableDiffusionXLPipeline.from_pretrained(folder)), rtol=0, atol=0)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -42,7 +42,7 @@ def test_a_twin_shares_weights_and_nothing_that_comes_later(folder) -> None:
 def test_a_twin_in_half_precision_is_what_a_user_loads(folder) -> None:
     pipe = load_pipeline(str(folder), dtype=torch.bfloat16, vae_dtype=torch.float32)
     assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
-    other = twin(pipe, torch.bfloat16)
+    other = sharing_pipeline(pipe, torch.bfloat16)
     user = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     user.set_progress_bar_config(disable=True)
     torch.testing.assert_close(pixels(other), pixels(user), rtol=0, atol=0)

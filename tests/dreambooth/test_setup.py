@@ -36,7 +36,7 @@ def test_a_prompt_that_is_cut_is_told_once_whether_text_encoders_are_trained(tmp
     cache = prompt_cache(args, pipe)
     assert (cache is None) is trained
     for position in range(4):
-        prompts = [draw.prompt for draw in dataset.draws(position)]
+        prompts = [sample.prompt for sample in dataset.samples_at(position)]
         if cache is not None:
             cache.get(prompts)
     assert caplog.text.count(f"'{long}' {SAID}") == caplog.text.count(f"'a {long}' {SAID[:4]}") == 1

@@ -64,8 +64,8 @@ def convolution_by_hand(model: Any, x: Tensor, core: Tensor, dora: bool = False)
         W = base.weight.double() + s * torch.einsum("or,rq,q...->o...", B.flatten(1), C, A)
         if dora:
             norm = W.flatten(1).norm(dim=1)
-            gain = layer.lora_magnitude_vector["default"].weight.double().flatten() / norm
-            W = W * gain.view(-1, *(1,) * (W.dim() - 1))
+            dora_scale = layer.lora_magnitude_vector["default"].weight.double().flatten() / norm
+            W = W * dora_scale.view(-1, *(1,) * (W.dim() - 1))
         convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[W.dim()]
         bias = None if base.bias is None else base.bias.double()
         rows.append(convolve(sample[None], W, bias, base.stride, base.padding))

@@ -60,8 +60,8 @@ def test_the_update_follows_the_formula_on_the_dequantised_weight(bits, use_dora
     update = 6 / 4 * torch.einsum("or,brq,qi->boi", B, default_core(model, LEVELS), A)
     expected = base + torch.einsum("bli,boi->blo", x.double(), update)
     if use_dora:
-        gain = layer.lora_magnitude_vector["default"].weight.double() / (W0 + update).norm(dim=2)
-        expected = (expected - bias) * gain[:, None] + bias
+        dora_scale = layer.lora_magnitude_vector["default"].weight.double() / (W0 + update).norm(dim=2)
+        expected = (expected - bias) * dora_scale[:, None] + bias
     with noise_level(model, LEVELS):
         for _ in range(2):
             # 8-bit layers multiply in half precision; the weight of the norm is rounded to bfloat16 by bitsandbytes

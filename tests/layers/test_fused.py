@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import nara_diffusion.layers.variants as layers
 from nara_diffusion import noise_level
 from nara_diffusion.layers.functional import add_product, add_scaled_product, apply_core
-from nara_diffusion.layers.fused import TINY_GAIN, can_fuse, fused_linear
+from nara_diffusion.layers.fused import TINY_DORA_SCALE, can_fuse, fused_linear
 from tests.helpers.adapted import OneLayer, adapted, relative_error
 
 SHAPES = ((3, 7, 6), (3, 2, 5, 6), (3, 6))
@@ -23,10 +23,12 @@ LEVELS = torch.tensor([0.1, 0.5, 0.9])
 dora = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
 
 
-def draw(shape: tuple[int, ...] = (3, 7, 6), *, cores: int = 3, gains: int | None = None) -> dict[str, Any]:
-    """x (b, …, 6), W0 (5, 6), A (4, 6), C (cores, 4, 4), B (5, 4), gain (gains, 5), float64 and trainable but W0."""
+def draw(shape: tuple[int, ...] = (3, 7, 6), *, cores: int = 3, scales: int | None = None) -> dict[str, Any]:
+    """x (b, …, 6), W0 (5, 6), A (4, 6), C (cores, 4, 4), B (5, 4), dora_scale (scales, 5); float64, W0 frozen."""
     generator = torch.Generator().manual_seed(0)
-    sizes = {"x": shape, "A": (4, 6), "core": (cores, 4, 4), "B": (5, 4)} | ({"gain": (gains, 5)} if gains else {})
+    sizes = {"x": shape, "A": (4, 6), "core": (cores, 4, 4), "B": (5, 4)} | (
+        {"dora_scale": (scales, 5)} if scales else {}
+    )
     drawn = {
         name: torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
         for name, size in sizes.items()
@@ -34,23 +36,25 @@ def draw(shape: tuple[int, ...] = (3, 7, 6), *, cores: int = 3, gains: int | Non
     return drawn | {"weight": torch.randn(5, 6, generator=generator, dtype=torch.float64)}
 
 
-def fused(x: Tensor, weight: Tensor, A: Tensor, core: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
-    return fused_linear(x, x @ weight.T, weight, A, core, B, 0.7, gain)
+def fused(x: Tensor, weight: Tensor, A: Tensor, core: Tensor, B: Tensor, dora_scale: Tensor | None = None) -> Tensor:
+    return fused_linear(x, x @ weight.T, weight, A, core, B, 0.7, dora_scale)
 
 
-def from_formula(x: Tensor, weight: Tensor, A: Tensor, core: Tensor, B: Tensor, gain: Tensor | None = None) -> Tensor:
+def from_formula(
+    x: Tensor, weight: Tensor, A: Tensor, core: Tensor, B: Tensor, dora_scale: Tensor | None = None
+) -> Tensor:
     """The formula as it stands, sample by sample."""
     outputs = []
     for i, sample in enumerate(x):
         y = sample @ (weight + 0.7 * B @ core[i % len(core)] @ A).T
-        outputs.append(y if gain is None else gain[i % len(gain)] * y)
+        outputs.append(y if dora_scale is None else dora_scale[i % len(dora_scale)] * y)
     return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("cores", "gains"), [(3, None), (1, None), (3, 3), (1, 1)])
-def test_output_and_all_gradients_are_those_of_the_formula(shape, cores, gains):
-    inputs = draw(shape, cores=cores, gains=gains)
+@pytest.mark.parametrize(("cores", "scales"), [(3, None), (1, None), (3, 3), (1, 1)])
+def test_output_and_all_gradients_are_those_of_the_formula(shape, cores, scales):
+    inputs = draw(shape, cores=cores, scales=scales)
     trainable = [tensor for tensor in inputs.values() if tensor.requires_grad]
     weights = torch.randn(*shape[:-1], 5, dtype=torch.float64)
     ours, theirs = fused(**inputs), from_formula(**inputs)
@@ -60,9 +64,9 @@ def test_output_and_all_gradients_are_those_of_the_formula(shape, cores, gains):
         assert relative_error(one, other) < 1e-13
 
 
-@pytest.mark.parametrize(("cores", "gains"), [(3, None), (1, None), (3, 3), (1, 1)])
-def test_second_derivatives_are_exact(cores, gains):
-    inputs = draw((3, 2, 6), cores=cores, gains=gains)
+@pytest.mark.parametrize(("cores", "scales"), [(3, None), (1, None), (3, 3), (1, 1)])
+def test_second_derivatives_are_exact(cores, scales):
+    inputs = draw((3, 2, 6), cores=cores, scales=scales)
     names = [name for name, tensor in inputs.items() if tensor.requires_grad]
 
     def function(*values: Tensor) -> Tensor:
@@ -73,9 +77,9 @@ def test_second_derivatives_are_exact(cores, gains):
     assert torch.autograd.gradgradcheck(function, values)
 
 
-@pytest.mark.parametrize("frozen", ["x", "A", "core", "B", "gain"])
+@pytest.mark.parametrize("frozen", ["x", "A", "core", "B", "dora_scale"])
 def test_what_is_frozen_gets_no_gradient_and_the_others_keep_theirs(frozen):
-    inputs, reference = draw(gains=3), draw(gains=3)
+    inputs, reference = draw(scales=3), draw(scales=3)
     for tensors in (inputs, reference):
         tensors[frozen].requires_grad_(False)
     fused(**inputs).square().sum().backward()
@@ -86,35 +90,37 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_keep_theirs(frozen):
 
 
 def test_a_gain_of_zero_keeps_its_gradient():
-    inputs, reference = draw(gains=3), draw(gains=3)
+    inputs, reference = draw(scales=3), draw(scales=3)
     for tensors in (inputs, reference):
         with torch.no_grad():
-            tensors["gain"][1, 2] = 0.0
+            tensors["dora_scale"][1, 2] = 0.0
     ours, theirs = fused(**inputs), from_formula(**reference)
-    assert ours[1, :, 2].abs().max() < 100 * TINY_GAIN
+    assert ours[1, :, 2].abs().max() < 100 * TINY_DORA_SCALE
     for y in (ours, theirs):
         (y * torch.arange(1.0, 6.0)).sum().backward()
-    for name in ("x", "A", "core", "B", "gain"):
+    for name in ("x", "A", "core", "B", "dora_scale"):
         assert relative_error(inputs[name].grad, reference[name].grad) < 1e-13
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gains", [None, 3])
-def test_the_output_has_the_bits_of_the_parts(dtype, gains):
+@pytest.mark.parametrize("scales", [None, 3])
+def test_the_output_has_the_bits_of_the_parts(dtype, scales):
     """A run that falls back to the parts, under a compiler for instance, sees the same model."""
-    inputs = {name: tensor.detach().to(dtype) for name, tensor in draw(gains=gains).items()}
+    inputs = {name: tensor.detach().to(dtype) for name, tensor in draw(scales=scales).items()}
     inputs["core"] = inputs["core"].float()
     x, weight, A, core, B = (inputs[name] for name in ("x", "weight", "A", "core", "B"))
     h = apply_core(core, nn.functional.linear(x, A))
     base = x @ weight.T
-    parts = add_product(base, h, B, 0.7) if gains is None else add_scaled_product(base, h, B, inputs["gain"], 0.7)
+    parts = (
+        add_product(base, h, B, 0.7) if scales is None else add_scaled_product(base, h, B, inputs["dora_scale"], 0.7)
+    )
     assert torch.equal(fused(**inputs), parts)
 
 
 def test_an_empty_batch_gives_empty_outputs_and_zero_gradients():
-    inputs = draw((3, 0, 6), gains=3)
+    inputs = draw((3, 0, 6), scales=3)
     fused(**inputs).sum().backward()
-    assert inputs["gain"].grad.count_nonzero() == inputs["B"].grad.count_nonzero() == 0
+    assert inputs["dora_scale"].grad.count_nonzero() == inputs["B"].grad.count_nonzero() == 0
 
 
 # ---------------------------------------------------------------------- inside an adapted model

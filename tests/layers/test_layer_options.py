@@ -1,4 +1,4 @@
-"""LoRA's options and half precision in the forward rules, against the formula in float64."""
+"""LoRA's options and half precision in the LoRA variants, against the formula in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward rules against the formula in float64, one C a sample, for every kind of layer."""
+"""The LoRA variants against the formula in float64, one C a sample, for every kind of layer."""
 
 from __future__ import annotations
 

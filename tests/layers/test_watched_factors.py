@@ -110,8 +110,8 @@ def by_hand(model: Any, x: Tensor, core: Tensor, use_dora: bool) -> Tensor:
         W = base.weight.double() + s * torch.einsum("or,brq,q...->bo...", B.flatten(1), core, A)
         if use_dora:
             magnitude = layer.lora_magnitude_vector["default"].weight.double().flatten()
-            gain = magnitude / W.flatten(2).norm(dim=2)  # (b, d_out)
-            W = W * gain.view(*gain.shape, *(1,) * (W.dim() - 2))
+            dora_scale = magnitude / W.flatten(2).norm(dim=2)  # (b, d_out)
+            W = W * dora_scale.view(*dora_scale.shape, *(1,) * (W.dim() - 2))
         bias = base.bias.double()
         if isinstance(base, nn.Linear):
             x = torch.einsum("bli,boi->blo", x.double(), W) + bias

@@ -90,7 +90,7 @@ def test_model_offload_is_off_while_loading_and_on_again(nara_folder, tmp_path, 
     pipe.save_nara_weights(tmp_path)
     assert isinstance(pipe.unet._hf_hook, CpuOffload)
     before = State(pipe)
-    with pytest.raises(ValueError, match="taken already"):
+    with pytest.raises(ValueError, match="is a duplicate"):
         pipe.load_nara_weights(nara_folder, "default_0")
     assert before == State(pipe)
     pipe.unload_nara_weights()

@@ -120,7 +120,7 @@ def test_a_denoiser_without_diffusers_mixins_keeps_the_rest_of_the_family(langua
     pipe = TextPipeline(tiny_llama)
     pipe.load_nara_weights(language_folder, "one")
     pipe.load_nara_weights(language_folder, "two")
-    with pytest.raises(ValueError, match="'two' is taken already"):
+    with pytest.raises(ValueError, match="'two' is a duplicate"):
         pipe.load_nara_weights(language_folder, "two")
     assert list(pipe.transformer.peft_config) == ["one", "two"]
     pipe.unload_nara_weights()

@@ -192,17 +192,17 @@ def test_another_base_model(nara_folder, other_folder):
     refused(without_text, r"has a part for 'text_encoder', but", nara_folder)
 
 
-def test_names_that_are_taken_or_cannot_be(nara_folder):
+def test_duplicate_and_invalid_adapter_names_are_refused(nara_folder):
     pipe = small_sdxl()
     pipe.load_nara_weights(nara_folder, "mine")
-    refused(pipe, r"adapter_name 'mine' is taken already.*delete_adapters\('mine'\).*hotswap=True", nara_folder, "mine")
+    refused(pipe, r"adapter_name 'mine' is a duplicate.*delete_adapters\('mine'\).*hotswap=True", nara_folder, "mine")
     for name in ("", "a.b", 3):
         refused(pipe, r"pass a name without dots, or None", nara_folder, name)
     refused(pipe, r"adapter_name 'half' is a method of torch's modules", nara_folder, "half")
     refused(pipe, r"named like a part of", nara_folder, "weight")
     refused(pipe, r"hotswap=True replaces an adapter that is there.*'mine'", nara_folder, "yours", hotswap=True)
     pipe.text_encoder_2.peft_config["elsewhere"] = pipe.text_encoder_2.peft_config["mine"]
-    refused(pipe, r"'elsewhere' is taken already", nara_folder, "elsewhere")
+    refused(pipe, r"'elsewhere' is a duplicate", nara_folder, "elsewhere")
     assert pixels(pipe).isfinite().all()
 
 
@@ -218,7 +218,7 @@ def test_another_convention_of_lambda(nara_folder, other_folder):
 
 @pytest.mark.parametrize("there", ["nothing", "lora", "nara"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_what_fails_halfway_is_taken_back(there, low_cpu_mem_usage, nara_folder, other_folder, monkeypatch):
+def test_a_load_that_fails_halfway_is_rolled_back(there, low_cpu_mem_usage, nara_folder, other_folder, monkeypatch):
     pipe = small_sdxl()
     if there == "lora":
         pipe.unet.add_adapter(LoraConfig(r=3, target_modules=["to_q", "conv_in"]), "static")

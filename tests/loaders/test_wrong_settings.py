@@ -176,7 +176,7 @@ def test_carried_scheduler_with_wrong_values_is_refused_with_the_file(changes, p
     assert part in str(caught.value)
 
 
-def test_adapter_that_peft_refuses_is_taken_back_and_named(pipe, tensors, content, tmp_path):
+def test_adapter_that_peft_refuses_is_rolled_back_and_named(pipe, tensors, content, tmp_path):
     changed = json.loads(json.dumps(content))
     changed["components"]["unet"]["trainable_token_indices"] = []
     path = tmp_path / "a.safetensors"

@@ -1,4 +1,4 @@
-"""Controls: the mean core, and λ held constant, shuffled or reversed, whoever tells λ."""
+"""Ablations: the mean core, and λ held constant, shuffled or reversed, whoever tells λ."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_contexts_nest_and_come_back_after_errors():
         assert torch.equal(model(x), plain)
 
 
-def test_other_models_and_threads_are_not_controlled():
+def test_other_models_and_threads_are_not_ablated():
     model, other = two_layers(), two_layers()
     x, found = torch.randn(3, 7), []
 

@@ -116,7 +116,7 @@ def test_each_video_of_a_batch_has_its_level_in_spatial_and_temporal_layers(name
             pytest.raises(ValueError, match=rf"{length} values, .* batch is 3"),
         ):
             run(model, inputs, timesteps)
-    twin = copy.deepcopy(model)
-    assert torch.equal(run(twin, inputs, timesteps), batch)
-    with noise_level(twin, torch.rand(2)), pytest.raises(ValueError, match="batch is 3"):
-        run(twin, inputs, timesteps)
+    clone = copy.deepcopy(model)
+    assert torch.equal(run(clone, inputs, timesteps), batch)
+    with noise_level(clone, torch.rand(2)), pytest.raises(ValueError, match="batch is 3"):
+        run(clone, inputs, timesteps)

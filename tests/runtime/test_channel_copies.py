@@ -84,14 +84,14 @@ def test_an_adapted_layer_in_a_model_that_is_not_its_root_reads_the_level_of_its
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_have_a_channel_of_their_own(model: PeftModel, x: Tensor, duplicate: Any) -> None:
     expected = at(model, 0.3, x)
-    twin = duplicate(model)
-    assert torch.equal(at(twin, 0.3, x), expected)
+    clone = duplicate(model)
+    assert torch.equal(at(clone, 0.3, x), expected)
     with noise_level(model, 0.3), pytest.raises(ValueError, match="λ is not known"):
-        twin(x)
-    disturb(twin, seed=9)
-    assert relative_error(at(twin, 0.3, x), expected) > 0.05
+        clone(x)
+    disturb(clone, seed=9)
+    assert relative_error(at(clone, 0.3, x), expected) > 0.05
     assert torch.equal(at(model, 0.3, x), expected)
-    bare = twin.unload()
+    bare = clone.unload()
     assert not find_holders(bare)
     assert not bare._forward_pre_hooks
     assert not bare._forward_hooks
@@ -99,20 +99,20 @@ def test_copies_have_a_channel_of_their_own(model: PeftModel, x: Tensor, duplica
 
 
 def test_a_copy_made_inside_a_forward_is_a_copy(model: PeftModel, x: Tensor) -> None:
-    twins = []
-    handle = model.base_model.model.second.register_forward_pre_hook(lambda *_: twins.append(copy.deepcopy(model)))
+    clones = []
+    handle = model.base_model.model.second.register_forward_pre_hook(lambda *_: clones.append(copy.deepcopy(model)))
     expected = at(model, 0.3, x)
     handle.remove()
-    twins[0].base_model.model.second._forward_pre_hooks.clear()
-    expect_no_core(twins[0].base_model.model.first, x)
-    assert torch.equal(at(twins[0], 0.3, x), expected)
+    clones[0].base_model.model.second._forward_pre_hooks.clear()
+    expect_no_core(clones[0].base_model.model.first, x)
+    assert torch.equal(at(clones[0], 0.3, x), expected)
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_unload_leaves_what_unloading_a_lora_leaves(tiny_llama: LlamaForCausalLM, again: bool) -> None:
-    twin = copy.deepcopy(tiny_llama)
+    clone = copy.deepcopy(tiny_llama)
     bare = _trained_and_unloaded(tiny_llama, again, nara_config)
-    assert _traces(bare) == _traces(_trained_and_unloaded(twin, again, lora_config))
+    assert _traces(bare) == _traces(_trained_and_unloaded(clone, again, lora_config))
     blocks = [block.__dict__["_gradient_checkpointing_func"] for block in bare.model.layers]
     assert all(isinstance(function, functools.partial) for function in blocks)
     bare(input_ids=torch.randint(0, 49, (2, 5)))

@@ -173,9 +173,9 @@ def test_a_copy_of_a_model_that_has_been_checkpointed(tiny_llama: LlamaForCausal
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     llama_forwards(model)[0]()
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     disturb(model, seed=8)
-    check(gradients(twin, llama_forwards(twin)), expected, REENTRANT if reentrant else EXACT)
+    check(gradients(clone, llama_forwards(clone)), expected, REENTRANT if reentrant else EXACT)
 
 
 def test_an_attribute_of_the_same_name_that_is_no_function_is_left_alone() -> None:

@@ -51,16 +51,16 @@ def at(model: nn.Module, x: Tensor, levels: Any = LEVELS, **options: Any) -> Ten
 
 def by_numbers(model: Any, x: Tensor, schedules: dict[str, Any], levels: Tensor = LEVELS) -> Tensor:
     """The output of a copy, one sample at a time, whose adapters have the numbers that the schedules say."""
-    twin, rows = copy.deepcopy(model), []
+    clone, rows = copy.deepcopy(model), []
     for i, level in enumerate(levels):
         for name, schedule in schedules.items():
-            set_strength(twin, name, schedule(level).item())
+            set_strength(clone, name, schedule(level).item())
         with torch.no_grad():
-            if find_holders(twin):
-                with noise_level(twin, level.item()):
-                    rows.append(twin(x[i : i + 1]))
+            if find_holders(clone):
+                with noise_level(clone, level.item()):
+                    rows.append(clone(x[i : i + 1]))
             else:
-                rows.append(twin(x[i : i + 1]))
+                rows.append(clone(x[i : i + 1]))
     return torch.cat(rows)
 
 
@@ -99,11 +99,11 @@ def test_a_number_scales_the_update(kind, x):
     model = model_of(kind)
     set_strength(model, "default", 0.37)
     found = at(model, x) if kind == "NaRA" else model(x)
-    twin = model_of(kind)
-    for module in twin.modules():
+    clone = model_of(kind)
+    for module in clone.modules():
         if hasattr(module, "scaling"):
             module.scaling["default"] *= 0.37
-    assert torch.equal(found, at(twin, x) if kind == "NaRA" else twin(x))
+    assert torch.equal(found, at(clone, x) if kind == "NaRA" else clone(x))
 
 
 @BOTH
@@ -263,9 +263,9 @@ def test_a_deleted_adapter_takes_its_strength_along(kind, x):
     model.add_adapter("default", (lora_config if kind == "LoRA" else nara_config)(target_modules=TARGETS))
     disturb(model)
     model.set_adapter("default")
-    twin = with_two(kind)
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(*(at(m, x) if kind == "NaRA" else m(x) for m in (model, twin)))
+    clone = with_two(kind)
+    clone.load_state_dict(model.state_dict())
+    assert torch.equal(*(at(m, x) if kind == "NaRA" else m(x) for m in (model, clone)))
 
 
 @BOTH
@@ -284,15 +284,15 @@ def test_copies_have_the_strength_and_are_independent(kind, way, x):
     set_strength(model, "default", SCHEDULE)
     expected = at(model, x)
     if way == "deepcopy":
-        twin = copy.deepcopy(model)
+        clone = copy.deepcopy(model)
     else:
         buffer = io.BytesIO()
         torch.save(model, buffer)
         buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
-    assert torch.equal(at(twin, x), expected)
-    set_strength(twin, "default", OTHER)
-    assert not torch.equal(at(twin, x), expected)
+        clone = torch.load(buffer, weights_only=False)
+    assert torch.equal(at(clone, x), expected)
+    set_strength(clone, "default", OTHER)
+    assert not torch.equal(at(clone, x), expected)
     assert torch.equal(at(model, x), expected)
 
 
@@ -359,13 +359,13 @@ def test_a_configuration_s_schedule_holds_from_the_start(core_type, x):
     config = nara_config(target_modules=TARGETS, core_type=core_type, strength=SCHEDULE)
     model = get_peft_model(TwoLayers(), config).eval()
     disturb(model)
-    twin = model_of("NaRA", core_type=core_type) if core_type == "hypernetwork" else model_of("identity")
-    set_strength(twin, "default", SCHEDULE)
-    assert torch.equal(at(model, x), at(twin, x))
+    clone = model_of("NaRA", core_type=core_type) if core_type == "hypernetwork" else model_of("identity")
+    set_strength(clone, "default", SCHEDULE)
+    assert torch.equal(at(model, x), at(clone, x))
     assert config.strength == SCHEDULE.as_lists()
     set_strength(model, "default", 0.6)
-    set_strength(twin, "default", 0.6)
-    outputs = [at(m, x) if core_type == "hypernetwork" else m(x) for m in (model, twin)]
+    set_strength(clone, "default", 0.6)
+    outputs = [at(m, x) if core_type == "hypernetwork" else m(x) for m in (model, clone)]
     assert torch.equal(*outputs)
 
 

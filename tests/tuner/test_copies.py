@@ -29,25 +29,25 @@ def test_a_copy_works_and_is_independent(copy_of, wrapped):
         model = model.base_model.model  # type: ignore[union-attr, assignment]
     x = torch.randn(3, 7)
     expected = output(model, x)
-    twin = copy_of(model)
-    assert torch.equal(output(twin, x), expected)
-    disturb(twin, seed=9)
-    changed = output(twin, x)
+    clone = copy_of(model)
+    assert torch.equal(output(clone, x), expected)
+    disturb(clone, seed=9)
+    changed = output(clone, x)
     assert not torch.equal(changed, expected)
     assert torch.equal(output(model, x), expected)
     with noise_level(model, LEVELS):
         with pytest.raises(ValueError, match="λ is not known"):
-            twin(x)  # the level of the original is not that of the copy
-        with noise_level(twin, LEVELS.flip(0)):
+            clone(x)  # the level of the original is not that of the copy
+        with noise_level(clone, LEVELS.flip(0)):
             assert torch.equal(model(x), expected)
-    output_of_twin = output(twin, x)
+    output_of_clone = output(clone, x)
     del model
-    assert torch.equal(output(twin, x), output_of_twin)
+    assert torch.equal(output(clone, x), output_of_clone)
 
 
 def test_a_copy_made_while_a_level_is_set_does_not_have_it():
     model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"])
     with noise_level(model, 0.4):
-        twin = copy.deepcopy(model)
+        clone = copy.deepcopy(model)
         with pytest.raises(ValueError, match="λ is not known"):
-            twin(torch.randn(2, 7))
+            clone(torch.randn(2, 7))

@@ -99,7 +99,7 @@ def test_under_another_name_it_is_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("take_away", ["unload", "delete_adapter"])
 @pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
-def test_after_the_first_was_taken_away_the_name_is_free(tmp_path, take_away):
+def test_after_the_first_is_removed_the_name_is_free(tmp_path, take_away):
     base = TwoLayers()
     plain = copy.deepcopy(base)
     first = adapted(base, target_modules=TARGETS)

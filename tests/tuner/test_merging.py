@@ -271,10 +271,10 @@ def test_a_merged_model_can_be_copied():
     x = torch.randn(3, 7)
     model.merge_adapter(noise_level=0.35)
     expected = model(x)
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     model.unmerge_adapter()
-    assert torch.equal(twin(x), expected)
-    with noise_level(twin, 0.5), pytest.raises(ValueError, match=r"merged at noise_level 0\.35"):
-        twin(x)
-    twin.unmerge_adapter()
-    torch.testing.assert_close(unmerged_output(twin, x, 0.8), unmerged_output(model, x, 0.8), rtol=1e-5, atol=1e-6)
+    assert torch.equal(clone(x), expected)
+    with noise_level(clone, 0.5), pytest.raises(ValueError, match=r"merged at noise_level 0\.35"):
+        clone(x)
+    clone.unmerge_adapter()
+    torch.testing.assert_close(unmerged_output(clone, x, 0.8), unmerged_output(model, x, 0.8), rtol=1e-5, atol=1e-6)

@@ -94,7 +94,7 @@ def test_each_adapter_keeps_its_own_frequencies():
     assert not torch.equal(a, b)
 
 
-def test_a_name_that_is_taken_is_refused():
+def test_a_duplicate_adapter_name_is_refused():
     model = adapted(TwoLayers(), target_modules=["first"])
     with pytest.raises(ValueError, match="'default' already exists"):
         model.add_adapter("default", nara_config(target_modules=["first"]))

@@ -1,11 +1,11 @@
-"""Latents of training draws, from cached posteriors of the autoencoder.
+"""Latents of training samples, from cached posteriors of the autoencoder.
 
     q(z | x) = N(μ(x), σ(x)²),    latent = (z − m) · s / d,    z = μ + σ ε,  ε ~ N(0, I) of (seed, position)
 
 s is the autoencoder's `scaling_factor`; m and d are its `latents_mean` and `latents_std` if it has them, else 0 and 1.
-μ and σ are cached, ε is drawn anew at each draw: a cache changes the time of a step and nothing else. Each
-draw is encoded by itself, since the bits of a convolution depend on the batch that it is in, and a resumed
-run, which finds other draws missing, has to get the same.
+μ and σ are cached, ε is drawn anew each time: a cache changes the time of a step and nothing else. Each
+sample is encoded by itself, since the bits of a convolution depend on the batch that it is in, and a resumed
+run, which finds other samples missing, has to get the same.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from nara_diffusion.dreambooth.data.dataset import Draw
+from nara_diffusion.dreambooth.data.dataset import TrainingSample
 from nara_diffusion.dreambooth.seeding import seeded_normal
 
 from .tensor_cache import Entry, TensorCache, fingerprint
 
 
 class LatentCache:
-    """Encodes draws with an AutoencoderKL, each distinct one once.
+    """Encodes samples with an AutoencoderKL, each distinct one once.
 
     Args:
         vae: frozen, in its own dtype and on its own device; it may be moved to the CPU when `fill` is done.
-        memory_mib: bound on memory; 0 encodes at every draw. An SDXL latent at 1024² takes 512 KiB in float32.
+        memory_mib: bound on memory; 0 encodes each time. An SDXL latent at 1024² takes 512 KiB in float32.
         folder: a disk cache that later runs share (see `TensorCache`); entries of another autoencoder stay apart.
 
     Raises:
@@ -40,60 +40,63 @@ class LatentCache:
         label = fingerprint(vae) if folder is not None else ""
         self.cache = TensorCache(memory_mib=memory_mib, folder=folder, label=label, what="latents")
 
-    def sample(self, draws: Sequence[Draw], *, seed: int, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+    def sample(
+        self, samples: Sequence[TrainingSample], *, seed: int, pixel_values: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scaled latents (b, c, h / f, w / f), float32 on the CPU; f is the autoencoder's factor.
 
         Args:
-            draws: of one target size.
-            seed: of ε, with each draw's position and role.
+            samples: of one target size.
+            seed: of ε, with each sample's position and role.
             pixel_values: (b, 3, h, w), if they are loaded already.
 
         Raises:
             ValueError: the autoencoder gives NaN or infinity.
         """
-        mean, std = self.posterior(draws, pixel_values)
+        mean, std = self.posterior(samples, pixel_values)
         noise = torch.cat(
             [
-                seeded_normal(mean.shape[1:], seed=seed, stream=f"posterior {draw.role}", indices=[draw.position])
-                for draw in draws
+                seeded_normal(mean.shape[1:], seed=seed, stream=f"posterior {sample.role}", indices=[sample.position])
+                for sample in samples
             ]
         )
         return scale_latents(self.vae.config, mean + std * noise)
 
-    def mode(self, draws: Sequence[Draw]) -> torch.Tensor:
+    def mode(self, samples: Sequence[TrainingSample]) -> torch.Tensor:
         """As `sample` with ε = 0: for a validation loss."""
-        return scale_latents(self.vae.config, self.posterior(draws)[0])
+        return scale_latents(self.vae.config, self.posterior(samples)[0])
 
     def posterior(
-        self, draws: Sequence[Draw], pixel_values: torch.Tensor | None = None
+        self, samples: Sequence[TrainingSample], pixel_values: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """μ and σ (b, c, h / f, w / f), float32 on the CPU. Raises as `sample`."""
         entries = [
             self.cache.get(
-                draw.key, lambda i=i, draw=draw: self._encode(draw, None if pixel_values is None else pixel_values[i])
+                sample.key,
+                lambda i=i, sample=sample: self._encode(sample, None if pixel_values is None else pixel_values[i]),
             )
-            for i, draw in enumerate(draws)
+            for i, sample in enumerate(samples)
         ]
         return (
             torch.stack([entry["mean"].float() for entry in entries]),
             torch.stack([entry["std"].float() for entry in entries]),
         )
 
-    def fill(self, draws: Iterable[Draw], *, progress: bool = True) -> None:
-        """Encodes all `draws` that aren't known, or as many as fit; see `DreamBoothDataset.distinct_draws`."""
-        for draw in tqdm(list(draws), desc="encode images", unit="crop", disable=not progress):
+    def fill(self, samples: Iterable[TrainingSample], *, progress: bool = True) -> None:
+        """Encodes all `samples` that aren't known, or as many as fit; see `DreamBoothDataset.distinct_samples`."""
+        for sample in tqdm(list(samples), desc="encode images", unit="crop", disable=not progress):
             if self.cache.full and self.cache.folder is None:
                 break
-            self.posterior([draw])
+            self.posterior([sample])
 
     @torch.no_grad()
-    def _encode(self, draw: Draw, pixels: torch.Tensor | None) -> Entry:
+    def _encode(self, sample: TrainingSample, pixels: torch.Tensor | None) -> Entry:
         parameter = next(self.vae.parameters())
-        pixels = draw.pixel_values() if pixels is None else pixels
+        pixels = sample.pixel_values() if pixels is None else pixels
         posterior = self.vae.encode(pixels[None].to(parameter.device, parameter.dtype)).latent_dist
         entry = {"mean": posterior.mean[0], "std": posterior.std[0]}
         if not all(tensor.isfinite().all() for tensor in entry.values()):
-            raise ValueError(_not_finite(draw, parameter.dtype))
+            raise ValueError(_not_finite(sample, parameter.dtype))
         return entry
 
 
@@ -106,8 +109,8 @@ def scale_latents(config: Any, z: torch.Tensor) -> torch.Tensor:
     return (z - mean) * config.scaling_factor / std
 
 
-def _not_finite(draw: Draw, dtype: torch.dtype) -> str:
-    what = f"the autoencoder gives NaN or infinity for {draw.image.source.name}, computing in {dtype}"
+def _not_finite(sample: TrainingSample, dtype: torch.dtype) -> str:
+    what = f"the autoencoder gives NaN or infinity for {sample.image.source.name}, computing in {dtype}"
     if dtype == torch.float16:
         return (
             f"{what}: SDXL's own autoencoder overflows in float16. Use --pretrained_vae_model_name_or_path "

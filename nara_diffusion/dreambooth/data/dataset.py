@@ -1,4 +1,4 @@
-"""Training draws: position in the stream → image, crop, flip, prompt and time_ids, with a class image beside it.
+"""Training samples: position in the stream → image, crop, flip, prompt and time_ids, with a class image beside it.
 
 Position p takes its image from `BucketBatchSampler` and its crop and flip from (seed, p): the same in every process,
 with any number of workers, and after a resume. A class image (prior preservation) comes from a stream of its own and is
@@ -6,7 +6,7 @@ cut to the bucket of the instance image that it stands beside, so that one forwa
 
 Crops. "center" cuts the middle, as --center_crop; "random" takes one of `crops_per_image` positions, drawn once
 for each image; which one is drawn anew each time. That makes a cache of latents worth having: 5 images × 4 crops × 2
-flips are 40 latents, at 1024² 20 MiB. `crops_per_image=None` takes any position; then most draws miss the cache.
+flips are 40 latents, at 1024² 20 MiB. `crops_per_image=None` takes any position; then most samples miss the cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Draw:
+class TrainingSample:
     """One training sample, without its pixels.
 
     Attributes:
@@ -85,7 +85,7 @@ class Draw:
 
 
 class DreamBoothDataset(Dataset):
-    """`dataset[p]` is the sample at position p, for `stream_loader`: {"draws": [instance] or [instance, class], …}.
+    """`dataset[p]` is the sample at position p, for `stream_loader`: {"samples": [instance] or [instance, class], …}.
 
     Args:
         instances: the subject's images.
@@ -95,8 +95,8 @@ class DreamBoothDataset(Dataset):
         class_images: for prior preservation, or none.
         crop: "center" or "random".
         crops_per_image: positions of random crops, or None for any.
-        flip: mirror half of the draws.
-        load_pixels: also put "pixel_values" of each draw in, as a run without a latent cache wants its workers to.
+        flip: mirror half of the samples.
+        load_pixels: also put "pixel_values" of each sample in, as a run without a latent cache wants its workers to.
 
     Raises:
         ValueError: no images, no buckets, an unknown `crop`, crops_per_image below 1.
@@ -131,31 +131,31 @@ class DreamBoothDataset(Dataset):
         self._warn()
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        draws = self.draws(position)
-        sample: dict[str, Any] = {"draws": draws}
+        samples = self.samples_at(position)
+        item: dict[str, Any] = {"samples": samples}
         if self.load_pixels:
-            sample["pixel_values"] = [draw.pixel_values() for draw in draws]
-        return sample
+            item["pixel_values"] = [sample.pixel_values() for sample in samples]
+        return item
 
-    def draws(self, position: int) -> list[Draw]:
+    def samples_at(self, position: int) -> list[TrainingSample]:
         """The instance at `position`, and the class image beside it if there are any."""
         number = self._order[position]
         target = self.instance_buckets[number]
-        draws = [self._draw(self.instances[number], target, position, "instance")]
+        samples = [self._sample(self.instances[number], target, position, "instance")]
         if self._class_order is not None:
             image = self.class_images[self._class_order[position]["image"]]
-            draws.append(self._draw(image, target, position, "class"))
-        return draws
+            samples.append(self._sample(image, target, position, "class"))
+        return samples
 
-    def plain_draws(self) -> list[Draw]:
+    def plain_samples(self) -> list[TrainingSample]:
         """Each instance image once, its middle, as it is: for a validation loss. `position` counts them."""
         return [
-            Draw(image, center_crop(image.size, target), number)
+            TrainingSample(image, center_crop(image.size, target), number)
             for number, (image, target) in enumerate(zip(self.instances, self.instance_buckets, strict=True))
         ]
 
-    def possible_draws(self) -> Iterator[Draw]:
-        """Every draw that can ever occur; their `position` means nothing.
+    def possible_samples(self) -> Iterator[TrainingSample]:
+        """Every sample that can ever occur; their `position` means nothing.
 
         Raises:
             ValueError: with random crops at any position they can't be listed.
@@ -169,19 +169,19 @@ class DreamBoothDataset(Dataset):
             for target in sizes:
                 for flip in (False, True) if self.flip else (False,):
                     for choice in range(1 if self.crop == "center" else self.crops_per_image or 1):
-                        draw = Draw(image, self._crop(image, target, choice, flip))
-                        if draw.key not in seen:
-                            seen.add(draw.key)
-                            yield draw
+                        sample = TrainingSample(image, self._crop(image, target, choice, flip))
+                        if sample.key not in seen:
+                            seen.add(sample.key)
+                            yield sample
 
-    def distinct_draws(self, positions: Iterable[int]) -> Iterator[Draw]:
-        """The draws at `positions`, each crop of an image once: to fill a latent cache with what a run will need."""
+    def distinct_samples(self, positions: Iterable[int]) -> Iterator[TrainingSample]:
+        """The samples at `positions`, each crop of an image once: to fill a latent cache with what a run will need."""
         seen = set()
         for position in positions:
-            for draw in self.draws(position):
-                if draw.key not in seen:
-                    seen.add(draw.key)
-                    yield draw
+            for sample in self.samples_at(position):
+                if sample.key not in seen:
+                    seen.add(sample.key)
+                    yield sample
 
     def _warn(self) -> None:
         """Of data that train badly: one image alone, and images that have to be enlarged."""
@@ -197,13 +197,13 @@ class DreamBoothDataset(Dataset):
                 len(small), len(self.instances), small[0][0].source.name, height, width, *target,
             )  # fmt: skip
 
-    def _draw(self, image: ImageRecord, target: Size, position: int, role: str) -> Draw:
+    def _sample(self, image: ImageRecord, target: Size, position: int, role: str) -> TrainingSample:
         generator = numpy_generator(self.seed, f"crop {role}", position)
         flip = bool(generator.random() < 0.5) and self.flip
         if self.crop == "random" and self.crops_per_image is None:
-            return Draw(image, random_crop(image.size, target, generator, flip), position, role)
+            return TrainingSample(image, random_crop(image.size, target, generator, flip), position, role)
         choice = int(generator.integers(self.crops_per_image or 1))
-        return Draw(image, self._crop(image, target, choice, flip), position, role)
+        return TrainingSample(image, self._crop(image, target, choice, flip), position, role)
 
     def _crop(self, image: ImageRecord, target: Size, choice: int, flip: bool) -> Crop:
         """The `choice`-th crop of an image: the middle, or one of its random positions, which its content decides."""
@@ -213,26 +213,26 @@ class DreamBoothDataset(Dataset):
         return random_crop(image.size, target, generator, flip)
 
 
-def collate_draws(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of one bucket → a batch of B rows: all b instances, then, with prior preservation, their b class images.
+def collate_samples(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Items of one bucket → a batch of B rows: all b instances, then, with prior preservation, their b class images.
 
     Returns:
-        draws: the B draws.
+        samples: the B samples.
         prompts: their B prompts.
         time_ids: (B, 6) float32, (H, W, top, left, h, w).
         sample_indices: (B,) int64, positions in the training stream; a class image has that of its instance.
         is_class: (B,) bool.
         pixel_values: (B, 3, h, w), if the dataset loads pixels.
     """
-    order = [(sample, i) for i in range(len(samples[0]["draws"])) for sample in samples]
-    draws = [sample["draws"][i] for sample, i in order]
+    order = [(item, i) for i in range(len(items[0]["samples"])) for item in items]
+    samples = [item["samples"][i] for item, i in order]
     batch: dict[str, Any] = {
-        "draws": draws,
-        "prompts": [draw.prompt for draw in draws],
-        "time_ids": torch.tensor([draw.crop.time_ids for draw in draws], dtype=torch.float32),
-        "sample_indices": torch.tensor([draw.position for draw in draws]),
-        "is_class": torch.tensor([draw.role == "class" for draw in draws]),
+        "samples": samples,
+        "prompts": [sample.prompt for sample in samples],
+        "time_ids": torch.tensor([sample.crop.time_ids for sample in samples], dtype=torch.float32),
+        "sample_indices": torch.tensor([sample.position for sample in samples]),
+        "is_class": torch.tensor([sample.role == "class" for sample in samples]),
     }
-    if "pixel_values" in samples[0]:
-        batch["pixel_values"] = torch.stack([sample["pixel_values"][i] for sample, i in order])
+    if "pixel_values" in items[0]:
+        batch["pixel_values"] = torch.stack([item["pixel_values"][i] for item, i in order])
     return batch

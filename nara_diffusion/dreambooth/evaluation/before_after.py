@@ -1,4 +1,4 @@
-"""What is measured before and after: likeness, alignment, and the loss over λ; on several processes at once.
+"""The figures before and after training: similarity, text alignment, and the loss over λ; on several processes.
 
 Everything is measured on a pipeline into which the saved adapter was loaded as a user loads it.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.cache.prompt_embeds import encode_prompts
-from nara_diffusion.dreambooth.data.dataset import Draw
+from nara_diffusion.dreambooth.data.dataset import TrainingSample
 from nara_diffusion.dreambooth.denoiser import predict, tokenizers_of
 from nara_diffusion.dreambooth.formats import adapter_loaded
 from nara_diffusion.dreambooth.objectives import Objective, squared_errors
@@ -81,7 +81,7 @@ class ValidationLoss:
     Attributes:
         objective: built without min-SNR.
         latents: the cache.
-        draws: images to measure on.
+        samples: images to measure on.
         seed: of the noise.
         points: noise levels.
         batch_size: images of one forward.
@@ -90,7 +90,7 @@ class ValidationLoss:
 
     objective: Objective
     latents: LatentCache
-    draws: Sequence[Draw]
+    samples: Sequence[TrainingSample]
     seed: int
     points: int
     batch_size: int
@@ -103,44 +103,46 @@ class ValidationLoss:
 
     @torch.no_grad()
     def at(self, pipe: Any, index: int) -> list[float]:
-        """The loss of each draw at noise level `index`, with whatever adapter `pipe` has."""
+        """The loss of each sample at noise level `index`, with whatever adapter `pipe` has."""
         device = pipe.unet.device
         losses: list[float] = []
         for batch in self._batches():
             latents = self.latents.mode(batch)
-            noise = draw_noise([draw.position for draw in batch], latents.shape[1:], seed=self.seed, role="validation")
+            noise = draw_noise(
+                [sample.position for sample in batch], latents.shape[1:], seed=self.seed, role="validation"
+            )
             corrupted = self.objective.corrupt(
                 latents.to(device), noise.to(device), torch.full((len(batch),), index, device=device)
             )
             embeddings = encode_prompts(
-                tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2], [draw.prompt for draw in batch]
+                tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2], [sample.prompt for sample in batch]
             )
-            time_ids = torch.tensor([draw.crop.time_ids for draw in batch], device=device)
+            time_ids = torch.tensor([sample.crop.time_ids for sample in batch], device=device)
             prediction = predict(pipe.unet, corrupted.model_input, corrupted.timestep, time_ids, embeddings)
             losses += squared_errors(prediction, corrupted).tolist()
         return losses
 
     def levels(self) -> Tensor:
         """λ (points,)."""
-        latents = self.latents.mode(self.draws[:1]).expand(self.points, -1, -1, -1)
+        latents = self.latents.mode(self.samples[:1]).expand(self.points, -1, -1, -1)
         timestep = self.objective.corrupt(latents, latents, torch.tensor(self.indices)).timestep
         return self.objective.source.noise_level(timestep)
 
     def curve(self, pipe: Any, accelerator: Accelerator) -> Tensor:
-        """(points, draws), on every process."""
+        """(points, samples), on every process."""
 
         def work(points: Sequence[int]) -> list[list[float]]:
             return [self.at(pipe, self.indices[point]) for point in points]
 
         return torch.tensor(split_across_processes(accelerator, self.points, work))
 
-    def _batches(self) -> list[list[Draw]]:
-        """Draws of one size each."""
-        batches: list[list[Draw]] = []
-        for draw in sorted(self.draws, key=lambda draw: draw.target_size):
-            if not batches or len(batches[-1]) == self.batch_size or batches[-1][0].target_size != draw.target_size:
+    def _batches(self) -> list[list[TrainingSample]]:
+        """Samples of one size each."""
+        batches: list[list[TrainingSample]] = []
+        for sample in sorted(self.samples, key=lambda sample: sample.target_size):
+            if not batches or len(batches[-1]) == self.batch_size or batches[-1][0].target_size != sample.target_size:
                 batches.append([])
-            batches[-1].append(draw)
+            batches[-1].append(sample)
         return batches
 
 
@@ -150,7 +152,7 @@ def measure(
     folder: Path | None,
     settings: SampleSettings,
     validation: ValidationLoss,
-    judge: Evaluator,
+    evaluator: Evaluator,
     name: str,
 ) -> Measurement:
     """Samples and losses of `pipe` with the adapter in `folder`, or without one; `name` is for the progress bar."""
@@ -159,8 +161,8 @@ def measure(
         curve = validation.curve(pipe, accelerator).mean(1)
     return Measurement(
         images=images,
-        similarity=judge.similarity(images),
-        text_alignment=judge.alignment(images, [prompt for prompt, _ in settings.pairs]),
+        similarity=evaluator.similarity(images),
+        text_alignment=evaluator.alignment(images, [prompt for prompt, _ in settings.pairs]),
         noise_levels=validation.levels().tolist(),
         curve=curve.tolist(),
         validation_loss=curve.mean().item(),
@@ -169,7 +171,7 @@ def measure(
 
 def validation_losses(accelerator: Accelerator, pipe: Any, validation: ValidationLoss) -> dict[str, float]:
     """{"validation_loss", "validation_loss_low", …} of `pipe` as it is; with a window the means of both sides too."""
-    losses = validation.curve(pipe, accelerator)  # (points, draws)
+    losses = validation.curve(pipe, accelerator)  # (points, samples)
     levels = validation.levels().repeat_interleave(losses.shape[1])
     losses_so_far = LossWindow()
     losses_so_far.add(losses.flatten(), levels)

@@ -1,14 +1,14 @@
-"""Likeness to the subject and obedience to the prompt, measured over several training seeds.
+"""Subject fidelity and prompt fidelity, measured over several training seeds.
 
-Three seeds of one method, judged by the encoders that DreamBooth's paper took:
+Three seeds of one method, measured with the encoders of DreamBooth's paper:
     nara-metrics --generated out-seed-0/samples-after out-seed-1/samples-after out-seed-2/samples-after \\
         --reference dog_images --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16 --identifier sks \\
         --output results.json
 
 What is measured:
-    DINO image similarity   mean cosine between generated images and those of the subject: does it look like it?
+    DINO image similarity   mean cosine between generated images and those of the subject: subject fidelity
     CLIP image similarity   the same by CLIP, which sees kinds of things rather than this very one
-    CLIP text alignment     mean cosine between a generated image and its prompt: was the prompt obeyed?
+    CLIP text alignment     mean cosine between a generated image and its prompt: prompt fidelity
 Each has a mean, a standard deviation and a 95 % interval (Student's t) over the folders of --generated. Intervals that
 overlap leave it open which of two methods is the better one. Figures of different encoders can't be compared.
 
@@ -70,7 +70,7 @@ class MetricsArguments:
         if self.reference is None:
             raise ValueError("--reference is missing: name the folder of the subject's own images.")
         if self.clip is None and self.dino is None:
-            raise ValueError("--clip and --dino are missing: name at least one model to judge by.")
+            raise ValueError("--clip and --dino are missing: name at least one model to measure with.")
         if self.prompts is not None and self.clip is None:
             raise ValueError("--prompts are for text alignment, which needs --clip too.")
         if self.output is not None and Path(self.output).is_dir():

@@ -1,4 +1,4 @@
-"""What a subject's fine-tuning is judged by: likeness to the subject, and obedience to the prompt.
+"""The figures of a subject's fine-tuning: subject fidelity and prompt fidelity.
 
     similarity   mean of cos(e(x), e(y)) over all pairs of a generated image x and an image y of the subject;
                  "DINO" with e of a DINO model, "CLIP-I" with e of CLIP's image tower
@@ -28,7 +28,7 @@ Images = Sequence[Image | str | Path]
 
 
 class ImageSimilarity:
-    """Likeness of generated images to those of the subject.
+    """Subject fidelity: the similarity of generated images to those of the subject.
 
     Args:
         encoder: a path or Hub repository of a CLIP, DINO or similar model; or an `Encoder`, to share one.

@@ -100,7 +100,7 @@ def evaluate(
     """
     folders = [Path(folder) for folder in generated]
     if clip is None and dino is None:
-        raise ValueError("there is no encoder to judge by: give CLIP, DINO or both")
+        raise ValueError("there is no encoder to measure with: give CLIP, DINO or both")
     if not folders or len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError(f"generated is {[str(f) for f in folders]}, expected one folder or more, each once")
     subjects = _images_by_subject(Path(reference))
@@ -108,10 +108,14 @@ def evaluate(
     runs = {folder: _match(folder, subjects.keys(), source if clip else None) for folder in folders}
     if clip is not None and _prompts_known(runs):
         clip.check_text()
-    judges = {name: _Evaluator(clip, dino, images) for name, images in subjects.items()}
-    seeds = [_seed(folder, run, judges) for folder, run in runs.items()]
+    evaluators = {name: _Evaluator(clip, dino, images) for name, images in subjects.items()}
+    seeds = [_seed(folder, run, evaluators) for folder, run in runs.items()]
     figures = {key: _over_seeds([seed[key] for seed in seeds]) for key in MEASURES if key in seeds[0]}
-    return {**figures, "seeds": seeds, "reference": _means([judge.among_themselves() for judge in judges.values()])}
+    return {
+        **figures,
+        "seeds": seeds,
+        "reference": _means([evaluator.among_themselves() for evaluator in evaluators.values()]),
+    }
 
 
 class _Evaluator:
@@ -162,9 +166,9 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _seed(folder: Path, run: Mapping[str, SubjectImages], judges: Mapping[str, _Evaluator]) -> dict[str, Any]:
+def _seed(folder: Path, run: Mapping[str, SubjectImages], evaluators: Mapping[str, _Evaluator]) -> dict[str, Any]:
     """The means over its subjects, and, of several, the figures of each."""
-    subjects = {name: judges[name].figures(images) for name, images in run.items()}
+    subjects = {name: evaluators[name].figures(images) for name, images in run.items()}
     figures = {"folder": str(folder), "images": sum(len(images.files) for images in run.values())}
     return {**figures, **_means(list(subjects.values())), **({"subjects": subjects} if len(subjects) > 1 else {})}
 

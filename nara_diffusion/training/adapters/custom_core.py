@@ -1,4 +1,4 @@
-"""`--core_module`: the user's module that registers a core of their own, imported before `--core_type` is looked up."""
+"""`--core_module`: the user's module that registers a custom core, imported before `--core_type` is looked up."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "lora_dropout": ("nara", "lora", "other"),
     "num_virtual_tokens": ("prompt",),
 }
-# The types of core of this package that read an argument, where that aren't all; types of one's own may read any.
+# The types of core of this package that read an argument, where that aren't all; custom cores may read any.
 _TRAINED = ("hypernetwork", "constant", "knots")
 _CORE_READERS: dict[str, tuple[str, ...]] = {
     "core_module": (),

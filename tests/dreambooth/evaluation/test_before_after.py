@@ -54,24 +54,26 @@ def dataset(tmp_path: Path) -> DreamBoothDataset:
 
 
 def test_the_curve_is_the_error_at_each_level(pipe, dataset, accelerator) -> None:
-    draws = dataset.plain_draws()
-    loss = ValidationLoss(build_objective(pipe.scheduler), LatentCache(pipe.vae), draws, seed=4, points=3, batch_size=2)
+    samples = dataset.plain_samples()
+    loss = ValidationLoss(
+        build_objective(pipe.scheduler), LatentCache(pipe.vae), samples, seed=4, points=3, batch_size=2
+    )
     assert loss.indices == [166, 500, 833]
     curve = loss.curve(pipe, accelerator)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     expected = torch.zeros(3, 3)
-    by_size = sorted(draws, key=lambda draw: draw.target_size)  # the order of the columns
-    for column, draw in enumerate(by_size):
-        latents = loss.latents.mode([draw])
-        noise = draw_noise([draw.position], latents.shape[1:], seed=4, role="validation")
-        embeds, _, pooled, _ = pipe.encode_prompt(draw.prompt, do_classifier_free_guidance=False)
+    by_size = sorted(samples, key=lambda sample: sample.target_size)  # the order of the columns
+    for column, sample in enumerate(by_size):
+        latents = loss.latents.mode([sample])
+        noise = draw_noise([sample.position], latents.shape[1:], seed=4, role="validation")
+        embeds, _, pooled, _ = pipe.encode_prompt(sample.prompt, do_classifier_free_guidance=False)
         for row, t in enumerate(loss.indices):
             with torch.no_grad():
                 prediction = pipe.unet(
                     scheduler.add_noise(latents, noise, torch.tensor([t])),
                     t,
                     encoder_hidden_states=embeds,
-                    added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.tensor([draw.crop.time_ids])},
+                    added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.tensor([sample.crop.time_ids])},
                 ).sample
             expected[row, column] = (prediction - noise).square().mean()
     torch.testing.assert_close(curve, expected, rtol=1e-4, atol=1e-6)
@@ -103,7 +105,7 @@ def test_a_pipeline_that_gives_nan_is_named(pipe) -> None:
         sample_images(pipe, settings)
 
 
-def test_an_adapter_is_taken_out_again_after_an_error(pipe, tmp_path) -> None:
+def test_an_adapter_is_removed_after_an_error(pipe, tmp_path) -> None:
     trained = small_sdxl()
     trained.unet.add_adapter(NaraConfig(r=2, target_modules=["to_q"], core_hidden_dims=(4, 4)), adapter_name="default")
     trained.save_nara_weights(tmp_path)
@@ -117,9 +119,9 @@ def test_an_adapter_is_taken_out_again_after_an_error(pipe, tmp_path) -> None:
 
 
 def test_a_judge_without_encoders_measures_nothing() -> None:
-    judge = Evaluator([])
-    assert judge.similarity([]) is None
-    assert judge.alignment([], []) is None
+    evaluator = Evaluator([])
+    assert evaluator.similarity([]) is None
+    assert evaluator.alignment([], []) is None
 
 
 def test_a_judge_leaves_the_identifier_out(monkeypatch) -> None:

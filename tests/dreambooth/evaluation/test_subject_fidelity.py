@@ -148,7 +148,7 @@ def test_without_prompts_alignment_is_not_measured(tmp_path, clip):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("no encoder", "there is no encoder to judge by"),
+        ("no encoder", "there is no encoder to measure with"),
         ("no folder", "expected one folder or more, each once"),
         ("one folder twice", "expected one folder or more, each once"),
         ("missing folder", "doesn't exist"),

@@ -1,4 +1,4 @@
-"""--core_module: a core of the user's own in a train script, by a module's name or its file."""
+"""--core_module: a custom core in a train script, by a module's name or its file."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.cores import custom as own_cores
+from nara_diffusion.cores import custom as custom_cores
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.custom_core import import_core_module
 from nara_diffusion.training.adapters.method_arguments import unread_arguments
@@ -39,7 +39,7 @@ SCRIPTS["dreambooth"] = (DreamBoothArguments, dreambooth_sdxl.shipped_run)
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     """A file that registers "turned", in a folder that Python doesn't look into; what it leaves is undone."""
-    monkeypatch.setattr(own_cores, "_factories", {})
+    monkeypatch.setattr(custom_cores, "_factories", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     path = tmp_path / "turned_core.py"
@@ -75,7 +75,7 @@ def test_a_module_that_python_finds_is_given_by_name(module: Path, monkeypatch) 
 
 
 def test_a_core_that_the_program_has_registered_itself_needs_no_module(module: Path) -> None:
-    own_cores.register_core("mine", lambda config, rank: None)
+    custom_cores.register_core("mine", lambda config, rank: None)
     assert parse_arguments(dllm.Arguments, ["--core_type", "mine"], stand_in=dllm.shipped_run).core_type == "mine"
 
 
@@ -83,12 +83,12 @@ def test_a_module_beside_it_can_be_imported(module: Path) -> None:
     (module.parent / "turned_helper.py").write_text("NAME = 'other'\n")
     module.write_text("from turned_helper import NAME\n" + CORE.replace('"turned"', "NAME"))
     import_core_module(str(module))
-    assert set(own_cores.registered_cores()) == {"other"}
+    assert set(custom_cores.registered_cores()) == {"other"}
 
 
 def test_help_says_how() -> None:
     text = " ".join(build_parser(AdapterArguments).format_help().split())
-    assert "Or a core of your own: the name that --core_module registers." in text
+    assert "Or a custom core: the name that --core_module registers." in text
     assert "--core_module TEXT" in text
 
 

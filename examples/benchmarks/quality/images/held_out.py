@@ -100,15 +100,15 @@ def clean_bin(latents: LatentCache, prompts: PromptCache, subject: str, index: i
     numbers, count = range(first, first + EACH_PLACE[index]), len(drawn.PLACES)
     places = drawn.in_places(drawn.SUBJECTS[subject], numbers)
     poses = drawn.in_poses(drawn.SUBJECTS[subject], range(count * numbers.start, count * numbers.stop))
-    draws = DreamBoothDataset(records_of([*poses, *places]), [SIZE], batch_size=1, seed=0).plain_draws()
-    clean = latents.mode(draws)  # (b, c, h, w)
-    noise = seeded_normal(clean.shape[1:], seed=0, stream=f"held-out noise {index}", indices=range(len(draws)))
+    samples = DreamBoothDataset(records_of([*poses, *places]), [SIZE], batch_size=1, seed=0).plain_samples()
+    clean = latents.mode(samples)  # (b, c, h, w)
+    noise = seeded_normal(clean.shape[1:], seed=0, stream=f"held-out noise {index}", indices=range(len(samples)))
     return CleanBin(
         clean,
         noise,
-        torch.tensor(bin_timesteps(index, len(draws), levels)),
-        torch.tensor([draw.crop.time_ids for draw in draws], dtype=torch.float32),
-        prompts.get([draw.prompt for draw in draws]),
+        torch.tensor(bin_timesteps(index, len(samples), levels)),
+        torch.tensor([sample.crop.time_ids for sample in samples], dtype=torch.float32),
+        prompts.get([sample.prompt for sample in samples]),
         ["pose"] * len(poses) + ["place"] * len(places),
     )
 

@@ -13,7 +13,7 @@ from peft import AdaLoraModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nara_diffusion.dreambooth import collate_draws
+from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.loss import TrainingStep
@@ -128,6 +128,6 @@ def _loss_of(task: ImageTask, denoiser: ControlledDenoiser, args: Any) -> Callab
     def loss(number: int) -> Tensor:
         positions = range(number * size, (number + 1) * size)
         denoiser.shuffled = shuffled_noise_levels(positions, args.seed, step.objective.levels, size)
-        return step(collate_draws([dataset[position] for position in positions])).loss
+        return step(collate_samples([dataset[position] for position in positions])).loss
 
     return loss

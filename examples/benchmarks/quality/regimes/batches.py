@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nara_diffusion.dreambooth import collate_draws
+from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective
 from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
@@ -56,8 +56,8 @@ def batches(data: RegimeData, objective: Objective, args: Any, window: Window = 
 
     def batch(number: int) -> Batch:
         positions = range(number * size, (number + 1) * size)
-        samples = collate_draws([dataset[position] for position in positions])
-        latents = data.latents.sample(samples["draws"], seed=seed)  # (b, c, h, w)
+        samples = collate_samples([dataset[position] for position in positions])
+        latents = data.latents.sample(samples["samples"], seed=seed)  # (b, c, h, w)
         levels = {"levels": high - low, "stratified": True, "group_size": size}
         indices = low + draw_indices(positions, seed=seed, **levels)
         noise = draw_noise(positions, latents.shape[1:], seed=seed)
