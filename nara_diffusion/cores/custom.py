@@ -22,16 +22,16 @@ def register_core(name: str, factory: CoreFactory) -> None:
 
         register_core("mine", MyCore)
 
-    What it returns is called once a forward as `core(noise_level)`, λ (b,) float32 in [0, 1], and answers C (b, r, r),
-    or (1, r, r) if that is one for all. Two attributes may say otherwise: `needs_noise = False` (called without
-    arguments; the adapter runs without λ), `needs_density = True` (called as `core(noise_level, mask_density)`). Its
-    parameters are trained, saved and loaded with the adapter; they are float32 and stay so. A layer of smaller rank r'
-    reads C[:r', :r'].
+    The factory returns a module. Each forward calls it once as `core(noise_level)`, with λ (b,) float32 in [0, 1], and
+    it returns C (b, r, r), or (1, r, r) for all samples. Two attributes change that: with `needs_noise = False` it is
+    called without arguments, and the adapter runs without λ; with `needs_density = True` it is called as
+    `core(noise_level, mask_density)`. Its parameters are trained, saved and loaded with the adapter, in float32. A
+    layer of smaller rank r' reads C[:r', :r'].
 
-    The name is saved with an adapter, the code is not: register it in each program, before an adapter that has it is
-    made or loaded. The factory is also called under `torch.device("meta")`, so it must not read values of tensors, and
-    is best built of `nn.Parameter`s and `nara_diffusion.cores.float32.Dense`, since quantisers, casters and
-    `target_modules="all-linear"` look for layers such as `nn.Linear`. Registering a name again replaces its factory.
+    An adapter is saved with the name, not with the code: register the core in each program, before you make or load
+    such an adapter. The factory is also called under `torch.device("meta")`, so that it must not read values of
+    tensors. Build the core of `nn.Parameter`s and `nara_diffusion.cores.float32.Dense`, since quantisers, casters and
+    `target_modules="all-linear"` change layers such as `nn.Linear`. Registering a name again replaces its factory.
 
     Raises:
         ValueError: `name` is empty or that of a built-in core, or `factory` cannot be called.
@@ -83,10 +83,10 @@ def rebuild_custom_core(core: CustomCore, config: Any) -> CustomCore:
 
 
 class CustomCore(Float32Module):
-    """A user's core in float32, whose answers are checked.
+    """A registered core in float32, with a check of the shape of its C.
 
     Args:
-        core: the user's. rank: r. name: of its type, for messages.
+        core: what the factory has made. rank: r. name: of its type, for messages.
     """
 
     def __init__(self, core: nn.Module, rank: int, name: str) -> None:
@@ -101,7 +101,7 @@ class CustomCore(Float32Module):
         """λ (b,), density (b,) or None → C (b or 1, r, r), float32.
 
         Raises:
-            ValueError: the user's core answers with another shape, or no tensor.
+            ValueError: the core returns another shape, or no tensor.
         """
         signals = (noise_level, mask_density) if self.needs_density else (noise_level,) if self.needs_noise else ()
         device = "cpu" if noise_level is None else noise_level.device.type

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Float32Module(nn.Module):
     """A module whose floating-point tensors follow `.to(device)` but never leave float32.
 
-    `model.to(bfloat16)` would move C − I by five per cent, so a change of dtype reaches only the device.
+    `model.to(bfloat16)` would change C − I by five per cent, so that it moves these tensors without converting them.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
@@ -27,7 +27,7 @@ class Float32Module(nn.Module):
 class Dense(Float32Module):
     """y = x Wᵀ + b in float32, zero until `reset`.
 
-    Not an `nn.Linear`, so that quantisers, casters and "all-linear" pass it by.
+    It is not an `nn.Linear`, so that quantisers, casters and "all-linear" skip it.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

@@ -1,4 +1,4 @@
-"""A core that λ interpolates: what a hypernetwork learns as a function of λ, kept as its values at K knots.
+"""A core that interpolates between learned matrices at K values of λ, its knots.
 
     C(λ) = I + η Σ_k φ_k(λ) D_k,      φ_k(λ) = max(0, 1 − |λ (K − 1) − k|),   k = 0 … K − 1
 

@@ -1,4 +1,4 @@
-"""Base weights of quantised layers (bitsandbytes), where PEFT's way to read or merge them goes wrong."""
+"""Base weights of layers quantised by bitsandbytes, in the cases in which PEFT reads or merges them wrongly."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 def base_weight(base_layer: Any) -> Tensor:
     """W0 of a layer, dequantised if need be.
 
-    On a CPU, bitsandbytes reorders 4-bit weights at the first inference, after which they dequantise to nonsense; then
-    the layer itself is asked: W0ᵀ = layer(I) − b. PEFT's way to dequantise 8-bit weights spoils later forwards.
+    On a CPU, bitsandbytes reorders 4-bit weights at the first inference, after which they dequantise wrongly: then
+    W0ᵀ = layer(I) − b. PEFT's function for 8-bit weights breaks later forwards, so that they are dequantised here.
     """
     if type(getattr(base_layer, "weight", None)) is nn.Parameter and not hasattr(base_layer, "W_q"):
-        return base_layer.weight  # nothing to ask PEFT about, whose way to find out would break a compiled graph
+        return base_layer.weight  # PEFT's function would break a compiled graph
     if type(base_layer.weight).__name__ == "Int8Params":
         return _int8_weight(base_layer)
     if not _is_packed(base_layer):
@@ -28,14 +28,14 @@ def base_weight(base_layer: Any) -> Tensor:
 
 
 def _int8_weight(base_layer: Any) -> Tensor:
-    """Rows of 255 values up to their own largest one, which the first forward moves from the weight to the state."""
+    """W0 from int8 codes and the largest value of each row; the first forward moves both from weight to state."""
     weight, state = base_layer.weight, base_layer.state
     codes, largest = (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
     return codes.float() * (largest.float()[:, None] / 127)
 
 
 def check_mergeable(layer: Any, adapter_name: str, layer_name: str) -> None:
-    """Refuse what PEFT would merge wrongly, before it changes anything.
+    """Refuse layers that PEFT would merge wrongly, before anything is changed.
 
     Raises:
         ValueError: a bias of B without a bias to add it to, or on a quantised layer, where PEFT forgets its scale; or

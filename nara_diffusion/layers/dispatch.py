@@ -63,7 +63,7 @@ def variant_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
 
 
 def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
-    """PEFT gives A and B the dtype of the base weight; where layerwise casting stores that as float8, float32."""
+    """Convert A and B to float32 if PEFT made them float8, like a base weight under layerwise casting."""
     for factors in (getattr(layer, name) for name in layer.adapter_layer_names):
         for name, parameter in factors.named_parameters():
             if name.split(".")[0] == adapter_name and _is_float8(parameter.dtype):
@@ -71,8 +71,10 @@ def keep_out_of_float8(layer: Any, adapter_name: str) -> None:
 
 
 def factor_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype of loaded A and B beside a base weight: that of the weight, float32 beside float8, and None, which is
-    the file's, beside a quantised one."""
+    """The dtype for loaded A and B: that of the base weight, float32 if that is float8.
+
+    None, for a quantised base weight, keeps the dtype of the file.
+    """
     if weight_dtype is None or not weight_dtype.is_floating_point:
         return None
     return torch.float32 if _is_float8(weight_dtype) else weight_dtype

@@ -1,9 +1,8 @@
-"""The matrices that an adapted layer's modules stand for when they are called: A, B, W0 and ΔW = s B C A.
+"""The matrices by which the modules of an adapted layer map their inputs: A, B, W0 and ΔW = s B C A.
 
-A module's `weight` is no more than where its call begins. Pruning, `weight_norm` and `spectral_norm` make it anew
-before each call, so that it is stale until then, and hooks may change what goes in or comes out. So A and B are read
-only where nothing watches their call, and else called (NaRA's update) or asked for the matrix of their call (DoRA's
-norm, merging).
+A module's `weight` may differ from that matrix. Pruning, `weight_norm` and `spectral_norm` recompute it before each
+call, and hooks may change inputs or outputs. So the weights of A and B are read only if nothing changes their call.
+Otherwise the modules are called (NaRA's update), or their matrix is found by calling them (DoRA's norm, merging).
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether `layer` is PyTorch's own linear layer with parameters of PyTorch's own, and nothing watches its call."""
+    """Whether `layer` is an `nn.Linear` with plain parameters, and no hook or wrapper changes its call."""
     return "forward" not in vars(layer) and _has_plain_weight(layer)
 
 
 def may_read(layer: Any) -> bool:
-    """Whether a product with the weight of `layer` may stand in for its call, if `offload.onloaded` is around it."""
+    """Whether a product with the weight of `layer` equals its call, inside `offloading.onloaded`."""
     return _has_plain_weight(layer) and not _has_own_forward(layer) and not any(GLOBAL_HOOKS)
 
 
 def _has_plain_weight(layer: Any) -> bool:
-    """Where something makes the weight anew for each call (pruning, weight_norm, FSDP1), it is no parameter."""
+    """Whether the weight is a parameter. It is none if something recomputes it (pruning, weight_norm, FSDP1)."""
     if type(layer) is not nn.Linear:
         return False
     own = vars(layer)
@@ -52,10 +51,10 @@ def _has_plain_weight(layer: Any) -> bool:
 
 
 def effective_weight(layer: Any) -> Tensor:
-    """The weight by which `layer` maps its input when it is called now, not part of the graph.
+    """The matrix by which `layer` maps its input now, detached.
 
-    Hooks that change what a linear layer gets or gives have their share in it. Those on a convolution have none, as in
-    PEFT's DoRA: the weight alone is made as for a call.
+    It includes hooks on the inputs and outputs of a linear layer, but not those of a convolution, as in PEFT's DoRA:
+    there it is the weight after a call.
     """
     own = vars(layer)
     if not (own["_forward_hooks"] or own["_forward_pre_hooks"] or _has_own_forward(layer)):
@@ -71,7 +70,7 @@ def effective_weight(layer: Any) -> Tensor:
 
 
 def _has_own_forward(layer: Any) -> bool:
-    """Whether `forward` was replaced on this object, by other than what brings its weights in."""
+    """Whether `forward` was replaced on this object, other than by an offloading hook."""
     return "forward" in vars(layer) and not is_managed(layer)
 
 

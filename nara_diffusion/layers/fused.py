@@ -1,13 +1,13 @@
-"""An adapted linear layer as one autograd function, which takes less memory and time than its parts if it is large.
+"""An adapted linear layer as one autograd function: large layers then take less memory and time.
 
     y = dora_scale ⊙ (W0 x + s B C A x)        dora_scale: none (NaRA), or m / ‖W0 + s B C A‖_row (NaRA-DoRA)
 
-The update is written into the base layer's output, and both shares of x's gradient into one tensor, so that of what
-is large a layer keeps x alone and, for the gradient of dora_scale, its own output. That is right only where the base
-layer is a frozen W0, without another tuner between, and nobody watches its call or its output: `can_fuse` says so, and
-elsewhere layers compute it from its parts.
-In backward, products with a side as narrow as r have it first, (r, …), not last: on a CPU some are five times as fast.
-(A model that changes the output of a NaRA-DoRA layer without bias in place gets PyTorch's error in backward.)
+It writes the update into the base layer's output, and both terms of the gradient of x into one tensor. The only large
+tensors that it keeps for backward are x and, for the gradient of dora_scale, its own output. `can_fuse` allows it where
+the base layer is a frozen W0, no other tuner stands between, and no hook sees the base layer's call or output. All
+other layers compute the parts one by one. In backward, matrices with the narrow side r have it first, (r, …): on a CPU
+some products are five times as fast. (Changing the output of a NaRA-DoRA layer without bias in place raises PyTorch's
+error in backward.)
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MIN_ELEMENTS = 2**17
 
 
 def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Tensor) -> bool:
-    """Whether `fused_linear` may take over from PEFT's layer `module`, whose base layer has made `result` from `x`.
+    """Whether `fused_linear` may compute PEFT's layer `module`; its base layer has computed `result` from `x`.
 
-    It is asked at each call of each layer, hence the direct way to what PyTorch keeps.
+    It runs at each call of each layer, so that it reads PyTorch's private fields directly.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False  # a compiler fuses by itself; functions such as `vmap` and `jvp` have rules for the parts alone
@@ -197,7 +197,7 @@ def _rising(B: Tensor, dora_scale: Tensor) -> Tensor:
 
 
 def _is_vectorized(gradient: Tensor) -> bool:
-    """Whether it stands for many gradients, into which nothing can be written: `vmap`, or `is_grads_batched=True`."""
+    """Whether `gradient` is a batch of gradients (`vmap`, `is_grads_batched=True`): in-place writes would fail."""
     return torch._C._are_functorch_transforms_active() or is_legacy_batchedtensor(gradient)
 
 
@@ -215,7 +215,7 @@ def _gradient_of_core(grad_mixed: Tensor, h: Tensor, core: Tensor) -> Tensor:
 def _gradients_of_scaling(grad_out: Tensor, out: Tensor, dora_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Of out = dora_scale ⊙ z, z (b, n, d), dora_scale (b, d). Σ_n grad_out ⊙ z comes from out, so z is not kept.
 
-    The products that are summed stand where the gradient of z comes after, so that there is no other large tensor.
+    The products are written where the gradient of z is written afterwards, so that there is one large tensor only.
     """
     safe = _safe(dora_scale)
     if torch.is_grad_enabled() or _is_vectorized(grad_out):

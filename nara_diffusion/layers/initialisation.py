@@ -1,8 +1,8 @@
-"""Orthonormal directions: how A may start where C(λ) switches some of them off.
+"""Orthonormal initialisation of A, for cores that switch some of its directions off.
 
-T-LoRA (arXiv 2507.05964) starts A and B with the singular vectors of a random matrix, so that no direction repeats
-what another one knows, and takes the product that they start with out of each forward again, by frozen copies of both.
-Here B is zero, as LoRA's is: the model is the base at every λ at first, and no copies are needed.
+T-LoRA (arXiv 2507.05964) initialises A and B with singular vectors of a random matrix, so that the directions do not
+overlap, and subtracts their initial product from each forward by frozen copies. Here B starts at zero, as in LoRA: the
+adapted model starts as the base model, and no copies are needed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import nn
 
 @torch.no_grad()
 def make_directions_orthonormal(layer: Any, adapter_name: str) -> None:
-    """Draw the r directions of PEFT's layer anew: rows of A (r, d_in …), in an embedding columns of B (d_out, r).
+    """Replace the r directions of PEFT's layer: the rows of A (r, d_in …), or the columns of an embedding's B (d_out,
+    r).
 
-    With more directions than features, features are orthonormal instead. The other factor is zero already.
+    With more directions than features, the features are orthonormal instead. The other factor stays zero.
     """
     embeds = isinstance(layer, Embedding)
     factor = layer.lora_embedding_B[adapter_name] if embeds else layer.lora_A[adapter_name].weight

@@ -41,13 +41,13 @@ class NaraVariant(LoraVariant):
     """The base of all variants: reading C, the product B·C, and merging at one fixed C.
 
     Args:
-        channel: where the model's root puts C(λ) for the time of a forward.
-        core_to_merge: (adapter name, group) → C (1, r, r) of the λ at which layers are being merged.
-        adapter_name, group: which C is this layer's.
-        layer_name: for error messages. rows: what the rows of the layer's input are.
+        channel: holds C(λ) during a forward of the model's root.
+        core_to_merge: (adapter name, group) → C (1, r, r) at the λ of merging.
+        adapter_name, group: name the C of this layer.
+        layer_name: for error messages. rows: the meaning of the rows of the layer's input.
 
     Attributes:
-        key: by what it reads C from the channel; (adapter_name, group), unless the group's layers differ in strength.
+        key: of C in the channel: (adapter_name, group), or another name if layers of the group differ in strength.
     """
 
     def __init__(
@@ -70,29 +70,29 @@ class NaraVariant(LoraVariant):
         return False
 
     def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to create: PEFT has made A, B and the magnitude, and the core belongs to the root."""
+        """Do nothing: PEFT has made A, B and the magnitude, and the core belongs to the root."""
 
     def read_core(self, rank: int) -> Tensor:
-        """C (b, r, r) or (1, r, r), float32, of the forward that is running, or of the λ that is told where none is."""
+        """C (b, r, r) or (1, r, r), float32, of the running forward; outside of one, of the active `noise_level`."""
         cores = self.channel.cores
         if cores is None or self.key not in cores:
             raise RuntimeError(
-                f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. C is made when the "
-                "forward of the whole adapted model is called: call that, or call a part of it inside `with "
-                "noise_level(model, value):`, and do not recompute a part of it by a checkpoint other than the "
-                "model's own (`model.gradient_checkpointing_enable()`)."
+                f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. The forward of the whole "
+                "adapted model makes C: call that forward, or call a part of the model inside `with "
+                "noise_level(model, value):`. For gradient checkpointing use the model's own, "
+                "`model.gradient_checkpointing_enable()`."
             )
         core = cores[self.key]
         return core if core.shape[-1] == rank else core[:, :rank, :rank]
 
     def batch_core(self, rank: int, x: Tensor) -> Tensor:
-        """`read_core` as one matrix, or one for each row of this layer's input `x` (b, …)."""
+        """`read_core` for the input `x` (b, …): one matrix, or one for each row."""
         core = self.read_core(rank)
         samples, batch = core.shape[0], x.shape[0]
         check_rows(self.rows, x, samples, self.layer_name)
         if samples in (1, batch):
             return core
-        if batch == 0:  # an idle expert: no row asks for a C, and A and B get gradients of zero
+        if batch == 0:  # an expert without tokens: A and B get gradients of zero
             return core[:1]
         if self.channel.sample_major and batch % samples == 0:
             return core.repeat_interleave(batch // samples, dim=0)
@@ -102,7 +102,7 @@ class NaraVariant(LoraVariant):
         )
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """PEFT's entry: `result` with the update of `x` added. A sample without batch axis is a batch of one.
+        """Return `result` plus the update of `x`; PEFT calls it. A sample without batch axis is a batch of one.
 
         Raises:
             ValueError: `x` is a nested tensor of the strided layout, or has another number of samples than λ.
@@ -129,7 +129,7 @@ class NaraVariant(LoraVariant):
         return self.update(module, active_adapter, x, result)
 
     def batched_dims(self, module: Any) -> int:
-        """How many axes an input with a batch axis has at least."""
+        """The least number of axes of an input with a batch axis."""
         return 2
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class NaraVariant(LoraVariant):
         return (factor * (weight + delta_weight(module, A, K[0], scaling))).to(orig_weight.dtype)
 
     def _check_merged(self, module: Any, args: Any) -> None:
-        """For a merged layer whose root does not run, and so does not check λ."""
+        """Check λ before the forward of a merged layer: its root may not run, and so not check it."""
         if module.merged:
             self.channel.check_merged()
 
@@ -167,12 +167,12 @@ class NaraVariant(LoraVariant):
         return (orig_weight.data / factor - delta_weight(module, A, K[0], scaling)).to(orig_weight.dtype)
 
     def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor | float:
-        """What a merged row is multiplied with: 1, or DoRA's m / ‖W0 + s K A‖, for K = B C (1, d_out, r)."""
+        """The factor of each merged row: 1, or DoRA's m / ‖W0 + s K A‖ for K = B C (1, d_out, r)."""
         return 1.0
 
 
 class NaraLinear(NaraVariant):
-    """y = W0 x + b + s B C A x, the last product onto the base layer's output."""
+    """y = W0 x + b + s B C A x; the update is added to the base layer's output."""
 
     def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
         return (module.lora_B[active_adapter],)
@@ -226,7 +226,7 @@ class NaraConv(NaraVariant):
 class NaraDoraLinear(NaraVariant):
     """y = m / ‖W0 + s K A‖ ⊙ (W0 x + s K A x) + b, the norm from its factors.
 
-    With dropout, as in PEFT, the dropped input also goes through the magnitude's share of the base product.
+    With dropout, the dropped input is also used for the base product that the magnitude scales, as in PEFT.
     """
 
     def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
@@ -293,7 +293,7 @@ class NaraDoraConv(NaraDoraLinear):
 
 
 def _in_dtype_of_factors(module: Any, adapter_name: str, x: Tensor) -> Tensor:
-    """`x` in A's dtype where layerwise casting, which is for the base weights, has kept PEFT from seeing to that."""
+    """`x` in A's dtype, if layerwise casting of the base weights has turned off PEFT's own conversion."""
     if getattr(module, "cast_input_dtype_enabled", True) or not x.is_floating_point():
         return x
     A = module.lora_A[adapter_name]

@@ -1,7 +1,7 @@
-"""After a load, the model holds what the file holds: every tensor, and no layer besides.
+"""A check after each load: the model has every tensor of the file, and no further adapted layer.
 
-PEFT, Diffusers and Transformers pass by tensors whose names they don't expect, with a warning at most, and leave the
-layers that those belong to at their random start. What this package has trained is therefore compared with its file.
+PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and leave their layers at
+random values. So adapters of this package are compared with their file after loading.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def load_peft_adapter(model: nn.Module, source: str | Path, **options: Any) -> PeftModel:
-    """`PeftModel.from_pretrained`, of all that is in the file.
+    """`PeftModel.from_pretrained`, with a check that all tensors of the file were loaded.
 
     Args:
-        source: folder or repository. options: where in it, such as `revision` or `subfolder`.
+        source: folder or repository. options: `revision`, `subfolder`, ….
 
     Raises:
         ValueError: as `check_loaded`.
@@ -33,10 +33,10 @@ def load_peft_adapter(model: nn.Module, source: str | Path, **options: Any) -> P
 
 
 def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained` of Diffusers or Transformers, of all weights of such a model and no others.
+    """`kind.from_pretrained` of Diffusers or Transformers, with a check that all weights were loaded and none ignored.
 
     Raises:
-        ValueError: a tensor is missing or left over; naming it.
+        ValueError: a tensor is missing or unexpected; the message names it.
     """
     model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
     missing, surplus = (sorted(loading[keys]) for keys in ("missing_keys", "unexpected_keys"))
@@ -60,10 +60,11 @@ def check_loaded(
     Args:
         model: a PeftModel, or a model with adapters by `inject_adapter_in_model`.
         tensors: by PEFT's names, with or without its prefix.
-        held: those in `model`, where they aren't as they were loaded; None asks PEFT for them.
+        held: the tensors in `model`, if PEFT would not return them as loaded; None takes PEFT's.
 
     Raises:
-        ValueError: not all of them are in the model, or it has layers of which there are none; naming the layers.
+        ValueError: a tensor is not in the model, or the model has an adapted layer without tensors; the message names
+            the layers.
     """
     there = _by_plain_name(held_tensors(model, adapter_name) if held is None else held)
     given = _by_plain_name(tensors)
@@ -85,14 +86,14 @@ def check_loaded(
 
 
 def held_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
-    """What PEFT would save of the adapter in `model`, without base weights."""
+    """The tensors that PEFT would save of the adapter in `model`, without base weights."""
     # given the tensors, PEFT doesn't take a layer of which AdaLoRA has dropped all directions for a shard
     state = model.state_dict()
     return get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
 
 
 def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what differs between PEFT's, Diffusers' and Transformers' names of one tensor."""
+    """The tensors by names that PEFT, Diffusers and Transformers share."""
     return {key.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
 
 

@@ -1,11 +1,11 @@
-"""The file of a pipeline's NaRA: one safetensors file, whose metadata holds what the tensors alone do not say.
+"""The file format of a pipeline's NaRA: one safetensors file, with the configuration in its metadata.
 
     unet.down_blocks.1.….to_q.lora_A.weight      A, B and, for DoRA, the magnitude, of each adapted module
     unet.nara_core.shared.layers.0.weight        the core, once a component
     text_encoder.….q_proj.lora_A.weight          text encoders run before there is a λ: C = I
     __metadata__["nara_adapter_metadata"]        {"format_version": 1, "components": {"unet": NaraConfig's fields, …}}
 
-λ's convention and η are part of the configuration: neither can be read off the tensors.
+The configuration includes η and the definition of λ, which the tensors do not show.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class AdapterPart:
-    """What an adapter is in one component of a pipeline: its configuration, and its tensors by their names in it."""
+    """The part of an adapter for one component: configuration, and tensors by their names in the component."""
 
     config: NaraConfig
     tensors: dict[str, Tensor]
@@ -45,10 +45,10 @@ def pack(parts: Mapping[str, AdapterPart]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, origin: str) -> dict[str, AdapterPart]:
-    """`pack` undone. `origin` is what to call the file or dictionary in messages.
+    """The inverse of `pack`. `origin` names the file or dictionary in messages.
 
     Raises:
-        ValueError: another kind of file, one of a newer version, or tensors without a configuration.
+        ValueError: the file is of another kind or of a newer version, or has tensors without a configuration.
     """
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.is_meta:
@@ -89,7 +89,7 @@ def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
 
 
 def is_core_key(key: str) -> bool:
-    """Whether a tensor of that name belongs to a core, and its file so to a NaRA."""
+    """Whether a tensor of that name belongs to a core. Only the file of a NaRA has one."""
     return HOLDER_NAME in key.split(".")
 
 

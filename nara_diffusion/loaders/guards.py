@@ -1,4 +1,4 @@
-"""Loading into a pipeline whose parts wait elsewhere: the hooks that bring them in are off meanwhile, as for a LoRA."""
+"""Loading into an offloaded or wrapped pipeline: offloading is suspended meanwhile, as Diffusers does for a LoRA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .insertion import nara_adapters_of
 
 @contextmanager
 def offloading_suspended(pipe: Any) -> Iterator[None]:
-    """Inside, no offload hook of accelerate's is on `pipe`; afterwards, also after an error, all are on again.
+    """Remove accelerate's offloading hooks from `pipe` inside the context, and restore them afterwards.
 
     Raises:
         ValueError: group offloading keeps weights on disk.
@@ -47,7 +47,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
-    """Raises ValueError if `model`, the pipeline's `component`, is a PeftModel, which its `method` cannot serve."""
+    """Raises ValueError if `model`, the pipeline's `component`, is a PeftModel, for which `method` does not work."""
     if isinstance(model, PeftModel):
         raise ValueError(
             f"{component} is a PeftModel, whose adapters pipe.{method} cannot change. Put its base model, adapters "
@@ -57,7 +57,7 @@ def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
 
 
 def check_none_wrapped(pipe: Any, components: list[str], method: str) -> None:
-    """Raises ValueError if one of `components` is a PeftModel with a NaRA, which Diffusers' `method` would pass by."""
+    """Raises ValueError if one of `components` is a PeftModel with a NaRA, which Diffusers' `method` would ignore."""
     for component in components:
         model = getattr(pipe, component, None)
         model = getattr(model, "_orig_mod", model)  # of torch.compile

@@ -1,8 +1,8 @@
-"""Hotswap: an adapter's weights replaced in place, so that a compiled model runs on without recompilation.
+"""Hotswap: replacing an adapter's weights in place, so that a compiled model is not recompiled.
 
-Ranks may differ up to the one that `enable_lora_hotswap(target_rank=R)` has made room for. A layer then holds
-A (R, d_in) and B (d_out, R), and its core C (R, R), of which an adapter of rank r fills the leading r rows, columns and
-block; the rest is zero (in C − I), so that B·C·A is that of rank r.
+After `enable_lora_hotswap(target_rank=R)` the ranks r ≤ R may differ. A layer then has A (R, d_in), B (d_out, R) and C
+(R, R). An adapter of rank r fills the first r rows of A, the first r columns of B and the leading (r, r) block of C −
+I; the rest is zero, so that B·C·A is the update of rank r.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .insertion import adapters_of, nara_adapters_of, part_of
 from .validation import by_pattern, check_part, expected_tensors, rank_of
 
 REQUEST = "_prepare_lora_hotswap_kwargs"
-"""What `enable_lora_hotswap` leaves on a model for its next load."""
+"""The attribute in which `enable_lora_hotswap` stores its arguments until the next load."""
 
 _HAS_TO_AGREE = (
     "core_type",
@@ -46,7 +46,7 @@ _HAS_TO_AGREE = (
     "lora_bias",
     "lora_dropout",
 )
-"""What is built into the modules that stay; all else of an adapter is in its tensors, its scales and η."""
+"""Fields that define the modules, which hotswap keeps. The rest of an adapter is tensors, scales and η."""
 
 _REMEDY = "load it without hotswap under another name, and delete the old one."
 
@@ -70,7 +70,7 @@ def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
 
 
 def check_enlargeable(model: nn.Module, target: int) -> None:
-    """Raises ValueError if an adapter of the model has a C that can't follow A and B to the rank `target`."""
+    """Raises ValueError if an adapter of the model has a C that cannot be enlarged to the rank `target`."""
     for name, config in adapters_of(model).items():
         if has_strength(model, name) and not isinstance(config, NaraConfig):
             raise ValueError(
@@ -90,7 +90,7 @@ def _check_enlargeable(adapter_name: str, config: NaraConfig, target: int) -> No
 
 
 def enlarge_cores(model: nn.Module, rank: int) -> None:
-    """Let the cores of all NaRAs, and their layers' own idea of their rank, follow A and B, which PEFT has padded."""
+    """Enlarge the cores of all NaRAs, and the ranks stored in their layers, after PEFT has padded A and B."""
     for name, config in nara_adapters_of(model).items():
         _enlarge(model, name, config, rank)
 
@@ -116,7 +116,7 @@ def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int)
 
 
 def check_no_part_stays(held: Iterable[str], parts: Iterable[str], adapter_name: str) -> None:
-    """Raises ValueError if the adapter of that name is in a component (`held`) that the new one has no part for."""
+    """Raises ValueError if the existing adapter is in a component (of `held`) for which the new one has no part."""
     staying = sorted(set(held) - set(parts))
     if staying:
         raise ValueError(
@@ -195,7 +195,7 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
 
 
 def _follow(cores: Any, config: NaraConfig) -> None:
-    """Let cores that have their tensors already do what `config` says besides."""
+    """Apply those fields of `config` to the cores that are not in their tensors."""
     for group, core in cores.items():
         if isinstance(core, CustomCore):  # only its factory knows what it reads of the configuration
             cores[group] = rebuild_custom_core(core, config)
@@ -204,14 +204,14 @@ def _follow(cores: Any, config: NaraConfig) -> None:
 
 
 def trimmed(model: nn.Module, part: AdapterPart) -> AdapterPart:
-    """`part` of `model` without the room that hotswap has made for other ranks, as it was before it was loaded."""
+    """`part` of `model` at its own rank, without the padding of `enable_lora_hotswap`."""
     expected = expected_tensors(model, part)
     own = {key: resized(t, expected[key].shape, _is_squared(key, part.config)) for key, t in part.tensors.items()}
     return AdapterPart(part.config, own)
 
 
 def _set_alpha(layer: Any, adapter_name: str, scaling: float) -> None:
-    """Let α / r, from which `set_adapters` begins, be `scaling` with the r that there is room for."""
+    """Set α so that α / r, which `set_adapters` multiplies, is `scaling` at the padded rank r."""
     rank = layer.r[adapter_name]
     layer.lora_alpha[adapter_name] = scaling * (math.sqrt(rank) if layer.use_rslora[adapter_name] else rank)
 

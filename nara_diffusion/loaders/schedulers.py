@@ -1,8 +1,8 @@
 """The scheduler that an adapter carries: described, built, set on a pipeline, and reset.
 
-A pipeline's scheduler follows its active adapters: whatever loads, activates, disables or removes them ends with
-`follow_adapters`. A scheduler that already takes the prediction for what it is stays, so that a user may choose
-another solver (UniPC in place of DPM-Solver).
+A pipeline's scheduler follows its active adapters: each function that loads, activates, disables or removes adapters
+calls `follow_adapters`. A scheduler that already expects the right prediction stays, so that users may choose another
+solver (UniPC instead of DPM-Solver).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer"
 
 
 def scheduler_fields(scheduler: Any) -> dict[str, Any]:
-    """What `NaraConfig(scheduler=…)` holds: class and configuration of a scheduler of Diffusers."""
+    """The value of `NaraConfig(scheduler=…)`: class and configuration of a Diffusers scheduler."""
     fields = json.loads(scheduler.to_json_string())
     return {name: value for name, value in fields.items() if name not in ("_diffusers_version", "_use_default_values")}
 
 
 def build_scheduler(fields: Mapping[str, Any]) -> Any:
-    """The scheduler that `scheduler_fields` described.
+    """The scheduler of these fields; the inverse of `scheduler_fields`.
 
     Raises:
         ValueError: a class that Diffusers doesn't have, or that refuses the configuration.
@@ -64,11 +64,9 @@ def build_scheduler(fields: Mapping[str, Any]) -> Any:
 
 
 def follow_adapters(pipe: Any) -> None:
-    """Let the pipeline's scheduler be the one that its active adapters were trained for, or the base's own.
+    """Set the scheduler that the active adapters were trained for, or the pipeline's own one if they carry none.
 
-    λ = t / N is read by that scheduler's N.
-
-    Where a user keeps the scheduler in hand (`set_scheduler=False`) it is only said which to set.
+    λ = t / N then uses the N of that scheduler. With `set_scheduler=False` a warning names the scheduler instead.
     """
     fields, replaced = _carried(pipe), getattr(pipe, _REPLACED, None)
     if fields is None:
@@ -91,7 +89,7 @@ def follow_adapters(pipe: Any) -> None:
 
 
 def check_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
-    """Raises ValueError if an adapter carries a scheduler that can't be built, or that `pipe` has no place for."""
+    """Raises ValueError if an adapter carries a scheduler that cannot be built, or if `pipe` uses no scheduler."""
     for fields in _carried_by(parts):
         build_scheduler(fields)
         if not isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
@@ -102,9 +100,9 @@ def check_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
 
 
 def adopt_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
-    """After `parts` are loaded: set the scheduler that they carry, and let it follow the active adapters from now on.
+    """Set the scheduler that the loaded `parts` carry; from then on it follows the active adapters.
 
-    A pipeline whose scheduler takes the prediction for what it is already stays in the user's hand.
+    If the pipeline's scheduler expects the right prediction already, it stays, and the user keeps control of it.
     """
     for fields in _carried_by(parts):
         if not hasattr(pipe, _REPLACED) and prediction_by(pipe.scheduler) != prediction_in(fields):
@@ -123,7 +121,7 @@ def check_agree(pipe: Any, adapter_names: str | Iterable[str]) -> None:
 
 
 def keep_if_fused(pipe: Any) -> None:
-    """Before adapters are unloaded: what `fuse_lora` has put into the base stays, and so does its scheduler."""
+    """Before unloading: keep the scheduler of fused adapters, since they stay in the base weights."""
     for model in _denoisers(pipe):
         holder = _holder_of(model)
         if holder is not None and carried_scheduler(adapters_of(model), holder.merged_adapters) is not None:
@@ -135,7 +133,7 @@ def _carried_by(parts: Mapping[str, AdapterPart]) -> list[dict[str, Any]]:
 
 
 def _denoisers(pipe: Any) -> list[nn.Module]:
-    """Without torch.compile's and PEFT's wrappers."""
+    """The denoisers of `pipe`, without the wrappers of torch.compile and PEFT."""
     found = [getattr(pipe, name, None) for name in DENOISERS]
     return [unwrapped(getattr(model, "_orig_mod", model)) for model in found if isinstance(model, nn.Module)]
 

@@ -1,7 +1,7 @@
-"""From a path, a repository or a dictionary to an adapter's parts. Nothing of the pipeline is touched here.
+"""Reading an adapter from a path, a repository or a dictionary. It does not change the pipeline.
 
-Two forms are read: the file of `save_nara_weights` (see `format`), and the folder that PEFT's `save_pretrained` and
-`train_scripts/dllm.py` write, adapter_config.json and adapter_model.safetensors.
+It reads two formats: the file of `save_nara_weights` (see `format`), and PEFT's folder, with adapter_config.json and
+adapter_model.safetensors, which `save_pretrained` and `train_scripts/dllm.py` write.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def read_adapter(
 
     Args:
         source: a file, a folder, a repository on the hub, or a dict of tensors with its `metadata`.
-        denoiser: the component that an adapter in PEFT's form belongs to.
+        denoiser: the component of an adapter in PEFT's format.
         hub: revision, token, cache_dir, force_download, proxies, local_files_only.
 
     Raises:
@@ -75,7 +75,7 @@ def read_adapter(
 
 @contextmanager
 def naming(source: Any) -> Iterator[None]:
-    """Refusals inside say which adapter they mean, if they don't yet; `source` as `read_adapter` has it."""
+    """Inside, errors get the name of the adapter's `source` (see `read_adapter`), unless they have it."""
     try:
         yield
     except ValueError as error:
@@ -106,7 +106,7 @@ def _read_named(name: str, locate: Locate, denoiser: str) -> dict[str, AdapterPa
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """Tensors and metadata of a safetensors file, copied out of it: it may be written again afterwards.
+    """Tensors and metadata of a safetensors file, copied, so that the file may be overwritten afterwards.
 
     Raises:
         ValueError: it is cut off or of another format.
@@ -126,9 +126,9 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """A tensor of the adapter's own: nobody else writes to it, and it is aligned in memory as a model's weights are.
+    """A copy of `tensor` that shares no memory and is aligned like a model's weights.
 
-    (The last bits of a product depend on the alignment of its factors, which in a mapped file is any.)
+    (The last bits of a product depend on the alignment of its factors, which is arbitrary in a mapped file.)
     """
     return tensor.detach().clone()
 
@@ -163,7 +163,7 @@ def _inside(folder: Path, name: str) -> str:
 
 
 def _guess(folder: Path) -> str:
-    """The name of the file that is meant where none was given."""
+    """The default file name in a folder or repository."""
     if not folder.is_dir():
         raise ValueError(f"There is no folder '{folder}'.")
     if (folder / WEIGHTS_NAME).is_file():

@@ -1,8 +1,8 @@
-"""Strengths that depend on λ among the weights that Diffusers' `set_adapters` takes.
+"""λ-dependent strengths as values of Diffusers' `set_adapters`.
 
-Diffusers itself says which weight belongs to which layer: its own function is asked about stand-ins of the layers.
-Where it would pass by a weight without a word (an unknown block or component, a text encoder, which runs before there
-is a λ), a schedule is refused.
+Diffusers' own function maps weights to layers; it is called on stand-ins of the layers. It ignores a weight for an
+unknown block or component without an error: a schedule there is refused. So is one for a text encoder, which runs
+without a λ.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _UNET_KEYS = ("down", "mid", "up")
 
 
 def set_weights(original: Callable[..., None], model: Any, adapter_names: list[str] | str, weights: Any) -> None:
-    """Diffusers' `set_adapters` of one model, where weights may be, or hold, schedules.
+    """Diffusers' `set_adapters` of one model, with schedules allowed among the weights.
 
     Raises:
-        ValueError: a block that is not there, or see `strength_layers.check_strength`. Nothing is changed then.
+        ValueError: there is no such block; or see `strength_layers.check_strength`. The model is unchanged.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     given = weights if isinstance(weights, list) else [weights] * len(names)
@@ -44,7 +44,7 @@ def set_weights(original: Callable[..., None], model: Any, adapter_names: list[s
 
 
 def strengths_of(model: Any, adapter_names: list[str], weights: list[Any]) -> dict[str, ByLayer]:
-    """Adapter → the layers of `model` that are to have a strength that depends on λ, and this.
+    """Adapter → name of a layer of `model` → its λ-dependent strength, for the layers that get one.
 
     Raises:
         ValueError: see `set_weights`.
@@ -63,7 +63,7 @@ def check_components(pipe: Any, adapter_names: list[str] | str, weights: Any) ->
     """Refuse schedules for components that cannot have them, before the first component is changed.
 
     Raises:
-        ValueError: a component that there isn't, or that runs before there is a λ, or is wrapped; or see `set_weights`.
+        ValueError: the component does not exist, runs without a λ, or is wrapped; or see `set_weights`.
     """
     if not any(_schedules(weights)):
         return
@@ -105,7 +105,7 @@ def _check_component(pipe: Any, component: str, adapter_name: str, weight: Any) 
 
 
 class _StandIn(BaseTunerLayer):
-    """Takes note of the weight that Diffusers gives a layer."""
+    """Records the weight that Diffusers sets on a layer."""
 
     def __init__(self) -> None:
         self.weight_of: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def _by_layer(model: Any, adapter_name: str, weight: Any) -> ByLayer:
 
 
 def _check_blocks(model: Any, weight: Any) -> None:
-    """Raises ValueError for names of blocks that Diffusers would pass by, or stumble over."""
+    """Raises ValueError for names of blocks that Diffusers would ignore, or on which it would fail."""
     if not isinstance(weight, Mapping):
         return
     if _SET_ADAPTER_SCALE_FN_MAPPING[type(model).__name__] is not _maybe_expand_lora_scales:
@@ -185,7 +185,7 @@ def _schedules(weights: Any) -> Iterator[StrengthSchedule]:
 
 
 def _without_schedules(weights: Any) -> Any:
-    """The same weights with 1 where a schedule says the strength."""
+    """The same weights with 1 in place of each schedule."""
     if isinstance(weights, StrengthSchedule):
         return 1.0
     if isinstance(weights, Mapping):

@@ -1,4 +1,4 @@
-"""Whether an adapter's part fits a component of a pipeline: asked before anything is changed."""
+"""Checks that an adapter's part fits a component of a pipeline, before anything is changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OTHER_BASE = "It was trained on another base model: load the pipeline that it w
 
 
 def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name: str) -> None:
-    """Raises ValueError if `part` does not fit `model`, the pipeline's `component`, in any way that can be told."""
+    """Raises ValueError if `part` does not fit `model`, the pipeline's `component`."""
     check_storable(part.config, component)
     modules = dict(base_modules(model))
     adapted = {_module_of(key) for key in part.tensors if not is_core_key(key)}
@@ -54,7 +54,7 @@ def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name
 
 
 def check_storable(config: NaraConfig, component: str) -> None:
-    """Raises ValueError for what cannot run in `component`, or changes it so that unloading could not give it back."""
+    """Raises ValueError if the adapter cannot run in `component`, or if unloading it could not restore the base."""
     if component.startswith(TEXT_ENCODER) and needs_noise(config):
         raise ValueError(
             f"The adapter of {component} has core_type={config.core_type!r}, but text encoders run before there is a "
@@ -77,7 +77,7 @@ def _refusal(component: str, what: str) -> str:
 
 
 def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor]:
-    """Name → a tensor of the shape that it needs, without memory."""
+    """Name → a meta tensor of the required shape."""
     config, modules = part.config, dict(base_modules(model))
     expected: dict[str, Tensor] = {}
     groups: dict[str, int] = {}
@@ -119,7 +119,7 @@ def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, .
 
 
 def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart, name: str) -> None:
-    """The two ways in which A and B go wrong that deserve words of their own: another base model, another rank."""
+    """Raises ValueError, with the likely cause, if A and B are of another base model or of another rank."""
     shapes = _shapes(_base_layer(layer), rank, part.config)
     for key, row in (("lora_A.weight", 0), ("lora_B.weight", 1)):
         tensor, shape = part.tensors.get(f"{name}.{key}"), shapes.get(key)
@@ -172,7 +172,7 @@ def rank_of(config: NaraConfig, name: str) -> int:
 
 
 def by_pattern(pattern: dict[str, int] | None, name: str, default: int) -> int:
-    """What PEFT's rank_pattern or alpha_pattern says of a module."""
+    """The value of PEFT's rank_pattern or alpha_pattern for a module."""
     pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), name), default)  # type: ignore[arg-type]
 

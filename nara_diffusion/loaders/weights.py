@@ -44,20 +44,20 @@ def load_nara_weights(
     metadata: Mapping[str, str] | None = None,
     set_scheduler: bool = True,
 ) -> None:
-    """Load a NaRA adapter into the denoiser, and its static part into the text encoders, if it has one.
+    """Load a NaRA adapter into the denoiser, and its text-encoder part, if it has one, into the text encoders.
 
-    All is checked before anything is changed. Afterwards the pipeline's own `set_adapters`, `delete_adapters`,
-    `disable_lora`, `unload_lora_weights`, … treat it as they treat a LoRA; λ is read from each step's timestep. An
-    adapter that makes the model predict something else, such as a rectified flow's velocity, brings its scheduler: the
-    pipeline has it while the adapter is active, and its own again afterwards.
+    It checks everything before it changes anything. Afterwards the pipeline's `set_adapters`, `delete_adapters`,
+    `disable_lora`, `unload_lora_weights`, … work as for a LoRA; λ is read from each step's timestep. An adapter that
+    changes what the model predicts (e.g. to the velocity of a rectified flow) brings its scheduler: the pipeline uses
+    it while the adapter is active, and its own one otherwise.
 
     Args:
         pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a repository on
             the hub; a folder or repository in PEFT's form, as `PeftModel.save_pretrained` and train_scripts/dllm.py
             write it, for the denoiser; or a dict of tensors, with the file's `metadata`.
-        adapter_name: how to call it; None takes "default_0", "default_1", ….
-        hotswap: replace the weights of the adapter of that name in place, which a compiled model survives without
-            recompilation. For adapters of other ranks call `enable_lora_hotswap(target_rank=…)` before the first load.
+        adapter_name: its name; None takes "default_0", "default_1", ….
+        hotswap: replace the weights of the adapter of that name in place, so that a compiled model is not recompiled.
+            For adapters of other ranks call `enable_lora_hotswap(target_rank=…)` before the first load.
         weight_name: the file's name in its folder, "pytorch_nara_weights.safetensors" unless given.
         subfolder: as for `load_lora_weights`, like the six that follow.
         revision: of a repository on the Hub.
@@ -66,14 +66,15 @@ def load_nara_weights(
         force_download: even if the file is there.
         proxies: protocol → URL.
         local_files_only: never download.
-        use_safetensors: may not be False, there is no other format.
-        low_cpu_mem_usage: do not initialise what is replaced at once.
+        use_safetensors: None or True; other formats are not read.
+        low_cpu_mem_usage: skip the initialisation of weights that the load replaces.
         metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.
         set_scheduler: False leaves the scheduler to you; a warning says which one the adapter needs.
 
     Raises:
-        ValueError: no denoiser; a file that is missing, damaged or of another kind (a LoRA); another base model, λ of
-            another convention, or a duplicate name. The pipeline is as it was. OSError: what the hub answers.
+        ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind (a LoRA); the adapter
+            is for another base model or another definition of λ; or the name is a duplicate. The pipeline is unchanged.
+        OSError: the hub's error.
     """
     models = adaptable_models(self)
     parts = read_adapter(
@@ -118,23 +119,23 @@ def save_nara_weights(
     push_to_hub: bool = False,
     **hub: Any,
 ) -> None:
-    """Save one NaRA adapter, all components of the pipeline in one file, whole or not at all.
+    """Save one NaRA adapter of all components in one file, atomically.
 
-    Also of a component that PEFT has wrapped, `pipe.unet = get_peft_model(pipe.unet, …)`.
+    It includes components that PEFT has wrapped, `pipe.unet = get_peft_model(pipe.unet, …)`.
 
     Args:
-        save_directory: the folder, made if need be.
-        adapter_name: which one; None takes "default", or the only one that there is.
-        is_main_process: False does nothing: of several processes one writes.
+        save_directory: the folder; it is created if it does not exist.
+        adapter_name: of the adapter; None takes "default", or the only adapter.
+        is_main_process: False writes nothing, for all but one of several processes.
         weight_name: the file's name, "pytorch_nara_weights.safetensors" unless given.
         save_function: called as save_function(tensors, path, metadata=…) in place of safetensors' `save_file`.
-        safe_serialization: may not be False, there is no other format.
+        safe_serialization: True; other formats are not written.
         push_to_hub: upload the file afterwards, with a model card, which is written if the folder has none.
         hub: repo_id (by default the folder's name, in your namespace), token, private, commit_message, create_pr.
 
     Raises:
-        ValueError: no such adapter, one that is in components which the file has no place for, a folder that is a
-            file, or a name that does not end in .safetensors.
+        ValueError: there is no such adapter; it is in components that the file has no place for; `save_directory` is a
+            file; or the name does not end in .safetensors.
     """
     if not safe_serialization:
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
@@ -163,10 +164,9 @@ def save_nara_weights(
 
 
 def unload_nara_weights(self: Any) -> None:
-    """Remove all NaRA adapters of the pipeline. LoRAs stay, and stay active; without any, it is the base again, with
-    the scheduler that it had before.
+    """Remove all NaRA adapters of the pipeline, and restore its own scheduler. LoRAs stay as they are.
 
-    What `fuse_lora` has put into the base weights stays there, as for a LoRA: call `unfuse_lora` first to undo that.
+    Fused weights stay fused, as for a LoRA: call `unfuse_lora` before.
     """
     models = {name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)}
     for component, model in models.items():
@@ -179,7 +179,7 @@ def unload_nara_weights(self: Any) -> None:
 
 
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
-    """Component → model, the denoiser first: what an adapter may have parts for.
+    """Component → model, the denoiser first, for all components that an adapter may have a part for.
 
     Raises:
         ValueError: the pipeline has no denoiser.
@@ -228,7 +228,7 @@ def _fitting(
 
 
 def _insert_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_mem_usage: bool) -> None:
-    """Into every component, or into none."""
+    """Insert the parts into all components, or, after an error, into none."""
     with ExitStack() as undo:
         for model, part in fits:
             undo.enter_context(rollback_on_error(model, name))
@@ -284,7 +284,7 @@ def _saved_name(models: dict[str, nn.Module], name: str | None) -> str:
 def _check_saved(config: Any, component: str, name: str) -> None:
     if not isinstance(config, NaraConfig):
         raise ValueError(
-            f"'{name}' of {component} is a plain LoRA, which a NaRA's file has no place for: add it by "
+            f"'{name}' of {component} is a plain LoRA, which a NaRA's file cannot hold: add it by "
             'NaraConfig(core_type="identity", …), which is the same.'
         )
     check_storable(config, component)

@@ -5,13 +5,13 @@
 1. `with noise_level(model, value): …`, which beats
 2. a source set once by `set_noise_source(model, source)`, asked at each forward.
 
-Neither threads nor async tasks see each other's λ, and a thread started inside the context does not inherit it (it
-raises instead, since it finds none). What does inherit it, such as an async task, loses it when the context is left. A
-generator that yields inside the context, however it has entered it, does not lend its λ to its caller: it holds only
-while the generator itself runs (unless it makes a context manager), in its own thread.
+Threads and async tasks do not see each other's λ. A thread that is started inside the context does not inherit it: its
+forwards raise. An async task does inherit it, until the context ends. In a generator that enters the context and
+yields, the context is active only while the generator itself runs, in its own thread; its caller does not see it. (The
+exception is a generator that implements a context manager.)
 
-A part of the model that is called by itself, such as the encoder that `generate` of T5 and BART calls, has the λ of the
-context it is called in; sources are asked by forwards of the whole model alone.
+A part of the model that is called by itself, such as the encoder in `generate` of T5 and BART, has the λ of the context
+around the call. Only forwards of the whole model call a source.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class MixedBatch(NamedTuple):
 
 
 def noise_level(model: nn.Module, value: Level, *, mask_density: Level | None = None) -> AbstractContextManager[None]:
-    """Inside the context, forwards of `model` and of its parts run at noise level λ = `value`; it beats any source.
+    """Inside the context, forwards of `model` and of its parts run at noise level λ = `value`, whatever its source.
 
-    Contexts nest, and the previous value comes back on exit, after an exception too. Other threads and async tasks
-    do not see it. (`value` is copied; if it is a tensor that requires a gradient, it gets one.)
+    Contexts nest. The previous value is restored on exit, also after an exception. Other threads and async tasks do not
+    see it. (`value` is copied; a tensor that requires a gradient receives one.)
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
@@ -57,11 +57,10 @@ def noise_level(model: nn.Module, value: Level, *, mask_density: Level | None = 
 
 
 def active_signals(channel: CoreChannel) -> NoiseSignals | None:
-    """What `noise_level(…)` says for the model of `channel` here and now.
+    """The signals of the active `noise_level(…)` for the model of `channel`; None if there is none.
 
     Raises:
-        ValueError: a backward pass that began inside the context recomputes a whole forward, whose λ may have been
-            another.
+        ValueError: a backward pass recomputes a whole forward, which may have had another λ.
     """
     entry = innermost(channel, NoiseSignals)
     if entry is None:
@@ -76,6 +75,6 @@ def active_signals(channel: CoreChannel) -> NoiseSignals | None:
 
 
 def active_adapter_names(channel: CoreChannel) -> list[str] | None:
-    """The adapter of each sample, if PEFT's `adapter_names` says so here and now."""
+    """The adapter of each sample by PEFT's `adapter_names`; None if it is not in use."""
     entry = innermost(channel, MixedBatch)
     return None if entry is None else entry.value.adapter_names

@@ -1,4 +1,4 @@
-"""What an adapted model has to be told about noise."""
+"""Which signals of the noise the active adapters of a model need."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What a denoiser predicts, on which path from data to noise, and whether the scheduler at work takes it for that.
+"""What a denoiser predicts, on which path from data to noise, and whether the running scheduler expects that.
 
     path                  x_t                                prediction
     variance preserving   √ᾱ x + √(1 − ᾱ) ε, ᾱ_N > 0         ε, v = √ᾱ ε − √(1 − ᾱ) x, or x
     zero terminal SNR     the same with ᾱ_N = 0              v or x: at ᾱ = 0 an ε says nothing of x
     rectified flow        (1 − σ) x + σ ε                    ε − x
 
-An adapter that was trained to predict something else than its base carries its scheduler (`NaraConfig.scheduler`). Read
-as what it isn't, a prediction gives noise and no error: so each forward inside a pipeline's call compares the two.
+An adapter that was trained to predict something else than its base carries its scheduler (`NaraConfig.scheduler`). A
+scheduler that expects another prediction gives noise without an error. So each forward inside a pipeline compares both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KINDS = ("epsilon", "v_prediction", "sample", FLOW)
 
 
 class Prediction(NamedTuple):
-    """As the module's docstring has them, by the names of Diffusers' schedulers."""
+    """Kind and path, as in the module's docstring; kinds have the names of Diffusers' `prediction_type`."""
 
     kind: str
     path: str = "variance preserving"
@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
 
 
 def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | None:
-    """What a scheduler of Diffusers takes the denoiser's output for; None where it doesn't say."""
+    """The prediction that a Diffusers scheduler expects of its denoiser; None if its configuration has none."""
     if class_name.startswith("FlowMatch"):
         return Prediction(FLOW, "rectified flow")
     kind = config.get("prediction_type")
@@ -43,12 +43,12 @@ def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | No
 
 
 def prediction_in(fields: Mapping[str, Any]) -> Prediction | None:
-    """The same of the fields that an adapter carries."""
+    """`prediction_of` the scheduler fields that an adapter carries."""
     return prediction_of(fields["_class_name"], fields)
 
 
 def prediction_by(scheduler: Any) -> Prediction | None:
-    """The same of a scheduler itself, or of none."""
+    """`prediction_of` a scheduler; None if there is no scheduler."""
     return None if scheduler is None else prediction_of(type(scheduler).__name__, scheduler.config)
 
 
@@ -70,7 +70,7 @@ def carried_scheduler(configs: Mapping[str, Any], names: Iterable[str]) -> dict[
 
 
 def check_scheduler_at_work(configs: Mapping[str, Any], names: Iterable[str], base: Prediction | None) -> None:
-    """Refuse a forward whose output the pipeline that calls would take for something else.
+    """Refuse a forward inside a pipeline whose scheduler expects another prediction.
 
     Args:
         configs: of all adapters of the model, by name.
@@ -78,7 +78,7 @@ def check_scheduler_at_work(configs: Mapping[str, Any], names: Iterable[str], ba
         base: what the model predicts without adapters that carry a scheduler, if it is known.
 
     Raises:
-        ValueError: the scheduler of the innermost running pipeline takes it for something else.
+        ValueError: the scheduler of the innermost running pipeline expects another prediction.
     """
     if not any(getattr(config, "scheduler", None) for config in configs.values()):
         return
@@ -105,7 +105,7 @@ def how_to_set(fields: Mapping[str, Any] | None) -> str:
 
 
 def _scheduler_at_work() -> Any:
-    """That of the innermost pipeline whose method is running, if any is."""
+    """The scheduler of the innermost running pipeline; None if no pipeline runs."""
     for variables in local_variables():
         pipe = variables.get("self")
         if any(kind.__name__ == "DiffusionPipeline" for kind in type(pipe).__mro__):

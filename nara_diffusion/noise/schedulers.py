@@ -1,11 +1,11 @@
-"""What a small timestep means where nobody has declared it: t of a discrete schedule, or ¼ ln σ of an EDM one.
+"""The meaning of a small timestep that nobody has declared: t of a discrete schedule, or ¼ ln σ of an EDM one.
 
     discrete   t in [0, N], N = 1000: whole, or fractional with Karras' sigmas, and below 3.5 in the last steps alone
     EDM        t = ¼ ln σ: within ±3.5 throughout, and for σ from 80 to 1, the first steps, from 1.1 to 0
 
-Read as the other, the first steps of an EDM pipeline would run at λ = 0.001. So a timestep that may be either is taken
-for discrete only if the scheduler at work is a discrete one, or it is a whole number and no scheduler is to be seen.
-The scheduler at work is found in the calls that the denoiser's forward runs inside of, the innermost first.
+Confused with the other, the first steps of an EDM pipeline would run at λ = 0.001. So an ambiguous timestep counts as
+discrete only if the running scheduler is a discrete one, or if it is a whole number and no scheduler is found. The
+running scheduler is searched in the local variables of the calls around the denoiser's forward, the innermost first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check_discrete(timestep: float | Tensor, argument: str) -> None:
     """Refuse a timestep of a discrete schedule that may be ¼ ln σ of an EDM one instead.
 
     Raises:
-        ValueError: it may be, and the scheduler at work is an EDM one or is nowhere to be seen.
+        ValueError: it may be, and the running scheduler is an EDM one or is not found.
     """
     t = torch.as_tensor(timestep).detach()
     if not t.is_floating_point() or bool((4 * t.float().abs() >= LARGEST_LOG_SIGMA).any()):
@@ -54,7 +54,7 @@ def passes_log_sigma(scheduler: Any) -> bool:
 
 
 def schedulers_at_work() -> list[Any]:
-    """Those that the innermost call that knows any knows: as a variable, of a pipeline, or of its `self`."""
+    """The schedulers of the innermost call that has any: as a variable, of a pipeline, or of its `self`."""
     for variables in local_variables():
         known = [scheduler for name, value in variables.items() for scheduler in _schedulers_of(name, value)]
         if known:

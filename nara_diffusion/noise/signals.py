@@ -14,14 +14,14 @@ MASKED_SHARE = "masked_share"
 
 
 class NoiseSignals(NamedTuple):
-    """What a core may be told about the noise of a batch: λ (b,) or (1,), and the mask density, likewise, or None."""
+    """The noise of a batch, as a core may read it: λ (b,) or (1,), and the mask density, likewise, or None."""
 
     noise_level: Tensor
     mask_density: Tensor | None = None
 
 
 class NoiseSource(Protocol):
-    """Tells λ from a forward's own arguments. `convention` names λ's definition, e.g. "masked_share"."""
+    """Computes λ from the arguments of a forward. `convention` names the definition of λ, e.g. "masked_share"."""
 
     convention: str
 
@@ -49,7 +49,7 @@ def as_signal(value: Level, name: str = "noise_level") -> Tensor:
             f"{name} has shape {tuple(signal.shape)} and dtype {signal.dtype}: "
             "pass one number, or a tensor of shape (batch,)."
         )
-    signal = signal.clone().float().reshape(-1)  # whoever writes to `value` later does not move λ
+    signal = signal.clone().float().reshape(-1)  # a later write to `value` does not change λ
     _check_range(signal, name)
     return signal
 
@@ -62,7 +62,7 @@ def _check_range(signal: Tensor, name: str) -> None:
 
 
 def is_differentiated(signal: Tensor) -> bool:
-    """Whether somebody differentiates by what `signal` was made from, sample by sample."""
+    """Whether a gradient with respect to `signal` may be needed, by autograd or by torch.func."""
     return signal.requires_grad or torch.func.debug_unwrap(signal) is not signal
 
 
@@ -75,7 +75,7 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def as_signals(noise_level: Level, mask_density: Level | None = None) -> NoiseSignals:
-    """Both by `as_signal`, and of one length: a value shared by the batch is repeated beside one a sample.
+    """Both by `as_signal`, with one length: a value for the whole batch is repeated to match one value a sample.
 
     Raises:
         ValueError: see `as_signal`; or two different lengths.

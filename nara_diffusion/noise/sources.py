@@ -1,7 +1,7 @@
-"""λ by a definition of one's own: the source of it that models use which know another, or none.
+"""Sources of λ: setting one on a model, and registering one for a custom definition of λ.
 
-An adapter is saved with the name of the definition that it was trained with (`noise_convention`), and is refused where
-the model tells λ by another. Registering a source under that name says how to read λ for such an adapter.
+An adapter is saved with the name of the definition that it was trained with (`noise_convention`), and is refused by a
+model whose source has another. Registering a source under that name says how to read λ for such an adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _sources: dict[str, NoiseSource] = {}
 
 
 def register_noise_source(source: NoiseSource) -> None:
-    """Let `source` tell λ to every model whose first adapter has the `noise_convention` that the source names.
+    """Use `source` for every model whose first adapter has the `noise_convention` of the source.
 
         register_noise_source(ShareOfFrames())  # whose `convention` is "share_of_frames"
         pipe.load_nara_weights("adapter")       # trained with NaraConfig(noise_convention="share_of_frames")
@@ -46,7 +46,7 @@ def register_noise_source(source: NoiseSource) -> None:
 
 
 def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSource | None:
-    """What tells λ to a model until somebody sets a source.
+    """The default source of λ of a model, until a user sets one; None if there is none.
 
     Args:
         denoiser: what is known of the model's class, if it is a denoiser of Diffusers.
@@ -58,7 +58,7 @@ def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSour
 
 
 def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
-    """Let `source` tell λ at each forward of `model` for which no `noise_level(…)` is active. None removes it.
+    """Read λ from `source` at each forward of `model` outside of `noise_level(…)`. None removes the source.
 
     Raises:
         ValueError: `model` holds no NaRA adapter, or one was trained with another convention of λ.

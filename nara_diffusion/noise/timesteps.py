@@ -60,8 +60,8 @@ _ROUNDING = 1e-4
 class TimestepNoise:
     """A source of λ (`nara_diffusion.set_noise_source`) that reads a denoiser's own timestep.
 
-    A timestep may be a number, 0-d, (1,), (b,), or (b, …) with one value a token or frame, of which the noisiest
-    counts: what is being denoised, since a given image or frame has no noise, or little.
+    A timestep may be a number, 0-d, (1,), (b,), or (b, …) with one value for each token or frame. Then λ is that of the
+    noisiest one, which is being denoised; a conditioning image or frame has little noise or none.
 
     Args:
         meaning: "discrete" (t of a discrete schedule), "ratio" (t / N of one), "sigma_1000" (flow, N σ), "sigma" (flow,
@@ -128,7 +128,7 @@ class TimestepNoise:
         return level.clamp(0, 1)
 
     def check(self, timestep: float | Tensor) -> None:
-        """Refuse a timestep that may mean something else; whoever makes a source has said what it means."""
+        """Accept any timestep: the user has declared its meaning. `UndeclaredTimestep` refuses ambiguous ones."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
         """λ of one forward of `module`: (b,), or (1,) if all samples have the same.
@@ -155,9 +155,9 @@ class TimestepNoise:
 
 
 class UndeclaredTimestep(TimestepNoise):
-    """The source that a denoiser's class is given, until somebody declares what its pipeline passes.
+    """The default source of a class of denoisers, until a user declares the meaning of the timestep.
 
-    A small timestep of a discrete schedule is then taken for one only if it can't be ¼ ln σ: see `check_discrete`.
+    It refuses a small discrete timestep that might be ¼ ln σ: see `check_discrete`.
     """
 
     def check(self, timestep: float | Tensor) -> None:
@@ -172,7 +172,7 @@ class UndeclaredTimestep(TimestepNoise):
 
 
 def count_timesteps(model: nn.Module, scheduler: Any) -> None:
-    """Let the adapters of `model` read λ by the N of this scheduler of Diffusers, unless somebody has set a source."""
+    """Set N of the adapters' default source to that of a Diffusers scheduler. A source that a user has set stays."""
     for holder in find_holders(model):
         if isinstance(holder.conventions.source, UndeclaredTimestep):
             holder.conventions.source = holder.conventions.source.of_schedule(scheduler)

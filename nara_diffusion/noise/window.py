@@ -28,7 +28,7 @@ class NoiseWindow:
 
     Attributes:
         low, high: min and max.
-        hold_weight: W, what the distance to the base counts outside of it; None draws nothing there.
+        hold_weight: W, the weight of the distance to the base outside of it; None draws nothing there.
         outside_share: p; None is the share of all noise levels that lies outside, so that λ is spread as without a
             window.
     """

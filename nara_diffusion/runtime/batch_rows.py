@@ -1,7 +1,7 @@
-"""What the rows of a layer's input are: its samples, unless the modules around it are known to do otherwise.
+"""The meaning of the rows of a layer's input: samples, unless the modules around the layer say otherwise.
 
-The rule is that an adapted layer sees (b, …), and one value of λ belongs to each row. Numbers can't tell where it does
-not hold, when b rows come together by chance, so that it has to be known of the model.
+An adapted layer normally sees (b, …), and each row has its value of λ. Where rows are something else, shapes do not
+show it, since their number may equal b by chance. So this file lists the modules for which it is known.
 
     "tokens"      (n, d) inside of what has experts: the tokens of all samples, or those that one expert gets
     "positions"   (l, b, d): beside PyTorch's attention unless `batch_first`, and in these classes of Transformers; ids
@@ -32,7 +32,7 @@ _RELATIVE = ("relative_attention_bias", "distance_embedding")
 
 
 def rows_of(root: nn.Module, name: str) -> Rows:
-    """What the rows of the input of layer `name` below `root` are, by the modules around it."""
+    """The meaning of the rows of the input of layer `name` below `root`, from the modules around it."""
     module: Any = root
     around = []
     for part in name.split("."):
@@ -54,7 +54,7 @@ def _is_length_first(module: Any) -> bool:
 
 
 def check_rows(rows: Rows, x: Tensor, samples: int, layer_name: str) -> None:
-    """Refuse to take the rows of `x` for samples where they are known to be something else.
+    """Refuse several values of λ where the rows of `x` are not samples.
 
     Raises:
         ValueError: λ has several values, and the rows of `x` are tokens or positions.

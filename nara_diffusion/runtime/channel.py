@@ -1,9 +1,9 @@
 """How C(λ) travels from the root of an adapted model to its layers, in forward, recomputation and compiled graphs.
 
-What layers may read is kept for the thread that runs the root's forward, and only while it does. A layer that is called
-outside of any forward of the root asks for C, which is made for it at once if λ is known; a layer that finds nothing
-raises, so that C can be missing, but never stale or somebody else's. (A forward does not yield to another async task,
-so a thread is separation enough; unlike a `ContextVar`, a thread-local can be read inside a compiled graph.)
+The root's forward stores its cores in a thread-local and removes them when it ends. A layer that runs outside of a
+forward of the root requests C, which is computed at once if λ is known. A layer that finds no C raises. So a layer
+never reads an old C, or the C of another forward. (A forward does not switch to another async task, so that one
+thread-local separates forwards; unlike a `ContextVar`, it can be read inside a compiled graph.)
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from torch import Tensor
 from nara_diffusion.utils.call_stack import is_running
 
 contexts: ContextVar[tuple[Any, ...]] = ContextVar("nara_contexts", default=())
-"""What `with` blocks say of forwards; see context_stack.py."""
+"""The entered `with` blocks of λ, adapters and ablations; see context_stack.py."""
 
 PerForwardCores = Mapping[tuple[str, str], Tensor]
 """(adapter name, group name) → C (b or 1, r, r)."""
 
 
 def backward_pass() -> int | None:
-    """The number of the backward pass that runs in this thread: −1 for none, None where a compiler is tracing."""
+    """The number of the backward pass that runs in this thread: −1 outside of any, None while a compiler traces."""
     return None if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def is_current(backward: int | None) -> bool:
-    """Whether what began in the backward pass of that number, or in none, may be read now: not by a later one."""
+    """Whether values stored during backward pass `backward` (−1: none) may be read now: a later pass may not."""
     now = backward_pass()
     return backward is None or now is None or backward == now
 
 
 class Scope(NamedTuple):
-    """What layers may read.
+    """The cores of one running forward of the root, or of a part of it.
 
     Attributes:
-        cores: the per-forward cores; None where a layer has to ask.
-        backward: `backward_pass()` when it began.
-        entered: the contexts that held where it began.
+        cores: the per-forward cores; None if a layer has to request them.
+        backward: `backward_pass()` at the start of the forward.
+        entered: the contexts that were active at the start.
     """
 
     cores: PerForwardCores | None
@@ -52,7 +52,7 @@ class Scope(NamedTuple):
 
 
 def _holds(entry: Any) -> bool:
-    """Whether the generator that has entered it, if one has, runs."""
+    """Whether `entry` is active: if a generator entered it, only while that generator runs."""
     return entry.generator is None or is_running(entry.generator.call)
 
 
@@ -67,8 +67,8 @@ class CoreChannel:
     """Hands C(λ) from the root of one adapted model to its layers, for the thread and time of one forward.
 
     Args:
-        ask: makes what a part of the model may read that is called by itself, or None where λ is not known.
-        check_merged: refuses another λ than that of what is merged.
+        ask: computes the cores for a part of the model that is called by itself; None if λ is not known.
+        check_merged: raises if λ differs from that of the merged adapters.
         sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
         one_level: whether layers see something else than samples first, so that a batch must share its λ.
     """
@@ -94,33 +94,33 @@ class CoreChannel:
 
     @property
     def scopes(self) -> tuple[Scope, ...]:
-        """Of this thread, the innermost last: a forward may run inside another one of the same model."""
+        """The running forwards of this thread, the innermost last."""
         return getattr(self.local, "scopes", ())
 
     @property
     def cores(self) -> PerForwardCores | None:
-        """What layers may read here and now.
+        """The cores for the layers that run now; None if there are none.
 
-        Nothing in a backward pass that began after the forward: it recomputes a part of some other forward.
+        A backward pass that began after the forward gets None: it recomputes a part of another forward.
         """
         scope = self.scopes[-1] if self.scopes else Scope(None, None)
         if torch.compiler.is_compiling():
-            # a compiled layer cannot look for that: do not run a backward pass through a checkpoint of your own around
-            # a block that is compiled by itself, while another forward of the model runs
+            # compiled code cannot compare backward passes: do not run the backward pass of your own checkpoint around a
+            # separately compiled block while another forward of the model runs
             return self._ask_at_once() if scope.cores is None else scope.cores
         if scope.cores is None or self._is_told_otherwise(scope):
             return self.ask()
         return scope.cores if is_current(scope.backward) else None
 
     def _is_told_otherwise(self, scope: Scope) -> bool:
-        """Whether a part runs in a context that did not hold where `scope` began."""
+        """Whether a context is active that was not active when `scope` began."""
         own = (entry for entry in contexts.get() if entry.is_open and self in entry.channels)
         return any(entry not in scope.entered and _holds(entry) for entry in own)
 
     def check_merged(self) -> None:
-        """Refuse another λ than that of what is merged; to be called by a merged layer, whose root may not run.
+        """Raises ValueError if λ differs from that of the merged adapters. A merged layer calls it before its forward.
 
-        (Not in a backward pass, which recomputes what has been checked, nor while a compiler is tracing.)
+        It does nothing in a backward pass, which recomputes a checked forward, nor while a compiler traces.
         """
         if backward_pass() == -1 and contexts.get():
             self._check_merged()
@@ -132,32 +132,32 @@ class CoreChannel:
 
     @torch.compiler.disable(recursive=True)
     def open(self) -> tuple[Scope, ...]:
-        """To be called as a call of the root begins: layers ask, until `begin`. Returns what `close` takes."""
+        """Start a call of the root: until `begin`, layers request their cores. Returns the argument of `close`."""
         outer = self.scopes
         self.local.scopes = (*outer, Scope(None, None))
         return outer
 
     @torch.compiler.disable(recursive=True)
     def close(self, outer: tuple[Scope, ...]) -> None:
-        """To be called as that call of the root ends, in whatever way."""
+        """End that call of the root, also after an error."""
         self.local.scopes = outer
 
     def begin(self, cores: PerForwardCores) -> None:
-        """To be called by a pre-hook of the root: layers read `cores` until its call ends.
+        """Give `cores` to the layers until the call of the root ends. A pre-hook of the root calls it.
 
         Raises:
-            RuntimeError: nothing would end it.
+            RuntimeError: the root's hooks run outside of a call of the root, so that `close` would never be called.
         """
         if not self.scopes:
             raise RuntimeError(
-                "Something calls the forward hooks of an adapted model by itself, so that nobody would say when its "
-                "C(λ) ends: call the model, `model(…)`."
+                "The forward hooks of an adapted model were called without the model, so that its C(λ) would outlive "
+                "the forward: call the model itself, `model(…)`."
             )
         self.local.scopes = (*self.scopes[:-1], Scope(cores, backward_pass(), _holding()))
 
     @contextmanager
     def using(self, cores: PerForwardCores) -> Iterator[None]:
-        """Layers read `cores` inside; what they read before comes back afterwards."""
+        """Give `cores` to the layers inside the context, and restore the previous ones afterwards."""
         outer = self.scopes
         self.local.scopes = (*outer, Scope(cores, backward_pass(), _holding()))
         try:
@@ -167,7 +167,7 @@ class CoreChannel:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Layers ask inside, though a forward of the root may run, which was told something else before."""
+        """Inside the context, layers request new cores, also while a forward of the root runs that began before it."""
         if not self.scopes:
             yield
             return
@@ -175,5 +175,5 @@ class CoreChannel:
         self.local.scopes = (*self.scopes, own)
         try:
             yield
-        finally:  # what generators have entered may end in any order
+        finally:  # contexts that generators have entered may end in any order
             self.local.scopes = tuple(scope for scope in self.scopes if scope is not own)

@@ -3,8 +3,7 @@
 Transformers, Diffusers and PyTorch's `CheckpointWrapper` (which FSDP uses) keep their checkpoint function as an
 attribute of the checkpointed module. Each is wrapped so that C goes in as explicit tensor inputs, which is right for
 reentrant and non-reentrant checkpoints alike, in whatever thread the backward pass recomputes, and lets gradients
-flow from the block to C. Other checkpoint functions around a part of the model find no C when they recompute: that
-raises.
+flow from the block to C. Under any other checkpoint function the recomputed layers find no C and raise.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class CheckpointWithCore:
-    """Stands in for `checkpoint` and carries what `channel` holds from the forward to the recomputation."""
+    """Replaces `checkpoint` and passes the cores of `channel` from the forward to the recomputation."""
 
     def __init__(self, checkpoint: Callable[..., Any], channel: CoreChannel) -> None:
         self.checkpoint = checkpoint
@@ -57,7 +56,7 @@ class _WithCores:
 
 
 def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Make every checkpointed block below `root` carry C(λ); called at each forward, harmless when repeated."""
+    """Wrap the checkpoint function of every checkpointed block below `root`. Harmless when repeated."""
     for module in outer_modules(root):
         for name in CHECKPOINT_ATTRIBUTES:
             checkpoint = module.__dict__.get(name)
@@ -75,7 +74,7 @@ def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
 
 
 def _channels(checkpoint: Any) -> list[CoreChannel]:
-    """Those whose cores `checkpoint` carries; an adapted part of an adapted model has two."""
+    """The channels whose cores `checkpoint` passes on: two in an adapted part of an adapted model."""
     if not isinstance(checkpoint, CheckpointWithCore):
         return []
     return [checkpoint.channel, *_channels(checkpoint.checkpoint)]

@@ -1,9 +1,8 @@
-"""The one stack of what `with` blocks say of forwards: λ, the adapter of each sample, ablations.
+"""The stack of entered `with` blocks: λ, the adapter of each sample, ablations.
 
-Entries live in a `ContextVar`, so that neither threads nor async tasks see each other's. Two things remain that it
-does not separate: a copy of a `ContextVar` may outlive an entry, and generators that take turns share one. So an
-entry knows itself whether it is over, and one that was made inside a running generator, by a `with` there or by
-whatever else it called, holds only while that generator runs.
+Entries live in a `ContextVar`, so that threads and async tasks do not see each other's. A `ContextVar` leaves two cases
+open: a copy of it may outlive an entry, and generators that take turns share it. So each entry records whether it is
+closed, and an entry made inside a running generator is active only while that generator runs.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ T = TypeVar("T")
 
 
 def is_traced() -> bool:
-    """Whether `torch.jit.trace` or `torch.export`, neither of which sees a context, runs what runs here."""
+    """Whether `torch.jit.trace` or `torch.export` traces the current code; neither of them sees a context."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[reportPrivateImportUsage]
 
 
 @dataclass(eq=False)
 class Entry(Generic[T]):
-    """What one `with` block says, for which models.
+    """One entered `with` block: its value, and the channels of the models that it applies to.
 
     Attributes:
-        generator: the innermost running generator that it was made inside of.
-        backward: the backward pass that was running; see `channel.backward_pass`.
+        generator: the innermost generator that ran when the block was entered.
+        backward: the backward pass that ran then; see `channel.backward_pass`.
         in_trace: whether the `with` itself was traced.
-        is_warned_of: whether a user has been told what a trace makes of it.
+        is_warned_of: whether the user was warned that a trace keeps its value as a constant.
     """
 
     channels: frozenset[CoreChannel]
@@ -51,7 +50,7 @@ class Entry(Generic[T]):
 
 @torch.compiler.disable(recursive=True)
 def _entry(channels: frozenset[CoreChannel], value: Any) -> Entry[Any]:
-    """No compiler can trace a look at frames."""
+    """Not compiled: no compiler can trace code that inspects stack frames."""
     return Entry(channels, value)
 
 
@@ -75,8 +74,8 @@ class entered(ContextDecorator):
         """Decorates a function, each of whose calls then runs inside."""
         if isgeneratorfunction(function) or iscoroutinefunction(function) or isasyncgenfunction(function):
             raise TypeError(
-                f"A context of λ can't decorate '{function.__name__}', a generator or coroutine function, whose body "
-                "runs after the call that it would hold for: enter it by `with` in the body."
+                f"A context of λ can't decorate '{function.__name__}': the body of a generator or coroutine function "
+                "runs after the decorated call returns. Enter the context by `with` in the body."
             )
         return super().__call__(function)
 
@@ -91,20 +90,22 @@ def _entered(channels: frozenset[CoreChannel], value: Any) -> Iterator[None]:
                 asking.enter_context(channel.asking())
             yield
     finally:
-        # not `ContextVar.reset`: what generators have entered may end in any order, and in other threads and tasks
+        # not `ContextVar.reset`: generators may leave their contexts in any order, and in other threads and tasks
         entry.is_open = False
         entry.generator = None  # copies of the `ContextVar` may outlive it, and would keep alive what it holds
         contexts.set(tuple(other for other in contexts.get() if other.is_open))
 
 
 def innermost(channel: CoreChannel, kind: type[T]) -> Entry[T] | None:
-    """The entry that holds for the model of `channel` here and now, of those whose value is a `kind`.
+    """The innermost active entry for the model of `channel` whose value is a `kind`.
 
-    What a generator has entered lies inside of all that its callers enter, also while it was suspended.
+    An entry of a generator lies inside all entries of the generator's callers, also of those made while it was
+    suspended.
 
     Raises:
-        ValueError: for whom an entry holds can't be told: it was made inside a generator that has ended since, awaits,
-            or runs in another thread, or that may have made a context manager.
+        ValueError: it is unclear whether an entry is active: its generator has ended, awaits, runs in another thread,
+        or
+            may implement a context manager.
     """
     entries = [e for e in contexts.get() if e.is_open and channel in e.channels and isinstance(e.value, kind)]
     if all(entry.generator is None for entry in entries):
@@ -119,8 +120,8 @@ def innermost(channel: CoreChannel, kind: type[T]) -> Entry[T] | None:
             raise ValueError(
                 f"λ is not known: '{entry.generator.call.f_code.co_name}', a generator that has entered a context of "  # type: ignore[union-attr]
                 "this model (noise_level(…), or an ablation), has ended without leaving it, awaits, runs in another "
-                "thread, or was advanced by an `__enter__`, so that nobody can tell for whom the context holds. Enter "
-                "it by `with` in the function, or in the generator, that calls the model."
+                "thread, or was advanced by an `__enter__`, so that it is unclear where the context applies. Enter the "
+                "context by `with` in the function or generator that calls the model."
             )
     holding = [entry for entry in entries if depth(entry) is not None]
     return min(reversed(holding), key=depth, default=None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Settings of a Diffusers model under which an update, or a sample's own C, would not reach what it should: refused."""
+"""Settings of a Diffusers model that would bypass the adapter or mix up samples: they are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"
 
 
 def check_not_fused(root: nn.Module, adapter_names: list[str]) -> None:
-    """Refuse attention that uses one fused copy of base projections, past the layers that are adapted.
+    """Refuse attention that uses a fused copy of the base projections and so bypasses the adapted layers.
 
     Raises:
         ValueError: `fuse_qkv_projections()` is on where one of the named adapters adapts a projection.
@@ -23,14 +23,14 @@ def check_not_fused(root: nn.Module, adapter_names: list[str]) -> None:
             layer = getattr(module, projection, None)
             if isinstance(layer, LoraLayer) and any(adapter in layer.r for adapter in adapter_names):
                 raise ValueError(
-                    f"'{_name_of(module, root)}.{projection}' is adapted, but fuse_qkv_projections() has put a copy of "
-                    "its base weight to use instead, so that the adapter would have no effect: call "
+                    f"'{_name_of(module, root)}.{projection}' is adapted, but fuse_qkv_projections() has replaced "
+                    "it by a copy of its base weight, so that the adapter would have no effect: call "
                     "unfuse_qkv_projections(). (To fuse, merge the adapter at one λ first.)"
                 )
 
 
 def check_not_split(root: nn.Module, values: int) -> None:
-    """Refuse to tell samples apart where layers see slices of the batch.
+    """Refuse several values of λ where layers see slices of the batch.
 
     Raises:
         ValueError: there are several values of λ, and blocks run on slices of the batch.
@@ -46,7 +46,7 @@ def check_not_split(root: nn.Module, values: int) -> None:
 
 
 def _uses_fused(module: nn.Module) -> bool:
-    """Older attention modules keep their fused projections, and the flag, when these are no longer in use."""
+    """Whether `module` computes with fused projections. Older modules keep them, and the flag, after unfusing."""
     if not vars(module).get("fused_projections"):
         return False
     return hasattr(module, "unfuse_projections") or "Fused" in type(getattr(module, "processor", None)).__name__

@@ -1,4 +1,4 @@
-"""Which modules of an adapted model matter at a forward: those that hold cores, and those outside of adapted layers."""
+"""Finding modules of an adapted model: the holders of cores, and the modules outside of adapted layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ def find_holders(model: nn.Module) -> list[Any]:
 
 
 def core_holders(model: nn.Module) -> list[Any]:
-    """`find_holders`, where finding none is the caller's mistake."""
+    """As `find_holders`.
+
+    Raises:
+        ValueError: there is none.
+    """
     return [holder for _, holder in adapted_parts(model)]
 
 
@@ -31,10 +35,10 @@ def adapted_parts(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 
 def _holders_by_root(model: nn.Module) -> list[tuple[nn.Module, Any]]:
-    """(root, its holder of cores) of all that is adapted below `model`. A holder is told by its `is_core_holder`.
+    """(root, its holder of cores) for each adapted model at or below `model`. `is_core_holder` marks a holder.
 
-    Samplers ask at every step, so what cannot hold one, the inside of LoRA layers and of holders, is passed by: three
-    quarters of the modules of an adapted LLaDA-8B.
+    It skips the insides of LoRA layers and of holders, which hold none: three quarters of the modules of an adapted
+    LLaDA-8B. Samplers call this at every step.
     """
     found, seen, left = [], set(), [model]
     while left:
@@ -51,15 +55,15 @@ def _holders_by_root(model: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 
 def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """What was passed to a forward of `module`, by name, in the order of its signature."""
+    """The arguments of a forward of `module`, by name, in the order of its signature."""
     given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     return dict(list(given.items())[1:])
 
 
 def outer_modules(root: nn.Module) -> Iterator[nn.Module]:
-    """`root` and what is below it, without the insides of adapted layers: five sixths of an adapted SDXL UNet.
+    """`root` and the modules below it, without the insides of adapted layers: five sixths of an adapted SDXL UNet.
 
-    In no particular order; a module that is there twice comes twice.
+    The order is arbitrary; a module that occurs twice is yielded twice.
     """
     left: list[nn.Module | None] = [root]
     while left:

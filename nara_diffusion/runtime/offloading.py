@@ -1,4 +1,4 @@
-"""Weights that are brought in, or brought to the dtype of computing, only for their own module's `forward`.
+"""Weights that hooks load, or convert to the compute dtype, only for the `forward` of their own module.
 
     accelerate     `_hf_hook`          CPU and disk offload: elsewhere, the weights are on "meta"
     Diffusers      `_diffusers_hook`   group offloading: elsewhere, they are on the CPU, or left without values on disk;
@@ -25,7 +25,7 @@ def is_managed(module: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Inside, the weights of `modules` and of all modules below them are where, and in the dtype, they compute."""
+    """Inside the context, all weights of `modules` are on the device, and in the dtype, in which they compute."""
     managed = [(below, hook) for module in modules for below in module.modules() for hook in _hooks_of(below)]
     for module, hook in managed:
         hook.pre_forward(module)
@@ -39,7 +39,7 @@ def onloaded(*modules: nn.Module) -> Iterator[None]:
 def _hooks_of(module: nn.Module) -> list[Any]:
     """The hooks around the forward of `module`, the outermost first, in the order in which its call would run them.
 
-    All that are in Diffusers' registry: one keeps count of calls, by which weights are fetched in advance.
+    It includes all hooks of Diffusers' registry: one of them counts calls, to prefetch weights.
     """
     registry = getattr(module, "_diffusers_hook", None)
     theirs = [] if registry is None else list(reversed(registry.hooks.values()))
@@ -47,7 +47,7 @@ def _hooks_of(module: nn.Module) -> list[Any]:
 
 
 def _offloading_hooks(hook: Any) -> list[Any]:
-    """Those of accelerate that offload, out of one hook or a sequence."""
+    """The offloading hooks of accelerate in `hook`, which may be a sequence of hooks."""
     parts = getattr(hook, "hooks", [hook])
     return [part for part in parts if getattr(part, "offload", False)]
 
@@ -62,7 +62,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def compute_device(module: nn.Module) -> torch.device | None:
-    """Where `module` computes, though its weights may be elsewhere now; None if it has none."""
+    """The device on which `module` computes, wherever its weights are now; None if it has no weights."""
     tensors = (*module.parameters(), *module.buffers())
     executed = (device for below in module.modules() for device in _execution_devices(below))
     here = (tensor.device for tensor in tensors if not tensor.is_meta)
@@ -80,9 +80,10 @@ def _execution_devices(module: nn.Module) -> list[torch.device]:
 
 
 def onload_cores(root: nn.Module) -> bool:
-    """Read the cores of `root` if group offloading keeps them on disk; its forward, which follows, takes them away.
+    """Read the cores of `root` from disk if group offloading keeps them there. The forward of `root` removes them
+    again.
 
-    (With weights kept on the CPU there is no need: the cores are small enough to compute there.)
+    (Cores that are offloaded to the CPU stay there: they are small enough to compute there.)
 
     Returns:
         Whether they are kept on disk.
@@ -100,7 +101,7 @@ def keeps_cores_on_disk(root: nn.Module) -> bool:
 
 @contextmanager
 def onloaded_cores(model: nn.Module) -> Iterator[None]:
-    """Inside, the cores at or below `model` have their values in memory, though group offloading keeps them on disk."""
+    """Inside the context, the cores at or below `model` are in memory, also if group offloading keeps them on disk."""
     groups = [group for module in model.modules() for group in _groups_of_cores(module)]
     for group in groups:
         group.onload_()
@@ -127,7 +128,7 @@ KEEPS_COPY = (
 
 
 def check_mergeable_here(layer: Any, layer_name: str) -> None:
-    """Refuse to merge into a weight that is elsewhere, or that is read again from elsewhere.
+    """Refuse to merge into a weight that is offloaded, or that will be read again from disk or pinned memory.
 
     Raises:
         ValueError: accelerate has the weight of `layer` offloaded, layerwise casting stores it as float8, or group
@@ -147,10 +148,10 @@ def check_mergeable_here(layer: Any, layer_name: str) -> None:
 
 
 def check_kept_nowhere(model: nn.Module, layer_kind: type) -> None:
-    """Refuse to merge where groups of blocks are kept: their layers know of it only once the model has run.
+    """Refuse to merge into blocks that group offloading keeps elsewhere; before the first forward, layers do not know.
 
     Args:
-        layer_kind: what layers that would be merged are.
+        layer_kind: the class of the layers to merge.
 
     Raises:
         ValueError: group offloading keeps a layer of that kind below `model` on disk or in pinned memory.
@@ -166,9 +167,9 @@ def check_kept_nowhere(model: nn.Module, layer_kind: type) -> None:
 
 
 def check_addable(model: nn.Module) -> None:
-    """Refuse to add an adapter where it would have no values: PEFT makes it where the base weights are, on "meta".
+    """Refuse to add an adapter to a model whose weights are on "meta": PEFT would put the adapter there too.
 
-    (A model that `from_pretrained` has spread by a device map is PEFT's own business.)
+    (PEFT itself handles a model that `from_pretrained` has dispatched by a device map.)
 
     Raises:
         ValueError: accelerate offloads the layers of `model` one by one.
@@ -182,7 +183,7 @@ def check_addable(model: nn.Module) -> None:
 
 
 def check_not_on_disk(model: nn.Module, component: str) -> None:
-    """Refuse to read or replace the adapters of a model whose weights have no values in memory.
+    """Refuse to read or replace the adapters of a model whose weights are on disk.
 
     Raises:
         ValueError: Diffusers' group offloading keeps weights of `model` on disk.
@@ -190,8 +191,8 @@ def check_not_on_disk(model: nn.Module, component: str) -> None:
     for module in model.modules():
         if any(hook.group.offload_to_disk_path is not None for hook in _hooks_of(module) if hasattr(hook, "group")):
             raise ValueError(
-                f"Group offloading keeps the weights of {component} on disk, in files that know nothing of adapters "
-                "that come or go: load, save or unload adapters first, and call enable_group_offload(…, "
+                f"Group offloading keeps the weights of {component} on disk, in files that do not follow a change of "
+                "adapters: load, save or unload adapters first, and call enable_group_offload(…, "
                 "offload_to_disk_path=…) after that."
             )
 

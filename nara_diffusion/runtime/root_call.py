@@ -1,4 +1,4 @@
-"""The call of an adapted model's root: what its layers read ends with it, however it ends."""
+"""The call of an adapted model's root: the layers' cores are removed when it ends, also after an error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .channel import CoreChannel
 
 
 class RootCall:
-    """Stands in for methods of `root`.
+    """Replaces methods of the instance `root`, to remove the cores of its forward in a `finally`.
 
-    A forward hook would not do to end what layers read: `nn.Module` runs none after a KeyboardInterrupt or SystemExit,
-    nor in a compiled graph after any error, and it would stay for whoever calls a part of the root next.
+    A forward hook cannot do that: `nn.Module` runs none after a KeyboardInterrupt or SystemExit, nor in a compiled
+    graph after an error. The next call of a part of the root would then read old cores.
 
     Args:
-        compiled: what `root.compile()` has made of its call before this stands in for it, if it has.
+        compiled: the compiled call, if `root.compile()` was called before.
     """
 
     def __init__(self, root: nn.Module, channel: CoreChannel, compiled: Callable[..., Any] | None) -> None:
@@ -26,7 +26,7 @@ class RootCall:
         self.channel = channel
         self.compiled = compiled
 
-    @skip  # as the original, which is not compiled itself: graphs begin with `forward`
+    @skip  # like the original method, which is not compiled itself: graphs begin with `forward`
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the hooks of `root` and its `forward`."""
         outer = self.channel.open()
@@ -55,7 +55,7 @@ _METHODS = ("_call_impl", "_replicate_for_data_parallel")
 
 
 def set_root_call(root: nn.Module, channel: CoreChannel) -> None:
-    """Let calls of `root` end what layers of `channel` read."""
+    """Make calls of `root` remove the cores of `channel` when they end."""
     call = RootCall(root, channel, root._compiled_call_impl)
     root.__dict__.update({name: getattr(call, name) for name in _METHODS})
     if call.compiled is not None:

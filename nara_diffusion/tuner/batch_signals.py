@@ -1,4 +1,4 @@
-"""The signals of a batch as an adapter, a device and a merge need them, checked against the batch."""
+"""λ and the mask density of a batch: selected for an adapter, a device or a merge, and compared with the batch size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from nara_diffusion.runtime.offloading import compute_device
 
 
 def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
-    """The signals of a batch whose samples agree, as those of one sample."""
+    """The signals (1,) of a batch whose samples all have the same.
+
+    Raises:
+        ValueError: they differ.
+    """
     for name, signal in zip(NoiseSignals._fields, signals, strict=True):
         if signal is not None and signal.unique().numel() > 1:
             raise ValueError(f"{name} is {signal.tolist()}: merging needs a single value.")
@@ -36,7 +40,13 @@ def of_adapter(adapter_name: str, signals: NoiseSignals | None, names: list[str]
 
 
 def check_batch(signals: NoiseSignals, source: NoiseSource | None, arguments: dict[str, Any]) -> None:
-    """Where layers may see multiples of the batch, λ has to fit the batch of the root: the rows of its first tensor."""
+    """Compare the number of values with the batch of the root, the rows of its first tensor argument.
+
+    Layers cannot do it where they may see multiples of the batch.
+
+    Raises:
+        ValueError: there is neither one value nor one a sample.
+    """
     timestep = getattr(source, "argument", None)
     rows = (len(value) for name, value in arguments.items() if name != timestep and _is_batch(value))
     values, batch = len(signals.noise_level), next(rows, None)
@@ -62,7 +72,7 @@ def _is_batch(value: Any) -> bool:
 
 
 def on_device_of(core: nn.Module, signals: NoiseSignals | None) -> tuple[Tensor | None, Tensor | None]:
-    """λ and the mask density where `core` computes."""
+    """λ and the mask density on the device on which `core` computes."""
     assert signals is not None
     level, density = signals
     device = compute_device(core) or level.device

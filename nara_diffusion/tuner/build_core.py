@@ -1,4 +1,4 @@
-"""From a configuration to its core."""
+"""Making the core that a configuration describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`NaraConfig`: PEFT's LoraConfig and what the noise-conditioned core adds to it. What cannot work is refused here."""
+"""`NaraConfig`: PEFT's LoraConfig plus the options of the noise-conditioned core, with checks of their combinations."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ _UNSCALED: dict[str, str] = {
     "modules_to_save": "modules that are trained as a whole",
     "trainable_token_indices": "tokens that are trained",
 }
-"""Options whose share in the adapter is no part of s · B · C · A."""
+"""LoRA options that change the model outside of s · B · C · A, and what they change."""
 
 
 class NaraPeftType(str, Enum):
-    """NaRA's entry among PEFT's types. PEFT prints it where it refuses to mix types, so it says what to do there."""
+    """NaRA's entry among PEFT's types. PEFT prints it in its error about mixed types, so `str` gives the remedy."""
 
     NARA = "NARA"
 
@@ -187,7 +187,7 @@ class NaraConfig(LoraConfig):
         check_start(self.init_lora_weights, self.core_type, self.core_init)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As PEFT's, but adapter_config.json is whole or as it was."""
+        """As PEFT's, but atomic: adapter_config.json is replaced as a whole or not at all."""
         if os.path.isfile(save_directory):
             super().save_pretrained(save_directory, **kwargs)  # which refuses a file
             return
@@ -196,12 +196,12 @@ class NaraConfig(LoraConfig):
 
     @property
     def reads_core(self) -> bool:
-        """Whether its layers read a C, which is not I, or is scaled."""
+        """Whether its layers read a C: one that is not I, or that is scaled by a strength."""
         return self.core_type != "identity" or self.strength is not None
 
     @property
     def changes_base(self) -> bool:
-        """Whether the initialisation changes the base weights: it takes s·B·A out of them, or quantises them."""
+        """Whether the initialisation changes the base weights: it subtracts s·B·A from them, or quantises them."""
         return changes_base(self.init_lora_weights)
 
     @property
@@ -229,7 +229,7 @@ class NaraConfig(LoraConfig):
             )
 
     def _check_use(self) -> None:
-        """Refuse choices that the chosen type of core would not read."""
+        """Refuse options that the chosen type of core does not read."""
         for name, types in _READERS.items():
             default = _CHOICES[name][0]
             if self.core_type in BUILT_IN and self.core_type not in types and getattr(self, name) != default:

@@ -1,4 +1,4 @@
-"""What each field of a `NaraConfig` may hold, asked before PEFT reads it: a file's fields may have any type."""
+"""The allowed values of each field of a `NaraConfig`, checked before PEFT reads them: a file may hold any type."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _Holds = Callable[[Any], bool]
 
 
 def check_fields(values: Mapping[str, Any]) -> None:
-    """Raises ValueError, by name, if one of these fields holds what no configuration can."""
+    """Raises ValueError, with the field's name, if a field has a value that no configuration can have."""
     for name, (holds, expected) in _FIELDS.items():
         if name in values and not holds(values[name]):
             raise ValueError(f"{name} is {_shown(values[name])}: pass {expected}.")
 
 
 def check_core_size(widths: tuple[int, ...], rank: int, fields: str) -> None:
-    """Raises ValueError if a core with matrices between layers of these widths has one that no memory holds."""
+    """Raises ValueError if a core of these layer widths has a matrix that is too large for any memory."""
     entries = max(d_in * d_out for d_in, d_out in pairwise(widths))
     if entries > LARGEST_MATRIX:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A configuration as a file has it. What cannot be one is refused by the file's name, before a model is touched."""
+"""Reading configurations from files. An invalid file is refused with its name, before any model is changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OF_ONE_MACHINE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
     "runtime_config",
 }  # fmt: skip
-"""Fields of a configuration that say where it was made or runs; the others say what the adapter is."""
+"""Fields that describe where a configuration was made or runs; the other fields describe the adapter."""
 
 _KNOWN = {field.name for field in fields(NaraConfig) if field.init}
 _NARAS_OWN = {"core_type", "core_scale"}
@@ -29,14 +29,14 @@ _ALWAYS_WRITTEN = (
     "noise_embedding_dim", "fourier_scale", "mask_density_radius", "r", "rank_pattern", "lora_alpha", "alpha_pattern",
     "use_rslora", "use_dora", "lora_bias", "bias", "init_lora_weights",
 )  # fmt: skip
-"""What the files of every version have. What has been added since is at its default where a file lacks it."""
+"""Fields that the files of every version have. A later field that a file lacks has its default."""
 
 
 def parse_json(content: str | bytes, origin: str) -> dict[str, Any]:
-    """The JSON object that `content` is. `origin` is what to call the file in messages.
+    """Parse `content` as a JSON object. `origin` names the file in messages.
 
     Raises:
-        ValueError: it is none, or is not UTF-8.
+        ValueError: it is not a JSON object, or not UTF-8.
     """
     try:
         found = json.loads(content.decode("utf-8") if isinstance(content, bytes) else content)
@@ -48,7 +48,7 @@ def parse_json(content: str | bytes, origin: str) -> dict[str, Any]:
 
 
 def refuse_repeated_keys(content: str | bytes, origin: str) -> None:
-    """Raises ValueError if an object in this JSON has a key twice, of which readers take one or the other."""
+    """Raises ValueError if an object in this JSON has a key twice: readers differ in which of them they take."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -62,10 +62,10 @@ def refuse_repeated_keys(content: str | bytes, origin: str) -> None:
 
 
 def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields in an adapter_config.json, whatever it describes.
+    """The fields of an adapter_config.json, of any kind of adapter.
 
     Raises:
-        ValueError: it can't be read, or is a NaRA's with a field twice.
+        ValueError: it is not a JSON object, or it is a NaRA's and has a field twice.
     """
     content = Path(path).read_bytes()
     given = parse_json(content, f"'{path}'")
@@ -75,10 +75,10 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_config_file(path: str | os.PathLike[str]) -> None:
-    """Refuse an adapter_config.json that nothing can read, or a NaRA's that NaraConfig refuses. Others' are not judged.
+    """Refuse an adapter_config.json that is no JSON object, or that is a NaRA's and invalid. Others are not checked.
 
     Raises:
-        ValueError: with the file's name and the field's.
+        ValueError: with the names of the file and the field.
     """
     given = read_config_file(path)
     if is_naras(given, f"'{path}'"):
@@ -110,7 +110,7 @@ def is_naras(given: Mapping[str, Any], origin: str) -> bool:
     """Whether PEFT's file describes a NaRA.
 
     Raises:
-        ValueError: it has a NaRA's fields under another type, by which PEFT would leave the core out.
+        ValueError: it has the fields of a NaRA but another type, so that PEFT would ignore the core.
     """
     kind = given.get("peft_type")
     if kind != NaraPeftType.NARA.value and given.keys() >= _NARAS_OWN:
@@ -122,7 +122,7 @@ def is_naras(given: Mapping[str, Any], origin: str) -> bool:
 
 
 def config_to_fields(config: NaraConfig) -> dict[str, Any]:
-    """What JSON can hold of a configuration, without what belongs to one machine."""
+    """The fields of a configuration as JSON values, without those of one machine."""
     return {
         key: _plain(value)
         for key, value in config.to_dict().items()
@@ -134,7 +134,7 @@ def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
     """A configuration from `config_to_fields`, or from the adapter_config.json that PEFT writes.
 
     Raises:
-        ValueError: a field that this version does not know and that is set, or a value that NaraConfig refuses.
+        ValueError: it sets an unknown field, or NaraConfig refuses a value.
     """
     given = without_removed_fields(given, origin)
     unknown = sorted(key for key, value in given.items() if key not in _KNOWN | _OF_ONE_MACHINE and value)

@@ -58,7 +58,7 @@ class Injection:
 
 
 def roll_back(root: Any, adapter_name: str) -> None:
-    """Undo the injection of an adapter whose weights were refused: modules, base weights and names are as before it."""
+    """Undo the injection of an adapter whose weights were refused: restore modules, base weights and adapter names."""
     holder: CoreHolder = getattr(root, HOLDER_NAME)
     injection = Injection(holder, root.peft_config[adapter_name].changes_base)
     for parent in list(root.modules()):
@@ -77,7 +77,7 @@ def roll_back(root: Any, adapter_name: str) -> None:
 
 
 def _roll_back_copy(parent: nn.Module, name: str, wrapper: Any, adapter_name: str) -> None:
-    """Of a module that is trained and saved beside the adapter."""
+    """Remove the adapter's copy of a module that is trained as a whole (`modules_to_save`)."""
     if wrapper._get_available_adapters() == {adapter_name}:
         setattr(parent, name, wrapper.original_module)
     else:
@@ -86,13 +86,14 @@ def _roll_back_copy(parent: nn.Module, name: str, wrapper: Any, adapter_name: st
 
 
 def check_name_is_free(root: Any, adapter_name: str, config: NaraConfig, state_dict: dict[str, Tensor] | None) -> None:
-    """A second adapter of one name begins anew, in PEFT, where it is injected; elsewhere the first one would stay.
+    """Refuse a duplicate adapter name that PEFT would overwrite in some layers and leave in others.
 
     Args:
-        config: of the second, its target modules filled in. state_dict: says what it adapts, if given.
+        config: of the new adapter, with its target modules. state_dict: if given, its keys say what it adapts.
 
     Raises:
-        ValueError: a layer of `root` has the adapter, and the second would not adapt it, or the first is no NaRA.
+        ValueError: a layer of `root` has an adapter of that name, and the new one does not adapt that layer, or the
+            existing one is no NaRA.
     """
     config = _maybe_include_all_linear_layers(copy(config), root)  # type: ignore[assignment]
     listed = state_dict and {key.rsplit(".lora_", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
@@ -107,7 +108,7 @@ def check_name_is_free(root: Any, adapter_name: str, config: NaraConfig, state_d
 
 
 def _layers_with(root: nn.Module, adapter_name: str) -> Iterator[str]:
-    """The names of layers that have the adapter, unless it is that of another root."""
+    """The names of the layers of `root` that have the adapter; adapted models inside `root` have their own."""
     layers = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
     channel = getattr(getattr(root, HOLDER_NAME, None), "channel", None)
     for name, layer in layers.items():
@@ -119,7 +120,7 @@ def _layers_with(root: nn.Module, adapter_name: str) -> Iterator[str]:
 
 
 def drop_idle_holder(root: nn.Module) -> None:
-    """Take the holder off `root`, with its hooks and its source of λ, if it has no adapter left."""
+    """Remove the holder of `root`, with its hooks and its source of λ, if it has no adapter left."""
     holder = root._modules.get(HOLDER_NAME)
     if isinstance(holder, CoreHolder) and not (holder.cores and getattr(root, "peft_config", None)):
         detach_holder(root)
@@ -127,7 +128,7 @@ def drop_idle_holder(root: nn.Module) -> None:
 
 @contextmanager
 def without_holder(root: nn.Module) -> Iterator[None]:
-    """Inside, PEFT does not see the cores, whose parts are named as a base model's may be ("embeddings", "layers")."""
+    """Hide the cores from PEFT: names of their modules ("embeddings", "layers") may match `target_modules`."""
     holder = root._modules.pop(HOLDER_NAME, None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Looking at what an adapter's core has become."""
+"""`core_matrix`: the C(λ) of an adapter, to inspect it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def core_matrix(
     module: str | None = None,
     mask_density: float | Tensor | None = None,
 ) -> Tensor:
-    """C(λ) of one adapter, to look at: (b, r, r) for λ (b,), (1, r, r) for a float or a core without noise input.
+    """C(λ) of one adapter: (b, r, r) for λ (b,), (1, r, r) for a float or a core without noise input.
 
     Args:
         model: an adapted model. noise_level: λ in [0, 1], a float or (b,).

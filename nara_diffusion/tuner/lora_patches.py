@@ -1,14 +1,13 @@
-"""What PEFT's `LoraModel` has to know of the holder of cores, put around it once, for NaRA's subclass too.
+"""Wrappers around methods of PEFT's `LoraModel` that walk over LoRA layers and so miss the holder of the cores.
 
-PEFT walks over the LoRA layers of a model. The holder stands at the model's root: that of NaRAs, or that of plain LoRAs
-whose strength depends on λ.
+They apply to a model that has a holder: one with NaRAs, or with plain LoRAs whose strength depends on λ.
 
-    set_adapter, delete_adapter    pass by what is no LoRA layer
-    _unload_and_optionally_merge   puts the layers' base back, and would leave the holder with its hooks
-    merge_adapter                  merges layer by layer, and would leave half of them merged if λ is unknown
-    merge_and_unload               the same, and has no argument for λ
-    add_weighted_adapter           sums up A's and B's, without their strength
-    _enable_peft_forward_hooks     knows the adapter of each sample of a batch
+    set_adapter, delete_adapter    skip modules that are no LoRA layers: the holder joins `tuner_layer_cls`
+    _unload_and_optionally_merge   restores the base layers only: the wrapper removes the holder with its hooks
+    merge_adapter                  merges layer by layer, and stops halfway if λ is unknown: all layers or none
+    merge_and_unload               the same, without an argument for λ
+    add_weighted_adapter           sums A's and B's without their strength: refused
+    _enable_peft_forward_hooks     has the adapter of each sample of a batch: the holder gets them
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from .strength_layers import has_strength
 
 
 def extend_lora_methods() -> None:
-    """Put the functions below around PEFT's. Harmless when repeated."""
+    """Install the wrappers below. Harmless when repeated."""
     LoraModel.tuner_layer_cls = (LoraLayer, CoreHolder)  # type: ignore[assignment]
     around(LoraModel, "delete_adapter", _delete_adapter)
     around(LoraModel, "_unload_and_optionally_merge", _unload)

@@ -1,4 +1,4 @@
-"""`init_lora_weights`: what PEFT's starts of a LoRA do to the base, and which of them a NaRA can have."""
+"""`init_lora_weights`: which of PEFT's initialisations a NaRA supports, and which of them change the base weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REFUSED = {
 
 
 def changes_base(start: Any) -> bool:
-    """Whether the start puts other weights into the base: W − s·B·A, or LoftQ's quantised ones."""
+    """Whether the initialisation replaces the base weights: by W − s·B·A, or by LoftQ's quantised ones."""
     return str(start).lower().startswith(_BASE_CHANGING)
 
 
@@ -27,7 +27,7 @@ def _needs_identity(start: Any) -> bool:
 
 
 def check_start(start: Any, core_type: str, core_init: str) -> None:
-    """Raises ValueError if there is no such start, or a core of that type and initialisation cannot have it."""
+    """Raises ValueError if the initialisation is unknown, or not possible with this type and start of the core."""
     if isinstance(start, bool):
         return
     kind = re.sub(r"^pissa_niter_\d+$", "pissa", start) if isinstance(start, str) else ""

@@ -1,4 +1,4 @@
-"""Merging an update that depends on λ: at one λ, which is then the only one that the model can run at."""
+"""Merging an update that depends on λ: at one λ. Until it is unmerged, the model refuses to run at another λ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .core_holder import HOLDER_NAME, CoreHolder
 
 
 class MergesAtOneLevel(LoraModel):
-    """PEFT's merging with a λ: refused without one, all layers or none, and undone by `unmerge_adapter`."""
+    """PEFT's merging at one λ. It merges all layers or none; without a λ it raises."""
 
     def merge_adapter(
         self,
@@ -33,8 +33,8 @@ class MergesAtOneLevel(LoraModel):
             noise_level: λ in [0, 1]. None takes that of the active `noise_level(…)` context.
 
         Raises:
-            ValueError: an adapter depends on λ and none is known, or it differs between samples; group offloading
-                would read the base weights again from elsewhere.
+            ValueError: an adapter depends on λ, and λ is not known or differs between samples; or group offloading
+                would replace the merged weights at the next forward.
         """
         merge_at_one_level(self, super().merge_adapter, adapter_names, safe_merge, noise_level)
 
@@ -58,9 +58,9 @@ def merge_at_one_level(
     safe_merge: bool = False,
     noise_level: float | None = None,
 ) -> None:
-    """`MergesAtOneLevel.merge_adapter` by PEFT's own method `merge`, for a plain LoRA's tuner too."""
+    """`MergesAtOneLevel.merge_adapter` for any LoRA tuner; `merge` is PEFT's method."""
     holder: CoreHolder | None = getattr(tuner.model, HOLDER_NAME, None)
-    if holder is None:  # no adapter is left, and PEFT merges nothing without an error
+    if holder is None:  # no adapter is left: PEFT merges nothing and raises nothing
         merge(adapter_names, safe_merge)
         return
     names = tuner.active_adapters if adapter_names is None else adapter_names
@@ -99,7 +99,7 @@ def _reads_core(tuner: Any, adapter_name: str) -> bool:
 
 @contextmanager
 def _all_or_nothing(model: nn.Module, holder: CoreHolder) -> Iterator[None]:
-    """If merging fails in one layer, the layers before it are put back."""
+    """If merging fails in one layer, unmerge the layers before it."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     before, signals = [list(layer.merged_adapters) for layer in layers], holder.merged_level.signals
     try:

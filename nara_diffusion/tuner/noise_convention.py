@@ -85,8 +85,8 @@ def check_convention(source: NoiseSource | None, adapter_name: str, convention: 
         return
     raise ValueError(
         f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
-        f"{told!r}: use a source of the same convention. If that is a definition of your own, say how λ is told by it "
-        "before the model's first adapter is added: register_noise_source(source)."
+        f"{told!r}: use a source of the same convention. For a custom definition of λ, call "
+        "register_noise_source(source) before the model's first adapter is added."
     )
 
 

@@ -1,9 +1,9 @@
-"""What PEFT's own reading and writing of adapters has to know of NaRA, put around it once.
+"""Wrappers around PEFT's methods that read and write adapters. Each one applies to NaRA adapters only.
 
-from_json_file     builds a configuration far from the file's name
-load_adapter       says nothing of the file in its errors, and leaves an adapter whose weights were refused
+from_json_file     PEFT's errors do not name the file: the wrapper checks a NaRA's file and names it
+load_adapter       PEFT keeps an adapter whose weights it refused: the wrapper removes it, and names the file
 from_pretrained    the same, on a model that had no adapter before
-save_pretrained    writes its files under their own names, so that half of one stays behind if the disk is full
+save_pretrained    PEFT leaves half a file behind if the disk is full: the wrapper writes atomically
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _begun: ContextVar[tuple[nn.Module, str] | None] = ContextVar("_begun", default=
 
 
 def extend_peft_methods() -> None:
-    """Put the functions below around PEFT's. Harmless when repeated."""
+    """Install the wrappers below. Harmless when repeated."""
     around(PeftConfigMixin, "from_json_file", _from_json_file)
     around(PeftModel, "from_pretrained", _from_pretrained)
     around(PeftModel, "load_adapter", _load_adapter)
@@ -74,7 +74,7 @@ def _load_adapter(original: Any, self: PeftModel, model_id: Any, adapter_name: s
 
 @contextmanager
 def _named(model_id: Any, options: dict[str, Any]) -> Iterator[None]:
-    """Errors about a NaRA inside name its folder or repository, if they don't yet."""
+    """Inside, errors about a NaRA get the name of its folder or repository."""
     try:
         yield
     except (ValueError, KeyError, SafetensorError, UnpicklingError) as error:
@@ -103,7 +103,7 @@ def _refusal(where: str, error: Exception) -> str:
 
 @contextmanager
 def trainable_again(model: nn.Module) -> Iterator[None]:
-    """After an error inside, the same parameters need a gradient as before."""
+    """After an error inside, `requires_grad` of all parameters is as before."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield

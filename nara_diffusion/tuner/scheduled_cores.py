@@ -1,7 +1,7 @@
-"""The cores of an adapter whose strength depends on λ: s(λ) · C(λ), which layers read as any other C.
+"""The cores of an adapter whose strength depends on λ: its layers read s(λ) · C(λ) as their core.
 
-One core may serve layers of several strengths, as those of a UNet's blocks: then each strength has a name of its own
-by which its layers read, and their core is computed once.
+Layers of one core may have several strengths, e.g. one for each block of a UNet. Then each strength has its own name,
+by which its layers read, and the core itself is computed once.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .core_set import CoreSet
 
 
 class ScaledCore(NamedTuple):
-    """What the layers of one name read: the core of a group, at the strength of a schedule, or at 1."""
+    """The core of a group, times the strength of a schedule; None is 1."""
 
     group: str
     schedule: StrengthSchedule | None
 
 
 Strengths = Mapping[str, ScaledCore]
-"""The name by which layers read → what they read."""
+"""The name by which layers read → the scaled core that they get."""
 
 
 class ScheduledCores:
-    """Stands in for the `CoreSet` of one adapter in a forward of the model, or in merging.
+    """Replaces the `CoreSet` of one adapter in a forward of the model and in merging.
 
     Args:
-        cores: of the adapter. strengths: of all of its layers that read a core.
+        cores: the cores of the adapter. strengths: of all layers that read one of them.
     """
 
     needs_noise = True

@@ -1,4 +1,4 @@
-"""The strength of an adapter of any model, set by one call: a number, or a function of λ."""
+"""`set_strength`: the strength of an adapter, as a number or as a function of λ."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
 
     The adapter may be a NaRA or any LoRA (DoRA too), of a PeftModel, of `inject_adapter_in_model` or loaded by
     Diffusers. With a schedule, forwards have to know λ: from `noise_level(model, value)`, a source set by
-    `set_noise_source`, or, for a denoiser of Diffusers, its timestep. What is set takes the place of what was, and of
-    a weight given to Diffusers' `set_adapters`; which adapters are active stays as it is. It goes with its adapter.
+    `set_noise_source`, or, for a denoiser of Diffusers, its timestep. The new strength replaces the previous one and
+    the weight that Diffusers' `set_adapters` was given. It does not change which adapters are active. Deleting the
+    adapter deletes it.
 
     Args:
         model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
@@ -36,8 +37,8 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
             number, which is not saved, as PEFT saves none; or None: 1, and a NaRA's configuration has no schedule.
 
     Raises:
-        ValueError: no such adapter; a strength that is none of these; or a schedule would not reach all that the
-            adapter has changed (see `strength_layers.check_strength`).
+        ValueError: there is no such adapter; `strength` is none of these; or a schedule would scale only a part of the
+            adapter (see `strength_layers.check_strength`).
     """
     checked = _checked(strength)
     roots = roots_of(model, adapter_name)
@@ -55,7 +56,7 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
 
 
 def keep_as_default(root: Any, adapter_name: str, strength: StrengthSchedule | None) -> None:
-    """Let the configuration of an adapter, if it is a NaRA's, have this strength, by which it is saved and loaded."""
+    """Store the strength in the configuration of a NaRA, so that it is saved and loaded with the adapter."""
     old, holder = root.peft_config[adapter_name], getattr(root, HOLDER_NAME, None)
     if not isinstance(old, NaraConfig) or not isinstance(holder, CoreHolder):
         return
@@ -79,7 +80,7 @@ def _checked(strength: Any) -> StrengthSchedule | float:
 
 
 def roots_of(model: Any, adapter_name: str) -> list[Any]:
-    """The models at or below `model` that have the adapter, without what PEFT has put around them."""
+    """The models at or below `model` that have the adapter, without PEFT's wrappers."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
     roots: list[Any] = [

@@ -1,4 +1,4 @@
-"""What an adapter's file has to hold: exactly the tensors of its adapter, real and finite, the core's in float32."""
+"""Checks of an adapter's tensors: exactly those that the adapter needs, finite, and float32 in the core."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def _check_kind(key: str, tensor: Any, like: Tensor) -> None:
 
 
 def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
-    """Raises ValueError if a tensor of a core is not float32 (or, if it counts in the model, not of the same kind).
+    """Raises ValueError if a tensor of a core is not float32 (or, if it holds integers, not of the model's dtype).
 
-    What was rounded, no conversion back can repair.
+    Converting a rounded tensor back to float32 does not restore it.
     """
     if tensor.dtype != (torch.float32 if like.is_floating_point() else like.dtype):
         raise ValueError(
@@ -66,7 +66,7 @@ def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, rem
 
 
 def refuse_name_in_key(key: str, adapter_names: Iterable[str]) -> None:
-    """PEFT saves an adapter without those of its tensors whose key holds another adapter's name as one of its parts.
+    """Refuse adapter names that are parts of `key`: PEFT would leave out that tensor when it saves another adapter.
 
     Raises:
         ValueError: one of `adapter_names` is such a part of `key`.
@@ -84,7 +84,7 @@ def _some(keys: list[str]) -> str:
 
 
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` of a file: the core that all layers share was `nara_core.global` once, a Python keyword.
+    """`tensors` of a file with the old name of the shared core, `nara_core.global`, replaced by the current one.
 
     Raises:
         ValueError: the file has both names.

@@ -1,8 +1,8 @@
-"""A strength that depends on λ, given to the layers of one adapter and taken from them again.
+"""Setting and removing a λ-dependent strength of the layers of one adapter.
 
-Layers read s(λ) · C(λ) as their core. Those of a NaRA read a core anyway. Those of a plain LoRA, PEFT's own or an
-"identity", get the LoRA variant of a NaRA for as long as they have such a strength, and the model's root, if it has
-none, a holder of cores that reads λ as for a NaRA. Without such a strength, all is as PEFT made it.
+The layers read s(λ) · C(λ) as their core. The layers of a NaRA read a core anyway. The layers of a plain LoRA (PEFT's,
+or "identity") get NaRA's LoRA variant while they have such a strength, and the model's root gets a holder of cores if
+it has none. When the strength is removed, everything is as PEFT made it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _REMEDY = "give this adapter a float"
 
 
 def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Name → layer, of those of `root` that the adapter adapts, whatever kind of adapter it is."""
+    """Name → layer, for all layers of `root` that the adapter adapts. The adapter may be of any kind."""
     layers = {name: module for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
     return {
         name: layer
@@ -45,7 +45,7 @@ def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 
 def check_strength(root: nn.Module, config: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
-    """Refuse strengths that would not reach all that they are for, or that come too late.
+    """Refuse strengths that would scale only a part of the adapter, or that come after merging.
 
     Raises:
         ValueError: the adapter is merged; or it has layers without LoRA variants, biases, or modules of its own.
@@ -64,10 +64,10 @@ def check_strength(root: nn.Module, config: Any, adapter_name: str, by_layer: Ma
 
 
 def give_strength(root: nn.Module, config: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
-    """Let these layers of an adapter have these strengths, and its other layers none; what was before is over.
+    """Set the strengths of the layers of an adapter; they replace all previous ones.
 
     Args:
-        config: of the adapter. by_layer: name of a layer of `root` → its strength, as `check_strength` let pass.
+        config: of the adapter. by_layer: name of a layer of `root` → its strength, checked by `check_strength`.
     """
     take_strength(root, config, adapter_name)
     if not by_layer:
@@ -84,7 +84,7 @@ def give_strength(root: nn.Module, config: Any, adapter_name: str, by_layer: Map
 
 
 def take_strength(root: nn.Module, config: Any, adapter_name: str) -> None:
-    """Let all layers of an adapter be as they were before `give_strength`. Harmless when repeated."""
+    """Undo `give_strength`. Harmless when repeated."""
     holder = getattr(root, HOLDER_NAME, None)
     if not isinstance(holder, CoreHolder) or holder.strengths.pop(adapter_name, None) is None:
         return
@@ -107,7 +107,7 @@ def take_strength(root: nn.Module, config: Any, adapter_name: str) -> None:
 
 
 def default_strengths(root: nn.Module, config: Any, adapter_name: str) -> dict[str, StrengthSchedule]:
-    """What `give_strength` is to give an adapter that has just come: the strength that its configuration says."""
+    """The strengths of a new adapter for `give_strength`, from its configuration."""
     points = getattr(config, "strength", None)
     return dict.fromkeys(layers_of(root, adapter_name), StrengthSchedule(points)) if points else {}
 
@@ -118,7 +118,10 @@ def has_strength(root: nn.Module, adapter_name: str) -> bool:
 
 
 def _named(variants: Mapping[str, NaraVariant], by_layer: Mapping[str, StrengthSchedule]) -> dict[str, ScaledCore]:
-    """Let the layers of one core and one strength read by one name: the core's own, if it has one strength only."""
+    """Name each pair of core and strength, and make its layers read by that name.
+
+    A core whose layers all have one strength keeps its own name.
+    """
     scaled = {name: ScaledCore(variant.group, by_layer.get(name)) for name, variant in variants.items()}
     distinct = list(dict.fromkeys(scaled.values()))
     strengths_of = {of.group: [other for other in distinct if other.group == of.group] for of in distinct}
@@ -150,7 +153,7 @@ def _holder_of(root: nn.Module, adapter_name: str) -> CoreHolder:
 def _variant_for(
     root: nn.Module, config: Any, holder: CoreHolder, layer: Any, name: str, adapter_name: str
 ) -> NaraVariant:
-    """A NaRA's, for a layer of a plain LoRA."""
+    """NaRA's LoRA variant for a layer of a plain LoRA."""
     use_dora = isinstance(layer.lora_variant.get(adapter_name), _DORA)
     cores: Any = holder.cores[adapter_name]
     own = core_group(config, name, layer.r[adapter_name]) if isinstance(config, NaraConfig) else ""

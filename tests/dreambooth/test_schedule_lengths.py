@@ -66,7 +66,9 @@ def test_step_with_another_number_of_timesteps_trains_and_reports_the_schedules_
     step = TrainingStep(model, objective, LatentCache(pipe.vae), prompts, torch.device("cpu"), seed=11)
     seen: list[Any] = []
     levels = told(model.unet, lambda: seen.append(step(batch)))
-    expected = expected_levels(objective, draw_indices([draw.position for draw in batch["draws"]], levels=N, seed=11))
+    expected = expected_levels(
+        objective, draw_indices([sample.position for sample in batch["samples"]], levels=N, seed=11)
+    )
     torch.testing.assert_close(seen[0].noise_level, expected)
     torch.testing.assert_close(torch.tensor(levels), expected)
 

@@ -103,7 +103,7 @@ def written_out(step: TrainingStep, batch: dict[str, Any], pipe: Any, base: Any)
     """Each image's loss by its formula, one at a time: min-SNR inside, W (f − f₀)² outside; `base` has no adapters."""
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     losses = []
-    for draw in batch["draws"]:
+    for draw in batch["samples"]:
         t = draw_indices(
             [draw.position], seed=9, role=draw.role, levels=1000, stratified=True, group_size=4, windowed=step.windowed
         )

@@ -29,7 +29,7 @@ def test_a_resumed_run_with_buckets_meets_the_same_batches_and_ends_with_the_sam
     step = TrainingStep.__call__
 
     def watched(self: TrainingStep, batch: Any) -> Any:
-        sizes = {draw.crop.target for draw in batch["draws"]}
+        sizes = {sample.crop.target for sample in batch["samples"]}
         assert len(sizes) == 1  # a batch is of one bucket
         seen.append((*sizes.pop(), *batch["sample_indices"].tolist()))
         return step(self, batch)

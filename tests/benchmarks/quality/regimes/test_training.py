@@ -52,7 +52,7 @@ def clean_and_noise(data, number: int, size: int = 5, seed: int = 3):
     """x and ε of a step, from its draws, in float64."""
     positions = range(number * size, (number + 1) * size)
     dataset = DreamBoothDataset(data.instances, [SIZE], batch_size=size, seed=seed)
-    x = data.latents.sample([dataset[position]["draws"][0] for position in positions], seed=seed)
+    x = data.latents.sample([dataset[position]["samples"][0] for position in positions], seed=seed)
     return x.double(), draw_noise(positions, x.shape[1:], seed=seed).double()
 
 
