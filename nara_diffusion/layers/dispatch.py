@@ -9,7 +9,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
 from torch import Tensor, nn
 
-from .variants import NaraConv, NaraDoraConv, NaraDoraLinear, NaraEmbedding, NaraLinear, NaraVariant
+from .dora import NaraDoraConv, NaraDoraLinear
+from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
 
 
 def check_target(target: Any, use_dora: bool, name: str) -> None:

@@ -1,7 +1,6 @@
-"""The LoRA variants of adapted layers: NaRA and NaRA-DoRA on Linear (quantised or not), Conv and Embedding.
+"""NaRA's LoRA variants on linear layers (quantised or not), convolutions and embeddings; NaRA-DoRA's are in `dora`.
 
-    NaRA        y = W0 x + b + s B C A x                              (paper, equation 4)
-    NaRA-DoRA   y = m / ‖W0 + s B C A‖_row ⊙ (W0 x + s B C A x) + b    (paper, appendix M; the norm is a constant)
+    y = W0 x + b + s B C A x                              (paper, equation 4)
 
 with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r), K = B C (b, d_out, r). PEFT's own layers hold
 A and B and call `forward` of the variant. A variant reads its C from the model's channel; it knows neither the core
@@ -16,8 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import LoraVariant, _ConvNd
-from peft.utils.other import transpose
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from nara_diffusion.runtime.batch_rows import Rows, check_rows
@@ -25,13 +23,11 @@ from nara_diffusion.runtime.channel import CoreChannel
 from nara_diffusion.runtime.offloading import check_mergeable_here, is_managed, onloaded
 
 from .bnb import base_weight, check_mergeable
-from .effective_weights import base_matrix, delta_weight, factors, may_read
+from .effective_weights import delta_weight, factors, may_read
 from .functional import (
     add_product,
-    add_scaled_product,
     apply_core,
     apply_core_to_channels,
-    factored_row_norm,
     times_core,
 )
 from .fused import can_fuse, fused_linear
@@ -181,7 +177,7 @@ class NaraLinear(NaraVariant):
         A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
         core = self.batch_core(module.r[active_adapter], x)
         scaling = module.scaling[active_adapter]
-        if _is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
+        if is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
             return fused_linear(x, result, base_layer.weight, A.weight, core, B.weight, scaling)
         mixed = apply_core(core, A(module.lora_dropout[active_adapter](x)))  # (b, …, r)
         if result.is_nested or not may_read(B):
@@ -220,76 +216,7 @@ class NaraConv(NaraVariant):
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
         core = self.batch_core(module.r[active_adapter], x)
         dropped = module.lora_dropout[active_adapter](x)
-        return result + module.scaling[active_adapter] * _conv_update(module, active_adapter, dropped, core)
-
-
-class NaraDoraLinear(NaraVariant):
-    """y = m / ‖W0 + s K A‖ ⊙ (W0 x + s K A x) + b, the norm from its factors.
-
-    With dropout, the dropped input is also used for the base product that the magnitude scales, as in PEFT.
-    """
-
-    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        return A, B, module.get_base_layer(), module.lora_magnitude_vector[active_adapter]
-
-    def dora_scale(self, module: Any, active_adapter: str, weight: Tensor, core: Tensor) -> Tensor:
-        """m / ‖W0 + s B C A‖ for W0 (d_out, k) and C (b or 1, r, r): (b or 1, d_out)."""
-        A, B = factors(module, active_adapter)
-        norm = factored_row_norm(weight, A, times_core(B, core), module.scaling[active_adapter])
-        return module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm
-
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
-        scaling = module.scaling[active_adapter]
-        core = self.batch_core(module.r[active_adapter], x)
-        weight = base_matrix(module)
-        dora_scale = self.dora_scale(module, active_adapter, weight, core).to(x.dtype)  # (b or 1, d_out)
-        bias = base_layer.bias
-        if _is_dropout_free(module, active_adapter):
-            base = result if bias is None else result - bias
-            if x.dtype == dora_scale.dtype != torch.float16 and can_fuse(module, base_layer, A, B, x, result):
-                result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, dora_scale)
-            else:
-                result = _add_and_scale(base, apply_core(core, A(x)), B, dora_scale, scaling)
-            return result if bias is None else result + bias
-        dropped = module.lora_dropout[active_adapter](x)
-        base = F.linear(dropped, weight.to(dropped.dtype))
-        return result - base + _add_and_scale(base, apply_core(core, A(dropped)), B, dora_scale, scaling)
-
-    def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor:
-        with module._unmerged_base_weight(safe_merge=True) as weight:
-            matrix = transpose(weight, getattr(module, "fan_in_fan_out", False)).flatten(1)
-            norm = factored_row_norm(matrix, A, K, module.scaling[active_adapter])[0]
-        factor = module.lora_magnitude_vector[active_adapter].weight.detach().flatten() / norm
-        if isinstance(module, _ConvNd):
-            return factor.view(-1, *(1,) * (module._kernel_dim - 1))
-        return transpose(factor[:, None], getattr(module, "fan_in_fan_out", False))
-
-
-class NaraDoraConv(NaraDoraLinear):
-    """NaRA-DoRA on a convolution: rows are output channels, over input channels and kernel."""
-
-    def batched_dims(self, module: Any) -> int:
-        return module._kernel_dim
-
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        base_layer = module.get_base_layer()
-        axes = (1,) * (result.dim() - 2)
-        core = self.batch_core(module.r[active_adapter], x)
-        scaling = module.scaling[active_adapter]
-        dora_scale = self.dora_scale(module, active_adapter, base_matrix(module), core).to(x.dtype)
-        dora_scale = dora_scale.view(*dora_scale.shape, *axes)  # (b or 1, d_out, 1, …)
-        dropped = module.lora_dropout[active_adapter](x)
-        if _is_dropout_free(module, active_adapter):
-            base = result if base_layer.bias is None else result - base_layer.bias.view(1, -1, *axes)
-        else:
-            base = base_layer._conv_forward(dropped, base_layer.weight, None)
-        return (
-            result
-            + (dora_scale - 1) * base
-            + dora_scale * scaling * _conv_update(module, active_adapter, dropped, core)
-        )
+        return result + module.scaling[active_adapter] * conv_update(module, active_adapter, dropped, core)
 
 
 def _in_dtype_of_factors(module: Any, adapter_name: str, x: Tensor) -> Tensor:
@@ -300,20 +227,10 @@ def _in_dtype_of_factors(module: Any, adapter_name: str, x: Tensor) -> Tensor:
     return x if is_managed(A) else x.to(A.weight.dtype)
 
 
-def _conv_update(module: Any, adapter_name: str, x: Tensor, core: Tensor) -> Tensor:
+def conv_update(module: Any, adapter_name: str, x: Tensor, core: Tensor) -> Tensor:
     """B(C A(x)), with B's bias: x (b, d_in, …) → (b, d_out, …)."""
     return module.lora_B[adapter_name](apply_core_to_channels(core, module.lora_A[adapter_name](x)))
 
 
-def _is_dropout_free(module: Any, adapter_name: str) -> bool:
+def is_dropout_free(module: Any, adapter_name: str) -> bool:
     return isinstance(module.lora_dropout[adapter_name], nn.Identity) or not module.training
-
-
-def _add_and_scale(base: Tensor, h: Tensor, B: Any, dora_scale: Tensor, scaling: float) -> Tensor:
-    """dora_scale ⊙ (base + s B(h)): base (b, …, d_out), h (b, …, r), dora_scale (b or 1, d_out)."""
-    if not base.is_nested and may_read(B):
-        return add_scaled_product(base, h, B.weight, dora_scale, scaling)
-    rows = dora_scale.view(dora_scale.shape[0], *(1,) * (base.dim() - 2), dora_scale.shape[1])  # (b or 1, 1, …, d_out)
-    if base.is_nested:  # a gradient can be summed over the ragged axis, but not over that and another one
-        rows = rows.expand(-1, 1, *base.shape[2:])
-    return rows * (base + scaling * B(h))

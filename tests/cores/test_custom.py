@@ -23,7 +23,7 @@ from nara_diffusion.cores.embeddings import make_embedding
 from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.noise.ablations import mean_core
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, core_by_hand, disturb, nara_config, relative_error
-from tests.helpers.core_types import Affine
+from tests.helpers.core_types import Affine, Still
 from tests.helpers.recomputation import EXACT, REENTRANT, TARGETS, check, gradients, llama_loss
 from tests.helpers.recomputation import LEVELS as RECOMPUTED
 from tests.helpers.small_pipelines import small_sdxl
@@ -38,13 +38,6 @@ class Density(Affine):
 
     def forward(self, noise_level: Tensor, mask_density: Tensor) -> Tensor:
         return super().forward(noise_level * mask_density)
-
-
-class Still(Affine):
-    needs_noise = False
-
-    def forward(self) -> Tensor:
-        return (torch.eye(len(self.P)) + self.Q)[None]
 
 
 class Normalised(nn.Module):
@@ -262,53 +255,3 @@ def test_beside_other_types_in_one_model():
     with noise_level(model, LEVELS):
         mixed = model(x, adapter_names=["nara", "mine", "nara"])
     torch.testing.assert_close(mixed, torch.stack([found["nara"][0], found["mine"][1], found["nara"][2]]))
-
-
-def test_a_name_may_be_registered_again_but_no_built_in_one():
-    register_core("affine", lambda config, rank: Still(config, rank))
-    assert one_layer(core_type="affine")(torch.randn(3, 7)).shape == (3, 5)
-    for name in ("hypernetwork", "bins", "", 3):
-        with pytest.raises(ValueError, match=f"^name is {name!r}: choose a text other than 'hypernetwork'"):
-            register_core(name, Affine)
-    with pytest.raises(ValueError, match="factory is 3: pass a class or function"):
-        register_core("other", 3)
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda level: torch.eye(3), r"returned \(3, 3\) for 3 value\(s\) of λ and rank 4: return C \(3, 4, 4\), or"),
-        (lambda level: torch.ones(2, 4, 4), r"returned \(2, 4, 4\) for 3 value\(s\) of λ"),
-        (lambda level: 3, "returned int for 3"),
-    ],
-)
-def test_an_answer_of_another_shape_is_refused(answer, message):
-    class Wrong(nn.Module):
-        def __init__(self, config: NaraConfig, rank: int) -> None:
-            super().__init__()
-
-        def forward(self, noise_level: Tensor) -> Any:
-            return answer(noise_level)
-
-    register_core("wrong", Wrong)
-    model = one_layer(core_type="wrong")
-    with noise_level(model, LEVELS), pytest.raises(ValueError, match=f"core_type 'wrong' {message}"):
-        model(torch.randn(3, 7))
-
-
-def test_a_factory_that_makes_no_module_is_refused():
-    register_core("wrong", lambda config, rank: torch.eye(rank))
-    with pytest.raises(ValueError, match=r"factory of core_type 'wrong' returned Tensor: return a torch\.nn\.Module"):
-        one_layer(core_type="wrong")
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"init_lora_weights": "pissa"}, "core_type='affine' does not promise"),
-        ({"rank_mask_min": 2}, "it is for core_type='rank_mask'"),
-    ],
-)
-def test_options_of_built_in_cores_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        NaraConfig(core_type="affine", **fields)

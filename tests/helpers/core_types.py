@@ -29,3 +29,12 @@ class Affine(nn.Module):
 
     def forward(self, noise_level: Tensor) -> Tensor:
         return torch.eye(len(self.P), device=noise_level.device) + noise_level[:, None, None] * self.P + self.Q
+
+
+class Still(Affine):
+    """C = I + Q, without λ."""
+
+    needs_noise = False
+
+    def forward(self) -> Tensor:
+        return (torch.eye(len(self.P)) + self.Q)[None]

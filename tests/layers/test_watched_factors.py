@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-import nara_diffusion.layers.variants as layers
+import nara_diffusion.layers.dora as dora_layers
+import nara_diffusion.layers.variants as variants
 from nara_diffusion import noise_level
 from tests.helpers.adapted import TwoLayers, adapted, default_core, relative_error
 from tests.helpers.beside_lora import LEVELS, TARGETS, assert_alike, beside_lora, outcome
@@ -222,6 +223,7 @@ def test_a_hook_of_all_modules_sees_the_calls_of_both_factors(use_dora):
 def test_watched_or_remade_factors_are_not_fused(monkeypatch, change, which, use_dora):
     model = adapted(TwoLayers(), target_modules=TARGETS, use_dora=use_dora)
     change_factors(model, change, which, "default")
-    monkeypatch.setattr(layers, "fused_linear", lambda *args: pytest.fail("fused"))
+    for module in (variants, dora_layers):
+        monkeypatch.setattr(module, "fused_linear", lambda *args: pytest.fail("fused"))
     with noise_level(model, LEVELS):
         model(torch.randn(3, 6, 7)).sum().backward()
