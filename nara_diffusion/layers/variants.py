@@ -75,8 +75,8 @@ class NaraVariant(LoraVariant):
             raise RuntimeError(
                 f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. The forward of the whole "
                 "adapted model makes C: call that forward, or call a part of the model inside `with "
-                "noise_level(model, value):`. For gradient checkpointing use the model's own, "
-                "`model.gradient_checkpointing_enable()`."
+                "noise_level(model, value):`, and do not recompute a part of it by a checkpoint other than the model's "
+                "own (`model.gradient_checkpointing_enable()`)."
             )
         core = cores[self.key]
         return core if core.shape[-1] == rank else core[:, :rank, :rank]

@@ -21,8 +21,8 @@ CORES = [
     {},
     {"core_type": "constant"},
     {"core_type": "knots", "core_sharing": "layer"},
-    {"core_sharing": "layer_embedding", "noise_scale": "log_snr"},
-    {"core_normalization": "frobenius", "core_init": "zero_all"},
+    {"core_sharing": "module_type", "noise_embedding": "mlp"},
+    {"core_sharing": "layer", "core_init": "zero_all"},
     {"core_input": "both"},
 ]
 

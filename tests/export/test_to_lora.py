@@ -50,7 +50,7 @@ def base() -> TwoLayers:
 def core_of(model: Any, layer: str, level: float = LEVEL) -> torch.Tensor:
     """C (r, r) of that layer by hand."""
     config = model.peft_config["default"]
-    group = {"layer": layer, "module_type": layer, "layer_embedding": layer}.get(config.core_sharing, "shared")
+    group = {"layer": layer, "module_type": layer}.get(config.core_sharing, "shared")
     return default_core(model, torch.tensor([level]), group=group)[0]
 
 
