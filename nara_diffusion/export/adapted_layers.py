@@ -22,7 +22,7 @@ from nara_diffusion.layers.effective_weights import effective_weight
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.signals import Level, NoiseSignals
 from nara_diffusion.runtime.offloading import is_sharded, onloaded, onloaded_cores
-from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.core_holder import CoreHolder, holder_of
 from nara_diffusion.tuner.set_strength import roots_of
 from nara_diffusion.tuner.strength_layers import layers_of
 
@@ -67,7 +67,7 @@ class Adapter:
 
     @property
     def holder(self) -> CoreHolder | None:
-        return _holder_of(self.root)
+        return holder_of(self.root)
 
     def depends_on_noise(self) -> bool:
         return self.holder is not None and self.holder.depends_on_noise(self.name)
@@ -112,11 +112,6 @@ def _root_of(model: nn.Module, adapter_name: str) -> Any:
             "one that is meant."
         )
     return roots[0]
-
-
-def _holder_of(root: nn.Module) -> CoreHolder | None:
-    holder = getattr(root, HOLDER_NAME, None)
-    return holder if isinstance(holder, CoreHolder) else None
 
 
 def _check_config(config: Any, adapter_name: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nara_diffusion.cores.custom import CustomCore, rebuild_custom_core
 from nara_diffusion.tuner.build_core import build_core, is_block_of_larger
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.core_holder import holder_of
 from nara_diffusion.tuner.noise_convention import with_convention
 from nara_diffusion.tuner.strength_layers import check_strength, default_strengths, give_strength, has_strength
 
@@ -102,7 +102,9 @@ def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int)
         _set_alpha(layer, adapter_name, scaling)
     if not is_block_of_larger(config):
         return  # C belongs to its rank, which `check_enlargeable` saw to be this one
-    cores: Any = _holder(model).cores[adapter_name]
+    holder = holder_of(model)
+    assert holder is not None
+    cores: Any = holder.cores[adapter_name]
     for group, core in cores.items():
         with torch.device("meta"):
             larger = build_core(config, rank)
@@ -184,7 +186,8 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         _update_scaling(layer, adapter_name=adapter_name, scaling=scaling)
         _set_alpha(layer, adapter_name, scaling)
-    holder = _holder(model)
+    holder = holder_of(model)
+    assert holder is not None
     _follow(holder.cores[adapter_name], config)
     stated = config.noise_convention is not None
     model.peft_config[adapter_name] = config = with_convention(config, holder.conventions.source, adapter_name)
@@ -241,7 +244,3 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """Module name → layer, of those that the adapter adapts."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {name: layer for name, layer in layers.items() if adapter_name in layer.r}
-
-
-def _holder(model: nn.Module) -> CoreHolder:
-    return getattr(model, HOLDER_NAME)

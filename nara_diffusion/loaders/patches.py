@@ -33,7 +33,7 @@ from safetensors import safe_open
 
 from nara_diffusion.runtime.offloading import check_kept_nowhere
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.core_holder import holder_of
 from nara_diffusion.tuner.forward_hook import detach_holder
 from nara_diffusion.tuner.injection import drop_idle_holder, without_holder
 from nara_diffusion.tuner.strength_layers import take_strength
@@ -75,11 +75,6 @@ def extend_diffusers_methods() -> None:
     around(lora_base, "_load_sft_state_dict_metadata", _load_metadata)
 
 
-def _holder_of(model: Any) -> CoreHolder | None:
-    holder = getattr(model, HOLDER_NAME, None)
-    return holder if isinstance(holder, CoreHolder) else None
-
-
 def _save_lora_adapter(
     original: Any, model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
 ) -> None:
@@ -93,7 +88,7 @@ def _save_lora_adapter(
 
 
 def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    holder, request = _holder_of(model), getattr(model, REQUEST, None)
+    holder, request = holder_of(model), getattr(model, REQUEST, None)
     if holder is None:
         original(model, *args, **kwargs)
         return
@@ -127,7 +122,7 @@ def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, wei
             original(model, adapter_names, weights)
 
     set_weights(set_floats, model, adapter_names, weights)
-    holder = _holder_of(model)
+    holder = holder_of(model)
     if holder is not None:
         holder.set_adapter(adapter_names)
 
@@ -155,7 +150,7 @@ def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device:
         for model in models:
             hidden.enter_context(without_holder(model))
         original(pipe, adapter_names, device)
-    for holder in filter(None, map(_holder_of, models)):
+    for holder in filter(None, map(holder_of, models)):
         for name in adapter_names:
             holder._move_adapter_to_device_of_base_layer(name, torch.device(device))
 
@@ -189,7 +184,7 @@ def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None
 
 def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[str], float | None]:
     """The adapters that will have the C of one λ, and this λ."""
-    holder = _holder_of(model)
+    holder = holder_of(model)
     if holder is None:
         return [], None
     names = holder.active_adapters if adapter_names is None else adapter_names
@@ -200,7 +195,7 @@ def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[st
 
 
 def _unload_lora(original: Any, model: Any) -> None:
-    holder = _holder_of(model)
+    holder = holder_of(model)
     if holder is None:
         original(model)
         return
@@ -211,7 +206,7 @@ def _unload_lora(original: Any, model: Any) -> None:
 
 def _delete_adapters(original: Any, model: Any, adapter_names: list[str] | str) -> None:
     names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-    if _holder_of(model) is not None and not adapters_of(model).keys() - names:
+    if holder_of(model) is not None and not adapters_of(model).keys() - names:
         model.unload_lora()  # Diffusers would leave every layer in an empty wrapper
         return
     original(model, adapter_names)
@@ -225,7 +220,7 @@ def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
     original(pipe, *args, **kwargs)
     for component in pipe._lora_loadable_modules:
         model: Any = getattr(pipe, component, None)
-        if _holder_of(model) is None:
+        if holder_of(model) is None:
             continue
         drop_idle_holder(model)
         if not adapters_of(model):

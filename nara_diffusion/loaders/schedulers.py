@@ -18,7 +18,7 @@ from torch import nn
 
 from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
 from nara_diffusion.noise.timesteps import count_timesteps
-from nara_diffusion.tuner.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.core_holder import holder_of
 
 from .format import AdapterPart
 from .guards import unwrapped
@@ -109,7 +109,7 @@ def adopt_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
             setattr(pipe, _REPLACED, pipe.scheduler)
     follow_adapters(pipe)
     if hasattr(pipe, _REPLACED):  # for forwards in which no such adapter is active
-        for holder in filter(None, map(_holder_of, _denoisers(pipe))):
+        for holder in filter(None, map(holder_of, _denoisers(pipe))):
             holder.base_prediction = prediction_by(getattr(pipe, _REPLACED))
 
 
@@ -123,7 +123,7 @@ def check_agree(pipe: Any, adapter_names: str | Iterable[str]) -> None:
 def keep_if_fused(pipe: Any) -> None:
     """Before unloading: keep the scheduler of fused adapters, since they stay in the base weights."""
     for model in _denoisers(pipe):
-        holder = _holder_of(model)
+        holder = holder_of(model)
         if holder is not None and carried_scheduler(adapters_of(model), holder.merged_adapters) is not None:
             pipe.__dict__.pop(_REPLACED, None)
 
@@ -138,11 +138,6 @@ def _denoisers(pipe: Any) -> list[nn.Module]:
     return [unwrapped(getattr(model, "_orig_mod", model)) for model in found if isinstance(model, nn.Module)]
 
 
-def _holder_of(model: nn.Module) -> CoreHolder | None:
-    holder = getattr(model, HOLDER_NAME, None)
-    return holder if isinstance(holder, CoreHolder) else None
-
-
 def _carries(model: nn.Module) -> bool:
     return any(getattr(config, "scheduler", None) for config in adapters_of(model).values())
 
@@ -150,7 +145,7 @@ def _carries(model: nn.Module) -> bool:
 def _carried(pipe: Any) -> dict[str, Any] | None:
     """The fields of the scheduler that the active adapters were trained for."""
     for model in _denoisers(pipe):
-        holder = _holder_of(model)
+        holder = holder_of(model)
         if holder is None:
             continue
         active = [] if holder.disable_adapters else holder.active_adapters

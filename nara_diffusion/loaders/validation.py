@@ -14,7 +14,7 @@ from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.sources import first_source
 from nara_diffusion.tuner.build_core import needs_noise
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.core_holder import HOLDER_NAME, holder_of
 from nara_diffusion.tuner.core_set import core_group, core_tensors
 from nara_diffusion.tuner.noise_convention import with_convention
 from nara_diffusion.tuner.state_dict import check_adapter_tensors
@@ -138,7 +138,7 @@ def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart
 
 
 def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -> None:
-    holder = getattr(model, HOLDER_NAME, None)
+    holder = holder_of(model)
     source = first_source(denoiser_of(model), config.noise_convention) if holder is None else holder.conventions.source
     with_convention(config, source, adapter_name)
 

@@ -253,3 +253,9 @@ class CoreHolder(nn.Module, BaseTunerLayer):
     @property
     def bias(self) -> Tensor:
         raise AttributeError("A CoreHolder adapts no layer, so it has no bias.")
+
+
+def holder_of(root: Any) -> CoreHolder | None:
+    """The holder of the adapted model `root`; None if it has none."""
+    holder = getattr(root, HOLDER_NAME, None)
+    return holder if isinstance(holder, CoreHolder) else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nara_diffusion.layers.variants import NaraVariant
 
 from .config import NaraConfig
-from .core_holder import HOLDER_NAME, CoreHolder
+from .core_holder import HOLDER_NAME, CoreHolder, holder_of
 from .forward_hook import detach_holder
 
 
@@ -110,7 +110,8 @@ def check_name_is_free(root: Any, adapter_name: str, config: NaraConfig, state_d
 def _layers_with(root: nn.Module, adapter_name: str) -> Iterator[str]:
     """The names of the layers of `root` that have the adapter; adapted models inside `root` have their own."""
     layers = {name: layer for name, layer in root.named_modules() if isinstance(layer, LoraLayer)}
-    channel = getattr(getattr(root, HOLDER_NAME, None), "channel", None)
+    holder = holder_of(root)
+    channel = None if holder is None else holder.channel
     for name, layer in layers.items():
         is_inside = any(name.startswith(f"{other}.") for other in layers)
         variant = layer.lora_variant.get(adapter_name)
@@ -121,7 +122,7 @@ def _layers_with(root: nn.Module, adapter_name: str) -> Iterator[str]:
 
 def drop_idle_holder(root: nn.Module) -> None:
     """Remove the holder of `root`, with its hooks and its source of λ, if it has no adapter left."""
-    holder = root._modules.get(HOLDER_NAME)
+    holder = root._modules.get(HOLDER_NAME)  # a wrapper such as PeftModel would pass an attribute of its base model
     if isinstance(holder, CoreHolder) and not (holder.cores and getattr(root, "peft_config", None)):
         detach_holder(root)
 

@@ -24,7 +24,7 @@ from nara_diffusion.noise.context import MixedBatch
 from nara_diffusion.runtime.context_stack import entered
 from nara_diffusion.utils.patching import around
 
-from .core_holder import HOLDER_NAME, CoreHolder
+from .core_holder import CoreHolder, holder_of
 from .forward_hook import detach_holder
 from .injection import drop_idle_holder
 from .merging import MergesAtOneLevel, merge_and_unload_at_one_level, merge_at_one_level
@@ -42,18 +42,13 @@ def extend_lora_methods() -> None:
     around(LoraModel, "_enable_peft_forward_hooks", _enable_forward_hooks)
 
 
-def _holder_of(tuner: Any) -> CoreHolder | None:
-    holder = getattr(tuner.model, HOLDER_NAME, None)
-    return holder if isinstance(holder, CoreHolder) else None
-
-
 def _delete_adapter(original: Any, tuner: Any, adapter_name: str) -> None:
     original(tuner, adapter_name)
     drop_idle_holder(tuner.model)
 
 
 def _unload(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    holder = _holder_of(tuner)
+    holder = holder_of(tuner.model)
     model = original(tuner, *args, **kwargs)
     if holder is not None:
         detach_holder(tuner.model)
@@ -61,14 +56,14 @@ def _unload(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def _merge_adapter(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> None:
-    if _holder_of(tuner) is None or isinstance(tuner, MergesAtOneLevel):
+    if holder_of(tuner.model) is None or isinstance(tuner, MergesAtOneLevel):
         original(tuner, *args, **kwargs)
     else:
         merge_at_one_level(tuner, partial(original, tuner), *args, **kwargs)
 
 
 def _merge_and_unload(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    if _holder_of(tuner) is None or isinstance(tuner, MergesAtOneLevel):
+    if holder_of(tuner.model) is None or isinstance(tuner, MergesAtOneLevel):
         return original(tuner, *args, **kwargs)
     return merge_and_unload_at_one_level(tuner, partial(original, tuner), *args, **kwargs)
 
@@ -86,7 +81,7 @@ def _add_weighted_adapter(original: Any, tuner: Any, adapters: list[str], *args:
 
 @contextmanager
 def _enable_forward_hooks(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-    names, holder = kwargs.get("adapter_names"), _holder_of(tuner)
+    names, holder = kwargs.get("adapter_names"), holder_of(tuner.model)
     if names is None or holder is None:
         with original(tuner, *args, **kwargs):
             yield

@@ -14,7 +14,7 @@ from torch import nn
 from nara_diffusion.noise.context import noise_level as at_noise_level
 from nara_diffusion.runtime.offloading import check_kept_nowhere
 
-from .core_holder import HOLDER_NAME, CoreHolder
+from .core_holder import CoreHolder, holder_of
 
 
 class MergesAtOneLevel(LoraModel):
@@ -59,7 +59,7 @@ def merge_at_one_level(
     noise_level: float | None = None,
 ) -> None:
     """`MergesAtOneLevel.merge_adapter` for any LoRA tuner; `merge` is PEFT's method."""
-    holder: CoreHolder | None = getattr(tuner.model, HOLDER_NAME, None)
+    holder = holder_of(tuner.model)
     if holder is None:  # no adapter is left: PEFT merges nothing and raises nothing
         merge(adapter_names, safe_merge)
         return
@@ -92,7 +92,7 @@ def merge_and_unload_at_one_level(
 
 
 def _reads_core(tuner: Any, adapter_name: str) -> bool:
-    holder: CoreHolder | None = getattr(tuner.model, HOLDER_NAME, None)
+    holder = holder_of(tuner.model)
     has_core = getattr(tuner.peft_config.get(adapter_name), "core_type", "identity") != "identity"
     return has_core or (holder is not None and holder.depends_on_noise(adapter_name))
 

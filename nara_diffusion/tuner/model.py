@@ -26,7 +26,7 @@ from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.runtime.offloading import check_addable
 
 from .config import NaraConfig
-from .core_holder import HOLDER_NAME, CoreHolder
+from .core_holder import HOLDER_NAME, CoreHolder, holder_of
 from .core_set import SHARED, core_group, core_tensors
 from .forward_hook import attach_holder
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
@@ -81,9 +81,7 @@ class NaraModel(MergesAtOneLevel):
         self._check_name(model, adapter_name, config)
         check_addable(model)
         drop_idle_holder(model)  # its source of λ was set for adapters that are gone
-        holder: CoreHolder = getattr(model, HOLDER_NAME, None) or CoreHolder(
-            denoiser_of(model), config.noise_convention
-        )
+        holder = holder_of(model) or CoreHolder(denoiser_of(model), config.noise_convention)
         convention_stated = config.noise_convention is not None
         self.peft_config[adapter_name] = config = with_convention(config, holder.conventions.source, adapter_name)
         self._injecting = Injection(holder, config.changes_base)
@@ -183,7 +181,7 @@ class NaraModel(MergesAtOneLevel):
 
         Then `peft.convert_to_lora` and `save_as_lora` give that LoRA (see `nara_diffusion.to_lora`).
         """
-        holder: CoreHolder | None = getattr(self.model, HOLDER_NAME, None)
+        holder = holder_of(self.model)
         if holder is not None and holder.depends_on_noise(adapter_name):
             return active_signals(holder.channel) is not None
         return all(

@@ -14,7 +14,7 @@ from torch import nn
 from nara_diffusion.noise.strength import StrengthSchedule
 
 from .config import NaraConfig
-from .core_holder import HOLDER_NAME, CoreHolder
+from .core_holder import holder_of
 from .noise_convention import with_convention
 from .strength_layers import check_strength, give_strength, layers_of
 
@@ -57,8 +57,8 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
 
 def keep_as_default(root: Any, adapter_name: str, strength: StrengthSchedule | None) -> None:
     """Store the strength in the configuration of a NaRA, so that it is saved and loaded with the adapter."""
-    old, holder = root.peft_config[adapter_name], getattr(root, HOLDER_NAME, None)
-    if not isinstance(old, NaraConfig) or not isinstance(holder, CoreHolder):
+    old, holder = root.peft_config[adapter_name], holder_of(root)
+    if not isinstance(old, NaraConfig) or holder is None:
         return
     convention_stated = old.noise_convention is not None and not holder.conventions.is_undecided(adapter_name)
     config = copy(old)  # the caller's may serve several models

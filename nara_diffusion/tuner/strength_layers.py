@@ -24,7 +24,7 @@ from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.runtime.batch_rows import rows_of
 
 from .config import NaraConfig
-from .core_holder import HOLDER_NAME, CoreHolder
+from .core_holder import CoreHolder, holder_of
 from .core_set import core_group
 from .forward_hook import attach_holder
 from .injection import drop_idle_holder
@@ -72,7 +72,7 @@ def give_strength(root: nn.Module, config: Any, adapter_name: str, by_layer: Map
     take_strength(root, config, adapter_name)
     if not by_layer:
         return
-    layers, holder = layers_of(root, adapter_name), _holder_of(root, adapter_name)
+    layers, holder = layers_of(root, adapter_name), _holder_with(root, adapter_name)
     variants: dict[str, NaraVariant] = {}
     for name, layer in layers.items():
         if name in by_layer and not isinstance(layer.lora_variant.get(adapter_name), NaraVariant):
@@ -85,8 +85,8 @@ def give_strength(root: nn.Module, config: Any, adapter_name: str, by_layer: Map
 
 def take_strength(root: nn.Module, config: Any, adapter_name: str) -> None:
     """Undo `give_strength`. Harmless when repeated."""
-    holder = getattr(root, HOLDER_NAME, None)
-    if not isinstance(holder, CoreHolder) or holder.strengths.pop(adapter_name, None) is None:
+    holder = holder_of(root)
+    if holder is None or holder.strengths.pop(adapter_name, None) is None:
         return
     cores: Any = holder.cores[adapter_name]
     is_plain = all(isinstance(core, IdentityCore) for core in cores.values())
@@ -114,7 +114,8 @@ def default_strengths(root: nn.Module, config: Any, adapter_name: str) -> dict[s
 
 def has_strength(root: nn.Module, adapter_name: str) -> bool:
     """Whether the strength of the adapter depends on λ."""
-    return adapter_name in getattr(getattr(root, HOLDER_NAME, None), "strengths", {})
+    holder = holder_of(root)
+    return holder is not None and adapter_name in holder.strengths
 
 
 def _named(variants: Mapping[str, NaraVariant], by_layer: Mapping[str, StrengthSchedule]) -> dict[str, ScaledCore]:
@@ -135,11 +136,11 @@ def _named(variants: Mapping[str, NaraVariant], by_layer: Mapping[str, StrengthS
     return {label: of for of, label in names.items()}
 
 
-def _holder_of(root: nn.Module, adapter_name: str) -> CoreHolder:
+def _holder_with(root: nn.Module, adapter_name: str) -> CoreHolder:
     """The holder of `root`, made if there is none, with the adapter in it."""
     layers = layers_of(root, adapter_name)
-    holder = getattr(root, HOLDER_NAME, None)
-    if not isinstance(holder, CoreHolder):
+    holder = holder_of(root)
+    if holder is None:
         holder = CoreHolder(denoiser_of(root))
         first = next(iter(layers.values()))
         holder._active_adapter = list(first.active_adapters)

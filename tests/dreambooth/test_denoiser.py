@@ -84,7 +84,7 @@ OPTIONS = ["init_lora_weights=gaussian", "rank_pattern={v_proj: 4}", "alpha_patt
     [
         {"core_input": "noise_level", "core_init": "kaiming"},
         {"core_sharing": "layer", "noise_embedding": "raw"},
-        {"adapter": "nara_knots", "core_sharing": "module_type"},
+        {"adapter": "nara_knots", "core_knots": 3},
         {"adapter": "nara_dora", "use_rslora": True},
         {"core_type": "identity"},
         {"adapter": "tlora", "rank_mask_min": 1},

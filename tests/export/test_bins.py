@@ -25,7 +25,6 @@ LEVELS = [0.0, 0.013, 0.2, 0.25, 0.3333, 0.4, 0.5, 0.6, 0.75, 0.8, 0.987, 1.0]
 EXACT: dict[str, tuple[dict[str, Any], int]] = {
     "knots": ({"core_type": "knots", "core_knots": 5}, 5),
     "knots by layer": ({"core_type": "knots", "core_knots": 3, "core_sharing": "layer"}, 3),
-    "centred knots": ({"core_type": "knots", "core_knots": 4, "core_normalization": "centred"}, 4),
     "Multi-LoRA": ({"core_type": "bins", "core_bins": 5, "r": 10}, 5),
     "Multi-LoRA, other ranks": ({"core_type": "bins", "core_bins": 2, "rank_pattern": {"second": 2}}, 2),
     "T-LoRA": ({"core_type": "rank_mask", "rank_mask_min": 1}, 4),

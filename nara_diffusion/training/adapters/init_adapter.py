@@ -20,7 +20,7 @@ from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import naming, read_adapter
 from nara_diffusion.tuner.config_files import is_naras, read_config_file
-from nara_diffusion.tuner.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.core_holder import HOLDER_NAME, holder_of
 
 from .methods import CORE_FIELDS, METHODS, method_of
 from .pissa import takes_start_from_base
@@ -151,7 +151,7 @@ def _predicts(scheduler: Mapping[str, Any] | None) -> str:
 
 def _fill_core(root: nn.Module, adapter_name: str, part: AdapterPart, origin: str) -> None:
     tensors = {key.removeprefix(f"{HOLDER_NAME}."): tensor for key, tensor in part.tensors.items() if is_core_key(key)}
-    holder = getattr(root, HOLDER_NAME, None)
+    holder = holder_of(root)
     cores: Any = nn.ModuleDict() if holder is None else holder.cores[adapter_name]
     held = cores.state_dict()
     wrong = [key for key in held.keys() | tensors.keys() if key not in held or key not in tensors
