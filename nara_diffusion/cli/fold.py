@@ -4,9 +4,15 @@
     nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux    # ComfyUI, by its own names
     nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers: load_lora_weights
     nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                      # a folder for PeftModel
+    nara fold my-toy toys --bins 4 --form kohya --base sdxl                          # four LoRAs and their schedules
+    nara fold my-toy toys --bound 0.05 --form comfyui --base flux --shift 3.16       # as many as 5 % need
 
 At λ the LoRA is the NaRA exactly, elsewhere it is not: docs/export.md tells how far, and which λ to take. The base
 model isn't needed. Text encoders, whose adapters don't depend on λ, go into the same file (--form peft: one component).
+
+With --bins or --bound, OUTPUT is a folder: several LoRAs whose strengths change while sampling follow the NaRA at every
+λ, to an error that is written and drawn beside them. The schedules stand there for ComfyUI (a workflow with hooks),
+prompt-control, loractl, Wan2GP and WanVideoWrapper; LoRAs of text encoders are in a file of their own, always on.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
 
 from .adapter_file import AdapterFile, read
 from .errors import in_one_line
+from .fold_bins import fold_bins
 from .skeleton import skeleton
 
 PEFT = "peft"
@@ -36,21 +43,23 @@ def folded(file: AdapterFile, level: float) -> dict[str, PlainLora]:
     return {name: to_lora(skeleton(part, name), level) for name, part in file.parts.items()}
 
 
-def write(loras: dict[str, PlainLora], output: Path, form: str, base: str | None, layers_per_block: int | None) -> None:
+def write(loras: dict[str, PlainLora], output: Path, args: argparse.Namespace) -> None:
     """The file, or with "peft" the folder.
 
     Raises:
         ValueError: several components for PEFT, or no base for a form that needs one.
     """
-    if form == PEFT:
+    if args.form == PEFT:
         if len(loras) > 1:
             raise ValueError(f"--form peft holds one component, the file has {', '.join(loras)}: choose another form.")
         next(iter(loras.values())).save_pretrained(output)
         return
-    if base is None and form != "diffusers":
-        raise ValueError(f"--form {form} needs --base, one of {', '.join(BASES)}: what the adapter was trained on.")
-    base = base or BASES[0]  # Diffusers' names are the same for each
-    save_host_file(loras, output, form, base, _layout(base, layers_per_block))
+    if args.base is None and args.form != "diffusers":
+        raise ValueError(
+            f"--form {args.form} needs --base, one of {', '.join(BASES)}: what the adapter was trained on."
+        )
+    base = args.base or BASES[0]  # Diffusers' names are the same for each
+    save_host_file(loras, output, args.form, base, _layout(base, args.layers_per_block))
 
 
 def _layout(base: str, layers_per_block: int | None) -> UNetLayout | None:
@@ -66,10 +75,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --form peft")
-    parser.add_argument("--noise_level", type=float, required=True, help="λ in [0, 1], 1 is pure noise")
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--noise_level", type=float, help="λ in [0, 1], 1 is pure noise: one LoRA")
+    amount.add_argument("--bins", type=int, help="LoRAs, at most")
+    amount.add_argument("--bound", type=float, help="as many LoRAs as keep the error of ΔW below it at each λ")
     parser.add_argument("--form", choices=(*FORMS, PEFT), default="diffusers", help="default: %(default)s")
     parser.add_argument("--base", choices=BASES, help="what the adapter was trained on")
     parser.add_argument("--layers_per_block", type=int, help="of a UNet that has another number than Stability's 2")
+    parser.add_argument("--shift", type=float, help="of a flow model, for the schedules (SD3 3, FLUX e^1.15 = 3.16)")
+    parser.add_argument("--steps", type=int, default=30, help="of sampling, for schedules by step (default: 30)")
+    parser.add_argument("--checkpoint", default="sd_xl_base_1.0.safetensors", help="that ComfyUI's workflow loads")
     return parser.parse_args(argv)
 
 
@@ -77,7 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command `nara fold`."""
     args = parse_arguments(argv)
     with in_one_line():
-        loras = folded(read(args.file), args.noise_level)
-        write(loras, args.output, args.form, args.base, args.layers_per_block)
+        file = read(args.file)
+        if args.noise_level is None:
+            sys.stdout.write(f"{fold_bins(file, args, write)}\n")
+            return
+        loras = folded(file, args.noise_level)
+        write(loras, args.output, args)
         modules = sum(len(lora.layers) for lora in loras.values())
         sys.stdout.write(f"{args.output}: {modules} modules, λ = {args.noise_level:g}\n")

@@ -1,0 +1,180 @@
+"""The strengths over λ of several LoRAs, as hosts take them: by sampling percent, by step, in a prompt.
+
+ComfyUI's percent is the model's own time, from pure noise at 0:
+
+    discrete (SD 1.5, SDXL)      λ = t / N,   percent = 1 − t / (N − 1)
+    flow (SD3, FLUX, Wan)        λ = σ = a s / (1 + (a − 1) s),   percent = 1 − s       a: the model's shift
+
+A step's λ follows from the sampler's own spacing; `step_levels` has that of uniform steps, shifted in flows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nara_diffusion.noise.strength import StrengthSchedule
+
+LEVELS = 1000
+KEYFRAMES = 50
+"""Of a schedule over percent: ComfyUI's keyframes hold their strength until the next one."""
+
+
+def percent_of(level: float, shift: float | None = None) -> float:
+    """ComfyUI's percent at λ, in [0, 1].
+
+    Args:
+        shift: of a flow model, a ≥ 1; None for a discrete schedule.
+    """
+    if shift is None:
+        return min(max(1 - level * LEVELS / (LEVELS - 1), 0.0), 1.0)
+    return 1 - level / (shift - (shift - 1) * level)
+
+
+def level_of(percent: float, shift: float | None = None) -> float:
+    """λ at ComfyUI's percent."""
+    if shift is None:
+        return (1 - percent) * (LEVELS - 1) / LEVELS
+    share = 1 - percent
+    return shift * share / (1 + (shift - 1) * share)
+
+
+def keyframes(schedule: StrengthSchedule, shift: float | None = None, count: int = KEYFRAMES) -> list[list[float]]:
+    """[start percent, strength] of keyframes that hold: each has the strength in its middle."""
+    starts = [index / count for index in range(count)]
+    levels = [level_of(start + 0.5 / count, shift) for start in starts]
+    found = [[start, value] for start, value in zip(starts, _strengths(schedule, levels), strict=True)]
+    return [frame for index, frame in enumerate(found) if index == 0 or frame[1] != found[index - 1][1]]
+
+
+def step_levels(steps: int, shift: float | None = None) -> list[float]:
+    """λ of each of `steps` uniform steps, from noise to picture."""
+    return [level_of(index / steps, shift) for index in range(steps)]
+
+
+def by_step(schedule: StrengthSchedule, levels: Sequence[float]) -> list[float]:
+    """The strength at each step's λ."""
+    return _strengths(schedule, levels)
+
+
+def comfyui_workflow(
+    schedules: Mapping[str, StrengthSchedule], checkpoint: str, shift: float | None = None, always: str | None = None
+) -> dict[str, Any]:
+    """A workflow in ComfyUI's API form: text to image with hooks that play the strengths.
+
+    Args:
+        schedules: {file in models/loras: its strength over λ}.
+        checkpoint: a file in models/checkpoints.
+        always: a file of LoRAs of the text encoders, which have no λ.
+    """
+    nodes: dict[str, Any] = {"1": _node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
+    model, clip = ["1", 0], ["1", 1]
+    if always is not None:
+        nodes["2"] = _node(
+            "LoraLoader", model=model, clip=clip, lora_name=always, strength_model=0.0, strength_clip=1.0
+        )
+        model, clip = ["2", 0], ["2", 1]
+    hooks: list[Any] = []
+    for name, schedule in schedules.items():
+        nodes |= (own := _scheduled(len(nodes) + 10, name, keyframes(schedule, shift)))
+        hooks.append([list(own)[-1], 0])
+    while len(hooks) > 1:
+        key = str(len(nodes) + 10)
+        nodes[key] = _node("CombineHooks2", hooks_A=hooks[0], hooks_B=hooks[1])
+        hooks = [[key, 0], *hooks[2:]]
+    first = len(nodes) + 10
+    hooked, positive, negative, latent, sampled, decoded, saved = (str(first + index) for index in range(7))
+    nodes[hooked] = _node("SetClipHooks", clip=clip, hooks=hooks[0], apply_to_conds=True, schedule_clip=False)
+    nodes[positive] = _node("CLIPTextEncode", clip=[hooked, 0], text="a photo of sks dog")
+    nodes[negative] = _node("CLIPTextEncode", clip=[hooked, 0], text="")
+    nodes[latent] = _node("EmptyLatentImage", width=1024, height=1024, batch_size=1)
+    sampling = {"seed": 0, "steps": 30, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    ends = {"positive": [positive, 0], "negative": [negative, 0], "latent_image": [latent, 0]}
+    nodes[sampled] = _node("KSampler", model=model, **ends, **sampling)
+    nodes[decoded] = _node("VAEDecode", samples=[sampled, 0], vae=["1", 2])
+    nodes[saved] = _node("SaveImage", images=[decoded, 0], filename_prefix="nara")
+    return nodes
+
+
+def loractl(schedules: Mapping[str, StrengthSchedule], shift: float | None = None) -> str:
+    """The prompt's words for A1111 with loractl, which is linear between points (strength@share of the steps)."""
+    return " ".join(f"<lora:{name}:{_points(schedule, shift)}>" for name, schedule in schedules.items())
+
+
+def prompt_control(
+    schedules: Mapping[str, StrengthSchedule], shift: float | None = None, count: int = KEYFRAMES
+) -> str:
+    """The prompt's words for ComfyUI with prompt-control: [before:after:percent], nested."""
+    starts = [index / count for index in range(count)]
+    levels = [level_of(start + 0.5 / count, shift) for start in starts]
+    columns = [_strengths(schedule, levels) for schedule in schedules.values()]
+    texts = [
+        " ".join(f"<lora:{name}:{value:g}>" for name, value in zip(schedules, row, strict=True) if value)
+        for row in zip(*columns, strict=True)
+    ]
+    found = texts[-1]
+    for index in range(count - 2, -1, -1):
+        if texts[index] != texts[index + 1]:
+            found = f"[{texts[index]}:{found}:{starts[index + 1]:g}]"
+    return found
+
+
+def wan2gp(schedules: Sequence[StrengthSchedule], levels: Sequence[float]) -> str:
+    """Wan2GP's multipliers: LoRAs by spaces, each with its strengths by equal parts of the steps, by commas."""
+    return " ".join(",".join(f"{value:g}" for value in by_step(schedule, levels)) for schedule in schedules)
+
+
+def host_schedules(
+    schedules: Mapping[str, StrengthSchedule], checkpoint: str, steps: int, shift: float | None, always: str | None
+) -> dict[str, str]:
+    """{file: its text} of all of them."""
+    levels = step_levels(steps, shift)
+    stems = {name.removesuffix(".safetensors"): schedule for name, schedule in schedules.items()}
+    lists = {name: by_step(schedule, levels) for name, schedule in schedules.items()}
+    return {
+        "comfyui_workflow.json": json.dumps(comfyui_workflow(schedules, checkpoint, shift, always), indent=1) + "\n",
+        "prompt_control.txt": prompt_control(stems, shift) + "\n",
+        "loractl.txt": loractl(stems, shift) + "\n",
+        "wan2gp.txt": wan2gp(list(schedules.values()), levels) + "\n",
+        "wanvideowrapper.json": json.dumps({"steps": steps, "strengths": lists}, indent=1) + "\n",
+    }
+
+
+def _strengths(schedule: StrengthSchedule, levels: Sequence[float]) -> list[float]:
+    values = schedule.at(torch.tensor(levels, dtype=torch.float32).clamp(0, 1)).tolist()
+    return [round(value, 4) + 0.0 for value in values]
+
+
+def _points(schedule: StrengthSchedule, shift: float | None) -> str:
+    """strength@position of its points, from noise to picture; in flows of a grid too, as λ isn't linear there."""
+    levels = [level for level, _ in schedule.points]
+    if shift is not None:
+        levels = sorted({*levels, *(level_of(index / KEYFRAMES, shift) for index in range(KEYFRAMES + 1))})
+        pairs = [(level, _strengths(schedule, [level])[0]) for level in levels]
+    else:
+        pairs = list(schedule.points)
+    return ",".join(f"{value:g}@{_share(percent_of(level, shift))}" for level, value in reversed(pairs))
+
+
+def _share(percent: float) -> str:
+    """With a point in it, by which loractl tells a share of the steps from a step's number."""
+    return str(round(percent, 4) + 0.0)
+
+
+def _scheduled(first: int, name: str, frames: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The nodes of one LoRA with its keyframes; the last of them gives its hooks."""
+    nodes: dict[str, Any] = {str(first): _node("CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)}
+    previous: dict[str, Any] = {}
+    for index, (start, strength) in enumerate(frames, start=first + 1):
+        nodes[str(index)] = _node("CreateHookKeyframe", strength_mult=strength, start_percent=start, **previous)
+        previous = {"prev_hook_kf": [str(index), 0]}
+    last = str(first + 1 + len(frames))
+    nodes[last] = _node("SetHookKeyframes", hooks=[str(first), 0], hook_kf=previous["prev_hook_kf"])
+    return nodes
+
+
+def _node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}

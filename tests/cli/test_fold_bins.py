@@ -1,0 +1,106 @@
+"""`nara fold --bins`: files and schedules that together are the NaRA at every λ, without its base model."""
+
+import json
+
+import pytest
+import torch
+from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
+from peft import get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+
+from nara_diffusion import StrengthSchedule, core_matrix, noise_level
+from nara_diffusion.cli.main import main
+from tests.helpers.adapted import TwoLayers, disturb, nara_config
+from tests.helpers.small_pipelines import small_sdxl
+
+WORDS = ["--form", "kohya", "--base", "sdxl", "--layers_per_block", "1"]
+
+
+@pytest.fixture(params=["knots", "hypernetwork"])
+def saved(request, tmp_path):
+    pipe = small_sdxl()
+    pipe.unet.add_adapter(nara_config(core_type=request.param, target_modules=["to_q", "conv1"]), "toy")
+    disturb(pipe.unet)
+    encoder = nara_config(core_type="identity", target_modules=["q_proj"])
+    inject_adapter_in_model(encoder, pipe.text_encoder, "toy")
+    disturb(pipe.text_encoder, 5)
+    pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    return pipe, tmp_path, request.param
+
+
+def dense(unet, name, level):
+    layer = unet.get_submodule(name)
+    C = core_matrix(unet, level, "toy")[0].double()
+    A, B = (getattr(layer, f"lora_{x}")["toy"].weight.double().flatten(1) for x in "AB")
+    return layer.scaling["toy"] * B @ C @ A
+
+
+@torch.no_grad()
+def test_files_with_their_schedules_are_the_nara_at_every_level(saved, capsys):
+    pipe, folder, kind = saved
+    amount = ["--bound", "0.05"] if kind == "hypernetwork" else ["--bins", "5"]
+    main(["fold", str(folder / "toy"), str(folder / "toys"), *amount, *WORDS])
+    entries = json.loads((folder / "toys" / "lora_bins.json").read_text())["loras"]
+    assert f"{len(entries)} LoRAs, ΔW differs by" in capsys.readouterr().out
+    name, key = "mid_block.resnets.0.conv1", "lora_unet_middle_block_0_in_layers_2"
+    files = [load_file(folder / "toys" / entry["file"]) for entry in entries]
+    size = max(dense(pipe.unet, name, level).norm() for level in (0.0, 0.5, 1.0))
+    for level in (0.0, 0.13, 0.5, 0.77, 1.0):
+        total = 0
+        for entry, tensors in zip(entries, files, strict=True):
+            up, down = (tensors[f"{key}.lora_{x}.weight"].double().flatten(1) for x in ("up", "down"))
+            total = total + StrengthSchedule(entry["strength"])(level).double() * (up @ down)
+        error = (total - dense(pipe.unet, name, level)).norm() / size
+        assert error < (1e-5 if kind == "knots" else 0.1)
+
+
+def test_folder_has_schedules_text_encoders_and_the_error(saved):
+    _, folder, _ = saved
+    main(["fold", str(folder / "toy"), str(folder / "toys"), "--bins", "3", *WORDS, "--steps", "7"])
+    written = {path.name for path in (folder / "toys").iterdir()}
+    loras = {name for name in written if name.endswith(".safetensors")}
+    assert loras == {"toys-0.safetensors", "toys-1.safetensors", "toys-2.safetensors", "toys-text.safetensors"}
+    assert written - loras == {
+        "comfyui_workflow.json", "prompt_control.txt", "loractl.txt", "wan2gp.txt", "wanvideowrapper.json",
+        "lora_bins.json", "export_error.json", "export_error.png",
+    }  # fmt: skip
+    text = load_file(folder / "toys" / "toys-text.safetensors")
+    assert all(key.startswith("lora_te1_") for key in text)
+    assert all(key.startswith("lora_unet_") for key in load_file(folder / "toys" / "toys-1.safetensors"))
+    by_step = json.loads((folder / "toys" / "wanvideowrapper.json").read_text())["strengths"]
+    assert {name: len(values) for name, values in by_step.items()} == dict.fromkeys(
+        sorted(loras - {"toys-text.safetensors"}), 7
+    )
+    assert "<lora:toys-0:" in (folder / "toys" / "loractl.txt").read_text()
+    state, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+        load_file(folder / "toys" / "toys-0.safetensors"), unet_config=saved[0].unet.config
+    )
+    assert len([key for key in state if "lora" in key]) > 0
+
+
+def test_peft_form_is_the_folder_of_lora_bins(tmp_path):
+    model = get_peft_model(TwoLayers(), nara_config(core_type="knots", target_modules=["first"]))
+    disturb(model)
+    model.save_pretrained(tmp_path / "nara")
+    main(["fold", str(tmp_path / "nara"), str(tmp_path / "parts"), "--bins", "5", "--form", "peft"])
+    entries = json.loads((tmp_path / "parts" / "lora_bins.json").read_text())["loras"]
+    assert all((tmp_path / "parts" / entry["folder"] / "adapter_config.json").is_file() for entry in entries)
+    with torch.no_grad(), noise_level(model, 0.3):
+        assert model(torch.randn(2, 7)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--bins", "2", "--form", "comfyui", "--base", "flux"],
+            "error: --base flux samples by a flow: give its --shift",
+        ),
+        (["--bins", "2", *WORDS, "--shift", "3"], r"error: --shift is for flows \(sd3, flux, wan\), got --base sdxl"),
+        (["--bins", "2", *WORDS, "--steps", "0"], "error: --steps is 0, expected 1 or more"),
+    ],
+)
+def test_what_is_wrong_ends_in_one_line_and_writes_nothing(saved, words, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["fold", str(saved[1] / "toy"), str(saved[1] / "toys"), *words])
+    assert not (saved[1] / "toys").exists()
