@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_rfd4_proteina import RFD4ProteinaScheduler
 
 from nara_diffusion import TimestepNoise
 from nara_diffusion.noise.denoiser_classes import DENOISERS
@@ -55,6 +56,15 @@ def test_of_backbone_and_latents_of_a_protein_the_noisier_counts():
     inputs["local_latents_time"] = torch.tensor([0.9, 0.25])
     backbone = torch.tensor([0.6, 0.5])
     assert told(model, lambda: run(model, inputs, backbone, "bb_ca_time")) == pytest.approx([0.4, 0.75])
+
+
+def test_the_level_of_a_protein_is_the_noise_that_its_scheduler_adds():
+    scheduler = RFD4ProteinaScheduler("log", "1/t", tsr_k=1.0, tsr_sigma=1.0)
+    scheduler.set_timesteps(30)
+    share = torch.stack([scheduler.add_noise(torch.zeros(1), torch.ones(1), t) for t in scheduler.timesteps]).flatten()
+    levels = DENOISERS["RFD4ProteinaTransformer"].source().noise_level(scheduler.timesteps)
+    torch.testing.assert_close(levels, share)
+    assert levels[0] > 0.9 > 0.5 > levels[-1]
 
 
 def test_the_reference_of_wan_animate_2_is_read_at_timestep_1_whatever_is_passed():
