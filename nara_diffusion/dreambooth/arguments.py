@@ -14,6 +14,7 @@ from nara_diffusion.training.arguments import AdapterArguments, OptimizationArgu
 from nara_diffusion.training.cli import option
 from nara_diffusion.training.window_arguments import WindowArguments, check_window
 
+from .caption_arguments import CaptionArguments, check_captions
 from .conversion import CONVERSIONS, check_conversion
 from .denoiser import UNET_TARGETS
 from .foreign_flags import FOREIGN_FLAGS
@@ -162,6 +163,7 @@ class ValidationArguments:
 class DreamBoothArguments(
     ModelArguments,
     DataArguments,
+    CaptionArguments,
     PriorArguments,
     DreamBoothAdapterArguments,
     OptimizationArguments,
@@ -177,6 +179,7 @@ class DreamBoothArguments(
         require(self, "pretrained_model_name_or_path", self.pretrained_model_name_or_path != "", "given")
         _check_counts(self)
         _check_data(self)
+        check_captions(self)
         _check_prior(self)
         check_window(self)
         check_conversion(self.prediction_type, self.rescale_betas_zero_snr, self.do_edm_style_training)

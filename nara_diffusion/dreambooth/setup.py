@@ -23,6 +23,7 @@ from nara_diffusion.training.stream import count_steps
 from nara_diffusion.training.window_arguments import window_of
 
 from .arguments import DreamBoothArguments
+from .caption_arguments import caption_changes
 from .conversion import converted_scheduler
 from .denoiser import tokenizers_of
 from .loss import windowed_schedule
@@ -134,9 +135,10 @@ def training_data(
 ) -> DreamBoothDataset:
     """The samples of training; their pixels too, where no cache makes them superfluous.
 
-    Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here.
+    Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here,
+    and so it is where a shuffle would have the cache say it of each order.
     """
-    if args.train_text_encoder:
+    if args.train_text_encoder or args.shuffle_caption:
         for prompt in dict.fromkeys(record.prompt for record in (*instances, *class_images)):
             warn_of_cut(pipe.tokenizer, prompt)
     return DreamBoothDataset(
@@ -148,6 +150,7 @@ def training_data(
         crop="center" if args.center_crop else "random",
         crops_per_image=args.crops_per_image,
         flip=args.random_flip,
+        captions=caption_changes(args),
         load_pixels=not args.cache_latents,
     )
 
@@ -172,7 +175,10 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
     if args.train_text_encoder:
         return None
     encoders = [pipe.text_encoder, pipe.text_encoder_2]
-    return PromptCache(tokenizers_of(pipe), encoders, memory_mib=args.cache_memory, folder=args.cache_folder)
+    options: dict[str, Any] = {"memory_mib": args.cache_memory, "folder": args.cache_folder}
+    if args.shuffle_caption:  # each order is a prompt of its own, and few come twice: they would fill the disk
+        options |= {"folder": None, "tell_of_cut": False}
+    return PromptCache(tokenizers_of(pipe), encoders, **options)
 
 
 def count_validation_steps(args: DreamBoothArguments, images: int, global_batch: int) -> None:

@@ -102,7 +102,14 @@ def content_differences(args: Any, saved: Mapping[str, Any], content: str) -> di
 
 def _differences(args: Any, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     current = dataclasses.asdict(args)
-    return {name: (saved.get(name), current[name]) for name in names if saved.get(name) != current[name]}
+    defaults = {field.name: field for field in dataclasses.fields(args)}
+    then = {name: saved[name] if name in saved else _default(defaults[name]) for name in names}
+    return {name: (value, current[name]) for name, value in then.items() if value != current[name]}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """What a run did that was begun before there was the argument."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def require(args: Any, name: str, holds: bool, expected: str) -> None:

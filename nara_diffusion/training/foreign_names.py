@@ -7,6 +7,7 @@ from __future__ import annotations
 
 _KOHYA = {
     "cache_latents_to_disk": "cache_folder",
+    "caption_dropout_rate": "caption_dropout",
     "caption_extension": "caption_source text_files",
     "dataset_repeats": "repeats",
     "enable_bucket": "aspect_ratio_buckets auto",
@@ -39,6 +40,7 @@ _KOHYA = {
     "vae": "pretrained_vae_model_name_or_path",
 }
 _DIFFUSERS = {
+    "proportion_empty_prompts": "caption_dropout",
     "lora_layers": "target_modules",  # of the scripts for Flux and SD3
     "max_sequence_length": "max_length",
 }

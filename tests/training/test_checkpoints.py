@@ -90,6 +90,16 @@ def test_what_does_not_change_the_result_may_differ(checkpoint: Path, small_args
     assert verify_checkpoint(checkpoint, args, processes=1) == 2
 
 
+def test_an_argument_that_is_younger_than_the_checkpoint_had_its_default(checkpoint: Path, small_args) -> None:
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    del manifest["arguments"]["weight_decay"], manifest["arguments"]["core_hidden_dims"]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    args = small_args(max_train_steps=2, core_hidden_dims=[256, 512])
+    assert verify_checkpoint(checkpoint, args, processes=1) == 2
+    with pytest.raises(ValueError, match=r"weight_decay: 0\.0 there, 0\.5 now"):
+        verify_checkpoint(checkpoint, small_args(max_train_steps=2, weight_decay=0.5), processes=1)
+
+
 def test_another_number_of_processes_is_refused(checkpoint: Path, small_args) -> None:
     with pytest.raises(ValueError, match="written by 1 processes and this run has 2"):
         verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=2)

@@ -63,6 +63,7 @@ class PromptCache:
         text_encoders: SDXL's two.
         memory_mib: bound on memory; a prompt of SDXL takes 620 KiB in float32.
         folder: a disk cache that later runs share (see `TensorCache`).
+        tell_of_cut: log prompts that are longer than the encoders read.
 
     Raises:
         ValueError: a negative bound, or a folder that can't be written.
@@ -75,10 +76,12 @@ class PromptCache:
         *,
         memory_mib: float | None = 1024.0,
         folder: str | Path | None = None,
+        tell_of_cut: bool = True,
     ) -> None:
         self.tokenizers, self.text_encoders = list(tokenizers), list(text_encoders)
         label = fingerprint(*text_encoders) if folder is not None else ""
         self.cache = TensorCache(memory_mib=memory_mib, folder=folder, label=label, what="prompt embeddings")
+        self.tell_of_cut = tell_of_cut
         self._keys: dict[str, str] = {}
 
     def get(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +108,8 @@ class PromptCache:
     @torch.no_grad()
     def _encode(self, prompt: str) -> Entry:
         """One prompt by itself: bits depend on the batch, and a resumed run meets prompts in other batches."""
-        warn_of_cut(self.tokenizers[0], prompt)
+        if self.tell_of_cut:
+            warn_of_cut(self.tokenizers[0], prompt)
         embeds, pooled = encode_prompts(self.tokenizers, self.text_encoders, [prompt])
         if not (embeds.isfinite().all() and pooled.isfinite().all()):
             raise ValueError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from nara_diffusion.training.stream import ShuffledStream
 
 from .batch_sampler import BucketBatchSampler
 from .buckets import Size, nearest_bucket
+from .caption_changes import UNCHANGED, CaptionChanges
 from .crops import Crop, center_crop, crop_image, enlargement, random_crop, to_pixels
 from .images import ImageError
 from .records import ImageRecord
@@ -40,16 +41,18 @@ class TrainingSample:
         crop: how.
         position: in the training stream; with `role`, the key of its random numbers.
         role: "instance" or "class".
+        caption: what is said of it; None means what the record says.
     """
 
     image: ImageRecord
     crop: Crop
     position: int = 0
     role: str = "instance"
+    caption: str | None = None
 
     @property
     def prompt(self) -> str:
-        return self.image.prompt
+        return self.image.prompt if self.caption is None else self.caption
 
     @property
     def original_size(self) -> Size:
@@ -96,10 +99,11 @@ class DreamBoothDataset(Dataset):
         crop: "center" or "random".
         crops_per_image: positions of random crops, or None for any.
         flip: mirror half of the samples.
+        captions: how captions of instances change from sample to sample.
         load_pixels: also put "pixel_values" of each sample in, as a run without a latent cache wants its workers to.
 
     Raises:
-        ValueError: no images, no buckets, an unknown `crop`, crops_per_image below 1.
+        ValueError: no images, no buckets, an unknown `crop`, crops_per_image below 1, captions without tags to shuffle.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class DreamBoothDataset(Dataset):
         crop: str = "center",
         crops_per_image: int | None = 4,
         flip: bool = False,
+        captions: CaptionChanges = UNCHANGED,
         load_pixels: bool = False,
     ) -> None:
         if crop not in ("center", "random"):
@@ -123,7 +128,8 @@ class DreamBoothDataset(Dataset):
             raise ValueError("there are no buckets: give one size (h, w) at least.")
         self.instances, self.buckets, self.class_images = list(instances), list(buckets), list(class_images)
         self.crop, self.crops_per_image, self.flip, self.load_pixels = crop, crops_per_image, flip, load_pixels
-        self.seed = seed
+        self.seed, self.captions = seed, captions
+        captions.check(image.prompt for image in self.instances)
         self.instance_buckets = [nearest_bucket(image.size, self.buckets) for image in self.instances]
         self._order = BucketBatchSampler(self.instance_buckets, batch_size, seed)
         numbers = [{"image": i} for i in range(len(self.class_images))]
@@ -141,7 +147,9 @@ class DreamBoothDataset(Dataset):
         """The instance at `position`, and the class image beside it if there are any."""
         number = self._order[position]
         target = self.instance_buckets[number]
-        samples = [self._sample(self.instances[number], target, position, "instance")]
+        image = self.instances[number]
+        caption = self.captions.apply(image.prompt, self.seed, position)
+        samples = [replace(self._sample(image, target, position, "instance"), caption=caption)]
         if self._class_order is not None:
             image = self.class_images[self._class_order[position]["image"]]
             samples.append(self._sample(image, target, position, "class"))

@@ -1,0 +1,80 @@
+"""Options of train_scripts/dreambooth_sdxl.py: what is refused, and that a resumed run ends with the same bits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from train_scripts.dreambooth_sdxl import main
+
+from .dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
+
+
+@pytest.fixture
+def arguments(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> Callable[..., DreamBoothArguments]:
+    """Arguments of a run of a few seconds, with one sample; keyword arguments change them."""
+    defaults = {"validation_prompts": ["a toy"], "num_validation_images": 1, "curve_points": 1}
+    return lambda **changes: tiny_arguments(
+        sdxl_folder,
+        Path(changes.pop("instance_data_dir", pictures)),
+        Path(changes.pop("output_dir", tmp_path / "run")),
+        **{**defaults, **changes},
+    )
+
+
+@pytest.fixture
+def tagged(tmp_path: Path) -> Path:
+    """Three pictures with tags."""
+    folder = write_pictures(tmp_path / "tagged", 3)
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"toy, red, on grass, {number}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption_dropout": 1.5}, r"caption_dropout must be in \[0, 1\], a probability, got 1.5"),
+        ({"keep_tokens": -1}, "keep_tokens must be at least 0, got -1"),
+        ({"keep_tokens": 1}, "keep_tokens is 1, but captions aren't shuffled: add shuffle_caption"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_impossible_values_are_refused(arguments, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(**changes)
+
+
+def test_a_shuffle_of_one_prompt_is_refused_before_anything_is_written(arguments, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"shuffle_caption puts tags, .* no caption has more than 1 of them"):
+        main(arguments(shuffle_caption=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"caption_dropout": 0.3, "shuffle_caption": True, "keep_tokens": 1},
+        {"caption_dropout": 0.3, "shuffle_caption": True, "train_text_encoder": True},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_a_resumed_run_ends_with_the_same_bits(arguments, tagged, tmp_path, options: dict) -> None:
+    common = {"instance_data_dir": tagged, "checkpointing_steps": 2, "validation_steps": 3, **options}
+    main(arguments(**common))
+    folder = tmp_path / "run"
+    expected, losses = load_file(folder / WEIGHTS), metrics(folder)
+    (folder / WEIGHTS).unlink()
+    main(arguments(**common, resume_from_checkpoint=str(folder / "checkpoint-2")))
+    resumed = load_file(folder / WEIGHTS)
+    assert resumed.keys() == expected.keys() != set()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
+    assert metrics(folder) == losses
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
