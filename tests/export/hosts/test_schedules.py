@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -108,11 +109,8 @@ def test_loractl_is_the_schedule_between_its_points(shift):
     assert positions == sorted(positions)
     assert all("." in pair.split("@")[1] for pair in text.split(","))
     for percent in [0.02, 0.2, 0.5, 0.71, 0.9]:
-        (a, start), (b, end) = (
-            next((left, right) for left, right in zip(pairs, pairs[1:], strict=False) if left[1] <= percent <= right[1])
-            if positions[0] <= percent <= positions[-1]
-            else ((pairs[0] if percent < positions[0] else pairs[-1]),) * 2
-        )
+        ends = [(pairs[0][0], -1.0), *pairs, (pairs[-1][0], 2.0)]
+        (a, start), (b, end) = next(pair for pair in pairwise(ends) if pair[0][1] <= percent <= pair[1][1])
         value = a if end == start else a + (b - a) * (percent - start) / (end - start)
         assert value == pytest.approx(HAT(level_of(percent, shift)).item(), abs=2e-2 if shift else 2e-3)
 
