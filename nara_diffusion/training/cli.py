@@ -17,13 +17,14 @@ import dataclasses
 import difflib
 import inspect
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from .argument_values import convert, parts_of
 
 Arguments = TypeVar("Arguments")
 
@@ -123,7 +124,7 @@ def build_parser(cls: type, description: str | None = None) -> argparse.Argument
 def _without_truths(cls: type, argv: Sequence[str]) -> list[str]:
     """`--flag True` and `--flag=False` as `--flag` and `--no-flag`: how flags look that are declared with type=bool."""
     hints = typing.get_type_hints(cls)
-    switches = {f"--{name}" for name, field in _flag_names(cls).items() if _parts(hints[field])[0] is bool}
+    switches = {f"--{name}" for name, field in _flag_names(cls).items() if parts_of(hints[field])[0] is bool}
     words: list[str] = []
     for word in argv:
         flag, _, value = word.partition("=")
@@ -215,57 +216,8 @@ def _without_removed(cls: type, content: Mapping[str, Any], path: str | Path) ->
     return {key: value for key, value in content.items() if key not in removed}
 
 
-def convert(name: str, value: Any, hint: Any, choices: Sequence[str] = (), sentences: bool = False) -> Any:
-    """`value`, text or texts from the command line or a YAML value, as the type `hint`.
-
-    Raises:
-        ValueError: it isn't one; the message names the argument, what it got and what it takes.
-    """
-    kind, optional, is_list = _parts(hint)
-    if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
-        return None
-    if is_list:
-        items = value.replace(",", " ").split() if isinstance(value, str) and not sentences else value
-        if not isinstance(items, (list, tuple)):
-            items = [items]
-        return [_scalar(name, item, kind, choices) for item in items]
-    return _scalar(name, value, kind, choices)
-
-
-def _scalar(name: str, value: Any, kind: type, choices: Sequence[str]) -> Any:
-    wrong = ValueError(f"{name} takes {_describe(kind, choices)}, got {value!r}.")
-    if isinstance(value, bool) is not (kind is bool) or value is None:
-        raise wrong
-    if kind is int and isinstance(value, float):
-        raise wrong
-    try:
-        result = kind(value)
-    except (TypeError, ValueError):
-        raise wrong from None
-    if choices and result not in choices:
-        raise wrong
-    return result
-
-
-def _describe(kind: type, choices: Sequence[str]) -> str:
-    if choices:
-        return "one of " + ", ".join(choices)
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
-
-
-def _parts(hint: Any) -> tuple[type, bool, bool]:
-    """(scalar type, may be None, is a list) of an annotation such as `int`, `float | None`, `list[str] | None`."""
-    optional = False
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        members = [member for member in typing.get_args(hint) if member is not type(None)]
-        optional, hint = True, members[0]
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], optional, True
-    return hint, optional, False
-
-
 def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
-    kind, _, is_list = _parts(hint)
+    kind, _, is_list = parts_of(hint)
     help = _help(field)
     names = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
     if kind is bool:
