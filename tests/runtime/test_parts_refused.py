@@ -59,7 +59,7 @@ def test_a_part_past_fused_projections_is_refused() -> None:
     vae.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
     disturb(vae)
     vae.fuse_qkv_projections()
-    with pytest.raises(ValueError, match=r"fuse_qkv_projections\(\) has put a copy"), noise_level(vae, 0.3):
+    with pytest.raises(ValueError, match=r"fuse_qkv_projections\(\) has replaced it"), noise_level(vae, 0.3):
         vae.encode(torch.randn(3, 3, 8, 8))
 
 
