@@ -1,0 +1,151 @@
+"""Measures what a NaRA loses as one plain LoRA, and as several, on the shipped models, whose cores are disturbed.
+
+    python examples/benchmarks/benchmark_export.py
+
+A, B and the core's last weights are random, so that C(λ) is as far from I as after training. Noted are: the error of
+`to_lora` at a λ, against dense matrices in float64; of "best", the one LoRA that is nearest over all λ; of to_lora_bins
+with 2, 4 and 8 LoRAs; and how many keep the error of ΔW below 5 %. Errors of ΔW and of outputs are in units of the root
+mean square of the update over λ, and of what it changes in the outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_record import save_record
+from diffusers import StableDiffusionXLPipeline
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from nara_diffusion import NaraConfig, core_matrix, noise_level, to_lora, to_lora_bins
+from nara_diffusion.dllm import load_backbone
+
+ASSETS = Path(__file__).parents[1] / "assets"
+CORES: dict[str, dict[str, Any]] = {
+    "NaRA": {},
+    "knots": {"core_type": "knots", "core_knots": 5},
+    "Multi-LoRA": {"core_type": "bins", "core_bins": 4},
+    "T-LoRA": {"core_type": "rank_mask"},
+}
+LEVELS = (0.05, 0.35, 0.65, 0.95)
+
+
+def disturb(model: nn.Module, seed: int) -> None:
+    """Random A and B; the core's last weights random, of a size at which ‖C(λ) − I‖ / √r is 0.5 in the mean over λ."""
+    generator = torch.Generator().manual_seed(seed)
+    last = []
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+        elif "nara_core" in name and parameter.dim() > 1 and not parameter.any():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+            last.append(parameter)
+    scale = 0.5 / distance(core_matrix(model, torch.linspace(0, 1, 101)))
+    for parameter in last:
+        parameter.data *= scale
+
+
+def distance(cores: Tensor, around: Tensor | None = None) -> float:
+    """The mean of ‖C − around‖ / √r, or of ‖C − I‖ / √r."""
+    rank = cores.shape[-1]
+    around = torch.eye(rank) if around is None else around
+    return float((cores - around).norm(dim=(1, 2)).mean() / rank**0.5)
+
+
+def text_model(options: dict[str, Any]) -> tuple[nn.Module, Callable[[float], Tensor]]:
+    """llada-tiny with an adapter on all linear layers, and its logits of answers masked by the share λ."""
+    model, _ = load_backbone(str(ASSETS / "llada-tiny"))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    inject_adapter_in_model(NaraConfig(r=8, lora_alpha=8, target_modules=names, **options), model)
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(4, model.config.vocab_size - 1, (8, 24), generator=generator)
+    order = torch.rand(tokens.shape, generator=generator)
+
+    def logits(level: float) -> Tensor:
+        return model(torch.where(order < level, model.config.mask_token_id, tokens)).logits
+
+    return model, logits
+
+
+def image_model(options: dict[str, Any]) -> tuple[nn.Module, Callable[[float], Tensor]]:
+    """The UNet of sdxl-tiny with an adapter on attention, and its prediction for noise at timestep 1000 λ."""
+    unet: Any = StableDiffusionXLPipeline.from_pretrained(str(ASSETS / "sdxl-tiny")).unet
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
+    unet.add_adapter(NaraConfig(r=8, lora_alpha=8, target_modules=targets, **options))
+    generator = torch.Generator().manual_seed(3)
+    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    sample = torch.randn(4, unet.config.in_channels, size, size, generator=generator)
+    text = torch.randn(4, 8, width, generator=generator)
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    conditions = {"text_embeds": torch.randn(4, pooled, generator=generator), "time_ids": torch.zeros(4, 6)}
+
+    def prediction(level: float) -> Tensor:
+        return unet(sample, 1000 * level, text, added_cond_kwargs=conditions).sample
+
+    return unet, prediction
+
+
+def exact_error(model: Any) -> float:
+    """The largest |ΔW of `to_lora` − ΔW|, relative to the largest |ΔW|, over layers and λ, by dense float64."""
+    worst = 0.0
+    layers = {name: module for name, module in model.named_modules() if "lora_A" in module._modules}
+    for level in LEVELS:
+        lora = to_lora(model, level)
+        for name, layer in layers.items():
+            A, B = (getattr(layer, f"lora_{kind}")["default"].weight.double().flatten(1) for kind in "AB")
+            C = core_matrix(model, level, module=name)[0].double()
+            expected, part = layer.scaling["default"] * B @ C @ A, lora.layers[name]
+            found = part.scaling * part.B.double().flatten(1) @ part.A.double().flatten(1)
+            worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+def measure(model: nn.Module, outputs: Callable[[float], Tensor], counts: Sequence[int]) -> dict[str, Any]:
+    """All figures of one adapter."""
+    best, nearest = to_lora(model, "best").error, to_lora(model, "best", batch=outputs).error
+    assert best is not None
+    assert nearest is not None
+    cores = core_matrix(model, torch.linspace(0, 1, 101))
+    found: dict[str, Any] = {
+        "distance of C from I": distance(cores),
+        "spread of C over λ": distance(cores, cores.mean(0)),
+        "exact": exact_error(model),
+        "best": {"mean": best.mean_update, "worst": best.worst_update},
+        "best in outputs": {"worst update": nearest.worst_update, "worst output": nearest.worst_output},
+        "bins": {},
+    }
+    for count in counts:
+        bins = to_lora_bins(model, count, batch=outputs)
+        found["bins"][str(len(bins.loras))] = {
+            "worst update": bins.error.worst_update,
+            "worst output": bins.error.worst_output,
+        }
+    found["LoRAs for 5 %"] = len(to_lora_bins(model, bound=0.05).loras)
+    return found
+
+
+def main(
+    counts: Sequence[int] = (2, 4, 8), cores: Sequence[str] = tuple(CORES), output_dir: str | Path = "outputs"
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for title, make in (("llada-tiny", text_model), ("sdxl-tiny", image_model)):
+        for name in cores:
+            torch.manual_seed(0)
+            model, outputs = make(CORES[name])
+            disturb(model.eval(), 1)
+            with noise_level(model, 0.5), torch.no_grad():
+                outputs(0.5)  # bad settings show now
+            figures[f"{title}, {name}"] = found = measure(model, outputs, counts)
+            print(f"{title}, {name}: {found}")
+    save_record("benchmark_export", {"figures": figures}, output_dir)
+    return figures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="outputs")
+    main(output_dir=parser.parse_args().output_dir)
