@@ -47,6 +47,7 @@ from nara_diffusion.dreambooth.sdxl import load_pipeline, sampling_pipeline
 from nara_diffusion.dreambooth.setup import (
     check_settings,
     count_validation_steps,
+    epoch_size,
     latent_cache,
     load_class_images,
     load_held_out,
@@ -157,7 +158,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     run.record_data_digest("training data", record_texts([*instances, *class_images]))
     pipe.to(device)
     dataset = training_data(args, instances, class_images, pipe)
-    images = len(instances) * args.repeats
+    images = epoch_size(args, instances)
     steps = count_steps(images, run.global_batch, args.max_train_steps, args.num_train_epochs)
     count_validation_steps(args, images, run.global_batch)
     batches = run.batches(steps)

@@ -40,7 +40,11 @@ class ModelArguments:
 class DataArguments:
     """Images and captions"""
 
-    instance_data_dir: str | None = option(None, "Folder with images of the subject.", content="training data")
+    instance_data_dir: str | None = option(
+        None,
+        "Folder with images of the subject, or with subfolders named as kohya's, 10_sks dog: repeats and prompt.",
+        content="training data",
+    )
     instance_prompt: str | None = option(
         None, "What they show, with a rare word for the subject: 'a photo of sks dog'. Images without caption get it."
     )
@@ -55,7 +59,7 @@ class DataArguments:
         "Captions of a folder: the prompt for all, a .txt or .caption beside each, metadata.jsonl, or what there is.",
         choices=("auto", "prompt", "text_files", "metadata"),
     )
-    repeats: int = option(1, "How often an epoch shows each image.", unit="times")
+    repeats: int = option(1, "How often an epoch shows each image; times what its folder's name says.", unit="times")
     resolution: int = option(1024, "Side of the square that images are scaled and cut to.", unit="pixels")
     aspect_ratio_buckets: str | None = option(
         None, "Sizes height,width;height,width;… of which each image takes the nearest, or auto; none means the square."

@@ -14,6 +14,7 @@ from nara_diffusion.dreambooth.data.buckets import Size, check_size, make_bucket
 from nara_diffusion.dreambooth.data.class_images import generate_class_images
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
+from nara_diffusion.dreambooth.data.repeat_folders import records_from_subject_folder
 from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings
@@ -45,7 +46,7 @@ def load_instances(args: DreamBoothArguments, progress: bool) -> list[ImageRecor
             cache_dir=args.cache_dir,
             progress=progress,
         )
-    return records_from_folder(str(args.instance_data_dir), **_captions(args), progress=progress)
+    return records_from_subject_folder(str(args.instance_data_dir), **_captions(args), progress=progress)
 
 
 def load_held_out(args: DreamBoothArguments, progress: bool) -> list[ImageRecord]:
@@ -57,7 +58,13 @@ def load_held_out(args: DreamBoothArguments, progress: bool) -> list[ImageRecord
 
 def record_texts(records: Sequence[ImageRecord]) -> list[str]:
     """All that a sample depends on, for a digest."""
-    return [text for record in records for text in (record.key, record.prompt)]
+    texts = [[record.key, record.prompt, *([str(record.repeats)] * (record.repeats > 1))] for record in records]
+    return [text for parts in texts for text in parts]
+
+
+def epoch_size(args: DreamBoothArguments, instances: Sequence[ImageRecord]) -> int:
+    """Samples of an epoch: --repeats times all images, each as often as its folder says."""
+    return args.repeats * sum(image.repeats for image in instances)
 
 
 def load_class_images(

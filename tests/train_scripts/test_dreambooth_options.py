@@ -76,5 +76,20 @@ def test_a_resumed_run_ends_with_the_same_bits(arguments, tagged, tmp_path, opti
     assert metrics(folder) == losses
 
 
+def test_folders_of_kohya_say_repeats_and_prompts(arguments, tmp_path) -> None:
+    write_pictures(tmp_path / "subject" / "3_sks toy", 1)
+    write_pictures(tmp_path / "subject" / "2_red toy", 2, seed=1)
+    changes = {"instance_prompt": None, "validation_prompts": None, "max_train_steps": None, "checkpointing_steps": 1}
+    args = arguments(instance_data_dir=tmp_path / "subject", num_train_epochs=1.0, **changes)
+    main(args)
+    folder = tmp_path / "run"
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]  # 3 + 2 · 2 samples in batches of 2
+    lines = (folder / "samples-after" / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["red toy", "sks toy"]
+    (tmp_path / "subject" / "3_sks toy").rename(tmp_path / "subject" / "4_sks toy")
+    with pytest.raises(ValueError, match="belongs to a run with other training data"):
+        main(arguments(instance_data_dir=tmp_path / "subject", **changes, resume_from_checkpoint="latest"))
+
+
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -91,7 +91,7 @@ class DreamBoothDataset(Dataset):
     """`dataset[p]` is the sample at position p, for `stream_loader`: {"samples": [instance] or [instance, class], …}.
 
     Args:
-        instances: the subject's images.
+        instances: the subject's images; one with `repeats` N comes N times as often as one with 1.
         buckets: sizes (h, w) to train at; one for a fixed resolution.
         batch_size: samples of one forward on one process (`train_batch_size`), which share a bucket.
         seed: of order, crops and flips.
@@ -131,7 +131,8 @@ class DreamBoothDataset(Dataset):
         self.seed, self.captions = seed, captions
         captions.check(image.prompt for image in self.instances)
         self.instance_buckets = [nearest_bucket(image.size, self.buckets) for image in self.instances]
-        self._order = BucketBatchSampler(self.instance_buckets, batch_size, seed)
+        self._numbers = [i for i, image in enumerate(self.instances) for _ in range(image.repeats)]
+        self._order = BucketBatchSampler([self.instance_buckets[i] for i in self._numbers], batch_size, seed)
         numbers = [{"image": i} for i in range(len(self.class_images))]
         self._class_order = ShuffledStream(numbers, seed + 1) if numbers else None
         self._warn()
@@ -145,7 +146,7 @@ class DreamBoothDataset(Dataset):
 
     def samples_at(self, position: int) -> list[TrainingSample]:
         """The instance at `position`, and the class image beside it if there are any."""
-        number = self._order[position]
+        number = self._numbers[self._order[position]]
         target = self.instance_buckets[number]
         image = self.instances[number]
         caption = self.captions.apply(image.prompt, self.seed, position)

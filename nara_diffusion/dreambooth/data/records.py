@@ -31,12 +31,14 @@ class ImageRecord:
         size: (H, W), upright.
         prompt: its caption.
         key: names its content, for caches.
+        repeats: how often a pass over the data has it, 1 or more.
     """
 
     source: ImageSource
     size: Size
     prompt: str
     key: str
+    repeats: int = 1
 
 
 def records_from_folder(
@@ -166,6 +168,6 @@ def _too_few(folder: str | Path, images: list[Path], others: list[Path], minimum
         found = ", ".join(path.name for path in others[:4])
         return (
             f"the image folder {folder} holds no images, only {found}: put .png or .jpg files directly into it "
-            "(HEIC and raw photos have to be converted, subfolders aren't searched)."
+            "(HEIC and raw photos have to be converted; subfolders are searched where all are named like '10_sks dog')."
         )
     return f"the image folder {folder} holds {len(images)} images, and {minimum} are needed."
