@@ -56,7 +56,7 @@ def read(source: str) -> AdapterFile:
 
 def modules_of(part: AdapterPart) -> dict[str, int]:
     """{adapted module: its rank}."""
-    names = dict.fromkeys(key.partition(".lora_")[0] for key in part.tensors if not is_core_key(key))
+    names = dict.fromkeys(key.partition(".lora_")[0] for key in part.tensors if ".lora_" in key)
     return {name: rank_of(part.config, name) for name in names}
 
 

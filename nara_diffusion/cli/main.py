@@ -4,6 +4,7 @@
     nara plot FILE               how far C(λ) is from I, its singular values, strength over λ: a PNG
     nara diff FILE OTHER         where two adapters differ: configuration, modules, ΔW over λ
     nara fold FILE OUTPUT        a plain LoRA of one λ for Diffusers, PEFT, kohya, A1111, ComfyUI
+    nara convert FILE OUTPUT     from a pipeline's file to PEFT's folder, or back
     nara check MODEL DATA        whether λ is likely to help a training, before it
     nara eval …                  lm-eval for masked-diffusion language models
     nara metrics …               subject fidelity and prompt fidelity of images
@@ -23,6 +24,7 @@ COMMANDS = {
     "plot": "nara_diffusion.cli.plot",
     "diff": "nara_diffusion.cli.diff",
     "fold": "nara_diffusion.cli.fold",
+    "convert": "nara_diffusion.cli.convert",
     "check": "nara_diffusion.check.cli",
     "eval": "nara_diffusion.harness.command",
     "metrics": "nara_diffusion.dreambooth.evaluation.cli",

@@ -55,6 +55,11 @@ def test_inspect_names_every_component_and_the_convention_of_a_pipelines_file(tm
     assert part["dtypes"] == ["float32"]
 
 
+def test_trained_biases_are_no_modules(tmp_path, capsys):
+    get_peft_model(TwoLayers(), nara_config(target_modules=["first"], bias="all")).save_pretrained(tmp_path)
+    assert inspected(capsys, tmp_path)["components"]["model"]["module_kinds"] == {"first": 1}
+
+
 def test_inspect_prints_lines_that_people_read(peft_folder, capsys):
     main(["inspect", str(peft_folder)])
     printed = capsys.readouterr().out
@@ -93,7 +98,7 @@ def test_bad_file_ends_in_one_line(tmp_path, peft_folder, what, capsys):
 
 
 def test_unknown_command_names_the_known_ones():
-    with pytest.raises(SystemExit, match="has no command 'inspekt', expected one of inspect, plot, diff, fold, check"):
+    with pytest.raises(SystemExit, match="has no command 'inspekt', expected one of inspect, plot, diff, fold, con"):
         main(["inspekt"])
 
 
@@ -103,7 +108,7 @@ def test_help_names_every_command(capsys):
     assert all(f"nara {command} " in printed for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["inspect", "plot", "diff", "fold", "check", "metrics"])
+@pytest.mark.parametrize("command", ["inspect", "plot", "diff", "fold", "convert", "check", "metrics"])
 def test_help_of_a_command_teaches(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -1,0 +1,99 @@
+"""A NaRA from one of its two forms into the other, tensor by tensor; the base model isn't needed.
+
+    nara convert my-toy folder --to peft                            # of save_nara_weights, for PeftModel
+    nara convert my-toy folder --to peft --component text_encoder   # … one of several components
+    nara convert folder my-toy --to pipeline --component unet       # of PEFT, for pipe.load_nara_weights
+
+A plain LoRA for hosts without NaRA is made by nara fold; a NaRA that starts as a LoRA by nara_diffusion.from_lora, or
+by --init_adapter of the train scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from nara_diffusion.loaders.format import WEIGHTS_NAME, AdapterPart, pack
+from nara_diffusion.loaders.validation import check_storable
+from nara_diffusion.utils.atomic_write import atomic_write_files
+
+from .adapter_file import MODEL, read
+from .errors import in_one_line
+from .skeleton import skeleton
+
+PEFT_PREFIX = "base_model.model."
+FORMS = ("peft", "pipeline")
+
+
+def chosen(parts: Mapping[str, AdapterPart], component: str | None) -> AdapterPart:
+    """The part that is meant.
+
+    Raises:
+        ValueError: no such component, or none named where there are several.
+    """
+    if component is None and len(parts) == 1:
+        return next(iter(parts.values()))
+    if component is None:
+        raise ValueError(f"the file has {', '.join(parts)}: choose one by --component.")
+    if component not in parts:
+        raise ValueError(f"--component is {component!r}, and the file has {', '.join(parts)}.")
+    return parts[component]
+
+
+def to_peft(part: AdapterPart, folder: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, both or none."""
+    tensors = {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in part.tensors.items()}
+    with atomic_write_files(folder) as partial:
+        save_file(tensors, partial / PEFT_WEIGHTS_NAME, metadata={"format": "pt"})
+        part.config.save_pretrained(str(partial))
+
+
+def to_pipeline(part: AdapterPart, component: str, folder: Path) -> None:
+    """Writes the file of `save_nara_weights`, for that component of a pipeline."""
+    tensors, metadata = pack({component: part})
+    with atomic_write_files(folder) as partial:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / WEIGHTS_NAME, metadata)
+
+
+def convert(source: str, output: Path, form: str, component: str | None) -> str:
+    """Reads, checks that the tensors are those of the configuration, and writes; returns what to show.
+
+    Raises:
+        ValueError: a file that is damaged, or already in that form; what a pipeline couldn't
+            load; see `chosen`.
+    """
+    if output.is_file():
+        raise ValueError(f"OUTPUT {output} is a file: name a folder.")
+    parts = read(source).parts
+    if (form == "peft") == (list(parts) == [MODEL]):
+        raise ValueError(f"'{source}' is in the form {form!r} already.")
+    if form == "peft":
+        part = chosen(parts, component)
+        skeleton(part, component or next(iter(parts)))
+        to_peft(part, output)
+    else:
+        if component is None:
+            raise ValueError("--to pipeline needs --component, such as unet or transformer: where the adapter belongs.")
+        check_storable(parts[MODEL].config, component)
+        skeleton(parts[MODEL], component)
+        to_pipeline(parts[MODEL], component, output)
+    return f"{output}: as {form}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `nara convert`."""
+    parser = argparse.ArgumentParser(
+        "nara convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a folder")
+    parser.add_argument("--to", choices=FORMS, required=True, help="the form to write")
+    parser.add_argument("--component", help="of a pipeline: unet, transformer, text_encoder, …")
+    args = parser.parse_args(argv)
+    with in_one_line():
+        sys.stdout.write(f"{convert(args.file, args.output, args.to, args.component)}\n")
