@@ -56,6 +56,7 @@ from nara_diffusion.dreambooth.setup import (
     prompt_cache,
     record_texts,
     sample_settings,
+    step_options,
     target_scheduler,
     training_data,
     validation_samples,
@@ -74,7 +75,6 @@ from nara_diffusion.training.optimization import build_optimizer, build_schedule
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import count_steps, stream_loader
-from nara_diffusion.training.window_arguments import window_of
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
 
@@ -174,12 +174,8 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         latents=latents,
         prompts=prompts,
         device=device,
-        seed=args.seed,
         group_size=run.global_batch,
-        stratified=args.stratified_timesteps,
-        noise_offset=args.noise_offset,
-        prior_loss_weight=args.prior_loss_weight,
-        window=window_of(args),
+        **step_options(args),
     )
     if args.check:
         held_out_data = training_data(args, held_out_images, [], pipe) if held_out_images else dataset

@@ -15,9 +15,10 @@ from nara_diffusion.training.cli import option
 from nara_diffusion.training.window_arguments import WindowArguments, check_window
 
 from .caption_arguments import CaptionArguments, check_captions
-from .conversion import CONVERSIONS, check_conversion
+from .conversion import check_conversion
 from .denoiser import UNET_TARGETS
 from .foreign_flags import FOREIGN_FLAGS
+from .loss_arguments import LossArguments, check_loss
 
 
 @dataclass
@@ -105,28 +106,6 @@ class DreamBoothAdapterArguments(AdapterArguments):
 
 
 @dataclass
-class LossArguments:
-    """Objective"""
-
-    prediction_type: str | None = option(
-        None,
-        "Teach the model to predict this in place of what it does: epsilon (the noise), v_prediction on the same "
-        "schedule, or flow_prediction (the velocity of a rectified flow); none leaves it. The adapter's file carries "
-        "the scheduler that then samples.",
-        choices=CONVERSIONS,
-    )
-    rescale_betas_zero_snr: bool = option(
-        False, "Teach it a schedule that ends in pure noise, so that it can make dark and bright images; needs v."
-    )
-    stratified_timesteps: bool = option(False, "Spread the timesteps of each optimizer step evenly over the schedule.")
-    snr_gamma: float | None = option(None, "γ of min-SNR weights, 5 as a rule; none weights all timesteps alike.")
-    noise_offset: float = option(0.0, "Standard deviation of a shift of each channel's noise, 0.1 at most as a rule.")
-    do_edm_style_training: bool = option(
-        False, "EDM's preconditioning and weights; models with an EDM scheduler have them in any case."
-    )
-
-
-@dataclass
 class ValidationArguments:
     """Samples and measurement"""
 
@@ -185,6 +164,7 @@ class DreamBoothArguments(
         _check_data(self)
         check_captions(self)
         _check_prior(self)
+        check_loss(self)
         check_window(self)
         check_conversion(self.prediction_type, self.rescale_betas_zero_snr, self.do_edm_style_training)
         window = (self.min_noise_level, self.max_noise_level, self.hold_base_outside)
@@ -219,9 +199,9 @@ def _check_counts(args: Any) -> None:
     )
     decay = args.adam_weight_decay_text_encoder
     require(args, "adam_weight_decay_text_encoder", decay is None or decay >= 0, "at least 0, or none")
-    for name in ("snr_gamma", "text_encoder_lr"):
-        require(args, name, getattr(args, name) is None or getattr(args, name) > 0, "above 0, or none")
-    for name in ("noise_offset", "cache_memory", "prior_loss_weight", "guidance_scale"):
+    rate = args.text_encoder_lr
+    require(args, "text_encoder_lr", rate is None or rate > 0, "above 0, or none")
+    for name in ("cache_memory", "prior_loss_weight", "guidance_scale"):
         require(args, name, getattr(args, name) >= 0, "at least 0")
     for prompt in args.validation_prompts or []:
         check_prompt(prompt, "a validation prompt")

@@ -5,7 +5,7 @@ Where the base is held outside of a window of λ, the loss of an image that was 
     W · mean (f(x_λ, λ) − f₀(x_λ, λ))²
 
 f what the denoiser returns with its adapters and f₀ without, over all (c, h, w). Neither min-SNR's weights nor EDM's
-enter it, so that the base is held as firmly at every λ.
+enter it, nor another `Distance`, so that the base is held as firmly at every λ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from nara_diffusion.dreambooth.data.dataset import TrainingSample
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_base
 
-from .objectives import Corrupted, Objective, squared_errors, with_prior
+from .distances import SQUARED, Distance
+from .objectives import Corrupted, Objective, weighted_errors, with_prior
 from .timesteps import WindowedSchedule, draw_indices, draw_noise
 
 
@@ -61,6 +62,7 @@ class TrainingStep:
         noise_offset: κ, see `draw_noise`.
         prior_loss_weight: what class images count.
         window: of λ; class images are drawn from it as well.
+        distance: what errors count; the base is held by squares whatever it is.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class TrainingStep:
     noise_offset: float = 0.0
     prior_loss_weight: float = 1.0
     window: NoiseWindow = EVERYTHING
+    distance: Distance = SQUARED
 
     @cached_property
     def windowed(self) -> WindowedSchedule:
@@ -85,7 +88,7 @@ class TrainingStep:
         levels = self.objective.source.noise_level(corrupted.timestep)
         weight = self.window.hold_weight
         if weight is None:
-            losses, split = squared_errors(self._predict(corrupted, batch), corrupted), None
+            losses, split = weighted_errors(self._predict(corrupted, batch), corrupted, self.distance), None
         else:
             split = self._split(corrupted, batch, levels)
             losses = split.weighted(weight)
@@ -100,7 +103,7 @@ class TrainingStep:
         with as_base(self.model):
             base = self._predict(corrupted, batch, rows)
         prediction = self._predict(corrupted, batch)
-        errors = squared_errors(prediction, corrupted)
+        errors = weighted_errors(prediction, corrupted, self.distance)
         distances = (prediction[rows].float() - base.float()).square().flatten(1).mean(1)  # (k,)
         return SplitLosses(torch.where(held, errors.index_put((rows,), distances), errors), levels, held)
 

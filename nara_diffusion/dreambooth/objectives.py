@@ -34,6 +34,8 @@ from torch import Tensor
 
 from nara_diffusion.noise.timesteps import TimestepNoise
 
+from .distances import SQUARED, Distance
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -215,7 +217,15 @@ def build_objective(scheduler: Any, *, edm_style: bool = False, snr_gamma: float
 
 def squared_errors(prediction: Tensor, batch: Corrupted) -> Tensor:
     """The weighted mean squared error of each sample, (b,) float32."""
-    errors = (prediction.float() - batch.target.float()) ** 2  # (b, c, h, w)
+    return weighted_errors(prediction, batch, SQUARED)
+
+
+def weighted_errors(prediction: Tensor, batch: Corrupted, distance: Distance) -> Tensor:
+    """The weighted mean distance of each sample's prediction from its target, (b,) float32.
+
+    Min-SNR's and EDM's weights, which are made for squares, multiply other distances as they are.
+    """
+    errors = distance(prediction.float() - batch.target.float())  # (b, c, h, w)
     return batch.weight * errors.flatten(1).mean(1)
 
 

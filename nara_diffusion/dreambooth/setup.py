@@ -28,6 +28,7 @@ from .caption_arguments import caption_changes
 from .conversion import converted_scheduler
 from .denoiser import tokenizers_of
 from .loss import windowed_schedule
+from .loss_arguments import distance_of
 from .objectives import build_objective
 
 _SAMPLED_CAPTIONS = 4
@@ -186,6 +187,18 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
     if args.shuffle_caption:  # each order is a prompt of its own, and few come twice: they would fill the disk
         options |= {"folder": None, "tell_of_cut": False}
     return PromptCache(tokenizers_of(pipe), encoders, **options)
+
+
+def step_options(args: DreamBoothArguments) -> dict[str, Any]:
+    """What `args` say of a `TrainingStep`."""
+    return {
+        "seed": args.seed,
+        "stratified": args.stratified_timesteps,
+        "noise_offset": args.noise_offset,
+        "prior_loss_weight": args.prior_loss_weight,
+        "window": window_of(args),
+        "distance": distance_of(args),
+    }
 
 
 def count_validation_steps(args: DreamBoothArguments, images: int, global_batch: int) -> None:

@@ -40,6 +40,9 @@ def tagged(tmp_path: Path) -> Path:
     [
         ({"caption_dropout": 1.5}, r"caption_dropout must be in \[0, 1\], a probability, got 1.5"),
         ({"keep_tokens": -1}, "keep_tokens must be at least 0, got -1"),
+        ({"loss_type": "l1"}, "loss_type must be one of l2, huber, smooth_l1, got l1"),
+        ({"loss_type": "huber", "huber_c": 0.0}, "huber_c must be above 0, or none, got 0.0"),
+        ({"huber_c": 0.2}, "huber_c is 0.2, but loss_type l2 has no c: give loss_type huber"),
         ({"keep_tokens": 1}, "keep_tokens is 1, but captions aren't shuffled: add shuffle_caption"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -60,6 +63,7 @@ def test_a_shuffle_of_one_prompt_is_refused_before_anything_is_written(arguments
     [
         {"caption_dropout": 0.3, "shuffle_caption": True, "keep_tokens": 1},
         {"caption_dropout": 0.3, "shuffle_caption": True, "train_text_encoder": True},
+        {"loss_type": "smooth_l1", "snr_gamma": 5.0, "max_noise_level": 0.5, "hold_base_outside": 1.0},
     ],
     ids=lambda options: " ".join(options),
 )
