@@ -26,6 +26,7 @@ from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_bas
 
 from .distances import SQUARED, Distance
 from .objectives import Corrupted, Objective, weighted_errors, with_prior
+from .timestep_bias import NO_BIAS, TimestepBias
 from .timesteps import WindowedSchedule, draw_indices, draw_noise
 
 
@@ -62,6 +63,7 @@ class TrainingStep:
         noise_offset: κ, see `draw_noise`.
         prior_loss_weight: what class images count.
         window: of λ; class images are drawn from it as well.
+        bias: which noise levels are drawn more often than others, for class images as well.
         distance: what errors count; the base is held by squares whatever it is.
     """
 
@@ -77,11 +79,12 @@ class TrainingStep:
     prior_loss_weight: float = 1.0
     window: NoiseWindow = EVERYTHING
     distance: Distance = SQUARED
+    bias: TimestepBias = NO_BIAS
 
     @cached_property
     def windowed(self) -> WindowedSchedule:
         """The noise levels to draw from."""
-        return windowed_schedule(self.objective, self.window)
+        return windowed_schedule(self.objective, self.window, self.bias)
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         corrupted = self._corrupt(batch["samples"], batch.get("pixel_values"))
@@ -131,8 +134,12 @@ class TrainingStep:
         )
 
 
-def windowed_schedule(objective: Objective, window: NoiseWindow) -> WindowedSchedule:
-    """The objective's noise levels in `window`; raises ValueError where there are none."""
+def windowed_schedule(objective: Objective, window: NoiseWindow, bias: TimestepBias = NO_BIAS) -> WindowedSchedule:
+    """The objective's noise levels in `window`, drawn by `bias`.
+
+    Raises:
+        ValueError: there are none, or the bias chooses none or all of them.
+    """
     nothing = torch.zeros(objective.levels, 1, 1, 1)
     timestep = objective.corrupt(nothing, nothing, torch.arange(objective.levels)).timestep
-    return WindowedSchedule(objective.source.noise_level(timestep), window)
+    return WindowedSchedule(objective.source.noise_level(timestep), window, bias.weights(objective.levels))

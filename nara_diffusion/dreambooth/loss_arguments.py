@@ -11,8 +11,10 @@ from nara_diffusion.training.cli import option
 
 from .conversion import CONVERSIONS
 from .distances import DISTANCES, Distance
+from .timestep_bias import STRATEGIES, TimestepBias
 
 _HUBER_C = 0.1
+_PORTION = 0.25
 
 
 @dataclass
@@ -46,6 +48,28 @@ class LossArguments:
         f"c of those: below it an error counts about as its square, above as its size; none means {_HUBER_C}.",
         unit="standard deviations of the noise",
     )
+    timestep_bias_strategy: str = option(
+        "none",
+        "Draw timesteps of little noise (earlier), of much noise (later) or of a range more often than the others.",
+        choices=STRATEGIES,
+    )
+    timestep_bias_multiplier: float = option(1.0, "How many times as often; below 1 less often.", unit="times")
+    timestep_bias_portion: float | None = option(
+        None, f"Share of the timesteps that earlier and later mean; none means {_PORTION}.", unit="share of 1"
+    )
+    timestep_bias_begin: int | None = option(
+        None, "First timestep of the range, 0 at least noise; none means 0.", unit="timesteps"
+    )
+    timestep_bias_end: int | None = option(
+        None, "Timestep before which the range ends; none means all of the schedule, 1000.", unit="timesteps"
+    )
+
+
+def bias_of(args: Any) -> TimestepBias:
+    """Which timesteps `args`, a `LossArguments`, have drawn more often."""
+    portion = _PORTION if args.timestep_bias_portion is None else args.timestep_bias_portion
+    strategy, multiplier = args.timestep_bias_strategy, args.timestep_bias_multiplier
+    return TimestepBias(strategy, multiplier, portion, args.timestep_bias_begin or 0, args.timestep_bias_end)
 
 
 def distance_of(args: Any) -> Distance:
@@ -67,4 +91,28 @@ def check_loss(args: Any) -> None:
     if c is not None and args.loss_type == "l2":
         raise ValueError(
             f"huber_c is {c}, but loss_type l2 has no c: give loss_type huber or smooth_l1, or leave huber_c out."
+        )
+    _check_bias(args)
+
+
+def _check_bias(args: Any) -> None:
+    strategy, multiplier, portion = (getattr(args, f"timestep_bias_{n}") for n in ("strategy", "multiplier", "portion"))
+    require(args, "timestep_bias_strategy", strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}")
+    require(args, "timestep_bias_multiplier", 0 < multiplier < math.inf, "above 0 (--max_noise_level leaves λ out)")
+    require(args, "timestep_bias_portion", portion is None or 0 < portion < 1, "between 0 and 1, or none")
+    for name in ("timestep_bias_begin", "timestep_bias_end"):
+        require(args, name, getattr(args, name) is None or getattr(args, name) >= 0, "at least 0, or none")
+    readers = {"multiplier": ("earlier", "later", "range"), "portion": ("earlier", "later")}
+    readers |= {"begin": ("range",), "end": ("range",)}
+    for name, strategies in readers.items():
+        value = getattr(args, f"timestep_bias_{name}")
+        if value != (1.0 if name == "multiplier" else None) and strategy not in strategies:
+            raise ValueError(
+                f"timestep_bias_{name} is {value}, which timestep_bias_strategy {strategy} doesn't read: give "
+                f"{' or '.join(strategies)}, or leave it out."
+            )
+    if strategy != "none" and multiplier == 1:
+        raise ValueError(
+            f"timestep_bias_strategy is {strategy}, but timestep_bias_multiplier is 1, by which nothing changes: give "
+            "2, for twice as often, or another."
         )

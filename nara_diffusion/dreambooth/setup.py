@@ -28,7 +28,7 @@ from .caption_arguments import caption_changes
 from .conversion import converted_scheduler
 from .denoiser import tokenizers_of
 from .loss import windowed_schedule
-from .loss_arguments import distance_of
+from .loss_arguments import bias_of, distance_of
 from .objectives import build_objective
 
 _SAMPLED_CAPTIONS = 4
@@ -101,12 +101,12 @@ def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
 
     Raises:
         ValueError: sizes that the model can't have, an objective that doesn't fit its scheduler, a window without one
-            of its noise levels, a target module that its UNet lacks.
+            of its noise levels, a bias that chooses none of them or all, a target module that its UNet lacks.
     """
     training_buckets(args, pipe)
     scheduler = target_scheduler(args, pipe)
     objective = build_objective(scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
-    windowed_schedule(objective, window_of(args))
+    windowed_schedule(objective, window_of(args), bias_of(args))
     config = adapter_config(
         args, noise_convention=objective.source.convention, total_steps=args.max_train_steps or 1_000_000
     )
@@ -198,6 +198,7 @@ def step_options(args: DreamBoothArguments) -> dict[str, Any]:
         "prior_loss_weight": args.prior_loss_weight,
         "window": window_of(args),
         "distance": distance_of(args),
+        "bias": bias_of(args),
     }
 
 

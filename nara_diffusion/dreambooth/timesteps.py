@@ -4,6 +4,7 @@
     ε ~ N(0, 1) (c, h, w);  with offset noise  ε + κ δ,  δ ~ N(0, 1) (c, 1, 1)
 
 With a window of noise levels, N are those inside of it, or those outside (`nara_diffusion.noise.window`).
+With a bias, the index is the u-quantile of its weights (`timestep_bias`), so that it is stratified where u is.
 `stratified` spreads the u of a global batch evenly (`nara_diffusion.utils.random`). The class image of prior
 preservation has its instance's position and another role, so the two meet independent noise.
 """
@@ -28,13 +29,15 @@ class WindowedSchedule:
     Args:
         noise_levels: λ (N,) of the schedule, least noise first.
         window: of λ.
+        weights: (N,), how often each level is drawn, up to a factor; None draws all alike.
 
     Raises:
-        ValueError: none of them lies inside; or outside, where the base is to be held.
+        ValueError: none of them lies inside; or outside, where the base is to be held; `weights` are the same for all
+            that are drawn.
     """
 
-    def __init__(self, noise_levels: Tensor, window: NoiseWindow) -> None:
-        self.window = window
+    def __init__(self, noise_levels: Tensor, window: NoiseWindow, weights: Tensor | None = None) -> None:
+        self.window, self.weights = window, weights
         inside = window.contains(noise_levels)
         self.inside, self.outside = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]  # (k,), (N − k,)
         given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
@@ -47,15 +50,32 @@ class WindowedSchedule:
                 f"{given}, but {span} none lies outside of them for hold_base_outside: leave it out, or narrow the "
                 "window."
             )
+        drawn = weights if weights is None or window.hold_weight is not None else weights[self.inside]
+        if drawn is not None and len(drawn.unique()) == 1:
+            raise ValueError(
+                f"{given}, and timestep_bias_strategy draws all noise levels between them alike: choose some of those, "
+                "or leave it out."
+            )
 
     def indices(self, u: Tensor) -> Tensor:
         """The indices (b,) into the schedule that u (b,) in [0, 1) stand for."""
-        levels = len(self.inside) + len(self.outside)
-        v, is_outside = self.window.divide(u, len(self.outside) / levels)
-        chosen = self.inside[(v * len(self.inside)).long()]
+        outside = self._mass(self.outside)
+        v, is_outside = self.window.divide(u, outside / (outside + self._mass(self.inside)))
+        chosen = self._quantile(self.inside, v)
         if is_outside.any():
-            chosen = torch.where(is_outside, self.outside[(v * len(self.outside)).long()], chosen)
+            chosen = torch.where(is_outside, self._quantile(self.outside, v), chosen)
         return chosen
+
+    def _mass(self, members: Tensor) -> float:
+        return len(members) if self.weights is None else self.weights[members].sum().item()
+
+    def _quantile(self, members: Tensor, v: Tensor) -> Tensor:
+        """The level (b,) among `members` (k,) below which a share v (b,) of their weight lies."""
+        if self.weights is None:
+            return members[(v * len(members)).long()]
+        cumulative = self.weights[members].cumsum(0)
+        places = torch.searchsorted(cumulative / cumulative[-1], v, right=True)
+        return members[places.clamp(max=len(members) - 1)]  # v may round up to 1
 
 
 def draw_indices(

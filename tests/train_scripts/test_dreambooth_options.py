@@ -13,6 +13,9 @@ from train_scripts.dreambooth_sdxl import main
 
 from .dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
 
+RANGE = {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 3.0}
+LATER = {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 3.0}
+
 
 @pytest.fixture
 def arguments(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> Callable[..., DreamBoothArguments]:
@@ -43,6 +46,14 @@ def tagged(tmp_path: Path) -> Path:
         ({"loss_type": "l1"}, "loss_type must be one of l2, huber, smooth_l1, got l1"),
         ({"loss_type": "huber", "huber_c": 0.0}, "huber_c must be above 0, or none, got 0.0"),
         ({"huber_c": 0.2}, "huber_c is 0.2, but loss_type l2 has no c: give loss_type huber"),
+        ({"timestep_bias_strategy": "late"}, "strategy must be one of none, earlier, later, range, got late"),
+        ({"timestep_bias_strategy": "later"}, "timestep_bias_multiplier is 1, by which nothing changes"),
+        ({"timestep_bias_multiplier": 2.0}, "multiplier is 2.0, which timestep_bias_strategy none doesn't read"),
+        ({"timestep_bias_multiplier": 0.0}, "timestep_bias_multiplier must be above 0"),
+        ({"timestep_bias_portion": 1.0}, "timestep_bias_portion must be between 0 and 1, or none, got 1.0"),
+        ({**RANGE, "timestep_bias_portion": 0.5}, "timestep_bias_strategy range doesn't read: give earlier or later"),
+        ({"timestep_bias_begin": 1}, "begin is 1, which timestep_bias_strategy none doesn't read: give range"),
+        ({**RANGE, "timestep_bias_begin": -1}, "timestep_bias_begin must be at least 0, or none, got -1"),
         ({"keep_tokens": 1}, "keep_tokens is 1, but captions aren't shuffled: add shuffle_caption"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -50,6 +61,22 @@ def tagged(tmp_path: Path) -> Path:
 def test_impossible_values_are_refused(arguments, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         arguments(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({**RANGE, "timestep_bias_begin": 0, "timestep_bias_end": 1000}, r"before 1000, .* 1000, from 0: choose"),
+        ({**RANGE, "timestep_bias_end": 1001}, "from 0 to before 1001, and the schedule has 1000"),
+        ({**RANGE, "timestep_bias_begin": 700, "timestep_bias_end": 700}, "by timestep_bias_begin and"),
+        ({**LATER, "timestep_bias_portion": 1e-4}, r"from 1000 to before 1000, .* by timestep_bias_portion"),
+        ({**LATER, "max_noise_level": 0.5}, r"max_noise_level 0.5, and timestep_bias_strategy draws all .* alike"),
+    ],
+)
+def test_a_bias_without_effect_is_refused_before_anything_is_written(arguments, tmp_path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(arguments(**changes))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_shuffle_of_one_prompt_is_refused_before_anything_is_written(arguments, tmp_path) -> None:
@@ -63,6 +90,7 @@ def test_a_shuffle_of_one_prompt_is_refused_before_anything_is_written(arguments
     [
         {"caption_dropout": 0.3, "shuffle_caption": True, "keep_tokens": 1},
         {"caption_dropout": 0.3, "shuffle_caption": True, "train_text_encoder": True},
+        LATER,
         {"loss_type": "smooth_l1", "snr_gamma": 5.0, "max_noise_level": 0.5, "hold_base_outside": 1.0},
     ],
     ids=lambda options: " ".join(options),
