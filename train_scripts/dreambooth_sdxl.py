@@ -37,6 +37,7 @@ from nara_diffusion.check.images import image_task
 from nara_diffusion.check.run import check_training
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.dreambooth.average_arguments import decay_of
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
 from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
 from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
@@ -208,6 +209,8 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     scheduler = build_scheduler(optimizer, args, steps)
     loader = stream_loader(dataset, collate_samples, **batches, num_workers=args.dataloader_num_workers)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
+    if args.use_ema:
+        model.start_average(decay_of(args), run.checkpoint)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
         "adapter": title_of(args),
@@ -218,7 +221,8 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     run.open(facts)
     settings = sample_settings(args, instances)
     validate = Validation(run, denoiser, sampler, settings, held_out, evaluator.references)
-    train(run, denoiser, optimizer, scheduler, loader, steps, replace(step, model=denoiser), validate)
+    loss = replace(step, model=denoiser)
+    train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)
 
     # Save
     save_adapter(run.accelerator, denoiser, run.folder, write_adapter)

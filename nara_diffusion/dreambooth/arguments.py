@@ -14,6 +14,7 @@ from nara_diffusion.training.arguments import AdapterArguments, OptimizationArgu
 from nara_diffusion.training.cli import option
 from nara_diffusion.training.window_arguments import WindowArguments, check_window
 
+from .average_arguments import AverageArguments, check_average
 from .caption_arguments import CaptionArguments, check_captions
 from .conversion import check_conversion
 from .denoiser import UNET_TARGETS
@@ -150,6 +151,7 @@ class DreamBoothArguments(
     PriorArguments,
     DreamBoothAdapterArguments,
     OptimizationArguments,
+    AverageArguments,
     LossArguments,
     WindowArguments,
     ValidationArguments,
@@ -164,6 +166,7 @@ class DreamBoothArguments(
         _check_data(self)
         check_captions(self)
         _check_prior(self)
+        check_average(self)
         check_loss(self)
         check_window(self)
         check_conversion(self.prediction_type, self.rescale_betas_zero_snr, self.do_edm_style_training)

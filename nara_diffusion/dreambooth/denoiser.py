@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import re
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
@@ -24,6 +26,7 @@ from nara_diffusion.noise.timesteps import count_timesteps
 from nara_diffusion.training.adapters.build import check_adaptable, recompute_activations
 from nara_diffusion.training.adapters.methods import CORE_FIELDS
 from nara_diffusion.training.adapters.pissa import remember_start
+from nara_diffusion.training.weight_average import WeightAverage
 
 ADAPTER = "default"
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -66,6 +69,7 @@ class AdaptedDenoiser(nn.Module):
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
         self.config = config
         self.scheduler = scheduler
+        self.average: WeightAverage | None = None
         if gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         self.unet = adapt(pipe.unet, config)
@@ -78,6 +82,24 @@ class AdaptedDenoiser(nn.Module):
                     recompute_activations(encoder)
                 setattr(self, name, adapt(encoder, deepcopy(text)))  # PEFT writes into it
             _freeze_last_layer(pipe.text_encoder)
+
+    def start_average(self, decay: float, checkpoint: Path | None = None) -> None:
+        """Keeps an average of what is trained from here on, or that of a checkpoint; raises as `WeightAverage.load`.
+
+        Called when accelerate has put the weights where they stay.
+        """
+        self.average = WeightAverage(self, decay)
+        if checkpoint is not None:
+            self.average.load(checkpoint)
+
+    def update_average(self) -> None:
+        """Takes an optimizer step's weights into the average, if there is one."""
+        if self.average is not None:
+            self.average.update()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within, the weights are the average's, if there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     @property
     def text_encoders(self) -> list[Any] | None:

@@ -9,7 +9,8 @@
       all but NaRA's family, whose file carries it
 
 A COMPONENT is what was trained, by the pipeline's name: unet, text_encoder, text_encoder_2. A checkpoint has the same
-and, where those files don't hold all that training goes on with, trainable.safetensors.
+and, where those files don't hold all that training goes on with, trainable.safetensors: with an average of the weights
+too, which is what the files above hold, and ema.safetensors the same by the names of the parameters.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ _MAGNITUDE = "lora_magnitude_vector"
 
 
 def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
-    """An `AdapterWriter`: what a user loads into a pipeline. The weights are the model's own, as `state` has them."""
+    """An `AdapterWriter`: what a user loads into a pipeline. The weights are the model's own, or their average."""
+    with model.averaged():
+        _write_own_weights(model, folder)
+
+
+def _write_own_weights(model: AdaptedDenoiser, folder: Path) -> None:
     config = model.config
     if isinstance(config, NaraConfig):
         model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
@@ -66,22 +72,26 @@ def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
     """An `AdapterWriter`: what `read_checkpoint` reads."""
     write_adapter(model, folder, state)
-    if model.config is not None and not isinstance(model.config, NaraConfig):
+    others = model.config is not None and not isinstance(model.config, NaraConfig)
+    if others or model.average is not None:
         write_trainable(model, folder, state)
+    if model.average is not None:
+        model.average.save(folder)
 
 
 def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
     """Puts what a checkpoint holds into `model`, in float32, before accelerate wraps it."""
-    if (folder / TRAINABLE).is_file():
-        read_trainable(model, folder)
-    elif model.config is None:
+    has_trainable = (folder / TRAINABLE).is_file()
+    if model.config is None and not has_trainable:
         for name, component in model.components.items():
             read_all_weights(component, folder / name)
-    else:
+    elif not has_trainable or isinstance(model.config, NaraConfig):  # of which the frequencies aren't trained
         for component, part in read_adapter(folder, "unet").items():
             adapted = getattr(model, component)
             set_peft_model_state_dict(adapted, part.tensors, adapter_name=ADAPTER)
             check_loaded(adapted, ADAPTER, part.tensors, str(folder))
+    if has_trainable:
+        read_trainable(model, folder)
 
 
 @contextmanager

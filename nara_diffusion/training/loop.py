@@ -66,6 +66,7 @@ def train(
     total_steps: int,
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
+    on_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Takes the optimizer steps from `run.step` to `total_steps`, with what `accelerator.prepare` returned.
 
@@ -73,6 +74,7 @@ def train(
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
         validate: {name: value} to log every `--validation_steps` steps; leaves the model's mode and
             the global random state alone.
+        on_step: called after each optimizer step that wasn't skipped for an overflow of fp16.
 
     Raises:
         TrainingDiverged: the loss or the gradient's norm isn't finite; the weights are still those of the step before.
@@ -98,6 +100,7 @@ def train(
                     allocate_ranks(tuners, run.step + 1, skipped)
                 if accelerator.sync_gradients and not skipped:
                     scheduler.step()
+                    on_step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue

@@ -1,0 +1,46 @@
+"""The arguments of the average of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nara_diffusion.training.argument_checks import require
+from nara_diffusion.training.cli import option
+
+_DECAY = 0.9999
+
+
+@dataclass
+class AverageArguments:
+    """Average of the weights (docs/dreambooth.md)"""
+
+    use_ema: bool = option(
+        False, "Save, sample and measure an exponential moving average of what is trained in place of its last step."
+    )
+    ema_decay: float | None = option(
+        None,
+        f"Most that a step n leaves of the average, which is at most n / (n + 9) too; none means {_DECAY}.",
+        unit="share of 1",
+    )
+
+
+def decay_of(args: Any) -> float:
+    """What `args`, an `AverageArguments`, leave of the average in a step."""
+    return _DECAY if args.ema_decay is None else args.ema_decay
+
+
+def check_average(args: Any) -> None:
+    """Refuses values that no run can use.
+
+    Raises:
+        ValueError: naming the argument, its value and what it may be.
+    """
+    require(args, "ema_decay", args.ema_decay is None or 0 <= args.ema_decay < 1, "in [0, 1), or none")
+    if args.ema_decay is not None and not args.use_ema:
+        raise ValueError(f"ema_decay is {args.ema_decay}, but nothing is averaged: add use_ema, or leave it out.")
+    if args.use_ema and args.adapter == "adalora":
+        raise ValueError(
+            "use_ema averages weights of many steps, and adapter adalora drops directions of the last one, which the "
+            "average would still have: leave use_ema out, or choose another adapter."
+        )
