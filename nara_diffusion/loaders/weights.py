@@ -20,6 +20,7 @@ from .guards import check_none_left_out, check_not_wrapped, offloading_suspended
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
 from .hub import check_hub_options, push
 from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove, rollback_on_error
+from .names import name_to_load, name_to_save
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
 from .source import naming, read_adapter
 from .validation import TEXT_ENCODER, check_part, check_storable
@@ -93,7 +94,7 @@ def load_nara_weights(
     )
     for component in parts.keys() & models.keys():
         check_not_wrapped(models[component], component, "load_nara_weights")
-    name = _checked_name(models, adapter_name, hotswap)
+    name = name_to_load(models, adapter_name, hotswap)
     carrying = parts if set_scheduler else {}
     with naming(pretrained_model_name_or_path_or_dict):
         fits = _fitting(self, models, parts, name, hotswap)
@@ -141,7 +142,7 @@ def save_nara_weights(
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
     check_hub_options(push_to_hub, hub)
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
-    name = _saved_name(models, adapter_name)
+    name = name_to_save(models, adapter_name)
     check_none_left_out(self, models, name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     _check_writable(save_directory, weight_name, save_function)
@@ -234,51 +235,6 @@ def _insert_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_me
             undo.enter_context(rollback_on_error(model, name))
             insert(model, name, part, low_cpu_mem_usage)
             prepare_for_hotswap(model, name)
-
-
-def _free_name(models: dict[str, nn.Module]) -> str:
-    existing = {name for model in models.values() for name in adapters_of(model)}
-    number = len(adapters_of(next(iter(models.values()))))
-    while f"default_{number}" in existing:
-        number += 1
-    return f"default_{number}"
-
-
-def _checked_name(models: dict[str, nn.Module], name: str | None, hotswap: bool) -> str:
-    existing = sorted({name for model in models.values() for name in adapters_of(model)})
-    if hotswap:
-        if name is None or name not in existing:
-            raise ValueError(
-                f"hotswap=True replaces an adapter that is there, but adapter_name is {name!r} and the pipeline has "
-                f"{', '.join(map(repr, existing)) or 'none'}: name one of them, or leave hotswap out."
-            )
-        return name
-    if name is None:
-        return _free_name(models)
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"adapter_name is {name!r}: pass a name without dots, or None.")
-    if hasattr(nn.ModuleDict, name):
-        raise ValueError(f"adapter_name '{name}' is a method of torch's modules, which keep adapters: choose another.")
-    if name in existing:
-        raise ValueError(
-            f"adapter_name '{name}' is a duplicate, since the pipeline has an adapter of that name: choose "
-            f"another name, delete the other adapter by pipe.delete_adapters('{name}'), or replace it by hotswap=True."
-        )
-    return name
-
-
-def _saved_name(models: dict[str, nn.Module], name: str | None) -> str:
-    there = list(dict.fromkeys(name for model in models.values() for name in nara_adapters_of(model)))
-    if name is None and len(there) == 1:
-        return there[0]
-    wanted = "default" if name is None else name
-    if wanted in there:
-        return wanted
-    others = {other for model in models.values() for other in adapters_of(model)} - set(there)
-    hint = f" '{wanted}' is a LoRA: save it by save_lora_weights." if wanted in others else ""
-    raise ValueError(
-        f"There is no NaRA adapter '{wanted}' to save: the pipeline has {', '.join(map(repr, there)) or 'none'}.{hint}"
-    )
 
 
 def _check_saved(config: Any, component: str, name: str) -> None:

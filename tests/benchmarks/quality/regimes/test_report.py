@@ -143,8 +143,11 @@ def test_summary_has_a_row_for_each_whole_cell_and_names_who_won():
     ("page", "regime", "line"),
     [
         ("README.md", "eps_to_v", "| an adapter on attention changes what the model predicts"),
+        ("README.md", "zero_snr", "| … v on a schedule with zero terminal SNR"),
         ("README.md", "blind_open", "| a language model is given random tokens in place of masks"),
         ("RESULTS.md", "eps_to_v", "**ε → v (eps_to_v).**"),
+        ("RESULTS.md", "zero_snr", "**Zero terminal SNR (zero_snr).**"),
+        ("RESULTS.md", "eps_to_flow", "**ε → flow (eps_to_flow): not won.**"),
         ("RESULTS.md", "blind_open", "**Blind text (blind_open).**"),
     ],
 )
