@@ -58,10 +58,7 @@ def check_arguments(args: Any) -> None:
     require(args, "max_grad_norm", args.max_grad_norm is None or args.max_grad_norm > 0, "above 0, or none")
     if args.check:
         _check_checkable(args)
-    if args.use_8bit_adam and args.optimizer != "AdamW":
-        raise ValueError(
-            f"use_8bit_adam is a form of AdamW, but the optimizer is {args.optimizer}: give one of the two."
-        )
+    _check_optimizer(args)
     if args.push_to_hub and args.hub_model_id is None and args.output_dir is None:
         raise ValueError(
             "push_to_hub needs the name of a repository: give hub_model_id (or output_dir, which names one)."
@@ -72,6 +69,20 @@ def check_arguments(args: Any) -> None:
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
             "use core_init 'zero_last', or core_start_step 0."
         )
+
+
+def _check_optimizer(args: Any) -> None:
+    if args.use_8bit_adam and args.optimizer != "AdamW":
+        raise ValueError(
+            f"use_8bit_adam is a form of AdamW, but the optimizer is {args.optimizer}: give one of the two."
+        )
+    if args.optimizer != "adafactor":
+        return
+    for field in dataclasses.fields(args):
+        if field.name in ("adam_beta1", "adam_beta2", "adam_epsilon") and getattr(args, field.name) != field.default:
+            raise ValueError(
+                f"{field.name} is {getattr(args, field.name)}, which optimizer adafactor doesn't read: leave it out."
+            )
 
 
 def _check_checkable(args: Any) -> None:

@@ -123,7 +123,10 @@ class OptimizationArguments:
     lr_power: float = option(1.0, "Exponent of the schedule polynomial.")
     scale_lr: bool = option(False, "Multiply the learning rates by the samples of an optimizer step.")
     optimizer: str = option(
-        "AdamW", "AdamW, or Prodigy, which finds its own rate: give it --learning_rate 1.", choices=("AdamW", "prodigy")
+        "AdamW",
+        "AdamW; Prodigy, which finds its own rate: give it --learning_rate 1; or Adafactor at the given rate, without "
+        "momentum and with a row and a column in place of each matrix of mean squares.",
+        choices=("AdamW", "prodigy", "adafactor"),
     )
     use_8bit_adam: bool = option(False, "AdamW with its state in 8 bits, from bitsandbytes.")
     adam_beta1: float = option(0.9, "The optimizer's decay of the gradients' mean.")

@@ -28,7 +28,8 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
 
     Raises:
         ValueError: accelerate sees fewer processes than were launched; FSDP or DeepSpeed was asked for and accelerate
-            gives another engine; FSDP1; an adapter, --core_start_step or --max_grad_norm that the engine would ignore;
+            gives another engine; FSDP1; an adapter, an optimizer, --core_start_step or --max_grad_norm that the engine
+            would ignore or compute otherwise;
             fp16 without a GPU.
     """
     _check_processes(accelerator.num_processes)
@@ -36,6 +37,11 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
     check_adapter(args.adapter, accelerator.distributed_type, sharded=is_sharded(accelerator))
+    if args.optimizer == "adafactor" and accelerator.distributed_type in _ASKED:
+        raise ValueError(
+            "optimizer adafactor takes means over the rows and columns of whole matrices, which "
+            f"{_ASKED[accelerator.distributed_type][1]} shards: launch with --multi_gpu, or use AdamW."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin: Any = accelerator.state.deepspeed_plugin
         _check_deepspeed(plugin.deepspeed_config, args)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from transformers import Adafactor, get_scheduler
 
 from nara_diffusion.cores.custom import BUILT_IN
 from nara_diffusion.training.adapters.methods import effective, method_of
@@ -57,6 +57,10 @@ def build_optimizer(
     }
     if args.optimizer == "prodigy":
         return _prodigy(groups, args, options)
+    if args.optimizer == "adafactor":
+        # the schedule sets the rate, so that Adafactor's own, relative to step and weights, is off
+        fixed: dict[str, Any] = {"relative_step": False, "scale_parameter": False}
+        return Adafactor(groups, weight_decay=args.weight_decay, **fixed)
     if args.use_8bit_adam:
         return _package("bitsandbytes", "use_8bit_adam").optim.AdamW8bit(groups, **options)
     return torch.optim.AdamW(groups, **options, fused=fused or None)  # None lets PyTorch choose among the others

@@ -31,6 +31,7 @@ def arguments(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> Callable[...
         {"core_start_step": 2, "aspect_ratio_buckets": "16,16;24,12", "crops_per_image": None},
         {"optimizer": "prodigy", "learning_rate": 1.0, "core_learning_rate": None},
         {"use_8bit_adam": True, "weight_decay": 0.01},
+        {"optimizer": "adafactor", "weight_decay": 0.01, "train_text_encoder": True},
     ],
     ids=lambda changes: ",".join(f"{name}={value}" for name, value in list(changes.items())[:2]),
 )

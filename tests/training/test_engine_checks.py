@@ -70,6 +70,13 @@ def test_check_adapter_adalora_needs_whole_gradients(engine: DistributedType) ->
         check_adapter("adalora", engine, sharded=False)
 
 
+@pytest.mark.parametrize("engine", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_check_engine_adafactor_needs_whole_matrices(small_args, engine: DistributedType) -> None:
+    with pytest.raises(ValueError, match=r"adafactor takes means over .* whole matrices, which \w+ shards: launch"):
+        check_engine(accelerator(engine, config={}), small_args(optimizer="adafactor"))
+    check_engine(accelerator(DistributedType.MULTI_GPU), small_args(optimizer="adafactor"))
+
+
 def test_check_adapter_prompts_need_whole_weights() -> None:
     with pytest.raises(ValueError, match=r"prompt_tuning is saved by running .* FSDP shards: launch"):
         check_adapter("prompt_tuning", DistributedType.FSDP, sharded=True)
