@@ -175,7 +175,9 @@ class RunArguments:
         None, "Continue from this checkpoint-N folder; latest: the one of --output_dir written last.", resumable=True
     )
     report_to: list[str] | None = option(
-        None, "Trackers beside metrics.jsonl: tensorboard, wandb, or others of accelerate.", resumable=True
+        None,
+        "Trackers beside metrics.jsonl: tensorboard, which [train] installs, wandb, or others of accelerate.",
+        resumable=True,
     )
     logging_dir: str | None = option(
         None, "Folder of the trackers' files, within the output folder; none means that one itself.", resumable=True
