@@ -24,6 +24,7 @@ WRITTEN = {"check.json", "check.png"}
 OBJECTIVES: list[dict[str, Any]] = [
     {"snr_gamma": 5.0, "noise_offset": 0.1},
     {"prediction_type": "flow_prediction", "snr_gamma": 5.0},
+    {"loss_type": "huber", "timestep_bias_strategy": "later", "timestep_bias_multiplier": 3.0, "caption_dropout": 0.5},
     {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
 ]
 WINDOWS: list[dict[str, Any]] = [
@@ -60,7 +61,8 @@ def first_losses(script: Any, args: Any, monkeypatch: pytest.MonkeyPatch) -> Ten
     """Those of the first batch of a training, whose adapter is disturbed."""
     found: list[Tensor] = []
 
-    def first(run: Any, model: nn.Module, optimizer: Any, scheduler: Any, loader: Any, steps: int, loss: Any, *_: Any):
+    def first(run: Any, model: nn.Module, *others: Any, **options: Any) -> None:
+        _, _, loader, _, loss, *_ = others
         disturb(model)
         found.append(loss(next(iter(loader))).per_sample.detach())
         raise Stopped
