@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from quality.jobs import COST, SEEDS
+from quality.regimes.check_table import check_table
 from quality.regimes.plan import PLAN
 from quality.regimes.summary import summary
 from quality.report.ablations import ablations_table, singles_table, tuning_table
@@ -98,7 +99,7 @@ WHOLE: dict[str, Callable[[Sequence[Record]], str]] = {"setting": setting, "summ
 
 
 def block(name: str, results: Path) -> str:
-    """The table of that name: "loss text llada-tiny", "summary text", "regimes".
+    """The table of that name: "loss text llada-tiny", "summary text", "regimes", "check".
 
     Raises:
         ValueError: no such kind, or nothing was measured for it.
@@ -106,11 +107,13 @@ def block(name: str, results: Path) -> str:
     kind, *where = name.split()
     if kind == "regimes" and not where:
         return summary(PLAN, read(results / "regimes.jsonl"))
+    if kind == "check" and not where:
+        return check_table(read(results / "check.jsonl"), read(results / "regimes.jsonl"))
     if kind in WHOLE and len(where) == 1:
         return WHOLE[kind](read_records([results / f"{where[0]}.jsonl"]))
     if kind not in KINDS or len(where) != 2:
         raise ValueError(
-            f'a table is called {name!r}, expected "regimes", "KIND FILE" with one of {", ".join(WHOLE)}, '
+            f'a table is called {name!r}, expected "regimes", "check", "KIND FILE" with one of {", ".join(WHOLE)}, '
             f'or "KIND FILE BACKBONE" with one of {", ".join(KINDS)}.'
         )
     records = select(read_records([results / f"{where[0]}.jsonl"]), backbone=where[1])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import report_quality
 import torch
 from quality.regimes import check_tasks, runs
 from quality.regimes.check_rows import ROWS, check_row, left_rows
@@ -113,3 +114,9 @@ def test_table_judges_nothing_before_the_confirmation_is_whole():
     line = check_table([_record("zero_snr", LIKELY)], _known("zero_snr", 0.8, 1.0)[1:]).splitlines()[-1]
     assert "| open |" in line
     assert line.rstrip(" |").endswith("–")
+
+
+def test_the_page_of_nara_check_has_the_table_of_the_records():
+    page = report_quality.ROOT / "docs" / "check.md"
+    assert "| eps_to_v | 0 |" in page.read_text(encoding="utf-8")
+    assert report_quality.filled(page) == page.read_text(encoding="utf-8")
