@@ -89,6 +89,7 @@ def image_model(options: dict[str, Any]) -> tuple[nn.Module, Callable[[float], T
     return unet, prediction
 
 
+@torch.no_grad()
 def exact_error(model: Any) -> float:
     """The largest |ΔW of `to_lora` − ΔW|, relative to the largest |ΔW|, over layers and λ, by dense float64."""
     worst = 0.0

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import benchmark_export
 import benchmark_fused
 import benchmark_load
 import benchmark_loss_memory
@@ -20,6 +21,17 @@ def test_benchmark_speed_records_all_that_is_needed_to_repeat_it(tmp_path, capsy
     assert {"command", "hardware", "versions", "commit"} <= set(record)
     assert record["versions"]["torch"]
     assert "NaRA-DoRA / DoRA, train: " in capsys.readouterr().out
+
+
+def test_benchmark_export_finds_knots_exact(tmp_path):
+    figures = benchmark_export.main(counts=(5,), cores=("knots",), output_dir=tmp_path)
+    assert json.loads((tmp_path / "benchmark_export.json").read_text())["figures"] == figures
+    assert figures.keys() == {"llada-tiny, knots", "sdxl-tiny, knots"}
+    for found in figures.values():
+        assert found["exact"] < 1e-6
+        assert found["bins"]["5"]["worst update"] < 1e-6
+        assert found["LoRAs for 5 %"] == 5
+        assert found["best"]["worst"] > 0.1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
