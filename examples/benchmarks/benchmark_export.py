@@ -49,6 +49,7 @@ def disturb(model: nn.Module, seed: int) -> None:
         parameter.data *= scale
 
 
+@torch.no_grad()
 def distance(cores: Tensor, around: Tensor | None = None) -> float:
     """The mean of ‖C − around‖ / √r, or of ‖C − I‖ / √r."""
     rank = cores.shape[-1]
