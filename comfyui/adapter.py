@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from nara_diffusion.cli.adapter_file import cores_of, modules_of, read
 from nara_diffusion.cli.skeleton import ADAPTER, skeleton
 from nara_diffusion.cli.updates import strength_of
-from nara_diffusion.export import PlainLora
+from nara_diffusion.export import PlainLora, to_lora
 from nara_diffusion.export.adapted_layers import read_adapter
 from nara_diffusion.export.fold import assembled
 from nara_diffusion.export.hosts.factors import Factors, factors_of
 from nara_diffusion.export.hosts.files import DENOISERS, denoiser_names
 from nara_diffusion.export.hosts.unet import UNetLayout
+from nara_diffusion.loaders.validation import TEXT_ENCODER
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.core_set import core_group
 
@@ -43,7 +44,8 @@ class LiveAdapter:
         encoders: {component: LoRA} of text encoders, which have no λ.
 
     Raises:
-        ValueError: a file that is none, a part that isn't the base's, DoRA, a core that reads the mask density.
+        ValueError: a file that is none, a part that isn't the base's or that is neither a denoiser's nor a text
+            encoder's, DoRA, a core that reads the mask density.
     """
 
     def __init__(self, path: str, base: str, layout: UNetLayout | None = None) -> None:
@@ -61,7 +63,10 @@ class LiveAdapter:
             raise ValueError(f"'{path}' reads a mask density, which images don't have.")
         self.convention = self._convention(base, path)
         self.factors = denoiser_names(_factors(skeleton(self.part, component)), "comfyui", base, layout)
-        self.encoders = {name: _plain(skeleton(part, name)) for name, part in parts.items()}
+        unknown = [name for name in parts if not name.startswith(TEXT_ENCODER)]
+        if unknown:
+            raise ValueError(f"'{path}' has a part for {', '.join(unknown)}, which this node can't apply.")
+        self.encoders = {name: to_lora(skeleton(part, name)) for name, part in parts.items()}
 
     def _convention(self, base: str, path: str) -> str | None:
         config = self.part.config
@@ -77,17 +82,28 @@ class LiveAdapter:
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError if a module is missing in ComfyUI's `model`, or has another size."""
+        modules = self._modules(model)
+        for name, own in self.factors.items():
+            wanted, found = (len(own.up), *own.down.shape[1:]), tuple(modules[name].weight.shape)  # type: ignore[arg-type]
+            if wanted != found:
+                raise ValueError(f"{name} has a weight {found} in this model, the adapter was trained on {wanted}.")
+
+    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Those of `model` by name, of which none is missing, and none compiled: compiled code doesn't call hooks that
+        are new, and would keep the λ of another step."""
         modules = dict(model.named_modules())
         missing = [name for name in self.factors if name not in modules]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(self.factors)} modules aren't in this model, such as {missing[0]}: choose the "
-                "base that the adapter was trained on, and its checkpoint."
+                "base that the adapter was trained on, and its checkpoint, and leave out nodes that compile it."
             )
-        for name, own in self.factors.items():
-            wanted, found = (len(own.up), *own.down.shape[1:]), tuple(modules[name].weight.shape)  # type: ignore[arg-type]
-            if wanted != found:
-                raise ValueError(f"{name} has a weight {found} in this model, the adapter was trained on {wanted}.")
+        for name, module in modules.items():
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                raise ValueError(
+                    f"{name or 'the model'} is compiled, by which λ would stay that of one step: don't compile it."
+                )
+        return modules
 
     def matrices(self, level: Tensor) -> dict[str, Tensor]:
         """{module: M(λ) (b, r, r)} of λ (b,)."""
@@ -108,7 +124,7 @@ class LiveAdapter:
         """Inside, forwards of ComfyUI's `model` have the adapter at λ (b,), with one value a row of the batch."""
         if bool((level == level[0]).all()):
             level = level[:1]  # also for layers that don't see the batch first
-        matrices, modules = self.matrices(level), dict(model.named_modules())
+        matrices, modules = self.matrices(level), self._modules(model)
         handles = [
             modules[name].register_forward_hook(_hook(own, strength * matrices[name]))
             for name, own in self.factors.items()

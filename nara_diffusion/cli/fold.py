@@ -26,12 +26,10 @@ from nara_diffusion.export import PlainLora, to_lora
 from nara_diffusion.export.hosts import BASES, FORMS, save_host_file
 from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
 
-from .adapter_file import AdapterFile, read
+from .adapter_file import MODEL, AdapterFile, read
 from .errors import in_one_line
-from .fold_bins import fold_bins
+from .fold_bins import PEFT, fold_bins
 from .skeleton import skeleton
-
-PEFT = "peft"
 
 
 def folded(file: AdapterFile, level: float) -> dict[str, PlainLora]:
@@ -47,13 +45,18 @@ def write(loras: dict[str, PlainLora], output: Path, args: argparse.Namespace) -
     """The file, or with "peft" the folder.
 
     Raises:
-        ValueError: several components for PEFT, or no base for a form that needs one.
+        ValueError: several components for PEFT, no base for a form that needs one, or an adapter without a component.
     """
     if args.form == PEFT:
         if len(loras) > 1:
             raise ValueError(f"--form peft holds one component, the file has {', '.join(loras)}: choose another form.")
         next(iter(loras.values())).save_pretrained(output)
         return
+    if MODEL in loras:
+        raise ValueError(
+            "the adapter is in PEFT's form, which names no component of a pipeline: fold it by --form peft, or "
+            "bring it into a pipeline's form first, by nara convert."
+        )
     if args.base is None and args.form != "diffusers":
         raise ValueError(
             f"--form {args.form} needs --base, one of {', '.join(BASES)}: what the adapter was trained on."

@@ -17,6 +17,10 @@ from .adapter_file import MODEL, AdapterFile
 from .skeleton import skeleton
 
 FLOWS = ("sd3", "flux", "wan")
+DISCRETE, FLOW = "timestep", "flow"  # definitions of λ, of `nara_diffusion.noise.timesteps`
+PEFT = "peft"
+VIDEOS = ("wan",)
+"""Bases of which ComfyUI's workflow, text to image, is none."""
 Write = Callable[[dict[str, PlainLora], Path, argparse.Namespace], None]
 
 
@@ -27,14 +31,16 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
         write: one file of LoRAs by component.
 
     Raises:
-        ValueError: a flow model without --shift, fewer than one step, no denoiser; see `to_lora_bins`.
+        ValueError: no denoiser; several components for PEFT; a λ of which no schedule can be written, or that of a flow
+            without --shift; see `to_lora_bins`.
     """
     name = next((name for name in (*DENOISERS, MODEL) if name in file.parts), None)
     if name is None:
         raise ValueError(f"'{file.path}' has no denoiser, but {', '.join(file.parts)}: their LoRAs have no λ.")
-    _check(args)
-    bins = to_lora_bins(skeleton(file.parts[name], name), args.bins, bound=args.bound)
-    if args.form == "peft":
+    part = file.parts[name]
+    _check(args, part.config.noise_convention, list(file.parts))
+    bins = to_lora_bins(skeleton(part, name), args.bins, bound=args.bound)
+    if args.form == PEFT:
         bins.save_pretrained(args.output)
     else:
         others = {each: to_lora(skeleton(part, each)) for each, part in file.parts.items() if each != name}
@@ -42,15 +48,26 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
     return f"{args.output}: {len(bins.loras)} LoRAs, ΔW differs by {bins.error.worst_update:.2%} at most"
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.base in FLOWS and args.shift is None and args.form != "peft":
-        raise ValueError(f"--base {args.base} samples by a flow: give its --shift, which is 1 where it isn't shifted.")
-    if args.base not in FLOWS and args.shift is not None:
-        raise ValueError(f"--shift is for flows ({', '.join(FLOWS)}), got --base {args.base}.")
-    if args.shift is not None and args.shift < 1:
-        raise ValueError(f"--shift is {args.shift}, expected 1 or more.")
+def _check(args: argparse.Namespace, convention: str | None, components: list[str]) -> None:
+    """Schedules of hosts need the definition of λ that the adapter has."""
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}, expected 1 or more.")
+    if args.form == PEFT:
+        if len(components) > 1:
+            raise ValueError(f"--form peft holds one component, the file has {', '.join(components)}: choose another.")
+        return
+    is_flow = convention == FLOW
+    if convention not in (None, FLOW, DISCRETE):
+        raise ValueError(f"its λ is {convention!r}, of which no schedule is written: fold it at one --noise_level.")
+    if convention is not None and args.base is not None and is_flow != (args.base in FLOWS):
+        kind = "that of a flow" if args.base in FLOWS else "t / N"
+        raise ValueError(
+            f"--base {args.base} has a λ that is {kind}, and the file's is {convention!r}: choose its base."
+        )
+    if is_flow and args.shift is None:
+        raise ValueError("its λ is that of a flow: give its --shift, which is 1 where the model isn't shifted.")
+    if args.shift is not None and (not is_flow or args.shift < 1):
+        raise ValueError(f"--shift is for adapters whose λ is that of a flow, and 1 or more; got {args.shift}.")
 
 
 def _write_files(
@@ -65,7 +82,9 @@ def _write_files(
             write({component: lora}, partial / name, args)
         if always is not None:
             write(others, partial / always, args)
-        for name, text in host_schedules(schedules, args.checkpoint, args.steps, args.shift, always).items():
+        workflow = args.base not in VIDEOS
+        texts = host_schedules(schedules, args.checkpoint, args.steps, args.shift, always, workflow)
+        for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         entries = [
             {"file": name, "noise_level": level, "strength": schedule.as_lists()}

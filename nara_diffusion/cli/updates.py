@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nara_diffusion.export.lora_config import configured_scaling
 from nara_diffusion.loaders.format import AdapterPart
-from nara_diffusion.loaders.validation import by_pattern
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.config import NaraConfig
@@ -70,7 +70,7 @@ def updates_of(part: AdapterPart, levels: Tensor) -> dict[str, Update]:
     for name, rank in modules_of(part).items():
         C = matrices[core_group(config, name, rank)][:, :rank, :rank]
         A, B = _factors(part, name)
-        found[name] = Update(B, strength[:, None, None] * scaling_of(config, name, rank) * C.double(), A)
+        found[name] = Update(B, strength[:, None, None] * configured_scaling(config, name, rank) * C.double(), A)
     return found
 
 
@@ -80,12 +80,6 @@ def strength_of(config: NaraConfig, levels: Tensor) -> Tensor:
         return torch.ones_like(levels)
     points: Any = config.strength
     return StrengthSchedule(points).at(levels)
-
-
-def scaling_of(config: NaraConfig, name: str, rank: int) -> float:
-    """s of a module: α/r, or α/√r of rsLoRA."""
-    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def _factors(part: AdapterPart, name: str) -> tuple[Tensor, Tensor]:

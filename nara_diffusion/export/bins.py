@@ -230,7 +230,8 @@ def _lora_at(adapter: Adapter, samples: _Samples, index: int) -> PlainLora:
     if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
         return lora
     ranks = {name: layer.rank for name, layer in layers.items()}
-    return PlainLora(with_ranks(lora.config, ranks, {name: layer.alpha for name, layer in layers.items()}), layers)
+    alphas = {name: layer.alpha for name, layer in layers.items()}
+    return PlainLora(with_ranks(lora.config, ranks, alphas), layers, lora.others)
 
 
 def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:

@@ -130,6 +130,14 @@ def test_what_is_wrong_ends_in_one_line_and_writes_nothing(pipeline_file, tmp_pa
     assert not (tmp_path / "lora.safetensors").exists()
 
 
+def test_adapter_in_pefts_form_has_no_component_for_other_forms(tmp_path):
+    get_peft_model(TwoLayers(), nara_config(target_modules=["first"])).save_pretrained(tmp_path / "nara")
+    words = ["fold", str(tmp_path / "nara"), str(tmp_path / "lora.safetensors"), "--noise_level", "0.5"]
+    with pytest.raises(SystemExit, match=r"is in PEFT's form, .* nara convert"):
+        main(words)
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
 def test_skeleton_takes_no_memory_of_the_base(tmp_path):
     model = get_peft_model(nn.Sequential(nn.Linear(4096, 4096)), nara_config(target_modules=["0"]))
     model.save_pretrained(tmp_path)

@@ -8,10 +8,11 @@ from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from peft import get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
-from nara_diffusion import StrengthSchedule, core_matrix, noise_level
+from nara_diffusion import StrengthSchedule, core_matrix, to_lora_bins
 from nara_diffusion.cli.main import main
+from nara_diffusion.export.hosts.schedules import comfyui_workflow, host_schedules
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
-from tests.helpers.small_pipelines import small_sdxl
+from tests.helpers.small_pipelines import small_flux, small_sdxl
 
 WORDS = ["--form", "kohya", "--base", "sdxl", "--layers_per_block", "1"]
 
@@ -84,9 +85,49 @@ def test_peft_form_is_the_folder_of_lora_bins(tmp_path):
     model.save_pretrained(tmp_path / "nara")
     main(["fold", str(tmp_path / "nara"), str(tmp_path / "parts"), "--bins", "5", "--form", "peft"])
     entries = json.loads((tmp_path / "parts" / "lora_bins.json").read_text())["loras"]
-    assert all((tmp_path / "parts" / entry["folder"] / "adapter_config.json").is_file() for entry in entries)
-    with torch.no_grad(), noise_level(model, 0.3):
-        assert model(torch.randn(2, 7)).shape == (2, 5)
+    for entry, lora in zip(entries, to_lora_bins(model).loras, strict=True):
+        found = load_file(tmp_path / "parts" / entry["folder"] / "adapter_model.safetensors")
+        wanted = lora.state_dict("base_model.model.")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_peft_form_refuses_a_file_of_several_components(saved):
+    with pytest.raises(SystemExit, match="--form peft holds one component, the file has"):
+        main(["fold", str(saved[1] / "toy"), str(saved[1] / "toys"), "--bins", "5", "--form", "peft"])
+    assert not (saved[1] / "toys").exists()
+
+
+def test_schedules_of_a_flow_need_its_shift_whatever_the_form(tmp_path):
+    pipe = small_flux()
+    pipe.transformer.add_adapter(nara_config(core_type="knots", target_modules=["to_q"]), "toy")
+    disturb(pipe.transformer)
+    pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    words = ["fold", str(tmp_path / "toy"), str(tmp_path / "toys"), "--bins", "5"]
+    with pytest.raises(SystemExit, match="its λ is that of a flow: give its --shift"):
+        main(words)
+    assert not (tmp_path / "toys").exists()
+    main([*words, "--shift", "3"])
+    entries = json.loads((tmp_path / "toys" / "lora_bins.json").read_text())["loras"]
+    given = {entry["file"]: StrengthSchedule(entry["strength"]) for entry in entries}
+    found = json.loads((tmp_path / "toys" / "comfyui_workflow.json").read_text())
+    assert found == comfyui_workflow(given, "sd_xl_base_1.0.safetensors", 3.0)
+    assert found != comfyui_workflow(given, "sd_xl_base_1.0.safetensors")
+
+
+def test_schedules_of_edm_levels_are_refused(tmp_path):
+    pipe = small_sdxl()
+    config = nara_config(core_type="knots", target_modules=["to_q"], noise_convention="edm")
+    get_peft_model(pipe.unet, config).save_pretrained(tmp_path / "peft")
+    main(["convert", str(tmp_path / "peft"), str(tmp_path / "toy"), "--to", "pipeline", "--component", "unet"])
+    with pytest.raises(SystemExit, match="its λ is 'edm', of which no schedule is written"):
+        main(["fold", str(tmp_path / "toy"), str(tmp_path / "toys"), "--bins", "5", *WORDS])
+
+
+def test_video_models_get_no_text_to_image_workflow():
+    schedules = {"a.safetensors": StrengthSchedule([(0, 1.0)])}
+    assert "comfyui_workflow.json" not in host_schedules(schedules, "x", 4, 3.0, None, workflow=False)
+    assert "wan2gp.txt" in host_schedules(schedules, "x", 4, 3.0, None, workflow=False)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +135,9 @@ def test_peft_form_is_the_folder_of_lora_bins(tmp_path):
     [
         (
             ["--bins", "2", "--form", "comfyui", "--base", "flux"],
-            "error: --base flux samples by a flow: give its --shift",
+            "--base flux has a λ that is that of a flow, and the file's is 'timestep'",
         ),
-        (["--bins", "2", *WORDS, "--shift", "3"], r"error: --shift is for flows \(sd3, flux, wan\), got --base sdxl"),
+        (["--bins", "2", *WORDS, "--shift", "3"], r"--shift is for adapters whose λ is that of a flow"),
         (["--bins", "2", *WORDS, "--steps", "0"], "error: --steps is 0, expected 1 or more"),
     ],
 )

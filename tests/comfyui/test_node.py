@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import inject_adapter_in_model
+from safetensors.torch import save_file
 from torch import nn
 
-import nara_diffusion  # noqa: F401
-from nara_diffusion import StrengthSchedule, noise_level
+from nara_diffusion import StrengthSchedule, core_matrix, noise_level
 from nara_diffusion.export.hosts.unet import SDXL, stability_name
+from nara_diffusion.loaders.format import pack
+from nara_diffusion.loaders.insertion import part_of
 from tests.comfyui.conftest import FlowSampling, Named, Patcher, Sampling
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.small_pipelines import small_flux, small_sdxl
@@ -156,6 +158,51 @@ def test_text_encoders_go_to_clip_and_are_refused_without_one(comfyui):
     layer = pipe.text_encoder_2.get_submodule("text_model.encoder.layers.1.self_attn.q_proj")
     up = tensors["lora_te2_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight"]
     torch.testing.assert_close(up, layer.lora_B["toy"].weight.detach() * 6 / 4)
+
+
+def test_constant_core_of_a_text_encoder_goes_to_clip_with_its_lora(comfyui):
+    pipe = saved(small(), comfyui.folder)
+    inject_adapter_in_model(nara_config(core_type="constant", target_modules=["q_proj"]), pipe.text_encoder_2, "toy")
+    disturb(pipe.text_encoder_2, 5)
+    pipe.save_nara_weights(comfyui.folder, adapter_name="toy")
+    comfyui.node.LoadNaRA().load(comfy_model(small().unet), FILE, "sdxl", 1.0, "a CLIP")
+    ((_, tensors, _),) = comfyui.loaded
+    layer = pipe.text_encoder_2.get_submodule("text_model.encoder.layers.1.self_attn.q_proj")
+    C = core_matrix(pipe.text_encoder_2, 0.5, "toy")[0].detach()
+    up = tensors["lora_te2_text_model_encoder_layers_1_self_attn_q_proj.lora_up.weight"]
+    torch.testing.assert_close(up, 6 / 4 * layer.lora_B["toy"].weight.detach() @ C, rtol=1e-5, atol=1e-7)
+
+
+def test_part_that_is_neither_denoiser_nor_text_encoder_is_refused(comfyui):
+    pipe = saved(small(), comfyui.folder)
+    file = comfyui.folder / FILE
+    parts = {"unet": part_of(pipe.unet, "toy"), "prior": part_of(pipe.unet, "toy")}
+    tensors, metadata = pack(parts)
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, file, metadata)
+    with pytest.raises(ValueError, match="has a part for prior, which this node can't apply"):
+        comfyui.node.LoadNaRA().load(comfy_model(small().unet), FILE, "sdxl", 1.0, "a CLIP")
+
+
+def test_model_that_was_compiled_in_place_is_refused_when_it_samples(comfyui):
+    """Compiled code doesn't call hooks again, and would keep the λ of an earlier step."""
+    pipe = saved(small(), comfyui.folder)
+    x, c = inputs(pipe.unet)
+    model = comfy_model(small().unet)
+    patched, _ = comfyui.node.LoadNaRA().load(model, FILE, "sdxl", 1.0)
+    sigma = model.model.model_sampling.sigmas[[200, 200, 200]]
+    model.model.diffusion_model.get_submodule("middle_block.1").compile(backend="eager")
+    with pytest.raises(ValueError, match=r"middle_block\.1 is compiled"):
+        patched.sample(x, sigma, **c)
+
+
+def test_model_that_was_replaced_after_loading_is_refused_when_it_samples(comfyui):
+    pipe = saved(small(), comfyui.folder)
+    x, c = inputs(pipe.unet)
+    model = comfy_model(small().unet)
+    patched, _ = comfyui.node.LoadNaRA().load(model, FILE, "sdxl", 1.0)
+    model.model.diffusion_model = nn.Sequential(model.model.diffusion_model)
+    with pytest.raises(ValueError, match="modules aren't in this model"):
+        patched.sample(x, model.model.model_sampling.sigmas[[200, 200, 200]], **c)
 
 
 @pytest.mark.parametrize(

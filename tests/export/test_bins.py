@@ -236,6 +236,11 @@ def test_the_lora_of_one_level_is_to_lora_s():
         ({"bias": "all"}, {"bins": 3}, "it has biases"),
         ({"init_lora_weights": "pissa"}, {"bins": 3}, "which has changed the base"),
         ({"target_modules": ["first"], "modules_to_save": ["second"]}, {"bins": 3}, "which each LoRA would have again"),
+        (
+            {"target_modules": ["first"], "modules_to_save": ["second"], "core_type": "bins", "core_bins": 2},
+            {},
+            "which each LoRA would have again",
+        ),
         ({"core_input": "both"}, {"bins": 3}, "mask density is not known"),
     ],
 )

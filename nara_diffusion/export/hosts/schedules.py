@@ -128,14 +128,20 @@ def wan2gp(schedules: Sequence[StrengthSchedule], levels: Sequence[float]) -> st
 
 
 def host_schedules(
-    schedules: Mapping[str, StrengthSchedule], checkpoint: str, steps: int, shift: float | None, always: str | None
+    schedules: Mapping[str, StrengthSchedule],
+    checkpoint: str,
+    steps: int,
+    shift: float | None,
+    always: str | None,
+    workflow: bool = True,
 ) -> dict[str, str]:
-    """{file: its text} of all of them."""
+    """{file: its text} of all of them; of ComfyUI's workflow if `workflow`."""
     levels = step_levels(steps, shift)
     stems = {name.removesuffix(".safetensors"): schedule for name, schedule in schedules.items()}
     lists = {name: by_step(schedule, levels) for name, schedule in schedules.items()}
+    played = comfyui_workflow(schedules, checkpoint, shift, always) if workflow else None
     return {
-        "comfyui_workflow.json": json.dumps(comfyui_workflow(schedules, checkpoint, shift, always), indent=1) + "\n",
+        **({} if played is None else {"comfyui_workflow.json": json.dumps(played, indent=1) + "\n"}),
         "prompt_control.txt": prompt_control(stems, shift) + "\n",
         "loractl.txt": loractl(stems, shift) + "\n",
         "wan2gp.txt": wan2gp(list(schedules.values()), levels) + "\n",
