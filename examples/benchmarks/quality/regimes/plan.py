@@ -92,7 +92,11 @@ PLAN: tuple[Planned, ...] = (
     *(Planned(Cell(name, "attention", 4, 200), _MOST) for name in _OTHERS),
     Planned(Cell("subject_low", "attention", 4, 200), (*_MOST, *_GATED)),
     Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, *_GATED)),
-    Planned(Cell("two_conditions", "attention", 4, 200), (*_LEADING, "nara_knots", "lora_switched", *_ABLATIONS)),
+    Planned(
+        Cell("two_conditions", "attention", 4, 200),
+        (*_LEADING, "nara_knots", "lora_switched", *_ABLATIONS),
+        further=dict.fromkeys(("lora", "lora_params", "lora_switched"), rates(1e-3)),
+    ),
     Planned(Cell(_TO_V, "all", 4, 200), _MOST),
     *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
