@@ -57,12 +57,16 @@ class HeldOut:
         return HeldOut(batch, self.time_ids[chosen], (hidden[chosen], pooled[chosen]), self.kinds[chosen])
 
 
-@torch.no_grad()
 def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
     """The mean squared error of each picture."""
+    return squared_errors(predicted(unet, held_out), held_out.batch).tolist()
+
+
+@torch.no_grad()
+def predicted(unet: Any, held_out: HeldOut) -> Tensor:
+    """What `unet` says of each picture, (b, c, h, w)."""
     batch = held_out.batch
-    prediction = predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
-    return squared_errors(prediction, batch).tolist()
+    return predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from quality.regimes.data import RegimeData
 Window = tuple[float, float]
 """λ from, and λ below."""
 WHOLE: Window = (0.0, 1.0)
+Inputs = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]
+"""x_λ (b, c, h, w), timesteps (b,), time ids (b, 6), embeddings (b, l, d) and (b, p)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,14 @@ class Batch:
     shuffled: Tensor
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    def inputs(self) -> Inputs:
         """Of a denoiser."""
         return self.corrupted.model_input, self.corrupted.timestep, self.time_ids, self.embeddings
+
+    def rows(self, chosen: Tensor) -> Inputs:
+        """The `inputs` of the samples that `chosen` (b,) says."""
+        sample, timestep, time_ids, (hidden, pooled) = self.inputs
+        return sample[chosen], timestep[chosen], time_ids[chosen], (hidden[chosen], pooled[chosen])
 
 
 def batches(data: RegimeData, objective: Objective, args: Any, window: Window = WHOLE) -> Callable[[int], Batch]:

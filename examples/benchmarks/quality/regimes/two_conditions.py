@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.dreambooth.objectives import Corrupted, squared_errors
-from quality.images.held_out import HeldOut, bin_centres, held_out_losses
+from quality.images.held_out import HeldOut, bin_centres, predicted
 from quality.images.training import ControlledDenoiser
 from quality.regimes.backbones import UNET, Backbone
+from quality.regimes.base_bins import BaseBin, base_bin
 from quality.regimes.batches import Batch, batches
 from quality.regimes.data import RegimeData, subject_data
 from quality.regimes.objectives import LEVELS, build_conversion
@@ -56,17 +58,21 @@ class TwoConditions:
 
     def held_out(self) -> list[HeldOut]:
         """One batch a bin of λ, of the subject that is meant there, with the first one's prompts."""
+        return [each.held_out for each in self.bins]
+
+    @cached_property
+    def bins(self) -> list[BaseBin]:
+        """`held_out`, with what the base says of it."""
         first, second = self.first(), self.second()
         objective = build_conversion("eps", first.pipe.scheduler)
         bins = zip(bin_centres(), first.held_out, second.held_out, strict=True)
         chosen = [a if centre < SWITCH else replace(b, embeddings=a.embeddings) for centre, a, b in bins]
-        return [each.corrupted(objective) for each in chosen]
+        return [base_bin(first.pipe.unet, each.corrupted(objective)) for each in chosen]
 
     def figures(self, unet: Any, gated: bool = False) -> dict[str, Any]:
         """losses: of each bin over the base's; score: their mean, by which rates are chosen."""
         _refuse_gated(gated)
-        base = self.first().pipe.unet
-        losses = [fmean(held_out_losses(unet, each)) / fmean(held_out_losses(base, each)) for each in self.held_out()]
+        losses = [each.share_of(predicted(unet, each.held_out), each.held_out.batch.target) for each in self.bins]
         return {"losses": losses, "score": fmean(losses)}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.objectives import Corrupted, squared_errors
-from quality.images.held_out import HeldOut, bin_centres, held_out_losses
+from quality.images.held_out import HeldOut, bin_centres, predicted
 from quality.images.training import ControlledDenoiser
 from quality.regimes.backbones import UNET, Backbone
+from quality.regimes.base_bins import BaseBin, base_bin
 from quality.regimes.batches import WHOLE, Batch, Window, batches
 from quality.regimes.data import RegimeData, subject_data
 from quality.regimes.objectives import LEVELS, build_conversion
@@ -56,12 +58,13 @@ class Windowed:
 
     def with_base_outside(self, batch: Batch, base: Any) -> Corrupted:
         """The batch whose targets outside of the window are what `base` says."""
-        inside = self.contains(batch.corrupted.timestep)  # (b,)
-        if inside.all():
+        outside = ~self.contains(batch.corrupted.timestep)  # (b,)
+        if not outside.any():
             return batch.corrupted
         with torch.no_grad():
-            kept = predict(base, *batch.inputs)  # (b, c, h, w)
-        target = torch.where(inside[:, None, None, None], batch.corrupted.target, kept)
+            kept = predict(base, *batch.rows(outside))  # (rows outside, c, h, w)
+        target = batch.corrupted.target.clone()
+        target[outside] = kept
         return replace(batch.corrupted, target=target)
 
     def contains(self, timestep: Tensor) -> Tensor:
@@ -71,18 +74,22 @@ class Windowed:
 
     def held_out(self) -> list[HeldOut]:
         """One batch a bin of λ, the same for every method and seed."""
+        return [each.held_out for each in self.bins]
+
+    @cached_property
+    def bins(self) -> list[BaseBin]:
+        """`held_out`, with what the base says of it."""
         data = self.load()
         objective = build_conversion("eps", data.pipe.scheduler)
-        return [each.corrupted(objective) for each in data.held_out]
+        return [base_bin(data.pipe.unet, each.corrupted(objective)) for each in data.held_out]
 
     def figures(self, unet: Any, gated: bool = False) -> dict[str, Any]:
         """losses: of each bin over the base's; drifts: of each bin; inside, drift; score: their sum."""
-        base = self.load().pipe.unet
         losses, drifts = [], []
-        for centre, held_out in zip(bin_centres(), self.held_out(), strict=True):
-            share, drift = _shares(base if gated and not self.has(centre) else unet, base, held_out)
-            losses.append(share)
-            drifts.append(drift)
+        for centre, each in zip(bin_centres(), self.bins, strict=True):
+            said = each.said if gated and not self.has(centre) else predicted(unet, each.held_out)
+            losses.append(each.share_of(said, each.held_out.batch.target))
+            drifts.append(each.share_of(said, each.said))
         inside = fmean(x for x, centre in zip(losses, bin_centres(), strict=True) if self.has(centre))
         drift = fmean(x for x, centre in zip(drifts, bin_centres(), strict=True) if not self.has(centre))
         return {"losses": losses, "drifts": drifts, "inside": inside, "drift": drift, "score": inside + drift}
@@ -90,16 +97,3 @@ class Windowed:
     def has(self, level: float) -> bool:
         """Whether λ is in the window."""
         return self.window[0] <= level < self.window[1]
-
-
-def _shares(unet: Any, base: Any, held_out: HeldOut) -> tuple[float, float]:
-    """The loss of `unet` and its distance from `base`, both over the loss of `base`."""
-    before = fmean(held_out_losses(base, held_out))
-    kept = replace(held_out, batch=replace(held_out.batch, target=_predicted(base, held_out)))
-    return fmean(held_out_losses(unet, held_out)) / before, fmean(held_out_losses(unet, kept)) / before
-
-
-@torch.no_grad()
-def _predicted(unet: Any, held_out: HeldOut) -> Tensor:
-    batch = held_out.batch
-    return predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
