@@ -16,6 +16,7 @@ Regimes, on the sdxl-tiny that comes with the project:
     subject_low    a subject is learnt where λ < 0.5, and the base is to stay elsewhere
     subject_high   a subject is learnt where λ ≥ 0.5, and the base is to stay elsewhere
     two_conditions one subject is learnt where λ < 0.5 and another where λ ≥ 0.5, with the same prompt
+    one_image      a subject is learnt from one picture, by many steps
 
 and on uniform-tiny and llada-tiny:
 
@@ -23,8 +24,8 @@ and on uniform-tiny and llada-tiny:
     blind_determined   … that the prompt determines
     seen_open, seen_determined      the same, of a model whose tokens are masked
 
-A regime's name stands for the cell that decides it (attention, rank 4, 200 steps); with "_reach" behind it, such as
-eps_to_v_reach, for its other cells: other ranks, more steps, all layers.
+A regime's name stands for the cell that decides it (attention, rank 4, 200 steps; of one image rank 16, 400 steps);
+with "_reach" behind it, such as eps_to_v_reach, for its other cells: other ranks, more steps, all layers.
 
 Stages: "dev" tries every method's rates on development seeds; "confirm" runs the ten confirmation seeds with the rates
 that development chose, and refuses to until the plan's file has those rates and is no draft any more. All methods of a

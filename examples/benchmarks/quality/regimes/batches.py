@@ -14,7 +14,7 @@ from torch import Tensor
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective
-from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
+from nara_diffusion.dreambooth.timesteps import WindowedSchedule, draw_indices, draw_noise
 from quality.images.controls import shuffled_noise_levels
 from quality.images.subjects import SIZE
 from quality.regimes.data import RegimeData
@@ -51,11 +51,18 @@ class Batch:
         return sample[chosen], timestep[chosen], time_ids[chosen], (hidden[chosen], pooled[chosen])
 
 
-def batches(data: RegimeData, objective: Objective, args: Any, window: Window = WHOLE) -> Callable[[int], Batch]:
+def batches(
+    data: RegimeData,
+    objective: Objective,
+    args: Any,
+    window: Window = WHOLE,
+    schedule: WindowedSchedule | None = None,
+) -> Callable[[int], Batch]:
     """The batch of step number n, with noise levels of `window` alone.
 
     Args:
         args: of train_scripts/dreambooth_sdxl.py; `seed` and `train_batch_size` are read.
+        schedule: how often each noise level is drawn, in the whole window; None draws all alike.
     """
     size, seed = args.train_batch_size, args.seed
     dataset = DreamBoothDataset(data.instances, [SIZE], batch_size=size, seed=seed)
@@ -65,7 +72,7 @@ def batches(data: RegimeData, objective: Objective, args: Any, window: Window = 
         positions = range(number * size, (number + 1) * size)
         samples = collate_samples([dataset[position] for position in positions])
         latents = data.latents.sample(samples["samples"], seed=seed)  # (b, c, h, w)
-        levels = {"levels": high - low, "stratified": True, "group_size": size}
+        levels = {"levels": high - low, "stratified": True, "group_size": size, "windowed": schedule}
         indices = low + draw_indices(positions, seed=seed, **levels)
         noise = draw_noise(positions, latents.shape[1:], seed=seed)
         return Batch(

@@ -61,7 +61,8 @@ class Conversion:
     def sampled(self, unet: Any, seed: int, trained: bool = True) -> dict[str, float]:
         """alignment and retrieval of samples; those of a base that isn't trained with its own scheduler."""
         objective = self.objective_name if trained else "eps"
-        return sampled(self.load().pipe, unet, objective, SUBJECT, seed)
+        found = sampled(self.load().pipe, unet, objective, SUBJECT, seed)
+        return {name: found[name] for name in ("alignment", "retrieval")}
 
 
 def _refuse_gated(gated: bool) -> None:

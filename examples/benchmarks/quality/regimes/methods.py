@@ -8,12 +8,14 @@ lora_switched    two LoRAs of the cell's rank, one below λ = 0.5 and one above 
 lora_gated           LoRA, trained inside the window alone and switched off outside (regime "windowed")
 lora_gated_samples   the same with half of the steps: as many samples of the window as the other arms have
 nara_gated, nara_gated_samples   the same with NaRA
+lora_less_noisy  LoRA that meets noise levels below 0.5 four times as often as those above (regime "one image")
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -24,6 +26,9 @@ MEAN_CORE = "mean_core"
 """The ablation that needs no training: the trained adapter with its mean C(λ)."""
 
 
+LESS_NOISY = {"timestep_bias_strategy": "earlier", "timestep_bias_portion": 0.5, "timestep_bias_multiplier": 4.0}
+
+
 @dataclass(frozen=True)
 class Arm:
     """Attributes:
@@ -32,7 +37,7 @@ class Arm:
     equal_parameters: whether its rank is that at which it has as many parameters as NaRA.
     gated: whether it exists inside the window alone.
     share: of the cell's steps that it has.
-    bins: LoRAs of which λ chooses one, None for the method's own number.
+    options: further arguments of its training.
     """
 
     method: str
@@ -40,7 +45,7 @@ class Arm:
     equal_parameters: bool = False
     gated: bool = False
     share: float = 1.0
-    bins: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_core(self) -> bool:
@@ -55,8 +60,9 @@ ARMS: dict[str, Arm] = {
     "nara_constant": Arm("nara", control="constant"),
     "nara_shuffled": Arm("nara", control="shuffled"),
     "lora_gated": Arm("lora", gated=True),
-    "lora_switched": Arm("multi_lora", bins=2),
+    "lora_switched": Arm("multi_lora", options={"core_bins": 2}),
     "nara_gated": Arm("nara", gated=True),
+    "lora_less_noisy": Arm("lora", options=LESS_NOISY),
     "lora_gated_samples": Arm("lora", gated=True, share=0.5),
     "nara_gated_samples": Arm("nara", gated=True, share=0.5),
 }
@@ -95,5 +101,4 @@ def trainable_parameters(model: Any) -> int:
 def _settings(arm: Arm, targets: str, rank: int, backbone: Backbone) -> dict[str, Any]:
     if arm.method in (BASE, "full"):
         return {}
-    bins = {} if arm.bins is None else {"core_bins": arm.bins}
-    return {"rank": rank, "target_modules": list(backbone.targets[targets]), **bins}
+    return {"rank": rank, "target_modules": list(backbone.targets[targets]), **arm.options}

@@ -13,11 +13,13 @@ from quality.images.held_out import bin_centres
 from quality.images.methods import BASE
 from quality.regimes.conversion import Conversion
 from quality.regimes.data import SUBJECT
+from quality.regimes.fronts import points_of, write_front
 from quality.regimes.plan import Planned
 from quality.regimes.rates import Record, chosen_rates
 from quality.regimes.report import Confirmed, confirmed
 from quality.regimes.runs import REGIMES, Run, train
 from quality.regimes.samples import drawn
+from quality.regimes.windowed import Windowed
 from quality.report.figures import AXIS, COLOURS, save
 
 TITLES = {
@@ -38,18 +40,23 @@ LABEL, GAP, SCALE = 170, 4, 2  # pixels; samples are enlarged so many times
 
 
 def write_pictures(plan: Sequence[Planned], records: Sequence[Record], folder: Path) -> list[Path]:
-    """For each cell whose confirmation is whole, {name}-loss.png, and {name}-samples.png of a conversion's first seed.
+    """For each cell whose confirmation is whole {name}-loss.png; of a conversion's first seed {name}-samples.png, of a
+    windowed regime's {name}-front.png and {name}-front.csv.
 
-    The samples are of models that are trained here again, a minute for each cell.
+    Samples and fronts are of models that are trained here again, a minute for each conversion, ten for each window.
     """
     written = []
     for cell in (confirmed(planned, records) for planned in plan):
         if cell.is_whole:
             written.append(folder / f"{cell.planned.name}-loss.png")
             _loss(cell, written[-1])
-            if isinstance(REGIMES[cell.planned.cell.regime], Conversion):
+            regime, seed = REGIMES[cell.planned.cell.regime], min(seed for _, seed in cell.records)
+            if isinstance(regime, Conversion):
                 written.append(folder / f"{cell.planned.name}-samples.png")
                 _samples(cell, records, written[-1])
+            elif isinstance(regime, Windowed):
+                written += [folder / f"{cell.planned.name}-front.{kind}" for kind in ("png", "csv")]
+                write_front(list(points_of(cell.planned, records, seed)), *written[-2:])
     return written
 
 
@@ -102,6 +109,6 @@ def _samples(cell: Confirmed, records: Sequence[Record], path: Path) -> None:
 def _drawn(planned: Planned, records: Sequence[Record], arm: str, seed: int) -> list[Image.Image]:
     regime = REGIMES[planned.cell.regime]
     assert isinstance(regime, Conversion)
-    model, _ = train(Run(planned.cell, arm, seed, chosen_rates(records, planned, arm)))
+    model = train(Run(planned.cell, arm, seed, chosen_rates(records, planned, arm))).model
     objective = "eps" if arm == BASE else regime.objective_name
     return drawn(regime.load().pipe, model, objective, SUBJECT, seed)

@@ -39,13 +39,19 @@ TEXT_TRIALS: dict[str, tuple[Settings, ...]] = {
     "base": (),
 }
 """… of the regimes of text, around the rates that are best on the text benchmark."""
+ONE_IMAGE_TRIALS: dict[str, tuple[Settings, ...]] = {
+    **dict.fromkeys(("lora", "lora_params", "tlora", "lora_less_noisy"), rates(1e-3, 2e-3, 4e-3, 8e-3)),
+    "nara": with_core((2e-3, 1e-3), (2e-3, 2.5e-3), (4e-3, 1e-3), (4e-3, 2.5e-3)),
+}
+"""… of one image, whose ranks are higher and whose training is longer."""
 RATES_OF = {"nara_constant": "nara", "nara_shuffled": "nara"}
 """Ablations run with the rates of what they are made of."""
 
 
 def is_deciding(cell: Cell) -> bool:
     """Whether `cell` is the one by which its regime is won; samples are drawn of that alone."""
-    return (cell.targets, cell.rank, cell.steps) == ("attention", 4, 200)
+    rank, steps = (16, 400) if cell.regime == "one_image" else (4, 200)
+    return (cell.targets, cell.rank, cell.steps) == ("attention", rank, steps)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ _ALL = ("base", *_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "fu
 _MOST = ("base", *_LEADING, "nara_knots", "full", *_ABLATIONS)
 _FEW = ("lora", "lora_params", "nara")
 
+_OF_ONE = ("lora", "nara", "tlora", "lora_less_noisy")
 _SEEN = ("base", *_LEADING, *_ABLATIONS)
 _BLIND = (*_SEEN, "nara_dora", "nara_knots")
 
@@ -96,6 +103,14 @@ PLAN: tuple[Planned, ...] = (
         Cell("two_conditions", "attention", 4, 200),
         (*_LEADING, "nara_knots", "lora_switched", *_ABLATIONS),
         further=dict.fromkeys(("lora", "lora_params", "lora_switched"), rates(1e-3)),
+    ),
+    Planned(
+        Cell("one_image", "attention", 16, 400),
+        (*_FEW, "tlora", "lora_less_noisy", *_ABLATIONS),
+        grid=ONE_IMAGE_TRIALS,
+    ),
+    Planned(
+        Cell("one_image", "attention", 32, 400), ("lora", "nara", "tlora", "lora_less_noisy"), grid=ONE_IMAGE_TRIALS
     ),
     Planned(Cell(_TO_V, "all", 4, 200), _MOST),
     *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),

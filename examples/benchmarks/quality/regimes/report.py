@@ -13,7 +13,8 @@ from typing import Any
 from nara_diffusion.utils.statistics import Interval, interval
 from quality.images.held_out import bin_centres
 from quality.regimes.methods import MEAN_CORE
-from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned
+from quality.regimes.one_image import OneImage
+from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned, is_deciding
 from quality.regimes.rates import Record, cell_of
 from quality.regimes.runs import REGIMES
 from quality.regimes.windowed import Windowed
@@ -24,6 +25,7 @@ PEERS = ("lora", "lora_params", "dora")
 ABLATIONS = ("nara_constant", "nara_shuffled")
 SIMPLER = ("lora_gated", "lora_switched")
 """Peers of single regimes, which know λ by a switch."""
+ONE_IMAGE_PEERS = ("lora", "lora_params", "tlora", "lora_less_noisy")
 CANDIDATES = ("nara", "nara_dora", "nara_knots")
 """Which may win a regime, the published one first."""
 DRAWN = ("alignment", "retrieval")
@@ -85,12 +87,22 @@ def confirmed(planned: Planned, records: Iterable[Record]) -> Confirmed:
 
 
 def conditions(cell: Confirmed, candidate: str) -> dict[str, bool | None]:
-    """{condition of the plan: whether `candidate` meets it}, None where runs are missing."""
-    ablations = (*(ABLATIONS if candidate == "nara" else ()), with_mean_core(candidate))
-    found = {f"below {peer}": _below(cell, candidate, peer) for peer in PEERS}
-    found |= {f"below {peer}": _below(cell, candidate, peer) for peer in cell.planned.arms if peer.startswith(SIMPLER)}
-    lower = [each and each.mean < 0 for each in cell.bins(candidate, "lora")]
-    found["below lora in every bin"] = None if None in lower else all(lower)
+    """{condition of the plan: whether `candidate` meets it}, None where runs are missing.
+
+    Of a cell that decides its regime all conditions of the plan; of another those whose arms it has.
+    """
+    decides, arms = is_deciding(cell.planned.cell), cell.planned.arms
+    has_looks = isinstance(REGIMES[cell.planned.cell.regime], OneImage)
+    simpler = [peer for peer in arms if peer.startswith(SIMPLER)]
+    peers = ONE_IMAGE_PEERS if has_looks else (*PEERS, *simpler)
+    ablations = ABLATIONS if candidate == "nara" else ()
+    if not decides:
+        peers, ablations = (tuple(each for each in names if each in arms) for names in (peers, ablations))
+    found = {f"below {peer}": _below(cell, candidate, peer) for peer in peers}
+    if not has_looks:
+        lower = [each and each.mean < 0 for each in cell.bins(candidate, "lora")]
+        found["below lora in every bin"] = None if None in lower else all(lower)
+        ablations = (*ablations, with_mean_core(candidate))
     return found | {f"{name} is worse": _below(cell, candidate, name) for name in ablations}
 
 
@@ -144,11 +156,13 @@ def _drawn(cell: Confirmed, arm: str, measure: str) -> tuple[str, str]:
 
 
 def _verdict(cell: Confirmed, candidate: str) -> str:
+    """Whether `candidate` wins; of a cell that doesn't decide its regime, what it meets alone."""
     words = {True: "yes", False: "no", None: "open"}
     found = conditions(cell, candidate)
     won = None if None in found.values() else all(found.values())
     named = "; ".join(f"{condition}: {words[met]}" for condition, met in found.items())
-    return f"**{candidate} wins: {words[won]}.** {named}."
+    wins = f" wins: {words[won]}." if is_deciding(cell.planned.cell) else ":"
+    return f"**{candidate}{wins}** {named}."
 
 
 def _below(cell: Confirmed, arm: str, other: str) -> bool | None:

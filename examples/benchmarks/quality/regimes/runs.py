@@ -20,6 +20,7 @@ from quality.regimes.conversion import Conversion
 from quality.regimes.data import subject_data
 from quality.regimes.methods import ARMS, MEAN_CORE, arm_arguments, build, trainable_parameters
 from quality.regimes.objectives import CONVERSIONS
+from quality.regimes.one_image import Look, OneImage, score_of
 from quality.regimes.text.corruption import MASKED, REPLACED
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
@@ -46,6 +47,7 @@ REGIMES: dict[str, Regime] = {
     "subject_low": Windowed(LOW),
     "subject_high": Windowed(HIGH),
     "two_conditions": TwoConditions(),
+    "one_image": OneImage(),
     "blind_open": Denoising(REPLACED, open_data),
     "blind_determined": Denoising(REPLACED, determined_data),
     "seen_open": Denoising(MASKED, open_data),
@@ -89,10 +91,11 @@ class Run:
 
 
 class Trained(NamedTuple):
-    """rank: that of the adapter, None without one."""
+    """rank: that of the adapter, None without one; looks: at the model in training, where the regime has them."""
 
     model: Any
     rank: int | None
+    looks: list[Look]
 
 
 def record_of(run: Run, stage: str, samples: bool = False) -> dict[str, Any]:
@@ -126,22 +129,34 @@ def train(run: Run) -> Trained:
     args = arm_arguments(run.arm, **options, seed=run.seed, backbone=regime.backbone, **run.rates)
     torch.manual_seed(run.seed)
     model = build(run.arm, args, regime.backbone)
+    looks = []
     if arm.method != BASE:
         denoiser = regime.backbone.controlled(model, arm.control, run.seed).train()
-        for _ in optimize(denoiser, regime.loss(denoiser, args, arm.gated), [], args):
-            pass
+        for step, _ in enumerate(optimize(denoiser, regime.loss(denoiser, args, arm.gated), [], args), start=1):
+            if isinstance(regime, OneImage) and step % regime.every == 0:
+                looks.append({"step": step, **_look(regime, model, run)})
         model.eval()
-    return Trained(model, None if arm.method in (BASE, "full") else args.rank)
+    return Trained(model, None if arm.method in (BASE, "full") else args.rank, looks)
+
+
+def _look(regime: OneImage, model: Any, run: Run) -> Look:
+    model.eval()
+    with while_evaluating(model, ARMS[run.arm].control):
+        found = regime.look(model, run.seed)
+    model.train()
+    return found
 
 
 def _figures(run: Run, samples: bool) -> dict[str, Any]:
-    arm, regime, (model, rank) = ARMS[run.arm], REGIMES[run.cell.regime], train(run)
+    arm, regime, (model, rank, looks) = ARMS[run.arm], REGIMES[run.cell.regime], train(run)
     sizes = {"trainable_parameters": trainable_parameters(model), "own_rank": rank}
     with while_evaluating(model, arm.control):
         figures = regime.figures(model, arm.gated)
         if samples and isinstance(regime, Conversion):
             figures |= regime.sampled(model, run.seed, trained=arm.method != BASE)
-    if arm.has_core:
+    if looks:
+        figures |= {"score": score_of(looks), "looks": looks}
+    elif arm.has_core:
         with while_evaluating(model, MEAN_CORE):
             figures[MEAN_CORE] = regime.figures(model, arm.gated)
     return {**figures, **sizes}

@@ -1,7 +1,8 @@
 """What a converted model draws, with the scheduler that belongs to what it says, and whether that shows its prompt.
 
-alignment = mean cosine of a sample and its own prompt
-retrieval = share of samples whose own prompt is the nearest of the ten places'
+alignment  = mean cosine of a sample and its own prompt
+retrieval  = share of samples whose own prompt is the nearest of the ten places'
+similarity = mean cosine of a sample and the five pictures of the subject
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from quality.assets import ASSETS
 from quality.images.drawn import PLACES
 from quality.images.measurement import pipeline_of
 from quality.images.subjects import IDENTIFIER, SIZE, instance_prompt
+from quality.regimes.data import subject_data
 
 STEPS, GUIDANCE = 12, 2.5
 FIRST_SEED = 1000  # samples of training seed s start from noise 1000 + 100 s
@@ -71,11 +73,11 @@ def drawn(pipe: Any, unet: Any, objective: str, subject: str, seed: int) -> list
 
 
 def sampled(pipe: Any, unet: Any, objective: str, subject: str, seed: int) -> dict[str, float]:
-    """alignment and retrieval of what is `drawn`."""
-    images = drawn(pipe, unet, objective, subject, seed)
-    encoder = _encoder()
-    texts = encoder.texts([without_words(prompt, [IDENTIFIER]) for prompt in prompts_of(subject)])
-    return agreement(encoder.images(images) @ texts.T)
+    """alignment, retrieval and similarity of what is `drawn`."""
+    images = _encoder().images(drawn(pipe, unet, objective, subject, seed))  # (n, d)
+    texts = _encoder().texts([without_words(prompt, [IDENTIFIER]) for prompt in prompts_of(subject)])
+    similarity = (images @ _references(subject).T).mean().item()
+    return {**agreement(images @ texts.T), "similarity": similarity}
 
 
 def agreement(cosines: Tensor) -> dict[str, float]:
@@ -83,6 +85,12 @@ def agreement(cosines: Tensor) -> dict[str, float]:
     own = torch.arange(len(cosines))
     found = (cosines.argmax(1) == own).float().mean().item()
     return {"alignment": cosines.diagonal().mean().item(), "retrieval": found}
+
+
+@cache
+def _references(subject: str) -> Tensor:
+    """Embeddings (5, d) of the subject's pictures."""
+    return _encoder().images([record.source.load() for record in subject_data(subject).instances])
 
 
 @cache

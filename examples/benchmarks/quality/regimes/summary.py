@@ -40,6 +40,8 @@ def _row(cell: Confirmed) -> list[str]:
 
 
 def winners(cell: Confirmed) -> str:
-    """The forms of NaRA that meet every condition of the plan."""
+    """The forms of NaRA that meet every condition of the plan; nothing where the cell doesn't decide its regime."""
+    if not is_deciding(cell.planned.cell):
+        return NOTHING
     won = [arm for arm in CANDIDATES if arm in cell.arms and all(conditions(cell, arm).values())]
     return ", ".join(title(Arm(arm)) for arm in won) or "none"

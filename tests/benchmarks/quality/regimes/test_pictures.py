@@ -3,11 +3,15 @@
 import numpy as np
 from PIL import Image
 from quality.regimes import pictures
+from quality.regimes.fronts import Point
 from quality.regimes.pictures import LABEL, SCALE, write_pictures
 from quality.regimes.plan import Planned
 from quality.regimes.runs import Cell
 
 from tests.benchmarks.quality.regimes.test_report import ARMS, WINDOWED, records
+
+WINDOWED_FILES = ("loss.png", "front.png", "front.csv")
+POINTS = [Point("lora", "strength", strength, 1 - 0.2 * strength, 0.1, 0.3, 0.5) for strength in (0.5, 1.0)]
 
 
 def test_write_pictures_draws_each_arm_in_a_row_of_its_own(tmp_path, monkeypatch):
@@ -19,9 +23,11 @@ def test_write_pictures_draws_each_arm_in_a_row_of_its_own(tmp_path, monkeypatch
         return [Image.new("RGB", (16, 16), (40 * len(made), 0, index)) for index in range(10)]
 
     monkeypatch.setattr(pictures, "_drawn", drawn)
+    monkeypatch.setattr(pictures, "points_of", lambda *_: POINTS)
     found = [*records(converted), *records(WINDOWED)]
     paths = write_pictures([converted, WINDOWED], found, tmp_path / "new")
-    assert [path.name for path in paths] == ["eps_to_v-loss.png", "eps_to_v-samples.png", "subject_low-loss.png"]
+    names = ["eps_to_v-loss.png", "eps_to_v-samples.png"]
+    assert [path.name for path in paths] == [*names, *(f"subject_low-{name}" for name in WINDOWED_FILES)]
     assert made == [("eps_to_v", arm, 200) for arm in ("base", "lora", "lora_params", "nara")]
     sheet = np.asarray(Image.open(paths[1]).convert("RGB"))
     side = 16 * SCALE

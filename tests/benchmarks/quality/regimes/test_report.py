@@ -83,6 +83,27 @@ def test_a_windowed_regime_is_judged_against_the_gate_and_by_drift_outside():
     assert conditions(confirmed(WINDOWED, map(unused, records(WINDOWED))), "nara")["below lora in every bin"] is True
 
 
+def test_a_cell_that_does_not_decide_its_regime_is_judged_by_what_it_has():
+    wider = Planned(Cell("eps_to_v", "all", 4, 200), ("lora", "lora_params", "nara"))
+    assert list(conditions(confirmed(wider, records(wider)), "nara")) == [
+        "below lora",
+        "below lora_params",
+        "below lora in every bin",
+        "nara mean_core is worse",
+    ]
+    text = report([wider], records(wider))
+    assert "**nara:** below lora: yes; below lora_params: yes;" in text
+    assert "wins" not in text
+
+
+def test_one_image_is_judged_by_t_lora_and_the_lora_of_less_noise_and_by_no_bins():
+    arms = ("lora", "lora_params", "tlora", "lora_less_noisy", "nara", "nara_constant", "nara_shuffled")
+    cell = confirmed(planned := Planned(Cell("one_image", "attention", 16, 400), arms), records(planned))
+    below, worse = [arm for arm in arms if not arm.startswith("nara")], ["nara_constant", "nara_shuffled"]
+    assert list(conditions(cell, "nara")) == [*(f"below {a}" for a in below), *(f"{a} is worse" for a in worse)]
+    assert all(conditions(cell, "nara").values())
+
+
 def test_runs_that_are_missing_or_diverged_leave_a_condition_open():
     diverged = [r | {"score": None, "losses": None} if (r["arm"], r["seed"]) == ("dora", 203) else r for r in records()]
     assert conditions(confirmed(PLANNED, diverged), "nara")["below dora"] is None
@@ -136,7 +157,9 @@ def test_summary_has_a_row_for_each_whole_cell_and_names_who_won():
     worse = [{**each, "score": each["score"] + 0.06} if each["arm"] == "nara" else each for each in records()]
     assert summary([PLANNED], worse).endswith("| none |")
     wider = Planned(Cell("eps_to_v", "all", 1, 200), ARMS)
-    assert summary([wider], records(wider)).splitlines()[2].startswith("| eps_to_v, all, rank 1, 200 steps | ")
+    row = summary([wider], records(wider)).splitlines()[2]
+    assert row.startswith("| eps_to_v, all, rank 1, 200 steps | ")
+    assert row.endswith(" | – |")  # another cell decides the regime
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_chosen_of_an_unknown_regime_raises():
     with pytest.raises(ValueError, match="--regimes has edm, expected of eps_to_v, eps_to_flow, zero_snr, subject_low"):
         chosen(["eps_to_v", "edm"])
     assert {planned.cell.regime for planned in PLAN} == set(REGIMES) - {"subject"}  # which RESULTS.md has
-    assert all({arm for arm in planned.arms if arm not in RATES_OF} <= set(TRIALS) for planned in PLAN)
+    assert all({arm for arm in planned.arms if arm not in RATES_OF} <= set(planned.grid) for planned in PLAN)
     assert len({len(trials) for arm, trials in TRIALS.items() if arm != "base"}) == 1  # equally many for each
 
 

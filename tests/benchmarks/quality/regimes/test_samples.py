@@ -56,7 +56,7 @@ def test_samples_of_an_adapter_read_the_noise_level_of_their_scheduler(name):
     seen = []
     unet.register_forward_pre_hook(lambda module, given: seen.append(float(given[1])))
     found = sampled(base_pipeline(), unet, name, "toy", seed=3)
-    assert set(found) == {"alignment", "retrieval"}
+    assert set(found) == {"alignment", "retrieval", "similarity"}
     assert len(seen) == STEPS
     expected = [1000 - 1000 * step / STEPS for step in range(STEPS)]
     tolerance = 1e-2 if name == "eps_to_flow" else 2
@@ -65,7 +65,10 @@ def test_samples_of_an_adapter_read_the_noise_level_of_their_scheduler(name):
 
 def test_samples_of_the_base_are_drawn_with_its_own_scheduler(data, monkeypatch):
     drawn = []
-    monkeypatch.setattr("quality.regimes.conversion.sampled", lambda *given: drawn.append(given[2:]) or {})
+    monkeypatch.setattr(
+        "quality.regimes.conversion.sampled",
+        lambda *given: drawn.append(given[2:]) or dict.fromkeys(("alignment", "retrieval")),
+    )
     regime = Conversion("eps_to_v", lambda: data)
     regime.sampled(None, 7, trained=False)
     regime.sampled(None, 7)
