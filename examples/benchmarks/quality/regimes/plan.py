@@ -82,6 +82,8 @@ class Planned:
         return (*self.grid[arm], *self.further.get(arm, ()))
 
 
+_STATIC = ("lora", "lora_params", "dora")
+_FASTER = dict.fromkeys(("lora", "dora"), rates(8e-2))
 _GATED = ("lora_gated", "lora_gated_samples", "nara_gated", "nara_gated_samples")
 _ABLATIONS = ("nara_constant", "nara_shuffled")
 _LEADING = ("lora", "lora_params", "dora", "nara")
@@ -97,7 +99,11 @@ _TO_V, *_OTHERS = CONVERSIONS
 PLAN: tuple[Planned, ...] = (
     Planned(Cell(_TO_V, "attention", 4, 200), _ALL, DEV_SEEDS[:2]),
     *(Planned(Cell(name, "attention", 4, 200), _MOST) for name in _OTHERS),
-    Planned(Cell("subject_low", "attention", 4, 200), (*_MOST, *_GATED)),
+    Planned(
+        Cell("subject_low", "attention", 4, 200),
+        (*_MOST, *_GATED),
+        further=dict.fromkeys(_STATIC, rates(1e-3)) | {"full": rates(2.5e-4)},
+    ),
     Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, *_GATED)),
     Planned(
         Cell("two_conditions", "attention", 4, 200),
@@ -117,8 +123,9 @@ PLAN: tuple[Planned, ...] = (
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
     Planned(Cell(_TO_V, "attention", 4, 800), _FEW),
     Planned(Cell("blind_open", "attention", 4, 200), _BLIND, further={"dora": rates(8e-2)}, grid=TEXT_TRIALS),
-    Planned(Cell("blind_determined", "attention", 4, 200), _BLIND, grid=TEXT_TRIALS),
-    *(Planned(Cell(name, "attention", 4, 200), _SEEN, grid=TEXT_TRIALS) for name in ("seen_open", "seen_determined")),
+    Planned(Cell("blind_determined", "attention", 4, 200), _BLIND, further=_FASTER, grid=TEXT_TRIALS),
+    Planned(Cell("seen_open", "attention", 4, 200), _SEEN, further=_FASTER, grid=TEXT_TRIALS),
+    Planned(Cell("seen_determined", "attention", 4, 200), _SEEN, grid=TEXT_TRIALS),
     *(Planned(Cell(name, "all", 4, 200), _FEW, grid=TEXT_TRIALS) for name in ("blind_open", "blind_determined")),
 )
 """In the order of running."""
