@@ -17,11 +17,13 @@ from .trial import ARMS, Repeat
 class Thresholds:
     """Attributes:
     pays: how much lower, relatively, NaRA's loss has to be for λ to pay.
+    nothing: how much lower its mean may be where λ is said not to pay; a larger one may grow with more steps.
     learnt: how much lower than the base's the lowest loss has to be for the trainings to show anything.
     fewest: repeats before anything is said.
     """
 
     pays: float = 0.02
+    nothing: float = 0.005
     learnt: float = 0.02
     fewest: int = 3
 
@@ -61,9 +63,15 @@ def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Ver
         return Verdict(LIKELY, f"{told}: both are clear of zero, and {pays} or lower.")
     if is_lower:
         return Verdict(UNKNOWN, f"{told}: clear of zero, but not {pays}: take more steps, with which it may grow.")
-    if any(difference.low > -thresholds.pays and difference.high >= 0 for difference in differences):
+    if any(_is_nothing(difference, thresholds) for difference in differences):
         return Verdict(UNLIKELY, f"{told}: of one of them zero lies inside or below, and {pays} outside.")
     return Verdict(UNKNOWN, f"{told}: that may be {pays} or nothing, take more repeats.")
+
+
+def _is_nothing(difference: Interval, thresholds: Thresholds) -> bool:
+    """Whether a difference is known to be no gain that counts, and its mean shows none that may grow."""
+    is_small = difference.low > -thresholds.pays and difference.mean > -thresholds.nothing
+    return is_small and difference.high >= 0
 
 
 def described(difference: Interval) -> str:

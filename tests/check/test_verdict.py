@@ -70,6 +70,8 @@ def test_by_bins_has_means_over_repeats_of_the_bins_with_samples() -> None:
         ((-0.010, -0.012, -0.011), 1.0, UNKNOWN),  # clear of zero, but little so far
         ((-0.010, -0.012, -0.011), 0.99, UNLIKELY),
         ((0.001, -0.002, 0.0), 1.0, UNLIKELY),
+        ((-0.012, -0.006, -0.003), 1.0, UNKNOWN),  # zero lies inside and −2 % outside, but a gain may grow
+        ((-0.009, -0.003, -0.001), 1.0, UNLIKELY),
         ((0.1, 0.12, 0.11), 1.2, UNLIKELY),
         ((-0.05, 0.05, 0.01), 1.0, UNKNOWN),
         ((-0.30, 0.05, -0.1), 1.0, UNKNOWN),
@@ -82,8 +84,13 @@ def test_verdict_rests_on_both_differences_and_their_intervals(
     verdict = judge([repeat(1 + each, untold=without_noise_level) for each in against_lora])
     assert verdict.answer == answer
     assert "3 repeats" in verdict.reason
-    assert ("more repeats" in verdict.reason) == (answer == UNKNOWN and max(against_lora) > 0)
-    assert ("more steps" in verdict.reason) == (answer == UNKNOWN and max(against_lora) < 0)
+    asks_for_steps = (
+        answer == UNKNOWN
+        and relative_difference([repeat(1 + each, untold=without_noise_level) for each in against_lora], "lora").high
+        < 0
+    )
+    assert ("more steps" in verdict.reason) == asks_for_steps
+    assert ("more repeats" in verdict.reason) == (answer == UNKNOWN and not asks_for_steps)
 
 
 def test_verdict_where_nothing_was_learnt_asks_for_a_higher_rate() -> None:
