@@ -31,7 +31,7 @@ from quality.regimes.objectives import build_conversion
 from quality.regimes.samples import sampled
 
 EVERY = 40
-LEVELS_OF_SIMILARITY = (0.5, 0.55, 0.6)
+LEVELS_OF_SIMILARITY = (0.44, 0.47, 0.5)
 Look = dict[str, float]
 """step, similarity, alignment."""
 
