@@ -102,7 +102,7 @@ PLAN: tuple[Planned, ...] = (
     Planned(
         Cell("subject_low", "attention", 4, 200),
         (*_MOST, *_GATED),
-        further=dict.fromkeys(_STATIC, rates(1e-3)) | {"full": rates(2.5e-4)},
+        further=dict.fromkeys((*_STATIC, "lora_gated"), rates(1e-3)) | {"full": rates(2.5e-4)},
     ),
     Planned(Cell("subject_high", "attention", 4, 200), (*_LEADING, *_ABLATIONS, *_GATED)),
     Planned(
