@@ -1,31 +1,31 @@
-"""What Diffusers' own adapter methods have to know of cores, put around them once.
+"""Wrappers around Diffusers' methods that load, activate, merge and remove adapters.
 
-Diffusers walks over the layers of a model. The holder of the cores stands at the model's root, outside of its blocks:
+Diffusers walks over the layers of a model. The holder of the cores is a child of the model's root, outside its blocks:
 
     save_lora_adapter  would write a NaRA into a file that is named and described as a LoRA's
-    load_lora_adapter  activates what it has loaded, in the layers alone
-    set_adapters       looks up a weight for each layer by the block in its name, of which the root's has none; and
+    load_lora_adapter  activates the adapter that it has loaded in the layers only
+    set_adapters       looks up a weight for each layer by the block in its name, and the holder is in no block; also,
                        weights may be functions of λ
-    set_lora_device    moves what each layer has as A and B, which the root's has not
-    fuse_lora          merges layer by layer, would leave half of them merged if λ turns out to be unknown, and doesn't
-                       say that every step then runs at the C of one λ
+    fuse_lora          merges layer by layer, so that half of them stay merged if λ is unknown, and doesn't say that
+                       every step then runs at the C of one λ
     …_lora, …_adapters  change which adapters are active, and with them the scheduler that the pipeline needs
-    disable_lora, …    pass by a model that PEFT has wrapped, whose adapters would stay as they are
-    unload_lora, …     put the layers' base back, and would leave the holder with its hooks and its source of λ
-    _fetch_state_dict  takes a part of a file's tensors for the whole: a NaRA's file is refused before
+    disable_lora, …    skip a model that PEFT has wrapped, whose adapters would stay as they are
+    unload_lora, …     restore the base layers, and leave the holder with its hooks and its source of λ
+    _fetch_state_dict  takes a NaRA's file for a LoRA's, without its core
+
+A model without a holder of cores, and a pipeline in which moreover no scheduler has been replaced, run Diffusers' own
+code only: the condition of each wrapper says so. The last three wrappers read files and look at what they have read.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import diffusers.loaders.lora_base as lora_base
 import diffusers.loaders.lora_pipeline as lora_pipeline
 import diffusers.loaders.peft as peft_loaders
-import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
@@ -43,8 +43,8 @@ from .format import METADATA_KEY, is_core_key
 from .guards import check_none_wrapped
 from .hotswap import REQUEST, check_enlargeable, enlarge_cores
 from .insertion import adapters_of, unwrap
-from .schedulers import check_agree, follow_adapters, keep_if_fused
-from .strengths import check_components, set_weights
+from .schedulers import DENOISERS, check_agree, follow_adapters, has_replaced_scheduler, keep_if_fused
+from .strengths import check_components, has_schedules, set_weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +56,46 @@ _REFUSAL = (
 
 
 def extend_diffusers_methods() -> None:
-    """Put the functions below around Diffusers'. Harmless when repeated."""
-    around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter)
-    around(PeftAdapterMixin, "load_lora_adapter", _load_lora_adapter)
-    around(PeftAdapterMixin, "set_adapters", _set_adapters)
-    around(PeftAdapterMixin, "fuse_lora", _fuse_lora)
-    around(PeftAdapterMixin, "unload_lora", _unload_lora)
-    around(PeftAdapterMixin, "delete_adapters", _delete_adapters)
+    """Install the wrappers below. Harmless when repeated."""
+    around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter, _has_holder)
+    around(PeftAdapterMixin, "load_lora_adapter", _load_lora_adapter, _has_holder)
+    around(PeftAdapterMixin, "set_adapters", _set_adapters, _has_holder_or_gets_schedule)
+    around(PeftAdapterMixin, "fuse_lora", _fuse_lora, _has_holder)
+    around(PeftAdapterMixin, "unload_lora", _unload_lora, _has_holder)
+    around(PeftAdapterMixin, "delete_adapters", _delete_adapters, _has_holder)
     for name in ("disable_lora", "enable_lora"):
-        around(LoraBaseMixin, name, _unless_wrapped)
-    around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters)
-    around(LoraBaseMixin, "fuse_lora", _fuse_pipeline)
-    around(LoraBaseMixin, "set_lora_device", _set_lora_device)
-    around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up)
-    around(LoraBaseMixin, "delete_adapters", _then_tidy_up)
+        around(LoraBaseMixin, name, _switch, _has_cores)
+    around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters, _has_cores_or_gets_schedule)
+    around(LoraBaseMixin, "fuse_lora", _fuse_pipeline, _has_cores)
+    around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up, _has_cores)
+    around(LoraBaseMixin, "delete_adapters", _then_tidy_up, _has_cores)
     around(lora_pipeline, "_fetch_state_dict", _fetch_state_dict)
     around(peft_loaders, "_fetch_state_dict", _fetch_state_dict)
     around(lora_base, "_load_sft_state_dict_metadata", _load_metadata)
+
+
+# ---------------------------------------------------------------------- when a wrapper has something to do
+
+
+def _has_holder(model: Any, *args: Any, **kwargs: Any) -> bool:
+    return holder_of(model) is not None
+
+
+def _has_holder_or_gets_schedule(model: Any, adapter_names: Any, weights: Any = None) -> bool:
+    return _has_holder(model) or has_schedules(weights)
+
+
+def _has_cores(pipe: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a component has a holder of cores, wrapped or not, or an adapter has replaced the scheduler."""
+    components = {*pipe._lora_loadable_modules, *DENOISERS}
+    return has_replaced_scheduler(pipe) or any(_has_holder(getattr(pipe, name, None)) for name in components)
+
+
+def _has_cores_or_gets_schedule(pipe: Any, adapter_names: Any, adapter_weights: Any = None) -> bool:
+    return _has_cores(pipe) or has_schedules(adapter_weights)
+
+
+# ---------------------------------------------------------------------- models
 
 
 def _save_lora_adapter(
@@ -89,9 +112,7 @@ def _save_lora_adapter(
 
 def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
     holder, request = holder_of(model), getattr(model, REQUEST, None)
-    if holder is None:
-        original(model, *args, **kwargs)
-        return
+    assert holder is not None
     if kwargs.get("hotswap"):
         _check_swapped_name(model, str(kwargs.get("adapter_name")))
     if request is not None:
@@ -127,34 +148,6 @@ def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, wei
         holder.set_adapter(adapter_names)
 
 
-def _unless_wrapped(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
-    check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
-    original(pipe, *args, **kwargs)
-    follow_adapters(pipe)
-
-
-def _set_pipeline_adapters(
-    original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None
-) -> None:
-    check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_adapters")
-    check_agree(pipe, adapter_names)
-    check_components(pipe, adapter_names, adapter_weights)
-    original(pipe, adapter_names, adapter_weights)
-    follow_adapters(pipe)
-
-
-def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device: Any) -> None:
-    check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_lora_device")
-    models = [model for name in pipe._lora_loadable_modules if (model := getattr(pipe, name, None)) is not None]
-    with ExitStack() as hidden:
-        for model in models:
-            hidden.enter_context(without_holder(model))
-        original(pipe, adapter_names, device)
-    for holder in filter(None, map(holder_of, models)):
-        for name in adapter_names:
-            holder._move_adapter_to_device_of_base_layer(name, torch.device(device))
-
-
 def _fuse_lora(
     original: Any,
     model: Any,
@@ -174,14 +167,6 @@ def _fuse_lora(
         )
 
 
-def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-    check_none_wrapped(pipe, components or [], "fuse_lora")
-    names = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
-    for component in components or []:  # before the first of them is changed
-        _check_fusable(getattr(pipe, component, None), names)
-    original(pipe, components, *args, **kwargs)
-
-
 def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[str], float | None]:
     """The adapters that will have the C of one λ, and this λ."""
     holder = holder_of(model)
@@ -195,10 +180,6 @@ def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[st
 
 
 def _unload_lora(original: Any, model: Any) -> None:
-    holder = holder_of(model)
-    if holder is None:
-        original(model)
-        return
     detach_holder(model)
     original(model)
     unwrap(model)
@@ -206,15 +187,42 @@ def _unload_lora(original: Any, model: Any) -> None:
 
 def _delete_adapters(original: Any, model: Any, adapter_names: list[str] | str) -> None:
     names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-    if holder_of(model) is not None and not adapters_of(model).keys() - names:
+    if not adapters_of(model).keys() - names:
         model.unload_lora()  # Diffusers would leave every layer in an empty wrapper
         return
     original(model, adapter_names)
     drop_idle_holder(model)
 
 
+# ---------------------------------------------------------------------- pipelines
+
+
+def _switch(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
+    original(pipe, *args, **kwargs)
+    follow_adapters(pipe)
+
+
+def _set_pipeline_adapters(
+    original: Any, pipe: Any, adapter_names: list[str] | str, adapter_weights: Any = None
+) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_adapters")
+    check_agree(pipe, adapter_names)
+    check_components(pipe, adapter_names, adapter_weights)
+    original(pipe, adapter_names, adapter_weights)
+    follow_adapters(pipe)
+
+
+def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+    check_none_wrapped(pipe, components or [], "fuse_lora")
+    names = kwargs.get("adapter_names", args[2] if len(args) > 2 else None)
+    for component in components or []:  # before the first of them is changed
+        _check_fusable(getattr(pipe, component, None), names)
+    original(pipe, components, *args, **kwargs)
+
+
 def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
-    """For text encoders, which Diffusers empties by functions of its own."""
+    """Remove the holders of text encoders, whose layers Diffusers removes by functions of its own."""
     check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
     keep_if_fused(pipe)
     original(pipe, *args, **kwargs)
@@ -226,6 +234,9 @@ def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
         if not adapters_of(model):
             unwrap(model)
     follow_adapters(pipe)
+
+
+# ---------------------------------------------------------------------- files
 
 
 def _fetch_state_dict(original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -88,6 +88,11 @@ def follow_adapters(pipe: Any) -> None:
             count_timesteps(model, pipe.scheduler)
 
 
+def has_replaced_scheduler(pipe: Any) -> bool:
+    """Whether the scheduler of an adapter has been set on `pipe`, and its own one is kept to be restored."""
+    return _REPLACED in getattr(pipe, "__dict__", {})
+
+
 def check_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
     """Raises ValueError if an adapter carries a scheduler that cannot be built, or if `pipe` uses no scheduler."""
     for fields in _carried_by(parts):

@@ -53,7 +53,7 @@ def strengths_of(model: Any, adapter_names: list[str], weights: list[Any]) -> di
     for name, weight in zip(adapter_names, weights, strict=False):  # Diffusers has an error where lengths differ
         if name not in adapters_of(model):
             continue  # in another component
-        found[name] = _by_layer(model, name, weight) if any(_schedules(weight)) else {}
+        found[name] = _by_layer(model, name, weight) if has_schedules(weight) else {}
         if found[name] or has_strength(model, name):
             check_strength(model, adapters_of(model)[name], name, found[name])
     return found
@@ -65,7 +65,7 @@ def check_components(pipe: Any, adapter_names: list[str] | str, weights: Any) ->
     Raises:
         ValueError: the component does not exist, runs without a λ, or is wrapped; or see `set_weights`.
     """
-    if not any(_schedules(weights)):
+    if not has_schedules(weights):
         return
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     given = weights if isinstance(weights, list) else [weights] * len(names)
@@ -84,7 +84,7 @@ def check_components(pipe: Any, adapter_names: list[str] | str, weights: Any) ->
 
 def _check_component(pipe: Any, component: str, adapter_name: str, weight: Any) -> None:
     model = getattr(pipe, component, None)
-    if model is None or adapter_name not in adapters_of(model) or not any(_schedules(weight)):
+    if model is None or adapter_name not in adapters_of(model) or not has_schedules(weight):
         return
     if hasattr(model, "_orig_mod"):
         raise ValueError(
@@ -171,6 +171,11 @@ def _refuse_block(key: Any, model: Any, choices: str) -> None:
 
 
 # ---------------------------------------------------------------------- schedules in nested weights
+
+
+def has_schedules(weights: Any) -> bool:
+    """Whether `set_adapters` is given a StrengthSchedule, for whatever component or block."""
+    return any(_schedules(weights))
 
 
 def _schedules(weights: Any) -> Iterator[StrengthSchedule]:

@@ -247,6 +247,15 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             self.cores[adapter_name].to(device)
 
     @property
+    def lora_A(self) -> nn.ModuleDict:
+        """The cores: Diffusers' `set_lora_device` moves `lora_A` and `lora_B` of each tuner layer."""
+        return self.cores
+
+    @property
+    def lora_B(self) -> nn.ModuleDict:
+        return self.cores
+
+    @property
     def weight(self) -> Tensor:
         raise AttributeError("A CoreHolder adapts no layer, so it has no weight.")
 

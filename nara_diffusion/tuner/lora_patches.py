@@ -1,8 +1,9 @@
 """Wrappers around methods of PEFT's `LoraModel` that walk over LoRA layers and so miss the holder of the cores.
 
-They apply to a model that has a holder: one with NaRAs, or with plain LoRAs whose strength depends on λ.
+`NaraModel` overrides what it needs. The wrappers are for plain LoRAs on a model that has a holder, because the strength
+of a LoRA depends on λ; on a model without a holder they call PEFT's own methods.
 
-    set_adapter, delete_adapter    skip modules that are no LoRA layers: the holder joins `tuner_layer_cls`
+    set_adapter, delete_adapter    skip modules that are no LoRA layers: the wrapper calls the holder too
     _unload_and_optionally_merge   restores the base layers only: the wrapper removes the holder with its hooks
     merge_adapter                  merges layer by layer, and stops halfway if λ is unknown: all layers or none
     merge_and_unload               the same, without an argument for λ
@@ -24,7 +25,7 @@ from nara_diffusion.noise.context import MixedBatch
 from nara_diffusion.runtime.context_stack import entered
 from nara_diffusion.utils.patching import around
 
-from .core_holder import CoreHolder, holder_of
+from .core_holder import holder_of
 from .forward_hook import detach_holder
 from .injection import drop_idle_holder
 from .merging import MergesAtOneLevel, merge_and_unload_at_one_level, merge_at_one_level
@@ -33,38 +34,53 @@ from .strength_layers import has_strength
 
 def extend_lora_methods() -> None:
     """Install the wrappers below. Harmless when repeated."""
-    LoraModel.tuner_layer_cls = (LoraLayer, CoreHolder)  # type: ignore[assignment]
-    around(LoraModel, "delete_adapter", _delete_adapter)
-    around(LoraModel, "_unload_and_optionally_merge", _unload)
-    around(LoraModel, "merge_adapter", _merge_adapter)
-    around(LoraModel, "merge_and_unload", _merge_and_unload)
-    around(LoraModel, "add_weighted_adapter", _add_weighted_adapter)
-    around(LoraModel, "_enable_peft_forward_hooks", _enable_forward_hooks)
+    around(LoraModel, "set_adapter", _set_adapter, _is_plain_with_holder)
+    around(LoraModel, "delete_adapter", _delete_adapter, _is_plain_with_holder)
+    around(LoraModel, "_unload_and_optionally_merge", _unload, _is_plain_with_holder)
+    around(LoraModel, "merge_adapter", _merge_adapter, _is_plain_with_holder)
+    around(LoraModel, "merge_and_unload", _merge_and_unload, _is_plain_with_holder)
+    around(LoraModel, "add_weighted_adapter", _add_weighted_adapter, _has_holder)
+    around(LoraModel, "_enable_peft_forward_hooks", _enable_forward_hooks, _has_mixed_batch)
+
+
+def _has_holder(tuner: Any, *args: Any, **kwargs: Any) -> bool:
+    return holder_of(tuner.model) is not None
+
+
+def _is_plain_with_holder(tuner: Any, *args: Any, **kwargs: Any) -> bool:
+    return not isinstance(tuner, MergesAtOneLevel) and _has_holder(tuner)
+
+
+def _has_mixed_batch(tuner: Any, *args: Any, **kwargs: Any) -> bool:
+    return kwargs.get("adapter_names") is not None and _has_holder(tuner)
+
+
+def _set_adapter(original: Any, tuner: Any, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    original(tuner, adapter_name, inference_mode)
+    holder: Any = holder_of(tuner.model)
+    if holder.merged:
+        holder.unmerge()
+    holder.set_adapter(adapter_name, inference_mode=inference_mode)
 
 
 def _delete_adapter(original: Any, tuner: Any, adapter_name: str) -> None:
     original(tuner, adapter_name)
+    holder: Any = holder_of(tuner.model)
+    holder.delete_adapter(adapter_name)
     drop_idle_holder(tuner.model)
 
 
 def _unload(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    holder = holder_of(tuner.model)
     model = original(tuner, *args, **kwargs)
-    if holder is not None:
-        detach_holder(tuner.model)
+    detach_holder(tuner.model)
     return model
 
 
 def _merge_adapter(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> None:
-    if holder_of(tuner.model) is None or isinstance(tuner, MergesAtOneLevel):
-        original(tuner, *args, **kwargs)
-    else:
-        merge_at_one_level(tuner, partial(original, tuner), *args, **kwargs)
+    merge_at_one_level(tuner, partial(original, tuner), *args, **kwargs)
 
 
 def _merge_and_unload(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    if holder_of(tuner.model) is None or isinstance(tuner, MergesAtOneLevel):
-        return original(tuner, *args, **kwargs)
     return merge_and_unload_at_one_level(tuner, partial(original, tuner), *args, **kwargs)
 
 
@@ -81,11 +97,8 @@ def _add_weighted_adapter(original: Any, tuner: Any, adapters: list[str], *args:
 
 @contextmanager
 def _enable_forward_hooks(original: Any, tuner: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-    names, holder = kwargs.get("adapter_names"), holder_of(tuner.model)
-    if names is None or holder is None:
-        with original(tuner, *args, **kwargs):
-            yield
-        return
+    names: list[str] = kwargs["adapter_names"]
+    holder: Any = holder_of(tuner.model)
     _check_mixed_batch(tuner.model, names)
     beams = kwargs.get("num_beams") or 1
     repeated = [name for name in names for _ in range(beams)]  # as `generate` repeats the batch

@@ -28,7 +28,7 @@ from nara_diffusion.runtime.offloading import check_addable
 from .config import NaraConfig
 from .core_holder import HOLDER_NAME, CoreHolder, holder_of
 from .core_set import SHARED, core_group, core_tensors
-from .forward_hook import attach_holder
+from .forward_hook import attach_holder, detach_holder
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
 from .noise_convention import with_convention
@@ -49,6 +49,8 @@ class NaraModel(MergesAtOneLevel):
     What of LoraModel would be wrong for an update that depends on λ is made right here (merging takes a λ) or raises
     (weighted sums, conversion of initialisations).
     """
+
+    tuner_layer_cls = (LoraLayer, CoreHolder)  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -148,6 +150,20 @@ class NaraModel(MergesAtOneLevel):
             core = core_tensors(config, {SHARED: config.r})
             parts = (HOLDER_NAME, "cores", *core, "lora_A", "lora_B", "weight", "bias")
             refuse_name_in_key(".".join(parts), others)
+
+    # ------------------------------------------------------------------ removal
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As `peft.LoraModel.delete_adapter`; with the last adapter, the holder of the cores is removed."""
+        super().delete_adapter(adapter_name)
+        drop_idle_holder(self.model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        has_holder = holder_of(self.model) is not None
+        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # PEFT's annotation says None
+        if has_holder:
+            detach_holder(self.model)
+        return base
 
     # ------------------------------------------------------------------ refused, or right only for some adapters
 

@@ -1,4 +1,4 @@
-"""Wrappers around PEFT's methods that read and write adapters. Each one applies to NaRA adapters only.
+"""Wrappers around PEFT's methods that read and write adapters. For other adapters than NaRAs they call PEFT's own.
 
 from_json_file     PEFT's errors do not name the file: the wrapper checks a NaRA's file and names it
 load_adapter       PEFT keeps an adapter whose weights it refused: the wrapper removes it, and names the file
@@ -29,6 +29,7 @@ from nara_diffusion.utils.patching import around
 from .config import NaraConfig, NaraPeftType
 from .config_files import check_config_file, is_naras, without_removed_fields
 from .injection import roll_back
+from .model import NaraModel
 
 _begun: ContextVar[tuple[nn.Module, str] | None] = ContextVar("_begun", default=None)
 """The model and the name of an adapter that `from_pretrained` adds before it calls `load_adapter`."""
@@ -37,16 +38,42 @@ _begun: ContextVar[tuple[nn.Module, str] | None] = ContextVar("_begun", default=
 def extend_peft_methods() -> None:
     """Install the wrappers below. Harmless when repeated."""
     around(PeftConfigMixin, "from_json_file", _from_json_file)
-    around(PeftModel, "from_pretrained", _from_pretrained)
-    around(PeftModel, "load_adapter", _load_adapter)
-    around(PeftModel, "save_pretrained", _save_pretrained)
+    around(PeftModel, "from_pretrained", _from_pretrained, _is_new_nara)
+    around(PeftModel, "load_adapter", _load_adapter, _has_nara_tuner)
+    around(PeftModel, "save_pretrained", _save_pretrained, _has_naras)
+
+
+def _is_new_nara(
+    cls: type,
+    model: nn.Module,
+    model_id: Any,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: Any = None,
+    **kwargs: Any,
+) -> bool:
+    return isinstance(config, NaraConfig) if config is not None else _is_naras(model_id, kwargs)
+
+
+def _has_naras(model: PeftModel, *args: Any, **kwargs: Any) -> bool:
+    return any(isinstance(config, NaraConfig) for config in model.peft_config.values())
+
+
+def _has_nara_tuner(model: PeftModel, *args: Any, **kwargs: Any) -> bool:
+    return isinstance(model.base_model, NaraModel)
 
 
 def _from_json_file(original: Any, cls: type, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-    check_config_file(path_json_file)
-    fields = original(cls, path_json_file, **kwargs)
     origin = f"'{path_json_file}'"
-    return without_removed_fields(fields, origin) if is_naras(fields, origin) else fields
+    try:
+        fields = original(cls, path_json_file, **kwargs)
+        if not is_naras(fields, origin):
+            return fields
+    except (ValueError, TypeError, AttributeError):  # the latter two: no JSON object
+        check_config_file(path_json_file)
+        raise
+    check_config_file(path_json_file)
+    return without_removed_fields(fields, origin)
 
 
 def _from_pretrained(
@@ -116,7 +143,7 @@ def trainable_again(model: nn.Module) -> Iterator[None]:
 def _save_pretrained(original: Any, self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
     given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
     writes = given.get("is_main_process", True) and not os.path.isfile(save_directory)
-    if not writes or not any(isinstance(config, NaraConfig) for config in self.peft_config.values()):
+    if not writes:
         original(self, save_directory, *args, **kwargs)
         return
     folder = Path(save_directory)
