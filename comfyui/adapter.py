@@ -25,7 +25,7 @@ from nara_diffusion.export.hosts.files import DENOISERS, denoiser_names
 from nara_diffusion.export.hosts.unet import UNetLayout
 from nara_diffusion.loaders.validation import TEXT_ENCODER
 from nara_diffusion.noise.signals import NoiseSignals
-from nara_diffusion.tuner.core_set import core_group
+from nara_diffusion.tuner.holder.core_set import core_group
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
 """{base: definitions of λ that it can have}; "flow" for all others."""

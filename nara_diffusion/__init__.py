@@ -12,7 +12,7 @@ from .noise.timesteps import TimestepNoise
 from .tuner.config import NaraConfig
 from .tuner.inspection import core_matrix
 from .tuner.model import NaraModel
-from .tuner.set_strength import set_strength
+from .tuner.strength.set_strength import set_strength
 
 __version__ = "0.1.0"
 __all__ = [

@@ -10,9 +10,9 @@ from .export.peft_conversion import extend_conversion
 from .loaders import load_nara_weights, save_nara_weights, unload_nara_weights
 from .loaders.patches import extend_diffusers_methods
 from .tuner.config import NaraConfig, NaraPeftType
-from .tuner.lora_patches import extend_lora_methods
 from .tuner.model import NaraModel
-from .tuner.peft_patches import extend_peft_methods
+from .tuner.patches.adapter_files import extend_peft_methods
+from .tuner.patches.lora_model import extend_lora_methods
 
 
 def register() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from nara_diffusion import NaraConfig, StrengthSchedule, core_matrix
+from nara_diffusion import StrengthSchedule, core_matrix
 from tests.helpers.adapted import lora_config
 from tests.helpers.browser import CHROMIUM, opened
 from tests.helpers.patience import wait_until
@@ -277,39 +276,6 @@ def test_rows_in_any_order_become_points_by_ascending_level(folders):
     adapter = app_adapters.read(str(folders["nara"]))
     rows = [[1, 0.5, 0.9], [None, None, None], [1, 0.5, 0.1], ["1", "0", "1"]]
     assert app_table.points_of(rows, [adapter]) == [((0.0, 1.0), (0.5, 0.9), (0.5, 0.1))]
-
-
-def test_added_point_is_between_the_last_one_and_no_noise():
-    assert app_table.with_a_point([[1, 0, 1], [2, 1, 0.3]]) == [[1, 0, 1], [2, 1, 0.3], [2, 0.5, 0.3]]
-    assert app_table.with_a_point([[1, None, None]]) == [[1, None, None], [1, 0.5, 1.0]]
-
-
-def test_space_has_what_the_app_imports_and_the_projects_requirements(tmp_path):
-    from tests.test_packaging import PROJECT
-
-    extras = PROJECT["optional-dependencies"]["app"]
-    lines = (EXAMPLES / "space" / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    gradio = next(line for line in extras if line.startswith("gradio"))
-    assert lines[1:] == [*PROJECT["dependencies"], *(line for line in extras if line != gradio)]
-    text = (EXAMPLES / "space" / "README.md").read_text(encoding="utf-8")
-    assert re.search(r"^sdk_version: 6\.31\.0$", text, re.MULTILINE)
-    assert gradio == "gradio>=6.31,<7"
-    copying = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[0]
-    copying = copying.replace("my-space", str(tmp_path / "space"))
-    subprocess.run(["bash", "-euc", copying], cwd=EXAMPLES.parent, check=True)
-    names = {path.name for path in (tmp_path / "space").iterdir()}
-    assert {f.name for f in EXAMPLES.glob("app*.py")} | {"nara_diffusion", "assets", "README.md"} < names
-    assert (tmp_path / "space" / "assets" / app.MODEL.name / "model_index.json").is_file()
-    assert (tmp_path / "space" / "assets" / app.ADAPTER.name / "pytorch_nara_weights.safetensors").is_file()
-
-
-def test_default_adapter_fits_the_default_pipeline():
-    adapter = app_adapters.read(str(app.ADAPTER))
-    pipe = app_sampling.load_pipeline(str(app.MODEL))
-    app_adapters.load(pipe, adapter, "toy")
-    config = pipe.unet.peft_config["toy"]
-    assert isinstance(config, NaraConfig)
-    assert max(adapter.distance) > 0.1
 
 
 @pytest.mark.slow

@@ -37,20 +37,20 @@ from nara_diffusion.training.adapters.build import base_model, build_adapter, re
 from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread
 from nara_diffusion.training.adapters.methods import title_of
-from nara_diffusion.training.argument_checks import check_arguments, require
-from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments
-from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.cli import option
-from nara_diffusion.training.engine_state import load_whole, prepare
+from nara_diffusion.training.arguments.checks import check_arguments, require
+from nara_diffusion.training.arguments.cli import option
+from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments, RunArguments
+from nara_diffusion.training.arguments.window import WindowArguments, check_window, window_of
+from nara_diffusion.training.checkpoints.folders import save_adapter
+from nara_diffusion.training.engine.state import load_whole, prepare
 from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.main import run_command
 from nara_diffusion.training.oom import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.output.run_report import publish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
-from nara_diffusion.training.window_arguments import WindowArguments, check_window, window_of
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))

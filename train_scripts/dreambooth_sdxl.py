@@ -68,13 +68,13 @@ from nara_diffusion.training.adapters.build import adapter_config
 from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread
 from nara_diffusion.training.adapters.methods import METHODS, title_of
-from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.main import run_command
 from nara_diffusion.training.oom import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.output.run_report import publish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.training.run_report import publish
 from nara_diffusion.training.stream import count_steps, stream_loader
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))

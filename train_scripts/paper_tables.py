@@ -41,7 +41,7 @@ from nara_diffusion.harness.paper_settings import check, keep
 from nara_diffusion.harness.paper_tables import document
 from nara_diffusion.harness.shared import write_shared
 from nara_diffusion.training.adapters.methods import METHODS as ADAPTERS
-from nara_diffusion.training.cli import option, parse_arguments
+from nara_diffusion.training.arguments.cli import option, parse_arguments
 
 HERE = Path(__file__).parent
 TEXTS = ("--launch_arguments", "--train_arguments", "--evaluation_arguments")

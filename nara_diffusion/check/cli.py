@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 
 from nara_diffusion.dreambooth.conversion import CONVERSIONS
-from nara_diffusion.training.cli import option, parse_arguments
+from nara_diffusion.training.arguments.cli import option, parse_arguments
 
 from .run import run_check
 from .sources import image_source, text_source

@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nara_diffusion.training.model_card import format_table
-from nara_diffusion.training.output_dir import write_json
+from nara_diffusion.training.output.model_card import format_table
+from nara_diffusion.training.output.output_dir import write_json
 from nara_diffusion.utils.atomic_write import atomic_write
 from nara_diffusion.utils.statistics import Interval
 

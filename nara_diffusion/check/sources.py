@@ -19,7 +19,7 @@ from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.sdxl import load_pipeline
 from nara_diffusion.dreambooth.setup import load_instances, prompt_cache, target_scheduler, training_data
 from nara_diffusion.training.adapters.configs import ALL_LINEAR
-from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
+from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments
 
 from .images import image_task
 from .text import text_task

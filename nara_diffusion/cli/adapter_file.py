@@ -13,8 +13,8 @@ from torch import Tensor
 from nara_diffusion.loaders.format import WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import read_adapter
 from nara_diffusion.loaders.validation import rank_of
-from nara_diffusion.tuner.core_holder import HOLDER_NAME
-from nara_diffusion.tuner.core_set import CoreSet, core_group, make_cores
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.holder.core_set import CoreSet, core_group, make_cores
 
 MODEL = "model"
 """What the one component is called that PEFT's form has."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.loaders.format import AdapterPart
-from nara_diffusion.training.model_card import format_table
+from nara_diffusion.training.output.model_card import format_table
 from nara_diffusion.tuner.config_files import config_to_fields
 
 from .adapter_file import AdapterFile, modules_of, read

@@ -17,7 +17,7 @@ from nara_diffusion.loaders.format import AdapterPart
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_set import core_group
+from nara_diffusion.tuner.holder.core_set import core_group
 
 from .adapter_file import cores_of, modules_of
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from nara_diffusion.dreambooth.data.captions import check_prompt
 from nara_diffusion.training.adapters.methods import METHODS, method_of
-from nara_diffusion.training.argument_checks import check_arguments, require
-from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments
-from nara_diffusion.training.cli import option
-from nara_diffusion.training.window_arguments import WindowArguments, check_window
+from nara_diffusion.training.arguments.checks import check_arguments, require
+from nara_diffusion.training.arguments.cli import option
+from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments, RunArguments
+from nara_diffusion.training.arguments.window import WindowArguments, check_window
 
 from .average_arguments import AverageArguments, check_average
 from .caption_arguments import CaptionArguments, check_captions

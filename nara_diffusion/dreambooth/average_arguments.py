@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.training.argument_checks import require
-from nara_diffusion.training.cli import option
+from nara_diffusion.training.arguments.checks import require
+from nara_diffusion.training.arguments.cli import option
 
 _DECAY = 0.9999
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.training.argument_checks import require
-from nara_diffusion.training.cli import option
+from nara_diffusion.training.arguments.checks import require
+from nara_diffusion.training.arguments.cli import option
 
 from .conversion import CONVERSIONS
 from .distances import DISTANCES, Distance

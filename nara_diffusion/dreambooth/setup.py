@@ -20,8 +20,8 @@ from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings
 from nara_diffusion.training.adapters.build import check_adaptable
 from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.arguments.window import window_of
 from nara_diffusion.training.stream import count_steps
-from nara_diffusion.training.window_arguments import window_of
 
 from .arguments import DreamBoothArguments
 from .caption_arguments import caption_changes

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, validation_losses
 from nara_diffusion.dreambooth.evaluation.grid import write_grid
 from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings, sample_images
-from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.run import Run
 
 from .formats import adapter_loaded, write_adapter

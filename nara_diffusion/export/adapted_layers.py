@@ -22,9 +22,9 @@ from nara_diffusion.layers.effective_weights import effective_weight
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.signals import Level, NoiseSignals
 from nara_diffusion.runtime.offloading import is_sharded, onloaded, onloaded_cores
-from nara_diffusion.tuner.core_holder import CoreHolder, holder_of
-from nara_diffusion.tuner.set_strength import roots_of
-from nara_diffusion.tuner.strength_layers import layers_of
+from nara_diffusion.tuner.holder.core_holder import CoreHolder, holder_of
+from nara_diffusion.tuner.strength.layers import layers_of
+from nara_diffusion.tuner.strength.set_strength import roots_of
 
 _SPREAD = ("target_parameters", "layer_replication", "megatron_config")
 """Options of a LoRA by which its layers are no layers with an A and a B of their own."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.noise.signals import NoiseSignals
-from nara_diffusion.tuner.build_core import is_tied_to_rank
 from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.tuner.holder.build_core import is_tied_to_rank
 
 from .adapted_layers import Adapter
 

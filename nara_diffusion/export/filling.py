@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.tuner.strength_layers import layers_of
+from nara_diffusion.tuner.strength.layers import layers_of
 
 from .plain_lora import PlainLora, PlainLoraLayer
 

@@ -18,7 +18,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nara_diffusion.noise.signals import Level, as_signals
-from nara_diffusion.tuner.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 
 from .adapted_layers import AdaptedLayer, Adapter, read_adapter
 from .best import Density, best_cores

@@ -26,7 +26,7 @@ from nara_diffusion.loaders.validation import TEXT_ENCODER, base_modules
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.injection import roll_back
-from nara_diffusion.tuner.peft_patches import trainable_again
+from nara_diffusion.tuner.patches.adapter_files import trainable_again
 
 from .adapted_layers import read_adapter
 from .filling import fill

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.noise.context import noise_level
-from nara_diffusion.tuner.strength_layers import layers_of
+from nara_diffusion.tuner.strength.layers import layers_of
 from nara_diffusion.utils.eval_mode import evaluating
 
 from .adapted_layers import AdaptedLayer, Adapter

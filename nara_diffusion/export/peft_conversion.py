@@ -16,9 +16,9 @@ from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
 
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_holder import HOLDER_NAME
-from nara_diffusion.tuner.set_strength import roots_of
-from nara_diffusion.tuner.strength_layers import has_strength
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.strength.layers import has_strength
+from nara_diffusion.tuner.strength.set_strength import roots_of
 
 from .fold import to_lora
 from .lora_config import with_ranks

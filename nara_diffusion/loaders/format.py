@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.config_files import config_from_fields, config_to_fields, parse_json, refuse_repeated_keys
-from nara_diffusion.tuner.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.state_dict import with_current_names
 
 WEIGHTS_NAME = "pytorch_nara_weights.safetensors"

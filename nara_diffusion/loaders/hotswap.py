@@ -17,11 +17,11 @@ from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotsw
 from torch import Tensor, nn
 
 from nara_diffusion.cores.custom import CustomCore, rebuild_custom_core
-from nara_diffusion.tuner.build_core import build_core, is_block_of_larger
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_holder import holder_of
-from nara_diffusion.tuner.noise_convention import with_convention
-from nara_diffusion.tuner.strength_layers import check_strength, default_strengths, give_strength, has_strength
+from nara_diffusion.tuner.holder.build_core import build_core, is_block_of_larger
+from nara_diffusion.tuner.holder.core_holder import holder_of
+from nara_diffusion.tuner.holder.noise_convention import with_convention
+from nara_diffusion.tuner.strength.layers import check_strength, default_strengths, give_strength, has_strength
 
 from .completeness import check_loaded
 from .format import AdapterPart

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.injection import drop_idle_holder
 
 from .completeness import check_loaded, held_tensors

@@ -6,6 +6,7 @@ Diffusers walks over the layers of a model. The holder of the cores is a child o
     load_lora_adapter  activates the adapter that it has loaded in the layers only
     set_adapters       looks up a weight for each layer by the block in its name, and the holder is in no block; also,
                        weights may be functions of λ
+    set_lora_device    moves the A and B of each layer, which the holder has not
     fuse_lora          merges layer by layer, so that half of them stay merged if λ is unknown, and doesn't say that
                        every step then runs at the C of one λ
     …_lora, …_adapters  change which adapters are active, and with them the scheduler that the pipeline needs
@@ -21,11 +22,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import diffusers.loaders.lora_base as lora_base
 import diffusers.loaders.lora_pipeline as lora_pipeline
 import diffusers.loaders.peft as peft_loaders
+import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
@@ -33,10 +36,10 @@ from safetensors import safe_open
 
 from nara_diffusion.runtime.offloading import check_kept_nowhere
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_holder import holder_of
 from nara_diffusion.tuner.forward_hook import detach_holder
+from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.injection import drop_idle_holder, without_holder
-from nara_diffusion.tuner.strength_layers import take_strength
+from nara_diffusion.tuner.strength.layers import take_strength
 from nara_diffusion.utils.patching import around
 
 from .format import METADATA_KEY, is_core_key
@@ -67,6 +70,7 @@ def extend_diffusers_methods() -> None:
         around(LoraBaseMixin, name, _switch, _has_cores)
     around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters, _has_cores_or_gets_schedule)
     around(LoraBaseMixin, "fuse_lora", _fuse_pipeline, _has_cores)
+    around(LoraBaseMixin, "set_lora_device", _set_lora_device, _has_cores)
     around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up, _has_cores)
     around(LoraBaseMixin, "delete_adapters", _then_tidy_up, _has_cores)
     around(lora_pipeline, "_fetch_state_dict", _fetch_state_dict)
@@ -211,6 +215,18 @@ def _set_pipeline_adapters(
     check_components(pipe, adapter_names, adapter_weights)
     original(pipe, adapter_names, adapter_weights)
     follow_adapters(pipe)
+
+
+def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device: Any) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_lora_device")
+    models = [model for name in pipe._lora_loadable_modules if (model := getattr(pipe, name, None)) is not None]
+    with ExitStack() as hidden:
+        for model in models:
+            hidden.enter_context(without_holder(model))
+        original(pipe, adapter_names, device)
+    for holder in filter(None, map(holder_of, models)):
+        for name in adapter_names:
+            holder._move_adapter_to_device_of_base_layer(name, torch.device(device))
 
 
 def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:

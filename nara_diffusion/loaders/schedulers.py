@@ -18,7 +18,7 @@ from torch import nn
 
 from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
 from nara_diffusion.noise.timesteps import count_timesteps
-from nara_diffusion.tuner.core_holder import holder_of
+from nara_diffusion.tuner.holder.core_holder import holder_of
 
 from .format import AdapterPart
 from .guards import unwrapped

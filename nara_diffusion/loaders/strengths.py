@@ -16,8 +16,8 @@ from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from nara_diffusion.noise.strength import StrengthSchedule
-from nara_diffusion.tuner.set_strength import keep_as_default
-from nara_diffusion.tuner.strength_layers import check_strength, give_strength, has_strength, layers_of
+from nara_diffusion.tuner.strength.layers import check_strength, give_strength, has_strength, layers_of
+from nara_diffusion.tuner.strength.set_strength import keep_as_default
 
 from .insertion import adapters_of
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.sources import first_source
-from nara_diffusion.tuner.build_core import needs_noise
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.core_holder import HOLDER_NAME, holder_of
-from nara_diffusion.tuner.core_set import core_group, core_tensors
-from nara_diffusion.tuner.noise_convention import with_convention
+from nara_diffusion.tuner.holder.build_core import needs_noise
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
+from nara_diffusion.tuner.holder.core_set import core_group, core_tensors
+from nara_diffusion.tuner.holder.noise_convention import with_convention
 from nara_diffusion.tuner.state_dict import check_adapter_tensors
 
 from .format import AdapterPart, is_core_key

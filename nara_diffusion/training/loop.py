@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nara_diffusion.training.adapters.adalora import adalora_models, allocate_ranks, orthogonality
+from nara_diffusion.training.checkpoints.folders import newest_checkpoint, save_checkpoint
 
 from .base_hold import SplitLosses
-from .checkpoints import newest_checkpoint, save_checkpoint
 from .interrupt import InterruptRequest
 from .metrics import LossWindow, stacked
 from .optimization import hold_core

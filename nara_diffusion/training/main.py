@@ -15,7 +15,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from .cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
+
 from .interrupt import Terminated, exit_code, follow_launcher, sigterm_interrupts
 from .loop import TrainingDiverged
 from .oom import OutOfMemory

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.training.output.output_dir import write_text
 
 from .base_hold import SplitLosses
-from .output_dir import write_text
 
 # thirds of [0, 1]: an adapter's gain depends on λ, so one mean over all λ hides it
 NOISE_BINS = {"loss_low": (0.0, 1 / 3), "loss_mid": (1 / 3, 2 / 3), "loss_high": (2 / 3, 1.0)}

@@ -17,20 +17,25 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.methods import method_of
+from nara_diffusion.training.checkpoints.digests import digest_texts, digest_weights
+from nara_diffusion.training.checkpoints.folders import (
+    check_same_content,
+    find_checkpoints,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from nara_diffusion.training.checkpoints.random_states import check_random_states
+from nara_diffusion.training.engine.checks import check_engine, launched_processes
+from nara_diffusion.training.engine.state import load_state
+from nara_diffusion.training.output.claim import FolderClaim, claim_together
+from nara_diffusion.training.output.endings import explain_ending
+from nara_diffusion.training.output.hub import create_hub_repo
+from nara_diffusion.training.output.output_dir import check_output_dir, numbered_dirs, write_yaml
 
 from .batches import accumulation_steps, check_accumulation
-from .checkpoints import check_same_content, find_checkpoints, resolve_checkpoint, verify_checkpoint
-from .claim import FolderClaim, claim_together
-from .digests import digest_texts, digest_weights
-from .endings import explain_ending
-from .engine_checks import check_engine, launched_processes
-from .engine_state import load_state
 from .formats import AdapterWriter, write_checkpoint
-from .hub import create_hub_repo
 from .metrics import MetricLog
 from .optimization import check_scheduler
-from .output_dir import check_output_dir, numbered_dirs, write_yaml
-from .random_states import check_random_states
 
 logger = logging.getLogger(__name__)
 

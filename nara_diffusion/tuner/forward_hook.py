@@ -12,10 +12,10 @@ from nara_diffusion.runtime.channel import PerForwardCores
 from nara_diffusion.runtime.checkpointing import checkpoint_without_core
 from nara_diffusion.runtime.offloading import onload_cores
 from nara_diffusion.runtime.root_call import remove_root_call, set_root_call
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, CoreHolder
+from nara_diffusion.tuner.holder.per_forward_cores import cores_of_forward
 
-from .core_holder import HOLDER_NAME, CoreHolder
 from .merging import unmerge_all
-from .per_forward_cores import cores_of_forward
 
 
 def attach_holder(holder: CoreHolder, root: nn.Module) -> None:

@@ -15,9 +15,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, CoreHolder, holder_of
 
 from .config import NaraConfig
-from .core_holder import HOLDER_NAME, CoreHolder, holder_of
 from .forward_hook import detach_holder
 
 

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from nara_diffusion.noise.signals import as_signals
 from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.runtime.offloading import onloaded_cores
-
-from .core_set import CoreSet
+from nara_diffusion.tuner.holder.core_set import CoreSet
 
 
 def core_matrix(

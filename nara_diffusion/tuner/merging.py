@@ -13,8 +13,7 @@ from torch import nn
 
 from nara_diffusion.noise.context import noise_level as at_noise_level
 from nara_diffusion.runtime.offloading import check_kept_nowhere
-
-from .core_holder import CoreHolder, holder_of
+from nara_diffusion.tuner.holder.core_holder import CoreHolder, holder_of
 
 
 class MergesAtOneLevel(LoraModel):

@@ -24,16 +24,16 @@ from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.runtime.batch_rows import rows_of
 from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.runtime.offloading import check_addable
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, CoreHolder, holder_of
+from nara_diffusion.tuner.holder.core_set import SHARED, core_group, core_tensors
+from nara_diffusion.tuner.holder.noise_convention import with_convention
+from nara_diffusion.tuner.strength.layers import default_strengths, give_strength
 
 from .config import NaraConfig
-from .core_holder import HOLDER_NAME, CoreHolder, holder_of
-from .core_set import SHARED, core_group, core_tensors
 from .forward_hook import attach_holder, detach_holder
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
-from .noise_convention import with_convention
 from .state_dict import check_adapter_tensors, check_core_precision, refuse_name_in_key, with_current_names
-from .strength_layers import default_strengths, give_strength
 
 _PEFT_PREFIX = "base_model.model."
 _STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"

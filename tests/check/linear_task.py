@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.check.trial import CheckTask, published
-from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
+from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments
 
 D_IN, D_OUT, RANK = 7, 5, 3
 BATCH, STEP = 10, 20

@@ -9,7 +9,7 @@ import pytest
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.foreign_flags import FOREIGN_FLAGS
 from nara_diffusion.dreambooth.setup import count_validation_steps
-from nara_diffusion.training.cli import build_parser, parse_arguments
+from nara_diffusion.training.arguments.cli import build_parser, parse_arguments
 
 NEEDED = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "a photo of sks dog"]
 

@@ -13,7 +13,7 @@ from lm_eval._cli import HarnessCLI
 from nara_diffusion.harness.command import TASKS, with_defaults
 from nara_diffusion.harness.generation import SETTINGS, read_gen_kwargs
 from nara_diffusion.harness.loading import BACKBONE_ARGUMENTS
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts import paper_tables
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from nara_diffusion.harness.paper import DOMAINS, Step
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts import paper_tables
 from train_scripts.dllm import Arguments, shipped_run
 from train_scripts.paper_tables import PaperArguments, joined, main

@@ -15,7 +15,7 @@ import yaml
 from nara_diffusion.harness.command import TASKS
 from nara_diffusion.harness.paper import DOMAINS, METHODS, SAMPLING, Step, result_of
 from nara_diffusion.training.adapters.configs import adapter_config
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts import paper_tables
 from train_scripts.dllm import Arguments, shipped_run
 from train_scripts.paper_tables import PaperArguments, main

@@ -55,7 +55,6 @@ def diffusers_calls(folder: Path) -> Results:
         found[f"load {name}"] = pixels(pipe)
     pipe.set_adapters(["a", "b"], [0.5, {"unet": {"mid": 0.2, "up": 1.5}}])
     found["weights of blocks"] = pixels(pipe)
-    found["unknown name"] = error_of(lambda: pipe.set_adapters("c"))
     pipe.unet.set_adapters("b", 0.7)
     found["one adapter"] = pixels(pipe)
     pipe.disable_lora()
@@ -68,8 +67,12 @@ def diffusers_calls(folder: Path) -> Results:
     pipe.unet.save_lora_adapter(folder / "saved", adapter_name="a")
     pipe.delete_adapters("a")
     found["without a"] = pixels(pipe)
-    pipe.unet.load_lora_adapter(folder / "saved", None, weight_name="pytorch_lora_weights.safetensors", adapter_name="again")
+    pipe.unet.load_lora_adapter(
+        folder / "saved", None, weight_name="pytorch_lora_weights.safetensors", adapter_name="again"
+    )
     pipe.set_adapters("again")
+    pipe.unet.delete_adapters("b")
+    found["unknown name"] = error_of(lambda: pipe.set_adapters("b"))
     found["saved and loaded"] = pixels(pipe)
     pipe.unet.delete_adapters("again")
     pipe.unload_lora_weights()

@@ -44,9 +44,9 @@ CHECKS = {
     "loaders/format.py": {"is_core_key"},
     "loaders/schedulers.py": {"has_replaced_scheduler"},
     "loaders/strengths.py": {"has_schedules", "_schedules"},
-    "tuner/core_holder.py": {"holder_of"},
-    "tuner/lora_patches.py": {"_has_holder", "_is_plain_with_holder", "_has_mixed_batch"},
-    "tuner/peft_patches.py": {"_is_new_nara", "_is_naras", "_has_naras", "_has_nara_tuner", "_from_json_file"},
+    "tuner/holder/core_holder.py": {"holder_of"},
+    "tuner/patches/lora_model.py": {"_has_holder", "_is_plain_with_holder", "_has_mixed_batch"},
+    "tuner/patches/adapter_files.py": {"_is_new_nara", "_is_naras", "_has_naras", "_has_nara_tuner", "_from_json_file"},
     "tuner/config_files.py": {"is_naras"},
     "export/peft_conversion.py": {"_entry", "convert_adapter", "_has_cores"},
 }  # fmt: skip

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.training.cli import build_parser, parse_arguments
+from nara_diffusion.training.arguments.cli import build_parser, parse_arguments
 from tests.helpers.patience import LAST_RESORT
 from train_scripts.dllm import Arguments, main
 

@@ -17,7 +17,7 @@ from nara_diffusion.dllm.evaluation.before_after import validation_losses
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.methods import METHODS
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts import dllm, dreambooth_sdxl
 from train_scripts.dllm import Arguments, main
 

@@ -8,8 +8,8 @@ from peft import PeftModel
 
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+from nara_diffusion.training.arguments.cli import parse_arguments
 from nara_diffusion.training.batches import accumulation_steps
-from nara_diffusion.training.cli import parse_arguments
 from train_scripts.dllm import Arguments, main
 
 FOLDER = Path(__file__).parents[2] / "train_scripts" / "configs"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts.dllm import Arguments, main, shipped_run
 
 

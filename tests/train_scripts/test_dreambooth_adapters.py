@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.methods import METHODS
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts.dreambooth_sdxl import SHIPPED_RUN, main, shipped_run
 
 from .dreambooth_runs import by_the_card, run_pixels, tiny_arguments, written

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.training.cli import build_parser, parse_arguments
+from nara_diffusion.training.arguments.cli import build_parser, parse_arguments
 from train_scripts.dreambooth_sdxl import SHIPPED_DATA, SHIPPED_RUN, shipped_run
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.loaders.source import read_file
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
 from tests.helpers.patience import LAST_RESORT
 from train_scripts.dreambooth_sdxl import main
 

@@ -3,8 +3,8 @@
 import pytest
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.training.cli import parse_arguments
-from nara_diffusion.training.foreign_names import OTHER_NAMES
+from nara_diffusion.training.arguments.cli import parse_arguments
+from nara_diffusion.training.arguments.foreign_names import OTHER_NAMES
 from train_scripts.dllm import Arguments
 
 

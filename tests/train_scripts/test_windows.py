@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts import dllm, dreambooth_sdxl
 
 from .dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments

@@ -11,9 +11,9 @@ from peft import PeftModel
 
 from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.training.adapters.build import build_adapter
-from nara_diffusion.training.argument_checks import check_arguments
-from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments, RunArguments
-from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.arguments.checks import check_arguments
+from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments, RunArguments
+from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler

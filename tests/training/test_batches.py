@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from nara_diffusion.training.arguments.cli import parse_arguments
 from nara_diffusion.training.batches import accumulation_steps, check_accumulation
-from nara_diffusion.training.cli import parse_arguments
 from nara_diffusion.training.run import start_run
 from train_scripts.dllm import Arguments
 

@@ -11,7 +11,7 @@ import torch
 from nara_diffusion.training.main import run_command
 from nara_diffusion.training.metrics import MetricLog
 from nara_diffusion.training.oom import explaining_out_of_memory
-from nara_diffusion.training.output_dir import check_output_dir
+from nara_diffusion.training.output.output_dir import check_output_dir
 from nara_diffusion.training.run import start_run
 
 

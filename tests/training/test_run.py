@@ -9,8 +9,8 @@ import torch
 import yaml
 from accelerate import tracking
 
-from nara_diffusion.training import hub
-from nara_diffusion.training.output_dir import CLAIM
+from nara_diffusion.training.output import hub
+from nara_diffusion.training.output.output_dir import CLAIM
 from nara_diffusion.training.run import start_run
 
 

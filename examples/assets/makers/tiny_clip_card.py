@@ -12,7 +12,7 @@ from tiny_retrieval import SEED, SPLIT
 from tiny_scenes import contact_sheet, distinct_scenes, render
 from tiny_vocabulary import MAX_TOKENS, words
 
-from nara_diffusion.training.output_dir import write_json, write_text
+from nara_diffusion.training.output.output_dir import write_json, write_text
 
 CARD_TEMPLATE = Path(__file__).with_name("clip_tiny_card.md")
 

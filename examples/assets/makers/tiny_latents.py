@@ -13,7 +13,7 @@ from tiny_vae import pixels
 from torch import Tensor
 from tqdm import tqdm
 
-from nara_diffusion.training.output_dir import atomic_write
+from nara_diffusion.training.output.output_dir import atomic_write
 
 SPLIT = "sdxl"
 CROPPED_SHARE = 0.3  # of the scenes: cut from a larger picture, as SDXL's time_ids tell

@@ -10,7 +10,7 @@ from typing import Any
 from tiny_curves import write_curve
 from tiny_sdxl_evaluation import GUIDANCE, SHEET_PROMPTS
 
-from nara_diffusion.training.output_dir import write_json, write_text
+from nara_diffusion.training.output.output_dir import write_json, write_text
 
 CARD_TEMPLATE = Path(__file__).with_name("sdxl_tiny_card.md")
 

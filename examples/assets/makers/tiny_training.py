@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
-from nara_diffusion.training.output_dir import atomic_write, write_json
+from nara_diffusion.training.output.output_dir import atomic_write, write_json
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nara_diffusion.dllm.data.encoding import AnswerCollator
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.training.distributed import split_across_processes
+from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.training.metrics import LossWindow, window_means
 from nara_diffusion.utils.eval_mode import evaluating
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.training.model_card import format_table, write_samples
-from nara_diffusion.training.plots import plot_noise_level_curves
-from nara_diffusion.training.run_report import core_import, reads_noise, write_run_card
-from nara_diffusion.training.window_arguments import window_of
+from nara_diffusion.training.arguments.window import window_of
+from nara_diffusion.training.output.model_card import format_table, write_samples
+from nara_diffusion.training.output.plots import plot_noise_level_curves
+from nara_diffusion.training.output.run_report import core_import, reads_noise, write_run_card
 
 from .before_after import Measurement
 

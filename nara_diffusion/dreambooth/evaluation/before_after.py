@@ -23,7 +23,7 @@ from nara_diffusion.dreambooth.formats import adapter_loaded
 from nara_diffusion.dreambooth.objectives import Objective, squared_errors
 from nara_diffusion.dreambooth.timesteps import draw_noise
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.training.distributed import split_across_processes
+from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.training.metrics import LossWindow, window_means
 
 from .encoders import Encoder

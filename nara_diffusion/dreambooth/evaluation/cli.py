@@ -35,8 +35,8 @@ from typing import Any
 
 import torch
 
-from nara_diffusion.training.cli import build_parser, option, parse_arguments
-from nara_diffusion.training.output_dir import write_json
+from nara_diffusion.training.arguments.cli import build_parser, option, parse_arguments
+from nara_diffusion.training.output.output_dir import write_json
 
 from .encoders import Encoder
 from .subject_fidelity import PromptSource, evaluate, table

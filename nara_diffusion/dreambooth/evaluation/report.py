@@ -12,10 +12,10 @@ from nara_diffusion.dreambooth.formats import SCHEDULER
 from nara_diffusion.dreambooth.sdxl import model_name
 from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapters.methods import method_of
-from nara_diffusion.training.model_card import format_table
-from nara_diffusion.training.plots import plot_noise_level_curves
-from nara_diffusion.training.run_report import core_import, reads_noise, write_run_card
-from nara_diffusion.training.window_arguments import window_of
+from nara_diffusion.training.arguments.window import window_of
+from nara_diffusion.training.output.model_card import format_table
+from nara_diffusion.training.output.plots import plot_noise_level_curves
+from nara_diffusion.training.output.run_report import core_import, reads_noise, write_run_card
 
 from .before_after import Measurement
 from .grid import write_grid

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from nara_diffusion.training.distributed import split_across_processes
+from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.utils.atomic_write import atomic_write_folder
 
 

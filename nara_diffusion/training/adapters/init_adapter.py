@@ -20,7 +20,7 @@ from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import naming, read_adapter
 from nara_diffusion.tuner.config_files import is_naras, read_config_file
-from nara_diffusion.tuner.core_holder import HOLDER_NAME, holder_of
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
 
 from .methods import CORE_FIELDS, METHODS, method_of
 from .pissa import takes_start_from_base

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nara_diffusion.cores.custom import BUILT_IN
-from nara_diffusion.training.arguments import AdapterArguments
+from nara_diffusion.training.arguments.common import AdapterArguments
 
 from .methods import CORE_FIELDS, METHODS, effective, method_of
 

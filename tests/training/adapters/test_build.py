@@ -16,8 +16,8 @@ from nara_diffusion.training.adapters.build import build_adapter
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.method_arguments import check_method, unread_arguments
 from nara_diffusion.training.adapters.methods import METHODS, kind_of, title_of
-from nara_diffusion.training.arguments import AdapterArguments
-from nara_diffusion.training.cli import parse_arguments
+from nara_diffusion.training.arguments.cli import parse_arguments
+from nara_diffusion.training.arguments.common import AdapterArguments
 
 TYPES = {
     "hira": PeftType.HIRA,

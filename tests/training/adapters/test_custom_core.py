@@ -10,8 +10,8 @@ from nara_diffusion.cores import custom as custom_cores
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.custom_core import import_core_module
 from nara_diffusion.training.adapters.method_arguments import unread_arguments
-from nara_diffusion.training.arguments import AdapterArguments
-from nara_diffusion.training.cli import build_parser, parse_arguments
+from nara_diffusion.training.arguments.cli import build_parser, parse_arguments
+from nara_diffusion.training.arguments.common import AdapterArguments
 from train_scripts import dllm, dreambooth_sdxl
 
 CORE = """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.pissa import takes_start_from_base
-from nara_diffusion.training.arguments import AdapterArguments
+from nara_diffusion.training.arguments.common import AdapterArguments
 from nara_diffusion.tuner.lora_starts import changes_base
 
 RANK, D_IN, D_OUT = 4, 11, 9

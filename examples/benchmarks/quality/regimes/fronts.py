@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nara_diffusion import StrengthSchedule
-from nara_diffusion.tuner.set_strength import set_strength
+from nara_diffusion.tuner.strength.set_strength import set_strength
 from nara_diffusion.utils.atomic_write import atomic_write
 from quality.regimes.data import SUBJECT
 from quality.regimes.methods import ARMS

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from nara_diffusion.training.adapters.build import build_adapter
 from nara_diffusion.training.adapters.method_arguments import check_method
 from nara_diffusion.training.adapters.methods import METHODS
-from nara_diffusion.training.arguments import AdapterArguments
+from nara_diffusion.training.arguments.common import AdapterArguments
 from quality.text.recipe import Recipe
 
 BASE = "base"

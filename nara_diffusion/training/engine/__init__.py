@@ -1,0 +1,1 @@
+"""accelerate's engines: one process, DDP, FSDP2 and DeepSpeed."""

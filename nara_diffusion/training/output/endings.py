@@ -1,0 +1,31 @@
+"""How a run ends that can't go on: what stopped it, and what is kept, in one line."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from nara_diffusion.training.checkpoints.folders import last_checkpoint
+
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+
+def explain_ending(error: BaseException, folder: Path) -> BaseException | None:
+    """The error to raise in place of `error`, of the same class, if the latter says nothing of what is kept.
+
+    Args:
+        folder: the run's.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return type(error)(last_checkpoint(folder))
+    if isinstance(error, OSError) and _is_write_failure(error, folder):
+        what = error.filename or f"a file, in {folder} most likely,"
+        return OSError(f"{what} could not be written ({error.strerror}). {last_checkpoint(folder)}")
+    return None
+
+
+def _is_write_failure(error: OSError, folder: Path) -> bool:
+    """Whether the system refused to write, rather than that a file to read is missing; what is explained is neither."""
+    if error.errno in _CANNOT_WRITE:
+        return True
+    return isinstance(error.filename, str) and folder.absolute() in Path(error.filename).absolute().parents

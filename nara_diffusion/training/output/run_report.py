@@ -1,0 +1,101 @@
+"""What the two scripts do alike at the end of a run: the model card's frame, results.json, the upload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nara_diffusion.cores.custom import BUILT_IN
+from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.adapters.custom_core import module_name
+from nara_diffusion.training.adapters.methods import METHODS, Method, effective, kind_of, method_of, title_of
+from nara_diffusion.training.run import Run
+from nara_diffusion.tuner.holder.build_core import needs_noise
+from nara_diffusion.utils.hub_metadata import ADAPTER, FINETUNE
+
+from .hub import push_to_hub
+from .model_card import write_model_card
+from .output_dir import write_json
+
+_WHAT_IT_IS = {
+    "nara": "A noise-aware low-rank adapter",
+    "lora": "A low-rank adapter",
+    "other": "An adapter",
+    "prompt": "Learned virtual tokens",
+    "full": "All weights, fine-tuned:",
+}
+
+
+def write_run_card(
+    folder: Path,
+    args: Any,
+    facts: Mapping[str, str],
+    *,
+    name: str,
+    about: str,
+    figures: Sequence[Sequence[str]],
+    how_good: tuple[str, str],
+    loading: str,
+    tags: Sequence[str],
+    **front_matter: Any,
+) -> None:
+    """Writes README.md into `folder`.
+
+    Args:
+        args: the run's arguments.
+        facts: {what: value} of the run, such as the number of trainable parameters.
+        name: what people call the base model.
+        about: the end of the first sentence: what it is for, and what it was trained on.
+        figures: rows of (what, before, after).
+        how_good: text before and after these.
+        loading: how to load it.
+        tags, front_matter: for the Hub.
+    """
+    kind, title = kind_of(args), title_of(args)
+    method: Method = METHODS[kind]
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
+    table = f"| | before | after |\n|---|---|---|\n{rows}"
+    training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
+    settings = yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True).strip()
+    write_model_card(
+        folder,
+        title=f"{name} with {title}",
+        summary=f"{_WHAT_IT_IS[method.family]} ({title}, {method.source}) {about}",
+        base_model=args.pretrained_model_name_or_path,
+        relation=FINETUNE if method.family == "full" else ADAPTER,
+        tags=["nara" if kind.startswith("nara") else kind.replace("_", "-"), *tags],
+        sections={
+            "How good it is": "\n\n".join(part for part in (how_good[0], table, how_good[1]) if part),
+            "How to load it": loading,
+            "How it was trained": f"{training}\n\nAll arguments:\n\n```yaml\n{settings}\n```",
+        },
+        **front_matter,
+    )
+
+
+def reads_noise(args: Any) -> bool:
+    """Whether the adapter that `args` describe depends on λ."""
+    return method_of(args).family == "nara" and needs_noise(adapter_config(args))  # type: ignore[arg-type]
+
+
+def core_import(args: Any) -> str:
+    """The line of a model card's code that registers a custom core; nothing for other adapters."""
+    if method_of(args).family != "nara" or effective(args, "core_type") in BUILT_IN:
+        return ""
+    if args.core_module is None:
+        return f"# first import the module that registers core_type {args.core_type!r}\n"
+    return f"import {module_name(args.core_module)}  # registers core_type {args.core_type!r}\n"
+
+
+def publish(run: Run, results: Mapping[str, Any], table: str) -> str:
+    """Writes results.json, uploads the folder if asked to, and returns what to show, with `table` in it."""
+    write_json(run.folder / "results.json", dict(results))
+    lines = [f"\n{table}\n", f"{results['seconds']:.0f} s; everything is in {run.folder}"]
+    if run.hub_id is not None:
+        push_to_hub(run.hub_id, run.folder)
+        lines.append(f"pushed to https://huggingface.co/{run.hub_id}")
+    return "\n".join(lines)

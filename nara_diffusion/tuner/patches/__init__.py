@@ -1,0 +1,1 @@
+"""Wrappers around PEFT's methods; `nara_diffusion.registry` installs them."""
