@@ -1,16 +1,19 @@
-"""A core of your own: a rotation whose angles grow with the noise, registered in one line, then used like any other.
+"""A core of your own, registered in one line, then used like any other: a rotation, or NaRA's core of constant norm.
 
-    python examples/06_own_core.py
+    python examples/06_own_core.py                         # a rotation whose angles grow with the noise
+    python examples/06_own_core.py --core constant_norm    # NaRA's network, its C(λ) scaled to the norm of I
 
-NaRA's core is a small network, C(λ) = I + η F(e(λ)). Here it is C(λ) = exp(λ (P − Pᵀ)) with one learnable P: it turns
-the r directions between A and B, the further the noisier, and never stretches them. After `register_core` every part
-of the package serves it: PEFT, the loss and the sampler, saving and loading, the Diffusers loaders. Takes less than a
-minute and draws outputs/examples/06_own_core.png.
+NaRA's core is a small network, C(λ) = I + η F(e(λ)). The rotation is C(λ) = exp(λ (P − Pᵀ)) with one learnable P: it
+turns the r directions between A and B, the further the noisier, and never stretches them. The other core shows how to
+change what becomes of NaRA's C(λ): it wraps the network. After `register_core` every part of the package serves such a
+core: PEFT, the loss and the sampler, saving and loading, the Diffusers loaders. Takes less than a minute and draws
+outputs/examples/06_own_core.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -20,6 +23,8 @@ from shipped_task import GEN_LENGTH, fine_tune, load_rows, load_shipped_model, m
 from torch import nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level, register_core
+from nara_diffusion.cores.embeddings import make_embedding
+from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.dllm import exact_match
 
 
@@ -34,7 +39,31 @@ class RotationCore(nn.Module):
         return torch.linalg.matrix_exp(noise_level[:, None, None] * (self.P - self.P.T))
 
 
-register_core("rotation", RotationCore)  # before an adapter that has it is made or loaded
+class ConstantNormCore(nn.Module):
+    """C(λ) = √r N(λ) / ‖N(λ)‖, where N(λ) = I + η F(e(λ)) is NaRA's core: ‖C(λ)‖ = ‖I‖. λ (b,) -> (b, r, r)
+
+    λ then mixes the r directions and doesn't scale the update as a whole.
+    """
+
+    def __init__(self, config: NaraConfig, rank: int) -> None:
+        super().__init__()
+        self.network = HypernetworkCore(
+            rank,
+            scale=config.core_scale,
+            hidden_dims=config.core_hidden_dims,
+            init=config.core_init,
+            core_input="noise_level",
+            embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+        )
+
+    def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
+        core = self.network(noise_level)
+        return core * math.sqrt(core.shape[-1]) / core.norm(dim=(1, 2), keepdim=True)
+
+
+CORES = {"rotation": RotationCore, "constant_norm": ConstantNormCore}
+for name, core in CORES.items():
+    register_core(name, core)  # before an adapter that has it is made or loaded
 
 
 def draw(file: Path, model: PeftModel) -> None:
@@ -50,7 +79,9 @@ def draw(file: Path, model: PeftModel) -> None:
     figure.savefig(file, dpi=100)
 
 
-def main(steps: int = 250, n: int = 100, output_dir: str | Path = "outputs/examples") -> dict[str, float]:
+def main(
+    core: str = "rotation", steps: int = 250, n: int = 100, output_dir: str | Path = "outputs/examples"
+) -> dict[str, float]:
     """Train, save, load, draw; returns the shares of right answers before, after, and loaded again."""
     torch.manual_seed(0)
     base, tokenizer = load_shipped_model()
@@ -60,14 +91,14 @@ def main(steps: int = 250, n: int = 100, output_dir: str | Path = "outputs/examp
     def right(model: nn.Module) -> float:
         return exact_match(model, tokenizer, rows, gen_length=GEN_LENGTH, batch_size=n, progress=False).score
 
-    model = get_peft_model(base, NaraConfig(core_type="rotation", r=8, lora_alpha=8, target_modules="all-linear"))
+    model = get_peft_model(base, NaraConfig(core_type=core, r=8, lora_alpha=8, target_modules="all-linear"))
     print(trainable_parameters(model))
     results = {"before": right(model)}
     fine_tune(model, load_rows(tokenizer, "train"), make_collator(tokenizer), steps)
     results["after"] = right(model)
 
     folder = Path(output_dir) / "06_own_core"
-    model.save_pretrained(folder)  # the name "rotation" and the tensors; the class stays in your program
+    model.save_pretrained(folder)  # the name of the core and its tensors; the class stays in your program
     loaded = PeftModel.from_pretrained(load_shipped_model()[0], folder)
     results["loaded"] = right(loaded)
     with torch.no_grad(), noise_level(model, 0.5), noise_level(loaded, 0.5):
@@ -82,7 +113,8 @@ def main(steps: int = 250, n: int = 100, output_dir: str | Path = "outputs/examp
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Register a core of your own and fine-tune the shipped model with it.")
+    parser.add_argument("--core", choices=CORES, default="rotation", help="which core (default: rotation)")
     parser.add_argument("--steps", type=int, default=250, help="train steps (default: 250)")
     parser.add_argument("--output_dir", default="outputs/examples", help="where adapter and picture go")
     arguments = parser.parse_args()
-    main(steps=arguments.steps, output_dir=arguments.output_dir)
+    main(arguments.core, steps=arguments.steps, output_dir=arguments.output_dir)

@@ -4,6 +4,10 @@ import re
 from importlib import import_module  # the names of the examples start with their numbers
 from pathlib import Path
 
+import torch
+from peft import PeftModel
+
+from nara_diffusion import core_matrix
 from tests.helpers.small_pipelines import small_sdxl
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -87,6 +91,17 @@ def test_own_core_example_trains_saves_and_loads_its_rotation(tmp_path, capsys):
     assert "gives the same logits: True" in capsys.readouterr().out
     assert (tmp_path / "06_own_core.png").stat().st_size > 0
     assert '"core_type": "rotation"' in (tmp_path / "06_own_core" / "adapter_config.json").read_text()
+
+
+def test_own_core_example_keeps_the_norm_of_the_identity_by_its_other_core(tmp_path):
+    results = import_module("06_own_core").main("constant_norm", steps=2, n=8, output_dir=tmp_path)
+    assert results["after"] == results["loaded"]
+    folder = tmp_path / "06_own_core"
+    loaded = PeftModel.from_pretrained(import_module("shipped_task").load_shipped_model()[0], folder)
+    assert loaded.peft_config["default"].core_type == "constant_norm"
+    core = core_matrix(loaded, torch.linspace(0, 1, 11)).detach().double()
+    torch.testing.assert_close(core.flatten(1).norm(dim=1), torch.full((11,), 8.0).double().sqrt(), rtol=1e-6, atol=0)
+    assert (core - core.mean(0)).abs().max() > 0
 
 
 def test_conversion_example_brings_its_scheduler_and_takes_it_back(tmp_path, capsys):
