@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -75,8 +76,9 @@ def diffusers_calls(folder: Path) -> Results:
     found["unknown name"] = error_of(lambda: pipe.set_adapters("b"))
     found["saved and loaded"] = pixels(pipe)
     pipe.unet.delete_adapters("again")
+    found["layers left"] = str(sum(isinstance(module, BaseTunerLayer) for module in pipe.unet.modules()))
     pipe.unload_lora_weights()
-    found["unloaded"] = pixels(pipe)
+    found["base"] = pixels(pipe)
     return found
 
 
@@ -118,7 +120,8 @@ def peft_calls(folder: Path) -> Results:
 def all_calls(folder: Path) -> Results:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about adapters that are activated, deleted and merged
-        return {**diffusers_calls(folder), **peft_calls(folder)}
+        found = {"Diffusers": diffusers_calls(folder), "PEFT": peft_calls(folder)}
+    return {f"{library}: {step}": value for library, steps in found.items() for step, value in steps.items()}
 
 
 if __name__ == "__main__":

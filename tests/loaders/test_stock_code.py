@@ -110,5 +110,5 @@ def test_plain_loras_run_no_code_of_the_package(folder, tmp_path):
             assert found[step] == value
         else:
             torch.testing.assert_close(found[step], value, rtol=0, atol=1e-5, msg=lambda text, at=step: f"{at}: {text}")
-    assert not torch.allclose(expected["load a"], expected["unloaded"], atol=1e-2)
-    assert not torch.allclose(expected["another"], expected["one adapter"], atol=1e-2)
+    assert not torch.allclose(expected["Diffusers: load a"], expected["Diffusers: base"], atol=1e-2)
+    assert not torch.allclose(expected["PEFT: another"], expected["PEFT: one adapter"], atol=1e-2)
