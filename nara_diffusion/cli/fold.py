@@ -21,8 +21,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from nara_diffusion.export import PlainLora, to_lora
+from nara_diffusion.export.bins import Interpolation
 from nara_diffusion.export.hosts import BASES, FORMS, save_host_file
 from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
 
@@ -82,6 +84,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     amount.add_argument("--noise_level", type=float, help="λ in [0, 1], 1 is pure noise: one LoRA")
     amount.add_argument("--bins", type=int, help="LoRAs, at most")
     amount.add_argument("--bound", type=float, help="as many LoRAs as keep the error of ΔW below it at each λ")
+    parser.add_argument(
+        "--interpolation",
+        choices=get_args(Interpolation),
+        default="linear",
+        help="of several LoRAs: each fades into the next (linear, nearer), or one at a time (constant); "
+        "default: %(default)s",
+    )
     parser.add_argument("--form", choices=(*FORMS, PEFT), default="diffusers", help="default: %(default)s")
     parser.add_argument("--base", choices=BASES, help="what the adapter was trained on")
     parser.add_argument("--layers_per_block", type=int, help="of a UNet that has another number than Stability's 2")

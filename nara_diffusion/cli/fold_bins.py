@@ -39,7 +39,7 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
         raise ValueError(f"'{file.path}' has no denoiser, but {', '.join(file.parts)}: their LoRAs have no λ.")
     part = file.parts[name]
     _check(args, part.config.noise_convention, list(file.parts))
-    bins = to_lora_bins(skeleton(part, name), args.bins, bound=args.bound)
+    bins = to_lora_bins(skeleton(part, name), args.bins, bound=args.bound, interpolation=args.interpolation)
     if args.form == PEFT:
         bins.save_pretrained(args.output)
     else:

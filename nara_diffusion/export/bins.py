@@ -1,10 +1,10 @@
 """A NaRA as several plain LoRAs, whose strengths over λ blend one into the next.
 
-    ΔW(λ) ≈ Σ_k φ_k(λ) · s B C(λ_k) A,      Σ_k φ_k = 1, at most two φ above 0 at one λ
+    ΔW(λ) ≈ Σ_k φ_k(λ) · s B C_k A,      Σ_k φ_k = 1, at most two φ above 0 at one λ
 
 φ are piecewise linear, so each is a `StrengthSchedule`. LoRAs share A. Knots are such a sum exactly, and Multi-LoRA's
-and T-LoRA's masks are, by φ that are 0 or 1; of a mask, each LoRA keeps the directions alone that it uses. Other cores
-are sampled at the λ_k that make the error small: the next λ_k is always where the error is largest.
+and T-LoRA's masks are, by φ that are 0 or 1; of a mask, each LoRA keeps the directions alone that it uses. Of other
+cores the C_k are fitted by least squares (`core_samples`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +25,22 @@ from nara_diffusion.tuner.lora_starts import changes_base
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapted_layers import Adapter, read_adapter
-from .best import midpoints
-from .breakpoints import as_levels, breakpoints, is_same
-from .errors import ExportError, relative
+from .best import Density, midpoints
+from .breakpoints import breakpoints
+from .core_samples import Blend, CoreSamples
+from .errors import ExportError
 from .fold import assembled
+from .hat_functions import exact_blend, linear_blends
 from .lora_config import with_ranks
 from .outputs import OUTPUT_LEVELS, Batch, Outputs
+from .partition import constant_blends
 from .plain_lora import PlainLora, PlainLoraLayer
-from .update_norm import CoreKey, UpdateNorm, cores_over
+from .update_norm import CoreKey
 
 SCHEDULE_FILE = "lora_bins.json"
 MOST = 64
-_GRID = 257
 _EXACT = 1e-6
+Interpolation = Literal["linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class LoraBins:
 
     Attributes:
         loras: K of them. schedules: the strength of each; at each λ their sum is 1. noise_levels: λ_k (K,) at which
-            each is the NaRA's. error: measured over λ.
+            each has all of it, a knot or the middle of its part. error: measured over λ.
     """
 
     loras: list[PlainLora]
@@ -89,17 +93,23 @@ def to_lora_bins(
     adapter_name: str = "default",
     *,
     bound: float | None = None,
+    interpolation: Interpolation = "linear",
+    density: Density | None = None,
     mask_density: float | None = None,
     batch: Batch | None = None,
 ) -> LoraBins:
     """The adapter of `model` as K plain LoRAs and the strength of each over λ; the model stays as it is.
 
-    Knots, masks and what doesn't depend on λ need neither `bins` nor `bound` and have no error but rounding.
+    Knots, masks and what doesn't depend on λ need neither `bins` nor `bound` and have no error but rounding. Of other
+    cores, LoRAs are the nearest to the adapter by least squares over λ.
 
     Args:
         model: as for `to_lora`. adapter_name: likewise.
         bins: K, at most; fewer where that is exact. bound: of the error of ΔW at each λ (see `ExportError.update`),
             greater than 0: as few LoRAs as keep to it.
+        interpolation: "linear", where one LoRA fades into the next; "constant" for hosts that switch: one LoRA at a
+            time, each the mean over its part.
+        density: how often each λ occurs, as for `to_lora`; None is uniform.
         mask_density: for `core_input` "mask_density" or "both", in [0, 1], the same at each λ.
         batch: as for `to_lora`; errors of the model's outputs are measured then, too.
 
@@ -108,121 +118,77 @@ def to_lora_bins(
             whole, a start that has changed the base); neither `bins` nor `bound` where they are needed, or both; more
             than 64 LoRAs would be needed.
     """
-    _check_arguments(bins, bound)
+    _check_arguments(bins, bound, interpolation)
     with read_adapter(model, adapter_name) as adapter:
         adapter.signals(0.5, mask_density)  # all that is needed is known
         _check_summable(adapter)
-        samples = _sampled(adapter, bins, bound, mask_density)
-        loras = [_lora_at(adapter, samples, index) for index in samples.chosen]
+        samples = CoreSamples(adapter, breakpoints(adapter), density, mask_density)
+        blend = _blend(samples, bins, bound, interpolation, adapter_name)
+        cores = samples.mixed(blend.mixing)
+        loras = [_lora(adapter, cores, index) for index in range(len(blend.schedules))]
         for lora in loras:
             if lora.others:
                 raise ValueError(
                     _refusal(adapter_name, f"'{next(iter(lora.others))}', which each LoRA would have again")
                 )
-        error = samples.error
+        error = blend.error
         if batch is not None:
             outputs = Outputs(model, adapter, batch, mask_density)
             levels = midpoints(OUTPUT_LEVELS)
-            found = outputs.errors(levels, lambda level: samples.by_layer(adapter, level))
+            found = outputs.errors(levels, lambda level: _played(adapter, cores, blend.schedules, level))
             error = replace(error, output_levels=levels.tolist(), output=found)
-        return LoraBins(loras, samples.schedules, [samples.levels[index] for index in samples.chosen], error)
+        return LoraBins(loras, blend.schedules, blend.noise_levels, error)
 
 
-# ---------------------------------------------------------------------- which λ
+def _played(
+    adapter: Adapter, cores: Mapping[CoreKey, Tensor], schedules: list[StrengthSchedule], levels: Tensor
+) -> dict[str, Tensor]:
+    """Σ φ_k C_k of each layer at λ (n,): (n or 1, r, r)."""
+    shares = torch.stack([schedule.at(levels) for schedule in schedules], dim=1).double()  # (n, K)
+    found = {key: core if len(core) == 1 else torch.einsum("nk,krs->nrs", shares, core) for key, core in cores.items()}
+    return {layer.name: found[layer.key][:, : layer.rank, : layer.rank] for layer in adapter.layers}
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """Cores at `levels` (m,); `chosen` are those of which a LoRA is made, one for each run of equal ones."""
-
-    levels: list[float]
-    cores: Mapping[CoreKey, Tensor]
-    chosen: list[int]
-    schedules: list[StrengthSchedule]
-    error: ExportError
-
-    def blended(self, levels: Tensor) -> dict[CoreKey, Tensor]:
-        return _blend(self.cores, self.chosen, self.schedules, levels)
-
-    def by_layer(self, adapter: Adapter, levels: Tensor) -> dict[str, Tensor]:
-        found = self.blended(levels)
-        return {layer.name: found[layer.key][:, : layer.rank, : layer.rank] for layer in adapter.layers}
+# ---------------------------------------------------------------------- which strengths
 
 
-def _sampled(adapter: Adapter, bins: int | None, bound: float | None, mask_density: float | None) -> _Samples:
-    norm, grid = UpdateNorm(adapter), torch.linspace(0, 1, _GRID)
-    levels = breakpoints(adapter)
-    samples = _samples(adapter, norm, levels, grid, mask_density)
-    if bins is not None and len(samples.chosen) > bins:
-        levels = torch.linspace(0, 1, bins).tolist() if bins > 1 else [0.5]
-        return _samples(adapter, norm, levels, grid, mask_density)
-    if bins is None and bound is None and samples.error.worst_update > _EXACT:
+def _blend(samples: CoreSamples, bins: int | None, bound: float | None, interpolation: str, name: str) -> Blend:
+    """Of as few LoRAs as are enough, and of `bins` at most."""
+    if interpolation == "linear":
+        exact = exact_blend(samples)
+        if exact.error.worst_update <= _EXACT and (bins is None or len(exact.schedules) <= bins):
+            return exact
+        if bins is None and bound is None:
+            raise ValueError(_inexact(name, len(exact.schedules)))
+    blends = (linear_blends if interpolation == "linear" else constant_blends)(samples, worst=bins is None)
+    best = None
+    for best in islice(blends, bins or MOST):
+        if best.error.worst_update <= (bound or _EXACT):
+            return best
+    assert best is not None
+    if bound is not None:
         raise ValueError(
-            f"Adapter '{adapter.name}' is no sum of {len(samples.chosen)} LoRAs: pass bins=K, their number, or "
-            "bound=ε, the largest error of ΔW at any λ."
-        )
-    enough = _EXACT if bound is None else bound
-    while samples.error.worst_update > enough and len(samples.chosen) < (bins or MOST):
-        worst = samples.error.update.index(samples.error.worst_update)
-        level = samples.error.noise_levels[worst]
-        if level in levels:
-            break
-        levels = sorted({*levels, level})
-        samples = _samples(adapter, norm, levels, grid, mask_density)
-    if bound is not None and samples.error.worst_update > bound:
-        raise ValueError(
-            f"bound is {bound:g}, but {len(samples.chosen)} LoRAs have an error of {samples.error.worst_update:.3g}: "
+            f"bound is {bound:g}, but {len(best.schedules)} LoRAs have an error of {best.error.worst_update:.3g}: "
             f"pass a larger bound, or bins={MOST}."
         )
-    return samples
+    if bins is None:
+        raise ValueError(_inexact(name, len(best.schedules)))
+    return best
 
 
-def _samples(
-    adapter: Adapter, norm: UpdateNorm, levels: list[float], grid: Tensor, mask_density: float | None
-) -> _Samples:
-    cores = cores_over(adapter, as_levels(levels), mask_density)
-    runs = [[0]]
-    for index in range(1, len(levels)):
-        if is_same(cores, index - 1, index):
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    chosen, schedules = [run[0] for run in runs], [_schedule(levels, run) for run in runs]
-    at = torch.cat([grid, as_levels(levels)]).unique()
-    own = cores_over(adapter, at, mask_density)
-    sizes = norm(own).expand(len(at)).tolist()
-    errors = norm.difference(own, _blend(cores, chosen, schedules, at)).expand(len(at)).tolist()
-    weights = [1 / len(at)] * len(at)
-    error = ExportError(at.tolist(), weights, relative(errors, sizes, weights), [], [])
-    return _Samples(levels, cores, chosen, schedules, error)
-
-
-def _schedule(levels: list[float], run: list[int]) -> StrengthSchedule:
-    """1 on the run, 0 from the λ before it down and from the λ after it up, straight in between."""
-    first, last = run[0], run[-1]
-    before = [(levels[first - 1], 0.0)] if first > 0 else []
-    inside = [(levels[index], 1.0) for index in dict.fromkeys((first, last))]
-    after = [(levels[last + 1], 0.0)] if last + 1 < len(levels) else []
-    return StrengthSchedule([*before, *inside, *after])
-
-
-def _blend(
-    cores: Mapping[CoreKey, Tensor], chosen: list[int], schedules: list[StrengthSchedule], levels: Tensor
-) -> dict[CoreKey, Tensor]:
-    """Σ φ_k C_k at λ (n,): (n or 1, r, r), by the strengths as they are used."""
-    shares = torch.stack([schedule.at(levels) for schedule in schedules], dim=1).double()  # (n, K)
-    return {
-        key: core if len(core) == 1 else torch.einsum("nk,krs->nrs", shares, core[chosen])
-        for key, core in cores.items()
-    }
+def _inexact(name: str, number: int) -> str:
+    return (
+        f"Adapter '{name}' is no sum of {number} LoRAs: pass bins=K, their number, or bound=ε, the largest error of "
+        "ΔW at any λ."
+    )
 
 
 # ---------------------------------------------------------------------- the LoRAs
 
 
-def _lora_at(adapter: Adapter, samples: _Samples, index: int) -> PlainLora:
+def _lora(adapter: Adapter, cores: Mapping[CoreKey, Tensor], index: int) -> PlainLora:
     def core_of(layer: Any) -> Tensor:
-        core = samples.cores[layer.key]
+        core = cores[layer.key]
         return core[index if len(core) > 1 else 0][: layer.rank, : layer.rank]
 
     lora = assembled(adapter, core_of)
@@ -249,7 +215,9 @@ def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
 # ---------------------------------------------------------------------- refused
 
 
-def _check_arguments(bins: Any, bound: Any) -> None:
+def _check_arguments(bins: Any, bound: Any, interpolation: Any) -> None:
+    if interpolation not in get_args(Interpolation):
+        raise ValueError(f"interpolation is {interpolation!r}: pass 'linear' or 'constant'.")
     if bins is not None and bound is not None:
         raise ValueError("bins and bound are two ways to say how many LoRAs: pass one of them.")
     if bins is not None and not (isinstance(bins, int) and not isinstance(bins, bool) and 1 <= bins <= MOST):

@@ -1,6 +1,6 @@
 """Sizes of updates over λ in factored form: ‖s B D A‖² = Σ (Bᵀ B D) ⊙ (D s² A Aᵀ), with matrices (r, r) alone.
 
-D is a core C(λ), or the difference of two; the dense product (d_out, d_in) is never made.
+D is a core C(λ), or the difference of two; ⟨s B D A, s B D' A⟩ likewise. The dense product (d_out, d_in) is never made.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ class UpdateNorm:
             total = total + ((of_b @ core) * (core @ of_a)).sum((1, 2))
         return total.clamp(min=0).sqrt()
 
-    def difference(self, one: Cores, other: Cores) -> Tensor:
-        """‖ΔW − ΔW'‖_F (n,)."""
-        return self({key: one[key] - other[key] for key in one})
+    def products(self, cores: Cores) -> Tensor:
+        """⟨ΔW_i, ΔW_j⟩ (n, n) over all layers, float64; on the diagonal are ‖ΔW_i‖²."""
+        n = max(len(core) for core in cores.values())
+        total = torch.zeros(n, n, dtype=torch.float64)
+        for key, rank, of_b, of_a in self.grams:
+            core = cores[key][:, :rank, :rank].expand(n, rank, rank)
+            total += (of_b @ core @ of_a).flatten(1) @ core.flatten(1).T
+        return total
 
 
 def _grams(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:

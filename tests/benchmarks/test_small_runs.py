@@ -26,6 +26,9 @@ def test_benchmark_speed_records_all_that_is_needed_to_repeat_it(tmp_path, capsy
 def test_benchmark_export_finds_knots_exact(tmp_path):
     figures = benchmark_export.main(counts=(5,), cores=("knots",), output_dir=tmp_path)
     assert json.loads((tmp_path / "benchmark_export.json").read_text())["figures"] == figures
+    trained = figures.pop("sdxl-tiny, toy-nara")
+    assert trained["bins"]["5"]["mean update"] < 0.9 * trained["bins"]["5"]["samples, mean update"]
+    assert trained["bins"]["5"]["mean update"] < trained["best"]["mean"]
     assert figures.keys() == {"llada-tiny, knots", "sdxl-tiny, knots"}
     for found in figures.values():
         assert found["exact"] < 1e-6

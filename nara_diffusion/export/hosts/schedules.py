@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from nara_diffusion.noise.strength import StrengthSchedule
 LEVELS = 1000
 KEYFRAMES = 50
 """Of a schedule over percent: ComfyUI's keyframes hold their strength until the next one."""
+_STEP = 1e-6
+"""λ between two points that are a step: one λ, or neighbours in float32."""
 
 
 def percent_of(level: float, shift: float | None = None) -> float:
@@ -43,9 +46,8 @@ def level_of(percent: float, shift: float | None = None) -> float:
 
 
 def keyframes(schedule: StrengthSchedule, shift: float | None = None, count: int = KEYFRAMES) -> list[list[float]]:
-    """[start percent, strength] of keyframes that hold: each has the strength in its middle."""
-    starts = [index / count for index in range(count)]
-    levels = [level_of(start + 0.5 / count, shift) for start in starts]
+    """[start percent, strength] of keyframes that hold: each has the strength in its middle, and none spans a step."""
+    starts, levels = _held([schedule], shift, count)
     found = [[start, value] for start, value in zip(starts, _strengths(schedule, levels), strict=True)]
     return [frame for index, frame in enumerate(found) if index == 0 or frame[1] != found[index - 1][1]]
 
@@ -108,15 +110,14 @@ def prompt_control(
     schedules: Mapping[str, StrengthSchedule], shift: float | None = None, count: int = KEYFRAMES
 ) -> str:
     """The prompt's words for ComfyUI with prompt-control: [before:after:percent], nested."""
-    starts = [index / count for index in range(count)]
-    levels = [level_of(start + 0.5 / count, shift) for start in starts]
+    starts, levels = _held(list(schedules.values()), shift, count)
     columns = [_strengths(schedule, levels) for schedule in schedules.values()]
     texts = [
         " ".join(f"<lora:{name}:{value:g}>" for name, value in zip(schedules, row, strict=True) if value)
         for row in zip(*columns, strict=True)
     ]
     found = texts[-1]
-    for index in range(count - 2, -1, -1):
+    for index in range(len(starts) - 2, -1, -1):
         if texts[index] != texts[index + 1]:
             found = f"[{texts[index]}:{found}:{starts[index + 1]:g}]"
     return found
@@ -147,6 +148,18 @@ def host_schedules(
         "wan2gp.txt": wan2gp(list(schedules.values()), levels) + "\n",
         "wanvideowrapper.json": json.dumps({"steps": steps, "strengths": lists}, indent=1) + "\n",
     }
+
+
+def _held(schedules: Sequence[StrengthSchedule], shift: float | None, count: int) -> tuple[list[float], list[float]]:
+    """Percents from which a strength is held, `count` equal ones and those of steps, and λ in the middle of each."""
+    steps = {
+        round(percent_of(level, shift), 6)
+        for schedule in schedules
+        for (level, _), (following, _) in pairwise(schedule.points)
+        if following - level < _STEP
+    }
+    starts = sorted({*(index / count for index in range(count)), *(step for step in steps if step < 1)})
+    return starts, [level_of((start + end) / 2, shift) for start, end in pairwise([*starts, 1.0])]
 
 
 def _strengths(schedule: StrengthSchedule, levels: Sequence[float]) -> list[float]:

@@ -1,0 +1,112 @@
+"""An adapter's cores on a grid of λ, and how near K fixed cores come to them, by least squares.
+
+    min over C_1 … C_K of ∫ w(λ) ‖s B D(λ) A‖² dλ,      D(λ) = Σ_k φ_k(λ) C_k − C(λ)
+
+    C_k = Σ_l (G⁻¹)_kl ∫ w φ_l C dλ,                    G_kl = ∫ w φ_k φ_l dλ      (K, K)
+
+These are the nearest whatever B and A are. The derivative by C_k is 2 s² BᵀB (∫ w φ_k D dλ) A Aᵀ; it is zero in all
+layers at once where ∫ w φ_k D dλ is, and the integral is convex in C. G knows k alone, so that one system of K
+equations serves each entry of each core.
+
+On the grid C_k = Σ_i T_ki C(λ_i), and errors follow from inner products alone, M_ij = ⟨ΔW(λ_i), ΔW(λ_j)⟩: with
+E = 1 − Φ T that at λ_i is (E M Eᵀ)_ii. So placements of φ are compared at (n, n), without a product with B or A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nara_diffusion.noise.strength import StrengthSchedule
+
+from .adapted_layers import Adapter
+from .best import Density, weights_of
+from .breakpoints import as_levels, is_same
+from .errors import ExportError, relative
+from .update_norm import CoreKey, UpdateNorm, cores_over
+
+GRID = 257
+_FLOOR = 1e-9
+"""Of w, by which C_k is defined where the density is zero."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """K cores and their strengths over λ.
+
+    Attributes:
+        noise_levels: λ_k (K,), at which φ_k is 1. schedules: φ_k. mixing: T (K, n), of the cores on the grid.
+        error: over λ.
+    """
+
+    noise_levels: list[float]
+    schedules: list[StrengthSchedule]
+    mixing: Tensor
+    error: ExportError
+
+
+class CoreSamples:
+    """C at λ (n,), in ascending order: GRID equal steps, and the breakpoints.
+
+    Attributes:
+        levels: (n,) float32. breakpoints: numbers of those among them. cores: what layers read → (n or 1, r, r),
+            float64. weights: w (n,), by trapezoids, their sum is 1. products: M (n, n).
+    """
+
+    def __init__(
+        self, adapter: Adapter, breakpoints: list[float], density: Density | None, mask_density: float | None
+    ) -> None:
+        self.levels = torch.cat([torch.linspace(0, 1, GRID), as_levels(breakpoints)]).unique()
+        self.breakpoints = torch.searchsorted(self.levels, as_levels(breakpoints)).tolist()
+        self.cores = cores_over(adapter, self.levels, mask_density)
+        self.products = UpdateNorm(adapter).products(self.cores).expand(len(self.levels), len(self.levels))
+        widths = _widths(self.levels.double())
+        weights = weights_of(density, self.levels) * widths
+        self.weights = weights / weights.sum()
+        self.floored = self.weights + _FLOOR * widths
+
+    def same(self, one: int, other: int) -> bool:
+        """Whether all cores are equal at two points of the grid."""
+        return is_same(self.cores, one, other)
+
+    def sampled(self, schedules: list[StrengthSchedule], chosen: list[int]) -> Blend:
+        """C_k is C at the k-th of the points `chosen`."""
+        mixing = torch.zeros(len(chosen), len(self.levels), dtype=torch.float64)
+        mixing[range(len(chosen)), chosen] = 1
+        return self._blend(schedules, self.levels[chosen].tolist(), mixing)
+
+    def fitted(self, schedules: list[StrengthSchedule], noise_levels: list[float]) -> Blend:
+        """C_k is by least squares."""
+        shares = self._shares(schedules)
+        weighted = self.floored[:, None] * shares  # (n, K)
+        gram = shares.T @ weighted
+        unit = gram.diagonal().rsqrt()  # a φ that covers little of [0, 1] is no reason to lose digits
+        mixing = unit[:, None] * torch.linalg.solve(unit[:, None] * gram * unit, unit[:, None] * weighted.T)
+        return self._blend(schedules, noise_levels, mixing)
+
+    def mixed(self, mixing: Tensor) -> dict[CoreKey, Tensor]:
+        """Σ_i T_ki C(λ_i): (K or 1, r, r)."""
+        return {
+            key: core if len(core) == 1 else torch.einsum("kn,nrs->krs", mixing, core)
+            for key, core in self.cores.items()
+        }
+
+    def _blend(self, schedules: list[StrengthSchedule], noise_levels: list[float], mixing: Tensor) -> Blend:
+        E = torch.eye(len(self.levels), dtype=torch.float64) - self._shares(schedules) @ mixing
+        errors = ((E @ self.products) * E).sum(1).clamp(min=0).sqrt().tolist()
+        sizes, weights = self.products.diagonal().clamp(min=0).sqrt().tolist(), self.weights.tolist()
+        error = ExportError(self.levels.tolist(), weights, relative(errors, sizes, weights), [], [])
+        return Blend(noise_levels, schedules, mixing, error)
+
+    def _shares(self, schedules: list[StrengthSchedule]) -> Tensor:
+        """Φ (n, K), by the strengths as they are used."""
+        return torch.stack([schedule.at(self.levels) for schedule in schedules], dim=1).double()
+
+
+def _widths(levels: Tensor) -> Tensor:
+    """Of the trapezoids over λ (n,), their sum is 1."""
+    gaps = levels.diff() / 2
+    zero = gaps.new_zeros(1)
+    return torch.cat([gaps, zero]) + torch.cat([zero, gaps])
