@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.utils.atomic_write import atomic_write
 
+from .foreign import ForeignOptions
 from .format import WEIGHTS_NAME, AdapterPart, pack
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
@@ -44,6 +45,7 @@ def load_nara_weights(
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
     set_scheduler: bool = True,
+    rank_mask_min: int | None = None,
 ) -> None:
     """Load a NaRA adapter into the denoiser, and its text-encoder part, if it has one, into the text encoders.
 
@@ -55,7 +57,8 @@ def load_nara_weights(
     Args:
         pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a repository on
             the hub; a folder or repository in PEFT's form, as `PeftModel.save_pretrained` and train_scripts/dllm.py
-            write it, for the denoiser; or a dict of tensors, with the file's `metadata`.
+            write it, for the denoiser; a T-LoRA of LyCORIS or of its authors' program, or a folder with DiffSynth's
+            MultiAlign; or a dict of tensors, with the file's `metadata`.
         adapter_name: its name; None takes "default_0", "default_1", ….
         hotswap: replace the weights of the adapter of that name in place, so that a compiled model is not recompiled.
             For adapters of other ranks call `enable_lora_hotswap(target_rank=…)` before the first load.
@@ -71,6 +74,7 @@ def load_nara_weights(
         low_cpu_mem_usage: skip the initialisation of weights that the load replaces.
         metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.
         set_scheduler: False leaves the scheduler to you; a warning says which one the adapter needs.
+        rank_mask_min: of a T-LoRA by another program, whose file doesn't say it: directions that stay in pure noise.
 
     Raises:
         ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind (a LoRA); the adapter
@@ -85,6 +89,7 @@ def load_nara_weights(
         subfolder=subfolder,
         use_safetensors=use_safetensors,
         metadata=metadata,
+        foreign=ForeignOptions(models, rank_mask_min),
         revision=revision,
         token=token,
         cache_dir=cache_dir,

@@ -89,7 +89,9 @@ class NaraConfig(LoraConfig):
             "help": "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), "
             "'identity' is plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r "
             "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ), "
-            "'knots' interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer')."
+            "'knots' interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer'), "
+            "'diagonal' is a gain of each direction, linear in a sinusoid of λ (MultiAlign's γ), 'rank_mask_pairs' is "
+            "T-LoRA on pairs of directions, as files of others have it."
         },
     )
     core_scale: float = field(default=0.1, metadata={"help": "η in C = I + η F(e(λ)); greater than 0."})
@@ -126,7 +128,10 @@ class NaraConfig(LoraConfig):
     )
     rank_mask_min: int | None = field(
         default=None,
-        metadata={"help": "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r."},
+        metadata={
+            "help": "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r. For "
+            "'rank_mask_pairs': pairs, at most r / 2."
+        },
     )
     lora_a_init: Literal["peft", "orthogonal"] = field(
         default="peft",
@@ -247,16 +252,19 @@ class NaraConfig(LoraConfig):
 
     def _check_masks(self) -> None:
         ranks = self._ranks
-        least = self.rank_mask_min
+        least, pairs = self.rank_mask_min, self.core_type == "rank_mask_pairs"
+        if pairs and any(rank % 2 for rank in ranks):
+            raise ValueError(f"r is {min(r for r in ranks if r % 2)}: core_type='rank_mask_pairs' needs an even rank.")
         if least is not None and (
-            self.core_type != "rank_mask"
+            self.core_type not in ("rank_mask", "rank_mask_pairs")
             or isinstance(least, bool)
             or not isinstance(least, int)
-            or least not in range(1, min(ranks) + 1)
+            or least not in range(1, min(ranks) // (2 if pairs else 1) + 1)
         ):
             raise ValueError(
                 f"rank_mask_min is {least!r}, with core_type={self.core_type!r} and r={min(ranks)}: it is for "
-                "core_type='rank_mask', an integer from 1 to r, or None for half of r."
+                "core_type='rank_mask', an integer from 1 to r, or None for half of r (of r / 2 for "
+                "'rank_mask_pairs')."
             )
         uneven = sorted(rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins)
         if uneven:

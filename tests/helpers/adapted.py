@@ -71,7 +71,7 @@ def core_by_hand(
     density: Tensor | None = None,
 ) -> Tensor:
     """C (b, r, r) in float64 from the tensors under `prefix`; λ and the mask density are (b,)."""
-    if config.core_type in ("rank_mask", "bins"):
+    if config.core_type in ("rank_mask", "rank_mask_pairs", "bins"):
         return mask_by_hand(config, level)
     own = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
     if config.core_type == "constant":
@@ -79,6 +79,11 @@ def core_by_hand(
         core = torch.eye(len(deviation), dtype=torch.float64) + config.core_scale * deviation
         return core.expand(len(level), -1, -1)
     level = level.double()
+    if config.core_type == "diagonal":
+        half = own["weight"].shape[1] // 2
+        angles = 1000 * level[:, None] * torch.tensor([10000 ** (-i / half) for i in range(half)], dtype=torch.float64)
+        gains = torch.cat([angles.cos(), angles.sin()], dim=1) @ own["weight"].T + own["bias"]
+        return torch.diag_embed(gains)
     if config.core_type == "knots":
         return torch.stack([interpolated_by_hand(own["deviation"], config, value) for value in level.tolist()])
     chosen = {"noise_level": [level], "mask_density": [density], "both": [level, density]}[config.core_input]
@@ -115,8 +120,10 @@ def mask_by_hand(config: NaraConfig, level: Tensor) -> Tensor:
             size = config.r // config.core_bins
             first = size * min(math.floor(value * config.core_bins), config.core_bins - 1)
         else:
-            first, least = 0, config.rank_mask_min or config.r // 2
-            size = math.floor((config.r - least) * (1 - value)) + least
+            width = 2 if config.core_type == "rank_mask_pairs" else 1
+            first, whole = 0, config.r // width
+            least = config.rank_mask_min or whole // 2
+            size = width * (math.floor((whole - least) * (1 - value)) + least)
         for index in range(first, first + size):
             core[sample, index, index] = 1
     return core

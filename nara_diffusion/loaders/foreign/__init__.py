@@ -1,0 +1,5 @@
+"""Noise-aware adapters of other programs, read as what they are: T-LoRA of LyCORIS and of its authors, MultiAlign."""
+
+from .reading import ForeignOptions, format_of, read_foreign
+
+__all__ = ["ForeignOptions", "format_of", "read_foreign"]

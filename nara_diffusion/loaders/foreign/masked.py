@@ -1,0 +1,56 @@
+"""The part of an adapter whose directions, or pairs of them, a mask over λ switches off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from nara_diffusion.loaders.format import AdapterPart
+from nara_diffusion.loaders.validation import base_modules
+from nara_diffusion.tuner.config import NaraConfig
+
+Factors = tuple[Tensor, Tensor]
+"""A (r, d_in, …) and B (d_out, r, …)."""
+
+
+def masked_part(
+    factors: Mapping[str, Factors], scale: float, rank_mask_min: int, origin: str, *, in_pairs: bool
+) -> AdapterPart:
+    """Module → its factors, all scaled by `scale`, as T-LoRA.
+
+    Raises:
+        ValueError: modules of several ranks, which their programs mask by the largest of them; r_min above the rank.
+    """
+    ranks = sorted({len(A) for A, _ in factors.values()})
+    size = 2 if in_pairs else 1
+    if len(ranks) > 1:
+        raise ValueError(
+            f"{origin} has layers of ranks {', '.join(str(rank // size) for rank in ranks)}: T-LoRA masks all of them "
+            "by one rank, which can't be expressed for several."
+        )
+    if rank_mask_min not in range(1, ranks[0] // size + 1):
+        raise ValueError(f"rank_mask_min is {rank_mask_min}: pass an integer from 1 to {ranks[0] // size}, its rank.")
+    config = NaraConfig(
+        r=ranks[0],
+        lora_alpha=scale * ranks[0],  # type: ignore[arg-type]
+        target_modules=sorted(factors),
+        core_type="rank_mask_pairs" if in_pairs else "rank_mask",
+        rank_mask_min=rank_mask_min,
+    )
+    tensors = {}
+    for name, (A, B) in factors.items():
+        tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
+    return AdapterPart(config, tensors)
+
+
+def check_modules(names: Iterable[str], model: nn.Module, origin: str) -> dict[str, nn.Module]:
+    """The model's modules by name. Raises ValueError if it lacks one of `names`."""
+    modules = dict(base_modules(model))
+    unknown = sorted(set(names) - modules.keys())
+    if unknown:
+        raise ValueError(
+            f"{origin} adapts {', '.join(map(repr, unknown[:3]))}, which {type(model).__name__} lacks: it was trained "
+            "on another base model."
+        )
+    return modules

@@ -1,0 +1,53 @@
+"""An orthogonal T-LoRA, whose start is subtracted, in pairs of directions.
+
+    ΔW(λ) = s Σ_{i < r(λ)} D_i,      D_i = p_i λ_i q_iᵀ − p⁰_i λ⁰_i q⁰_iᵀ = b_2i a_2iᵀ + b_2i+1 a_2i+1ᵀ
+
+p⁰, λ⁰, q⁰ are what training began with. The two terms of D_i are large and nearly cancel, so that in half precision
+their difference would be rounding; by the singular values of D_i itself, A and B have no more than D_i needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .masked import Factors
+
+
+@dataclass(frozen=True)
+class Singular:
+    """P diag(λ) Q, float64: P (d_out, r), λ (r,), Q (r, d_in)."""
+
+    P: Tensor
+    lam: Tensor
+    Q: Tensor
+
+
+def singular(P: Tensor, lam: Tensor, Q: Tensor, where: str) -> Singular:
+    """Of tensors as files have them: matrices or kernels of one pixel, λ (1, r).
+
+    Raises:
+        ValueError: they have no rank in common.
+    """
+    P, lam, Q = P.double().flatten(1), lam.double().flatten(), Q.double().flatten(1)
+    if not P.shape[1] == len(lam) == len(Q):
+        raise ValueError(
+            f"{where} has p_layer {tuple(P.shape)}, lambda_layer {tuple(lam.shape)} and q_layer {tuple(Q.shape)}, "
+            "which have no rank in common: damaged."
+        )
+    return Singular(P, lam, Q)
+
+
+def pair_factors(now: Singular, start: Singular) -> Factors:
+    """A (2 r, d_in) and B (d_out, 2 r), float32, of now − start."""
+    left = torch.stack([now.P * now.lam, -start.P * start.lam], dim=2).transpose(0, 1)  # (r, d_out, 2)
+    right = torch.stack([now.Q, start.Q], dim=2)  # (r, d_in, 2)
+    left_q, left_r = torch.linalg.qr(left)
+    right_q, right_r = torch.linalg.qr(right)
+    U, S, Vh = torch.linalg.svd(left_r @ right_r.transpose(1, 2))  # (r, 2, 2)
+    root = S.sqrt()
+    B = left_q @ (U * root[:, None, :])  # (r, d_out, 2)
+    A = (root[:, :, None] * Vh) @ right_q.transpose(1, 2)  # (r, 2, d_in)
+    return A.reshape(-1, A.shape[2]).float(), B.transpose(0, 1).reshape(B.shape[1], -1).float()
