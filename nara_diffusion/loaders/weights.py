@@ -24,6 +24,7 @@ from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove, r
 from .names import name_to_load, name_to_save
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
 from .source import naming, read_adapter
+from .text_pipelines import COMPONENT, extend, text_pipeline
 from .validation import TEXT_ENCODER, check_part, check_storable
 
 
@@ -111,6 +112,9 @@ def load_nara_weights(
         else:
             _insert_all([(model, part) for model, _, part in fits], name, low_cpu_mem_usage)
     adopt_schedulers(self, carrying)
+    kind = text_pipeline(self)
+    if kind is not None:
+        extend(kind)
 
 
 def save_nara_weights(
@@ -190,9 +194,9 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     Raises:
         ValueError: the pipeline has no denoiser.
     """
-    _denoiser_name(pipe)
-    names = [name for name in pipe.components if name in DENOISERS or name.startswith(TEXT_ENCODER)]
-    found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)}
+    denoisers = (*DENOISERS, _denoiser_name(pipe))
+    names = [name for name in pipe.components if name in denoisers or name.startswith(TEXT_ENCODER)]
+    found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in denoisers)}
     originals = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
     return {name: model for name, model in originals.items() if isinstance(model, nn.Module)}
 
@@ -201,6 +205,8 @@ def _denoiser_name(pipe: Any) -> str:
     for name in DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
+    if text_pipeline(pipe) is not None and isinstance(getattr(pipe, COMPONENT, None), nn.Module):
+        return COMPONENT
     raise ValueError(
         f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, one of which a NaRA adapts: its components are "
         f"{', '.join(map(repr, pipe.components))}."

@@ -12,9 +12,10 @@ from nara_diffusion.runtime.modules import core_holders
 
 from .denoiser import Denoiser
 from .signals import MASKED_SHARE, NoiseSource
+from .text_blocks import BLOCK_MASKED_SHARE, CORRUPTED_SHARE
 from .timesteps import CONVENTIONS
 
-_KNOWN = (*CONVENTIONS, MASKED_SHARE)
+_KNOWN = (*CONVENTIONS, MASKED_SHARE, BLOCK_MASKED_SHARE, CORRUPTED_SHARE)
 _sources: dict[str, NoiseSource] = {}
 
 
