@@ -6,6 +6,7 @@
     nara fold FILE OUTPUT        a plain LoRA of one λ for Diffusers, PEFT, kohya, A1111, ComfyUI
     nara convert FILE OUTPUT     from a pipeline's file to PEFT's folder, or back
     nara check MODEL DATA        whether λ is likely to help a training, before it
+    nara chat MODEL              talk with a masked-diffusion language model, with an adapter or without
     nara eval …                  lm-eval for masked-diffusion language models
     nara metrics …               subject fidelity and prompt fidelity of images
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "fold": "nara_diffusion.cli.fold",
     "convert": "nara_diffusion.cli.convert",
     "check": "nara_diffusion.check.cli",
+    "chat": "nara_diffusion.cli.chat",
     "eval": "nara_diffusion.harness.command",
     "metrics": "nara_diffusion.dreambooth.evaluation.cli",
 }
