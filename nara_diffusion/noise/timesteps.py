@@ -43,10 +43,7 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "data": ("flow", lambda t, n: 1 - t),
     "ratio": ("timestep", lambda t, n: t),
     # σ / (1 + σ) for σ = tan πt/2
-    "angle": (
-        "edm",
-        lambda t, n: torch.sin(t * torch.pi / 2) / (torch.sin(t * torch.pi / 2) + torch.cos(t * torch.pi / 2)),
-    ),
+    "angle": ("edm", lambda t, n: _of_angle(t * torch.pi / 2)),
     # σ / (1 + σ) for σ = exp 4t
     "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
 }

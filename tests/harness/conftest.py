@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def make_adapter(folder: Path, **settings: object) -> Path:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     adapted.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def _loaded(adapter: Path) -> Any:
+    from .harness_calls import load  # needs the extra eval
+
+    return load(adapter)
+
+
+@pytest.fixture
+def harness(_loaded: Any) -> Any:
+    """The `NaraDLLM` of a module's tests, with the settings that it was loaded with."""
+    from .harness_calls import as_loaded
+
+    return as_loaded(_loaded)
 
 
 @pytest.fixture(scope="session")

@@ -16,17 +16,7 @@ from nara_diffusion.harness.prompts import encode
 from tests.dllm.generation_reference import reference_generate
 
 from .conftest import LLADA_TINY, make_adapter
-from .harness_calls import as_loaded, load, logits_at, requests
-
-
-@pytest.fixture(scope="module")
-def _loaded(adapter: Path) -> NaraDLLM:
-    return load(adapter)
-
-
-@pytest.fixture
-def harness(_loaded: NaraDLLM) -> NaraDLLM:
-    return as_loaded(_loaded)
+from .harness_calls import logits_at, requests
 
 
 class Noted:

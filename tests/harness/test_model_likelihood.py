@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from math import comb
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +14,7 @@ from nara_diffusion.harness.model import NaraDLLM
 from nara_diffusion.harness.prompts import encode
 from tests.dllm.generation_reference import reference_generate
 
-from .harness_calls import as_loaded, load, logits_at, requests
-
-
-@pytest.fixture(scope="module")
-def _loaded(adapter: Path) -> NaraDLLM:
-    return load(adapter)
-
-
-@pytest.fixture
-def harness(_loaded: NaraDLLM) -> NaraDLLM:
-    return as_loaded(_loaded)
+from .harness_calls import logits_at, requests
 
 
 def bound(harness: NaraDLLM, prompt: list[int], answer: list[int]) -> float:

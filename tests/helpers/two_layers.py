@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tests.helpers.adapted import default_core
+from tests.helpers.adapted import TwoLayers, adapted, default_core
 
 TARGETS = ["first", "second"]
 LEVELS = torch.tensor([0.05, 0.5, 0.93])
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    """A NaRA on both layers, disturbed."""
+    return adapted(TwoLayers(), target_modules=TARGETS)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """(3, 7)"""
+    return torch.randn(3, 7)
+
+
+def parts_in_turn(model: PeftModel, x: Tensor) -> Tensor:
+    """The output of the two layers, called by themselves."""
+    root = model.base_model.model
+    return root.second(torch.tanh(root.first(x)))
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:

@@ -14,16 +14,6 @@ from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, rela
 from tests.helpers.two_layers import LEVELS, TARGETS, expect, run
 
 
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
-
-
 def test_a_forward_without_a_level_names_both_remedies(model: PeftModel, x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"λ is not known.*noise_level\(model, value\).*set_noise_source\(model"):
         model(x)

@@ -14,18 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.helpers.adapted import TwoLayers, adapted, relative_error
-from tests.helpers.two_layers import TARGETS, expect, run
-
-
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
+from tests.helpers.adapted import relative_error
+from tests.helpers.two_layers import expect, run
 
 
 def outputs_at(model: nn.Module, x: Tensor, level: float) -> Iterator[Tensor]:

@@ -13,18 +13,8 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core
-from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
+from tests.helpers.adapted import disturb, nara_config, relative_error
 from tests.helpers.two_layers import LEVELS, TARGETS, expect, run
-
-
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
 
 
 class AtLevel:

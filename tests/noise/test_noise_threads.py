@@ -9,24 +9,13 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from peft import PeftModel
 from torch import Tensor
 
 from nara_diffusion import noise_level
-from tests.helpers.adapted import TwoLayers, adapted, relative_error
+from tests.helpers.adapted import relative_error
 from tests.helpers.patience import LAST_RESORT, all_at_once
-from tests.helpers.two_layers import TARGETS, expect, run
-
-
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
+from tests.helpers.two_layers import expect, run
 
 
 def test_a_thread_started_inside_a_context_has_no_level(model: PeftModel, x: Tensor) -> None:

@@ -10,23 +10,12 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.helpers.adapted import TwoLayers, adapted, relative_error
-from tests.helpers.two_layers import TARGETS, expect, run
-
-
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
+from tests.helpers.adapted import relative_error
+from tests.helpers.two_layers import expect, run
 
 
 @contextmanager

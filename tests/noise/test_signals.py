@@ -18,17 +18,6 @@ from nara_diffusion.noise.needs import is_noise_aware, mask_density_radius, need
 from tests.helpers.adapted import TwoLayers, adapted, core_by_hand, nara_config, relative_error
 from tests.helpers.two_layers import LEVELS, TARGETS, by_hand, expect, run
 
-
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
-
-
 # ---------------------------------------------------------------------- values
 
 

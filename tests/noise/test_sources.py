@@ -11,18 +11,8 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level, set_noise_source
 from nara_diffusion.noise.signals import NoiseSignals
-from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
+from tests.helpers.adapted import TwoLayers, disturb, nara_config, relative_error
 from tests.helpers.two_layers import TARGETS, expect, run
-
-
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
 
 
 class Share:

@@ -16,16 +16,6 @@ from tests.helpers.channel_calls import at, expect_no_core
 from tests.helpers.two_layers import LEVELS, TARGETS
 
 
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
-
-
 class Interrupted(BaseException):
     """Like KeyboardInterrupt, which `except Exception` does not catch."""
 

@@ -24,16 +24,6 @@ from tests.helpers.two_layers import TARGETS
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 
 
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
-
-
 def test_models_do_not_see_each_other_s_levels(x: Tensor) -> None:
     one, two = (adapted(TwoLayers(), target_modules=TARGETS) for _ in range(2))
     expected = at(one, 0.2, x), at(two, 0.9, x)

@@ -39,11 +39,6 @@ def small() -> PeftModel:
     return adapted(TwoLayers(), target_modules=["first", "second"])
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
-
-
 def test_threads(small: PeftModel, x: Tensor) -> None:
     workers, rounds = 3, 40
     levels = [torch.rand(3) for _ in range(workers)]

@@ -16,25 +16,9 @@ from nara_diffusion.noise.ablations import mean_core
 from nara_diffusion.noise.signals import NoiseSignals
 from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
 from tests.helpers.channel_calls import expect_no_core
-from tests.helpers.two_layers import LEVELS, TARGETS, by_hand, expect, run
+from tests.helpers.two_layers import LEVELS, TARGETS, by_hand, expect, parts_in_turn, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-
-
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
-
-
-def parts_in_turn(model: PeftModel, x: Tensor) -> Tensor:
-    """The two layers of a TwoLayers, called by themselves."""
-    root = model.base_model.model
-    return root.second(torch.tanh(root.first(x)))
 
 
 @pytest.mark.parametrize("level", [0.3, LEVELS], ids=["shared", "per sample"])

@@ -14,25 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from nara_diffusion import noise_level
 from nara_diffusion.noise.ablations import changed_noise, constant_noise
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
-from tests.helpers.two_layers import LEVELS, TARGETS, expect
+from tests.helpers.two_layers import LEVELS, TARGETS, expect, parts_in_turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-
-
-@pytest.fixture
-def model() -> PeftModel:
-    return adapted(TwoLayers(), target_modules=TARGETS)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 7)
-
-
-def parts_in_turn(model: PeftModel, x: Tensor) -> Tensor:
-    """The two layers of a TwoLayers, called by themselves."""
-    root = model.base_model.model
-    return root.second(torch.tanh(root.first(x)))
 
 
 def test_a_part_that_is_merged_at_another_level_is_refused(model: PeftModel, x: Tensor) -> None:
