@@ -1,4 +1,4 @@
-"""Whether knowing λ can help an adapter, measured before training; docs/check.md."""
+"""nara-check: short trainings that measure whether an adapter gains by knowing λ (docs/check.md)."""
 
 from .run import decide
 from .trial import CheckSettings, CheckTask, Repeat, published, trials

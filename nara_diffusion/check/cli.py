@@ -91,7 +91,7 @@ class CheckArguments:
 
 
 def check(args: CheckArguments) -> str:
-    """Measures and writes; returns what to show.
+    """Run a check, write its report, and return the text to show.
 
     Raises:
         ValueError: a model or data that can't be used; an output folder that can't be written; see `run_check`.
@@ -104,17 +104,17 @@ def check(args: CheckArguments) -> str:
 
 
 def build_task(args: CheckArguments) -> CheckTask:
-    """By the kind of the data: a file holds records, a folder images."""
+    """The task of the data: a file holds records, a folder images."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     build = text_source if Path(args.data).is_file() else image_source
     return build(args, device, DTYPES[args.dtype])
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder, and tries to write there: before the model loads.
+    """Create the folder and try to write to it, before the model loads.
 
     Raises:
-        ValueError: it isn't possible.
+        ValueError: that fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def check_writable(folder: Path) -> None:
 
 
 def named(argv: Sequence[str]) -> list[str]:
-    """`MODEL DATA --flag …` as `--model MODEL --data DATA --flag …`.
+    """Turn `MODEL DATA --flag …` into `--model MODEL --data DATA --flag …`.
 
     Raises:
         ValueError: more than two words before the first flag.

@@ -45,7 +45,7 @@ def mean_losses(repeats: Sequence[Repeat]) -> dict[str, float]:
 
 
 def by_bins(repeats: Sequence[Repeat]) -> list[BinLosses]:
-    """Of the bins in which samples lie."""
+    """The losses of each bin of λ that has samples."""
     found = [_bins(repeat) for repeat in repeats]
     rows = []
     for number in range(BINS):
@@ -61,13 +61,13 @@ def _means(repeats: Sequence[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def _bins(repeat: Repeat) -> dict[int, dict[str, Tensor]]:
-    """{number of the bin: {arm: losses}} of those in which samples lie."""
+    """{number of the bin: {arm: losses}} of the bins that have samples."""
     numbers = (repeat.noise_level * BINS).long().clamp(0, BINS - 1)
     return {n: {arm: own[numbers == n] for arm, own in repeat.losses.items()} for n in numbers.unique().tolist()}
 
 
 def _difference(losses: dict[str, Tensor], other: str) -> float:
-    """In a bin; losses that rounding alone makes aren't compared."""
+    """NaRA's relative difference in a bin; 0 where the losses are no more than rounding."""
     nara, against = losses["nara"].mean().item(), losses[other].mean().item()
     larger = max(nara, against)
     return (nara - against) / larger if larger > ROUNDING else 0.0

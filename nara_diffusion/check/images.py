@@ -26,9 +26,9 @@ def image_task(
 
     Args:
         args: a DreamBoothArguments.
-        step: of the training; its model is replaced.
-        dataset: of the training.
-        held_out: what is measured; `dataset` where no image can be spared, which is then met under other noise.
+        step: the loss of the training; its model is replaced.
+        dataset: the training data.
+        held_out: the data to measure on; `dataset`, under other noise, if no image can be spared.
 
     Raises:
         ValueError: see `AdaptedDenoiser`.

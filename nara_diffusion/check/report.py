@@ -1,4 +1,4 @@
-"""What a check leaves: a table on the screen, check.json with all numbers, check.png."""
+"""The report of a check: a table on the screen, check.json with all numbers, check.png."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TITLES = {"base": "base", "lora": "LoRA", "untold": "without λ", "nara": "NaRA
 
 
 def write_report(folder: Path, repeats: Sequence[Repeat], verdict: Verdict, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes check.json, which is returned, and check.png; `about` says what was measured, and how."""
+    """Write check.json, which is returned, and check.png. `about` describes the measurement."""
     bins = by_bins(repeats)
     content = {
         **verdict.as_dict(),
@@ -39,7 +39,7 @@ def write_report(folder: Path, repeats: Sequence[Repeat], verdict: Verdict, abou
 
 
 def summary(repeats: Sequence[Repeat], verdict: Verdict) -> str:
-    """The table, a row a bin of λ, and the verdict."""
+    """The table, with a row for each bin of λ, and the verdict."""
     rows = [_row(f"{row.low:.1f} to {row.high:.1f}", row.losses, row.difference) for row in by_bins(repeats)]
     rows.append(_row("all", mean_losses(repeats), relative_difference(repeats, "lora")))
     return f"{format_table(('λ', *_TITLES.values(), 'NaRA against LoRA'), rows)}\n\n{verdict.answer}: {verdict.reason}"
@@ -51,7 +51,7 @@ def _row(name: str, losses: Mapping[str, float], difference: Interval) -> list[s
 
 
 def _known(values: Interval) -> dict[str, float | None]:
-    """JSON has no nan."""
+    """None in place of nan, which JSON lacks."""
     return {name: None if math.isnan(value) else value for name, value in values._asdict().items()}
 
 

@@ -1,4 +1,4 @@
-"""A check from its task to its report."""
+"""The run of a check: from a task to its report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_check(
 
 
 def decide(task: CheckTask, settings: CheckSettings, progress: bool) -> tuple[list[Repeat], Verdict]:
-    """As many repeats as the verdict needs, `settings.repeats` at most."""
+    """Repeat the short trainings until there is a verdict, `settings.repeats` times at most."""
     repeats: list[Repeat] = []
     for repeat in trials(task, settings, progress):
         repeats.append(repeat)
@@ -39,7 +39,7 @@ def decide(task: CheckTask, settings: CheckSettings, progress: bool) -> tuple[li
 
 
 def check_training(task: CheckTask, args: Any, run: Run) -> tuple[dict[str, Any], str]:
-    """The check of a train script, in its folder; returns as `run_check`.
+    """Check the training of a train script, in the folder of its run. Returns what `run_check` returns.
 
     Raises:
         ValueError: there are several processes; see `trials`.

@@ -34,7 +34,7 @@ _FEWEST = 10  # samples, of which some can be spared
 
 
 def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTask:
-    """A masked language model on records.
+    """The task of a masked language model on records.
 
     Args:
         args: a CheckArguments.
@@ -55,7 +55,7 @@ def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTas
 
 
 def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTask:
-    """Stable Diffusion XL on images.
+    """The task of Stable Diffusion XL on images.
 
     Args:
         args: a CheckArguments.
@@ -90,7 +90,7 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
 
 
 def divide(samples: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    """(what is trained on, what is held out), both all of them where they are few."""
+    """The training samples and the held-out ones; both are all samples if there are few."""
     if len(samples) < _FEWEST:
         return samples, samples
     return [sample for i, sample in enumerate(samples) if i % _HELD_OUT], samples[::_HELD_OUT]

@@ -32,9 +32,9 @@ def text_task(
 
     Args:
         args: an AdapterArguments and OptimizationArguments.
-        rows: of training, encoded.
-        held_out: rows to measure; `rows` where none can be spared, which are then met under other masks.
-        objective: what `masked_diffusion_loss` is told in training beside model and batch.
+        rows: the encoded training rows.
+        held_out: the rows to measure on; `rows`, under other masks, if none can be spared.
+        objective: the arguments of `masked_diffusion_loss` in training, beside model and batch.
 
     Raises:
         ValueError: see `add_adapter`.

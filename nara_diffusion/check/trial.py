@@ -1,12 +1,12 @@
-"""What knowing λ is worth in a training: short trainings of LoRA, of NaRA, and of NaRA without λ.
+"""Short trainings of LoRA, of NaRA, and of NaRA without λ, which show what knowing λ gains.
 
     lora     NaRA whose core is held at its start C = I
     untold   NaRA that is told λ = 0.5 for every sample, when it is trained and when it is measured
     nara     NaRA
 
 All three start from the same A, with B = 0, and meet the same samples at the same noise levels under the same noise,
-with the training's own loss, optimizer and learning rates. A core may hasten a training without knowing λ: what NaRA
-gains against `untold` is what λ tells. A repeat draws all anew: A, core, samples, noise, and what is held out.
+with the training's own loss, optimizer and learning rates. A core may speed up a training without knowing λ: what NaRA
+gains over `untold` is due to λ. Each repeat draws all anew: A, core, samples, noise, and held-out samples.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ Loss = Callable[[Sequence[int]], StepLoss]
 
 @dataclass(frozen=True)
 class CheckTask:
-    """A training, as the check sees it.
+    """The parts of a training that the check runs.
 
     Attributes:
         model: with an adapter of NaRA as `published` describes it; all else is frozen.
-        config: of that adapter.
-        args: with rates and optimizer, as `published` returns them.
+        config: the configuration of that adapter.
+        args: the arguments with learning rates and optimizer, as `published` returns them.
         loss: positions in the stream → losses of its samples, as the training itself computes them.
-        held_out: the same of samples that aren't trained on, or not under that noise.
-        batch_size: samples of a forward.
-        step_samples: samples of an optimizer step, a multiple of batch_size.
+        held_out: the same for samples that aren't trained on, or not under that noise.
+        batch_size: the number of samples of a forward.
+        step_samples: the number of samples of an optimizer step, a multiple of batch_size.
     """
 
     model: nn.Module
@@ -64,9 +64,9 @@ class CheckTask:
 @dataclass(frozen=True)
 class CheckSettings:
     """Attributes:
-    steps: of each short training.
-    samples: held out for each repeat, at least.
-    repeats: at most.
+    steps: the optimizer steps of each short training.
+    samples: the least number of held-out samples of each repeat.
+    repeats: the largest number of repeats.
     """
 
     steps: int = 100
@@ -78,7 +78,7 @@ class CheckSettings:
 class Repeat:
     """Attributes:
     noise_level: (n,), λ of the held-out samples.
-    losses: {"base" or a name of `ARMS`: their losses (n,)}.
+    losses: {"base" or a name of `ARMS`: the losses (n,) of the held-out samples}.
     """
 
     noise_level: Tensor
@@ -101,10 +101,10 @@ def published(args: Any) -> Any:
 
 
 def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> Iterator[Repeat]:
-    """The repeats, each trained when it is asked for.
+    """Yield the repeats; each is trained when it is asked for.
 
     Raises:
-        ValueError: a loss that isn't finite.
+        ValueError: a loss isn't finite.
     """
     trained = settings.steps * task.step_samples
     held_out = math.ceil(settings.samples / task.batch_size) * task.batch_size
@@ -130,7 +130,7 @@ def _repeat(
 
 
 def restart(task: CheckTask, number: int) -> None:
-    """Draws A and the cores anew, a function of the seed and `number`; B is 0 and C = I."""
+    """Draw A and the cores anew, from the seed and `number`; B is 0 and C = I."""
     torch.manual_seed(task.args.seed * 1_000_003 + number)
     for layer in task.model.modules():
         if isinstance(layer, LoraLayer):
@@ -163,7 +163,7 @@ def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str,
 
 @torch.no_grad()
 def _held_out_losses(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tensor, Tensor]:
-    """(λ, losses) (n,)."""
+    """λ (n,) and the losses (n,) of the held-out samples."""
     steps = []
     task.model.eval()
     for chosen in _chunks(positions, task.batch_size):

@@ -1,4 +1,4 @@
-"""Is λ likely to pay? The thresholds and the rules that read them, in order; docs/check.md says where they are from."""
+"""The verdict whether λ is likely to pay: thresholds, and rules in their order. docs/check.md gives their reasons."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Thresholds:
     pays: how much lower, relatively, NaRA's loss has to be for λ to pay.
     nothing: how much lower its mean may be where λ is said not to pay; a larger one may grow with more steps.
     learnt: how much lower than the base's the lowest loss has to be for the trainings to show anything.
-    fewest: repeats before anything is said.
+    fewest: the least number of repeats for a verdict.
     """
 
     pays: float = 0.02
@@ -29,14 +29,14 @@ class Thresholds:
 
 
 THRESHOLDS = Thresholds()
-"""Those that `judge` reads unless it is given others."""
+"""The default thresholds of `judge`."""
 
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes: `answer`: LIKELY, UNLIKELY or UNKNOWN; `reason`: what it rests on, and what to do if unknown."""
+    """Attributes: `answer`: LIKELY, UNLIKELY or UNKNOWN; `reason`: the numbers behind it, and what to do if unknown."""
 
     answer: str
     reason: str
@@ -46,7 +46,7 @@ class Verdict:
 
 
 def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Verdict:
-    """The verdict; the first rule that holds."""
+    """The verdict of the first rule that applies."""
     losses, pays = mean_losses(repeats), _percent(-thresholds.pays)
     change = min(losses[arm] for arm in ARMS) / losses["base"] - 1
     if change > -thresholds.learnt:

@@ -1,1 +1,1 @@
-"""The command line `nara`: what an adapter's file holds, drawn, compared, checked and evaluated."""
+"""The command line `nara`: it inspects, draws, compares, converts, checks and evaluates adapters."""

@@ -1,4 +1,4 @@
-"""An adapter as its file has it, without its base model: configurations, tensors, cores."""
+"""Reading an adapter from its file, without its base model: configurations, tensors, cores."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.holder.core_set import CoreSet, core_group, make_cores
 
 MODEL = "model"
-"""What the one component is called that PEFT's form has."""
+"""The name of the only component of PEFT's form."""
 _BLOCK = 1 << 20  # bytes that are read at once
 
 
 @dataclass(frozen=True)
 class AdapterFile:
     """Attributes:
-    path: the file with the tensors.
+    path: the path of the file with the tensors.
     parts: {component: its configuration and tensors}, "model" alone in PEFT's form.
     """
 
@@ -33,7 +33,7 @@ class AdapterFile:
 
     @property
     def sha256(self) -> str:
-        """Of the file's bytes, in hexadecimal."""
+        """The SHA-256 of the file's bytes, in hexadecimal."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             while block := file.read(_BLOCK):
@@ -42,10 +42,10 @@ class AdapterFile:
 
 
 def read(source: str) -> AdapterFile:
-    """The adapter in a file or a folder on this machine.
+    """Read the adapter in a local file or folder.
 
     Raises:
-        ValueError: nothing is there, or something else, or it is damaged.
+        ValueError: there is no adapter, or it is damaged.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -61,13 +61,13 @@ def modules_of(part: AdapterPart) -> dict[str, int]:
 
 
 def core_tensors_of(part: AdapterPart) -> dict[str, Tensor]:
-    """The tensors of the cores, by their names among these."""
+    """The tensors of the cores, by their names below the holder."""
     prefix = f"{HOLDER_NAME}."
     return {key.removeprefix(prefix): tensor for key, tensor in part.tensors.items() if is_core_key(key)}
 
 
 def cores_of(part: AdapterPart) -> CoreSet:
-    """The cores with the file's values.
+    """The cores, with the values of the file.
 
     Raises:
         ValueError: the file's tensors aren't those that its configuration describes.
@@ -85,7 +85,7 @@ def cores_of(part: AdapterPart) -> CoreSet:
 
 
 def _weights_in(folder: Path) -> Path:
-    """The file that `read_adapter` takes of a folder."""
+    """The file of a folder that `read_adapter` reads."""
     for name in (WEIGHTS_NAME, PEFT_WEIGHTS_NAME):
         if (folder / name).is_file():
             return folder / name

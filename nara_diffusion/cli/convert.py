@@ -1,4 +1,4 @@
-"""A NaRA from one of its two forms into the other, tensor by tensor; the base model isn't needed.
+"""Conversion of a NaRA between its two file formats, tensor by tensor, without the base model.
 
     nara convert my-toy folder --to peft                            # of save_nara_weights, for PeftModel
     nara convert my-toy folder --to peft --component text_encoder   # … one of several components
@@ -31,10 +31,10 @@ FORMS = ("peft", "pipeline")
 
 
 def chosen(parts: Mapping[str, AdapterPart], component: str | None) -> AdapterPart:
-    """The part that is meant.
+    """The part of the component that was named, or the only one.
 
     Raises:
-        ValueError: no such component, or none named where there are several.
+        ValueError: there is no such component, or several and none was named.
     """
     if component is None and len(parts) == 1:
         return next(iter(parts.values()))
@@ -46,7 +46,7 @@ def chosen(parts: Mapping[str, AdapterPart], component: str | None) -> AdapterPa
 
 
 def to_peft(part: AdapterPart, folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, both or none."""
+    """Write adapter_config.json and adapter_model.safetensors atomically."""
     tensors = {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in part.tensors.items()}
     with atomic_write_files(folder) as partial:
         save_file(tensors, partial / PEFT_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -54,14 +54,14 @@ def to_peft(part: AdapterPart, folder: Path) -> None:
 
 
 def to_pipeline(part: AdapterPart, component: str, folder: Path) -> None:
-    """Writes the file of `save_nara_weights`, for that component of a pipeline."""
+    """Write the file of `save_nara_weights` for that component of a pipeline."""
     tensors, metadata = pack({component: part})
     with atomic_write_files(folder) as partial:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / WEIGHTS_NAME, metadata)
 
 
 def convert(source: str, output: Path, form: str, component: str | None) -> str:
-    """Reads, checks that the tensors are those of the configuration, and writes; returns what to show.
+    """Read an adapter, check its tensors, write it in the other format, and return the text to show.
 
     Raises:
         ValueError: a file that is damaged, or already in that form; what a pipeline couldn't

@@ -1,4 +1,4 @@
-"""Where two adapters differ: fields of the configuration, adapted modules, and ΔW over λ.
+"""Comparison of two adapters: fields of the configuration, adapted modules, and ΔW over λ.
 
     nara diff my-toy my-toy-longer
     nara diff outputs/dllm-1 outputs/dllm-1/checkpoint-200 --points 11
@@ -28,7 +28,7 @@ from .updates import Update, norm_of_difference, updates_of
 
 ROUNDING = 1e-6  # a relative distance that float32 makes
 SHOWN = 5
-"""Modules that differ most, of those that are shown."""
+"""The number of modules that are shown, those that differ most."""
 
 
 def field_differences(one: AdapterPart, other: AdapterPart) -> list[tuple[str, Any, Any]]:
@@ -82,7 +82,7 @@ def _component(one: AdapterPart, other: AdapterPart, levels: Tensor) -> Iterator
 
 
 def _other_differences(one: AdapterPart, other: AdapterPart) -> set[str]:
-    """Modules of both that have another magnitude or another bias of B, which aren't in ΔW."""
+    """Lines about modules whose magnitudes or biases of B differ, which are not in ΔW."""
     names = [key for key in one.tensors if key.endswith((".lora_magnitude_vector", ".lora_B.bias"))]
     return {
         name.partition(".lora_")[0]
@@ -98,7 +98,7 @@ def _named(title: str, names: Any) -> Iterator[str]:
 
 
 def _table(squares: Mapping[str, Tensor], levels: Tensor) -> str:
-    """A row for all modules, and one for each of those that differ most."""
+    """The table: a row for all modules, and one for each of those that differ most."""
     most = sorted(squares, key=lambda name: -relative(squares[name]).mean().item())[:SHOWN]
     rows = [("all", torch.stack(list(squares.values())).sum(0)), *((name, squares[name]) for name in most)]
     header = ["λ", *(f"{level:.2f}" for level in levels.tolist())]

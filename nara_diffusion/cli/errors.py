@@ -1,4 +1,4 @@
-"""What a user can mend ends a command in one line."""
+"""Errors that a user can mend, as one line."""
 
 from __future__ import annotations
 

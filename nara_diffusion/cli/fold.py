@@ -44,10 +44,10 @@ def folded(file: AdapterFile, level: float) -> dict[str, PlainLora]:
 
 
 def write(loras: dict[str, PlainLora], output: Path, args: argparse.Namespace) -> None:
-    """The file, or with "peft" the folder.
+    """Write the file, or with "peft" the folder.
 
     Raises:
-        ValueError: several components for PEFT, no base for a form that needs one, or an adapter without a component.
+        ValueError: there are several components for PEFT, no base for a form that needs one, or no component.
     """
     if args.form == PEFT:
         if len(loras) > 1:

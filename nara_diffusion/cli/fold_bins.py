@@ -20,15 +20,15 @@ FLOWS = ("sd3", "flux", "wan")
 DISCRETE, FLOW = "timestep", "flow"  # definitions of λ, of `nara_diffusion.noise.timesteps`
 PEFT = "peft"
 VIDEOS = ("wan",)
-"""Bases of which ComfyUI's workflow, text to image, is none."""
+"""The bases for which there is no text-to-image workflow of ComfyUI."""
 Write = Callable[[dict[str, PlainLora], Path, argparse.Namespace], None]
 
 
 def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
-    """Writes the folder, whole or not at all; returns what to show.
+    """Write the folder atomically, and return the text to show.
 
     Args:
-        write: one file of LoRAs by component.
+        write: a function that writes one file of LoRAs by component.
 
     Raises:
         ValueError: no denoiser; several components for PEFT; a λ of which no schedule can be written, or that of a flow
@@ -49,7 +49,7 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
 
 
 def _check(args: argparse.Namespace, convention: str | None, components: list[str]) -> None:
-    """Schedules of hosts need the definition of λ that the adapter has."""
+    """Refuse adapters without a definition of λ from which a host's schedule can be written."""
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}, expected 1 or more.")
     if args.form == PEFT:

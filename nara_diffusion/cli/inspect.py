@@ -1,4 +1,4 @@
-"""What an adapter's file is: what it adapts, how it reads λ, what is in its core, and how large it is.
+"""Description of an adapter's file: adapted modules, definition of λ, core, and size.
 
     nara inspect my-toy                                          # a folder of save_nara_weights, of PEFT, of a run
     nara inspect my-toy/pytorch_nara_weights.safetensors --json  # … for a program
@@ -29,12 +29,12 @@ _CORE_FIELDS = {
     "diagonal": ("noise_embedding_dim", "core_sharing"),
     "identity": (),
 }
-"""{core_type: the fields that say what its core is}."""
+"""{core_type: the fields that describe such a core}."""
 _LABEL_WIDTH = 12
 
 
 def described(file: AdapterFile) -> dict[str, Any]:
-    """What `nara inspect --json` prints."""
+    """The description of a file, as `nara inspect --json` prints it."""
     return {
         "file": str(file.path),
         "bytes": file.path.stat().st_size,
@@ -67,7 +67,7 @@ def _described_part(part: AdapterPart) -> dict[str, Any]:
 
 
 def _kinds(modules: dict[str, int]) -> dict[str, int]:
-    """{the last words of the names, without numbers: how many}."""
+    """{the last parts of the names, without numbers: their number}."""
     found: dict[str, int] = {}
     for name in modules:
         words = [word for word in name.split(".") if not word.isdigit()]
@@ -76,7 +76,7 @@ def _kinds(modules: dict[str, int]) -> dict[str, int]:
 
 
 def text_of(found: dict[str, Any]) -> str:
-    """What `nara inspect` prints."""
+    """The text of a description, as `nara inspect` prints it."""
     lines = [found["file"], _line("size", f"{found['bytes']:,} bytes"), _line("sha256", found["sha256"])]
     for name, part in found["components"].items():
         lines += ["", f"{name}: {part['method']}", *(_line(*row) for row in _rows(part))]

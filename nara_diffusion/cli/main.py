@@ -31,11 +31,11 @@ COMMANDS = {
     "eval": "nara_diffusion.harness.command",
     "metrics": "nara_diffusion.dreambooth.evaluation.cli",
 }
-"""{command: the module whose `main` does it}, which is imported when it is asked for."""
+"""{command: the module that has its `main`}. The module is imported when the command is called."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `nara`; exits with one line on what the user can mend."""
+    """The command `nara`. An error that the user can mend ends it with one line."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(f"{__doc__}\n")

@@ -1,4 +1,4 @@
-"""Draws what an adapter's core does over λ.
+"""Plot of an adapter's core over λ.
 
     nara plot my-toy                            # writes my-toy.png
     nara plot my-toy --output core.png --points 201
@@ -51,7 +51,7 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(file: AdapterFile, path: Path, points: int) -> None:
-    """Writes the picture, a row a component.
+    """Write the plot, with a row for each component.
 
     Raises:
         ValueError: see `core_curves`.

@@ -47,7 +47,7 @@ def _base_layer(part: AdapterPart, name: str) -> nn.Module:
 
 
 def _without_memory(layer: nn.Module) -> nn.Module:
-    """The layer with one zero that stands for all of its weights."""
+    """Replace the weights of `layer` by one zero, expanded to their shape."""
     for name, parameter in list(layer.named_parameters()):
         setattr(layer, name, nn.Parameter(_zero().expand(parameter.shape), requires_grad=False))
     return layer
@@ -58,7 +58,7 @@ def _zero() -> Tensor:
 
 
 def _set(root: nn.Module, name: str, layer: nn.Module) -> None:
-    """Puts `layer` at that place below `root`, with the parents that it needs."""
+    """Set `layer` as the submodule `name` of `root`, and create its parents."""
     *parents, last = name.split(".")
     for parent in parents:
         if parent not in root._modules:

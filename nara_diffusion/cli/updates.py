@@ -75,7 +75,7 @@ def updates_of(part: AdapterPart, levels: Tensor) -> dict[str, Update]:
 
 
 def strength_of(config: NaraConfig, levels: Tensor) -> Tensor:
-    """The strength (n,) that the adapter has of its own at λ (n,)."""
+    """The strength (n,) at λ (n,) that the configuration sets."""
     if config.strength is None:
         return torch.ones_like(levels)
     points: Any = config.strength
@@ -83,7 +83,7 @@ def strength_of(config: NaraConfig, levels: Tensor) -> Tensor:
 
 
 def _factors(part: AdapterPart, name: str) -> tuple[Tensor, Tensor]:
-    """A (r, d_in) and B (d_out, r); of a convolution with groups, B as the block-diagonal matrix that it is."""
+    """A (r, d_in) and B (d_out, r). For a convolution with groups, B is block-diagonal."""
     if f"{name}.lora_embedding_A" in part.tensors:
         A, B = (part.tensors[f"{name}.lora_embedding_{letter}"].double() for letter in "AB")
         return A, B

@@ -38,7 +38,7 @@ LOGITS = ("masked", "all")
 
 @dataclass(frozen=True)
 class MaskedDiffusionLoss:
-    """What a step of training needs; b' is 2b with complementary masks, else b.
+    """The loss of a batch and its parts; b' is 2b with complementary masks, else b.
 
     Attributes:
         loss: scalar, the mean of `per_sample`.
@@ -86,9 +86,9 @@ def masked_diffusion_loss(
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
         prompt_lengths: (b,) tokens before the answer.
         attention_mask: (b, l), 1 on prompt and answer, 0 on the padding to their right.
-        answer_lengths: (b,), the other way to say where answers end; at l if neither is given.
+        answer_lengths: (b,), instead of `attention_mask`; without both, answers end at l.
         noise_level: λ in (0, 1], (b,) or one number, instead of drawing it.
-        generator: source of the seed where `seed` is None.
+        generator: draws the seed if `seed` is None.
         seed: with `sample_indices`, makes random numbers the same at any number of processes (see
             `nara_diffusion.dllm.masking`).
         sample_indices: (b,) indices of the samples in the training stream.
@@ -148,7 +148,7 @@ def masked_cross_entropy(
 def _token_losses(
     model: nn.Module, batch: MaskedBatch, held: torch.Tensor | None, *, logits: str, chunk_size: int
 ) -> torch.Tensor:
-    """The same, with KL(p₀ ‖ p) in its place in rows that are `held` (b,)."""
+    """`masked_cross_entropy`, but KL(p₀ ‖ p) in rows that are `held` (b,)."""
     if logits not in LOGITS:
         raise ValueError(f"logits is {logits!r}, expected one of {', '.join(map(repr, LOGITS))}")
     if chunk_size < 1:
@@ -178,7 +178,7 @@ def _token_losses(
 
 
 def _base_states(model: nn.Module, head: nn.Module | None, batch: MaskedBatch, held: torch.Tensor) -> torch.Tensor:
-    """What the base's head gets, (b, l, d), or without a head its logits (b, l, v); zero in rows not `held` (b,)."""
+    """The input (b, l, d) of the base's head, or without a head its logits (b, l, v); zero in rows not `held` (b,)."""
     rows = rows_for_base(held)
     padding = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask[rows]}
     ids = batch.input_ids[rows]
@@ -199,7 +199,7 @@ def mask_token_of(model: nn.Module, mask_token_id: int | None = None) -> int:
     """`mask_token_id` if given, else the one in the model's configuration.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: neither names one.
     """
     inner = language_model(model)
     known = (

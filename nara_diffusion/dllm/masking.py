@@ -89,15 +89,15 @@ def mask_answers(
         prompt_lengths: (b,) tokens before the answer.
         mask_token_id: the token that stands for a masked one.
         attention_mask: (b, l), 1 on prompt and answer, 0 on the padding to their right.
-        answer_lengths: (b,), the other way to say the same.
+        answer_lengths: (b,), instead of `attention_mask`.
         noise_level: λ in (0, 1], (b,) or one number; drawn if None.
-        generator: source of the seed where `seed` is None.
+        generator: draws the seed if `seed` is None.
         seed: key of the random numbers, with `sample_indices`.
         sample_indices: (b,) indices of the samples in the training stream.
         stratified: whether drawn λ are stratified over each `group_size` consecutive indices.
-        group_size: by default the batch.
+        group_size: the number of samples of a stratified group; default: the batch.
         complementary: return 2b rows, the second half with the complementary masks.
-        window: of drawn λ.
+        window: the window that λ is drawn from.
 
     Raises:
         ValueError: lengths that leave a row without an answer or exceed l, padding on the left, λ outside (0, 1],
@@ -138,7 +138,7 @@ def answer_positions(
     attention_mask: torch.Tensor | None = None,
     answer_lengths: torch.Tensor | Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Which positions belong to the answers: (b, l) bool.
+    """The positions of the answers: (b, l) bool.
 
     Raises:
         ValueError: wrong shapes, padding on the left, an answer that is empty or longer than the row.
@@ -198,11 +198,11 @@ def draw_noise_levels(
 
 
 def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
-    """Refuses a window that no λ is drawn in, or, where the base is held, outside of; and, for complementary masks, one
+    """Refuse a window that no λ is drawn in, or, where the base is held, outside of; and, for complementary masks, one
     that doesn't hold 1 − λ with each λ.
 
     Raises:
-        ValueError: naming what does.
+        ValueError: naming the window and what to change.
     """
     top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
     given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
@@ -244,7 +244,7 @@ def _random(seed: int, stream: int, number: int) -> np.random.Generator:
 def _key(
     seed: int | None, sample_indices: torch.Tensor | Sequence[int] | None, generator: torch.Generator | None, b: int
 ) -> tuple[int, list[int]]:
-    """(seed, indices of the b samples), by which all random numbers are drawn."""
+    """The seed and the indices of the b samples, from which all random numbers are drawn."""
     if seed is None:
         if sample_indices is not None:
             raise ValueError("sample_indices were given without a seed: pass seed=, or leave both out")

@@ -1,4 +1,4 @@
-"""Feeding λ, and the mask density where a core asks for it, to whatever in a model is noise-aware."""
+"""Passing λ, and the mask density if a core reads it, to the noise-aware parts of a model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nara_diffusion.runtime.modules import find_holders
 def conditioned(
     model: nn.Module, noise_level: torch.Tensor, *, masked: torch.Tensor, answer: torch.Tensor
 ) -> AbstractContextManager:
-    """`noise_level(model, λ)` for a noise-aware model, and nothing for any other.
+    """The context `noise_level(model, λ)` for a noise-aware model; a context that does nothing for any other.
 
     λ is the masked share. Adapters that were made without a `noise_convention` have this one from now on.
 
     Args:
         model: the outermost module.
         noise_level: (b,) float32, λ.
-        masked, answer: (b, l) bool, from which the mask density is counted.
+        masked, answer: (b, l) bool; they give the mask density.
 
     Raises:
         ValueError: an adapter that needs λ was trained with another definition of it.
@@ -45,7 +45,7 @@ def conditioned(
 
 
 def mask_density(masked: torch.Tensor, answer: torch.Tensor, radius: int) -> torch.Tensor:
-    """How crowded the masks are: (b,) float32 in [0, 1].
+    """The mask density of each row: (b,) float32 in [0, 1].
 
     For each masked token the share of masked ones among its neighbours, the answer's tokens at distance 1 … radius
     to either side, and then the mean over the masked tokens of a row. A token without neighbours, and a row
@@ -53,7 +53,7 @@ def mask_density(masked: torch.Tensor, answer: torch.Tensor, radius: int) -> tor
 
     Args:
         masked: (b, l) bool.
-        answer: (b, l) bool; positions outside of it are nobody's neighbours.
+        answer: (b, l) bool; positions outside of it are no neighbours.
         radius: R ≥ 1, in tokens.
     """
     window = torch.ones(1, 1, 2 * radius + 1, device=masked.device)

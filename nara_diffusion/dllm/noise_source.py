@@ -121,7 +121,7 @@ class InputIdsNoise:
 
 
 class ReadNoise:
-    """What `read_noise_from_input_ids` did, to be undone by `remove()` or at the end of a `with` block."""
+    """The handle of `read_noise_from_input_ids`: `remove()`, or leaving a `with` block, restores the former source."""
 
     def __init__(self, model: nn.Module, source: InputIdsNoise) -> None:
         self.source = source
@@ -129,7 +129,7 @@ class ReadNoise:
         set_noise_source(model, source)
 
     def remove(self) -> None:
-        """Give the model the source that it had before."""
+        """Restore the source of λ that the model had before."""
         for holder, source in self._previous:
             holder.conventions.set_source(source)
         self._previous = []
@@ -149,7 +149,7 @@ def read_noise_from_input_ids(
     answer_lengths: int | Sequence[int] | torch.Tensor | None = None,
     repeated: str | None = None,
 ) -> ReadNoise:
-    """Let `model` tell λ from the masks it sees; for good, or within a `with` block. The arguments are
+    """Let `model` read λ from the masks in its input, until `remove()` or the end of a `with` block. Arguments are
     `InputIdsNoise`'s.
 
     Raises:

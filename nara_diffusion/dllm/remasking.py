@@ -1,4 +1,4 @@
-"""Which token a mask becomes, and which of the predicted tokens stay."""
+"""The choice of tokens for masks, and of the predicted tokens that stay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _NEVER = float("-inf")
 
 
 class RowRandom:
-    """Uniform random numbers in [0, 1), an own stream a row."""
+    """Uniform random numbers in [0, 1), from a stream of its own for each row."""
 
     def __init__(self, generator: torch.Generator | None, rows: int, device: torch.device) -> None:
         source = "cpu" if generator is None else generator.device
@@ -16,7 +16,7 @@ class RowRandom:
         self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
 
     def uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The next numbers of `rows` (a,): (a, *shape)."""
+        """The next random numbers of `rows` (a,): (a, *shape)."""
         streams = [self.streams[row] for row in rows.tolist()]
         return torch.stack([torch.rand(shape, dtype=dtype, device=s.device, generator=s) for s in streams])
 

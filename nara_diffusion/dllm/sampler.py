@@ -48,7 +48,7 @@ class Generation:
     sequences: (b, l) prompt, answer, padding.
     answers: (b, gen_length).
     prompt_lengths: (b,) where each answer starts.
-    forwards: how often the model ran; a guided step counts once.
+    forwards: the number of forwards; a guided step counts once.
     """
 
     sequences: torch.Tensor
@@ -59,14 +59,14 @@ class Generation:
 
 @dataclass
 class GenerationStep:
-    """What `on_step_end` sees after each step. It may change `sequences`, in place or by another tensor, and `stop`.
+    """The argument of `on_step_end`, after each step. `on_step_end` may change `sequences` and `stop`.
 
     Attributes:
-    index: steps before this one.
+    index: the number of steps before this one.
     noise_level: (b,) λ before this step, which the model was told; rows that are done have 0.
     sequences: (b, l) prompt, answer so far, padding. A mask may be filled; no other token may become a mask.
     masked: (b, gen_length) which tokens of the answers are masks still.
-    stop: True ends sampling here; what is masked stays so.
+    stop: True ends sampling after this step; masks that are left stay.
     """
 
     index: int
@@ -105,15 +105,15 @@ def generate(
             numbers of steps; under FSDP and DeepSpeed ZeRO-3 give every process the same number (stop_at_eos=False
             and no confidence_threshold).
         input_ids: (b, p) prompts.
-        gen_length: tokens of each answer.
-        steps: forwards in all; default one a token.
-        block_length: tokens of a block; default one block.
+        gen_length: the number of tokens of each answer.
+        steps: the number of forwards; default: one for each token.
+        block_length: the number of tokens of a block; default: gen_length.
         temperature: T; 0 is greedy.
-        cfg_scale: w.
+        cfg_scale: w, the scale of classifier-free guidance; 0 turns it off.
         remasking: "low_confidence" or "random".
         confidence_threshold: place every token above it, instead of counting `steps`.
         prompt_lengths: (b,) of prompts padded on the right.
-        attention_mask: (b, p), the other way to say so; here padding may stand on either side.
+        attention_mask: (b, p), instead of `prompt_lengths`; padding may stand on either side.
         generator: seeds a stream of random numbers a row, for Gumbel noise and random remasking: what a row draws
             doesn't depend on the rows beside it, but for its place among them.
         mask_token_id: by default that of the model's configuration.
@@ -160,7 +160,7 @@ def generate(
 
 
 class _State:
-    """Sequences on their way, and the one step that moves them on."""
+    """The state of the sampler: the sequences, and the step that fills some of their masks."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class _State:
         return self.sequences.gather(1, self.positions)
 
     def fill(self, on_step_end: Callable[[GenerationStep], None] | None) -> None:
-        """Place every token, block by block."""
+        """Fill all masks, block by block."""
         width = self.sampling.block_length
         counts = self.sampling.tokens_per_step() or [None] * width
         for start in range(0, self.sampling.gen_length, width):
@@ -202,7 +202,7 @@ class _State:
                     return
 
     def _show(self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor) -> bool:
-        """Let the caller see a step, and take over what it changed; returns whether to stop."""
+        """Call `on_step_end`, take its changes over, and return whether to stop."""
         step = GenerationStep(self.forwards - 1, noise_level, self.sequences.clone(), self.masked.clone())
         on_step_end(step)
         given, own = step.sequences, self.sequences
@@ -253,7 +253,7 @@ class _State:
         return unconditional + (w + 1) * (conditional - unconditional)
 
     def _logits(self, rows: torch.Tensor, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What the model makes of `sequences`, which are `rows` with or without their prompts, at the λ of those."""
+        """The logits of `sequences`, which are `rows` with or without their prompts, at the λ of these rows."""
         masked = torch.zeros_like(self.answer[rows]).scatter(1, self.positions[rows], self.masked[rows])
         share = self.masked[rows].float().mean(1)  # λ of each
         padding = {} if self.attention_mask is None else {"attention_mask": self.attention_mask[rows]}

@@ -1,4 +1,4 @@
-"""How answers are drawn: the settings of the sampler, checked before anything runs."""
+"""The settings of the sampler, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ REMASKING = ("low_confidence", "random")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; the arguments of `generate`, checked.
+    """The settings of `generate`, checked.
 
     Raises:
-        ValueError: an impossible combination.
+        ValueError: a value is out of its range, or two settings contradict each other.
     """
 
     gen_length: int
@@ -52,7 +52,7 @@ class Sampling:
                 )
 
     def tokens_per_step(self) -> list[int] | None:
-        """How many tokens each step of a block places, the larger numbers first; None if confidence decides."""
+        """The number of tokens that each step of a block fills, in descending order; None if confidence decides."""
         if self.confidence_threshold is not None:
             return None
         steps = (self.steps or self.gen_length) // (self.gen_length // self.block_length)
@@ -61,5 +61,5 @@ class Sampling:
 
     @property
     def is_random(self) -> bool:
-        """Whether two runs can differ."""
+        """Whether the sampler draws random numbers."""
         return self.temperature > 0 or self.remasking == "random"

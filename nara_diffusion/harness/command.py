@@ -1,4 +1,4 @@
-"""The command `nara-eval`: lm-eval's, with the model class nara_dllm and this package's tasks.
+"""The command `nara-eval`: lm-eval's command with the model class nara_dllm and this package's tasks.
 
 It takes lm-eval's subcommands and flags. Left out, --model is nara_dllm, and run is the subcommand; a file of flags
 (--config FILE.yaml) has the same defaults:
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs lm-eval's command on `argv`; None takes the program's own.
+    """Run lm-eval's command on `argv`; None takes the arguments of the program.
 
     Exits with a message, and without a traceback, on what the user can mend; LMEVAL_LOG_LEVEL=DEBUG shows it.
     """
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def register() -> None:
-    """Makes `--model nara_dllm` known to lm-eval; harmless twice."""
+    """Register `--model nara_dllm` with lm-eval. Harmless when repeated."""
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:
@@ -65,7 +65,7 @@ def register() -> None:
 
 
 def with_defaults(argv: list[str]) -> list[str]:
-    """`argv` with its subcommand, and with --model, where they are left out."""
+    """Add the subcommand and --model to `argv` where they are missing."""
     if not argv or argv[0] in HELP or argv[0] in SUBCOMMANDS[1:]:
         return argv
     flags = argv[1:] if argv[0] == "run" else argv
@@ -75,9 +75,9 @@ def with_defaults(argv: list[str]) -> list[str]:
 
 
 def adjusted(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with this package's task files beside lm-eval's and those of include_path, and a device that exists.
+    """Add this package's task files to `args`, beside those of include_path, and an existing device.
 
-    What neither a flag nor the file of --config names is filled in: the model, and the device.
+    Model and device are filled in if neither a flag nor the file of --config names them.
 
     Raises:
         ValueError, OSError: the file can't be read.
@@ -94,7 +94,7 @@ def adjusted(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _settings(path: str | None) -> dict[str, Any]:
-    """What the file of --config says."""
+    """The settings in the file of --config."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     try:
@@ -105,7 +105,7 @@ def _settings(path: str | None) -> dict[str, Any]:
 
 @contextmanager
 def _program(argv: list[str]) -> Iterator[None]:
-    """lm-eval reads sys.argv, and changes it."""
+    """Inside, sys.argv is that of lm-eval's command, which reads and changes it."""
     before, sys.argv = sys.argv, argv
     try:
         yield

@@ -1,4 +1,4 @@
-"""One file from the web, whole or not at all."""
+"""Download of one file, written atomically."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TIMEOUT = 60.0  # seconds without an answer
 
 
 def download(url: str, path: Path) -> None:
-    """Puts what is at `url` to `path`; several processes may do so at once, and one alone has to succeed.
+    """Download `url` to `path`. Several processes may do so at once; it is enough if one succeeds.
 
     Raises:
-        ValueError: it can't be reached, or not be written, and nobody else has put it there meanwhile.
+        ValueError: the file can't be reached or written, and no other process has written it meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{uuid4().hex}-{path.name}")  # each process has its own

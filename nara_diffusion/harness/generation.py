@@ -1,6 +1,6 @@
-"""How an answer is generated: gen_kwargs of a request as arguments of `nara_diffusion.dllm.generate`.
+"""From the gen_kwargs of a request to the arguments of `nara_diffusion.dllm.generate`.
 
-lm-eval merges --gen_kwargs into what a task file says, and hands the result over with each request.
+lm-eval merges --gen_kwargs into those of a task file, and passes the result with each request.
 
 | `generate`             | in gen_kwargs                             | default        |
 |------------------------|-------------------------------------------|----------------|
@@ -39,7 +39,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class HowToAnswer:
     """Attributes:
     until: texts at whose first occurrence an answer ends.
-    sampling: arguments of `nara_diffusion.dllm.generate`, as pairs in their order, so that equal ones compare equal.
+    sampling: the arguments of `nara_diffusion.dllm.generate`, as sorted pairs, which can be compared and hashed.
     """
 
     until: tuple[str, ...]
@@ -47,10 +47,10 @@ class HowToAnswer:
 
 
 def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> HowToAnswer:
-    """What a request asks for.
+    """Read the gen_kwargs of a request.
 
     Raises:
-        ValueError: a setting that the sampler of masked diffusion has no counterpart of, or an impossible one.
+        ValueError: the sampler of masked diffusion lacks a setting, or a value is impossible.
     """
     given = dict(gen_kwargs)
     until = given.pop("until", None) or []
@@ -76,9 +76,9 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> HowToAnswer:
 
 
 def contradiction(gen_kwargs: Mapping[str, Any]) -> str | None:
-    """What a request asks for and doesn't get, since do_sample says otherwise; None if there is no such thing.
+    """The setting that do_sample overrules, in words; None if there is none.
 
-    No error: lm-eval has tasks that say both, and its own models go by do_sample too.
+    It is no error: tasks of lm-eval have both, and lm-eval's own models follow do_sample too.
     """
     samples, temperature = gen_kwargs.get("do_sample"), gen_kwargs.get("temperature") or 0
     if samples is False and temperature:
@@ -95,7 +95,7 @@ def contradiction(gen_kwargs: Mapping[str, Any]) -> str | None:
 
 
 def _check(sampling: Mapping[str, Any]) -> None:
-    """Raises now what `generate` would raise when the first answer is due."""
+    """Raise the errors of `generate` before the first answer is due."""
     defaults = {"steps": None, "block_length": sampling["gen_length"], "cfg_scale": 0.0}
     defaults |= {"remasking": "low_confidence", "confidence_threshold": None}
     Sampling(**{**defaults, **sampling})  # type: ignore[arg-type]

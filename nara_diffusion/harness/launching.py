@@ -1,7 +1,7 @@
 """How many processes `accelerate launch` starts for the paper's experiments.
 
-Left alone it takes all GPUs of a machine, in whatever number. An optimizer step has the `global_batch_size` samples of
-the configuration on any number of processes, but not every number can share them evenly, so the number is always named.
+By default it starts a process on each GPU. An optimizer step has the `global_batch_size` samples of
+the configuration, which not every number of processes can share evenly: so the number is always passed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _SEVERAL = ("--multi_gpu", "--config_file", "--tpu", "--use_deepspeed", "--use_f
 
 
 def with_processes(given: Sequence[str]) -> tuple[tuple[str, ...], int]:
-    """(arguments of `accelerate launch`, the number of processes that they name): those given, or one process.
+    """The arguments of `accelerate launch`, with one process if `given` names no number, and the number.
 
     Raises:
-        ValueError: no whole number, or none at all beside flags that mean several processes.
+        ValueError: the number is no whole number, or it is missing beside flags for several processes.
     """
     named = values_of(given)
     if "--num_processes" not in named:
@@ -34,15 +34,15 @@ def with_processes(given: Sequence[str]) -> tuple[tuple[str, ...], int]:
 
 
 def check_processes(processes: int, global_batch: int, batch: int, where: str) -> None:
-    """Refuses a number of processes that can't share the samples of an optimizer step evenly.
+    """Refuse a number of processes that can't share the samples of an optimizer step evenly.
 
     Args:
         global_batch: samples of an optimizer step (`global_batch_size`).
         batch: samples of one forward on one process (`train_batch_size`).
-        where: the configuration that says so.
+        where: the name of the configuration, for the message.
 
     Raises:
-        ValueError: naming the numbers that can.
+        ValueError: with the numbers that can.
     """
     forwards = global_batch // batch
     if global_batch % (processes * batch):
@@ -55,7 +55,7 @@ def check_processes(processes: int, global_batch: int, batch: int, where: str) -
 
 
 def values_of(arguments: Sequence[str]) -> dict[str, str]:
-    """{flag, with underscores: what stands after "=" or next}; accelerate takes dashes in place of underscores."""
+    """{flag: value} of a command line. Flags get underscores; accelerate takes dashes as well."""
     found = {}
     for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""--model_args as a model, its tokenizer and its adapter."""
+"""From --model_args to a model with its tokenizer and its adapter."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def load_model(
         pretrained: folder or repository of the model; None takes the one that the adapter names.
         peft: folder or repository of an adapter of any kind that PEFT loads, NaRA among them.
         device: where the model goes, unless device_map says it. None: a GPU if there is one.
-        dtype: of the weights, such as bfloat16; "auto" is the checkpoint's.
-        **backbone: of `BACKBONE_ARGUMENTS`.
+        dtype: the dtype of the weights, such as bfloat16; "auto" is that of the checkpoint.
+        **backbone: further arguments of `load_backbone`; `BACKBONE_ARGUMENTS` lists them.
 
     Raises:
-        ValueError: neither is given, an unknown argument or dtype, an adapter of another kind of λ; else as
+        ValueError: neither is given, an unknown argument or dtype, an adapter with another definition of λ; see also
             `load_backbone`.
     """
     unknown = sorted(backbone.keys() - set(BACKBONE_ARGUMENTS))
@@ -87,10 +87,10 @@ def load_model(
 
 
 def base_of(peft: str) -> str:
-    """The model that an adapter was trained on, as it says itself.
+    """The base model that the configuration of an adapter names.
 
     Raises:
-        ValueError: it doesn't say.
+        ValueError: it names none.
     """
     base = PeftConfig.from_pretrained(peft).base_model_name_or_path
     if not base:
@@ -105,10 +105,10 @@ def default_device() -> torch.device:
 
 
 def _refuse_other_noise(model: PeftModel, peft: str) -> None:
-    """λ is the masked share of the answer here; an adapter that learnt it as something else would be fed wrongly.
+    """Refuse an adapter with another definition of λ than the masked share of the answer.
 
     Raises:
-        ValueError: the adapter says so.
+        ValueError: naming the adapter's `noise_convention`.
     """
     for config in model.peft_config.values():
         convention = getattr(config, "noise_convention", None)

@@ -40,9 +40,9 @@ class NaraDLLM(LM):
         pretrained: folder or repository of the model; left out, it is the one that `peft` names.
         peft: folder or repository of an adapter of any kind that PEFT loads, NaRA among them.
         batch_size: sequences of one forward; --batch_size sets it.
-        max_length: tokens of prompt and answer; prompts lose their start to fit. Default: what the model has.
+        max_length: tokens of prompt and answer; long prompts lose their start. Default: the model's limit.
         samples: masks by which a likelihood is estimated; answers with fewer masks than that are scored exactly.
-        seed: of those masks.
+        seed: the seed of those masks.
         greedy: whether loglikelihood finds out if greedy sampling gives the text, at one forward a token; some tasks
             report it (LAMBADA's acc), most don't.
         device, dtype, load_in_8bit, load_in_4bit, revision, peft_revision, **backbone: see `load_model`.
@@ -84,7 +84,7 @@ class NaraDLLM(LM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> NaraDLLM:
-        """From --model_args and lm-eval's other flags; --model_args win."""
+        """Create it from --model_args and lm-eval's other flags; --model_args win."""
         others = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**others, **arg_dict})
 
@@ -102,7 +102,7 @@ class NaraDLLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval keys its cache of prompts by."""
+        """The key of lm-eval's cache of prompts."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     # generation
@@ -134,7 +134,7 @@ class NaraDLLM(LM):
         return [cut(self._text(row, ends), how.until) for row in rows]
 
     def _check_lengths(self, how: Iterable[HowToAnswer]) -> None:
-        """Before hours of generation and not after them."""
+        """Refuse answers that the model has no positions for, before hours of generation."""
         longest = max((dict(settings.sampling)["gen_length"] for settings in how), default=0)
         if longest >= self.max_length:
             raise ValueError(
@@ -143,7 +143,7 @@ class NaraDLLM(LM):
             )
 
     def _text(self, answer: Sequence[int], ends: Sequence[int]) -> str:
-        """The text before the first end token, with its white space: a program's first line may be indented."""
+        """Decode the text before the first end token, white space included: a program's first line may be indented."""
         length = next((j for j, token in enumerate(answer) if token in ends), len(answer))
         return str(self.tokenizer.decode(list(answer[:length]), skip_special_tokens=True))
 
@@ -208,7 +208,7 @@ class NaraDLLM(LM):
         return sum(self._log_likelihoods(_windows(opening, tokens, self.max_length)))
 
     def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """The bound for each (prompt, answer)."""
+        """The likelihood bound of each (prompt, answer), in nats."""
         rows = [[*prompt, *answer] for prompt, answer in pairs]
         input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for row, tokens in zip(input_ids, rows, strict=True):

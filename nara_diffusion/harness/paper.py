@@ -1,4 +1,4 @@
-"""The paper's experiments (arXiv 2605.29716) as commands: what is trained on, what is asked, what is compared.
+"""The paper's experiments (arXiv 2605.29716) as commands: training data, test sets, compared methods.
 
 Of each run (domain, method, seed) there are two steps:
 
@@ -38,11 +38,11 @@ LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 class Domain:
     """Attributes:
     config: the end of the configuration's name.
-    train_file: below the data folder.
-    source: where that file is.
+    train_file: the path of the training file below the data folder.
+    source: the address of that file.
     sets: {column of the table: task of nara-eval}.
     test_files: the folders of those sets, below the data folder, each with a test.json; none for sets of the Hub.
-    runs_code: whether scoring runs what the model writes.
+    runs_code: whether scoring runs the programs that the model writes.
     """
 
     config: str
@@ -109,17 +109,17 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 
 Run = tuple[str, str, int]
-"""Domain, method, seed."""
+"""A run: (domain, method, seed)."""
 
 
 @dataclass(frozen=True)
 class Step:
     """Attributes:
-    title: what it does, in words.
-    command: what to run.
-    folder: where it writes.
-    result: the file that is there when it is done, a pattern below `folder`.
-    tasks: what has to have a score in that file.
+    title: a description for the log.
+    command: the command to run.
+    folder: the folder that it writes to.
+    result: a pattern of the file below `folder` that a finished step has written.
+    tasks: the tasks that need a score in that file.
     """
 
     title: str
@@ -129,25 +129,25 @@ class Step:
     tasks: tuple[str, ...] = ()
 
     def is_done(self) -> bool:
-        """Whether the result is there, and whole."""
+        """Whether the result exists and is complete."""
         found = result_of(self.folder, self.result)
         return found is not None and set(self.tasks) <= found.get("results", {}).keys()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays the same in all runs.
+    """The settings that all runs share.
 
     Attributes:
         output_dir, data_dir: folders.
         script: train_scripts/dllm.py.
-        configs: folder of the configurations.
-        model: the start of their names.
-        pretrained: another model than theirs, or None.
-        dtype, batch_size: of evaluation.
+        configs: the folder of the configurations.
+        model: the beginning of their names.
+        pretrained: a model that replaces that of the configurations, or None.
+        dtype, batch_size: those of the evaluation.
         with_math: whether the math domain is asked MATH too.
         launch: arguments of accelerate launch, which name the number of `processes`.
-        processes: how many train and evaluate together.
+        processes: the number of processes of training and evaluation.
         training, evaluation: further arguments of the script, and of nara-eval.
         methods: further arguments of the training of one method.
     """
@@ -174,7 +174,7 @@ class Plan:
         return self.configs / f"{self.model}_{DOMAINS[domain].config}.yaml"
 
     def runs(self) -> list[Run]:
-        """Those that have a folder, in the order of the tables."""
+        """The runs that have a folder, in the order of the tables."""
         methods = list(dict.fromkeys((*METHODS, *ADAPTERS)))
         found = []
         for folder in self.output_dir.glob("*/*/seed-*"):
@@ -184,12 +184,12 @@ class Plan:
         return sorted(found, key=lambda run: (list(DOMAINS).index(run[0]), methods.index(run[1]), run[2]))
 
     def evaluated(self, domain: str, method: str, seed: int) -> dict[str, Any] | None:
-        """What nara-eval wrote of a run, or None if it hasn't all sets of the domain."""
+        """The results of nara-eval for a run; None unless they have all sets of the domain."""
         found = result_of(self.folder(domain, method, seed) / EVALUATION, RESULTS) or {}
         return found if set(DOMAINS[domain].sets.values()) <= found.get("results", {}).keys() else None
 
     def base_run(self, domain: str, seed: int) -> Run:
-        """The base's run that was evaluated, under whatever seed, or the one under `seed`."""
+        """The evaluated run of the base, whatever its seed, or else the one under `seed`."""
         runs = (run for run in self.runs() if run[:2] == (domain, BASE) and self.evaluated(*run))
         return next(runs, (domain, BASE, seed))
 
@@ -199,7 +199,7 @@ class Plan:
         return [evaluation] if method == BASE else [self.training_step(domain, method, seed), evaluation]
 
     def pretrained_and_revision(self, domain: str) -> tuple[str, str | None]:
-        """Of the model that is trained and evaluated."""
+        """The name and the revision of the model that is trained and evaluated."""
         configuration = settings_of(self.config(domain))
         revision = values_of(self.training).get("--revision", configuration.get("revision"))
         pretrained = self.pretrained or configuration["pretrained_model_name_or_path"]
@@ -252,21 +252,21 @@ class Plan:
         return Step(f"evaluate {method} on {domain}, seed {seed}", command, folder, RESULTS, tasks)
 
     def files(self, domain: str) -> dict[Path, str]:
-        """{file below the data folder: where it comes from} of a domain."""
+        """{file below the data folder: its address} of a domain."""
         tests = {f"{name}/test.json": f"{_ADAPTERS}/dataset/{name}/test.json" for name in DOMAINS[domain].test_files}
         needed = {DOMAINS[domain].train_file: DOMAINS[domain].source, **tests}
         return {self.data_dir / name: source for name, source in needed.items()}
 
 
 def settings_of(config: Path) -> dict[str, Any]:
-    """The arguments in a configuration."""
+    """The arguments that a configuration file has."""
     import yaml
 
     return yaml.safe_load(config.read_text(encoding="utf-8"))
 
 
 def result_of(folder: Path, pattern: str) -> dict | None:
-    """The newest result in `folder`, or None where there is none that is whole."""
+    """The newest complete result in `folder`; None if there is none."""
     for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             return json.loads(path.read_text(encoding="utf-8"))

@@ -1,14 +1,14 @@
-"""What each run of the paper's experiments is made with, kept beside it, so that none passes for another's.
+"""The settings of each run of the paper's experiments, in a file beside it, compared by each later call.
 
 OUTPUT_DIR/DOMAIN/METHOD/seed-N/settings.json is written before a run's first step. Each later call compares
 
-    of every run              model, pretrained_model_name_or_path, revision, dtype, evaluation_ and train_arguments
-    of those of its domains   the configuration, and of the data that are there the content
-    if they are its methods'  method_arguments
+    all runs            model, pretrained_model_name_or_path, revision, dtype, evaluation_ and train_arguments
+    runs of a domain    the configuration, and the content of the data files that exist
+    runs of a method    method_arguments
 
-The base has of these what it depends on. Not compared is what chooses a part (domains, methods, seeds, MATH) and what
-says how much is done at once (batch_size, launch_arguments), which results depend on by rounding alone. Nor is the
-content of a model that is given by name or folder, nor the versions of what is installed.
+The base has the settings that it depends on. Not compared are arguments that choose a part (domains, methods, seeds,
+MATH), those that change results by rounding only (batch_size, launch_arguments), the content of a model that is given
+by name or folder, and the versions of installed packages.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OF_THE_MODEL = ("pretrained_model_name_or_path", "revision")
 
 
 def keep(plan: Plan, run: Run) -> None:
-    """Writes what a run is made with, unless it has begun."""
+    """Write the settings of a run, unless it has begun."""
     folder = plan.folder(*run)
     if not _has_begun(folder):
         made_with = common_settings(plan, run[1]) | settings_of_run(plan, *run[:2])
@@ -38,10 +38,10 @@ def keep(plan: Plan, run: Run) -> None:
 
 
 def check(plan: Plan, domains: Collection[str], methods: Collection[str]) -> None:
-    """Compares all runs of the output folder with a call of `plan` for these domains and methods.
+    """Compare the settings of all runs in the output folder with those of `plan` for these domains and methods.
 
     Raises:
-        ValueError: settings differ, each named with a run that has others; or a run has no record of them.
+        ValueError: settings differ, each named with a run that has others; or a run has no settings file.
     """
     differing: dict[str, list[str]] = {}
     for domain, method, seed in plan.runs():
@@ -64,7 +64,7 @@ def check(plan: Plan, domains: Collection[str], methods: Collection[str]) -> Non
 
 
 def common_settings(plan: Plan, method: str) -> dict[str, Any]:
-    """What is the same for all domains and seeds."""
+    """The settings that all domains and seeds share."""
     result = {
         "model": plan.model,
         "pretrained_model_name_or_path": plan.pretrained,
@@ -76,7 +76,7 @@ def common_settings(plan: Plan, method: str) -> dict[str, Any]:
 
 
 def settings_of_run(plan: Plan, domain: str, method: str) -> dict[str, Any]:
-    """What is a domain's, and a method's in it; without the data that aren't there."""
+    """The settings of a domain and of a method in it, without those of data files that don't exist."""
     configuration = settings_of(plan.config(domain))
     data = {path.relative_to(plan.data_dir).as_posix(): _digest(path) for path in plan.files(domain) if path.is_file()}
     if method == BASE:
@@ -87,10 +87,10 @@ def settings_of_run(plan: Plan, domain: str, method: str) -> dict[str, Any]:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """What the run in `folder` was made with.
+    """The settings of the run in `folder`.
 
     Raises:
-        ValueError: nothing says so.
+        ValueError: there is no settings file.
     """
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -105,18 +105,18 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def separated(words: Sequence[str]) -> list[str]:
-    """`words` with --flag=VALUE as two, so that it doesn't count how a flag is written."""
+    """Split --flag=VALUE into two words: both spellings of a flag are equal."""
     return [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether there is something that a next call would go on with, or take for done."""
+    """Whether `folder` holds something that a later call would resume or take as done."""
     patterns = (f"{TRAINING}/results.json", f"{TRAINING}/checkpoint-*", f"{EVALUATION}/*")
     return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words. Data that aren't there now are left out, and so is the configuration of another model."""
+    """The differences in words, without data files that don't exist now and the configuration of another model."""
     before, after = _flat(then), _flat(now)
     names = list(after)
     if "configuration" in now:
@@ -131,7 +131,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{"configuration": {"rank": 8}} as {"configuration rank": 8}."""
+    """Flatten nested settings: {"configuration": {"rank": 8}} becomes {"configuration rank": 8}."""
     result: dict[str, Any] = {}
     for name, value in settings.items():
         result |= {f"{name} {key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
@@ -155,7 +155,7 @@ def _digest(path: Path) -> str:
 
 @lru_cache
 def _digest_of(path: Path, size: int, changed: int) -> str:
-    """Of the content; size and time of change tell when it has to be read again."""
+    """The digest of a file's content, cached by its size and its time of change."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):

@@ -1,10 +1,11 @@
-"""The paper's tables, from all that the evaluations of `nara_diffusion.harness.paper` have written so far.
+"""The paper's tables, from all results that the evaluations of `nara_diffusion.harness.paper` have written so far.
 
-One table a domain: a row a method, a column a test set and their mean, in percent; over several seeds as mean ± sample
-standard deviation. MATH, where it was asked, stands beside the mean and not in it. The last column is the difference
-to LoRA's mean in percentage points with its 95 % interval (Student's t), paired over the seeds that both have.
+There is a table for each domain, in percent, with a row for each method and a column for each test set and for their
+mean. Values of several seeds are given as mean ± sample standard deviation. MATH, where it was asked, stands beside the
+mean and not in it. The last column is the difference to LoRA's mean in percentage points with its 95 % interval
+(Student's t), paired over the seeds that both have.
 
-Before the tables stands what all runs were made with, and before each, if not all questions were asked, how many were.
+The settings of all runs stand before the tables; a table of runs with fewer questions says how many were asked.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ REFERENCE = "lora"
 MEAN = "Average"
 
 Results = Mapping[Run, Mapping[str, Any]]
-"""What nara-eval wrote of each run of a domain."""
+"""{run: nara-eval's results} of a domain."""
 Scores = dict[int, dict[str, float]]
-"""{seed: {column: percent}} of a method."""
+"""{seed: {column: percent}} of a method, column by column."""
 
 
 def document(plan: Plan) -> str:
-    """The tables of all that is there, whatever call made it, in Markdown.
+    """The tables of all results in the output folder, in Markdown.
 
     Raises:
-        ValueError: a set has no score that is known here, or a run has no record of its settings.
+        ValueError: a set has no known score, or a run has no settings file.
     """
     found = {domain: results for domain in DOMAINS if (results := results_of(plan, domain))}
     parts = ["# Tables of arXiv 2605.29716, run again", *made_with(plan, list(found))]
@@ -46,13 +47,13 @@ def document(plan: Plan) -> str:
 
 
 def results_of(plan: Plan, domain: str) -> dict[Run, dict[str, Any]]:
-    """Of the runs that are evaluated, in the order of the rows; the base once, under whatever seeds it is there."""
+    """The results of the evaluated runs, in the order of the rows; the base stands once, whatever its seed."""
     runs = [run for run in plan.runs() if run[0] == domain and (run[1] != BASE or run == plan.base_run(domain, run[2]))]
     return {run: results for run in runs if (results := plan.evaluated(*run)) is not None}
 
 
 def made_with(plan: Plan, domains: Sequence[str]) -> list[str]:
-    """What is the same in all runs."""
+    """The settings that all runs share, in Markdown."""
     models = dict.fromkeys(plan.pretrained_and_revision(domain) for domain in domains)
     names = [f"`{name}`" + (f", revision `{revision}`" if revision else "") for name, revision in models]
     lines = (
@@ -71,7 +72,7 @@ def _method_arguments(plan: Plan, results: Results) -> list[str]:
 
 
 def _limits(domain: str, results: Results) -> list[str]:
-    """That a run didn't ask all questions."""
+    """A line that says how many questions were asked, if not all."""
     columns = {task: column for column, task in {**DOMAINS[domain].sets, "MATH": MATH}.items()}
     asked = [(columns[task], n) for found in results.values() for task, n in found.get("n-samples", {}).items()]
     short = dict.fromkeys(
@@ -83,7 +84,7 @@ def _limits(domain: str, results: Results) -> list[str]:
 
 
 def scores(plan: Plan, domain: str, results: Results) -> dict[str, Scores]:
-    """By method."""
+    """The scores of each method: {method: {seed: {column: percent}}}."""
     found: dict[str, Scores] = {}
     for run, result in results.items():
         found.setdefault(run[1], {})[run[2]] = columns_of(domain, result["results"], str(plan.folder(*run)))
@@ -94,7 +95,7 @@ def columns_of(domain: str, results: Mapping[str, Mapping[str, Any]], where: str
     """{column: percent} of a run, with the mean.
 
     Raises:
-        ValueError: a set has no score that is known here.
+        ValueError: a set has no known score.
     """
     columns = {column: _percent(results[task], task, where) for column, task in DOMAINS[domain].sets.items()}
     further = {"MATH": _percent(results[MATH], MATH, where)} if MATH in results else {}
@@ -113,7 +114,7 @@ def _percent(result: Mapping[str, Any], task: str, where: str) -> float:
 
 
 def table(domain: str, found: Mapping[str, Scores]) -> str:
-    """A domain's table in Markdown, and how many seeds it is from."""
+    """The table of a domain in Markdown, with the number of its seeds."""
     columns = list(dict.fromkeys(column for rows in found.values() for row in rows.values() for column in row))
     against = TITLES[REFERENCE].title
     lines = [
@@ -132,7 +133,7 @@ def _title(method: str) -> str:
 
 
 def _cell(values: Sequence[float], seeds: int) -> str:
-    """Mean and deviation of the values that there are, and of how many seeds they are, if not of all."""
+    """The mean and deviation of the values, with the number of their seeds if that isn't `seeds`."""
     if not values:
         return ""
     mean, std, _, _ = interval(values)
@@ -141,7 +142,7 @@ def _cell(values: Sequence[float], seeds: int) -> str:
 
 
 def _difference(ours: Scores, theirs: Scores) -> str:
-    """The paired difference of the means over the sets, with its interval where two seeds or more have both."""
+    """The paired difference of the means over the sets; with its 95 % interval if two seeds or more have both."""
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         return ""

@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch`, or one."""
+"""The processes of `accelerate launch`, or a single one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .loading import default_device
 
 class Processes:
     """Attributes:
-    rank: this one's number.
-    count: how many there are.
+    rank: the number of this process, from 0.
+    count: the number of processes.
     """
 
     def __init__(self, device: str | torch.device | None) -> None:
@@ -29,7 +29,7 @@ class Processes:
         self.count = 1 if self.state is None else self.state.num_processes
 
     def placement(self, device: str | torch.device | None) -> torch.device:
-        """Where this process's model goes: its own place among several, else `device`, else an accelerator or the CPU.
+        """The device of this process's model: its own one of several, or `device`, or an accelerator or the CPU.
 
         Raises:
             ValueError: PyTorch has no such device.
@@ -45,12 +45,12 @@ class Processes:
         return place
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All processes' tensors, one after the other."""
+        """Concatenate the tensors of all processes."""
         result: Any = gather(tensor) if self.count > 1 else tensor
         return result
 
     def gather_object(self, value: Any, destination: int = 0) -> list[Any] | None:
-        """All processes' values, at `destination`; None elsewhere."""
+        """The values of all processes, on the process `destination`; None on others."""
         if self.count == 1:
             return [value]
         values: list[Any] | None = [None] * self.count if self.rank == destination else None
@@ -58,7 +58,7 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait for all processes."""
         if self.state is not None:
             self.state.wait_for_everyone()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_shared(path: Path, text: str) -> None:
-    """`path` gets `text` as a whole, also where others write it at the same time: each has a temporary name of its own,
+    """Write `text` to `path` atomically, while others may write it too: each has a temporary name of its own,
     and the last one to be done counts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{secrets.token_hex(8)}-{path.name}")

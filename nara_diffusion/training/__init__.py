@@ -1,1 +1,1 @@
-"""What the train scripts share, whatever they train: arguments, runs, checkpoints, loop, reports."""
+"""The parts that both train scripts share: arguments, runs, checkpoints, the training loop, reports."""

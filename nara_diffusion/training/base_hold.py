@@ -1,4 +1,4 @@
-"""Holding the base: outside of a window of noise levels, an adapted model is to predict what its base predicts.
+"""Holding the base: outside of a window of noise levels, an adapted model learns to predict what its base predicts.
 
 The base is the model itself with its adapters disabled, run without gradients and without dropout, on those samples
 alone that lie outside. Every process runs it in each forward of training, on one sample at least: the forwards of DDP
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class SplitLosses:
-    """What is logged of k images or texts, of which some are to hold the base.
+    """The losses of k samples, some of which are trained to match the base.
 
     Attributes:
         values: (k,), the loss of those inside of the window, and of those outside their distance to the base.
@@ -33,13 +33,13 @@ class SplitLosses:
     held: Tensor
 
     def weighted(self, weight: float) -> Tensor:
-        """What each counts in the loss, (k,)."""
+        """The value of each sample in the loss, (k,): a distance to the base counts `weight` times."""
         return torch.where(self.held, weight * self.values, self.values)
 
 
 @contextmanager
 def as_base(model: nn.Module) -> Iterator[None]:
-    """Within, `model` is its base: adapters disabled, no gradients, no dropout.
+    """Inside the context, `model` is its base: adapters are disabled, and there are no gradients and no dropout.
 
     Unlike PEFT's own calls it leaves alone which parameters require a gradient, and afterwards all is as it was, also
     where modules differ.
@@ -65,6 +65,6 @@ def as_base(model: nn.Module) -> Iterator[None]:
 
 
 def rows_for_base(held: Tensor) -> Tensor:
-    """The rows that the base runs on, of a batch with `held` (b,): those, or the first where there are none."""
+    """The indices of the `held` (b,) rows of a batch, on which the base runs; the first row if there are none."""
     rows = held.nonzero()[:, 0]
     return rows if len(rows) else rows.new_zeros(1)

@@ -1,4 +1,4 @@
-"""How many forwards make an optimizer step, and that nothing outside the arguments decides otherwise."""
+"""The number of forwards in an optimizer step, as the arguments say it; another setting elsewhere raises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def accumulation_steps(args: Any, processes: int) -> int:
     leaves to each of `processes`.
 
     Raises:
-        ValueError: the global batch can't be dealt out evenly.
+        ValueError: the global batch can't be divided evenly among processes and forwards.
     """
     if args.global_batch_size is None:
         return args.gradient_accumulation_steps
@@ -28,7 +28,7 @@ def accumulation_steps(args: Any, processes: int) -> int:
 
 
 def check_accumulation(accelerator: Accelerator, steps: int) -> None:
-    """Refuses an engine that accumulates otherwise than the arguments say: its steps would be of other batches, and
+    """Refuse an engine that accumulates otherwise than the arguments say: its steps would be of other batches, and
     more or fewer than the schedule has.
 
     Raises:

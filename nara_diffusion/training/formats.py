@@ -31,7 +31,7 @@ AdapterWriter = Callable[[Any, Path, dict[str, Any]], None]
 
 
 def write_adapter(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    """An `AdapterWriter`: what a user loads onto the base model, or in its place."""
+    """Write what a user loads onto the base model, or instead of it. It is an `AdapterWriter`."""
     if isinstance(model, PeftModel) and changes_base(model) and hasattr(model, "start_factors"):
         config: Any = model.peft_config["default"]
         tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
@@ -41,14 +41,14 @@ def write_adapter(model: Any, folder: Path, state: dict[str, Any]) -> None:
 
 
 def write_checkpoint(model: Any, folder: Path, state: dict[str, Any]) -> None:
-    """An `AdapterWriter`: what `load_checkpoint` reads."""
+    """Write what `load_checkpoint` reads. It is an `AdapterWriter`."""
     _write_as_it_is(model, folder, state)
     if not has_exact_format(model):
         write_trainable(model, folder, state)
 
 
 def load_checkpoint(model: Any, checkpoint: Path) -> None:
-    """Puts a checkpoint's weights into `model`, before accelerate wraps it."""
+    """Load the weights of a checkpoint into `model`, before accelerate wraps it."""
     if (checkpoint / TRAINABLE).is_file():
         read_trainable(model, checkpoint)
     elif isinstance(model, PeftModel):
@@ -73,7 +73,7 @@ def write_trainable(model: nn.Module, folder: Path, state: dict[str, Any]) -> No
 
 
 def read_trainable(model: nn.Module, folder: Path) -> None:
-    """`write_trainable` undone.
+    """Load what `write_trainable` wrote into `model`.
 
     Raises:
         ValueError: the file has other tensors than `model` trains.
@@ -95,14 +95,14 @@ def read_all_weights(model: Any, folder: Path) -> None:
     """Copies the weights of the model in `folder`, of `model`'s class, into `model`.
 
     Raises:
-        ValueError: as `load_whole_model`.
+        ValueError: see `load_whole_model`.
     """
     saved = load_whole_model(type(model), folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
 
 
 def write_converted(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """An adapter in PEFT's format, from its parts."""
+    """Write an adapter in PEFT's format, from its configuration and tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy(config)
     config.inference_mode = True

@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM where nothing can be saved."""
+    """SIGTERM came where nothing can be saved."""
 
 
 class InterruptRequest:
@@ -76,12 +76,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """What a shell gets of a process that a signal ended."""
+    """The exit code that a shell reports for a process that a signal ended."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 def leave_signals_to_main_process(worker: int) -> None:
-    """In a worker of a data loader: the batches that the main process still asks for are to come.
+    """Make a data loader's worker ignore the signals: the main process still needs its batches.
 
     SIGTERM counts the second time, which is when the main process wants to be rid of a worker that hangs.
     """

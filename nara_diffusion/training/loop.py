@@ -117,7 +117,7 @@ def train(
 
 
 def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
-    """Gathers the losses of all processes and refuses one that isn't finite, before it can reach the weights."""
+    """Gather the losses of all processes, and raise if one isn't finite, before it can reach the weights."""
     mine = torch.stack([step.per_sample.detach().float(), step.noise_level.detach().float()], dim=1)  # (b, 2)
     losses, levels = cast(Tensor, run.accelerator.gather(mine)).unbind(1)
     if not losses.isfinite().all():
@@ -131,7 +131,7 @@ def _gathered(run: Run, split: SplitLosses) -> SplitLosses:
 
 
 def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None:
-    """Holds the core in the first stage, clips, and refuses gradients that aren't finite."""
+    """Drop the core's gradients in the first stage, clip all, and raise if a gradient isn't finite."""
     if run.step < run.args.core_start_step:
         hold_core(optimizer)
     limit = math.inf if run.args.max_grad_norm is None else run.args.max_grad_norm

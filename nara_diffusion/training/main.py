@@ -1,6 +1,6 @@
-"""What both train scripts do when they are started from a shell.
+"""The entry point of both train scripts: logging, command line, and errors in one line.
 
-What this package itself refuses is one line there, whose text says what to do, and so is a stop by Ctrl-C or SIGTERM.
+An error that this package raises is shown as one line that says what to do, and so is a stop by Ctrl-C or SIGTERM.
 Any other error keeps its traceback.
 """
 

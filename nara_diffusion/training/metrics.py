@@ -1,4 +1,4 @@
-"""Losses by noise level, and their way to metrics.jsonl, the progress bar and the trackers."""
+"""Losses by noise level, written to metrics.jsonl, the progress bar and the trackers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LossWindow:
         self._is_split = False
 
     def add(self, losses: Tensor, noise_levels: Tensor, split: SplitLosses | None = None) -> None:
-        """Takes losses (b,) and λ (b,); with `split` the loss's parts too, by which it is then told apart."""
+        """Add losses (b,) at λ (b,); with `split`, also the losses inside and the distances outside of the window."""
         self._losses.append(losses)
         self._is_split = split is not None
         if split is None:
@@ -83,7 +83,7 @@ class MetricLog:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops the lines of steps that a resumed run will take again, and one that a killed run left half-written."""
+    """Delete the lines of steps that a resumed run takes again, and a line that a killed run left half-written."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     write_text(path, "".join(line for line in lines if _step_of(line) <= step))
 

@@ -1,4 +1,4 @@
-"""Out of memory, with what can be done about it."""
+"""Errors of memory, with the arguments that lower a run's need of it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class OutOfMemory(RuntimeError):
 
 @contextmanager
 def explain_out_of_memory(args: Any, doing: str = "training") -> Iterator[None]:
-    """Turns torch's out-of-memory errors into `OutOfMemory`, which names the arguments of `args` that would help.
+    """Inside, raise `OutOfMemory` in place of torch's errors; it names the arguments of `args` that would help.
 
     Args:
-        args: a script's arguments; those that it lacks, or that are as they should be, aren't named.
-        doing: what ran, for the message.
+        args: the arguments of a script. Only those that it has, and that can still be changed, are named.
+        doing: what was running, for the message.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def explain_out_of_memory(args: Any, doing: str = "training") -> Iterator[None]:
 
 
 def explaining_out_of_memory(main: Callable[[Arguments], Result]) -> Callable[[Arguments], Result]:
-    """A script's `main(args)`, inside `explain_out_of_memory`."""
+    """Wrap a script's `main(args)` in `explain_out_of_memory`."""
 
     @wraps(main)
     def explained(args: Arguments) -> Result:
@@ -63,7 +63,7 @@ def explaining_out_of_memory(main: Callable[[Arguments], Result]) -> Callable[[A
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's or Python's way to say so, on any device."""
+    """Whether `error` is an out-of-memory error of torch or Python, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -73,7 +73,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def remedies(args: Any) -> list[str]:
-    """What would lower a run's memory and isn't done yet, most effective first."""
+    """The arguments that would lower a run's memory and aren't set yet, the most effective first."""
     return [
         text
         for name, done, text in _REMEDIES
@@ -87,5 +87,5 @@ def _impossible(name: str, args: Any) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The optimizer, with a learning rate for A and B, one for the core and one for text encoders, and its schedule."""
+"""The optimizer and its schedule, with separate learning rates for A and B, the core, and text encoders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-"""Of transformers': those that step and arguments alone determine; the others want a metric or more settings."""
+"""The schedules of transformers that depend on step and arguments only; others need a metric or more settings."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def build_optimizer(
 
     Args:
         global_batch: samples of an optimizer step; --scale_lr needs it.
-        fused: let AdamW update all parameters in one call; see `Run.fuses_optimizer` for where that is right.
+        fused: whether AdamW updates all parameters in one call; `Run.fuses_optimizer` says where that is right.
 
     Raises:
         ValueError: `scale_lr` without `global_batch`; nothing in `model` is trainable; `core_start_step` is set and
@@ -126,7 +126,7 @@ def _package(name: str, needed_by: str) -> Any:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, args: Any, total_steps: int) -> LRScheduler:
-    """The schedule over `total_steps` optimizer steps; step it once a step, whatever the number of processes."""
+    """The schedule over `total_steps` optimizer steps. Call its `step` once a step, on any number of processes."""
     specific = {"cosine_with_restarts": {"num_cycles": args.lr_num_cycles}, "polynomial": {"power": args.lr_power}}
     return get_scheduler(
         args.lr_scheduler,
@@ -138,7 +138,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, args: Any, total_steps: in
 
 
 def check_scheduler(name: str, warmup: float = 0.0) -> None:
-    """Refuses a schedule that can't be followed, before anything is loaded.
+    """Refuse an unknown schedule, and a warm-up that the schedule lacks, before anything is loaded.
 
     Raises:
         ValueError: a name that isn't in `SCHEDULES`; a warm-up (`--lr_warmup_steps`) for "constant", which has none.
@@ -152,12 +152,12 @@ def check_scheduler(name: str, warmup: float = 0.0) -> None:
 
 
 def warmup_steps(value: float, total_steps: int) -> int:
-    """`--lr_warmup_steps` in steps: below 1 it is a share of all steps."""
+    """The value of `--lr_warmup_steps` in optimizer steps; below 1 it is a share of all steps."""
     return round(value * total_steps) if value < 1 else int(value)
 
 
 def hold_core(optimizer: Any) -> None:
-    """Drops the core's gradients, so that this step leaves its weights and its Adam moments untouched."""
+    """Delete the core's gradients: the next step then leaves its weights and its Adam moments untouched."""
     for group in optimizer.param_groups:
         if group.get("name") == "core":
             for parameter in group["params"]:

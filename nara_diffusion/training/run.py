@@ -53,8 +53,8 @@ class Run:
         step: optimizer steps done.
         folder: where the run writes.
         log: metrics.jsonl and the trackers; set by `open`.
-        claim: the main process's on `folder`.
-        hub_id: the repository to push to, or None; of the main process.
+        claim: the lock on `folder` that the main process has.
+        hub_id: the repository to push to, on the main process; else None.
         digests: {what: digest} of what the run rests on; set by `record_data_digest` and `record_base_digest`.
     """
 
@@ -76,7 +76,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the run, and lets go of its folder. An error says what is kept, if it is one of writing or a signal."""
+        """End the run, and release its folder. An error of writing, or a signal, says which checkpoint is kept."""
         try:
             if error is None:
                 self.close()
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def hardware(self) -> str:
-        """What the run runs on, in words."""
+        """The hardware of the run, in words."""
         if self.accelerator.device.type == "cuda":
             device = torch.cuda.get_device_name(self.accelerator.device)
         else:
@@ -107,7 +107,7 @@ class Run:
         return self.args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
 
     def batches(self, total_steps: int) -> dict[str, int]:
-        """What `stream_loader` needs to know: the batch of one forward, and the positions that are left to train on."""
+        """The arguments of `stream_loader`: the batch size of a forward, and the positions left to train on."""
         first, stop = self.step * self.global_batch, total_steps * self.global_batch
         return {"batch_size": self.args.train_batch_size, "first": first, "stop": stop}
 
@@ -234,7 +234,7 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
 
 
 def _output_dir(run: Run) -> str | None:
-    """A resumed run goes on writing where it was, unless another folder was named."""
+    """The folder of the run: a resumed run continues in its own one, unless another was named."""
     if run.args.output_dir is None and run.checkpoint is not None:
         return str(run.checkpoint.parent)
     return run.args.output_dir

@@ -1,4 +1,4 @@
-"""An exponential moving average (EMA) of what is trained, by Diffusers' EMAModel.
+"""An exponential moving average (EMA) of the trained weights, by Diffusers' EMAModel.
 
 After optimizer step n, with w the weights and w̄ their average, in float32,
 
@@ -26,7 +26,7 @@ class WeightAverage:
     """The average of the parameters of `model` that are trained now.
 
     Args:
-        model: with its weights on the device where they stay.
+        model: its weights have to be on their final device.
         decay: in [0, 1).
     """
 
@@ -35,12 +35,12 @@ class WeightAverage:
         self._ema = EMAModel(self._trained.values(), decay=decay, foreach=True)
 
     def update(self) -> None:
-        """Takes the weights of an optimizer step in."""
+        """Update the average after an optimizer step."""
         self._ema.step(self._trained.values())
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the model has the average; afterwards its own weights, bit for bit."""
+        """Inside the context, the model has the averaged weights; afterwards its own ones, bit for bit."""
         self._ema.store(self._trained.values())
         try:
             self._ema.copy_to(self._trained.values())
@@ -54,7 +54,7 @@ class WeightAverage:
         save_file({**tensors, _STEPS: torch.tensor(self._ema.optimization_step)}, folder / AVERAGE)
 
     def load(self, folder: Path) -> None:
-        """`save` undone.
+        """Load what `save` wrote.
 
         Raises:
             ValueError: the file is missing, or of other parameters.

@@ -1,4 +1,4 @@
-"""Records as token ids: prompt, answer, end of sequence.
+"""Encoding of records as token ids: prompt, answer, end of sequence.
 
 With a chat template in the tokenizer, the prompt is the user's turn and what opens the assistant's, and the answer
 is the assistant's turn as the template closes it. Without one, the prompt is Alpaca's, which LLM-Adapters uses too.
@@ -51,17 +51,17 @@ class EncodedRecords:
 
     @property
     def total(self) -> int:
-        """Records that came in."""
+        """The number of records before encoding."""
         return len(self.fit.lengths)
 
     @property
     def truncated(self) -> int:
-        """Those whose answer was cut at `max_length`; they end without an end token."""
+        """The number of records whose answer was cut at `max_length`; these have no end token."""
         return self.fit.truncated
 
     @property
     def dropped(self) -> int:
-        """Those whose prompt leaves no room for an answer."""
+        """The number of records that were left out, since their prompt fills `max_length`."""
         return self.fit.dropped
 
     def summary(self) -> str:
@@ -111,7 +111,7 @@ def _encode(
     *,
     progress: bool = False,
 ) -> tuple[list[dict[str, Any]], Fit]:
-    """(rows of those that fit, how they fit); `name` is what messages call the records."""
+    """The encoded rows of the records that fit, and their `Fit`. Messages call the records `name`."""
     rows: list[dict[str, Any]] = []
     lengths: list[tuple[int, int]] = []
     mask = tokenizer.mask_token_id  # None where it has none
@@ -140,7 +140,7 @@ def _holds_the_mask(record: Mapping[str, str], tokenizer: PreTrainedTokenizerBas
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:
-    """What the model reads before it answers, as text."""
+    """The text that the model reads before it answers: the chat template's, or Alpaca's form."""
     if tokenizer.chat_template:
         return _chat(tokenizer, _turn(instruction, input), add_generation_prompt=True)
     return (_ALPACA_WITH_INPUT if input else _ALPACA).format(instruction=instruction, input=input)
@@ -158,7 +158,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
 def _encode_batch(
     batch: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """(prompts, answers with their end), as token ids."""
+    """The token ids of a batch: prompts, and answers with their end token."""
     prompts = [prompt_text(tokenizer, record["instruction"], record["input"]) for record in batch]
     answers = [_answer_text(tokenizer, record, prompt) for record, prompt in zip(batch, prompts, strict=True)]
     end = end_token_id(tokenizer)
@@ -204,7 +204,7 @@ class AnswerCollator:
     `masked_diffusion_loss` takes.
 
     Args:
-        end_token_id: what to pad with.
+        end_token_id: the token that pads the rows.
         trained_padding: how much of the padding counts as answer, and so is masked and trained on:
             "longest" all of it, as LLaDA does (a row's loss then depends on the rows beside it);
             "max_length" all of it, and every row gets `max_length` tokens;
@@ -246,14 +246,14 @@ class AnswerCollator:
         return batch
 
     def padded_length(self, longest: int) -> int:
-        """Tokens, trained padding included, of the longest row that is made of rows with up to `longest` tokens."""
+        """The length of a batch, trained padding included, whose longest row has `longest` tokens."""
         if self.trained_padding == "max_length":
             return self.max_length or 0
         padded = longest if self.trained_padding == "longest" else longest + int(self.trained_padding)
         return padded if self.max_length is None else min(padded, self.max_length)
 
     def _ends(self, rows: Sequence[Mapping[str, Any]], lengths: torch.Tensor) -> torch.Tensor:
-        """(b,) where each row's trained part ends. A cut answer gets no end token: it doesn't end there."""
+        """The end of the trained part of each row: (b,). A cut answer gets no end token, since it doesn't end there."""
         if self.trained_padding == "max_length":
             ends = torch.full_like(lengths, self.max_length or 0)
         elif self.trained_padding == "longest":

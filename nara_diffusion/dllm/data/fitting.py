@@ -13,7 +13,7 @@ class Fit:
     """Attributes:
     lengths: (tokens of the prompt, tokens of the answer and its end) of each record.
     max_length: tokens of both together, at most.
-    records: what messages call the records.
+    records: the name of the records in messages.
     """
 
     lengths: Sequence[tuple[int, int]]
@@ -22,17 +22,17 @@ class Fit:
 
     @property
     def dropped(self) -> int:
-        """Records whose prompt leaves no room for an answer."""
+        """The number of records whose prompt leaves no room for an answer."""
         return sum(prompt >= self.max_length for prompt, _ in self.lengths)
 
     @property
     def truncated(self) -> int:
-        """Records whose answer is cut."""
+        """The number of records whose answer is cut."""
         return sum(prompt < self.max_length < prompt + answer for prompt, answer in self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest record that is kept, after cutting."""
+        """The number of tokens of the longest record that is kept, after cutting."""
         kept = [prompt + answer for prompt, answer in self.lengths if prompt < self.max_length]
         return min(max(kept, default=0), self.max_length)
 

@@ -1,4 +1,4 @@
-"""JSON lists of objects and JSON Lines, plain or gzipped, as Python objects.
+"""Reading of JSON lists of objects and of JSON Lines, plain or gzipped.
 
 Fractions stay as the file writes them ("1.50" isn't "1.5"), and so do integers too long for Python to convert. Each
 error names the file, and the line or the record.
@@ -25,7 +25,7 @@ class _FieldTwice:
 
 
 def read_json_objects(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON list, or of JSON Lines.
+    """Read the objects of a file that is a JSON list or JSON Lines.
 
     Raises:
         ValueError: no such file, one that can't be read, an empty one, no UTF-8, JSON that breaks (with the line), a
@@ -67,7 +67,7 @@ def _of_list(text: str, path: Path) -> list[tuple[str, Any]]:
 
 
 def _of_lines(text: str, path: Path) -> list[tuple[str, Any]]:
-    """Lines end at a line feed alone: JSON's texts may hold the other characters that end lines."""
+    """Read JSON Lines. Only a line feed ends a line: JSON's texts may hold the other line separators."""
     lines = enumerate(text.split("\n"), 1)
     return [(f"line {number}", _parsed_line(line, number, path)) for number, line in lines if line.strip()]
 

@@ -31,13 +31,13 @@ def place_prompts(
     attention_mask: torch.Tensor | None = None,
     max_length: int | None = None,
 ) -> Canvas:
-    """Put an answer of masks behind each prompt.
+    """Put `gen_length` masks behind each prompt.
 
     Args:
-        input_ids: (b, p) prompts, all of p tokens unless one of the next two says otherwise.
-        prompt_lengths: (b,) of prompts padded on the right.
-        attention_mask: (b, p) of prompts padded on the right or on the left.
-        max_length: positions that the model has.
+        input_ids: (b, p) prompts, of p tokens each unless `prompt_lengths` or `attention_mask` says otherwise.
+        prompt_lengths: (b,), lengths of prompts that are padded on the right.
+        attention_mask: (b, p), 0 on padding, which may stand on the right or on the left.
+        max_length: the number of positions that the model has.
 
     Raises:
         ValueError: shapes that don't agree, an empty batch, a prompt and answer longer than the model can see.

@@ -37,7 +37,7 @@ _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class FieldNames:
-    """What a file calls its fields."""
+    """The names of the four fields in a file."""
 
     instruction: str = "instruction"
     input: str = "input"
@@ -56,7 +56,7 @@ def records_from_file(path: str | Path, fields: FieldNames = FieldNames()) -> Da
 
 
 def records_from_hub(path: str, *, split: str = "train", fields: FieldNames = FieldNames(), **kwargs: Any) -> Dataset:
-    """The same from a data set on the Hub, or a folder that `datasets` reads; kwargs as for `datasets.load_dataset`.
+    """Read the records of a data set on the Hub, or of a folder; keyword arguments go to `datasets.load_dataset`.
 
     Raises:
         ValueError: it can't be loaded; a record as `records_from_file` refuses it.
@@ -100,7 +100,7 @@ def _held_out(records: Dataset, validation_samples: int, seed: int) -> tuple[Dat
 
 
 def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldNames(), *, source: str) -> Dataset:
-    """`records` under the names of this module, checked, as a Dataset. `source` is what messages call them."""
+    """Check `records`, and rename their fields to those of this module. Messages call them `source`."""
     from datasets import Dataset
 
     rows = [_Record(record, fields, f"record {n} of {source}") for n, record in enumerate(records, 1)]
@@ -112,7 +112,7 @@ def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldN
 
 
 def _warn_of_absent(names: FieldNames, rows: Sequence[_Record], source: str) -> None:
-    """Of fields that records may lack, but that were named: another file of the same names may have them."""
+    """Warn of optional fields that the user named and that no record has."""
     for what in ("input", "answer"):
         name = getattr(names, what)
         if name != getattr(FieldNames, what) and not any(name in row.fields for row in rows):
@@ -123,13 +123,13 @@ def _warn_of_absent(names: FieldNames, rows: Sequence[_Record], source: str) -> 
 
 
 class _Record:
-    """A record of a file, whose fields have names of their own. `where` is what messages call it."""
+    """A record of a file, with the file's own names of fields. Messages call it `where`."""
 
     def __init__(self, fields: Mapping[str, Any], names: FieldNames, where: str) -> None:
         self.fields, self.names, self.where = fields, names, where
 
     def normal(self, answered: bool) -> dict[str, str]:
-        """The record under this module's names; with an answer of its own if it is `answered`, else its output."""
+        """The record with this module's names of fields. Its answer is its output unless it is `answered`."""
         output = self.required("output")
         return {
             "instruction": self.required("instruction"),
@@ -146,7 +146,7 @@ class _Record:
         return text
 
     def text(self, what: str) -> str:
-        """As it stands: white space at the start of an output can be Python's."""
+        """The text of a field, unchanged: white space at the start of an output can be Python's."""
         value = self.fields.get(getattr(self.names, what))
         text = _as_text(value)
         if text is None:

@@ -1,4 +1,4 @@
-"""Can a tokenizer read these texts at all?
+"""Check that a tokenizer knows the words of the records.
 
 Words that a vocabulary lacks become one token, [UNK], and a model learns nothing from what was one and is another's
 too. Tokenizers of bytes have no such token; those of words, of characters and of other languages do.
@@ -15,17 +15,17 @@ from transformers import PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 REFUSED, WARNED = 0.5, 0.01
-"""Shares of unknown tokens, in questions or in outputs: from the one on an error, from the other on a warning."""
+"""The shares of unknown tokens, in questions or in outputs, from which on an error or a warning is due."""
 
 
 def check_vocabulary(
     records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, *, total: int | None = None
 ) -> None:
-    """Refuses records of which the tokenizer knows less than half, and warns of those of which it doesn't know 1 %.
+    """Refuse records if the tokenizer knows less than half of their tokens, and warn if it doesn't know 1 % of them.
 
     Args:
         records: with `instruction`, `input`, `output`.
-        total: how many there are, where `records` are a sample of them.
+        total: the number of all records, if `records` are a sample of them.
 
     Raises:
         ValueError: `REFUSED` of the tokens or more are unknown, in the questions or in the outputs; with an example.
@@ -57,7 +57,7 @@ def _unknown_share(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, unk
 
 
 def _unknown_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """As the tokenizer names it, or else the model in it."""
+    """The unknown token that the tokenizer, or the model inside it, names; None if there is none."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     named: Any = tokenizer.unk_token
     return named or getattr(getattr(backend, "model", None), "unk_token", None)

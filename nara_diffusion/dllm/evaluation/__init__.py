@@ -1,1 +1,1 @@
-"""How good a fine-tuned language model is, before and after."""
+"""Evaluation of language models: exact match, likelihood, and the loss over λ."""

@@ -1,4 +1,4 @@
-"""What a text names, and whether that is the right answer: the rules of `exact_match` and of nara-eval's tasks.
+"""Rules that find the answer in a generated text and compare it, for `exact_match` and nara-eval's tasks.
 
     text     all of it, with runs of white space as one space
     number   the last number, commas left out, equal to the right answer's last within 0.001
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 TOLERANCE = 1e-3
 CHOICES = {"answer": 5, "ending": 4, "option": 2, "solution": 2}
-"""How many choices of each kind the sets of LLM-Adapters have."""
+"""The number of choices of each kind in the sets of LLM-Adapters."""
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _LETTER = re.compile(r"\b[A-E]\b")
@@ -27,8 +27,8 @@ _CHOICE = re.compile(r"\b(?:(answer|ending|option|solution)([1-9]\d*)|(true|fals
 
 class Found(NamedTuple):
     """Attributes:
-    named: what the text names, "" if nothing.
-    is_right: whether the right answer names the same.
+    named: the answer that the text names, "" if it names none.
+    is_right: whether that equals the right answer.
     """
 
     named: str
@@ -40,12 +40,12 @@ Rule = Callable[[str, str], Found]
 
 
 def rule_of(extract: str | Callable[[str], str], answers: Iterable[str]) -> Rule:
-    """The rule that `extract` stands for, in a set with these right answers.
+    """The rule of the name `extract`, for a set with these right answers.
 
     Args:
         extract: "text", "number", "choice" (which is the rule letter where the right answer names no choice), or a
-            function: what it makes of the text has to equal what it makes of the right answer.
-        answers: how many choices there are is the largest number among them, or LLM-Adapters' (`CHOICES`).
+            function from text to text: its values for the text and for the right answer have to be equal.
+        answers: the right answers. The largest number among them, or `CHOICES`, is the number of choices.
 
     Raises:
         ValueError: an unknown `extract`.
@@ -61,30 +61,30 @@ def rule_of(extract: str | Callable[[str], str], answers: Iterable[str]) -> Rule
 
 
 def by_text(text: str, answer: str) -> Found:
-    """Are both the same words?"""
+    """Compare the texts, with runs of white space as one space."""
     return by_function(text, answer, lambda text: " ".join(text.split()))
 
 
 def by_function(text: str, answer: str, function: Callable[[str], str]) -> Found:
-    """Does `function` make the same of both, and something?"""
+    """Compare the values of `function` for both texts; an empty value is wrong."""
     return _compared(function(text), function(answer))
 
 
 def by_number(text: str, answer: str) -> Found:
-    """Is the last number of the text the answer's last?"""
+    """Compare the last number of the text with the answer's last one."""
     named, right = _last_number(text), _last_number(answer)
     is_right = named is not None and right is not None and abs(named - right) <= TOLERANCE
     return Found("" if named is None else format(named, ".15g"), is_right)
 
 
 def by_letter(text: str, answer: str) -> Found:
-    """Is the last letter of the text the answer's last?"""
+    """Compare the last letter A … E of the text with the answer's last one."""
     named, right = (next(iter(_LETTER.findall(words)[-1:]), "") for words in (text, answer))
     return _compared(named, right)
 
 
 def by_choice(text: str, answer: str, counts: Mapping[str, int] = CHOICES) -> Found:
-    """Is the first choice that the text names, of the answer's kind, the answer's first?"""
+    """Compare the first choice of the answer's kind in the text with the answer's first one."""
     right = next(iter(_choices(answer, counts)), "")
     named = (choice for choice in _choices(text, counts) if _kind(choice) == _kind(right))
     return _compared(next(named, ""), right)
@@ -107,7 +107,7 @@ def _last_number(text: str) -> float | None:
 
 
 def _choices(text: str, counts: Mapping[str, int]) -> list[str]:
-    """The choices that `text` names, in lower case; "answer9" is none where there are five."""
+    """The choices that `text` names, in lower case. "answer9" is no choice if there are five."""
     found = ((match[0].lower(), match[1], match[2]) for match in _CHOICE.finditer(text))
     return [choice for choice, kind, number in found if not kind or int(number) <= counts[kind.lower()]]
 

@@ -1,4 +1,4 @@
-"""How far an adapted language model is from its base: KL(p₀ ‖ p) at masked positions, in nats.
+"""The divergence of an adapted language model from its base, KL(p₀ ‖ p) at masked positions, in nats.
 
     Σ_v p₀(v) · (log p₀(v) − log p(v)),   p the model's distribution over the vocabulary, p₀ its base's
 
@@ -28,7 +28,7 @@ def divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 def divergence_loss(base_hidden: Tensor, masked: Tensor) -> HeadLoss:
-    """KL(p₀ ‖ p) where `masked` (b, l), from what the base's head gets, (b, l, d)."""
+    """The head's loss KL(p₀ ‖ p) where `masked` (b, l); `base_hidden` (b, l, d) is the input of the base's head."""
 
     def loss(head: nn.Module, hidden: Tensor, base_hidden: Tensor) -> Tensor:
         with as_base(head):
@@ -39,7 +39,7 @@ def divergence_loss(base_hidden: Tensor, masked: Tensor) -> HeadLoss:
 
 
 def base_hidden_states(model: nn.Module, head: nn.Module, input_ids: Tensor, **padding: Tensor) -> Tensor:
-    """What the head of `model` gets from its base on `input_ids` (b, l): (b, l, d)."""
+    """The input (b, l, d) of the head of `model`, with adapters disabled, for `input_ids` (b, l)."""
     with as_base(model), hidden_states_in_head(model, head, *input_ids.shape) as states:
         model(input_ids, **padding)
     return states.pop()

@@ -1,4 +1,4 @@
-"""What a train script measures before and after: exact match, and the loss over λ; on several processes at once."""
+"""Measurements before and after a training, split over processes: exact match, and the loss over λ."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def measure(
     curve_points: int,
     **generation: Any,
 ) -> Measurement:
-    """Measures `model` as it is now, with its adapter enabled or not.
+    """Measure `model` with its adapter enabled or disabled, as it is now.
 
     Args:
         model: without DDP's wrapper, whose forward has to run equally often on all processes.
-        curve_points: number of λ, equally spaced up to 1.
+        curve_points: the number of λ, equally spaced up to 1.
         **generation: further arguments of `exact_match`.
     """
     progress = accelerator.is_main_process
@@ -84,7 +84,7 @@ def measure(
 
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
-    """Both measurements as results.json holds them, without the generations."""
+    """The content of results.json: both measurements, without the generations."""
     pairs = {
         "exact_match": (before.exact_match, after.exact_match),
         "validation_loss": (before.validation_loss, after.validation_loss),

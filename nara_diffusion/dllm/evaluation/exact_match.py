@@ -1,4 +1,4 @@
-"""How good a masked language model is: its loss at each noise level, and its answers compared with the right ones."""
+"""Two measures of a masked language model: its loss at each noise level, and the share of right answers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ExactMatch:
     score: share of right answers, in [0, 1].
     correct, total: their numbers.
     generations: one {instruction, generation, extracted, answer, correct} a row, in the rows' order.
-    forwards: how often the model ran.
+    forwards: the number of forwards of the model.
     """
 
     score: float
@@ -114,7 +114,7 @@ def exact_match(
     progress: bool = True,
     **sampling: Any,
 ) -> ExactMatch:
-    """Generate an answer to each row's prompt, and count those that equal the right one.
+    """Generate an answer to the prompt of each row, and count the right ones.
 
     A generation is the text before its first end token. What `extract` finds in it has to be what it finds in the
     row's `answer`, by the rules of `nara_diffusion.dllm.evaluation.answers`, which are nara-eval's too:
@@ -155,7 +155,7 @@ def exact_match(
 
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: the model's end tokens, the tokenizer's, and the end of a turn if the vocabulary has it."""
+    """The tokens that end an answer: those of the model, of the tokenizer, and the end of a turn if there is one."""
     config_ids = getattr(getattr(language_model(model), "config", None), "eos_token_id", None)
     ids = [*(config_ids if isinstance(config_ids, list) else [config_ids]), end_token_id(tokenizer)]
     vocabulary = tokenizer.get_vocab()
@@ -183,7 +183,7 @@ def _judged(row: Mapping[str, Any], text: str, rule: Rule) -> dict[str, Any]:
 
 
 def _warn_of_nameless(rows: Sequence[Mapping[str, Any]], rule: Rule, extract: str | Callable[[str], str]) -> None:
-    """Says how many rows can't be answered rightly, whatever is generated."""
+    """Warn of rows whose right answer names nothing, so that no generation is right."""
     nameless = [row["answer"] for row in rows if not rule(row["answer"], row["answer"]).is_right]
     if nameless:
         logger.warning(
@@ -220,7 +220,7 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], batch_size: int) -> None:
 
 
 def _padding_id(model: nn.Module) -> int:
-    """What fills rows where nothing is trained on or attended to."""
+    """The token that pads rows where nothing is trained or attended to."""
     return getattr(getattr(language_model(model), "config", None), "pad_token_id", None) or 0
 
 
@@ -229,5 +229,5 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Without the places in a training stream that rows may have brought: here they are counted otherwise."""
+    """Move a batch to the device of `model`, without `sample_indices`, which are counted otherwise here."""
     return {name: tensor.to(_device(model)) for name, tensor in batch.items() if name != "sample_indices"}

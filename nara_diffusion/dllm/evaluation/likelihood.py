@@ -46,15 +46,15 @@ def log_likelihood(
         input_ids: (b, l) prompt, answer, padding on the right.
         prompt_lengths: (b,) tokens before the answer.
         attention_mask: (b, l), as for `masked_diffusion_loss`.
-        answer_lengths: (b,), the other way to say where answers end.
-        samples: S, masks an answer.
-        batch_size: masked sequences that go through the model together, of one answer or of several.
-        seed: of the masks.
+        answer_lengths: (b,), instead of `attention_mask`.
+        samples: S, the number of masks of an answer.
+        batch_size: masked sequences of one forward; they may belong to several answers.
+        seed: the seed of the masks.
         sample_indices: (b,). The masks of row i depend on (seed, sample_indices[i]) and on the answer's length alone;
             by default on (seed, i). Rows with the same index and length are compared on the same masks.
 
     Raises:
-        ValueError: as `answer_positions`; samples or batch_size below 1; not one sample index a row.
+        ValueError: see `answer_positions`; samples or batch_size is below 1; rows and sample indices differ in number.
     """
     if samples < 1 or batch_size < 1:
         raise ValueError(f"samples is {samples} and batch_size {batch_size}: both have to be 1 at least")
@@ -84,7 +84,7 @@ def log_likelihood(
 
 @dataclass(frozen=True)
 class _Task:
-    """One masked sequence to run: `masked` (l,) of `row`, which counts with `weight` in its row's mean."""
+    """One masked sequence: `row` with the mask `masked` (l,), whose loss has `weight` in the mean of the row."""
 
     row: int
     masked: torch.Tensor

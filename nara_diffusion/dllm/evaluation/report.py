@@ -1,4 +1,4 @@
-"""What a fine-tuned language model's folder says about it: table, picture, samples, model card."""
+"""The report in a fine-tuned language model's folder: table, plot, samples, model card."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def write_run_report(
     Args:
         args: the run's arguments.
         facts: {what: value} of the run for the card, such as the number of trainable parameters.
-        before, after: of the base model, and of the same after training.
-        load_from: where the card says to load from, a path or a repository.
+        before, after: the measurements of the base model and of the trained one.
+        load_from: the path or the repository in the card's code.
     """
     name = Path(args.pretrained_model_name_or_path).name
     plot_noise_level_curves(
@@ -89,7 +89,7 @@ def write_run_report(
 
 
 def _loading(args: Any, instruction: str, folder: str) -> str:
-    """The card's code."""
+    """The code in the card that loads the adapter."""
     whole = args.adapter == "full"
     names = ("mask_token",) if whole else ("mask_token", "revision", "ignore_tensors")
     options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name))

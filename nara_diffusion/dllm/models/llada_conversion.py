@@ -1,4 +1,4 @@
-"""LLaDA's checkpoint format, read as stock Llama.
+"""Conversion of LLaDA's checkpoint format to stock Llama.
 
 LLaDA is a Llama without the causal mask under other names, so its tensors are renamed while they stream from disk,
 and its configuration is translated. What the translation can't express is refused by name, never dropped.
@@ -106,7 +106,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def _key_value_heads(fields: dict[str, Any]) -> int:
-    """n_kv_heads, or what the older flag `multi_query_attention` stands for: one head for all, or one each."""
+    """The number of key-value heads: n_kv_heads, or by the older flag `multi_query_attention` one or all."""
     given, multi_query = fields.get("n_kv_heads"), fields.get("multi_query_attention")
     implied = None if multi_query is None else (1 if multi_query else fields["n_heads"])
     if given is not None and implied is not None and given != implied:

@@ -74,7 +74,7 @@ def _hidden_states(args: tuple, rows: int) -> torch.Tensor:
 
 @contextmanager
 def logits_at(model: nn.Module, positions: torch.Tensor, length: int) -> Iterator[bool]:
-    """Within, a forward of `model` on `length` tokens returns logits (b, k, v) for `positions` (b, k) among them.
+    """Inside, a forward of `model` on `length` tokens returns logits (b, k, v) at `positions` (b, k) of them.
 
     Yields False, and changes nothing, where the head can't be reached.
     """
@@ -104,7 +104,7 @@ class HeadLoss:
 
     Attributes:
         at: (b, l) bool, the positions that have it; it is zero at others.
-        inputs: tensors (b, l, …), what belongs to each position.
+        inputs: tensors (b, l, …) with values for each position.
         loss: (head, hidden states (n, c, d), *inputs (n, c, …)) → (n, c).
     """
 
@@ -154,7 +154,7 @@ def losses_in_head(model: nn.Module, head: nn.Module, losses: Sequence[HeadLoss]
     Args:
         model: what the head is a part of.
         head: `head_of(model)`.
-        losses: as a rule at different positions.
+        losses: the losses to compute, at different positions as a rule.
         chunk_size: positions whose logits are alive at one time.
     """
     thread = threading.get_ident()

@@ -1,4 +1,4 @@
-"""Do the tensors of a checkpoint fit the model that they were loaded into? What transformers only logs is an error.
+"""Check that the tensors of a checkpoint fit the model: what transformers only logs is an error here.
 
 A checkpoint may have heads that a masked language model doesn't: those of BERT's and ALBERT's pre-training are known
 and left out, others are on demand.
@@ -21,11 +21,11 @@ _OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)\.")
 def check_loaded_tensors(
     name: str, model: PreTrainedModel, loading: dict[str, Any], *, renamed: bool, ignored: Sequence[str]
 ) -> None:
-    """Refuses a checkpoint that doesn't fit.
+    """Refuse a checkpoint whose tensors don't fit the model.
 
     Args:
-        name: of the checkpoint.
-        loading: what `from_pretrained(output_loading_info=True)` says.
+        name: the name of the checkpoint.
+        loading: the information of `from_pretrained(output_loading_info=True)`.
         renamed: whether tensors were renamed while they were loaded, as LLaDA's are.
         ignored: names of tensors, or of modules with all that is in them, that the model may lack.
 
@@ -57,7 +57,7 @@ def check_loaded_tensors(
 
 
 def _remedy(model: PreTrainedModel, unknown: Sequence[str]) -> str:
-    """How to leave them out, if all of them are outside of the model's body, and so in heads of their own."""
+    """The hint how to ignore the unknown tensors, if all of them belong to heads outside of the model's body."""
     if not unknown or any(_is_within(key, model.base_model_prefix) for key in unknown):
         return ""
     heads = sorted({_unknown_part(model, key) for key in unknown})
@@ -68,7 +68,7 @@ def _remedy(model: PreTrainedModel, unknown: Sequence[str]) -> str:
 
 
 def _unknown_part(model: PreTrainedModel, key: str) -> str:
-    """The start of a tensor's name, up to the first part that the model doesn't have."""
+    """The beginning of a tensor's name, up to the first part that the model lacks."""
     known = {name for name, _ in model.named_modules()}
     parts = key.split(".")
     starts = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]

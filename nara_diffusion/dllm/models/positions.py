@@ -1,7 +1,7 @@
-"""How long a sequence a model can read.
+"""The longest sequence that a model can read.
 
-A table of learned positions ends: no row stands for a position beyond it. Rotary positions go on, but a model that
-never saw those beyond `max_position_embeddings` is out of its depth there.
+A table of learned positions has no row for a position beyond its end. Rotary positions have no end, but a model that
+never saw positions beyond `max_position_embeddings` predicts badly there.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def check_positions(model: nn.Module, max_length: int, *, longest: int = 0) -> None:
-    """Refuses a `max_length` beyond a table of learned positions, and warns of samples beyond other positions.
+    """Refuse a `max_length` beyond a table of learned positions, and warn of samples beyond rotary positions.
 
     Args:
-        max_length: tokens that a sample may have.
-        longest: tokens that the longest sample has.
+        max_length: the most tokens of a sample.
+        longest: the tokens of the longest sample.
 
     Raises:
         ValueError: with what was given, the limit and the remedy.
@@ -52,7 +52,7 @@ def check_positions(model: nn.Module, max_length: int, *, longest: int = 0) -> N
 
 
 def _table(model: nn.Module) -> int | None:
-    """Positions in the model's table, if it has one."""
+    """The number of positions in the model's table of learned positions; None if it has none."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
@@ -61,5 +61,5 @@ def _table(model: nn.Module) -> int | None:
 
 
 def _configured(model: nn.Module) -> int | None:
-    """As the configuration has it. Tables can be longer (RoBERTa, Nyströmformer), by rows that aren't positions."""
+    """The limit in the configuration. Tables can have more rows, which are no positions (RoBERTa, Nyströmformer)."""
     return getattr(getattr(language_model(model), "config", None), "max_position_embeddings", None)

@@ -29,9 +29,9 @@ def load_tokenizer(name: str, *, family: str, trust_remote_code: bool = False, *
 
     Args:
         name: folder or repository.
-        family: its `model_type`.
+        family: the `model_type` of the checkpoint.
         trust_remote_code: let the checkpoint's own tokenizer class run; not for the kinds known here.
-        **hub: where the files come from, as for `from_pretrained`.
+        **hub: the arguments of `from_pretrained` that say where the files are.
     """
     stock = _STOCK_TOKENIZERS.get(family.lower())
     if stock is not None:
@@ -97,5 +97,5 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def first_token_id(token_ids: int | list[int] | None) -> int | None:
-    """Configurations hold one id, a list, or None."""
+    """The first id of a configuration's value, which is one id, a list, or None."""
     return (token_ids[0] if token_ids else None) if isinstance(token_ids, list) else token_ids

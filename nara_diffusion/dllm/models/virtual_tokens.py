@@ -1,4 +1,4 @@
-"""Prompt tuning and P-tuning: PEFT puts virtual tokens before a text, and the model returns something for each of them.
+"""Prompt tuning and P-tuning: PEFT puts virtual tokens before a text, and the model has an output for each of them.
 
     n virtual tokens, then the l tokens of the text   →   hidden states and logits (b, n + l, …)
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many of them a prompt-learning adapter of PEFT puts before each text; 0 if `model` has none."""
+    """The number of virtual tokens that an adapter of PEFT puts before each text; 0 if `model` has no such adapter."""
     for module in model.modules():
         if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
             return int(module.active_peft_config.num_virtual_tokens)  # type: ignore[attr-defined]
@@ -26,7 +26,7 @@ def of_text(model: nn.Module, states: torch.Tensor, length: int) -> torch.Tensor
     n = 0 where the model's adapter is disabled.
 
     Raises:
-        ValueError: the states are of other positions.
+        ValueError: the states have another number of positions.
     """
     extra = states.shape[1] - length
     if extra == 0:

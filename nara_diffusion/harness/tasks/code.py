@@ -1,4 +1,4 @@
-"""HumanEval and MBPP: what is asked, which part of an answer is the program, and pass@1 by running it.
+"""HumanEval and MBPP: the question, the program in an answer, and pass@1 by running it.
 
 The task files are marked unsafe: lm-eval refuses to run them without --confirm_run_unsafe_code, before anything is
 generated. Each program runs in a process of its own with limits. That is no sandbox; what a program can do all the
@@ -29,7 +29,7 @@ def mbpp_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, An
 
 
 def humaneval_program(doc: Mapping[str, Any], text: str) -> str:
-    """The question's header, then the answer: as a whole function if it has one of that name, else as its body."""
+    """The program of an answer: its function if it has one of that name, or the header with the answer as body."""
     name = re.escape(doc["entry_point"])
     code = code_of(text, rf"^(?:async )?def {name}\b")
     whole = re.search(rf"^(?:async )?def {name}\b", code, re.MULTILINE) is not None
@@ -39,7 +39,7 @@ def humaneval_program(doc: Mapping[str, Any], text: str) -> str:
 
 
 def mbpp_program(doc: Mapping[str, Any], text: str) -> str:
-    """What the tests import, then the answer."""
+    """The program of an answer: the imports of the tests, then the answer."""
     return f"{doc.get('test_setup_code') or ''}\n{code_of(text, r'^(?:def|class) ')}"
 
 

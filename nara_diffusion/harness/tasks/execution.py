@@ -1,4 +1,4 @@
-"""Runs a Python program that a model wrote, in a process of its own with limits.
+"""Running a Python program that a model wrote, in a process of its own with limits.
 
 The process is another interpreter (-I: the user's packages and PYTHON… variables don't count), with PATH alone of our
 environment, in an empty folder that is removed afterwards. Where the system has POSIX limits (`limited`), it can't use
@@ -36,9 +36,9 @@ PATIENCE = 30  # seconds for the launcher to end what the program started
 @dataclass(frozen=True)
 class Limits:
     """Attributes:
-    seconds: of CPU, of each process; the program is waited for twice as long.
-    memory: bytes of address space, of each process.
-    file_size: bytes of each file that is written, the error messages included.
+    seconds: the CPU time of each process; the program is stopped after twice as long.
+    memory: the bytes of address space of each process.
+    file_size: the bytes of each file that is written, the error messages included.
     """
 
     seconds: int = 10
@@ -46,7 +46,7 @@ class Limits:
     file_size: int = 16 * 2**20
 
     def posix(self) -> str:
-        """For `limited`."""
+        """The POSIX limits that `limited` sets: {name: value}."""
         limits = {"RLIMIT_AS": self.memory, "RLIMIT_FSIZE": self.file_size, "RLIMIT_CORE": 0}
         return json.dumps({"RLIMIT_CPU": self.seconds, **limits})
 
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def run_program(program: str, limits: Limits = Limits()) -> Outcome:
-    """Runs `program` to its end, or to the end of what it may use. What it prints is lost."""
+    """Run `program` until it ends or exceeds its limits. Its output is not kept."""
     with tempfile.TemporaryDirectory(prefix="nara-eval-", ignore_cleanup_errors=True) as folder:
         file, errors, end = Path(folder) / "program.py", Path(folder) / "stderr", Path(folder) / secrets.token_hex(8)
         # a program that leaves early, by sys.exit(0) say, hasn't run its tests
@@ -99,7 +99,7 @@ def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The launcher, which ends all that came of the program first; on Windows it is the program."""
+    """End the launcher, which first ends the program's processes; on Windows the process is the program."""
     process.terminate()
     try:
         process.wait(PATIENCE)

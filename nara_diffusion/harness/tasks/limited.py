@@ -24,7 +24,7 @@ PATIENCE = 5  # seconds, for processes that can't be killed
 
 
 def lower(limits: dict[str, int]) -> None:
-    """Sets each POSIX limit to its value, or to the system's own if that is lower. Windows has none."""
+    """Set each POSIX limit to its value, or to the system's own if that is lower. Windows has none."""
     try:
         import resource
     except ImportError:
@@ -60,7 +60,7 @@ def supervise() -> None:
 
 
 def _control(option: int, value: int) -> None:
-    """Linux's prctl, where there is one; a Python without ctypes has the group alone."""
+    """Call Linux's prctl; without it or ctypes, only the process group is ended."""
     if sys.platform == "linux":
         with suppress(ImportError):
             import ctypes
@@ -84,7 +84,7 @@ def end_children(group: int) -> None:
 
 
 def children() -> list[int]:
-    """This process's children, where there is a /proc that tells."""
+    """The children of this process, by /proc; none where there is no /proc."""
     found = []
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         with suppress(OSError, IndexError, ValueError), open(f"/proc/{int(name)}/stat", "rb") as file:

@@ -67,15 +67,15 @@ def _row(record: Any, where: str) -> dict[str, str]:
 
 
 def score_number(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """{"acc": 1 or 0}: is the last number of the text the answer's last?"""
+    """{"acc": 1 or 0}: whether the last number of the text equals the answer's last one."""
     return {"acc": float(by_number(results[0], doc["answer"]).is_right)}
 
 
 def score_letter(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """{"acc": 1 or 0}: is the last letter of the text the answer?"""
+    """{"acc": 1 or 0}: whether the last letter A … E of the text is the answer."""
     return {"acc": float(by_letter(results[0], doc["answer"]).is_right)}
 
 
 def score_choice(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """{"acc": 1 or 0}: is the first choice that the text names, of the answer's kind, the answer?"""
+    """{"acc": 1 or 0}: whether the first choice of the answer's kind in the text is the answer."""
     return {"acc": float(by_choice(results[0], doc["answer"]).is_right)}

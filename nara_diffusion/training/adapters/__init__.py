@@ -1,1 +1,1 @@
-"""The values of `--adapter`: from arguments to an adapted model."""
+"""The methods of `--adapter`: from the arguments of a train script to an adapted model."""

@@ -1,4 +1,4 @@
-"""What AdaLoRA (arXiv 2303.10512) asks of a training loop: a penalty in each loss, and a budget after each step.
+"""AdaLoRA (arXiv 2303.10512) in a training loop: a penalty in each loss, and fewer directions after each step.
 
     loss + weight · mean ‖P Pᵀ − I‖_F    over all A (P = A) and B (P = Bᵀ) of a model: directions stay orthogonal
     allocate_ranks(model, step)          drops the directions of least importance, by PEFT's schedule
@@ -19,12 +19,12 @@ _MEANS = ("exp_avg_ipt", "exp_avg_unc")
 
 
 def adalora_models(model: nn.Module) -> list[AdaLoraModel]:
-    """PEFT's tuners of AdaLoRA in `model`."""
+    """PEFT's AdaLoRA tuners in `model`."""
     return [module for module in model.modules() if isinstance(module, AdaLoraModel)]
 
 
 def orthogonality(tuners: list[AdaLoraModel]) -> Tensor | float:
-    """The penalty of all `tuners`, a scalar; 0.0 without any."""
+    """The penalty, a scalar, summed over `tuners`; 0.0 if there are none."""
     total: Tensor | float = 0.0
     for tuner in tuners:
         name = tuner.trainable_adapter_name
@@ -54,7 +54,7 @@ def allocate_ranks(tuners: list[AdaLoraModel], step: int, skipped: bool = False)
 
 
 def allocator_state(tuners: list[AdaLoraModel]) -> dict[str, Tensor]:
-    """What the allocation has learnt of the directions so far, for a checkpoint."""
+    """The state of the rank allocation, for a checkpoint: {name: tensor}."""
     state = {}
     for number, tuner in enumerate(tuners):
         for mean in _MEANS:
@@ -67,7 +67,7 @@ def allocator_state(tuners: list[AdaLoraModel]) -> dict[str, Tensor]:
 
 
 def load_allocator_state(tuners: list[AdaLoraModel], state: dict[str, Tensor]) -> None:
-    """`allocator_state` undone; other tensors of `state` are left alone."""
+    """Restore what `allocator_state` returned. Other tensors of `state` are ignored."""
     for number, tuner in enumerate(tuners):
         devices = {key: parameter.device for key, parameter in tuner.model.named_parameters()}
         for mean in _MEANS:

@@ -27,7 +27,7 @@ def build_adapter(
     total_steps: int | None = None,
     noise_convention: str | None = MASKED_SHARE,
 ) -> nn.Module:
-    """The language model `model` as `--adapter` fine-tunes it: what is trainable requires a gradient, all else doesn't.
+    """Prepare the language model `model` for `--adapter`: only what is trained requires a gradient.
 
     Args:
         args: an AdapterArguments.
@@ -49,7 +49,7 @@ def build_adapter(
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """`model` with the adapter, whose own weights alone are trainable.
+    """Add an adapter to `model`. Only the weights of the adapter are trainable.
 
     Raises:
         ValueError: a name in `target_modules` matches nothing; the message names modules that would.

@@ -59,16 +59,16 @@ def adapter_config(
     total_steps: int | None = None,
     **fields: Any,
 ) -> PeftConfig | None:
-    """What PEFT needs to make the adapter that `args` (an AdapterArguments) describe; None for full fine-tuning.
+    """PEFT's configuration of the adapter that `args` (an AdapterArguments) describe; None for full fine-tuning.
 
     Args:
         noise_convention: how λ is defined, for adapters that depend on it.
-        scheduler: of a model that is converted, for adapters that carry it; see `NaraConfig`.
+        scheduler: class and configuration of the scheduler that a converted model needs; see `NaraConfig`.
         total_steps: optimizer steps of the training, which AdaLoRA's schedule needs.
-        fields: further ones of the configuration, such as task_type.
+        fields: further fields of the configuration, such as task_type.
 
     Raises:
-        ValueError: an `--adapter_options` that the configuration doesn't have, or a value that it refuses.
+        ValueError: `--adapter_options` names a field that the configuration lacks, or a value that it refuses.
     """
     method = method_of(args)
     if method.family == "full":
@@ -121,7 +121,7 @@ def parse_options(cls: type, options: list[str]) -> dict[str, Any]:
 
 
 def target_modules(args: Any) -> str | list[str]:
-    """As PEFT takes them."""
+    """The value of PEFT's `target_modules`: a list of names, a pattern, or "all-linear"."""
     return ALL_LINEAR if args.target_modules == [ALL_LINEAR] else list(args.target_modules)
 
 
@@ -147,7 +147,7 @@ def _nara(args: Any) -> dict[str, Any]:
 
 
 def _kept_scale(args: Any, factor: int) -> float:
-    """What α is multiplied by so that a rank `factor` times as large leaves the scale of the update as it was."""
+    """The factor of α that keeps the scale of the update when the rank is multiplied by `factor`."""
     return math.sqrt(factor) if args.use_rslora else factor
 
 

@@ -43,7 +43,7 @@ def import_core_module(name: str) -> None:
 
 
 def module_name(name: str) -> str:
-    """What `import` calls the module that a `--core_module` means."""
+    """The name under which Python imports the module that `--core_module` names."""
     return Path(name).stem if name.endswith(".py") else name
 
 

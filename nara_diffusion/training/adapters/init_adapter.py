@@ -1,4 +1,4 @@
-"""`--init_adapter`: a training that goes on from a LoRA, or from a NaRA of this package, as the flags describe it."""
+"""`--init_adapter`: training starts from a saved LoRA or NaRA, which has to agree with the other arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FREE = {"core_init", "lora_a_init", "noise_convention", "scheduler", "strength"
 
 
 def check_init_adapter(args: Any) -> None:
-    """Refuse a path that isn't there, and methods that have no A and B to start from a file, or another start.
+    """Refuse a missing path, and methods that have no A and B or that initialise them otherwise.
 
     Raises:
         ValueError: naming the argument and what to do.
@@ -48,7 +48,7 @@ def check_init_adapter(args: Any) -> None:
 
 
 def start_from(components: Mapping[str, Any], path: str, source_model: Any, adapter_name: str = "default") -> None:
-    """Let the adapters of `components` have the tensors of the one in `path`: all layers of both, or none.
+    """Copy the tensors of the adapter in `path` into `components`. Both have to adapt the same layers.
 
     A LoRA gives A, B and magnitudes, and the core stays as it starts, C = I; a NaRA gives its core, too.
 

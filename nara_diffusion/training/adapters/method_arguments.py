@@ -1,4 +1,4 @@
-"""Which arguments a method of `--adapter` reads: what contradicts it is refused, what it ignores is named."""
+"""Which arguments each method of `--adapter` reads. A contradiction raises; an argument without effect is logged."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def check_method(args: Any) -> None:
-    """Refuses switches that contradict the method, and names those settings that it doesn't read.
+    """Refuse arguments that contradict the method, and log those that it doesn't read.
 
     Raises:
-        ValueError: naming the switch, its value and the methods that know it.
+        ValueError: an argument contradicts the method; the message names its value and the methods that read it.
     """
     method, defaults = method_of(args), _defaults(args)
     for name, value in method.fixed.items():
@@ -69,7 +69,7 @@ def check_method(args: Any) -> None:
 
 
 def _check_options(args: Any) -> None:
-    """Refuses `adapter_options` that would change what the method is behind its arguments' back."""
+    """Refuse `adapter_options` that would turn the method into another one."""
     own = {name for name in _defaults(args) if name in CORE_FIELDS or name in ("use_dora", "use_rslora")}
     for option in args.adapter_options or []:
         name = option.partition("=")[0]
@@ -80,7 +80,7 @@ def _check_options(args: Any) -> None:
 
 
 def _described(args: Any) -> str:
-    """The adapter's name, with the core where that is a choice of its own."""
+    """The name of the method, with `core_type` where the user chose one."""
     method = method_of(args)
     if method.family != "nara" or "core_type" in method.fixed:
         return args.adapter
@@ -88,7 +88,7 @@ def _described(args: Any) -> str:
 
 
 def unread_arguments(args: Any) -> list[str]:
-    """Arguments with a value of their own that the method has no use for, as a file that serves all methods may set."""
+    """The arguments that differ from their default and that the method doesn't read."""
     core_type = effective(args, "core_type")
     return [
         field.name
@@ -112,7 +112,7 @@ def _reads(adapter: str, core_type: str, name: str) -> bool:
 
 
 def _defaults(args: Any) -> dict[str, Any]:
-    """Of the arguments of an adapter, {name: default}."""
+    """{name: default} of the arguments of an adapter."""
     fields = dataclasses.fields(AdapterArguments)
     own = {field.name: field for field in dataclasses.fields(args)}
     return {field.name: _default(own.get(field.name, field)) for field in fields}

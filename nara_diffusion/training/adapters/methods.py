@@ -1,4 +1,4 @@
-"""The values of `--adapter`: every way to fine-tune that both train scripts offer, in one table.
+"""The table of the values of `--adapter`: every method of fine-tuning that the train scripts offer.
 
 NaRA's own family comes from this package; the others are PEFT's implementations. A method may fix arguments: `dora` is
 `lora` with `use_dora`, and `nara_c` is `nara` with `core_type` "constant".
@@ -68,7 +68,7 @@ def method_of(args: Any) -> Method:
 
 
 def effective(args: Any, name: str) -> Any:
-    """The argument `name`, as the method fixes it or as it was given."""
+    """The value of the argument `name`: the one that the method fixes, or else the one that was given."""
     return method_of(args).fixed.get(name, getattr(args, name))
 
 
@@ -90,7 +90,7 @@ def kind_of(args: Any) -> str:
 
 
 def title_of(args: Any) -> str:
-    """What people call the method that `args` describe, by whatever name: "NaRA-C" for `nara` with a constant core."""
+    """The usual name of the method that `args` describe, such as "NaRA-C" for `nara` with a constant core."""
     kind, core_type = kind_of(args), effective(args, "core_type")
     title = METHODS[kind].title
     if effective(args, "use_dora") and not title.endswith("DoRA"):
@@ -100,7 +100,7 @@ def title_of(args: Any) -> str:
 
 
 def check_flags(args: Any, flags: Mapping[str, Any]) -> None:
-    """Refuses flags that contradict the method, those too whose value is the default, as `check_method` can't.
+    """Refuse flags that contradict the method, also where their value is the default (`check_method` cannot see those).
 
     Args:
         args: the arguments.

@@ -21,13 +21,13 @@ from nara_diffusion.tuner import lora_starts
 
 
 def changes_base(model: nn.Module) -> bool:
-    """Whether the weights that `model` had before are no longer in it: all are trained, or a start was taken out."""
+    """Whether `model` has lost its base weights: all are trained, or an initialisation has subtracted s·B₀·A₀."""
     config = getattr(model, "peft_config", {}).get("default")
     return config is None or takes_start_from_base(config)
 
 
 def takes_start_from_base(config: Any) -> bool:
-    """Whether an adapter of this configuration changes the weights that it is added to."""
+    """Whether an adapter of this configuration changes the base weights when it is added."""
     return lora_starts.changes_base(getattr(config, "init_lora_weights", None))
 
 
@@ -40,10 +40,10 @@ def remember_start(model: nn.Module) -> None:
 
 
 def as_lora(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and tensors of `model`'s adapter as they fit the unchanged base model.
+    """The configuration and tensors of `model`'s adapter for the unchanged base model.
 
     Args:
-        tensors: of the adapter, as `get_peft_model_state_dict` names them.
+        tensors: those of the adapter, by the names of `get_peft_model_state_dict`.
     """
     start: dict[str, Tensor] | None = getattr(model, "start_factors", None)
     if start is None:
@@ -62,7 +62,7 @@ def _factors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
-    """With the same scale: lora_alpha / r, or lora_alpha / √r."""
+    """The configuration with twice the rank and the same scale lora_alpha / r, or lora_alpha / √r."""
     factor = math.sqrt(2) if config.use_rslora else 2
     config = copy(config)
     config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, factor * config.lora_alpha, True  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Values of the shared arguments that no run can use are refused; and what a resumed run may not change."""
+"""Checks of the shared arguments: values that no run can use, and values that a resumed run may not change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .common import refuse_both_batch_sizes
 
 
 def check_arguments(args: Any) -> None:
-    """Refuses values that no run can use; called from the `__post_init__` of a script's arguments.
+    """Refuse values that no run can use. The arguments of each script call it in `__post_init__`.
 
     Raises:
         ValueError: naming the argument, its value and what it may be.
@@ -99,14 +99,14 @@ def config_differences(args: Any, saved: Mapping[str, Any], digests: Collection[
     """{name: (saved value, current value)} of the arguments that a resumed run may not change.
 
     Args:
-        digests: contents that are compared in place of their names, see `option`.
+        digests: {content: digest} of the contents that are compared instead of their names (see `option`).
     """
     fields = [field for field in dataclasses.fields(args) if not field.metadata.get("resumable")]
     return _differences(args, saved, [field.name for field in fields if field.metadata.get("content") not in digests])
 
 
 def content_differences(args: Any, saved: Mapping[str, Any], content: str) -> dict[str, tuple[Any, Any]]:
-    """The same for the arguments that name `content`."""
+    """{name: (saved value, current value)} of the arguments that name `content` and differ."""
     fields = dataclasses.fields(args)
     return _differences(args, saved, [field.name for field in fields if field.metadata.get("content") == content])
 
@@ -119,7 +119,7 @@ def _differences(args: Any, saved: Mapping[str, Any], names: Sequence[str]) -> d
 
 
 def _default(field: dataclasses.Field) -> Any:
-    """What a run did that was begun before there was the argument."""
+    """The value for runs whose checkpoints lack the argument."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

@@ -1,4 +1,4 @@
-"""A dataclass of arguments becomes a command line and a YAML file: one declaration, three uses.
+"""A dataclass of arguments is read from the command line, from a YAML file, or from both.
 
 Each field is declared with `option(default, help, unit=…)`. The type annotation decides how text is read: bool
 becomes `--flag/--no-flag` and takes `--flag True` too, a list takes words separated by spaces or commas (or quoted
@@ -122,7 +122,7 @@ def build_parser(cls: type, description: str | None = None) -> argparse.Argument
 
 
 def _without_truths(cls: type, argv: Sequence[str]) -> list[str]:
-    """`--flag True` and `--flag=False` as `--flag` and `--no-flag`: how flags look that are declared with type=bool."""
+    """Replace `--flag True` and `--flag=False` by `--flag` and `--no-flag`, which argparse knows."""
     hints = typing.get_type_hints(cls)
     switches = {f"--{name}" for name, field in _flag_names(cls).items() if parts_of(hints[field])[0] is bool}
     words: list[str] = []
@@ -244,7 +244,7 @@ def _help(field: dataclasses.Field) -> str:
 
 
 def _reading(field: dataclasses.Field) -> dict[str, Any]:
-    """How the values of an argument are read: further arguments of `convert`."""
+    """The arguments of `convert` that say how the values of this argument are read."""
     return {name: field.metadata[name] for name in ("choices", "sentences")}
 
 

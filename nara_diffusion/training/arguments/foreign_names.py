@@ -1,4 +1,4 @@
-"""What other trainers call the arguments that the scripts have under another name, for "did you mean".
+"""Names that other trainers use for our arguments, for the hint "did you mean …?" in errors.
 
 A value that follows the name is part of the answer. Where a script lacks the argument, nothing is suggested.
 """

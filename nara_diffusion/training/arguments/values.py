@@ -12,7 +12,7 @@ def convert(name: str, value: Any, hint: Any, choices: Sequence[str] = (), sente
     """`value`, text or texts from the command line or a YAML value, as the type `hint`.
 
     Raises:
-        ValueError: it isn't one; the message names the argument, what it got and what it takes.
+        ValueError: the value has another type; the message names the argument, the value and what is expected.
     """
     kind, optional, is_list = parts_of(hint)
     if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):

@@ -38,7 +38,7 @@ class WindowArguments:
 
 
 def window_of(args: Any) -> NoiseWindow:
-    """The window that `args`, a `WindowArguments`, describe."""
+    """The window of noise levels that `args` (a `WindowArguments`) describe; by default all of [0, 1]."""
     low, high = args.min_noise_level, args.max_noise_level
     return NoiseWindow(
         0.0 if low is None else low, 1.0 if high is None else high, args.hold_base_outside, args.hold_base_share
@@ -46,7 +46,7 @@ def window_of(args: Any) -> NoiseWindow:
 
 
 def check_window(args: Any) -> None:
-    """Refuses windows without λ in them, and a base that is to be held where there is nothing to hold.
+    """Refuse a window that holds no λ, and holding the base where no λ lies outside of the window.
 
     Raises:
         ValueError: naming the argument, its value and what it may be.

@@ -1,4 +1,4 @@
-"""What a run rests on, as a few bytes in its checkpoints: the texts of its data, the weights of its base model."""
+"""Digests of a run's data and of its base weights, by which a checkpoint recognises them."""
 
 from __future__ import annotations
 

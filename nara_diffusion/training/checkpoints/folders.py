@@ -1,4 +1,4 @@
-"""checkpoint-N: all that a run needs to go on after step N as if it had never stopped.
+"""The folder checkpoint-N: all that a run needs to continue after step N as if it had never stopped.
 
     checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as `formats` or another writer has it
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16); the
@@ -107,7 +107,7 @@ def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> 
 
 
 def last_checkpoint(folder: Path) -> str:
-    """What of a run's folder can be continued from, for people."""
+    """A sentence that names the checkpoint in `folder` from which a run can be resumed."""
     newest = newest_checkpoint(folder)
     if newest is None:
         return "There is no checkpoint to continue from."
@@ -145,14 +145,14 @@ def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
 
 
 def check_same_content(checkpoint: Path, args: Any, what: str, digest: str) -> None:
-    """Refuses to go on with other data, in which the step means another place, or on another base model.
+    """Refuse to resume with other data, in which the step is another place, or on another base model.
 
     Args:
-        what: a key of the checkpoint's digests.
-        digest: what belongs there now.
+        what: the key in the checkpoint's digests.
+        digest: the digest of the current content.
 
     Raises:
-        ValueError: `checkpoint` has another.
+        ValueError: `checkpoint` has another digest.
     """
     manifest = _read_manifest(checkpoint)
     if manifest["digests"].get(what, digest) == digest:
@@ -240,7 +240,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _delete_oldest(folder: Path, limit: int, newest: Path) -> None:
-    """Keeps `newest`, and of the others those that were written last."""
+    """Delete checkpoints beyond `limit`, the oldest first; `newest` stays."""
     others = [path for path in _in_order_of_writing(folder) if path != newest]
     for path in others[: max(0, len(others) + 1 - limit)]:
         logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
@@ -254,7 +254,7 @@ def _in_order_of_writing(folder: Path) -> list[Path]:
 
 
 def _written(checkpoint: Path) -> float:
-    """When, in seconds since 1970; 0 if it doesn't say."""
+    """The time at which the checkpoint was written, in seconds since 1970; 0 if unknown."""
     try:
         return _read_manifest(checkpoint)["written"]
     except ValueError:

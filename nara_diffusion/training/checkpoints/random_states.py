@@ -1,4 +1,4 @@
-"""Random states of a checkpoint: accelerate goes on without those that it can't load, and a resumed run must not."""
+"""Check of the random states in a checkpoint: accelerate silently skips those that it can't load."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from accelerate.utils import load
 
 
 def check_random_states(checkpoint: Path, process: int) -> None:
-    """Compares every generator with what `engine_state.load_state` should have put into it.
+    """Compare the state of every generator with the one that `engine.state.load_state` should have restored.
 
     Args:
         process: index of this process, which has a file of its own.
 
     Raises:
-        ValueError: naming the file, if it can't be read, or holds other states than the generators have now.
+        ValueError: the file can't be read, or holds other states than the generators have now.
     """
     file = checkpoint / f"random_states_{process}.pkl"
     try:

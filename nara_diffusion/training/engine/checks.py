@@ -1,4 +1,4 @@
-"""What accelerate's engines can't do, refused before anything is loaded: nothing is done by another engine instead."""
+"""Checks of accelerate's engine before anything is loaded: it has to be the one asked for, and able to train."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ASKED = {
 
 
 def launched_processes() -> int:
-    """Processes that the launcher started, as it tells each of them."""
+    """The number of processes that the launcher started, from the environment."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_engine(accelerator: Accelerator, args: Any) -> None:
-    """Refuses an engine that isn't the one that was asked for, or that would train otherwise than `args` say.
+    """Refuse an engine that isn't the one that was asked for, or that would train otherwise than `args` say.
 
     Raises:
         ValueError: accelerate sees fewer processes than were launched; FSDP or DeepSpeed was asked for and accelerate
@@ -55,7 +55,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def check_adapter(adapter: str, engine: DistributedType, *, sharded: bool) -> None:
-    """Refuses adapters whose training, or whose files, need what the engine doesn't give.
+    """Refuse adapters that the engine can't train or can't save.
 
     Raises:
         ValueError: naming the adapter and the remedy.
@@ -73,7 +73,7 @@ def check_adapter(adapter: str, engine: DistributedType, *, sharded: bool) -> No
 
 
 def _check_processes(seen: int) -> None:
-    """Refuses to train N times over, or once, where N processes were asked for: on CPU, accelerate has to be told."""
+    """Refuse to run where N processes were launched and accelerate sees one: on CPU, it has to be told."""
     launched = launched_processes()
     # what `accelerate launch --cpu --num_processes N` leaves behind when it starts one process after all
     ignored = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
@@ -85,7 +85,7 @@ def _check_processes(seen: int) -> None:
 
 
 def _check_asked(given: DistributedType) -> None:
-    """On CPU and in one process, accelerate leaves FSDP and DeepSpeed out without a word."""
+    """Raise if FSDP or DeepSpeed was asked for: on CPU and in one process, accelerate silently ignores both."""
     for engine, (variable, name) in _ASKED.items():
         if os.environ.get(variable, "false").lower() in ("true", "1") and given != engine:
             raise ValueError(
@@ -95,7 +95,7 @@ def _check_asked(given: DistributedType) -> None:
 
 
 def _check_deepspeed(config: dict[str, Any], args: Any) -> None:
-    """DeepSpeed clips and steps within its backward, by its own configuration."""
+    """Refuse settings that DeepSpeed's own configuration contradicts: it clips and steps within its backward."""
     if args.core_start_step:
         raise ValueError(
             f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients, the "

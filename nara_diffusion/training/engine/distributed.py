@@ -1,4 +1,4 @@
-"""Evaluation over several processes: each does its share, all get the whole."""
+"""Evaluation over several processes: each one computes a share, and all get all results."""
 
 from __future__ import annotations
 

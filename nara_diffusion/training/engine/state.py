@@ -112,7 +112,7 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
 
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Puts all but the weights into `folder`: optimizer, schedule, scaler, random states; called by every process."""
+    """Write optimizer, schedule, scaler and random states, but no weights, to `folder`. Every process calls it."""
     engine, optimizers = accelerator.distributed_type, accelerator._optimizers
     if engine == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
@@ -139,7 +139,7 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def load_state(accelerator: Accelerator, folder: Path) -> None:
-    """`save_state` undone, once `accelerator.prepare` has seen what is to be restored; called by every process."""
+    """Restore what `save_state` wrote, after `accelerator.prepare` was called. Every process calls it."""
     engine, optimizers = accelerator.distributed_type, accelerator._optimizers
     if engine == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
@@ -166,7 +166,7 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """DeepSpeed's stage of ZeRO, 0 under other engines."""
+    """DeepSpeed's ZeRO stage, 1 to 3; 0 under other engines."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return 0
     return accelerator.state.deepspeed_plugin.zero_stage  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""A folder for one run at a time.
+"""A lock on the folder of a run: only one run at a time writes to it.
 
 The claim is a lock on a file in the folder, which the operating system lifts when the process ends, however it ends: a
 file that a killed run leaves behind locks nobody out.
@@ -37,7 +37,7 @@ class FolderClaim:
             ) from None
 
     def release(self) -> None:
-        """Lets others have the folder; calling it again does nothing."""
+        """Release the folder. Harmless when repeated."""
         if not self._lock.is_locked:
             return
         (self.folder / CLAIM).unlink(missing_ok=True)

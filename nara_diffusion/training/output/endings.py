@@ -1,4 +1,4 @@
-"""How a run ends that can't go on: what stopped it, and what is kept, in one line."""
+"""The last message of a run that has to stop: what stopped it, and which checkpoint is kept."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO
 
 
 def explain_ending(error: BaseException, folder: Path) -> BaseException | None:
-    """The error to raise in place of `error`, of the same class, if the latter says nothing of what is kept.
+    """An error of the class of `error` whose message says which checkpoint is kept; None for other kinds of errors.
 
     Args:
-        folder: the run's.
+        folder: that of the run.
     """
     if isinstance(error, KeyboardInterrupt):
         return type(error)(last_checkpoint(folder))

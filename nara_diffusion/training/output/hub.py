@@ -1,4 +1,4 @@
-"""--push_to_hub: a run's folder as a model repository."""
+"""`--push_to_hub`: upload the folder of a run to a model repository."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .output_dir import CLAIM
 
 
 def create_hub_repo(name: str) -> str:
-    """Makes the repository (or finds it) before training, so that a missing login shows now; returns its full id."""
+    """Create the repository, unless it exists, before training: a missing login shows now. Returns its full id."""
     return HfApi().create_repo(name, exist_ok=True).repo_id
 
 

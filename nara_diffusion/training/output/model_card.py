@@ -1,4 +1,4 @@
-"""What a run leaves for people: the table on the screen, the page of samples, the model card."""
+"""What a run writes for people: a table on the screen, a page of samples, the model card."""
 
 from __future__ import annotations
 

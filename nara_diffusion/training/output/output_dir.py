@@ -1,4 +1,4 @@
-"""Where a run writes: choosing a folder, and text, JSON and YAML files that are whole or absent.
+"""The folder of a run: choosing it, and writing text, JSON and YAML files atomically.
 
 A run never writes into another run's folder, and never leaves a file half-written.
 """
@@ -42,7 +42,7 @@ def check_output_dir(output_dir: str | None, resume_from_checkpoint: str | None 
 
 
 def _check_writable(folder: Path) -> None:
-    """Before hours of training, and without a trace: in the nearest folder above that exists."""
+    """Try to write in the nearest existing parent of `folder`, before hours of training; nothing stays there."""
     present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not present.is_dir():
         raise ValueError(f"--output_dir {folder}: {present} is a file: name a folder.")
@@ -56,7 +56,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def create_output_dir(output_dir: str | None, name: str, root: str | Path = "outputs") -> Path:
-    """Makes the run's folder: the one that was named, or the first free `root/name-N`."""
+    """Create the run's folder: the one that was named, or the first free `root/name-N`."""
     if output_dir is not None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def numbered_dirs(name: str, root: str | Path = "outputs") -> dict[int, Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`, whole or not at all."""
+    """Write `text` to `path` atomically."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""A picture of the loss over the noise level, for a base model and its adapted self: Figure 1 of the paper."""
+"""A plot of the loss over the noise level, of a base model and the adapted model: Figure 1 of the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the two scripts do alike at the end of a run: the model card's frame, results.json, the upload."""
+"""The end of a run in both scripts: the model card, results.json, the upload."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def write_run_card(
         args: the run's arguments.
         facts: {what: value} of the run, such as the number of trainable parameters.
         name: what people call the base model.
-        about: the end of the first sentence: what it is for, and what it was trained on.
+        about: the end of the card's first sentence: the purpose of the adapter, and its training data.
         figures: rows of (what, before, after).
-        how_good: text before and after these.
-        loading: how to load it.
+        how_good: the texts before and after these rows.
+        loading: the code that loads the adapter.
         tags, front_matter: for the Hub.
     """
     kind, title = kind_of(args), title_of(args)
@@ -92,7 +92,7 @@ def core_import(args: Any) -> str:
 
 
 def publish(run: Run, results: Mapping[str, Any], table: str) -> str:
-    """Writes results.json, uploads the folder if asked to, and returns what to show, with `table` in it."""
+    """Write results.json, upload the folder if asked to, and return the text to show, which contains `table`."""
     write_json(run.folder / "results.json", dict(results))
     lines = [f"\n{table}\n", f"{results['seconds']:.0f} s; everything is in {run.folder}"]
     if run.hub_id is not None:
