@@ -35,11 +35,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nara_diffusion.harness.download import download
-from nara_diffusion.harness.launching import with_processes
-from nara_diffusion.harness.paper import BASE, DOMAINS, EVALUATION, METHODS, TRAINING, Plan, Run, Step
-from nara_diffusion.harness.paper_settings import check, keep
-from nara_diffusion.harness.paper_tables import document
-from nara_diffusion.harness.shared import write_shared
+from nara_diffusion.harness.paper.launching import with_processes
+from nara_diffusion.harness.paper.plan import BASE, DOMAINS, EVALUATION, METHODS, TRAINING, Plan, Run, Step
+from nara_diffusion.harness.paper.settings import check, keep
+from nara_diffusion.harness.paper.shared import write_shared
+from nara_diffusion.harness.paper.tables import document
 from nara_diffusion.training.adapters.methods import METHODS as ADAPTERS
 from nara_diffusion.training.arguments.cli import option, parse_arguments
 

@@ -16,8 +16,10 @@ from .verdict import THRESHOLDS, UNKNOWN, Verdict, judge
 def run_check(
     task: CheckTask, settings: CheckSettings, folder: Path, about: dict[str, Any], progress: bool
 ) -> tuple[dict[str, Any], str]:
-    """Repeats the short trainings until they give a verdict, and writes check.json and check.png into `folder`: (what
-    check.json holds, what to show).
+    """Repeat the short trainings until there is a verdict, and write check.json and check.png to `folder`.
+
+    Returns:
+        The content of check.json, and the text to show.
 
     Raises:
         ValueError: see `trials`.

@@ -92,7 +92,7 @@ def read_trainable(model: nn.Module, folder: Path) -> None:
 
 
 def read_all_weights(model: Any, folder: Path) -> None:
-    """Copies the weights of the model in `folder`, of `model`'s class, into `model`.
+    """Copy the weights of the model in `folder`, of `model`'s class, into `model`.
 
     Raises:
         ValueError: see `load_whole_model`.

@@ -3,7 +3,7 @@
 During training both are requests: the step in progress ends, then the loop saves and stops. A second Ctrl-C stops at
 once; SIGTERM asks as often as it comes. Before and after training both stop at once, as a KeyboardInterrupt.
 
-`accelerate launch` hands on what it gets if it starts several processes, and kills them after 30 seconds. Ctrl-C then
+`accelerate launch` passes signals on if it starts several processes, and kills them after 30 seconds. Ctrl-C then
 comes twice, from the terminal and from the launcher. Of one process it only dies before it: `follow_launcher` makes
 that a SIGTERM.
 """
@@ -90,6 +90,6 @@ def leave_signals_to_main_process(worker: int) -> None:
 
 
 def follow_launcher() -> None:
-    """Under `accelerate launch`: be sent SIGTERM when the launcher ends, which doesn't hand on its own. Linux only."""
+    """Under `accelerate launch` on Linux, get SIGTERM when the launcher ends: it doesn't pass its own on."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

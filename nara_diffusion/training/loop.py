@@ -68,7 +68,7 @@ def train(
     validate: Callable[[], dict[str, float]],
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Takes the optimizer steps from `run.step` to `total_steps`, with what `accelerator.prepare` returned.
+    """Take the optimizer steps from `run.step` to `total_steps`, with what `accelerator.prepare` returned.
 
     Args:
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.

@@ -34,7 +34,7 @@ def run_command(
     shipped: Mapping[str, Any],
     stand_in: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> None:
-    """Logs progress from the first process and warnings from all, reads the command line, and calls `main` with it.
+    """Log progress from the first process and warnings from all, read the command line, and call `main` with it.
 
     Args:
         arguments: the dataclass of arguments.

@@ -75,7 +75,7 @@ class MetricLog:
             _forget_after(self.path, first_step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Logs `values` of optimizer step `step`."""
+        """Log `values` of optimizer step `step`."""
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")

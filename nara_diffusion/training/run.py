@@ -55,7 +55,7 @@ class Run:
         log: metrics.jsonl and the trackers; set by `open`.
         claim: the lock on `folder` that the main process has.
         hub_id: the repository to push to, on the main process; else None.
-        digests: {what: digest} of what the run rests on; set by `record_data_digest` and `record_base_digest`.
+        digests: {content: digest}, set by `record_data_digest` and `record_base_digest`.
     """
 
     accelerator: Accelerator
@@ -133,21 +133,21 @@ class Run:
         return known and accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
 
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
-        """Notes data for the run's checkpoints: all that a sample depends on, sample after sample.
+        """Record the digest of data for the run's checkpoints.
 
         Args:
             what: "training data" or "validation data", as `option` has it for the arguments that name them.
 
         Raises:
-            ValueError: the run continues a checkpoint that had others.
+            ValueError: the run resumes a checkpoint that has another digest.
         """
         self._record(what, digest_texts(texts))
 
     def record_base_digest(self, **modules: torch.nn.Module) -> None:
-        """Notes the weights of the base model for the run's checkpoints, before an adapter is added.
+        """Record the digest of the base weights for the run's checkpoints, before an adapter is added.
 
         Raises:
-            ValueError: the run continues a checkpoint on others.
+            ValueError: the run resumes a checkpoint that has another digest.
         """
         # in the main process alone: accelerate may leave the weights of others empty until `prepare`
         digest = [digest_weights(modules) if self.is_main else ""]
@@ -159,7 +159,7 @@ class Run:
             check_same_content(self.checkpoint, self.args, what, digest)
 
     def open(self, facts: Mapping[str, str] | None = None) -> None:
-        """Saves the configuration in the run's folder, and restores a checkpoint's optimizer and random states.
+        """Save the configuration in the run's folder, and restore a checkpoint's optimizer and random states.
 
         Called when data and model have proved usable, and `accelerator.prepare` has seen what is to be restored.
         `facts` about the run are logged.
@@ -185,7 +185,7 @@ class Run:
             logger.info("output folder: %s", self.folder)
 
     def close(self) -> None:
-        """Ends the run on all processes together.
+        """End the run on all processes together.
 
         Without the wait, a process may free gloo's process group while that one's thread still holds gathered tensors:
         the thread waits for the interpreter's lock, and the process for the thread.
@@ -195,8 +195,8 @@ class Run:
 
 
 def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> Run:
-    """Checks what can be checked before anything is loaded, starts accelerate, claims the run's folder, and seeds every
-    generator. For use as `with start_run(…) as run`, which ends it.
+    """Check what can be checked before anything is loaded, start accelerate, lock the run's folder, and seed every
+    generator. Use it as `with start_run(…) as run`: leaving the block ends the run.
 
     Args:
         write: writes the adapter's files into a checkpoint.

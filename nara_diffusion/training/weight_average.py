@@ -49,7 +49,7 @@ class WeightAverage:
             self._ema.restore(self._trained.values())
 
     def save(self, folder: Path) -> None:
-        """Writes ema.safetensors: the average by the names of the parameters, and how many steps it has seen."""
+        """Write ema.safetensors: the average by the names of the parameters, and how many steps it has seen."""
         tensors = {name: value.cpu().contiguous() for name, value in self._named().items()}
         save_file({**tensors, _STEPS: torch.tensor(self._ema.optimization_step)}, folder / AVERAGE)
 

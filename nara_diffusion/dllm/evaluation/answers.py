@@ -1,6 +1,6 @@
 """Rules that find the answer in a generated text and compare it, for `exact_match` and nara-eval's tasks.
 
-    text     all of it, with runs of white space as one space
+    text     the whole text, with runs of white space as one space
     number   the last number, commas left out, equal to the right answer's last within 0.001
     letter   the last of A … E that stands alone
     choice   the first of answer1 …, ending1 …, option1 …, solution1 …, true, false that is of the right answer's kind

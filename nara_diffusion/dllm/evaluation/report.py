@@ -41,7 +41,7 @@ def results_table(before: Measurement, after: Measurement) -> str:
 def write_run_report(
     folder: Path, args: Any, facts: Mapping[str, str], before: Measurement, after: Measurement, load_from: str
 ) -> None:
-    """Writes noise_level_curve.png, samples.html and README.md into `folder`.
+    """Write noise_level_curve.png, samples.html and README.md into `folder`.
 
     Args:
         args: the run's arguments.

@@ -8,7 +8,7 @@ entered through its outermost `__call__`, so that DDP, FSDP, offload and autocas
 - `losses_in_head`: the head returns losses (b, l, 1), such as the cross-entropy, in place of logits (b, l, v), computed
   at the masked positions in chunks; a chunk's logits are computed again in backward, so that one chunk's are alive at a
   time.
-- `hidden_states_in_head`: what the head gets, (b, l, d), without its logits.
+- `hidden_states_in_head`: the input (b, l, d) of the head, without its logits.
 - `logits_at`: the head returns (b, k, v) at k chosen positions of each row.
 
 Where the head isn't known, or where what leaves it isn't what leaves the model (logits scaled or capped afterwards;

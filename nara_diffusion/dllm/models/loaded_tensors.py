@@ -1,6 +1,6 @@
 """Check that the tensors of a checkpoint fit the model: what transformers only logs is an error here.
 
-A checkpoint may have heads that a masked language model doesn't: those of BERT's and ALBERT's pre-training are known
+A checkpoint may have heads that a masked language model lacks. Those of BERT's and ALBERT's pre-training are known
 and left out, others are on demand.
 """
 

@@ -69,7 +69,7 @@ def _control(option: int, value: int) -> None:
 
 
 def end_children(group: int) -> None:
-    """Kills the group, and children until there are none; a child's own children become ours when it ends."""
+    """Kill the group, and children until there are none; a child's own children become ours when it ends."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
     end = time.monotonic() + PATIENCE
@@ -95,7 +95,7 @@ def children() -> list[int]:
 
 
 def _exit_like(code: int) -> None:
-    """Ends this process with an exit status, or by a signal where `code` is below zero."""
+    """End this process with an exit status, or by a signal where `code` is below zero."""
     if code < 0:
         with suppress(OSError):  # SIGKILL has no handler
             signal.signal(-code, signal.SIG_DFL)

@@ -40,7 +40,7 @@ def orthogonality(tuners: list[AdaLoraModel]) -> Tensor | float:
 
 
 def allocate_ranks(tuners: list[AdaLoraModel], step: int, skipped: bool = False) -> None:
-    """Updates the importance of directions and drops some, between the optimizer's step and the end of its gradients.
+    """Update the importance of directions and drop some, between the optimizer's step and the end of its gradients.
 
     Args:
         step: optimizer steps done, this one included.

@@ -83,7 +83,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 
 def check_adaptable(model: nn.Module, config: PeftConfig) -> None:
-    """Refuses names in `target_modules` that match nothing in `model`, and modules that the method can't adapt.
+    """Refuse names in `target_modules` that match nothing in `model`, and modules that the method can't adapt.
 
     Raises:
         ValueError: naming them, and modules that would do.
@@ -103,7 +103,7 @@ def check_adaptable(model: nn.Module, config: PeftConfig) -> None:
 
 
 def check_target_modules(model: nn.Module, targets: Any) -> None:
-    """Refuses names that match no module, by PEFT's rule: a module's whole name, or its end after a dot."""
+    """Refuse names that match no module, by PEFT's rule: a module's whole name, or its end after a dot."""
     if isinstance(targets, str):
         return
     names = [name for name, _ in model.named_modules()]

@@ -92,7 +92,7 @@ def adapter_config(
 
 
 def _check_lora_start(start: Any) -> None:
-    """Refuses starts that would be others than they say: no script here makes the passes that they need."""
+    """Refuse initialisations that need a pass over data, which no train script makes."""
     if start in _UNPREPARED:
         raise ValueError(f"init_lora_weights={start} {_UNPREPARED[start]}: leave it out, or use --adapter pissa.")
 

@@ -1,4 +1,4 @@
-"""`--core_module`: the user's module that registers a custom core, imported before `--core_type` is looked up."""
+"""`--core_module`: import of the user's module that registers a custom core, before `--core_type` is looked up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nara_diffusion.cores.custom import registered_cores
 
 
 def import_core_module(name: str) -> None:
-    """Imports the module `name`, or, where it ends in .py, the file of that path.
+    """Import the module `name`, or, where it ends in .py, the file of that path.
 
     The folder of a file joins `sys.path` as its last entry, so that it finds the modules beside it.
 

@@ -32,7 +32,7 @@ def takes_start_from_base(config: Any) -> bool:
 
 
 def remember_start(model: nn.Module) -> None:
-    """Keeps A₀ and B₀ of a LoRA that was just added to `model`, if it has changed the base weights."""
+    """Keep A₀ and B₀ of a LoRA that was just added to `model`, if it has changed the base weights."""
     config = getattr(model, "peft_config", {}).get("default")
     if isinstance(config, LoraConfig) and not isinstance(config, NaraConfig) and takes_start_from_base(config):
         start = {key: value.detach().clone().cpu() for key, value in _factors(model).items()}

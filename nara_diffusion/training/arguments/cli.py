@@ -42,7 +42,7 @@ def option(
     sentences: bool = False,
     aliases: Sequence[str] = (),
 ) -> Any:
-    """Declares one argument.
+    """Declare one argument.
 
     Args:
         default: its value when neither the file nor a flag sets it; a list is copied for each instance.

@@ -76,7 +76,7 @@ class AdapterArguments:
     mask_density_radius: int = core_option("mask_density_radius", unit="tokens")
 
     def check_flags(self, flags: Mapping[str, Any]) -> None:
-        """Refuses flags that contradict `adapter` (see `methods.check_flags`) or `global_batch_size`, at their default
+        """Refuse flags that contradict `adapter` (see `methods.check_flags`) or `global_batch_size`, at their default
         too.
 
         Raises:

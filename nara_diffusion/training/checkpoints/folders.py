@@ -47,7 +47,7 @@ def save_checkpoint(
     digests: Mapping[str, str] | None = None,
     write: AdapterWriter = write_checkpoint,
 ) -> Path:
-    """Writes `folder/checkpoint-{step}`, called by every process; of the others, those that were written first are
+    """Write `folder/checkpoint-{step}`. Every process calls it. Of the other checkpoints, those written first are
     deleted beyond `--checkpoints_total_limit`.
 
     Args:
@@ -118,7 +118,7 @@ def last_checkpoint(folder: Path) -> str:
 
 
 def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
-    """Checks that `checkpoint` is whole and was written by a run with these arguments; returns its step.
+    """Check that `checkpoint` is complete and was written by a run with these arguments. Returns its step.
 
     Raises:
         ValueError: naming the file that is missing or corrupt, or the arguments that differ.
@@ -170,7 +170,7 @@ def _listed(differences: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: AdapterWriter = write_adapter) -> None:
-    """Puts the adapter's files into `folder`, called by every process.
+    """Write the adapter's files to `folder`. Every process calls it.
 
     Raises:
         OSError: they couldn't be written (a full disk, say); neither is there then, checkpoints are untouched.

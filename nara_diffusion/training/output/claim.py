@@ -17,7 +17,7 @@ from .output_dir import CLAIM, check_output_dir, create_output_dir
 
 
 class FolderClaim:
-    """The sole right to write into `folder`, until `release` or the end of the process.
+    """A lock on `folder`, until `release` or the end of the process.
 
     Raises:
         ValueError: another run has it.
@@ -51,7 +51,7 @@ class FolderClaim:
 def claim_output_dir(
     output_dir: str | None, name: str, resume_from_checkpoint: str | None = None, root: str | Path = "outputs"
 ) -> FolderClaim:
-    """Makes the run's folder (see `create_output_dir`) and claims it.
+    """Create the run's folder (see `create_output_dir`) and lock it.
 
     Raises:
         ValueError: another run has it, or has left something in it (see `check_output_dir`).
@@ -71,7 +71,7 @@ def claim_output_dir(
 def claim_together(
     accelerator: Accelerator, output_dir: str | None, name: str, resume_from_checkpoint: str | None
 ) -> tuple[Path, FolderClaim | None]:
-    """The folder of all processes, and the main one's claim on it: it alone picks a number. All go on, or none.
+    """The run's folder on all processes, and its lock on the main one, which picks the number. All continue, or none.
 
     Raises:
         ValueError: see `claim_output_dir`.

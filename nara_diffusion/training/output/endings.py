@@ -25,7 +25,7 @@ def explain_ending(error: BaseException, folder: Path) -> BaseException | None:
 
 
 def _is_write_failure(error: OSError, folder: Path) -> bool:
-    """Whether the system refused to write, rather than that a file to read is missing; what is explained is neither."""
+    """Whether `error` is a failure to write, and not a missing file to read or an error that is explained already."""
     if error.errno in _CANNOT_WRITE:
         return True
     return isinstance(error.filename, str) and folder.absolute() in Path(error.filename).absolute().parents

@@ -15,7 +15,7 @@ def create_hub_repo(name: str) -> str:
 
 
 def push_to_hub(repo_id: str, folder: Path) -> None:
-    """Uploads `folder`, without its checkpoints, to the repository `repo_id`."""
+    """Upload `folder`, without its checkpoints, to the repository `repo_id`."""
     HfApi().upload_folder(
         repo_id=repo_id,
         folder_path=str(folder),

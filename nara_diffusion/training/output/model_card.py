@@ -36,7 +36,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_samples(
     path: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[tuple[str, bool | None]]]
 ) -> None:
-    """Writes an HTML page with a table; each cell is (text, True for right, False for wrong, None for neither)."""
+    """Write an HTML page with a table; each cell is (text, True for right, False for wrong, None for neither)."""
     names = {True: ' class="right"', False: ' class="wrong"', None: ""}
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = "\n".join(
@@ -62,7 +62,7 @@ def write_model_card(
     relation: str = ADAPTER,
     **others: Any,
 ) -> None:
-    """Writes README.md: front matter for the Hub (see `front_matter`), title, summary, a heading for each section."""
+    """Write README.md: front matter for the Hub (see `front_matter`), title, summary, a heading for each section."""
     front = front_matter(library, tags, base_model, relation, **others)
     parts = [f"---\n{front.strip()}\n---", f"# {title}", summary]
     parts += [f"## {heading}\n\n{text}" for heading, text in sections.items()]

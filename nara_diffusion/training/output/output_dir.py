@@ -18,7 +18,7 @@ CLAIM = ".claimed"  # the file that a run locks, see `claim`
 
 
 def check_output_dir(output_dir: str | None, resume_from_checkpoint: str | None = None) -> None:
-    """Refuses a folder that can't be written, or that the user named and that holds something, unless it is the run in
+    """Refuse a folder that can't be written, or that the user named and that holds something, unless it is the run in
     it that is resumed.
 
     Args:
@@ -89,10 +89,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON."""
+    """Write `content` as indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_yaml(path: Path, content: Any) -> None:
-    """Writes `content` as YAML, keys in their own order."""
+    """Write `content` as YAML, keys in their own order."""
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

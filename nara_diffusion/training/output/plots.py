@@ -22,7 +22,7 @@ def plot_noise_level_curves(
     unit: str,
     window: NoiseWindow = EVERYTHING,
 ) -> None:
-    """Writes a PNG: on the left both losses over λ, on the right the adapter's gain, base − adapted.
+    """Write a PNG: on the left both losses over λ, on the right the adapter's gain, base − adapted.
 
     Args:
         path: the file to write.

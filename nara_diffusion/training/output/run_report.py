@@ -43,7 +43,7 @@ def write_run_card(
     tags: Sequence[str],
     **front_matter: Any,
 ) -> None:
-    """Writes README.md into `folder`.
+    """Write README.md into `folder`.
 
     Args:
         args: the run's arguments.

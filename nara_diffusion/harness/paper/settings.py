@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .launching import values_of
-from .paper import BASE, EVALUATION, METHODS, TRAINING, Plan, Run, settings_of
+from .plan import BASE, EVALUATION, METHODS, TRAINING, Plan, Run, settings_of
 from .shared import write_shared
 
 FILE = "settings.json"

@@ -1,4 +1,4 @@
-"""The paper's tables, from all results that the evaluations of `nara_diffusion.harness.paper` have written so far.
+"""The paper's tables, from all results that the evaluations of `nara_diffusion.harness.paper.plan` have written so far.
 
 There is a table for each domain, in percent, with a row for each method and a column for each test set and for their
 mean. Values of several seeds are given as mean ± sample standard deviation. MATH, where it was asked, stands beside the
@@ -19,8 +19,8 @@ from typing import Any
 from nara_diffusion.training.adapters.methods import METHODS as TITLES
 from nara_diffusion.utils.statistics import interval
 
-from .paper import BASE, DOMAINS, MATH, Plan, Run
-from .paper_settings import recorded, separated
+from .plan import BASE, DOMAINS, MATH, Plan, Run
+from .settings import recorded, separated
 
 REFERENCE = "lora"
 MEAN = "Average"

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from nara_diffusion.harness.paper import DOMAINS, Step
+from nara_diffusion.harness.paper.plan import DOMAINS, Step
 from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts import paper_tables
 from train_scripts.dllm import Arguments, shipped_run

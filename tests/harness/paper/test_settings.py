@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nara_diffusion.harness.paper import Step
+from nara_diffusion.harness.paper.plan import Step
 from train_scripts import paper_tables
 from train_scripts.paper_tables import main
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.harness.paper import Step
+from nara_diffusion.harness.paper.plan import Step
 from train_scripts import paper_tables
 from train_scripts.paper_tables import main
 

@@ -13,14 +13,15 @@ import pytest
 import yaml
 
 from nara_diffusion.harness.command import TASKS
-from nara_diffusion.harness.paper import DOMAINS, METHODS, SAMPLING, Step, result_of
+from nara_diffusion.harness.paper.plan import DOMAINS, METHODS, SAMPLING, Step, result_of
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.arguments.cli import parse_arguments
+from tests.harness.conftest import LLADA_TINY
 from train_scripts import paper_tables
 from train_scripts.dllm import Arguments, shipped_run
 from train_scripts.paper_tables import PaperArguments, main
 
-from .conftest import LLADA_TINY, MATH, Done, tables_of
+from .conftest import MATH, Done, tables_of
 
 
 def test_the_tables_have_means_deviations_and_paired_intervals(arguments, performed: list[Step]) -> None:
