@@ -1,4 +1,4 @@
-"""To plain LoRAs and back, for hosts that know only those."""
+"""Export of NaRA to plain LoRAs, and import of those, for hosts that know only LoRA."""
 
 from .bins import LoraBins, read_lora_bins, to_lora_bins
 from .errors import ExportError

@@ -1,4 +1,4 @@
-"""What an adapted model has of one adapter, layer by layer: A, B, C(λ), s and the magnitude, read and not changed.
+"""Reading one adapter of an adapted model, layer by layer: A, B, C(λ), s and the magnitude.
 
     ΔW(λ) = s · B · C(λ) · A          A (r, d_in …), B (d_out, r …), C (b, r, r), s a number
 
@@ -27,7 +27,7 @@ from nara_diffusion.tuner.strength.layers import layers_of
 from nara_diffusion.tuner.strength.set_strength import roots_of
 
 _SPREAD = ("target_parameters", "layer_replication", "megatron_config")
-"""Options of a LoRA by which its layers are no layers with an A and a B of their own."""
+"""Options of a LoRA whose layers have no A and B of their own."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class AdaptedLayer:
     """One layer's share of the adapter; tensors are copies on the CPU.
 
     Attributes:
-        name: of the layer in its root. A: (r, d_in), (r, d_in, *kernel) or, of an embedding, (r, n). B: (d_out, r) or
+        name: its name in its root. A: (r, d_in), (r, d_in, *kernel) or, in an embedding, (r, n). B: (d_out, r) or
             (d_out, r / groups, 1, …). bias: of B (d_out,), or None. magnitude: DoRA's, or None. scaling: s.
-        key: by which the layer reads its core; None: C = I.
+        key: the key by which the layer reads its core; None: C = I.
     """
 
     name: str
@@ -73,14 +73,14 @@ class Adapter:
         return self.holder is not None and self.holder.depends_on_noise(self.name)
 
     def signals(self, noise_level: Level | None, mask_density: Level | None = None) -> NoiseSignals | None:
-        """Of one sample; None if the adapter needs none. Raises ValueError if it needs some that are not known."""
+        """The signals of one sample; None if the adapter needs none. Raises ValueError if they are not known."""
         holder = self.holder
         if holder is None or self.name not in holder.cores:
             return None
         return holder.signals_to_export(self.name, noise_level, mask_density)
 
     def core(self, layer: AdaptedLayer, signals: NoiseSignals | None) -> Tensor:
-        """C (b or 1, r, r), float32, on the CPU, of λ (b,)."""
+        """C (b or 1, r, r) at λ (b,), float32, on the CPU."""
         if layer.key is None:
             return torch.eye(layer.rank)[None]
         assert self.holder is not None
@@ -89,7 +89,7 @@ class Adapter:
 
 @contextmanager
 def read_adapter(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
-    """The adapter, whose cores have their values in memory inside the context.
+    """Read an adapter. Inside the context, the values of its cores are in memory.
 
     Raises:
         ValueError: no such adapter, several roots that have it, another method than LoRA, a LoRA variant that is no

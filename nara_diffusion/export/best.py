@@ -21,13 +21,13 @@ from .outputs import OUTPUT_LEVELS, Batch, Outputs
 from .update_norm import Cores, UpdateNorm, cores_over, mean_over
 
 Density = Callable[[Tensor], Any]
-"""λ (n,) → how often each occurs (n,), not negative, in any unit; a StrengthSchedule is one."""
+"""A density: λ (n,) → how often each one occurs (n,), not negative, in any unit. A StrengthSchedule is one."""
 
 GRID = 128
 
 
 def midpoints(count: int) -> Tensor:
-    """λ (count,): the middles of as many equal parts of [0, 1], float32."""
+    """The middles of `count` equal parts of [0, 1]: (count,) float32."""
     return (torch.arange(count, dtype=torch.float32) + 0.5) / count
 
 

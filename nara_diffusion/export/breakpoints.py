@@ -1,4 +1,4 @@
-"""The noise levels between which an adapter's cores are straight lines, or constant; empty where they are neither.
+"""The noise levels between which the cores of an adapter are linear in λ, or constant; none if they are neither.
 
     knots        at the knots, k / (K − 1)                    straight between them
     bins         on both sides of each step of a mask         constant between them
@@ -27,7 +27,7 @@ _SCAN = 4097
 
 
 def breakpoints(adapter: Adapter) -> list[float]:
-    """λ in ascending order, 0 and 1 among them."""
+    """The breakpoints of the adapter in ascending order, 0 and 1 among them."""
     config: Any = adapter.config
     found = {0.0, 1.0, *_of_strengths(adapter)}
     if isinstance(config, NaraConfig) and config.core_type == "knots":
@@ -61,7 +61,7 @@ def _steps(adapter: Adapter) -> list[float]:
 
 
 def _sides(adapter: Adapter, below: float, above: float) -> tuple[float, float]:
-    """The last λ of the mask at `below`, and the one after it, by halving."""
+    """The last λ with the mask of `below`, and the next float32 after it, by bisection."""
     while True:
         middle = _float32((below + above) / 2)
         if middle in (below, above):

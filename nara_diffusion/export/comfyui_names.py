@@ -1,4 +1,4 @@
-"""ComfyUI's names of a LoRA's tensors as kohya's, which Diffusers' converters read.
+"""Conversion of ComfyUI's names of a LoRA's tensors to kohya's, which Diffusers' converters read.
 
     diffusion_model.input_blocks.4.1.….to_q.lora_up.weight         lora_unet_input_blocks_4_1_…_to_q.lora_up.weight
     text_encoders.clip_l.transformer.text_model.….q_proj.…         lora_te1_text_model_…_q_proj.…
@@ -30,10 +30,10 @@ _ENCODERS = {"l": "lora_te1_", "g": "lora_te2_"}
 
 
 def with_kohya_names(tensors: Mapping[str, Tensor], kind: type, has_unet: bool) -> dict[str, Tensor]:
-    """`tensors` with kohya's names where they have ComfyUI's; of pipelines that read those themselves, as they are.
+    """Rename ComfyUI's names in `tensors` to kohya's, except for pipelines that read ComfyUI's names themselves.
 
     Args:
-        kind: the pipeline's class. has_unet: whether its denoiser is a UNet.
+        kind: the class of the pipeline. has_unet: whether its denoiser is a UNet.
     """
     if not any(key.startswith(_MODEL) or _TEXT.fullmatch(key) for key in tensors):
         return dict(tensors)

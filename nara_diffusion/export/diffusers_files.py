@@ -1,4 +1,4 @@
-"""LoRA files as Diffusers reads them, by its own converters: its own names, old and new, kohya's and others'.
+"""Reading of LoRA files by Diffusers' own converters: its old and new names, kohya's, and others.
 
 What Diffusers drops, with a warning at most, is an error here: magnitudes of DoRA under kohya's name, α's and layers
 that find no place. Without α in the file the scale is 1, as in Diffusers.
@@ -37,10 +37,10 @@ _DOWN = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.
 def read_diffusers(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, model: Any, origin: str
 ) -> dict[str, PlainLora]:
-    """Component → its LoRA; of a model that is no pipeline, one, under an empty name.
+    """{component: its LoRA}; a model that is no pipeline has one, under an empty name.
 
     Args:
-        tensors, metadata: of the file. model: the pipeline, or one of its components.
+        tensors, metadata: those of the file. model: the pipeline, or one of its components.
 
     Raises:
         ValueError: a part of the file has no place in `model`, or can't be read.
@@ -93,7 +93,7 @@ def _by_diffusers(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tup
 
 
 def _of_keys(state: Mapping[str, Tensor], alphas: Mapping[str, Any], origin: str) -> dict[str, float]:
-    """The key of A → α, where the converters have a name of their own for it."""
+    """{key of A: α}, where the converters rename α."""
     left, found = dict(alphas), {}
     for key in state:
         for name in (f"{key.split('.lora.')[0]}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha"):
@@ -126,7 +126,7 @@ def _by_component(tensors: Mapping[str, Tensor], model: Any, origin: str) -> dic
 
 
 def _by_peft_names(own: Mapping[str, Tensor], alphas: Mapping[str, float], component: str) -> dict[str, Any]:
-    """PEFT's name without the component → (tensor, its α or None)."""
+    """{PEFT's name without the component: (tensor, its α or None)}."""
     values = {key.removeprefix(f"{component}."): (tensor, alphas.get(key)) for key, tensor in own.items()}
     is_peft = {key: bool(re.search(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)", key)) for key in values}
     old: Any = {key: value for key, value in values.items() if not is_peft[key]}
@@ -138,7 +138,7 @@ def _by_peft_names(own: Mapping[str, Tensor], alphas: Mapping[str, float], compo
 
 
 def _in_model(key: str, model: Any, component: str) -> str:
-    """Transformers' text encoders have had a `text_model` between, and have no longer."""
+    """The key in this version of Transformers, whose text encoders have lost the level `text_model`."""
     encoder = getattr(model, component, None) if isinstance(model, DiffusionPipeline) else model
     flattened = component.startswith(TEXT_ENCODER) and not hasattr(encoder, "text_model")
     return key.removeprefix("text_model.") if flattened else key
@@ -158,7 +158,7 @@ def _part(values: Mapping[str, Any], config: LoraConfig | None, origin: str) -> 
 
 
 def _configs(metadata: Mapping[str, str] | None, origin: str) -> dict[str, LoraConfig]:
-    """Component → what the file's metadata says of it, as `save_lora_weights` writes it."""
+    """{component: its configuration}, from the metadata that `save_lora_weights` writes."""
     text = (metadata or {}).get(LORA_ADAPTER_METADATA_KEY)
     if text is None:
         return {}
@@ -174,7 +174,7 @@ def _configs(metadata: Mapping[str, str] | None, origin: str) -> dict[str, LoraC
 
 
 def _check_complete(tensors: Mapping[str, Tensor], parts: Mapping[str, PlainLora], origin: str) -> None:
-    """A fused projection may have become several layers; none may have been lost."""
+    """Raise if a layer was lost. A fused projection may have become several layers."""
     held = {match[1] for key in tensors if (match := _DOWN.fullmatch(key))}
     read = sum(len(part.layers) for part in parts.values())
     if read < len(held):

@@ -1,4 +1,4 @@
-"""How far exported LoRAs are from the NaRA, over λ: as numbers, as JSON and as a picture."""
+"""The error of exported LoRAs against the NaRA, over λ: as numbers, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ExportError:
 
     @property
     def mean_update(self) -> float:
-        """The root of the mean square over the density."""
+        """The root mean square of `update`, weighted by the density."""
         return math.sqrt(sum(weight * error**2 for weight, error in zip(self.weights, self.update, strict=True)))
 
     @property

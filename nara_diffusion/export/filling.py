@@ -1,4 +1,4 @@
-"""The tensors of a LoRA put into an adapter that has been made for them: all of them, unchanged, or none."""
+"""Copying the tensors of a LoRA into an adapter that was made for them: all of them, or none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .plain_lora import PlainLora, PlainLoraLayer
 
 
 def fill(root: nn.Module, adapter_name: str, lora: PlainLora, origin: str) -> None:
-    """Let the LoRA layers of an adapter of `root` have A, B, bias and magnitude of `lora`. Cores stay as they are.
+    """Copy A, B, biases and magnitudes of `lora` into an adapter of `root`. Cores stay as they are.
 
     Tensors keep their values bit by bit: where a layer has a coarser dtype, it takes that of the tensor.
 
@@ -62,7 +62,7 @@ def _check_scale(layer: Any, name: str, given: PlainLoraLayer, adapter_name: str
 def _pairs(
     layer: Any, name: str, given: PlainLoraLayer, adapter_name: str, origin: str
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """A parameter of the layer, and what it is to hold."""
+    """Yield each parameter of the layer with its new value."""
     held, tensors = _parameters(layer, adapter_name), _tensors(given)
     if held.keys() != tensors.keys():
         raise ValueError(

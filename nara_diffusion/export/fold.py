@@ -50,7 +50,7 @@ def to_lora(
         noise_level: λ in [0, 1]; None takes that of `with noise_level(model, …)`, and is right for an adapter that
             doesn't depend on λ. "best" is the one LoRA that is nearest over all λ, for hosts without schedules; its
             `error` says how near.
-        adapter_name: which one. mask_density: for `core_input` "mask_density" or "both", in [0, 1].
+        adapter_name: the name of the adapter. mask_density: for `core_input` "mask_density" or "both", in [0, 1].
         density: for "best", λ (n,) → how often each occurs (n,), such as a StrengthSchedule; None is uniform.
         batch: for "best", what the model is called with (a dict, a tuple or a tensor), or a function of λ that calls
             it on inputs of that noise level: then each layer's outputs are nearest, by least squares, and those of the
@@ -111,7 +111,7 @@ def folded(layer: AdaptedLayer, core: Tensor, scaling: float) -> PlainLoraLayer:
 
 
 def _gain(layer: AdaptedLayer, scaling: float) -> float:
-    """s over what the configuration says; where that is zero, so is what it multiplies."""
+    """s divided by the scale of the configuration; 1 where that scale is zero, and with it the update."""
     if scaling == layer.scaling:
         return 1.0
     if scaling == 0:
@@ -127,7 +127,7 @@ def _kept(tensor: Tensor) -> torch.dtype:
 
 
 def _others(adapter: Adapter) -> dict[str, Tensor]:
-    """What the adapter's file holds beside A, B, C and magnitudes."""
+    """The tensors of the adapter's file beside A, B, C and magnitudes."""
     with torch.no_grad():
         held = get_peft_model_state_dict(
             adapter.root, adapter.root.state_dict(), adapter.name, save_embedding_layers=False

@@ -20,10 +20,10 @@ _SELECTS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def plain_config(root: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """What PEFT needs to make a LoRA on the same modules of the same base, with the same scales.
+    """PEFT's configuration of a LoRA on the same modules of the same base, with the same scales.
 
     Args:
-        root: the adapted model. config: of its adapter. ranks: name of each adapted module → its rank.
+        root: the adapted model. config: that of its adapter. ranks: {adapted module: its rank}.
     """
     given = {field.name: copy.copy(getattr(config, field.name)) for field in fields(LoraConfig) if field.init}
     given |= {"inference_mode": True, "base_model_name_or_path": _base_name(root, config)}
@@ -52,7 +52,7 @@ def _selects(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, i
 
 
 def _explicit(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> LoraConfig:
-    """The same with each module by its whole name."""
+    """The configuration with the whole name of each module."""
     plain = copy.copy(config)
     for name in _SELECTS:
         setattr(plain, name, None)

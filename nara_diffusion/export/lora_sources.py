@@ -1,4 +1,4 @@
-"""Where a LoRA comes from: a folder of PEFT, a file that Diffusers reads, a dict, a model."""
+"""Reading a LoRA from a folder of PEFT, a file that Diffusers reads, a dict, or a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .plain_lora import PEFT_PREFIX, PlainLora
 def read_lora(
     lora: Any, model: Any, *, config: LoraConfig | None = None, source_adapter: str = "default"
 ) -> tuple[dict[str, PlainLora], str]:
-    """Component → LoRA (under an empty name where `model` is no pipeline), and what to call the source in messages.
+    """{component: LoRA} (an empty name where `model` is no pipeline), and the name of the source in messages.
 
     Raises:
         ValueError: see `from_lora`.

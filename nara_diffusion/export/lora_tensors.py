@@ -17,11 +17,11 @@ _TENSOR = re.compile(
     r"(?P<name>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
     r"lora_magnitude_vector)(?:\.weight)?"
 )
-"""Diffusers and Transformers write the magnitude's `.weight`, PEFT leaves it out."""
+"""The end of a magnitude's key: Diffusers and Transformers write it, PEFT does not."""
 
 
 def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], origin: str) -> PlainLora:
-    """The LoRA that PEFT makes of `config` and `tensors`. `origin` is what to call the file in messages.
+    """The LoRA that PEFT makes of `config` and `tensors`. Messages call the file `origin`.
 
     Raises:
         ValueError: half of a layer is missing, a tensor of a LoRA that has no place, or another rank or kind than the
@@ -43,7 +43,7 @@ def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], origin: s
 
 
 def by_layer(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Layer → kind of tensor → tensor, whole layers; and what is no tensor of a LoRA layer.
+    """{layer: {kind of tensor: tensor}} of complete layers, and the other tensors.
 
     Raises:
         ValueError: A without B, B without A, or a name that is none of PEFT's.

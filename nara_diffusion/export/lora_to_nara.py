@@ -38,9 +38,9 @@ _DECIDED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "modules_to_save", "strength",
 }  # fmt: skip
-"""Fields that the LoRA decides, or by which the NaRA would not start as it."""
+"""Fields of NaraConfig that the LoRA decides, or with which the NaRA would not start as the LoRA."""
 _STARTS_ANYWAY = ("gaussian", "orthogonal", "eva", "mica")
-"""Starts of A and B that the LoRA's own tensors take the place of, and that leave the base as it is."""
+"""Initialisations that leave the base as it is, so that the LoRA's tensors may replace theirs."""
 _LEVELS = (0.0, 0.2, 0.5, 0.7, 1.0)
 
 
@@ -63,9 +63,9 @@ def from_lora(
             a dict of such tensors; a PeftModel or another model with a LoRA; or a `PlainLora`.
         model: the base: a module, which a PeftModel is put around; a Diffusers model, into which the adapter is
             injected; or a pipeline, whose text encoders get their part as plain LoRAs (core_type "identity").
-        adapter_name: of the new adapter.
+        adapter_name: the name of the new adapter.
         config: the LoraConfig of a dict in PEFT's format, whose α no tensor tells.
-        source_adapter: which adapter, where `lora` is a model.
+        source_adapter: the name of the adapter, if `lora` is a model.
         core: fields of NaraConfig, such as core_type, core_sharing, noise_convention, lora_dropout.
 
     Returns:
@@ -106,7 +106,7 @@ def _rolled_back_on_error(root: Any, adapter_name: str) -> Iterator[None]:
 def _insert(
     lora: PlainLora, model: Any, adapter_name: str, core: Mapping[str, Any], origin: str, *, inject: bool
 ) -> Any:
-    """`model` with the adapter, or as it was. `inject`: without a PeftModel around it."""
+    """Add the adapter to `model`, or leave it as it was. `inject`: without a PeftModel around it."""
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(root, "peft_config", {}):
         raise ValueError(
@@ -147,7 +147,7 @@ def nara_config(lora: PlainLora, root: nn.Module, core: Mapping[str, Any]) -> Na
     """The configuration of a NaRA on the layers of `lora`, with its ranks and scales.
 
     Raises:
-        ValueError: as NaraConfig; or the LoRA's start has changed the base in a way that a NaRA doesn't know.
+        ValueError: see NaraConfig; or the LoRA's initialisation has changed the base in a way that NaRA doesn't have.
     """
     plain = fitting_config(lora.config, root, {name: layer.rank for name, layer in lora.layers.items()})
     given = {
@@ -174,7 +174,7 @@ def check_modules(root: nn.Module, lora: PlainLora, origin: str) -> None:
 
 
 def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> None:
-    """Trained biases, tokens and whole modules, which PEFT knows how to set."""
+    """Load trained biases, tokens and whole modules, by PEFT's own function."""
     if not lora.others:
         return
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""

@@ -1,4 +1,4 @@
-"""What an adapted model says of a user's batch, with its own C(λ), with others in their place, and without."""
+"""The outputs of an adapted model on a user's batch: with its own C(λ), with other cores, and without adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .adapted_layers import AdaptedLayer, Adapter
 from .errors import relative
 
 Batch = Mapping[str, Any] | tuple[Any, ...] | Tensor | Callable[[float], Any]
-"""What a model is called with, at each λ alike; or a function of λ that calls it, on inputs of that noise level."""
+"""A model's arguments, the same at each λ; or a function of λ that calls it on inputs of that noise level."""
 
 OUTPUT_LEVELS = 16
 
@@ -41,7 +41,7 @@ class Outputs:
                 )
 
     def at(self, level: float) -> Tensor:
-        """y, flattened, float64, of the model as it is now, at λ."""
+        """The output y of the model at λ, as it is now: flattened, float64."""
         with noise_level(self.model, level, mask_density=self.mask_density), torch.no_grad(), evaluating(self.model):
             return _tensor_of(self._call(level)).detach().double().cpu().flatten()
 
@@ -55,7 +55,7 @@ class Outputs:
 
     @contextmanager
     def with_cores(self, cores: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the layers of those names read these (1, r, r), whatever λ is."""
+        """Inside, the named layers read these cores (1, r, r) at every λ."""
         with ExitStack() as stack:
             for layer in self.adapter.layers:
                 if layer.key is not None:
@@ -76,7 +76,7 @@ class Outputs:
                 layer._disable_adapters = value
 
     def errors(self, levels: Tensor, exported: Callable[[Tensor], Mapping[str, Tensor]]) -> list[float]:
-        """Of each λ (m,), see `ExportError.output`. `exported`: λ (1,) → layer → the core that is exported for it."""
+        """`ExportError.output` at each λ: (m,). `exported`: λ (1,) → layer → the core that is exported for it."""
         differences, sizes = [], []
         for level in levels:
             y = self.at(float(level))
@@ -123,7 +123,7 @@ def _gram_hook(layer: AdaptedLayer, adapter_name: str, sums: dict[str, Tensor]) 
 
 
 def _projected(module: Any, layer: AdaptedLayer, adapter_name: str, x: Tensor) -> Tensor:
-    """A x of each row of the layer's input: (n, r), float64."""
+    """A x for each row of the layer's input: (n, r), float64."""
     A = layer.A.to(x.device)
     if layer.is_embedding:
         return A.double().T[x.flatten()]
@@ -135,7 +135,7 @@ def _projected(module: Any, layer: AdaptedLayer, adapter_name: str, x: Tensor) -
 
 
 def _tensor_of(answer: Any) -> Tensor:
-    """The tensor in what a model answers with."""
+    """The tensor in the output of a model."""
     for name in ("logits", "sample", "last_hidden_state"):
         if isinstance(getattr(answer, name, None), Tensor):
             return getattr(answer, name)

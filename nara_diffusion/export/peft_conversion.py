@@ -1,4 +1,4 @@
-"""PEFT's own way to a LoRA, `convert_to_lora` and `save_as_lora`, for an adapter with cores: at the λ that is told.
+"""PEFT's `convert_to_lora` and `save_as_lora` for an adapter with cores, at the λ of `noise_level(…)`.
 
 PEFT factors ΔW of linear layers by an SVD. Here ΔW has its factors already: the LoRA is `to_lora`'s, exact and for all
 kinds of layers, and is cut to a smaller rank, if one is asked for, by an SVD of the factors.
@@ -29,10 +29,10 @@ _original: Any = None
 
 
 def extend_conversion() -> None:
-    """Let PEFT's function `convert_to_lora`, which `save_as_lora` calls, know of cores. Harmless when repeated.
+    """Make PEFT's function `convert_to_lora`, which `save_as_lora` calls, convert cores. Harmless when repeated.
 
-    It is a function and no method, which users import by name, mostly before this package. So its code is replaced:
-    the object that they have imported is the one that knows.
+    It is a function, which users import by name, mostly before this package. So its code is replaced:
+    the object that they have imported is the one that changes.
     """
     if getattr(convert_to_lora, "knows_cores", False):
         return
@@ -51,7 +51,7 @@ def _entry(
     progressbar: Any = False,
     compile_kwargs: Any = None,
 ) -> Any:
-    """What runs, with the names of PEFT's module around it, in the place of PEFT's code."""
+    """The code that replaces PEFT's. It sees the global names of PEFT's module."""
     from nara_diffusion.export.peft_conversion import convert_adapter
 
     return convert_adapter(model, rank, adapter_name, progressbar, compile_kwargs)
@@ -60,10 +60,10 @@ def _entry(
 def convert_adapter(
     model: nn.Module, rank: float, adapter_name: str, progressbar: bool, compile_kwargs: Any
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """`peft.convert_to_lora`, which see; an adapter with cores at the λ of `with noise_level(model, …)`.
+    """As `peft.convert_to_lora`; an adapter with cores is converted at the λ of `with noise_level(model, …)`.
 
     Raises:
-        ValueError: λ is needed and not known, or as `to_lora` and `truncated`.
+        ValueError: λ is needed and not known; or see `to_lora` and `truncated`.
     """
     if not _has_cores(model, adapter_name):
         return _original(model, rank, adapter_name, progressbar, compile_kwargs)

@@ -17,7 +17,7 @@ from nara_diffusion.utils.atomic_write import atomic_write_files
 from .errors import ExportError
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the name of each module in a file."""
+"""The prefix of each module's name in PEFT's files."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class PlainLoraLayer:
     Attributes:
         A: (rank, d_in), of a convolution (rank, d_in, *kernel), of an embedding (rank, n).
         B: (d_out, rank), of a convolution (d_out, rank / groups, 1, …), of an embedding (d_out, rank).
-        alpha: so that alpha / rank is the scale, whatever the configuration says of rsLoRA.
-        bias: of B (d_out,), or None. magnitude: DoRA's m, as the layer has it, or None.
+        alpha: alpha / rank is the scale, also where the configuration has use_rslora.
+        bias: the bias of B (d_out,), or None. magnitude: DoRA's m, in the layer's shape, or None.
         is_embedding: whether ΔWᵀ (n, d_out) is what is added to the embedding's table.
     """
 
@@ -50,10 +50,10 @@ class PlainLora:
     """A LoRA or DoRA that any host can load.
 
     Attributes:
-        config: by which PEFT makes it. layers: name of the module in the adapted model → its factors.
-        others: what else belongs to the adapter, by PEFT's names in the model: trained biases, tokens, and modules that
+        config: PEFT's configuration. layers: {name of the module in the adapted model: its factors}.
+        others: further tensors of the adapter, by PEFT's names in the model: trained biases, tokens, and modules that
             are trained as a whole.
-        error: of a LoRA that stands for several λ; None where it is exact.
+        error: the error of a LoRA that stands for several λ; None if it is exact.
     """
 
     config: LoraConfig
@@ -69,7 +69,7 @@ class PlainLora:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, both or none, for `PeftModel.from_pretrained`.
 
-        Of a LoRA that stands for several λ, the error is beside them: export_error.json and export_error.png.
+        The error of a LoRA that stands for several λ is written beside them: export_error.json and export_error.png.
 
         Raises:
             ValueError: `directory` is a file.

@@ -1,4 +1,4 @@
-"""The factors of one module as a host's file has them: up · down, scaled, and several modules as one.
+"""The factors up · down of a module in a host's file, with the scale, and the factors of several fused modules.
 
     ΔW = up · down          the scale α/r is in `up`, so that α = rank for every reader, whatever it takes α for
 
@@ -24,7 +24,7 @@ class Factors:
     down: (r, d_in), of a convolution (r, d_in, *kernel).
     up: (d_out, r), of a convolution (d_out, r, 1, …); the scale is in it.
     dora_scale: DoRA's magnitude (d_out, 1, …), or None.
-    modules: whose factors they are, in the order of their ranks: several, where a matrix holds several modules.
+    modules: the modules of the matrix, in the order of their ranks.
     """
 
     down: Tensor
@@ -38,7 +38,7 @@ class Factors:
 
 
 def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
-    """Of one layer, in its own dtype; the product with the scale is in float64.
+    """The factors of one layer, in its own dtype; the product with the scale is computed in float64.
 
     Raises:
         ValueError: an embedding, a bias of B, or groups of a convolution, which hosts' files don't know.
@@ -60,15 +60,15 @@ def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
 
 
 def _broadcasting(magnitude: Tensor, dimensions: int) -> Tensor:
-    """(d_out, 1, …), by which a weight (d_out, d_in, …) can be multiplied."""
+    """The magnitude as (d_out, 1, …), which broadcasts over a weight (d_out, d_in, …)."""
     return magnitude.flatten().view(-1, *[1] * (dimensions - 1))
 
 
 def fused(name: str, parts: Sequence[Factors | None], sizes: Sequence[int]) -> Factors:
-    """The parts of one matrix, from above to below; those that aren't adapted are zero.
+    """Stack the parts of one matrix from top to bottom; parts without a LoRA are zero.
 
     Args:
-        name: of the matrix, for errors. parts: None where a part has no LoRA. sizes: rows of each part.
+        name: the name of the matrix, for errors. parts: None where a part has no LoRA. sizes: the rows of each part.
 
     Raises:
         ValueError: a DoRA that lacks a part: its magnitude would have to be that of the base weight.
@@ -91,7 +91,7 @@ def fused(name: str, parts: Sequence[Factors | None], sizes: Sequence[int]) -> F
 def fuse_into(
     found: dict[str, Factors], layers: Mapping[str, Factors], name: str, parts: Sequence[str], sizes: Sequence[int]
 ) -> None:
-    """Adds the matrix `name`, of the modules `parts`, to `found`, if one of them is adapted."""
+    """Add the matrix `name`, of the modules `parts`, to `found`, if one of them is adapted."""
     own = [layers.get(part) for part in parts]
     if any(part is not None for part in own):
         found[name] = fused(name, own, sizes)

@@ -1,10 +1,10 @@
-"""Files of plain LoRAs for other hosts: which names, which keys.
+"""Files of plain LoRAs for other hosts: their forms and the names of their keys.
 
     diffusers   unet.….lora_A.weight, transformer.….lora_A.weight      load_lora_weights; FLUX's and SD3's in ComfyUI
     kohya       lora_unet_….lora_down.weight, .alpha, lora_te1_…       A1111, Forge, SD.Next, InvokeAI, ComfyUI
     comfyui     diffusion_model.….lora_A.weight                        ComfyUI, by the names of the original code
 
-A form that lacks a place for something refuses it by name, so that nothing of an adapter is left behind.
+What a form has no place for raises by name, so that no part of an adapter is lost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ENCODERS = {
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "flux": {"text_encoder": "lora_te1"},
 }
-"""{base: {component: what kohya calls it}}."""
+"""{base: {component: kohya's name of it}}."""
 
 
 def host_state_dict(
@@ -44,8 +44,8 @@ def host_state_dict(
 
     Args:
         loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
-        form: of `FORMS`. base: of `BASES`, what the adapter is for.
-        layout: of a UNet that has another depth than `base`'s, such as a small one.
+        form: one of `FORMS`. base: one of `BASES`, the kind of model that the adapter is for.
+        layout: the layout of a UNet whose depth isn't that of `base`, such as a small one.
 
     Raises:
         ValueError: no such form or base, a component that the form doesn't know, a module without a name there, or what
@@ -74,10 +74,10 @@ def save_host_file(
     base: str,
     layout: UNetLayout | None = None,
 ) -> None:
-    """Writes that file, whole or not at all; see `host_state_dict`.
+    """Write the file of `host_state_dict` atomically.
 
     Raises:
-        ValueError: as there.
+        ValueError: see `host_state_dict`.
     """
     tensors = {name: tensor.contiguous() for name, tensor in host_state_dict(loras, form, base, layout).items()}
     with atomic_write(Path(path)) as partial:
@@ -114,7 +114,7 @@ def denoiser_names(
 
 
 def _encoder_name(name: str) -> str:
-    """With the part that transformers 5 leaves out of CLIPTextModel's names."""
+    """The name with the level `text_model`, which transformers 5 leaves out of CLIPTextModel's names."""
     return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 
 

@@ -79,7 +79,7 @@ _WAN = {
 
 
 def flux(layers: Mapping[str, Factors]) -> dict[str, Factors]:
-    """FLUX.1's. Raises ValueError for a module that has no name there."""
+    """The factors of FLUX.1's modules by the original names. Raises ValueError for a module that has none."""
     found: dict[str, Factors] = {}
     for i in _blocks(layers, "transformer_blocks"):
         attention = f"transformer_blocks.{i}.attn"
@@ -94,7 +94,7 @@ def flux(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def sd3(layers: Mapping[str, Factors]) -> dict[str, Factors]:
-    """SD3's and SD3.5's. Raises ValueError for a module that has no name there."""
+    """The factors of SD3's and SD3.5's modules by the original names. Raises ValueError for a module that has none."""
     found: dict[str, Factors] = {}
     for i in _blocks(layers, "transformer_blocks"):
         block, attention = f"joint_blocks.{i}", f"transformer_blocks.{i}.attn"
@@ -118,7 +118,7 @@ def _swapped(rows: Tensor) -> Tensor:
 
 
 def wan(layers: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Wan 2.1's and 2.2's. Raises ValueError for a module that has no name there."""
+    """The factors of Wan 2's modules by the original names. Raises ValueError for a module that has none."""
     return _renamed(layers, _WAN, None, "Wan")
 
 
@@ -130,7 +130,7 @@ def _fuse_qkv(
 
 
 def _rows(layers: Mapping[str, Factors], names: list[str]) -> int:
-    """d_out of the first of them that is adapted, 0 if none is."""
+    """The d_out of the first of `names` that is adapted; 0 if none is."""
     return next((len(layers[name].up) for name in names if name in layers), 0)
 
 
@@ -141,7 +141,7 @@ def _blocks(layers: Mapping[str, Factors], kind: str) -> list[int]:
 def _renamed(
     layers: Mapping[str, Factors], table: Mapping[str, str], fused: str | None, base: str
 ) -> dict[str, Factors]:
-    """Those that are a matrix of their own there too."""
+    """Rename the modules that are single matrices in the original code too."""
     found = {}
     for name, factors in layers.items():
         if fused is not None and re.search(fused, name):

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class UNetLayout:
     """Attributes:
-    layers_per_block: of the UNet's configuration.
-    attention_up_blocks: numbers of the up blocks that have attention.
+    layers_per_block: that of the UNet's configuration.
+    attention_up_blocks: the numbers of the up blocks that have attention.
     """
 
     layers_per_block: int
@@ -51,10 +51,10 @@ _MIDDLE = re.compile(r"mid_block\.(?P<kind>resnets|attentions)\.(?P<layer>\d+)\.
 
 
 def stability_name(name: str, layout: UNetLayout) -> str:
-    """The name of a module of UNet2DConditionModel there.
+    """The name in Stability's code of a module of UNet2DConditionModel.
 
     Raises:
-        ValueError: it isn't a module of such a UNet.
+        ValueError: the UNet has no such module.
     """
     if name in _OUTSIDE:
         return _OUTSIDE[name]
