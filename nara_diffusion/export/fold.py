@@ -111,7 +111,7 @@ def folded(layer: AdaptedLayer, core: Tensor, scaling: float) -> PlainLoraLayer:
 
 
 def _gain(layer: AdaptedLayer, scaling: float) -> float:
-    """s divided by the scale of the configuration; 1 where that scale is zero, and with it the update."""
+    """s divided by the scale of the configuration. Raises ValueError if that scale is 0 and s is not."""
     if scaling == layer.scaling:
         return 1.0
     if scaling == 0:

@@ -70,7 +70,7 @@ def encode_pair(
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
-    """How many special tokens the tokenizer put before a text."""
+    """The number of special tokens that the tokenizer puts before a text."""
     opening = [tokenizer.bos_token_id, tokenizer.cls_token_id]
     return next((i for i, token in enumerate(ids) if token not in opening), len(ids))
 

@@ -10,7 +10,7 @@ from .timesteps import TimestepNoise, UndeclaredTimestep
 
 @dataclass(frozen=True)
 class Denoiser:
-    """What is known of a class of denoisers.
+    """The entry of a class of denoisers: how its forwards tell λ.
 
     Attributes:
         meaning, argument, scale, also, packed, pinned: see `TimestepNoise`.
@@ -29,7 +29,7 @@ class Denoiser:
     pinned: tuple[str, Any, float] | None = None
 
     def source(self, convention: str | None = None) -> TimestepNoise:
-        """What reads λ from its timestep, for adapters whose λ is defined as `convention` (None: as the class does).
+        """The source that reads λ from its timestep, for adapters with this `convention` (None: that of the class).
 
         Models of discrete schedules are trained in EDM's terms too, or converted to a rectified flow: an adapter that
         says so is read so.

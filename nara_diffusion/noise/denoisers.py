@@ -38,7 +38,7 @@ def register_denoiser(
 
 
 def denoiser_of(model: nn.Module) -> Denoiser | None:
-    """What is known of the class of `model`, or None if it is no denoiser that anybody declared."""
+    """The entry of the class of `model`; None if no such denoiser was declared."""
     name = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None)
     if name is None:
         return None

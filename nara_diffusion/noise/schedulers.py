@@ -71,5 +71,5 @@ def _schedulers_of(name: str, value: Any) -> list[Any]:
 
 
 def _is_a(class_name: str, value: Any) -> bool:
-    """By name, so that Diffusers need not be imported."""
+    """Whether an object has a class of that name, so that Diffusers need not be imported."""
     return any(kind.__name__ == class_name for kind in type(value).__mro__)

@@ -15,7 +15,7 @@ def find_holders(model: nn.Module) -> list[Any]:
 
 
 def core_holders(model: nn.Module) -> list[Any]:
-    """As `find_holders`.
+    """The core holders below `model`, of which there has to be one.
 
     Raises:
         ValueError: there is none.

@@ -40,7 +40,7 @@ _SHORT = {
 
 
 class StepLoss(Protocol):
-    """What a loss function returns: the scalar to differentiate, the losses (b,) and λ (b,) of its samples, and where
+    """The value of a loss function: the scalar to differentiate, the losses (b,) and λ (b,) of its samples, and, where
     the base is held outside of a window, the loss's parts."""
 
     @property

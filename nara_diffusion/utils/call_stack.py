@@ -28,7 +28,7 @@ def is_running(call: FrameType) -> bool:
 
 
 def local_variables() -> Iterator[Mapping[str, Any]]:
-    """Those of each running call, by name, the innermost call first."""
+    """The local variables of each running call, by name, the innermost call first."""
     for call in running_calls():
         yield call.f_locals
 

@@ -124,8 +124,8 @@ def cross_entropy_loss(targets: torch.Tensor, masked: torch.Tensor) -> HeadLoss:
 
 @contextmanager
 def hidden_states_in_head(model: nn.Module, head: nn.Module, rows: int, length: int) -> Iterator[list[torch.Tensor]]:
-    """Within, each forward of `model` on `rows` texts of `length` l puts into the list what its `head` gets, (b, l, d),
-    and makes the logits of one position only.
+    """Inside, each forward of `model` on `rows` texts of `length` l appends the input (b, l, d) of `head` to the list
+    and computes the logits of one position only.
 
     Args:
         model: what the head is a part of.
@@ -149,7 +149,7 @@ def hidden_states_in_head(model: nn.Module, head: nn.Module, rows: int, length: 
 
 @contextmanager
 def losses_in_head(model: nn.Module, head: nn.Module, losses: Sequence[HeadLoss], *, chunk_size: int) -> Iterator[None]:
-    """Within, `head` returns the sum (b, l, 1) of `losses` instead of logits (b, l, v).
+    """Inside, `head` returns the sum (b, l, 1) of `losses` instead of logits (b, l, v).
 
     Args:
         model: what the head is a part of.

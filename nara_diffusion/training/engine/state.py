@@ -62,7 +62,7 @@ def _autocast_instead(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def load_whole(accelerator: Accelerator, load: Callable[[], T]) -> T:
-    """What `load` returns, with `from_pretrained` giving each process the whole model, whatever the engine trains: no
+    """Call `load` so that `from_pretrained` gives each process the whole model, whatever the engine: no
     parts of one (ZeRO-3), nor an empty one in all processes but the main (--fsdp_cpu_ram_efficient_loading)."""
     variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.pop(variable, None)
@@ -173,8 +173,8 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def _reshard(model: nn.Module) -> None:
-    """After a forward without a backward, a validation's say, FSDP leaves the outermost weights gathered, and PyTorch
-    then doesn't find them in the optimizer."""
+    """Shard the outermost weights again, which FSDP leaves gathered after a forward without a backward: PyTorch
+    doesn't find gathered ones in the optimizer."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

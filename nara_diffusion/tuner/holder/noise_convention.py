@@ -14,7 +14,7 @@ from .build_core import needs_noise
 
 
 class NoiseConventions:
-    """How the adapters of one model define λ, and the source that tells it.
+    """The definitions of λ of the adapters of one model, and the source that tells it.
 
     An adapter whose configuration names no definition takes that of the model's default source. Until a user sets a
     source, it is undecided: that source decides for it.

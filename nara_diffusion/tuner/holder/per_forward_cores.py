@@ -154,7 +154,7 @@ class CoresOnDemand(Mapping[tuple[str, str], Tensor]):
 
 
 def cores_of_part(cores: AdapterCores, channel: CoreChannel, kept_on_disk: bool) -> PerForwardCores | None:
-    """What a part of the root reads that is called by itself; sources of λ are not asked.
+    """The cores for a part of the root that is called by itself; sources of λ are not asked.
 
     None where λ is not known, and in a backward pass that began after λ was told: what it recomputes may have had
     another.
