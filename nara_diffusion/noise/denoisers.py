@@ -51,9 +51,15 @@ def why_undeclared(model: nn.Module) -> str:
     name = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in (*STATIC, *UNDECLARED)), None)
     if name is None:
         return ""
-    if name in STATIC:
-        return (
-            f" {name} is {STATIC[name]}, which pipelines run outside of the denoising loop, where there is no λ: there "
-            'adapt it by NaraConfig(core_type="identity", …).'
-        )
-    return f" {name} is not declared by itself: {UNDECLARED[name]}."
+    return why_static(model) or f" {name} is not declared by itself: {UNDECLARED[name]}."
+
+
+def why_static(model: nn.Module) -> str:
+    """Why a forward of `model` has no λ, for an error; empty where it has one, or where nothing is known of it."""
+    name = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in STATIC), None)
+    if name is None or denoiser_of(model) is not None:
+        return ""
+    return (
+        f" {name} is {STATIC[name]}, which pipelines run outside of the denoising loop, where there is no λ: there "
+        'adapt it by NaraConfig(core_type="identity", …).'
+    )

@@ -26,7 +26,7 @@ from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.runtime.offloading import check_addable
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, CoreHolder, holder_of
 from nara_diffusion.tuner.holder.core_set import SHARED, core_group, core_tensors
-from nara_diffusion.tuner.holder.noise_convention import with_convention
+from nara_diffusion.tuner.holder.noise_convention import check_not_static, with_convention
 from nara_diffusion.tuner.strength.layers import default_strengths, give_strength
 
 from .config import NaraConfig
@@ -81,6 +81,7 @@ class NaraModel(MergesAtOneLevel):
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
         self._check_name(model, adapter_name, config)
+        check_not_static(model, config, adapter_name)
         check_addable(model)
         drop_idle_holder(model)  # its source of λ was set for adapters that are gone
         holder = holder_of(model) or CoreHolder(denoiser_of(model), config.noise_convention)

@@ -112,7 +112,7 @@ def test_text_features_of_clip() -> None:
 def test_encode_and_decode_of_a_vae_equal_its_forward() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1).eval()
-    vae.add_adapter(nara_config(target_modules=["conv1", "conv2", "to_q", "to_v"]))
+    vae.add_adapter(nara_config(target_modules=["conv1", "conv2", "to_q", "to_v"], noise_convention="mine"))
     disturb(vae)
     images = torch.randn(3, 3, 8, 8)
     with noise_level(vae, LEVELS), torch.no_grad():

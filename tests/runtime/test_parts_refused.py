@@ -40,7 +40,7 @@ def test_a_part_that_is_merged_at_another_level_is_refused(model: PeftModel, x: 
 def test_a_part_past_fused_projections_is_refused() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1).eval()
-    vae.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
+    vae.add_adapter(nara_config(target_modules=["to_q", "to_v"], noise_convention="mine"))
     disturb(vae)
     vae.fuse_qkv_projections()
     with pytest.raises(ValueError, match=r"fuse_qkv_projections\(\) has replaced it"), noise_level(vae, 0.3):

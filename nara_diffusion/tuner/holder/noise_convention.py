@@ -6,7 +6,7 @@ from copy import copy
 
 from torch import nn
 
-from nara_diffusion.noise.denoisers import why_undeclared
+from nara_diffusion.noise.denoisers import why_static, why_undeclared
 from nara_diffusion.noise.signals import NoiseSource
 from nara_diffusion.tuner.config import NaraConfig
 
@@ -102,6 +102,17 @@ def with_convention(config: NaraConfig, source: NoiseSource | None, adapter_name
     config = copy(config)  # the caller's may serve several models
     config.noise_convention = getattr(source, "convention", None)
     return config
+
+
+def check_not_static(model: nn.Module, config: NaraConfig, adapter_name: str) -> None:
+    """Raises ValueError if `config` needs λ, names no definition of it, and `model` is of a class that has none."""
+    why = why_static(model)
+    if why and config.noise_convention is None and needs_noise(config):
+        raise ValueError(
+            f"Adapter '{adapter_name}' has core_type={config.core_type!r}, whose update depends on λ.{why} If you run "
+            'it on noisy inputs yourself, name what λ is there, NaraConfig(noise_convention="…"), and tell it by '
+            "noise_level(model, value)."
+        )
 
 
 def denoiser_hint(root: nn.Module) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from peft import inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from nara_diffusion import noise_level
 from nara_diffusion.noise.denoiser_classes import DENOISERS
@@ -51,9 +53,34 @@ def _lineage(name: str) -> list[str]:
     return [] if known is None else [name, *(part for base in known.bases for part in _lineage(base))]
 
 
-def test_a_noise_dependent_adapter_on_a_static_class_is_refused_where_it_runs():
+@pytest.mark.parametrize("options", [{}, {"core_type": "identity", "strength": [[0, 1.0], [1, 0.5]]}], ids=str)
+@pytest.mark.parametrize("way", ["add_adapter", "inject", "PeftModel", "load_adapter"])
+def test_a_noise_dependent_adapter_on_a_static_class_is_refused_when_it_is_added(tmp_path, way, options):
+    vae = small_vae()
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    config = nara_config(target_modules=["to_q", "to_v"], **options)
+    message = (
+        r"Adapter '.*' has core_type=.* depends on λ. AutoencoderKL is a VAE, .*there is no λ.*core_type=\"identity\""
+    )
+    ways = {
+        "add_adapter": lambda: vae.add_adapter(config),
+        "inject": lambda: inject_adapter_in_model(config, vae),
+        "PeftModel": lambda: get_peft_model(vae, config),
+        "load_adapter": lambda: PeftModel.from_pretrained(vae, tmp_path),
+    }
+    stated = nara_config(target_modules=["to_q", "to_v"], noise_convention="mine", **options)
+    get_peft_model(small_vae(), stated).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_convention": None}))
+    with pytest.raises(ValueError, match=message):
+        ways[way]()
+    assert vae.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+
+
+def test_one_that_names_its_definition_of_noise_is_refused_where_nobody_tells_it():
     vae, images = small_vae(), torch.randn(1, 3, 16, 16)
-    vae.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
+    vae.add_adapter(nara_config(target_modules=["to_q", "to_v"], noise_convention="mine"))
     message = r'λ is not known.*AutoencoderKL is a VAE, which pipelines run outside.*core_type="identity"'
     with pytest.raises(ValueError, match=message):
         vae(images)
