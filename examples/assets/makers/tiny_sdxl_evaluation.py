@@ -1,11 +1,12 @@
-"""Whether sdxl-tiny draws what its prompts say, as clip-tiny sees it; and a sheet of samples for people to look at."""
+"""Whether sdxl-tiny or sd-tiny-flow draws what its prompts say, as clip-tiny sees it; and a sheet of samples."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_scenes import contact_sheet, distinct_scenes, render
 from transformers import CLIPModel, CLIPProcessor
@@ -29,22 +30,22 @@ SHEET_PROMPTS = (
 )
 
 
-def sample(pipe: StableDiffusionXLPipeline, prompts: list[str], seed: int, steps: int) -> list[Image.Image]:
-    """One picture a prompt, each from its own seed."""
+def sample(pipe: Any, prompts: list[str], seed: int, steps: int, **options: Any) -> list[Image.Image]:
+    """One picture a prompt, each from its own seed; ``options`` are further ones of the pipeline's call."""
     generators = [torch.Generator().manual_seed(seed * 1000 + number) for number in range(len(prompts))]
-    output = pipe(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators)
+    output = pipe(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators, **options)
     return output.images
 
 
-def write_samples(pipe: StableDiffusionXLPipeline, folder: Path, per_prompt: int, steps: int) -> None:
+def write_samples(pipe: DiffusionPipeline, folder: Path, per_prompt: int, steps: int, **options: Any) -> None:
     """samples.png: so many pictures of each of SHEET_PROMPTS, beside each other, twelve a row."""
-    images = [sample(pipe, list(SHEET_PROMPTS), seed, steps) for seed in range(per_prompt)]
+    images = [sample(pipe, list(SHEET_PROMPTS), seed, steps, **options) for seed in range(per_prompt)]
     by_prompt = [picture for pictures in zip(*images, strict=True) for picture in pictures]
     contact_sheet(by_prompt, columns=12).save(folder / "samples.png")
 
 
 @torch.no_grad()
-def evaluate(pipe: StableDiffusionXLPipeline, clip_folder: Path, batches: int, steps: int) -> dict[str, float]:
+def evaluate(pipe: DiffusionPipeline, clip_folder: Path, batches: int, steps: int, **options: Any) -> dict[str, float]:
     """Cosine of a sample and its prompt, beside that of the renderer's own picture of it (what a perfect model could
     reach) and of a sample and another's prompt; and how often a sample's own prompt is the nearest of all."""
     model = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).eval()
@@ -53,7 +54,7 @@ def evaluate(pipe: StableDiffusionXLPipeline, clip_folder: Path, batches: int, s
     captions = [scene.caption for scene in scenes]
     images = []
     for number in range(batches):
-        images += sample(pipe, captions[number * BATCH : (number + 1) * BATCH], number, steps)
+        images += sample(pipe, captions[number * BATCH : (number + 1) * BATCH], number, steps, **options)
     sampled = _cosines(model, processor, images, captions)
     rendered = _cosines(model, processor, [render(scene) for scene in scenes], captions)
     own = torch.arange(len(scenes))

@@ -37,6 +37,7 @@ class Plan:
     late_batch: int | None = None  # as before
     weight_decay: float = 0.01
     ema: float | None = None  # decay of the moving average of the weights
+    muon: float | None = None  # learning rate of Muon, for the matrices of blocks; without it AdamW trains all weights
     row_steps: int = 100  # steps between two rows of the curve
     save_steps: int = 500  # steps between two saved states
     bf16: bool = True
@@ -48,20 +49,21 @@ class Training:
     def __init__(self, model: nn.Module, plan: Plan, state_file: Path, seed: int, device: str, resume: bool):
         self.model, self.plan, self.state_file, self.seed, self.device = model, plan, state_file, seed, device
         self.step, self.seconds, self.curve = 0, 0.0, []
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True
-        )
+        self.optimizers = optimizers_of(model, plan)
         self.ema = EMAModel(model.parameters(), decay=plan.ema) if plan.ema else None
         if state_file.exists():
             self._load(resume)
-        self.schedule = get_wsd_schedule(
-            self.optimizer,
-            num_warmup_steps=plan.warmup,
-            num_decay_steps=round(plan.decay * plan.steps),
-            num_training_steps=plan.steps,
-            decay_type="linear",
-            last_epoch=self.step - 1,
-        )
+        self.schedules = [
+            get_wsd_schedule(
+                optimizer,
+                num_warmup_steps=plan.warmup,
+                num_decay_steps=round(plan.decay * plan.steps),
+                num_training_steps=plan.steps,
+                decay_type="linear",
+                last_epoch=self.step - 1,
+            )
+            for optimizer in self.optimizers
+        ]
 
     def _fixed(self) -> dict[str, Any]:
         """What must not change between the parts of a run; its length may, until the decay begins."""
@@ -81,7 +83,8 @@ class Training:
         if changed:
             raise ValueError(f"{self.state_file} is the state of another run: {', '.join(changed)}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
@@ -90,7 +93,7 @@ class Training:
         """Writes the state, whole or not at all."""
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema": None if self.ema is None else self.ema.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -117,9 +120,10 @@ class Training:
     def _update(self, loss: Tensor) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.step(self.model.parameters())
         self.step += 1
@@ -146,7 +150,7 @@ class Training:
                 if last or self.step % plan.row_steps == 0:
                     row = {key: sum(values) / len(values) for key, values in sums.items()} | with_average(self, measure)
                     sums = {}
-                    rate = self.schedule.get_last_lr()[0]
+                    rate = self.schedules[0].get_last_lr()[0]
                     self.curve.append({"step": self.step, "learning_rate": rate, "seconds": round(self.seconds)} | row)
                     bar.set_postfix({key: f"{value:.4f}" for key, value in row.items()})
                 if last or self.step % plan.save_steps == 0:
@@ -158,6 +162,19 @@ class Training:
         if self.ema is not None:
             self.ema.copy_to(self.model.parameters())
         self.model.eval()
+
+
+def optimizers_of(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon where the plan has it: for the matrices inside the model's blocks, not those at its ends."""
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    by_muon = {name for name, weight in named if plan.muon and weight.ndim == 2 and "blocks." in name}
+    rest = [weight for name, weight in named if name not in by_muon]
+    adamw = torch.optim.AdamW(rest, plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay, fused=True)
+    if not by_muon:
+        return [adamw]
+    matrices = [weight for name, weight in named if name in by_muon]
+    options = {"weight_decay": plan.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return [adamw, torch.optim.Muon(matrices, plan.muon, **options)]
 
 
 def with_average(training: Training, action: Callable[[], Any]) -> Any:

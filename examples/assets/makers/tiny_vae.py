@@ -77,12 +77,17 @@ def reconstruction(vae: AutoencoderKL, count: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measured_scaling_factor(vae: AutoencoderKL, count: int) -> float:
-    """1 / standard deviation of the latents, so that a UNet sees unit variance."""
+def latent_moments(vae: AutoencoderKL, count: int) -> tuple[float, float]:
+    """Mean and standard deviation of the latents of ``count`` scenes, drawn from their posteriors."""
     posteriors = []
     for start in range(0, count, 32):
         x = pixels([render(scene) for scene in scenes(SPLIT, 1, min(32, count - start), start=start)])
         posteriors.append(vae.encode(x.to(vae.device)).latent_dist)
-    variance = torch.cat([posterior.mean for posterior in posteriors]).var()
-    variance += torch.cat([posterior.var for posterior in posteriors]).mean()
-    return round(variance.rsqrt().item(), 5)
+    means = torch.cat([posterior.mean for posterior in posteriors])
+    variance = means.var() + torch.cat([posterior.var for posterior in posteriors]).mean()
+    return means.mean().item(), variance.sqrt().item()
+
+
+def measured_scaling_factor(vae: AutoencoderKL, count: int) -> float:
+    """1 / standard deviation of the latents, so that a UNet sees unit variance."""
+    return round(1 / latent_moments(vae, count)[1], 5)

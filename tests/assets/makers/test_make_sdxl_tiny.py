@@ -132,7 +132,7 @@ def test_the_batch_grows_when_the_learning_rate_begins_to_fall(tmp_path: Path) -
     seen = []
 
     def loss_of(now: Training) -> dict[str, Tensor]:
-        seen.append((now.batch, now.schedule.get_last_lr()[0]))
+        seen.append((now.batch, now.schedules[0].get_last_lr()[0]))
         return {"loss": now.model(torch.ones(now.batch, 2)).square().mean()}
 
     training.run("both", loss_of, lambda: {})
