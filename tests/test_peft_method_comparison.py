@@ -9,7 +9,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from nara_diffusion import NaraConfig, noise_level
-from tests.helpers.denoiser_models import denoiser, inputs_of
+from tests.helpers.denoisers.models import denoiser, inputs_of
 
 EXPERIMENT = Path(__file__).parents[1] / "examples/peft_method_comparison/experiments/nara/flux2-klein-default"
 LAYERS = {"to_q", "to_k", "to_v", "to_out.0", "linear_in", "linear_out", "to_qkv_mlp_proj"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .config_fields import check_core_size, check_fields
 from .lora_starts import changes_base, check_start
+from .peft_type import NaraPeftType
 
 NOISE_EMBEDDINGS = ("fourier", "mlp", "raw")
 
@@ -55,20 +55,6 @@ _UNSCALED: dict[str, str] = {
     "trainable_token_indices": "tokens that are trained",
 }
 """LoRA options that change the model outside of s · B · C · A, and what they change."""
-
-
-class NaraPeftType(str, Enum):
-    """NaRA's entry among PEFT's types. PEFT prints it in its error about mixed types, so `str` gives the remedy."""
-
-    NARA = "NARA"
-
-    def __str__(self) -> str:
-        return (
-            "NARA (in one PeftModel all adapters have one type: a plain LoRA joins NaRA ones as "
-            'NaraConfig(core_type="identity"))'
-        )
-
-    __format__ = object.__format__
 
 
 @dataclass

@@ -10,8 +10,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .config import NaraConfig, NaraPeftType
+from .config import NaraConfig
 from .config_fields import check_fields
+from .peft_type import NaraPeftType
 
 _OF_ONE_MACHINE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",

@@ -11,7 +11,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from tests.helpers.adapted import core_by_hand, disturb, nara_config, relative_error
-from tests.helpers.denoiser_models import tensor_of
+from tests.helpers.denoisers.models import tensor_of
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 UNET_TARGETS = [*ATTENTION, "proj_in", "conv1", "time_emb_proj"]

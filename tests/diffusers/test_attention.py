@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nara_diffusion import noise_level
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, follow, latents, watch
 from tests.helpers.adapted import disturb, nara_config, relative_error
-from tests.helpers.denoiser_models import denoiser, inputs_of, tensor_of
+from tests.helpers.denoisers.models import denoiser, inputs_of, tensor_of
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl, small_unet
 

@@ -18,8 +18,8 @@ from diffusers import (
 from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteScheduler
 
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, level_of, watch
-from tests.helpers.adapted_denoisers import WARNINGS_OF_DIFFUSERS
-from tests.helpers.denoiser_models import denoiser
+from tests.helpers.denoisers.adapted import WARNINGS_OF_DIFFUSERS
+from tests.helpers.denoisers.models import denoiser
 from tests.helpers.small_pipelines import small_vae
 from tests.helpers.small_wan import small_wan, wan_latents
 

@@ -11,7 +11,7 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
 from torch import Tensor
 
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, watch
-from tests.helpers.denoiser_models import denoiser
+from tests.helpers.denoisers.models import denoiser
 
 
 def modular_wan() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nara_diffusion import noise_level
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, updates_at, watch, write
 from tests.helpers.adapted import relative_error
-from tests.helpers.denoiser_models import denoiser, inputs_of
+from tests.helpers.denoisers.models import denoiser, inputs_of
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import small_sd
 

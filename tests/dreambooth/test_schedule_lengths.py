@@ -17,7 +17,7 @@ from nara_diffusion.dreambooth.timesteps import draw_indices
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.window import EVERYTHING
 from tests.dreambooth.test_loss import CONFIG, batch_of
-from tests.helpers.adapted_denoisers import told
+from tests.helpers.denoisers.adapted import told
 from tests.helpers.small_pipelines import pixels, small_sdxl
 
 N = 400

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from tests.helpers.denoiser_models import denoiser
+from tests.helpers.denoisers.models import denoiser
 
 
 def small_wan(*, scheduler: Any = None, transformers: int = 1, **options: Any) -> WanPipeline:

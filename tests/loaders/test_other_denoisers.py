@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tests.diffusers.reference import ATTENTION, watch
 from tests.helpers.adapted import disturb, nara_config
-from tests.helpers.adapted_denoisers import WARNINGS_OF_DIFFUSERS
-from tests.helpers.denoiser_models import denoiser
+from tests.helpers.denoisers.adapted import WARNINGS_OF_DIFFUSERS
+from tests.helpers.denoisers.models import denoiser
 from tests.helpers.small_pipelines import clip_tokenizer, text_encoder
 
 pytestmark = WARNINGS_OF_DIFFUSERS

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nara_diffusion import StrengthSchedule, noise_level, set_strength
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config, relative_error
-from tests.helpers.denoiser_models import denoiser, inputs_of, sample_of, tensor_of
+from tests.helpers.denoisers.models import denoiser, inputs_of, sample_of, tensor_of
 from tests.helpers.small_pipelines import small_unet
 from tests.strength.models import LEVELS, SCHEDULE, adapted_by, strength_by_hand
 

@@ -23,10 +23,11 @@ from peft.config import PeftConfigMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from nara_diffusion.tuner.config import NaraConfig, NaraPeftType
+from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.config_files import check_config_file, is_naras, without_removed_fields
 from nara_diffusion.tuner.injection import roll_back
 from nara_diffusion.tuner.model import NaraModel
+from nara_diffusion.tuner.peft_type import NaraPeftType
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.patching import around
 

@@ -11,7 +11,7 @@ from nara_diffusion import core_matrix, noise_level, to_lora
 from nara_diffusion.export.hosts import host_state_dict, save_host_file
 from nara_diffusion.export.hosts.unet import UNetLayout
 from tests.helpers.adapted import disturb, lora_config, nara_config
-from tests.helpers.denoiser_models import denoiser
+from tests.helpers.denoisers.models import denoiser
 from tests.helpers.small_pipelines import pixels, small_flux, small_sd, small_sd3, small_sdxl
 
 LEVEL = 0.37

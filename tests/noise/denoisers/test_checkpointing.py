@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.adapted_denoisers import WARNINGS_OF_DIFFUSERS, adapted_denoiser
-from tests.helpers.denoiser_levels import ARGUMENTS, EXPECTED, ONE_LEVEL
-from tests.helpers.denoiser_models import class_of, inputs_of, tensor_of, timestep_for
+from tests.helpers.denoisers.adapted import WARNINGS_OF_DIFFUSERS, adapted_denoiser
+from tests.helpers.denoisers.levels import ARGUMENTS, EXPECTED, ONE_LEVEL
+from tests.helpers.denoisers.models import class_of, inputs_of, tensor_of, timestep_for
 
 pytestmark = WARNINGS_OF_DIFFUSERS
 

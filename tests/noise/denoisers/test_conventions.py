@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from nara_diffusion import TimestepNoise, noise_level, register_denoiser, set_noise_source
 from nara_diffusion.noise.denoisers import denoiser_of
 from tests.helpers.adapted import disturb, nara_config
-from tests.helpers.adapted_denoisers import TARGETS, UNET, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
-from tests.helpers.denoiser_models import DENOISERS, denoiser, inputs_of
+from tests.helpers.denoisers.adapted import TARGETS, UNET, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
+from tests.helpers.denoisers.models import DENOISERS, denoiser, inputs_of
 
 pytestmark = WARNINGS_OF_DIFFUSERS
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nara_diffusion.noise.denoiser import Denoiser
 from nara_diffusion.noise.denoiser_classes import DENOISERS, SETTLED_BY_CONFIG
+from tests.helpers.denoisers.passed_timesteps import Passed
+from tests.helpers.denoisers.passed_to_images import IMAGES
+from tests.helpers.denoisers.passed_to_videos import VIDEOS
 from tests.helpers.diffusers_sources import ROOT
-from tests.helpers.passed_timesteps import Passed
-from tests.helpers.passed_to_images import IMAGES
-from tests.helpers.passed_to_videos import VIDEOS
 
 CASES = [(name, case) for name, cases in {**IMAGES, **VIDEOS}.items() for case in cases]
 OWN_CONFIG = SimpleNamespace(timestep_scale_multiplier=1000)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nara_diffusion import noise_level
 from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.helpers.adapted import disturb, nara_config, relative_error
-from tests.helpers.adapted_denoisers import WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
-from tests.helpers.denoiser_levels import ARGUMENTS, BATCHED, CONVENTIONS, EXPECTED, ONE_LEVEL
-from tests.helpers.denoiser_models import DENOISERS, denoiser, inputs_of, sample_of, tensor_of, timestep_for
+from tests.helpers.denoisers.adapted import WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
+from tests.helpers.denoisers.levels import ARGUMENTS, BATCHED, CONVENTIONS, EXPECTED, ONE_LEVEL
+from tests.helpers.denoisers.models import DENOISERS, denoiser, inputs_of, sample_of, tensor_of, timestep_for
 
 pytestmark = WARNINGS_OF_DIFFUSERS
 

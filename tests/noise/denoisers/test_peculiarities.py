@@ -13,8 +13,8 @@ from packaging.version import Version
 from nara_diffusion import noise_level
 from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.helpers.adapted import nara_config
-from tests.helpers.adapted_denoisers import TARGETS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
-from tests.helpers.denoiser_models import inputs_of, sample_of
+from tests.helpers.denoisers.adapted import TARGETS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
+from tests.helpers.denoisers.models import inputs_of, sample_of
 
 pytestmark = WARNINGS_OF_DIFFUSERS
 

@@ -11,9 +11,9 @@ from diffusers.schedulers.scheduling_rfd4_proteina import RFD4ProteinaScheduler
 from nara_diffusion import TimestepNoise
 from nara_diffusion.noise.denoiser_classes import DENOISERS
 from tests.helpers.adapted import nara_config, relative_error
-from tests.helpers.adapted_denoisers import OTHER_TARGETS, TARGETS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
-from tests.helpers.denoiser_levels import ARGUMENTS, EXPECTED
-from tests.helpers.denoiser_models import denoiser, inputs_of
+from tests.helpers.denoisers.adapted import OTHER_TARGETS, TARGETS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
+from tests.helpers.denoisers.levels import ARGUMENTS, EXPECTED
+from tests.helpers.denoisers.models import denoiser, inputs_of
 
 pytestmark = WARNINGS_OF_DIFFUSERS
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
 from tests.helpers.adapted import relative_error
-from tests.helpers.adapted_denoisers import UNET, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
-from tests.helpers.denoiser_models import inputs_of, sample_of
+from tests.helpers.denoisers.adapted import UNET, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
+from tests.helpers.denoisers.models import inputs_of, sample_of
 from tests.helpers.rounding import rounding_of
 
 pytestmark = WARNINGS_OF_DIFFUSERS

@@ -11,7 +11,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from tests.helpers.adapted import disturb, nara_config
-from tests.helpers.denoiser_models import denoiser, tensor_of, timestep_for
+from tests.helpers.denoisers.models import denoiser, tensor_of, timestep_for
 
 WARNINGS_OF_DIFFUSERS = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),  # PEFT, at a second adapter

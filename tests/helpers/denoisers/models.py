@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.av_denoisers import SOUND_SHAPES, SOUNDS
-from tests.helpers.flux_denoisers import FLUXES
-from tests.helpers.hunyuan_denoisers import HUNYUANS
-from tests.helpers.image_denoisers import IMAGES
-from tests.helpers.other_denoisers import OTHER_SHAPES, OTHERS
-from tests.helpers.unet_denoisers import MORE_UNETS
-from tests.helpers.video_denoisers import VIDEOS
-from tests.helpers.wan_denoisers import WAN_SHAPES, WANS, Reference
+from tests.helpers.denoisers.flux import FLUXES
+from tests.helpers.denoisers.hunyuan import HUNYUANS
+from tests.helpers.denoisers.images import IMAGES
+from tests.helpers.denoisers.others import OTHER_SHAPES, OTHERS
+from tests.helpers.denoisers.sound import SOUND_SHAPES, SOUNDS
+from tests.helpers.denoisers.unets import MORE_UNETS
+from tests.helpers.denoisers.videos import VIDEOS
+from tests.helpers.denoisers.wan import WAN_SHAPES, WANS, Reference
 
 Inputs = dict[str, Any]
 
