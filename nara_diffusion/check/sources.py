@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 _TRAINED_PADDING = 3
 _PROMPT = "a photo"
-_HELD_OUT = 5  # every so manieth sample
-_FEWEST = 10  # samples, of which some can be spared
+_HELD_OUT = 5  # one of so many samples is held out
+_FEWEST = 10  # samples; with fewer, none is held out
 
 
 def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTask:

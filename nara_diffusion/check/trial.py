@@ -33,7 +33,7 @@ from nara_diffusion.tuner.holder.core_set import make_cores
 ADAPTER = "default"
 ARMS = ("lora", "untold", "nara")
 _TOLD = 0.5
-WARMUP = 0.05  # of the steps
+WARMUP = 0.05  # the share of warm-up steps
 
 Loss = Callable[[Sequence[int]], StepLoss]
 
@@ -108,7 +108,7 @@ def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> I
     """
     trained = settings.steps * task.step_samples
     held_out = math.ceil(settings.samples / task.batch_size) * task.batch_size
-    total = len(ARMS) * trained + (1 + len(ARMS)) * held_out  # of a repeat
+    total = len(ARMS) * trained + (1 + len(ARMS)) * held_out  # samples in the forwards of a repeat
     for number in range(settings.repeats):
         first, kept = number * trained, settings.repeats * trained + number * held_out
         with tqdm(total=total, desc=f"repeat {number + 1}", unit="sample", disable=not progress) as bar:

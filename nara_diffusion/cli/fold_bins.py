@@ -17,7 +17,7 @@ from .adapter_file import MODEL, AdapterFile
 from .skeleton import skeleton
 
 FLOWS = ("sd3", "flux", "wan")
-DISCRETE, FLOW = "timestep", "flow"  # definitions of λ, of `nara_diffusion.noise.timesteps`
+DISCRETE, FLOW = "timestep", "flow"  # names of λ's definitions in `nara_diffusion.noise.timesteps`
 PEFT = "peft"
 VIDEOS = ("wan",)
 """The bases for which there is no text-to-image workflow of ComfyUI."""

@@ -120,7 +120,7 @@ def to_lora_bins(
     """
     _check_arguments(bins, bound, interpolation)
     with read_adapter(model, adapter_name) as adapter:
-        adapter.signals(0.5, mask_density)  # all that is needed is known
+        adapter.signals(0.5, mask_density)  # raises if λ or the mask density is missing
         _check_summable(adapter)
         samples = CoreSamples(adapter, breakpoints(adapter), density, mask_density)
         blend = _blend(samples, bins, bound, interpolation, adapter_name)

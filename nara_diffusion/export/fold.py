@@ -77,7 +77,7 @@ def _best(
     if kind != "best":
         raise ValueError(f'noise_level is {kind!r}: pass a number in [0, 1], or "best".')
     with read_adapter(model, adapter_name) as adapter:
-        adapter.signals(0.5, mask_density)  # all that is needed is known
+        adapter.signals(0.5, mask_density)  # raises if λ or the mask density is missing
         core_of, error = best_cores(model, adapter, density, batch, mask_density)
         return replace(assembled(adapter, core_of), error=error)
 

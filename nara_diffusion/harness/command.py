@@ -99,7 +99,7 @@ def _settings(path: str | None) -> dict[str, Any]:
 
     try:
         return {} if path is None else EvaluatorConfig.load_yaml_config(path)
-    except TypeError as error:  # lm-eval's word for a file without keys
+    except TypeError as error:  # lm-eval's error for a file without keys
         raise ValueError(str(error)) from None
 
 

@@ -83,7 +83,7 @@ def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
         what = f"core_type {core_type!r}" if method_of(args).family == "nara" else f"adapter {args.adapter!r}"
         raise ValueError(f"core_start_step is {args.core_start_step}, but {what} has no core to train: leave it at 0.")
     if args.core_learning_rate is not None and not members["core"] and core_type not in BUILT_IN:
-        # of the types of this package, `check_method` has said so
+        # for built-in types of core, `check_method` has raised already
         logger.warning("core_learning_rate isn't read: core_type %r trains nothing", core_type)
     groups = [{"name": group, "params": members[group], "lr": rate} for group, rate in rates.items() if members[group]]
     decay = getattr(args, "adam_weight_decay_text_encoder", None)

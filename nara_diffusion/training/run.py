@@ -207,7 +207,7 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
             the schedule is unknown; accelerate accumulates otherwise than the arguments say; or see `check_engine`.
     """
     check_scheduler(args.lr_scheduler, args.lr_warmup_steps)
-    adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # for its refusals
+    adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # raises for impossible settings
     _check_trackers(args.report_to)
     check_output_dir(args.output_dir, args.resume_from_checkpoint)
     steps = accumulation_steps(args, launched_processes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MOST = 0.9  # of the records, for which messages say the length that holds them whole
+MOST = 0.9  # the share of the records that the max_length which messages suggest holds whole
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# What makes `accelerate launch` start several, by a number of its own.
+# Flags with which `accelerate launch` starts several processes, as many as it decides.
 _SEVERAL = ("--multi_gpu", "--config_file", "--tpu", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm")
 
 

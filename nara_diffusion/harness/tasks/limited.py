@@ -18,7 +18,7 @@ import sys
 import time
 from contextlib import suppress
 
-# of linux/prctl.h
+# constants of linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PATIENCE = 5  # seconds, for processes that can't be killed
 

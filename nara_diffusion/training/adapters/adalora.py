@@ -73,7 +73,7 @@ def load_allocator_state(tuners: list[AdaLoraModel], state: dict[str, Tensor]) -
         for mean in _MEANS:
             values = _below(state, f"allocator.{number}.{mean}.")
             setattr(tuner.rankallocator, mean, {key: value.to(devices[key]) for key, value in values.items()})
-        # PEFT asks for the keys of this one
+        # PEFT looks up its keys
         tuner.rankallocator.ipt = {
             key: torch.zeros_like(value) for key, value in tuner.rankallocator.exp_avg_ipt.items()
         }

@@ -93,7 +93,7 @@ def _is_naras(path: Path) -> bool:
         with safe_open(path, framework="pt") as file:
             return METADATA_KEY in (file.metadata() or {})
     except SafetensorError:
-        return False  # whoever reads it says what is wrong
+        return False  # the code that reads the file raises
 
 
 def _without_core(part: AdapterPart, origin: str) -> PlainLora:

@@ -20,7 +20,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "lora_dropout": ("nara", "lora", "other"),
     "num_virtual_tokens": ("prompt",),
 }
-# The types of core of this package that read an argument, where that aren't all; custom cores may read any.
+# The built-in types of core that read an argument, unless all do. Custom cores may read any argument.
 _TRAINED = ("hypernetwork", "constant", "knots")
 _CORE_READERS: dict[str, tuple[str, ...]] = {
     "core_module": (),
