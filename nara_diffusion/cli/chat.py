@@ -8,8 +8,8 @@
 Each line is a turn; an answer begins as masks (▒), which are filled in before your eyes in a terminal, most confident
 tokens first. Fewer --steps fill in more tokens at once. The conversation so far is part of the prompt, in the form of
 the tokenizer's chat template; its oldest turns are left out where the model has no room for them. /clear forgets it,
-/exit or the end of the input ends the program. Piped, it writes the answers alone. An --adapter is any that PEFT loads;
-a NaRA is told λ, the masked share of the answer, at each step.
+/exit or the end of the input ends the program, Ctrl-C the answer that is being made. Piped, it writes the answers
+alone. An --adapter is any that PEFT loads; a NaRA is told λ, the masked share of the answer, at each step.
 """
 
 from __future__ import annotations
@@ -126,6 +126,9 @@ def talk(chat: Chat) -> None:
             continue
         try:
             answer = chat.answer(line, _show if is_shown else None)
+        except KeyboardInterrupt:  # this answer is not wanted
+            sys.stdout.write("\n")
+            continue
         except ValueError as error:
             _complain(str(error))
             continue

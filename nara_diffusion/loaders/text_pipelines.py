@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.noise.context import active_signals
 from nara_diffusion.noise.signals import NoiseSource
 from nara_diffusion.noise.text_blocks import CANVAS_SCHEDULERS, BlockMasks, CanvasNoise
 from nara_diffusion.runtime.modules import find_holders
@@ -74,10 +75,14 @@ def _call_gemma(original: Callable[..., Any], pipe: Any, *args: Any, **kwargs: A
 
 
 def _without_source(model: Any) -> list[Any]:
-    """The holders of `model` that need λ, and that no user has given a source."""
+    """The holders of `model` that need λ, and that nobody tells it, by a source or by `noise_level(…)`."""
     if not isinstance(model, nn.Module):
         return []
-    return [holder for holder in find_holders(model) if holder.needs_noise and holder.conventions.source is None]
+    return [
+        holder
+        for holder in find_holders(model)
+        if holder.needs_noise and holder.conventions.source is None and active_signals(holder.channel) is None
+    ]
 
 
 @contextmanager
@@ -107,11 +112,15 @@ def _telling(scheduler: Any, source: CanvasNoise) -> Iterator[None]:
         source.stepped(scheduler, timestep, output)
         return output
 
+    own = vars(scheduler).get("step")
     scheduler.step = step
     try:
         yield
     finally:
-        del scheduler.step
+        if own is None:
+            del scheduler.step
+        else:
+            scheduler.step = own
 
 
 def _check_encoder(model: Any, holders: list[Any]) -> None:

@@ -191,3 +191,18 @@ def test_help_teaches(capsys):
     text = capsys.readouterr().out
     assert "nara chat GSAI-ML/LLaDA-8B-Instruct --adapter" in text
     assert all(flag in text for flag in ("--gen_length", "--cfg_scale", "--strength", "--remasking"))
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(monkeypatch, capsys):
+    asked = []
+
+    def answer(self: Chat, text: str, show: Any = None) -> str:
+        asked.append(text)
+        if text == "stop me":
+            raise KeyboardInterrupt
+        return "done"
+
+    monkeypatch.setattr(Chat, "answer", answer)
+    typed(monkeypatch, "stop me\ngo on\n")
+    assert asked == ["stop me", "go on"]
+    assert capsys.readouterr().out == "\ndone\n"
