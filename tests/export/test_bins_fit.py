@@ -117,6 +117,15 @@ def test_a_strength_with_steps_is_fitted_on_both_sides_of_them():
     assert error.max() < 0.15
 
 
+def test_the_error_of_a_core_of_fast_sinusoids_is_that_between_the_points_of_a_grid_too():
+    own = model(core_type="diagonal", noise_embedding_dim=64)
+    bins = to_lora_bins(own, 8)
+    levels = torch.rand(3000)
+    wrong = error_by_hand(bins, own, levels).square().mean().sqrt()
+    size = sum(dense.square().sum((1, 2)).mean() for dense in updates(own, levels).values()).sqrt()
+    assert float(wrong / size) == pytest.approx(bins.error.mean_update, rel=0.05)
+
+
 @pytest.mark.parametrize("by", ["mean", "worst"])
 def test_parts_are_the_best_of_all_on_a_coarse_grid(monkeypatch, by):
     monkeypatch.setattr(core_samples, "GRID", 11)
