@@ -40,10 +40,10 @@ class Arguments:
     output_dir: Path = Path("outputs/sd-tiny-flow")
     sdxl: Path = ASSETS / "sdxl-tiny"
     clip: Path = ASSETS / "clip-tiny"
-    steps: int = 6000
-    decay_steps: int = 2400
+    steps: int = 3500
+    decay_steps: int = 1100
     batch_size: int = 32
-    late_batch_size: int = 64
+    late_batch_size: int = 32
     learning_rate: float = 1e-3
     muon_learning_rate: float = 3e-3
     layers: int = 4
