@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from nara_diffusion.loaders.schedulers import scheduler_fields
+from nara_diffusion.loaders.schedulers import has_replaced_scheduler, scheduler_fields
 from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import State, trained
 
@@ -101,6 +101,17 @@ def test_removing_the_adapter_brings_back_the_old_scheduler(flow, remove: Callab
     remove(flow)
     assert isinstance(flow.scheduler, EulerDiscreteScheduler)
     assert torch.equal(pixels(flow), base_pixels)
+
+
+def test_deleting_it_from_the_model_leaves_the_scheduler_to_the_next_call_of_the_pipeline(flow, lora_folder):
+    flow.unet.delete_adapters("flow")  # with the holder of the cores
+    flow.load_lora_weights(lora_folder, adapter_name="static")
+    assert isinstance(flow.scheduler, DPMSolverMultistepScheduler)
+    flow.set_adapters("static")
+    alone = small_sdxl()
+    alone.load_lora_weights(lora_folder)
+    assert torch.equal(pixels(flow), pixels(alone))
+    assert not has_replaced_scheduler(flow)
 
 
 def test_the_scheduler_follows_the_active_adapters(flow, lora_folder, base_pixels):

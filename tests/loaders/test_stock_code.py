@@ -27,6 +27,8 @@ from peft.config import PeftConfigMixin
 from peft.tuners.lora import LoraModel
 
 import nara_diffusion
+from nara_diffusion import StrengthSchedule
+from tests.helpers.small_pipelines import small_sdxl
 from tests.helpers.stock_calls import all_calls, save_two_loras
 
 PACKAGE = Path(nara_diffusion.__file__).parent
@@ -79,6 +81,10 @@ def traced(ran: set[tuple[str, str]], called: set[str]) -> Iterator[None]:
         sys.setprofile(None)
 
 
+def beside_checks(ran: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    return sorted((path, name) for path, name in ran if name not in CHECKS.get(path, ()))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loras")
@@ -101,7 +107,7 @@ def test_plain_loras_run_no_code_of_the_package(folder, tmp_path):
     with traced(ran, called):
         found = all_calls(folder)
     assert called == wrapped_names()
-    assert sorted((path, name) for path, name in ran if name not in CHECKS.get(path, ())) == []
+    assert beside_checks(ran) == []
     assert stock.wait() == 0
     expected = torch.load(stock_folder / "results.pt")
     assert found.keys() == expected.keys()
@@ -112,3 +118,27 @@ def test_plain_loras_run_no_code_of_the_package(folder, tmp_path):
             torch.testing.assert_close(found[step], value, rtol=0, atol=1e-5, msg=lambda text, at=step: f"{at}: {text}")
     assert not torch.allclose(expected["Diffusers: load a"], expected["Diffusers: base"], atol=1e-2)
     assert not torch.allclose(expected["PEFT: another"], expected["PEFT: one adapter"], atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+def test_plain_loras_run_no_code_of_the_package_once_naras_and_schedules_are_gone(folder, nara_folder):
+    pipe = small_sdxl()
+    pipe.load_nara_weights(nara_folder, "nara")
+    pipe.unload_nara_weights()
+    pipe.load_lora_weights(folder, weight_name="a.safetensors", adapter_name="a")
+    scheduled: set[tuple[str, str]] = set()
+    with traced(scheduled, set()):
+        pipe.set_adapters("a", StrengthSchedule([(0, 0.2), (1, 0.9)]))
+        pipe.disable_lora()
+        pipe.enable_lora()
+        pipe.set_adapters("a", 0.5)
+    assert {("loaders/strengths.py", "set_weights"), ("loaders/schedulers.py", "follow_adapters")} < scheduled
+    ran: set[tuple[str, str]] = set()
+    with traced(ran, set()):
+        pipe.set_adapters("a", 0.7)
+        pipe.disable_lora()
+        pipe.enable_lora()
+        pipe.delete_adapters("a")
+        pipe.unload_lora_weights()
+    assert ("loaders/patches.py", "_has_cores") in ran
+    assert beside_checks(ran) == []
