@@ -41,3 +41,18 @@ def compiled(model: nn.Module, how: str, backend: Any) -> nn.Module:
         return torch.compile(model, backend=backend)  # type: ignore[return-value]
     model.compile(backend=backend)
     return model
+
+
+def two_forwards(named: nn.Module, forward: Forward) -> Callable[[nn.Module], Forward]:
+    """A function of a model that makes one output of two forwards, at two λ, before the backward pass."""
+
+    def both(model: nn.Module) -> Forward:
+        def run(_: nn.Module) -> Tensor:
+            with noise_level(named, LEVELS[0]):
+                first = forward(model)
+            with noise_level(named, LEVELS[1]):
+                return torch.cat([first, forward(model)])
+
+        return run
+
+    return both

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
-from nara_diffusion import noise_level, set_noise_source
+from nara_diffusion import set_noise_source
 from nara_diffusion.noise.signals import NoiseSignals
 from tests.helpers.adapted import adapted, disturb, nara_config, relative_error
-from tests.helpers.compiled import LEVELS, check_gradients, compiled, gradients, output
+from tests.helpers.compiled import LEVELS, check_gradients, compiled, gradients, output, two_forwards
 from tests.helpers.rounding import rounding_of
 
 pytestmark = [
@@ -92,15 +92,7 @@ def test_two_forwards_before_one_backward_pass(tiny_llama: LlamaForCausalLM) -> 
     """Checkpointed or not, one graph: the recomputation is a part of it."""
     model = adapted(tiny_llama, target_modules=TARGETS).train()
 
-    def both(fast: nn.Module) -> Callable[[nn.Module], Tensor]:
-        def forward(_: nn.Module) -> Tensor:
-            with noise_level(model, LEVELS[0]):
-                first = llama_logits(fast)
-            with noise_level(model, LEVELS[1]):
-                return torch.cat([first, llama_logits(fast)])
-
-        return forward
-
+    both = two_forwards(model, llama_logits)
     expected = gradients(model, model, both(model), 0.5)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.base_model.model.disable_input_require_grads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
-from tests.helpers.compiled import LEVELS, check_gradients, compiled, gradients, output
+from tests.helpers.compiled import LEVELS, check_gradients, compiled, gradients, output, two_forwards
 from tests.helpers.patience import LAST_RESORT, all_at_once
 from tests.helpers.rounding import rounding_of
 
@@ -149,15 +149,7 @@ def test_a_checkpoint_that_cannot_be_compiled_is_right_too(x: Tensor) -> None:
     """The recomputation then runs outside the graph."""
     model = adapted(nn.Sequential(checkpoint_wrapper(TwoLayers())), target_modules=["first", "second"]).train()
 
-    def both(fast: nn.Module) -> Callable[[nn.Module], Tensor]:
-        def forward(_: nn.Module) -> Tensor:
-            with noise_level(model, LEVELS[0]):
-                first = fast(x)
-            with noise_level(model, LEVELS[1]):
-                return torch.cat([first, fast(x)])
-
-        return forward
-
+    both = two_forwards(model, lambda fast: fast(x))
     expected = gradients(model, model, both(model), 0.5)
     second = model.base_model.model[0]._checkpoint_wrapped_module.second
     second.register_forward_pre_hook(torch.compiler.disable(lambda *_: None))

@@ -21,6 +21,19 @@ def _video(batch: int) -> dict[str, Any]:
     return {"hidden_states": torch.randn(batch, 4, 2, 4, 4), "encoder_hidden_states": torch.randn(batch, 5, 8)}
 
 
+KANDINSKY = {
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "in_text_dim": 8,
+    "in_text_dim2": 6,
+    "time_dim": 8,
+    "model_dim": 32,
+    "ff_dim": 20,
+    "num_text_blocks": 1,
+    "num_visual_blocks": 1,
+    "axes_dims": (4, 6, 6),
+}
+
 OTHERS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
     "AllegroTransformer3DModel": (
         {
@@ -106,18 +119,7 @@ OTHERS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
         },
     ),
     "Kandinsky5Transformer3DModel": (
-        {
-            "in_visual_dim": 4,
-            "out_visual_dim": 4,
-            "in_text_dim": 8,
-            "in_text_dim2": 6,
-            "time_dim": 8,
-            "model_dim": 32,
-            "ff_dim": 20,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 1,
-            "axes_dims": (4, 6, 6),
-        },
+        KANDINSKY,
         lambda b: {
             "hidden_states": torch.randn(b, 2, 4, 4, 4),
             "encoder_hidden_states": torch.randn(b, 5, 8),

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.helpers.denoisers.others import KANDINSKY
+
 _LTX = {
     "in_channels": 4,
     "out_channels": 4,
@@ -47,16 +49,7 @@ SOUNDS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
     ),
     "Kandinsky6Transformer3DModel": (
         {
-            "in_visual_dim": 4,
-            "out_visual_dim": 4,
-            "in_text_dim": 8,
-            "in_text_dim2": 6,
-            "time_dim": 8,
-            "model_dim": 32,
-            "ff_dim": 20,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 1,
-            "axes_dims": (4, 6, 6),
+            **KANDINSKY,
             "visual_cond": False,
             "in_audio_dim": 3,
             "out_audio_dim": 3,

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tests.helpers.denoisers.wan import WAN
+
 VIDEOS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
     # discrete schedules
     "CogVideoXTransformer3DModel": (
@@ -48,17 +50,7 @@ VIDEOS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
         },
     ),
     "WanTransformer3DModel": (
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 8,
-            "freq_dim": 8,
-            "ffn_dim": 16,
-            "num_layers": 1,
-            "rope_max_seq_len": 16,
-        },
+        WAN,
         lambda b: {"hidden_states": torch.randn(b, 4, 2, 4, 4), "encoder_hidden_states": torch.randn(b, 5, 8)},
     ),
     "LTXVideoTransformer3DModel": (

@@ -18,7 +18,7 @@ _WAN = {
     "ffn_dim": 16,
     "num_layers": 1,
 }
-_ROPE = {"rope_max_seq_len": 16}
+WAN = {**_WAN, "rope_max_seq_len": 16}
 
 
 def _inputs(batch: int) -> dict[str, Any]:
@@ -48,16 +48,15 @@ class Reference(WanAnimate2KVCache):
 
 
 WANS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
-    "ChronoEditTransformer3DModel": ({**_WAN, **_ROPE}, _inputs),
-    "SkyReelsV2Transformer3DModel": ({**_WAN, **_ROPE}, _inputs),
+    "ChronoEditTransformer3DModel": (WAN, _inputs),
+    "SkyReelsV2Transformer3DModel": (WAN, _inputs),
     "WanVACETransformer3DModel": (
-        {**_WAN, **_ROPE, "vace_layers": [0], "vace_in_channels": 6},
+        {**WAN, "vace_layers": [0], "vace_in_channels": 6},
         lambda b: {**_inputs(b), "control_hidden_states": torch.randn(b, 6, 2, 4, 4)},
     ),
     "WanAnimateTransformer3DModel": (
         {
-            **_WAN,
-            **_ROPE,
+            **WAN,
             "in_channels": 12,
             "latent_channels": 4,
             "image_dim": 6,
@@ -79,9 +78,9 @@ WANS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
             "face_pixel_values": torch.randn(b, 3, 5, 16, 16),
         },
     ),
-    "AnyFlowTransformer3DModel": ({**_WAN, **_ROPE}, _frames_first),
+    "AnyFlowTransformer3DModel": (WAN, _frames_first),
     "AnyFlowFARTransformer3DModel": (
-        {**_WAN, **_ROPE, "chunk_partition": (1, 1)},
+        {**WAN, "chunk_partition": (1, 1)},
         lambda b: {**_frames_first(b), "chunk_partition": [1, 1]},
     ),
     "WanAnimate2Transformer3DModel": (
