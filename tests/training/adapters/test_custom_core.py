@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nara_diffusion.cores import custom as custom_cores
+from nara_diffusion.cores.custom import BUILT_IN
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.custom_core import import_core_module
 from nara_diffusion.training.adapters.method_arguments import unread_arguments
@@ -105,7 +106,7 @@ def test_an_unknown_core_is_refused_with_what_to_do(module: Path, capsys) -> Non
     assert "train scripts do by --core_module" in message
     message = refusal(capsys, "--core_type", "tunred", "--core_module", str(module))
     assert "core_type is 'tunred': choose one of 'hypernetwork', " in message
-    assert "'knots', 'turned'." in message
+    assert f"{BUILT_IN[-1]!r}, 'turned'." in message
 
 
 def test_a_module_that_cannot_serve_is_refused_by_name(module: Path, capsys, monkeypatch) -> None:
