@@ -1,5 +1,7 @@
 """Teaches Stable Diffusion XL a subject from a few images, with NaRA or another adapter, and shows what that brought.
 
+It is train_scripts/dreambooth.py with the defaults of SDXL, and with a model and images of its own.
+
 The shipped model and images, offline, on CPU, in minutes:
     accelerate launch train_scripts/dreambooth_sdxl.py
 Your own five images, on one GPU; the file holds what suits SDXL, flags win over it:
@@ -13,69 +15,26 @@ brings the scheduler that then samples (docs/conversion.md):
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir photos --prediction_type flow_prediction --max_train_steps 5000 --output_dir sdxl-flow
 
-Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; other methods have files of
-their own, which nara_diffusion/dreambooth/formats.py lists), README.md (the model card, which says how to load them),
-samples.png with samples before and after, the samples themselves, noise_level_curve.png, results.json, metrics.jsonl,
-config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
+What is written to the output folder stands in train_scripts/dreambooth.py.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import DistributedType
-from torch import nn
-
-from nara_diffusion.check.images import image_task
-from nara_diffusion.check.run import check_training
-from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.average_arguments import decay_of
-from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
-from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
-from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
-from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
-from nara_diffusion.dreambooth.loss import TrainingStep
-from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.sdxl import load_pipeline, sampling_pipeline
-from nara_diffusion.dreambooth.setup import (
-    check_settings,
-    count_validation_steps,
-    epoch_size,
-    latent_cache,
-    load_class_images,
-    load_held_out,
-    load_instances,
-    make_evaluator,
-    prompt_cache,
-    record_texts,
-    sample_settings,
-    step_options,
-    target_scheduler,
-    training_data,
-    validation_samples,
-)
-from nara_diffusion.dreambooth.validation import Validation
-from nara_diffusion.loaders.schedulers import scheduler_fields
-from nara_diffusion.training.adapters.build import adapter_config
-from nara_diffusion.training.adapters.init_adapter import start_from
+from nara_diffusion.dreambooth.denoiser import UNET_TARGETS
 from nara_diffusion.training.adapters.method_arguments import without_unread
-from nara_diffusion.training.adapters.methods import METHODS, title_of
-from nara_diffusion.training.checkpoints.folders import save_adapter
-from nara_diffusion.training.loop import train
+from nara_diffusion.training.adapters.methods import METHODS
 from nara_diffusion.training.main import run_command
-from nara_diffusion.training.oom import explaining_out_of_memory
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.output.run_report import publish
-from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.training.stream import count_steps, stream_loader
+
+try:
+    from train_scripts.dreambooth import main
+except ModuleNotFoundError:  # run as a program, which finds the files beside it
+    from dreambooth import main
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
 
@@ -121,133 +80,6 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     if METHODS[given.get("adapter", "nara")].linear_only:
         values["target_modules"] = [name for name in values["target_modules"] if not name.startswith("conv")]
     return values
-
-
-@explaining_out_of_memory
-def main(args: DreamBoothArguments) -> dict[str, Any]:
-    """Trains, measures before and after, saves; returns what results.json holds."""
-    with start_run(args, "dreambooth", write_checkpoint) as run:
-        return fine_tune(args, run)
-
-
-def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
-    """The run from its data to its report."""
-    started = time.perf_counter()
-    refuse_sharding(run)
-    device, show = run.accelerator.device, run.is_main
-
-    # Data
-    instances = load_instances(args, show)
-    held_out_images = load_held_out(args, show)
-    run.record_data_digest("validation data", record_texts(held_out_images))
-    evaluator = make_evaluator(args, instances, device)
-    load = partial(
-        load_pipeline,
-        args.pretrained_model_name_or_path,
-        vae_name=args.pretrained_vae_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-    )
-
-    # Model
-    pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype)
-    run.record_base_digest(**{name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
-    check_settings(args, pipe)
-    # before `pipe` takes the device's memory; a check leaves them out
-    class_images = [] if args.check else load_class_images(args, run.accelerator, run.dtype, load)
-    run.record_data_digest("training data", record_texts([*instances, *class_images]))
-    pipe.to(device)
-    dataset = training_data(args, instances, class_images, pipe)
-    images = epoch_size(args, instances)
-    steps = count_steps(images, run.global_batch, args.max_train_steps, args.num_train_epochs)
-    count_validation_steps(args, images, run.global_batch)
-    batches = run.batches(steps)
-    needed = range(0) if args.check else range(batches["first"], batches["stop"])
-    latents = latent_cache(args, pipe, dataset, needed, show)
-    prompts = prompt_cache(args, pipe)
-    target = target_scheduler(args, pipe)
-    converted = None if target is pipe.scheduler else target
-    build = partial(build_objective, target, edm_style=args.do_edm_style_training)
-    step = TrainingStep(
-        model=pipe.unet,
-        objective=build(snr_gamma=args.snr_gamma),
-        latents=latents,
-        prompts=prompts,
-        device=device,
-        group_size=run.global_batch,
-        **step_options(args),
-    )
-    if args.check:
-        held_out_data = training_data(args, held_out_images, [], pipe) if held_out_images else dataset
-        results, shown = check_training(image_task(pipe, args, step, dataset, held_out_data), args, run)
-        print(shown)
-        return results
-    samples = validation_samples(args, dataset, pipe, held_out_images)
-    latents.fill(samples, progress=False)
-    held_out = ValidationLoss(
-        build(), latents, samples, args.seed, args.curve_points, args.train_batch_size, step.window
-    )
-    carried = None if converted is None else scheduler_fields(converted)
-    convention = step.objective.source.convention
-    config = adapter_config(args, noise_convention=convention, scheduler=carried, total_steps=steps)
-    sampler = sampling_pipeline(pipe, config, run.dtype, load)
-    model = AdaptedDenoiser(
-        pipe,
-        config,
-        train_text_encoder=args.train_text_encoder,
-        gradient_checkpointing=args.gradient_checkpointing,
-        scheduler=converted,
-    )
-    if run.checkpoint is not None:
-        read_checkpoint(model, run.checkpoint)
-    elif args.init_adapter is not None:
-        start_from(model.components, args.init_adapter, pipe)
-
-    # Train
-    optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)
-    scheduler = build_scheduler(optimizer, args, steps)
-    loader = stream_loader(dataset, collate_samples, **batches, num_workers=args.dataloader_num_workers)
-    denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
-    if args.use_ema:
-        model.start_average(decay_of(args), run.checkpoint)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts = {
-        "adapter": title_of(args),
-        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",
-        "trainable parameters": f"{trainable:,}",
-        "hardware": run.hardware,
-    }
-    run.open(facts)
-    settings = sample_settings(args, instances)
-    validate = Validation(run, denoiser, sampler, settings, held_out, evaluator.references)
-    loss = replace(step, model=denoiser)
-    train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)
-
-    # Save
-    save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
-    parts = (settings, held_out, evaluator)
-    before = measure(run.accelerator, sampler, None, *parts, name="before")
-    after = measure(run.accelerator, sampler, run.folder, *parts, name="after")
-    results = {"seconds": round(time.perf_counter() - started, 1), "n": len(after.images), **compare(before, after)}
-    results |= {"adapter": args.adapter, "trainable_parameters": trainable}
-    if run.is_main:
-        facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
-        references = evaluator.references
-        load_from = run.hub_id or str(run.folder)
-        write_run_report(run.folder, args, facts, settings, before, after, references, load_from, converted)
-        print(publish(run, results, results_table(before, after)))
-    return results
-
-
-def refuse_sharding(run: Run) -> None:
-    """Sampling during training needs the whole model on each process."""
-    kind = run.accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"this script trains where each device holds the whole model, and not with {kind.value}: launch it with "
-            "--multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
-        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The check of Stable Diffusion XL: the step of train_scripts/dreambooth_sdxl.py, with NaRA as published as adapter.
+"""The check of an image model: the step of train_scripts/dreambooth.py, with NaRA as published as adapter.
 
 Images of a class, for prior preservation, are left out, and so are adapters of text encoders, which run before there is
 a λ.
@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
+from nara_diffusion.dreambooth.cache.prompt_embeds import family_cache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.loss import DreamBoothLoss, TrainingStep
+from nara_diffusion.dreambooth.setup import run_family
 from nara_diffusion.training.adapters.configs import adapter_config
 
 from .trial import CheckTask, published
@@ -22,7 +23,7 @@ from .trial import CheckTask, published
 def image_task(
     pipe: Any, args: Any, step: TrainingStep, dataset: DreamBoothDataset, held_out: DreamBoothDataset
 ) -> CheckTask:
-    """A training of the UNet of `pipe`, which has no adapter yet.
+    """A training of the denoiser of `pipe`, which has no adapter yet.
 
     Args:
         args: a DreamBoothArguments.
@@ -35,8 +36,9 @@ def image_task(
     """
     args = published(args)
     config = adapter_config(args, noise_convention=step.objective.source.convention)
-    prompts = step.prompts or PromptCache(tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2])
-    model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing)
+    family = run_family(args, pipe)
+    prompts = step.prompts or family_cache(pipe, family)
+    model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family)
     own = replace(step, model=model.train(), prompts=prompts)
 
     def loss_of(images: DreamBoothDataset) -> Callable[[Sequence[int]], DreamBoothLoss]:

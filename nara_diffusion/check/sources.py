@@ -13,10 +13,11 @@ from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.models.positions import check_positions
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.denoiser import UNET_TARGETS
+from nara_diffusion.dreambooth.families.family import Family
+from nara_diffusion.dreambooth.families.loading import load_pipeline
+from nara_diffusion.dreambooth.families.table import family_of_model
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.sdxl import load_pipeline
 from nara_diffusion.dreambooth.setup import load_instances, prompt_cache, target_scheduler, training_data
 from nara_diffusion.training.adapters.configs import ALL_LINEAR
 from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments
@@ -55,7 +56,7 @@ def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTas
 
 
 def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTask:
-    """The task of Stable Diffusion XL on images.
+    """The task of an image model on images.
 
     Args:
         args: a CheckArguments.
@@ -63,21 +64,23 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
     Raises:
         ValueError: see `load_instances`, `load_pipeline`, `target_scheduler`, `training_data` and `image_task`.
     """
+    family = family_of_model(args.model)
     own = DreamBoothArguments(
         pretrained_model_name_or_path=args.model,
         instance_data_dir=args.data,
         instance_prompt=args.prompt or _PROMPT,
         rank=args.rank,
-        target_modules=args.target_modules or UNET_TARGETS,
+        target_modules=args.target_modules or list(family.targets),
         prediction_type=args.prediction_type,
         seed=args.seed,
         **_rates(args),
     )
     images = load_instances(own, progress=False)
     pipe = load_pipeline(args.model, dtype=dtype).to(device)
-    own.resolution = args.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    denoiser = getattr(pipe, family.denoiser)
+    own.resolution = args.resolution or _native_resolution(pipe, denoiser, family)
     step = TrainingStep(
-        model=pipe.unet,
+        model=denoiser,
         objective=build_objective(target_scheduler(own, pipe)),
         latents=LatentCache(pipe.vae),
         prompts=prompt_cache(own, pipe),
@@ -87,6 +90,12 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
         stratified=True,
     )
     return image_task(pipe, own, step, *(training_data(own, part, [], pipe) for part in divide(images)))
+
+
+def _native_resolution(pipe: Any, denoiser: Any, family: Family) -> int:
+    """What the model was made for, as it says, or as its family has it."""
+    size = denoiser.config.get("sample_size")
+    return size * pipe.vae_scale_factor if isinstance(size, int) else int(family.defaults["resolution"])
 
 
 def divide(samples: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:

@@ -1,12 +1,13 @@
 """Subject fine-tuning of image models: images and captions, cached latents and prompts, losses, metrics."""
 
 from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache, encode_prompts
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
 from nara_diffusion.dreambooth.data.buckets import make_buckets, nearest_bucket, parse_buckets
 from nara_diffusion.dreambooth.data.class_images import generate_class_images
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample, collate_samples
 from nara_diffusion.dreambooth.data.images import load_image
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
+from nara_diffusion.dreambooth.families.clip import encode_prompts
 
 __all__ = [
     "DreamBoothDataset",

@@ -1,8 +1,8 @@
-"""What is trained: the UNet, and the text encoders where they are trained too, with their adapters, as one module.
+"""What is trained: the denoiser, and the text encoders where they are trained too, with their adapters, as one module.
 
 One module has one forward, so that hooks, DistributedDataParallel and gradient accumulation see all of it. λ reaches
-the adapter in the UNet through the UNet's own timestep. Text encoders run before there is a λ, so their adapters
-have C = I.
+the adapter in the denoiser through the denoiser's own timestep. Text encoders run before there is a λ, so their
+adapters have C = I.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.cache.prompt_embeds import encode_prompts
+from nara_diffusion.dreambooth.families.family import TRANSFORMER_TARGETS, Embeddings, Family
+from nara_diffusion.dreambooth.families.sdxl import SDXL
+from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.loaders.validation import check_storable
 from nara_diffusion.noise.timesteps import count_timesteps
 from nara_diffusion.training.adapters.build import check_adaptable, recompute_activations
@@ -29,7 +32,7 @@ from nara_diffusion.training.adapters.pissa import remember_start
 from nara_diffusion.training.weight_average import WeightAverage
 
 ADAPTER = "default"
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+UNET_TARGETS = list(TRANSFORMER_TARGETS)
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 _CORE_DEFAULTS = {field.name: field.default for field in fields(NaraConfig) if field.name in CORE_FIELDS}
 
@@ -37,21 +40,22 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptedDenoiser(nn.Module):
-    """The UNet of `pipe` as it is fine-tuned, and its text encoders if `train_text_encoder`.
+    """The denoiser of `pipe` as it is fine-tuned, and its text encoders if `train_text_encoder`.
 
     What is trained is float32 where adapters are added, all else stays as it is. The modules are those of `pipe`.
 
     Args:
-        pipe: an SDXL pipeline with frozen weights.
-        config: of the UNet's adapter, PEFT's or NaRA's; that of the text encoders has the same options but those of
+        pipe: a pipeline of a known family with frozen weights.
+        config: of the denoiser's adapter, PEFT's or NaRA's; that of the text encoders has the same options but those of
             a core, and is static. None trains all weights.
-        train_text_encoder: also train both text encoders.
+        train_text_encoder: also train the text encoders, in families where they can be.
         gradient_checkpointing: recompute activations in the backward.
         scheduler: of the model that it is converted to; None where it isn't.
+        family: of `pipe`, with the conditions of the run; None takes its defaults.
 
     Raises:
-        ValueError: a target module that the UNet lacks, or that the method can't adapt; a NaRA that a pipeline couldn't
-            save and load.
+        ValueError: a target module that the denoiser lacks, or that the method can't adapt; a NaRA that a pipeline
+            couldn't save and load.
     """
 
     def __init__(
@@ -62,26 +66,32 @@ class AdaptedDenoiser(nn.Module):
         train_text_encoder: bool = False,
         gradient_checkpointing: bool = False,
         scheduler: Any = None,
+        family: Family | None = None,
     ) -> None:
         super().__init__()
+        self.family = family_of(pipe) if family is None else family
+        base = getattr(pipe, self.family.denoiser)
         if isinstance(config, NaraConfig):
-            check_storable(config, "unet")
+            check_storable(config, self.family.denoiser)
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
         self.config = config
         self.scheduler = scheduler
         self.average: WeightAverage | None = None
         if gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-        self.unet = adapt(pipe.unet, config)
-        count_timesteps(self.unet, scheduler or pipe.scheduler)
+            base.enable_gradient_checkpointing()
+        setattr(self, self.family.denoiser, adapt(base, config))
+        count_timesteps(self.denoiser, scheduler or pipe.scheduler)
         if train_text_encoder:
-            text = text_config(config)
-            for name in ("text_encoder", "text_encoder_2"):
-                encoder = getattr(pipe, name)
-                if gradient_checkpointing:
-                    recompute_activations(encoder)
-                setattr(self, name, adapt(encoder, deepcopy(text)))  # PEFT writes into it
-            _freeze_last_layer(pipe.text_encoder)
+            self._adapt_text_encoders(text_config(config), gradient_checkpointing)
+
+    def _adapt_text_encoders(self, config: PeftConfig | None, gradient_checkpointing: bool) -> None:
+        for name in self.family.text_encoders:
+            encoder = getattr(self.pipe, name)
+            if gradient_checkpointing:
+                recompute_activations(encoder)
+            setattr(self, name, adapt(encoder, deepcopy(config)))  # PEFT writes into it
+        for name in self.family.cut_short:
+            _freeze_last_layer(getattr(self.pipe, name))
 
     def start_average(self, decay: float, checkpoint: Path | None = None) -> None:
         """Keeps an average of what is trained from here on, or that of a checkpoint; raises as `WeightAverage.load`.
@@ -102,14 +112,14 @@ class AdaptedDenoiser(nn.Module):
         return nullcontext() if self.average is None else self.average.applied()
 
     @property
-    def text_encoders(self) -> list[Any] | None:
-        """The text encoders that are trained, if any."""
-        return [self.text_encoder, self.text_encoder_2] if hasattr(self, "text_encoder") else None
+    def denoiser(self) -> Any:
+        """What removes noise, with its adapter."""
+        return getattr(self, self.family.denoiser)
 
     @property
     def components(self) -> dict[str, Any]:
         """What is trained, by the pipeline's names."""
-        names = ("unet", "text_encoder", "text_encoder_2")
+        names = (self.family.denoiser, *self.family.text_encoders)
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def forward(
@@ -118,33 +128,31 @@ class AdaptedDenoiser(nn.Module):
         timestep: Tensor,
         time_ids: Tensor,
         prompts: list[str] | None = None,
-        embeddings: tuple[Tensor, Tensor] | None = None,
+        embeddings: Embeddings | None = None,
     ) -> Tensor:
-        """The UNet's prediction (b, c, h, w).
+        """The prediction (b, c, h, w), in the objective's terms.
 
         Args:
             sample: (b, c, h, w), corrupted latents.
             timestep: (b,).
             time_ids: (b, 6).
             prompts: b texts, for text encoders that are trained; or instead
-            embeddings: of frozen ones, (b, l, d) and pooled (b, p).
+            embeddings: of frozen ones, as the family makes them.
         """
         if embeddings is None:
             assert prompts is not None
-            assert self.text_encoders is not None
-            embeddings = encode_prompts(tokenizers_of(self.pipe), self.text_encoders, prompts)
-        return predict(self.unet, sample, timestep, time_ids, embeddings)
+            embeddings = self.family.encode(self._encoders(), prompts)
+        return self.family.predict(self.denoiser, sample, timestep, time_ids, embeddings)
+
+    def _encoders(self) -> SimpleNamespace:
+        """The text encoders as they are trained, beside their tokenizers."""
+        tokenizers = {name: getattr(self.pipe, name) for name in self.family.tokenizers}
+        return SimpleNamespace(**tokenizers, **{name: getattr(self, name) for name in self.family.text_encoders})
 
 
-def predict(unet: Any, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+def predict(unet: Any, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: Embeddings) -> Tensor:
     """SDXL's UNet called as its pipeline does; shapes as in `AdaptedDenoiser.forward`."""
-    dtype = next(unet.parameters()).dtype  # `unet.dtype` walks over all modules
-    states, pooled = (tensor.to(dtype) for tensor in embeddings)
-    # sizes and places beyond 256 pixels aren't whole numbers of bf16
-    conditions = {"text_embeds": pooled, "time_ids": time_ids.float()}
-    return unet(
-        sample.to(dtype), timestep, encoder_hidden_states=states, added_cond_kwargs=conditions, return_dict=False
-    )[0]
+    return SDXL.predict(unet, sample, timestep, time_ids, embeddings)
 
 
 def tokenizers_of(pipe: Any) -> list[Any]:
@@ -171,7 +179,7 @@ def adapt(model: Any, config: PeftConfig | None) -> Any:
 
 
 def text_config(config: PeftConfig | None) -> PeftConfig | None:
-    """The configuration for text encoders that belongs to the UNet's: its own with other targets, and, since text
+    """The configuration for text encoders that belongs to the denoiser's: its own with other targets, and, since text
     encoders run before there is a λ, with C = I.
 
     Of Multi-LoRA they have one block, of the same scale.

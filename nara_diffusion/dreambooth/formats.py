@@ -4,13 +4,13 @@
     lora, dora, rslora,     pytorch_lora_weights.safetensors     pipe.load_lora_weights(folder)
       pissa
     other adapters of PEFT  COMPONENT/adapter_config.json, …     PeftModel.from_pretrained(pipe.unet, "folder/unet")
-    all weights             COMPONENT/config.json, …             UNet2DConditionModel.from_pretrained("folder/unet")
+    all weights             COMPONENT/config.json, …             type(pipe.unet).from_pretrained("folder/unet")
     of a converted model,   scheduler/scheduler_config.json      type(…).from_pretrained(folder, subfolder="scheduler")
       all but NaRA's family, whose file carries it
 
-A COMPONENT is what was trained, by the pipeline's name: unet, text_encoder, text_encoder_2. A checkpoint has the same
-and, where those files don't hold all that training goes on with, trainable.safetensors: with an average of the weights
-too, which is what the files above hold, and ema.safetensors the same by the names of the parameters.
+A COMPONENT is what was trained, by the pipeline's name: unet or transformer, text_encoder, text_encoder_2. A checkpoint
+has the same and, where those files don't hold all that training goes on with, trainable.safetensors: with an average of
+the weights too, which is what the files above hold, and ema.safetensors the same by the names of the parameters.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter, load_whole_model
 from nara_diffusion.loaders.schedulers import build_scheduler
 from nara_diffusion.loaders.source import read_adapter
@@ -86,7 +86,7 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
         for name, component in model.components.items():
             read_all_weights(component, folder / name)
     elif not has_trainable or isinstance(model.config, NaraConfig):  # of which the frequencies aren't trained
-        for component, part in read_adapter(folder, "unet").items():
+        for component, part in read_adapter(folder, model.family.denoiser).items():
             adapted = getattr(model, component)
             set_peft_model_state_dict(adapted, part.tensors, adapter_name=ADAPTER)
             check_loaded(adapted, ADAPTER, part.tensors, str(folder))
@@ -97,12 +97,13 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
 @contextmanager
 def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
     """Inside, `pipe` has what lies in `folder`, loaded as a user loads it; None leaves it the base model."""
+    denoiser = family_of(pipe).denoiser
     if folder is None:
         yield
     elif (folder / LORA_WEIGHTS).is_file():
         with _lora_loaded(pipe, folder), _scheduler_set(pipe, folder / SCHEDULER):
             yield
-    elif (folder / "unet").is_dir():
+    elif (folder / denoiser).is_dir():
         with _components_loaded(pipe, folder), _scheduler_set(pipe, folder / SCHEDULER):
             yield
     else:
@@ -144,7 +145,8 @@ def _lora_loaded(pipe: Any, folder: Path) -> Iterator[None]:
 @contextmanager
 def _components_loaded(pipe: Any, folder: Path) -> Iterator[None]:
     """Components that were trained whole are exchanged, adapters of PEFT's put into those that are there."""
-    before = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    family = family_of(pipe)
+    before = {name: getattr(pipe, name) for name in (family.denoiser, *family.text_encoders)}
     adapted: list[PeftModel] = []
     try:
         for name, component in before.items():
@@ -166,9 +168,9 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
     layers, metadata = {}, {}
     for name, component in model.components.items():
         config, tensors = as_lora(component, component.peft_config[ADAPTER], _adapter_tensors(component))
-        layers[f"{name}_lora_layers"] = tensors if name == "unet" else _for_transformers(tensors)
+        layers[f"{name}_lora_layers"] = tensors if name == model.family.denoiser else _for_transformers(tensors)
         metadata[f"{name}_lora_adapter_metadata"] = config.to_dict()
-    StableDiffusionXLPipeline.save_lora_weights(folder, **layers, **metadata)
+    type(model.pipe).save_lora_weights(folder, **layers, **metadata)
 
 
 def _adapter_tensors(component: nn.Module) -> dict[str, Tensor]:

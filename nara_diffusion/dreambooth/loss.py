@@ -24,10 +24,11 @@ from nara_diffusion.dreambooth.data.dataset import TrainingSample
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_base
 
-from .distances import SQUARED, Distance
 from .objectives import Corrupted, Objective, weighted_errors, with_prior
-from .timestep_bias import NO_BIAS, TimestepBias
-from .timesteps import WindowedSchedule, draw_indices, draw_noise
+from .objectives.density import UNIFORM, TimestepDensity
+from .objectives.distances import SQUARED, Distance
+from .objectives.timestep_bias import NO_BIAS, TimestepBias
+from .objectives.timesteps import WindowedSchedule, draw_indices, draw_noise
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class TrainingStep:
         prior_loss_weight: what class images count.
         window: of λ; class images are drawn from it as well.
         bias: which noise levels are drawn more often than others, for class images as well.
+        density: the same of a rectified flow; the bias multiplies it.
         distance: what errors count; the base is held by squares whatever it is.
     """
 
@@ -80,11 +82,12 @@ class TrainingStep:
     window: NoiseWindow = EVERYTHING
     distance: Distance = SQUARED
     bias: TimestepBias = NO_BIAS
+    density: TimestepDensity = UNIFORM
 
     @cached_property
     def windowed(self) -> WindowedSchedule:
         """The noise levels to draw from."""
-        return windowed_schedule(self.objective, self.window, self.bias)
+        return windowed_schedule(self.objective, self.window, self.bias, self.density)
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         corrupted = self._corrupt(batch["samples"], batch.get("pixel_values"))
@@ -134,12 +137,17 @@ class TrainingStep:
         )
 
 
-def windowed_schedule(objective: Objective, window: NoiseWindow, bias: TimestepBias = NO_BIAS) -> WindowedSchedule:
-    """The objective's noise levels in `window`, drawn by `bias`.
+def windowed_schedule(
+    objective: Objective, window: NoiseWindow, bias: TimestepBias = NO_BIAS, density: TimestepDensity = UNIFORM
+) -> WindowedSchedule:
+    """The objective's noise levels in `window`, drawn by `bias` times `density`.
 
     Raises:
         ValueError: there are none, or the bias chooses none or all of them.
     """
     nothing = torch.zeros(objective.levels, 1, 1, 1)
     timestep = objective.corrupt(nothing, nothing, torch.arange(objective.levels)).timestep
-    return WindowedSchedule(objective.source.noise_level(timestep), window, bias.weights(objective.levels))
+    each = [density.weights(objective.levels), bias.weights(objective.levels)]
+    given = [weights for weights in each if weights is not None]
+    weights = torch.stack(given).prod(0) if given else None
+    return WindowedSchedule(objective.source.noise_level(timestep), window, weights)

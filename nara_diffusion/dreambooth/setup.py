@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache, warn_of_cut
+from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache, family_cache, reading_tokenizers, warn_of_cut
 from nara_diffusion.dreambooth.data.buckets import Size, check_size, make_buckets, parse_buckets
 from nara_diffusion.dreambooth.data.class_images import generate_class_images
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample
@@ -18,18 +18,21 @@ from nara_diffusion.dreambooth.data.repeat_folders import records_from_subject_f
 from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings
+from nara_diffusion.dreambooth.families.family import Family
+from nara_diffusion.dreambooth.families.table import family_of, family_of_model
 from nara_diffusion.training.adapters.build import check_adaptable
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.arguments.window import window_of
 from nara_diffusion.training.stream import count_steps
 
 from .arguments import DreamBoothArguments
-from .caption_arguments import caption_changes
-from .conversion import converted_scheduler
-from .denoiser import tokenizers_of
+from .arguments.captions import caption_changes
+from .arguments.conditions import check_family
+from .arguments.flow import density_of
+from .arguments.loss import bias_of, distance_of
 from .loss import windowed_schedule
-from .loss_arguments import bias_of, distance_of
-from .objectives import build_objective
+from .objectives import Objective, build_objective
+from .objectives.conversion import converted_scheduler
 
 _SAMPLED_CAPTIONS = 4
 _DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,13 +72,14 @@ def epoch_size(args: DreamBoothArguments, instances: Sequence[ImageRecord]) -> i
 
 
 def load_class_images(
-    args: DreamBoothArguments, accelerator: Accelerator, dtype: torch.dtype, load: Callable[..., Any]
+    args: DreamBoothArguments, accelerator: Accelerator, dtype: torch.dtype, load: Callable[..., Any], family: Family
 ) -> list[ImageRecord]:
     """The images of prior preservation, of which missing ones are generated; none without it.
 
     Args:
         dtype: of the generation, where `--prior_generation_precision` doesn't say.
         load: `load_pipeline` with all but its dtypes given.
+        family: of the model.
     """
     if not args.with_prior_preservation:
         return []
@@ -91,7 +95,7 @@ def load_class_images(
         batch_size=args.sample_batch_size,
         accelerator=accelerator,
         progress=accelerator.is_main_process,
-        **_sample_call(args),
+        **_sample_call(args, family),
     )
     return class_records(folder, prompt=prompt, minimum=args.num_class_images, progress=accelerator.is_main_process)
 
@@ -101,17 +105,46 @@ def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
 
     Raises:
         ValueError: sizes that the model can't have, an objective that doesn't fit its scheduler, a window without one
-            of its noise levels, a bias that chooses none of them or all, a target module that its UNet lacks.
+            of its noise levels, a bias that chooses none of them or all, a target module that its denoiser lacks.
     """
+    family = run_family(args, pipe)
     training_buckets(args, pipe)
     scheduler = target_scheduler(args, pipe)
-    objective = build_objective(scheduler, snr_gamma=args.snr_gamma, edm_style=args.do_edm_style_training)
-    windowed_schedule(objective, window_of(args), bias_of(args))
+    objective = run_objective(args, scheduler)
+    windowed_schedule(objective, window_of(args), bias_of(args), density_of(args))
     config = adapter_config(
         args, noise_convention=objective.source.convention, total_steps=args.max_train_steps or 1_000_000
     )
     if config is not None:
-        check_adaptable(pipe.unet, config)
+        check_adaptable(getattr(pipe, family.denoiser), config)
+
+
+def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
+    """The family of `pipe`, or before that is loaded of the model's name, with the conditions of `args`.
+
+    Raises:
+        ValueError: the model is of no family, or the family can't express an argument.
+    """
+    named = {"name": args.pretrained_model_name_or_path, "revision": args.revision, "cache_dir": args.cache_dir}
+    family = family_of_model(**named) if pipe is None else family_of(pipe)
+    check_family(args, family)
+    return family.with_conditions(max_sequence_length=args.max_sequence_length, guidance=args.training_guidance_scale)
+
+
+def run_objective(args: DreamBoothArguments, scheduler: Any) -> Objective:
+    """What is learnt, with the weights that `args` give errors."""
+    return build_objective(
+        scheduler,
+        snr_gamma=args.snr_gamma,
+        edm_style=args.do_edm_style_training,
+        shift=args.flow_shift,
+        density=density_of(args),
+    )
+
+
+def validation_objective(args: DreamBoothArguments, scheduler: Any) -> Objective:
+    """The same without weights."""
+    return build_objective(scheduler, edm_style=args.do_edm_style_training, shift=args.flow_shift)
 
 
 def target_scheduler(args: DreamBoothArguments, pipe: Any) -> Any:
@@ -124,12 +157,12 @@ def target_scheduler(args: DreamBoothArguments, pipe: Any) -> Any:
 
 
 def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
-    """The sizes to train at: multiples of what autoencoder and UNet divide an image by, together.
+    """The sizes to train at: multiples of what autoencoder and denoiser divide an image by, together.
 
     Raises:
         ValueError: sizes that aren't.
     """
-    divisor = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    divisor = family_of(pipe).divisor(pipe)
     if args.aspect_ratio_buckets is None:
         check_size((args.resolution, args.resolution), divisor)
         return [(args.resolution, args.resolution)]
@@ -147,8 +180,10 @@ def training_data(
     and so it is where a shuffle would have the cache say it of each order.
     """
     if args.train_text_encoder or args.shuffle_caption:
-        for prompt in dict.fromkeys(record.prompt for record in (*instances, *class_images)):
-            warn_of_cut(pipe.tokenizer, prompt)
+        family = run_family(args, pipe)
+        for tokenizer in reading_tokenizers(pipe, family)[:1]:
+            for prompt in dict.fromkeys(record.prompt for record in (*instances, *class_images)):
+                warn_of_cut(tokenizer, prompt, family.conditions.max_sequence_length)
     return DreamBoothDataset(
         instances,
         training_buckets(args, pipe),
@@ -182,11 +217,10 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
     """Embeddings of the prompts; None where the text encoders are trained."""
     if args.train_text_encoder:
         return None
-    encoders = [pipe.text_encoder, pipe.text_encoder_2]
     options: dict[str, Any] = {"memory_mib": args.cache_memory, "folder": args.cache_folder}
     if args.shuffle_caption:  # each order is a prompt of its own, and few come twice: they would fill the disk
         options |= {"folder": None, "tell_of_cut": False}
-    return PromptCache(tokenizers_of(pipe), encoders, **options)
+    return family_cache(pipe, run_family(args, pipe), **options)
 
 
 def step_options(args: DreamBoothArguments) -> dict[str, Any]:
@@ -199,6 +233,7 @@ def step_options(args: DreamBoothArguments) -> dict[str, Any]:
         "window": window_of(args),
         "distance": distance_of(args),
         "bias": bias_of(args),
+        "density": density_of(args),
     }
 
 
@@ -233,20 +268,20 @@ def make_evaluator(args: DreamBoothArguments, instances: Sequence[ImageRecord], 
     return Evaluator(references, encoders.get(args.similarity_model), texts, args.identifier or ())
 
 
-def sample_settings(args: DreamBoothArguments, instances: Sequence[ImageRecord]) -> SampleSettings:
+def sample_settings(args: DreamBoothArguments, instances: Sequence[ImageRecord], family: Family) -> SampleSettings:
     """Samples of what `args` name, or of the first captions of `instances`, at the training resolution."""
     captions = list(dict.fromkeys(record.prompt for record in instances))[:_SAMPLED_CAPTIONS]
-    return SampleSettings(
-        args.prompts or captions, args.num_validation_images, args.seed, args.sample_batch_size, _sample_call(args)
-    )
+    call = _sample_call(args, family)
+    return SampleSettings(args.prompts or captions, args.num_validation_images, args.seed, args.sample_batch_size, call)
 
 
-def _sample_call(args: DreamBoothArguments) -> dict[str, Any]:
+def _sample_call(args: DreamBoothArguments, family: Family) -> dict[str, Any]:
     return {
         "height": args.resolution,
         "width": args.resolution,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
+        **family.sample_call,
     }
 
 

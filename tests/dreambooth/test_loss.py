@@ -12,7 +12,7 @@ from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCach
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, predict, tokenizers_of
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
+from nara_diffusion.dreambooth.objectives.timesteps import draw_indices, draw_noise
 from tests.helpers.small_pipelines import small_sdxl
 
 CONFIG: dict[str, Any] = {

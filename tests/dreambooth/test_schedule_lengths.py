@@ -13,7 +13,7 @@ from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
 from nara_diffusion.dreambooth.loss import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.objectives import Objective, build_objective
-from nara_diffusion.dreambooth.timesteps import draw_indices
+from nara_diffusion.dreambooth.objectives.timesteps import draw_indices
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.window import EVERYTHING
 from tests.dreambooth.test_loss import CONFIG, batch_of

@@ -14,7 +14,7 @@ from nara_diffusion.dreambooth import LatentCache, PromptCache
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
 from nara_diffusion.dreambooth.loss import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
+from nara_diffusion.dreambooth.objectives.timesteps import draw_indices, draw_noise
 from nara_diffusion.noise.window import NoiseWindow
 from tests.dreambooth.test_loss import CONFIG, batch_of
 from tests.helpers.small_pipelines import small_sdxl
@@ -70,7 +70,7 @@ def test_window_without_a_timestep_names_the_schedules() -> None:
 
 
 def step_of(pipe: Any, model: AdaptedDenoiser, **changes: Any) -> TrainingStep:
-    trained = model.text_encoders is not None
+    trained = hasattr(model, "text_encoder")
     options: dict[str, Any] = {
         "objective": build_objective(pipe.scheduler, snr_gamma=5.0),
         "latents": LatentCache(pipe.vae),

@@ -158,13 +158,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, chan
 
 def test_another_model_and_another_schedule(arguments, sdxl_folder, tmp_path) -> None:
     refused(
-        arguments(pretrained_model_name_or_path=str(tmp_path / "none")), "none can't be loaded as Stable Diffusion XL"
+        arguments(pretrained_model_name_or_path=str(tmp_path / "none")),
+        "none can't be loaded, since it has no model_index",
     )
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     pipe.save_pretrained(tmp_path / "flow")
     refused(
-        arguments(pretrained_model_name_or_path=str(tmp_path / "flow")), "has no noise schedule that SDXL is trained"
+        arguments(pretrained_model_name_or_path=str(tmp_path / "flow")),
+        "has no noise schedule that Stable Diffusion XL is trained",
     )
 
 

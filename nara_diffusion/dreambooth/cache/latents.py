@@ -1,8 +1,7 @@
 """Latents of training samples, from cached posteriors of the autoencoder.
 
-    q(z | x) = N(μ(x), σ(x)²),    latent = (z − m) · s / d,    z = μ + σ ε,  ε ~ N(0, I) of (seed, position)
+    q(z | x) = N(μ(x), σ(x)²),    z = μ + σ ε,  ε ~ N(0, I) of (seed, position),    latent = what `codecs` makes of z
 
-s is the autoencoder's `scaling_factor`; m and d are its `latents_mean` and `latents_std` if it has them, else 0 and 1.
 μ and σ are cached, ε is drawn anew each time: a cache changes the time of a step and nothing else. Each
 sample is encoded by itself, since the bits of a convolution depend on the batch that it is in, and a resumed
 run, which finds other samples missing, has to get the same.
@@ -20,11 +19,12 @@ from tqdm.auto import tqdm
 from nara_diffusion.dreambooth.data.dataset import TrainingSample
 from nara_diffusion.dreambooth.seeding import seeded_normal
 
+from .codecs import posterior_of, scale_latents
 from .tensor_cache import Entry, TensorCache, fingerprint
 
 
 class LatentCache:
-    """Encodes samples with an AutoencoderKL, each distinct one once.
+    """Encodes samples with an autoencoder that has a posterior, each distinct one once.
 
     Args:
         vae: frozen, in its own dtype and on its own device; it may be moved to the CPU when `fill` is done.
@@ -43,7 +43,7 @@ class LatentCache:
     def sample(
         self, samples: Sequence[TrainingSample], *, seed: int, pixel_values: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Scaled latents (b, c, h / f, w / f), float32 on the CPU; f is the autoencoder's factor.
+        """Latents (b, c, h / f, w / f), float32 on the CPU; f is the autoencoder's factor, and its patches'.
 
         Args:
             samples: of one target size.
@@ -60,11 +60,11 @@ class LatentCache:
                 for sample in samples
             ]
         )
-        return scale_latents(self.vae.config, mean + std * noise)
+        return scale_latents(self.vae, mean + std * noise)
 
     def mode(self, samples: Sequence[TrainingSample]) -> torch.Tensor:
         """As `sample` with ε = 0: for a validation loss."""
-        return scale_latents(self.vae.config, self.posterior(samples)[0])
+        return scale_latents(self.vae, self.posterior(samples)[0])
 
     def posterior(
         self, samples: Sequence[TrainingSample], pixel_values: torch.Tensor | None = None
@@ -93,20 +93,11 @@ class LatentCache:
     def _encode(self, sample: TrainingSample, pixels: torch.Tensor | None) -> Entry:
         parameter = next(self.vae.parameters())
         pixels = sample.pixel_values() if pixels is None else pixels
-        posterior = self.vae.encode(pixels[None].to(parameter.device, parameter.dtype)).latent_dist
-        entry = {"mean": posterior.mean[0], "std": posterior.std[0]}
+        mean, std = posterior_of(self.vae, pixels[None].to(parameter.device, parameter.dtype))
+        entry = {"mean": mean[0], "std": std[0]}
         if not all(tensor.isfinite().all() for tensor in entry.values()):
             raise ValueError(_not_finite(sample, parameter.dtype))
         return entry
-
-
-def scale_latents(config: Any, z: torch.Tensor) -> torch.Tensor:
-    """z (b, c, h, w) of the autoencoder → the latents that the UNet sees."""
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is None or std is None:
-        return z * config.scaling_factor
-    mean, std = (torch.tensor(value, dtype=z.dtype, device=z.device).view(1, -1, 1, 1) for value in (mean, std))
-    return (z - mean) * config.scaling_factor / std
 
 
 def _not_finite(sample: TrainingSample, dtype: torch.dtype) -> str:

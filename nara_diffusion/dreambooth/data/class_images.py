@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
+from nara_diffusion.dreambooth.families.rendering import render
 from nara_diffusion.dreambooth.seeding import torch_generator
 from nara_diffusion.utils.atomic_write import atomic_write
 
@@ -98,7 +99,7 @@ def _generate(
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             generators = [torch_generator(seed, "class image", number) for number in batch]
-            images = pipe(prompt=[prompt] * len(batch), generator=generators, output_type="np", **call).images
+            images = render(pipe, [prompt] * len(batch), generators, call)
             _check_finite(images)
             for number, image in zip(batch, images, strict=True):
                 _save(paths[number], image, prompt)

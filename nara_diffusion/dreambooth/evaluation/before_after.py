@@ -16,12 +16,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import encode_prompts
 from nara_diffusion.dreambooth.data.dataset import TrainingSample
-from nara_diffusion.dreambooth.denoiser import predict, tokenizers_of
+from nara_diffusion.dreambooth.families.family import Family
+from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.formats import adapter_loaded
 from nara_diffusion.dreambooth.objectives import Objective, squared_errors
-from nara_diffusion.dreambooth.timesteps import draw_noise
+from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.training.metrics import LossWindow, window_means
@@ -86,6 +86,7 @@ class ValidationLoss:
         points: noise levels.
         batch_size: images of one forward.
         window: of training; the loss is measured outside of it too.
+        family: of the pipeline, with the conditions of the run; None takes its defaults.
     """
 
     objective: Objective
@@ -95,6 +96,7 @@ class ValidationLoss:
     points: int
     batch_size: int
     window: NoiseWindow = EVERYTHING
+    family: Family | None = None
 
     @property
     def indices(self) -> list[int]:
@@ -104,7 +106,9 @@ class ValidationLoss:
     @torch.no_grad()
     def at(self, pipe: Any, index: int) -> list[float]:
         """The loss of each sample at noise level `index`, with whatever adapter `pipe` has."""
-        device = pipe.unet.device
+        family = family_of(pipe) if self.family is None else self.family
+        denoiser = getattr(pipe, family.denoiser)
+        device = denoiser.device
         losses: list[float] = []
         for batch in self._batches():
             latents = self.latents.mode(batch)
@@ -114,11 +118,9 @@ class ValidationLoss:
             corrupted = self.objective.corrupt(
                 latents.to(device), noise.to(device), torch.full((len(batch),), index, device=device)
             )
-            embeddings = encode_prompts(
-                tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2], [sample.prompt for sample in batch]
-            )
+            embeddings = tuple(part.to(device) for part in family.encode(pipe, [sample.prompt for sample in batch]))
             time_ids = torch.tensor([sample.crop.time_ids for sample in batch], device=device)
-            prediction = predict(pipe.unet, corrupted.model_input, corrupted.timestep, time_ids, embeddings)
+            prediction = family.predict(denoiser, corrupted.model_input, corrupted.timestep, time_ids, embeddings)
             losses += squared_errors(prediction, corrupted).tolist()
         return losses
 

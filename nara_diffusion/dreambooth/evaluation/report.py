@@ -8,8 +8,9 @@ from typing import Any
 
 from PIL.Image import Image
 
+from nara_diffusion.dreambooth.families.loading import absent_components, model_name
+from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.formats import SCHEDULER
-from nara_diffusion.dreambooth.sdxl import model_name
 from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapters.methods import method_of
 from nara_diffusion.training.arguments.window import window_of
@@ -28,13 +29,13 @@ _LOADING = """\
 import torch
 from diffusers import {classes}
 {imports}
-pipe = StableDiffusionXLPipeline.from_pretrained({base!r}, dtype={dtype})
+pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{absent})
 {loading}
 image = pipe(
     {prompt!r},
     generator=torch.Generator().manual_seed({seed}),
     {call},
-).images[0]
+){picked}
 image.save("sample.png")
 ```"""
 _NARA = "\nimport nara_diffusion  # gives pipelines load_nara_weights\n"
@@ -55,6 +56,7 @@ def write_run_report(
     after: Measurement,
     references: Sequence[Image],
     load_from: str,
+    pipe: Any,
     converted: Any = None,
 ) -> None:
     """Writes samples.png, samples-before, samples-after, noise_level_curve.png and README.md into `folder`.
@@ -66,6 +68,7 @@ def write_run_report(
         before, after: of the base model, and of the same after training.
         references: images of the subject.
         load_from: where the card says to load from, a path or a repository.
+        pipe: the base model's pipeline.
         converted: the scheduler of the model that the base was converted to, if it was.
     """
     write_grid(folder / GRID, settings.prompts, {"before": before.images, "after": after.images}, references)
@@ -96,8 +99,8 @@ def write_run_report(
         about=f"for `{args.pretrained_model_name_or_path}`{about}.",
         figures=_figures(before, after),
         how_good=(f"![training images, and samples before and after]({GRID})", ending),
-        loading=_loading(args, settings, load_from, converted),
-        tags=["text-to-image", "stable-diffusion-xl", "diffusers", "dreambooth"],
+        loading=_loading(args, settings, load_from, pipe, converted),
+        tags=["text-to-image", *family_of(pipe).tags, "diffusers", "dreambooth"],
         library="diffusers",
         instance_prompt=prompt,
         widget=_widget(folder, settings),
@@ -111,30 +114,35 @@ def _widget(folder: Path, settings: SampleSettings) -> list[dict[str, Any]]:
     return [{"text": prompt, "output": {"url": f"samples-after/{name}"}} for prompt, name in shown]
 
 
-def _loading(args: Any, settings: SampleSettings, load_from: str, converted: Any) -> str:
+def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, converted: Any) -> str:
     """The card's code."""
     dtypes = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
     dtype = dtypes.get(args.mixed_precision, "torch.float32")
-    family = method_of(args).family
-    lines = _loading_lines(family, load_from, dtype, args.train_text_encoder)
-    classes = ["StableDiffusionXLPipeline", *(["UNet2DConditionModel"] if family == "full" else [])]
-    if converted is not None and family != "nara":
+    method, family = method_of(args).family, family_of(pipe)
+    names = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
+    lines = _loading_lines(method, load_from, dtype, names)
+    classes = [type(pipe).__name__]
+    call = family.sampling(settings.call, 1)
+    if converted is not None and method != "nara":
         kind = type(converted).__name__
         classes.append(kind)
         lines.append(f"pipe.scheduler = {kind}.from_pretrained({load_from!r}, subfolder={SCHEDULER!r})")
     return (
         _LOADING.format(
             classes=", ".join(classes),
-            imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(family, ""),
+            pipeline=classes[0],
+            absent="".join(f", {name}=None" for name in absent_components(pipe)),
+            imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(method, ""),
             base=args.pretrained_model_name_or_path,
             dtype=dtype,
             loading=core_import(args) + "\n".join(lines),
             prompt=settings.prompts[0],
             seed=settings.seed,
-            call=",\n    ".join(f"{name}={value!r}" for name, value in settings.call.items()),
+            call=",\n    ".join(f"{name}={value!r}" for name, value in call.items()),
+            picked=family.picked,
         )
         + (_NOISE if reads_noise(args) else "")
-        + _about_conversion(converted, family)
+        + _about_conversion(converted, method)
     )
 
 
@@ -148,17 +156,15 @@ def _about_conversion(converted: Any, family: str) -> str:
     )
 
 
-def _loading_lines(family: str, folder: str, dtype: str, with_encoders: bool) -> list[str]:
+def _loading_lines(family: str, folder: str, dtype: str, names: Sequence[str]) -> list[str]:
     if family == "nara":
         return [f"pipe.load_nara_weights({folder!r})"]
     if family == "lora":
         return [f"pipe.load_lora_weights({folder!r})"]
-    names = ["unet", *(["text_encoder", "text_encoder_2"] if with_encoders else [])]
     if family == "other":  # PEFT changes the component itself
         return [f"PeftModel.from_pretrained(pipe.{name}, {folder!r}, subfolder={name!r})" for name in names]
     return [
-        f"pipe.{name} = {'UNet2DConditionModel' if name == 'unet' else f'type(pipe.{name})'}.from_pretrained("
-        f"{folder!r}, subfolder={name!r}, dtype={dtype})"
+        f"pipe.{name} = type(pipe.{name}).from_pretrained({folder!r}, subfolder={name!r}, dtype={dtype})"
         for name in names
     ]
 

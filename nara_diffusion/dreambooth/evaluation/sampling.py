@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.image_processor import VaeImageProcessor
 from PIL.Image import Image
 from tqdm.auto import tqdm
 
+from nara_diffusion.dreambooth.families.rendering import render
+from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.utils.atomic_write import atomic_write_folder
+
+_REMEDY = "use --mixed_precision bf16."
+_REMEDIES = {
+    "sdxl": "in float16 SDXL's own autoencoder overflows. Use --pretrained_vae_model_name_or_path "
+    "madebyollin/sdxl-vae-fp16-fix, or --mixed_precision bf16."
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,8 @@ class SampleSettings:
         prompts: the texts.
         images_per_prompt: image j of each prompt has the seed `seed` + j.
         batch_size: images at once.
-        call: further arguments of the pipeline's call: height, width, num_inference_steps, guidance_scale, ….
+        call: further arguments of the pipeline's call: height, width, num_inference_steps, guidance_scale, …, by these
+            names in every family.
     """
 
     prompts: Sequence[str]
@@ -71,15 +81,13 @@ def sample_batch(pipe: Any, pairs: Sequence[tuple[str, int]], call: dict[str, An
         ValueError: the pipeline gives NaN.
     """
     generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
-    images = pipe(
-        [prompt for prompt, _ in pairs], generator=generators, output_type="np", **call
-    ).images  # (b, h, w, 3)
+    images = render(pipe, [prompt for prompt, _ in pairs], generators, call)  # (b, h, w, 3)
     if not np.isfinite(images).all():
+        family = family_of(pipe)
         raise ValueError(
-            f"sampling in {pipe.unet.dtype} gives NaN: in float16 SDXL's own autoencoder overflows. Use "
-            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix, or --mixed_precision bf16."
+            f"sampling in {getattr(pipe, family.denoiser).dtype} gives NaN: {_REMEDIES.get(family.name, _REMEDY)}"
         )
-    return pipe.image_processor.numpy_to_pil(images)
+    return VaeImageProcessor.numpy_to_pil(images)
 
 
 def image_names(settings: SampleSettings) -> list[str]:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from nara_diffusion.dreambooth.cache.latents import LatentCache, scale_latents
+from nara_diffusion.dreambooth.cache.codecs import scale_latents
+from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.data.records import records_from_folder
 from nara_diffusion.dreambooth.seeding import torch_generator
@@ -56,7 +57,7 @@ def test_the_posterior_itself_and_its_middle(data) -> None:
     expected = model.encode(samples[0].pixel_values()[None]).latent_dist
     assert mean.equal(expected.mean)
     assert std.equal(expected.std)
-    assert cache.mode(samples).equal(scale_latents(model.config, expected.mode()))
+    assert cache.mode(samples).equal(scale_latents(model, expected.mode()))
 
 
 def test_noise_is_drawn_anew_at_each_position_and_role(data) -> None:

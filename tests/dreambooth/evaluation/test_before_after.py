@@ -25,7 +25,7 @@ from nara_diffusion.dreambooth.evaluation.before_after import (
 from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings, sample_images, write_images
 from nara_diffusion.dreambooth.formats import adapter_loaded
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.timesteps import draw_noise
+from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
 from tests.helpers.small_pipelines import small_sdxl
 
 CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}

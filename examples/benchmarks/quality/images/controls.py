@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.dreambooth.timesteps import draw_indices
+from nara_diffusion.dreambooth.objectives.timesteps import draw_indices
 from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core, reversed_noise
 
 TRAINED_CONTROLS = ("constant", "shuffled")

@@ -18,7 +18,7 @@ from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
 from nara_diffusion.dreambooth.data.records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
-from nara_diffusion.dreambooth.sdxl import load_pipeline
+from nara_diffusion.dreambooth.families.loading import load_pipeline
 from quality.assets import ASSETS
 from quality.images.held_out import BINS, HeldOut, held_out_bin, held_out_losses, places_of
 from quality.images.subjects import BACKBONE, IDENTIFIER, SUBJECTS, check_subject, instance_prompt

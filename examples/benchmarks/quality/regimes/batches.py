@@ -14,7 +14,7 @@ from torch import Tensor
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective
-from nara_diffusion.dreambooth.timesteps import WindowedSchedule, draw_indices, draw_noise
+from nara_diffusion.dreambooth.objectives.timesteps import WindowedSchedule, draw_indices, draw_noise
 from quality.images.controls import shuffled_noise_levels
 from quality.images.subjects import SIZE
 from quality.regimes.data import RegimeData

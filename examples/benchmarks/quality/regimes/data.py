@@ -11,7 +11,7 @@ import torch
 from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
 from nara_diffusion.dreambooth.data.records import ImageRecord, records_from_folder
-from nara_diffusion.dreambooth.sdxl import load_pipeline
+from nara_diffusion.dreambooth.families.loading import load_pipeline
 from quality.assets import ASSETS
 from quality.images import drawn
 from quality.images.held_out import BINS, CleanBin, clean_bin, records_of

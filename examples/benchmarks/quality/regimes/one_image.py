@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from nara_diffusion.dreambooth.arguments.loss import bias_of
 from nara_diffusion.dreambooth.loss import windowed_schedule
-from nara_diffusion.dreambooth.loss_arguments import bias_of
 from nara_diffusion.dreambooth.objectives import squared_errors
 from nara_diffusion.noise.window import NoiseWindow
 from quality.images.training import ControlledDenoiser

@@ -11,7 +11,7 @@ from quality.regimes.objectives import build_conversion
 from quality.regimes.windowed import HIGH, LOW, Windowed
 
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
-from nara_diffusion.dreambooth.timesteps import draw_noise
+from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
 from tests.helpers.adapted import disturb
 
 CELL = {"targets": "attention", "rank": 2, "steps": 2}

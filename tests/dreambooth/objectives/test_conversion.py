@@ -11,8 +11,8 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from nara_diffusion.dreambooth.conversion import check_conversion, converted_scheduler
 from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.objectives.conversion import check_conversion, converted_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)

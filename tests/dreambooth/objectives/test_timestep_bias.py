@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerSchedu
 
 from nara_diffusion.dreambooth.loss import windowed_schedule
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.timestep_bias import NO_BIAS, TimestepBias
-from nara_diffusion.dreambooth.timesteps import draw_indices
+from nara_diffusion.dreambooth.objectives.timestep_bias import NO_BIAS, TimestepBias
+from nara_diffusion.dreambooth.objectives.timesteps import draw_indices
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 
 DDPM = build_objective(DDPMScheduler())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nara_diffusion.dreambooth.timesteps import draw_indices, draw_noise
+from nara_diffusion.dreambooth.objectives.timesteps import draw_indices, draw_noise
 
 
 def test_a_position_draws_the_same_in_any_batch() -> None:

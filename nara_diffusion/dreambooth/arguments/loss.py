@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from nara_diffusion.dreambooth.objectives.conversion import CONVERSIONS
+from nara_diffusion.dreambooth.objectives.distances import DISTANCES, Distance
+from nara_diffusion.dreambooth.objectives.timestep_bias import STRATEGIES, TimestepBias
 from nara_diffusion.training.arguments.checks import require
 from nara_diffusion.training.arguments.cli import option
-
-from .conversion import CONVERSIONS
-from .distances import DISTANCES, Distance
-from .timestep_bias import STRATEGIES, TimestepBias
 
 _HUBER_C = 0.1
 _PORTION = 0.25

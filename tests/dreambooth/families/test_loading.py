@@ -1,15 +1,16 @@
 """The pipeline that is trained and the pipeline that samples."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.sdxl import load_pipeline, sharing_pipeline
-from tests.helpers.small_pipelines import pixels, small_sd, small_sdxl
+from nara_diffusion.dreambooth.families.loading import load_pipeline, sharing_pipeline
+from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
 
 CONFIG = NaraConfig(r=2, target_modules=["to_q"], core_hidden_dims=(4, 4), noise_convention="timestep")
 
@@ -66,16 +67,27 @@ def test_nothing_is_trainable(folder) -> None:
 
 def test_refusals(folder, tmp_path) -> None:
     with pytest.raises(
-        ValueError, match=r"pretrained_model_name_or_path .*nothing can't be loaded as Stable Diffusion XL"
+        ValueError, match=r"pretrained_model_name_or_path .*nothing can't be loaded, since it has no model_index.json"
     ):
         load_pipeline(str(tmp_path / "nothing"), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"with the autoencoder .*no-vae can't be loaded"):
         load_pipeline(str(folder), dtype=torch.float32, vae_name=str(tmp_path / "no-vae"))
-    small_sd().save_pretrained(tmp_path / "sd")
-    with pytest.raises(ValueError, match=r"sd is another model than Stable Diffusion XL: .* addition_embed_type None"):
-        load_pipeline(str(tmp_path / "sd"), dtype=torch.float32)
+    small_sdxl(addition_embed_type=None).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other can't be trained as .* has addition_embed_type None, expected"):
+        load_pipeline(str(tmp_path / "other"), dtype=torch.float32)
     refiner = small_sdxl()
     refiner.register_modules(text_encoder=None, tokenizer=None)
     refiner.save_pretrained(tmp_path / "refiner")
     with pytest.raises(ValueError, match="has no first text encoder: SDXL's refiner"):
         load_pipeline(str(tmp_path / "refiner"), dtype=torch.float32)
+    wrong = small_sd3()
+    wrong.register_modules(scheduler=DDPMScheduler())
+    wrong.save_pretrained(tmp_path / "wrong")
+    with pytest.raises(ValueError, match=r"wrong can't be trained as .*: DDPMScheduler is no scheduler of a rectified"):
+        load_pipeline(str(tmp_path / "wrong"), dtype=torch.float32)
+    index = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "StableCascadeDecoderPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"StableCascadeDecoderPipeline is no class .* expected Stable Diffusion 1"):
+        load_pipeline(str(folder), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"sdxl\.safetensors is one file of weights: name a folder"):
+        load_pipeline(str(tmp_path / "sdxl.safetensors"), dtype=torch.float32)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nara_diffusion.dreambooth.data.caption_changes import CaptionChanges
 from nara_diffusion.training.arguments.checks import require
 from nara_diffusion.training.arguments.cli import option
-
-from .data.caption_changes import CaptionChanges
 
 
 @dataclass

@@ -17,10 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
 from nara_diffusion.noise.window import NoiseWindow
 from nara_diffusion.utils.random import stratified_uniform
-
-from .seeding import numpy_generator, seeded_normal
 
 
 class WindowedSchedule:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from nara_diffusion.dreambooth.distances import Distance
 from nara_diffusion.dreambooth.objectives import Corrupted, squared_errors, weighted_errors
+from nara_diffusion.dreambooth.objectives.distances import Distance
 from tests.dreambooth.test_loss import batch_of
 from tests.dreambooth.test_windows import adapted, step_of
 from tests.helpers.small_pipelines import small_sdxl

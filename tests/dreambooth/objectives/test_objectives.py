@@ -219,7 +219,6 @@ def test_weights_multiply_per_sample_means(tensors) -> None:
         (DDPMScheduler(prediction_type="sample"), {"edm_style": True}, "prediction_type is 'sample'"),
         (DDPMScheduler(prediction_type="flow"), {}, "prediction_type is 'flow', expected one of epsilon"),
         (FLOW, {"edm_style": True}, "a rectified flow has no EDM terms: leave do_edm_style_training out"),
-        (FlowMatchEulerDiscreteScheduler(), {}, "FlowMatchEulerDiscreteScheduler has no noise schedule"),
         (DDPMScheduler(), {"edm_style": True, "snr_gamma": 5.0}, "train without do_edm_style_training"),
         (EDMEulerScheduler(), {"snr_gamma": 5.0}, "leave snr_gamma out, or use another model"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.foreign_flags import FOREIGN_FLAGS
+from nara_diffusion.dreambooth.arguments.foreign_flags import FOREIGN_FLAGS
 from nara_diffusion.dreambooth.setup import count_validation_steps
 from nara_diffusion.training.arguments.cli import build_parser, parse_arguments
 

@@ -1,0 +1,63 @@
+"""The arguments of rectified flows: which noise levels are drawn, and what they count."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nara_diffusion.dreambooth.objectives.density import LARGEST_MODE_SCALE, SCHEMES, TimestepDensity
+from nara_diffusion.training.arguments.checks import require
+from nara_diffusion.training.arguments.cli import option
+
+_DEFAULTS = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
+_READERS = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+
+
+@dataclass
+class FlowArguments:
+    """Noise levels of rectified flows (docs/dreambooth.md)"""
+
+    weighting_scheme: str = option(
+        "none",
+        "Draw middle noise levels more often (logit_normal, mode) or weight their errors (cosmap, sigma_sqrt).",
+        choices=SCHEMES,
+    )
+    logit_mean: float | None = option(
+        None, "Mean of logit_normal; above 0 means more noise, as in SD3's paper; none means 0."
+    )
+    logit_std: float | None = option(None, "Standard deviation of logit_normal; none means 1.")
+    mode_scale: float | None = option(None, "Scale of mode; none means 1.29.")
+    flow_shift: float | None = option(
+        None, "s of σ → s σ / (1 + (s − 1) σ); none means what the scheduler says, 1 where it depends on the size."
+    )
+
+
+def density_of(args: Any) -> TimestepDensity:
+    """How often `args`, a `FlowArguments`, have each noise level drawn."""
+    mean, std, scale = (
+        default if getattr(args, name) is None else getattr(args, name) for name, default in _DEFAULTS.items()
+    )
+    return TimestepDensity(args.weighting_scheme, mean, std, scale)
+
+
+def check_flow(args: Any) -> None:
+    """Refuses values that no run can use.
+
+    Raises:
+        ValueError: naming the argument, its value and what it may be.
+    """
+    for name, scheme in _READERS.items():
+        value = getattr(args, name)
+        if value is not None and args.weighting_scheme != scheme:
+            raise ValueError(
+                f"{name} is {value}, which weighting_scheme {args.weighting_scheme} doesn't read: give {scheme}, or "
+                "leave it out."
+            )
+    mean, std, scale, shift = args.logit_mean, args.logit_std, args.mode_scale, args.flow_shift
+    require(args, "weighting_scheme", args.weighting_scheme in SCHEMES, f"one of {', '.join(SCHEMES)}")
+    require(args, "logit_mean", mean is None or math.isfinite(mean), "a number, or none")
+    require(args, "logit_std", std is None or 0 < std < math.inf, "above 0, or none")
+    bound = f"between -1 and {LARGEST_MODE_SCALE:.3f}, or none"
+    require(args, "mode_scale", scale is None or -1 <= scale <= LARGEST_MODE_SCALE, bound)
+    require(args, "flow_shift", shift is None or 0 < shift < math.inf, "above 0, or none")

@@ -1,0 +1,1 @@
+"""Families of image models: how each encodes prompts, makes latents and calls its denoiser."""

@@ -1,0 +1,46 @@
+"""Prompts through CLIP, with gradients where its weights have any; as the pipelines of Stable Diffusion encode them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tokenize_prompts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[Tensor]:
+    """Token ids (b, 77) of each tokenizer, padded and cut as the pipelines do."""
+    return [
+        tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in tokenizers
+    ]
+
+
+def encode_tokens(text_encoders: Sequence[Any], token_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(prompt_embeds (b, 77, d_1 + d_2), pooled (b, p)) of each encoder's own ids (b, 77), with gradients where they
+    have any, on the encoders' device.
+
+    prompt_embeds are the hidden states before the last layer, side by side; pooled is the projected end-of-text state
+    of the last encoder.
+    """
+    states, pooled = [], None
+    for encoder, ids in zip(text_encoders, token_ids, strict=True):
+        output = encoder(ids.to(encoder.device), output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+        pooled = output[0]  # of the last encoder: text_embeds
+    assert pooled is not None
+    return torch.cat(states, dim=-1), pooled
+
+
+def encode_prompts(
+    tokenizers: Sequence[Any], text_encoders: Sequence[Any], prompts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """`encode_tokens` of prompts (b)."""
+    return encode_tokens(text_encoders, tokenize_prompts(tokenizers, prompts))

@@ -1,0 +1,40 @@
+"""Stable Diffusion 1 and 2: one CLIP, whose last states are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .clip import tokenize_prompts
+from .family import TRANSFORMER_TARGETS, Call, Conditions, Embeddings, Family
+from .unet import unet_divisor
+
+
+def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    (ids,) = tokenize_prompts([pipe.tokenizer], prompts)
+    return (pipe.text_encoder(ids.to(pipe.text_encoder.device))[0],)
+
+
+def _call(unet: Any, call: Call) -> Tensor:
+    return unet(call.sample, call.timestep, encoder_hidden_states=call.embeddings[0], return_dict=False)[0]
+
+
+SD = Family(
+    name="sd",
+    title="Stable Diffusion 1 and 2",
+    pipelines=("StableDiffusionPipeline",),
+    parts=("prompt_embeds",),
+    encoder=_encode,
+    caller=_call,
+    divisor=unet_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder",),
+    tokenizers=("tokenizer",),
+    targets=TRANSFORMER_TARGETS,
+    defaults={"resolution": 512, "guidance_scale": 7.5},
+    is_flow=False,
+    # which makes black images of what it takes for unsafe
+    loading={"safety_checker": None, "requires_safety_checker": False},
+    tags=("stable-diffusion",),
+)

@@ -1,0 +1,55 @@
+"""Stable Diffusion XL's base model: two CLIPs, whose states and pooled state it reads, and the sizes of the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .clip import encode_prompts
+from .family import TRANSFORMER_TARGETS, Call, Conditions, Embeddings, Family
+from .unet import unet_divisor
+
+
+def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    return encode_prompts([pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2], prompts)
+
+
+def _call(unet: Any, call: Call) -> Tensor:
+    states, pooled = call.embeddings
+    # sizes and places beyond 256 pixels aren't whole numbers of bf16
+    conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
+    return unet(
+        call.sample, call.timestep, encoder_hidden_states=states, added_cond_kwargs=conditions, return_dict=False
+    )[0]
+
+
+def _fit(pipe: Any, family: Family) -> Family:
+    kind = pipe.unet.config.addition_embed_type
+    if kind != "text_time" or pipe.text_encoder_2 is None:
+        raise ValueError(
+            f"it is another model than Stable Diffusion XL: its UNet has addition_embed_type {kind!r}, expected "
+            "'text_time' and two text encoders."
+        )
+    if pipe.text_encoder is None or pipe.tokenizer is None:
+        raise ValueError("it has no first text encoder: SDXL's refiner can't be trained so, name its base model.")
+    return family
+
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    pipelines=("StableDiffusionXLPipeline",),
+    parts=("prompt_embeds", "pooled"),
+    encoder=_encode,
+    caller=_call,
+    divisor=unet_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    cut_short=("text_encoder",),
+    targets=TRANSFORMER_TARGETS,
+    is_flow=False,
+    fit=_fit,
+    tags=("stable-diffusion-xl",),
+)

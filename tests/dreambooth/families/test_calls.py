@@ -1,0 +1,189 @@
+"""Each family's call of its denoiser, and its latents, against what its own pipeline of Diffusers does in sampling."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from diffusers import Flux2Pipeline
+from torch import Tensor
+
+from nara_diffusion.dreambooth.cache.codecs import posterior_of, scale_latents
+from nara_diffusion.dreambooth.families.family import Family
+from nara_diffusion.dreambooth.families.table import family_of
+from tests.helpers.family_pipelines import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
+from tests.helpers.rounding import rounding_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(guidance|max_sequence_length|cfg).*")
+
+PROMPTS = ["a toy", "a red toy"]
+LENGTHS = {"sd3": 5, "flux": 12, "flux2": 60, "z_image": 60, "qwen_image": 300, "wan": 20, "flux2 dev": 700}
+UNGUIDED = {
+    "flux": {"guidance_scale": 3.5},
+    "flux2 dev": {"guidance_scale": 4.0},
+    "qwen_image": {"true_cfg_scale": 1.0},
+    "z_image": {"guidance_scale": 0.0},
+}
+PIPELINES = {
+    **FAMILY_PIPELINES,
+    "wan 2.2": lambda: small_wan_images(expand_timesteps=True),
+    "flux2 dev": small_flux2_dev,
+}
+
+
+@dataclass
+class Run:
+    """A pipeline's run of three steps: the calls of its denoiser, what they returned, the latents after each step."""
+
+    pipe: Any
+    family: Family
+    size: tuple[int, int]
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+
+    def grid(self, latents: Tensor) -> Tensor:
+        """(b, c, h, w) of what the pipeline keeps between steps, by the pipeline's own means."""
+        height, width = self.size
+        if self.family.name == "flux":
+            return self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
+        if self.family.name == "qwen_image":
+            return self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)[:, :, 0]
+        if self.family.name == "flux2":
+            h, w = (side // self.pipe.vae_scale_factor // 2 for side in self.size)
+            ids = self.pipe._prepare_latent_ids(torch.zeros(len(latents), 1, h, w))
+            return Flux2Pipeline._unpack_latents_with_ids(latents, ids)
+        return latents[:, :, 0] if self.family.name == "wan" else latents
+
+    def kept(self, grid: Tensor) -> Tensor:
+        """The inverse of `grid`."""
+        b, c, h, w = grid.shape
+        if self.family.name in ("flux", "qwen_image"):
+            return self.pipe._pack_latents(grid, b, c, h, w)
+        if self.family.name == "flux2":
+            return self.pipe._pack_latents(grid)
+        return grid[:, :, None] if self.family.name == "wan" else grid
+
+
+@contextmanager
+def recorded(module: Any, calls: list[dict[str, Any]], outputs: list[Any] | None = None) -> Iterator[None]:
+    """Arguments of each forward by name; those that are None, empty or about the form of the result are left out."""
+    signature = inspect.signature(module.forward)
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(*args, **kwargs).arguments
+        told = {name: value for name, value in bound.items() if name != "return_dict" and value is not None}
+        calls.append({name: value for name, value in told.items() if value != {}})
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        if outputs is not None:
+            outputs.append(output[0])
+
+    hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def configured(name: str, pipe: Any) -> Family:
+    family = family_of(pipe)
+    return family.with_conditions(max_sequence_length=LENGTHS.get(name, LENGTHS.get(family.name)))
+
+
+def sampled(name: str, replace_last: Tensor | None = None) -> Run:
+    """A run without guidance on images that are higher than wide."""
+    pipe = PIPELINES[name]()
+    family = configured(name, pipe)
+    side = max(8, family.divisor(pipe))  # which Stable Diffusion's pipelines demand
+    run = Run(pipe, family, (3 * side, 2 * side))
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if replace_last is not None and step == len(pipe.scheduler.timesteps) - 1:
+            return {"latents": run.kept(replace_last)}
+        run.latents.append(tensors["latents"])
+        return {}
+
+    call: dict[str, Any] = {"height": run.size[0], "width": run.size[1], "num_inference_steps": 3}
+    call |= UNGUIDED.get(name, UNGUIDED.get(family.name, {"guidance_scale": 1.0}))
+    call |= family.sample_call
+    if family.name == "wan":
+        call["num_frames"] = 1
+    if replace_last is None:
+        call["output_type"] = "latent"
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    with recorded(getattr(pipe, family.denoiser), run.calls, run.outputs):
+        pipe(prompt=list(PROMPTS), generator=generators, callback_on_step_end=keep, **call)
+    return run
+
+
+def assert_same(ours: Any, theirs: Any, path: str) -> None:
+    """Full equality of shapes and values; numbers as float64, since a timestep may have another dtype."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), path
+        for key in theirs:
+            assert_same(ours[key], theirs[key], f"{path}.{key}")
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs), path
+        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(one, other, f"{path}[{number}]")
+    elif isinstance(theirs, Tensor):
+        rounding = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(ours.double(), theirs.double(), **rounding, msg=lambda text: f"{path}: {text}")
+    else:
+        assert ours == theirs, path
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_denoiser_is_called_as_the_pipeline_calls_it(name: str) -> None:
+    run = sampled(name)
+    scheduler, denoiser = run.pipe.scheduler, getattr(run.pipe, run.family.denoiser)
+    embeddings = run.family.encode(run.pipe, PROMPTS)
+    assert not any(torch.equal(part[0], part[1]) for part in embeddings if part.is_floating_point())
+    time_ids = torch.tensor([[*run.size, 0, 0, *run.size]]).expand(2, -1)
+    for step in (1, 2):
+        sample = run.grid(run.latents[step - 1]) if run.family.is_flow else run.calls[step]["sample"]
+        timestep = scheduler.timesteps[step].expand(2)
+        ours: list[dict[str, Any]] = []
+        with recorded(denoiser, ours):
+            prediction = run.family.predict(denoiser, sample, timestep, time_ids, embeddings)
+        theirs = dict(run.calls[step])
+        if not run.family.is_flow:
+            theirs["timestep"] = theirs["timestep"].expand(2)
+        assert_same(ours[0], theirs, run.family.name)
+        if run.family.is_flow:  # what the pipeline's Euler step made of its denoiser's output
+            moved = (scheduler.sigmas[step + 1] - scheduler.sigmas[step]) * prediction
+            torch.testing.assert_close(sample + moved, run.grid(run.latents[step]), rtol=1e-5, atol=1e-5)
+            assert moved.abs().mean() > 1e-3
+        else:
+            torch.testing.assert_close(prediction, run.outputs[step], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_latents_are_what_the_pipeline_decodes_to_the_same_z(name: str, monkeypatch) -> None:
+    pipe = PIPELINES[name]()
+    side = max(8, family_of(pipe).divisor(pipe))
+    pixels = torch.rand(2, 3, 3 * side, 2 * side, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    mean, std = posterior_of(pipe.vae, pixels)
+    z = mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(5))
+    decoded: list[Tensor] = []
+    kind = type(pipe.vae)
+    decode = kind.decode
+
+    def record(self: Any, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(z)
+        return decode(self, z, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "decode", record)
+    sampled(name, replace_last=scale_latents(pipe.vae, z))
+    (found,) = decoded
+    tolerance = 10 * rounding_of(pipe.vae)
+    torch.testing.assert_close(found[:, :, 0] if found.dim() == 5 else found, z, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,224 @@
+"""Teaches an image model a subject from a few images, with NaRA or another adapter, and shows what that brought.
+
+Stable Diffusion 1 and 2 and XL: the model's model_index.json says which it is, and that sets the defaults (resolution,
+guidance, adapted modules); docs/dreambooth.md has the table. Your own five images, on one GPU:
+    accelerate launch train_scripts/dreambooth.py --pretrained_model_name_or_path MODEL --mixed_precision bf16 \\
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
+With a file of settings for the model from train_scripts/configs; flags win over it:
+    accelerate launch train_scripts/dreambooth.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
+
+With --adapter lora, dora, …, full the same is done by another method; --help lists them. --init_adapter starts from
+a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/windows.md).
+
+Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; other methods have files of
+their own, which nara_diffusion/dreambooth/formats.py lists), README.md (the model card, which says how to load them),
+samples.png with samples before and after, the samples themselves, noise_level_curve.png, results.json, metrics.jsonl,
+config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from nara_diffusion.check.images import image_task
+from nara_diffusion.check.run import check_training
+from nara_diffusion.dreambooth import collate_samples
+from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.dreambooth.arguments.average import decay_of
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
+from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
+from nara_diffusion.dreambooth.families.loading import load_pipeline, modules_of, sampling_pipeline
+from nara_diffusion.dreambooth.families.table import family_of_model
+from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.loss import TrainingStep
+from nara_diffusion.dreambooth.setup import (
+    check_settings,
+    count_validation_steps,
+    epoch_size,
+    latent_cache,
+    load_class_images,
+    load_held_out,
+    load_instances,
+    make_evaluator,
+    prompt_cache,
+    record_texts,
+    run_family,
+    run_objective,
+    sample_settings,
+    step_options,
+    target_scheduler,
+    training_data,
+    validation_objective,
+    validation_samples,
+)
+from nara_diffusion.dreambooth.validation import Validation
+from nara_diffusion.loaders.schedulers import scheduler_fields
+from nara_diffusion.training.adapters.build import adapter_config
+from nara_diffusion.training.adapters.init_adapter import start_from
+from nara_diffusion.training.adapters.methods import title_of
+from nara_diffusion.training.checkpoints.folders import save_adapter
+from nara_diffusion.training.loop import train
+from nara_diffusion.training.main import run_command
+from nara_diffusion.training.oom import explaining_out_of_memory
+from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.output.run_report import publish
+from nara_diffusion.training.run import Run, start_run
+from nara_diffusion.training.stream import count_steps, stream_loader
+
+
+def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that suit the family of the model that was `given`, in place of the script's own defaults."""
+    name = given.get("pretrained_model_name_or_path", "")
+    if not name:
+        return {}  # which the arguments refuse
+    family = family_of_model(name, revision=given.get("revision"), cache_dir=given.get("cache_dir"))
+    return {"target_modules": list(family.targets), **family.defaults}
+
+
+@explaining_out_of_memory
+def main(args: DreamBoothArguments) -> dict[str, Any]:
+    """Trains, measures before and after, saves; returns what results.json holds."""
+    with start_run(args, "dreambooth", write_checkpoint) as run:
+        return fine_tune(args, run)
+
+
+def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
+    """The run from its data to its report."""
+    started = time.perf_counter()
+    refuse_sharding(run)
+    device, show = run.accelerator.device, run.is_main
+    family = run_family(args)
+
+    # Data
+    instances = load_instances(args, show)
+    held_out_images = load_held_out(args, show)
+    run.record_data_digest("validation data", record_texts(held_out_images))
+    evaluator = make_evaluator(args, instances, device)
+    load = partial(
+        load_pipeline,
+        args.pretrained_model_name_or_path,
+        vae_name=args.pretrained_vae_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+    )
+
+    # Model
+    pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype)
+    run.record_base_digest(**modules_of(pipe))
+    family = run_family(args, pipe)
+    check_settings(args, pipe)
+    # before `pipe` takes the device's memory; a check leaves them out
+    class_images = [] if args.check else load_class_images(args, run.accelerator, run.dtype, load, family)
+    run.record_data_digest("training data", record_texts([*instances, *class_images]))
+    pipe.to(device)
+    dataset = training_data(args, instances, class_images, pipe)
+    images = epoch_size(args, instances)
+    steps = count_steps(images, run.global_batch, args.max_train_steps, args.num_train_epochs)
+    count_validation_steps(args, images, run.global_batch)
+    batches = run.batches(steps)
+    needed = range(0) if args.check else range(batches["first"], batches["stop"])
+    latents = latent_cache(args, pipe, dataset, needed, show)
+    prompts = prompt_cache(args, pipe)
+    target = target_scheduler(args, pipe)
+    converted = None if target is pipe.scheduler else target
+    step = TrainingStep(
+        model=getattr(pipe, family.denoiser),
+        objective=run_objective(args, target),
+        latents=latents,
+        prompts=prompts,
+        device=device,
+        group_size=run.global_batch,
+        **step_options(args),
+    )
+    if args.check:
+        held_out_data = training_data(args, held_out_images, [], pipe) if held_out_images else dataset
+        results, shown = check_training(image_task(pipe, args, step, dataset, held_out_data), args, run)
+        print(shown)
+        return results
+    samples = validation_samples(args, dataset, pipe, held_out_images)
+    latents.fill(samples, progress=False)
+    held_out = ValidationLoss(
+        validation_objective(args, target),
+        latents,
+        samples,
+        args.seed,
+        args.curve_points,
+        args.train_batch_size,
+        step.window,
+        family,
+    )
+    carried = None if converted is None else scheduler_fields(converted)
+    convention = step.objective.source.convention
+    config = adapter_config(args, noise_convention=convention, scheduler=carried, total_steps=steps)
+    sampler = sampling_pipeline(pipe, config, run.dtype, load)
+    model = AdaptedDenoiser(
+        pipe,
+        config,
+        train_text_encoder=args.train_text_encoder,
+        gradient_checkpointing=args.gradient_checkpointing,
+        scheduler=converted,
+        family=family,
+    )
+    if run.checkpoint is not None:
+        read_checkpoint(model, run.checkpoint)
+    elif args.init_adapter is not None:
+        start_from(model.components, args.init_adapter, pipe)
+
+    # Train
+    optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)
+    scheduler = build_scheduler(optimizer, args, steps)
+    loader = stream_loader(dataset, collate_samples, **batches, num_workers=args.dataloader_num_workers)
+    denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
+    if args.use_ema:
+        model.start_average(decay_of(args), run.checkpoint)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts = {
+        "adapter": title_of(args),
+        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",
+        "trainable parameters": f"{trainable:,}",
+        "hardware": run.hardware,
+    }
+    run.open(facts)
+    settings = sample_settings(args, instances, family)
+    validate = Validation(run, denoiser, sampler, settings, held_out, evaluator.references)
+    loss = replace(step, model=denoiser)
+    train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)
+
+    # Save
+    save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
+    parts = (settings, held_out, evaluator)
+    before = measure(run.accelerator, sampler, None, *parts, name="before")
+    after = measure(run.accelerator, sampler, run.folder, *parts, name="after")
+    results = {"seconds": round(time.perf_counter() - started, 1), "n": len(after.images), **compare(before, after)}
+    results |= {"adapter": args.adapter, "trainable_parameters": trainable}
+    if run.is_main:
+        facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
+        references = evaluator.references
+        load_from = run.hub_id or str(run.folder)
+        write_run_report(run.folder, args, facts, settings, before, after, references, load_from, pipe, converted)
+        print(publish(run, results, results_table(before, after)))
+    return results
+
+
+def refuse_sharding(run: Run) -> None:
+    """Sampling during training needs the whole model on each process."""
+    kind = run.accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"this script trains where each device holds the whole model, and not with {kind.value}: launch it with "
+            "--multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
+        )
+
+
+if __name__ == "__main__":
+    run_command(main, DreamBoothArguments, __doc__, {}, family_defaults)
