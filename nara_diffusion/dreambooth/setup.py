@@ -18,6 +18,7 @@ from nara_diffusion.dreambooth.data.repeat_folders import records_from_subject_f
 from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings
+from nara_diffusion.dreambooth.families.clip import check_clip_skip
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of, family_of_model
 from nara_diffusion.training.adapters.build import check_adaptable
@@ -128,7 +129,13 @@ def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
     named = {"name": args.pretrained_model_name_or_path, "revision": args.revision, "cache_dir": args.cache_dir}
     family = family_of_model(**named) if pipe is None else family_of(pipe)
     check_family(args, family)
-    return family.with_conditions(max_sequence_length=args.max_sequence_length, guidance=args.training_guidance_scale)
+    if pipe is not None and family.clips:
+        check_clip_skip(args.clip_skip, [getattr(pipe, name) for name in family.clips])
+    return family.with_conditions(
+        max_sequence_length=args.max_sequence_length,
+        guidance=args.training_guidance_scale,
+        clip_skip=args.clip_skip,
+    )
 
 
 def run_objective(args: DreamBoothArguments, scheduler: Any) -> Objective:

@@ -84,7 +84,7 @@ def test_check_of_records_measures_a_language_model(tmp_path: Path, records: Pat
         (["model", "{pictures}", "--core_learning_rate", "-1"], "core_learning_rate is -1.0, expected more than 0"),
         (["model", "{pictures}", "--seed", "-1"], "seed is -1, expected 0 or more"),
         (["model", "{records}", "--prompt", "a dog"], "prompt: only for images, but DATA"),
-        (["{llada}", "{pictures}"], "can't be loaded as Stable Diffusion XL"),
+        (["{llada}", "{pictures}"], "can't be loaded, since it has no model_index.json"),
         (["{sdxl}", "{empty}"], "{empty}"),
         (["{llada}", "{records}", "--target_modules", "to_q"], "target_modules to_q match no module"),
     ],

@@ -16,7 +16,7 @@ from nara_diffusion.check import run as check_run
 from nara_diffusion.check.trial import CheckSettings, CheckTask, published, trials
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.configs import adapter_config
-from train_scripts import dllm, dreambooth_sdxl
+from train_scripts import dllm, dreambooth
 
 from .dreambooth_runs import fresh_accelerate, tiny_arguments, write_pictures
 
@@ -105,8 +105,8 @@ def test_dreambooth_check_measures_the_losses_of_training(
     tmp_path: Path,
 ) -> None:
     trained = image_arguments(output_dir=str(tmp_path / "trained"), **changes)
-    expected = first_losses(dreambooth_sdxl, trained, monkeypatch)
-    found = checked_losses(dreambooth_sdxl, image_arguments(check=True, **changes), monkeypatch)
+    expected = first_losses(dreambooth, trained, monkeypatch)
+    found = checked_losses(dreambooth, image_arguments(check=True, **changes), monkeypatch)
     torch.testing.assert_close(found, expected)
 
 
@@ -124,7 +124,7 @@ def test_dllm_check_measures_the_losses_of_training(
 def test_dreambooth_check_of_a_held_window_sees_the_base_itself_as_no_loss_outside(
     image_arguments: Callable[..., DreamBoothArguments],
 ) -> None:
-    results = dreambooth_sdxl.main(image_arguments(check=True, max_noise_level=0.5, hold_base_outside=1.0))
+    results = dreambooth.main(image_arguments(check=True, max_noise_level=0.5, hold_base_outside=1.0))
     inside = [row["losses"]["base"] for row in results["bins"] if row["high"] <= 0.5]
     outside = [row["losses"]["base"] for row in results["bins"] if row["low"] >= 0.5]
     assert min(inside) > 1e-3
@@ -164,10 +164,10 @@ def test_dreambooth_check_adapts_the_runs_own_targets_in_the_unet_alone(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(dreambooth_sdxl, "train", lambda *parts: pytest.fail("it trained"))
-    monkeypatch.setattr(dreambooth_sdxl, "load_class_images", lambda *parts: pytest.fail("it made class images"))
+    monkeypatch.setattr(dreambooth, "train", lambda *parts: pytest.fail("it trained"))
+    monkeypatch.setattr(dreambooth, "load_class_images", lambda *parts: pytest.fail("it made class images"))
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a toy"}
-    dreambooth_sdxl.main(
+    dreambooth.main(
         image_arguments(check=True, target_modules=["to_q", "conv1"], train_text_encoder=True, **prior)
     )
     assert {file.name for file in (tmp_path / "images").iterdir()} >= WRITTEN
@@ -181,10 +181,10 @@ def test_dreambooth_check_measures_images_that_are_held_out(
     image_arguments: Callable[..., DreamBoothArguments], measured: list[CheckTask], tmp_path: Path
 ) -> None:
     others = write_pictures(tmp_path / "others", 2, seed=9)
-    own = dreambooth_sdxl.main(image_arguments(check=True))
+    own = dreambooth.main(image_arguments(check=True))
     fresh_accelerate()
     there = image_arguments(check=True, validation_data_dir=str(others), output_dir=str(tmp_path / "there"))
-    assert dreambooth_sdxl.main(there)["losses"]["base"] != own["losses"]["base"]
+    assert dreambooth.main(there)["losses"]["base"] != own["losses"]["base"]
     for task in measured:
         disturb(task.model)
     torch.testing.assert_close(*(task.loss(range(2)).per_sample for task in measured))  # trained on the same

@@ -176,3 +176,23 @@ def test_images_of_the_class_are_made_by_the_family_s_pipeline(arguments, tmp_pa
     args = arguments("qwen_image", num_class_images=2, validation_steps=None, **prior)
     assert main(args)["n"] == 4
     assert len(list((tmp_path / "class").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_trains_and_samples_as_a_user_loads(arguments, name: str) -> None:
+    args = arguments(name, mixed_precision="bf16", validation_steps=None, gradient_checkpointing=True)
+    results = main(args)
+    assert np.isfinite([*results["curve_before"], *results["curve_after"]]).all()
+    pipe = by_the_card(Path(args.output_dir))
+    assert next(pipe.vae.parameters()).dtype == torch.bfloat16
+    sampled = sample_batch(pipe, [(args.prompts[0], args.seed), (args.prompts[0], args.seed + 1)], call_of(args))
+    after = written(Path(args.output_dir) / "samples-after")[:2]
+    assert all((np.asarray(a) == b).all() for a, b in zip(sampled, after, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sd3", "z_image"])
+def test_check_measures_the_training_of_a_flow(arguments, name: str) -> None:
+    args = arguments(name, check=True, max_train_steps=None, lora_alpha=None)
+    results = main(args)
+    assert {"base", "nara"} <= results["losses"].keys()
+    assert (Path(args.output_dir) / "check.json").is_file()

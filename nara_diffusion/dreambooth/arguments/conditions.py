@@ -21,6 +21,11 @@ class ConditionArguments:
         "family's pipeline does.",
         unit="tokens",
     )
+    clip_skip: int | None = option(
+        None,
+        "Layers of CLIP to leave out at its end (SDXL, SD3), as Diffusers counts: 1 is what other programs call 2.",
+        unit="layers",
+    )
     training_guidance_scale: float | None = option(
         None, "What a denoiser with distilled guidance (FLUX) is told in training; none means its samples' default."
     )
@@ -30,6 +35,13 @@ def check_conditions(args: Any) -> None:
     """Raises ValueError for values that no run can use."""
     length, guidance = args.max_sequence_length, args.training_guidance_scale
     require(args, "max_sequence_length", length is None or length >= 0, "at least 0, or none")
+    skip = args.clip_skip
+    require(args, "clip_skip", skip is None or skip >= 1, "at least 1, or none")
+    if skip is not None and args.train_text_encoder:
+        raise ValueError(
+            f"clip_skip is {skip}, with which layers of a trained text encoder would never be read: leave it or "
+            "train_text_encoder out."
+        )
     require(args, "training_guidance_scale", guidance is None or guidance >= 0, "at least 0, or none")
 
 
@@ -52,6 +64,8 @@ def _unread(args: Any, family: Family) -> list[tuple[str, Any, str]]:
         found.append(("train_text_encoder", False, "is trained with its text encoders as they are"))
     if family.conditions.max_sequence_length is None:
         found.append(("max_sequence_length", None, "reads the tokens that its CLIP has places for"))
+    if not family.clips:
+        found.append(("clip_skip", None, family.no_clip_skip))
     if family.conditions.guidance is None:
         found.append(("training_guidance_scale", None, "has no distilled guidance to be told"))
     if family.is_flow:

@@ -27,7 +27,7 @@ class Conditions:
     Attributes:
         max_sequence_length: tokens of a prompt, for families whose text encoders read more or less; None for others.
         guidance: what a denoiser with distilled guidance is told; None for others.
-        clip_skip: layers of CLIP that are left out at its end; None takes what the pipeline does by default.
+        clip_skip: as the pipelines have it, layers of CLIP that are left out at its end; None takes their default.
         timestep_of_tokens: whether the denoiser takes one timestep for each token.
     """
 
@@ -60,6 +60,10 @@ def _same(pipe: Any, family: Family) -> Family:
     return family
 
 
+def _first_dtype(denoiser: nn.Module) -> torch.dtype:
+    return next(denoiser.parameters()).dtype  # `denoiser.dtype` walks over all modules
+
+
 def _nothing(call: dict[str, Any], count: int) -> dict[str, Any]:
     return call
 
@@ -81,6 +85,8 @@ class Family:
         text_encoders: names of those that can be trained too.
         tokenizers: of these.
         cut_short: those of them whose last layer isn't read.
+        clips: text encoders of which layers can be left out at their end.
+        no_clip_skip: why there are none, for messages.
         targets: modules that are adapted by default.
         defaults: other arguments that differ from the script's own defaults.
         is_flow: whether it is a rectified flow, as its scheduler says too.
@@ -90,6 +96,7 @@ class Family:
         sampling: (arguments of a call, number of images) → what the pipeline's call takes for them.
         images_of: from the call's output to images (b, h, w, 3).
         picked: the same of one image in code, for model cards.
+        dtype_of: (denoiser) → what it takes samples and embeddings in.
         loading: further arguments of `from_pretrained`.
         tags: of model cards.
     """
@@ -105,6 +112,8 @@ class Family:
     text_encoders: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
     cut_short: tuple[str, ...] = ()
+    clips: tuple[str, ...] = ()
+    no_clip_skip: str = "reads no CLIP of which layers could be left out"
     targets: tuple[str, ...] = TRANSFORMER_TARGETS
     defaults: Mapping[str, Any] = field(default_factory=dict)
     is_flow: bool = True
@@ -113,6 +122,7 @@ class Family:
     sampling: Callable[[dict[str, Any], int], dict[str, Any]] = _nothing
     images_of: Callable[[Any], Any] = lambda output: output.images
     picked: str = ".images[0]"
+    dtype_of: Callable[[Any], torch.dtype] = _first_dtype
     loading: Mapping[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
 
@@ -135,13 +145,9 @@ class Family:
         self, denoiser: nn.Module, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: Embeddings
     ) -> Tensor:
         """(b, c, h, w), what the objective compares with its target; shapes as in `Call`."""
-        dtype = next(denoiser.parameters()).dtype  # `denoiser.dtype` walks over all modules
+        dtype = self.dtype_of(denoiser)
         cast = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in embeddings)
         return self.caller(denoiser, Call(sample.to(dtype), timestep, cast, time_ids, self.conditions))
-
-    def trained_encoders(self, pipe: Any) -> list[Any]:
-        """The text encoders of `pipe` that can be trained."""
-        return [getattr(pipe, name) for name in self.text_encoders]
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:

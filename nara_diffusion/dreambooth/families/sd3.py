@@ -10,8 +10,9 @@ from .family import Call, Conditions, Embeddings, Family
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    length, skip = conditions.max_sequence_length, conditions.clip_skip
     states, _, pooled, _ = pipe.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=conditions.max_sequence_length
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length, clip_skip=skip
     )
     return states, pooled
 
@@ -36,6 +37,7 @@ SD3 = Family(
     caller=_call,
     divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
     tokenizers=("tokenizer_3",),
+    clips=("text_encoder", "text_encoder_2"),
     targets=(
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

@@ -12,7 +12,8 @@ from .unet import unet_divisor
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    return encode_prompts([pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2], prompts)
+    tokenizers, encoders = [pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2]
+    return encode_prompts(tokenizers, encoders, prompts, conditions.clip_skip)
 
 
 def _call(unet: Any, call: Call) -> Tensor:
@@ -49,6 +50,7 @@ SDXL = Family(
     tokenizers=("tokenizer", "tokenizer_2"),
     cut_short=("text_encoder",),
     targets=TRANSFORMER_TARGETS,
+    clips=("text_encoder", "text_encoder_2"),
     is_flow=False,
     fit=_fit,
     tags=("stable-diffusion-xl",),

@@ -51,6 +51,7 @@ WAN = Family(
     fit=_fit,
     sampling=lambda call, count: call | {"num_frames": 1},
     images_of=lambda output: output.frames[:, 0],
+    dtype_of=lambda transformer: transformer.patch_embedding.weight.dtype,  # others stay float32
     picked=".frames[0, 0]",
     tags=("wan",),
 )

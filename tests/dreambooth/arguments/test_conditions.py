@@ -9,6 +9,8 @@ import pytest
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.arguments.conditions import check_family
 from nara_diffusion.dreambooth.families.table import FAMILIES, family_named
+from nara_diffusion.dreambooth.setup import run_family
+from tests.helpers.small_pipelines import small_sdxl
 
 GIVEN = {"pretrained_model_name_or_path": "x", "instance_data_dir": "x", "instance_prompt": "x"}
 FLOWS = [family for family in FAMILIES if family.is_flow]
@@ -86,6 +88,8 @@ def test_guidance_is_told_to_denoisers_that_are_distilled_for_it() -> None:
         ({"weighting_scheme": "uniform"}, "weighting_scheme must be one of none, logit_normal"),
         ({"flow_shift": 0.0}, "flow_shift must be above 0"),
         ({"max_sequence_length": -1}, "max_sequence_length must be at least 0"),
+        ({"clip_skip": 0}, "clip_skip must be at least 1, or none, got 0"),
+        ({"clip_skip": 1, "train_text_encoder": True}, "clip_skip is 1, with which layers of a trained text encoder"),
         ({"training_guidance_scale": -1.0}, "training_guidance_scale must be at least 0"),
     ],
     ids=str,
@@ -93,6 +97,16 @@ def test_guidance_is_told_to_denoisers_that_are_distilled_for_it() -> None:
 def test_values_that_no_run_can_use_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DreamBoothArguments(**GIVEN, **changes)
+
+
+def test_layers_of_clip_are_left_out_where_there_is_a_clip() -> None:
+    checked(family_named("StableDiffusion3Pipeline"), clip_skip=1)
+    with pytest.raises(ValueError, match=r"clip_skip is 1, but FLUX.1 reads no CLIP of which layers could be left out"):
+        checked(family_named("FluxPipeline"), clip_skip=1)
+    with pytest.raises(ValueError, match=r"clip_skip is 2, but of this model's CLIP at most 1 layers can be left out"):
+        run_family(DreamBoothArguments(**GIVEN, clip_skip=2), small_sdxl())
+    with pytest.raises(ValueError, match=r"clip_skip is 1, but Stable Diffusion 1 and 2 can't be sampled so: its pipe"):
+        checked(family_named("StableDiffusionPipeline"), clip_skip=1)
 
 
 def test_a_class_of_no_family_is_refused_with_the_list_of_them() -> None:
