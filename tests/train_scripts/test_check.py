@@ -167,9 +167,7 @@ def test_dreambooth_check_adapts_the_runs_own_targets_in_the_unet_alone(
     monkeypatch.setattr(dreambooth, "train", lambda *parts: pytest.fail("it trained"))
     monkeypatch.setattr(dreambooth, "load_class_images", lambda *parts: pytest.fail("it made class images"))
     prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "class_prompt": "a toy"}
-    dreambooth.main(
-        image_arguments(check=True, target_modules=["to_q", "conv1"], train_text_encoder=True, **prior)
-    )
+    dreambooth.main(image_arguments(check=True, target_modules=["to_q", "conv1"], train_text_encoder=True, **prior))
     assert {file.name for file in (tmp_path / "images").iterdir()} >= WRITTEN
     assert not list((tmp_path / "images").glob("*.safetensors"))
     layers = [name for name, module in measured[0].model.named_modules() if hasattr(module, "lora_A")]

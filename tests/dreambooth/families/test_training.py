@@ -14,7 +14,7 @@ from nara_diffusion.dreambooth.cache.prompt_embeds import family_cache
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.objectives import build_objective
-from tests.helpers.adapted_denoisers import told
+from tests.helpers.denoisers.adapted import told
 from tests.helpers.family_pipelines import FAMILY_PIPELINES
 
 PROMPTS = ["a toy", "a red toy on grass"]
