@@ -122,8 +122,8 @@ def test_a_swap_in_place_reaches_both(tmp_path):
 
 def test_an_adapter_on_a_component_that_the_file_has_no_place_for_is_refused(tmp_path):
     pipe = small_sd()
-    for model in (pipe.unet, pipe.vae):
-        model.add_adapter(nara_config(target_modules=["to_q", "to_v"]))
+    for model, kind in ((pipe.unet, "hypernetwork"), (pipe.vae, "identity")):
+        model.add_adapter(nara_config(target_modules=["to_q", "to_v"], core_type=kind))
     with pytest.raises(ValueError, match="'default' is in 'vae' too"):
         pipe.save_nara_weights(tmp_path)
     assert not list(tmp_path.iterdir())
