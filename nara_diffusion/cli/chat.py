@@ -40,7 +40,7 @@ class Chat:
     """A conversation with one model.
 
     Args:
-        model: in evaluation mode. tokenizer: its own. system: what stands before all turns, or None.
+        model: in evaluation mode. tokenizer: its own. system: the system message, or None.
         sampling: arguments of `generate`.
     """
 
@@ -83,7 +83,7 @@ class Chat:
         return answer
 
     def _fitting(self, turns: list[Turn]) -> tuple[list[int], list[Turn]]:
-        """The prompt's token ids, and those turns of it that the model has room for, the last one at least."""
+        """The token ids of the prompt, and its turns: as many as the model has room for, at least the last one."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         limit = position_limit(self.model)
         while True:

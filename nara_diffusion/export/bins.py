@@ -1,9 +1,9 @@
-"""A NaRA as several plain LoRAs, whose strengths over λ blend one into the next.
+"""Export of a NaRA to several plain LoRAs with strengths over λ.
 
     ΔW(λ) ≈ Σ_k φ_k(λ) · s B C_k A,      Σ_k φ_k = 1, at most two φ above 0 at one λ
 
 φ are piecewise linear, so each is a `StrengthSchedule`. LoRAs share A. Knots are such a sum exactly, and Multi-LoRA's
-and T-LoRA's masks are, by φ that are 0 or 1; of a mask, each LoRA keeps the directions alone that it uses. Of other
+and T-LoRA's masks are, by φ that are 0 or 1; each LoRA of a mask keeps only the directions that it uses. For other
 cores the C_k are fitted by least squares (`core_samples`).
 """
 
@@ -74,7 +74,7 @@ class LoraBins:
 
 
 def read_lora_bins(directory: str | os.PathLike[str]) -> list[tuple[Path, StrengthSchedule]]:
-    """The folder and the strength of each LoRA that `LoraBins.save_pretrained` wrote.
+    """Read what `LoraBins.save_pretrained` wrote: the folder and the strength of each LoRA.
 
     Raises:
         ValueError: there is no lora_bins.json, or it is damaged.
@@ -153,7 +153,7 @@ def _played(
 
 
 def _blend(samples: CoreSamples, bins: int | None, bound: float | None, interpolation: str, name: str) -> Blend:
-    """Of as few LoRAs as are enough, and of `bins` at most."""
+    """The blend of as few LoRAs as keep to `bound`, or of at most `bins`."""
     if interpolation == "linear":
         exact = exact_blend(samples)
         if exact.error.worst_update <= _EXACT and (bins is None or len(exact.schedules) <= bins):
@@ -201,7 +201,7 @@ def _lora(adapter: Adapter, cores: Mapping[CoreKey, Tensor], index: int) -> Plai
 
 
 def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
-    """Without the directions that a mask has switched off, whose columns of B are zero; one stays at least."""
+    """Remove the directions that a mask has switched off, whose columns of B are zero; at least one stays."""
     if layer.B.shape[1] != layer.rank:  # a convolution with groups
         return layer
     used = layer.B.transpose(0, 1).flatten(1).any(1).nonzero().flatten()

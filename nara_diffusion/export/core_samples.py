@@ -29,7 +29,7 @@ from .update_norm import CoreKey, UpdateNorm, cores_over
 
 GRID = 257
 _FLOOR = 1e-9
-"""Of w, by which C_k is defined where the density is zero."""
+"""The least weight w, by which C_k is defined where the density is zero."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class CoreSamples:
         return is_same(self.cores, one, other)
 
     def sampled(self, schedules: list[StrengthSchedule], chosen: list[int]) -> Blend:
-        """C_k is C at the k-th of the points `chosen`."""
+        """The blend whose C_k is C at the k-th of the points `chosen`."""
         mixing = torch.zeros(len(chosen), len(self.levels), dtype=torch.float64)
         mixing[range(len(chosen)), chosen] = 1
         return self._blend(schedules, self.levels[chosen].tolist(), mixing)
 
     def fitted(self, schedules: list[StrengthSchedule], noise_levels: list[float]) -> Blend:
-        """C_k is by least squares."""
+        """The blend whose C_k are fitted by least squares."""
         shares = self._shares(schedules)
         weighted = self.floored[:, None] * shares  # (n, K)
         gram = shares.T @ weighted
@@ -101,12 +101,12 @@ class CoreSamples:
         return Blend(noise_levels, schedules, mixing, error)
 
     def _shares(self, schedules: list[StrengthSchedule]) -> Tensor:
-        """Φ (n, K), by the strengths as they are used."""
+        """Φ (n, K), the values of the schedules on the grid."""
         return torch.stack([schedule.at(self.levels) for schedule in schedules], dim=1).double()
 
 
 def _widths(levels: Tensor) -> Tensor:
-    """Of the trapezoids over λ (n,), their sum is 1."""
+    """The weights of the trapezoidal rule at λ (n,), which sum to 1."""
     gaps = levels.diff() / 2
     zero = gaps.new_zeros(1)
     return torch.cat([gaps, zero]) + torch.cat([zero, gaps])

@@ -17,12 +17,12 @@ from .core_samples import Blend, CoreSamples
 
 
 def exact_blend(samples: CoreSamples) -> Blend:
-    """C at the breakpoints, straight between them: what knots and masks are."""
+    """The blend with C at the breakpoints and linear between them, which is exact for knots and masks."""
     return samples.sampled(*_hats(samples, samples.breakpoints))
 
 
 def linear_blends(samples: CoreSamples, worst: bool) -> Iterator[Blend]:
-    """The best of 1, 2, 3 … LoRAs: of the smallest worst error, or of the smallest mean square."""
+    """Yield the best blends of 1, 2, 3 … LoRAs: those with the smallest worst error, or the smallest mean square."""
     ends = [0, len(samples.levels) - 1]
     grown = [
         _grown(samples, start) for start in ([ends] if samples.breakpoints == ends else [samples.breakpoints, ends])
@@ -39,7 +39,7 @@ def _uniform(samples: CoreSamples, number: int) -> list[int]:
 
 
 def _grown(samples: CoreSamples, knots: list[int] | None) -> Iterator[list[int] | None]:
-    """Knots that make 1, 2, 3 … φ; None where there are none."""
+    """Yield the knots of 1, 2, 3 … φ; None where there are none."""
     number = 1
     while knots is not None:
         runs = len(_runs(samples, knots))
@@ -52,7 +52,7 @@ def _grown(samples: CoreSamples, knots: list[int] | None) -> Iterator[list[int] 
 
 
 def _with_the_worst(samples: CoreSamples, knots: list[int]) -> list[int] | None:
-    """One knot more, where C as it is at the knots is farthest from C(λ); None if it is nowhere."""
+    """Add a knot where the interpolation of C is farthest from C(λ); None if it is exact."""
     errors = torch.tensor(samples.sampled(*_hats(samples, knots)).error.update)
     errors[knots] = 0
     return sorted([*knots, int(errors.argmax())]) if errors.any() else None
@@ -64,14 +64,14 @@ def _fitted(samples: CoreSamples, knots: list[int]) -> Blend:
 
 
 def _hats(samples: CoreSamples, knots: list[int]) -> tuple[list[StrengthSchedule], list[int]]:
-    """φ of each run of knots, and the first point of each."""
+    """The φ of each run of knots, and the first point of each run."""
     levels = samples.levels[knots].tolist()
     runs = _runs(samples, knots)
     return [_hat(levels, run) for run in runs], [knots[run[0]] for run in runs]
 
 
 def _runs(samples: CoreSamples, knots: list[int]) -> list[list[int]]:
-    """Numbers of the knots, those together that follow one another with equal C."""
+    """The numbers of the knots, grouped into runs of equal C."""
     runs = [[0]]
     for index in range(1, len(knots)):
         if samples.same(knots[index - 1], knots[index]):
@@ -82,7 +82,7 @@ def _runs(samples: CoreSamples, knots: list[int]) -> list[list[int]]:
 
 
 def _hat(levels: list[float], run: list[int]) -> StrengthSchedule:
-    """1 on the run, 0 from the λ before it down and from the λ after it up."""
+    """The schedule that is 1 on the run, and 0 up to the λ before it and from the λ after it."""
     first, last = run[0], run[-1]
     before = [(levels[first - 1], 0.0)] if first > 0 else []
     inside = [(levels[index], 1.0) for index in dict.fromkeys((first, last))]

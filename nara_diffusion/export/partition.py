@@ -20,7 +20,7 @@ from .core_samples import Blend, CoreSamples
 
 
 def constant_blends(samples: CoreSamples, worst: bool) -> Iterator[Blend]:
-    """The best of 1, 2, 3 … LoRAs: of the smallest worst error, or of the smallest mean square."""
+    """Yield the best blends of 1, 2, 3 … LoRAs: those with the smallest worst error, or the smallest mean square."""
     costs = _costs(samples, worst)  # (n, n), from the row's point to the column's
     total, firsts = costs[0], []
     for _ in range(len(costs)):
@@ -31,7 +31,7 @@ def constant_blends(samples: CoreSamples, worst: bool) -> Iterator[Blend]:
 
 
 def _costs(samples: CoreSamples, worst: bool) -> Tensor:
-    """Of each part (i, j): the largest ‖ΔW − mean‖² in it, or their sum by weights; ∞ below the diagonal."""
+    """The cost of each part (i, j): the largest ‖ΔW − mean‖² in it, or their weighted sum; ∞ below the diagonal."""
     M, w = samples.products, samples.floored
     n = len(w)
     costs = M.new_full((n, n), torch.inf)
@@ -72,6 +72,6 @@ def _fall(step: float | None) -> list[tuple[float, float]]:
 
 
 def _between(low: float, high: float) -> float:
-    """The middle in float32, above `low`."""
+    """The middle of `low` and `high` in float32, above `low`."""
     middle = float(np.float32((low + high) / 2))
     return middle if middle > low else high

@@ -16,11 +16,11 @@ from .adapted_layers import AdaptedLayer, Adapter
 
 CoreKey = tuple[str, str] | None
 Cores = Mapping[CoreKey, Tensor]
-"""What layers read → C (n or 1, r, r), float64; None stands for layers without a core."""
+"""{key of a core: C (n or 1, r, r), float64}; the key None stands for layers without a core."""
 
 
 def cores_over(adapter: Adapter, noise_levels: Tensor, mask_density: float | None = None) -> dict[CoreKey, Tensor]:
-    """Each core that the adapter's layers read, at λ (n,) → (n or 1, r, r), float64.
+    """The cores that the adapter's layers read, at λ (n,): {key: (n or 1, r, r), float64}.
 
     Raises:
         ValueError: a core reads the mask density, and it is not given.

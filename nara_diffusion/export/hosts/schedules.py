@@ -1,4 +1,4 @@
-"""The strengths over λ of several LoRAs, as hosts take them: by sampling percent, by step, in a prompt.
+"""The strengths over λ of several LoRAs in the forms of hosts: by sampling percent, by step, in a prompt.
 
 ComfyUI's percent is the model's own time, from pure noise at 0:
 
@@ -21,16 +21,16 @@ from nara_diffusion.noise.strength import StrengthSchedule
 
 LEVELS = 1000
 KEYFRAMES = 50
-"""Of a schedule over percent: ComfyUI's keyframes hold their strength until the next one."""
+"""The number of keyframes of a schedule: ComfyUI's keyframes hold their strength until the next one."""
 _STEP = 1e-6
-"""λ between two points that are a step: one λ, or neighbours in float32."""
+"""The largest distance in λ of two points that are a step: they have one λ, or neighbours in float32."""
 
 
 def percent_of(level: float, shift: float | None = None) -> float:
     """ComfyUI's percent at λ, in [0, 1].
 
     Args:
-        shift: of a flow model, a ≥ 1; None for a discrete schedule.
+        shift: the shift a ≥ 1 of a flow model; None for a discrete schedule.
     """
     if shift is None:
         return min(max(1 - level * LEVELS / (LEVELS - 1), 0.0), 1.0)
@@ -53,12 +53,12 @@ def keyframes(schedule: StrengthSchedule, shift: float | None = None, count: int
 
 
 def step_levels(steps: int, shift: float | None = None) -> list[float]:
-    """λ of each of `steps` uniform steps, from noise to picture."""
+    """The λ of `steps` uniform steps, from noise to image."""
     return [level_of(index / steps, shift) for index in range(steps)]
 
 
 def by_step(schedule: StrengthSchedule, levels: Sequence[float]) -> list[float]:
-    """The strength at each step's λ."""
+    """The strength of each step, at its λ."""
     return _strengths(schedule, levels)
 
 
@@ -151,7 +151,7 @@ def host_schedules(
 
 
 def _held(schedules: Sequence[StrengthSchedule], shift: float | None, count: int) -> tuple[list[float], list[float]]:
-    """Percents from which a strength is held, `count` equal ones and those of steps, and λ in the middle of each."""
+    """The percents from which a strength is held, `count` equal ones and those of steps, and λ in each middle."""
     steps = {
         round(percent_of(level, shift), 6)
         for schedule in schedules
@@ -168,7 +168,7 @@ def _strengths(schedule: StrengthSchedule, levels: Sequence[float]) -> list[floa
 
 
 def _points(schedule: StrengthSchedule, shift: float | None) -> str:
-    """strength@position of its points, from noise to picture; in flows of a grid too, as λ isn't linear there."""
+    """strength@position of its points, from noise to image; in flows also of a grid, since λ isn't linear there."""
     levels = [level for level, _ in schedule.points]
     if shift is not None:
         levels = sorted({*levels, *(level_of(index / KEYFRAMES, shift) for index in range(KEYFRAMES + 1))})
@@ -179,7 +179,7 @@ def _points(schedule: StrengthSchedule, shift: float | None) -> str:
 
 
 def _share(percent: float) -> str:
-    """With a point in it, by which loractl tells a share of the steps from a step's number."""
+    """Write a share with a decimal point, by which loractl tells it from the number of a step."""
     return str(round(percent, 4) + 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The part of an adapter whose directions, or pairs of them, a mask over λ switches off."""
+"""Making the part of a T-LoRA: a mask over λ switches off directions, or pairs of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Factors = tuple[Tensor, Tensor]
 def masked_part(
     factors: Mapping[str, Factors], scale: float, rank_mask_min: int, origin: str, *, in_pairs: bool
 ) -> AdapterPart:
-    """Module → its factors, all scaled by `scale`, as T-LoRA.
+    """The part of a T-LoRA with these factors of each module, scaled by `scale`.
 
     Raises:
         ValueError: modules of several ranks, which their programs mask by the largest of them; r_min above the rank.

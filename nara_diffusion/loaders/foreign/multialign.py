@@ -26,7 +26,7 @@ _TENSORS = {f"{kind}.weight" for kind in ("lora_A", "lora_B", "lora_time_gamma",
 
 
 def is_multialign(tensors: Mapping[str, Any]) -> bool:
-    """Whether it is such a file."""
+    """Whether these are the tensors of a MultiAlign file."""
     return any(".lora_time_gamma." in key for key in tensors)
 
 

@@ -26,7 +26,7 @@ class Singular:
 
 
 def singular(P: Tensor, lam: Tensor, Q: Tensor, where: str) -> Singular:
-    """Of tensors as files have them: matrices or kernels of one pixel, λ (1, r).
+    """The factors of tensors in a file: matrices or 1 × 1 kernels, and λ (1, r).
 
     Raises:
         ValueError: they have no rank in common.

@@ -1,4 +1,4 @@
-"""Which program wrote a file, and its adapter as parts of a NaRA.
+"""Reading adapters of other programs as parts of a NaRA, by the program that wrote the file.
 
     program                      tensors of a layer                                       becomes
     T-LoRA, its authors' (lora)  ….processor.to_q_lora.down.weight, up.weight             rank_mask
@@ -26,7 +26,7 @@ from .tlora_lycoris import is_lycoris, read_lycoris
 
 @dataclass(frozen=True)
 class ForeignOptions:
-    """What a file of another program is read with.
+    """The options with which a file of another program is read.
 
     Attributes:
         models: component → model, the denoiser first. rank_mask_min: r_min of a T-LoRA, or None.
@@ -58,7 +58,7 @@ def read_foreign(
 
     Args:
         tensors: for which `format_of` gives a name. config: reads the adapter_config.json beside them.
-        origin: what to call the file in messages.
+        origin: the name of the file in messages.
 
     Raises:
         ValueError: r_min is missing, or given where there is none; a field that can't be expressed; a module that the

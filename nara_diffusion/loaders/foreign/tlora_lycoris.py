@@ -29,7 +29,7 @@ _TEXT = re.compile(r"lora_te\d*_")
 
 
 def is_lycoris(tensors: Mapping[str, Any]) -> bool:
-    """Whether it is such a file."""
+    """Whether these are the tensors of a LyCORIS T-LoRA."""
     return any(key.endswith(".lambda_layer") and ".processor." not in key for key in tensors)
 
 
@@ -62,7 +62,7 @@ def read_lycoris(tensors: Mapping[str, Tensor], model: nn.Module, rank_mask_min:
 
 
 def _by_joined_name(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The name with "_" for "." → the name; names that would be the same are left out."""
+    """{name with "_" for ".": name}, without names that would be the same."""
     found: dict[str, list[str]] = {}
     for name in modules:
         found.setdefault(name.replace(".", "_"), []).append(name)
@@ -99,7 +99,7 @@ def _factors(own: Mapping[str, Tensor], layer: Any, where: str) -> Factors:
 
 
 def _largest(W: Tensor, rank: int) -> Singular:
-    """The largest singular values of W with their vectors, zeros behind the last."""
+    """The `rank` largest singular values of W with their vectors, padded with zeros."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     missing = max(0, rank - len(S))
     return Singular(pad(U[:, :rank], (0, missing)), pad(S[:rank], (0, missing)), pad(Vh[:rank], (0, 0, 0, missing)))
