@@ -1,7 +1,12 @@
 """Teaches an image model a subject from a few images, with NaRA or another adapter, and shows what that brought.
 
-Stable Diffusion 1 and 2 and XL: the model's model_index.json says which it is, and that sets the defaults (resolution,
-guidance, adapted modules); docs/dreambooth.md has the table. Your own five images, on one GPU:
+Stable Diffusion 1, 2, XL and 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image and Wan (one frame): the model_index.json of the
+model says which it is, and that sets the defaults (resolution, guidance, adapted modules); docs/dreambooth.md has the
+table.
+
+The shipped model, a small rectified flow of SD3's classes, and images, offline, on CPU, in minutes:
+    accelerate launch train_scripts/dreambooth.py
+Your own five images, on one GPU:
     accelerate launch train_scripts/dreambooth.py --pretrained_model_name_or_path MODEL --mixed_precision bf16 \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 With a file of settings for the model from train_scripts/configs; flags win over it:
@@ -19,14 +24,14 @@ config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 
 from nara_diffusion.check.images import image_task
 from nara_diffusion.check.run import check_training
@@ -36,7 +41,8 @@ from nara_diffusion.dreambooth.arguments.average import decay_of
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
 from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
-from nara_diffusion.dreambooth.families.loading import load_pipeline, modules_of, sampling_pipeline
+from nara_diffusion.dreambooth.families.loading import loader_of, modules_of, sampling_pipeline
+from nara_diffusion.dreambooth.families.sd3 import SD3
 from nara_diffusion.dreambooth.families.table import family_of_model
 from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.loss import TrainingStep
@@ -60,10 +66,11 @@ from nara_diffusion.dreambooth.setup import (
     validation_objective,
     validation_samples,
 )
-from nara_diffusion.dreambooth.validation import Validation
+from nara_diffusion.dreambooth.validation import Validation, refuse_sharding
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.training.adapters.build import adapter_config
 from nara_diffusion.training.adapters.init_adapter import start_from
+from nara_diffusion.training.adapters.method_arguments import without_unread
 from nara_diffusion.training.adapters.methods import title_of
 from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.loop import train
@@ -74,10 +81,54 @@ from nara_diffusion.training.output.run_report import publish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import count_steps, stream_loader
 
+ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
+
+# What a run does where no images are named, and where no model is.
+SHIPPED_DATA: dict[str, Any] = {
+    "instance_data_dir": str(ASSETS / "subject"),
+    "instance_prompt": "a photo of sks toy",
+    "validation_prompts": [
+        "a photo of sks toy",
+        "a photo of sks toy on the beach",
+        "a photo of sks toy in the snow",
+        "a photo of sks toy in the city",
+    ],
+    "identifier": ["sks"],
+}
+SHIPPED_RUN: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(ASSETS / "sd-tiny-flow"),
+    "similarity_model": str(ASSETS / "clip-tiny"),
+    "alignment_model": str(ASSETS / "clip-tiny"),
+    "resolution": 64,
+    "max_sequence_length": 0,
+    "weighting_scheme": "logit_normal",
+    "rank": 16,
+    "target_modules": [*SD3.targets, "ff.net.0.proj", "ff.net.2"],
+    "train_batch_size": 5,
+    "max_train_steps": 500,
+    "learning_rate": 2e-3,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "stratified_timesteps": True,
+    "num_inference_steps": 25,
+    "guidance_scale": 2.5,
+    "sample_batch_size": 8,
+    "validation_steps": 250,
+    "checkpointing_steps": 250,
+}
+
+
+def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the shipped run, or what suits the family of the model that was `given`."""
+    if "pretrained_model_name_or_path" in given:
+        return family_defaults(given)
+    data = {} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA
+    return without_unread(SHIPPED_RUN | data, given)
+
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that suit the family of the model that was `given`, in place of the script's own defaults."""
-    name = given.get("pretrained_model_name_or_path", "")
+    name = given["pretrained_model_name_or_path"]
     if not name:
         return {}  # which the arguments refuse
     family = family_of_model(name, revision=given.get("revision"), cache_dir=given.get("cache_dir"))
@@ -103,14 +154,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     held_out_images = load_held_out(args, show)
     run.record_data_digest("validation data", record_texts(held_out_images))
     evaluator = make_evaluator(args, instances, device)
-    load = partial(
-        load_pipeline,
-        args.pretrained_model_name_or_path,
-        vae_name=args.pretrained_vae_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-    )
+    load = loader_of(args)
 
     # Model
     pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype)
@@ -210,15 +254,5 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     return results
 
 
-def refuse_sharding(run: Run) -> None:
-    """Sampling during training needs the whole model on each process."""
-    kind = run.accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"this script trains where each device holds the whole model, and not with {kind.value}: launch it with "
-            "--multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
-        )
-
-
 if __name__ == "__main__":
-    run_command(main, DreamBoothArguments, __doc__, {}, family_defaults)
+    run_command(main, DreamBoothArguments, __doc__, SHIPPED_RUN, shipped_run)

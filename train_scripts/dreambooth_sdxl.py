@@ -20,9 +20,7 @@ What is written to the output folder stands in train_scripts/dreambooth.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
@@ -32,24 +30,11 @@ from nara_diffusion.training.adapters.methods import METHODS
 from nara_diffusion.training.main import run_command
 
 try:
-    from train_scripts.dreambooth import main
+    from train_scripts.dreambooth import ASSETS, SHIPPED_DATA, main
 except ModuleNotFoundError:  # run as a program, which finds the files beside it
-    from dreambooth import main
-
-ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
+    from dreambooth import ASSETS, SHIPPED_DATA, main
 
 # What a run does where no model is named; the flags' own defaults suit SDXL.
-SHIPPED_DATA: dict[str, Any] = {
-    "instance_data_dir": str(ASSETS / "subject"),
-    "instance_prompt": "a photo of sks toy",
-    "validation_prompts": [
-        "a photo of sks toy",
-        "a photo of sks toy on the beach",
-        "a photo of sks toy in the snow",
-        "a photo of sks toy in the city",
-    ],
-    "identifier": ["sks"],
-}
 SHIPPED_RUN: dict[str, Any] = {
     "pretrained_model_name_or_path": str(ASSETS / "sdxl-tiny"),
     "similarity_model": str(ASSETS / "clip-tiny"),

@@ -3,15 +3,15 @@
     nara-check stabilityai/stable-diffusion-xl-base-1.0 dog --prompt "a photo of sks dog" --learning_rate 1e-3
     nara-check GSAI-ML/LLaDA-8B-Base train.jsonl --max_length 256 --learning_rate 1e-3
 
-MODEL is Stable Diffusion XL or a masked language model: a folder, or a repository on the Hub. DATA is a folder of
-images, or a JSON or JSON Lines file with records of instruction and output.
+MODEL is an image model that train_scripts/dreambooth.py trains, or a masked language model: a folder, or a repository
+on the Hub. DATA is a folder of images, or a JSON or JSON Lines file with records of instruction and output.
 
 What is measured: short trainings of LoRA, of NaRA, and of NaRA that isn't told λ, from the same start on the same
 samples, noise levels and noise, repeated. The verdict rests on the relative differences of their losses on held-out
 samples and the intervals of these: λ is likely to pay, unlikely to pay, or it can't be said. docs/check.md explains it.
 
 A training that is set up already is checked by itself, with its own data, loss and targets, by --check:
-    python train_scripts/dreambooth_sdxl.py … --check
+    python train_scripts/dreambooth.py … --check
 """
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from PIL.Image import Image
 
 from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, validation_losses
@@ -76,3 +77,13 @@ def log_trackers_images(tracker: Any, images: Sequence[Image], settings: SampleS
         arrays = np.stack([np.asarray(image) for image in images[number * each : (number + 1) * each]])  # (n, h, w, 3)
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({f"validation: {prompt}": arrays}, step=step, **options)
+
+
+def refuse_sharding(run: Run) -> None:
+    """Sampling during training needs the whole model on each process."""
+    kind = run.accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"this script trains where each device holds the whole model, and not with {kind.value}: launch it with "
+            "--multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
+        )

@@ -20,7 +20,7 @@ from nara_diffusion.dreambooth.evaluation.sampling import sample_batch
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.training.arguments.cli import parse_arguments
 from tests.helpers.family_pipelines import FAMILY_PIPELINES, small_wan_images
-from train_scripts.dreambooth import family_defaults, main
+from train_scripts.dreambooth import family_defaults, main, shipped_run
 
 from .dreambooth_runs import WEIGHTS, by_the_card, fresh_accelerate, tiny_arguments, written
 
@@ -123,6 +123,33 @@ def test_defaults_are_those_of_the_family_and_flags_win_over_them(folder) -> Non
     assert "attn.add_q_proj" in args.target_modules
 
 
+def test_without_a_model_the_shipped_flow_is_trained_on_the_shipped_subject(folder) -> None:
+    args = parse_arguments(DreamBoothArguments, ["--rank", "5"], stand_in=shipped_run)
+    assert (Path(args.pretrained_model_name_or_path) / "model_index.json").is_file()
+    assert (args.rank, args.max_sequence_length, args.instance_prompt) == (5, 0, "a photo of sks toy")
+    own = parse_arguments(
+        DreamBoothArguments, ["--instance_data_dir", "x", "--instance_prompt", "x"], stand_in=shipped_run
+    )
+    assert (own.validation_prompts, own.pretrained_model_name_or_path) == (None, args.pretrained_model_name_or_path)
+    named = [
+        "--pretrained_model_name_or_path",
+        str(folder("wan")),
+        "--instance_data_dir",
+        "x",
+        "--instance_prompt",
+        "x",
+    ]
+    wan = parse_arguments(DreamBoothArguments, named, stand_in=shipped_run)
+    assert (wan.resolution, wan.max_train_steps, wan.similarity_model) == (512, None, None)
+
+
+@pytest.mark.slow
+def test_the_shipped_flow_learns_the_shipped_subject(tmp_path) -> None:
+    results = main(parse_arguments(DreamBoothArguments, ["--output_dir", str(tmp_path / "run")], stand_in=shipped_run))
+    assert results["similarity_after"] > results["similarity_before"] + 0.2
+    assert results["validation_loss_after"] < 0.8 * results["validation_loss_before"]
+
+
 def test_a_pipeline_of_no_family_is_refused_before_anything_is_written(arguments, folder, tmp_path) -> None:
     args = arguments("sd")
     other = tmp_path / "other"
@@ -136,7 +163,7 @@ def test_a_pipeline_of_no_family_is_refused_before_anything_is_written(arguments
 
 
 def test_an_option_that_the_family_cannot_express_is_refused_before_its_model_is_loaded(arguments, monkeypatch) -> None:
-    monkeypatch.setattr("train_scripts.dreambooth.load_pipeline", None)
+    monkeypatch.setattr("train_scripts.dreambooth.loader_of", None)
     args = arguments("z_image", snr_gamma=5.0)
     with pytest.raises(ValueError, match=r"snr_gamma is 5\.0, but Z-Image is a rectified flow"):
         main(args)

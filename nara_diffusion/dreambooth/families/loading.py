@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def load_pipeline(
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def loader_of(args: Any) -> Callable[..., Any]:
+    """`load_pipeline` with all but its dtypes as a DreamBoothArguments has them."""
+    return partial(
+        load_pipeline,
+        args.pretrained_model_name_or_path,
+        vae_name=args.pretrained_vae_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        cache_dir=args.cache_dir,
+    )
 
 
 def check_trainable(pipe: Any, family: Family, name: str) -> None:
