@@ -83,7 +83,7 @@ class Family:
         divisor: (pipe) → what sides of images are multiples of.
         denoiser: its name in the pipeline.
         text_encoders: names of those that can be trained too.
-        tokenizers: of these.
+        tokenizers: of these; in other families the one that tells how many tokens a prompt has.
         cut_short: those of them whose last layer isn't read.
         clips: text encoders of which layers can be left out at their end.
         no_clip_skip: why there are none, for messages.
