@@ -24,7 +24,7 @@ class FlowArguments:
         choices=SCHEMES,
     )
     logit_mean: float | None = option(
-        None, "Mean of logit_normal; above 0 means more noise, as in SD3's paper; none means 0."
+        None, "Mean of logit_normal; above 0 means less noise, as in Diffusers' scripts; none means 0."
     )
     logit_std: float | None = option(None, "Standard deviation of logit_normal; none means 1.")
     mode_scale: float | None = option(None, "Scale of mode; none means 1.29.")

@@ -1,15 +1,15 @@
 """How often each noise level of a rectified flow is drawn, and what it counts: Diffusers' --weighting_scheme.
 
-    scheme          u in [0, 1), which is σ before the schedule is shifted        weight of the error at σ
+    scheme          u in [0, 1); 1 − u is σ before the schedule is shifted        weight of the error at σ
     none            uniform                                                       1
     logit_normal    ln u / (1 − u) ~ N(m, s²)                                     1
     mode            u = 1 − v − k (cos² πv/2 − 1 + v), v uniform                  1
     cosmap          uniform                                                       2 / (π (1 − 2σ + 2σ²))
     sigma_sqrt      uniform                                                       σ⁻²
 
-as section 3.1 of the paper on Stable Diffusion 3 has them (arXiv 2403.03206), where u = 1 is noise: m > 0 means more
-noise. Diffusers' scripts count their timesteps from the noisy end, so that m > 0 means less there; with m = 0 both are
-the same. Level i of N is drawn with the probability of i / N ≤ u < (i + 1) / N.
+Section 3.1 of the paper on Stable Diffusion 3 has these distributions (arXiv 2403.03206), there with u = 1 as noise.
+Diffusers' scripts, whose flag this is, count their timesteps from the noisy end, and so does this: m > 0 means less
+noise. Level i of N, least noise first, is drawn with the probability of i / N ≤ 1 − u < (i + 1) / N.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class TimestepDensity:
             return None
         edges = torch.arange(levels + 1, dtype=torch.float64) / levels  # (N + 1,)
         if self.scheme == "logit_normal":
-            below = torch.special.ndtr((torch.logit(edges) - self.mean) / self.std)
+            below = torch.special.ndtr((torch.logit(edges) + self.mean) / self.std)
         else:
-            below = 1 - self._mode_argument(edges)
+            below = 1 - self._mode_argument(edges)  # u and 1 − u are distributed alike
         return below.diff()
 
     def loss_weight(self, sigma: Tensor) -> Tensor:

@@ -23,11 +23,13 @@ DENSITIES = [
 
 
 @pytest.mark.parametrize("density", DENSITIES, ids=str)
-def test_levels_are_drawn_as_often_as_diffusers_draws_them(density: TimestepDensity) -> None:
+def test_levels_are_drawn_as_often_as_diffusers_scripts_draw_them(density: TimestepDensity) -> None:
+    """They take scheduler.timesteps[⌊u N⌋], of which the first is pure noise."""
     count, levels = 400_000, 8
     torch.manual_seed(3)
     u = compute_density_for_timestep_sampling(density.scheme, count, density.mean, density.std, density.scale)
-    expected = torch.histc(u.double(), levels, 0, 1) / count
+    timesteps = FlowMatchEulerDiscreteScheduler(num_train_timesteps=levels).timesteps[(u * levels).long()]  # 1 to 8
+    expected = torch.bincount(timesteps.long() - 1, minlength=levels).double() / count
     weights = density.weights(levels)
     assert weights is not None
     assert weights.sum().item() == pytest.approx(1)
@@ -35,12 +37,12 @@ def test_levels_are_drawn_as_often_as_diffusers_draws_them(density: TimestepDens
     assert (weights - 1 / levels).abs().max() > 0.01
 
 
-def test_a_positive_mean_is_more_noise() -> None:
+def test_a_positive_mean_is_less_noise() -> None:
     objective = FlowObjective(levels=1000)
     density = TimestepDensity("logit_normal", mean=1.0)
     schedule = windowed_schedule(objective, EVERYTHING, density=density)
     drawn = draw_indices(range(4000), seed=1, levels=1000, stratified=True, group_size=4000, windowed=schedule)
-    assert objective.sigmas[drawn].median().item() == pytest.approx(torch.tensor(1.0).sigmoid().item(), abs=2e-3)
+    assert objective.sigmas[drawn].median().item() == pytest.approx(torch.tensor(-1.0).sigmoid().item(), abs=2e-3)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
