@@ -172,6 +172,7 @@ def test_summary_has_a_row_for_each_whole_cell_and_names_who_won():
         ("RESULTS.md", "zero_snr", "**Zero terminal SNR (zero_snr).**"),
         ("RESULTS.md", "eps_to_flow", "**ε → flow (eps_to_flow): not won.**"),
         ("RESULTS.md", "blind_open", "**Blind text (blind_open).**"),
+        ("RESULTS.md", "blind_determined", "**… whose answers the prompt determines (blind_determined): not won.**"),
     ],
 )
 def test_what_the_first_pages_say_of_a_regime_is_what_the_records_say(page, regime, line):
