@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 LARGEST_NUMBER = 1e9
-"""Of a scale: α and η multiply each other, and norms square the product, which is still a float32."""
+"""The largest scale: α and η multiply each other, and norms square the product, which is still a float32."""
 
 SMALLEST_SCALE = 1e-9
 """Below it, η F(e(λ)) vanishes beside the I that it is added to."""

@@ -199,7 +199,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         return LLaDAPipelineOutput(answers, result.sequences, result.answers, result.prompt_lengths, result.forwards)
 
     def prompt_texts(self, prompt: Any, apply_template: bool = True) -> list[str]:
-        """What the model reads before each answer, as text.
+        """Return the text that the model reads before each answer.
 
         Raises:
             ValueError: no prompt, an empty one, or something that is neither text nor chat.

@@ -182,7 +182,7 @@ def joined(argv: Sequence[str]) -> list[str]:
 
 
 def show(plan: Plan, args: PaperArguments, steps: list[Step]) -> None:
-    """What would be fetched and run."""
+    """Print what would be fetched and run."""
     for domain in args.domains:
         for path, source in plan.files(domain).items():
             if not path.is_file():

@@ -113,12 +113,12 @@ class AdaptedDenoiser(nn.Module):
 
     @property
     def denoiser(self) -> Any:
-        """What removes noise, with its adapter."""
+        """The denoiser, with its adapter."""
         return getattr(self, self.family.denoiser)
 
     @property
     def components(self) -> dict[str, Any]:
-        """What is trained, by the pipeline's names."""
+        """The models that are trained, by their names in the pipeline."""
         names = (self.family.denoiser, *self.family.text_encoders)
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 

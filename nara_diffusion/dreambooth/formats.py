@@ -164,7 +164,7 @@ def _components_loaded(pipe: Any, folder: Path) -> Iterator[None]:
 
 
 def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
-    """By PEFT's names: of a file that also has Diffusers' older ones, `load_lora_weights` passes by a part."""
+    """Write a LoRA by PEFT's names: of a file that also has Diffusers' older ones, `load_lora_weights` skips a part."""
     layers, metadata = {}, {}
     for name, component in model.components.items():
         config, tensors = as_lora(component, component.peft_config[ADAPTER], _adapter_tensors(component))

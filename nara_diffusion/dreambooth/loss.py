@@ -103,7 +103,7 @@ class TrainingStep:
         return DreamBoothLoss(losses.mean(), losses, levels, split)
 
     def _split(self, corrupted: Corrupted, batch: Mapping[str, Any], levels: Tensor) -> SplitLosses:
-        """Of each image its error, or its distance to the base where λ (b,) lies outside of the window."""
+        """Return the error of each image, or its distance to the base where λ (b,) lies outside of the window."""
         held = self.window.held(levels)
         rows = rows_for_base(held)
         with as_base(self.model):
@@ -114,7 +114,7 @@ class TrainingStep:
         return SplitLosses(torch.where(held, errors.index_put((rows,), distances), errors), levels, held)
 
     def _predict(self, corrupted: Corrupted, batch: Mapping[str, Any], rows: Tensor | None = None) -> Tensor:
-        """What the model as it is says of some `rows` (k,) of the batch, or of all, (k, c, h, w)."""
+        """Return the prediction of the model as it is for some `rows` (k,) of the batch, or for all, (k, c, h, w)."""
         rows = torch.arange(len(batch["samples"]), device=self.device) if rows is None else rows
         inputs = (corrupted.model_input[rows], corrupted.timestep[rows], batch["time_ids"].to(self.device)[rows])
         prompts = [batch["prompts"][row] for row in rows.tolist()]

@@ -139,7 +139,7 @@ def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
 
 
 def run_objective(args: DreamBoothArguments, scheduler: Any) -> Objective:
-    """What is learnt, with the weights that `args` give errors."""
+    """Build the objective of the run, with the weights that `args` give errors."""
     return build_objective(
         scheduler,
         snr_gamma=args.snr_gamma,
@@ -231,7 +231,7 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
 
 
 def step_options(args: DreamBoothArguments) -> dict[str, Any]:
-    """What `args` say of a `TrainingStep`."""
+    """Return the arguments of `TrainingStep` that `args` set."""
     return {
         "seed": args.seed,
         "stratified": args.stratified_timesteps,
@@ -253,7 +253,7 @@ def count_validation_steps(args: DreamBoothArguments, images: int, global_batch:
 def validation_samples(
     args: DreamBoothArguments, dataset: DreamBoothDataset, pipe: Any, held_out: Sequence[ImageRecord]
 ) -> list[TrainingSample]:
-    """What the validation loss is measured on: the images that were held out, or the training images, their middles."""
+    """Return the samples of the validation loss: the held-out images, or the middles of the training images."""
     if not held_out:
         return dataset.plain_samples()
     return DreamBoothDataset(held_out, training_buckets(args, pipe), batch_size=1, seed=0).plain_samples()

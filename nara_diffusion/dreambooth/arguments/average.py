@@ -26,7 +26,7 @@ class AverageArguments:
 
 
 def decay_of(args: Any) -> float:
-    """What `args`, an `AverageArguments`, leave of the average in a step."""
+    """Return the share of the average that a step keeps, by `args`, an `AverageArguments`."""
     return _DECAY if args.ema_decay is None else args.ema_decay
 
 

@@ -28,7 +28,7 @@ class CaptionArguments:
 
 
 def caption_changes(args: Any) -> CaptionChanges:
-    """What `args`, a `CaptionArguments`, describe."""
+    """Build the changes of captions that `args`, a `CaptionArguments`, describe."""
     return CaptionChanges(args.caption_dropout, args.shuffle_caption, args.keep_tokens)
 
 

@@ -73,7 +73,7 @@ class DreamBoothArguments(
 
     @property
     def prompts(self) -> list[str]:
-        """What is sampled, if it is named; else the images' captions are."""
+        """Return the prompts to sample, if any are named; otherwise the images' captions are sampled."""
         return self.validation_prompts or ([] if self.instance_prompt is None else [self.instance_prompt])
 
 

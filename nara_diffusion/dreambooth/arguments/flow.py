@@ -34,7 +34,7 @@ class FlowArguments:
 
 
 def density_of(args: Any) -> TimestepDensity:
-    """How often `args`, a `FlowArguments`, have each noise level drawn."""
+    """Return how often each noise level is drawn, by `args`, a `FlowArguments`."""
     mean, std, scale = (
         default if getattr(args, name) is None else getattr(args, name) for name, default in _DEFAULTS.items()
     )

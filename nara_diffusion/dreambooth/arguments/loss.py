@@ -65,14 +65,14 @@ class LossArguments:
 
 
 def bias_of(args: Any) -> TimestepBias:
-    """Which timesteps `args`, a `LossArguments`, have drawn more often."""
+    """Return which timesteps are drawn more often, by `args`, a `LossArguments`."""
     portion = _PORTION if args.timestep_bias_portion is None else args.timestep_bias_portion
     strategy, multiplier = args.timestep_bias_strategy, args.timestep_bias_multiplier
     return TimestepBias(strategy, multiplier, portion, args.timestep_bias_begin or 0, args.timestep_bias_end)
 
 
 def distance_of(args: Any) -> Distance:
-    """What `args`, a `LossArguments`, let an error count."""
+    """Return the distance that measures an error, by `args`, a `LossArguments`."""
     return Distance(args.loss_type, _HUBER_C if args.huber_c is None else args.huber_c)
 
 

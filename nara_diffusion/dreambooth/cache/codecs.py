@@ -1,4 +1,4 @@
-"""From pixels to an autoencoder's posterior, and from its z to the latents that a denoiser sees.
+"""Codecs turn pixels into an autoencoder's posterior, and its z into the latents that a denoiser sees.
 
     autoencoder                      latents of z (b, c, h, w)
     AutoencoderKL                    (z − shift_factor) · scaling_factor, or (z − m) · scaling_factor / d
@@ -37,7 +37,7 @@ def scale_latents(vae: Any, z: Tensor) -> Tensor:
 
 
 def reads_videos(vae: Any) -> bool:
-    """Whether an autoencoder takes (b, 3, frames, h, w)."""
+    """Return whether an autoencoder takes (b, 3, frames, h, w)."""
     return "temperal_downsample" in vae.config
 
 

@@ -63,7 +63,7 @@ class LatentCache:
         return scale_latents(self.vae, mean + std * noise)
 
     def mode(self, samples: Sequence[TrainingSample]) -> torch.Tensor:
-        """As `sample` with ε = 0: for a validation loss."""
+        """Return what `sample` gives with ε = 0; a validation loss uses it."""
         return scale_latents(self.vae, self.posterior(samples)[0])
 
     def posterior(

@@ -57,5 +57,5 @@ UNCHANGED = CaptionChanges()
 
 
 def tags_of(caption: str) -> list[str]:
-    """What stands between the commas of `caption`, without white space around it, empty ones left out."""
+    """Split `caption` at its commas; white space around tags and empty tags are left out."""
     return [tag for tag in (part.strip() for part in caption.split(",")) if tag]

@@ -1,4 +1,4 @@
-"""What is said about each image: one prompt for all, text files beside the images, or a metadata.jsonl.
+"""Captions come from one prompt for all images, from text files beside the images, or from a metadata.jsonl.
 
 - "prompt": every image has the instance prompt;
 - "text_files": `dog.txt` or `dog.caption` beside `dog.png` holds the caption of the latter;
@@ -58,7 +58,7 @@ def captions_for(
 
 
 def have_text_files(images: Sequence[Path]) -> bool:
-    """Whether there is a caption beside one of `images`."""
+    """Return whether there is a caption beside one of `images`."""
     return any(image.with_suffix(suffix).exists() for image in images for suffix in CAPTION_SUFFIXES)
 
 

@@ -193,7 +193,7 @@ class DreamBoothDataset(Dataset):
                     yield sample
 
     def _warn(self) -> None:
-        """Of data that train badly: one image alone, and images that have to be enlarged."""
+        """Log a warning about data that train badly: one image alone, and images that have to be enlarged."""
         if len(self.instances) == 1:
             logger.warning("there is one image only: the adapter will learn that picture rather than its subject")
         pairs = zip(self.instances, self.instance_buckets, strict=True)

@@ -36,7 +36,7 @@ def write_grid(
 def draw_grid(
     prompts: Sequence[str], columns: dict[str, Sequence[Image.Image]], references: Sequence[Image.Image] = ()
 ) -> Image.Image:
-    """As `write_grid`, without writing it."""
+    """Draw the sheet that `write_grid` writes."""
     each = {title: len(images) // len(prompts) for title, images in columns.items()}
     widths = {title: _row_width(count) for title, count in each.items()}
     width = max(sum(widths.values()) + _COLUMNS_GAP * (len(columns) - 1), _row_width(min(len(references), 8)))

@@ -1,4 +1,4 @@
-"""What a subject's folder says about it: table, sheet of samples, curve, model card."""
+"""The report of a run: table, sheet of samples, curve and model card, in the run's folder."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def write_run_report(
 
 
 def _widget(folder: Path, settings: SampleSettings) -> list[dict[str, Any]]:
-    """What the Hub shows above the card: the first sample of each prompt."""
+    """List the images that the Hub shows above the card: the first sample of each prompt."""
     names = image_names(settings)[:: settings.images_per_prompt]
     shown = zip(settings.prompts, names, strict=True)
     return [{"text": prompt, "output": {"url": f"samples-after/{name}"}} for prompt, name in shown]

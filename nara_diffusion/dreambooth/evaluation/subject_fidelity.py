@@ -33,7 +33,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class PromptSource:
-    """How the prompts of generated images are found.
+    """The rule by which the prompts of generated images are found.
 
     Attributes:
         file: one prompt a line: of p lines and p · k images, in the order of their names and of the numbers in them,
@@ -119,7 +119,7 @@ def evaluate(
 
 
 class _Evaluator:
-    """What one subject looks like to each encoder, and the figures of images beside that."""
+    """The embeddings of one subject by each encoder, and the figures of images compared with them."""
 
     def __init__(self, clip: Encoder | None, dino: Encoder | None, reference: Sequence[Path]) -> None:
         self.encoders = {key: e for key, e in (("dino_similarity", dino), ("clip_similarity", clip)) if e is not None}
@@ -146,7 +146,7 @@ class _Evaluator:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """What `evaluate` found, as lines for a terminal."""
+    """Format the findings of `evaluate` as lines for a terminal."""
     lines = [f"{'':22s} {'mean':>7s} {'std':>7s}   {'95 % interval':17s}  each seed"]
     for key, name in MEASURES.items():
         if key not in figures:
@@ -214,7 +214,7 @@ def _match(folder: Path, names: Collection[str], source: PromptSource | None) ->
 
 
 def _prompts_known(runs: Mapping[Path, Mapping[str, SubjectImages]]) -> bool:
-    """Whether all images have prompts; False if none has."""
+    """Return whether all images have prompts; False if none has."""
     known = {folder / name: images.prompts is not None for folder, run in runs.items() for name, images in run.items()}
     if len(set(known.values())) > 1:
         without = [str(folder) for folder, has_prompts in known.items() if not has_prompts]

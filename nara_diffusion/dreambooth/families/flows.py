@@ -1,4 +1,4 @@
-"""What the families of rectified flows share."""
+"""Functions that the families of rectified flows share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sigma_of(call: Call) -> Tensor:
 
 
 def guidance_of(denoiser: Any, call: Call) -> Tensor | None:
-    """What a denoiser with distilled guidance is told, (b,) float32; None for one without."""
+    """Return the guidance that a denoiser with distilled guidance is told, (b,) float32; None for one without."""
     if not denoiser.config.guidance_embeds:
         return None
     guidance = call.conditions.guidance
@@ -35,5 +35,5 @@ def fit_guidance(pipe: Any, family: Family) -> Family:
 
 
 def patches_divisor(pipe: Any) -> int:
-    """What sides are multiples of where the denoiser reads patches of 2 × 2 latents."""
+    """Return the number that both sides have to be multiples of, where the denoiser reads patches of 2 × 2 latents."""
     return pipe.vae_scale_factor * 2

@@ -114,7 +114,7 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def absent_components(pipe: Any) -> list[str]:
-    """What a pipeline is loaded without only if it is told so: `from_pretrained(…, text_encoder_3=None)`."""
+    """List the components that are None and have to be passed so: `from_pretrained(…, text_encoder_3=None)`."""
     return sorted(
         name for name, part in pipe.components.items() if part is None and name not in pipe._optional_components
     )
@@ -137,7 +137,7 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
 
 
 def _options_of(pipe: Any) -> dict[str, Any]:
-    """What the constructor took beside components."""
+    """Return what the constructor took beside components."""
     accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys() - {"self"}
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
     if "add_watermarker" in accepted:
@@ -157,7 +157,7 @@ def sampling_pipeline(pipe: Any, config: PeftConfig | None, dtype: torch.dtype, 
 
 
 def model_name(name: str) -> str:
-    """What people call a model: the end of a path or id."""
+    """Return the name that people call a model: the end of a path or id."""
     return Path(name).name
 
 

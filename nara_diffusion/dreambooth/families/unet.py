@@ -1,4 +1,4 @@
-"""What the families with a UNet share."""
+"""Functions that the families with a UNet share."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import Any
 
 
 def unet_divisor(pipe: Any) -> int:
-    """What autoencoder and UNet divide an image by, together."""
+    """Return the number by which autoencoder and UNet together divide the sides of an image."""
     return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)

@@ -1,4 +1,4 @@
-"""What a model is taught to predict in place of what it predicts now: the scheduler of the converted model.
+"""Conversion teaches a model to predict something else; this builds the scheduler of the converted model.
 
     what is asked for            the converted model's scheduler
     epsilon, v_prediction        the base's class and betas, with that prediction

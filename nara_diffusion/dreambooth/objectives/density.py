@@ -52,7 +52,7 @@ class TimestepDensity:
         return below.diff()
 
     def loss_weight(self, sigma: Tensor) -> Tensor:
-        """What an error at σ (b,) counts, (b,) float32."""
+        """Return the weight of an error at σ (b,), (b,) float32."""
         if self.scheme == "cosmap":
             return (2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))).float()
         if self.scheme == "sigma_sqrt":

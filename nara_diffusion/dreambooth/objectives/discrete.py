@@ -61,7 +61,7 @@ class DiscreteObjective:
 
 
 def checked_prediction_type(scheduler: Any, known: tuple[str, ...]) -> str:
-    """What a scheduler with betas, or EDM's, has the denoiser predict; raises ValueError for another one."""
+    """Return the prediction type of a scheduler with betas, or of EDM's; raise ValueError for an unknown one."""
     config = scheduler.config
     if not {"beta_schedule", "sigma_data"} & set(config):
         raise ValueError(

@@ -30,7 +30,7 @@ class Distance:
     c: float = 0.1
 
     def __call__(self, differences: Tensor) -> Tensor:
-        """Of each element of e, in any shape."""
+        """Return the distance of each element of e, in any shape."""
         squares = differences**2
         if self.kind == "l2":
             return squares

@@ -1,4 +1,4 @@
-"""From a prediction to the loss of each sample."""
+"""The loss of each sample, from a prediction."""
 
 from __future__ import annotations
 

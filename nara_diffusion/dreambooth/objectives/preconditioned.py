@@ -69,10 +69,10 @@ class PreconditionedObjective:
 
 
 def is_edm(scheduler: Any) -> bool:
-    """Whether a scheduler is one of Diffusers' EDM ones."""
+    """Return whether a scheduler is one of Diffusers' EDM ones."""
     return type(scheduler).__name__.startswith("EDM")
 
 
 def is_continuous(scheduler: Any) -> bool:
-    """Whether a scheduler hands ¼ ln σ to the denoiser without being one of EDM's."""
+    """Return whether a scheduler passes ¼ ln σ to the denoiser without being one of EDM's."""
     return scheduler.config.get("timestep_type") == "continuous"

@@ -1,4 +1,4 @@
-"""What each objective says of a batch, and what all of them have."""
+"""The fields of a corrupted batch, and the interface that all objectives have."""
 
 from __future__ import annotations
 
