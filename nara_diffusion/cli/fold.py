@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import get_args
 
 from nara_diffusion.export import PlainLora, to_lora
-from nara_diffusion.export.bins import Interpolation
+from nara_diffusion.export.bins.to_lora_bins import Interpolation
 from nara_diffusion.export.hosts import BASES, FORMS, save_host_file
 from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
 

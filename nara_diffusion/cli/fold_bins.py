@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nara_diffusion.export import PlainLora, to_lora, to_lora_bins
-from nara_diffusion.export.bins import SCHEDULE_FILE, LoraBins
+from nara_diffusion.export.bins.to_lora_bins import SCHEDULE_FILE, LoraBins
 from nara_diffusion.export.hosts.files import DENOISERS
 from nara_diffusion.export.hosts.schedules import host_schedules
 from nara_diffusion.utils.atomic_write import atomic_write_files

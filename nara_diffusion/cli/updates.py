@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nara_diffusion.export.lora_config import configured_scaling
+from nara_diffusion.export.lora.config import configured_scaling
 from nara_diffusion.loaders.format import AdapterPart
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.noise.strength import StrengthSchedule

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.tuner.strength.layers import layers_of
 
-from .plain_lora import PlainLora, PlainLoraLayer
+from .lora.plain_lora import PlainLora, PlainLoraLayer
 
 
 def fill(root: nn.Module, adapter_name: str, lora: PlainLora, origin: str) -> None:

@@ -22,9 +22,9 @@ from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 
 from .adapted_layers import AdaptedLayer, Adapter, read_adapter
 from .best import Density, best_cores
-from .lora_config import configured_scaling, plain_config
+from .lora.config import configured_scaling, plain_config
+from .lora.plain_lora import PlainLora, PlainLoraLayer
 from .outputs import Batch
-from .plain_lora import PlainLora, PlainLoraLayer
 
 
 def to_lora(

@@ -30,9 +30,9 @@ from nara_diffusion.tuner.patches.adapter_files import trainable_again
 
 from .adapted_layers import read_adapter
 from .filling import fill
-from .lora_config import fitting_config
-from .lora_sources import read_lora
-from .plain_lora import PEFT_PREFIX, PlainLora
+from .lora.config import fitting_config
+from .lora.plain_lora import PEFT_PREFIX, PlainLora
+from .lora.sources import read_lora
 
 _DECIDED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",

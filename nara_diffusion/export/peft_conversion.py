@@ -21,8 +21,8 @@ from nara_diffusion.tuner.strength.layers import has_strength
 from nara_diffusion.tuner.strength.set_strength import roots_of
 
 from .fold import to_lora
-from .lora_config import with_ranks
-from .plain_lora import PEFT_PREFIX, PlainLora, PlainLoraLayer
+from .lora.config import with_ranks
+from .lora.plain_lora import PEFT_PREFIX, PlainLora, PlainLoraLayer
 
 _original: Any = None
 """PEFT's own function, once `extend_conversion` has run."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nara_diffusion.export.plain_lora import PlainLoraLayer
+from nara_diffusion.export.lora.plain_lora import PlainLoraLayer
 
 
 @dataclass(frozen=True)

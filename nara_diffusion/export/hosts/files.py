@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nara_diffusion.export.plain_lora import PlainLora
+from nara_diffusion.export.lora.plain_lora import PlainLora
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .factors import Factors, factors_of

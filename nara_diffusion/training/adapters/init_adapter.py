@@ -13,10 +13,10 @@ from torch import nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.export.filling import fill
-from nara_diffusion.export.lora_sources import read_lora
-from nara_diffusion.export.lora_tensors import lora_of_tensors
+from nara_diffusion.export.lora.plain_lora import PlainLora
+from nara_diffusion.export.lora.sources import read_lora
+from nara_diffusion.export.lora.tensors import lora_of_tensors
 from nara_diffusion.export.lora_to_nara import check_identity
-from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import naming, read_adapter
 from nara_diffusion.tuner.config_files import is_naras, read_config_file

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nara_diffusion import StrengthSchedule, set_strength, to_lora, to_lora_bins
-from nara_diffusion.export import LoraBins, core_samples
+from nara_diffusion.export import LoraBins
+from nara_diffusion.export.bins import core_samples
 from nara_diffusion.export.hosts.schedules import by_step, keyframes, level_of, percent_of, prompt_control
 from tests.helpers.adapted import TwoLayers, adapted, default_core, relative_error
 from tests.helpers.exported import update_of

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
-from .errors import ExportError
+from ..errors import ExportError
 
 PEFT_PREFIX = "base_model.model."
 """The prefix of each module's name in PEFT's files."""

@@ -21,7 +21,7 @@ from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.build_core import is_tied_to_rank
 
-from .adapted_layers import Adapter
+from ..adapted_layers import Adapter
 
 _SCAN = 4097
 

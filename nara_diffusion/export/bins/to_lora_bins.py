@@ -24,18 +24,18 @@ from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.lora_starts import changes_base
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
-from .adapted_layers import Adapter, read_adapter
-from .best import Density, midpoints
+from ..adapted_layers import Adapter, read_adapter
+from ..best import Density, midpoints
+from ..errors import ExportError
+from ..fold import assembled
+from ..lora.config import with_ranks
+from ..lora.plain_lora import PlainLora, PlainLoraLayer
+from ..outputs import OUTPUT_LEVELS, Batch, Outputs
+from ..update_norm import CoreKey
 from .breakpoints import breakpoints
 from .core_samples import Blend, CoreSamples
-from .errors import ExportError
-from .fold import assembled
 from .hat_functions import exact_blend, linear_blends
-from .lora_config import with_ranks
-from .outputs import OUTPUT_LEVELS, Batch, Outputs
 from .partition import constant_blends
-from .plain_lora import PlainLora, PlainLoraLayer
-from .update_norm import CoreKey
 
 SCHEDULE_FILE = "lora_bins.json"
 MOST = 64

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from nara_diffusion.noise.strength import StrengthSchedule
 
-from .adapted_layers import Adapter
-from .best import Density, weights_of
+from ..adapted_layers import Adapter
+from ..best import Density, weights_of
+from ..errors import ExportError, relative
+from ..update_norm import CoreKey, UpdateNorm, cores_over
 from .breakpoints import as_levels, is_same
-from .errors import ExportError, relative
-from .update_norm import CoreKey, UpdateNorm, cores_over
 
 GRID = 257
 _FLOOR = 1e-9

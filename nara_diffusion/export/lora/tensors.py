@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nara_diffusion.loaders.validation import by_pattern
 
-from .lora_config import configured_scaling
+from .config import configured_scaling
 from .plain_lora import PlainLora, PlainLoraLayer
 
 _TENSOR = re.compile(

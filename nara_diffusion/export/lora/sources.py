@@ -16,11 +16,11 @@ from nara_diffusion.loaders.schedulers import DENOISERS
 from nara_diffusion.loaders.source import read_file
 from nara_diffusion.tuner.config_files import is_naras, read_config_file
 
-from .adapted_layers import read_adapter
+from ..adapted_layers import read_adapter
+from ..fold import to_lora
 from .diffusers_files import read_diffusers
-from .fold import to_lora
-from .lora_tensors import lora_of_tensors
 from .plain_lora import PEFT_PREFIX, PlainLora
+from .tensors import lora_of_tensors
 
 
 def read_lora(

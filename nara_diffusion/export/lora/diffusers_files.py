@@ -27,9 +27,9 @@ from nara_diffusion.loaders.schedulers import DENOISERS
 from nara_diffusion.loaders.validation import TEXT_ENCODER
 
 from .comfyui_names import with_kohya_names
-from .lora_config import config_of_layers
-from .lora_tensors import by_layer, lora_of_tensors, plain_layer
+from .config import config_of_layers
 from .plain_lora import PlainLora
+from .tensors import by_layer, lora_of_tensors, plain_layer
 
 _DOWN = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.down|lora_embedding_A)(?:\.weight)?")
 

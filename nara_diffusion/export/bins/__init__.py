@@ -1,0 +1,1 @@
+"""Several LoRAs and a schedule of strengths over λ in place of one NaRA."""

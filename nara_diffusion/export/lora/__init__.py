@@ -1,0 +1,1 @@
+"""Plain LoRAs: in memory, and in the files of PEFT, Diffusers, kohya and ComfyUI."""
