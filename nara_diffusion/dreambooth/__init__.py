@@ -8,6 +8,7 @@ from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSa
 from nara_diffusion.dreambooth.data.images import load_image
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 from nara_diffusion.dreambooth.families.clip import encode_prompts
+from nara_diffusion.dreambooth.families.long_prompts import encode_long_prompts, long_prompt_call
 
 __all__ = [
     "DreamBoothDataset",
@@ -17,9 +18,11 @@ __all__ = [
     "TrainingSample",
     "class_records",
     "collate_samples",
+    "encode_long_prompts",
     "encode_prompts",
     "generate_class_images",
     "load_image",
+    "long_prompt_call",
     "make_buckets",
     "nearest_bucket",
     "parse_buckets",

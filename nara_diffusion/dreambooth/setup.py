@@ -20,6 +20,7 @@ from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings
 from nara_diffusion.dreambooth.families.clip import check_clip_skip
 from nara_diffusion.dreambooth.families.family import Family
+from nara_diffusion.dreambooth.families.long_prompts import check_places, is_long
 from nara_diffusion.dreambooth.families.table import family_of, family_of_model
 from nara_diffusion.training.adapters.build import check_adaptable
 from nara_diffusion.training.adapters.configs import adapter_config
@@ -131,8 +132,12 @@ def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
     check_family(args, family)
     if pipe is not None and family.clips:
         check_clip_skip(args.clip_skip, [getattr(pipe, name) for name in family.clips])
+    length = args.max_sequence_length
+    if family.in_chunks and length is not None:
+        check_places([] if pipe is None else reading_tokenizers(pipe, family), length)
+        length = length if is_long(length) else None
     return family.with_conditions(
-        max_sequence_length=args.max_sequence_length,
+        max_sequence_length=length,
         guidance=args.training_guidance_scale,
         clip_skip=args.clip_skip,
     )

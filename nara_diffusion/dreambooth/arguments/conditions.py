@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nara_diffusion.dreambooth.families.family import Family
+from nara_diffusion.dreambooth.families.long_prompts import PLACES, check_length, is_long
 from nara_diffusion.dreambooth.objectives.conversion import FLOW
 from nara_diffusion.training.arguments.checks import require
 from nara_diffusion.training.arguments.cli import option
@@ -17,8 +18,8 @@ class ConditionArguments:
 
     max_sequence_length: int | None = option(
         None,
-        "Tokens of a prompt that are read, in families whose text encoders read more or fewer; none means what the "
-        "family's pipeline does.",
+        "Tokens of a prompt that are read, in families whose text encoders read more or fewer, and in Stable Diffusion "
+        "1, 2 and XL, which read 77 or, in chunks, 152, 227, … (2 + 75 n); none means what the family's pipeline does.",
         unit="tokens",
     )
     clip_skip: int | None = option(
@@ -51,6 +52,14 @@ def check_family(args: Any, family: Family) -> None:
     Raises:
         ValueError: naming the argument, its value, the family and what to do.
     """
+    length = args.max_sequence_length
+    if family.in_chunks and length is not None:
+        check_length(length, family.title)
+        if is_long(length) and args.train_text_encoder:
+            raise ValueError(
+                f"max_sequence_length is {length}, but text encoders that are trained read {PLACES} tokens: leave it "
+                "or train_text_encoder out."
+            )
     for name, unset, why in _unread(args, family):
         value = getattr(args, name)
         if value != unset:
@@ -62,7 +71,7 @@ def _unread(args: Any, family: Family) -> list[tuple[str, Any, str]]:
     found: list[tuple[str, Any, str]] = []
     if not family.text_encoders:
         found.append(("train_text_encoder", False, "is trained with its text encoders as they are"))
-    if family.conditions.max_sequence_length is None:
+    if family.conditions.max_sequence_length is None and not family.in_chunks:
         found.append(("max_sequence_length", None, "reads the tokens that its CLIP has places for"))
     if not family.clips:
         found.append(("clip_skip", None, family.no_clip_skip))

@@ -32,13 +32,18 @@ from diffusers import {classes}
 pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{absent})
 {loading}
 image = pipe(
-    {prompt!r},
+    {prompt},
     generator=torch.Generator().manual_seed({seed}),
     {call},
 ){picked}
 image.save("sample.png")
 ```"""
 _NARA = "\nimport nara_diffusion  # gives pipelines load_nara_weights\n"
+_LONG_IMPORT = "from nara_diffusion.dreambooth import long_prompt_call\n"
+_LONG = (
+    "\n\nPrompts were read up to {length} tokens, in chunks of 75; Diffusers' pipelines cut them at 77: pass "
+    "`prompt_embeds`, as above by `long_prompt_call`, or from Compel."
+)
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
@@ -122,7 +127,8 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
     names = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
     lines = _loading_lines(method, load_from, dtype, names)
     classes = [type(pipe).__name__]
-    call = family.sampling(settings.call, 1)
+    call = family.sampling(dict(settings.call), 1)
+    length = call.pop("max_sequence_length", None) if family.in_chunks else None
     if converted is not None and method != "nara":
         kind = type(converted).__name__
         classes.append(kind)
@@ -132,18 +138,27 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
             classes=", ".join(classes),
             pipeline=classes[0],
             absent="".join(f", {name}=None" for name in absent_components(pipe)),
-            imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(method, ""),
+            imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(method, "")
+            + (_LONG_IMPORT if length else ""),
             base=args.pretrained_model_name_or_path,
             dtype=dtype,
             loading=core_import(args) + "\n".join(lines),
-            prompt=settings.prompts[0],
+            prompt=_prompt_argument(settings.prompts[0], call, length),
             seed=settings.seed,
             call=",\n    ".join(f"{name}={value!r}" for name, value in call.items()),
             picked=family.picked,
         )
         + (_NOISE if reads_noise(args) else "")
+        + (_LONG.format(length=length) if length else "")
         + _about_conversion(converted, method)
     )
+
+
+def _prompt_argument(prompt: str, call: Mapping[str, Any], length: int | None) -> str:
+    if length is None:
+        return repr(prompt)
+    read = "".join(f", {name}={call[name]!r}" for name in ("guidance_scale", "clip_skip") if name in call)
+    return f"**long_prompt_call(pipe, [{prompt!r}], {length}{read})"
 
 
 def _about_conversion(converted: Any, family: str) -> str:

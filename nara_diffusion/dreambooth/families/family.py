@@ -25,7 +25,8 @@ class Conditions:
     """What a run, or its pipeline, settles of how prompts are encoded and the denoiser is called.
 
     Attributes:
-        max_sequence_length: tokens of a prompt, for families whose text encoders read more or less; None for others.
+        max_sequence_length: tokens of a prompt, for families whose text encoders read more or less, or which read it in
+            chunks; None for what CLIP has places for.
         guidance: what a denoiser with distilled guidance is told; None for others.
         clip_skip: as the pipelines have it, layers of CLIP that are left out at its end; None takes their default.
         timestep_of_tokens: whether the denoiser takes one timestep for each token.
@@ -84,6 +85,7 @@ class Family:
         denoiser: its name in the pipeline.
         text_encoders: names of those that can be trained too.
         tokenizers: of these; in other families the one that tells how many tokens a prompt has.
+        in_chunks: whether CLIP reads prompts of more than its 77 tokens in chunks (`long_prompts`).
         cut_short: those of them whose last layer isn't read.
         clips: text encoders of which layers can be left out at their end.
         no_clip_skip: why there are none, for messages.
@@ -111,6 +113,7 @@ class Family:
     denoiser: str = "transformer"
     text_encoders: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
+    in_chunks: bool = False
     cut_short: tuple[str, ...] = ()
     clips: tuple[str, ...] = ()
     no_clip_skip: str = "reads no CLIP of which layers could be left out"
@@ -133,7 +136,7 @@ class Family:
 
     @property
     def sample_call(self) -> dict[str, Any]:
-        """Arguments by which a pipeline's call encodes prompts under the same conditions."""
+        """Arguments by which `render` has a pipeline encode prompts under the same conditions."""
         told = {name: getattr(self.conditions, name) for name in ("max_sequence_length", "clip_skip")}
         return {name: value for name, value in told.items() if value is not None}
 

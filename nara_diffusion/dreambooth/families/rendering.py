@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .family import Family
+from .long_prompts import is_long, long_prompt_call
 from .table import BY_PIPELINE
 
 
@@ -16,9 +18,23 @@ def render(pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generat
 
     Args:
         pipe: of a family; another callable is called as it is.
-        call: height, width, num_inference_steps, guidance_scale, …, by these names in every family.
+        call: height, width, num_inference_steps, guidance_scale, …, by these names in every family; of one that reads
+            prompts in chunks max_sequence_length too.
     """
     family = BY_PIPELINE.get(type(pipe).__name__)
     told = dict(call) if family is None else family.sampling(dict(call), len(prompts))
-    output = pipe(prompt=list(prompts), generator=list(generators), output_type="np", **told)
+    told = {"prompt": list(prompts), **told} if family is None else with_prompts(pipe, family, prompts, told)
+    output = pipe(generator=list(generators), output_type="np", **told)
     return np.asarray(output.images if family is None else family.images_of(output))
+
+
+def with_prompts(pipe: Any, family: Family, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
+    """`call` with the prompts as they are, or with their embeddings where they are longer than the pipeline reads."""
+    if not family.in_chunks or "max_sequence_length" not in call:
+        return {"prompt": list(prompts), **call}
+    rest = {name: value for name, value in call.items() if name != "max_sequence_length"}
+    length = call["max_sequence_length"]
+    if not is_long(length):
+        return {"prompt": list(prompts), **rest}
+    read = {name: rest[name] for name in ("guidance_scale", "clip_skip") if name in rest}
+    return {**long_prompt_call(pipe, prompts, length, **read), **rest}

@@ -8,10 +8,14 @@ from torch import Tensor
 
 from .clip import tokenize_prompts
 from .family import TRANSFORMER_TARGETS, Call, Conditions, Embeddings, Family
+from .long_prompts import encode_long_prompts, is_long
 from .unet import unet_divisor
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    length = conditions.max_sequence_length
+    if length is not None and is_long(length):
+        return encode_long_prompts([pipe.tokenizer], [pipe.text_encoder], prompts, length)
     (ids,) = tokenize_prompts([pipe.tokenizer], prompts)
     return (pipe.text_encoder(ids.to(pipe.text_encoder.device))[0],)
 
@@ -31,6 +35,7 @@ SD = Family(
     denoiser="unet",
     text_encoders=("text_encoder",),
     tokenizers=("tokenizer",),
+    in_chunks=True,
     targets=TRANSFORMER_TARGETS,
     defaults={"resolution": 512, "guidance_scale": 7.5},
     no_clip_skip="can't be sampled so: its pipeline in Diffusers 0.42 asks for what transformers 5 has no more",

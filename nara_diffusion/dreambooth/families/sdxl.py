@@ -8,11 +8,15 @@ from torch import Tensor
 
 from .clip import encode_prompts
 from .family import TRANSFORMER_TARGETS, Call, Conditions, Embeddings, Family
+from .long_prompts import encode_long_prompts, is_long
 from .unet import unet_divisor
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
     tokenizers, encoders = [pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2]
+    length = conditions.max_sequence_length
+    if length is not None and is_long(length):
+        return encode_long_prompts(tokenizers, encoders, prompts, length, conditions.clip_skip)
     return encode_prompts(tokenizers, encoders, prompts, conditions.clip_skip)
 
 
@@ -48,6 +52,7 @@ SDXL = Family(
     denoiser="unet",
     text_encoders=("text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
+    in_chunks=True,
     cut_short=("text_encoder",),
     targets=TRANSFORMER_TARGETS,
     clips=("text_encoder", "text_encoder_2"),

@@ -55,7 +55,6 @@ def test_flows_refuse_what_belongs_to_schedules_of_betas(family, changes: dict[s
         {"weighting_scheme": "logit_normal"},
         {"weighting_scheme": "cosmap"},
         {"flow_shift": 3.0},
-        {"max_sequence_length": 77},
         {"training_guidance_scale": 1.0},
     ],
     ids=str,
@@ -64,6 +63,29 @@ def test_schedules_of_betas_refuse_what_belongs_to_flows(family, changes: dict[s
     ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=rf"{name} is {value}, but {family.title} .*: leave it out"):
         checked(family, **changes)
+
+
+@pytest.mark.parametrize("family", OTHERS, ids=lambda family: family.name)
+def test_prompts_of_clip_are_read_in_chunks_of_75_tokens(family) -> None:
+    for length in (77, 152, 227, 302):
+        checked(family, max_sequence_length=length)
+    for length, nearest in ((0, "77"), (76, "77"), (78, "77 and 152"), (150, "77 and 152"), (225, "152 and 227")):
+        message = rf"max_sequence_length is {length}, but {family.title} reads .* expected 77 .*; nearest: {nearest}\."
+        with pytest.raises(ValueError, match=message):
+            checked(family, max_sequence_length=length)
+    checked(family, max_sequence_length=77, train_text_encoder=True)
+    with pytest.raises(ValueError, match=r"max_sequence_length is 152, but text encoders that are trained read 77 tok"):
+        checked(family, max_sequence_length=152, train_text_encoder=True)
+
+
+def test_chunks_are_for_clips_of_77_places() -> None:
+    with pytest.raises(ValueError, match=r"max_sequence_length is 152, but this model's CLIP reads 12 tokens"):
+        run_family(DreamBoothArguments(**GIVEN, max_sequence_length=152), small_sdxl())
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_lengths_of_t5_are_no_chunks(pipeline: str) -> None:
+    checked(family_named(pipeline), max_sequence_length=100)
 
 
 def test_a_model_that_is_converted_to_a_flow_has_a_flow_s_options() -> None:
