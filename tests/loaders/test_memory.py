@@ -20,7 +20,9 @@ def tensors() -> dict[int, int]:
     """Storage → bytes, of all tensors alive."""
     gc.collect()
     alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    alive = [tensor for tensor in alive if not issubclass(type(tensor), FakeTensor)]  # a compiler's, without memory
+    # without memory of their own: a compiler's, and those that vmap leaves in an error's frames
+    alive = [tensor for tensor in alive if not issubclass(type(tensor), FakeTensor)]
+    alive = [tensor for tensor in alive if not torch._C._functorch.is_functorch_wrapped_tensor(tensor)]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
 
 
