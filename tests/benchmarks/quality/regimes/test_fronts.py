@@ -44,13 +44,11 @@ def points(data, monkeypatch):
     return list(points_of(planned, [], 200))
 
 
-def test_points_are_of_each_strength_of_each_arm(points):
+def test_points_are_of_each_strength_which_scales_both_sides_and_of_a_schedule_the_outside_alone(points):
     plain, scheduled = [(PLAIN, s) for s in (0.25, 0.5, 0.75, 1.0)], [(SCHEDULED, s) for s in (0.0, 0.25, 0.5)]
     expected = [(arm, *each) for arm in ("lora", "nara") for each in (*plain, *scheduled)]
     assert [(p.arm, p.kind, p.strength) for p in points] == [*expected, ("nara_gated", SCHEDULED, 0.0)]
 
-
-def test_strength_scales_both_sides_and_a_schedule_the_outside_alone(points):
     for arm in ("lora", "nara"):
         own = {(p.kind, p.strength): p for p in points if p.arm == arm}
         whole = own[PLAIN, 1.0]
