@@ -26,6 +26,8 @@ from nara_diffusion.utils.patching import around
 from .insertion import adapters_of, remove, tuner_layers
 
 COMPONENT = "model"
+_RUNNING: set[NoiseSource] = set()
+"""The sources of calls that have not returned."""
 
 
 def text_pipeline(pipe: Any) -> type | None:
@@ -75,12 +77,22 @@ def _call_gemma(original: Callable[..., Any], pipe: Any, *args: Any, **kwargs: A
 
 
 def _without_source(model: Any) -> list[Any]:
-    """The holders of `model` that need λ, and that nobody tells it, by a source or by `noise_level(…)`."""
+    """The holders of `model` that need λ, and that nobody tells it, by a source or by `noise_level(…)`.
+
+    Raises:
+        ValueError: another call of a pipeline with this model is running, whose λ these forwards would read.
+    """
     if not isinstance(model, nn.Module):
         return []
+    holders = list(find_holders(model))
+    if any(holder.conventions.source is source for holder in holders for source in list(_RUNNING)):
+        raise ValueError(
+            "another call of a pipeline with this model is running, in another thread or around this one, and its λ "
+            "would be read here: make the calls one after another, or give each a pipeline and model of its own."
+        )
     return [
         holder
-        for holder in find_holders(model)
+        for holder in holders
         if holder.needs_noise and holder.conventions.source is None and active_signals(holder.channel) is None
     ]
 
@@ -90,6 +102,7 @@ def _reading(holders: list[Any], source: NoiseSource) -> Iterator[None]:
     """Inside, `source` tells λ. An adapter that names no definition of λ takes that of `source`, for good."""
     for holder in holders:
         holder.conventions.check_source(source)
+    _RUNNING.add(source)
     for holder in holders:
         holder.adopt_convention(source.convention)
         holder.conventions.source = source
@@ -98,6 +111,7 @@ def _reading(holders: list[Any], source: NoiseSource) -> Iterator[None]:
     finally:
         for holder in holders:
             holder.conventions.source = None
+        _RUNNING.discard(source)
 
 
 @contextmanager

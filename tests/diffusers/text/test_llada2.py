@@ -160,3 +160,16 @@ def test_a_forward_outside_of_the_pipeline_still_needs_a_level(tiny_llama, tmp_p
     generate(pipe)
     with pytest.raises(ValueError, match=r"noise_level\("):
         pipe.model(torch.tensor([[1, 2, 3]]))
+
+
+def test_a_call_within_a_call_is_refused_since_it_would_read_the_others_level(tiny_llama, tmp_path):
+    pipe = loaded(llada2(tiny_llama), llada2(tiny_llama, None), tmp_path)
+    expected = generate(pipe)
+
+    def again(*_: Any) -> dict[str, Tensor]:
+        generate(pipe, block_length=8)
+        return {}
+
+    with pytest.raises(ValueError, match="another call of a pipeline with this model is running"):
+        generate(pipe, callback_on_step_end=again)
+    assert torch.equal(generate(pipe), expected)
