@@ -1,4 +1,8 @@
-"""The results file: JSON Lines, one record a line, in which a run that was stopped leaves nothing half written."""
+"""The results file: JSON Lines, one record a line, in which a run that was stopped leaves nothing half written.
+
+What many records share, such as the commit, stands once before them: a line {"made_with": {…}} holds for those below,
+until the next such line.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,10 @@ from typing import Any
 import torch
 from benchmark_record import commit, processor, versions
 
+MADE_WITH = "made_with"
+SHARED = ("command", "commit", "versions", "hardware")
+"""The fields of a record that a line `MADE_WITH` holds."""
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of `path`, none if it doesn't exist. A last line without an end isn't one.
@@ -24,7 +32,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    records = []
+    records: list[dict[str, Any]] = []
+    shared: dict[str, Any] = {}
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             record = json.loads(line)
@@ -34,27 +43,58 @@ def read(path: Path) -> list[dict[str, Any]]:
             ) from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} is {line!r}, expected a JSON object: take the line out.")
-        records.append(record)
+        if MADE_WITH in record:
+            shared = record[MADE_WITH]
+        else:
+            records.append(record | shared)
     return records
 
 
 def append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Adds `records` by one write, and returns once they are on the disk. Several processes may add to one file."""
-    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        _drop_unfinished_line(file)
-        file.write(text.encode("utf-8"))
+        lines = _lines(records, _whole_lines(file))
+        file.write("".join(lines).encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _drop_unfinished_line(file: Any) -> None:
+def _lines(records: Sequence[Mapping[str, Any]], before: bytes) -> list[str]:
+    """The lines of `records` in a file that holds `before`."""
+    lines = []
+    shared = _last_shared(before)
+    for record in records:
+        own = {name: value for name, value in record.items() if name not in SHARED}
+        made_with = {name: record[name] for name in SHARED if name in record}
+        if made_with != shared:
+            lines.append(_line({MADE_WITH: made_with}))
+            shared = made_with
+        lines.append(_line(own))
+    return lines
+
+
+def _last_shared(content: bytes) -> dict[str, Any]:
+    """What the last line `MADE_WITH` says."""
+    for line in reversed(content.splitlines()):
+        if MADE_WITH.encode() in line and MADE_WITH in (fields := json.loads(line)):
+            return fields[MADE_WITH]
+    return {}
+
+
+def _line(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _whole_lines(file: Any) -> bytes:
+    """What `file` holds up to its last line end, less which it is cut; it stands at its end then."""
     file.seek(0)
     content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
+    whole = content[: content.rfind(b"\n") + 1]
+    file.truncate(len(whole))
     file.seek(0, os.SEEK_END)
+    return whole
 
 
 @cache

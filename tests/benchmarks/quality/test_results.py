@@ -14,6 +14,22 @@ def test_what_is_appended_is_read(tmp_path):
     assert len(path.read_text().splitlines()) == 3
 
 
+def test_what_records_share_stands_once(tmp_path):
+    path = tmp_path / "text.jsonl"
+    old = {"commit": "a1", "versions": {"torch": "2.13"}, "hardware": {"cores": 2}, "command": "python x.py"}
+    new = old | {"commit": "b2"}
+    records = [{"n": 0}, *({"n": n} | old for n in (1, 2)), *({"n": n} | new for n in (3, 4)), {"n": 5} | old]
+    for record in records:
+        append(path, [record])
+    assert read(path) == records
+    assert path.read_text().count("versions") == 3
+    whole = tmp_path / "whole.jsonl"
+    append(whole, records)
+    assert whole.read_text() == path.read_text()
+    append(path, [{"n": 6}])
+    assert read(path)[-1] == {"n": 6}
+
+
 def test_a_line_that_was_never_finished_is_no_record_and_vanishes(tmp_path):
     path = tmp_path / "text.jsonl"
     append(path, [{"a": 1}])
