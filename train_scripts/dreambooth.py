@@ -41,6 +41,7 @@ from nara_diffusion.dreambooth.arguments.average import decay_of
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
 from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
+from nara_diffusion.dreambooth.evaluation.setup import make_evaluator, sample_settings
 from nara_diffusion.dreambooth.families.loading import loader_of, modules_of, sampling_pipeline
 from nara_diffusion.dreambooth.families.sd3 import SD3
 from nara_diffusion.dreambooth.families.table import family_of_model
@@ -54,12 +55,10 @@ from nara_diffusion.dreambooth.setup import (
     load_class_images,
     load_held_out,
     load_instances,
-    make_evaluator,
     prompt_cache,
     record_texts,
     run_family,
     run_objective,
-    sample_settings,
     step_options,
     target_scheduler,
     training_data,

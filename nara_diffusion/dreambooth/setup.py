@@ -1,4 +1,4 @@
-"""From the script's arguments to what a run works with: images, class images, caches, encoders, settings of samples."""
+"""From the script's arguments to what a run trains on: images, class images, caches, objective, samples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from nara_diffusion.dreambooth.data.class_images import generate_class_images
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 from nara_diffusion.dreambooth.data.repeat_folders import records_from_subject_folder
-from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
-from nara_diffusion.dreambooth.evaluation.encoders import Encoder
-from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings
+from nara_diffusion.dreambooth.evaluation.setup import sample_call
 from nara_diffusion.dreambooth.families.clip import check_clip_skip
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.long_prompts import check_places, is_long
@@ -36,7 +34,6 @@ from .loss import windowed_schedule
 from .objectives import Objective, build_objective
 from .objectives.conversion import converted_scheduler
 
-_SAMPLED_CAPTIONS = 4
 _DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -97,7 +94,7 @@ def load_class_images(
         batch_size=args.sample_batch_size,
         accelerator=accelerator,
         progress=accelerator.is_main_process,
-        **_sample_call(args, family),
+        **sample_call(args, family),
     )
     return class_records(folder, prompt=prompt, minimum=args.num_class_images, progress=accelerator.is_main_process)
 
@@ -262,39 +259,6 @@ def validation_samples(
     if not held_out:
         return dataset.plain_samples()
     return DreamBoothDataset(held_out, training_buckets(args, pipe), batch_size=1, seed=0).plain_samples()
-
-
-def make_evaluator(args: DreamBoothArguments, instances: Sequence[ImageRecord], device: torch.device) -> Evaluator:
-    """The encoders that measure samples; one that both arguments name is loaded once.
-
-    Raises:
-        ValueError: an encoder that can't be loaded, or one without a text tower for prompts.
-    """
-    options: dict[str, Any] = {"device": device, "progress": False}
-    named = {name for name in (args.similarity_model, args.alignment_model) if name is not None}
-    encoders: dict[str | None, Encoder] = {name: Encoder(name, **options) for name in sorted(named)}
-    texts = encoders.get(args.alignment_model)
-    if texts is not None:
-        texts.check_text()
-    references = [record.source.load() for record in instances]
-    return Evaluator(references, encoders.get(args.similarity_model), texts, args.identifier or ())
-
-
-def sample_settings(args: DreamBoothArguments, instances: Sequence[ImageRecord], family: Family) -> SampleSettings:
-    """Samples of what `args` name, or of the first captions of `instances`, at the training resolution."""
-    captions = list(dict.fromkeys(record.prompt for record in instances))[:_SAMPLED_CAPTIONS]
-    call = _sample_call(args, family)
-    return SampleSettings(args.prompts or captions, args.num_validation_images, args.seed, args.sample_batch_size, call)
-
-
-def _sample_call(args: DreamBoothArguments, family: Family) -> dict[str, Any]:
-    return {
-        "height": args.resolution,
-        "width": args.resolution,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        **family.sample_call,
-    }
 
 
 def _captions(args: DreamBoothArguments) -> dict[str, Any]:
