@@ -17,6 +17,7 @@ Regimes, on the sdxl-tiny that comes with the project:
     subject_high   a subject is learnt where λ ≥ 0.5, and the base is to stay elsewhere
     two_conditions one subject is learnt where λ < 0.5 and another where λ ≥ 0.5, with the same prompt
     one_image      a subject is learnt from one picture, by many steps
+    eps_to_v_diagonal   eps_to_v for MultiAlign's form, which came to it later
 
 and on uniform-tiny and llada-tiny:
 

@@ -4,6 +4,7 @@ base             nothing: what the others start from; its samples are drawn with
 lora_params      LoRA of the smallest rank that has at least as many parameters as NaRA
 nara_constant    NaRA, trained and evaluated with λ = 0.5
 nara_shuffled    NaRA, trained with the λ of other samples, evaluated with the true one
+nara_diagonal    MultiAlign's γ: a gain of each direction and layer, linear in a sinusoid of λ
 lora_switched    two LoRAs of the cell's rank, one below λ = 0.5 and one above (regime "two conditions")
 lora_gated           LoRA, trained inside the window alone and switched off outside (regime "windowed")
 lora_gated_samples   the same with half of the steps: as many samples of the window as the other arms have
@@ -25,7 +26,7 @@ from quality.regimes.backbones import UNET, Backbone
 MEAN_CORE = "mean_core"
 """The ablation that needs no training: the trained adapter with its mean C(λ)."""
 
-
+DIAGONAL = {"core_type": "diagonal", "core_sharing": "layer", "noise_embedding_dim": 256}
 LESS_NOISY = {"timestep_bias_strategy": "earlier", "timestep_bias_portion": 0.5, "timestep_bias_multiplier": 4.0}
 
 
@@ -59,6 +60,7 @@ ARMS: dict[str, Arm] = {
     "lora_params": Arm("lora", equal_parameters=True),
     "nara_constant": Arm("nara", control="constant"),
     "nara_shuffled": Arm("nara", control="shuffled"),
+    "nara_diagonal": Arm("nara", options=DIAGONAL),
     "lora_gated": Arm("lora", gated=True),
     "lora_switched": Arm("multi_lora", options={"core_bins": 2}),
     "nara_gated": Arm("nara", gated=True),

@@ -46,7 +46,7 @@ def write_pictures(plan: Sequence[Planned], records: Sequence[Record], folder: P
     Samples and fronts are of models that are trained here again, a minute for each conversion, ten for each window.
     """
     written = []
-    for cell in (confirmed(planned, records) for planned in plan):
+    for cell in (confirmed(planned, records) for planned in plan if not planned.label):
         if cell.is_whole:
             written.append(folder / f"{cell.planned.name}-loss.png")
             _loss(cell, written[-1])

@@ -25,6 +25,7 @@ TRIALS: dict[str, tuple[Settings, ...]] = {
     **dict.fromkeys(("lora", "lora_params", "dora", "multi_lora", "tlora", "lora_switched"), _PLAIN),
     **dict.fromkeys(("nara", "nara_dora"), _NARA),
     "nara_knots": _KNOTS,
+    "nara_diagonal": with_core((5e-3, 1e-3), (5e-3, 5e-3), (1e-2, 1e-3), (1e-2, 5e-3)),
     "base": (),
     "full": rates(5e-4, 1e-3, 2e-3, 4e-3),
     **dict.fromkeys(("lora_gated", "lora_gated_samples"), _PLAIN),
@@ -64,6 +65,7 @@ class Planned:
         dev_seeds: on which each arm tries its rates.
         further: {arm: trials beside those of `grid`}, where the best was at an end of it.
         grid: {arm: trials}.
+        label: of arms that came to a cell later, and register by themselves; the cell's name without one.
     """
 
     cell: Cell
@@ -71,10 +73,13 @@ class Planned:
     dev_seeds: tuple[int, ...] = DEV_SEEDS[:1]
     further: Mapping[str, tuple[Settings, ...]] = field(default_factory=dict)
     grid: Mapping[str, tuple[Settings, ...]] = field(default_factory=lambda: TRIALS)
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The regime's for the cell that decides it; "…_reach" for those that say how far its result reaches."""
+        """The label; else the regime's for the cell that decides it, "…_reach" for those that say how far that goes."""
+        if self.label:
+            return self.label
         return self.cell.regime if is_deciding(self.cell) else f"{self.cell.regime}_reach"
 
     def trials(self, arm: str) -> tuple[Settings, ...]:
@@ -131,6 +136,7 @@ PLAN: tuple[Planned, ...] = (
     Planned(Cell("seen_open", "attention", 4, 200), _SEEN, further=_FASTER, grid=TEXT_TRIALS),
     Planned(Cell("seen_determined", "attention", 4, 200), _SEEN, grid=TEXT_TRIALS),
     *(Planned(Cell(name, "all", 4, 200), _FEW, grid=TEXT_TRIALS) for name in ("blind_open", "blind_determined")),
+    Planned(Cell(_TO_V, "attention", 4, 200), ("nara_diagonal",), DEV_SEEDS[:2], label="eps_to_v_diagonal"),
 )
 """In the order of running."""
 NAMES = tuple(dict.fromkeys(planned.name for planned in PLAN))

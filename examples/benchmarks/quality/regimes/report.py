@@ -42,6 +42,11 @@ class Confirmed:
     records: dict[tuple[str, int], Record]
 
     @property
+    def is_begun(self) -> bool:
+        """Whether an arm of the plan has a seed."""
+        return any(arm in self.planned.arms for arm, _ in self.records)
+
+    @property
     def is_whole(self) -> bool:
         """Whether each arm has each seed: nothing is said before."""
         return all((arm, seed) in self.records for arm in self.planned.arms for seed in CONFIRM_SEEDS)
@@ -109,7 +114,7 @@ def conditions(cell: Confirmed, candidate: str) -> dict[str, bool | None]:
 def report(plan: Sequence[Planned], records: Sequence[Record]) -> str:
     """As Markdown, a section for each cell that has confirmation runs."""
     cells = [confirmed(planned, records) for planned in plan]
-    return "\n\n".join(_section(cell) for cell in cells if cell.records) or "No confirmation run is there yet."
+    return "\n\n".join(_section(cell) for cell in cells if cell.is_begun) or "No confirmation run is there yet."
 
 
 def _begun(cell: Confirmed) -> str:
@@ -120,12 +125,14 @@ def _begun(cell: Confirmed) -> str:
 def _section(cell: Confirmed) -> str:
     each = cell.planned.cell
     seeds = len({seed for _, seed in cell.records})
-    title = f"### {each.regime}: {each.targets}, rank {each.rank}, {each.steps} steps ({seeds} seeds)"
+    name = cell.planned.label or each.regime
+    title = f"### {name}: {each.targets}, rank {each.rank}, {each.steps} steps ({seeds} seeds)"
     if not cell.is_whole:
         return f"{title}\n\n{_begun(cell)}"
-    return "\n\n".join(
-        [title, _scores(cell), *_samples(cell), *(_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms)]
-    )
+    said = [_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms]
+    if cell.planned.label:
+        said = [f"**{arm} less nara:** {change(cell.difference(arm, 'nara'), DIGITS)}." for arm in cell.planned.arms]
+    return "\n\n".join([title, _scores(cell), *_samples(cell), *said])
 
 
 def _scores(cell: Confirmed) -> str:

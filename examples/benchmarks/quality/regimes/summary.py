@@ -24,7 +24,7 @@ SHOWN = {
 
 def summary(plan: Sequence[Planned], records: Sequence[Record]) -> str:
     """As a table; in words that none is whole yet."""
-    cells = [cell for cell in (confirmed(planned, records) for planned in plan) if cell.is_whole]
+    cells = [cell for cell in (confirmed(planned, records) for planned in plan if not planned.label) if cell.is_whole]
     if not cells:
         return "No regime's confirmation is whole yet."
     header = ["regime", *SHOWN.values(), "NaRA − LoRA", "won by"]

@@ -141,6 +141,16 @@ def test_report_of_a_cell_without_all_its_runs_says_no_figure():
     )
 
 
+def test_arms_that_came_later_have_a_section_of_their_own_beside_nara():
+    later = Planned(PLANNED.cell, ("nara_diagonal",), label="eps_to_v_diagonal")
+    assert "eps_to_v_diagonal" not in report([PLANNED, later], records())
+    text = report([PLANNED, later], [*records(), *records(later)])
+    assert text.count("###") == 2
+    assert "| nara_diagonal | 9 | 2.4450 ± 0.0303 | 0.0000 ± 0.0000 | 0 |" in text
+    assert text.endswith("**nara_diagonal less nara:** **+0.0489** ± 0.0006.")
+    assert summary([PLANNED, later], [*records(), *records(later)]).count("eps_to_v") == 1
+
+
 def test_the_page_of_results_is_what_the_records_say():
     """Made again by `benchmark_regimes.py --report`, and RESULTS.md by `report_quality.py`."""
     root = report_quality.ROOT
