@@ -5,7 +5,7 @@ from .cores.custom import register_core
 from .cores.factorization import shared_factors
 from .export import from_lora, to_lora, to_lora_bins
 from .noise.context import noise_level
-from .noise.denoisers import register_denoiser
+from .noise.denoisers.lookup import register_denoiser
 from .noise.sources import register_noise_source, set_noise_source
 from .noise.strength import StrengthSchedule
 from .noise.timesteps import TimestepNoise

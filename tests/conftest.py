@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nara_diffusion.noise.denoisers import _DENOISERS
+from nara_diffusion.noise.denoisers.lookup import _DENOISERS
 
 MASK_TOKEN_ID = 49
 

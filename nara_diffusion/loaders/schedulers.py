@@ -16,7 +16,7 @@ import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
-from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
+from nara_diffusion.noise.schedulers.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
 from nara_diffusion.noise.timesteps import count_timesteps
 from nara_diffusion.tuner.holder.core_holder import holder_of
 

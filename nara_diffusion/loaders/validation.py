@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.denoisers.lookup import denoiser_of
 from nara_diffusion.noise.sources import first_source
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.build_core import needs_noise

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .denoiser import Denoiser
+from .denoisers.denoiser import Denoiser
 
 _DISCRETE = {
     "UNet2DConditionModel": Denoiser(),

@@ -10,7 +10,7 @@ from torch import nn
 
 from nara_diffusion.runtime.modules import core_holders
 
-from .denoiser import Denoiser
+from .denoisers.denoiser import Denoiser
 from .signals import MASKED_SHARE, NoiseSource
 from .text_blocks import BLOCK_MASKED_SHARE, CORRUPTED_SHARE
 from .timesteps import CONVENTIONS

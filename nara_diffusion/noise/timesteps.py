@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.runtime.modules import arguments_of, find_holders
 
-from .schedulers import LARGEST_LOG_SIGMA, check_discrete
+from .schedulers.timestep_meaning import LARGEST_LOG_SIGMA, check_discrete
 from .signals import NoiseSignals, is_differentiated
 
 NUM_TRAIN_TIMESTEPS = 1000

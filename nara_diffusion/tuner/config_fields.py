@@ -13,7 +13,7 @@ from typing import Any
 from peft import TaskType
 
 from nara_diffusion.limits import LARGEST_NUMBER, SMALLEST_SCALE, is_number
-from nara_diffusion.noise.prediction import KINDS
+from nara_diffusion.noise.schedulers.prediction import KINDS
 
 LARGEST_SIZE = 2**16
 """Of a rank, a width or a number of parts: beyond any layer, and small enough that no product overflows."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nara_diffusion.noise.prediction import check_scheduler_at_work
+from nara_diffusion.noise.schedulers.prediction import check_scheduler_at_work
 from nara_diffusion.runtime.channel import PerForwardCores
 from nara_diffusion.runtime.checkpointing import checkpoint_without_core
 from nara_diffusion.runtime.offloading import onload_cores

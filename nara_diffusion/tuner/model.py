@@ -20,7 +20,7 @@ from nara_diffusion.layers.dispatch import check_target, keep_out_of_float8, var
 from nara_diffusion.layers.initialisation import make_directions_orthonormal
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.context import active_signals
-from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.denoisers.lookup import denoiser_of
 from nara_diffusion.runtime.batch_rows import rows_of
 from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.runtime.offloading import check_addable

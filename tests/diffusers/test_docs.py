@@ -6,9 +6,9 @@ import ast
 import re
 from pathlib import Path
 
-from nara_diffusion.noise.denoiser import Denoiser
 from nara_diffusion.noise.denoiser_classes import DENOISERS
-from nara_diffusion.noise.undeclared_classes import STATIC, UNDECLARED
+from nara_diffusion.noise.denoisers.denoiser import Denoiser
+from nara_diffusion.noise.denoisers.undeclared_classes import STATIC, UNDECLARED
 from tests.helpers.diffusers_sources import families
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from nara_diffusion.dreambooth.families.loading import absent_components, model_name
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.formats import SCHEDULER
-from nara_diffusion.noise.prediction import prediction_by
+from nara_diffusion.noise.schedulers.prediction import prediction_by
 from nara_diffusion.training.adapters.methods import method_of
 from nara_diffusion.training.arguments.window import window_of
 from nara_diffusion.training.output.model_card import format_table

@@ -19,7 +19,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from nara_diffusion.noise.prediction import FLOW, prediction_by
+from nara_diffusion.noise.schedulers.prediction import FLOW, prediction_by
 from nara_diffusion.training.adapters.pissa import takes_start_from_base
 
 from .family import Family

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nara_diffusion.noise.prediction import FLOW, prediction_by
+from nara_diffusion.noise.schedulers.prediction import FLOW, prediction_by
 
 from .density import UNIFORM, TimestepDensity
 from .discrete import DiscreteObjective

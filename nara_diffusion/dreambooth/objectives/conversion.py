@@ -20,8 +20,8 @@ from typing import Any
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-from nara_diffusion.noise.prediction import FLOW, prediction_by
-from nara_diffusion.noise.schedulers import passes_log_sigma
+from nara_diffusion.noise.schedulers.prediction import FLOW, prediction_by
+from nara_diffusion.noise.schedulers.timestep_meaning import passes_log_sigma
 
 CONVERSIONS = ("epsilon", "v_prediction", FLOW)
 _EPSILON_AT_ZERO = (

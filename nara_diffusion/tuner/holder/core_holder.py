@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from nara_diffusion.cores.constant import IdentityCore
 from nara_diffusion.noise.ablations import refuse_ablation
 from nara_diffusion.noise.context import active_adapter_names, active_signals
-from nara_diffusion.noise.denoiser import Denoiser
-from nara_diffusion.noise.prediction import Prediction
+from nara_diffusion.noise.denoisers.denoiser import Denoiser
+from nara_diffusion.noise.schedulers.prediction import Prediction
 from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.sources import first_source
 from nara_diffusion.runtime.channel import CoreChannel, PerForwardCores

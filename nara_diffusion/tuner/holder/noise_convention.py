@@ -6,7 +6,7 @@ from copy import copy
 
 from torch import nn
 
-from nara_diffusion.noise.denoisers import why_static, why_undeclared
+from nara_diffusion.noise.denoisers.lookup import why_static, why_undeclared
 from nara_diffusion.noise.signals import NoiseSource
 from nara_diffusion.tuner.config import NaraConfig
 

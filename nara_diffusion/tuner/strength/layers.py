@@ -19,7 +19,7 @@ from torch import nn
 from nara_diffusion.cores.constant import IdentityCore
 from nara_diffusion.layers.dispatch import check_target, variant_for
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.denoisers.lookup import denoiser_of
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.runtime.batch_rows import rows_of
 from nara_diffusion.tuner.config import NaraConfig

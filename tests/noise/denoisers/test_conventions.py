@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from nara_diffusion import TimestepNoise, noise_level, register_denoiser, set_noise_source
-from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.denoisers.lookup import denoiser_of
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.denoisers.adapted import TARGETS, UNET, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
 from tests.helpers.denoisers.models import DENOISERS, denoiser, inputs_of

@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from nara_diffusion import noise_level
 from nara_diffusion.noise.denoiser_classes import DENOISERS
-from nara_diffusion.noise.denoisers import why_undeclared
-from nara_diffusion.noise.undeclared_classes import STATIC, UNDECLARED
+from nara_diffusion.noise.denoisers.lookup import why_undeclared
+from nara_diffusion.noise.denoisers.undeclared_classes import STATIC, UNDECLARED
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.diffusers_sources import classes, is_a, told_the_time
 from tests.helpers.small_pipelines import small_vae

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nara_diffusion.noise.denoiser import Denoiser
 from nara_diffusion.noise.denoiser_classes import DENOISERS, SETTLED_BY_CONFIG
+from nara_diffusion.noise.denoisers.denoiser import Denoiser
 from tests.helpers.denoisers.passed_timesteps import Passed
 from tests.helpers.denoisers.passed_to_images import IMAGES
 from tests.helpers.denoisers.passed_to_videos import VIDEOS

@@ -14,7 +14,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.noise.denoisers import _DENOISERS
+from nara_diffusion.noise.denoisers.lookup import _DENOISERS
 from tests.helpers.adapted import disturb, nara_config, relative_error
 from tests.helpers.denoisers.adapted import WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
 from tests.helpers.denoisers.levels import ARGUMENTS, BATCHED, CONVENTIONS, EXPECTED, ONE_LEVEL

@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 from packaging.version import Version
 
 from nara_diffusion import noise_level
-from nara_diffusion.noise.denoisers import _DENOISERS
+from nara_diffusion.noise.denoisers.lookup import _DENOISERS
 from tests.helpers.adapted import nara_config
 from tests.helpers.denoisers.adapted import TARGETS, WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
 from tests.helpers.denoisers.models import inputs_of, sample_of

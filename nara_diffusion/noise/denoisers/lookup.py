@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..denoiser_classes import DENOISERS, SETTLED_BY_CONFIG
+from ..timesteps import TimestepNoise
 from .denoiser import Denoiser
-from .denoiser_classes import DENOISERS, SETTLED_BY_CONFIG
-from .timesteps import TimestepNoise
 from .undeclared_classes import STATIC, UNDECLARED
 
 _DENOISERS = dict(DENOISERS)

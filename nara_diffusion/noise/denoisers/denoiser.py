@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .timesteps import TimestepNoise, UndeclaredTimestep
+from ..timesteps import TimestepNoise, UndeclaredTimestep
 
 
 @dataclass(frozen=True)
