@@ -42,8 +42,8 @@ from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
 from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
 from nara_diffusion.dreambooth.evaluation.setup import make_evaluator, sample_settings
+from nara_diffusion.dreambooth.families.flow.sd3 import SD3
 from nara_diffusion.dreambooth.families.loading import loader_of, modules_of, sampling_pipeline
-from nara_diffusion.dreambooth.families.sd3 import SD3
 from nara_diffusion.dreambooth.families.table import family_of_model
 from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.loss import TrainingStep

@@ -7,8 +7,8 @@ from nara_diffusion.dreambooth.data.class_images import generate_class_images
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample, collate_samples
 from nara_diffusion.dreambooth.data.images import load_image
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
-from nara_diffusion.dreambooth.families.clip import encode_prompts
-from nara_diffusion.dreambooth.families.long_prompts import encode_long_prompts, long_prompt_call
+from nara_diffusion.dreambooth.families.unet.clip import encode_prompts
+from nara_diffusion.dreambooth.families.unet.long_prompts import encode_long_prompts, long_prompt_call
 
 __all__ = [
     "DreamBoothDataset",

@@ -16,10 +16,10 @@ from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSa
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
 from nara_diffusion.dreambooth.data.repeat_folders import records_from_subject_folder
 from nara_diffusion.dreambooth.evaluation.setup import sample_call
-from nara_diffusion.dreambooth.families.clip import check_clip_skip
 from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.dreambooth.families.long_prompts import check_places, is_long
 from nara_diffusion.dreambooth.families.table import family_of, family_of_model
+from nara_diffusion.dreambooth.families.unet.clip import check_clip_skip
+from nara_diffusion.dreambooth.families.unet.long_prompts import check_places, is_long
 from nara_diffusion.training.adapters.build import check_adaptable
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.arguments.window import window_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.dreambooth.families.long_prompts import PLACES, check_length, is_long
+from nara_diffusion.dreambooth.families.unet.long_prompts import PLACES, check_length, is_long
 from nara_diffusion.dreambooth.objectives.conversion import FLOW
 from nara_diffusion.training.arguments.checks import require
 from nara_diffusion.training.arguments.cli import option

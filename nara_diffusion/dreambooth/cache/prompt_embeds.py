@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from nara_diffusion.dreambooth.families.clip import encode_prompts, tokenize_prompts
 from nara_diffusion.dreambooth.families.family import Embeddings, Family, stack_padded
+from nara_diffusion.dreambooth.families.unet.clip import encode_prompts, tokenize_prompts
 
 from .tensor_cache import Entry, TensorCache, fingerprint
 

@@ -1,4 +1,4 @@
-"""What the script has to know of a family of image models; `table` lists them, and each has a file of its own.
+"""What the script has to know of a family of image models; `table` lists them, and each has a file in `unet` or `flow`.
 
     prompts → encode → embeddings, a tuple of (b, …)
     x_λ (b, c, h, w), timestep (b,), embeddings → call → prediction (b, c, h, w)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from .family import Family
-from .long_prompts import is_long, long_prompt_call
 from .table import BY_PIPELINE
+from .unet.long_prompts import is_long, long_prompt_call
 
 
 def render(pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]) -> Any:

@@ -7,14 +7,14 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .family import Family
-from .flux import FLUX
-from .flux2 import FLUX2
-from .qwen_image import QWEN_IMAGE
-from .sd import SD
-from .sd3 import SD3
-from .sdxl import SDXL
-from .wan import WAN
-from .z_image import Z_IMAGE
+from .flow.flux import FLUX
+from .flow.flux2 import FLUX2
+from .flow.qwen_image import QWEN_IMAGE
+from .flow.sd3 import SD3
+from .flow.wan import WAN
+from .flow.z_image import Z_IMAGE
+from .unet.sd import SD
+from .unet.sdxl import SDXL
 
 FAMILIES = (SD, SDXL, SD3, FLUX, FLUX2, Z_IMAGE, QWEN_IMAGE, WAN)
 BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
-from nara_diffusion.dreambooth.families.clip import encode_prompts, encode_tokens, tokenize_prompts
+from nara_diffusion.dreambooth.families.unet.clip import encode_prompts, encode_tokens, tokenize_prompts
 from tests.helpers.small_pipelines import MAX_TOKENS, TEXT_WIDTHS, small_sdxl
 
 PROMPTS = ["a photo of toy", "a red cube on grass", "a photo of toy"]

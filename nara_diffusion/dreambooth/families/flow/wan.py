@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .family import Call, Conditions, Embeddings, Family
+from ..family import Call, Conditions, Embeddings, Family
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:

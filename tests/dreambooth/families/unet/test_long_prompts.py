@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nara_diffusion.dreambooth import encode_long_prompts, encode_prompts, long_prompt_call
 from nara_diffusion.dreambooth.cache.prompt_embeds import family_cache
-from nara_diffusion.dreambooth.families.clip import tokenize_prompts
-from nara_diffusion.dreambooth.families.long_prompts import tokenize_chunks
 from nara_diffusion.dreambooth.families.rendering import render
 from nara_diffusion.dreambooth.families.table import family_of
+from nara_diffusion.dreambooth.families.unet.clip import tokenize_prompts
+from nara_diffusion.dreambooth.families.unet.long_prompts import tokenize_chunks
 from tests.helpers import small_pipelines
 
 WORDS = ["a", "photo", "of", "toy", "red", "cube", "on", "grass"]

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..family import TRANSFORMER_TARGETS, Call, Conditions, Embeddings, Family
 from .clip import encode_prompts
-from .family import TRANSFORMER_TARGETS, Call, Conditions, Embeddings, Family
+from .common import unet_divisor
 from .long_prompts import encode_long_prompts, is_long
-from .unet import unet_divisor
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Call, Conditions, Embeddings, Family, stack_padded
-from .flows import N, patches_divisor
+from ..family import Call, Conditions, Embeddings, Family, stack_padded
+from .common import N, patches_divisor
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:

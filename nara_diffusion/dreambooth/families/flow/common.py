@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Call, Family
+from ..family import Call, Family
 
 N = 1000
 """Timesteps of their schedulers, by which their pipelines divide whatever the scheduler says."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Call, Conditions, Embeddings, Family
-from .flows import fit_guidance, guidance_of, patches_divisor, sigma_of
+from ..family import Call, Conditions, Embeddings, Family
+from .common import fit_guidance, guidance_of, patches_divisor, sigma_of
 from .packing import grid_ids, pack, unpack
 
 
