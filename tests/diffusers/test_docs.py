@@ -36,7 +36,7 @@ def test_every_test_that_the_page_names_exists():
 
 
 def test_every_file_of_tests_is_named():
-    files = {path.name for path in Path(__file__).parent.glob("test_*.py")}
+    files = {str(path.relative_to(ROOT)) for path in Path(__file__).parent.rglob("test_*.py")}
     assert files == {name for name in files if name in PAGE}
 
 

@@ -18,8 +18,7 @@ from nara_diffusion.training.formats import load_checkpoint
 from tests.helpers.adapted import disturb
 from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model
 from tests.helpers.small_pipelines import small_sdxl
-
-from .adapters import trained
+from tests.loaders.adapters import trained
 
 # PEFT warns of what it leaves out, and goes on
 pytestmark = [

@@ -10,8 +10,7 @@ import torch
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import relative_error
-
-from .adapters import predict, save_lora, trained
+from tests.loaders.adapters import predict, save_lora, trained
 
 # PEFT says so of a second adapter
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
