@@ -21,7 +21,7 @@ from nara_diffusion.training.arguments.cli import parse_arguments
 from train_scripts import dllm, dreambooth_sdxl
 from train_scripts.dllm import Arguments, main
 
-CONFIGS = Path(__file__).parents[2] / "train_scripts" / "configs"
+CONFIGS = Path(__file__).parents[3] / "train_scripts" / "configs"
 SHORT = {"validation_steps": None, "curve_points": 1, "gen_length": 2, "test_samples": 2, "checkpointing_steps": 2}
 # AdaLoRA drops directions at steps 3 and 4 of 4, so that a resumed run has to know what was dropped, and why
 OPTIONS = {

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.train_scripts.dreambooth_runs import tiny_arguments
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import tiny_arguments
 
 
 def test_tensorboard_has_the_values_of_metrics_jsonl_and_the_samples(sdxl_folder, pictures, tmp_path) -> None:

@@ -23,7 +23,7 @@ from tests.helpers.patience import LAST_RESORT
 from train_scripts.dllm import Arguments, main
 
 WEIGHTS = "adapter_model.safetensors"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def read_metrics(folder: Path) -> list[dict]:

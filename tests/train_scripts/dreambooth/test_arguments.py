@@ -56,7 +56,7 @@ def test_help_lists_every_flag_once(monkeypatch) -> None:
 
 
 def test_the_configuration_for_sdxl() -> None:
-    path = Path(__file__).parents[2] / "train_scripts" / "configs" / "sdxl_dreambooth.yaml"
+    path = Path(__file__).parents[3] / "train_scripts" / "configs" / "sdxl_dreambooth.yaml"
     argv = ["--config", str(path), "--instance_data_dir", "dog", "--instance_prompt", "a photo of sks dog"]
     args = parse_arguments(DreamBoothArguments, argv)
     assert args.pretrained_model_name_or_path == "stabilityai/stable-diffusion-xl-base-1.0"

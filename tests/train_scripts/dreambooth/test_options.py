@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from tests.train_scripts.dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
 
 RANGE = {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 3.0}
 LATER = {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 3.0}

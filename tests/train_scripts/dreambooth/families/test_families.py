@@ -20,9 +20,8 @@ from nara_diffusion.dreambooth.evaluation.sampling import sample_batch
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.training.arguments.cli import parse_arguments
 from tests.helpers.family_pipelines import FAMILY_PIPELINES, small_wan_images
+from tests.train_scripts.dreambooth_runs import WEIGHTS, by_the_card, fresh_accelerate, tiny_arguments, written
 from train_scripts.dreambooth import family_defaults, main, shipped_run
-
-from .dreambooth_runs import WEIGHTS, by_the_card, fresh_accelerate, tiny_arguments, written
 
 LENGTHS = {"sd3": 5, "flux": 12, "flux2": 64, "z_image": 64, "qwen_image": 300, "wan": 20}
 SIDES = {"qwen_image": 32, "wan": 32}
@@ -187,7 +186,7 @@ def test_two_transformers_of_wan_are_refused(arguments, tmp_path) -> None:
 
 @pytest.mark.parametrize(("name", "model"), [("sd3", "stable-diffusion-3.5-medium"), ("flux", "FLUX.1-dev")])
 def test_configurations_are_complete_and_can_be_expressed(name: str, model: str) -> None:
-    path = Path(__file__).parents[2] / "train_scripts" / "configs" / f"{name}_dreambooth.yaml"
+    path = Path(__file__).parents[4] / "train_scripts" / "configs" / f"{name}_dreambooth.yaml"
     argv = ["--config", str(path), "--instance_data_dir", "dog", "--instance_prompt", "a photo of sks dog"]
     args = parse_arguments(DreamBoothArguments, argv)
     assert args.pretrained_model_name_or_path.endswith(model)

@@ -12,9 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from tests.train_scripts.dreambooth_runs import WEIGHTS, by_the_card, run_pixels, tiny_arguments, written
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, by_the_card, run_pixels, tiny_arguments, written
 
 KINDS: dict[str, dict[str, Any]] = {
     "v": {"prediction_type": "v_prediction"},

@@ -9,9 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from tests.train_scripts.dreambooth_runs import tiny_arguments, write_pictures
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import tiny_arguments, write_pictures
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.methods import METHODS
 from nara_diffusion.training.arguments.cli import parse_arguments
+from tests.train_scripts.dreambooth_runs import by_the_card, run_pixels, tiny_arguments, written
 from train_scripts.dreambooth_sdxl import SHIPPED_RUN, main, shipped_run
-
-from .dreambooth_runs import by_the_card, run_pixels, tiny_arguments, written
 
 FEW = {"checkpointing_steps": 2, "num_validation_images": 1, "curve_points": 1, "max_train_steps": 3}
 # directions are dropped at steps 2 and 3 of 3, the second after a resume

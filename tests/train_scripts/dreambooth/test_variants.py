@@ -8,9 +8,8 @@ from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, StableDiffusion
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from tests.train_scripts.dreambooth_runs import WEIGHTS, loaded_pipeline, tiny_arguments
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, loaded_pipeline, tiny_arguments
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.loop import TrainingDiverged
 from nara_diffusion.training.oom import OutOfMemory
+from tests.train_scripts.dreambooth_runs import WEIGHTS, tiny_arguments
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, tiny_arguments
 
 
 @pytest.fixture

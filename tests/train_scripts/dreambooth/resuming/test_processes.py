@@ -13,9 +13,8 @@ from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.formats import TRAINABLE
 from nara_diffusion.training.weight_average import AVERAGE
 from tests.helpers.engines import in_two_processes
+from tests.train_scripts.dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")]
 

@@ -20,11 +20,10 @@ from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.loaders.source import read_file
 from nara_diffusion.training.arguments.cli import parse_arguments
 from tests.helpers.patience import LAST_RESORT
+from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, write_pictures
 from train_scripts.dreambooth_sdxl import main
 
-from .dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, write_pictures
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 SHORT: dict[str, Any] = {"num_validation_images": 1, "max_train_steps": 3}
 

@@ -9,11 +9,10 @@ from diffusers import StableDiffusion3Pipeline
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.arguments.cli import parse_arguments
+from tests.train_scripts.dreambooth_runs import by_the_card
 from train_scripts.dreambooth import main
 
-from .dreambooth_runs import by_the_card
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 CONFIG = "train_scripts/configs/sd_tiny_flow.yaml"
 
 

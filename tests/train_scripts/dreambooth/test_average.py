@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.formats import TRAINABLE
 from nara_diffusion.training.weight_average import AVERAGE
+from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments
 
 
 @pytest.fixture

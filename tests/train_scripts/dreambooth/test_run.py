@@ -24,9 +24,8 @@ from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity, TextAl
 from nara_diffusion.dreambooth.evaluation.sampling import sample_batch
 from nara_diffusion.training.run import Run
 from tests.dreambooth.small_encoders import save_clip, save_dino
+from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, loaded_pipeline, tiny_arguments
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, fresh_accelerate, loaded_pipeline, tiny_arguments
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from nara_diffusion.training.arguments.cli import parse_arguments
 from nara_diffusion.training.batches import accumulation_steps
 from train_scripts.dllm import Arguments, main
 
-FOLDER = Path(__file__).parents[2] / "train_scripts" / "configs"
+FOLDER = Path(__file__).parents[3] / "train_scripts" / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem.startswith(("llada_", "dream_")))
 MODELS = {
     "llada_base": "GSAI-ML/LLaDA-8B-Base",

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.train_scripts.dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, tiny_arguments, write_pictures
 
 
 @pytest.fixture

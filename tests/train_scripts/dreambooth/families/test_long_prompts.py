@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from tests.helpers import small_pipelines
+from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, written
 from train_scripts.dreambooth import main
-
-from .dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, written
 
 PROMPT = " ".join((["a", "photo", "of", "toy", "red", "cube", "on", "grass"] * 14)[:105])
 

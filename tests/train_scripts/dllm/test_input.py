@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from nara_diffusion.training.oom import OutOfMemory
+from tests.train_scripts.conftest import copy_tokenizer, shipped_config
 from train_scripts.dllm import Arguments, main
-
-from .conftest import copy_tokenizer, shipped_config
 
 
 def refused(args: Arguments, message: str, error: type[Exception] = ValueError) -> None:

@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.training.arguments.cli import parse_arguments
+from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, write_pictures
 from train_scripts.dreambooth_sdxl import main
-
-from .dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, write_pictures
 
 BUCKETS = "16,16;16,24;24,16"
 
