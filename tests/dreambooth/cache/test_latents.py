@@ -12,8 +12,8 @@ from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_sa
 from nara_diffusion.dreambooth.data.records import records_from_folder
 from nara_diffusion.dreambooth.seeding import torch_generator
 from nara_diffusion.training.stream import stream_loader
-from tests.dreambooth.latent_models import vae
-from tests.dreambooth.pictures import folder_of
+from tests.dreambooth.cache.latent_models import vae
+from tests.dreambooth.data.pictures import folder_of
 
 SCALED = {"scaling_factor": 0.13025}
 SHIFTED = {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3], "latents_std": [0.5, 2.0, 1.5]}

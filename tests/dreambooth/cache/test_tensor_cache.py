@@ -153,7 +153,7 @@ def test_a_fingerprint_tells_models_apart() -> None:
 
 
 def test_a_fingerprint_reads_the_configuration(tmp_path: Path) -> None:
-    from tests.dreambooth.latent_models import vae
+    from tests.dreambooth.cache.latent_models import vae
 
     assert fingerprint(vae()) == fingerprint(vae())
     assert fingerprint(vae()) != fingerprint(vae(scaling_factor=0.5))

@@ -10,7 +10,7 @@ from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_sa
 from nara_diffusion.dreambooth.data.records import class_records, records_from_folder
 from nara_diffusion.dreambooth.setup import load_instances, prompt_cache, training_data
 from nara_diffusion.training.stream import stream_loader
-from tests.dreambooth.pictures import folder_of
+from tests.dreambooth.data.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 from tests.train_scripts.dreambooth_runs import tiny_arguments, write_pictures
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nara_diffusion.dreambooth.data.class_images import generate_class_images, missing_class_images
 from nara_diffusion.dreambooth.data.records import class_records
-from tests.dreambooth.pictures import folder_of
+from tests.dreambooth.data.pictures import folder_of
 from tests.helpers.patience import LAST_RESORT, all_at_once
 from tests.helpers.small_pipelines import small_sdxl
 

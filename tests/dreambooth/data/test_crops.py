@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from nara_diffusion.dreambooth.data.crops import Crop, center_crop, crop_image, random_crop, scaled_size, to_pixels
-from tests.dreambooth.pictures import gradient, noise
+from tests.dreambooth.data.pictures import gradient, noise
 
 SIZES = [((97, 61), (48, 32)), ((61, 97), (48, 32)), ((20, 33), (64, 64)), ((64, 64), (64, 64)), ((130, 40), (16, 24))]
 

@@ -15,7 +15,7 @@ from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_sa
 from nara_diffusion.dreambooth.data.images import ImageError
 from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.training.stream import stream_loader
-from tests.dreambooth.pictures import folder_of, noise
+from tests.dreambooth.data.pictures import folder_of, noise
 
 SIZES = [(80, 60), (60, 80), (70, 70), (90, 50), (66, 64)]  # (width, height)
 BUCKETS = make_buckets(32, divisor=8)

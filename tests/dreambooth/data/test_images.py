@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nara_diffusion.dreambooth.data.images import MAX_PIXELS, ImageError, decode_image, image_files, load_image
-from tests.dreambooth.pictures import gradient, noise
+from tests.dreambooth.data.pictures import gradient, noise
 
 
 def pixels(image: Image.Image) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nara_diffusion.dreambooth.data.records import class_records, records_from_dataset, records_from_folder
-from tests.dreambooth.pictures import folder_of, noise
+from tests.dreambooth.data.pictures import folder_of, noise
 
 PROMPT = "a photo of sks toy"
 

@@ -8,7 +8,7 @@ import pytest
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.data.repeat_folders import find_repeat_folders, records_from_subject_folder
 from nara_diffusion.dreambooth.setup import epoch_size, load_instances, record_texts
-from tests.dreambooth.pictures import folder_of
+from tests.dreambooth.data.pictures import folder_of
 from tests.train_scripts.dreambooth_runs import tiny_arguments
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, BertConfig, BertModel, CLIPProcessor
 
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity, TextAlignment, without_words
-from tests.dreambooth.small_encoders import (
+from tests.dreambooth.evaluation.small_encoders import (
     TEXT_LENGTH,
     clip_model,
     clip_processor,

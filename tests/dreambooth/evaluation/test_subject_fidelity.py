@@ -17,7 +17,7 @@ from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity, TextAlignment
 from nara_diffusion.dreambooth.evaluation.subject_fidelity import PromptSource, evaluate, table
 from nara_diffusion.utils.statistics import interval
-from tests.dreambooth.small_encoders import random_images, save_clip, save_dino
+from tests.dreambooth.evaluation.small_encoders import random_images, save_clip, save_dino
 
 PROMPTS = ["a red cube", "a blue ball", "a photo of a ball"]
 

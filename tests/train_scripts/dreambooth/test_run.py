@@ -23,7 +23,7 @@ from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity, TextAlignment
 from nara_diffusion.dreambooth.evaluation.sampling import sample_batch
 from nara_diffusion.training.run import Run
-from tests.dreambooth.small_encoders import save_clip, save_dino
+from tests.dreambooth.evaluation.small_encoders import save_clip, save_dino
 from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, loaded_pipeline, tiny_arguments
 from train_scripts.dreambooth_sdxl import main
 
