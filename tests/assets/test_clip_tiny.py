@@ -8,9 +8,9 @@ import pytest
 import torch
 from make_clip_tiny import Arguments, main
 from safetensors.torch import load_file
-from tiny_retrieval import retrieval
+from tiny_clip.retrieval import retrieval
+from tiny_clip.vocabulary import words
 from tiny_training import Training
-from tiny_vocabulary import words
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
 
 FOLDER = Path(__file__).parents[2] / "examples" / "assets" / "clip-tiny"

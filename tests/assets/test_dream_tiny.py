@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_tasks
 import torch
 from make_llada_tiny import Arguments, main
-from tiny_evaluation import exact_match_by_family
+from tiny_text import tasks
+from tiny_text.evaluation import exact_match_by_family
 
 from nara_diffusion.dllm import generate, load_backbone
 from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
@@ -46,7 +46,7 @@ def test_the_card_s_example_holds() -> None:
 def test_new_questions_are_answered_as_the_card_says(family: str) -> None:
     model, tokenizer = load_backbone(str(MODEL))
     said = json.loads((MODEL / "results.json").read_text())["exact_match"][family]
-    score = exact_match_by_family(model, tokenizer, {family: tiny_tasks.questions(family, 64, seed=5)})
+    score = exact_match_by_family(model, tokenizer, {family: tasks.questions(family, 64, seed=5)})
     assert score[family] == pytest.approx(said, abs=4 * (said * (1 - said) / 64) ** 0.5)  # four standard errors
 
 

@@ -13,9 +13,9 @@ from diffusers import (
 )
 from make_sdxl_tiny import parameters
 from safetensors.torch import load_file
-from tiny_scenes import render, scenes
-from tiny_sdxl_evaluation import GUIDANCE
-from tiny_vae import VALIDATION_SPLIT, pixels
+from tiny_drawings.scenes import render, scenes
+from tiny_images.evaluation import GUIDANCE
+from tiny_images.vae import VALIDATION_SPLIT, pixels
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModelWithProjection, CLIPTokenizer
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from make_sdxl_tiny import parameters
 from safetensors.torch import load_file
-from tiny_scenes import Scene, render
-from tiny_sdxl_evaluation import GUIDANCE
-from tiny_vae import VALIDATION_SPLIT, pixels, reconstruction, scenes
-from tiny_vocabulary import words
+from tiny_clip.vocabulary import words
+from tiny_drawings.scenes import Scene, render
+from tiny_images.evaluation import GUIDANCE
+from tiny_images.vae import VALIDATION_SPLIT, pixels, reconstruction, scenes
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"

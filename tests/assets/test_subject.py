@@ -8,11 +8,11 @@ import pytest
 import torch
 from make_subject import INSTANCE_PROMPT, POSES, held_out_pose, picture, picture_in_place
 from PIL import Image
-from tiny_objects import COLOURS
-from tiny_places import PLACES
-from tiny_scenes import SUBJECT_WORD, render, scenes
-from tiny_subjects import SUBJECTS, Subject
-from tiny_vocabulary import words
+from tiny_clip.vocabulary import words
+from tiny_drawings.objects import COLOURS
+from tiny_drawings.places import PLACES
+from tiny_drawings.scenes import SUBJECT_WORD, render, scenes
+from tiny_drawings.subjects import SUBJECTS, Subject
 from transformers import CLIPModel, CLIPProcessor
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("reasoning_gym")
 
 import make_two_step
-import tiny_tasks
+from tiny_text.tasks import FAMILIES, questions
 
 TASK = Path(__file__).parents[2] / "examples" / "assets" / "two-step"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -67,8 +67,8 @@ def test_another_seed_makes_other_records() -> None:
 
 
 def test_pretraining_never_asks_for_two_steps() -> None:
-    for family in tiny_tasks.FAMILIES:
-        for question, _ in tiny_tasks.questions(family, 300, seed=0):
+    for family in FAMILIES:
+        for question, _ in questions(family, 300, seed=0):
             assert "then" not in question.split(": ")[0]
     asked = {item["instruction"].split(": ")[0] for name in make_two_step.SPLITS for item in read(name)}
-    assert asked.isdisjoint(tiny_tasks.FAMILIES)
+    assert asked.isdisjoint(FAMILIES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_uniform import noise_tokens
+from tiny_text.uniform import noise_tokens
 
 from nara_diffusion.dllm import load_backbone
 

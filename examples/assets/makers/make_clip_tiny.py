@@ -4,8 +4,8 @@
     python examples/assets/makers/make_clip_tiny.py --output_dir outputs/clip-smaller --text_width 64 --text_layers 2 \\
         --vision_width 64 --vision_layers 3 --seed 1 --max_train_steps 800              # sdxl-tiny's first text encoder
 
-A CLIPModel on 64 × 64 pixels, trained with CLIP's contrastive loss on the scenes of tiny_scenes.py. A run that was
-stopped goes on with --resume.
+A CLIPModel on 64 × 64 pixels, trained with CLIP's contrastive loss on the scenes of tiny_drawings/scenes.py. A run that
+was stopped goes on with --resume.
 
 Written to --output_dir: model.safetensors, config.json, the processor's files, results.json and training_curve.csv;
 and training_state.pt, which --resume reads and nobody else needs.
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tiny_clip_card import write_clip_card
-from tiny_retrieval import retrieval
-from tiny_scenes import SIZE, render, scenes, training_caption
+from tiny_clip.card import write_clip_card
+from tiny_clip.retrieval import retrieval
+from tiny_clip.vocabulary import MAX_TOKENS, build_tokenizer, save_tokenizer
+from tiny_drawings.scenes import SIZE, render, scenes, training_caption
 from tiny_training import Plan, Training, load_as_float32, parse
-from tiny_vocabulary import MAX_TOKENS, build_tokenizer, save_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 

@@ -5,9 +5,9 @@ dream-tiny, its sibling of another family, for the benchmark of quality.
     python examples/assets/makers/make_llada_tiny.py --output_dir outputs/trial --max_train_steps 300  # two minutes
     python examples/assets/makers/make_llada_tiny.py --family dream --seed 1 --output_dir outputs/dream-tiny
 
-Both have attention in both directions and are trained with LLaDA's objective on the questions of tiny_tasks.py. llada
-is a Llama, written in LLaDA's own checkpoint format; dream is a Qwen2 with fewer key heads and biases, whose logits are
-shifted by one position as Dream's are, written as transformers writes it.
+Both have attention in both directions and are trained with LLaDA's objective on the questions of tiny_text/tasks.py.
+llada is a Llama, written in LLaDA's own checkpoint format; dream is a Qwen2 with fewer key heads and biases, whose
+logits are shifted by one position as Dream's are, written as transformers writes it.
 
 A run that was stopped, by Ctrl-C or by a power cut, goes on with --resume from its last saved state, and ends with the
 same weights as if it had not been stopped. The learning rate is constant until the last --decay_share of the steps, so
@@ -27,11 +27,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from tiny_backbones import BACKBONES
-from tiny_card import write_card
-from tiny_data import LONGEST_TAIL, MAX_TOKENS, Rows, encode, training_and_validation
-from tiny_evaluation import exact_match_by_family, validation_loss
-from tiny_tokenizer import build_tokenizer
+from tiny_text.backbones import BACKBONES
+from tiny_text.card import write_card
+from tiny_text.data import LONGEST_TAIL, MAX_TOKENS, Rows, encode, training_and_validation
+from tiny_text.evaluation import exact_match_by_family, validation_loss
+from tiny_text.tokenizer import build_tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_wsd_schedule
 

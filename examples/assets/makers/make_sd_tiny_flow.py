@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from make_sdxl_tiny import parameters
-from tiny_flow_card import write_flow_card
-from tiny_flow_latents import SPLIT, cached_flow_latents
-from tiny_sdxl_evaluation import SHEET_PROMPTS, evaluate, sample, write_samples
+from tiny_clip.vocabulary import save_tokenizer
+from tiny_images.evaluation import SHEET_PROMPTS, evaluate, sample, write_samples
+from tiny_images.flow_card import write_flow_card
+from tiny_images.flow_latents import SPLIT, cached_flow_latents
+from tiny_images.transformer import FlowMatching, build_flow_scheduler, build_transformer
+from tiny_images.vae import latent_moments, pixels
 from tiny_training import Plan, Training, load_as_float32, parse
-from tiny_transformer import FlowMatching, build_flow_scheduler, build_transformer
-from tiny_vae import latent_moments, pixels
-from tiny_vocabulary import save_tokenizer
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 WITHOUT_T5 = {"max_sequence_length": 0}  # of the pipeline's call: no zero vectors where T5's would be

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from tiny_latents import SPLIT, cached_latents
-from tiny_sdxl_card import write_sdxl_card
-from tiny_sdxl_evaluation import evaluate, write_samples
+from tiny_clip.vocabulary import save_tokenizer
+from tiny_images.evaluation import evaluate, write_samples
+from tiny_images.latents import SPLIT, cached_latents
+from tiny_images.sdxl_card import write_sdxl_card
+from tiny_images.unet import NoisePrediction, build_scheduler, build_unet
+from tiny_images.vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
 from tiny_training import Plan, Training, load_as_float32, parse
-from tiny_unet import NoisePrediction, build_scheduler, build_unet
-from tiny_vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
-from tiny_vocabulary import save_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 

@@ -3,9 +3,10 @@
     python examples/assets/makers/make_subject.py --output_dir outputs/subject
     python examples/assets/makers/make_subject.py --subject car --output_dir outputs/subject-car
 
-The subject's class is known to sdxl-tiny, the subject itself isn't (see tiny_subjects). It stands on a table before a
-plain wall, in five poses, before five walls, so that the places of the prompts have to come from the model. A benchmark
-asks for pictures beyond the five, which no training sees: in other poses before other walls, and in the data's places.
+The subject's class is known to sdxl-tiny, the subject itself isn't (see tiny_drawings/subjects.py). It stands on a
+table before a plain wall, in five poses, before five walls, so that the places of the prompts have to come from the
+model. A benchmark asks for pictures beyond the five, which no training sees: in other poses before other walls, and in
+the data's places.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from pathlib import Path
 from string import Template
 
 from PIL import Image, ImageDraw
-from tiny_pen import Colour
-from tiny_scenes import SMOOTHING, paint_place, smoothed, stand
-from tiny_subjects import SUBJECTS, Subject
+from tiny_drawings.pen import Colour
+from tiny_drawings.scenes import SMOOTHING, paint_place, smoothed, stand
+from tiny_drawings.subjects import SUBJECTS, Subject
 
 SIZE = 128  # pixels: twice what sdxl-tiny draws, so that the training has something to resize
 TOY = SUBJECTS["toy"]
 INSTANCE_PROMPT = TOY.instance_prompt
-CARD_TEMPLATE = Path(__file__).with_name("subject_card.md")
+CARD_TEMPLATE = Path(__file__).parent / "tiny_drawings" / "subject_card.md"
 
 
 @dataclass(frozen=True)

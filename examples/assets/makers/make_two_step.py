@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from reasoning_gym.data import read_data_file
-from tiny_tasks import LETTER_FAMILIES, MAX_LETTERS, random_letters
+from tiny_text.tasks import LETTER_FAMILIES, MAX_LETTERS, random_letters
 
 COMPOSITIONS = (("swap", "shift"), ("rotate", "upper"), ("reverse", "shift"), ("rotate", "unshift"))
 SPLITS = {"train": 4000, "validation": 256, "test": 256}

@@ -5,7 +5,7 @@ blind to λ of one that sees it.
     python examples/assets/makers/make_uniform_tiny.py --output_dir outputs/trial --max_train_steps 100
 
 It starts from llada-tiny's weights, as Dream does from Qwen2.5's, and has its
-tokenizer, questions and checkpoint format; all weights are trained, with the objective of tiny_uniform.py. The
+tokenizer, questions and checkpoint format; all weights are trained, with the objective of tiny_text/uniform.py. The
 benchmark of regimes fine-tunes it. A run that was stopped goes on with --resume.
 
 Written to --output_dir: model.safetensors, config.json, the tokenizer, README.md (the model card), training_curve.csv
@@ -22,12 +22,12 @@ from string import Template
 from typing import Any
 
 import torch
-from tiny_checkpoint import save_llada_checkpoint
 from tiny_curves import write_curve
-from tiny_data import LONGEST_TAIL, Rows, encode, training_and_validation
-from tiny_tokenizer import build_tokenizer
+from tiny_text.checkpoint import save_llada_checkpoint
+from tiny_text.data import LONGEST_TAIL, Rows, encode, training_and_validation
+from tiny_text.tokenizer import build_tokenizer
+from tiny_text.uniform import noise_tokens, uniform_corruption, uniform_loss
 from tiny_training import Plan, Training, parse
-from tiny_uniform import noise_tokens, uniform_corruption, uniform_loss
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,7 +36,7 @@ from nara_diffusion.dllm import load_backbone
 VALIDATION_BATCH = 256  # questions
 START = Path(__file__).parents[1] / "llada-tiny"
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # λ of the card's table
-CARD = Path(__file__).with_name("uniform_tiny_card.md")
+CARD = Path(__file__).parent / "tiny_text" / "uniform_tiny_card.md"
 
 
 @dataclass

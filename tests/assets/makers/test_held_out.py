@@ -1,10 +1,10 @@
 """The held-out pictures: none is a training picture, and none comes twice."""
 
 from make_subject import POSES, picture
-from tiny_held_out import in_places, in_poses
-from tiny_places import PLACES
-from tiny_subjects import SUBJECTS
-from tiny_vocabulary import words
+from tiny_clip.vocabulary import words
+from tiny_drawings.held_out import in_places, in_poses
+from tiny_drawings.places import PLACES
+from tiny_drawings.subjects import SUBJECTS
 
 EACH_PLACE = 22  # that the benchmark takes
 

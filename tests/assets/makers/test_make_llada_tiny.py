@@ -9,12 +9,11 @@ from safetensors.torch import load_file
 pytest.importorskip("reasoning_gym")
 
 import make_llada_tiny
-import tiny_data
-import tiny_tasks
 from make_llada_tiny import Arguments, main
-from tiny_backbones import build_llada
-from tiny_checkpoint import save_llada_checkpoint
-from tiny_tokenizer import build_tokenizer
+from tiny_text import data, tasks
+from tiny_text.backbones import build_llada
+from tiny_text.checkpoint import save_llada_checkpoint
+from tiny_text.tokenizer import build_tokenizer
 
 from nara_diffusion.dllm import load_backbone
 
@@ -40,44 +39,44 @@ def small_run(directory: Path, **changes: object) -> Arguments:
     ],
 )
 def test_letter_families(family: str, letters: str, answer: str) -> None:
-    assert tiny_tasks.LETTER_FAMILIES[family](letters) == answer
+    assert tasks.LETTER_FAMILIES[family](letters) == answer
 
 
-@pytest.mark.parametrize("family", tiny_tasks.FAMILIES)
+@pytest.mark.parametrize("family", tasks.FAMILIES)
 def test_questions_follow_from_the_seed_and_fit_a_row(family: str) -> None:
-    first = tiny_tasks.questions(family, 50, seed=3)
-    assert first == tiny_tasks.questions(family, 50, seed=3)
-    assert first != tiny_tasks.questions(family, 50, seed=4)
-    rows = tiny_data.encode(first, build_tokenizer())
-    assert int(rows.ends.max()) + tiny_data.LONGEST_TAIL <= tiny_data.MAX_TOKENS
+    first = tasks.questions(family, 50, seed=3)
+    assert first == tasks.questions(family, 50, seed=3)
+    assert first != tasks.questions(family, 50, seed=4)
+    rows = data.encode(first, build_tokenizer())
+    assert int(rows.ends.max()) + data.LONGEST_TAIL <= data.MAX_TOKENS
 
 
 def test_gym_answers_answer_the_shortened_questions() -> None:
-    for question, answer in tiny_tasks.questions("spell_backward", 20, seed=1):
+    for question, answer in tasks.questions("spell_backward", 20, seed=1):
         assert answer == question.removeprefix("spell backward: ")[::-1]
-    for question, answer in tiny_tasks.questions("letter_counting", 20, seed=1):
+    for question, answer in tasks.questions("letter_counting", 20, seed=1):
         letter, word = question.removeprefix("count ").split(": ")
         assert int(answer) == word.lower().count(letter.lower())
-    for question, answer in tiny_tasks.questions("number_sorting", 20, seed=1):
+    for question, answer in tasks.questions("number_sorting", 20, seed=1):
         direction, numbers = question.split(": ")
         assert answer.split() == sorted(numbers.split(), reverse=direction == "descending")
 
 
 def test_a_row_is_prompt_answer_and_trained_padding() -> None:
     tokenizer = build_tokenizer()
-    rows = tiny_data.encode([("copy: ab", "ab"), ("double: abcd", "abcdabcd")], tokenizer)
+    rows = data.encode([("copy: ab", "ab"), ("double: abcd", "abcdabcd")], tokenizer)
     input_ids, prompt_lengths = rows.batch(torch.tensor([0, 1]), tail=2)
     assert input_ids.shape == (2, int(rows.ends[1]) + 2)
     assert tokenizer.decode(input_ids[0, prompt_lengths[0] :]) == "ab<|eot_id|>" + "<|endoftext|>" * 10
     with pytest.raises(ValueError, match="a row holds 36: shorten it"):
-        tiny_data.encode([("copy: " + "a" * 40, "a")], tokenizer)
+        data.encode([("copy: " + "a" * 40, "a")], tokenizer)
 
 
 def test_validation_questions_are_held_out() -> None:
-    train, validation = tiny_data.training_and_validation(40, 5, seed=0)
+    train, validation = data.training_and_validation(40, 5, seed=0)
     closed = {"chain_sum", "products"}
     held_out = {item for name, items in validation.items() if name not in closed for item in items}
-    assert len(held_out) == 5 * (len(tiny_tasks.FAMILIES) - len(closed))
+    assert len(held_out) == 5 * (len(tasks.FAMILIES) - len(closed))
     assert held_out.isdisjoint(train)
 
 
@@ -86,7 +85,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: 
     results = main(small_run(whole, max_train_steps=5, decay_share=0.6))
     train_step = make_llada_tiny.Run.train_step
 
-    def stop_at_step_three(run: make_llada_tiny.Run, rows: tiny_data.Rows) -> float:
+    def stop_at_step_three(run: make_llada_tiny.Run, rows: data.Rows) -> float:
         if run.step == 3:
             raise KeyboardInterrupt
         return train_step(run, rows)
@@ -103,7 +102,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: 
 
     assert (whole / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
     assert resumed["validation_loss"] == results["validation_loss"]
-    assert set(results["exact_match"]) == set(tiny_tasks.FAMILIES)
+    assert set(results["exact_match"]) == set(tasks.FAMILIES)
     assert "| reverse | own |" in (whole / "README.md").read_text()
 
 

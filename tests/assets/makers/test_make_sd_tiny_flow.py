@@ -8,11 +8,11 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from make_sd_tiny_flow import Arguments, assemble, load_pipeline, main
 from safetensors.torch import load_file
-from tiny_flow_latents import FlowLatents, cached_flow_latents
-from tiny_scenes import render, scenes, training_caption
+from tiny_drawings.scenes import render, scenes, training_caption
+from tiny_images.flow_latents import FlowLatents, cached_flow_latents
+from tiny_images.transformer import DROPPED_SHARE, LOGIT_DEVIATION, PADDINGS, FlowMatching
+from tiny_images.vae import pixels
 from tiny_training import Plan, Training
-from tiny_transformer import DROPPED_SHARE, LOGIT_DEVIATION, PADDINGS, FlowMatching
-from tiny_vae import pixels
 from torch import Tensor, nn
 
 
@@ -138,9 +138,9 @@ def test_muon_trains_the_matrices_of_blocks_and_adamw_the_rest(pipe: StableDiffu
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("make_sd_tiny_flow", "tiny_sdxl_evaluation"):
+    for module in ("make_sd_tiny_flow", "tiny_images.evaluation"):
         monkeypatch.setattr(f"{module}.SHEET_PROMPTS", ("a photo of a red car",))
-    monkeypatch.setattr("tiny_sdxl_evaluation.BATCH", 2)
+    monkeypatch.setattr("tiny_images.evaluation.BATCH", 2)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     results = main(small_run(whole))
     update = Training._update

@@ -10,11 +10,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from make_sdxl_tiny import Arguments, assemble, main
 from safetensors.torch import load_file
-from tiny_latents import CROPPED_SHARE, Latents, cached_latents
-from tiny_scenes import crop_of, scenes, training_caption
+from tiny_drawings.scenes import crop_of, scenes, training_caption
+from tiny_images.latents import CROPPED_SHARE, Latents, cached_latents
+from tiny_images.unet import DROPPED_SHARE, SNR_BOUND, NoisePrediction
+from tiny_images.vae import build_vae, pixels, vae_loss
 from tiny_training import Plan, Training
-from tiny_unet import DROPPED_SHARE, SNR_BOUND, NoisePrediction
-from tiny_vae import build_vae, pixels, vae_loss
 from torch import Tensor, nn
 
 

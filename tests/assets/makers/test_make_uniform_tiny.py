@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("reasoning_gym")
 
 import make_uniform_tiny
-from tiny_tokenizer import build_tokenizer
-from tiny_uniform import noise_tokens, uniform_corruption, uniform_loss
+from tiny_text.tokenizer import build_tokenizer
+from tiny_text.uniform import noise_tokens, uniform_corruption, uniform_loss
 
 from nara_diffusion.dllm import load_backbone
 

@@ -5,16 +5,14 @@ from pathlib import Path
 import make_clip_tiny
 import numpy as np
 import pytest
-import tiny_latents
-import tiny_retrieval
-import tiny_sdxl_evaluation
-import tiny_vae
 from PIL import Image, ImageDraw
-from tiny_objects import COLOURS, KINDS, USUAL_ACCENT
-from tiny_pen import Pen
-from tiny_places import PLACES
-from tiny_scenes import Scene, crop_of, distinct_scenes, render, scene, scenes, training_caption
-from tiny_vocabulary import MAX_TOKENS, build_tokenizer, learn_merges, save_tokenizer, words
+from tiny_clip import retrieval
+from tiny_clip.vocabulary import MAX_TOKENS, build_tokenizer, learn_merges, save_tokenizer, words
+from tiny_drawings.objects import COLOURS, KINDS, USUAL_ACCENT
+from tiny_drawings.pen import Pen
+from tiny_drawings.places import PLACES
+from tiny_drawings.scenes import Scene, crop_of, distinct_scenes, render, scene, scenes, training_caption
+from tiny_images import evaluation, latents, vae
 from transformers import CLIPTokenizer
 
 
@@ -34,12 +32,12 @@ def test_a_scene_and_its_picture_follow_from_split_seed_and_number() -> None:
 def test_no_two_makers_draw_from_the_same_split() -> None:
     splits = [
         make_clip_tiny.SPLIT,
-        tiny_retrieval.SPLIT,
-        tiny_vae.SPLIT,
-        tiny_vae.VALIDATION_SPLIT,
-        tiny_latents.SPLIT,
-        f"{tiny_latents.SPLIT}-validation",
-        tiny_sdxl_evaluation.SPLIT,
+        retrieval.SPLIT,
+        vae.SPLIT,
+        vae.VALIDATION_SPLIT,
+        latents.SPLIT,
+        f"{latents.SPLIT}-validation",
+        evaluation.SPLIT,
     ]
     assert len(set(splits)) == len(splits)
 

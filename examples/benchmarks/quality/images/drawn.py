@@ -8,8 +8,8 @@ from quality.assets import MAKERS
 
 sys.path.append(str(MAKERS))
 
-from tiny_held_out import in_places, in_poses
-from tiny_places import PLACES
-from tiny_subjects import SUBJECTS
+from tiny_drawings.held_out import in_places, in_poses
+from tiny_drawings.places import PLACES
+from tiny_drawings.subjects import SUBJECTS
 
 __all__ = ["PLACES", "SUBJECTS", "in_places", "in_poses"]

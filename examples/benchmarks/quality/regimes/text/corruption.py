@@ -3,7 +3,7 @@
     replaced   −  mean over all tokens j of the answer of log p(x_j | y)            λ is the share that is replaced
     masked     −  sum over masked tokens of log p(x_j | y) / (λ · tokens)           λ is the share that is masked
 
-The first is the objective that uniform-tiny was pre-trained with (tiny_uniform.py), the second LLaDA's.
+The first is the objective that uniform-tiny was pre-trained with (tiny_text/uniform.py), the second LLaDA's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quality.regimes.text.models import load
 
 sys.path.append(str(MAKERS))
 
-from tiny_uniform import noise_tokens, uniform_corruption
+from tiny_text.uniform import noise_tokens, uniform_corruption
 
 REPLACED_SHARE = "replaced_share"
 """λ's definition: the share of the answer's tokens that random ones replaced."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tiny_data import MAX_TOKENS, Rows
-from tiny_tasks import Question
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -12,6 +10,9 @@ from nara_diffusion.dllm import masked_diffusion_loss
 from nara_diffusion.dllm.data.encoding import encode_records
 from nara_diffusion.dllm.data.records import normalized
 from nara_diffusion.dllm.evaluation.exact_match import exact_match
+
+from .data import MAX_TOKENS, Rows
+from .tasks import Question
 
 GEN_LENGTH = 12  # tokens; the longest answer has 9 and its <|eot_id|>
 BATCH = 256  # questions

@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable
 
 from PIL import ImageDraw
-from tiny_pen import Colour, darker
+
+from .pen import Colour, darker
 
 
 class Place:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tiny_scenes import contact_sheet, distinct_scenes, render
+from tiny_drawings.scenes import contact_sheet, distinct_scenes, render
 from transformers import CLIPModel, CLIPProcessor
 
 SPLIT, SEED = "evaluation", 3

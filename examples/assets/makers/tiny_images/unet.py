@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
-from tiny_latents import Latents
 from tiny_training import Training
 from torch import Tensor
+
+from .latents import Latents
 
 DROPPED_SHARE = 0.1
 SNR_BOUND = 5.0

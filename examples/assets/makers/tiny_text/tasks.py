@@ -19,7 +19,8 @@ from itertools import islice
 
 import reasoning_gym
 from reasoning_gym.data import read_data_file
-from tiny_tokenizer import WORDS
+
+from .tokenizer import WORDS
 
 Question = tuple[str, str]  # instruction, answer
 

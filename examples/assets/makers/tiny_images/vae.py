@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from tiny_scenes import SIZE, render, scenes
+from tiny_drawings.scenes import SIZE, render, scenes
 from tiny_training import Training
 from torch import Tensor
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from tiny_scenes import SIZE, crop_of, scenes, training_caption
-from tiny_vae import pixels
+from tiny_drawings.scenes import SIZE, crop_of, scenes, training_caption
 from torch import Tensor
 from tqdm import tqdm
 
 from nara_diffusion.training.output.output_dir import atomic_write
+
+from .vae import pixels
 
 SPLIT = "sdxl"
 CROPPED_SHARE = 0.3  # of the scenes: cut from a larger picture, as SDXL's time_ids tell

@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tiny_tasks import FAMILIES, Question, questions
-from tiny_tokenizer import EOT
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from nara_diffusion.dllm.data.encoding import prompt_text
+
+from .tasks import FAMILIES, Question, questions
+from .tokenizer import EOT
 
 MAX_TOKENS = 36
 LONGEST_TAIL = 3  # EOS tokens after the longest answer of a batch, at most

@@ -13,9 +13,10 @@ import random
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
-from tiny_objects import COLOURS, FLOATING, KINDS, USUAL_ACCENT
-from tiny_pen import Colour, Pen
-from tiny_places import PLACES, Place
+
+from .objects import COLOURS, FLOATING, KINDS, USUAL_ACCENT
+from .pen import Colour, Pen
+from .places import PLACES, Place
 
 SIZE = 64  # pixels
 SMOOTHING = 4  # canvas pixels a side for each pixel

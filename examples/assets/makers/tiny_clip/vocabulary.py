@@ -1,4 +1,4 @@
-"""CLIP's tokenizer with a vocabulary trimmed to the words of tiny_scenes.py.
+"""CLIP's tokenizer with a vocabulary trimmed to the words of tiny_drawings/scenes.py.
 
 Byte-pair merges are learnt from the words alone until each is one token; the 256 bytes, inside a word and at its end,
 are tokens too, so that any text can be written. "sks" is a word of the vocabulary that no caption has.
@@ -10,9 +10,9 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from tiny_objects import COLOURS, KINDS
-from tiny_places import PLACES
-from tiny_scenes import BEGINNINGS, SIDES, SIZES, SUBJECT_WORD
+from tiny_drawings.objects import COLOURS, KINDS
+from tiny_drawings.places import PLACES
+from tiny_drawings.scenes import BEGINNINGS, SIDES, SIZES, SUBJECT_WORD
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 

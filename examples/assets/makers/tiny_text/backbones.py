@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiny_checkpoint import save_llada_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from nara_diffusion.dllm.models.shifted_logits import ShiftedQwen2ForCausalLM
+
+from .checkpoint import save_llada_checkpoint
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 from make_subject import held_out_pose, picture, picture_in_place
 from PIL import Image
-from tiny_places import PLACES
-from tiny_subjects import Subject
+
+from .places import PLACES
+from .subjects import Subject
 
 
 def in_poses(subject: Subject, numbers: Iterable[int]) -> list[tuple[str, Image.Image]]:

@@ -8,9 +8,10 @@ from string import Template
 from typing import Any
 
 from tiny_curves import write_curve
-from tiny_sdxl_evaluation import GUIDANCE, SHEET_PROMPTS
 
 from nara_diffusion.training.output.output_dir import write_json, write_text
+
+from .evaluation import GUIDANCE, SHEET_PROMPTS
 
 CARD_TEMPLATE = Path(__file__).with_name("sdxl_tiny_card.md")
 

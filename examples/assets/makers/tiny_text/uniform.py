@@ -16,12 +16,13 @@ from string import ascii_lowercase, digits
 from typing import Any
 
 import torch
-from tiny_tokenizer import EOS, EOT
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.dreambooth.seeding import torch_generator
+
+from .tokenizer import EOS, EOT
 
 
 def noise_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable
 
-from tiny_pen import Colour, Pen, darker
+from .pen import Colour, Pen, darker
 
 COLOURS: dict[str, Colour] = {
     "red": (220, 40, 40),

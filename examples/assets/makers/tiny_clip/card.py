@@ -8,11 +8,12 @@ from string import Template
 from typing import Any
 
 from tiny_curves import write_curve
-from tiny_retrieval import SEED, SPLIT
-from tiny_scenes import contact_sheet, distinct_scenes, render
-from tiny_vocabulary import MAX_TOKENS, words
+from tiny_drawings.scenes import contact_sheet, distinct_scenes, render
 
 from nara_diffusion.training.output.output_dir import write_json, write_text
+
+from .retrieval import SEED, SPLIT
+from .vocabulary import MAX_TOKENS, words
 
 CARD_TEMPLATE = Path(__file__).with_name("clip_tiny_card.md")
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tiny_objects import COLOURS, CREAM, TYRE
-from tiny_pen import Pen, darker
+from .objects import COLOURS, CREAM, TYRE
+from .pen import Pen, darker
 
 
 @dataclass(frozen=True)

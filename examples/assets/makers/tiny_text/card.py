@@ -7,7 +7,8 @@ from string import Template
 from typing import Any
 
 from tiny_curves import write_curve
-from tiny_tasks import FAMILIES, LETTER_FAMILIES, questions
+
+from .tasks import FAMILIES, LETTER_FAMILIES, questions
 
 CURVE_FILE = "training_curve"
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from tiny_flow_latents import FlowLatents
 from tiny_training import Training
 from torch import Tensor, nn
+
+from .flow_latents import FlowLatents
 
 DROPPED_SHARE = 0.1
 LOGIT_DEVIATION = 1.2

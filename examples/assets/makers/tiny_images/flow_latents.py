@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from tiny_scenes import render, scenes, training_caption
-from tiny_vae import pixels
+from tiny_drawings.scenes import render, scenes, training_caption
 from torch import Tensor
 from tqdm import tqdm
 
 from nara_diffusion.training.output.output_dir import atomic_write
+
+from .vae import pixels
 
 SPLIT = "sd-flow"
 CHUNK = 64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_scenes import Scene, distinct_scenes, render
+from tiny_drawings.scenes import Scene, distinct_scenes, render
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 

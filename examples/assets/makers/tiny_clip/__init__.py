@@ -1,0 +1,1 @@
+"""clip-tiny: its vocabulary, how well it retrieves, its card."""

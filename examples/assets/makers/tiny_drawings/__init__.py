@@ -1,0 +1,1 @@
+"""What the pictures show: scenes of objects in places, and the subjects of DreamBooth."""

@@ -1,0 +1,1 @@
+"""The small language models: questions, tokenizer, objectives, files and cards."""
