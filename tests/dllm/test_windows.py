@@ -49,14 +49,14 @@ def test_base_held_by_default_spreads_levels_as_without_a_window() -> None:
     assert (levels.sort().values - expected).abs().max() < 2 / 4000
 
 
-def test_complementary_masks_keep_to_a_symmetric_window() -> None:
-    for window in (NoiseWindow(0.3, 0.7), NoiseWindow(0.3, 0.7, hold_weight=1.0)):
-        batch = mask_answers(
-            INPUT_IDS.repeat(20, 1), [3] * 60, mask_token_id=MASK, seed=1, complementary=True, window=window
-        )
-        first, second = window.contains(batch.noise_level).chunk(2)
-        assert torch.equal(first, second)
-        assert first.all() == (window.hold_weight is None)
+@pytest.mark.parametrize("window", [NoiseWindow(0.3, 0.7), NoiseWindow(0.3, 0.7, hold_weight=1.0)])
+def test_complementary_masks_keep_to_a_symmetric_window(window: NoiseWindow) -> None:
+    batch = mask_answers(
+        INPUT_IDS.repeat(20, 1), [3] * 60, mask_token_id=MASK, seed=1, complementary=True, window=window
+    )
+    first, second = window.contains(batch.noise_level).chunk(2)
+    assert torch.equal(first, second)
+    assert first.all() == (window.hold_weight is None)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ def test_window_contains_its_lower_end_and_not_its_upper_one() -> None:
     assert EVERYTHING.contains(torch.tensor([0.0, 1.0])).all()
 
 
-def test_two_windows_that_meet_divide_every_noise_level() -> None:
+@pytest.mark.parametrize("edge", [0.1, 1 / 3, 0.5, 0.7])
+def test_two_windows_that_meet_divide_every_noise_level(edge: float) -> None:
     levels = torch.arange(1001) / 1000
-    for edge in (0.1, 1 / 3, 0.5, 0.7):
-        lower, upper = NoiseWindow(0.0, edge).contains(levels), NoiseWindow(edge, 1.0).contains(levels)
-        assert torch.equal(lower, ~upper)
+    lower, upper = NoiseWindow(0.0, edge).contains(levels), NoiseWindow(edge, 1.0).contains(levels)
+    assert torch.equal(lower, ~upper)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
@@ -41,7 +41,7 @@ def test_divide_takes_the_share_of_what_lies_outside_by_default() -> None:
 
 
 @pytest.mark.parametrize("u", [0.0, 0.5 - 2**-54, 0.5, 1 - 2**-53])
-def test_divide_stays_below_one(u: float) -> None:
-    for share in (0.5, 0.1, 1 / 3):
-        v, _ = NoiseWindow(0.2, 0.6, hold_weight=1.0, outside_share=share).divide(torch.tensor([u]).double(), 0.6)
-        assert 0 <= v.item() < 1
+@pytest.mark.parametrize("share", [0.5, 0.1, 1 / 3])
+def test_divide_stays_below_one(u: float, share: float) -> None:
+    v, _ = NoiseWindow(0.2, 0.6, hold_weight=1.0, outside_share=share).divide(torch.tensor([u]).double(), 0.6)
+    assert 0 <= v.item() < 1

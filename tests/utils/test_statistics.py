@@ -28,10 +28,10 @@ def test_quantiles_are_those_of_the_table(degrees, table):
     assert [round(t, 3) for t in found] == list(table)
 
 
-def test_quantiles_of_one_and_two_degrees_have_a_formula():
-    for confidence in (0.05, 0.5, 0.999):
-        assert student_t(confidence, 1) == pytest.approx(math.tan(math.pi * confidence / 2), rel=1e-12)
-        assert student_t(confidence, 2) == pytest.approx(confidence * math.sqrt(2 / (1 - confidence**2)), rel=1e-12)
+@pytest.mark.parametrize("confidence", [0.05, 0.5, 0.999])
+def test_quantiles_of_one_and_two_degrees_have_a_formula(confidence):
+    assert student_t(confidence, 1) == pytest.approx(math.tan(math.pi * confidence / 2), rel=1e-12)
+    assert student_t(confidence, 2) == pytest.approx(confidence * math.sqrt(2 / (1 - confidence**2)), rel=1e-12)
 
 
 def test_many_degrees_approach_the_normal_distribution():

@@ -202,11 +202,11 @@ def test_load_backbone_with_more_tensors_in_its_body_offers_no_option(tmp_path: 
     assert "ignore_tensors" not in str(refusal.value)
 
 
-def test_load_backbone_with_a_name_to_ignore_that_nothing_has_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["cls.predictions.bias", "class"])  # the one is the model's, the other is nobody's
+def test_load_backbone_with_a_name_to_ignore_that_nothing_has_is_refused(tmp_path: Path, name: str) -> None:
     with_more_tensors(tmp_path, "classifier.weight")
-    for name in ("cls.predictions.bias", "class"):  # the one is the model's, the other is nobody's
-        with pytest.raises(ValueError, match=rf"ignore_tensors names '{name}', .*: classifier\.weight"):
-            load_backbone(str(tmp_path), ignore_tensors=["classifier", name])
+    with pytest.raises(ValueError, match=rf"ignore_tensors names '{name}', .*: classifier\.weight"):
+        load_backbone(str(tmp_path), ignore_tensors=["classifier", name])
 
 
 def test_load_backbone_leaves_out_albert_s_sentence_order_head(tmp_path: Path) -> None:

@@ -30,17 +30,17 @@ def test_ratio_one_leaves_the_square() -> None:
     assert make_buckets(512, max_ratio=1.0) == [(512, 512)]
 
 
-def test_an_image_goes_where_the_least_is_cut_off() -> None:
+@pytest.mark.parametrize("size", [(3000, 4000), (4000, 3000), (777, 777), (100, 5000), (1080, 1920), (1000, 1049)])
+def test_an_image_goes_where_the_least_is_cut_off(size: tuple[int, int]) -> None:
     buckets = make_buckets(1024)
-    for size in [(3000, 4000), (4000, 3000), (777, 777), (100, 5000), (1080, 1920), (1000, 1049)]:
 
-        def kept(bucket: tuple[int, int], size: tuple[int, int] = size) -> float:
-            """Share of the image's pixels that remain."""
-            scale = max(bucket[0] / size[0], bucket[1] / size[1])
-            return bucket[0] * bucket[1] / (size[0] * size[1] * scale**2)
+    def kept(bucket: tuple[int, int]) -> float:
+        """Share of the image's pixels that remain."""
+        scale = max(bucket[0] / size[0], bucket[1] / size[1])
+        return bucket[0] * bucket[1] / (size[0] * size[1] * scale**2)
 
-        chosen = nearest_bucket(size, buckets)
-        assert math.isclose(kept(chosen), max(kept(bucket) for bucket in buckets))
+    chosen = nearest_bucket(size, buckets)
+    assert math.isclose(kept(chosen), max(kept(bucket) for bucket in buckets))
 
 
 def test_ratios_are_compared_as_ratios() -> None:

@@ -47,12 +47,12 @@ def test_conversion_to_v_keeps_class_and_betas(base, zero_snr: bool) -> None:
     assert objective.source.convention == "timestep"
 
 
-def test_conversion_to_a_flow_is_sampled_by_dpm_solver_from_any_base() -> None:
-    for base in (EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True), PNDMScheduler(**BETAS)):
-        scheduler = converted_scheduler(base, "flow_prediction", False)
-        assert isinstance(scheduler, DPMSolverMultistepScheduler)
-        assert (scheduler.config.prediction_type, scheduler.config.use_flow_sigmas) == ("flow_prediction", True)
-        assert build_objective(scheduler).source.convention == "flow"
+@pytest.mark.parametrize("base", [EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True), PNDMScheduler(**BETAS)])
+def test_conversion_to_a_flow_is_sampled_by_dpm_solver_from_any_base(base) -> None:
+    scheduler = converted_scheduler(base, "flow_prediction", False)
+    assert isinstance(scheduler, DPMSolverMultistepScheduler)
+    assert (scheduler.config.prediction_type, scheduler.config.use_flow_sigmas) == ("flow_prediction", True)
+    assert build_objective(scheduler).source.convention == "flow"
 
 
 def test_flow_scheduler_follows_the_exact_velocity_from_noise_to_data() -> None:

@@ -81,13 +81,13 @@ def test_min_snr_weights_agree_on_the_error_in_the_image(tensors) -> None:
     torch.testing.assert_close(losses[1], losses[2], rtol=1e-4, atol=1e-6)
 
 
-def test_zero_terminal_snr_gives_finite_weights(tensors) -> None:
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_zero_terminal_snr_gives_finite_weights(tensors, kind: str) -> None:
     latents, noise, _ = tensors
-    for kind in ("epsilon", "v_prediction"):
-        scheduler = DDPMScheduler(**BETAS, prediction_type=kind, rescale_betas_zero_snr=True)
-        batch = build_objective(scheduler, snr_gamma=5.0).corrupt(latents, noise, INDICES)
-        assert batch.weight.isfinite().all()
-        torch.testing.assert_close(batch.model_input[-1], noise[-1], rtol=0, atol=1e-3)
+    scheduler = DDPMScheduler(**BETAS, prediction_type=kind, rescale_betas_zero_snr=True)
+    batch = build_objective(scheduler, snr_gamma=5.0).corrupt(latents, noise, INDICES)
+    assert batch.weight.isfinite().all()
+    torch.testing.assert_close(batch.model_input[-1], noise[-1], rtol=0, atol=1e-3)
 
 
 def test_min_snr_with_prior_preservation(tensors) -> None:

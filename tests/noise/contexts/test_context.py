@@ -19,10 +19,12 @@ def test_a_forward_without_a_level_names_both_remedies(model: PeftModel, x: Tens
         model(x)
 
 
-def test_a_model_without_nara_is_refused() -> None:
-    for call in (lambda: noise_level(TwoLayers(), 0.3).__enter__(), lambda: set_noise_source(TwoLayers(), None)):
-        with pytest.raises(ValueError, match="TwoLayers holds no NaRA adapter"):
-            call()
+@pytest.mark.parametrize(
+    "call", [lambda: noise_level(TwoLayers(), 0.3).__enter__(), lambda: set_noise_source(TwoLayers(), None)]
+)
+def test_a_model_without_nara_is_refused(call) -> None:
+    with pytest.raises(ValueError, match="TwoLayers holds no NaRA adapter"):
+        call()
 
 
 def test_a_pipeline_is_not_a_model() -> None:

@@ -119,28 +119,28 @@ def test_a_compiled_part_inside_a_forward_has_the_level_of_its_own_context(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("compiled_first_of_all", [True, False])
 def test_a_root_compiled_in_place_before_or_after_its_adapter_came_ends_what_layers_read(
-    x: Tensor, error: type[BaseException]
+    x: Tensor, error: type[BaseException], compiled_first_of_all: bool
 ) -> None:
-    for compiled_first_of_all in (True, False):
-        torch.compiler.reset()
-        root = TwoLayers()
-        if compiled_first_of_all:
-            root.compile(backend="eager")
-        original = root._compiled_call_impl
-        model = adapted(root, target_modules=TARGETS).requires_grad_(False)
-        if not compiled_first_of_all:
-            root.compile(backend="eager")
-        with noise_level(model, LEVELS):
-            assert relative_error(model(x), expect(model, x, LEVELS)) < 2e-6
-        part = torch.compile(root.first, backend="eager")
-        torch.compiler.reset()  # a graph does not look for hooks that came later
-        interrupted(model, lambda root=root: root(x), error)
-        with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
-            part(x)
-        set_noise_source(model, None)
-        model.base_model.unload()
-        assert "_call_impl" not in root.__dict__
-        if compiled_first_of_all:
-            assert root._compiled_call_impl is original
-        root(x)
+    torch.compiler.reset()
+    root = TwoLayers()
+    if compiled_first_of_all:
+        root.compile(backend="eager")
+    original = root._compiled_call_impl
+    model = adapted(root, target_modules=TARGETS).requires_grad_(False)
+    if not compiled_first_of_all:
+        root.compile(backend="eager")
+    with noise_level(model, LEVELS):
+        assert relative_error(model(x), expect(model, x, LEVELS)) < 2e-6
+    part = torch.compile(root.first, backend="eager")
+    torch.compiler.reset()  # a graph does not look for hooks that came later
+    interrupted(model, lambda root=root: root(x), error)
+    with pytest.raises(RuntimeError, match=r"No C\(λ\)"):
+        part(x)
+    set_noise_source(model, None)
+    model.base_model.unload()
+    assert "_call_impl" not in root.__dict__
+    if compiled_first_of_all:
+        assert root._compiled_call_impl is original
+    root(x)

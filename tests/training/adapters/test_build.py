@@ -260,7 +260,7 @@ def test_a_flag_that_contradicts_the_method_is_refused_at_its_default_too(flags:
     assert message in capsys.readouterr().err
 
 
-def test_a_file_that_serves_several_methods_contradicts_none(tmp_path) -> None:
+@pytest.mark.parametrize("adapter", ["nara", "nara_knots", "nara_dora"])
+def test_a_file_that_serves_several_methods_contradicts_none(tmp_path, adapter: str) -> None:
     (tmp_path / "all.yaml").write_text("core_scale: 0.1\nuse_dora: false\n")
-    for adapter in ("nara", "nara_knots", "nara_dora"):
-        assert parse_arguments(AdapterArguments, ["--config", str(tmp_path / "all.yaml"), "--adapter", adapter])
+    assert parse_arguments(AdapterArguments, ["--config", str(tmp_path / "all.yaml"), "--adapter", adapter])
