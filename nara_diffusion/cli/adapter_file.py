@@ -17,15 +17,16 @@ from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.holder.core_set import CoreSet, core_group, make_cores
 
 MODEL = "model"
-"""The name of the only component of PEFT's form."""
+"""The name of the one component of an adapter in PEFT's format."""
 _BLOCK = 1 << 20  # bytes that are read at once
+_PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 @dataclass(frozen=True)
 class AdapterFile:
     """Attributes:
     path: the path of the file with the tensors.
-    parts: {component: its configuration and tensors}, "model" alone in PEFT's form.
+    parts: {component: its configuration and tensors}; {"model": …} in PEFT's format.
     """
 
     path: Path
@@ -45,13 +46,30 @@ def read(source: str) -> AdapterFile:
     """Read the adapter in a local file or folder.
 
     Raises:
-        ValueError: there is no adapter, or it is damaged.
+        ValueError: there is no NaRA adapter, or it is damaged: A and B of a module are not both there, or not of the
+            configuration's rank.
     """
     path = Path(source).expanduser()
     if not path.exists():
-        raise ValueError(f"There is no file or folder '{source}': name what save_nara_weights or PEFT wrote.")
+        raise ValueError(
+            f"There is no file or folder '{source}': name a file or folder of save_nara_weights, or a folder of PEFT."
+        )
     parts = read_adapter(path, MODEL)
+    for component, part in parts.items():
+        _check_factors(part, component, source)
     return AdapterFile(path if path.is_file() else _weights_in(path), parts)
+
+
+def _check_factors(part: AdapterPart, component: str, source: str) -> None:
+    for name, rank in modules_of(part).items():
+        pair = next((pair for pair in _PAIRS if any(f"{name}.{kind}" in part.tensors for kind in pair)), _PAIRS[0])
+        A, B = (part.tensors.get(f"{name}.{kind}") for kind in pair)
+        where = f"'{source}' is damaged: '{name}' in {component}"
+        if A is None or B is None:
+            raise ValueError(f"{where} needs A and B, but {pair[0] if A is None else pair[1]} is missing.")
+        fits = 2 <= A.dim() <= 5 and B.dim() >= 2 and len(A) == rank and B.numel() > 0
+        if not fits or rank % B.shape[1]:  # the groups of a convolution divide r
+            raise ValueError(f"{where} has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank} in both.")
 
 
 def modules_of(part: AdapterPart) -> dict[str, int]:
@@ -61,7 +79,7 @@ def modules_of(part: AdapterPart) -> dict[str, int]:
 
 
 def core_tensors_of(part: AdapterPart) -> dict[str, Tensor]:
-    """The tensors of the cores, by their names below the holder."""
+    """{name in the module that holds the cores: tensor} of the cores."""
     prefix = f"{HOLDER_NAME}."
     return {key.removeprefix(prefix): tensor for key, tensor in part.tensors.items() if is_core_key(key)}
 
@@ -70,7 +88,7 @@ def cores_of(part: AdapterPart) -> CoreSet:
     """The cores, with the values of the file.
 
     Raises:
-        ValueError: the file's tensors aren't those that its configuration describes.
+        ValueError: the file lacks tensors of the cores that its configuration describes, or has others.
     """
     groups: dict[str, int] = {}
     for name, rank in modules_of(part).items():
@@ -80,7 +98,8 @@ def cores_of(part: AdapterPart) -> CoreSet:
     try:
         cores.load_state_dict(core_tensors_of(part))
     except RuntimeError as error:
-        raise ValueError(f"Its cores aren't those of its configuration, so it is damaged: {error}") from None
+        text = " ".join(str(error).split())
+        raise ValueError(f"its cores don't match its configuration, so the file is damaged: {text}") from None
     return cores
 
 

@@ -1,15 +1,15 @@
-"""Talks with a masked-diffusion language model (LLaDA, Dream, …) in the terminal.
+"""Chat with a masked-diffusion language model (LLaDA, Dream, …) in the terminal.
 
     nara chat GSAI-ML/LLaDA-8B-Instruct
     nara chat GSAI-ML/LLaDA-8B-Instruct --adapter outputs/dllm-1 --strength 0.8
     nara chat MODEL --gen_length 256 --steps 64 --block_length 32 --temperature 0.7 --seed 1
     echo "reverse: planet" | nara chat examples/assets/llada-tiny --gen_length 12
 
-Each line is a turn; an answer begins as masks (▒), which are filled in before your eyes in a terminal, most confident
-tokens first. Fewer --steps fill in more tokens at once. The conversation so far is part of the prompt, in the form of
-the tokenizer's chat template; its oldest turns are left out where the model has no room for them. /clear forgets it,
-/exit or the end of the input ends the program, Ctrl-C the answer that is being made. Piped, it writes the answers
-alone. An --adapter is any that PEFT loads; a NaRA is told λ, the masked share of the answer, at each step.
+Each line is a turn. An answer begins as masks (▒), which are filled in step by step, most confident tokens first; fewer
+--steps fill in more tokens at once. The conversation so far is part of the prompt, by the tokenizer's chat template;
+the oldest turns are left out if the model has no positions for them. /clear starts a new conversation, Ctrl-C stops the
+answer, /exit or the end of the input ends the program. Piped, it writes the answers alone. --adapter takes any adapter
+that PEFT loads; a NaRA is told λ, the masked share of the answer, at each step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Chat:
     """A conversation with one model.
 
     Args:
-        model: in evaluation mode. tokenizer: its own. system: the system message, or None.
-        sampling: arguments of `generate`.
+        model: a masked language model in evaluation mode. tokenizer: the model's.
+        sampling: arguments of `generate`, gen_length among them. system: the system message, or None.
     """
 
     def __init__(self, model: Any, tokenizer: Any, sampling: dict[str, Any], system: str | None = None) -> None:
@@ -54,13 +54,13 @@ class Chat:
         self.turns = []
 
     def answer(self, text: str, show: Callable[[str], None] | None = None) -> str:
-        """The model's turn after the user's `text`; both become part of the conversation.
+        """The model's answer to `text`; both become turns of the conversation.
 
         Args:
-            show: called after each step with the answer so far, `MASK` for what is masked.
+            show: called after each step with the answer so far, with `MASK` for each masked token.
 
         Raises:
-            ValueError: the turn alone is too long for the model.
+            ValueError: `text` alone is too long for the model.
         """
         turns = [*self.turns, {"role": "user", "content": text}]
         ids, turns = self._fitting(turns)
@@ -83,7 +83,7 @@ class Chat:
         return answer
 
     def _fitting(self, turns: list[Turn]) -> tuple[list[int], list[Turn]]:
-        """The token ids of the prompt, and its turns: as many as the model has room for, at least the last one."""
+        """The token ids of the prompt, and its turns: the latest that fit into the model's positions, at least one."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         limit = position_limit(self.model)
         while True:
@@ -109,10 +109,10 @@ class Chat:
 
 
 def talk(chat: Chat) -> None:
-    """Answer the lines of the standard input until it ends, or says /exit.
+    """Answer each line of the standard input, until it ends or a line is /exit.
 
     Raises:
-        ValueError: see `Chat.answer`; a terminal shows the message instead and goes on.
+        ValueError: an unknown command, or see `Chat.answer`; in a terminal the message is shown and the chat goes on.
     """
     is_shown = sys.stdout.isatty()
     for line in _lines():
@@ -122,7 +122,7 @@ def talk(chat: Chat) -> None:
             chat.clear()
             continue
         if line.startswith("/"):
-            _complain(f"there is no command {line.split()[0]}, but /clear and /exit")
+            _complain(f"unknown command {line.split()[0]}: type /clear or /exit")
             continue
         try:
             answer = chat.answer(line, _show if is_shown else None)
@@ -140,7 +140,7 @@ _CLEAR = "\r\x1b[2K"
 
 
 def _show(text: str) -> None:
-    """The end of the answer so far, in one line."""
+    """Show the end of the answer so far in one line of the terminal."""
     width = shutil.get_terminal_size().columns - 1
     sys.stdout.write(_CLEAR + " ".join(text.split())[-width:])
     sys.stdout.flush()
@@ -171,24 +171,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "nara chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, or a repository on the Hub")
-    parser.add_argument("--adapter", help="a folder or repository of an adapter: NaRA, LoRA, …")
-    parser.add_argument("--strength", type=float, help="of the adapter's update (default: 1)")
-    parser.add_argument("--system", help="a system message before all turns")
+    parser.add_argument("--adapter", help="folder or repository of an adapter: NaRA, LoRA, …")
+    parser.add_argument("--strength", type=float, help="factor of the adapter's update (default: 1)")
+    parser.add_argument("--system", help="system message before all turns")
     parser.add_argument("--gen_length", type=int, default=128, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="forwards of the model for an answer (default: one a token)")
-    parser.add_argument("--block_length", type=int, help="tokens of a block, filled in one by one (default: one block)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (the default)")
-    parser.add_argument("--cfg_scale", type=float, default=0.0, help="guidance, 0 is none (the default)")
-    parser.add_argument("--remasking", choices=REMASKING, default="low_confidence", help="default: %(default)s")
-    parser.add_argument("--confidence_threshold", type=float, help="instead of --steps: place all tokens above it")
+    parser.add_argument("--steps", type=int, help="sampling steps of an answer (default: one for each token)")
+    parser.add_argument(
+        "--block_length",
+        type=int,
+        help="tokens of a block; blocks are filled in from left to right (default: one block)",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument("--cfg_scale", type=float, default=0.0, help="classifier-free guidance, 0 is none (default: 0)")
+    parser.add_argument(
+        "--remasking",
+        choices=REMASKING,
+        default="low_confidence",
+        help="which tokens stay masked (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--confidence_threshold", type=float, help="instead of --steps: fill in all tokens above this probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --temperature and random remasking (default: 0)")
     parser.add_argument("--dtype", default="auto", help="of the weights, such as bfloat16 (default: the checkpoint's)")
-    parser.add_argument("--mask_token", help="where the checkpoint doesn't say which token is a mask")
+    parser.add_argument("--mask_token", help="the mask token, if the checkpoint doesn't name it")
     return parser.parse_args(argv)
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `generate`. Raises ValueError for what it would refuse, before the model is loaded."""
+    """The arguments of `generate`. Raises ValueError for values that it would refuse, before the model is loaded."""
     options = {
         name: getattr(args, name)
         for name in ("gen_length", "steps", "temperature", "cfg_scale", "remasking", "confidence_threshold")

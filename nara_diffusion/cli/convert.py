@@ -1,11 +1,10 @@
 """Conversion of a NaRA between its two file formats, tensor by tensor, without the base model.
 
-    nara convert my-toy folder --to peft                            # of save_nara_weights, for PeftModel
-    nara convert my-toy folder --to peft --component text_encoder   # … one of several components
-    nara convert folder my-toy --to pipeline --component unet       # of PEFT, for pipe.load_nara_weights
+    nara convert my-toy folder --to peft                            # from save_nara_weights to PeftModel
+    nara convert my-toy folder --to peft --component text_encoder   # the same, one of several components
+    nara convert folder my-toy --to pipeline --component unet       # from PEFT to pipe.load_nara_weights
 
-A plain LoRA for hosts without NaRA is made by nara fold; a NaRA that starts as a LoRA by nara_diffusion.from_lora, or
-by --init_adapter of the train scripts.
+To plain LoRAs: nara fold. From a LoRA to a NaRA: nara_diffusion.from_lora, or --init_adapter of the train scripts.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ FORMS = ("peft", "pipeline")
 
 
 def chosen(parts: Mapping[str, AdapterPart], component: str | None) -> AdapterPart:
-    """The part of the component that was named, or the only one.
+    """The part of `component`, or, if it is None, the only part.
 
     Raises:
-        ValueError: there is no such component, or several and none was named.
+        ValueError: there is no such component, or there are several and `component` is None.
     """
     if component is None and len(parts) == 1:
         return next(iter(parts.values()))
     if component is None:
         raise ValueError(f"the file has {', '.join(parts)}: choose one by --component.")
     if component not in parts:
-        raise ValueError(f"--component is {component!r}, and the file has {', '.join(parts)}.")
+        raise ValueError(f"--component is {component!r}, and the file has {', '.join(parts)}: choose one of these.")
     return parts[component]
 
 
 def to_peft(part: AdapterPart, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors atomically."""
+    """Write adapter_config.json and adapter_model.safetensors, both or none."""
     tensors = {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in part.tensors.items()}
     with atomic_write_files(folder) as partial:
         save_file(tensors, partial / PEFT_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -54,7 +53,7 @@ def to_peft(part: AdapterPart, folder: Path) -> None:
 
 
 def to_pipeline(part: AdapterPart, component: str, folder: Path) -> None:
-    """Write the file of `save_nara_weights` for that component of a pipeline."""
+    """Write the file of `save_nara_weights` for `component` of a pipeline, whole or not at all."""
     tensors, metadata = pack({component: part})
     with atomic_write_files(folder) as partial:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / WEIGHTS_NAME, metadata)
@@ -64,21 +63,22 @@ def convert(source: str, output: Path, form: str, component: str | None) -> str:
     """Read an adapter, check its tensors, write it in the other format, and return the text to show.
 
     Raises:
-        ValueError: a file that is damaged, or already in that form; what a pipeline couldn't
-            load; see `chosen`.
+        ValueError: the file is damaged, or already in that format; a pipeline couldn't load the adapter; `output` is a
+            file; see `chosen`.
     """
     if output.is_file():
         raise ValueError(f"OUTPUT {output} is a file: name a folder.")
     parts = read(source).parts
     if (form == "peft") == (list(parts) == [MODEL]):
-        raise ValueError(f"'{source}' is in the form {form!r} already.")
+        other = next(each for each in FORMS if each != form)
+        raise ValueError(f"'{source}' is in the form {form!r} already: choose --to {other}, or use it as it is.")
     if form == "peft":
         part = chosen(parts, component)
         skeleton(part, component or next(iter(parts)))
         to_peft(part, output)
     else:
         if component is None:
-            raise ValueError("--to pipeline needs --component, such as unet or transformer: where the adapter belongs.")
+            raise ValueError("--to pipeline needs --component, the part that is adapted, such as unet or transformer.")
         check_storable(parts[MODEL].config, component)
         skeleton(parts[MODEL], component)
         to_pipeline(parts[MODEL], component, output)
@@ -91,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "nara convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a folder")
-    parser.add_argument("--to", choices=FORMS, required=True, help="the form to write")
-    parser.add_argument("--component", help="of a pipeline: unet, transformer, text_encoder, …")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
+    parser.add_argument("--to", choices=FORMS, required=True, help="the format to write")
+    parser.add_argument("--component", help="the part of a pipeline: unet, transformer, text_encoder, …")
     args = parser.parse_args(argv)
     with in_one_line():
         sys.stdout.write(f"{convert(args.file, args.output, args.to, args.component)}\n")

@@ -1,12 +1,12 @@
-"""Comparison of two adapters: fields of the configuration, adapted modules, and ΔW over λ.
+"""Comparison of two adapters of one base model: fields of the configuration, adapted modules, and ΔW over λ.
 
     nara diff my-toy my-toy-longer
     nara diff outputs/dllm-1 outputs/dllm-1/checkpoint-200 --points 11
 
-ΔW is compared as ‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖) at each λ: 0 where the adapters do the same, whatever their A, B and
-cores are; 1 where one of them does nothing; 2 where they do the opposite. It says how far updates are apart, not how
-far images or answers are. Magnitudes of NaRA-DoRA don't count in it, and are named. The status is 0 if nothing differs,
-1 if something does, as diff's own, and 2 on an error.
+ΔW is compared as ‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖) at each λ: 0 if the updates are the same, whatever A, B and C are; 1 if
+one of them is zero; 2 if they are opposite. It measures updates, not images or answers. Magnitudes of NaRA-DoRA and
+biases are not part of it; modules in which they differ are named. Like diff, it exits with 0 if nothing differs, 1 if
+something does, 2 on an error.
 """
 
 from __future__ import annotations
@@ -32,34 +32,39 @@ SHOWN = 5
 
 
 def field_differences(one: AdapterPart, other: AdapterPart) -> list[tuple[str, Any, Any]]:
-    """(field, its value in each) of the configurations' fields that differ."""
+    """(field, its value in `one`, its value in `other`) of the configuration's fields that differ."""
     fields, others = config_to_fields(one.config), config_to_fields(other.config)
     names = sorted(fields.keys() | others.keys())
     return [(name, fields.get(name), others.get(name)) for name in names if fields.get(name) != others.get(name)]
 
 
 def module_differences(one: AdapterPart, other: AdapterPart, levels: Tensor) -> dict[str, Tensor]:
-    """{module that both adapt: (3, n), of λ (n,): ‖ΔW − ΔW'‖², ‖ΔW‖² and ‖ΔW'‖²}."""
+    """{module that both adapt: ‖ΔW − ΔW'‖², ‖ΔW‖² and ‖ΔW'‖² at λ (n,): (3, n)}.
+
+    Raises:
+        ValueError: a module's ΔW has different shapes; see `updates_of`.
+    """
     updates, others = updates_of(one, levels), updates_of(other, levels)
-    return {name: _squares(updates[name], others[name]) for name in updates if name in others}
+    return {name: _squares(name, updates[name], others[name]) for name in updates if name in others}
 
 
-def _squares(one: Update, other: Update) -> Tensor:
+def _squares(name: str, one: Update, other: Update) -> Tensor:
     if one.shape != other.shape:
         raise ValueError(
-            f"The adapters have updates of {one.shape} and {other.shape} in one module: they are of two base models."
+            f"ΔW of '{name}' is {one.shape} in one adapter and {other.shape} in the other: compare adapters of one "
+            "base model."
         )
     return torch.stack([norm_of_difference(one, other), one.norm(), other.norm()]) ** 2
 
 
 def relative(squares: Tensor) -> Tensor:
-    """(n,) of (3, n): the distance over the larger norm; 0 where both are 0."""
+    """‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖) (n,) of the squares (3, n); 0 where both norms are 0."""
     largest = squares[1:].amax(0)
     return (squares[0] / largest.where(largest > 0, 1.0)).sqrt()
 
 
 def report(one: AdapterFile, other: AdapterFile, points: int) -> Iterator[str]:
-    """The lines of `nara diff`; none if the adapters are the same."""
+    """The lines of `nara diff` at `points` λ; none if the adapters are the same."""
     for name in sorted(one.parts.keys() ^ other.parts.keys()):
         yield f"{name}: only in {(one if name in one.parts else other).path}"
     levels = torch.linspace(0, 1, points)
@@ -77,12 +82,12 @@ def _component(one: AdapterPart, other: AdapterPart, levels: Tensor) -> Iterator
     squares = module_differences(one, other, levels)
     if all(relative(found).max() <= ROUNDING for found in squares.values()):
         return
-    yield f"ΔW of the {len(squares)} modules of both, ‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖):"
+    yield f"ΔW of the {len(squares)} modules of both, ‖ΔW − ΔW'‖ / max(‖ΔW‖, ‖ΔW'‖) over λ:"
     yield from _table(squares, levels).splitlines()
 
 
 def _other_differences(one: AdapterPart, other: AdapterPart) -> set[str]:
-    """Lines about modules whose magnitudes or biases of B differ, which are not in ΔW."""
+    """The modules whose magnitudes or biases of B differ, which are not part of ΔW."""
     names = [key for key in one.tensors if key.endswith((".lora_magnitude_vector", ".lora_B.bias"))]
     return {
         name.partition(".lora_")[0]
@@ -111,8 +116,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "nara diff", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", metavar="FILE", help="an adapter: a file, or a folder")
-    parser.add_argument("other", metavar="OTHER", help="another one of the same base model")
-    parser.add_argument("--points", type=int, default=5, help="of λ, from 0 to 1 (default: %(default)s)")
+    parser.add_argument("other", metavar="OTHER", help="another adapter of the same base model")
+    parser.add_argument(
+        "--points", type=int, default=5, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     try:
         if args.points < 2:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, as one line."""
+"""Errors in what the user gave, as one line without a traceback."""
 
 from __future__ import annotations
 

@@ -1,18 +1,19 @@
-"""A NaRA's file at one noise level λ as a plain LoRA, for hosts that know only LoRA.
+"""Export of a NaRA to plain LoRAs, for programs that know only LoRA. The base model isn't needed.
 
     nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl      # A1111, Forge, InvokeAI, ComfyUI
-    nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux    # ComfyUI, by its own names
+    nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux    # ComfyUI, by its own keys
     nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers: load_lora_weights
     nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                      # a folder for PeftModel
     nara fold my-toy toys --bins 4 --form kohya --base sdxl                          # four LoRAs and their schedules
-    nara fold my-toy toys --bound 0.05 --form comfyui --base flux --shift 3.16       # as many as 5 % need
+    nara fold my-toy toys --bound 0.05 --form comfyui --base flux --shift 3.16       # as many as an error of 5 % needs
 
-At λ the LoRA is the NaRA exactly, elsewhere it is not: docs/export.md tells how far, and which λ to take. The base
-model isn't needed. Text encoders, whose adapters don't depend on λ, go into the same file (--form peft: one component).
+With --noise_level, the LoRA equals the NaRA at that λ (1 = pure noise) and differs at any other: docs/export.md says by
+how much, and which λ to choose. Adapters of text encoders don't depend on λ and go into the same file (--form peft
+writes one component).
 
-With --bins or --bound, OUTPUT is a folder: several LoRAs whose strengths change while sampling follow the NaRA at every
-λ, to an error that is written and drawn beside them. The schedules stand there for ComfyUI (a workflow with hooks),
-prompt-control, loractl, Wan2GP and WanVideoWrapper; LoRAs of text encoders are in a file of their own, always on.
+With --bins or --bound, OUTPUT is a folder with several LoRAs whose strengths change during sampling, so that their sum
+follows the NaRA at every λ. Beside them are the measured error and the schedules for ComfyUI (a workflow with hooks),
+prompt-control, loractl, Wan2GP and WanVideoWrapper. LoRAs of text encoders are in a file of their own, always on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
 
 from .adapter_file import MODEL, AdapterFile, read
 from .errors import in_one_line
-from .fold_bins import PEFT, fold_bins
+from .fold_bins import PEFT, check_single, fold_bins
 from .skeleton import skeleton
 
 
@@ -38,32 +39,32 @@ def folded(file: AdapterFile, level: float) -> dict[str, PlainLora]:
     """{component: its plain LoRA at λ = `level`}.
 
     Raises:
-        ValueError: λ outside of [0, 1], a damaged file, or what is no plain LoRA at any λ.
+        ValueError: λ is outside of [0, 1], the file is damaged, or see `to_lora`.
     """
     return {name: to_lora(skeleton(part, name), level) for name, part in file.parts.items()}
 
 
 def write(loras: dict[str, PlainLora], output: Path, args: argparse.Namespace) -> None:
-    """Write the file, or with "peft" the folder.
+    """Write the file, or, with --form peft, the folder.
 
     Raises:
-        ValueError: there are several components for PEFT, no base for a form that needs one, or no component.
+        ValueError: several components with --form peft; no --base with a form that needs it; an adapter in PEFT's
+            format, which names no component, with any form but peft; see `save_host_file`.
     """
     if args.form == PEFT:
-        if len(loras) > 1:
-            raise ValueError(f"--form peft holds one component, the file has {', '.join(loras)}: choose another form.")
+        check_single(list(loras))
         next(iter(loras.values())).save_pretrained(output)
         return
     if MODEL in loras:
         raise ValueError(
-            "the adapter is in PEFT's form, which names no component of a pipeline: fold it by --form peft, or "
-            "bring it into a pipeline's form first, by nara convert."
+            "the adapter is in PEFT's form, which names no component of a pipeline: use --form peft, or convert it "
+            "first by nara convert --to pipeline."
         )
     if args.base is None and args.form != "diffusers":
         raise ValueError(
-            f"--form {args.form} needs --base, one of {', '.join(BASES)}: what the adapter was trained on."
+            f"--form {args.form} needs --base, one of {', '.join(BASES)}: the model that the adapter was trained on."
         )
-    base = args.base or BASES[0]  # Diffusers' names are the same for each
+    base = args.base or BASES[0]  # Diffusers' keys are the same for each
     save_host_file(loras, output, args.form, base, _layout(base, args.layers_per_block))
 
 
@@ -79,24 +80,38 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "nara fold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --form peft")
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins, --bound or --form peft"
+    )
     amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--noise_level", type=float, help="λ in [0, 1], 1 is pure noise: one LoRA")
-    amount.add_argument("--bins", type=int, help="LoRAs, at most")
-    amount.add_argument("--bound", type=float, help="as many LoRAs as keep the error of ΔW below it at each λ")
+    amount.add_argument("--noise_level", type=float, help="one LoRA, of this λ in [0, 1], 1 = pure noise")
+    amount.add_argument("--bins", type=int, help="several LoRAs: their largest number, 1 to 64")
+    amount.add_argument(
+        "--bound", type=float, help="as few LoRAs as keep the relative error of ΔW below this at each λ, such as 0.05"
+    )
     parser.add_argument(
         "--interpolation",
         choices=get_args(Interpolation),
         default="linear",
-        help="of several LoRAs: each fades into the next (linear, nearer), or one at a time (constant); "
-        "default: %(default)s",
+        help="linear: each of several LoRAs fades into the next (smaller error); constant: one LoRA at a time "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--form", choices=(*FORMS, PEFT), default="diffusers", help="default: %(default)s")
-    parser.add_argument("--base", choices=BASES, help="what the adapter was trained on")
-    parser.add_argument("--layers_per_block", type=int, help="of a UNet that has another number than Stability's 2")
-    parser.add_argument("--shift", type=float, help="of a flow model, for the schedules (SD3 3, FLUX e^1.15 = 3.16)")
-    parser.add_argument("--steps", type=int, default=30, help="of sampling, for schedules by step (default: 30)")
-    parser.add_argument("--checkpoint", default="sd_xl_base_1.0.safetensors", help="that ComfyUI's workflow loads")
+    parser.add_argument(
+        "--form", choices=(*FORMS, PEFT), default="diffusers", help="format of the files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--base", choices=BASES, help="the model that the adapter was trained on, for kohya and comfyui"
+    )
+    parser.add_argument("--layers_per_block", type=int, help="of the UNet's configuration, if it isn't 2")
+    parser.add_argument(
+        "--shift", type=float, help="of a flow model's scheduler, for schedules, 1 or more (SD3 3, FLUX e^1.15 = 3.16)"
+    )
+    parser.add_argument("--steps", type=int, default=30, help="sampling steps, for schedules by step (default: 30)")
+    parser.add_argument(
+        "--checkpoint",
+        default="sd_xl_base_1.0.safetensors",
+        help="the file in models/checkpoints that ComfyUI's workflow loads (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
@@ -105,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     with in_one_line():
         file = read(args.file)
+        if args.noise_level is not None and args.shift is not None:
+            raise ValueError("--shift is for the schedules of --bins and --bound: leave it out with --noise_level.")
         if args.noise_level is None:
             sys.stdout.write(f"{fold_bins(file, args, write)}\n")
             return

@@ -1,4 +1,4 @@
-"""`nara fold --bins` and `--bound`: several LoRAs, their schedules for hosts, and the measured error."""
+"""`nara fold --bins` and `--bound`: several LoRAs, schedules for other programs, and the measured error."""
 
 from __future__ import annotations
 
@@ -20,54 +20,69 @@ FLOWS = ("sd3", "flux", "wan")
 DISCRETE, FLOW = "timestep", "flow"  # names of λ's definitions in `nara_diffusion.noise.timesteps`
 PEFT = "peft"
 VIDEOS = ("wan",)
-"""The bases for which there is no text-to-image workflow of ComfyUI."""
+"""The bases that get no ComfyUI workflow, since it is one of text to image."""
 Write = Callable[[dict[str, PlainLora], Path, argparse.Namespace], None]
 
 
 def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
-    """Write the folder atomically, and return the text to show.
+    """Write the folder, all files or none, and return the text to show.
 
     Args:
-        write: a function that writes one file of LoRAs by component.
+        args: of `nara fold`. write: writes {component: its LoRA} to one file.
 
     Raises:
-        ValueError: no denoiser; several components for PEFT; a λ of which no schedule can be written, or that of a flow
-            without --shift; see `to_lora_bins`.
+        ValueError: the file adapts no denoiser, or several components with --form peft; its λ has a definition for
+            which no schedule can be written; a flow model without --shift; see `to_lora_bins`.
     """
     name = next((name for name in (*DENOISERS, MODEL) if name in file.parts), None)
     if name is None:
-        raise ValueError(f"'{file.path}' has no denoiser, but {', '.join(file.parts)}: their LoRAs have no λ.")
+        raise ValueError(
+            f"'{file.path}' adapts {', '.join(file.parts)} alone, which don't depend on λ: use --noise_level, for one "
+            "LoRA."
+        )
     part = file.parts[name]
-    _check(args, part.config.noise_convention, list(file.parts))
+    _check(args, part.config.noise_convention, file)
     bins = to_lora_bins(skeleton(part, name), args.bins, bound=args.bound, interpolation=args.interpolation)
     if args.form == PEFT:
         bins.save_pretrained(args.output)
     else:
         others = {each: to_lora(skeleton(part, each)) for each, part in file.parts.items() if each != name}
         _write_files(bins, name, others, args, write)
-    return f"{args.output}: {len(bins.loras)} LoRAs, ΔW differs by {bins.error.worst_update:.2%} at most"
+    return f"{args.output}: {len(bins.loras)} LoRAs, the largest relative error of ΔW is {bins.error.worst_update:.2%}"
 
 
-def _check(args: argparse.Namespace, convention: str | None, components: list[str]) -> None:
-    """Refuse adapters without a definition of λ from which a host's schedule can be written."""
+def _check(args: argparse.Namespace, convention: str | None, file: AdapterFile) -> None:
+    """Raises ValueError unless schedules for other programs can be written for this definition of λ."""
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}, expected 1 or more.")
     if args.form == PEFT:
-        if len(components) > 1:
-            raise ValueError(f"--form peft holds one component, the file has {', '.join(components)}: choose another.")
+        check_single(list(file.parts))
         return
     is_flow = convention == FLOW
     if convention not in (None, FLOW, DISCRETE):
-        raise ValueError(f"its λ is {convention!r}, of which no schedule is written: fold it at one --noise_level.")
-    if convention is not None and args.base is not None and is_flow != (args.base in FLOWS):
-        kind = "that of a flow" if args.base in FLOWS else "t / N"
         raise ValueError(
-            f"--base {args.base} has a λ that is {kind}, and the file's is {convention!r}: choose its base."
+            f"'{file.path}' defines λ as {convention!r}, for which no schedule can be written: use --noise_level, or "
+            "--form peft."
+        )
+    if convention is not None and args.base is not None and is_flow != (args.base in FLOWS):
+        kind = "is a flow model" if args.base in FLOWS else "has discrete timesteps"
+        raise ValueError(
+            f"--base {args.base} {kind}, but '{file.path}' defines λ as {convention!r}: choose the base that it was "
+            "trained on."
         )
     if is_flow and args.shift is None:
-        raise ValueError("its λ is that of a flow: give its --shift, which is 1 where the model isn't shifted.")
-    if args.shift is not None and (not is_flow or args.shift < 1):
-        raise ValueError(f"--shift is for adapters whose λ is that of a flow, and 1 or more; got {args.shift}.")
+        raise ValueError(f"'{file.path}' is for a flow model: give --shift, that of its scheduler, 1 if it has none.")
+    if args.shift is not None and not (is_flow and args.shift >= 1):
+        raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more.")
+
+
+def check_single(components: list[str]) -> None:
+    """Raises ValueError if there are several components, which don't fit into one folder of PEFT."""
+    if len(components) > 1:
+        raise ValueError(
+            f"--form peft writes one component, but the file has {', '.join(components)}: choose another --form, or "
+            "split the file by nara convert --component."
+        )
 
 
 def _write_files(

@@ -1,9 +1,10 @@
-"""Description of an adapter's file: adapted modules, definition of λ, core, and size.
+"""Description of an adapter's file: base model, adapted modules, definition of λ, core, and size.
 
-    nara inspect my-toy                                          # a folder of save_nara_weights, of PEFT, of a run
-    nara inspect my-toy/pytorch_nara_weights.safetensors --json  # … for a program
+    nara inspect my-toy                                          # a folder of save_nara_weights, PEFT or a training
+    nara inspect my-toy/pytorch_nara_weights.safetensors --json  # a file; JSON, for programs
 
-The base model isn't needed. λ is what the file says of it: the share of the answer that is masked, t / N, σ, …
+The base model isn't needed. The line λ names the definition that the file gives: masked_share, the masked share of a
+language model's answer; timestep, t / N; flow, σ; …
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _described_part(part: AdapterPart) -> dict[str, Any]:
 
 
 def _kinds(modules: dict[str, int]) -> dict[str, int]:
-    """{the last parts of the names, without numbers: their number}."""
+    """{last word of the modules' names that is no number: how many modules have it}."""
     found: dict[str, int] = {}
     for name in modules:
         words = [word for word in name.split(".") if not word.isdigit()]

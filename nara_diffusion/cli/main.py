@@ -1,23 +1,23 @@
-"""The command `nara`: looks at adapters, checks whether λ helps, evaluates.
+"""The command `nara`: inspects, converts and evaluates NaRA adapters. λ is the noise level, 1 = pure noise.
 
-    nara inspect FILE            what it is: base, λ, core, rank, modules, parameters, hash
-    nara plot FILE               how far C(λ) is from I, its singular values, strength over λ: a PNG
+    nara inspect FILE            base model, definition of λ, core, rank, modules, parameters, hash
+    nara plot FILE               a PNG: distance of C(λ) from I, its singular values, strength over λ
     nara diff FILE OTHER         where two adapters differ: configuration, modules, ΔW over λ
-    nara fold FILE OUTPUT        a plain LoRA of one λ for Diffusers, PEFT, kohya, A1111, ComfyUI
+    nara fold FILE OUTPUT        export to plain LoRAs for Diffusers, PEFT, kohya, A1111, ComfyUI
     nara convert FILE OUTPUT     from a pipeline's file to PEFT's folder, or back
-    nara check MODEL DATA        whether λ is likely to help a training, before it
-    nara chat MODEL              talk with a masked-diffusion language model, with an adapter or without
+    nara check MODEL DATA        whether an adapter that knows λ is likely to beat LoRA, before training
+    nara chat MODEL              talk with a masked-diffusion language model, with or without an adapter
     nara eval …                  lm-eval for masked-diffusion language models
     nara metrics …               subject fidelity and prompt fidelity of images
 
-FILE is what save_nara_weights wrote (pytorch_nara_weights.safetensors), what PEFT's save_pretrained wrote (a folder
-with adapter_config.json), or a folder that holds either. `nara COMMAND --help` says more of each.
+FILE is a file or a folder of pipe.save_nara_weights (pytorch_nara_weights.safetensors), or a folder of PEFT's
+save_pretrained (adapter_config.json). `nara COMMAND --help` says more about each command.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
@@ -35,7 +35,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `nara`. An error that the user can mend ends it with one line."""
+    """The command `nara`. An error in what the user gave ends it with one line and status 1, without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(f"{__doc__}\n")
@@ -43,13 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command, *rest = words
     if command not in COMMANDS:
         sys.exit(f"error: nara has no command {command!r}, expected one of {', '.join(COMMANDS)}; nara --help.")
-    _main_of(command)(rest)
-
-
-def _main_of(command: str) -> Callable[[Sequence[str]], None]:
     try:
-        return import_module(COMMANDS[command]).main
+        import_module(COMMANDS[command]).main(rest)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("nara_diffusion"):
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "nara_diffusion"):
             raise
-        sys.exit(f"error: nara {command} needs {error.name}: pip install 'nara-diffusion[train,eval]'")
+        sys.exit(f"error: nara {command} needs the package {package}: pip install 'nara-diffusion[train,eval]'")

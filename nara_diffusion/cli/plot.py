@@ -3,9 +3,9 @@
     nara plot my-toy                            # writes my-toy.png
     nara plot my-toy --output core.png --points 201
 
-Left, how far C(λ) is from the identity, ‖C(λ) − I‖ over ‖I‖: 0 is a plain LoRA. In the middle, the singular values of
-C(λ): which directions of rank are amplified or switched off where. On the right, the strength over λ. Where layers
-have cores of their own, the lines are the mean over them, the shaded range all of them.
+Left: the distance of C(λ) from the identity, ‖C(λ) − I‖ / ‖I‖; 0 is a plain LoRA. Middle: the singular values of C(λ),
+which show the directions that are amplified or switched off at each λ. Right: the strength over λ. If layers have cores
+of their own, lines are the mean over the cores, and the shaded range is from the least to the largest.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .updates import strength_of
 
 
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(distances (g, n), singular values (g, n, r)) of the g cores at λ (n,).
+    """(‖C − I‖ / ‖I‖ (g, n), singular values of C (g, n, r)) of the g cores at λ (n,).
 
     Raises:
-        ValueError: the core reads the mask density too, which a curve over λ alone can't show.
+        ValueError: the core reads the mask density too, so it is no function of λ alone.
     """
     cores = cores_of(part)
     if cores.needs_density:
-        raise ValueError("The core reads the mask density beside λ, so there is no one curve over λ to draw.")
+        raise ValueError("the core reads the mask density beside λ, so it can't be drawn over λ alone.")
     with torch.no_grad():
         signals = NoiseSignals(levels, None)
         matrices = [cores.matrix(group, signals).expand(len(levels), -1, -1).double() for group in cores.groups]
@@ -51,7 +51,7 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(file: AdapterFile, path: Path, points: int) -> None:
-    """Write the plot, with a row for each component.
+    """Write the plot to the PNG file `path`, with a row for each component. Creates its folder.
 
     Raises:
         ValueError: see `core_curves`.
@@ -73,6 +73,7 @@ def draw(file: AdapterFile, path: Path, points: int) -> None:
         row[1].set(xlabel="noise level λ", ylabel="singular values of C(λ)", xlim=(0, 1))
         row[2].plot(levels, strength_of(config, levels))
         row[2].set(xlabel="noise level λ", ylabel="strength", xlim=(0, 1), ylim=(0, None))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
@@ -90,12 +91,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "nara plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    parser.add_argument("--output", type=Path, help="the picture (default: FILE's name with .png, here)")
-    parser.add_argument("--points", type=int, default=101, help="of λ (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="the PNG file (default: FILE's name with .png, in this folder)")
+    parser.add_argument(
+        "--points", type=int, default=101, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     with in_one_line():
         if args.points < 2:
             raise ValueError(f"--points is {args.points}, expected at least 2.")
         output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a folder: name a PNG file, such as {output / 'core.png'}.")
         draw(read(args.file), output, args.points)
         sys.stdout.write(f"{output}\n")

@@ -1,7 +1,7 @@
-"""An adapted model without a base: the modules that a file adapts, with weights that take no memory.
+"""A model of the modules that a file adapts and nothing else, with base weights that take no memory.
 
-What the library does with an adapted model (`to_lora`, `core_matrix`, …) it so does with a file. The weights are zeros,
-so nothing that needs those of the base (a forward, a merge, DoRA's norm) may be asked of it.
+With it, functions that take an adapted model (`to_lora`, `core_matrix`, …) work on a file. The base weights are zeros,
+so what needs those of the base model (a forward, a merge, DoRA's norm) would be wrong.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 def skeleton(part: AdapterPart, component: str) -> nn.Module:
-    """A model that has the adapted modules of a component alone, with the adapter "default" in it.
+    """A model of the adapted modules of a component, with the adapter "default".
 
     Raises:
-        ValueError: the file's tensors aren't those of its configuration.
+        ValueError: the file's tensors don't match its configuration.
     """
     root = nn.Module()
     for name in modules_of(part):
@@ -47,7 +47,7 @@ def _base_layer(part: AdapterPart, name: str) -> nn.Module:
 
 
 def _without_memory(layer: nn.Module) -> nn.Module:
-    """Replace the weights of `layer` by one zero, expanded to their shape."""
+    """Replace each weight of `layer` by one zero that is expanded to its shape."""
     for name, parameter in list(layer.named_parameters()):
         setattr(layer, name, nn.Parameter(_zero().expand(parameter.shape), requires_grad=False))
     return layer

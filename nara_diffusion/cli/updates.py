@@ -1,4 +1,4 @@
-"""The updates of an adapter's modules at several λ, in factors, so that norms need no d_out × d_in matrix.
+"""The updates of an adapter's modules at several λ, in factors, so norms need no matrix (d_out, d_in).
 
 ΔW(λ) = B · M(λ) · A,     M(λ) = s(λ) · α/r · C(λ)          B (d_out, r), M (n, r, r), A (r, d_in)
 ‖B M A‖ = ‖R_B M R_Aᵀ‖                                      B = Q_B R_B, Aᵀ = Q_A R_A
@@ -24,7 +24,7 @@ from .adapter_file import cores_of, modules_of
 
 @dataclass(frozen=True)
 class Update:
-    """Attributes: `B` (d_out, r), `M` (n, r, r) and `A` (r, d_in) in float64, convolutions as matrices."""
+    """Attributes: `B` (d_out, r), `M` (n, r, r) and `A` (r, d_in), float64; kernels of convolutions are flattened."""
 
     B: Tensor
     M: Tensor
@@ -32,6 +32,7 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of ΔW."""
         return self.B.shape[0], self.A.shape[1]
 
     def norm(self) -> Tensor:
@@ -59,11 +60,11 @@ def updates_of(part: AdapterPart, levels: Tensor) -> dict[str, Update]:
     """{module: its update at λ (n,)}.
 
     Raises:
-        ValueError: the core reads the mask density too, so that λ alone doesn't tell the update.
+        ValueError: the core reads the mask density too, so ΔW is no function of λ alone.
     """
     config, cores = part.config, cores_of(part)
     if cores.needs_density:
-        raise ValueError("The core reads the mask density beside λ, so that λ alone doesn't tell the update.")
+        raise ValueError("the core reads the mask density beside λ, so ΔW can't be compared over λ alone.")
     strength = strength_of(config, levels)
     matrices = {group: cores.matrix(group, NoiseSignals(levels)).expand(len(levels), -1, -1) for group in cores.groups}
     found = {}

@@ -1,8 +1,8 @@
-"""Reading one adapter of an adapted model, layer by layer: A, B, C(λ), s and the magnitude.
+"""The factors of one adapter of a model, layer by layer: A, B, C(λ), s and the magnitude.
 
     ΔW(λ) = s · B · C(λ) · A          A (r, d_in …), B (d_out, r …), C (b, r, r), s a number
 
-C includes a strength that depends on λ; it is I in a layer that reads no core.
+C includes a strength that depends on λ. It is I in a layer that reads no core.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nara_diffusion.tuner.strength.layers import layers_of
 from nara_diffusion.tuner.strength.set_strength import roots_of
 
 _SPREAD = ("target_parameters", "layer_replication", "megatron_config")
-"""Options of a LoRA whose layers have no A and B of their own."""
+"""Options of LoraConfig by which layers have no A and B of their own."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class AdaptedLayer:
     """One layer's share of the adapter; tensors are copies on the CPU.
 
     Attributes:
-        name: its name in its root. A: (r, d_in), (r, d_in, *kernel) or, in an embedding, (r, n). B: (d_out, r) or
-            (d_out, r / groups, 1, …). bias: of B (d_out,), or None. magnitude: DoRA's, or None. scaling: s.
-        key: the key by which the layer reads its core; None: C = I.
+        name: the name of the module in the adapted model.
+        A: (r, d_in), in a convolution (r, d_in, *kernel), in an embedding (r, n).
+        B: (d_out, r), in a convolution (d_out, r / groups, 1, …).
+        bias: of B (d_out,), or None. magnitude: DoRA's, or None. scaling: s.
+        key: the key by which the layer reads its core; None if it reads none, and C = I.
     """
 
     name: str
@@ -54,10 +56,11 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter of one root.
+    """One adapter of one model.
 
     Attributes:
-        root: the adapted model without what PEFT puts around it. is_wrapped: whether a PeftModel is around it.
+        root: the adapted model, without a PeftModel around it.
+        name: the name of the adapter. config: its configuration. layers: its layers.
     """
 
     root: nn.Module
@@ -67,13 +70,15 @@ class Adapter:
 
     @property
     def holder(self) -> CoreHolder | None:
+        """The module that owns the cores; None if the model has none."""
         return holder_of(self.root)
 
-    def depends_on_noise(self) -> bool:
-        return self.holder is not None and self.holder.depends_on_noise(self.name)
-
     def signals(self, noise_level: Level | None, mask_density: Level | None = None) -> NoiseSignals | None:
-        """The signals of one sample; None if the adapter needs none. Raises ValueError if they are not known."""
+        """λ and mask density of one sample; None if the adapter has no core.
+
+        Raises:
+            ValueError: the adapter depends on one of them, and it is not known.
+        """
         holder = self.holder
         if holder is None or self.name not in holder.cores:
             return None
@@ -92,8 +97,8 @@ def read_adapter(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     """Read an adapter. Inside the context, the values of its cores are in memory.
 
     Raises:
-        ValueError: no such adapter, several roots that have it, another method than LoRA, a LoRA variant that is no
-            plain LoRA, or weights that are not in memory here.
+        ValueError: no such adapter, or several models inside of `model` have it; another method than LoRA, or a LoRA
+            variant that can't be a plain LoRA; the weights are offloaded or sharded.
     """
     root = _root_of(model, adapter_name)
     config = root.peft_config[adapter_name]
@@ -108,8 +113,8 @@ def _root_of(model: nn.Module, adapter_name: str) -> Any:
     if len(roots) > 1:
         kinds = ", ".join(type(root).__name__ for root in roots)
         raise ValueError(
-            f"{len(roots)} models below {type(model).__name__} have an adapter {adapter_name!r} ({kinds}): pass the "
-            "one that is meant."
+            f"{len(roots)} models inside of {type(model).__name__} have an adapter {adapter_name!r} ({kinds}): pass "
+            "one of them."
         )
     return roots[0]
 
@@ -117,8 +122,8 @@ def _root_of(model: nn.Module, adapter_name: str) -> Any:
 def _check_config(config: Any, adapter_name: str) -> None:
     if not isinstance(config, LoraConfig):
         raise ValueError(
-            f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}: a NaRA or a LoRA becomes a "
-            "plain LoRA exactly, another method by peft.convert_to_lora(model, rank=…) at best."
+            f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}: only a NaRA or a LoRA can "
+            "be exported exactly. peft.convert_to_lora(model, rank=…) approximates other methods."
         )
     for field in _SPREAD:
         if getattr(config, field, None):
@@ -160,8 +165,8 @@ def _tensors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | No
 def _copied(tensor: Tensor, name: str) -> Tensor:
     if tensor.is_meta:
         raise ValueError(
-            f"The adapter's weights of layer '{name}' are offloaded: export before offloading, or from a copy of the "
-            "model in memory."
+            f"The adapter's weights of layer '{name}' are offloaded: export before offloading, or load the adapter "
+            "into a model in memory."
         )
     return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -170,7 +175,7 @@ def _check_layer(name: str, layer: Any, variant: Any, adapter_name: str) -> None
     kind = type(layer).__name__
     if is_sharded(layer):
         raise ValueError(
-            f"Layer '{name}' is sharded between processes: save the adapter, load it in one process and export there."
+            f"Layer '{name}' is sharded across processes: save the adapter, load it in one process and export there."
         )
     if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
         raise ValueError(_refusal(adapter_name, f"layer '{name}', which is adapted by PEFT's {kind}"))
@@ -179,4 +184,7 @@ def _check_layer(name: str, layer: Any, variant: Any, adapter_name: str) -> None
 
 
 def _refusal(adapter_name: str, what: str) -> str:
-    return f"Adapter '{adapter_name}' is no plain LoRA at any λ, since it has {what}: save it by PEFT's own methods."
+    return (
+        f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since it has {what}: save it by "
+        "save_pretrained, for PEFT only."
+    )

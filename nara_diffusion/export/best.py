@@ -1,10 +1,10 @@
-"""The one LoRA that is nearest to a NaRA over a density of noise levels: for hosts without schedules.
+"""The one LoRA that is nearest to a NaRA over all noise levels, for hosts without schedules.
 
     in updates    min over X of Σ w(λ) ‖s B (C(λ) − X) A‖²           X = Σ w(λ) C(λ)
     in outputs    min over X of Σ w(λ) ‖s B (C(λ) − X) A x_λ‖²       X = (Σ w C S)(Σ w S)⁻¹,  S(λ) = Σ A x_λ (A x_λ)ᵀ
 
-x_λ are the inputs of a layer on a batch at λ. Each layer has its own X in outputs, and X is the mean of C in directions
-that no input has. Weights w sum to 1. In DoRA, what is near is the update inside of the norm.
+x_λ are the inputs of a layer on a batch at λ, and the weights w sum to 1. By outputs, each layer has its own X, which
+is the mean of C in directions that no input has. In DoRA, the update inside the norm is approximated.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.noise.signals import Level
+
 from .adapted_layers import AdaptedLayer, Adapter
 from .errors import ExportError, relative
 from .outputs import OUTPUT_LEVELS, Batch, Outputs
 from .update_norm import Cores, UpdateNorm, cores_over, mean_over
 
 Density = Callable[[Tensor], Any]
-"""A density: λ (n,) → how often each one occurs (n,), not negative, in any unit. A StrengthSchedule is one."""
+"""A function: λ (n,) → how often each one occurs (n,), 0 or more, in any unit. A StrengthSchedule is one."""
 
 GRID = 128
 
@@ -32,26 +34,35 @@ def midpoints(count: int) -> Tensor:
 
 
 def weights_of(density: Density | None, levels: Tensor) -> Tensor:
-    """w (n,), float64, whose sum is 1.
+    """w (n,) at λ (n,), float64, whose sum is 1.
 
     Raises:
-        ValueError: negative, not finite, zero everywhere, or of another shape.
+        ValueError: `density` is no function, or gives values that are negative, not finite, zero everywhere, or not
+            one for each λ.
     """
     if density is None:
         return torch.full((len(levels),), 1 / len(levels), dtype=torch.float64)
-    found = torch.as_tensor(density(levels), dtype=torch.float64)
-    if found.shape != levels.shape or not bool((found >= 0).all()) or not 0 < float(found.sum()) < float("inf"):
+    if not callable(density):
         raise ValueError(
-            f"density gave {tuple(found.shape)} values for {len(levels)} λ, from {float(found.min()):g} to "
-            f"{float(found.max()):g}: let it give one for each λ, 0 or more, and not 0 everywhere."
+            f"density is a {type(density).__name__}: pass a function of λ (n,) that gives how often each λ occurs (n,)."
+        )
+    given = density(levels)
+    found = torch.as_tensor(torch.nan if given is None else given, dtype=torch.float64)
+    if found.shape != levels.shape:
+        shown = f"shape {tuple(found.shape)}" if found.dim() else repr(given)
+        raise ValueError(f"density gave {shown}, expected one value for each of the {len(levels)} λ.")
+    if not bool((found >= 0).all()) or not 0 < float(found.sum()) < float("inf"):
+        raise ValueError(
+            f"density gave values from {float(found.min()):g} to {float(found.max()):g}, expected finite values of 0 "
+            "or more, not all 0."
         )
     return found / found.sum()
 
 
 def best_cores(
-    model: nn.Module, adapter: Adapter, density: Density | None, batch: Batch | None, mask_density: float | None
+    model: nn.Module, adapter: Adapter, density: Density | None, batch: Batch | None, mask_density: Level | None
 ) -> tuple[Callable[[AdaptedLayer], Tensor], ExportError]:
-    """X (r, r) of each layer, float64, and the error of them."""
+    """X (r, r) of each layer, float64, and their error over λ."""
     levels = midpoints(GRID)
     cores, weights = cores_over(adapter, levels, mask_density), weights_of(density, levels)
     mean = mean_over(cores, weights)
@@ -67,7 +78,7 @@ def best_cores(
 
 
 def _least_squares(
-    adapter: Adapter, outputs: Outputs, mean: Cores, density: Density | None, mask_density: float | None
+    adapter: Adapter, outputs: Outputs, mean: Cores, density: Density | None, mask_density: Level | None
 ) -> dict[str, Tensor]:
     levels = midpoints(OUTPUT_LEVELS)
     weights = weights_of(density, levels)[:, None, None]

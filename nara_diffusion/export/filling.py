@@ -1,9 +1,9 @@
-"""Copying the tensors of a LoRA into an adapter that was made for them: all of them, or none."""
+"""Copying the tensors of a LoRA into an adapter with the same layers and shapes: all of them, or none."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ from .lora.plain_lora import PlainLora, PlainLoraLayer
 
 
 def fill(root: nn.Module, adapter_name: str, lora: PlainLora, origin: str) -> None:
-    """Copy A, B, biases and magnitudes of `lora` into an adapter of `root`. Cores stay as they are.
+    """Copy A, B, biases of B and magnitudes of `lora` into an adapter of `root`. Cores stay as they are.
 
-    Tensors keep their values bit by bit: where a layer has a coarser dtype, it takes that of the tensor.
+    Values are kept bit by bit: a parameter with a coarser dtype takes the dtype of the tensor.
+
+    Args:
+        origin: the name of the LoRA in messages.
 
     Raises:
-        ValueError: other layers, ranks, scales, shapes or kinds than the adapter has; nothing is changed then.
+        ValueError: the layers, ranks, scales, shapes or kinds of tensors differ; nothing is changed then.
     """
     layers = layers_of(root, adapter_name)
     check_layers(layers.keys(), lora.layers.keys(), adapter_name, origin)
@@ -34,14 +37,14 @@ def fill(root: nn.Module, adapter_name: str, lora: PlainLora, origin: str) -> No
 
 
 def check_layers(adapted: Any, given: Any, adapter_name: str, origin: str) -> None:
-    """Raises ValueError if the adapter has other layers than the file: names → names."""
+    """Raises ValueError if the names of the adapter's layers (`adapted`) and the LoRA's (`given`) differ."""
     missing, surplus = sorted(given - adapted), sorted(adapted - given)
     if missing or surplus:
-        texts = [f"it has {_some(missing)}, which the adapter hasn't"] if missing else []
-        texts += [f"it lacks {_some(surplus)}, which the adapter has"] if surplus else []
+        texts = [f"the adapter lacks {_some(missing)}"] if missing else []
+        texts += [f"the LoRA lacks {_some(surplus)}"] if surplus else []
         raise ValueError(
             f"{origin} has {len(given)} layers, the adapter '{adapter_name}' {len(adapted)}: {', and '.join(texts)}. "
-            "Choose target_modules that are the file's."
+            "Set target_modules to the layers of the LoRA."
         )
 
 
@@ -49,13 +52,13 @@ def _check_scale(layer: Any, name: str, given: PlainLoraLayer, adapter_name: str
     rank = layer.r[adapter_name]
     if rank != given.rank:
         raise ValueError(
-            f"{origin} has rank {given.rank} in '{name}', the adapter {rank}: choose the rank of the file (and, for "
-            "layers of other ranks, rank_pattern)."
+            f"{origin} has rank {given.rank} in '{name}', the adapter {rank}: set the adapter's rank (r, or --rank) "
+            "to that of the LoRA."
         )
     if not math.isclose(layer.scaling[adapter_name], given.scaling, rel_tol=1e-6):
         raise ValueError(
-            f"{origin} is scaled by {given.scaling:g} (alpha {given.alpha:g} / rank {given.rank}) in '{name}', the "
-            f"adapter by {layer.scaling[adapter_name]:g}: choose lora_alpha {given.alpha:g} without rsLoRA."
+            f"{origin} has scale {given.scaling:g} (alpha {given.alpha:g} / rank {given.rank}) in '{name}', the "
+            f"adapter {layer.scaling[adapter_name]:g}: set lora_alpha to {given.alpha:g} and use_rslora to False."
         )
 
 
@@ -66,8 +69,8 @@ def _pairs(
     held, tensors = _parameters(layer, adapter_name), _tensors(given)
     if held.keys() != tensors.keys():
         raise ValueError(
-            f"{origin} has {_kinds(tensors)} in '{name}', the adapter {_kinds(held)}: DoRA, or the bias of B, is in "
-            "one of them only, so set use_dora or lora_bias as in the file."
+            f"{origin} has {', '.join(tensors)} in '{name}', the adapter {', '.join(held)}: set use_dora (magnitude) "
+            "and lora_bias (bias) as in the LoRA."
         )
     for kind, tensor in tensors.items():
         parameter = held[kind]
@@ -94,10 +97,6 @@ def _parameters(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
 def _tensors(given: PlainLoraLayer) -> dict[str, Tensor]:
     all_ = {"A": given.A, "B": given.B, "bias": given.bias, "magnitude": given.magnitude}
     return {kind: tensor for kind, tensor in all_.items() if tensor is not None}
-
-
-def _kinds(found: Mapping[str, Any]) -> str:
-    return ", ".join(found)
 
 
 def _some(names: list[str]) -> str:

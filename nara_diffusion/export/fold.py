@@ -1,10 +1,10 @@
-"""A NaRA at one λ as a plain LoRA, exactly: C(λ) goes into B.
+"""Export of a NaRA at one λ as a plain LoRA, exactly: C(λ) is multiplied into B.
 
     s · B · C(λ) · A  =  α/r · B' · A,        B' = (s r / α) · B · C(λ)
 
-α and r are the configuration's; s differs from α/r where a strength was set, and then goes into B', too. Of a
-convolution with groups B is block-diagonal and C is not, so that there A' = (s r / α) · C(λ) · A. Products are computed
-in float64 and kept in float32 at least.
+α and r are those of the configuration. s differs from α/r where a strength was set, which then goes into B' too. In a
+grouped convolution B is block-diagonal and C is not, so there A' = (s r / α) · C(λ) · A. Products are computed in
+float64 and kept in float32 or better.
 """
 
 from __future__ import annotations
@@ -40,32 +40,35 @@ def to_lora(
 
         to_lora(model, noise_level=0.5).save_pretrained("folder")      # for PeftModel.from_pretrained, without NaRA
 
-    The update is equal to the NaRA's at λ to rounding (1e-7 of it in float32), and differs at any other λ. A strength,
-    by `set_strength` or the configuration, is part of it. Every type of core and `core_sharing` has one, and so has a
-    plain LoRA whose strength depends on λ.
+    At that λ the update equals the NaRA's up to rounding (a relative 1e-7 in float32); at any other λ it differs. A
+    strength, from `set_strength` or the configuration, is included. Every `core_type` and `core_sharing` can be
+    exported, and so can a plain LoRA whose strength depends on λ.
 
     Args:
         model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`, `unet.add_adapter`,
             `load_nara_weights`), or a model that contains one such; quantised or not.
-        noise_level: λ in [0, 1]; None takes that of `with noise_level(model, …)`, and is right for an adapter that
-            doesn't depend on λ. "best" is the one LoRA that is nearest over all λ, for hosts without schedules; its
-            `error` says how near.
-        adapter_name: the name of the adapter. mask_density: for `core_input` "mask_density" or "both", in [0, 1].
-        density: for "best", λ (n,) → how often each occurs (n,), such as a StrengthSchedule; None is uniform.
-        batch: for "best", what the model is called with (a dict, a tuple or a tensor), or a function of λ that calls
-            it on inputs of that noise level: then each layer's outputs are nearest, by least squares, and those of the
-            model are compared.
+        noise_level: λ in [0, 1], 1 = pure noise. None takes that of `with noise_level(model, …)`; an adapter that
+            doesn't depend on λ needs none. "best" gives the one LoRA that is nearest over all λ, for hosts without
+            schedules, with its `error`.
+        adapter_name: the name of the adapter.
+        mask_density: for `core_input` "mask_density" or "both": one value in [0, 1].
+        density: for "best": a function of λ (n,) that gives how often each λ occurs (n,), such as a StrengthSchedule;
+            None means equally often.
+        batch: for "best": the model's arguments (a dict, a tuple or a tensor), or a function of λ that calls the model
+            on inputs of that noise level. With it, the outputs of each layer are nearest in place of the updates, and
+            the error of the model's outputs is measured too.
 
     Raises:
-        ValueError: no such adapter; λ is missing, or differs between samples; the adapter is no plain LoRA at any λ (a
-            LoRA variant such as aLoRA, or another method); its weights are offloaded or sharded.
+        ValueError: there is no such adapter; λ is missing, or differs between samples; the adapter can't be a plain
+            LoRA (a LoRA variant such as aLoRA, or another method than LoRA); its weights are offloaded or sharded;
+            `density` or `batch` without "best", or of another type.
     """
     if isinstance(noise_level, str):
         return _best(model, noise_level, adapter_name, density, batch, mask_density)
     if density is not None or batch is not None:
-        raise ValueError('density and batch are for noise_level="best": a LoRA of one λ is exact.')
+        raise ValueError('density and batch are for noise_level="best": leave them out, a LoRA of one λ is exact.')
     if noise_level is not None:
-        as_signals(noise_level, mask_density)  # out of range is an error for an adapter that needs none, too
+        as_signals(noise_level, mask_density)  # a λ out of range is an error for adapters that need none, too
     with read_adapter(model, adapter_name) as adapter:
         signals = adapter.signals(noise_level, mask_density)
         return assembled(adapter, lambda layer: adapter.core(layer, signals)[0])
@@ -116,8 +119,8 @@ def _gain(layer: AdaptedLayer, scaling: float) -> float:
         return 1.0
     if scaling == 0:
         raise ValueError(
-            f"Layer '{layer.name}' has lora_alpha 0 in the configuration, but is scaled by {layer.scaling:g}: give the "
-            "configuration the lora_alpha that it was trained with."
+            f"Layer '{layer.name}' has lora_alpha 0 in the configuration, but its scaling is {layer.scaling:g}: set "
+            "lora_alpha in the configuration to what it was in training."
         )
     return layer.scaling / scaling
 
@@ -127,7 +130,7 @@ def _kept(tensor: Tensor) -> torch.dtype:
 
 
 def _others(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of the adapter's file beside A, B, C and magnitudes."""
+    """The tensors of the adapter that are not A, B, biases of B, magnitudes or cores, by PEFT's names."""
     with torch.no_grad():
         held = get_peft_model_state_dict(
             adapter.root, adapter.root.state_dict(), adapter.name, save_embedding_layers=False

@@ -1,4 +1,4 @@
-"""A NaRA that starts as a given LoRA: its A, B and magnitudes, and a core with C(λ) = I."""
+"""A NaRA that starts as a given LoRA: the LoRA's A, B and magnitudes, and a core with C(λ) = I."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _DECIDED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "lora_bias", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "modules_to_save", "strength",
 }  # fmt: skip
-"""Fields of NaraConfig that the LoRA decides, or with which the NaRA would not start as the LoRA."""
+"""Fields of NaraConfig that are taken from the LoRA, or with which the NaRA would not start as the LoRA."""
 _STARTS_ANYWAY = ("gaussian", "orthogonal", "eva", "mica")
-"""Initialisations that leave the base as it is, so that the LoRA's tensors may replace theirs."""
+"""Initialisations that don't change the base weights, so the LoRA's tensors may replace theirs."""
 _LEVELS = (0.0, 0.2, 0.5, 0.7, 1.0)
 
 
@@ -53,32 +53,32 @@ def from_lora(
     source_adapter: str = "default",
     **core: Any,
 ) -> Any:
-    """`model` with a NaRA that is the given LoRA (or DoRA) at step 0: the same tensors bit by bit, and C(λ) = I.
+    """Add a NaRA to `model` that equals the given LoRA (or DoRA) at step 0: the same tensors, and C(λ) = I.
 
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
         from_lora("pytorch_lora_weights.safetensors", pipe)              # then pipe.save_nara_weights(…)
 
     Args:
-        lora: a folder in PEFT's format; a file, or a folder with one, that Diffusers reads (its own names, kohya's, …);
-            a dict of such tensors; a PeftModel or another model with a LoRA; or a `PlainLora`.
-        model: the base: a module, which a PeftModel is put around; a Diffusers model, into which the adapter is
+        lora: a folder in PEFT's format; a file that Diffusers reads (Diffusers' names, kohya's, …), or a folder with
+            one; a dict of such tensors; a PeftModel or another model with a LoRA; or a `PlainLora`.
+        model: the base: a module, which is wrapped in a PeftModel; a Diffusers model, into which the adapter is
             injected; or a pipeline, whose text encoders get their part as plain LoRAs (core_type "identity").
         adapter_name: the name of the new adapter.
-        config: the LoraConfig of a dict in PEFT's format, whose α no tensor tells.
-        source_adapter: the name of the adapter, if `lora` is a model.
+        config: for a dict in PEFT's format, its LoraConfig: the tensors don't tell lora_alpha.
+        source_adapter: if `lora` is a model, the name of its adapter.
         core: fields of NaraConfig, such as core_type, core_sharing, noise_convention, lora_dropout.
 
     Returns:
         A PeftModel, or the Diffusers model or pipeline itself. The adapter is active and trainable.
 
     Raises:
-        ValueError: no LoRA that is read here; a layer of it that has no place, or another shape; a field of `core` that
-            the LoRA decides; a core that is not I at first (core_init "kaiming", "rank_mask", "bins"). `model` is as it
-            was.
+        ValueError: `lora` can't be read as a LoRA; `model` lacks a layer of it, or has one of another shape; `core` has
+            a field that is taken from the LoRA, or a core that doesn't start at C = I (core_init "kaiming", core_type
+            "rank_mask" or "bins"); an argument that this kind of `lora` has no use for. `model` is unchanged then.
     """
     decided = sorted(_DECIDED & core.keys())
     if decided:
-        raise ValueError(f"{', '.join(decided)}: the LoRA decides that, so leave it out, or train a new adapter.")
+        raise ValueError(f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out.")
     parts, origin = read_lora(lora, model, config=config, source_adapter=source_adapter)
     if not isinstance(model, DiffusionPipeline):
         return _insert(parts[""], model, adapter_name, core, origin, inject=isinstance(model, PeftAdapterMixin))
@@ -110,8 +110,8 @@ def _insert(
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(root, "peft_config", {}):
         raise ValueError(
-            f"{type(root).__name__} has an adapter '{adapter_name}' already: choose another adapter_name, or take that "
-            "one off first (unload())."
+            f"{type(root).__name__} has an adapter '{adapter_name}' already: choose another adapter_name, or remove "
+            "that one first (delete_adapter, or unload)."
         )
     check_modules(root, lora, origin)
     config = nara_config(lora, root, core)
@@ -147,7 +147,7 @@ def nara_config(lora: PlainLora, root: nn.Module, core: Mapping[str, Any]) -> Na
     """The configuration of a NaRA on the layers of `lora`, with its ranks and scales.
 
     Raises:
-        ValueError: see NaraConfig; or the LoRA's initialisation has changed the base in a way that NaRA doesn't have.
+        ValueError: see NaraConfig; or the LoRA has an initialisation that NaraConfig refuses.
     """
     plain = fitting_config(lora.config, root, {name: layer.rank for name, layer in lora.layers.items()})
     given = {
@@ -169,12 +169,12 @@ def check_modules(root: nn.Module, lora: PlainLora, origin: str) -> None:
         shown = ", ".join(map(repr, unknown[:3]))
         raise ValueError(
             f"{origin} adapts {len(lora.layers)} modules, of which {type(root).__name__} lacks {len(unknown)}: {shown}"
-            ". It was trained on another base model, or is for another part of the pipeline."
+            ". It was trained on another base model, or belongs to another component of the pipeline."
         )
 
 
 def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> None:
-    """Load trained biases, tokens and whole modules, by PEFT's own function."""
+    """Load trained biases, token embeddings and modules_to_save, by PEFT's own function."""
     if not lora.others:
         return
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
@@ -182,7 +182,10 @@ def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> 
     others = {f"{prefix}{key}": tensor for key, tensor in lora.others.items()}
     unknown = sorted(others.keys() - held.keys())
     if unknown:
-        raise ValueError(f"{origin} holds '{unknown[0]}', which is no tensor of such an adapter: damaged.")
+        raise ValueError(
+            f"{origin} holds '{unknown[0]}', which an adapter with its configuration doesn't have: one of the two "
+            "belongs to another adapter."
+        )
     set_peft_model_state_dict(model, held | others, adapter_name=adapter_name)
 
 
@@ -195,6 +198,6 @@ def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> No
             if not torch.equal(core, torch.eye(layer.rank).expand(len(core), -1, -1)):
                 raise ValueError(
                     f"core_type {config.core_type!r} (core_init {config.core_init!r}) has a C that is not I at first, "
-                    'so that the NaRA would start as another update than the LoRA: choose "hypernetwork", "constant" '
-                    'or "knots" with core_init "zero_last", or "identity".'
+                    'so the NaRA would not start as the LoRA: choose core_type "hypernetwork", "constant" or "knots" '
+                    'with core_init "zero_last", or core_type "identity".'
                 )

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.noise.context import noise_level
+from nara_diffusion.noise.signals import Level
 from nara_diffusion.tuner.strength.layers import layers_of
 from nara_diffusion.utils.eval_mode import evaluating
 
@@ -27,17 +28,22 @@ class Outputs:
     """Runs of `model` on `batch`, in evaluation mode and without gradients.
 
     Raises:
-        ValueError: the adapter is merged, or not active.
+        ValueError: `batch` is of another type, or the adapter is merged, disabled or not active.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, batch: Batch, mask_density: float | None) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, batch: Batch, mask_density: Level | None) -> None:
+        if not isinstance(batch, Mapping | tuple | Tensor) and not callable(batch):
+            raise ValueError(
+                f"batch is a {type(batch).__name__}: pass the model's arguments as a dict, a tuple or a tensor, or a "
+                "function of λ that calls the model and returns its output."
+            )
         self.model, self.adapter, self.batch, self.mask_density = model, adapter, batch, mask_density
         self.layers = layers_of(adapter.root, adapter.name)
         for name, layer in self.layers.items():
             if layer.merged or adapter.name not in layer.active_adapters or layer.disable_adapters:
                 raise ValueError(
-                    f"Outputs are those of the active adapter, but '{adapter.name}' is merged, disabled or not active "
-                    f"in '{name}': call unmerge_adapter(), or set_adapter({adapter.name!r}), first."
+                    f"batch is run with the adapter active, but '{adapter.name}' is merged, disabled or not active in "
+                    f"layer '{name}': call unmerge_adapter() or set_adapter({adapter.name!r}) first."
                 )
 
     def at(self, level: float) -> Tensor:
@@ -141,5 +147,8 @@ def _tensor_of(answer: Any) -> Tensor:
             return getattr(answer, name)
     found = answer[0] if isinstance(answer, (tuple, list)) and answer else answer
     if not isinstance(found, Tensor):
-        raise ValueError(f"batch gave {type(answer).__name__}: let it give a tensor, or a tuple that begins with one.")
+        raise ValueError(
+            f"on batch, the model returned a {type(answer).__name__}, expected a tensor, a tuple that begins with one, "
+            "or an output with logits, sample or last_hidden_state."
+        )
     return found

@@ -1,7 +1,7 @@
 """PEFT's `convert_to_lora` and `save_as_lora` for an adapter with cores, at the λ of `noise_level(…)`.
 
-PEFT factors ΔW of linear layers by an SVD. Here ΔW has its factors already: the LoRA is `to_lora`'s, exact and for all
-kinds of layers, and is cut to a smaller rank, if one is asked for, by an SVD of the factors.
+PEFT computes ΔW of linear layers and factors it by an SVD. Here the factors are known: the LoRA is that of `to_lora`,
+exact and for all kinds of layers. A smaller rank is reached by an SVD of the factors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _original: Any = None
 def extend_conversion() -> None:
     """Make PEFT's function `convert_to_lora`, which `save_as_lora` calls, convert cores. Harmless when repeated.
 
-    It is a function, which users import by name, mostly before this package. So its code is replaced:
-    the object that they have imported is the one that changes.
+    Users import that function by name, often before this package. So its code is replaced, not the name in PEFT's
+    module: the function object that they imported changes too.
     """
     if getattr(convert_to_lora, "knows_cores", False):
         return
@@ -62,8 +62,10 @@ def convert_adapter(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """As `peft.convert_to_lora`; an adapter with cores is converted at the λ of `with noise_level(model, …)`.
 
+    With cores, `progressbar` and `compile_kwargs` change nothing: there is no large SVD to show or to compile.
+
     Raises:
-        ValueError: λ is needed and not known; or see `to_lora` and `truncated`.
+        ValueError: `rank` is no int ≥ 1 or float in (0, 1]; λ is needed and not known; see `to_lora` and `truncated`.
     """
     if not _has_cores(model, adapter_name):
         return _original(model, rank, adapter_name, progressbar, compile_kwargs)
@@ -87,19 +89,19 @@ def _check_rank(rank: Any) -> None:
     is_number = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     if not is_share and not is_number:
         raise ValueError(
-            f"rank is {rank!r}: pass a number of directions, 1 or more, or as a float the share of the squared "
-            "singular values to keep, in (0, 1]."
+            f"rank is {rank!r}: pass an int, 1 or more, or a float in (0, 1], the share of the squared singular values "
+            "of ΔW to keep."
         )
 
 
 def truncated(lora: PlainLora, rank: float) -> PlainLora:
-    """`lora` with at most `rank` directions a layer, or (a float) as many as hold that share of ‖ΔW‖².
+    """`lora` with rank `rank` or less in each layer; a float is the share of ‖ΔW‖² to keep.
 
-    A layer that has no more directions than that keeps its factors as they are.
+    A layer whose rank is not larger keeps its factors as they are.
 
     Raises:
-        ValueError: fewer directions than a layer has, of an adapter whose start has changed the base by its rank, or in
-            a convolution with groups.
+        ValueError: a layer's rank would fall, and the adapter's initialisation has changed the base (PiSSA, …), or the
+            layer is a grouped convolution.
     """
     if isinstance(rank, float) and rank == 1.0:
         return lora
@@ -110,8 +112,8 @@ def truncated(lora: PlainLora, rank: float) -> PlainLora:
     start = lora.config.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
         raise ValueError(
-            f"rank is {rank}, but init_lora_weights={start!r} has taken directions of the adapter's own rank out of "
-            "the base: pass rank=1.0, which keeps them all."
+            f"rank is {rank}, but init_lora_weights={start!r} has changed the base weights by a LoRA of the adapter's "
+            "own rank: pass rank=1.0, which keeps that rank."
         )
     ranks = {name: layer.rank for name, layer in cut.items()}
     alphas = {name: layer.alpha for name, layer in cut.items()}
@@ -119,11 +121,14 @@ def truncated(lora: PlainLora, rank: float) -> PlainLora:
 
 
 def _cut(name: str, layer: PlainLoraLayer, rank: float) -> PlainLoraLayer:
-    """B A = U Σ V by QR of both and an SVD (r, r); the leading directions of it, √Σ in each factor."""
+    """B A = U Σ V by QR of both and an SVD (r, r); its leading singular vectors, with √Σ in each factor."""
     if isinstance(rank, int) and rank >= layer.rank:
         return layer
     if layer.B.flatten(1).shape[1] != layer.rank:
-        raise ValueError(f"rank is {rank}, but '{name}' is a convolution with groups: pass rank=1.0, which keeps it.")
+        raise ValueError(
+            f"rank is {rank}, but '{name}' is a grouped convolution, which can't be truncated: pass rank=1.0, which "
+            "keeps its rank."
+        )
     left, upper = torch.linalg.qr(layer.B.double().flatten(1))
     right, lower = torch.linalg.qr(layer.A.double().flatten(1).T)
     U, S, Vh = torch.linalg.svd(upper @ lower.T)

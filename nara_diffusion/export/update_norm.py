@@ -10,22 +10,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.noise.signals import Level, NoiseSignals, as_signal
 
 from .adapted_layers import AdaptedLayer, Adapter
 
 CoreKey = tuple[str, str] | None
 Cores = Mapping[CoreKey, Tensor]
-"""{key of a core: C (n or 1, r, r), float64}; the key None stands for layers without a core."""
+"""{key of a core: C (n or 1, r, r), float64}; layers that read no core have the key None."""
 
 
-def cores_over(adapter: Adapter, noise_levels: Tensor, mask_density: float | None = None) -> dict[CoreKey, Tensor]:
+def cores_over(adapter: Adapter, noise_levels: Tensor, mask_density: Level | None = None) -> dict[CoreKey, Tensor]:
     """The cores that the adapter's layers read, at λ (n,): {key: (n or 1, r, r), float64}.
+
+    Args:
+        mask_density: one value in [0, 1], the same at each λ.
 
     Raises:
         ValueError: a core reads the mask density, and it is not given.
     """
-    density = None if mask_density is None else torch.full_like(noise_levels, mask_density)
+    density = None if mask_density is None else as_signal(mask_density, "mask_density").expand_as(noise_levels)
     signals = NoiseSignals(noise_levels, density)
     found: dict[CoreKey, Tensor] = {}
     for layer in adapter.layers:

@@ -102,7 +102,7 @@ def test_a_terminal_sees_masks_being_filled_in_and_goes_on_after_an_error(monkey
     assert max(counts) >= 4
     assert counts == [0, *sorted(counts[1:], reverse=True)]
     assert frames[-1] == "PLANET\n"
-    assert "there is no command /help, but /clear and /exit" in errors.getvalue()
+    assert "unknown command /help: type /clear or /exit" in errors.getvalue()
     assert "the model has 64 positions" in errors.getvalue()
 
 
@@ -173,7 +173,7 @@ def test_bad_flags_end_in_one_line(monkeypatch, words, message):
 
 
 def test_piped_commands_that_do_not_exist_end_in_one_line(monkeypatch):
-    with pytest.raises(SystemExit, match="error: there is no command /quit, but /clear and /exit"):
+    with pytest.raises(SystemExit, match="error: unknown command /quit: type /clear or /exit"):
         typed(monkeypatch, "/quit now\n")
 
 

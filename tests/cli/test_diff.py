@@ -129,5 +129,5 @@ def test_adapters_of_two_base_models_end_in_one_line(tmp_path, capsys):
     saved(other, tmp_path / "other", target_modules=["linear"])
     status, printed = diffed(capsys, tmp_path / "one", tmp_path / "other")
     assert status == 2
-    assert printed.err.startswith("error: The adapters have updates of (11, 7) and (12, 7) in one module")
+    assert printed.err.startswith("error: ΔW of 'linear' is (11, 7) in one adapter and (12, 7) in the other")
     assert printed.err.count("\n") == 1

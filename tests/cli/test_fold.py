@@ -119,8 +119,12 @@ def test_comfyui_file_has_the_adapters_tensors(pipeline_file, tmp_path):
     [
         (["--noise_level", "1.5"], "error: .*1.5"),
         (["--noise_level", "0.5", "--form", "kohya"], "error: --form kohya needs --base, one of sd15, sdxl"),
-        (["--noise_level", "0.5", "--form", "comfyui", "--base", "flux"], "error: .* has no name in FLUX's own code"),
-        (["--noise_level", "0.5", "--form", "peft"], "error: --form peft holds one component, the file has"),
+        (
+            ["--noise_level", "0.5", "--form", "comfyui", "--base", "flux"],
+            "error: .* has no name in FLUX's original code",
+        ),
+        (["--noise_level", "0.5", "--form", "peft"], "error: --form peft writes one component, but the file has"),
+        (["--noise_level", "0.5", "--shift", "3"], "error: --shift is for the schedules of --bins and --bound"),
     ],
 )
 def test_what_is_wrong_ends_in_one_line_and_writes_nothing(pipeline_file, tmp_path, words, message):

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import sys
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 import nara_diffusion  # noqa: F401
 from nara_diffusion import StrengthSchedule
@@ -95,6 +98,64 @@ def test_bad_file_ends_in_one_line(tmp_path, peft_folder, what, capsys):
     assert message.startswith("error: ")
     assert "\n" not in message
     assert str(path) in message
+
+
+def damaged(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+PREFIX = "base_model.model."
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["fold", "out", "--noise_level", "0.5", "--form", "peft"]])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop(f"{PREFIX}first.lora_B.weight"),
+            r"'first' in model needs A and B, but lora_B\.weight is missing",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}first.lora_A.weight": torch.zeros(2, 7)}),
+            r"'first' in model has A \(2, 7\) and B \(11, 4\), expected rank 4",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}first.lora_A.weight": torch.zeros(4)}),
+            r"'first' in model has A \(4,\) and B \(11, 4\), expected rank 4",
+        ),
+    ],
+    ids=["half a layer", "another rank", "a vector"],
+)
+def test_damaged_factors_end_in_one_line(tmp_path, peft_folder, words, change, message):
+    damaged(peft_folder, change)
+    command, *others = words
+    if others:
+        others[0] = str(tmp_path / others[0])
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as caught:
+        main([command, str(peft_folder), *others])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_core_ends_in_one_line(tmp_path, peft_folder):
+    damaged(peft_folder, lambda tensors: tensors.pop(next(key for key in tensors if "nara_core" in key)))
+    with pytest.raises(SystemExit, match="error: its cores don't match its configuration") as caught:
+        main(["plot", str(peft_folder), "--output", str(tmp_path / "core.png")])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_ends_in_one_line(tmp_path, peft_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("backends", "backends.backend_agg", "figure"):
+        monkeypatch.delitem(sys.modules, f"matplotlib.{module}", raising=False)
+    with pytest.raises(
+        SystemExit, match=r"error: nara plot needs the package matplotlib: .*nara-diffusion\[train,eval\]"
+    ):
+        main(["plot", str(peft_folder), "--output", str(tmp_path / "core.png")])
+    assert not (tmp_path / "core.png").exists()
 
 
 def test_unknown_command_names_the_known_ones():

@@ -53,9 +53,18 @@ def test_picture_is_written_where_it_was_asked_for(tmp_path, capsys):
 def test_core_that_reads_the_mask_density_has_no_curve(tmp_path):
     config = nara_config(target_modules=["first"], core_input="both", noise_convention="masked_share")
     get_peft_model(TwoLayers(), config).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="error: The core reads the mask density"):
+    with pytest.raises(SystemExit, match="error: the core reads the mask density"):
         main(["plot", str(tmp_path), "--output", str(tmp_path / "core.png")])
     assert not (tmp_path / "core.png").exists()
+
+
+def test_picture_in_a_new_folder_is_written_and_a_folder_is_no_picture(tmp_path):
+    get_peft_model(TwoLayers(), nara_config(target_modules=["first"])).save_pretrained(tmp_path / "adapter")
+    words = ["plot", str(tmp_path / "adapter"), "--points", "3", "--output"]
+    main([*words, str(tmp_path / "new" / "deeper" / "core.png")])
+    assert (tmp_path / "new" / "deeper" / "core.png").is_file()
+    with pytest.raises(SystemExit, match=r"error: --output .*new is a folder: name a PNG file"):
+        main([*words, str(tmp_path / "new")])
 
 
 def test_too_few_points_end_in_one_line(tmp_path):

@@ -169,17 +169,32 @@ def test_what_is_no_density_or_batch_is_refused():
     model = adapted(base(), target_modules=TARGETS)
     with pytest.raises(ValueError, match=r"noise_level is 'worst': pass a number in \[0, 1\], or \"best\""):
         to_lora(model, "worst")
-    with pytest.raises(ValueError, match=r"density gave .* values for 128 λ, from -1 to -1"):
+    with pytest.raises(ValueError, match=r"density gave values from -1 to -1"):
         to_lora(model, "best", density=lambda level: -torch.ones(len(level)))
-    with pytest.raises(ValueError, match="density gave"):
+    with pytest.raises(ValueError, match="density gave values from 0 to 0"):
         to_lora(model, "best", density=lambda level: torch.zeros(len(level)))
+    for nothing in (lambda level: [], lambda level: None, lambda level: 1.0):
+        with pytest.raises(ValueError, match=r"density gave .*, expected one value for each of the 128 λ"):
+            to_lora(model, "best", density=nothing)
+    with pytest.raises(ValueError, match="density is a float: pass a function"):
+        to_lora(model, "best", density=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='density and batch are for noise_level="best"'):
         to_lora(model, 0.5, batch=torch.randn(2, 7))
-    with pytest.raises(ValueError, match="batch gave NoneType"):
+    with pytest.raises(ValueError, match="on batch, the model returned a NoneType"):
         to_lora(model, "best", batch=lambda level: None)
+    with pytest.raises(ValueError, match="batch is a list: pass"):
+        to_lora(model, "best", batch=[torch.randn(2, 7)])  # type: ignore[arg-type]
     model.merge_adapter(noise_level=0.3)
     with pytest.raises(ValueError, match="is merged, disabled or not active"):
         to_lora(model, "best", batch=torch.randn(2, 7))
+
+
+@pytest.mark.parametrize("density", [torch.tensor([0.3]), torch.tensor(0.3), [0.3]])
+def test_a_mask_density_may_be_a_tensor_or_a_list(density):
+    model = adapted(base(), target_modules=TARGETS, core_input="both")
+    expected = to_lora(model, "best", mask_density=0.3).state_dict()
+    found = to_lora(model, "best", mask_density=density).state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
 def test_rounding_is_all_that_outputs_differ_by_where_c_is_constant():

@@ -151,13 +151,14 @@ def test_what_has_no_place_is_refused_and_the_pipeline_is_as_it_was(tmp_path):
     tensors = load_file(tmp_path / FILE)
     refused = {
         "another shape": ({**tensors, **_wider(tensors, "text_encoder_2.")}, "it was trained on another base model"),
-        "half a layer": (dict(list(tensors.items())[1:]), "but not A and B both"),
+        "half a layer": (dict(list(tensors.items())[1:]), "A and B are both needed"),
         "another module": (
             {key.replace("layers.1", "layers.7"): tensor for key, tensor in tensors.items()},
             "lacks .*layers.7",
         ),
         "LyCORIS": ({"lora_unet_a.hada_w1_a": torch.zeros(2)}, "LyCORIS"),
         "DoRA of kohya": ({**tensors, "lora_unet_a.dora_scale": torch.zeros(2)}, "which Diffusers doesn't read"),
+        "nothing": ({}, "The dict holds no tensors"),
         "no LoRA": ({"a.weight": torch.zeros(2)}, "no"),
         "another pipeline": ({"transformer.a.lora_A.weight": torch.zeros(2, 2)}, "has no such component"),
     }

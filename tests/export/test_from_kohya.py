@@ -156,8 +156,8 @@ def test_fused_projections_of_flux_become_their_parts(names):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {**t, "lora_unet_mid_block_a.dora_scale": torch.ones(3)}, "a DoRA by kohya's or LyCORIS' names"),
-        (lambda t: {**t, "lora_unet_mid_block_a.lora_mid.weight": torch.ones(3, 3)}, "of a LyCORIS method"),
+        (lambda t: {**t, "lora_unet_mid_block_a.dora_scale": torch.ones(3)}, "a DoRA with kohya's or LyCORIS' keys"),
+        (lambda t: {**t, "lora_unet_mid_block_a.lora_mid.weight": torch.ones(3, 3)}, "a key of a LyCORIS method"),
         (lambda t: {**t, "lora_unet_mid_block_a.alpha": torch.tensor(1.0)}, "is no LoRA that Diffusers reads"),
         (lambda t: {k: v for k, v in t.items() if "mid" not in k or "up" not in k}, "is no LoRA that Diffusers reads"),
         (lambda t: {k.replace("input_blocks_3", "input_blocks_9"): v for k, v in t.items()}, r"lacks|no LoRA that"),

@@ -165,7 +165,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ({}, {"core_init": "kaiming"}, "has a C that is not I at first"),
     ({}, {"core_type": "rank_mask"}, "has a C that is not I at first"),
     ({}, {"core_type": "bins", "core_bins": 2}, "has a C that is not I at first"),
-    ({}, {"r": 8, "target_modules": ["first"]}, "r, target_modules: the LoRA decides that"),
+    ({}, {"r": 8, "target_modules": ["first"]}, "r, target_modules can't be given, but come from the LoRA"),
     ({}, {"adapter_name": "a", "core_type": "none"}, "core_type is 'none'"),
 ]
 
@@ -216,15 +216,60 @@ def test_other_bases_and_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has an adapter 'default' already"):
         from_lora(tmp_path / "lora", adapted(base(), target_modules=TARGETS))
     state = get_peft_model_state_dict(lora)
-    with pytest.raises(ValueError, match="no tensor tells α: pass config="):
+    with pytest.raises(ValueError, match="but no lora_alpha: pass config="):
         from_lora(state, base())
+
+
+def test_arguments_that_would_have_no_effect_are_refused(tmp_path):
+    lora = trained_lora()
+    lora.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config is for a dict of tensors"):
+        from_lora(tmp_path, base(), config=lora_config(target_modules=TARGETS))
+    with pytest.raises(ValueError, match=r"source_adapter is 'style', but lora is a (Posix|Windows)Path"):
+        from_lora(tmp_path, base(), source_adapter="style")
+    with pytest.raises(ValueError, match=r"model is a str: pass a torch\.nn\.Module"):
+        from_lora(tmp_path, "a folder")
+    with pytest.raises(ValueError, match="config is a dict: pass a LoraConfig"):
+        from_lora(dict(get_peft_model_state_dict(lora)), base(), config={"r": 4})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "The dict holds no tensors"),
+        ({"first.lora_A.weight": 3}, "The dict holds 'first.lora_A.weight', which is a int"),
+        ({3: torch.zeros(2)}, "The dict holds 3, which is"),
+    ],
+)
+def test_dicts_that_are_no_state_dict_are_refused(given, message):
+    for config in (None, lora_config(target_modules=TARGETS)):
+        with pytest.raises(ValueError, match=message):
+            from_lora(given, base(), config=config)
+
+
+def test_a_folder_without_whole_weights_is_refused(tmp_path):
+    trained_lora().save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        from_lora(tmp_path, base())
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"There is no 'adapter_model.safetensors' beside 'adapter_config.json'"):
+        from_lora(tmp_path, base())
+
+
+def test_weights_in_pytorchs_own_format_are_read(tmp_path):
+    lora = trained_lora()
+    lora.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").is_file()
+    assert_same_tensors(from_lora(tmp_path, base()), lora)
 
 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("base_model.model.first.lora_B.weight", "but not A and B both"),
-        (None, "which is no tensor of a LoRA that is known here"),
+        ("base_model.model.first.lora_B.weight", "A and B are both needed"),
+        (None, "which is no key of a LoRA in PEFT's format"),
     ],
 )
 def test_damaged_dicts_are_refused(key, message):

@@ -114,13 +114,13 @@ def test_a_plain_lora_with_a_strength_is_converted_at_the_level():
 @pytest.mark.parametrize("rank", [0, -1, True, 1.5, 0.0, "4"])
 def test_ranks_that_are_none_are_refused(rank):
     model = adapted(base(), target_modules=TARGETS)
-    with noise_level(model, LEVEL), pytest.raises(ValueError, match=r"rank is .*: pass a number of directions"):
+    with noise_level(model, LEVEL), pytest.raises(ValueError, match=r"rank is .*: pass an int, 1 or more, or a float"):
         convert_to_lora(model, rank)
 
 
 def test_a_smaller_rank_is_refused_where_the_base_was_changed_by_the_own_one():
     model = adapted(base(), target_modules=TARGETS, init_lora_weights="pissa")
-    with noise_level(model, LEVEL), pytest.raises(ValueError, match="init_lora_weights='pissa' has taken directions"):
+    with noise_level(model, LEVEL), pytest.raises(ValueError, match="init_lora_weights='pissa' has changed the base"):
         convert_to_lora(model, rank=2)
 
 

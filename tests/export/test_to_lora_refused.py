@@ -27,7 +27,7 @@ def test_what_cannot_be_a_lora_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a file: name a folder"):
         to_lora(model, LEVEL).save_pretrained(tmp_path / "file")
     two = nn.ModuleList([adapted(base(), target_modules=TARGETS) for _ in range(2)])
-    with pytest.raises(ValueError, match="2 models below ModuleList have an adapter 'default'"):
+    with pytest.raises(ValueError, match="2 models inside of ModuleList have an adapter 'default'"):
         to_lora(two, LEVEL)
 
 

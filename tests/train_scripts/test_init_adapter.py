@@ -60,9 +60,9 @@ def test_a_training_goes_on_from_its_own_nara(arguments, tmp_path):
     ("options", "flags", "message"),
     [
         ({"r": 2}, {}, r"has rank 2 in 'model.*the adapter 3"),
-        ({"lora_alpha": 3}, {}, r"scaled by 1 \(alpha 3 / rank 3\).* choose lora_alpha 3"),
-        ({"target_modules": ["q_proj"]}, {}, "has 2 layers, the adapter 'default' 14: it lacks"),
-        ({}, {"target_modules": ["q_proj"]}, "has 14 layers, the adapter 'default' 2: it has"),
+        ({"lora_alpha": 3}, {}, r"has scale 1 \(alpha 3 / rank 3\).*: set lora_alpha to 3"),
+        ({"target_modules": ["q_proj"]}, {}, "has 2 layers, the adapter 'default' 14: the LoRA lacks"),
+        ({}, {"target_modules": ["q_proj"]}, "has 14 layers, the adapter 'default' 2: the adapter lacks"),
         ({"use_dora": True}, {}, "has A, B, magnitude in .*the adapter A, B"),
         ({}, {"core_init": "kaiming"}, "has a C that is not I at first"),
         ({}, {"core_type": "bins", "core_bins": 3}, "has a C that is not I at first"),

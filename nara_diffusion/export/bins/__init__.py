@@ -1,1 +1,1 @@
-"""Several LoRAs and a schedule of strengths over λ in place of one NaRA."""
+"""One NaRA as several LoRAs, each with a schedule of its strength over λ."""

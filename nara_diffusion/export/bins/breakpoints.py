@@ -1,11 +1,11 @@
-"""The noise levels between which the cores of an adapter are linear in λ, or constant; none if they are neither.
+"""The noise levels between which the cores of an adapter are linear in λ, or constant.
 
     knots        at the knots, k / (K − 1)                    straight between them
     bins         on both sides of each step of a mask         constant between them
     rank_mask    the same
     a strength   at its points, on both sides of its steps
 
-The two sides of a step are neighbours among the numbers of float32, in which λ is kept.
+Other cores have none but 0 and 1. The two sides of a step are neighbouring float32 numbers, since λ is float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SCAN = 4097
 
 
 def breakpoints(adapter: Adapter) -> list[float]:
-    """The breakpoints of the adapter in ascending order, 0 and 1 among them."""
+    """The breakpoints of the adapter in ascending order, 0 and 1 included."""
     config: Any = adapter.config
     found = {0.0, 1.0, *_of_strengths(adapter)}
     if isinstance(config, NaraConfig) and config.core_type == "knots":

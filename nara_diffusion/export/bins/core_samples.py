@@ -1,15 +1,15 @@
-"""An adapter's cores on a grid of λ, and how near K fixed cores come to them, by least squares.
+"""An adapter's cores on a grid of λ, and K fixed cores that approximate them by least squares.
 
     min over C_1 … C_K of ∫ w(λ) ‖s B D(λ) A‖² dλ,      D(λ) = Σ_k φ_k(λ) C_k − C(λ)
 
     C_k = Σ_l (G⁻¹)_kl ∫ w φ_l C dλ,                    G_kl = ∫ w φ_k φ_l dλ      (K, K)
 
-These are the nearest whatever B and A are. The derivative by C_k is 2 s² BᵀB (∫ w φ_k D dλ) A Aᵀ; it is zero in all
-layers at once where ∫ w φ_k D dλ is, and the integral is convex in C. G knows k alone, so that one system of K
-equations serves each entry of each core.
+These are the nearest for any B and A: the derivative by C_k is 2 s² BᵀB (∫ w φ_k D dλ) A Aᵀ, which is zero in all
+layers at once where ∫ w φ_k D dλ = 0, and the integral is convex in C. G is the same for every entry of every core, so
+one system of K equations is solved for all.
 
-On the grid C_k = Σ_i T_ki C(λ_i), and errors follow from inner products alone, M_ij = ⟨ΔW(λ_i), ΔW(λ_j)⟩: with
-E = 1 − Φ T that at λ_i is (E M Eᵀ)_ii. So placements of φ are compared at (n, n), without a product with B or A.
+On the grid C_k = Σ_i T_ki C(λ_i), and errors follow from the inner products M_ij = ⟨ΔW(λ_i), ΔW(λ_j)⟩ alone: with
+E = 1 − Φ T, the squared error at λ_i is (E M Eᵀ)_ii. So placements of φ are compared without B and A.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nara_diffusion.noise.signals import Level
 from nara_diffusion.noise.strength import StrengthSchedule
 
 from ..adapted_layers import Adapter
@@ -29,7 +30,7 @@ from .breakpoints import as_levels, is_same
 
 GRID = 257
 _FLOOR = 1e-9
-"""The least weight w, by which C_k is defined where the density is zero."""
+"""The least weight w, so that C_k is defined where the density is zero."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Blend:
     """K cores and their strengths over λ.
 
     Attributes:
-        noise_levels: λ_k (K,), at which φ_k is 1. schedules: φ_k. mixing: T (K, n), of the cores on the grid.
-        error: over λ.
+        noise_levels: λ_k (K,), at which φ_k is 1. schedules: φ_k. mixing: T (K, n), so that C_k = Σ_i T_ki C(λ_i).
+        error: the error over λ.
     """
 
     noise_levels: list[float]
@@ -51,12 +52,12 @@ class CoreSamples:
     """C at λ (n,), in ascending order: GRID equal steps, and the breakpoints.
 
     Attributes:
-        levels: (n,) float32. breakpoints: numbers of those among them. cores: what layers read → (n or 1, r, r),
-            float64. weights: w (n,), by trapezoids, their sum is 1. products: M (n, n).
+        levels: (n,) float32. breakpoints: the indices of the breakpoints in it. cores: see `cores_over`.
+        weights: w (n,), by the trapezoidal rule; they sum to 1. products: M (n, n).
     """
 
     def __init__(
-        self, adapter: Adapter, breakpoints: list[float], density: Density | None, mask_density: float | None
+        self, adapter: Adapter, breakpoints: list[float], density: Density | None, mask_density: Level | None
     ) -> None:
         self.levels = torch.cat([torch.linspace(0, 1, GRID), as_levels(breakpoints)]).unique()
         self.breakpoints = torch.searchsorted(self.levels, as_levels(breakpoints)).tolist()
@@ -82,7 +83,7 @@ class CoreSamples:
         shares = self._shares(schedules)
         weighted = self.floored[:, None] * shares  # (n, K)
         gram = shares.T @ weighted
-        unit = gram.diagonal().rsqrt()  # a φ that covers little of [0, 1] is no reason to lose digits
+        unit = gram.diagonal().rsqrt()  # scaled, so that a φ that covers little of [0, 1] loses no digits
         mixing = unit[:, None] * torch.linalg.solve(unit[:, None] * gram * unit, unit[:, None] * weighted.T)
         return self._blend(schedules, noise_levels, mixing)
 

@@ -1,7 +1,8 @@
-"""φ_k that are straight between knots: 1 at a knot, 0 from the knots beside it on.
+"""Hat functions φ_k, linear between knots: 1 at their own knot, 0 at the others.
 
-Knots at which C is the same are one φ, 1 all along. They lie uniformly, or each next one where sampled cores are worst,
-beginning with the breakpoints or with 0 and 1; what counts is whose least-squares cores are nearest.
+Neighbouring knots with the same C share one φ, which is 1 from the first to the last. Knots are placed uniformly, or
+one after the other where the error is largest, beginning with the breakpoints or with 0 and 1. Of these placements the
+one with the smallest error after the least-squares fit is taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def exact_blend(samples: CoreSamples) -> Blend:
 
 
 def linear_blends(samples: CoreSamples, worst: bool) -> Iterator[Blend]:
-    """Yield the best blends of 1, 2, 3 … LoRAs: those with the smallest worst error, or the smallest mean square."""
+    """Yield the best blends of 1, 2, 3 … LoRAs, by the worst error over λ, or else by the mean square."""
     ends = [0, len(samples.levels) - 1]
     grown = [
         _grown(samples, start) for start in ([ends] if samples.breakpoints == ends else [samples.breakpoints, ends])
@@ -71,7 +72,7 @@ def _hats(samples: CoreSamples, knots: list[int]) -> tuple[list[StrengthSchedule
 
 
 def _runs(samples: CoreSamples, knots: list[int]) -> list[list[int]]:
-    """The numbers of the knots, grouped into runs of equal C."""
+    """The indices of the knots, grouped into runs of equal C."""
     runs = [[0]]
     for index in range(1, len(knots)):
         if samples.same(knots[index - 1], knots[index]):

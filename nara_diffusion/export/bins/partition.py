@@ -1,6 +1,6 @@
-"""φ_k that are 1 in one part of [0, 1] and 0 elsewhere: one LoRA at a time, which is the mean of C over its part.
+"""Step functions φ_k, 1 in one part of [0, 1] and 0 elsewhere: one LoRA at a time, the mean of C over its part.
 
-Parts are the best that the grid has. With cost(i, j) of a part from point i to point j, by dynamic programming:
+The parts are the best on the grid, found by dynamic programming with cost(i, j) of a part from point i to point j:
 
     best(k, j) = min over i of best(k − 1, i − 1) + cost(i, j)          max in place of + for the worst error
 """
@@ -20,7 +20,7 @@ from .core_samples import Blend, CoreSamples
 
 
 def constant_blends(samples: CoreSamples, worst: bool) -> Iterator[Blend]:
-    """Yield the best blends of 1, 2, 3 … LoRAs: those with the smallest worst error, or the smallest mean square."""
+    """Yield the best blends of 1, 2, 3 … LoRAs, by the worst error over λ, or else by the mean square."""
     costs = _costs(samples, worst)  # (n, n), from the row's point to the column's
     total, firsts = costs[0], []
     for _ in range(len(costs)):

@@ -2,9 +2,9 @@
 
     ΔW(λ) ≈ Σ_k φ_k(λ) · s B C_k A,      Σ_k φ_k = 1, at most two φ above 0 at one λ
 
-φ are piecewise linear, so each is a `StrengthSchedule`. LoRAs share A. Knots are such a sum exactly, and Multi-LoRA's
-and T-LoRA's masks are, by φ that are 0 or 1; each LoRA of a mask keeps only the directions that it uses. For other
-cores the C_k are fitted by least squares (`core_samples`).
+Each φ is piecewise linear, so it is a `StrengthSchedule`. All LoRAs have the same A. core_type "knots" is such a sum
+exactly, and so are Multi-LoRA ("bins") and T-LoRA ("rank_mask"), with φ that are 0 or 1 and LoRAs of only the
+directions that are in use. For other cores the C_k are fitted by least squares (`core_samples`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.noise.signals import Level
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.lora_starts import changes_base
 from nara_diffusion.utils.atomic_write import atomic_write_files
@@ -48,8 +49,10 @@ class LoraBins:
     """Plain LoRAs and the strength of each over λ.
 
     Attributes:
-        loras: K of them. schedules: the strength of each; at each λ their sum is 1. noise_levels: λ_k (K,) at which
-            each has all of it, a knot or the middle of its part. error: measured over λ.
+        loras: K plain LoRAs.
+        schedules: the strength φ_k of each over λ; they sum to 1 at each λ.
+        noise_levels: λ_k (K,), at which φ_k is 1: a knot, or the middle of its part.
+        error: the error over λ.
     """
 
     loras: list[PlainLora]
@@ -58,7 +61,13 @@ class LoraBins:
     error: ExportError
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write a folder in PEFT's format for each LoRA, lora_bins.json with the schedules, and the error."""
+        """Write a folder in PEFT's format for each LoRA, lora_bins.json with the schedules, and the error.
+
+        All files are written, or none.
+
+        Raises:
+            ValueError: `directory` is a file.
+        """
         folder = Path(directory)
         if folder.is_file():
             raise ValueError(f"directory '{folder}' is a file: name a folder.")
@@ -84,7 +93,9 @@ def read_lora_bins(directory: str | os.PathLike[str]) -> list[tuple[Path, Streng
         entries = json.loads(path.read_text(encoding="utf-8"))["loras"]
         return [(path.parent / entry["folder"], StrengthSchedule(entry["strength"])) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"'{path}' can't be read ({error!r}): pass the folder that LoraBins wrote.") from error
+        raise ValueError(
+            f"'{path}' can't be read ({error!r}): pass a folder that LoraBins.save_pretrained wrote."
+        ) from error
 
 
 def to_lora_bins(
@@ -95,28 +106,28 @@ def to_lora_bins(
     bound: float | None = None,
     interpolation: Interpolation = "linear",
     density: Density | None = None,
-    mask_density: float | None = None,
+    mask_density: Level | None = None,
     batch: Batch | None = None,
 ) -> LoraBins:
     """The adapter of `model` as K plain LoRAs and the strength of each over λ; the model stays as it is.
 
-    Knots, masks and what doesn't depend on λ need neither `bins` nor `bound` and have no error but rounding. Of other
-    cores, LoRAs are the nearest to the adapter by least squares over λ.
+    Cores of type "knots", "bins" and "rank_mask", and adapters that don't depend on λ, need neither `bins` nor `bound`
+    and are exact up to rounding. Other cores are approximated by least squares over λ.
 
     Args:
-        model: as for `to_lora`. adapter_name: likewise.
-        bins: K, at most; fewer where that is exact. bound: of the error of ΔW at each λ (see `ExportError.update`),
-            greater than 0: as few LoRAs as keep to it.
-        interpolation: "linear", where one LoRA fades into the next; "constant" for hosts that switch: one LoRA at a
-            time, each the mean over its part.
-        density: how often each λ occurs, as for `to_lora`; None is uniform.
-        mask_density: for `core_input` "mask_density" or "both", in [0, 1], the same at each λ.
-        batch: as for `to_lora`; errors of the model's outputs are measured then, too.
+        model, adapter_name: as for `to_lora`.
+        bins: K, the largest number of LoRAs, 1 to 64; fewer are returned if they are exact.
+        bound: in place of `bins`, the largest error of ΔW at any λ (see `ExportError.update`), greater than 0: as few
+            LoRAs as possible are returned.
+        interpolation: "linear": each LoRA fades into the next. "constant": one LoRA at a time, for hosts that switch
+            between LoRAs; each is the mean over its part of [0, 1].
+        density: how often each λ occurs, as for `to_lora`; None means equally often.
+        mask_density: for `core_input` "mask_density" or "both": one value in [0, 1], the same at each λ.
+        batch: as for `to_lora`; the errors of the model's outputs are measured then.
 
     Raises:
-        ValueError: as `to_lora`; an adapter that a sum of LoRAs can't be (DoRA, biases, modules that are trained as a
-            whole, a start that has changed the base); neither `bins` nor `bound` where they are needed, or both; more
-            than 64 LoRAs would be needed.
+        ValueError: as `to_lora`; the adapter can't be a sum of LoRAs (DoRA, biases, modules_to_save, an initialisation
+            that changes the base); neither `bins` nor `bound` where one is needed, or both; 64 LoRAs exceed `bound`.
     """
     _check_arguments(bins, bound, interpolation)
     with read_adapter(model, adapter_name) as adapter:
@@ -129,7 +140,7 @@ def to_lora_bins(
         for lora in loras:
             if lora.others:
                 raise ValueError(
-                    _refusal(adapter_name, f"'{next(iter(lora.others))}', which each LoRA would have again")
+                    _refusal(adapter_name, f"'{next(iter(lora.others))}', which each LoRA would add again")
                 )
         error = blend.error
         if batch is not None:
@@ -169,7 +180,7 @@ def _blend(samples: CoreSamples, bins: int | None, bound: float | None, interpol
     if bound is not None:
         raise ValueError(
             f"bound is {bound:g}, but {len(best.schedules)} LoRAs have an error of {best.error.worst_update:.3g}: "
-            f"pass a larger bound, or bins={MOST}."
+            f"pass a larger bound, or bins={MOST} in place of it."
         )
     if bins is None:
         raise ValueError(_inexact(name, len(best.schedules)))
@@ -178,8 +189,8 @@ def _blend(samples: CoreSamples, bins: int | None, bound: float | None, interpol
 
 def _inexact(name: str, number: int) -> str:
     return (
-        f"Adapter '{name}' is no sum of {number} LoRAs: pass bins=K, their number, or bound=ε, the largest error of "
-        "ΔW at any λ."
+        f"Adapter '{name}' is not exactly a sum of {number} LoRAs: pass bins, their number, or bound, the largest "
+        "relative error of ΔW at any λ, such as 0.01."
     )
 
 
@@ -201,7 +212,7 @@ def _lora(adapter: Adapter, cores: Mapping[CoreKey, Tensor], index: int) -> Plai
 
 
 def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
-    """Remove the directions that a mask has switched off, whose columns of B are zero; at least one stays."""
+    """Remove the directions whose columns of B are zero, since a mask has switched them off; at least one stays."""
     if layer.B.shape[1] != layer.rank:  # a convolution with groups
         return layer
     used = layer.B.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
@@ -219,9 +230,9 @@ def _check_arguments(bins: Any, bound: Any, interpolation: Any) -> None:
     if interpolation not in get_args(Interpolation):
         raise ValueError(f"interpolation is {interpolation!r}: pass 'linear' or 'constant'.")
     if bins is not None and bound is not None:
-        raise ValueError("bins and bound are two ways to say how many LoRAs: pass one of them.")
+        raise ValueError("bins and bound both limit the number of LoRAs: pass one of them.")
     if bins is not None and not (isinstance(bins, int) and not isinstance(bins, bool) and 1 <= bins <= MOST):
-        raise ValueError(f"bins is {bins!r}: pass a number of LoRAs, from 1 to {MOST}.")
+        raise ValueError(f"bins is {bins!r}: pass a number of LoRAs, an int from 1 to {MOST}.")
     if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
         raise ValueError(f"bound is {bound!r}: pass the largest error of ΔW at any λ, greater than 0, such as 0.01.")
 
@@ -231,10 +242,13 @@ def _check_summable(adapter: Adapter) -> None:
     if config.use_dora:
         raise ValueError(_refusal(name, "DoRA, whose norm is not linear in the update"))
     if config.lora_bias or config.bias != "none":
-        raise ValueError(_refusal(name, "biases, which each LoRA would have again"))
+        raise ValueError(_refusal(name, "biases, which each LoRA would add again"))
     if changes_base(config.init_lora_weights):
         raise ValueError(_refusal(name, f"init_lora_weights={config.init_lora_weights!r}, which has changed the base"))
 
 
 def _refusal(adapter_name: str, what: str) -> str:
-    return f"Adapter '{adapter_name}' is no sum of LoRAs, since it has {what}: use to_lora(model, noise_level=λ)."
+    return (
+        f"Adapter '{adapter_name}' can't be a sum of LoRAs, since it has {what}: use to_lora(model, noise_level=λ), "
+        "the LoRA of one λ."
+    )

@@ -1,4 +1,4 @@
-"""Plain LoRAs as the files that other hosts read: Diffusers, kohya / A1111 / Forge, ComfyUI."""
+"""Plain LoRAs as files for other programs: Diffusers, kohya / A1111 / Forge, ComfyUI."""
 
 from .files import BASES, FORMS, host_state_dict, save_host_file
 

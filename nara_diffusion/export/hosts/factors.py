@@ -1,8 +1,8 @@
-"""The factors up · down of a module in a host's file, with the scale, and the factors of several fused modules.
+"""The factors up · down of a module in a host's file, and those of several modules that the host has as one matrix.
 
-    ΔW = up · down          the scale α/r is in `up`, so that α = rank for every reader, whatever it takes α for
+    ΔW = up · down          the scale α/r is multiplied into `up`, and alpha = rank: every reader takes that for 1
 
-Hosts keep what Diffusers splits, such as q, k and v, in one matrix. Its LoRA is block-diagonal and exact:
+Hosts keep modules that Diffusers splits, such as q, k and v, in one matrix. Its LoRA is block-diagonal and exact:
 
     [ΔW_q; ΔW_k; ΔW_v] = diag(up_q, up_k, up_v) · [down_q; down_k; down_v]
 """
@@ -21,10 +21,10 @@ from nara_diffusion.export.lora.plain_lora import PlainLoraLayer
 @dataclass(frozen=True)
 class Factors:
     """Attributes:
-    down: (r, d_in), of a convolution (r, d_in, *kernel).
-    up: (d_out, r), of a convolution (d_out, r, 1, …); the scale is in it.
+    down: (r, d_in), in a convolution (r, d_in, *kernel).
+    up: (d_out, r), in a convolution (d_out, r, 1, …), times the scale.
     dora_scale: DoRA's magnitude (d_out, 1, …), or None.
-    modules: the modules of the matrix, in the order of their ranks.
+    modules: the names of the modules in it, in the order of their rows in `down`.
     """
 
     down: Tensor
@@ -41,19 +41,22 @@ def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
     """The factors of one layer, in its own dtype; the product with the scale is computed in float64.
 
     Raises:
-        ValueError: an embedding, a bias of B, or groups of a convolution, which hosts' files don't know.
+        ValueError: an embedding, a bias of B or a grouped convolution, which hosts' files can't express.
     """
     unknown = [
         what
         for what, present in (
             ("is an embedding", layer.is_embedding),
             ("has a bias of B (lora_bias=True)", layer.bias is not None),
-            ("is a convolution with groups", layer.B.shape[1] != len(layer.A)),
+            ("is a grouped convolution", layer.B.shape[1] != len(layer.A)),
         )
         if present
     ]
     if unknown:
-        raise ValueError(f"Module '{name}' {unknown[0]}, which files of other hosts can't express: save it for PEFT.")
+        raise ValueError(
+            f"Module '{name}' {unknown[0]}, which files for other programs can't express: save the adapter in PEFT's "
+            "format."
+        )
     up = layer.B if layer.scaling == 1 else (layer.B.double() * layer.scaling).to(layer.B.dtype)
     scale = None if layer.magnitude is None else _broadcasting(layer.magnitude, layer.A.dim())
     return Factors(layer.A, up, scale, (name,))
@@ -65,18 +68,21 @@ def _broadcasting(magnitude: Tensor, dimensions: int) -> Tensor:
 
 
 def fused(name: str, parts: Sequence[Factors | None], sizes: Sequence[int]) -> Factors:
-    """Stack the parts of one matrix from top to bottom; parts without a LoRA are zero.
+    """Stack the parts of one matrix from top to bottom; the ΔW of a part without a LoRA is zero.
 
     Args:
-        name: the name of the matrix, for errors. parts: None where a part has no LoRA. sizes: the rows of each part.
+        name: the name of the matrix, for messages. parts: None where a part has no LoRA. sizes: the rows of each part.
 
     Raises:
-        ValueError: a DoRA that lacks a part: its magnitude would have to be that of the base weight.
+        ValueError: a DoRA that lacks a part, whose magnitude would have to be the norm of the base weight.
     """
     present = [part for part in parts if part is not None]
     scales = [part.dora_scale for part in present if part.dora_scale is not None]
     if scales and len(scales) < len(parts):
-        raise ValueError(f"'{name}' is one matrix in that file, of which the DoRA adapts a part: adapt all of it.")
+        raise ValueError(
+            f"'{name}' is one matrix in that file, of which the DoRA adapts a part: adapt all of it (q, k and v; in "
+            "FLUX's single blocks proj_mlp too), or save the adapter for Diffusers or PEFT."
+        )
     up = present[0].up.new_zeros(sum(sizes), sum(part.rank for part in present))
     row = column = 0
     for part, size in zip(parts, sizes, strict=True):
@@ -91,7 +97,7 @@ def fused(name: str, parts: Sequence[Factors | None], sizes: Sequence[int]) -> F
 def fuse_into(
     found: dict[str, Factors], layers: Mapping[str, Factors], name: str, parts: Sequence[str], sizes: Sequence[int]
 ) -> None:
-    """Add the matrix `name`, of the modules `parts`, to `found`, if one of them is adapted."""
+    """Add the matrix `name`, made of the modules `parts`, to `found`, if one of them is adapted."""
     own = [layers.get(part) for part in parts]
     if any(part is not None for part in own):
         found[name] = fused(name, own, sizes)

@@ -1,10 +1,10 @@
-"""Files of plain LoRAs for other hosts: their forms and the names of their keys.
+"""Files of plain LoRAs for other programs: their forms and their keys.
 
     diffusers   unet.….lora_A.weight, transformer.….lora_A.weight      load_lora_weights; FLUX's and SD3's in ComfyUI
     kohya       lora_unet_….lora_down.weight, .alpha, lora_te1_…       A1111, Forge, SD.Next, InvokeAI, ComfyUI
     comfyui     diffusion_model.….lora_A.weight                        ComfyUI, by the names of the original code
 
-What a form has no place for raises by name, so that no part of an adapter is lost.
+What a form can't express raises an error that names it, so no part of an adapter is lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nara_diffusion.utils.atomic_write import atomic_write
 
 from .factors import Factors, factors_of
 from .transformers import flux, sd3, wan
-from .unet import SD15, SDXL, UNetLayout, stability_name
+from .unet import SD15, SDXL, UNetLayout, check_attention, stability_name
 
 BASES = ("sd15", "sdxl", "sd3", "flux", "wan")
 FORMS = ("diffusers", "kohya", "comfyui")
@@ -40,7 +40,7 @@ _ENCODERS = {
 def host_state_dict(
     loras: Mapping[str, PlainLora], form: str, base: str, layout: UNetLayout | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a file for another host. The scale α/r is in `up`, so that α is the rank.
+    """The tensors of a file for another program. The scale α/r is multiplied into `up`, and alpha is the rank.
 
     Args:
         loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
@@ -48,19 +48,19 @@ def host_state_dict(
         layout: the layout of a UNet whose depth isn't that of `base`, such as a small one.
 
     Raises:
-        ValueError: no such form or base, a component that the form doesn't know, a module without a name there, or what
-            a file for other hosts can't express (see `factors_of`).
+        ValueError: no such form or base; a component or a module for which the form has no key, or which `base` doesn't
+            have; what a file for other programs can't express (see `factors_of`).
     """
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}.")
     if base not in BASES:
-        raise ValueError(f"base is {base!r}, expected one of {', '.join(BASES)}: what the adapter was trained on.")
+        raise ValueError(f"base is {base!r}, expected one of {', '.join(BASES)}: the model that was adapted.")
     found: dict[str, Tensor] = {}
     for component, lora in loras.items():
         if lora.others:
             raise ValueError(
-                f"The adapter of {component} trains more than LoRA factors ({next(iter(lora.others))}), which files of "
-                "other hosts can't express: save it for PEFT."
+                f"The adapter of {component} has more than LoRA factors ({next(iter(lora.others))}), which files for "
+                "other programs can't express: save it in PEFT's format."
             )
         factors = {name: factors_of(name, layer) for name, layer in lora.layers.items()}
         found |= _tensors(component, factors, form, base, layout)
@@ -74,13 +74,17 @@ def save_host_file(
     base: str,
     layout: UNetLayout | None = None,
 ) -> None:
-    """Write the file of `host_state_dict` atomically.
+    """Write the tensors of `host_state_dict` to a safetensors file, whole or not at all. Creates its folder.
 
     Raises:
-        ValueError: see `host_state_dict`.
+        ValueError: `path` is a folder; see `host_state_dict`.
     """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder: name a file, such as '{path / 'lora.safetensors'}'.")
     tensors = {name: tensor.contiguous() for name, tensor in host_state_dict(loras, form, base, layout).items()}
-    with atomic_write(Path(path)) as partial:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
 
 
@@ -97,24 +101,30 @@ def _tensors(
     encoders = _ENCODERS.get(base, {})
     if component not in encoders:
         known = ", ".join(["the denoiser", *encoders])
-        raise ValueError(f"A {form} file of {base} has no place for '{component}', expected {known}.")
+        raise ValueError(f"A {form} file of {base} has no keys for '{component}', expected {known}.")
     return _kohya_keys(encoders[component], {_encoder_name(name): own for name, own in layers.items()})
 
 
 def denoiser_names(
     layers: Mapping[str, Factors], form: str, base: str, layout: UNetLayout | None
 ) -> dict[str, Factors]:
-    """{name in the original code: factors} of a denoiser; Diffusers' own names where kohya has those."""
+    """{name in the original code: factors} of a denoiser; Diffusers' names where kohya uses them.
+
+    Raises:
+        ValueError: a module that has no name there, or that the UNet of `base` doesn't have.
+    """
     if base in _TRANSFORMERS:
         return _TRANSFORMERS[base](layers)
+    layout = layout or LAYOUTS[base]
+    for name in layers:
+        check_attention(name, layout, base)
     if base == "sd15" and form == "kohya":
         return dict(layers)  # kohya trains SD 1.5 on Diffusers' UNet
-    layout = layout or LAYOUTS[base]
     return {stability_name(name, layout): own for name, own in layers.items()}
 
 
 def _encoder_name(name: str) -> str:
-    """The name with the level `text_model`, which transformers 5 leaves out of CLIPTextModel's names."""
+    """The name with `text_model`, which transformers 5 leaves out of the names in CLIPTextModel."""
     return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 
 

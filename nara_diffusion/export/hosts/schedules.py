@@ -1,11 +1,11 @@
-"""The strengths over λ of several LoRAs in the forms of hosts: by sampling percent, by step, in a prompt.
+"""The strengths over λ of several LoRAs as other programs take them: by percent of sampling, by step, in a prompt.
 
-ComfyUI's percent is the model's own time, from pure noise at 0:
+ComfyUI's percent is the model's own time, 0 at pure noise, 1 at the image:
 
     discrete (SD 1.5, SDXL)      λ = t / N,   percent = 1 − t / (N − 1)
     flow (SD3, FLUX, Wan)        λ = σ = a s / (1 + (a − 1) s),   percent = 1 − s       a: the model's shift
 
-A step's λ follows from the sampler's own spacing; `step_levels` has that of uniform steps, shifted in flows.
+The λ of a step depends on the sampler's spacing; `step_levels` assumes uniform steps, shifted in flow models.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from nara_diffusion.noise.strength import StrengthSchedule
 
 LEVELS = 1000
 KEYFRAMES = 50
-"""The number of keyframes of a schedule: ComfyUI's keyframes hold their strength until the next one."""
+"""The number of equally spaced keyframes: ComfyUI holds a keyframe's strength until the next one."""
 _STEP = 1e-6
-"""The largest distance in λ of two points that are a step: they have one λ, or neighbours in float32."""
+"""Two points of a schedule that are nearer in λ than this are a step: the same λ, or neighbouring float32 numbers."""
 
 
 def percent_of(level: float, shift: float | None = None) -> float:
-    """ComfyUI's percent at λ, in [0, 1].
+    """ComfyUI's percent at λ, in [0, 1], 0 = pure noise.
 
     Args:
-        shift: the shift a ≥ 1 of a flow model; None for a discrete schedule.
+        level: λ in [0, 1]. shift: the shift a ≥ 1 of a flow model; None for a discrete schedule.
     """
     if shift is None:
         return min(max(1 - level * LEVELS / (LEVELS - 1), 0.0), 1.0)
@@ -38,7 +38,7 @@ def percent_of(level: float, shift: float | None = None) -> float:
 
 
 def level_of(percent: float, shift: float | None = None) -> float:
-    """λ at ComfyUI's percent."""
+    """λ at ComfyUI's percent: the inverse of `percent_of`."""
     if shift is None:
         return (1 - percent) * (LEVELS - 1) / LEVELS
     share = 1 - percent
@@ -46,14 +46,14 @@ def level_of(percent: float, shift: float | None = None) -> float:
 
 
 def keyframes(schedule: StrengthSchedule, shift: float | None = None, count: int = KEYFRAMES) -> list[list[float]]:
-    """[start percent, strength] of keyframes that hold: each has the strength in its middle, and none spans a step."""
+    """[start percent, strength] of each keyframe, which holds the strength at its middle; none spans a step."""
     starts, levels = _held([schedule], shift, count)
     found = [[start, value] for start, value in zip(starts, _strengths(schedule, levels), strict=True)]
     return [frame for index, frame in enumerate(found) if index == 0 or frame[1] != found[index - 1][1]]
 
 
 def step_levels(steps: int, shift: float | None = None) -> list[float]:
-    """The λ of `steps` uniform steps, from noise to image."""
+    """The λ of each of `steps` uniform steps, from noise to image."""
     return [level_of(index / steps, shift) for index in range(steps)]
 
 
@@ -65,12 +65,13 @@ def by_step(schedule: StrengthSchedule, levels: Sequence[float]) -> list[float]:
 def comfyui_workflow(
     schedules: Mapping[str, StrengthSchedule], checkpoint: str, shift: float | None = None, always: str | None = None
 ) -> dict[str, Any]:
-    """A workflow in ComfyUI's API form: text to image with hooks that play the strengths.
+    """A text-to-image workflow in ComfyUI's API format, with LoRA hooks whose keyframes follow the schedules.
 
     Args:
         schedules: {file in models/loras: its strength over λ}.
         checkpoint: a file in models/checkpoints.
-        always: a file of LoRAs of the text encoders, which have no λ.
+        shift: as for `percent_of`.
+        always: a file in models/loras with LoRAs of the text encoders, which have strength 1 at each step; None: none.
     """
     nodes: dict[str, Any] = {"1": _node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
     model, clip = ["1", 0], ["1", 1]
@@ -102,14 +103,14 @@ def comfyui_workflow(
 
 
 def loractl(schedules: Mapping[str, StrengthSchedule], shift: float | None = None) -> str:
-    """The prompt's words for A1111 with loractl, which is linear between points (strength@share of the steps)."""
+    """The tags for an A1111 prompt with loractl: strength@share of the steps, linear between these points."""
     return " ".join(f"<lora:{name}:{_points(schedule, shift)}>" for name, schedule in schedules.items())
 
 
 def prompt_control(
     schedules: Mapping[str, StrengthSchedule], shift: float | None = None, count: int = KEYFRAMES
 ) -> str:
-    """The prompt's words for ComfyUI with prompt-control: [before:after:percent], nested."""
+    """The tags for a ComfyUI prompt with prompt-control: [before:after:percent], nested."""
     starts, levels = _held(list(schedules.values()), shift, count)
     columns = [_strengths(schedule, levels) for schedule in schedules.values()]
     texts = [
@@ -124,7 +125,7 @@ def prompt_control(
 
 
 def wan2gp(schedules: Sequence[StrengthSchedule], levels: Sequence[float]) -> str:
-    """Wan2GP's multipliers: LoRAs by spaces, each with its strengths by equal parts of the steps, by commas."""
+    """Wan2GP's multipliers: spaces between LoRAs, commas between the strengths of a LoRA's steps at λ `levels`."""
     return " ".join(",".join(f"{value:g}" for value in by_step(schedule, levels)) for schedule in schedules)
 
 
@@ -136,7 +137,13 @@ def host_schedules(
     always: str | None,
     workflow: bool = True,
 ) -> dict[str, str]:
-    """{file: its text} of all of them; of ComfyUI's workflow if `workflow`."""
+    """{name of a file: its text} for ComfyUI, prompt-control, loractl, Wan2GP and WanVideoWrapper.
+
+    Args:
+        schedules: {file of a LoRA: its strength over λ}. checkpoint, shift, always: as for `comfyui_workflow`.
+        steps: the number of sampling steps, for Wan2GP and WanVideoWrapper.
+        workflow: whether to include ComfyUI's workflow.
+    """
     levels = step_levels(steps, shift)
     stems = {name.removesuffix(".safetensors"): schedule for name, schedule in schedules.items()}
     lists = {name: by_step(schedule, levels) for name, schedule in schedules.items()}
@@ -151,7 +158,7 @@ def host_schedules(
 
 
 def _held(schedules: Sequence[StrengthSchedule], shift: float | None, count: int) -> tuple[list[float], list[float]]:
-    """The percents from which a strength is held, `count` equal ones and those of steps, and λ in each middle."""
+    """The percents at which keyframes start, `count` equally spaced ones and those of steps, and λ in their middles."""
     steps = {
         round(percent_of(level, shift), 6)
         for schedule in schedules
@@ -168,7 +175,7 @@ def _strengths(schedule: StrengthSchedule, levels: Sequence[float]) -> list[floa
 
 
 def _points(schedule: StrengthSchedule, shift: float | None) -> str:
-    """strength@position of its points, from noise to image; in flows also of a grid, since λ isn't linear there."""
+    """strength@share of each point, from noise to image; in flows on a grid too, since λ isn't linear in the share."""
     levels = [level for level, _ in schedule.points]
     if shift is not None:
         levels = sorted({*levels, *(level_of(index / KEYFRAMES, shift) for index in range(KEYFRAMES + 1))})
@@ -179,7 +186,7 @@ def _points(schedule: StrengthSchedule, shift: float | None) -> str:
 
 
 def _share(percent: float) -> str:
-    """Write a share with a decimal point, by which loractl tells it from the number of a step."""
+    """A share with a decimal point, since loractl reads a whole number as a step."""
     return str(round(percent, 4) + 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Modules of FLUX, SD3 and Wan by their names in the original code, where q, k and v are one matrix in FLUX and SD3.
+"""The names of FLUX's, SD3's and Wan's modules in their original code, which has q, k and v of FLUX and SD3 fused.
 
     FLUX   transformer_blocks.i.attn.to_q, to_k, to_v                double_blocks.i.img_attn.qkv
            transformer_blocks.i.attn.add_q_proj, …                   double_blocks.i.txt_attn.qkv
@@ -7,7 +7,7 @@
            transformer_blocks.i.attn.add_q_proj, …                   joint_blocks.i.context_block.attn.qkv
     Wan    blocks.i.attn1.to_q                                       blocks.i.self_attn.q
 
-A module that has no name there is refused. So is the modulation of the last layer, whose halves Diffusers exchanges.
+A module without a name there raises an error, and so does the last layer's modulation, whose halves Diffusers swaps.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def sd3(layers: Mapping[str, Factors]) -> dict[str, Factors]:
 
 
 def _shift_first(name: str, own: Factors) -> Factors:
-    """The last block's context has scale and shift alone, which Diffusers keeps in the other order."""
+    """Swap the halves of the last block's context modulation: scale and shift in Diffusers, shift and scale here."""
     if not name.endswith("context_block.adaLN_modulation.1") or len(own.up) != 2 * own.down.shape[1]:
         return own
     scale = own.dora_scale
@@ -148,6 +148,9 @@ def _renamed(
             continue
         others = [re.sub(pattern, other, name) for pattern, other in table.items() if re.fullmatch(pattern, name)]
         if not others:
-            raise ValueError(f"'{name}' has no name in {base}'s own code: save the adapter for Diffusers or PEFT.")
+            raise ValueError(
+                f"'{name}' has no name in {base}'s original code: save the adapter for Diffusers or PEFT, or choose "
+                "the base that it is for."
+            )
         found[others[0]] = factors
     return found

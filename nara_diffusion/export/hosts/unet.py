@@ -19,8 +19,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class UNetLayout:
     """Attributes:
-    layers_per_block: that of the UNet's configuration.
-    attention_up_blocks: the numbers of the up blocks that have attention.
+    layers_per_block: of the UNet's configuration.
+    attention_up_blocks: the indices of the up blocks that have attention.
     """
 
     layers_per_block: int
@@ -54,7 +54,7 @@ def stability_name(name: str, layout: UNetLayout) -> str:
     """The name in Stability's code of a module of UNet2DConditionModel.
 
     Raises:
-        ValueError: the UNet has no such module.
+        ValueError: the UNet of that layout has no such module.
     """
     if name in _OUTSIDE:
         return _OUTSIDE[name]
@@ -64,6 +64,18 @@ def stability_name(name: str, layout: UNetLayout) -> str:
     if found := _BLOCK.fullmatch(name):
         return _in_block(layout, found["side"], int(found["block"]), found["kind"], int(found["layer"]), found["rest"])
     raise ValueError(f"'{name}' is no module of Stable Diffusion's UNet: choose the base that the adapter is for.")
+
+
+def check_attention(name: str, layout: UNetLayout, base: str) -> None:
+    """Raises ValueError if the module `name` is in an attention that the UNet of `base` doesn't have."""
+    found = _BLOCK.fullmatch(name)
+    if found and found["side"] == "up" and found["kind"] == "attentions":
+        blocks = layout.attention_up_blocks
+        if int(found["block"]) not in blocks:
+            raise ValueError(
+                f"'{name}' is adapted, but {base}'s UNet has attention in up blocks {', '.join(map(str, blocks))} "
+                "alone: choose the base that the adapter is for."
+            )
 
 
 def _in_block(layout: UNetLayout, side: str, block: int, kind: str, layer: int, rest: str) -> str:
@@ -82,5 +94,8 @@ def _inside(kind: str, rest: str) -> str:
     if kind == "attentions":
         return rest
     if rest not in _IN_RESNET:
-        raise ValueError(f"'{rest}' is no module of a ResNet block of Stable Diffusion's UNet.")
+        raise ValueError(
+            f"'{rest}' is no module of a ResNet block of Stable Diffusion's UNet: choose the base that the adapter is "
+            "for."
+        )
     return _IN_RESNET[rest]

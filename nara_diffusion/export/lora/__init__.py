@@ -1,1 +1,1 @@
-"""Plain LoRAs: in memory, and in the files of PEFT, Diffusers, kohya and ComfyUI."""
+"""Plain LoRAs in memory, and reading them from files of PEFT, Diffusers, kohya and ComfyUI."""

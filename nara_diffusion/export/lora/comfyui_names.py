@@ -4,7 +4,7 @@
     text_encoders.clip_l.transformer.text_model.….q_proj.…         lora_te1_text_model_…_q_proj.…
     text_encoders.clip_g.transformer.text_model.….q_proj.…         lora_te2_text_model_…_q_proj.…
 
-ComfyUI writes lora_up and lora_down, others write lora_B and lora_A under the same names.
+ComfyUI writes lora_up and lora_down; other programs write lora_B and lora_A with the same module names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ENCODERS = {"l": "lora_te1_", "g": "lora_te2_"}
 
 
 def with_kohya_names(tensors: Mapping[str, Tensor], kind: type, has_unet: bool) -> dict[str, Tensor]:
-    """Rename ComfyUI's names in `tensors` to kohya's, except for pipelines that read ComfyUI's names themselves.
+    """Rename ComfyUI's keys in `tensors` to kohya's where the pipeline's converter doesn't read ComfyUI's.
 
     Args:
         kind: the class of the pipeline. has_unet: whether its denoiser is a UNet.

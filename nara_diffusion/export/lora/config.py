@@ -1,4 +1,4 @@
-"""The LoraConfig of an exported adapter: that of the NaRA without its core, and the same modules, ranks and scales."""
+"""The LoraConfig of an exported adapter: the NaRA's, without the fields of the core."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SELECTS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def plain_config(root: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """PEFT's configuration of a LoRA on the same modules of the same base, with the same scales.
+    """The LoraConfig with the modules, ranks and scales of an adapter's `config`.
 
     Args:
-        root: the adapted model. config: that of its adapter. ranks: {adapted module: its rank}.
+        root: the adapted model. config: of its adapter. ranks: {adapted module: its rank}.
     """
     given = {field.name: copy.copy(getattr(config, field.name)) for field in fields(LoraConfig) if field.init}
     given |= {"inference_mode": True, "base_model_name_or_path": _base_name(root, config)}
@@ -43,8 +43,8 @@ def _base_name(root: Any, config: LoraConfig) -> str | None:
 
 
 def _selects(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> bool:
-    """Whether PEFT, by `config`, adapts those modules and no others, at those ranks."""
-    inner = {name for name in ranks if name not in modules}  # of attention that PEFT wraps as a whole
+    """Whether PEFT, by `config`, adapts exactly the modules in `ranks`, at those ranks."""
+    inner = {name for name in ranks if name not in modules}  # inside of attention, which PEFT wraps as one module
     selected = {name for name in modules if check_target_module_exists(config, name)}
     if selected != ranks.keys() - inner:
         return False
@@ -52,7 +52,7 @@ def _selects(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, i
 
 
 def _explicit(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> LoraConfig:
-    """The configuration with the whole name of each module."""
+    """The configuration with the full name of each module in target_modules, rank_pattern and alpha_pattern."""
     plain = copy.copy(config)
     for name in _SELECTS:
         setattr(plain, name, None)
@@ -60,7 +60,7 @@ def _explicit(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, 
     plain.r, plain.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
     plain.rank_pattern, plain.alpha_pattern = _exceptions(ranks, plain.r), _exceptions(alphas, plain.lora_alpha)
     plain.target_modules = sorted(ranks)
-    if not _selects(plain, modules, ranks):  # the end of another module's name is the name of one of them
+    if not _selects(plain, modules, ranks):  # a full name is the end of another module's name, too
         plain.target_modules = "|".join(map(re.escape, sorted(ranks)))
     return plain
 
@@ -70,7 +70,7 @@ def _most_common(values: Collection[Any]) -> Any:
 
 
 def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
-    """`config` with other ranks and α by whole names; α / rank is the scale."""
+    """`config` with these ranks and α, by full names of modules; α / rank is the scale (no rsLoRA)."""
     changed = copy.copy(config)
     changed.use_rslora = False
     changed.r, changed.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
@@ -84,7 +84,7 @@ def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def config_of_layers(layers: Mapping[str, Any]) -> LoraConfig:
-    """The LoraConfig of factors that came without one. `layers`: name → PlainLoraLayer."""
+    """A LoraConfig for factors that came without one. `layers`: {module: PlainLoraLayer}."""
     first = next(iter(layers.values()))
     config = LoraConfig(
         target_modules=sorted(layers),
@@ -97,6 +97,6 @@ def config_of_layers(layers: Mapping[str, Any]) -> LoraConfig:
 
 
 def fitting_config(config: LoraConfig, root: nn.Module, ranks: Mapping[str, int]) -> LoraConfig:
-    """`config`, or, if it doesn't select those modules of `root` at those ranks and no others, one that does."""
+    """`config` if it selects exactly the modules in `ranks` at those ranks, or else one that does."""
     modules = [name for name, _ in base_modules(root)]
     return config if _selects(config, modules, ranks) else _explicit(config, modules, ranks)

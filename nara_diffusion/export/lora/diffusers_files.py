@@ -1,7 +1,7 @@
-"""Reading of LoRA files by Diffusers' own converters: its old and new names, kohya's, and others.
+"""Reading LoRA files by Diffusers' own converters: Diffusers' old and new keys, kohya's, and others.
 
-What Diffusers drops, with a warning at most, is an error here: magnitudes of DoRA under kohya's name, α's and layers
-that find no place. Without α in the file the scale is 1, as in Diffusers.
+What Diffusers drops with a warning or without one is an error here: kohya's keys of DoRA, and alphas and layers that
+match no module. Without alpha in the file the scale is 1, as in Diffusers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ _DOWN = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.
 def read_diffusers(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, model: Any, origin: str
 ) -> dict[str, PlainLora]:
-    """{component: its LoRA}; a model that is no pipeline has one, under an empty name.
+    """{component: its LoRA}; {"": the LoRA} if `model` is no pipeline.
 
     Args:
-        tensors, metadata: those of the file. model: the pipeline, or one of its components.
+        tensors, metadata: of the file. model: the pipeline, or one of its components. origin: names the file in
+            messages.
 
     Raises:
-        ValueError: a part of the file has no place in `model`, or can't be read.
+        ValueError: a tensor of the file can't be read, or `model` has no component for it.
     """
     _check_readable(tensors, origin)
     converted, alphas = _by_diffusers(tensors, model, origin)
@@ -57,7 +58,7 @@ def read_diffusers(
         config = configs.get(component) or (next(iter(configs.values())) if len(configs) == 1 and not prefix else None)
         parts[name] = _part(renamed, config, origin)
     if alphas:
-        raise ValueError(f"{origin} has an alpha for '{next(iter(alphas))}', which belongs to none of its layers.")
+        raise ValueError(f"{origin} has an alpha for '{next(iter(alphas))}', but no such layer: it is damaged.")
     _check_complete(tensors, parts, origin)
     return parts
 
@@ -66,15 +67,15 @@ def _check_readable(tensors: Mapping[str, Tensor], origin: str) -> None:
     for key in tensors:
         if "dora_scale" in key:
             raise ValueError(
-                f"{origin} holds '{key}': a DoRA by kohya's or LyCORIS' names, which Diffusers doesn't read. Convert "
-                "it with the program that wrote it to PEFT's format, or train from another LoRA."
+                f"{origin} holds '{key}': a DoRA with kohya's or LyCORIS' keys, which Diffusers doesn't read. Convert "
+                "it to PEFT's format with the program that wrote it, or start from another LoRA."
             )
         if re.search(r"hada_|lokr_|oft_|lora_mid|glora|\.diff(_b)?$", key):
-            raise ValueError(f"{origin} holds '{key}': of a LyCORIS method (LoHa, LoKr, …), which is no LoRA.")
+            raise ValueError(f"{origin} holds '{key}', a key of a LyCORIS method (LoHa, LoKr, …): pass a LoRA.")
 
 
 def _by_diffusers(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors by component and Diffusers' names, and the α of those names that stand for an A."""
+    """{Diffusers' key, with the component: tensor}, and {key of A: alpha}."""
     if isinstance(model, DiffusionPipeline):
         kind: Any = type(model)
         options = {"unet_config": model.unet.config} if hasattr(model, "unet") else {}
@@ -83,7 +84,7 @@ def _by_diffusers(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tup
     else:
         return dict(tensors), {}
     if not hasattr(kind, "lora_state_dict"):
-        raise ValueError(f"{kind.__name__} of Diffusers loads no LoRA, so that {origin} has no place in it.")
+        raise ValueError(f"Diffusers loads no LoRA into {kind.__name__}, so {origin} can't be read for it.")
     try:
         found = kind.lora_state_dict(with_kohya_names(tensors, kind, "unet_config" in options), **options)
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
@@ -93,14 +94,14 @@ def _by_diffusers(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tup
 
 
 def _of_keys(state: Mapping[str, Tensor], alphas: Mapping[str, Any], origin: str) -> dict[str, float]:
-    """{key of A: α}, where the converters rename α."""
+    """{key of A: alpha}, by the keys that the converters give to alphas."""
     left, found = dict(alphas), {}
     for key in state:
         for name in (f"{key.split('.lora.')[0]}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha"):
             if name in left and _DOWN.fullmatch(key):
                 found[key] = float(left.pop(name))
     if left:
-        raise ValueError(f"{origin} has '{next(iter(left))}', which belongs to none of its layers.")
+        raise ValueError(f"{origin} has '{next(iter(left))}', but no such layer: it is damaged.")
     return found
 
 
@@ -114,19 +115,19 @@ def _by_component(tensors: Mapping[str, Tensor], model: Any, origin: str) -> dic
         for component, own in split.items():
             if not isinstance(getattr(model, component or "?", None), nn.Module):
                 raise ValueError(
-                    f"{origin} holds '{next(iter(own))}', but {type(model).__name__} has no such component: load it "
-                    "into the pipeline that it was trained on."
+                    f"{origin} holds '{next(iter(own))}', but {type(model).__name__} has no such component: pass "
+                    "the pipeline that it was trained on."
                 )
     elif len(split) > 1:
         raise ValueError(
-            f"{origin} is for {', '.join(repr(name) for name in split)}: pass the pipeline instead of "
-            f"{type(model).__name__}, so that each has a place."
+            f"{origin} is for {', '.join(repr(name) for name in split)}: pass the pipeline, which has them all, "
+            f"instead of {type(model).__name__}."
         )
     return split
 
 
 def _by_peft_names(own: Mapping[str, Tensor], alphas: Mapping[str, float], component: str) -> dict[str, Any]:
-    """{PEFT's name without the component: (tensor, its α or None)}."""
+    """{PEFT's key without the component: (tensor, its alpha or None)}."""
     values = {key.removeprefix(f"{component}."): (tensor, alphas.get(key)) for key, tensor in own.items()}
     is_peft = {key: bool(re.search(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)", key)) for key in values}
     old: Any = {key: value for key, value in values.items() if not is_peft[key]}
@@ -138,7 +139,7 @@ def _by_peft_names(own: Mapping[str, Tensor], alphas: Mapping[str, float], compo
 
 
 def _in_model(key: str, model: Any, component: str) -> str:
-    """The key in this version of Transformers, whose text encoders have lost the level `text_model`."""
+    """The key in this version of Transformers, which leaves `text_model` out of the names in CLIPTextModel."""
     encoder = getattr(model, component, None) if isinstance(model, DiffusionPipeline) else model
     flattened = component.startswith(TEXT_ENCODER) and not hasattr(encoder, "text_model")
     return key.removeprefix("text_model.") if flattened else key
@@ -150,7 +151,7 @@ def _part(values: Mapping[str, Any], config: LoraConfig | None, origin: str) -> 
         return lora_of_tensors(config, tensors, origin)
     found, others = by_layer(tensors, origin)
     if others:
-        raise ValueError(f"{origin} holds '{next(iter(others))}', which is no tensor of a LoRA.")
+        raise ValueError(f"{origin} holds '{next(iter(others))}', which is no key of a LoRA.")
     alphas = {name: next((values[f"{name}.{kind}"][1] for kind in own if kind.startswith("lora_A")), None)
               for name, own in found.items()}  # fmt: skip
     layers = {name: plain_layer(own, alphas[name] or len(plain_layer(own, 1).A)) for name, own in found.items()}
@@ -174,8 +175,11 @@ def _configs(metadata: Mapping[str, str] | None, origin: str) -> dict[str, LoraC
 
 
 def _check_complete(tensors: Mapping[str, Tensor], parts: Mapping[str, PlainLora], origin: str) -> None:
-    """Raise if a layer was lost. A fused projection may have become several layers."""
+    """Raises ValueError if the converters dropped a layer. A fused projection may have become several layers."""
     held = {match[1] for key in tensors if (match := _DOWN.fullmatch(key))}
     read = sum(len(part.layers) for part in parts.values())
     if read < len(held):
-        raise ValueError(f"{origin} has {len(held)} layers, of which Diffusers' converters keep {read}: it is refused.")
+        raise ValueError(
+            f"{origin} has {len(held)} layers, of which Diffusers' converters keep {read}: convert it to PEFT's format "
+            "with the program that wrote it."
+        )

@@ -1,4 +1,4 @@
-"""A plain LoRA outside of any model: its factors by module, and the configuration by which PEFT loads it."""
+"""A plain LoRA outside of any model: its factors by module, and its LoraConfig."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ class PlainLoraLayer:
     """One layer of a plain LoRA: ΔW = alpha / rank · B · A.
 
     Attributes:
-        A: (rank, d_in), of a convolution (rank, d_in, *kernel), of an embedding (rank, n).
-        B: (d_out, rank), of a convolution (d_out, rank / groups, 1, …), of an embedding (d_out, rank).
-        alpha: alpha / rank is the scale, also where the configuration has use_rslora.
-        bias: the bias of B (d_out,), or None. magnitude: DoRA's m, in the layer's shape, or None.
-        is_embedding: whether ΔWᵀ (n, d_out) is what is added to the embedding's table.
+        A: (rank, d_in), in a convolution (rank, d_in, *kernel), in an embedding (rank, n).
+        B: (d_out, rank), in a convolution (d_out, rank / groups, 1, …).
+        alpha: alpha / rank is the scale, also with use_rslora in the configuration.
+        rank: the rank r.
+        bias: of B (d_out,), or None.
+        magnitude: DoRA's m, in PEFT's shape for the layer, or None.
+        is_embedding: True if the module is an embedding, to whose weight ΔWᵀ (n, d_out) is added.
     """
 
     A: Tensor
@@ -42,6 +44,7 @@ class PlainLoraLayer:
 
     @property
     def scaling(self) -> float:
+        """alpha / rank."""
         return self.alpha / self.rank
 
 
@@ -50,10 +53,10 @@ class PlainLora:
     """A LoRA or DoRA that any host can load.
 
     Attributes:
-        config: PEFT's configuration. layers: {name of the module in the adapted model: its factors}.
-        others: further tensors of the adapter, by PEFT's names in the model: trained biases, tokens, and modules that
-            are trained as a whole.
-        error: the error of a LoRA that stands for several λ; None if it is exact.
+        config: PEFT's configuration.
+        layers: {name of the module in the adapted model: its factors}.
+        others: further tensors of the adapter, by PEFT's keys: trained biases, token embeddings, modules_to_save.
+        error: the error over λ of `to_lora(model, "best")`; None for a LoRA of one λ, which is exact there.
     """
 
     config: LoraConfig
@@ -62,14 +65,14 @@ class PlainLora:
     error: ExportError | None = None
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """The tensors by PEFT's names, as `peft.get_peft_model_state_dict` gives them; `prefix` before each."""
+        """The tensors by PEFT's keys, as `peft.get_peft_model_state_dict` gives them, each with `prefix`."""
         own = {f"{name}.{key}": tensor for name, layer in self.layers.items() for key, tensor in _named(layer)}
         return {f"{prefix}{key}": tensor.contiguous() for key, tensor in {**own, **self.others}.items()}
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write adapter_config.json and adapter_model.safetensors, both or none, for `PeftModel.from_pretrained`.
+        """Write adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
 
-        The error of a LoRA that stands for several λ is written beside them: export_error.json and export_error.png.
+        With `error`, export_error.json and export_error.png are written too. All files are written, or none.
 
         Raises:
             ValueError: `directory` is a file.

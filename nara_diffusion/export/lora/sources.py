@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, load_peft_weights
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
 from nara_diffusion.loaders.schedulers import DENOISERS
@@ -26,11 +26,12 @@ from .tensors import lora_of_tensors
 def read_lora(
     lora: Any, model: Any, *, config: LoraConfig | None = None, source_adapter: str = "default"
 ) -> tuple[dict[str, PlainLora], str]:
-    """{component: LoRA} (an empty name where `model` is no pipeline), and the name of the source in messages.
+    """{component: its LoRA} ({"": the LoRA} if `model` is no pipeline), and the name of the source in messages.
 
     Raises:
         ValueError: see `from_lora`.
     """
+    _check_arguments(lora, model, config, source_adapter)
     if isinstance(lora, PlainLora):
         return _of_denoiser(lora, model), "The LoRA"
     if isinstance(lora, nn.Module):
@@ -39,10 +40,8 @@ def read_lora(
         if config is not None:
             return _of_denoiser(lora_of_tensors(config, _without_prefix(lora), "The dict"), model), "The dict"
         if any(key.startswith(PEFT_PREFIX) for key in lora):
-            raise ValueError("The dict has PEFT's names, but no tensor tells α: pass config=, its LoraConfig.")
+            raise ValueError("The dict has PEFT's keys, but no lora_alpha: pass config=, its LoraConfig.")
         return read_diffusers(lora, None, model, "The dict"), "The dict"
-    if not isinstance(lora, (str, os.PathLike)):
-        raise ValueError(f"lora is a {type(lora).__name__}: pass a path, a dict of tensors, a model or a PlainLora.")
     path = Path(lora).expanduser()
     if (path / CONFIG_NAME).is_file():
         return _of_denoiser(_of_folder(path), model), f"'{path}'"
@@ -51,12 +50,40 @@ def read_lora(
     return read_diffusers(tensors, metadata, model, f"'{file}'"), f"'{file}'"
 
 
+def _check_arguments(lora: Any, model: Any, config: Any, source_adapter: str) -> None:
+    kind = type(lora).__name__
+    if not isinstance(lora, (PlainLora, nn.Module, Mapping, str, os.PathLike)):
+        raise ValueError(f"lora is a {kind}: pass a path, a dict of tensors, a model or a PlainLora.")
+    if not isinstance(model, (nn.Module, DiffusionPipeline)):
+        raise ValueError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a Diffusers pipeline.")
+    if config is not None and not isinstance(config, LoraConfig):
+        raise ValueError(f"config is a {type(config).__name__}: pass a LoraConfig.")
+    if config is not None and not isinstance(lora, Mapping):
+        raise ValueError(f"config is for a dict of tensors, but lora is a {kind}, which has its own: leave it out.")
+    if source_adapter != "default" and not isinstance(lora, nn.Module):
+        raise ValueError(
+            f"source_adapter is {source_adapter!r}, but lora is a {kind}, which has one adapter only: leave it out."
+        )
+    if isinstance(lora, Mapping):
+        _check_tensors(lora)
+
+
+def _check_tensors(tensors: Mapping[Any, Any]) -> None:
+    if not tensors:
+        raise ValueError("The dict holds no tensors: pass a LoRA's state dict.")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"The dict holds {key!r}, which is a {type(tensor).__name__}: pass names and tensors alone."
+            )
+
+
 def _of_denoiser(lora: PlainLora, model: Any) -> dict[str, PlainLora]:
     if not isinstance(model, DiffusionPipeline):
         return {"": lora}
     names = [name for name in DENOISERS if isinstance(getattr(model, name, None), nn.Module)]
     if not names:
-        raise ValueError(f"{type(model).__name__} has none of {', '.join(DENOISERS)}: pass the module that is meant.")
+        raise ValueError(f"{type(model).__name__} has no {' or '.join(DENOISERS)}: pass the component to adapt.")
     return {names[0]: lora}
 
 
@@ -64,8 +91,8 @@ def _of_model(model: nn.Module, adapter_name: str) -> PlainLora:
     with read_adapter(model, adapter_name) as adapter:
         if any(layer.key is not None for layer in adapter.layers):
             raise ValueError(
-                f"Adapter '{adapter_name}' has cores, or a strength that depends on λ: it is a NaRA already. For the "
-                "LoRA of one λ pass to_lora(model, noise_level=λ)."
+                f"Adapter '{adapter_name}' depends on λ by its core or its strength: it is a NaRA already. For its "
+                "LoRA at one λ pass to_lora(model, noise_level=λ)."
             )
     return to_lora(model, adapter_name=adapter_name)
 
@@ -74,13 +101,24 @@ def _of_folder(folder: Path) -> PlainLora:
     origin = f"'{folder}'"
     if is_naras(read_config_file(folder / CONFIG_NAME), origin):
         raise ValueError(
-            f"{origin} is a NaRA already: load it by PeftModel.from_pretrained(model, folder), or "
+            f"{origin} is a NaRA already: load it by PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."
         )
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise ValueError(f"{origin} is a {type(config).__name__.removesuffix('Config')}, which is no LoRA.")
-    return lora_of_tensors(config, _without_prefix(load_peft_weights(str(folder), device="cpu")), origin)
+    return lora_of_tensors(config, _without_prefix(_weights(folder)), origin)
+
+
+def _weights(folder: Path) -> Mapping[str, Tensor]:
+    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return read_file(folder / SAFETENSORS_WEIGHTS_NAME)[0]
+    if not (folder / WEIGHTS_NAME).is_file():  # PEFT would look for the folder on the Hub
+        raise ValueError(
+            f"There is no '{SAFETENSORS_WEIGHTS_NAME}' beside '{CONFIG_NAME}' in '{folder}': PEFT writes both, copy "
+            "both."
+        )
+    return load_peft_weights(str(folder), device="cpu")
 
 
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,8 +134,8 @@ def _file(path: Path) -> Path:
         return named if named in found else found[0]
     if path.is_dir():
         names = ", ".join(repr(file.name) for file in found[:4]) or "no safetensors file"
-        raise ValueError(f"'{path}' has neither {CONFIG_NAME} nor one LoRA file, but {names}: pass the file's path.")
+        raise ValueError(f"'{path}' has neither {CONFIG_NAME} nor one LoRA file, but {names}: pass the path of a file.")
     raise ValueError(
-        f"There is no file or folder '{path}'. A LoRA on the Hub is downloaded first: "
+        f"There is no file or folder '{path}': pass a local path. A LoRA on the Hub is downloaded first, by "
         "huggingface_hub.snapshot_download(repository)."
     )

@@ -1,4 +1,4 @@
-"""From the tensors of a LoRA by PEFT's names to a `PlainLora`, with nothing left over."""
+"""Conversion of a LoRA's tensors, by PEFT's keys, to a `PlainLora`; a tensor that is none of it is an error."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _TENSOR = re.compile(
     r"(?P<name>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|"
     r"lora_magnitude_vector)(?:\.weight)?"
 )
-"""The end of a magnitude's key: Diffusers and Transformers write it, PEFT does not."""
+"""The key of a tensor. Diffusers and Transformers write .weight after lora_magnitude_vector, PEFT does not."""
 
 
 def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], origin: str) -> PlainLora:
-    """The LoRA that PEFT makes of `config` and `tensors`. Messages call the file `origin`.
+    """The LoRA that PEFT makes of `config` and `tensors`. `origin` names the file in messages.
 
     Raises:
-        ValueError: half of a layer is missing, a tensor of a LoRA that has no place, or another rank or kind than the
-            configuration says.
+        ValueError: there is A without B or B without A, an unknown key, or a rank or DoRA that the configuration
+            contradicts.
     """
     found, others = by_layer(tensors, origin)
     layers = {}
@@ -34,8 +34,8 @@ def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], origin: s
         configured = by_pattern(config.rank_pattern, name, config.r)  # type: ignore[arg-type]
         if rank != configured:
             raise ValueError(
-                f"{origin} has rank {rank} in '{name}', but its configuration says {configured}: the tensors and the "
-                "configuration are not of one adapter."
+                f"{origin} has rank {rank} in '{name}', but its configuration says {configured}: pass the "
+                "configuration that was saved with these tensors."
             )
         layers[name] = plain_layer(own, configured_scaling(config, name, rank) * rank)
     _check_kind(config, layers, origin)
@@ -43,10 +43,10 @@ def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], origin: s
 
 
 def by_layer(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """{layer: {kind of tensor: tensor}} of complete layers, and the other tensors.
+    """{layer: {kind of tensor: tensor}} of the layers, and the other tensors.
 
     Raises:
-        ValueError: A without B, B without A, or a name that is none of PEFT's.
+        ValueError: no layer, A without B, B without A, or a key of a LoRA that PEFT doesn't write.
     """
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
@@ -55,7 +55,10 @@ def by_layer(tensors: Mapping[str, Tensor], origin: str) -> tuple[dict[str, dict
         if match:
             found.setdefault(match["name"], {})[match["kind"]] = tensor
         elif "lora" in key.lower():
-            raise ValueError(f"{origin} holds '{key}', which is no tensor of a LoRA that is known here.")
+            raise ValueError(
+                f"{origin} holds '{key}', which is no key of a LoRA in PEFT's format: pass what save_pretrained or "
+                "get_peft_model_state_dict gave."
+            )
         else:
             others[key] = tensor
     for name, own in found.items():
@@ -79,16 +82,17 @@ def _check_whole(name: str, own: Mapping[str, Tensor], origin: str) -> None:
     pairs = [{"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}]
     if not any(pair <= own.keys() for pair in pairs):
         raise ValueError(
-            f"{origin} has {', '.join(map(repr, sorted(own)))} of '{name}', but not A and B both: damaged."
+            f"{origin} has only {', '.join(sorted(own))} of '{name}': A and B are both needed, so it is damaged."
         )
 
 
 def _rank(name: str, own: Mapping[str, Tensor], origin: str) -> int:
     layer = plain_layer(own, 1.0)
-    if layer.A.dim() < 2 or layer.B.dim() < 2 or layer.rank % layer.B.shape[1]:  # groups of a convolution divide r
+    fits = layer.A.dim() >= 2 and layer.B.dim() >= 2 and layer.A.numel() > 0 and layer.B.numel() > 0
+    if not fits or layer.rank % layer.B.shape[1]:  # the groups of a convolution divide r
         raise ValueError(
-            f"{origin} has A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} in '{name}', which have no rank in "
-            "common: damaged."
+            f"{origin} has A {tuple(layer.A.shape)} and B {tuple(layer.B.shape)} in '{name}', expected A (r, d_in, …) "
+            "and B (d_out, r, …): it is damaged."
         )
     return layer.rank
 
@@ -98,6 +102,6 @@ def _check_kind(config: LoraConfig, layers: Mapping[str, PlainLoraLayer], origin
         if (layer.magnitude is not None) != bool(config.use_dora):
             what = "a magnitude (DoRA)" if layer.magnitude is not None else "no magnitude (DoRA)"
             raise ValueError(
-                f"{origin} has {what} in '{name}', but use_dora={config.use_dora}: the tensors and the configuration "
-                "are not of one adapter."
+                f"{origin} has {what} in '{name}', but use_dora={config.use_dora}: pass the configuration that was "
+                "saved with these tensors."
             )

@@ -183,7 +183,7 @@ def test_masks_are_exact_with_one_lora_at_a_time_too(options):
 
 def test_what_is_exact_between_knots_is_not_with_one_lora_at_a_time():
     own = model(core_type="knots", core_knots=3)
-    with pytest.raises(ValueError, match="is no sum of 64 LoRAs: pass bins=K"):
+    with pytest.raises(ValueError, match="is not exactly a sum of 64 LoRAs: pass bins, their number"):
         to_lora_bins(own, interpolation="constant")
     with pytest.raises(ValueError, match="interpolation is 'cubic': pass 'linear' or 'constant'"):
         to_lora_bins(own, 3, interpolation="cubic")

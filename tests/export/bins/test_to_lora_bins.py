@@ -225,7 +225,7 @@ def test_the_folder_has_the_schedules_and_the_error(tmp_path):
     assert names == ["export_error.json", "export_error.png", "lora-0", "lora-1", "lora-2", "lora_bins.json"]
     content = json.loads((tmp_path / "export_error.json").read_text())
     assert content["worst_update"] == bins.error.worst_update
-    with pytest.raises(ValueError, match="pass the folder that LoraBins wrote"):
+    with pytest.raises(ValueError, match=r"pass a folder that LoraBins.save_pretrained wrote"):
         read_lora_bins(tmp_path / "lora-0")
 
 
@@ -240,19 +240,19 @@ def test_the_lora_of_a_knot_is_to_lora_s():
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        ({}, {}, "is no sum of 2 LoRAs: pass bins=K"),
-        ({}, {"bins": 0}, "bins is 0: pass a number of LoRAs, from 1 to 64"),
+        ({}, {}, "is not exactly a sum of 2 LoRAs: pass bins, their number"),
+        ({}, {"bins": 0}, "bins is 0: pass a number of LoRAs, an int from 1 to 64"),
         ({}, {"bins": 3, "bound": 0.1}, "pass one of them"),
         ({}, {"bound": 0}, "bound is 0: pass the largest error"),
         ({"use_dora": True}, {"bins": 3}, "it has DoRA, whose norm"),
         ({"lora_bias": True}, {"bins": 3}, "it has biases"),
         ({"bias": "all"}, {"bins": 3}, "it has biases"),
         ({"init_lora_weights": "pissa"}, {"bins": 3}, "which has changed the base"),
-        ({"target_modules": ["first"], "modules_to_save": ["second"]}, {"bins": 3}, "which each LoRA would have again"),
+        ({"target_modules": ["first"], "modules_to_save": ["second"]}, {"bins": 3}, "which each LoRA would add again"),
         (
             {"target_modules": ["first"], "modules_to_save": ["second"], "core_type": "bins", "core_bins": 2},
             {},
-            "which each LoRA would have again",
+            "which each LoRA would add again",
         ),
         ({"core_input": "both"}, {"bins": 3}, "mask density is not known"),
     ],

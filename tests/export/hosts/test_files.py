@@ -1,5 +1,7 @@
 """Files for other hosts: loaded back by Diffusers, pixel by pixel against the NaRA at its λ, and read by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -239,8 +241,30 @@ def test_what_a_file_cannot_express_is_refused_by_name():
     plain = to_lora(adapted(small_sdxl().unet, ["to_q"]), LEVEL, "toy")
     refused("form is 'webui', expected one of diffusers, kohya, comfyui", {"unet": plain}, form="webui")
     refused("base is 'sd2', expected one of sd15, sdxl, sd3, flux, wan", {"unet": plain}, base="sd2")
-    refused("no place for 'prior', expected the denoiser, text_encoder, text_encoder_2", {"prior": plain})
-    refused("has no name in Wan's own code", {"transformer": plain}, base="wan")
+    refused("no keys for 'prior', expected the denoiser, text_encoder, text_encoder_2", {"prior": plain})
+    refused("has no name in Wan's original code", {"transformer": plain}, base="wan")
+
+
+@pytest.mark.parametrize("form", ["kohya", "comfyui"])
+@pytest.mark.parametrize(("base", "attention"), [("sd15", "1, 2, 3"), ("sdxl", "0, 1")])
+def test_an_adapter_of_another_unet_is_refused(form, base, attention):
+    lora = to_lora(adapted(small_sdxl().unet, ["to_q"]), LEVEL, "toy")
+    block = 0 if base == "sd15" else 3
+    layers = {name.replace("up_blocks.0", f"up_blocks.{block}"): layer for name, layer in lora.layers.items()}
+    with pytest.raises(
+        ValueError, match=rf"up_blocks\.{block}\..*, but {base}'s UNet has attention in up blocks {attention}"
+    ):
+        host_state_dict({"unet": replace(lora, layers=layers)}, form, base)
+
+
+def test_a_file_in_a_new_folder_is_written_and_a_folder_is_not_overwritten(tmp_path):
+    lora = to_lora(adapted(small_sdxl().unet, ["to_q"]), LEVEL, "toy")
+    path = tmp_path / "new" / "deeper" / "toy.safetensors"
+    save_host_file({"unet": lora}, path, "kohya", "sdxl", SMALL)
+    assert load_file(path)
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        save_host_file({"unet": lora}, tmp_path / "new", "kohya", "sdxl", SMALL)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["new"]
 
 
 def test_dora_on_a_part_of_a_matrix_is_refused():
