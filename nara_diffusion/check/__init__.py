@@ -1,4 +1,4 @@
-"""nara-check: short trainings that measure whether an adapter gains by knowing λ (docs/check.md)."""
+"""nara-check: short trainings that measure whether an adapter gains by knowing the noise level λ (docs/check.md)."""
 
 from .run import decide
 from .trial import CheckSettings, CheckTask, Repeat, published, trials

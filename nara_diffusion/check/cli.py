@@ -1,16 +1,16 @@
-"""Whether λ can help an adapter, here: measured before training, in about a minute on a small model.
+"""Whether an adapter that knows the noise level λ is likely to beat LoRA: about a minute on a small model.
 
     nara-check stabilityai/stable-diffusion-xl-base-1.0 dog --prompt "a photo of sks dog" --learning_rate 1e-3
     nara-check GSAI-ML/LLaDA-8B-Base train.jsonl --max_length 256 --learning_rate 1e-3
 
-MODEL is an image model that train_scripts/dreambooth.py trains, or a masked language model: a folder, or a repository
-on the Hub. DATA is a folder of images, or a JSON or JSON Lines file with records of instruction and output.
+MODEL is an image model that train_scripts/dreambooth.py can train, or a masked-diffusion language model: a folder, or a
+repository on the Hub. DATA is a folder of images, or a JSON or JSON Lines file with records of instruction and output.
 
-What is measured: short trainings of LoRA, of NaRA, and of NaRA that isn't told λ, from the same start on the same
-samples, noise levels and noise, repeated. The verdict rests on the relative differences of their losses on held-out
-samples and the intervals of these: λ is likely to pay, unlikely to pay, or it can't be said. docs/check.md explains it.
+It repeats short trainings of LoRA, of NaRA, and of NaRA that is told the same λ for every sample, from the same start
+on the same samples, noise levels and noise. The verdict rests on the relative differences of their losses on held-out
+samples, with 95 % intervals: λ is likely to pay, λ is unlikely to pay, or can't say. docs/check.md explains it.
 
-A training that is set up already is checked by itself, with its own data, loss and targets, by --check:
+To check a training with its own data, loss and targets, add --check to its command:
     python train_scripts/dreambooth.py … --check
 """
 
@@ -30,6 +30,7 @@ import torch
 
 from nara_diffusion.dreambooth.objectives.conversion import CONVERSIONS
 from nara_diffusion.training.arguments.cli import option, parse_arguments
+from nara_diffusion.utils.devices import usable_device
 
 from .run import run_check
 from .sources import image_source, text_source
@@ -51,31 +52,33 @@ class CheckArguments:
     model: str = option("", "The same as MODEL.")
     data: str = option("", "The same as DATA.")
     output_dir: str = option("outputs/check", "Folder for check.json and check.png, which are overwritten.")
-    rank: int = option(4, "Inner size r of both.")
+    rank: int = option(4, "Rank r of the adapters.")
     target_modules: list[str] | None = option(
-        None, "Layers to adapt; none means a UNet's attention, or all linear layers of a language model."
+        None, "Modules to adapt; none means the denoiser's attention, or all linear layers of a language model."
     )
-    prompt: str | None = option(None, "What images without a caption show; none means 'a photo'.")
-    resolution: int | None = option(None, "Side of the images; none means what the UNet was made for.", unit="pixels")
+    prompt: str | None = option(None, "Prompt of the images that have no caption; none means 'a photo'.")
+    resolution: int | None = option(None, "Side of the images; none means that of the model.", unit="pixels")
     prediction_type: str | None = option(
-        None, "What the UNet shall learn to predict; none means what it does.", choices=CONVERSIONS
+        None, "What the denoiser is trained to predict; none means what it predicts now.", choices=CONVERSIONS
     )
-    max_length: int = option(512, "Length of prompt and answer together.", unit="tokens")
-    learning_rate: float = option(1e-2, "Of A and B. 1e-2 suits small models, 1e-3 large ones.")
-    core_learning_rate: float | None = option(None, "Of NaRA's core; none means a quarter of --learning_rate.")
-    steps: int = option(100, "Of each short training.", unit="optimizer steps")
+    max_length: int = option(512, "Largest length of prompt and answer together.", unit="tokens")
+    learning_rate: float = option(1e-2, "Learning rate of A and B. 1e-2 suits small models, 1e-3 large ones.")
+    core_learning_rate: float | None = option(
+        None, "Learning rate of NaRA's core; none means a quarter of --learning_rate."
+    )
+    steps: int = option(100, "Length of each short training.", unit="optimizer steps")
     batch_size: int = option(5, "Samples of an optimizer step, and of a forward.", unit="samples")
-    samples: int = option(100, "Held out in each repeat.", unit="samples")
-    repeats: int = option(6, "Of the short trainings, at most; three may be enough.", unit="repeats")
+    samples: int = option(100, "Held-out samples of each repeat, at least 20.", unit="samples")
+    repeats: int = option(6, "Largest number of repeats, at least 3; it stops as soon as the verdict is clear.")
     dtype: str = option("float32", "Precision of the frozen weights.", choices=tuple(DTYPES))
-    device: str | None = option(None, "Where it runs, such as cuda:1; none means cuda if there is one, or cpu.")
-    seed: int = option(0, "Of A, core, noise levels, noise and order: the same seed measures the same.")
+    device: str | None = option(None, "Device, such as cuda:1; none means cuda if there is one, or else cpu.")
+    seed: int = option(0, "Seed of A, core, noise levels, noise and order of the samples.")
 
     def __post_init__(self) -> None:
         if not self.model or not self.data:
-            raise ValueError("MODEL and DATA are needed: nara-check MODEL DATA; --help says what they are.")
+            raise ValueError("MODEL and DATA are needed: nara-check MODEL DATA; see --help.")
         if not Path(self.data).exists():
-            raise ValueError(f"DATA {self.data} isn't there: name a folder of images, or a file of records.")
+            raise ValueError(f"DATA {self.data} doesn't exist: name a folder of images, or a file of records.")
         fewest = {"rank": 1, "max_length": 1, "steps": 1, "batch_size": 1}
         for name, least in (fewest | {"samples": FEWEST_SAMPLES, "repeats": THRESHOLDS.fewest}).items():
             if getattr(self, name) < least:
@@ -87,14 +90,14 @@ class CheckArguments:
             raise ValueError(f"seed is {self.seed}, expected 0 or more.")
         given = [name for name in _OF_IMAGES if getattr(self, name) is not None]
         if given and Path(self.data).is_file():
-            raise ValueError(f"{', '.join(given)}: only for images, but DATA {self.data} is a file: leave it out.")
+            raise ValueError(f"{', '.join(given)}: only for images, but DATA {self.data} is a file; leave it out.")
 
 
 def check(args: CheckArguments) -> str:
     """Run a check, write its report, and return the text to show.
 
     Raises:
-        ValueError: a model or data that can't be used; an output folder that can't be written; see `run_check`.
+        ValueError: the model, the data or the device can't be used; the output folder can't be written; `run_check`.
     """
     folder = Path(args.output_dir)
     check_writable(folder)
@@ -104,14 +107,18 @@ def check(args: CheckArguments) -> str:
 
 
 def build_task(args: CheckArguments) -> CheckTask:
-    """The task of the data: a file holds records, a folder images."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The task of the data: a file holds records, a folder images.
+
+    Raises:
+        ValueError: PyTorch has no such device; see `text_source` and `image_source`.
+    """
+    device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     build = text_source if Path(args.data).is_file() else image_source
     return build(args, device, DTYPES[args.dtype])
 
 
 def check_writable(folder: Path) -> None:
-    """Create the folder and try to write to it, before the model loads.
+    """Create the folder and write to it for a test, before the model is loaded.
 
     Raises:
         ValueError: that fails.
@@ -125,7 +132,7 @@ def check_writable(folder: Path) -> None:
 
 
 def named(argv: Sequence[str]) -> list[str]:
-    """Turn `MODEL DATA --flag …` into `--model MODEL --data DATA --flag …`.
+    """Turn the words `MODEL DATA --flag …` into `--model MODEL --data DATA --flag …`.
 
     Raises:
         ValueError: more than two words before the first flag.

@@ -1,12 +1,11 @@
-"""How much lower NaRA's held-out loss is than another arm's, by bins of λ and as their mean.
+"""How much lower NaRA's held-out loss is than another arm's, by bins of λ and as the mean over the bins.
 
-    d_k = mean over bins of λ of  (ℓ − ℓ') / max(ℓ, ℓ')        of repeat k
+    d_k = mean over bins of λ of  (ℓ − ℓ') / max(ℓ, ℓ')        in repeat k
 
-ℓ is the mean loss of NaRA on the held-out samples in a bin, ℓ' the other arm's. Where NaRA is lower, that is the
-relative difference; it lies between −1 and 1, so that one training that fails doesn't decide all. Bins count alike,
-also where losses are small by their nature: at much noise an ε-model's are a hundredth of those at little noise, and a
-distance to the base is smaller still. The interval is over repeats, by Student's t: it holds what differs between
-repeated trainings, as well as what differs between samples.
+ℓ is NaRA's mean loss on the held-out samples in a bin, ℓ' the other arm's. d lies between −1 and 1, so that one
+training that fails doesn't decide the result. All bins count alike, since losses differ by orders of magnitude: an
+ε-model's loss at much noise is a hundredth of that at little noise, and a distance to the base model is smaller still.
+The 95 % interval over the repeats (Student's t) covers the differences between trainings and those between samples.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from nara_diffusion.utils.statistics import Interval, interval
 
 from .trial import Repeat
 
-BINS = 10  # equal parts of λ's [0, 1]
-ROUNDING = 1e-10  # a mean squared error of float32
+BINS = 10  # equal parts of [0, 1], where λ is
+ROUNDING = 1e-10  # losses up to this are float32 rounding
 
 
 class BinLosses(NamedTuple):
-    """The bin of λ from `low` to `high`: {arm: mean loss}, and NaRA's relative difference to LoRA."""
+    """The bin of λ from `low` to `high`: {arm: mean loss}, and NaRA's relative difference from LoRA."""
 
     low: float
     high: float
@@ -35,7 +34,7 @@ class BinLosses(NamedTuple):
 
 
 def relative_difference(repeats: Sequence[Repeat], other: str) -> Interval:
-    """The interval of d against the arm `other`; see the module's docstring."""
+    """The mean and the interval of d from the arm `other`; see the module's docstring."""
     return interval([fmean(_difference(each, other) for each in _bins(repeat).values()) for repeat in repeats])
 
 
@@ -61,7 +60,7 @@ def _means(repeats: Sequence[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def _bins(repeat: Repeat) -> dict[int, dict[str, Tensor]]:
-    """{number of the bin: {arm: losses}} of the bins that have samples."""
+    """{index of the bin: {arm: losses}} of the bins that have samples."""
     numbers = (repeat.noise_level * BINS).long().clamp(0, BINS - 1)
     return {n: {arm: own[numbers == n] for arm, own in repeat.losses.items()} for n in numbers.unique().tolist()}
 

@@ -1,7 +1,6 @@
-"""The check of an image model: the step of train_scripts/dreambooth.py, with NaRA as published as adapter.
+"""The check of an image model: the step of train_scripts/dreambooth.py, with the published NaRA as the adapter.
 
-Images of a class, for prior preservation, are left out, and so are adapters of text encoders, which run before there is
-a λ.
+Prior preservation is left out, and so are adapters of text encoders, which don't depend on λ.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def image_task(
         args: a DreamBoothArguments.
         step: the loss of the training; its model is replaced.
         dataset: the training data.
-        held_out: the data to measure on; `dataset`, under other noise, if no image can be spared.
+        held_out: the data to measure on; `dataset`, which then gets other noise, if there are too few images.
 
     Raises:
         ValueError: see `AdaptedDenoiser`.

@@ -1,4 +1,4 @@
-"""The report of a check: a table on the screen, check.json with all numbers, check.png."""
+"""The report of a check: a table to print, check.json with all numbers, check.png."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _TITLES = {"base": "base", "lora": "LoRA", "untold": "without λ", "nara": "NaRA
 
 
 def write_report(folder: Path, repeats: Sequence[Repeat], verdict: Verdict, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write check.json, which is returned, and check.png. `about` describes the measurement."""
+    """Write check.json and check.png, and return the content of check.json.
+
+    Args:
+        about: further entries of check.json, such as the arguments.
+    """
     bins = by_bins(repeats)
     content = {
         **verdict.as_dict(),
@@ -39,7 +43,7 @@ def write_report(folder: Path, repeats: Sequence[Repeat], verdict: Verdict, abou
 
 
 def summary(repeats: Sequence[Repeat], verdict: Verdict) -> str:
-    """The table, with a row for each bin of λ, and the verdict."""
+    """The table of losses, with a row for each bin of λ, and the verdict."""
     rows = [_row(f"{row.low:.1f} to {row.high:.1f}", row.losses, row.difference) for row in by_bins(repeats)]
     rows.append(_row("all", mean_losses(repeats), relative_difference(repeats, "lora")))
     return f"{format_table(('λ', *_TITLES.values(), 'NaRA against LoRA'), rows)}\n\n{verdict.answer}: {verdict.reason}"
@@ -56,7 +60,7 @@ def _known(values: Interval) -> dict[str, float | None]:
 
 
 def draw(path: Path, bins: Sequence[BinLosses], verdict: Verdict) -> None:
-    """The losses over λ, and NaRA's difference to LoRA with its intervals."""
+    """Write a PNG of the losses over λ, and of NaRA's relative difference from LoRA with its intervals."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     losses, differences = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""The run of a check: from a task to its report."""
+"""Running a check: from a task to its report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from .verdict import THRESHOLDS, UNKNOWN, Verdict, judge
 def run_check(
     task: CheckTask, settings: CheckSettings, folder: Path, about: dict[str, Any], progress: bool
 ) -> tuple[dict[str, Any], str]:
-    """Repeat the short trainings until there is a verdict, and write check.json and check.png to `folder`.
+    """Repeat the short trainings until the verdict is clear, and write check.json and check.png to `folder`.
+
+    Args:
+        about: further entries of check.json. progress: whether to show progress bars.
 
     Returns:
         The content of check.json, and the text to show.
@@ -31,7 +34,11 @@ def run_check(
 
 
 def decide(task: CheckTask, settings: CheckSettings, progress: bool) -> tuple[list[Repeat], Verdict]:
-    """Repeat the short trainings until there is a verdict, `settings.repeats` times at most."""
+    """Repeat the short trainings until the verdict is clear, or `settings.repeats` times.
+
+    Raises:
+        ValueError: see `trials`.
+    """
     repeats: list[Repeat] = []
     for repeat in trials(task, settings, progress):
         repeats.append(repeat)
@@ -47,7 +54,10 @@ def check_training(task: CheckTask, args: Any, run: Run) -> tuple[dict[str, Any]
         ValueError: there are several processes; see `trials`.
     """
     if run.accelerator.num_processes > 1:
-        raise ValueError(f"check runs on one process, got {run.accelerator.num_processes}: start it by python alone.")
+        raise ValueError(
+            f"--check runs in one process, got {run.accelerator.num_processes}: start it by python, not accelerate "
+            "launch."
+        )
     about = {"model": args.pretrained_model_name_or_path, "rank": args.rank, "target_modules": args.target_modules}
     rates = {"learning_rate": args.learning_rate, "core_learning_rate": args.core_learning_rate}
     return run_check(task, CheckSettings(), run.folder, {**about, **rates, "seed": args.seed}, run.is_main)

@@ -1,4 +1,4 @@
-"""From MODEL and DATA of `nara-check` to a task, with the loss that the train scripts have by default."""
+"""The task of `nara-check` from MODEL and DATA, with the default loss of the train scripts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 _TRAINED_PADDING = 3
 _PROMPT = "a photo"
-_HELD_OUT = 5  # one of so many samples is held out
-_FEWEST = 10  # samples; with fewer, none is held out
+_HELD_OUT = 5  # every fifth sample is held out
+_FEWEST = 10  # with fewer samples, none is held out
 
 
 def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTask:
-    """The task of a masked language model on records.
+    """The task of a masked-diffusion language model on records.
 
     Args:
         args: a CheckArguments.
@@ -93,13 +93,13 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
 
 
 def _native_resolution(pipe: Any, denoiser: Any, family: Family) -> int:
-    """What the model was made for, as it says, or as its family has it."""
+    """The side in pixels of the images that the model was made for, by its configuration or its family's default."""
     size = denoiser.config.get("sample_size")
     return size * pipe.vae_scale_factor if isinstance(size, int) else int(family.defaults["resolution"])
 
 
 def divide(samples: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    """The training samples and the held-out ones; both are all samples if there are few."""
+    """The training samples and the held-out ones: a fifth; with fewer than ten samples both are all of them."""
     if len(samples) < _FEWEST:
         return samples, samples
     return [sample for i, sample in enumerate(samples) if i % _HELD_OUT], samples[::_HELD_OUT]

@@ -1,4 +1,4 @@
-"""The check of a masked language model: the loss of train_scripts/dllm.py, with NaRA as published as the adapter."""
+"""The check of a masked-diffusion language model: the loss of train_scripts/dllm.py, with the published NaRA."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def text_task(
     """A training of `model`, which has no adapter yet.
 
     Args:
-        args: an AdapterArguments and OptimizationArguments.
+        args: the fields of AdapterArguments and OptimizationArguments.
         rows: the encoded training rows.
-        held_out: the rows to measure on; `rows`, under other masks, if none can be spared.
+        held_out: the rows to measure on; `rows`, which then get other masks, if there are too few.
+        collator: makes a batch of rows.
         objective: the arguments of `masked_diffusion_loss` in training, beside model and batch.
 
     Raises:

@@ -1,12 +1,12 @@
 """Short trainings of LoRA, of NaRA, and of NaRA without λ, which show what knowing λ gains.
 
-    lora     NaRA whose core is held at its start C = I
-    untold   NaRA that is told λ = 0.5 for every sample, when it is trained and when it is measured
+    lora     NaRA whose core is frozen at C = I
+    untold   NaRA that is told λ = 0.5 for every sample, in training and in measurement
     nara     NaRA
 
-All three start from the same A, with B = 0, and meet the same samples at the same noise levels under the same noise,
-with the training's own loss, optimizer and learning rates. A core may speed up a training without knowing λ: what NaRA
-gains over `untold` is due to λ. Each repeat draws all anew: A, core, samples, noise, and held-out samples.
+All three start from the same A, with B = 0, and see the same samples at the same noise levels with the same noise, by
+the training's own loss, optimizer and learning rates. A core may speed up a training without knowing λ, so only what
+NaRA gains over `untold` is due to λ. Each repeat draws A, core, samples, noise and held-out samples anew.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class CheckTask:
     """The parts of a training that the check runs.
 
     Attributes:
-        model: with an adapter of NaRA as `published` describes it; all else is frozen.
+        model: with the NaRA adapter that `published` describes; all else is frozen.
         config: the configuration of that adapter.
-        args: the arguments with learning rates and optimizer, as `published` returns them.
-        loss: positions in the stream → losses of its samples, as the training itself computes them.
-        held_out: the same for samples that aren't trained on, or not under that noise.
+        args: the arguments of learning rates and optimizer, as `published` returns them.
+        loss: a function of positions in the stream of samples that gives their losses, as in training.
+        held_out: the same for samples, or for noise, that aren't trained on.
         batch_size: the number of samples of a forward.
         step_samples: the number of samples of an optimizer step, a multiple of batch_size.
     """
@@ -65,7 +65,7 @@ class CheckTask:
 class CheckSettings:
     """Attributes:
     steps: the optimizer steps of each short training.
-    samples: the least number of held-out samples of each repeat.
+    samples: the held-out samples of each repeat, rounded up to whole batches.
     repeats: the largest number of repeats.
     """
 
@@ -86,8 +86,8 @@ class Repeat:
 
 
 def published(args: Any) -> Any:
-    """`args` of a train script with NaRA as published in place of their adapter, at their rank, scale and targets, and
-    with the schedule of a short training."""
+    """A copy of the arguments of a train script, with the published NaRA of the same rank, scale and targets in place
+    of their adapter, and with the schedule of a short training."""
     own = {"adapter": "nara", "use_dora": False, "lora_dropout": 0.0, "adapter_options": None}
     scale = {"use_rslora": effective(args, "use_rslora")}
     core = {
@@ -101,10 +101,10 @@ def published(args: Any) -> Any:
 
 
 def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> Iterator[Repeat]:
-    """Yield the repeats; each is trained when it is asked for.
+    """Yield the repeats, each of which is trained when it is asked for.
 
     Raises:
-        ValueError: a loss isn't finite.
+        ValueError: a loss is NaN or infinite.
     """
     trained = settings.steps * task.step_samples
     held_out = math.ceil(settings.samples / task.batch_size) * task.batch_size
@@ -130,7 +130,7 @@ def _repeat(
 
 
 def restart(task: CheckTask, number: int) -> None:
-    """Draw A and the cores anew, from the seed and `number`; B is 0 and C = I."""
+    """Draw A and the cores anew, from the seed and the `number` of the repeat; B = 0 and C = I."""
     torch.manual_seed(task.args.seed * 1_000_003 + number)
     for layer in task.model.modules():
         if isinstance(layer, LoraLayer):
@@ -178,7 +178,7 @@ def _held_out_losses(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tens
 def _check_finite(losses: Tensor) -> None:
     if not losses.isfinite().all():
         raise ValueError(
-            "the loss is no longer a finite number: lower the learning rate, or use mixed_precision bf16 or no."
+            "the loss is no longer a finite number: lower the learning rate, or use bfloat16 or float32, not float16."
         )
 
 

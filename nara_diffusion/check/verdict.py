@@ -1,4 +1,4 @@
-"""The verdict whether λ is likely to pay: thresholds, and rules in their order. docs/check.md gives their reasons."""
+"""The verdict whether λ is likely to pay: thresholds, and rules in their order. docs/check.md has the reasons."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .trial import ARMS, Repeat
 @dataclass(frozen=True)
 class Thresholds:
     """Attributes:
-    pays: how much lower, relatively, NaRA's loss has to be for λ to pay.
-    nothing: how much lower its mean may be where λ is said not to pay; a larger one may grow with more steps.
-    learnt: how much lower than the base's the lowest loss has to be for the trainings to show anything.
+    pays: the relative gain of NaRA's loss from which on λ pays.
+    nothing: the largest mean gain at which λ is said not to pay; a larger gain may grow with more steps.
+    learnt: the relative gain of the lowest loss over the base model's that the trainings need to show anything.
     fewest: the least number of repeats for a verdict.
     """
 
@@ -36,7 +36,7 @@ LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes: `answer`: LIKELY, UNLIKELY or UNKNOWN; `reason`: the numbers behind it, and what to do if unknown."""
+    """Attributes: `answer`: LIKELY, UNLIKELY or UNKNOWN; `reason`: the numbers, and what to do if it is UNKNOWN."""
 
     answer: str
     reason: str
@@ -52,24 +52,28 @@ def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Ver
     if change > -thresholds.learnt:
         return Verdict(
             UNKNOWN,
-            f"the lowest loss is {_percent(change)} against the base's, and {_percent(-thresholds.learnt)} are needed "
-            "to show anything: raise the learning rate or the steps, or lower the rate if the loss rose.",
+            f"the lowest loss differs from the base model's by {_percent(change)}, and {_percent(-thresholds.learnt)} "
+            "is needed to show anything: raise the learning rate or the steps, or lower the rate if the loss rose.",
         )
     lora, untold = differences = [relative_difference(repeats, other) for other in ("lora", "untold")]
-    told = f"NaRA's held-out loss is {described(lora)} against LoRA's and {described(untold)} against that of NaRA "
-    told += f"without λ, in {len(repeats)} repeats"
+    told = f"NaRA's held-out loss differs from LoRA's by {described(lora)} and from that of NaRA without λ by "
+    told += f"{described(untold)}, in {len(repeats)} repeats"
     is_lower = all(difference.high < 0 for difference in differences)
     if is_lower and all(difference.mean <= -thresholds.pays for difference in differences):
-        return Verdict(LIKELY, f"{told}: both are clear of zero, and {pays} or lower.")
+        return Verdict(LIKELY, f"{told}: both intervals are below zero, and both means are {pays} or lower.")
     if is_lower:
-        return Verdict(UNKNOWN, f"{told}: clear of zero, but not {pays}: take more steps, with which it may grow.")
+        return Verdict(
+            UNKNOWN,
+            f"{told}: both intervals are below zero, but not both means are {pays} or lower: take more steps, with "
+            "which the gain may grow.",
+        )
     if any(_is_nothing(difference, thresholds) for difference in differences):
-        return Verdict(UNLIKELY, f"{told}: of one of them zero lies inside or below, and {pays} outside.")
-    return Verdict(UNKNOWN, f"{told}: that may be {pays} or nothing, take more repeats.")
+        return Verdict(UNLIKELY, f"{told}: one interval is above {pays} and reaches zero.")
+    return Verdict(UNKNOWN, f"{told}: the intervals allow both {pays} and no gain: take more repeats.")
 
 
 def _is_nothing(difference: Interval, thresholds: Thresholds) -> bool:
-    """Whether a difference is known to be no gain that counts, and its mean shows none that may grow."""
+    """Whether the interval excludes a gain that pays and includes none, and the mean shows no gain that may grow."""
     is_small = difference.low > -thresholds.pays and difference.mean > -thresholds.nothing
     return is_small and difference.high >= 0
 

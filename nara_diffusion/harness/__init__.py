@@ -4,14 +4,14 @@
 
 | module                  | what is in it                                                                      |
 |-------------------------|------------------------------------------------------------------------------------|
-| `command`               | the command: registers the model class, adds this package's tasks, runs lm-eval's  |
-| `model`                 | `NaraDLLM`, lm-eval's interface: generation and likelihood, λ told at each forward |
+| `command`               | the command: registers the model class and this package's tasks, then runs lm-eval |
+| `model`                 | `NaraDLLM`, lm-eval's interface: generation and likelihood, λ set at each forward  |
 | `loading`               | --model_args → model, tokenizer, adapter                                           |
 | `processes`             | one process, or those of accelerate launch                                         |
-| `prompts`               | texts → token ids, by the rules of training                                        |
+| `prompts`               | texts → token ids, as in training                                                  |
 | `generation`            | gen_kwargs → arguments of `generate`                                               |
-| `download`              | one file from the web                                                              |
-| `tasks/`                | the task files, and scoring: `llm_adapters`, `code`; `execution` runs programs     |
+| `download`              | download of a file                                                                 |
+| `tasks/`                | the task files and their scoring: `llm_adapters`, `code`; `execution` runs programs|
 | `paper/`                | the paper's experiments: `plan` (commands), `settings`, `tables`, `launching`      |
 
 Needs the extra `eval`. Nothing else in the package imports lm-eval.

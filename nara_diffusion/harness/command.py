@@ -1,14 +1,14 @@
 """The command `nara-eval`: lm-eval's command with the model class nara_dllm and this package's tasks.
 
-It takes lm-eval's subcommands and flags. Left out, --model is nara_dllm, and run is the subcommand; a file of flags
-(--config FILE.yaml) has the same defaults:
+It takes lm-eval's subcommands and flags, also from a file (--config FILE.yaml). The default of --model is nara_dllm,
+and that of the subcommand is run:
 
     nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_gsm8k
     nara-eval ls tasks
     accelerate launch -m nara_diffusion.harness.command --model_args … --tasks …     # all GPUs
     nara-eval run --help                                                             # all flags
 
-docs/evaluation.md has the rest: the paper's test sets, the settings of the sampler, code.
+docs/evaluation.md describes the paper's test sets, the settings of the sampler, and code benchmarks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run lm-eval's command on `argv`; None takes the arguments of the program.
+    """Run lm-eval's command on `argv`; None takes the program's own arguments.
 
-    Exits with a message, and without a traceback, on what the user can mend; LMEVAL_LOG_LEVEL=DEBUG shows it.
+    Errors in what the user gave end it with a message; with LMEVAL_LOG_LEVEL=DEBUG the traceback is shown.
     """
     try:
         from lm_eval._cli import HarnessCLI
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = command.parse_args()
         try:
             command.execute(adjusted(args))
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, ImportError) as error:
             if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
                 raise
             sys.exit(f"nara-eval: {error.args[0] if isinstance(error, KeyError) else error}")
@@ -75,12 +75,10 @@ def with_defaults(argv: list[str]) -> list[str]:
 
 
 def adjusted(args: argparse.Namespace) -> argparse.Namespace:
-    """Add this package's task files to `args`, beside those of include_path, and an existing device.
-
-    Model and device are filled in if neither a flag nor the file of --config names them.
+    """Add this package's task files to include_path, and set model and device if no flag and no file sets them.
 
     Raises:
-        ValueError, OSError: the file can't be read.
+        ValueError, OSError: the file of --config can't be read.
     """
     file = _settings(getattr(args, "config", None))
     if hasattr(args, "include_path"):

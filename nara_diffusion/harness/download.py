@@ -1,4 +1,4 @@
-"""Download of one file, written atomically."""
+"""Download of a file, which is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMEOUT = 60.0  # seconds without an answer
 
 
 def download(url: str, path: Path) -> None:
-    """Download `url` to `path`. Several processes may do so at once; it is enough if one succeeds.
+    """Download `url` to `path`, and create its folder. Several processes may do so at once; one success is enough.
 
     Raises:
         ValueError: the file can't be reached or written, and no other process has written it meanwhile.

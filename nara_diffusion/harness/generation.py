@@ -1,6 +1,6 @@
-"""From the gen_kwargs of a request to the arguments of `nara_diffusion.dllm.generate`.
+"""Conversion of a request's gen_kwargs to the arguments of `nara_diffusion.dllm.generate`.
 
-lm-eval merges --gen_kwargs into those of a task file, and passes the result with each request.
+lm-eval merges --gen_kwargs into the gen_kwargs of the task file, and passes the result with each request.
 
 | `generate`             | in gen_kwargs                             | default        |
 |------------------------|-------------------------------------------|----------------|
@@ -25,7 +25,7 @@ SETTINGS = ("gen_length", "steps", "block_length", "temperature", "cfg_scale", "
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first wins
 DEFAULT_LENGTH = 256
 
-# What task files say to samplers of autoregressive models, and the values at which it changes nothing.
+# Settings for autoregressive samplers in task files, and their values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_p": (None, 1),
     "top_k": (None, 0, -1),
@@ -38,7 +38,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 @dataclass(frozen=True)
 class HowToAnswer:
     """Attributes:
-    until: texts at whose first occurrence an answer ends.
+    until: the answer ends at the first occurrence of any of these texts.
     sampling: the arguments of `nara_diffusion.dllm.generate`, as sorted pairs, which can be compared and hashed.
     """
 
@@ -50,18 +50,18 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> HowToAnswer:
     """Read the gen_kwargs of a request.
 
     Raises:
-        ValueError: the sampler of masked diffusion lacks a setting, or a value is impossible.
+        ValueError: a setting that the masked-diffusion sampler doesn't have, or a value that it refuses.
     """
     given = dict(gen_kwargs)
     until = given.pop("until", None) or []
-    lengths = [given.pop(name, None) for name in LENGTHS]
+    lengths = {name: given.pop(name, None) for name in LENGTHS}
     is_greedy = given.pop("do_sample", None) is False or not given.get("temperature")
     others = {name: given.pop(name) for name in _NEUTRAL if name in given}
     wrong = [name for name, value in others.items() if not is_greedy and value not in _NEUTRAL[name]]
     if wrong:
         raise ValueError(
-            f"gen_kwargs has {wrong[0]}={others[wrong[0]]}, and the sampler of masked diffusion has no such setting: "
-            f"override it with --gen_kwargs {wrong[0]}={_NEUTRAL[wrong[0]][-1]}"
+            f"gen_kwargs has {wrong[0]}={others[wrong[0]]}, which the masked-diffusion sampler doesn't have: switch it "
+            f"off with --gen_kwargs {wrong[0]}={_NEUTRAL[wrong[0]][-1]}"
         )
     unknown = sorted(given.keys() - set(SETTINGS))
     if unknown:
@@ -70,15 +70,16 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> HowToAnswer:
     if is_greedy:
         sampling["temperature"] = 0.0
     if "gen_length" not in sampling:
-        sampling["gen_length"] = int(next((length for length in lengths if length is not None), DEFAULT_LENGTH))
+        found = (_converted(name, length) for name, length in lengths.items() if length is not None)
+        sampling["gen_length"] = next(found, DEFAULT_LENGTH)
     _check(sampling)
     return HowToAnswer((until,) if isinstance(until, str) else tuple(until), tuple(sorted(sampling.items())))
 
 
 def contradiction(gen_kwargs: Mapping[str, Any]) -> str | None:
-    """The setting that do_sample overrules, in words; None if there is none.
+    """A warning about a temperature that contradicts do_sample; None if they agree.
 
-    It is no error: tasks of lm-eval have both, and lm-eval's own models follow do_sample too.
+    It is no error: lm-eval's tasks have such pairs, and lm-eval's own models follow do_sample too.
     """
     samples, temperature = gen_kwargs.get("do_sample"), gen_kwargs.get("temperature") or 0
     if samples is False and temperature:
@@ -88,28 +89,31 @@ def contradiction(gen_kwargs: Mapping[str, Any]) -> str | None:
         )
     if samples is True and not temperature:
         return (
-            "gen_kwargs has do_sample=True, and answers are greedy at temperature=0 all the same: add "
+            "gen_kwargs has do_sample=True, but answers are greedy at temperature=0 all the same: add "
             "--gen_kwargs temperature=0.7, or another, to sample"
         )
     return None
 
 
 def _check(sampling: Mapping[str, Any]) -> None:
-    """Raise the errors of `generate` before the first answer is due."""
+    """Raises the errors of `generate` before the first answer is generated."""
     defaults = {"steps": None, "block_length": sampling["gen_length"], "cfg_scale": 0.0}
     defaults |= {"remasking": "low_confidence", "confidence_threshold": None}
     Sampling(**{**defaults, **sampling})  # type: ignore[arg-type]
 
 
 def _converted(name: str, value: Any) -> Any:
-    kind = {"gen_length": int, "steps": int, "block_length": int, "remasking": str}.get(name, float)
-    if isinstance(value, bool) or isinstance(value, str) is not (kind is str) or (kind is int and value != int(value)):
+    kinds = dict.fromkeys((*LENGTHS, "gen_length", "steps", "block_length"), int) | {"remasking": str}
+    kind = kinds.get(name, float)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = isinstance(value, str) if kind is str else is_number and (kind is float or float(value).is_integer())
+    if not fits:
         expected = {int: "a whole number", float: "a number", str: "a word"}[kind]
         raise ValueError(f"gen_kwargs has {name}={value!r}, expected {expected}")
     return kind(value)
 
 
 def cut(text: str, until: tuple[str, ...]) -> str:
-    """`text` up to the first of `until`."""
+    """`text` up to the first occurrence of any text in `until`."""
     places = [text.find(stop) for stop in until if stop]
     return text[: min((place for place in places if place >= 0), default=len(text))]

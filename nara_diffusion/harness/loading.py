@@ -1,4 +1,4 @@
-"""From --model_args to a model with its tokenizer and its adapter."""
+"""Loading the model, the tokenizer and the adapter that --model_args names."""
 
 from __future__ import annotations
 
@@ -46,20 +46,24 @@ def load_model(
     """The model in evaluation mode on its device, with its adapter active.
 
     Args:
-        pretrained: folder or repository of the model; None takes the one that the adapter names.
-        peft: folder or repository of an adapter of any kind that PEFT loads, NaRA among them.
-        device: where the model goes, unless device_map says it. None: a GPU if there is one.
-        dtype: the dtype of the weights, such as bfloat16; "auto" is that of the checkpoint.
-        **backbone: further arguments of `load_backbone`; `BACKBONE_ARGUMENTS` lists them.
+        pretrained: folder or repository of the model; None takes the one that the adapter's configuration names.
+        peft: folder or repository of any adapter that PEFT loads, such as a NaRA; None: no adapter.
+        device: the device of the model, unless there is a device_map; None: an accelerator if there is one.
+        dtype: the dtype of the weights, such as bfloat16; "auto": that of the checkpoint.
+        load_in_8bit, load_in_4bit: quantise the weights by bitsandbytes.
+        revision, peft_revision: of the two repositories.
+        **backbone: further arguments of `load_backbone`, see `BACKBONE_ARGUMENTS`.
 
     Raises:
-        ValueError: neither is given, an unknown argument or dtype, an adapter with another definition of λ; see also
-            `load_backbone`.
+        ValueError: neither `pretrained` nor `peft`; an unknown argument or dtype; an adapter with another definition of
+            λ; see also `load_backbone`.
     """
     unknown = sorted(backbone.keys() - set(BACKBONE_ARGUMENTS))
     if unknown:
         known = ", ".join(BACKBONE_ARGUMENTS)
-        raise ValueError(f"--model_args has {', '.join(unknown)}, which nara_dllm doesn't know; for the model: {known}")
+        raise ValueError(
+            f"--model_args has {', '.join(unknown)}, which nara_dllm doesn't know; the model takes {known}"
+        )
     if pretrained is None:
         if peft is None:
             raise ValueError("--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both")
@@ -74,7 +78,7 @@ def load_model(
         backbone["revision"] = revision
     place = device or default_device()
     if "quantization_config" in backbone:
-        backbone.setdefault("device_map", {"": str(place)})  # quantised weights are made where they stay
+        backbone.setdefault("device_map", {"": str(place)})  # quantised weights can't be moved later
     model, tokenizer = load_backbone(pretrained, dtype=dtype, **backbone)
     if "device_map" not in backbone:
         model.to(place)  # type: ignore[arg-type]
@@ -87,7 +91,7 @@ def load_model(
 
 
 def base_of(peft: str) -> str:
-    """The base model that the configuration of an adapter names.
+    """The base model that an adapter's configuration names.
 
     Raises:
         ValueError: it names none.
@@ -105,15 +109,11 @@ def default_device() -> torch.device:
 
 
 def _refuse_other_noise(model: PeftModel, peft: str) -> None:
-    """Refuse an adapter with another definition of λ than the masked share of the answer.
-
-    Raises:
-        ValueError: naming the adapter's `noise_convention`.
-    """
+    """Raises ValueError if an adapter has another definition of λ than the masked share of the answer."""
     for config in model.peft_config.values():
         convention = getattr(config, "noise_convention", None)
         if convention not in (None, MASKED_SHARE):
             raise ValueError(
                 f"the adapter {peft} was trained with λ as {convention!r}, and the λ of a masked-diffusion language "
-                f"model is {MASKED_SHARE!r}: it belongs to another kind of model"
+                f"model is {MASKED_SHARE!r}: pass an adapter that was trained on such a model"
             )

@@ -4,8 +4,8 @@
     loglikelihood           the bound of `nara_diffusion.dllm.log_likelihood`, and whether greedy sampling agrees
     loglikelihood_rolling   the same bound for whole texts, in windows of `max_length` tokens
 
-λ is the masked share of the answer, told by those functions at each forward, for each sample. Requests run sorted by
-length; what each gets doesn't depend on those beside it.
+λ is the masked share of the answer, which those functions set at each forward for each sample. Requests are sorted by
+length; a result doesn't depend on the other requests of its batch.
 """
 
 from __future__ import annotations
@@ -30,25 +30,27 @@ from .prompts import ALPACA, encode, encode_pair, shortened, templated
 
 logger = logging.getLogger(__name__)
 
-_GROUP = 64  # requests whose likelihoods are asked for at once: those of equal length share forwards
+_GROUP = 64  # requests whose likelihoods are computed in one call: those of equal length share forwards
 
 
 class NaraDLLM(LM):
     """`--model nara_dllm`.
 
     Args (--model_args):
-        pretrained: folder or repository of the model; left out, it is the one that `peft` names.
-        peft: folder or repository of an adapter of any kind that PEFT loads, NaRA among them.
-        batch_size: sequences of one forward; --batch_size sets it.
-        max_length: tokens of prompt and answer; long prompts lose their start. Default: the model's limit.
-        samples: masks by which a likelihood is estimated; answers with fewer masks than that are scored exactly.
+        pretrained: folder or repository of the model; left out, it is the one that the adapter names.
+        peft: folder or repository of any adapter that PEFT loads, such as a NaRA.
+        batch_size: sequences of one forward, 1 or more; also by --batch_size.
+        max_length: tokens of prompt and answer together; longer prompts lose their start. Default: the model's limit.
+        samples: number of random masks by which a likelihood is estimated, 1 or more; answers with no more possible
+            masks than that are scored exactly.
         seed: the seed of those masks.
-        greedy: whether loglikelihood finds out if greedy sampling gives the text, at one forward a token; some tasks
-            report it (LAMBADA's acc), most don't.
+        greedy: whether loglikelihood also checks if greedy sampling gives the text, which costs one forward for each
+            token; some tasks report it (LAMBADA's acc), most don't.
         device, dtype, load_in_8bit, load_in_4bit, revision, peft_revision, **backbone: see `load_model`.
 
     Raises:
-        ValueError: as `load_model`; batch_size="auto"; sampler settings, which belong to --gen_kwargs.
+        ValueError: as `load_model`; batch_size="auto"; a number that is not whole or too small; sampler settings, which
+            belong to --gen_kwargs.
     """
 
     def __init__(
@@ -70,15 +72,17 @@ class NaraDLLM(LM):
         if misplaced:
             raise ValueError(f"{', '.join(misplaced)} in --model_args: the sampler's settings belong to --gen_kwargs")
         self.batch_size = _batch_size(batch_size, max_batch_size)
+        self.samples, self.seed, self.greedy = _whole("samples", samples, 1), _whole("seed", seed, 0), bool(greedy)
+        limit = None if max_length is None else _whole("max_length", max_length, 1)
         self.processes = Processes(device)
         self._rank, self._world_size = self.processes.rank, self.processes.count
         place = self.processes.placement(device)
         self.model, self.tokenizer = load_model(pretrained, peft, device=place, **loading)
         self._device = next(self.model.parameters()).device
-        limit = max_length or position_limit(self.model)
+        limit = limit or position_limit(self.model)
         if limit is None:
-            raise ValueError("the model doesn't say how many positions it has: add max_length=N to --model_args")
-        self.max_length, self.samples, self.seed, self.greedy = int(limit), int(samples), int(seed), bool(greedy)
+            raise ValueError("the model's configuration has no limit of positions: add max_length=N to --model_args")
+        self.max_length = limit
         self.ends = stop_token_ids(self.model, self.tokenizer)
         self.has_template = False
 
@@ -108,7 +112,8 @@ class NaraDLLM(LM):
     # generation
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """One text a request: what is generated before an end token and before any of the request's `until`."""
+        """The answer to each request: the generated text before an end token and before any of the request's "
+        "`until`."""
         given: list[Any] = [request.args for request in requests]  # (prompt, gen_kwargs)
         prompts = [encode(self.tokenizer, prompt, has_template=self.has_template) for prompt, _ in given]
         how = [read_gen_kwargs(gen_kwargs) for _, gen_kwargs in given]
@@ -134,7 +139,7 @@ class NaraDLLM(LM):
         return [cut(self._text(row, ends), how.until) for row in rows]
 
     def _check_lengths(self, how: Iterable[HowToAnswer]) -> None:
-        """Refuse answers that the model has no positions for, before hours of generation."""
+        """Raises ValueError if an answer is longer than the model's positions, before hours of generation."""
         longest = max((dict(settings.sampling)["gen_length"] for settings in how), default=0)
         if longest >= self.max_length:
             raise ValueError(
@@ -143,7 +148,7 @@ class NaraDLLM(LM):
             )
 
     def _text(self, answer: Sequence[int], ends: Sequence[int]) -> str:
-        """Decode the text before the first end token, white space included: a program's first line may be indented."""
+        """The text before the first end token, with white space: a program's first line may be indented."""
         length = next((j for j, token in enumerate(answer) if token in ends), len(answer))
         return str(self.tokenizer.decode(list(answer[:length]), skip_special_tokens=True))
 
@@ -165,11 +170,18 @@ class NaraDLLM(LM):
     # likelihood
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy sampling gives it) of each request's continuation."""
+        """(log-likelihood in nats, whether greedy sampling gives it) of each request's continuation.
+
+        Raises:
+            ValueError: a continuation is longer than `max_length`.
+        """
         pairs = [encode_pair(self.tokenizer, *request.args, has_template=self.has_template) for request in requests]
         for _, answer in pairs:
             if len(answer) > self.max_length:
-                raise ValueError(f"a continuation has {len(answer)} tokens, and the model {self.max_length} positions")
+                raise ValueError(
+                    f"a continuation has {len(answer)} tokens, and the model {self.max_length} positions: leave the "
+                    "task out, or raise max_length in --model_args"
+                )
         longer = sum(len(prompt) + len(answer) > self.max_length for prompt, answer in pairs)
         if longer:
             logger.warning(
@@ -191,7 +203,7 @@ class NaraDLLM(LM):
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """The log-likelihood in nats of each request's text: the sum over windows of `max_length` tokens.
 
-        The first window is scored whole, each further one in its second half: the first half is what stands before.
+        The first window is scored whole; of each further one the second half is scored, with the first half as context.
         """
         totals = []
         with self._progress(len(requests), "likelihood of texts") as bar:
@@ -265,12 +277,23 @@ def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
     return int(batch_size)
 
 
+def _whole(name: str, value: Any, least: int) -> int:
+    """`value`, which --model_args has as text or number, as an int of `least` or more."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or number < least or (isinstance(value, float) and value != number):
+        raise ValueError(f"{name} is {value!r}, expected a whole number, {least} or more")
+    return number
+
+
 def _split(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _windows(opening: list[int], tokens: list[int], size: int) -> list[tuple[list[int], list[int]]]:
-    """(context, tokens to score) pairs that score each token once; `opening` is the context of the first."""
+    """Pairs (context, tokens to score) that score each token once; `opening` is the context of the first."""
     first = size - len(opening)
     step = max(size - size // 2, 1)
     later = range(first, len(tokens), step)

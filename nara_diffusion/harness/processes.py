@@ -10,12 +10,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather
 
+from nara_diffusion.utils.devices import usable_device
+
 from .loading import default_device
 
 
 class Processes:
     """Attributes:
-    rank: the number of this process, from 0.
+    rank: the index of this process, from 0.
     count: the number of processes.
     """
 
@@ -29,7 +31,7 @@ class Processes:
         self.count = 1 if self.state is None else self.state.num_processes
 
     def placement(self, device: str | torch.device | None) -> torch.device:
-        """The device of this process's model: its own one of several, or `device`, or an accelerator or the CPU.
+        """The device of this process's model: its own of several processes; or `device`; or an accelerator or the CPU.
 
         Raises:
             ValueError: PyTorch has no such device.
@@ -37,12 +39,7 @@ class Processes:
         if self.state is not None:
             own: Any = self.state.device
             return own
-        try:
-            place = default_device() if device in (None, "auto") else torch.device(str(device))
-            torch.empty(0, device=place)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} can't be used ({error}): pass --device cpu, or one there is") from None
-        return place
+        return usable_device(default_device() if device in (None, "auto") else str(device))
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenate the tensors of all processes."""

@@ -1,4 +1,4 @@
-"""Texts as token ids, in the way that training encodes them (`nara_diffusion.dllm.data.encoding`)."""
+"""Encoding of texts as token ids, as in training (`nara_diffusion.dllm.data.encoding`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data.encoding import prompt_text
 
-ALPACA = "alpaca"  # what lm-eval is told is the template of a tokenizer that has none
+ALPACA = "alpaca"  # lm-eval's name for the template of a tokenizer that has none
 
 
 def templated(
@@ -17,12 +17,12 @@ def templated(
 ) -> str:
     """A conversation as the text that the model continues.
 
-    The tokenizer's chat template; without one, Alpaca's form for each of the user's turns, a system message before
-    all. Both are what `nara_diffusion.dllm.encode_records` makes of training data.
+    By the tokenizer's chat template; without one, each of the user's turns has Alpaca's form, after the system message.
+    Both are as in `nara_diffusion.dllm.encode_records`.
 
     Args:
-        history: {role, content} messages.
-        add_generation_prompt: False if the last message is the start of the assistant's answer.
+        history: messages {role, content}.
+        add_generation_prompt: False if the last message is the beginning of the assistant's answer.
     """
     if not add_generation_prompt:
         return templated(tokenizer, history[:-1]) + history[-1]["content"]
@@ -34,10 +34,9 @@ def templated(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, has_template: bool) -> list[int]:
-    """Token ids of a prompt that an answer follows.
+    """Token ids of a prompt, with the tokenizer's opening special tokens and without its closing ones.
 
-    A text made by a chat template has its special tokens; to any other the tokenizer adds those that open a text, but
-    none that close it, unless the text begins with them itself.
+    A text of a chat template, or one that begins with the BOS token, has its special tokens already; none are added.
     """
     opened = tokenizer.bos_token is not None and text.startswith(str(tokenizer.bos_token))
     if opened or (has_template and tokenizer.chat_template):
@@ -52,7 +51,7 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:
     """(prompt, answer) token ids, which together are those of the whole text.
 
-    Spaces at the end of the context belong to the continuation, where most vocabularies have them.
+    Spaces at the end of the context count as part of the continuation, as in most vocabularies.
 
     Raises:
         ValueError: the continuation has no token of its own.
@@ -63,8 +62,8 @@ def encode_pair(
     length = len(encode(tokenizer, context, has_template=has_template)) if context else _opening(tokenizer, whole)
     if length >= len(whole):
         raise ValueError(
-            f"the continuation {continuation!r} adds no token to the context that ends {context[-40:]!r}: its "
-            "likelihood can't be told from the context's"
+            f"the continuation {continuation!r} adds no token to the context that ends {context[-40:]!r}, so it has no "
+            "likelihood: leave that question out of the task"
         )
     return whole[:length], whole[length:]
 

@@ -75,7 +75,7 @@ def test_check_of_records_measures_a_language_model(tmp_path: Path, records: Pat
     [
         ([], "MODEL and DATA are needed: nara-check MODEL DATA"),
         (["model"], "MODEL and DATA are needed"),
-        (["model", "nowhere"], "DATA nowhere isn't there: name a folder of images, or a file of records"),
+        (["model", "nowhere"], "DATA nowhere doesn't exist: name a folder of images, or a file of records"),
         (["model", "{pictures}", "more"], "takes MODEL and DATA before its flags, got 3"),
         (["model", "{pictures}", "--rank", "0"], "rank is 0, expected at least 1"),
         (["model", "{pictures}", "--samples", "19"], "samples is 19, expected at least 20"),
@@ -83,6 +83,8 @@ def test_check_of_records_measures_a_language_model(tmp_path: Path, records: Pat
         (["model", "{pictures}", "--repeats", "2"], "repeats is 2, expected at least 3"),
         (["model", "{pictures}", "--core_learning_rate", "-1"], "core_learning_rate is -1.0, expected more than 0"),
         (["model", "{pictures}", "--seed", "-1"], "seed is -1, expected 0 or more"),
+        (["model", "{pictures}", "--device", "cuda:99"], "--device cuda:99 can't be used ("),
+        (["model", "{records}", "--device", "gpu"], "--device gpu can't be used ("),
         (["model", "{records}", "--prompt", "a dog"], "prompt: only for images, but DATA"),
         (["{llada}", "{pictures}"], "can't be loaded, since it has no model_index.json"),
         (["{sdxl}", "{empty}"], "{empty}"),

@@ -205,6 +205,15 @@ def test_without_lm_eval_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPa
         main(["--tasks", "x"])
 
 
+def test_a_package_that_a_task_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(command: object, args: object) -> None:
+        raise ModuleNotFoundError("this task needs sympy: pip install lm-eval[math]")
+
+    monkeypatch.setattr("lm_eval._cli.HarnessCLI.execute", execute)
+    with pytest.raises(SystemExit, match=r"nara-eval: this task needs sympy: pip install lm-eval\[math\]"):
+        main(["--tasks", "x"])
+
+
 PROGRAM = """
 import json, sys
 from lm_eval import simple_evaluate

@@ -102,6 +102,11 @@ def test_a_plain_lora_is_evaluated_too(tmp_path: Path) -> None:
         ({"pretraned": "x"}, "--model_args has pretraned, which nara_dllm doesn't know"),
         ({"dtype": "float12"}, "dtype is 'float12', expected auto"),
         ({"device": "cuda:99"}, "--device cuda:99 can't be used"),
+        ({"samples": "many"}, "samples is 'many', expected a whole number, 1 or more"),
+        ({"samples": 0}, "samples is 0, expected a whole number, 1 or more"),
+        ({"max_length": 0}, "max_length is 0, expected a whole number, 1 or more"),
+        ({"max_length": 2.5}, r"max_length is 2\.5, expected a whole number"),
+        ({"seed": "x"}, "seed is 'x', expected a whole number, 0 or more"),
     ],
 )
 def test_impossible_arguments_are_told(arguments: dict[str, Any], message: str) -> None:

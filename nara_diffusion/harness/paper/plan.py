@@ -1,13 +1,13 @@
-"""The paper's experiments (arXiv 2605.29716) as commands: training data, test sets, compared methods.
+"""The paper's experiments (arXiv 2605.29716) as commands: training data, test sets, methods.
 
-Of each run (domain, method, seed) there are two steps:
+Each run (domain, method, seed) has two steps:
 
     training      train_scripts/dllm.py with the domain's configuration, into FOLDER/training
     evaluation    nara-eval on the domain's test sets, into FOLDER/evaluation
 
-with FOLDER = output_dir/domain/method/seed-N. A step whose result is there is done; one that was stopped goes on where
-it can. The method "base" is the model as it is: no training, and one run, since greedy answers don't depend on the
-seed. It stands under the first seed of the call that evaluated it, and is there for later calls with others too.
+with FOLDER = output_dir/domain/method/seed-N. A step whose result exists is done; one that was stopped is resumed. The
+method "base" is the model without training. It has one run, since greedy answers don't depend on the seed: that of the
+first seed of the call that evaluated it, which later calls with other seeds use too.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 class Domain:
     """Attributes:
     config: the end of the configuration's name.
-    train_file: the path of the training file below the data folder.
-    source: the address of that file.
+    train_file: the path of the training file in the data folder.
+    source: the URL of that file.
     sets: {column of the table: task of nara-eval}.
-    test_files: the folders of those sets, below the data folder, each with a test.json; none for sets of the Hub.
+    test_files: the folders of those sets in the data folder, each with a test.json; none for sets on the Hub.
     runs_code: whether scoring runs the programs that the model writes.
     """
 
@@ -92,8 +92,8 @@ DOMAINS = {
     ),
 }
 
-# The paper's rows, and what a row's training needs beside the domain's configuration, whose
-# rank and lora_alpha, 32 both, are those of each of Multi-LoRA's five LoRAs too.
+# The paper's rows, and further arguments of their training beside the domain's configuration, whose
+# rank and lora_alpha (32) also hold for each of Multi-LoRA's five LoRAs.
 METHODS: dict[str, tuple[str, ...]] = {
     BASE: (),
     "prompt_tuning": (),
@@ -118,7 +118,7 @@ class Step:
     title: a description for the log.
     command: the command to run.
     folder: the folder that it writes to.
-    result: a pattern of the file below `folder` that a finished step has written.
+    result: the pattern of the file in `folder` that a finished step has written.
     tasks: the tasks that need a score in that file.
     """
 
@@ -143,10 +143,10 @@ class Plan:
         script: train_scripts/dllm.py.
         configs: the folder of the configurations.
         model: the beginning of their names.
-        pretrained: a model that replaces that of the configurations, or None.
-        dtype, batch_size: those of the evaluation.
-        with_math: whether the math domain is asked MATH too.
-        launch: arguments of accelerate launch, which name the number of `processes`.
+        pretrained: a model in place of that of the configurations, or None.
+        dtype, batch_size: of the evaluation.
+        with_math: whether the math domain is evaluated on MATH too.
+        launch: arguments of accelerate launch, --num_processes among them.
         processes: the number of processes of training and evaluation.
         training, evaluation: further arguments of the script, and of nara-eval.
         methods: further arguments of the training of one method.
@@ -184,12 +184,12 @@ class Plan:
         return sorted(found, key=lambda run: (list(DOMAINS).index(run[0]), methods.index(run[1]), run[2]))
 
     def evaluated(self, domain: str, method: str, seed: int) -> dict[str, Any] | None:
-        """The results of nara-eval for a run; None unless they have all sets of the domain."""
+        """The results of nara-eval for a run; None unless all sets of the domain have one."""
         found = result_of(self.folder(domain, method, seed) / EVALUATION, RESULTS) or {}
         return found if set(DOMAINS[domain].sets.values()) <= found.get("results", {}).keys() else None
 
     def base_run(self, domain: str, seed: int) -> Run:
-        """The evaluated run of the base, whatever its seed, or else the one under `seed`."""
+        """The evaluated run of the base model, with any seed, or else the one with `seed`."""
         runs = (run for run in self.runs() if run[:2] == (domain, BASE) and self.evaluated(*run))
         return next(runs, (domain, BASE, seed))
 
@@ -206,8 +206,10 @@ class Plan:
         return pretrained, None if revision in (None, "none") else revision
 
     def training_step(self, domain: str, method: str, seed: int) -> Step:
-        """Raises:
-        ValueError: the processes can't share the configuration's batch, and the user names no other.
+        """The training of a run, resumed if there is a checkpoint.
+
+        Raises:
+            ValueError: the processes can't share the configuration's batch, and the arguments set no other.
         """
         self._check_batch(domain, method)
         folder = self.folder(domain, method, seed) / TRAINING
@@ -229,6 +231,7 @@ class Plan:
             check_processes(self.processes, settings["global_batch_size"], settings["train_batch_size"], where)
 
     def evaluation_step(self, domain: str, method: str, seed: int) -> Step:
+        """The evaluation of a run."""
         training = self.folder(domain, method, seed) / TRAINING
         folder = self.folder(domain, method, seed) / EVALUATION
         pretrained, revision = self.pretrained_and_revision(domain)
@@ -252,21 +255,21 @@ class Plan:
         return Step(f"evaluate {method} on {domain}, seed {seed}", command, folder, RESULTS, tasks)
 
     def files(self, domain: str) -> dict[Path, str]:
-        """{file below the data folder: its address} of a domain."""
+        """{file in the data folder: its URL} of a domain."""
         tests = {f"{name}/test.json": f"{_ADAPTERS}/dataset/{name}/test.json" for name in DOMAINS[domain].test_files}
         needed = {DOMAINS[domain].train_file: DOMAINS[domain].source, **tests}
         return {self.data_dir / name: source for name, source in needed.items()}
 
 
 def settings_of(config: Path) -> dict[str, Any]:
-    """The arguments that a configuration file has."""
+    """The arguments in a configuration file."""
     import yaml
 
     return yaml.safe_load(config.read_text(encoding="utf-8"))
 
 
 def result_of(folder: Path, pattern: str) -> dict | None:
-    """The newest complete result in `folder`; None if there is none."""
+    """The newest result in `folder` that is whole JSON; None if there is none."""
     for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             return json.loads(path.read_text(encoding="utf-8"))

@@ -1,14 +1,14 @@
-"""The settings of each run of the paper's experiments, in a file beside it, compared by each later call.
+"""The settings of each run of the paper's experiments, in a file beside it, which each later call compares.
 
-OUTPUT_DIR/DOMAIN/METHOD/seed-N/settings.json is written before a run's first step. Each later call compares
+OUTPUT_DIR/DOMAIN/METHOD/seed-N/settings.json is written before the first step of a run. Each later call compares
 
     all runs            model, pretrained_model_name_or_path, revision, dtype, evaluation_ and train_arguments
     runs of a domain    the configuration, and the content of the data files that exist
     runs of a method    method_arguments
 
-The base has the settings that it depends on. Not compared are arguments that choose a part (domains, methods, seeds,
-MATH), those that change results by rounding only (batch_size, launch_arguments), the content of a model that is given
-by name or folder, and the versions of installed packages.
+The base model has only the settings that it depends on. Not compared are arguments that select runs (domains, methods,
+seeds, MATH), arguments that change results by rounding only (batch_size, launch_arguments), the content of a model that
+is given by name or folder, and the versions of installed packages.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check(plan: Plan, domains: Collection[str], methods: Collection[str]) -> Non
     """Compare the settings of all runs in the output folder with those of `plan` for these domains and methods.
 
     Raises:
-        ValueError: settings differ, each named with a run that has others; or a run has no settings file.
+        ValueError: settings differ, with the name of a run for each; or a run has no settings file.
     """
     differing: dict[str, list[str]] = {}
     for domain, method, seed in plan.runs():
@@ -58,8 +58,8 @@ def check(plan: Plan, domains: Collection[str], methods: Collection[str]) -> Non
     if differing:
         told = "; ".join(f"{difference} ({_named(runs)})" for difference, runs in differing.items())
         raise ValueError(
-            f"{plan.output_dir} holds runs that were made with other settings: {told}. Name another --output_dir, give "
-            "the settings of then, or delete the folders of these runs to have them done anew"
+            f"{plan.output_dir} holds runs that were made with other settings: {told}. Name another --output_dir, use "
+            "those settings, or delete the folders of these runs to repeat them"
         )
 
 
@@ -76,7 +76,7 @@ def common_settings(plan: Plan, method: str) -> dict[str, Any]:
 
 
 def settings_of_run(plan: Plan, domain: str, method: str) -> dict[str, Any]:
-    """The settings of a domain and of a method in it, without those of data files that don't exist."""
+    """The settings of a domain and of a method in it, with digests of the data files that exist."""
     configuration = settings_of(plan.config(domain))
     data = {path.relative_to(plan.data_dir).as_posix(): _digest(path) for path in plan.files(domain) if path.is_file()}
     if method == BASE:
@@ -98,19 +98,19 @@ def recorded(folder: Path) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise ValueError(
-            f"{folder} holds a run, and no {FILE} that says what it was made with: name another --output_dir, or "
-            "delete the folder to have it done anew"
+            f"{folder} holds a run, and no {FILE} with its settings: name another --output_dir, or delete the folder "
+            "to repeat the run"
         )
     return found
 
 
 def separated(words: Sequence[str]) -> list[str]:
-    """Split --flag=VALUE into two words: both spellings of a flag are equal."""
+    """Split --flag=VALUE into two words, so that both spellings of a flag are equal."""
     return [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether `folder` holds something that a later call would resume or take as done."""
+    """Whether `folder` has results or checkpoints that a later call would use."""
     patterns = (f"{TRAINING}/results.json", f"{TRAINING}/checkpoint-*", f"{EVALUATION}/*")
     return any(True for pattern in patterns for _ in folder.glob(pattern))
 

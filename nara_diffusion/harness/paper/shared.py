@@ -1,4 +1,4 @@
-"""Files in a folder that several machines write to."""
+"""Writing files in a folder that several machines share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 
 def write_shared(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, while others may write it too: each has a temporary name of its own,
-    and the last one to be done counts."""
+    """Write `text` to `path`, whole or not at all. Each writer has its own temporary file; the last one wins."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{secrets.token_hex(8)}-{path.name}")
     try:

@@ -1,11 +1,11 @@
 """The paper's tables, from all results that the evaluations of `nara_diffusion.harness.paper.plan` have written so far.
 
 There is a table for each domain, in percent, with a row for each method and a column for each test set and for their
-mean. Values of several seeds are given as mean ± sample standard deviation. MATH, where it was asked, stands beside the
-mean and not in it. The last column is the difference to LoRA's mean in percentage points with its 95 % interval
-(Student's t), paired over the seeds that both have.
+mean. Several seeds are given as mean ± sample standard deviation. MATH has a column, but is not part of the mean. The
+last column is the difference from LoRA's mean in percentage points with its 95 % interval (Student's t), paired over
+the seeds that both have.
 
-The settings of all runs stand before the tables; a table of runs with fewer questions says how many were asked.
+The settings of all runs stand before the tables. If an evaluation was limited to fewer questions, its table says so.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _method_arguments(plan: Plan, results: Results) -> list[str]:
 
 
 def _limits(domain: str, results: Results) -> list[str]:
-    """A line that says how many questions were asked, if not all."""
+    """A line with the number of questions, if not all of them were asked."""
     columns = {task: column for column, task in {**DOMAINS[domain].sets, "MATH": MATH}.items()}
     asked = [(columns[task], n) for found in results.values() for task, n in found.get("n-samples", {}).items()]
     short = dict.fromkeys(
@@ -109,7 +109,7 @@ _METRICS = ("acc,none", "pass@1,program", "math_verify,none")
 def _percent(result: Mapping[str, Any], task: str, where: str) -> float:
     known = [metric for metric in _METRICS if metric in result]
     if not known:
-        raise ValueError(f"{where} has no score of {task}, only {', '.join(result)}: delete it to have it redone")
+        raise ValueError(f"{where} has no score of {task}, only {', '.join(result)}: delete it to repeat the run")
     return 100 * float(result[known[0]])
 
 
@@ -133,7 +133,7 @@ def _title(method: str) -> str:
 
 
 def _cell(values: Sequence[float], seeds: int) -> str:
-    """The mean and deviation of the values, with the number of their seeds if that isn't `seeds`."""
+    """The mean and standard deviation of the values, with their number if it isn't that of the seeds."""
     if not values:
         return ""
     mean, std, _, _ = interval(values)
@@ -142,7 +142,7 @@ def _cell(values: Sequence[float], seeds: int) -> str:
 
 
 def _difference(ours: Scores, theirs: Scores) -> str:
-    """The paired difference of the means over the sets; with its 95 % interval if two seeds or more have both."""
+    """The paired difference of the means over the sets, with its 95 % interval from two common seeds on."""
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         return ""

@@ -1,1 +1,1 @@
-"""The test sets of nara-eval, and how their answers are scored."""
+"""The task files of nara-eval, and the scoring of answers."""

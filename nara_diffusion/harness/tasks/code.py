@@ -1,10 +1,10 @@
 """HumanEval and MBPP: the question, the program in an answer, and pass@1 by running it.
 
-The task files are marked unsafe: lm-eval refuses to run them without --confirm_run_unsafe_code, before anything is
-generated. Each program runs in a process of its own with limits. That is no sandbox; what a program can do all the
-same, a forged pass included, stands in `nara_diffusion.harness.tasks.execution`.
+The task files are marked unsafe: without --confirm_run_unsafe_code lm-eval refuses them, before anything is generated.
+Each program runs in a process of its own with limits. That is no sandbox: `nara_diffusion.harness.tasks.execution`
+lists what a program can still do, such as forge a pass.
 
-pass@1 of a question is the share of its answers that pass, one answer each unless the task file's `repeats` says more.
+pass@1 of a question is the share of its answers that pass; there is one answer unless the task file sets `repeats`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def mbpp_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, An
 
 
 def humaneval_program(doc: Mapping[str, Any], text: str) -> str:
-    """The program of an answer: its function if it has one of that name, or the header with the answer as body."""
+    """The program of an answer: the prompt's header, then the answer's function of that name, or the answer as body."""
     name = re.escape(doc["entry_point"])
     code = code_of(text, rf"^(?:async )?def {name}\b")
     whole = re.search(rf"^(?:async )?def {name}\b", code, re.MULTILINE) is not None
@@ -39,12 +39,12 @@ def humaneval_program(doc: Mapping[str, Any], text: str) -> str:
 
 
 def mbpp_program(doc: Mapping[str, Any], text: str) -> str:
-    """The program of an answer: the imports of the tests, then the answer."""
+    """The program of an answer: the set-up code of the tests, then the answer."""
     return f"{doc.get('test_setup_code') or ''}\n{code_of(text, r'^(?:def|class) ')}"
 
 
 def code_of(text: str, wanted: str) -> str:
-    """The first fenced block with a line that begins as `wanted`, else the first one, else all of the text."""
+    """The first fenced block with a line that matches `wanted`, or else the first block, or else the whole text."""
     blocks = _BLOCK.findall(text)
     fitting = [block for block in blocks if re.search(wanted, block, re.MULTILINE)]
     return (fitting or blocks or [text])[0]

@@ -1,20 +1,20 @@
 """Running a Python program that a model wrote, in a process of its own with limits.
 
-The process is another interpreter (-I: the user's packages and PYTHON… variables don't count), with PATH alone of our
-environment, in an empty folder that is removed afterwards. Where the system has POSIX limits (`limited`), it can't use
-more than `Limits` allows, and neither can any process that it starts; but each of them may use as much, and how many
-there are isn't limited, nor is the number of files. When the program ends, or has had its time, what it started is
-killed: on Linux every process that came of it, in other POSIX systems those of its group, on Windows none but itself.
+The process is another interpreter (-I: without the user's packages and PYTHON… variables), with only PATH of our
+environment, in an empty folder that is removed afterwards. On POSIX systems (`limited`) `Limits` holds for it and for
+each process that it starts; the number of processes and of files is not limited. When the program ends, or its time is
+over, what it started is killed: on Linux all its descendants, on other POSIX systems its process group, on Windows
+only the program itself.
 
-This keeps accidents small: a loop without end, a flood of memory or output, files and processes left behind. It is no
-sandbox against malice. The program runs as the user, so it can
+This contains accidents: endless loops, floods of memory or output, files and processes left behind. It is no sandbox
+against malice. The program runs as the user, so it can
 
-- read and write what the user can, wherever that is, and reach the network;
+- read and write all files of the user, and reach the network;
 - read our environment, with its tokens, where the system shows it to the user's other processes (Linux: /proc);
-- forge a pass: it can read the line, after its tests, that says that they passed, do what that says, and leave;
-- kill what supervises it, or have a service of the machine run something.
+- forge a pass: read the line after its tests that reports that they passed, do the same, and exit;
+- kill its supervisor, or have a service of the machine run something.
 
-Run it in a container that holds nothing worth reading, and read the programs before you trust a surprising score.
+Run it in a container without secrets, and read the programs before you trust a surprising score.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ PATIENCE = 30  # seconds for the launcher to end what the program started
 @dataclass(frozen=True)
 class Limits:
     """Attributes:
-    seconds: the CPU time of each process; the program is stopped after twice as long.
-    memory: the bytes of address space of each process.
-    file_size: the bytes of each file that is written, the error messages included.
+    seconds: the CPU time of each process; the program is stopped after twice as many seconds of wall time.
+    memory: the address space of each process, in bytes.
+    file_size: the size of each file that is written, in bytes; stderr is one.
     """
 
     seconds: int = 10
@@ -54,8 +54,8 @@ class Limits:
 @dataclass(frozen=True)
 class Outcome:
     """Attributes:
-    passed: whether the program came to its last line, or made it look so.
-    reason: "passed", "timed out", or why not: the last line that it wrote to stderr.
+    passed: whether the program reached its end, or made it look so.
+    reason: "passed", "timed out", or the last line that the program wrote to stderr.
     """
 
     passed: bool
@@ -77,7 +77,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
 
 
 def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
-    """The exit status of `file` as a program, or None if it had to be stopped."""
+    """Run `file`, and return its exit status, or None if it was stopped."""
     command = [sys.executable, "-I", "-X", "utf8", str(LAUNCHER), limits.posix(), str(file)]
     environment = {"PATH": os.environ.get("PATH", ""), "OMP_NUM_THREADS": "1"}
     with errors.open("wb") as stderr:
@@ -99,7 +99,7 @@ def _wait(file: Path, errors: Path, limits: Limits) -> int | None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the launcher, which first ends the program's processes; on Windows the process is the program."""
+    """End the launcher, which first ends the program's processes; on Windows the launcher is the program."""
     process.terminate()
     try:
         process.wait(PATIENCE)

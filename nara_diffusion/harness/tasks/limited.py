@@ -1,11 +1,11 @@
-"""Run as a script: runs a program within limits, and ends every process that came of it. Standard library only.
+"""A script that runs a program within limits, and ends every process that it started. Standard library only.
 
 python -I limited.py '{"RLIMIT_CPU": 10, …}' PROGRAM.py
 
-The program runs in a child, the leader of a session. When it has ended, or on SIGTERM, its group is killed, and so are
-this process's children until it has none. On Linux this process is a subreaper: whose parent has ended becomes its
-child, in whatever session, so that none is missed; and it gets SIGTERM when its own parent ends. Elsewhere it is the
-group alone, and on Windows nothing: there the program runs in this process.
+The program runs in a child process, the leader of a session. When it has ended, or on SIGTERM, its process group is
+killed, and then this process's children until there are none. On Linux this process is a subreaper, so every orphaned
+descendant becomes its child, in any session; and it gets SIGTERM when its own parent ends. On other POSIX systems only
+the group is killed. On Windows the program runs in this process, and nothing is killed.
 
 It ends as the program did: with its exit status, or by the same signal.
 """
@@ -24,7 +24,7 @@ PATIENCE = 5  # seconds, for processes that can't be killed
 
 
 def lower(limits: dict[str, int]) -> None:
-    """Set each POSIX limit to its value, or to the system's own if that is lower. Windows has none."""
+    """Set each POSIX limit to its value, or to the system's own limit if that is lower. Windows has none."""
     try:
         import resource
     except ImportError:
@@ -40,7 +40,7 @@ def lower(limits: dict[str, int]) -> None:
 
 
 def supervise() -> None:
-    """Goes on in a child, to run the program there. This process waits for it, ends what is left, and exits."""
+    """Fork: the child returns, to run the program; the parent waits for it, ends what is left, and exits."""
     lower({"RLIMIT_CORE": 0})  # a signal that ends the program ends this process too
     _control(PR_SET_CHILD_SUBREAPER, 1)
     awaited = {signal.SIGCHLD, signal.SIGTERM}

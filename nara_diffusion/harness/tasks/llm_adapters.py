@@ -1,17 +1,17 @@
 """The paper's commonsense and arithmetic test sets, as LLM-Adapters (arXiv 2304.01933) distributes and scores them.
 
-A set is a JSON list of {instruction, output, answer}. The model is asked `instruction`, in the form that training used,
-and its text is scored by what it names, by the rules of `nara_diffusion.dllm.evaluation.answers`:
+A set is a JSON list of {instruction, output, answer}. The prompt is `instruction`, in the same form as in training, and
+the answer is found in the model's text by the rules of `nara_diffusion.dllm.evaluation.answers`:
 
     number   the last number, equal to the answer within 0.001           AddSub GSM8K MultiArith SingleEq SVAMP
     letter   the last of A … E that stands alone                         AQuA
     choice   the first of answer1 … answer5, ending1 …, option1 …,       ARC-c ARC-e OpenBookQA SIQA HellaSwag
              solution1 …, true, false: those of the set                  WinoGrande PIQA BoolQ
 
-Where the files come from, with --metadata:
+The source of the files, by --metadata:
 
     data_dir=DIR    DIR/AddSub/test.json and so on, as in the dataset/ folder of LLM-Adapters' repository
-    (nothing)       that repository; each file is fetched once and kept in the cache of Hugging Face's libraries
+    (left out)      that repository; each file is downloaded once to the cache of Hugging Face's libraries
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ CACHE = Path(HF_HOME) / "nara_diffusion" / "llm_adapters"
 
 
 def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
-    """The test split of the set in the folder `name`; further arguments are what else --metadata holds.
+    """The test split {"test": rows {question, answer}} of the set in the folder `name`.
+
+    Args:
+        data_dir: see the module's docstring. _: what else --metadata has, which is for other tasks.
 
     Raises:
-        ValueError: no such file, no JSON list, or a record without question or answer.
+        ValueError: there is no such file, it is no JSON list, or a record has no instruction or answer.
     """
     path = (CACHE if data_dir is None else Path(str(data_dir))) / name / "test.json"
     if data_dir is None and not path.is_file():
@@ -43,21 +46,21 @@ def load(name: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]
     if not path.is_file():
         raise ValueError(
             f"there is no file {path}: put {SOURCE}/{name}/test.json there, or leave data_dir out of --metadata to "
-            "have it fetched"
+            "download it"
         )
     try:
         records = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: line {error.lineno}, column {error.colno}, {error.msg}") from None
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} has to hold a list of records, one at least")
+        raise ValueError(f'{path} holds no list of records: expected [{{"instruction": …, "answer": …}}, …]')
     rows = [_row(record, f"record {n} of {path}") for n, record in enumerate(records, 1)]
     return {"test": Dataset.from_list(rows)}
 
 
 def _row(record: Any, where: str) -> dict[str, str]:
     if not isinstance(record, Mapping) or not record.get("instruction") or record.get("answer") in (None, "", []):
-        raise ValueError(f"{where} lacks an instruction or an answer")
+        raise ValueError(f"{where} lacks an instruction or an answer: both are needed")
     answer, input = record["answer"], str(record.get("input") or "")
     instruction = str(record["instruction"])
     return {

@@ -56,8 +56,8 @@ def test_a_step_has_as_many_samples_on_any_number_of_processes(arguments, model:
     [
         (
             "--num_processes 3",
-            "num_processes is 3, and llada_instruct_math14k.yaml has steps of 32 samples, 1 a forward: with 1, 2, 4, "
-            "8, 16 or 32 processes",
+            "num_processes is 3, and llada_instruct_math14k.yaml has steps of 32 samples, 1 a forward, which 1, 2, 4, "
+            "8, 16 or 32 processes can share evenly",
         ),
         ("--num_processes 64", "num_processes is 64, and "),
         ("--num_processes many", "launch_arguments has --num_processes 'many', expected a whole number, 1 at least"),

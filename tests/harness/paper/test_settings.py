@@ -51,9 +51,7 @@ def test_a_call_with_other_settings_is_refused(
         with pytest.raises(ValueError, match=re.escape(told)) as error:
             main(arguments(**now, dry_run=dry_run))
         assert f"{args.output_dir} holds runs that were made with other settings" in str(error.value)
-        assert "Name another --output_dir, give the settings of then, or delete the folders of these runs" in str(
-            error.value
-        )
+        assert "Name another --output_dir, use those settings, or delete the folders of these runs" in str(error.value)
     assert len(performed) == done
     assert Path(args.output_dir, "tables.md").read_text() == tables
 

@@ -153,7 +153,7 @@ def test_an_input_is_the_second_part_of_its_question(tmp_path: Path) -> None:
     [
         (None, "there is no file .*/AddSub/test.json: put https://raw"),
         ("[{", "is no JSON: line 1"),
-        ("[]", "has to hold a list of records"),
+        ("[]", "holds no list of records"),
         ('[{"instruction": "x", "answer": "1"}, {"instruction": "y"}]', "record 2 of .* lacks"),
     ],
 )
