@@ -91,7 +91,7 @@ _STATIC = ("lora", "lora_params", "dora")
 _FASTER = dict.fromkeys(("lora", "dora"), rates(8e-2))
 _SLOWER = dict.fromkeys((*_STATIC, "lora_gated"), rates(1e-3))
 _SLOWER_CORES = dict.fromkeys(("nara", "nara_gated", "nara_gated_samples"), with_core((2e-3, 2.5e-3), (1e-3, 2.5e-3)))
-_SLOWEST = dict.fromkeys((*_STATIC, "lora_gated"), rates(1e-3, 5e-4)) | {"lora_gated_samples": rates(1e-3)}
+_SLOWEST = dict.fromkeys((*_STATIC, "lora_gated"), rates(1e-3, 5e-4)) | {"lora_gated_samples": rates(1e-3, 5e-4)}
 _GATED = ("lora_gated", "lora_gated_samples", "nara_gated", "nara_gated_samples")
 _ABLATIONS = ("nara_constant", "nara_shuffled")
 _LEADING = ("lora", "lora_params", "dora", "nara")
@@ -110,7 +110,7 @@ PLAN: tuple[Planned, ...] = (
     Planned(
         Cell("subject_low", "attention", 4, 200),
         (*_MOST, *_GATED),
-        further=_SLOWER | _SLOWER_CORES | {"lora_params": rates(1e-3, 5e-4), "full": rates(2.5e-4, 1.25e-4)},
+        further=_SLOWER | _SLOWER_CORES | {"lora_params": rates(1e-3, 5e-4), "full": rates(2.5e-4, 1.25e-4, 6.25e-5)},
     ),
     Planned(
         Cell("subject_high", "attention", 4, 200),
@@ -125,6 +125,7 @@ PLAN: tuple[Planned, ...] = (
     Planned(
         Cell("one_image", "attention", 16, 400),
         (*_FEW, "tlora", "lora_less_noisy", *_ABLATIONS),
+        further={"lora_less_noisy": rates(1.6e-2)},
         grid=ONE_IMAGE_TRIALS,
     ),
     Planned(
