@@ -11,7 +11,7 @@ from torch import nn
 
 from nara_diffusion import set_noise_source
 from tests.helpers.adapted import TwoLayers, adapted, nara_config
-from tests.helpers.three_adapters import TARGETS
+from tests.tuner.three_adapters import TARGETS
 
 FAILING = [
     ({"target_modules": ["nothing"]}, "nothing|No modules were targeted"),

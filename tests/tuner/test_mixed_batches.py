@@ -8,7 +8,7 @@ from torch import nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, nara_config, relative_error
-from tests.helpers.three_adapters import LEVELS, TARGETS, by_hand, three_adapters
+from tests.tuner.three_adapters import LEVELS, TARGETS, by_hand, three_adapters
 
 
 def test_each_sample_of_a_mixed_batch_gets_its_adapter_at_its_own_level():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion import noise_level
 from nara_diffusion.noise.needs import is_noise_aware
 from tests.helpers.adapted import TwoLayers, adapted, core_by_hand, disturb, lora_config, nara_config, relative_error
-from tests.helpers.three_adapters import LEVELS, TARGETS, three_adapters
+from tests.tuner.three_adapters import LEVELS, TARGETS, three_adapters
 
 
 def test_an_identity_adapter_is_peft_s_lora_bit_by_bit():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.noise.needs import is_noise_aware
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
-from tests.helpers.three_adapters import LEVELS, TARGETS, by_hand, three_adapters
+from tests.tuner.three_adapters import LEVELS, TARGETS, by_hand, three_adapters
 
 # ---------------------------------------------------------------- together and in turn
 

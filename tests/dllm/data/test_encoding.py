@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import AnswerCollator, encode_prompts, encode_records, mask_answers, prompt_text
 from nara_diffusion.dllm.data.records import normalized
-from tests.dllm.llada_reference import save_tokenizer
-from tests.dllm.word_tokenizers import count_texts
+from tests.dllm.data.word_tokenizers import count_texts
+from tests.dllm.models.llada_reference import save_tokenizer
 
 END = 1
 

@@ -8,7 +8,7 @@ import pytest
 
 from nara_diffusion.dllm import encode_records
 from nara_diffusion.dllm.data.records import normalized
-from tests.dllm.word_tokenizers import count_texts, word_tokenizer
+from tests.dllm.data.word_tokenizers import count_texts, word_tokenizer
 
 
 def records(*pairs: tuple[str, str]):

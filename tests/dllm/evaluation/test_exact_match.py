@@ -28,7 +28,7 @@ from nara_diffusion.dllm.data.records import normalized
 from nara_diffusion.dllm.evaluation.answers import rule_of
 from nara_diffusion.dllm.evaluation.exact_match import stop_token_ids
 from nara_diffusion.dllm.evaluation.likelihood import stratified_masks
-from tests.dllm.llada_reference import save_tokenizer
+from tests.dllm.models.llada_reference import save_tokenizer
 
 MASK, END = 49, 1
 ROWS = [

@@ -16,8 +16,8 @@ from transformers import (
 
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.models.llada_conversion import KEY_MAPPING, checkpoint_name, llama_config
-from tests.dllm.checkpoints import INPUT_IDS, REAL, logits_of
-from tests.dllm.llada_reference import CONFIG, random_tensors, reference_logits, save_checkpoint
+from tests.dllm.models.checkpoints import INPUT_IDS, REAL, logits_of
+from tests.dllm.models.llada_reference import CONFIG, random_tensors, reference_logits, save_checkpoint
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -34,7 +34,7 @@ from transformers import (
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.models.shifted_logits import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
-from tests.dllm.checkpoints import (
+from tests.dllm.models.checkpoints import (
     ATTENTION_MASK,
     INPUT_IDS,
     REAL,

@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraModel
 import nara_diffusion
 from nara_diffusion import StrengthSchedule
 from tests.helpers.small_pipelines import small_sdxl
-from tests.helpers.stock_calls import all_calls, save_two_loras
+from tests.loaders.methods.stock_calls import all_calls, save_two_loras
 
 PACKAGE = Path(nara_diffusion.__file__).parent
 OWNERS = (
@@ -98,7 +98,7 @@ def test_plain_loras_run_no_code_of_the_package(folder, tmp_path):
     for file in folder.iterdir():
         (stock_folder / file.name).write_bytes(file.read_bytes())
     stock = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.stock_calls", stock_folder],
+        [sys.executable, "-m", "tests.loaders.methods.stock_calls", stock_folder],
         cwd=PACKAGE.parent,
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
     )

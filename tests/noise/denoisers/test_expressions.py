@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nara_diffusion.noise.denoiser_classes import DENOISERS, SETTLED_BY_CONFIG
 from nara_diffusion.noise.denoisers.denoiser import Denoiser
-from tests.helpers.denoisers.passed_timesteps import Passed
-from tests.helpers.denoisers.passed_to_images import IMAGES
-from tests.helpers.denoisers.passed_to_videos import VIDEOS
+from tests.helpers.denoisers.passed.timesteps import Passed
+from tests.helpers.denoisers.passed.to_images import IMAGES
+from tests.helpers.denoisers.passed.to_videos import VIDEOS
 from tests.helpers.diffusers_sources import ROOT
 
 CASES = [(name, case) for name, cases in {**IMAGES, **VIDEOS}.items() for case in cases]

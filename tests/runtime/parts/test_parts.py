@@ -15,8 +15,8 @@ from nara_diffusion import noise_level, set_noise_source
 from nara_diffusion.noise.ablations import mean_core
 from nara_diffusion.noise.signals import NoiseSignals
 from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
-from tests.helpers.channel_calls import expect_no_core
 from tests.helpers.two_layers import LEVELS, TARGETS, by_hand, expect, parts_in_turn, run
+from tests.runtime.channel_calls import expect_no_core
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 

@@ -26,7 +26,7 @@ from tests.helpers.adapted import (
     nara_config,
     relative_error,
 )
-from tests.helpers.merged import tensors_of_base, unmerged_output
+from tests.tuner.merging.merged import tensors_of_base, unmerged_output
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Already following adapters were merged"

@@ -12,7 +12,7 @@ from tests.helpers.adapted import (
     TwoLayers,
     adapted,
 )
-from tests.helpers.merged import tensors_of_base, unmerged_output
+from tests.tuner.merging.merged import tensors_of_base, unmerged_output
 
 
 class LinearThenGrouped(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, nara_config
-from tests.helpers.merged import tensors_of_base, unmerged_output
+from tests.tuner.merging.merged import tensors_of_base, unmerged_output
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Already following adapters were merged"

@@ -6,7 +6,7 @@ import functools
 
 from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
 
-from tests.helpers.denoisers.passed_timesteps import (
+from tests.helpers.denoisers.passed.timesteps import (
     CAST,
     CAST_INPUT,
     DATA,

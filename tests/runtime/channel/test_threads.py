@@ -13,9 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.helpers.channel_calls import at, expect_no_core
 from tests.helpers.patience import LAST_RESORT, all_at_once
 from tests.helpers.two_layers import LEVELS
+from tests.runtime.channel_calls import at, expect_no_core
 
 
 def test_threads_at_different_levels_on_one_model(model: PeftModel, x: Tensor) -> None:

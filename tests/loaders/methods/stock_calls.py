@@ -1,6 +1,6 @@
 """What users of Diffusers and PEFT do with plain LoRAs, by their own functions: nothing here imports nara_diffusion.
 
-`python -m tests.helpers.stock_calls FOLDER` writes the results of stock Diffusers and PEFT to FOLDER/results.pt.
+`python -m tests.loaders.methods.stock_calls FOLDER` writes results of stock Diffusers and PEFT to FOLDER/results.pt.
 """
 
 from __future__ import annotations

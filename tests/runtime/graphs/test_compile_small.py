@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
-from tests.helpers.compiled import LEVELS, check_gradients, compiled, gradients, output, two_forwards
 from tests.helpers.patience import LAST_RESORT, all_at_once
 from tests.helpers.rounding import rounding_of
+from tests.runtime.graphs.compiled import LEVELS, check_gradients, compiled, gradients, output, two_forwards
 
 pytestmark = pytest.mark.filterwarnings(
     # Dynamo looks at the gradient of each input; it hides its warning only where warnings are no errors

@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.runtime.modules import find_holders
 from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
-from tests.helpers.channel_calls import at, expect_no_core
 from tests.helpers.two_layers import TARGETS
+from tests.runtime.channel_calls import at, expect_no_core
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 

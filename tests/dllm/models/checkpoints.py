@@ -13,7 +13,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from .conftest import disturb
+from tests.dllm.conftest import disturb
+
 from .llada_reference import save_tokenizer
 
 SIZES = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}

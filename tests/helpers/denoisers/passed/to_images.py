@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffusers.schedulers.scheduling_ddpm_wuerstchen import DDPMWuerstchenScheduler
 
-from tests.helpers.denoisers.passed_timesteps import (
+from tests.helpers.denoisers.passed.timesteps import (
     CAST,
     DATA,
     DISCRETE,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig, noise_level
 from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
-from tests.helpers.channel_calls import at, expect_no_core
 from tests.helpers.two_layers import LEVELS, TARGETS
+from tests.runtime.channel_calls import at, expect_no_core
 
 
 class Interrupted(BaseException):

@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 from nara_diffusion import set_noise_source
 from nara_diffusion.noise.signals import NoiseSignals
 from tests.helpers.adapted import adapted, disturb, nara_config, relative_error
-from tests.helpers.compiled import LEVELS, check_gradients, compiled, gradients, output, two_forwards
 from tests.helpers.rounding import rounding_of
+from tests.runtime.graphs.compiled import LEVELS, check_gradients, compiled, gradients, output, two_forwards
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
