@@ -91,7 +91,10 @@ _STATIC = ("lora", "lora_params", "dora")
 _FASTER = dict.fromkeys(("lora", "dora"), rates(8e-2))
 _SLOWER = dict.fromkeys((*_STATIC, "lora_gated"), rates(1e-3))
 _SLOWER_CORES = dict.fromkeys(("nara", "nara_gated", "nara_gated_samples"), with_core((2e-3, 2.5e-3), (1e-3, 2.5e-3)))
-_SLOWEST = dict.fromkeys((*_STATIC, "lora_gated"), rates(1e-3, 5e-4)) | {"lora_gated_samples": rates(1e-3, 5e-4)}
+_SLOWEST = {
+    **dict.fromkeys(("lora", "dora", "lora_gated_samples"), rates(1e-3, 5e-4)),
+    **dict.fromkeys(("lora_params", "lora_gated"), rates(1e-3, 5e-4, 2.5e-4)),
+}
 _GATED = ("lora_gated", "lora_gated_samples", "nara_gated", "nara_gated_samples")
 _ABLATIONS = ("nara_constant", "nara_shuffled")
 _LEADING = ("lora", "lora_params", "dora", "nara")
