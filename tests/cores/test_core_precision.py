@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import core_matrix, noise_level
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
-from tests.helpers.tiny_unet import tiny_unet
+from tests.helpers.pipelines.unet import tiny_unet
 
 LEVELS = torch.tensor([0.0, 0.31, 0.77, 1.0])
 

@@ -24,8 +24,8 @@ from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.noise.ablations import mean_core
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, core_by_hand, disturb, nara_config, relative_error
 from tests.helpers.core_types import Affine, Still
-from tests.helpers.recomputation import EXACT, REENTRANT, TARGETS, check, gradients, llama_loss
-from tests.helpers.recomputation import LEVELS as RECOMPUTED
+from tests.helpers.layers.recomputation import EXACT, REENTRANT, TARGETS, check, gradients, llama_loss
+from tests.helpers.layers.recomputation import LEVELS as RECOMPUTED
 from tests.helpers.small_pipelines import small_sdxl
 from tests.loaders.adapters import predict, trained
 

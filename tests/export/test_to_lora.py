@@ -24,9 +24,9 @@ from tests.helpers.adapted import (
 )
 from tests.helpers.core_types import TYPES, Affine
 from tests.helpers.exported import EXACT, assert_same_update, loaded, update_of
-from tests.helpers.layer_formulas import CONVOLUTIONS, LINEARS
+from tests.helpers.layers.formulas import CONVOLUTIONS, LINEARS
+from tests.helpers.pipelines.unet import tiny_unet
 from tests.helpers.rounding import rounding_of
-from tests.helpers.tiny_unet import tiny_unet
 
 TARGETS = ["first", "second"]
 PATTERNS: dict[str, Any] = {"rank_pattern": {"second": 2}, "alpha_pattern": {"second": 5}}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import OneLayer, disturb, lora_config, nara_config
-from tests.helpers.beside_lora import LEVELS
+from tests.helpers.layers.beside_lora import LEVELS
 
 
 def embedding() -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, default_core, disturb, nara_config, relative_error
-from tests.helpers.layer_formulas import LEVELS, TIGHT, convolution_by_hand, linear, linear_by_hand
+from tests.helpers.layers.formulas import LEVELS, TIGHT, convolution_by_hand, linear, linear_by_hand
 
 # ---------------------------------------------------------------- LoRA's options
 

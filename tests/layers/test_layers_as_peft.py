@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import OneLayer, TwoLayers, disturb, lora_config, nara_config
-from tests.helpers.layer_formulas import CONVOLUTIONS, LEVELS, LINEARS, conv1d_of_transformers
+from tests.helpers.layers.formulas import CONVOLUTIONS, LEVELS, LINEARS, conv1d_of_transformers
 
 
 def identical_pair(make: Any, **options: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted
-from tests.helpers.beside_lora import TARGETS, beside_lora
+from tests.helpers.layers.beside_lora import TARGETS, beside_lora
 
 LENGTHS = (3, 5, 1)
 LEVELS = torch.tensor([0.05, 0.5, 0.93])

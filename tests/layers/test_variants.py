@@ -10,7 +10,7 @@ from torch import nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import OneLayer, TwoLayers, adapted, core_by_hand, default_core, relative_error
-from tests.helpers.layer_formulas import (
+from tests.helpers.layers.formulas import (
     CONVOLUTIONS,
     LEVELS,
     LINEARS,

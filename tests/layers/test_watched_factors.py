@@ -16,7 +16,7 @@ import nara_diffusion.layers.dora as dora_layers
 import nara_diffusion.layers.variants as variants
 from nara_diffusion import noise_level
 from tests.helpers.adapted import TwoLayers, adapted, default_core, relative_error
-from tests.helpers.beside_lora import LEVELS, TARGETS, assert_alike, beside_lora, outcome
+from tests.helpers.layers.beside_lora import LEVELS, TARGETS, assert_alike, beside_lora, outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
 from nara_diffusion.noise.signals import NoiseSignals
 from tests.helpers.adapted import TwoLayers, adapted
-from tests.helpers.recomputation import at
+from tests.helpers.layers.recomputation import at
 from tests.helpers.two_layers import LEVELS, TARGETS, expect
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from nara_diffusion import noise_level, set_strength
 from tests.helpers.adapted import OneLayer, TwoLayers, relative_error
-from tests.helpers.layer_formulas import CONVOLUTIONS, LINEARS, TIGHT, convolution_by_hand, linear_by_hand
+from tests.helpers.layers.formulas import CONVOLUTIONS, LINEARS, TIGHT, convolution_by_hand, linear_by_hand
 from tests.strength.models import ADAPTERS, LEVELS, SCHEDULE, adapted_by, core_at, strength_by_hand
 
 DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "DoRA"])

@@ -16,8 +16,8 @@ from torch import nn
 from nara_diffusion import NaraConfig
 from nara_diffusion.tuner.config_files import config_from_fields, config_to_fields
 from tests.helpers.adapted import adapted
-from tests.helpers.saved_adapters import TARGETS, base_model, output, reseeded_base, saved
-from tests.helpers.wrong_settings import ALWAYS_THERE, LATER, MAY_BE, WRONG
+from tests.helpers.files.saved_adapters import TARGETS, base_model, output, reseeded_base, saved
+from tests.helpers.files.wrong_settings import ALWAYS_THERE, LATER, MAY_BE, WRONG
 
 CONFIG = "adapter_config.json"
 UNTOUCHED = base_model(), adapted(base_model(), target_modules=TARGETS)

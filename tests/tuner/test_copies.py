@@ -11,7 +11,7 @@ from torch import nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import OneLayer, adapted, disturb
-from tests.helpers.saved_adapters import LEVELS, TARGETS, base_model, output
+from tests.helpers.files.saved_adapters import LEVELS, TARGETS, base_model, output
 
 
 def through_pickle(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from tests.helpers.adapted import adapted, nara_config
-from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
+from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 
 CONFIG = "adapter_config.json"
 
@@ -77,7 +77,7 @@ def test_a_process_killed_while_it_saves_leaves_the_adapter_that_was_there(tmp_p
     program = """if True:
     import os, sys, peft.peft_model
     from tests.helpers.adapted import adapted
-    from tests.helpers.saved_adapters import TARGETS, base_model
+    from tests.helpers.files.saved_adapters import TARGETS, base_model
     def save(tensors, path, **options):
         with open(path, "wb") as file:
             file.write(b"half of the weights")

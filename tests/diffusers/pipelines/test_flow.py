@@ -13,8 +13,8 @@ from diffusers import (
 from PIL import Image
 
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, latents, watch
+from tests.helpers.pipelines.wan import small_wan, wan_latents
 from tests.helpers.small_pipelines import small_flux, small_sd3
-from tests.helpers.small_wan import small_wan, wan_latents
 
 TARGETS = [*ATTENTION, "add_k_proj", "proj_mlp", "linear_1"]
 

@@ -20,8 +20,8 @@ from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEuler
 from tests.diffusers.reference import ATTENTION, ROUNDING, adapt, compare_calls, level_of, watch
 from tests.helpers.denoisers.adapted import WARNINGS_OF_DIFFUSERS
 from tests.helpers.denoisers.models import denoiser
+from tests.helpers.pipelines.wan import small_wan, wan_latents
 from tests.helpers.small_pipelines import small_vae
-from tests.helpers.small_wan import small_wan, wan_latents
 
 pytestmark = WARNINGS_OF_DIFFUSERS
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nara_diffusion.dreambooth.cache.codecs import posterior_of, scale_latents
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of
-from tests.helpers.family_pipelines import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
+from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
 from tests.helpers.rounding import rounding_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(guidance|max_sequence_length|cfg).*")

@@ -15,7 +15,7 @@ from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.objectives import build_objective
 from tests.helpers.denoisers.adapted import told
-from tests.helpers.family_pipelines import FAMILY_PIPELINES
+from tests.helpers.pipelines.families import FAMILY_PIPELINES
 
 PROMPTS = ["a toy", "a red toy on grass"]
 LENGTHS = {"sd3": 5, "flux": 12, "flux2": 64, "z_image": 96, "qwen_image": 300, "wan": 20}

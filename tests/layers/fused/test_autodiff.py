@@ -14,7 +14,7 @@ from torch.func import functional_call
 from nara_diffusion import noise_level
 from nara_diffusion.runtime.modules import find_holders
 from tests.helpers.adapted import TwoLayers
-from tests.helpers.beside_lora import assert_alike, beside_lora
+from tests.helpers.layers.beside_lora import assert_alike, beside_lora
 
 pytestmark = [
     pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"]),

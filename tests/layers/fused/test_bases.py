@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from tests.helpers.adapted import TwoLayers
-from tests.helpers.beside_lora import TARGETS, assert_alike, beside_lora, outcome
+from tests.helpers.layers.beside_lora import TARGETS, assert_alike, beside_lora, outcome
 
 # ---------------------------------------------------------------------- another tuner of PEFT's below
 

@@ -16,7 +16,7 @@ from nara_diffusion.loaders import insertion as adapters
 from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter
 from nara_diffusion.training.formats import load_checkpoint
 from tests.helpers.adapted import disturb
-from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model
+from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model
 from tests.helpers.small_pipelines import small_sdxl
 from tests.loaders.adapters import trained
 

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.helpers.files.wrong_settings import ALWAYS_THERE, MAY_BE, WRONG
 from tests.helpers.small_pipelines import small_sdxl
-from tests.helpers.wrong_settings import ALWAYS_THERE, MAY_BE, WRONG
 from tests.loaders.adapters import FILE, State
 
 KEY = "nara_adapter_metadata"

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from nara_diffusion import noise_level
 from tests.diffusers.reference import ATTENTION, watch
 from tests.helpers.adapted import disturb, nara_config
+from tests.helpers.pipelines.wan import small_wan, wan_latents
 from tests.helpers.small_pipelines import small_sd
-from tests.helpers.small_wan import small_wan, wan_latents
 
 BOTH = ("transformer", "transformer_2")
 

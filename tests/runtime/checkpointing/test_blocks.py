@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from nara_diffusion import NaraConfig, noise_level
 from nara_diffusion.tuner.forward_hook import detach_holder
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
-from tests.helpers.recomputation import (
+from tests.helpers.layers.recomputation import (
     EXACT,
     LEVELS,
     REENTRANT,

@@ -17,8 +17,7 @@ from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config
-from tests.helpers.patience import LAST_RESORT, all_at_once
-from tests.helpers.recomputation import (
+from tests.helpers.layers.recomputation import (
     EXACT,
     LEVELS,
     REENTRANT,
@@ -32,6 +31,7 @@ from tests.helpers.recomputation import (
     seeded,
     square,
 )
+from tests.helpers.patience import LAST_RESORT, all_at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 

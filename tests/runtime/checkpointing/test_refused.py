@@ -16,7 +16,17 @@ from transformers import LlamaForCausalLM
 from nara_diffusion import noise_level, set_noise_source
 from nara_diffusion.noise.signals import NoiseSignals
 from tests.helpers.adapted import TwoLayers, adapted, nara_config
-from tests.helpers.recomputation import EXACT, LEVELS, REENTRANT, TARGETS, at, check, gradients, llama_forwards, square
+from tests.helpers.layers.recomputation import (
+    EXACT,
+    LEVELS,
+    REENTRANT,
+    TARGETS,
+    at,
+    check,
+    gradients,
+    llama_forwards,
+    square,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 

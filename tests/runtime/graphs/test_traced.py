@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import TwoLayers, adapted, relative_error
-from tests.helpers.beside_lora import LEVELS, TARGETS
-from tests.helpers.tiny_unet import tiny_unet
+from tests.helpers.layers.beside_lora import LEVELS, TARGETS
+from tests.helpers.pipelines.unet import tiny_unet
 
 pytestmark = [
     *(

@@ -21,7 +21,7 @@ from transformers import (
 
 from nara_diffusion import noise_level
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config
-from tests.helpers.recomputation import check, gradients
+from tests.helpers.layers.recomputation import check, gradients
 from tests.helpers.two_layers import LEVELS, TARGETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

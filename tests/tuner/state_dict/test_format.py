@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 
 from nara_diffusion import core_matrix, noise_level
 from tests.helpers.adapted import adapted, disturb, nara_config
-from tests.helpers.saved_adapters import LEVELS, TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
+from tests.helpers.files.saved_adapters import LEVELS, TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 
 CORES: dict[str, dict[str, Any]] = {
     "fourier": {},

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.adapted import adapted
-from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model, saved
+from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, saved
 
 SHARINGS = ["global", "module_type", "layer"]
 CORES: list[dict[str, Any]] = [

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from tests.helpers.adapted import adapted, disturb, nara_config
-from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
+from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 
 
 def test_two_adapters_save_each_its_own_and_load_under_any_name(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.training.formats import load_checkpoint
 from tests.helpers.adapted import adapted, lora_config, nara_config
-from tests.helpers.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
+from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 
 CORE = "base_model.model.nara_core.shared."
 A_KEY = "base_model.model.first.lora_A.weight"
@@ -209,7 +209,7 @@ def test_a_configuration_that_names_no_module_is_refused_by_name(targets, tmp_pa
 
 @pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])
 def test_an_adapter_is_not_saved_as_a_lora(tmp_path, core_type):
-    from tests.helpers.tiny_unet import tiny_unet
+    from tests.helpers.pipelines.unet import tiny_unet
 
     unet = tiny_unet()
     unet.add_adapter(nara_config(target_modules=["to_q"], core_type=core_type))
@@ -223,7 +223,7 @@ def test_an_adapter_is_not_saved_as_a_lora(tmp_path, core_type):
 
 
 def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
-    from tests.helpers.tiny_unet import tiny_unet
+    from tests.helpers.pipelines.unet import tiny_unet
 
     unet = tiny_unet()
     unet.add_adapter(nara_config(target_modules=["to_q"]))

@@ -19,7 +19,7 @@ from nara_diffusion.dreambooth.arguments.conditions import check_family
 from nara_diffusion.dreambooth.evaluation.sampling import sample_batch
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.training.arguments.cli import parse_arguments
-from tests.helpers.family_pipelines import FAMILY_PIPELINES, small_wan_images
+from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_wan_images
 from tests.train_scripts.dreambooth_runs import WEIGHTS, by_the_card, fresh_accelerate, tiny_arguments, written
 from train_scripts.dreambooth import family_defaults, main, shipped_run
 
