@@ -1,7 +1,7 @@
 """Loading, saving and unloading the NaRA adapter of a Diffusers pipeline.
 
-source → format → checks → adapters or hotswap, each knowing the ones before it; `completeness` compares what is in the
-model after any load with its file; `pipelines` has the three methods.
+The order is source → format → validation → insertion or hotswap. `completeness` compares the model with the file after
+each load. `weights` has the three methods of pipelines.
 """
 
 from .format import WEIGHTS_NAME

@@ -1,4 +1,4 @@
-"""A check after each load: the model has every tensor of the file, and no further adapted layer.
+"""A check after each load: the model has every tensor of the file, and no other adapted layer.
 
 PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and leave their layers at
 random values. So adapters of this package are compared with their file after loading.
@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
+
+from .source import read_peft_weights
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -25,10 +28,13 @@ def load_peft_adapter(model: nn.Module, source: str | Path, **options: Any) -> P
         source: folder or repository. options: `revision`, `subfolder`, ….
 
     Raises:
-        ValueError: as `check_loaded`.
+        ValueError: the folder's weights are missing or damaged; or as `check_loaded`.
     """
+    folder = Path(source, options.get("subfolder") or "")
+    is_local = (folder / CONFIG_NAME).is_file()
+    tensors = read_peft_weights(folder) if is_local else load_peft_weights(str(source), device="cpu", **options)
     adapted: Any = PeftModel.from_pretrained(model, str(source), **options)  # type: ignore[arg-type]
-    check_loaded(adapted, "default", load_peft_weights(str(source), device="cpu", **options), str(source))
+    check_loaded(adapted, "default", tensors, str(source))
     return adapted
 
 
@@ -86,14 +92,14 @@ def check_loaded(
 
 
 def held_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors that PEFT would save of the adapter in `model`, without base weights."""
-    # given the tensors, PEFT doesn't take a layer of which AdaLoRA has dropped all directions for a shard
+    """The adapter's tensors in `model` that PEFT would save, without base weights."""
+    # without a state dict, PEFT takes a layer of which AdaLoRA has dropped all directions for a shard
     state = model.state_dict()
     return get_peft_model_state_dict(model, state, adapter_name=adapter_name, save_embedding_layers=False)
 
 
 def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by names that PEFT, Diffusers and Transformers share."""
+    """The tensors by their names in the model, without what only PEFT adds to them."""
     return {key.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
 
 
@@ -106,7 +112,7 @@ def _equal(held: Tensor, given: Tensor) -> bool:
 
 
 def _layers(keys: Iterable[str], prefix: str) -> list[str]:
-    """The layers that tensors of these names belong to; `prefix` begins the names of what the method adds to one."""
+    """The layers to which the tensors of these keys belong. `prefix`: how the method's own names begin (lora_, …)."""
     names = []
     for key in keys:
         parts = key.split(".")

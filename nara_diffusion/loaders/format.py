@@ -1,4 +1,4 @@
-"""The file format of a pipeline's NaRA: one safetensors file, with the configuration in its metadata.
+"""The file format of a pipeline's NaRA: one safetensors file, with the configurations in its metadata.
 
     unet.down_blocks.1.….to_q.lora_A.weight      A, B and, for DoRA, the magnitude, of each adapted module
     unet.nara_core.shared.layers.0.weight        the core, once a component

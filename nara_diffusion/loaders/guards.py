@@ -1,4 +1,4 @@
-"""Loading into an offloaded or wrapped pipeline: offloading is suspended meanwhile, as Diffusers does for a LoRA."""
+"""Loading into offloaded pipelines, whose offloading is suspended meanwhile as for a LoRA, and into wrapped models."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ def check_none_left_out(pipe: Any, models: dict[str, nn.Module], name: str) -> N
     if others:
         raise ValueError(
             f"Adapter '{name}' is in {', '.join(map(repr, others))} too, which a pipeline's file has no place for: "
-            f"save that part by peft.PeftModel, or take it out first, e.g. pipe.{others[0]}.delete_adapters('{name}')."
+            f"save that part by peft.PeftModel, or remove it first, e.g. pipe.{others[0]}.delete_adapters('{name}')."
         )

@@ -46,23 +46,26 @@ _HAS_TO_AGREE = (
     "lora_bias",
     "lora_dropout",
 )
-"""Fields that define the modules, which hotswap keeps. The rest of an adapter is tensors, scales and η."""
+"""Fields that define the modules, which hotswap keeps. All else of an adapter is tensors, scales and η."""
 
 _REMEDY = "load it without hotswap under another name, and delete the old one."
 
 
 def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
-    """Make room for other ranks and scales, if `enable_lora_hotswap` was called since the last load.
+    """Pad the adapters to the target rank, if `enable_lora_hotswap` was called since the last load.
 
     Raises:
-        ValueError: the adapter's rank is above the target rank. RuntimeError: the model is compiled already.
+        ValueError: an adapter's rank is above the target rank. RuntimeError: the model is compiled already.
     """
     request = getattr(model, REQUEST, None)
     if request is None:
         return
     target, own = request["target_rank"], max(layer.r[adapter_name] for layer in _layers(model, adapter_name).values())
     if own > target:
-        raise ValueError(f"enable_lora_hotswap was given target_rank={target}, but this adapter has rank {own}.")
+        raise ValueError(
+            f"enable_lora_hotswap was given target_rank={target}, but this adapter has rank {own}: give it the largest "
+            "rank of all adapters."
+        )
     check_enlargeable(model, target)
     prepare_model_for_compiled_hotswap(model, **request)
     enlarge_cores(model, target)

@@ -1,4 +1,4 @@
-"""An adapter's repository on the Hub: its file, and a card that says how to load it."""
+"""Upload of an adapter to the Hub, with a model card that says how to load it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_hub_options(push_to_hub: bool, options: Mapping[str, Any]) -> None:
     unknown = [name for name in options if name not in OPTIONS]
     if unknown:
         raise ValueError(
-            f"save_nara_weights has no argument {unknown[0]!r}; of the Hub's it takes {', '.join(OPTIONS)}."
+            f"save_nara_weights has no argument {unknown[0]!r}; for the Hub it takes {', '.join(OPTIONS)}."
         )
     if options and not push_to_hub:
         raise ValueError(f"{', '.join(options)} is for push_to_hub=True: pass that too.")
@@ -32,7 +32,7 @@ def check_hub_options(push_to_hub: bool, options: Mapping[str, Any]) -> None:
 def push(
     pipe: Any, folder: Path, weight_name: str, parts: Mapping[str, AdapterPart], options: Mapping[str, Any]
 ) -> None:
-    """Makes the repository if need be, and uploads the adapter's file and card, nothing else of the folder.
+    """Create the repository if there is none, and upload the adapter's file and model card, nothing else.
 
     Args:
         options: `repo_id` (by default the folder's name, in the user's namespace), `token`, `private`,
@@ -57,7 +57,7 @@ def push(
 
 
 def card(pipe: Any, repository: str, weight_name: str, parts: Mapping[str, AdapterPart]) -> str:
-    """The model card of an adapter: the Hub's metadata, what it is, and how to load it."""
+    """The model card of an adapter: metadata, a description, and how to load it."""
     base = getattr(pipe.config, "_name_or_path", None) or None
     front = front_matter("diffusers", ["nara", "lora", "diffusers", "text-to-image"], base, ADAPTER)
     adapted = ", ".join(f"{name} (rank {part.config.r}, core {part.config.core_type})" for name, part in parts.items())

@@ -21,24 +21,24 @@ from .completeness import check_loaded, held_tensors
 from .format import AdapterPart, is_core_key
 
 _LOADED_FLAG = "_hf_peft_config_loaded"
-"""By this Diffusers and Transformers know whether a model has adapters."""
+"""The attribute by which Diffusers and Transformers know that a model has adapters."""
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
-    """Adapter name → configuration, of whatever type."""
+    """{adapter name: configuration} of all adapters."""
     return getattr(model, "peft_config", None) or {}
 
 
 def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
-    """The same, of NaRA adapters alone."""
+    """{adapter name: configuration} of the NaRA adapters."""
     return {name: config for name, config in adapters_of(model).items() if isinstance(config, NaraConfig)}
 
 
 def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
-    """Add an adapter that `check_part` let pass, inside `rollback_on_error`.
+    """Add an adapter, after `check_part`, inside `rollback_on_error`.
 
-    A, B and magnitudes take the dtype of their base layer, as those of a LoRA do, or float32 where layerwise casting
-    stores that as float8; the core stays in float32.
+    A, B and magnitudes take the dtype of their base layer, like those of a LoRA, or float32 if layerwise casting stores
+    the base as float8; the core stays in float32.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
@@ -53,7 +53,7 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
 
 
 def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Module name → its tensors by their names in it; those of the core stand under an empty name."""
+    """{module: {name in the module: tensor}}; those of the core have the module name ""."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if is_core_key(key):
@@ -65,7 +65,7 @@ def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _fill_layer(layer: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Let an adapted layer have these tensors. (PEFT's own way goes four times through the whole model.)"""
+    """Set the tensors of an adapted layer. (PEFT's own function walks four times over the whole model.)"""
     device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
     dtype = factor_dtype(dtype)
     for key, tensor in tensors.items():
@@ -89,12 +89,12 @@ def _fill_core(cores: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
-    """The adapter as a file holds it."""
+    """The adapter's configuration and tensors, as saved in a file."""
     return AdapterPart(nara_adapters_of(model)[adapter_name], held_tensors(model, adapter_name))
 
 
 def remove(model: nn.Module, adapter_names: list[str]) -> None:
-    """Remove adapters. The others stay as they are, active or not; without any the model is the base again."""
+    """Remove adapters. The others stay as they are, active or not; without any, the base model is restored."""
     layers, trainable = tuner_layers(model), _trainable(model)
     active = [[name for name in layer.active_adapters if name not in adapter_names] for layer in layers]
     with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def remove(model: nn.Module, adapter_names: list[str]) -> None:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Put base layers back where no adapter is left, and forget that there were adapters if none is."""
+    """Restore base layers that have no adapter left, and, without any adapter, the attributes of the model."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, LoraLayer) and not child.r:
@@ -128,7 +128,7 @@ def tuner_layers(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def rollback_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """An error inside takes the adapter back, and leaves the model as it was."""
+    """After an error inside, remove the adapter and restore the model."""
     trainable, flag = _trainable(model), model.__dict__.get(_LOADED_FLAG)
     states = [(layer, list(layer.active_adapters)) for layer in tuner_layers(model)]
     try:

@@ -1,4 +1,4 @@
-"""Names of adapters in a pipeline: which one a new adapter gets, and which one is meant."""
+"""Names of adapters in a pipeline: that of a new adapter, and that of the adapter to save."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def name_to_load(models: dict[str, nn.Module], name: str | None, hotswap: bool) 
     """The name that an adapter is loaded under: `name`, or the first free default_N.
 
     Raises:
-        ValueError: a name that can't be one, a duplicate, or for a hotswap one that isn't there.
+        ValueError: an invalid name; a duplicate adapter name; or, for a hotswap, the name of no adapter.
     """
     existing = sorted({name for model in models.values() for name in adapters_of(model)})
     if hotswap:
@@ -44,7 +44,7 @@ def name_to_load(models: dict[str, nn.Module], name: str | None, hotswap: bool) 
 
 
 def name_to_save(models: dict[str, nn.Module], name: str | None) -> str:
-    """The adapter that is meant: `name`, else "default", or the only one that there is.
+    """The name of the adapter to save: `name`; if None, that of the only NaRA, or else "default".
 
     Raises:
         ValueError: there is no NaRA of that name.

@@ -1,6 +1,6 @@
-"""Reading an adapter from a path, a repository or a dictionary. It does not change the pipeline.
+"""Reading an adapter from a path, a repository or a dictionary.
 
-It reads two formats: the file of `save_nara_weights` (see `format`), and PEFT's folder, with adapter_config.json and
+There are three formats: the file of `save_nara_weights` (see `format`); PEFT's folder, with adapter_config.json and
 adapter_model.safetensors, which `save_pretrained` and `train_scripts/dllm.py` write; and files of other programs (see
 `foreign`).
 """
@@ -16,8 +16,10 @@ from typing import Any
 
 from diffusers.utils.hub_utils import _get_model_file
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import load_peft_weights
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from peft.utils import WEIGHTS_NAME as PEFT_TORCH_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def read_adapter(
         hub: revision, token, cache_dir, force_download, proxies, local_files_only.
 
     Raises:
-        ValueError: nothing there, something else there, or a damaged file. OSError: the hub's answer.
+        ValueError: there is no file, or it is damaged or of another kind. OSError: the Hub's error.
     """
     if use_safetensors is False:
         raise ValueError("NaRA adapters are read from safetensors files only: leave use_safetensors out.")
@@ -147,9 +149,24 @@ def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str] | Non
             return {key: _copy(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"'{path}' is no whole safetensors file ({error}): it was cut off, so download or save it again, or has "
-            "another format, of which none is read."
+            f"'{path}' is no whole safetensors file ({error}): download or save it again if it was cut off; other "
+            "formats are not read."
         ) from None
+
+
+def read_peft_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of any adapter in a folder of PEFT, by PEFT's keys.
+
+    Raises:
+        ValueError: there is no file of weights, or it is damaged.
+    """
+    if (folder / PEFT_WEIGHTS_NAME).is_file():
+        return read_file(folder / PEFT_WEIGHTS_NAME)[0]
+    if not (folder / PEFT_TORCH_WEIGHTS_NAME).is_file():  # PEFT would look for the folder on the Hub
+        raise ValueError(
+            f"There is no '{PEFT_WEIGHTS_NAME}' beside '{PEFT_CONFIG_NAME}' in '{folder}': PEFT writes both, copy both."
+        )
+    return load_peft_weights(str(folder), device="cpu")
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from nara_diffusion.tuner.state_dict import check_adapter_tensors
 from .format import AdapterPart, is_core_key
 
 TEXT_ENCODER = "text_encoder"
-"""How the names of those components begin."""
+"""The beginning of the names of the text encoders' components."""
 
 _OTHER_BASE = "It was trained on another base model: load the pipeline that it was trained on."
 
@@ -77,7 +77,7 @@ def _refusal(component: str, what: str) -> str:
 
 
 def expected_tensors(model: nn.Module, part: AdapterPart) -> dict[str, Tensor]:
-    """Name → a meta tensor of the required shape."""
+    """{key: meta tensor of the required shape} of all tensors that `part` has to have."""
     config, modules = part.config, dict(base_modules(model))
     expected: dict[str, Tensor] = {}
     groups: dict[str, int] = {}
@@ -108,7 +108,7 @@ def _shapes(layer: Any, rank: int, config: NaraConfig) -> dict[str, tuple[int, .
     else:
         d_in, d_out = _get_in_out_features(layer)
         if d_in is None or d_out is None:
-            raise ValueError(f"The adapter adapts a {type(layer).__name__}, which is no layer that has such adapters.")
+            raise ValueError(f"The adapter adapts a {type(layer).__name__}, a type of layer that NaRA doesn't adapt.")
         magnitude = (d_out,)
         shapes = {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
     if config.lora_bias:
@@ -144,7 +144,7 @@ def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The base model's modules by name, adapted ones in their wrapper; neither adapters nor cores."""
+    """(name, module) of the base model's modules, adapted ones as their tuner layers; no adapters, no cores."""
     left = [("", model)]
     while left:
         prefix, module = left.pop()

@@ -48,12 +48,12 @@ def load_nara_weights(
     set_scheduler: bool = True,
     rank_mask_min: int | None = None,
 ) -> None:
-    """Load a NaRA adapter into the denoiser, and its text-encoder part, if it has one, into the text encoders.
+    """Load a NaRA adapter into the denoiser, and its part for text encoders, if there is one, into those.
 
-    It checks everything before it changes anything. Afterwards the pipeline's `set_adapters`, `delete_adapters`,
-    `disable_lora`, `unload_lora_weights`, … work as for a LoRA; λ is read from each step's timestep. An adapter that
-    changes what the model predicts (e.g. to the velocity of a rectified flow) brings its scheduler: the pipeline uses
-    it while the adapter is active, and its own one otherwise.
+    Everything is checked before anything is changed. Afterwards `set_adapters`, `delete_adapters`, `disable_lora`,
+    `unload_lora_weights`, … work as for a LoRA; λ is read from the timestep of each step. An adapter that changes what
+    the model predicts (e.g. to the velocity of a rectified flow) brings its scheduler, which the pipeline uses while
+    the adapter is active.
 
     Args:
         pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a repository on
@@ -75,7 +75,7 @@ def load_nara_weights(
         low_cpu_mem_usage: skip the initialisation of weights that the load replaces.
         metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.
         set_scheduler: False leaves the scheduler to you; a warning says which one the adapter needs.
-        rank_mask_min: of a T-LoRA by another program, whose file doesn't say it: directions that stay in pure noise.
+        rank_mask_min: for a T-LoRA of another program, whose file doesn't have it: the rank at pure noise, 1 or more.
 
     Raises:
         ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind (a LoRA); the adapter
@@ -129,9 +129,9 @@ def save_nara_weights(
     push_to_hub: bool = False,
     **hub: Any,
 ) -> None:
-    """Save one NaRA adapter of all components in one file, atomically.
+    """Save one NaRA adapter, of all components, to one file, whole or not at all.
 
-    It includes components that PEFT has wrapped, `pipe.unet = get_peft_model(pipe.unet, …)`.
+    Components that PEFT has wrapped (`pipe.unet = get_peft_model(pipe.unet, …)`) are included.
 
     Args:
         save_directory: the folder; it is created if it does not exist.
@@ -144,8 +144,8 @@ def save_nara_weights(
         hub: repo_id (by default the folder's name, in your namespace), token, private, commit_message, create_pr.
 
     Raises:
-        ValueError: there is no such adapter; it is in components that the file has no place for; `save_directory` is a
-            file; or the name does not end in .safetensors.
+        ValueError: there is no such adapter; it is in a component that the file can't hold, such as a ControlNet;
+            `save_directory` is a file; or `weight_name` does not end in .safetensors.
     """
     if not safe_serialization:
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
@@ -176,7 +176,7 @@ def save_nara_weights(
 def unload_nara_weights(self: Any) -> None:
     """Remove all NaRA adapters of the pipeline, and restore its own scheduler. LoRAs stay as they are.
 
-    Fused weights stay fused, as for a LoRA: call `unfuse_lora` before.
+    Fused weights stay fused, as with a LoRA: call `unfuse_lora` first.
     """
     models = {name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)}
     for component, model in models.items():

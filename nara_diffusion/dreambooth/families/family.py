@@ -1,10 +1,12 @@
-"""What the script has to know of a family of image models; `table` lists them, and each has a file in `unet` or `flow`.
+"""The interface of a family of image models: how prompts are encoded and the denoiser is called.
+
+`table` lists the families; each has a file in `unet` or `flow`.
 
     prompts → encode → embeddings, a tuple of (b, …)
     x_λ (b, c, h, w), timestep (b,), embeddings → call → prediction (b, c, h, w)
 
-x_λ, the timestep and the prediction are those of the objective: of a rectified flow x_σ = (1 − σ) x + σ ε, N σ and
-ε − x. What a denoiser takes in their place (σ, 1 − σ, tokens in place of a grid, the negative) stands in `call` alone.
+x_λ, the timestep and the prediction are those of the objective; for a rectified flow x_σ = (1 − σ) x + σ ε, N σ and
+ε − x. Only `call` converts them to what the denoiser takes: σ, 1 − σ, tokens in place of a grid, the negative.
 """
 
 from __future__ import annotations
@@ -22,13 +24,12 @@ TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a run, or its pipeline, settles of how prompts are encoded and the denoiser is called.
+    """Settings, by the arguments of the run or by the pipeline, of how prompts are encoded and the denoiser is called.
 
     Attributes:
-        max_sequence_length: tokens of a prompt, for families whose text encoders read more or less, or which read it in
-            chunks; None for what CLIP has places for.
-        guidance: what a denoiser with distilled guidance is told; None for others.
-        clip_skip: as the pipelines have it, layers of CLIP that are left out at its end; None takes their default.
+        max_sequence_length: the tokens of a prompt; None: CLIP's own length.
+        guidance: the guidance scale that a denoiser with distilled guidance is given; None for others.
+        clip_skip: the number of CLIP's last layers that are skipped, as in the pipelines; None: their default.
         timestep_of_tokens: whether the denoiser takes one timestep for each token.
     """
 
@@ -43,10 +44,10 @@ class Call:
     """One call of a denoiser, in the objective's terms.
 
     Attributes:
-        sample: (b, c, h, w), x_λ in the denoiser's dtype.
+        sample: x_λ (b, c, h, w), in the denoiser's dtype.
         timestep: (b,).
-        embeddings: of the prompts, those that are no masks in the denoiser's dtype.
-        time_ids: (b, 6), (H, W, top, left, h, w) of `Crop`.
+        embeddings: of the prompts, each (b, …); those that are floating point in the denoiser's dtype.
+        time_ids: (b, 6), the (H, W, top, left, h, w) of each `Crop`, in pixels.
         conditions: of the run.
     """
 
@@ -76,29 +77,28 @@ class Family:
     Attributes:
         name: for tables and tags.
         title: for messages.
-        pipelines: the classes in `model_index.json`.
-        parts: names of the embeddings.
-        encoder: (pipe, prompts, conditions) → embeddings. Of `pipe` it reads tokenizers and text encoders, which may be
-            adapted ones if they are in `text_encoders`.
-        caller: (denoiser, `Call`) → the prediction.
-        divisor: (pipe) → what sides of images are multiples of.
-        denoiser: its name in the pipeline.
-        text_encoders: names of those that can be trained too.
-        tokenizers: of these; in other families the one that tells how many tokens a prompt has.
-        in_chunks: whether CLIP reads prompts of more than its 77 tokens in chunks (`long_prompts`).
-        cut_short: those of them whose last layer isn't read.
-        clips: text encoders of which layers can be left out at their end.
-        no_clip_skip: why there are none, for messages.
-        targets: modules that are adapted by default.
-        defaults: other arguments that differ from the script's own defaults.
-        is_flow: whether it is a rectified flow, as its scheduler says too.
-        conditions: see there.
-        fit: (pipe, family) → the family with what this pipeline settles; raises ValueError for one that can't be
-            trained.
-        sampling: (arguments of a call, number of images) → what the pipeline's call takes for them.
-        images_of: from the call's output to images (b, h, w, 3).
-        picked: the same of one image in code, for model cards.
-        dtype_of: (denoiser) → what it takes samples and embeddings in.
+        pipelines: names of the pipelines' classes, as in `model_index.json`.
+        parts: names of the embeddings that `encoder` returns.
+        encoder: (pipe, prompts, conditions) → embeddings, by the tokenizers and text encoders of `pipe`; those in
+            `text_encoders` may be adapted.
+        caller: (denoiser, `Call`) → prediction.
+        divisor: pipe → the number that the sides of images have to be multiples of.
+        denoiser: the name of the component.
+        text_encoders: the components that can be trained too.
+        tokenizers: those of `text_encoders`; without any, the one that counts the tokens of a prompt.
+        in_chunks: whether CLIP can read prompts of more than 77 tokens in chunks (`long_prompts`).
+        cut_short: those of `text_encoders` whose last layer isn't used.
+        clips: the text encoders that clip_skip applies to.
+        no_clip_skip: if there are none, the reason, for messages.
+        targets: the default of target_modules.
+        defaults: further arguments whose default isn't that of the script.
+        is_flow: whether the model is a rectified flow; its scheduler has to be one too.
+        conditions: the default `Conditions`.
+        fit: (pipe, family) → the family with the settings of this pipeline; raises ValueError if it can't be trained.
+        sampling: (arguments, number of images) → arguments of the pipeline's call.
+        images_of: output of the pipeline's call → images (b, h, w, 3).
+        picked: the code that takes the first image from that output, for model cards.
+        dtype_of: denoiser → the dtype of its inputs.
         loading: further arguments of `from_pretrained`.
         tags: of model cards.
     """
@@ -130,31 +130,31 @@ class Family:
     tags: tuple[str, ...] = ()
 
     def with_conditions(self, **changes: Any) -> Family:
-        """The same with those `Conditions` that aren't None."""
+        """The family with these `Conditions` changed, but for those that are None."""
         given = {name: value for name, value in changes.items() if value is not None}
         return replace(self, conditions=replace(self.conditions, **given))
 
     @property
     def sample_call(self) -> dict[str, Any]:
-        """Arguments by which `render` has a pipeline encode prompts under the same conditions."""
+        """The arguments with which `render` encodes prompts under the same conditions."""
         told = {name: getattr(self.conditions, name) for name in ("max_sequence_length", "clip_skip")}
         return {name: value for name, value in told.items() if value is not None}
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Embeddings:
-        """Of b prompts, each (b, …)."""
+        """The embeddings of b prompts, each (b, …)."""
         return self.encoder(pipe, list(prompts), self.conditions)
 
     def predict(
         self, denoiser: nn.Module, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: Embeddings
     ) -> Tensor:
-        """(b, c, h, w), what the objective compares with its target; shapes as in `Call`."""
+        """The prediction (b, c, h, w), which the objective compares with its target; shapes as in `Call`."""
         dtype = self.dtype_of(denoiser)
         cast = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in embeddings)
         return self.caller(denoiser, Call(sample.to(dtype), timestep, cast, time_ids, self.conditions))
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """(b, l, …) of tensors (l_i, …), zeros after the shorter ones."""
+    """Stack tensors (l_i, …) to (b, l, …), with zeros after the shorter ones."""
     longest = max(len(tensor) for tensor in tensors)
     if all(len(tensor) == longest for tensor in tensors):
         return torch.stack(list(tensors))

@@ -1,8 +1,8 @@
-"""The pipeline that is trained, and the pipeline that samples: two pipelines, one set of frozen weights.
+"""The pipeline that is trained, and the pipeline that samples, with one set of frozen weights.
 
-The sampling pipeline has modules of its own around the parameters of the trained one, so that adapters and gradient
-checkpointing reach only one of them. `load_nara_weights` on it gives what a user gets from a freshly loaded pipeline,
-without a second copy of the base model.
+The sampling pipeline has its own modules around the parameters of the trained one, so adapters and gradient
+checkpointing affect only one of them. `load_nara_weights` on it does what it does on a freshly loaded pipeline, without
+a second copy of the base model.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ def load_pipeline(
     variant: str | None = None,
     cache_dir: str | None = None,
 ) -> Any:
-    """A frozen pipeline on the CPU, of the class that its `model_index.json` names.
+    """Load a pipeline of the class that its `model_index.json` names: frozen, on the CPU.
 
     Args:
         name: folder, or id on the Hub.
-        dtype: of all but the autoencoder.
-        vae_name: another autoencoder's folder or id; None takes the pipeline's own.
+        dtype: of all components but the autoencoder.
+        vae_name: folder or id of another autoencoder; None takes the pipeline's own.
         vae_dtype: of the autoencoder.
         revision, variant: of the pipeline, and of its own autoencoder; variant is for example "fp16".
+        cache_dir: where downloads are kept.
 
     Raises:
-        ValueError: there is no such pipeline or autoencoder, or it is of no family that can be trained.
+        ValueError: there is no such pipeline or autoencoder, or its family can't be trained.
     """
     index = model_index(name, revision=revision, cache_dir=cache_dir)
     kind = index["_class_name"]
     family = family_named(kind)
     hub = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
     vae_source = {"subfolder": "vae", **hub} if vae_name is None else {"cache_dir": cache_dir}
-    # which Diffusers would miss, were they not said to be left out
+    # Diffusers fails for missing components unless they are passed as None
     absent = {part: None for part, classes in index.items() if classes == [None, None]}
     try:
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(vae_name or name, dtype=vae_dtype, **vae_source)
@@ -74,7 +75,7 @@ def load_pipeline(
 
 
 def loader_of(args: Any) -> Callable[..., Any]:
-    """`load_pipeline` with all but its dtypes as a DreamBoothArguments has them."""
+    """`load_pipeline` with the arguments of a DreamBoothArguments, all but the dtypes."""
     return partial(
         load_pipeline,
         args.pretrained_model_name_or_path,
@@ -86,7 +87,7 @@ def loader_of(args: Any) -> Callable[..., Any]:
 
 
 def check_trainable(pipe: Any, family: Family, name: str) -> None:
-    """Raises ValueError, with the model's name, for one that its family can't train."""
+    """Raises ValueError, with the model's name, if its family can't train the pipeline."""
     try:
         family.fit(pipe, family)
         _check_scheduler(pipe.scheduler, family)
@@ -98,8 +99,8 @@ def _check_scheduler(scheduler: Any, family: Family) -> None:
     prediction = prediction_by(scheduler)
     if family.is_flow and (prediction is None or prediction.kind != FLOW):
         raise ValueError(
-            f"{type(scheduler).__name__} is no scheduler of a rectified flow: give the model's folder the scheduler "
-            "that it came with, such as FlowMatchEulerDiscreteScheduler."
+            f"{type(scheduler).__name__} is no scheduler of a rectified flow: put the scheduler that the model came "
+            "with into its folder, such as FlowMatchEulerDiscreteScheduler."
         )
     if not family.is_flow and not hasattr(scheduler, "scale_model_input"):
         raise ValueError(
@@ -114,16 +115,16 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def absent_components(pipe: Any) -> list[str]:
-    """List the components that are None and have to be passed so: `from_pretrained(…, text_encoder_3=None)`."""
+    """The components that are None and have to be passed as None: `from_pretrained(…, text_encoder_3=None)`."""
     return sorted(
         name for name, part in pipe.components.items() if part is None and name not in pipe._optional_components
     )
 
 
 def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
-    """A pipeline with modules of its own around the parameters of `pipe`, its autoencoder in `dtype`.
+    """A pipeline with its own modules around the parameters of `pipe`, and the autoencoder in `dtype`.
 
-    Make it before anything is added to `pipe`. A user's pipeline loaded in `dtype` computes the same bits.
+    Call it before an adapter is added to `pipe`. It computes the same bits as a pipeline that is loaded in `dtype`.
     """
     own = modules_of(pipe)
     memo = {id(t): t for module in own.values() for t in _tensors(module)}
@@ -137,7 +138,7 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
 
 
 def _options_of(pipe: Any) -> dict[str, Any]:
-    """Return what the constructor took beside components."""
+    """The arguments of the constructor beside components."""
     accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys() - {"self"}
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
     if "add_watermarker" in accepted:
@@ -146,10 +147,10 @@ def _options_of(pipe: Any) -> dict[str, Any]:
 
 
 def sampling_pipeline(pipe: Any, config: PeftConfig | None, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
-    """The pipeline that samples while `pipe` is trained with an adapter of `config`.
+    """The pipeline that samples while `pipe` is trained with an adapter of `config`, or, if that is None, in full.
 
-    Make it before the adapter is added. It shares the parameters of `pipe`, unless training changes those: then `load`
-    makes another pipeline.
+    Call it before the adapter is added. It shares the parameters of `pipe`, unless training changes these; then `load`
+    loads another pipeline.
     """
     if config is None or takes_start_from_base(config):
         return load(dtype=dtype, vae_dtype=dtype).to(pipe.device)
@@ -157,7 +158,7 @@ def sampling_pipeline(pipe: Any, config: PeftConfig | None, dtype: torch.dtype, 
 
 
 def model_name(name: str) -> str:
-    """Return the name that people call a model: the end of a path or id."""
+    """The last part of a model's path or id."""
     return Path(name).name
 
 

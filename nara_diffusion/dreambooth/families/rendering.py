@@ -1,4 +1,4 @@
-"""Images by a pipeline's own call, whatever its family calls the arguments."""
+"""Images by a pipeline's own call, with the same names of arguments for each family."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from .unet.long_prompts import is_long, long_prompt_call
 
 
 def render(pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]) -> Any:
-    """Images (b, h, w, 3) in [0, 1] as NumPy has them.
+    """Images (b, h, w, 3) in [0, 1], a NumPy array.
 
     Args:
-        pipe: of a family; another callable is called as it is.
-        call: height, width, num_inference_steps, guidance_scale, …, by these names in every family; of one that reads
-            prompts in chunks max_sequence_length too.
+        pipe: a pipeline of a family; any other callable gets `call` unchanged.
+        prompts: (b). generators: one for each image.
+        call: height, width, num_inference_steps, guidance_scale, …, by these names for every family; for families that
+            read prompts in chunks max_sequence_length too.
     """
     family = BY_PIPELINE.get(type(pipe).__name__)
     told = dict(call) if family is None else family.sampling(dict(call), len(prompts))
@@ -29,7 +30,7 @@ def render(pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generat
 
 
 def with_prompts(pipe: Any, family: Family, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
-    """`call` with the prompts as they are, or with their embeddings where they are longer than the pipeline reads."""
+    """`call` with the prompts, or, if max_sequence_length is more than the pipeline reads, with their embeddings."""
     if not family.in_chunks or "max_sequence_length" not in call:
         return {"prompt": list(prompts), **call}
     rest = {name: value for name, value in call.items() if name != "max_sequence_length"}

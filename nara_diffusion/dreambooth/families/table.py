@@ -1,4 +1,4 @@
-"""The families, and which of them a pipeline or a model belongs to."""
+"""The table of families, and the family of a pipeline or a model."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ INDEX = "model_index.json"
 
 
 def known_families() -> str:
-    """All of them, for messages."""
+    """All families with their pipelines' classes, for messages."""
     return ", ".join(f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES)
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a pipeline, with what this pipeline settles.
+    """The family of a pipeline, with the settings of this pipeline.
 
     Raises:
-        ValueError: its class is none of the families', or the model can't be trained.
+        ValueError: no family has its class, or the model can't be trained.
     """
     family = family_named(type(pipe).__name__)
     return family.fit(pipe, family)
 
 
 def family_named(pipeline: str) -> Family:
-    """The family of a class of pipelines; raises ValueError for one that is none of theirs."""
+    """The family of a pipeline's class name. Raises ValueError if no family has it."""
     if pipeline not in BY_PIPELINE:
         raise ValueError(f"{pipeline} is no class of pipelines that can be trained here: expected {known_families()}.")
     return BY_PIPELINE[pipeline]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from peft import LoraConfig, PeftConfig, load_peft_weights
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from nara_diffusion.loaders.schedulers import DENOISERS
-from nara_diffusion.loaders.source import read_file
+from nara_diffusion.loaders.source import read_file, read_peft_weights
 from nara_diffusion.tuner.config_files import is_naras, read_config_file
 
 from ..adapted_layers import read_adapter
@@ -107,18 +107,7 @@ def _of_folder(folder: Path) -> PlainLora:
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise ValueError(f"{origin} is a {type(config).__name__.removesuffix('Config')}, which is no LoRA.")
-    return lora_of_tensors(config, _without_prefix(_weights(folder)), origin)
-
-
-def _weights(folder: Path) -> Mapping[str, Tensor]:
-    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        return read_file(folder / SAFETENSORS_WEIGHTS_NAME)[0]
-    if not (folder / WEIGHTS_NAME).is_file():  # PEFT would look for the folder on the Hub
-        raise ValueError(
-            f"There is no '{SAFETENSORS_WEIGHTS_NAME}' beside '{CONFIG_NAME}' in '{folder}': PEFT writes both, copy "
-            "both."
-        )
-    return load_peft_weights(str(folder), device="cpu")
+    return lora_of_tensors(config, _without_prefix(read_peft_weights(folder)), origin)
 
 
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Noise-aware adapters of other programs, read as what they are: T-LoRA of LyCORIS and of its authors, MultiAlign."""
+"""Reading noise-aware adapters of other programs: T-LoRA of LyCORIS and of its authors, MultiAlign."""
 
 from .reading import ForeignOptions, format_of, read_foreign
 

@@ -1,4 +1,4 @@
-"""Making the part of a T-LoRA: a mask over λ switches off directions, or pairs of them."""
+"""A T-LoRA as an `AdapterPart`: a mask over λ switches off directions, or pairs of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def masked_part(
     """The part of a T-LoRA with these factors of each module, scaled by `scale`.
 
     Raises:
-        ValueError: modules of several ranks, which their programs mask by the largest of them; r_min above the rank.
+        ValueError: modules of different ranks, which the other programs mask by one rank; r_min above the rank.
     """
     ranks = sorted({len(A) for A, _ in factors.values()})
     size = 2 if in_pairs else 1
     if len(ranks) > 1:
         raise ValueError(
-            f"{origin} has layers of ranks {', '.join(str(rank // size) for rank in ranks)}: T-LoRA masks all of them "
-            "by one rank, which can't be expressed for several."
+            f"{origin} has layers of ranks {', '.join(str(rank // size) for rank in ranks)}: T-LoRA masks all layers "
+            "by one rank, so only files of one rank can be read."
         )
     if rank_mask_min not in range(1, ranks[0] // size + 1):
         raise ValueError(f"rank_mask_min is {rank_mask_min}: pass an integer from 1 to {ranks[0] // size}, its rank.")

@@ -2,8 +2,8 @@
 
     y = W x + s B (γ(t) ⊙ A x + β(t)),      γ = W_γ e(t) + b_γ,      β = W_β e(t) + b_β
 
-e(t) is the sinusoid of 256 that FLUX's time embedding reads, at t = 1000 σ. γ is a diagonal core of each layer. β
-doesn't depend on x, so that no B C(λ) A is B β(λ): other values than 0 are refused.
+e(t) is the sinusoidal embedding of size 256 that FLUX's time embedding reads, at t = 1000 σ. γ is a diagonal core of
+each layer. β doesn't depend on x, so B C(λ) A can't express it: values other than 0 raise an error.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""An orthogonal T-LoRA, whose start is subtracted, in pairs of directions.
+"""An orthogonal T-LoRA, from which its start is subtracted, as pairs of directions.
 
     ΔW(λ) = s Σ_{i < r(λ)} D_i,      D_i = p_i λ_i q_iᵀ − p⁰_i λ⁰_i q⁰_iᵀ = b_2i a_2iᵀ + b_2i+1 a_2i+1ᵀ
 
-p⁰, λ⁰, q⁰ are what training began with. The two terms of D_i are large and nearly cancel, so that in half precision
-their difference would be rounding; by the singular values of D_i itself, A and B have no more than D_i needs.
+p⁰, λ⁰, q⁰ are the values at the start of training. The two terms of D_i are large and nearly cancel, so in half
+precision their difference would be lost to rounding. So A and B are made of the singular vectors of D_i itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading adapters of other programs as parts of a NaRA, by the program that wrote the file.
+"""Reading adapters of other programs as parts of a NaRA.
 
     program                      tensors of a layer                                       becomes
     T-LoRA, its authors' (lora)  ….processor.to_q_lora.down.weight, up.weight             rank_mask
@@ -6,7 +6,7 @@
     T-LoRA, LyCORIS              lycoris_….q_layer.weight, p_layer, lambda_layer, alpha   rank_mask_pairs
     MultiAlign, DiffSynth        ….lora_A, lora_B, lora_time_gamma, lora_time_beta        diagonal
 
-A file doesn't hold what its program was told: T-LoRA's r_min has to be given.
+The files don't have all settings of the training: T-LoRA's r_min has to be given.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     ΔW(t) = α / r (P diag(λ ⊙ m(t)) Q − P⁰ diag(λ⁰ ⊙ m(t)) Q⁰)      q_layer.weight, p_layer.weight, lambda_layer, alpha
 
-Its files leave the start out: P⁰, λ⁰, Q⁰ are the r largest singular values of the base weight W with their vectors,
-which LyCORIS computes again as it loads. m(t) as in `tlora`; the training program sets it, as SimpleTuner does.
+Its files don't have the start: P⁰, λ⁰, Q⁰ are the r largest singular values of the base weight W with their vectors,
+which LyCORIS computes again when it loads. m(t) is as in `tlora`; the training program, such as SimpleTuner, sets it.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def test_layers_of_clip_are_left_out_where_there_is_a_clip() -> None:
     checked(family_named("StableDiffusion3Pipeline"), clip_skip=1)
     with pytest.raises(ValueError, match=r"clip_skip is 1, but FLUX.1 reads no CLIP of which layers could be left out"):
         checked(family_named("FluxPipeline"), clip_skip=1)
-    with pytest.raises(ValueError, match=r"clip_skip is 2, but of this model's CLIP at most 1 layers can be left out"):
+    with pytest.raises(ValueError, match=r"clip_skip is 2, but at most 1 layers of this model's CLIP can be skipped"):
         run_family(DreamBoothArguments(**GIVEN, clip_skip=2), small_sdxl())
     with pytest.raises(ValueError, match=r"clip_skip is 1, but Stable Diffusion 1 and 2 can't be sampled so: its pipe"):
         checked(family_named("StableDiffusionPipeline"), clip_skip=1)

@@ -71,6 +71,17 @@ def test_load_peft_adapter_returns_a_model_that_holds_the_file(tmp_path: Path, m
         torch.testing.assert_close(found[key], value, rtol=0, atol=0)
 
 
+def test_load_peft_adapter_names_the_file_that_is_damaged_or_missing(tmp_path: Path) -> None:
+    saved(tmp_path, CONFIGS["lora"])
+    weights = tmp_path / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=rf"'.*{WEIGHTS}' is no whole safetensors file"):
+        load_peft_adapter(base_model(), tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=rf"There is no '{WEIGHTS}' beside 'adapter_config.json' in"):
+        load_peft_adapter(base_model(), tmp_path)
+
+
 def test_load_peft_adapter_names_a_layer_of_another_style_of_names(tmp_path: Path) -> None:
     saved(tmp_path, CONFIGS["lora"])
     change_file(tmp_path, old_style)

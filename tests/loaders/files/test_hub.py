@@ -87,7 +87,7 @@ def test_nothing_is_uploaded_unless_asked_for(pipe, uploads, tmp_path):
     ("options", "message"),
     [
         ({"repo_id": "org/toy"}, "repo_id is for push_to_hub=True"),
-        ({"push_to_hub": True, "branch": "main"}, "no argument 'branch'; of the Hub's it takes repo_id, token"),
+        ({"push_to_hub": True, "branch": "main"}, "no argument 'branch'; for the Hub it takes repo_id, token"),
     ],
 )
 def test_option_that_would_be_ignored_is_refused_before_anything_is_written(pipe, uploads, tmp_path, options, message):

@@ -222,7 +222,7 @@ def test_convolutions_of_several_pixels_and_several_ranks_are_refused(tmp_path):
                        ("lambda_layer", (slice(None), slice(4)))):  # fmt: skip
         tensors[f"{prefix}.{kind}"] = tensors[f"{prefix}.{kind}"][part].contiguous()
     tensors[f"{prefix}.alpha"] = torch.tensor(3.0)
-    with pytest.raises(ValueError, match="has layers of ranks 4, 6: T-LoRA masks all of them"):
+    with pytest.raises(ValueError, match="has layers of ranks 4, 6: T-LoRA masks all layers by one rank"):
         pipe.load_nara_weights(tensors, rank_mask_min=1)
 
 

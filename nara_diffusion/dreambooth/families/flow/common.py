@@ -1,4 +1,4 @@
-"""Functions that the families of rectified flows share."""
+"""Functions for all families of rectified flows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..family import Call, Family
 
 N = 1000
-"""Timesteps of their schedulers, by which their pipelines divide whatever the scheduler says."""
+"""The number of timesteps by which their pipelines divide, whatever the scheduler's configuration says."""
 
 
 def sigma_of(call: Call) -> Tensor:
@@ -20,7 +20,7 @@ def sigma_of(call: Call) -> Tensor:
 
 
 def guidance_of(denoiser: Any, call: Call) -> Tensor | None:
-    """Return the guidance that a denoiser with distilled guidance is told, (b,) float32; None for one without."""
+    """The guidance scale (b,) float32 for a denoiser with distilled guidance; None for one without."""
     if not denoiser.config.guidance_embeds:
         return None
     guidance = call.conditions.guidance
@@ -29,11 +29,11 @@ def guidance_of(denoiser: Any, call: Call) -> Tensor | None:
 
 
 def fit_guidance(pipe: Any, family: Family) -> Family:
-    """A family with distilled guidance, which some of its models lack."""
+    """The family, without guidance if this pipeline's transformer has no distilled guidance."""
     told = family.conditions.guidance if pipe.transformer.config.guidance_embeds else None
     return replace(family, conditions=replace(family.conditions, guidance=told))
 
 
 def patches_divisor(pipe: Any) -> int:
-    """Return the number that both sides have to be multiples of, where the denoiser reads patches of 2 × 2 latents."""
+    """The number that both sides of an image have to be multiples of, with patches of 2 × 2 latents."""
     return pipe.vae_scale_factor * 2

@@ -1,4 +1,4 @@
-"""FLUX.1: T5's states and CLIP's pooled one; tokens with positions in place of a grid, the timestep σ."""
+"""FLUX.1: states of T5, pooled state of CLIP; tokens with positions in place of a grid; the timestep is σ."""
 
 from __future__ import annotations
 

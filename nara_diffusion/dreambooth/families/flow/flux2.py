@@ -1,4 +1,4 @@
-"""FLUX.2 and FLUX.2 [klein]: states of a language model's layers; tokens with positions, latents normalised, σ."""
+"""FLUX.2 and FLUX.2 [klein]: states of a language model; normalised latents as tokens with positions; timestep σ."""
 
 from __future__ import annotations
 

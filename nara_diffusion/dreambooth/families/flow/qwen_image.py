@@ -1,4 +1,4 @@
-"""Qwen-Image: states of Qwen2.5-VL and their mask; tokens of patches, whose shape is told, the timestep σ."""
+"""Qwen-Image: states of Qwen2.5-VL and their mask; patches as tokens, with the shape of the grid; timestep σ."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .common import guidance_of, patches_divisor, sigma_of
 from .packing import pack, unpack
 
 _NO_PROMPT = " "
-"""The negative prompt that Qwen-Image is documented with: its pipeline guides by none where there is none."""
+"""The negative prompt in Qwen-Image's documentation: without one, its pipeline has no guidance."""
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    """States (b, l, d) and what of them is text, (b, l), 0 or 1."""
+    """States (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
     states, mask = pipe.encode_prompt(prompts, max_sequence_length=conditions.max_sequence_length)
     return states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device) if mask is None else mask
 
@@ -37,7 +37,7 @@ def _call(transformer: Any, call: Call) -> Tensor:
 
 
 def _sampling(call: dict[str, Any], count: int) -> dict[str, Any]:
-    """Guidance under its name there, from a negative prompt for each image."""
+    """Rename guidance_scale to true_cfg_scale, and add a negative prompt for each image."""
     told = dict(call)
     scale = told.pop("guidance_scale", 1.0)
     return told if scale <= 1 else told | {"true_cfg_scale": scale, "negative_prompt": [_NO_PROMPT] * count}
@@ -45,7 +45,7 @@ def _sampling(call: dict[str, Any], count: int) -> dict[str, Any]:
 
 def _fit(pipe: Any, family: Family) -> Family:
     if pipe.transformer.config.guidance_embeds:
-        raise ValueError("its transformer has distilled guidance, which no published Qwen-Image has.")
+        raise ValueError("its transformer has distilled guidance (guidance_embeds), which Qwen-Image doesn't have.")
     return family
 
 

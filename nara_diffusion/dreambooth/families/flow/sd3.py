@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: two CLIPs and T5, which may be missing; latents in a grid, the timestep N σ."""
+"""Stable Diffusion 3 and 3.5: two CLIPs, and T5, which may be missing; latents as a grid; timestep N σ."""
 
 from __future__ import annotations
 

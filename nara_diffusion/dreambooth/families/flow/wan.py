@@ -1,4 +1,4 @@
-"""Wan, whose images are videos of one frame: states of UMT5; the timestep N σ, or one for each token (Wan 2.2's 5B)."""
+"""Wan, with images as videos of one frame: states of UMT5; timestep N σ, or one for each token (Wan 2.2's 5B)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _call(transformer: Any, call: Call) -> Tensor:
 def _fit(pipe: Any, family: Family) -> Family:
     if pipe.transformer is None or pipe.transformer_2 is not None:
         raise ValueError(
-            "it has two transformers, one for much noise and one for little, as Wan 2.2's 14B: expected one, as Wan "
-            "2.1 and Wan 2.2's 5B have."
+            "it has two transformers, one for high and one for low noise, like Wan 2.2's 14B: expected one, as in Wan "
+            "2.1 and Wan 2.2's 5B."
         )
     return family.with_conditions(timestep_of_tokens=bool(pipe.config.expand_timesteps))
 

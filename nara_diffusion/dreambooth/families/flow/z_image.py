@@ -1,4 +1,4 @@
-"""Z-Image: states of Qwen3, each prompt with its own number of tokens; the timestep 1 − σ, the negative velocity."""
+"""Z-Image: states of Qwen3, as many as a prompt has tokens; timestep 1 − σ; it predicts the negative velocity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import N, patches_divisor
 
 
 def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    """States (b, l, d) and what of them is text, (b, l), 0 or 1."""
+    """States (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
     states, _ = pipe.encode_prompt(
         prompts, do_classifier_free_guidance=False, max_sequence_length=conditions.max_sequence_length
     )

@@ -1,4 +1,4 @@
-"""Prompts through CLIP, with gradients where its weights have any; as the pipelines of Stable Diffusion encode them."""
+"""Encoding of prompts by CLIP, as in Stable Diffusion's pipelines, with gradients if its weights require them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def tokenize_prompts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[Tensor]:
-    """Token ids (b, 77) of each tokenizer, padded and cut as the pipelines do."""
+    """Token ids (b, 77) of each tokenizer, padded and truncated as in the pipelines."""
     return [
         tokenizer(
             list(prompts),
@@ -26,10 +26,9 @@ def tokenize_prompts(tokenizers: Sequence[Any], prompts: Sequence[str]) -> list[
 def encode_tokens(
     text_encoders: Sequence[Any], token_ids: Sequence[Tensor], clip_skip: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(prompt_embeds (b, 77, d_1 + d_2), pooled (b, p)) of each encoder's own ids (b, 77), with gradients where they
-    have any, on the encoders' device.
+    """(prompt_embeds (b, 77, d_1 + d_2), pooled (b, p)) of each encoder's token ids (b, 77), on the encoders' device.
 
-    prompt_embeds are the hidden states before the last layer, or `clip_skip` layers earlier, side by side; pooled is
+    prompt_embeds are the hidden states before the last layer, or `clip_skip` layers earlier, concatenated; pooled is
     the projected end-of-text state of the last encoder.
     """
     states, pooled = [], None
@@ -49,11 +48,7 @@ def encode_prompts(
 
 
 def check_clip_skip(clip_skip: int | None, text_encoders: Sequence[Any]) -> None:
-    """Refuses to leave out as many layers as an encoder has, but for one.
-
-    Raises:
-        ValueError: naming how many can be left out.
-    """
+    """Raises ValueError if `clip_skip` leaves no layer of an encoder."""
     most = min(encoder.config.num_hidden_layers for encoder in text_encoders) - 1
     if clip_skip is not None and clip_skip > most:
-        raise ValueError(f"clip_skip is {clip_skip}, but of this model's CLIP at most {most} layers can be left out.")
+        raise ValueError(f"clip_skip is {clip_skip}, but at most {most} layers of this model's CLIP can be skipped.")

@@ -1,4 +1,4 @@
-"""Functions that the families with a UNet share."""
+"""Functions for all families with a UNet."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import Any
 
 
 def unet_divisor(pipe: Any) -> int:
-    """Return the number by which autoencoder and UNet together divide the sides of an image."""
+    """The factor by which autoencoder and UNet together reduce the sides of an image."""
     return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)

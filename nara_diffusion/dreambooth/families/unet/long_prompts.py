@@ -1,9 +1,9 @@
-"""Prompts of more tokens than CLIP has places for, read in n chunks of 75 tokens.
+"""Encoding of prompts that are longer than CLIP's 77 tokens, in n chunks of 75 tokens.
 
-    tokens → n × [begin, 75 tokens, end], the last ones padded → CLIP, each by itself → (b, n, 77, d)
+    tokens → n × [begin, 75 tokens, end], the last ones padded → CLIP, chunk by chunk → (b, n, 77, d)
     → begin of the first, 75 states of each, end of the last → (b, 2 + 75 n, d)
 
-A chunk without tokens is that of the empty prompt. At n = 1 this is CLIP's ordinary encoding.
+A chunk without tokens is encoded as the empty prompt. With n = 1 this is CLIP's usual encoding.
 """
 
 from __future__ import annotations
@@ -21,16 +21,12 @@ CHUNK = PLACES - 2
 
 
 def is_long(length: int | None) -> bool:
-    """Whether a prompt of `length` tokens needs more than CLIP's own places; None means those."""
+    """Whether `length` is another number of tokens than CLIP's 77; None stands for 77."""
     return length is not None and length != PLACES
 
 
 def check_length(length: int, title: str = "CLIP") -> None:
-    """Refuses a number of tokens, begin and end counted, that isn't 2 + 75 n.
-
-    Raises:
-        ValueError: naming the nearest numbers.
-    """
+    """Raises ValueError, with the nearest numbers, if `length` (with begin and end) isn't 2 + 75 n."""
     below = max(0, (length - 2) // CHUNK)
     if below and length == 2 + CHUNK * below:
         return
@@ -42,11 +38,7 @@ def check_length(length: int, title: str = "CLIP") -> None:
 
 
 def check_places(tokenizers: Sequence[Any], length: int) -> None:
-    """Refuses a `length` for text encoders of fewer or more places than 77.
-
-    Raises:
-        ValueError: naming how many they have.
-    """
+    """Raises ValueError if a tokenizer reads another number of tokens than 77."""
     for tokenizer in tokenizers:
         if tokenizer.model_max_length != PLACES:
             raise ValueError(
@@ -56,7 +48,7 @@ def check_places(tokenizers: Sequence[Any], length: int) -> None:
 
 
 def tokenize_chunks(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-    """Token ids (b, n, 77) of prompts (b), cut after 75 n tokens; `length` is 2 + 75 n."""
+    """Token ids (b, n, 77) of prompts (b), truncated to 75 n tokens; `length` is 2 + 75 n."""
     tokens = tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False).input_ids
     chunks = [[ids[start : start + CHUNK] for start in range(0, length - 2, CHUNK)] for ids in tokens]
     return torch.tensor([[_between_ends(tokenizer, chunk) for chunk in row] for row in chunks])
@@ -68,7 +60,7 @@ def _between_ends(tokenizer: Any, tokens: list[int]) -> list[int]:
 
 
 def join_chunks(states: Tensor) -> Tensor:
-    """(b, 2 + 75 n, d) of (b, n, 77, d): without the begins and ends between chunks."""
+    """(b, n, 77, d) → (b, 2 + 75 n, d): without the begin and end tokens between chunks."""
     return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
 
 
@@ -79,19 +71,18 @@ def encode_long_prompts(
     length: int,
     clip_skip: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """The states (b, length, d) of prompts (b), on the encoders' device, with gradients where they have any.
+    """The states (b, length, d) of prompts (b), on the encoders' device.
 
-    Of one encoder, as Stable Diffusion 1 and 2 have it, its last states. Of two, as SDXL has them, what
-    `encode_prompts` takes, side by side, and the pooled state (b, p) of the first chunk.
+    With one encoder (Stable Diffusion 1 and 2) these are its last states. With two (SDXL) they are those of
+    `encode_tokens`, concatenated, and the pooled state (b, p) of the first chunk is returned too.
 
     Args:
-        tokenizers: of the pipeline, in its order.
-        text_encoders: those of the tokenizers.
+        tokenizers, text_encoders: of the pipeline, in its order.
         length: 2 + 75 n; 77 is the pipelines' own encoding.
-        clip_skip: of two encoders, layers to leave out at their end.
+        clip_skip: with two encoders, the number of last layers to skip.
 
     Raises:
-        ValueError: another length, encoders that have other than 77 places, or `clip_skip` of one encoder.
+        ValueError: another length, tokenizers that don't read 77 tokens, or `clip_skip` with one encoder.
     """
     check_length(length)
     check_places(tokenizers, length)
@@ -116,16 +107,16 @@ def long_prompt_call(
     guidance_scale: float | None = None,
     clip_skip: int | None = None,
 ) -> dict[str, Tensor]:
-    """Arguments in place of `prompt` for the call of a pipeline of Stable Diffusion 1, 2 or XL, which cuts it at 77:
+    """Arguments in place of `prompt` for pipelines of Stable Diffusion 1, 2 or XL, which truncate it to 77 tokens:
 
         pipe(**long_prompt_call(pipe, [prompt], 227), num_inference_steps=30).images
 
     Args:
         prompts: (b).
         length: as in `encode_long_prompts`.
-        negative_prompts: (b); None means what the pipeline takes where none are given: the empty prompt, or zeros.
+        negative_prompts: (b); None means the pipeline's default: the empty prompt, or zeros.
         guidance_scale: of the call; at 1 or less, no negative prompts are encoded.
-        clip_skip: for the prompts; as in the pipelines, negative prompts are read with all layers.
+        clip_skip: for the prompts; as in the pipelines, negative prompts are encoded with all layers.
     """
     names = [suffix for suffix in ("", "_2") if getattr(pipe, f"text_encoder{suffix}", None) is not None]
     tokenizers, encoders = (

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2: one CLIP, whose last states are read."""
+"""Stable Diffusion 1 and 2: last states of one CLIP."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SD = Family(
     defaults={"resolution": 512, "guidance_scale": 7.5},
     no_clip_skip="can't be sampled so: its pipeline in Diffusers 0.42 asks for what transformers 5 has no more",
     is_flow=False,
-    # which makes black images of what it takes for unsafe
+    # the safety checker replaces images that it takes for unsafe by black ones
     loading={"safety_checker": None, "requires_safety_checker": False},
     tags=("stable-diffusion",),
 )

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL's base model: two CLIPs, whose states and pooled state it reads, and the sizes of the image."""
+"""Stable Diffusion XL's base model: states and pooled state of two CLIPs, and the sizes of the image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _encode(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings
 
 def _call(unet: Any, call: Call) -> Tensor:
     states, pooled = call.embeddings
-    # sizes and places beyond 256 pixels aren't whole numbers of bf16
+    # bf16 doesn't hold all whole numbers above 256, which sizes and crop positions are
     conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
     return unet(
         call.sample, call.timestep, encoder_hidden_states=states, added_cond_kwargs=conditions, return_dict=False
@@ -34,7 +34,7 @@ def _fit(pipe: Any, family: Family) -> Family:
     if kind != "text_time" or pipe.text_encoder_2 is None:
         raise ValueError(
             f"it is another model than Stable Diffusion XL: its UNet has addition_embed_type {kind!r}, expected "
-            "'text_time' and two text encoders."
+            "'text_time', and two text encoders."
         )
     if pipe.text_encoder is None or pipe.tokenizer is None:
         raise ValueError("it has no first text encoder: SDXL's refiner can't be trained so, name its base model.")
