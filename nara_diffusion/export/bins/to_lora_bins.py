@@ -115,7 +115,7 @@ def to_lora_bins(
     and are exact up to rounding. Other cores are approximated by least squares over λ.
 
     Args:
-        model, adapter_name: as for `to_lora`.
+        model: as for `to_lora`. adapter_name: the name of the adapter.
         bins: K, the largest number of LoRAs, 1 to 64; fewer are returned if they are exact.
         bound: in place of `bins`, the largest error of ΔW at any λ (see `ExportError.update`), greater than 0: as few
             LoRAs as possible are returned.

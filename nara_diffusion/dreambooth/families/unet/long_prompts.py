@@ -77,7 +77,8 @@ def encode_long_prompts(
     `encode_tokens`, concatenated, and the pooled state (b, p) of the first chunk is returned too.
 
     Args:
-        tokenizers, text_encoders: of the pipeline, in its order.
+        tokenizers: of the pipeline, in its order.
+        text_encoders: those of the tokenizers.
         length: 2 + 75 n; 77 is the pipelines' own encoding.
         clip_skip: with two encoders, the number of last layers to skip.
 
