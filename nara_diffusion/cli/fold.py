@@ -74,6 +74,10 @@ def _layout(base: str, layers_per_block: int | None) -> UNetLayout | None:
     return UNetLayout(layers_per_block, (SD15 if base == "sd15" else SDXL).attention_up_blocks)
 
 
+OF_SCHEDULES = {"interpolation": "linear", "shift": None, "steps": 30, "checkpoint": "sd_xl_base_1.0.safetensors"}
+"""{argument that only several LoRAs have: its default}."""
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -92,9 +96,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--interpolation",
         choices=get_args(Interpolation),
-        default="linear",
         help="linear: each of several LoRAs fades into the next (smaller error); constant: one LoRA at a time "
-        "(default: %(default)s)",
+        "(default: linear)",
     )
     parser.add_argument(
         "--form", choices=(*FORMS, PEFT), default="diffusers", help="format of the files (default: %(default)s)"
@@ -106,13 +109,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shift", type=float, help="of a flow model's scheduler, for schedules, 1 or more (SD3 3, FLUX e^1.15 = 3.16)"
     )
-    parser.add_argument("--steps", type=int, default=30, help="sampling steps, for schedules by step (default: 30)")
+    parser.add_argument("--steps", type=int, help="sampling steps, for schedules by step (default: 30)")
     parser.add_argument(
         "--checkpoint",
-        default="sd_xl_base_1.0.safetensors",
-        help="the file in models/checkpoints that ComfyUI's workflow loads (default: %(default)s)",
+        help="the file in models/checkpoints that ComfyUI's workflow loads (default: sd_xl_base_1.0.safetensors)",
     )
     return parser.parse_args(argv)
+
+
+def _settle_schedules(args: argparse.Namespace) -> None:
+    """Fill in what is not given of `OF_SCHEDULES`; one LoRA has none, and refuses them."""
+    given = [f"--{name}" for name in OF_SCHEDULES if getattr(args, name) is not None]
+    if args.noise_level is not None and given:
+        raise ValueError(f"{', '.join(given)}: for --bins and --bound alone, leave it out with --noise_level.")
+    for name, default in OF_SCHEDULES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     with in_one_line():
         file = read(args.file)
-        if args.noise_level is not None and args.shift is not None:
-            raise ValueError("--shift is for the schedules of --bins and --bound: leave it out with --noise_level.")
+        _settle_schedules(args)
         if args.noise_level is None:
             sys.stdout.write(f"{fold_bins(file, args, write)}\n")
             return

@@ -15,4 +15,4 @@ def usable_device(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without CUDA
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} can't be used ({reason}): pass --device cpu, or one there is") from None
+        raise ValueError(f"device {str(device)!r} can't be used: {reason}; give cpu, or one that is there") from None

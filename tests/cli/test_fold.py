@@ -124,7 +124,12 @@ def test_comfyui_file_has_the_adapters_tensors(pipeline_file, tmp_path):
             "error: .* has no name in FLUX's original code",
         ),
         (["--noise_level", "0.5", "--form", "peft"], "error: --form peft writes one component, but the file has"),
-        (["--noise_level", "0.5", "--shift", "3"], "error: --shift is for the schedules of --bins and --bound"),
+        (["--noise_level", "0.5", "--shift", "3"], "error: --shift: for --bins and --bound alone, leave it out"),
+        (
+            ["--noise_level", "0.5", "--steps", "30", "--interpolation", "linear"],
+            "error: --interpolation, --steps: ",
+        ),
+        (["--noise_level", "0.5", "--checkpoint", "x.safetensors"], "error: --checkpoint: for --bins and --bound"),
     ],
 )
 def test_what_is_wrong_ends_in_one_line_and_writes_nothing(pipeline_file, tmp_path, words, message):

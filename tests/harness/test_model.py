@@ -101,7 +101,7 @@ def test_a_plain_lora_is_evaluated_too(tmp_path: Path) -> None:
         ({"batch_size": 0}, "--batch_size 0"),
         ({"pretraned": "x"}, "--model_args has pretraned, which nara_dllm doesn't know"),
         ({"dtype": "float12"}, "dtype is 'float12', expected auto"),
-        ({"device": "cuda:99"}, "--device cuda:99 can't be used"),
+        ({"device": "cuda:99"}, "device 'cuda:99' can't be used: "),
         ({"samples": "many"}, "samples is 'many', expected a whole number, 1 or more"),
         ({"samples": 0}, "samples is 0, expected a whole number, 1 or more"),
         ({"max_length": 0}, "max_length is 0, expected a whole number, 1 or more"),

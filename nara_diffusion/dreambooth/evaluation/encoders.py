@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from nara_diffusion.dreambooth.data.images import load_image, to_rgb
+from nara_diffusion.utils.devices import usable_device
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Encoder:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected 1 at least")
         self.name, self.batch_size, self.progress, self._hub = str(model_path), batch_size, progress, hub
-        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = _load_model(self.name, dtype, hub).to(self.device)
         self.processor = _load_processor(self.name, hub)
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -157,13 +158,6 @@ class Encoder:
                 "give CLIP, SigLIP, DINO, DINOv2 or another ViT"
             )
         return features
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
-        raise ValueError(f"device {str(device)!r} can't be used: {_first_line(error)}") from error
 
 
 def _load_model(name: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
