@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 from quality import results
-from quality.regimes.check_rows import ROWS, check_row, left_rows
-from quality.regimes.check_table import check_table
+from quality.regimes.check.rows import ROWS, check_row, left_rows
+from quality.regimes.check.table import check_table
 from tqdm.auto import tqdm
 
 RESULTS = Path(__file__).parent / "results"

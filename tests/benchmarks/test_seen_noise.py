@@ -9,6 +9,7 @@ import benchmark_seen_noise
 import pytest
 
 
+@pytest.mark.slow
 def test_it_writes_record_and_picture_of_every_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ def test_benchmark_speed_records_all_that_is_needed_to_repeat_it(tmp_path, capsy
     assert "NaRA-DoRA / DoRA, train: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_benchmark_export_finds_knots_exact(tmp_path):
     figures = benchmark_export.main(counts=(5,), cores=("knots",), output_dir=tmp_path)
     assert json.loads((tmp_path / "benchmark_export.json").read_text())["figures"] == figures
@@ -37,6 +38,7 @@ def test_benchmark_export_finds_knots_exact(tmp_path):
         assert found["best"]["worst"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_benchmark_loss_memory_gives_the_same_loss_both_ways(tmp_path):
     figures = benchmark_loss_memory.main(vocabulary=4096, batch=2, length=256, output_dir=tmp_path)
@@ -68,6 +70,7 @@ def test_benchmark_fused_compares_time_and_memory_of_every_form_and_pass(tmp_pat
     assert capsys.readouterr().out.count("NaRA-DoRA") == 4
 
 
+@pytest.mark.slow
 def test_benchmark_load_finds_memory_after_swaps_as_it_was(tmp_path, capsys):
     narrow = {
         "block_out_channels": (32, 32, 32),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,20 @@ FSDP = [
     ("fsdp, loaded once", "nara"),
     ("fsdp", "all weights"),
 ]
-DEEPSPEED = [("zero-2", "nara"), ("zero-3", "nara, DoRA"), ("zero-3", "all weights")]
+DEEPSPEED = [
+    pytest.param(kind, id=", ".join(kind), marks=[needs_deepspeed, *marks])
+    for kind, *marks in (
+        (("zero-2", "nara"), pytest.mark.slow),
+        (("zero-3", "nara, DoRA"),),
+        (("zero-3", "all weights"), pytest.mark.slow),
+    )
+]
 DDP = [("ddp", training) for training in TRAININGS]
 
 
 Kind = tuple[str, str]
 Folders = dict[Kind, Path]
+FolderOf = Callable[[Kind], Path]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +105,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory, make_args: Callable[..., A
 
 
 @pytest.fixture(scope="module")
-def deepspeed_folders(tmp_path_factory: pytest.TempPathFactory, make_args: Callable[..., Arguments]) -> Folders:
-    return train_twice(DEEPSPEED, tmp_path_factory.mktemp("deepspeed"), make_args, per_spawn=1)
+def deepspeed_folder(tmp_path_factory: pytest.TempPathFactory, make_args: Callable[..., Arguments]) -> FolderOf:
+    """The folder of a kind, which is trained when it is first asked for."""
+
+    @cache
+    def folder(kind: Kind) -> Path:
+        return train_twice([kind], tmp_path_factory.mktemp("deepspeed"), make_args, per_spawn=1)[kind]
+
+    return folder
 
 
 @pytest.mark.parametrize("kind", DDP + FSDP, ids=", ".join)
@@ -105,10 +120,9 @@ def test_resume_ends_as_an_uninterrupted_run(folders: Folders, kind: Kind) -> No
     check_resumed(folders[kind])
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("kind", DEEPSPEED, ids=", ".join)
-def test_resume_ends_as_an_uninterrupted_run_with_deepspeed(deepspeed_folders: Folders, kind: Kind) -> None:
-    check_resumed(deepspeed_folders[kind])
+@pytest.mark.parametrize("kind", DEEPSPEED)
+def test_resume_ends_as_an_uninterrupted_run_with_deepspeed(deepspeed_folder: FolderOf, kind: Kind) -> None:
+    check_resumed(deepspeed_folder(kind))
 
 
 @pytest.mark.parametrize("kind", FSDP, ids=", ".join)
@@ -116,12 +130,11 @@ def test_checkpoint_and_export_hold_what_ddp_writes(folders: Folders, kind: Kind
     check_written(folders[kind], folders["ddp", kind[1]])
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("kind", DEEPSPEED, ids=", ".join)
+@pytest.mark.parametrize("kind", DEEPSPEED)
 def test_checkpoint_and_export_hold_what_ddp_writes_with_deepspeed(
-    deepspeed_folders: Folders, folders: Folders, kind: Kind
+    deepspeed_folder: FolderOf, folders: Folders, kind: Kind
 ) -> None:
-    check_written(deepspeed_folders[kind], folders["ddp", kind[1]])
+    check_written(deepspeed_folder(kind), folders["ddp", kind[1]])
 
 
 def check_resumed(folder: Path) -> None:
@@ -159,12 +172,11 @@ def test_checkpoint_leaves_the_frozen_base_out(folders: Folders, kind: Kind, lla
     check_size(folders[kind], llada_folder)
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("kind", DEEPSPEED[:2], ids=", ".join)
+@pytest.mark.parametrize("kind", DEEPSPEED[:2])
 def test_checkpoint_leaves_the_frozen_base_out_with_deepspeed(
-    deepspeed_folders: Folders, kind: Kind, llada_folder: Path
+    deepspeed_folder: FolderOf, kind: Kind, llada_folder: Path
 ) -> None:
-    check_size(deepspeed_folders[kind], llada_folder)
+    check_size(deepspeed_folder(kind), llada_folder)
 
 
 def check_size(folder: Path, base: Path) -> None:

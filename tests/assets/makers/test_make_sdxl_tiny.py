@@ -160,6 +160,7 @@ def test_the_autoencoders_loss_falls_with_its_parts(tmp_path: Path) -> None:
     assert vae_loss(training)["loss"].item() == parts["loss"].item(), "a step's data follow from its number"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(
     tmp_path: Path, clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_a_look_after_a_backward_has_all_of_it() -> None:
     assert look(model, 5).keys() >= {"step", "deviation", "spread", "gradient_core", "gradient_B", "agreement"}
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_record_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = benchmark_core_movement.main(domain="ab", rank=2, steps=2, every=2, output_dir=tmp_path)
     assert figures["rank"] == 2

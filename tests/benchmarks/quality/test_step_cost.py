@@ -1,10 +1,10 @@
 """The stage "cost": steps of a method and of LoRA in turn."""
 
 import itertools
-import json
 from importlib import import_module
 
 import pytest
+from quality.results import read
 from quality.step_cost import PAIRS, WARM_UP, Step, Training, compared, cost_record
 
 
@@ -47,10 +47,10 @@ def test_the_command_measures_methods_beside_lora(modality, tmp_path, monkeypatc
     options = ["--backbones", backbone, "--domains", domain, "--methods", "nara_knots_dora", "--set", "rank=2"]
     main = import_module("benchmark_quality").main
     assert main(["--modality", modality, "--stages", "cost", "--output", str(path), *options]) == 0
-    (record,) = map(json.loads, path.read_text().splitlines())
+    (record,) = read(path)
     assert (record["stage"], record["method"], record["rank"]) == ("cost", "nara_knots_dora", 2)
     assert record["parameters_ratio"] > 1.2  # DoRA's magnitudes, and the knots; LoRA has rank 2 as well
     assert record["parameters_ratio"] < 2
     assert record["step_ratio"] > 1
     assert main(["--modality", modality, "--stages", "cost", "--output", str(path), *options]) == 0
-    assert len(path.read_text().splitlines()) == 1
+    assert read(path) == [record]

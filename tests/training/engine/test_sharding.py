@@ -26,7 +26,7 @@ IDS = torch.arange(20).view(4, 5) + 3
 STEPS, RATE = 2, 0.5
 SPLITTING = [
     pytest.param("fsdp", False, id="fsdp, NaRA"),
-    pytest.param("zero-3, all sharded", False, id="zero-3, NaRA", marks=needs_deepspeed),
+    pytest.param("zero-3, all sharded", False, id="zero-3, NaRA", marks=[needs_deepspeed, pytest.mark.slow]),
     pytest.param("zero-3, all sharded", True, id="zero-3, NaRA-DoRA", marks=needs_deepspeed),
 ]
 

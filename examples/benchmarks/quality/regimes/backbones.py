@@ -10,7 +10,7 @@ from torch import nn
 from quality.images.methods import adapted
 from quality.images.settings import arguments
 from quality.images.training import ControlledDenoiser
-from quality.regimes.data import SUBJECT, base_pipeline
+from quality.regimes.images.data import SUBJECT, base_pipeline
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CONVOLUTIONS = ("conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")

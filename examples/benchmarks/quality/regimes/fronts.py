@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 from nara_diffusion import StrengthSchedule
 from nara_diffusion.tuner.strength.set_strength import set_strength
 from nara_diffusion.utils.atomic_write import atomic_write
-from quality.regimes.data import SUBJECT
+from quality.regimes.images.data import SUBJECT
+from quality.regimes.images.samples import sampled
+from quality.regimes.images.windowed import Windowed
 from quality.regimes.methods import ARMS
 from quality.regimes.plan import Planned
 from quality.regimes.rates import Record, chosen_rates
 from quality.regimes.runs import REGIMES, Run, train
-from quality.regimes.samples import sampled
-from quality.regimes.windowed import Windowed
 from quality.report.figures import COLOURS, save
 
 SCALED = ("lora", "lora_params", "dora", "nara", "nara_knots")

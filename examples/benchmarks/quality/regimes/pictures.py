@@ -11,15 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 from nara_diffusion.utils.atomic_write import atomic_write
 from quality.images.held_out import bin_centres
 from quality.images.methods import BASE
-from quality.regimes.conversion import Conversion
-from quality.regimes.data import SUBJECT
 from quality.regimes.fronts import points_of, write_front
+from quality.regimes.images.conversion import Conversion
+from quality.regimes.images.data import SUBJECT
+from quality.regimes.images.samples import drawn
+from quality.regimes.images.windowed import Windowed
 from quality.regimes.plan import Planned
 from quality.regimes.rates import Record, chosen_rates
 from quality.regimes.report import Confirmed, confirmed
 from quality.regimes.runs import REGIMES, Run, train
-from quality.regimes.samples import drawn
-from quality.regimes.windowed import Windowed
 from quality.report.figures import AXIS, COLOURS, save
 
 TITLES = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quality.regimes.objectives import CONVERSIONS
+from quality.regimes.images.objectives import CONVERSIONS
 from quality.regimes.runs import Cell
 from quality.suites import Settings
 from quality.trials import rates, with_core

@@ -12,12 +12,12 @@ from typing import Any
 
 from nara_diffusion.utils.statistics import Interval, interval
 from quality.images.held_out import bin_centres
+from quality.regimes.images.one_image import OneImage
+from quality.regimes.images.windowed import Windowed
 from quality.regimes.methods import MEAN_CORE
-from quality.regimes.one_image import OneImage
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned, is_deciding
 from quality.regimes.rates import Record, cell_of
 from quality.regimes.runs import REGIMES
-from quality.regimes.windowed import Windowed
 from quality.report.data import below_zero
 from quality.report.markdown import change, spread, table
 

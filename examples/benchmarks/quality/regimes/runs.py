@@ -16,16 +16,16 @@ from quality.images.controls import while_evaluating
 from quality.images.methods import BASE
 from quality.images.training import optimize
 from quality.regimes.backbones import Backbone
-from quality.regimes.conversion import Conversion
-from quality.regimes.data import subject_data
+from quality.regimes.images.conversion import Conversion
+from quality.regimes.images.data import subject_data
+from quality.regimes.images.objectives import CONVERSIONS
+from quality.regimes.images.one_image import Look, OneImage, score_of
+from quality.regimes.images.two_conditions import TwoConditions
+from quality.regimes.images.windowed import HIGH, LOW, Windowed
 from quality.regimes.methods import ARMS, MEAN_CORE, arm_arguments, build, trainable_parameters
-from quality.regimes.objectives import CONVERSIONS
-from quality.regimes.one_image import Look, OneImage, score_of
 from quality.regimes.text.corruption import MASKED, REPLACED
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
-from quality.regimes.two_conditions import TwoConditions
-from quality.regimes.windowed import HIGH, LOW, Windowed
 
 DIGITS = 6  # of a figure in a record
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from quality.jobs import COST, SEEDS
-from quality.regimes.check_table import check_table
+from quality.regimes.check.table import check_table
 from quality.regimes.plan import PLAN
 from quality.regimes.summary import summary
 from quality.report.ablations import ablations_table, singles_table, tuning_table

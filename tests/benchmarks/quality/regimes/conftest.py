@@ -5,7 +5,7 @@ import torch
 from quality.assets import ASSETS
 from quality.images.held_out import BINS, CleanBin
 from quality.images.subjects import SUBJECTS, instance_prompt
-from quality.regimes.data import RegimeData, base_pipeline
+from quality.regimes.images.data import RegimeData, base_pipeline
 
 from nara_diffusion.dreambooth.cache.latents import LatentCache
 from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from quality.regimes import fronts
 from quality.regimes.fronts import PLAIN, SCHEDULED, Point, outside, points_of, write_front
+from quality.regimes.images.windowed import HIGH, LOW, Windowed
 from quality.regimes.methods import arm_arguments, build
 from quality.regimes.plan import Planned
 from quality.regimes.runs import Cell, Trained
-from quality.regimes.windowed import HIGH, LOW, Windowed
 
 from tests.helpers.adapted import disturb
 

@@ -200,7 +200,8 @@ def test_command_dry_run_says_what_is_left(tmp_path, capsys):
     assert "| dev | eps_to_v | attention | 4 | 200 | 16 | 13 | 0.13 |" in capsys.readouterr().out
 
 
-def test_command_confirm_of_a_draft_is_one_line(tmp_path):
+def test_command_confirm_of_a_draft_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("quality.regimes.plan_file.registered", lambda text: [])
     found = command("--stages", "confirm", "--regimes", "subject_low", "--output", str(tmp_path / "r.jsonl"))
     assert re.fullmatch("error: regimes_plan.md doesn't name subject_low as registered: [^\n]*", str(found))
 

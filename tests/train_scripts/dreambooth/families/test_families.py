@@ -216,7 +216,8 @@ def test_half_precision_trains_and_samples_as_a_user_loads(arguments, name: str)
     assert all((np.asarray(a) == b).all() for a, b in zip(sampled, after, strict=True))
 
 
-@pytest.mark.parametrize("name", ["sd3", pytest.param("z_image", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3", "z_image"])
 def test_check_measures_the_training_of_a_flow(arguments, name: str) -> None:
     args = arguments(name, check=True, max_train_steps=None, lora_alpha=None)
     results = main(args)

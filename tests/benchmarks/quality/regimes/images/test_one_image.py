@@ -7,11 +7,11 @@ import torch
 from quality.assets import ASSETS
 from quality.images.training import ControlledDenoiser
 from quality.regimes import runs
-from quality.regimes.data import subject_data
+from quality.regimes.images.data import subject_data
+from quality.regimes.images.one_image import LEVELS_OF_SIMILARITY, OneImage, alignment_at, score_of
+from quality.regimes.images.samples import drawn, prompts_of
 from quality.regimes.methods import arm_arguments, build
-from quality.regimes.one_image import LEVELS_OF_SIMILARITY, OneImage, alignment_at, score_of
 from quality.regimes.runs import Cell, Run, record_of
-from quality.regimes.samples import drawn, prompts_of
 
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from tests.helpers.adapted import disturb

@@ -16,7 +16,7 @@ from quality.assets import ASSETS
 from quality.images import drawn
 from quality.images.held_out import BINS, CleanBin, clean_bin, records_of
 from quality.images.subjects import BACKBONE, SUBJECTS, check_subject, instance_prompt
-from quality.regimes.objectives import LEVELS
+from quality.regimes.images.objectives import LEVELS
 
 SUBJECT = "toy"
 POSES, PLACES = 150, 15

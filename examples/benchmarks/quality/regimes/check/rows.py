@@ -14,7 +14,7 @@ from nara_diffusion.check.trial import CheckSettings
 from nara_diffusion.utils.statistics import Interval
 from quality import results
 from quality.images.held_out import BINS
-from quality.regimes.check_tasks import check_task
+from quality.regimes.check.tasks import check_task
 from quality.regimes.runs import REGIMES, Cell, rounded
 from quality.regimes.text.denoising import Denoising
 

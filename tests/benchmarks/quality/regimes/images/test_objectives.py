@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from quality.regimes.data import base_pipeline
-from quality.regimes.objectives import build_conversion
+from quality.regimes.images.data import base_pipeline
+from quality.regimes.images.objectives import build_conversion
 
 INDICES = torch.tensor([0, 1, 250, 503, 998, 999])
 

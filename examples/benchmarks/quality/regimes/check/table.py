@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from nara_diffusion.check.verdict import LIKELY, UNLIKELY
-from quality.regimes.check_rows import ROWS
+from quality.regimes.check.rows import ROWS
 from quality.regimes.plan import PLAN
 from quality.regimes.report import Confirmed, confirmed
 from quality.report.data import below_zero

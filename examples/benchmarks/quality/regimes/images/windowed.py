@@ -23,10 +23,10 @@ from nara_diffusion.dreambooth.objectives import Corrupted, squared_errors
 from quality.images.held_out import HeldOut, bin_centres, predicted
 from quality.images.training import ControlledDenoiser
 from quality.regimes.backbones import UNET, Backbone
-from quality.regimes.base_bins import BaseBin, base_bin
-from quality.regimes.batches import WHOLE, Batch, Window, batches
-from quality.regimes.data import RegimeData, subject_data
-from quality.regimes.objectives import LEVELS, build_conversion
+from quality.regimes.images.base_bins import BaseBin, base_bin
+from quality.regimes.images.batches import WHOLE, Batch, Window, batches
+from quality.regimes.images.data import RegimeData, subject_data
+from quality.regimes.images.objectives import LEVELS, build_conversion
 
 LOW: Window = (0.0, 0.5)
 HIGH: Window = (0.5, 1.0)

@@ -7,10 +7,10 @@ import torch
 from quality.assets import ASSETS
 from quality.images.subjects import SUBJECTS, instance_prompt
 from quality.images.training import ControlledDenoiser
-from quality.regimes.batches import batches
+from quality.regimes.images.batches import batches
+from quality.regimes.images.objectives import build_conversion
+from quality.regimes.images.two_conditions import TwoConditions, joined
 from quality.regimes.methods import arm_arguments, build
-from quality.regimes.objectives import build_conversion
-from quality.regimes.two_conditions import TwoConditions, joined
 
 from nara_diffusion.dreambooth.data.records import records_from_folder
 from tests.helpers.adapted import disturb

@@ -14,13 +14,13 @@ from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.objectives import squared_errors
 from quality.images.held_out import BINS, HeldOut
+from quality.regimes.images.objectives import LEVELS
+from quality.regimes.images.windowed import Windowed
 from quality.regimes.methods import arm_arguments, build
-from quality.regimes.objectives import LEVELS
 from quality.regimes.runs import REGIMES, Cell
 from quality.regimes.text.corruption import token_losses
 from quality.regimes.text.denoising import Denoising
 from quality.regimes.text.models import logits_of
-from quality.regimes.windowed import Windowed
 
 Samples = tuple[Tensor, Tensor]
 """λ and loss (n,) of held-out samples."""

@@ -16,10 +16,10 @@ from nara_diffusion.dreambooth.objectives import squared_errors
 from quality.images.held_out import HeldOut, held_out_losses
 from quality.images.training import ControlledDenoiser
 from quality.regimes.backbones import UNET, Backbone
-from quality.regimes.batches import batches
-from quality.regimes.data import SUBJECT, RegimeData, conversion_data
-from quality.regimes.objectives import build_conversion
-from quality.regimes.samples import sampled
+from quality.regimes.images.batches import batches
+from quality.regimes.images.data import SUBJECT, RegimeData, conversion_data
+from quality.regimes.images.objectives import build_conversion
+from quality.regimes.images.samples import sampled
 
 
 @dataclass(frozen=True)

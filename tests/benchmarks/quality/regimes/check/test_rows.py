@@ -5,14 +5,15 @@ import json
 import pytest
 import report_quality
 import torch
-from quality.regimes import check_tasks, runs
-from quality.regimes.check_rows import ROWS, check_row, left_rows
-from quality.regimes.check_table import check_table
-from quality.regimes.conversion import Conversion
-from quality.regimes.objectives import build_conversion
+from quality.regimes import runs
+from quality.regimes.check import tasks
+from quality.regimes.check.rows import ROWS, check_row, left_rows
+from quality.regimes.check.table import check_table
+from quality.regimes.images.conversion import Conversion
+from quality.regimes.images.objectives import build_conversion
+from quality.regimes.images.windowed import LOW, Windowed
 from quality.regimes.plan import PLAN
 from quality.regimes.runs import Cell
-from quality.regimes.windowed import LOW, Windowed
 
 from nara_diffusion.check.trial import ARMS, CheckSettings
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY
@@ -24,13 +25,13 @@ RATES = {"learning_rate": 1e-2, "core_learning_rate": 2.5e-3}
 @pytest.fixture
 def regimes(monkeypatch, data):
     own = {"eps_to_v": Conversion("eps_to_v", lambda: data), "subject_low": Windowed(LOW, lambda: data)}
-    for module in (check_tasks, runs):
+    for module in (tasks, runs):
         monkeypatch.setattr(module, "REGIMES", own)
 
 
 @pytest.mark.parametrize("name", ["eps_to_v", "subject_low"])
 def test_held_out_losses_are_those_of_the_next_bin_each(regimes, data, name):
-    task = check_tasks.check_task(Cell(name, "attention", 2, 2), RATES, seed=3)
+    task = tasks.check_task(Cell(name, "attention", 2, 2), RATES, seed=3)
     disturb(task.model)
     task.model.eval()
     objective = build_conversion("eps" if name == "subject_low" else name, data.pipe.scheduler)
@@ -51,8 +52,8 @@ def test_held_out_losses_are_those_of_the_next_bin_each(regimes, data, name):
 
 
 def test_training_loss_of_positions_is_that_of_their_step(regimes, data):
-    task = check_tasks.check_task(Cell("eps_to_v", "attention", 2, 2), RATES, seed=3)
-    regime = check_tasks.REGIMES["eps_to_v"]
+    task = tasks.check_task(Cell("eps_to_v", "attention", 2, 2), RATES, seed=3)
+    regime = tasks.REGIMES["eps_to_v"]
     step = regime.loss(regime.backbone.controlled(task.model, None, 3), task.args)
     with torch.no_grad():
         assert task.loss(range(10, 15)).loss == step(2)

@@ -17,7 +17,7 @@ from nara_diffusion.dreambooth.objectives import Corrupted, Objective
 from nara_diffusion.dreambooth.objectives.timesteps import WindowedSchedule, draw_indices, draw_noise
 from quality.images.controls import shuffled_noise_levels
 from quality.images.subjects import SIZE
-from quality.regimes.data import RegimeData
+from quality.regimes.images.data import RegimeData
 
 Window = tuple[float, float]
 """λ from, and λ below."""

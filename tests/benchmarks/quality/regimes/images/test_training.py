@@ -4,11 +4,11 @@ import pytest
 import torch
 from quality.images.subjects import SIZE
 from quality.images.training import ControlledDenoiser
-from quality.regimes.batches import batches
-from quality.regimes.conversion import Conversion
+from quality.regimes.images.batches import batches
+from quality.regimes.images.conversion import Conversion
+from quality.regimes.images.objectives import build_conversion
+from quality.regimes.images.windowed import HIGH, LOW, Windowed
 from quality.regimes.methods import ARMS, arm_arguments, build
-from quality.regimes.objectives import build_conversion
-from quality.regimes.windowed import HIGH, LOW, Windowed
 
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.objectives.timesteps import draw_noise

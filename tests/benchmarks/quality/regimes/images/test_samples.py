@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from quality.regimes.conversion import Conversion
-from quality.regimes.data import base_pipeline
+from quality.regimes.images.conversion import Conversion
+from quality.regimes.images.data import base_pipeline
+from quality.regimes.images.objectives import CONVERSIONS, build_conversion
+from quality.regimes.images.samples import STEPS, agreement, sampled, sampling_scheduler
 from quality.regimes.methods import arm_arguments, build
-from quality.regimes.objectives import CONVERSIONS, build_conversion
-from quality.regimes.samples import STEPS, agreement, sampled, sampling_scheduler
 
 from tests.helpers.adapted import disturb
 
@@ -66,7 +66,7 @@ def test_samples_of_an_adapter_read_the_noise_level_of_their_scheduler(name):
 def test_samples_of_the_base_are_drawn_with_its_own_scheduler(data, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "quality.regimes.conversion.sampled",
+        "quality.regimes.images.conversion.sampled",
         lambda *given: drawn.append(given[2:]) or dict.fromkeys(("alignment", "retrieval")),
     )
     regime = Conversion("eps_to_v", lambda: data)

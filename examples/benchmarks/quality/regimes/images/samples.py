@@ -22,7 +22,7 @@ from quality.assets import ASSETS
 from quality.images.drawn import PLACES
 from quality.images.measurement import pipeline_of
 from quality.images.subjects import IDENTIFIER, SIZE, instance_prompt
-from quality.regimes.data import subject_data
+from quality.regimes.images.data import subject_data
 
 STEPS, GUIDANCE = 12, 2.5
 FIRST_SEED = 1000  # samples of training seed s start from noise 1000 + 100 s

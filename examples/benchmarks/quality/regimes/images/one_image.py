@@ -24,11 +24,11 @@ from nara_diffusion.dreambooth.objectives import squared_errors
 from nara_diffusion.noise.window import NoiseWindow
 from quality.images.training import ControlledDenoiser
 from quality.regimes.backbones import UNET, Backbone
-from quality.regimes.batches import batches
-from quality.regimes.conversion import Conversion
-from quality.regimes.data import SUBJECT, RegimeData, one_picture
-from quality.regimes.objectives import build_conversion
-from quality.regimes.samples import sampled
+from quality.regimes.images.batches import batches
+from quality.regimes.images.conversion import Conversion
+from quality.regimes.images.data import SUBJECT, RegimeData, one_picture
+from quality.regimes.images.objectives import build_conversion
+from quality.regimes.images.samples import sampled
 
 EVERY = 40
 LEVELS_OF_SIMILARITY = (0.44, 0.47, 0.5)

@@ -1,0 +1,1 @@
+"""nara-check on the regimes: trials, and verdicts beside what is known."""

@@ -1,0 +1,1 @@
+"""Regimes of images: what is trained, on what, and by what it is measured."""
