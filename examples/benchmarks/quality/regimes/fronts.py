@@ -91,6 +91,8 @@ def write_front(points: Sequence[Point], picture: Path, table: Path) -> None:
     for arm, colour in zip(dict.fromkeys(point.arm for point in points), COLOURS, strict=False):
         for kind, style in ((PLAIN, "o-"), (SCHEDULED, "s--")):
             own = [point for point in points if (point.arm, point.kind) == (arm, kind)]
+            if not own:
+                continue
             label = arm if kind == PLAIN or arm in GATED else None
             style = "*" if arm in GATED else style
             for axes, measure in ((left, "drift"), (right, "alignment")):
