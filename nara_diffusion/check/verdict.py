@@ -68,7 +68,7 @@ def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Ver
             "which the gain may grow.",
         )
     if any(_is_nothing(difference, thresholds) for difference in differences):
-        return Verdict(UNLIKELY, f"{told}: one interval is above {pays} and reaches zero.")
+        return Verdict(UNLIKELY, f"{told}: one interval is above {pays} and not below zero.")
     return Verdict(UNKNOWN, f"{told}: the intervals allow both {pays} and no gain: take more repeats.")
 
 

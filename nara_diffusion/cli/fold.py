@@ -34,6 +34,9 @@ from .errors import in_one_line
 from .fold_bins import PEFT, check_single, fold_bins
 from .skeleton import skeleton
 
+OF_SCHEDULES = {"interpolation": "linear", "shift": None, "steps": 30, "checkpoint": "sd_xl_base_1.0.safetensors"}
+"""{argument that only several LoRAs have: its default}."""
+
 
 def folded(file: AdapterFile, level: float) -> dict[str, PlainLora]:
     """{component: its plain LoRA at λ = `level`}.
@@ -74,10 +77,6 @@ def _layout(base: str, layers_per_block: int | None) -> UNetLayout | None:
     return UNetLayout(layers_per_block, (SD15 if base == "sd15" else SDXL).attention_up_blocks)
 
 
-OF_SCHEDULES = {"interpolation": "linear", "shift": None, "steps": 30, "checkpoint": "sd_xl_base_1.0.safetensors"}
-"""{argument that only several LoRAs have: its default}."""
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -97,7 +96,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--interpolation",
         choices=get_args(Interpolation),
         help="linear: each of several LoRAs fades into the next (smaller error); constant: one LoRA at a time "
-        "(default: linear)",
+        f"(default: {OF_SCHEDULES['interpolation']})",
     )
     parser.add_argument(
         "--form", choices=(*FORMS, PEFT), default="diffusers", help="format of the files (default: %(default)s)"
@@ -109,10 +108,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shift", type=float, help="of a flow model's scheduler, for schedules, 1 or more (SD3 3, FLUX e^1.15 = 3.16)"
     )
-    parser.add_argument("--steps", type=int, help="sampling steps, for schedules by step (default: 30)")
+    parser.add_argument(
+        "--steps", type=int, help=f"sampling steps, for schedules by step (default: {OF_SCHEDULES['steps']})"
+    )
     parser.add_argument(
         "--checkpoint",
-        help="the file in models/checkpoints that ComfyUI's workflow loads (default: sd_xl_base_1.0.safetensors)",
+        help=f"the file in models/checkpoints that ComfyUI's workflow loads (default: {OF_SCHEDULES['checkpoint']})",
     )
     return parser.parse_args(argv)
 

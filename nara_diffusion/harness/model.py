@@ -25,6 +25,7 @@ from nara_diffusion.dllm.models.positions import position_limit
 
 from .generation import SETTINGS, HowToAnswer, contradiction, cut, read_gen_kwargs
 from .loading import load_model
+from .number_arguments import fixed_batch_size, whole_number
 from .processes import Processes
 from .prompts import ALPACA, encode, encode_pair, shortened, templated
 
@@ -71,9 +72,13 @@ class NaraDLLM(LM):
         misplaced = sorted(loading.keys() & set(SETTINGS))
         if misplaced:
             raise ValueError(f"{', '.join(misplaced)} in --model_args: the sampler's settings belong to --gen_kwargs")
-        self.batch_size = _batch_size(batch_size, max_batch_size)
-        self.samples, self.seed, self.greedy = _whole("samples", samples, 1), _whole("seed", seed, 0), bool(greedy)
-        limit = None if max_length is None else _whole("max_length", max_length, 1)
+        self.batch_size = fixed_batch_size(batch_size, max_batch_size)
+        self.samples, self.seed, self.greedy = (
+            whole_number("samples", samples, 1),
+            whole_number("seed", seed, 0),
+            bool(greedy),
+        )
+        limit = None if max_length is None else whole_number("max_length", max_length, 1)
         self.processes = Processes(device)
         self._rank, self._world_size = self.processes.rank, self.processes.count
         place = self.processes.placement(device)
@@ -268,24 +273,6 @@ class NaraDLLM(LM):
 
     def barrier(self) -> None:
         self.processes.wait()
-
-
-def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
-    if not str(batch_size).isdecimal() or int(batch_size) < 1 or max_batch_size is not None:
-        given = f"--batch_size {batch_size}" + ("" if max_batch_size is None else f" --max_batch_size {max_batch_size}")
-        raise ValueError(f"{given}: nara_dllm doesn't look for a batch size, name one, such as --batch_size 8")
-    return int(batch_size)
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    """`value`, which --model_args has as text or number, as an int of `least` or more."""
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or number < least or (isinstance(value, float) and value != number):
-        raise ValueError(f"{name} is {value!r}, expected a whole number, {least} or more")
-    return number
 
 
 def _split(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:

@@ -46,7 +46,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         if MADE_WITH in record:
             shared = record[MADE_WITH]
         else:
-            records.append(record | shared)
+            records.append(shared | record)
     return records
 
 

@@ -30,6 +30,14 @@ def test_what_records_share_stands_once(tmp_path):
     assert read(path)[-1] == {"n": 6}
 
 
+def test_what_a_record_says_itself_counts_before_what_is_shared(tmp_path):
+    path = tmp_path / "text.jsonl"
+    append(path, [{"n": 1, "commit": "a1"}])
+    with path.open("a") as file:
+        file.write('{"n": 2, "commit": "b2"}\n')
+    assert read(path) == [{"n": 1, "commit": "a1"}, {"n": 2, "commit": "b2"}]
+
+
 def test_a_line_that_was_never_finished_is_no_record_and_vanishes(tmp_path):
     path = tmp_path / "text.jsonl"
     append(path, [{"a": 1}])

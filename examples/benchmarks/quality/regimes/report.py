@@ -124,7 +124,7 @@ def _begun(cell: Confirmed) -> str:
 
 def _section(cell: Confirmed) -> str:
     each = cell.planned.cell
-    seeds = len({seed for _, seed in cell.records})
+    seeds = len({seed for arm, seed in cell.records if arm in cell.planned.arms})
     name = cell.planned.label or each.regime
     title = f"### {name}: {each.targets}, rank {each.rank}, {each.steps} steps ({seeds} seeds)"
     if not cell.is_whole:
