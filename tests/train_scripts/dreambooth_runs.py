@@ -1,6 +1,7 @@
 """A tiny random SDXL on disk, pictures, the arguments of a run of some seconds on them, and its pipeline."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,13 @@ def run_pixels(pipe: Any, args: DreamBoothArguments) -> list[np.ndarray]:
 
 def written(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+
+
+def one_sample(model: Path, pictures: Path, folder: Path) -> Callable[..., DreamBoothArguments]:
+    """Makes arguments of a run in `folder` with one sample; keyword arguments change them."""
+    return lambda **changes: tiny_arguments(
+        model,
+        Path(changes.pop("instance_data_dir", pictures)),
+        Path(changes.pop("output_dir", folder / "run")),
+        **{"validation_prompts": ["a toy"], "num_validation_images": 1, **changes},
+    )

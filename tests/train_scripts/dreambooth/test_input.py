@@ -9,19 +9,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from tests.train_scripts.dreambooth_runs import tiny_arguments, write_pictures
+from tests.train_scripts.dreambooth_runs import one_sample, write_pictures
 from train_scripts.dreambooth_sdxl import main
 
 
 @pytest.fixture
 def arguments(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> Callable[..., DreamBoothArguments]:
     """Arguments of a run of a few seconds, with one sample; keyword arguments change them."""
-    return lambda **changes: tiny_arguments(
-        sdxl_folder,
-        Path(changes.pop("instance_data_dir", pictures)),
-        Path(changes.pop("output_dir", tmp_path / "run")),
-        **{"validation_prompts": ["a toy"], "num_validation_images": 1, **changes},
-    )
+    return one_sample(sdxl_folder, pictures, tmp_path)
 
 
 def refused(args: DreamBoothArguments, message: str, error: type[Exception] = ValueError) -> None:
