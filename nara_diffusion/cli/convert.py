@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 
 from nara_diffusion.loaders.format import WEIGHTS_NAME, AdapterPart, pack
 from nara_diffusion.loaders.validation import check_storable
+from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapter_file import MODEL, read
 from .errors import in_one_line
 from .skeleton import skeleton
 
-PEFT_PREFIX = "base_model.model."
 FORMS = ("peft", "pipeline")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.tuner.strength.layers import layers_of
+from nara_diffusion.utils.listing import listed
 
 from .lora.plain_lora import PlainLora, PlainLoraLayer
 
@@ -40,8 +41,8 @@ def check_layers(adapted: Any, given: Any, adapter_name: str, origin: str) -> No
     """Raises ValueError if the names of the adapter's layers (`adapted`) and the LoRA's (`given`) differ."""
     missing, surplus = sorted(given - adapted), sorted(adapted - given)
     if missing or surplus:
-        texts = [f"the adapter lacks {_some(missing)}"] if missing else []
-        texts += [f"the LoRA lacks {_some(surplus)}"] if surplus else []
+        texts = [f"the adapter lacks {listed(missing)}"] if missing else []
+        texts += [f"the LoRA lacks {listed(surplus)}"] if surplus else []
         raise ValueError(
             f"{origin} has {len(given)} layers, the adapter '{adapter_name}' {len(adapted)}: {', and '.join(texts)}. "
             "Set target_modules to the layers of the LoRA."
@@ -97,8 +98,3 @@ def _parameters(layer: Any, adapter_name: str) -> dict[str, nn.Parameter]:
 def _tensors(given: PlainLoraLayer) -> dict[str, Tensor]:
     all_ = {"A": given.A, "B": given.B, "bias": given.bias, "magnitude": given.magnitude}
     return {kind: tensor for kind, tensor in all_.items() if tensor is not None}
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -17,8 +17,8 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from nara_diffusion.loaders.format import is_core_key
 from nara_diffusion.noise.signals import Level, as_signals
-from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 
 from .adapted_layers import AdaptedLayer, Adapter, read_adapter
 from .best import Density, best_cores
@@ -136,9 +136,5 @@ def _others(adapter: Adapter) -> dict[str, Tensor]:
             adapter.root, adapter.root.state_dict(), adapter.name, save_embedding_layers=False
         )
     own = tuple(f"{layer.name}.lora_" for layer in adapter.layers)
-    rest = {key: tensor for key, tensor in held.items() if not key.startswith(own) and not _is_cores(key)}
+    rest = {key: tensor for key, tensor in held.items() if not key.startswith(own) and not is_core_key(key)}
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in rest.items()}
-
-
-def _is_cores(key: str) -> bool:
-    return HOLDER_NAME in key.split(".")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
@@ -22,16 +22,16 @@ from peft import (
 )
 from torch import nn
 
-from nara_diffusion.loaders.validation import TEXT_ENCODER, base_modules
+from nara_diffusion.loaders.validation import TEXT_ENCODER, check_has_modules
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.injection import roll_back
-from nara_diffusion.tuner.patches.adapter_files import trainable_again
+from nara_diffusion.tuner.injection import LOADED_FLAG, rollback_on_error
+from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 
 from .adapted_layers import read_adapter
 from .filling import fill
 from .lora.config import fitting_config
-from .lora.plain_lora import PEFT_PREFIX, PlainLora
+from .lora.plain_lora import PlainLora
 from .lora.sources import read_lora
 
 _DECIDED = {
@@ -80,66 +80,51 @@ def from_lora(
     if decided:
         raise ValueError(f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out.")
     parts, origin = read_lora(lora, model, config=config, source_adapter=source_adapter)
-    if not isinstance(model, DiffusionPipeline):
-        return _insert(parts[""], model, adapter_name, core, origin, inject=isinstance(model, PeftAdapterMixin))
     with ExitStack() as undo:
+        if not isinstance(model, DiffusionPipeline):
+            inject = isinstance(model, PeftAdapterMixin)
+            return _insert(parts[""], model, adapter_name, core, origin, undo, inject=inject)
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
-            target = getattr(model, component)
-            undo.enter_context(trainable_again(target))
-            _insert(part, target, adapter_name, own, origin, inject=True)
-            undo.enter_context(_rolled_back_on_error(target, adapter_name))
+            _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
     return model
 
 
-@contextmanager
-def _rolled_back_on_error(root: Any, adapter_name: str) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        roll_back(root, adapter_name)
-        if not hasattr(root, "peft_config"):
-            del root._hf_peft_config_loaded
-        raise
-
-
 def _insert(
-    lora: PlainLora, model: Any, adapter_name: str, core: Mapping[str, Any], origin: str, *, inject: bool
+    lora: PlainLora,
+    model: Any,
+    adapter_name: str,
+    core: Mapping[str, Any],
+    origin: str,
+    undo: ExitStack,
+    *,
+    inject: bool,
 ) -> Any:
-    """Add the adapter to `model`, or leave it as it was. `inject`: without a PeftModel around it."""
+    """Add the adapter to `model`, until an error in `undo`. `inject`: without a PeftModel around it."""
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(root, "peft_config", {}):
         raise ValueError(
             f"{type(root).__name__} has an adapter '{adapter_name}' already: choose another adapter_name, or remove "
             "that one first (delete_adapter, or unload)."
         )
-    check_modules(root, lora, origin)
+    check_has_modules(root, lora.layers.keys(), origin)
     config = nara_config(lora, root, core)
-    with trainable_again(root):
-        return _insert_as(config, lora, model, root, adapter_name, origin, inject)
-
-
-def _insert_as(
-    config: NaraConfig, lora: PlainLora, model: Any, root: Any, adapter_name: str, origin: str, inject: bool
-) -> Any:
+    undo.enter_context(rollback_on_error(root, adapter_name))
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
-        model.set_adapter(adapter_name)
     elif inject:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
             inject_adapter_in_model(config, model, adapter_name)
     else:
         model = get_peft_model(model, config, adapter_name)
-    try:
-        fill(root, adapter_name, lora, origin)
-        _set_others(model, adapter_name, lora, origin)
-        check_identity(root, adapter_name, config)
-    except Exception:
-        roll_back(root, adapter_name)
-        raise
+    fill(root, adapter_name, lora, origin)
+    _set_others(model, adapter_name, lora, origin)
+    check_identity(root, adapter_name, config)
     if inject:
-        root._hf_peft_config_loaded = True  # by this Diffusers and Transformers know that there are adapters
+        setattr(root, LOADED_FLAG, True)
+    elif isinstance(model, PeftModel):
+        model.set_adapter(adapter_name)
     return model
 
 
@@ -159,18 +144,6 @@ def nara_config(lora: PlainLora, root: nn.Module, core: Mapping[str, Any]) -> Na
     if not isinstance(start, str) or start.lower() in _STARTS_ANYWAY:
         given["init_lora_weights"] = True
     return NaraConfig(**given | dict(core))
-
-
-def check_modules(root: nn.Module, lora: PlainLora, origin: str) -> None:
-    """Raises ValueError if `root` lacks a module that the LoRA adapts."""
-    modules = {name for name, _ in base_modules(root)}
-    unknown = sorted(lora.layers.keys() - modules)
-    if unknown:
-        shown = ", ".join(map(repr, unknown[:3]))
-        raise ValueError(
-            f"{origin} adapts {len(lora.layers)} modules, of which {type(root).__name__} lacks {len(unknown)}: {shown}"
-            ". It was trained on another base model, or belongs to another component of the pipeline."
-        )
 
 
 def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nara_diffusion.noise.context import noise_level
 from nara_diffusion.noise.signals import Level
 from nara_diffusion.tuner.strength.layers import layers_of
-from nara_diffusion.utils.eval_mode import evaluating
+from nara_diffusion.utils.eval_mode import disabled, evaluating
 
 from .adapted_layers import AdaptedLayer, Adapter
 from .errors import relative
@@ -69,26 +69,15 @@ class Outputs:
                     stack.enter_context(_reading(variant, cores[layer.name].float()))
             yield
 
-    @contextmanager
-    def without_adapters(self) -> Iterator[None]:
-        layers = [module for module in self.adapter.root.modules() if isinstance(module, BaseTunerLayer)]
-        before = [layer._disable_adapters for layer in layers]
-        try:
-            for layer in layers:
-                layer._disable_adapters = True
-            yield
-        finally:
-            for layer, value in zip(layers, before, strict=True):
-                layer._disable_adapters = value
-
     def errors(self, levels: Tensor, exported: Callable[[Tensor], Mapping[str, Tensor]]) -> list[float]:
         """`ExportError.output` at each λ: (m,). `exported`: λ (1,) → layer → the core that is exported for it."""
         differences, sizes = [], []
+        layers = [module for module in self.adapter.root.modules() if isinstance(module, BaseTunerLayer)]
         for level in levels:
             y = self.at(float(level))
             with self.with_cores(exported(level[None])):
                 differences.append(float((self.at(float(level)) - y).norm()))
-            with self.without_adapters():
+            with disabled(layers):
                 sizes.append(float((self.at(float(level)) - y).norm()))
         return relative(differences, sizes, [1 / len(sizes)] * len(sizes))
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.tuner.strength.layers import has_strength
 from nara_diffusion.tuner.strength.set_strength import roots_of
 
 from .fold import to_lora
-from .lora.config import with_ranks
-from .lora.plain_lora import PEFT_PREFIX, PlainLora, PlainLoraLayer
+from .lora.config import with_ranks_of
+from .lora.plain_lora import PlainLora, PlainLoraLayer
 
 _original: Any = None
 """PEFT's own function, once `extend_conversion` has run."""
@@ -115,9 +116,7 @@ def truncated(lora: PlainLora, rank: float) -> PlainLora:
             f"rank is {rank}, but init_lora_weights={start!r} has changed the base weights by a LoRA of the adapter's "
             "own rank: pass rank=1.0, which keeps that rank."
         )
-    ranks = {name: layer.rank for name, layer in cut.items()}
-    alphas = {name: layer.alpha for name, layer in cut.items()}
-    return PlainLora(with_ranks(lora.config, ranks, alphas), cut, lora.others)
+    return PlainLora(with_ranks_of(lora.config, cut), cut, lora.others)
 
 
 def _cut(name: str, layer: PlainLoraLayer, rank: float) -> PlainLoraLayer:

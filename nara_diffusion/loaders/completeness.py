@@ -16,9 +16,10 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from .source import read_peft_weights
+from nara_diffusion.tuner.state_dict import PEFT_PREFIX
+from nara_diffusion.utils.listing import listed
 
-_PEFT_PREFIX = "base_model.model."
+from .source import read_peft_weights
 
 
 def load_peft_adapter(model: nn.Module, source: str | Path, **options: Any) -> PeftModel:
@@ -46,8 +47,8 @@ def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
     """
     model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
     missing, surplus = (sorted(loading[keys]) for keys in ("missing_keys", "unexpected_keys"))
-    lacks = f"lacks {_tensors(missing)} of {kind.__name__}: {_some(missing)}"
-    holds = f"holds {_tensors(surplus)} that {kind.__name__} doesn't know: {_some(surplus)}"
+    lacks = f"lacks {_tensors(missing)} of {kind.__name__}: {listed(missing)}"
+    holds = f"holds {_tensors(surplus)} that {kind.__name__} doesn't know: {listed(surplus)}"
     if missing or surplus:
         what = " and ".join(text for text, keys in ((lacks, missing), (holds, surplus)) if keys)
         raise ValueError(f"{folder} {what}. Was it written by another version, or of another model? Save it again.")
@@ -85,7 +86,7 @@ def check_loaded(
         wrong = _layers(surplus, prefix)
         what = f"{type(model).__name__} has {len(wrong)} adapted layers of which there is nothing in {origin}"
     raise ValueError(
-        f"{what}: {_some(wrong)}. The file's names, or its configuration, are not those that the installed PEFT, "
+        f"{what}: {listed(wrong)}. The file's names, or its configuration, are not those that the installed PEFT, "
         "Diffusers and Transformers expect of this model: save the adapter again with these versions, or load it into "
         "the model that it was trained on."
     )
@@ -100,7 +101,7 @@ def held_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
 
 def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by their names in the model, without what only PEFT adds to them."""
-    return {key.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
+    return {key.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
 
 
 def _equal(held: Tensor, given: Tensor) -> bool:
@@ -123,8 +124,3 @@ def _layers(keys: Iterable[str], prefix: str) -> list[str]:
 
 def _tensors(keys: list[str]) -> str:
     return f"{len(keys)} tensor{'s' * (len(keys) != 1)}"
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

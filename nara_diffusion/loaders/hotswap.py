@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
@@ -21,7 +20,13 @@ from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.build_core import build_core, is_block_of_larger
 from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.holder.noise_convention import with_convention
-from nara_diffusion.tuner.strength.layers import check_strength, default_strengths, give_strength, has_strength
+from nara_diffusion.tuner.strength.layers import (
+    check_strength,
+    default_strengths,
+    give_strength,
+    has_strength,
+    layers_of,
+)
 
 from .completeness import check_loaded
 from .format import AdapterPart
@@ -60,7 +65,8 @@ def prepare_for_hotswap(model: Any, adapter_name: str) -> None:
     request = getattr(model, REQUEST, None)
     if request is None:
         return
-    target, own = request["target_rank"], max(layer.r[adapter_name] for layer in _layers(model, adapter_name).values())
+    layers = layers_of(model, adapter_name).values()
+    target, own = request["target_rank"], max(layer.r[adapter_name] for layer in layers)
     if own > target:
         raise ValueError(
             f"enable_lora_hotswap was given target_rank={target}, but this adapter has rank {own}: give it the largest "
@@ -80,16 +86,11 @@ def check_enlargeable(model: nn.Module, target: int) -> None:
                 f"enable_lora_hotswap would make room for rank {target} in LoRA '{name}', whose strength depends on λ: "
                 f"give it a float before, pipe.set_adapters({name!r}, 1.0), or load it last."
             )
-    for name, config in nara_adapters_of(model).items():
-        _check_enlargeable(name, config, target)
-
-
-def _check_enlargeable(adapter_name: str, config: NaraConfig, target: int) -> None:
-    if not is_block_of_larger(config) and {config.r, *(config.rank_pattern or {}).values()} != {target}:
-        raise ValueError(
-            f"enable_lora_hotswap was given target_rank={target}, but adapter '{adapter_name}' has "
-            f"core_type={config.core_type!r}, whose C belongs to its rank {config.r}: pass target_rank={config.r}."
-        )
+        if isinstance(config, NaraConfig) and not is_block_of_larger(config) and config.ranks != {target}:
+            raise ValueError(
+                f"enable_lora_hotswap was given target_rank={target}, but adapter '{name}' has "
+                f"core_type={config.core_type!r}, whose C belongs to its rank {config.r}: pass target_rank={config.r}."
+            )
 
 
 def enlarge_cores(model: nn.Module, rank: int) -> None:
@@ -99,7 +100,7 @@ def enlarge_cores(model: nn.Module, rank: int) -> None:
 
 
 def _enlarge(model: nn.Module, adapter_name: str, config: NaraConfig, rank: int) -> None:
-    for layer in _layers(model, adapter_name).values():
+    for layer in layers_of(model, adapter_name).values():
         scaling = float(layer.scaling[adapter_name])
         layer.r[adapter_name] = len(layer.lora_A[adapter_name].weight)
         _set_alpha(layer, adapter_name, scaling)
@@ -171,7 +172,7 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
                 f"{tuple(there[key].shape)}: call pipe.enable_lora_hotswap(target_rank=…) with the largest rank before "
                 "the first adapter is loaded."
             )
-    if any(layer.merged for layer in _layers(model, adapter_name).values()):
+    if any(layer.merged for layer in layers_of(model, adapter_name).values()):
         raise ValueError(f"'{adapter_name}' of {component} is fused: call pipe.unfuse_lora() before swapping it.")
 
 
@@ -182,7 +183,7 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     there = part_of(model, adapter_name).tensors
     for key, tensor in part.tensors.items():
         there[key].copy_(resized(tensor, there[key].shape, _is_squared(key, config)))
-    for name, layer in _layers(model, adapter_name).items():
+    for name, layer in layers_of(model, adapter_name).items():
         layer.use_rslora[adapter_name] = config.use_rslora
         rank = rank_of(config, name)
         alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
@@ -241,9 +242,3 @@ def _is_squared(key: str, config: NaraConfig) -> bool:
     """Whether the tensor of a core belongs to F's last layer, whose outputs are the entries of C."""
     *_, layers, number, kind = ("", "", *key.split("."))
     return (layers, number) == ("layers", str(len(config.core_hidden_dims))) and kind in ("weight", "bias")
-
-
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Module name → layer, of those that the adapter adapts."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return {name: layer for name, layer in layers.items() if adapter_name in layer.r}

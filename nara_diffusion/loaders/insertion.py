@@ -1,10 +1,8 @@
-"""One component of a pipeline: insert an adapter, remove it, and roll back an insertion that fails."""
+"""One component of a pipeline: insert an adapter, and remove it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from peft import inject_adapter_in_model
@@ -15,13 +13,10 @@ from torch import Tensor, nn
 from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
-from nara_diffusion.tuner.injection import drop_idle_holder
+from nara_diffusion.tuner.injection import LOADED_FLAG, drop_idle_holder
 
 from .completeness import check_loaded, held_tensors
 from .format import AdapterPart, is_core_key
-
-_LOADED_FLAG = "_hf_peft_config_loaded"
-"""The attribute by which Diffusers and Transformers know that a model has adapters."""
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
@@ -49,7 +44,7 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
         else:
             _fill_core(getattr(model, HOLDER_NAME).cores[adapter_name], tensors)
     check_loaded(model, adapter_name, part.tensors, "the adapter")
-    setattr(model, _LOADED_FLAG, True)
+    setattr(model, LOADED_FLAG, True)
 
 
 def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -95,7 +90,8 @@ def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:
 
 def remove(model: nn.Module, adapter_names: list[str]) -> None:
     """Remove adapters. The others stay as they are, active or not; without any, the base model is restored."""
-    layers, trainable = tuner_layers(model), _trainable(model)
+    layers = tuner_layers(model)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = [[name for name in layer.active_adapters if name not in adapter_names] for layer in layers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
@@ -118,31 +114,9 @@ def unwrap(model: nn.Module) -> None:
             if isinstance(child, LoraLayer) and not child.r:
                 setattr(parent, name, child.get_base_layer())
     if not adapters_of(model):
-        for name in ("peft_config", _LOADED_FLAG):
+        for name in ("peft_config", LOADED_FLAG):
             model.__dict__.pop(name, None)
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-@contextmanager
-def rollback_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """After an error inside, remove the adapter and restore the model."""
-    trainable, flag = _trainable(model), model.__dict__.get(_LOADED_FLAG)
-    states = [(layer, list(layer.active_adapters)) for layer in tuner_layers(model)]
-    try:
-        yield
-    except BaseException:
-        remove(model, [adapter_name])
-        for layer, active in states:
-            layer._active_adapter = active
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad = requires_grad
-        if flag is not None:
-            setattr(model, _LOADED_FLAG, flag)
-        raise
-
-
-def _trainable(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
-    return [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -24,12 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nara_diffusion.tuner.config_files import config_from_fields, is_naras, read_config_file
-from nara_diffusion.tuner.state_dict import with_current_names
+from nara_diffusion.tuner.state_dict import PEFT_PREFIX, with_current_names
 
 from .foreign import ForeignOptions, format_of, read_foreign
 from .format import WEIGHTS_NAME, AdapterPart, unpack
 
-_PEFT_PREFIX = "base_model.model."
 _USER_AGENT = {"file_type": "nara_weights", "framework": "pytorch"}
 
 Locate = Callable[[str], str]
@@ -188,10 +187,10 @@ def _peft_part(weights: str, config: str, tensors: dict[str, Tensor]) -> Adapter
             f"{origin} describes an adapter of type {given.get('peft_type')}, not NARA: load it by "
             "pipe.load_lora_weights(…) or peft.PeftModel.from_pretrained(…)."
         )
-    foreign = [key for key in tensors if not key.startswith(_PEFT_PREFIX)]
+    foreign = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
     if foreign:
         raise ValueError(f"'{weights}' holds '{foreign[0]}', which is no key that PEFT writes: damaged.")
-    own = with_current_names({key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()})
+    own = with_current_names({key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()})
     return AdapterPart(config_from_fields(given, origin), own)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
 from nara_diffusion.tuner.holder.core_set import core_group, core_tensors
 from nara_diffusion.tuner.holder.noise_convention import with_convention
 from nara_diffusion.tuner.state_dict import check_adapter_tensors
+from nara_diffusion.utils.listing import listed
 
 from .format import AdapterPart, is_core_key
 
@@ -34,16 +35,16 @@ def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name
     adapted = {_module_of(key) for key in part.tensors if not is_core_key(key)}
     unknown = sorted(adapted - modules.keys())
     if unknown:
-        raise ValueError(f"{component} ({type(model).__name__}) has no module {_some(unknown)}. {_OTHER_BASE}")
+        raise ValueError(f"{component} ({type(model).__name__}) has no module {listed(unknown)}. {_OTHER_BASE}")
     targets = {name for name in modules if check_target_module_exists(part.config, name)}
     if targets - adapted:
         raise ValueError(
-            f"The adapter's target_modules select {_some(sorted(targets - adapted))} in {component}, for which it has "
+            f"The adapter's target_modules select {listed(sorted(targets - adapted))} in {component}, for which it has "
             f"no tensors: a part of its keys is missing, or it was trained on another base model."
         )
     if adapted - targets:
         raise ValueError(
-            f"The adapter holds tensors for {_some(sorted(adapted - targets))} in {component}, which its own "
+            f"The adapter holds tensors for {listed(sorted(adapted - targets))} in {component}, which its own "
             "target_modules do not select: damaged."
         )
     for name in sorted(adapted):
@@ -157,6 +158,16 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 left.append((f"{path}.", child))
 
 
+def check_has_modules(model: nn.Module, names: Set[str], origin: str) -> None:
+    """Raises ValueError if `model` lacks one of the modules that the adapter of `origin` adapts."""
+    unknown = sorted(names - {name for name, _ in base_modules(model)})
+    if unknown:
+        raise ValueError(
+            f"{origin} adapts {len(names)} modules, of which {type(model).__name__} lacks {len(unknown)}: "
+            f"{listed(unknown)}. It was trained on another base model, or belongs to another component of the pipeline."
+        )
+
+
 def _base_layer(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -175,9 +186,3 @@ def by_pattern(pattern: dict[str, int] | None, name: str, default: int) -> int:
     """The value of PEFT's rank_pattern or alpha_pattern for a module."""
     pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), name), default)  # type: ignore[arg-type]
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

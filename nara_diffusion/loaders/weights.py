@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.tuner.injection import rollback_on_error
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .foreign import ForeignOptions
@@ -20,7 +21,7 @@ from .format import WEIGHTS_NAME, AdapterPart, pack
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
 from .hub import check_hub_options, push
-from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove, rollback_on_error
+from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove
 from .names import name_to_load, name_to_save
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
 from .source import naming, read_adapter
@@ -216,11 +217,7 @@ def _denoiser_name(pipe: Any) -> str:
 def _fitting(
     pipe: Any, models: dict[str, nn.Module], parts: Mapping[str, AdapterPart], name: str, hotswap: bool
 ) -> list[tuple[nn.Module, str, AdapterPart]]:
-    """(model, component, its part) of each part.
-
-    Raises:
-        ValueError: one doesn't fit its model.
-    """
+    """(model, component, its part) of each part. Raises ValueError if one doesn't fit its model."""
     for component in parts:
         if component not in models:
             raise ValueError(

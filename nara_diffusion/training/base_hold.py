@@ -17,6 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from nara_diffusion.utils.eval_mode import disabled, evaluating
+
 
 @dataclass(frozen=True)
 class SplitLosses:
@@ -45,23 +47,12 @@ def as_base(model: nn.Module) -> Iterator[None]:
     where modules differ.
     """
     layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    disabled = [layer.disable_adapters for layer in layers]
-    training = [module for module in model.modules() if module.training]
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         for module in list(model.modules()):
             if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
                 stack.enter_context(module.disable_adapter())
-        try:
-            model.eval()
-            for layer in layers:
-                layer._disable_adapters = True
+        with torch.no_grad(), evaluating(model), disabled(layers):
             yield
-        finally:
-            for layer, was_disabled in zip(layers, disabled, strict=True):
-                layer._disable_adapters = was_disabled
-            for module in training:
-                module.training = True
 
 
 def rows_for_base(held: Tensor) -> Tensor:

@@ -196,11 +196,12 @@ class NaraConfig(LoraConfig):
         return changes_base(self.init_lora_weights)
 
     @property
-    def _ranks(self) -> set[int]:
+    def ranks(self) -> set[int]:
+        """The ranks that layers may have."""
         return {self.r, *self.rank_pattern.values()}  # type: ignore[union-attr]
 
     def _check_size(self) -> None:
-        rank = max(self._ranks)
+        rank = max(self.ranks)
         inputs = 2 * self.noise_embedding_dim
         if self.core_type == "hypernetwork":
             widths = (inputs, *self.core_hidden_dims, rank * rank)
@@ -237,7 +238,7 @@ class NaraConfig(LoraConfig):
             )
 
     def _check_masks(self) -> None:
-        ranks = self._ranks
+        ranks = self.ranks
         least, pairs = self.rank_mask_min, self.core_type == "rank_mask_pairs"
         if pairs and any(rank % 2 for rank in ranks):
             raise ValueError(f"r is {min(r for r in ranks if r % 2)}: core_type='rank_mask_pairs' needs an even rank.")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from itertools import pairwise
 from numbers import Integral
+from types import NoneType
 from typing import Any
 
 from peft import TaskType
@@ -64,8 +65,11 @@ def _is_index(value: Any) -> bool:
     return _is_int(value) and value >= 0
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_a(kind: type) -> _Holds:
+    return lambda value: isinstance(value, kind)
+
+
+_is_text, _is_none = _is_a(str), _is_a(NoneType)
 
 
 def _is_pattern(value: Any) -> bool:
@@ -87,18 +91,6 @@ def _any_of(*kinds: _Holds) -> _Holds:
     return lambda value: any(holds(value) for holds in kinds)
 
 
-def _is_none(value: Any) -> bool:
-    return value is None
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def _is_scheduler(value: Any) -> bool:
     return (
         isinstance(value, dict)
@@ -115,10 +107,10 @@ _SCALE: _Rule = (
     lambda value: is_number(value) and value >= SMALLEST_SCALE,
     f"a finite number greater than 0, from {SMALLEST_SCALE:g} to {LARGEST_NUMBER:g}",
 )
-_FLAG: _Rule = (_is_bool, "True or False")
+_FLAG: _Rule = (_is_a(bool), "True or False")
 _TEXT: _Rule = (_any_of(_is_none, _is_text), "a text, or None")
 _PATH: _Rule = (lambda value: value is None or isinstance(value, (str, os.PathLike)), "a name, or None")
-_DICT: _Rule = (_any_of(_is_none, _is_dict, is_dataclass), "a dictionary, or None")
+_DICT: _Rule = (_any_of(_is_none, _is_a(dict), is_dataclass), "a dictionary, or None")
 _MODULES: _Rule = (
     _any_of(_is_none, _is_pattern, _some_of(_is_text)),
     "names of modules as a list of texts, one valid regular expression, or None",

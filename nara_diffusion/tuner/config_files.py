@@ -76,11 +76,7 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_config_file(path: str | os.PathLike[str]) -> None:
-    """Refuse an adapter_config.json that is no JSON object, or that is a NaRA's and invalid. Others are not checked.
-
-    Raises:
-        ValueError: with the names of the file and the field.
-    """
+    """Raises ValueError for an adapter_config.json that is no JSON object, or a NaRA's and invalid."""
     given = read_config_file(path)
     if is_naras(given, f"'{path}'"):
         given = without_removed_fields(given, f"'{path}'")

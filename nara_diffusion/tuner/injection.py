@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -19,6 +19,9 @@ from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, CoreHolder, hol
 
 from .config import NaraConfig
 from .forward_hook import detach_holder
+
+LOADED_FLAG = "_hf_peft_config_loaded"
+"""The attribute by which Diffusers and Transformers know that a model has adapters."""
 
 
 class Injection:
@@ -57,10 +60,41 @@ class Injection:
             weight.data += layer.get_delta_weight(adapter_name).to(weight.dtype)
 
 
+@contextmanager
+def rollback_on_error(root: Any, adapter_name: str) -> Iterator[None]:
+    """After an error inside, where an adapter of that new name is added, `root` is as before."""
+    flag = vars(root).get(LOADED_FLAG)
+    active = [(layer, list(layer.active_adapters)) for layer in root.modules() if isinstance(layer, BaseTunerLayer)]
+    with trainable_again(root):
+        try:
+            yield
+        except BaseException:
+            roll_back(root, adapter_name)
+            for layer, names in active:
+                layer._active_adapter = names
+            vars(root).pop(LOADED_FLAG, None)
+            if flag is not None:
+                setattr(root, LOADED_FLAG, flag)
+            raise
+
+
+@contextmanager
+def trainable_again(model: nn.Module) -> Iterator[None]:
+    """After an error inside, `requires_grad` of all parameters is as before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
+        raise
+
+
 def roll_back(root: Any, adapter_name: str) -> None:
     """Undo the injection of an adapter whose weights were refused: restore modules, base weights and adapter names."""
-    holder: CoreHolder = getattr(root, HOLDER_NAME)
-    injection = Injection(holder, root.peft_config[adapter_name].changes_base)
+    configs: dict[str, Any] = getattr(root, "peft_config", {})
+    config, holder = configs.pop(adapter_name, None), holder_of(root)
+    injection = Injection(holder, config is not None and config.changes_base)  # type: ignore[arg-type]
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoraLayer) and adapter_name in child.r:
@@ -68,12 +102,12 @@ def roll_back(root: Any, adapter_name: str) -> None:
             elif isinstance(child, AuxiliaryTrainingWrapper) and adapter_name in child._get_available_adapters():
                 _roll_back_copy(parent, name, child, adapter_name)
     injection.undo(adapter_name)
-    holder._active_adapter = [active for active in holder.active_adapters if active != adapter_name]
-    holder.delete_adapter(adapter_name)
-    del root.peft_config[adapter_name]
+    if holder is not None:
+        holder._active_adapter = [active for active in holder.active_adapters if active != adapter_name]
+        holder.delete_adapter(adapter_name)
     drop_idle_holder(root)
-    if not root.peft_config:
-        del root.peft_config
+    if not configs:
+        vars(root).pop("peft_config", None)
 
 
 def _roll_back_copy(parent: nn.Module, name: str, wrapper: Any, adapter_name: str) -> None:

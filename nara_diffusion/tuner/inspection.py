@@ -9,6 +9,8 @@ from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.runtime.offloading import onloaded_cores
 from nara_diffusion.tuner.holder.core_set import CoreSet
 
+from .state_dict import PEFT_PREFIX
+
 
 def core_matrix(
     model: nn.Module,
@@ -55,7 +57,7 @@ def _group_of(model: nn.Module, module: str | None, adapter_name: str, groups: l
     if module is None:
         raise ValueError(f'The adapter has {len(groups)} cores: pass module="name of an adapted module".')
     for name, layer in model.named_modules():
-        if name == module or name == f"base_model.model.{module}":
+        if name == module or name == f"{PEFT_PREFIX}{module}":
             variant = getattr(layer, "lora_variant", {}).get(adapter_name)
             if variant is not None:
                 return variant.group

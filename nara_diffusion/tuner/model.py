@@ -33,9 +33,14 @@ from .config import NaraConfig
 from .forward_hook import attach_holder, detach_holder
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
-from .state_dict import check_adapter_tensors, check_core_precision, refuse_name_in_key, with_current_names
+from .state_dict import (
+    PEFT_PREFIX,
+    check_adapter_tensors,
+    check_core_precision,
+    refuse_name_in_key,
+    with_current_names,
+)
 
-_PEFT_PREFIX = "base_model.model."
 _STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
 
 
@@ -117,7 +122,7 @@ class NaraModel(MergesAtOneLevel):
         self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
         group = core_group(lora_config, current_key, lora_config.r)
-        refuse_name_in_key(f"{_PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
+        refuse_name_in_key(f"{PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
         if lora_config.reads_core:
             check_target(target, lora_config.use_dora, current_key)
         super()._create_and_replace(
@@ -147,7 +152,7 @@ class NaraModel(MergesAtOneLevel):
             for key in _filter_state_dict_by_key_prefixes(
                 model.state_dict(), _get_tuner_state_dict_key_prefixes(model)
             ):
-                refuse_name_in_key(f"{_PEFT_PREFIX}{key}", {adapter_name})
+                refuse_name_in_key(f"{PEFT_PREFIX}{key}", {adapter_name})
             core = core_tensors(config, {SHARED: config.r})
             parts = (HOLDER_NAME, "cores", *core, "lora_A", "lora_B", "weight", "bias")
             refuse_name_in_key(".".join(parts), others)
@@ -263,7 +268,7 @@ class NaraModel(MergesAtOneLevel):
         expected = _filter_state_dict_by_key_prefixes(present, prefixes) | cls._get_learnable_bias_state_dict(
             model, _filter_state_dict_for_adapter_name(present, others), config
         )
-        for key in [key for key in mapped if key not in present and key.removeprefix(_PEFT_PREFIX) in present]:
-            mapped[key.removeprefix(_PEFT_PREFIX)] = mapped.pop(key)
+        for key in [key for key in mapped if key not in present and key.removeprefix(PEFT_PREFIX) in present]:
+            mapped[key.removeprefix(PEFT_PREFIX)] = mapped.pop(key)
         check_adapter_tensors(mapped, expected, present, f"{HOLDER_NAME}.cores.{adapter_name}.")
         return mapped

@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nara_diffusion.utils.listing import listed
+
+PEFT_PREFIX = "base_model.model."
+"""The beginning of each module's name in PEFT's files."""
+
 _HINT = "Was it saved with another core_type, core_sharing, core_input, noise_embedding, rank or target_modules?"
 
 
@@ -27,10 +32,12 @@ def check_adapter_tensors(
     """
     missing = [key for key in expected if key not in given]
     if missing:
-        raise ValueError(f"The checkpoint lacks {_some(missing)}. {_HINT}")
+        raise ValueError(f"The checkpoint lacks {listed(missing, 'tensors')}. {_HINT}")
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise ValueError(f"The checkpoint holds {_some(unknown)}, which this adapter does not have. {_HINT}")
+        raise ValueError(
+            f"The checkpoint holds {listed(unknown, 'tensors')}, which this adapter does not have. {_HINT}"
+        )
     for key, tensor in given.items():
         _check_kind(key, tensor, known[key])
         if key in expected and tensor.shape != expected[key].shape:
@@ -76,11 +83,6 @@ def refuse_name_in_key(key: str, adapter_names: Iterable[str]) -> None:
             f"adapter '{name}' is named like a part of '{key}': beside another adapter it would make PEFT leave "
             "tensors out when saving. Choose another name."
         )
-
-
-def _some(keys: list[str]) -> str:
-    shown = ", ".join(f"'{key}'" for key in keys[:3])
-    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more tensors"
 
 
 def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from peft import LoHaConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from nara_diffusion import from_lora
-from tests.export.test_from_lora import PATTERNS, TARGETS, base, trained_lora
+from tests.export.test_from_lora import PATTERNS, TARGETS, base, run, trained_lora
 from tests.helpers.adapted import adapted, lora_config
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
@@ -130,3 +130,14 @@ def test_a_configuration_of_another_adapter_is_refused():
         from_lora(state, base(), config=lora_config(target_modules=TARGETS))
     with pytest.raises(ValueError, match=r"no magnitude \(DoRA\) in 'first', but use_dora=True"):
         from_lora(state, base(), config=lora_config(target_modules=TARGETS, use_dora=True, **PATTERNS))
+
+
+def test_an_adapter_that_was_there_stays_active_after_a_refusal(tmp_path):
+    trained_lora(rank_pattern={}, alpha_pattern={}).save_pretrained(tmp_path)
+    model, x = adapted(base(), target_modules=TARGETS), torch.randn(3, 7)
+    before, trainable = run(model, x, 0.3), [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="has a C that is not I at first"):
+        from_lora(tmp_path, model, "other", core_init="kaiming")
+    assert model.active_adapter == "default"
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert torch.equal(run(model, x, 0.3), before)

@@ -85,10 +85,5 @@ def _before(level: float) -> float:
     return float(np.nextafter(np.float32(level), np.float32(0)))
 
 
-def is_same(cores: Any, one: int, other: int) -> bool:
-    """Whether all cores (n, r, r) are equal at two of their λ."""
-    return all(len(core) == 1 or torch.equal(core[one], core[other]) for core in cores.values())
-
-
 def as_levels(levels: list[float]) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32)

@@ -26,7 +26,7 @@ from ..adapted_layers import Adapter
 from ..best import Density, weights_of
 from ..errors import ExportError, relative
 from ..update_norm import CoreKey, UpdateNorm, cores_over
-from .breakpoints import as_levels, is_same
+from .breakpoints import as_levels
 
 GRID = 257
 _FLOOR = 1e-9
@@ -70,7 +70,7 @@ class CoreSamples:
 
     def same(self, one: int, other: int) -> bool:
         """Whether all cores are equal at two points of the grid."""
-        return is_same(self.cores, one, other)
+        return all(len(core) == 1 or torch.equal(core[one], core[other]) for core in self.cores.values())
 
     def sampled(self, schedules: list[StrengthSchedule], chosen: list[int]) -> Blend:
         """The blend whose C_k is C at the k-th of the points `chosen`."""

@@ -29,7 +29,7 @@ from ..adapted_layers import Adapter, read_adapter
 from ..best import Density, midpoints
 from ..errors import ExportError
 from ..fold import assembled
-from ..lora.config import with_ranks
+from ..lora.config import with_ranks_of
 from ..lora.plain_lora import PlainLora, PlainLoraLayer
 from ..outputs import OUTPUT_LEVELS, Batch, Outputs
 from ..update_norm import CoreKey
@@ -206,9 +206,7 @@ def _lora(adapter: Adapter, cores: Mapping[CoreKey, Tensor], index: int) -> Plai
     layers = {name: _without_unused(layer) for name, layer in lora.layers.items()}
     if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
         return lora
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: layer.alpha for name, layer in layers.items()}
-    return PlainLora(with_ranks(lora.config, ranks, alphas), layers, lora.others)
+    return PlainLora(with_ranks_of(lora.config, layers), layers, lora.others)
 
 
 def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:

@@ -48,7 +48,7 @@ def level_of(percent: float, shift: float | None = None) -> float:
 def keyframes(schedule: StrengthSchedule, shift: float | None = None, count: int = KEYFRAMES) -> list[list[float]]:
     """[start percent, strength] of each keyframe, which holds the strength at its middle; none spans a step."""
     starts, levels = _held([schedule], shift, count)
-    found = [[start, value] for start, value in zip(starts, _strengths(schedule, levels), strict=True)]
+    found = [[start, value] for start, value in zip(starts, by_step(schedule, levels), strict=True)]
     return [frame for index, frame in enumerate(found) if index == 0 or frame[1] != found[index - 1][1]]
 
 
@@ -59,7 +59,8 @@ def step_levels(steps: int, shift: float | None = None) -> list[float]:
 
 def by_step(schedule: StrengthSchedule, levels: Sequence[float]) -> list[float]:
     """The strength of each step, at its λ."""
-    return _strengths(schedule, levels)
+    values = schedule.at(torch.tensor(levels, dtype=torch.float32).clamp(0, 1)).tolist()
+    return [round(value, 4) + 0.0 for value in values]
 
 
 def comfyui_workflow(
@@ -112,7 +113,7 @@ def prompt_control(
 ) -> str:
     """The tags for a ComfyUI prompt with prompt-control: [before:after:percent], nested."""
     starts, levels = _held(list(schedules.values()), shift, count)
-    columns = [_strengths(schedule, levels) for schedule in schedules.values()]
+    columns = [by_step(schedule, levels) for schedule in schedules.values()]
     texts = [
         " ".join(f"<lora:{name}:{value:g}>" for name, value in zip(schedules, row, strict=True) if value)
         for row in zip(*columns, strict=True)
@@ -169,17 +170,12 @@ def _held(schedules: Sequence[StrengthSchedule], shift: float | None, count: int
     return starts, [level_of((start + end) / 2, shift) for start, end in pairwise([*starts, 1.0])]
 
 
-def _strengths(schedule: StrengthSchedule, levels: Sequence[float]) -> list[float]:
-    values = schedule.at(torch.tensor(levels, dtype=torch.float32).clamp(0, 1)).tolist()
-    return [round(value, 4) + 0.0 for value in values]
-
-
 def _points(schedule: StrengthSchedule, shift: float | None) -> str:
     """strength@share of each point, from noise to image; in flows on a grid too, since λ isn't linear in the share."""
     levels = [level for level, _ in schedule.points]
     if shift is not None:
         levels = sorted({*levels, *(level_of(index / KEYFRAMES, shift) for index in range(KEYFRAMES + 1))})
-        pairs = [(level, _strengths(schedule, [level])[0]) for level in levels]
+        pairs = [(level, by_step(schedule, [level])[0]) for level in levels]
     else:
         pairs = list(schedule.points)
     return ",".join(f"{value:g}@{_share(percent_of(level, shift))}" for level, value in reversed(pairs))

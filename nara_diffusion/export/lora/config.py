@@ -26,7 +26,8 @@ def plain_config(root: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) 
         root: the adapted model. config: of its adapter. ranks: {adapted module: its rank}.
     """
     given = {field.name: copy.copy(getattr(config, field.name)) for field in fields(LoraConfig) if field.init}
-    given |= {"inference_mode": True, "base_model_name_or_path": _base_name(root, config)}
+    base = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
+    given |= {"inference_mode": True, "base_model_name_or_path": base}
     if config.task_type is None:  # as PEFT's save_pretrained, for AutoPeftModel
         given["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     return fitting_config(LoraConfig(**given), root, ranks)
@@ -36,10 +37,6 @@ def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
     """α / r, or α / √r for rsLoRA, of the module of that name."""
     alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)  # type: ignore[arg-type]
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def _base_name(root: Any, config: LoraConfig) -> str | None:
-    return config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
 
 
 def _selects(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> bool:
@@ -57,8 +54,7 @@ def _explicit(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, 
     for name in _SELECTS:
         setattr(plain, name, None)
     alphas = {name: by_pattern(config.alpha_pattern, name, config.lora_alpha) for name in ranks}  # type: ignore[arg-type]
-    plain.r, plain.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    plain.rank_pattern, plain.alpha_pattern = _exceptions(ranks, plain.r), _exceptions(alphas, plain.lora_alpha)
+    _set_patterns(plain, ranks, alphas)
     plain.target_modules = sorted(ranks)
     if not _selects(plain, modules, ranks):  # a full name is the end of another module's name, too
         plain.target_modules = "|".join(map(re.escape, sorted(ranks)))
@@ -69,14 +65,22 @@ def _most_common(values: Collection[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def with_ranks(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
-    """`config` with these ranks and α, by full names of modules; α / rank is the scale (no rsLoRA)."""
+def with_ranks_of(config: LoraConfig, layers: Mapping[str, Any]) -> LoraConfig:
+    """`config` with the ranks and α of `layers`, {module: PlainLoraLayer}; α / rank is the scale (no rsLoRA)."""
     changed = copy.copy(config)
     changed.use_rslora = False
-    changed.r, changed.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    changed.rank_pattern = _exceptions(ranks, changed.r)
-    changed.alpha_pattern = _exceptions(alphas, changed.lora_alpha)
+    _set_patterns(
+        changed,
+        {name: layer.rank for name, layer in layers.items()},
+        {name: layer.alpha for name, layer in layers.items()},
+    )
     return changed
+
+
+def _set_patterns(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, Any]) -> None:
+    """Set r, lora_alpha and their patterns, by full names of modules."""
+    config.r, config.lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    config.rank_pattern, config.alpha_pattern = _exceptions(ranks, config.r), _exceptions(alphas, config.lora_alpha)
 
 
 def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -92,8 +96,7 @@ def config_of_layers(layers: Mapping[str, Any]) -> LoraConfig:
         lora_bias=first.bias is not None,
         inference_mode=True,
     )
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    return with_ranks(config, ranks, {name: layer.alpha for name, layer in layers.items()})
+    return with_ranks_of(config, layers)
 
 
 def fitting_config(config: LoraConfig, root: nn.Module, ranks: Mapping[str, int]) -> LoraConfig:

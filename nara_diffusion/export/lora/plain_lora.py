@@ -12,12 +12,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from ..errors import ExportError
-
-PEFT_PREFIX = "base_model.model."
-"""The prefix of each module's name in PEFT's files."""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from nara_diffusion.loaders.schedulers import DENOISERS
 from nara_diffusion.loaders.source import read_file, read_peft_weights
 from nara_diffusion.tuner.config_files import is_naras, read_config_file
+from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 
 from ..adapted_layers import read_adapter
 from ..fold import to_lora
 from .diffusers_files import read_diffusers
-from .plain_lora import PEFT_PREFIX, PlainLora
+from .plain_lora import PlainLora
 from .tensors import lora_of_tensors
 
 

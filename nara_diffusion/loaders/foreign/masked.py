@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nara_diffusion.loaders.format import AdapterPart
-from nara_diffusion.loaders.validation import base_modules
 from nara_diffusion.tuner.config import NaraConfig
 
 Factors = tuple[Tensor, Tensor]
@@ -42,15 +41,3 @@ def masked_part(
     for name, (A, B) in factors.items():
         tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
     return AdapterPart(config, tensors)
-
-
-def check_modules(names: Iterable[str], model: nn.Module, origin: str) -> dict[str, nn.Module]:
-    """The model's modules by name. Raises ValueError if it lacks one of `names`."""
-    modules = dict(base_modules(model))
-    unknown = sorted(set(names) - modules.keys())
-    if unknown:
-        raise ValueError(
-            f"{origin} adapts {', '.join(map(repr, unknown[:3]))}, which {type(model).__name__} lacks: it was trained "
-            "on another base model."
-        )
-    return modules

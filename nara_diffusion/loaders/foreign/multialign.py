@@ -17,8 +17,8 @@ from nara_diffusion.loaders.format import AdapterPart
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.holder.core_set import core_group
+from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 
-_PREFIX = "base_model.model."
 _TENSORS = {f"{kind}.weight" for kind in ("lora_A", "lora_B", "lora_time_gamma", "lora_time_beta")} | {
     "lora_time_gamma.bias",
     "lora_time_beta.bias",
@@ -34,7 +34,7 @@ def read_multialign(tensors: Mapping[str, Tensor], config: Mapping[str, Any], or
     """The part of the denoiser. `config`: of adapter_config.json. Raises ValueError: see `read_foreign`."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, kind = key.removeprefix(_PREFIX).partition(".lora_")
+        name, _, kind = key.removeprefix(PEFT_PREFIX).partition(".lora_")
         layers.setdefault(name, {})[f"lora_{kind}"] = tensor
     for name, own in layers.items():
         _check_layer(own, name, origin)

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.loaders.format import AdapterPart
+from nara_diffusion.loaders.validation import check_has_modules
 
-from .masked import Factors, check_modules, masked_part
+from .masked import Factors, masked_part
 from .pairs import pair_factors, singular
 
 _LAYER = re.compile(r"(?:unet\.)?(?P<attention>.+)\.processor\.(?P<place>to_[qkv]|to_out)_lora\.(?P<kind>.+)")
@@ -39,7 +40,7 @@ def read_authors(tensors: Mapping[str, Tensor], model: nn.Module, rank_mask_min:
             raise ValueError(f"{origin} holds '{key}', which is no tensor of a T-LoRA that is known here.")
         place = "to_out.0" if match["place"] == "to_out" else match["place"]
         layers.setdefault(f"{match['attention']}.{place}", {})[match["kind"]] = tensor
-    check_modules(layers, model, origin)
+    check_has_modules(model, layers.keys(), origin)
     in_pairs = any("lambda_layer" in own for own in layers.values())
     for name, own in layers.items():
         if own.keys() != (_ORTHOGONAL if in_pairs else _PLAIN):

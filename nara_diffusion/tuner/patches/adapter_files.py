@@ -25,7 +25,7 @@ from torch import nn
 
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.config_files import check_config_file, is_naras, without_removed_fields
-from nara_diffusion.tuner.injection import roll_back
+from nara_diffusion.tuner.injection import roll_back, trainable_again
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.peft_type import NaraPeftType
 from nara_diffusion.utils.atomic_write import atomic_write_files
@@ -126,18 +126,6 @@ def _refusal(where: str, error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"The checkpoint in '{where}' lacks {error}, of a module that is saved beside the adapter."
     return f"The adapter in '{where}' is refused: {error}"
-
-
-@contextmanager
-def trainable_again(model: nn.Module) -> Iterator[None]:
-    """After an error inside, `requires_grad` of all parameters is as before."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except Exception:
-        for parameter, requires_grad in before:
-            parameter.requires_grad = requires_grad
-        raise
 
 
 def _save_pretrained(original: Any, self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
