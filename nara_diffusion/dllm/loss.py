@@ -20,6 +20,7 @@ from torch import nn
 
 from nara_diffusion.dllm.evaluation.base_divergence import base_hidden_states, divergence, divergence_loss
 from nara_diffusion.dllm.models.lm_head import (
+    configured,
     cross_entropy_loss,
     head_of,
     language_model,
@@ -201,10 +202,7 @@ def mask_token_of(model: nn.Module, mask_token_id: int | None = None) -> int:
     Raises:
         ValueError: neither names one.
     """
-    inner = language_model(model)
-    known = (
-        mask_token_id if mask_token_id is not None else getattr(getattr(inner, "config", None), "mask_token_id", None)
-    )
+    known = configured(model, "mask_token_id") if mask_token_id is None else mask_token_id
     if known is None:
         raise ValueError(
             "the model's configuration has no mask_token_id: load it with load_backbone(…, mask_token_id=N), "

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from nara_diffusion.dllm.data.prompts import Canvas, place_prompts
-from nara_diffusion.dllm.models.lm_head import language_model, logits_at
+from nara_diffusion.dllm.models.lm_head import configured, logits_at
 from nara_diffusion.dllm.models.positions import position_limit
 from nara_diffusion.dllm.models.virtual_tokens import of_text
 from nara_diffusion.utils.eval_mode import evaluating, without_ddp
@@ -140,10 +140,9 @@ def generate(
         confidence_threshold=confidence_threshold,
     )
     model = without_ddp(model)
-    config = getattr(language_model(model), "config", None)
     mask = mask_token_of(model, mask_token_id)
-    padding = pad_token_id if pad_token_id is not None else getattr(config, "pad_token_id", None)
-    ends = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
+    padding = pad_token_id if pad_token_id is not None else configured(model, "pad_token_id")
+    ends = eos_token_id if eos_token_id is not None else configured(model, "eos_token_id")
     canvas = place_prompts(
         input_ids,
         gen_length=gen_length,

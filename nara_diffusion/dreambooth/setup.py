@@ -26,8 +26,8 @@ from nara_diffusion.training.arguments.window import window_of
 from nara_diffusion.training.stream import count_steps
 
 from .arguments import DreamBoothArguments
-from .arguments.captions import caption_changes
 from .arguments.conditions import check_family
+from .arguments.data import caption_changes
 from .arguments.flow import density_of
 from .arguments.loss import bias_of, distance_of
 from .loss import windowed_schedule

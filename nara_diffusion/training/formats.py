@@ -92,11 +92,7 @@ def read_trainable(model: nn.Module, folder: Path) -> None:
 
 
 def read_all_weights(model: Any, folder: Path) -> None:
-    """Copy the weights of the model in `folder`, of `model`'s class, into `model`.
-
-    Raises:
-        ValueError: see `load_whole_model`.
-    """
+    """Copy the weights of the model in `folder`, of `model`'s class, into `model`. Raises as `load_whole_model`."""
     saved = load_whole_model(type(model), folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def window_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> d
     inside = window.contains(noise_levels)
     parts = {"loss_inside": losses[inside], "loss_outside": losses[~inside]}
     return {name: part.mean().item() for name, part in parts.items() if len(part)}
+
+
+def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:
+    """{"validation_loss", "validation_loss_low", …} of losses (b,) at λ (b,), as `LossWindow` and `window_means`."""
+    collected = LossWindow()
+    collected.add(losses, noise_levels)
+    means = collected.means() | window_means(losses, noise_levels, window)
+    return {f"validation_{name}": value for name, value in means.items()}
+
+
+def before_and_after(before: Any, after: Any, names: Sequence[str]) -> dict[str, Any]:
+    """{"NAME_before", "NAME_after", …, "noise_levels"} of two measurements, for results.json."""
+    sides = {"before": before, "after": after}
+    values = {f"{name}_{side}": getattr(of, name) for name in names for side, of in sides.items()}
+    return {**values, "noise_levels": after.noise_levels}
 
 
 def stacked(split: SplitLosses) -> Tensor:

@@ -16,7 +16,7 @@ from nara_diffusion.dllm.data.encoding import AnswerCollator
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.engine.distributed import split_across_processes
-from nara_diffusion.training.metrics import LossWindow, window_means
+from nara_diffusion.training.metrics import before_and_after, validation_means
 from nara_diffusion.utils.eval_mode import evaluating
 
 from .exact_match import exact_match, noise_level_curve
@@ -85,13 +85,7 @@ def measure(
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     """The content of results.json: both measurements, without the generations."""
-    pairs = {
-        "exact_match": (before.exact_match, after.exact_match),
-        "validation_loss": (before.validation_loss, after.validation_loss),
-        "curve": (before.curve, after.curve),
-    }
-    sides = {f"{name}_{side}": pair[i] for name, pair in pairs.items() for i, side in enumerate(("before", "after"))}
-    return {**sides, "noise_levels": after.noise_levels}
+    return before_and_after(before, after, ("exact_match", "validation_loss", "curve"))
 
 
 @torch.no_grad()
@@ -122,7 +116,4 @@ def validation_losses(
 
     with evaluating(model):
         per_sample, noise_levels = torch.tensor(split_across_processes(accelerator, len(rows), losses)).unbind(1)
-    losses_so_far = LossWindow()
-    losses_so_far.add(per_sample, noise_levels)
-    means = losses_so_far.means() | window_means(per_sample, noise_levels, window)
-    return {f"validation_{name}": value for name, value in means.items()}
+    return validation_means(per_sample, noise_levels, window)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nara_diffusion.dllm.data.encoding import AnswerCollator, end_token_id
 from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import mask_answers
-from nara_diffusion.dllm.models.lm_head import language_model
+from nara_diffusion.dllm.models.lm_head import configured
 from nara_diffusion.dllm.sampler import Generation, generate
 from nara_diffusion.utils.eval_mode import evaluating, without_ddp
 
@@ -62,7 +62,7 @@ def noise_level_curve(
     _check_rows(rows, batch_size)
     mask = mask_token_of(model, mask_token_id)
     model = without_ddp(model)
-    collate = collator or AnswerCollator(_padding_id(model), trained_padding=0)
+    collate = collator or AnswerCollator(configured(model, "pad_token_id") or 0, trained_padding=0)
     starts = range(0, len(rows), batch_size)
     losses = []
     bar = tqdm(total=len(noise_levels) * repeats * len(starts), desc="loss over λ", unit="batch", disable=not progress)
@@ -156,7 +156,7 @@ def exact_match(
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: those of the model, of the tokenizer, and the end of a turn if there is one."""
-    config_ids = getattr(getattr(language_model(model), "config", None), "eos_token_id", None)
+    config_ids = configured(model, "eos_token_id")
     ids = [*(config_ids if isinstance(config_ids, list) else [config_ids]), end_token_id(tokenizer)]
     vocabulary = tokenizer.get_vocab()
     ids += [vocabulary.get(turn_end) for turn_end in ("<|eot_id|>", "<|im_end|>")]
@@ -217,11 +217,6 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], batch_size: int) -> None:
         raise ValueError("there are no rows to evaluate on")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 at least")
-
-
-def _padding_id(model: nn.Module) -> int:
-    """The token that pads rows where nothing is trained or attended to."""
-    return getattr(getattr(language_model(model), "config", None), "pad_token_id", None) or 0
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -45,6 +45,11 @@ def language_model(model: nn.Module) -> PreTrainedModel | None:
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
 
 
+def configured(model: nn.Module, name: str) -> Any:
+    """The value of a field in the language model's configuration; None if there is none."""
+    return getattr(getattr(language_model(model), "config", None), name, None)
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """The module that makes logits from hidden states, or None where hooking it would not be right."""
     inner = language_model(model)

@@ -10,7 +10,7 @@ import logging
 
 from torch import nn
 
-from .lm_head import language_model
+from .lm_head import configured
 from .virtual_tokens import virtual_tokens
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 def position_limit(model: nn.Module) -> int | None:
     """The longest sequence that the model's position embeddings can tell apart; None if unknown."""
-    limits = [limit for limit in (_table(model), _configured(model)) if limit is not None]
+    # tables can have more rows, which are no positions (RoBERTa, Nyströmformer)
+    limits = [limit for limit in (_table(model), configured(model, "max_position_embeddings")) if limit is not None]
     return min(limits) - virtual_tokens(model) if limits else None
 
 
@@ -58,8 +59,3 @@ def _table(model: nn.Module) -> int | None:
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
             return module.num_embeddings - reserved
     return None
-
-
-def _configured(model: nn.Module) -> int | None:
-    """The limit in the configuration. Tables can have more rows, which are no positions (RoBERTa, Nyströmformer)."""
-    return getattr(getattr(language_model(model), "config", None), "max_position_embeddings", None)

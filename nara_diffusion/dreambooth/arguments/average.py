@@ -31,11 +31,7 @@ def decay_of(args: Any) -> float:
 
 
 def check_average(args: Any) -> None:
-    """Refuses values that no run can use.
-
-    Raises:
-        ValueError: naming the argument, its value and what it may be.
-    """
+    """Raises ValueError for values that no run can use."""
     require(args, "ema_decay", args.ema_decay is None or 0 <= args.ema_decay < 1, "in [0, 1), or none")
     if args.ema_decay is not None and not args.use_ema:
         raise ValueError(f"ema_decay is {args.ema_decay}, but nothing is averaged: add use_ema, or leave it out.")

@@ -47,11 +47,7 @@ def check_conditions(args: Any) -> None:
 
 
 def check_family(args: Any, family: Family) -> None:
-    """Refuses arguments that a family can't express, before its model is loaded.
-
-    Raises:
-        ValueError: naming the argument, its value, the family and what to do.
-    """
+    """Raises ValueError for arguments that a family can't express, before its model is loaded."""
     length = args.max_sequence_length
     if family.in_chunks and length is not None:
         check_length(length, family.title)

@@ -1,10 +1,11 @@
-"""The arguments of the images that are trained on, those of the class included."""
+"""The arguments of the images that are trained on, those of the class included, and of their captions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from nara_diffusion.dreambooth.data.caption_changes import CaptionChanges
 from nara_diffusion.dreambooth.data.captions import check_prompt
 from nara_diffusion.training.arguments.checks import require
 from nara_diffusion.training.arguments.cli import option
@@ -49,6 +50,23 @@ class DataArguments:
 
 
 @dataclass
+class CaptionArguments:
+    """Captions that change from sample to sample (docs/dreambooth.md)"""
+
+    caption_dropout: float = option(
+        0.0,
+        "Probability that a sample has the empty prompt in place of its caption; class images keep theirs.",
+        unit="probability",
+    )
+    shuffle_caption: bool = option(
+        False, "Put the tags of a caption, which commas separate, in another order each time."
+    )
+    keep_tokens: int = option(
+        0, "How many of a caption's first tags --shuffle_caption leaves where they are.", unit="tags"
+    )
+
+
+@dataclass
 class PriorArguments:
     """Prior preservation"""
 
@@ -75,6 +93,21 @@ def check_data(args: Any) -> None:
     for name in ("text_encoder_lr", "adam_weight_decay_text_encoder"):
         if getattr(args, name) is not None and not args.train_text_encoder:
             raise ValueError(f"{name} is set, but the text encoders aren't trained: add train_text_encoder.")
+
+
+def caption_changes(args: Any) -> CaptionChanges:
+    """Build the changes of captions that `args`, a `CaptionArguments`, describe."""
+    return CaptionChanges(args.caption_dropout, args.shuffle_caption, args.keep_tokens)
+
+
+def check_captions(args: Any) -> None:
+    """Raises ValueError for values that no run can use."""
+    require(args, "caption_dropout", 0 <= args.caption_dropout <= 1, "in [0, 1], a probability")
+    require(args, "keep_tokens", args.keep_tokens >= 0, "at least 0")
+    if args.keep_tokens and not args.shuffle_caption:
+        raise ValueError(
+            f"keep_tokens is {args.keep_tokens}, but captions aren't shuffled: add shuffle_caption, or leave it out."
+        )
 
 
 def check_prior(args: Any) -> None:

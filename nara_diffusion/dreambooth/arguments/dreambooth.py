@@ -14,9 +14,8 @@ from nara_diffusion.training.arguments.common import OptimizationArguments, RunA
 from nara_diffusion.training.arguments.window import WindowArguments, check_window
 
 from .average import AverageArguments, check_average
-from .captions import CaptionArguments, check_captions
 from .conditions import ConditionArguments, check_conditions
-from .data import DataArguments, PriorArguments, check_data, check_prior
+from .data import CaptionArguments, DataArguments, PriorArguments, check_captions, check_data, check_prior
 from .flow import FlowArguments, check_flow
 from .foreign_flags import FOREIGN_FLAGS
 from .loss import LossArguments, check_loss

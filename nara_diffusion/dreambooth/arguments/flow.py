@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nara_diffusion.dreambooth.objectives.density import LARGEST_MODE_SCALE, SCHEMES, TimestepDensity
-from nara_diffusion.training.arguments.checks import require
+from nara_diffusion.training.arguments.checks import refuse_unread, require
 from nara_diffusion.training.arguments.cli import option
 
 _DEFAULTS = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
@@ -42,18 +42,9 @@ def density_of(args: Any) -> TimestepDensity:
 
 
 def check_flow(args: Any) -> None:
-    """Refuses values that no run can use.
-
-    Raises:
-        ValueError: naming the argument, its value and what it may be.
-    """
+    """Raises ValueError for values that no run can use."""
     for name, scheme in _READERS.items():
-        value = getattr(args, name)
-        if value is not None and args.weighting_scheme != scheme:
-            raise ValueError(
-                f"{name} is {value}, which weighting_scheme {args.weighting_scheme} doesn't read: give {scheme}, or "
-                "leave it out."
-            )
+        refuse_unread(args, name, "weighting_scheme", [scheme])
     mean, std, scale, shift = args.logit_mean, args.logit_std, args.mode_scale, args.flow_shift
     require(args, "weighting_scheme", args.weighting_scheme in SCHEMES, f"one of {', '.join(SCHEMES)}")
     require(args, "logit_mean", mean is None or math.isfinite(mean), "a number, or none")

@@ -9,7 +9,7 @@ from typing import Any
 from nara_diffusion.dreambooth.objectives.conversion import CONVERSIONS
 from nara_diffusion.dreambooth.objectives.distances import DISTANCES, Distance
 from nara_diffusion.dreambooth.objectives.timestep_bias import STRATEGIES, TimestepBias
-from nara_diffusion.training.arguments.checks import require
+from nara_diffusion.training.arguments.checks import refuse_unread, require
 from nara_diffusion.training.arguments.cli import option
 
 _HUBER_C = 0.1
@@ -77,11 +77,7 @@ def distance_of(args: Any) -> Distance:
 
 
 def check_loss(args: Any) -> None:
-    """Refuses values that no run can use.
-
-    Raises:
-        ValueError: naming the argument, its value and what it may be.
-    """
+    """Raises ValueError for values that no run can use."""
     require(args, "snr_gamma", args.snr_gamma is None or args.snr_gamma > 0, "above 0, or none")
     require(args, "noise_offset", args.noise_offset >= 0, "at least 0")
     require(args, "loss_type", args.loss_type in DISTANCES, f"one of {', '.join(DISTANCES)}")
@@ -104,12 +100,8 @@ def _check_bias(args: Any) -> None:
     readers = {"multiplier": ("earlier", "later", "range"), "portion": ("earlier", "later")}
     readers |= {"begin": ("range",), "end": ("range",)}
     for name, strategies in readers.items():
-        value = getattr(args, f"timestep_bias_{name}")
-        if value != (1.0 if name == "multiplier" else None) and strategy not in strategies:
-            raise ValueError(
-                f"timestep_bias_{name} is {value}, which timestep_bias_strategy {strategy} doesn't read: give "
-                f"{' or '.join(strategies)}, or leave it out."
-            )
+        unset = 1.0 if name == "multiplier" else None
+        refuse_unread(args, f"timestep_bias_{name}", "timestep_bias_strategy", strategies, unset)
     if strategy != "none" and multiplier == 1:
         raise ValueError(
             f"timestep_bias_strategy is {strategy}, but timestep_bias_multiplier is 1, by which nothing changes: give "

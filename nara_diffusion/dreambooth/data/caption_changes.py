@@ -39,11 +39,7 @@ class CaptionChanges:
         return ", ".join([*tags[: self.keep_tokens], *(rest[i] for i in order)])
 
     def check(self, captions: Iterable[str]) -> None:
-        """Refuses a shuffle without anything to shuffle.
-
-        Raises:
-            ValueError: none of `captions` has two tags after the kept ones.
-        """
+        """Raises ValueError for a shuffle if none of `captions` has two tags after the kept ones."""
         most = max((len(tags_of(caption)) for caption in captions), default=0)
         if self.shuffle and most < self.keep_tokens + 2:
             raise ValueError(

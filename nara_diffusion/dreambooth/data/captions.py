@@ -89,11 +89,7 @@ def fill_captions(
 
 
 def check_prompt(prompt: str, name: str) -> str:
-    """`prompt` without white space around it.
-
-    Raises:
-        ValueError: nothing is left.
-    """
+    """`prompt` without white space around it. Raises ValueError if nothing is left."""
     if not prompt.strip():
         raise ValueError(f"{name} is empty: say what the images show, as in 'a photo of sks dog'.")
     return prompt.strip()

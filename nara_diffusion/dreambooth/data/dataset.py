@@ -76,11 +76,7 @@ class TrainingSample:
         return f"{self.image.key}-{crop.target[0]}x{crop.target[1]}-{crop.top}-{crop.left}-{'m' if crop.flip else 'o'}"
 
     def pixel_values(self) -> torch.Tensor:
-        """(3, h, w) float32 in [−1, 1].
-
-        Raises:
-            ImageError: the file was changed or removed since the run began.
-        """
+        """(3, h, w) float32 in [−1, 1]. Raises ImageError if the file was changed or removed since the run began."""
         image = self.image.source.load()
         if (image.height, image.width) != self.image.size:
             raise ImageError(f"{self.image.source.name} was changed since the run began: start again.")

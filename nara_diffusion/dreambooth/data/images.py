@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,11 +77,7 @@ class ImageSource:
     fetch: Callable[[], bytes]
 
     def read(self) -> bytes:
-        """The file's bytes.
-
-        Raises:
-            ImageError: it can't be read.
-        """
+        """The file's bytes. Raises ImageError if it can't be read."""
         try:
             return self.fetch()
         except OSError as error:
@@ -95,7 +90,7 @@ class ImageSource:
 
 def file_source(path: str | Path) -> ImageSource:
     """The image of a file."""
-    return ImageSource(str(path), partial(_read_file, str(path)))
+    return ImageSource(str(path), Path(path).read_bytes)
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -166,10 +161,6 @@ def is_image_name(path: Path) -> bool:
 def content_key(content: bytes) -> str:
     """A name for an image's content, by which caches know it."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _read_file(path: str) -> bytes:
-    return Path(path).read_bytes()
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -24,7 +24,7 @@ from nara_diffusion.dreambooth.objectives import Objective, squared_errors
 from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.engine.distributed import split_across_processes
-from nara_diffusion.training.metrics import LossWindow, window_means
+from nara_diffusion.training.metrics import before_and_after, validation_means
 
 from .encoders import Encoder
 from .metrics import ImageSimilarity, TextAlignment, without_words
@@ -175,15 +175,9 @@ def validation_losses(accelerator: Accelerator, pipe: Any, validation: Validatio
     """{"validation_loss", "validation_loss_low", …} of `pipe` as it is; with a window the means of both sides too."""
     losses = validation.curve(pipe, accelerator)  # (points, samples)
     levels = validation.levels().repeat_interleave(losses.shape[1])
-    losses_so_far = LossWindow()
-    losses_so_far.add(losses.flatten(), levels)
-    means = losses_so_far.means() | window_means(losses.flatten(), levels, validation.window)
-    return {f"validation_{name}": value for name, value in means.items()}
+    return validation_means(losses.flatten(), levels, validation.window)
 
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     """Both measurements as results.json holds them, without the images."""
-    names = ("similarity", "text_alignment", "validation_loss", "curve")
-    sides = {"before": before, "after": after}
-    values = {f"{name}_{side}": getattr(of, name) for name in names for side, of in sides.items()}
-    return {**values, "noise_levels": after.noise_levels}
+    return before_and_after(before, after, ("similarity", "text_alignment", "validation_loss", "curve"))

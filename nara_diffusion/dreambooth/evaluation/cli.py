@@ -101,11 +101,7 @@ def measure(args: MetricsArguments) -> dict[str, Any]:
 
 
 def check_writable(path: Path) -> None:
-    """Makes the folder of `path`, and tries to write there: before hours of encoding and not after them.
-
-    Raises:
-        ValueError: it isn't possible.
-    """
+    """Makes the folder of `path`; raises ValueError if nothing can be written there, before hours of encoding."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

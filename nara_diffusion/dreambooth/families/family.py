@@ -58,18 +58,6 @@ class Call:
     conditions: Conditions
 
 
-def _same(pipe: Any, family: Family) -> Family:
-    return family
-
-
-def _first_dtype(denoiser: nn.Module) -> torch.dtype:
-    return next(denoiser.parameters()).dtype  # `denoiser.dtype` walks over all modules
-
-
-def _nothing(call: dict[str, Any], count: int) -> dict[str, Any]:
-    return call
-
-
 @dataclass(frozen=True)
 class Family:
     """See the module's docstring.
@@ -121,11 +109,12 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     is_flow: bool = True
     conditions: Conditions = Conditions()
-    fit: Callable[[Any, Family], Family] = _same
-    sampling: Callable[[dict[str, Any], int], dict[str, Any]] = _nothing
+    fit: Callable[[Any, Family], Family] = lambda pipe, family: family
+    sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
     images_of: Callable[[Any], Any] = lambda output: output.images
     picked: str = ".images[0]"
-    dtype_of: Callable[[Any], torch.dtype] = _first_dtype
+    # `denoiser.dtype` walks over all modules
+    dtype_of: Callable[[Any], torch.dtype] = lambda denoiser: next(denoiser.parameters()).dtype
     loading: Mapping[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
 

@@ -27,11 +27,7 @@ def known_families() -> str:
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a pipeline, with the settings of this pipeline.
-
-    Raises:
-        ValueError: no family has its class, or the model can't be trained.
-    """
+    """The family of a pipeline, with its settings. Raises ValueError if none has its class or can train it."""
     family = family_named(type(pipe).__name__)
     return family.fit(pipe, family)
 

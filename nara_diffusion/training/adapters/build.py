@@ -83,11 +83,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 
 def check_adaptable(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse names in `target_modules` that match nothing in `model`, and modules that the method can't adapt.
-
-    Raises:
-        ValueError: naming them, and modules that would do.
-    """
+    """Raises ValueError for names in `target_modules` that match nothing, or modules that the method can't adapt."""
     targets = getattr(config, "target_modules", None)
     if targets is None or isinstance(targets, str):
         return

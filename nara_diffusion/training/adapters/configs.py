@@ -142,13 +142,9 @@ def _nara(args: Any) -> dict[str, Any]:
     values: dict[str, Any] = _lora(args) | core
     if args.adapter == "multi_lora":  # r counts all blocks; each has the scale of a LoRA of rank --rank
         blocks = args.core_bins
-        values |= {"r": blocks * args.rank, "lora_alpha": values["lora_alpha"] * _kept_scale(args, blocks)}
+        kept_scale = math.sqrt(blocks) if args.use_rslora else blocks
+        values |= {"r": blocks * args.rank, "lora_alpha": values["lora_alpha"] * kept_scale}
     return values
-
-
-def _kept_scale(args: Any, factor: int) -> float:
-    """The factor of α that keeps the scale of the update when the rank is multiplied by `factor`."""
-    return math.sqrt(factor) if args.use_rslora else factor
 
 
 def _adalora(args: Any, total_steps: int | None) -> dict[str, Any]:

@@ -30,11 +30,7 @@ _FREE = {"core_init", "lora_a_init", "noise_convention", "scheduler", "strength"
 
 
 def check_init_adapter(args: Any) -> None:
-    """Refuse a missing path, and methods that have no A and B or that initialise them otherwise.
-
-    Raises:
-        ValueError: naming the argument and what to do.
-    """
+    """Raises ValueError for a missing path, or a method that has no A and B or initialises them otherwise."""
     if args.init_adapter is None:
         return
     if not Path(args.init_adapter).expanduser().exists():

@@ -9,6 +9,7 @@ from typing import Any
 
 from nara_diffusion.cores.custom import BUILT_IN
 from nara_diffusion.training.arguments.common import AdapterArguments
+from nara_diffusion.training.arguments.values import default_of
 
 from .methods import CORE_FIELDS, METHODS, effective, method_of
 
@@ -44,11 +45,7 @@ _SWITCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def check_method(args: Any) -> None:
-    """Refuse arguments that contradict the method, and log those that it doesn't read.
-
-    Raises:
-        ValueError: an argument contradicts the method; the message names its value and the methods that read it.
-    """
+    """Raises ValueError for arguments that contradict the method, and logs those that it doesn't read."""
     method, defaults = method_of(args), _defaults(args)
     for name, value in method.fixed.items():
         if getattr(args, name) not in (defaults[name], value):
@@ -93,7 +90,7 @@ def unread_arguments(args: Any) -> list[str]:
     return [
         field.name
         for field in dataclasses.fields(args)
-        if not _reads(args.adapter, core_type, field.name) and getattr(args, field.name) != _default(field)
+        if not _reads(args.adapter, core_type, field.name) and getattr(args, field.name) != default_of(field)
     ]
 
 
@@ -115,8 +112,4 @@ def _defaults(args: Any) -> dict[str, Any]:
     """{name: default} of the arguments of an adapter."""
     fields = dataclasses.fields(AdapterArguments)
     own = {field.name: field for field in dataclasses.fields(args)}
-    return {field.name: _default(own.get(field.name, field)) for field in fields}
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default_factory() if callable(field.default_factory) else field.default
+    return {field.name: default_of(own.get(field.name, field)) for field in fields}

@@ -13,14 +13,11 @@ from nara_diffusion.training.adapters.method_arguments import check_method
 from nara_diffusion.training.adapters.methods import METHODS, effective
 
 from .common import refuse_both_batch_sizes
+from .values import default_of
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse values that no run can use. The arguments of each script call it in `__post_init__`.
-
-    Raises:
-        ValueError: naming the argument, its value and what it may be.
-    """
+    """Raises ValueError for values that no run can use. Each script's arguments call it in `__post_init__`."""
     if args.core_module is not None:
         import_core_module(args.core_module)
     check_core_type(args.core_type)
@@ -114,13 +111,18 @@ def content_differences(args: Any, saved: Mapping[str, Any], content: str) -> di
 def _differences(args: Any, saved: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     current = dataclasses.asdict(args)
     defaults = {field.name: field for field in dataclasses.fields(args)}
-    then = {name: saved[name] if name in saved else _default(defaults[name]) for name in names}
+    # a checkpoint of an earlier version lacks an argument that was added since
+    then = {name: saved[name] if name in saved else default_of(defaults[name]) for name in names}
     return {name: (value, current[name]) for name, value in then.items() if value != current[name]}
 
 
-def _default(field: dataclasses.Field) -> Any:
-    """The value for runs whose checkpoints lack the argument."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+def refuse_unread(args: Any, name: str, reader: str, values: Sequence[str], unset: Any = None) -> None:
+    """Raises ValueError if `name` is set, and the argument `reader` has none of the `values` with which it is read."""
+    if getattr(args, name) != unset and getattr(args, reader) not in values:
+        raise ValueError(
+            f"{name} is {getattr(args, name)}, which {reader} {getattr(args, reader)} doesn't read: give "
+            f"{' or '.join(values)}, or leave it out."
+        )
 
 
 def require(args: Any, name: str, holds: bool, expected: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from nara_diffusion.training.arguments.values import convert, parts_of
+from nara_diffusion.training.arguments.values import convert, default_of, parts_of
 
 Arguments = TypeVar("Arguments")
 
@@ -236,7 +236,7 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
 
 
 def _help(field: dataclasses.Field) -> str:
-    default = field.default_factory() if callable(field.default_factory) else field.default  # type: ignore[misc]
+    default = default_of(field)
     if isinstance(default, list):
         default = ",".join(map(str, default))
     unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""

@@ -76,12 +76,7 @@ class AdapterArguments:
     mask_density_radius: int = core_option("mask_density_radius", unit="tokens")
 
     def check_flags(self, flags: Mapping[str, Any]) -> None:
-        """Refuse flags that contradict `adapter` (see `methods.check_flags`) or `global_batch_size`, at their default
-        too.
-
-        Raises:
-            ValueError: naming the flag.
-        """
+        """Raises ValueError for flags that contradict `adapter` or `global_batch_size`, at their default too."""
         check_flags(self, flags)
         if "gradient_accumulation_steps" in flags and getattr(self, "global_batch_size", None) is not None:
             refuse_both_batch_sizes(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Sequence
@@ -44,6 +45,11 @@ def describe(kind: type, choices: Sequence[str]) -> str:
     if choices:
         return "one of " + ", ".join(choices)
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of an argument; a list of its own for each call."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def parts_of(hint: Any) -> tuple[type, bool, bool]:

@@ -46,11 +46,7 @@ def window_of(args: Any) -> NoiseWindow:
 
 
 def check_window(args: Any) -> None:
-    """Refuse a window that holds no λ, and holding the base where no λ lies outside of the window.
-
-    Raises:
-        ValueError: naming the argument, its value and what it may be.
-    """
+    """Raises ValueError for a window without a λ, or holding the base where no λ lies outside of the window."""
     for name in ("min_noise_level", "max_noise_level"):
         value = getattr(args, name)
         require(

@@ -55,11 +55,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def check_adapter(adapter: str, engine: DistributedType, *, sharded: bool) -> None:
-    """Refuse adapters that the engine can't train or can't save.
-
-    Raises:
-        ValueError: naming the adapter and the remedy.
-    """
+    """Raises ValueError for an adapter that the engine can't train or can't save."""
     remedy = "launch with --multi_gpu, or choose another adapter."
     if adapter == "adalora" and engine in _ASKED:
         raise ValueError(
