@@ -5,7 +5,7 @@ What would be run, without running it; then all of it, which takes many GPU days
     python train_scripts/paper_tables.py --confirm_run_unsafe_code
     python train_scripts/paper_tables.py --domains math --methods lora nara --seeds 42
 Each run on eight GPUs; it is one, if nothing is said:
-    python train_scripts/paper_tables.py --launch_arguments "--multi_gpu --num_processes 8"
+    python train_scripts/paper_tables.py --confirm_run_unsafe_code --launch_arguments "--multi_gpu --num_processes 8"
 
 For each domain, method and seed it trains with train_scripts/dllm.py, evaluates with nara-eval, and writes the tables
 that can be made from what is in OUTPUT_DIR, of earlier calls too, to OUTPUT_DIR/tables.md. Stopped, it goes on where

@@ -49,4 +49,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         package = (error.name or "").partition(".")[0]
         if package in ("", "nara_diffusion"):
             raise
-        sys.exit(f"error: nara {command} needs the package {package}: pip install 'nara-diffusion[train,eval]'")
+        how = "pip install -e '.[train,eval]', in a clone of the project"
+        sys.exit(f"error: nara {command} needs the package {package}: {how}")

@@ -82,8 +82,9 @@ def test_every_shipped_task_is_named_and_every_named_one_exists(of_lm_eval: set[
 
 
 def test_the_scripts_arguments_are_understood() -> None:
-    found = [words[2:] for words in commands() if words[:2] == ["python", "train_scripts/paper_tables.py"]]
-    assert len(found) == 3
+    of_script = [shlex.split(line) for line in str(paper_tables.__doc__).splitlines() if "python train_scripts" in line]
+    found = [words[2:] for words in commands() + of_script if words[:2] == ["python", "train_scripts/paper_tables.py"]]
+    assert len(found) == 3 + 4
     for argv in found:
         plan = paper_tables.plan_of(parse_arguments(paper_tables.PaperArguments, paper_tables.joined(argv)))
         assert plan.processes == (8 if "--launch_arguments" in argv else 1)

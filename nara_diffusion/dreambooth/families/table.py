@@ -58,7 +58,7 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"pretrained_model_name_or_path {name} can't be loaded, since it has no {INDEX}, which names the family: "
-            f"{str(error).rstrip('.')}. Name a folder that has one, or an id on the Hub."
+            f"{str(error).rstrip('.')}. Name a folder that has one, or an id on the Hub, which has to be within reach."
         ) from error
 
 
