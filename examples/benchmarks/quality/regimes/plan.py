@@ -135,7 +135,8 @@ PLAN: tuple[Planned, ...] = (
         Cell("one_image", "attention", 32, 400), ("lora", "nara", "tlora", "lora_less_noisy"), grid=ONE_IMAGE_TRIALS
     ),
     Planned(Cell(_TO_V, "all", 4, 200), _MOST),
-    *(Planned(Cell(_TO_V, "attention", rank, 200), _LEADING) for rank in (1, 16)),
+    Planned(Cell(_TO_V, "attention", 1, 200), _LEADING, further=dict.fromkeys(("lora", "dora"), rates(4e-2))),
+    Planned(Cell(_TO_V, "attention", 16, 200), _LEADING),
     *(Planned(Cell(name, "all", 4, 200), _FEW) for name in _OTHERS),
     Planned(Cell(_TO_V, "attention", 4, 800), _FEW),
     Planned(Cell("blind_open", "attention", 4, 200), _BLIND, further={"dora": rates(8e-2)}, grid=TEXT_TRIALS),
