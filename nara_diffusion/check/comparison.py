@@ -4,7 +4,7 @@
 
 ℓ is NaRA's mean loss on the held-out samples in a bin, ℓ' the other arm's. d lies between −1 and 1, so that one
 training that fails doesn't decide the result. All bins count alike, since losses differ by orders of magnitude: an
-ε-model's loss at much noise is a hundredth of that at little noise, and a distance to the base model is smaller still.
+ε-model's loss at much noise is a hundredth of that at little noise.
 The 95 % interval over the repeats (Student's t) covers the differences between trainings and those between samples.
 """
 

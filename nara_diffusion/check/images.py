@@ -13,10 +13,12 @@ from nara_diffusion.dreambooth.cache.prompt_embeds import family_cache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.loss import DreamBoothLoss, TrainingStep
+from nara_diffusion.dreambooth.objectives.distances import SQUARED
 from nara_diffusion.dreambooth.setup import run_family
 from nara_diffusion.training.adapters.configs import adapter_config
 
-from .trial import CheckTask, published
+from .held import free_window, with_base_losses
+from .trial import CheckTask, Loss, published
 
 
 def image_task(
@@ -40,7 +42,11 @@ def image_task(
     model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family)
     own = replace(step, model=model.train(), prompts=prompts)
 
-    def loss_of(images: DreamBoothDataset) -> Callable[[Sequence[int]], DreamBoothLoss]:
-        return lambda positions: own(collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions]))
+    def loss_of(images: DreamBoothDataset, of: TrainingStep = own) -> Callable[[Sequence[int]], DreamBoothLoss]:
+        return lambda positions: of(collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions]))
 
-    return CheckTask(model, config, args, loss_of(dataset), loss_of(held_out), args.train_batch_size, step.group_size)
+    measured: Loss = loss_of(held_out)
+    if step.window.hold_weight is not None:
+        free = replace(own, window=free_window(step.window), distance=SQUARED)
+        measured = with_base_losses(model, measured, loss_of(held_out, free))
+    return CheckTask(model, config, args, loss_of(dataset), measured, args.train_batch_size, step.group_size)

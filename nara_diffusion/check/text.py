@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from nara_diffusion.dllm.data.encoding import AnswerCollator
 from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_diffusion_loss
 from nara_diffusion.noise.signals import MASKED_SHARE
+from nara_diffusion.noise.window import EVERYTHING
 from nara_diffusion.training.adapters.build import add_adapter
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.stream import ShuffledStream
 
-from .trial import CheckTask, published
+from .held import free_window, with_base_losses
+from .trial import CheckTask, Loss, published
 
 
 def text_task(
@@ -43,9 +45,9 @@ def text_task(
     args = published(args)
     config = adapter_config(args, noise_convention=MASKED_SHARE)
     adapted = add_adapter(model.to(device), config)  # type: ignore[arg-type]
-    loss = partial(masked_diffusion_loss, adapted, **objective)
 
-    def loss_of(part: Any) -> Callable[[Sequence[int]], MaskedDiffusionLoss]:
+    def loss_of(part: Any, **changes: Any) -> Callable[[Sequence[int]], MaskedDiffusionLoss]:
+        loss = partial(masked_diffusion_loss, adapted, **{**objective, **changes})
         stream = ShuffledStream(part, args.seed)
 
         def positioned(positions: Sequence[int]) -> MaskedDiffusionLoss:
@@ -53,12 +55,8 @@ def text_task(
 
         return positioned
 
-    return CheckTask(
-        adapted.train(),
-        config,
-        args,
-        loss_of(rows),
-        loss_of(held_out),
-        args.train_batch_size,
-        objective["group_size"],
-    )
+    measured: Loss = loss_of(held_out)
+    if (window := objective.get("window", EVERYTHING)).hold_weight is not None:
+        measured = with_base_losses(adapted, measured, loss_of(held_out, window=free_window(window)))
+    step_samples = objective["group_size"]
+    return CheckTask(adapted.train(), config, args, loss_of(rows), measured, args.train_batch_size, step_samples)

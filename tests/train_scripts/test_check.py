@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nara_diffusion.check import run as check_run
 from nara_diffusion.check.trial import CheckSettings, CheckTask, published, trials
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
+from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.training.adapters.configs import adapter_config
 from train_scripts import dllm, dreambooth
 
@@ -84,6 +85,12 @@ def disturb(model: nn.Module) -> None:
 
 def checked_losses(script: Any, args: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The same of its check."""
+    task = held_task(script, args, monkeypatch)
+    return task.loss(range(args.train_batch_size)).per_sample.detach()
+
+
+def held_task(script: Any, args: Any, monkeypatch: pytest.MonkeyPatch, disturbed: bool = True) -> CheckTask:
+    """The task of a script's check."""
     tasks: list[CheckTask] = []
 
     def stop(task: CheckTask, *rest: Any) -> None:
@@ -93,8 +100,9 @@ def checked_losses(script: Any, args: Any, monkeypatch: pytest.MonkeyPatch) -> T
     monkeypatch.setattr(script, "check_training", stop)
     with pytest.raises(Stopped):
         script.main(args)
-    disturb(tasks[0].model)
-    return tasks[0].loss(range(args.train_batch_size)).per_sample.detach()
+    if disturbed:
+        disturb(tasks[0].model)
+    return tasks[0]
 
 
 @pytest.mark.parametrize("changes", [*OBJECTIVES, *WINDOWS], ids=str)
@@ -121,15 +129,48 @@ def test_dllm_check_measures_the_losses_of_training(
     torch.testing.assert_close(checked_losses(dllm, arguments(check=True, **changes), monkeypatch), expected)
 
 
-def test_dreambooth_check_of_a_held_window_sees_the_base_itself_as_no_loss_outside(
-    image_arguments: Callable[..., DreamBoothArguments],
+def test_dreambooth_check_of_a_held_window_adds_what_the_base_itself_loses_outside(
+    image_arguments: Callable[..., DreamBoothArguments], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = dreambooth.main(image_arguments(check=True, max_noise_level=0.5, hold_base_outside=1.0))
-    inside = [row["losses"]["base"] for row in results["bins"] if row["high"] <= 0.5]
-    outside = [row["losses"]["base"] for row in results["bins"] if row["low"] >= 0.5]
-    assert min(inside) > 1e-3
-    assert len(outside) == 5
-    assert max(outside) < 1e-9
+    """The errors of the adapted and of the plain denoiser, from what the training's own corruption draws."""
+    changes = {"max_noise_level": 0.5, "hold_base_outside": 3.0, "snr_gamma": None}
+    task = held_task(dreambooth, image_arguments(check=True, **changes), monkeypatch)
+    drawn: list[Any] = []
+    corrupt = TrainingStep._corrupt
+    monkeypatch.setattr(TrainingStep, "_corrupt", lambda *given: drawn.append(corrupt(*given)) or drawn[-1])
+    said: list[Tensor] = []
+    predict = TrainingStep._predict
+    monkeypatch.setattr(TrainingStep, "_predict", lambda *given: said.append(predict(*given)) or said[-1])
+    with torch.no_grad():
+        found = task.held_out(range(task.batch_size))
+    first, second = drawn
+    assert torch.equal(first.model_input, second.model_input)
+    adapted, base = said[1].double(), said[-1].double()  # after the held rows of the base; last as the base
+    outside = found.noise_level >= 0.5
+    assert 0 < outside.sum() < len(outside)
+    own = (base - first.target.double()).square().mean((1, 2, 3))
+    distance, error = ((adapted - other.double()).square().mean((1, 2, 3)) for other in (base, first.target))
+    assert distance.min() > 1e-4
+    expected = torch.where(outside, distance + own, error)
+    torch.testing.assert_close(found.per_sample.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_dllm_check_of_a_held_window_adds_what_the_base_itself_loses_outside(
+    arguments: Callable[..., dllm.Arguments], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base's cross-entropy is that of the same task before its adapter was disturbed, whose distance is 0."""
+    changes = {"max_noise_level": 0.5, "hold_base_outside": 3.0}
+    task = held_task(dllm, arguments(check=True, **changes), monkeypatch, disturbed=False)
+    positions = range(task.batch_size)
+    with torch.no_grad():
+        base = task.held_out(positions)
+        disturb(task.model)
+        found = task.held_out(positions)
+    outside = found.noise_level >= 0.5
+    assert 0 < outside.sum() < len(outside)
+    assert torch.equal(found.noise_level, base.noise_level)
+    assert base.per_sample.min() > 0.1
+    assert (found.per_sample[outside] > base.per_sample[outside] + 1e-4).all()  # KL is above zero
 
 
 def test_dllm_check_measures_the_runs_own_targets_and_stops_before_training(

@@ -73,18 +73,25 @@ def _measured(name: str, size: int) -> list[Iterator[Measured]]:
 def _image_parts(regime: Any, batch: HeldOut, size: int) -> Iterator[Measured]:
     count = max(1, len(batch.kinds) // size)
     for first in range(count):
-        rows = _with_base_outside(regime, batch.rows(slice(first, None, count)))
-        yield lambda unet, rows=rows: (rows.batch.timestep / LEVELS, squared_errors(_predicted(unet, rows), rows.batch))
+        rows, rest = _with_base_outside(regime, batch.rows(slice(first, None, count)))
+        yield lambda unet, rows=rows, rest=rest: (
+            rows.batch.timestep / LEVELS,
+            squared_errors(_predicted(unet, rows), rows.batch) + rest,
+        )
 
 
-def _with_base_outside(regime: Any, rows: HeldOut) -> HeldOut:
-    """What is to be learnt: outside of a window, what the base says."""
+def _with_base_outside(regime: Any, rows: HeldOut) -> tuple[HeldOut, Tensor]:
+    """What is to be learnt, outside of a window what the base says, and what the base itself loses there, (b,).
+
+    See `nara_diffusion.check.held`.
+    """
     if not isinstance(regime, Windowed):
-        return rows
-    base = regime.load().pipe.unet
-    inside = regime.contains(rows.batch.timestep)[:, None, None, None]
-    target = torch.where(inside, rows.batch.target, _predicted(base, rows))
-    return replace(rows, batch=replace(rows.batch, target=target))
+        return rows, torch.zeros(())
+    inside = regime.contains(rows.batch.timestep)  # (b,)
+    said = _predicted(regime.load().pipe.unet, rows)
+    target = torch.where(inside[:, None, None, None], rows.batch.target, said)
+    rest = squared_errors(said, rows.batch).masked_fill(inside, 0)
+    return replace(rows, batch=replace(rows.batch, target=target)), rest
 
 
 @torch.no_grad()
