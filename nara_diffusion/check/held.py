@@ -32,8 +32,8 @@ class FreeWindow(NoiseWindow):
 
 
 @dataclass(frozen=True)
-class HeldOutLosses:
-    """See `nara_diffusion.training.loop.StepLoss`."""
+class CheckLosses:
+    """Losses of samples beside their λ; see `nara_diffusion.training.loop.StepLoss`."""
 
     loss: Tensor
     per_sample: Tensor
@@ -53,11 +53,11 @@ def with_base_losses(model: nn.Module, held: Loss, free: Loss) -> Loss:
         held: the loss of the training, with its window. free: the same with its `free_window`.
     """
 
-    def loss(positions: Sequence[int]) -> HeldOutLosses:
+    def loss(positions: Sequence[int]) -> CheckLosses:
         split: Any = held(positions).split
         with as_base(model):
             base = free(positions).per_sample  # (b,)
         losses = torch.where(split.held, split.values + base, split.values)
-        return HeldOutLosses(losses.mean(), losses, split.noise_level)
+        return CheckLosses(losses.mean(), losses, split.noise_level)
 
     return loss

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nara_diffusion.check.held import CheckLosses
 from nara_diffusion.check.trial import CheckTask, published
 from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.dreambooth.denoiser import predict
@@ -28,16 +29,6 @@ Measured = Callable[[Any], Samples]
 """… of a model."""
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What a check asks of a step, and of held-out samples; see `nara_diffusion.training.loop.StepLoss`."""
-
-    loss: Tensor
-    per_sample: Tensor
-    noise_level: Tensor
-    split: None = None
-
-
 def check_task(cell: Cell, rates: dict[str, float], seed: int) -> CheckTask:
     """The training of a cell's NaRA, with `rates`."""
     regime = REGIMES[cell.regime]
@@ -49,16 +40,16 @@ def check_task(cell: Cell, rates: dict[str, float], seed: int) -> CheckTask:
     size = args.train_batch_size
     measured = [list(parts) for parts in _measured(cell.regime, size)]
 
-    def loss(positions: Sequence[int]) -> Losses:
+    def loss(positions: Sequence[int]) -> CheckLosses:
         value = step(positions[0] // size)
-        return Losses(value, value[None], torch.zeros(1))
+        return CheckLosses(value, value[None], torch.zeros(1))
 
-    def held_out(positions: Sequence[int]) -> Losses:
+    def held_out(positions: Sequence[int]) -> CheckLosses:
         """A chunk of positions is a part of one bin of λ: of the next bin for the next chunk."""
         chunk = positions[0] // size
         parts = measured[chunk % BINS]
         levels, losses = parts[chunk // BINS % len(parts)](model)
-        return Losses(losses.mean(), losses, levels)
+        return CheckLosses(losses.mean(), losses, levels)
 
     return CheckTask(model, model.peft_config["default"], args, loss, held_out, size, size)
 
