@@ -1,7 +1,7 @@
 """The results file: JSON Lines, one record a line, in which a run that was stopped leaves nothing half written.
 
-What many records share, such as the commit, stands once before them: a line {"made_with": {…}} holds for those below,
-until the next such line.
+What many records share, such as the commit or the regime, stands once before them: the fields of a line
+{"made_with": {…}} hold for the records below until another such line changes them; null takes a field away.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from benchmark_record import commit, processor, versions
 
 MADE_WITH = "made_with"
-SHARED = ("command", "commit", "versions", "hardware")
-"""The fields of a record that a line `MADE_WITH` holds."""
+SHARED = ("command", "commit", "versions", "hardware", "stage", "regime", "targets", "rank", "steps")
+"""The fields of a record that lines `MADE_WITH` hold."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} is {line!r}, expected a JSON object: take the line out.")
         if MADE_WITH in record:
-            shared = record[MADE_WITH]
+            shared = _changed(shared, record[MADE_WITH])
         else:
             records.append(shared | record)
     return records
@@ -67,20 +67,25 @@ def _lines(records: Sequence[Mapping[str, Any]], before: bytes) -> list[str]:
     shared = _last_shared(before)
     for record in records:
         own = {name: value for name, value in record.items() if name not in SHARED}
-        made_with = {name: record[name] for name in SHARED if name in record}
-        if made_with != shared:
-            lines.append(_line({MADE_WITH: made_with}))
-            shared = made_with
+        changes = {name: record.get(name) for name in SHARED if record.get(name) != shared.get(name)}
+        if changes:
+            lines.append(_line({MADE_WITH: changes}))
+            shared = _changed(shared, changes)
         lines.append(_line(own))
     return lines
 
 
 def _last_shared(content: bytes) -> dict[str, Any]:
-    """What the last line `MADE_WITH` says."""
-    for line in reversed(content.splitlines()):
+    """What the lines `MADE_WITH` say at the end."""
+    shared: dict[str, Any] = {}
+    for line in content.splitlines():
         if MADE_WITH.encode() in line and MADE_WITH in (fields := json.loads(line)):
-            return fields[MADE_WITH]
-    return {}
+            shared = _changed(shared, fields[MADE_WITH])
+    return shared
+
+
+def _changed(shared: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in {**shared, **changes}.items() if value is not None}
 
 
 def _line(fields: Mapping[str, Any]) -> str:

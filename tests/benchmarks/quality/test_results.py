@@ -22,12 +22,28 @@ def test_what_records_share_stands_once(tmp_path):
     for record in records:
         append(path, [record])
     assert read(path) == records
-    assert path.read_text().count("versions") == 3
+    assert path.read_text().count("versions") == 1
     whole = tmp_path / "whole.jsonl"
     append(whole, records)
     assert whole.read_text() == path.read_text()
     append(path, [{"n": 6}])
-    assert read(path)[-1] == {"n": 6}
+    assert read(path) == [*records, {"n": 6}]
+    assert path.read_text().count("versions") == 2
+
+
+def test_lines_of_what_is_shared_hold_what_changes(tmp_path):
+    path = tmp_path / "text.jsonl"
+    records = [
+        {"stage": "dev", "regime": "eps_to_v", "rank": 4, "commit": "a1", "n": 1},
+        {"stage": "confirm", "regime": "eps_to_v", "rank": 4, "commit": "a1", "n": 2},
+        {"stage": "confirm", "regime": "eps_to_v", "rank": 16, "commit": "a1", "n": 3},
+        {"stage": "confirm", "rank": 16, "commit": "a1", "n": 4},
+    ]
+    for record in records:
+        append(path, [record])
+    assert read(path) == records
+    shared = [json.loads(line)["made_with"] for line in path.read_text().splitlines() if "made_with" in line]
+    assert shared[1:] == [{"stage": "confirm"}, {"rank": 16}, {"regime": None}]
 
 
 def test_what_a_record_says_itself_counts_before_what_is_shared(tmp_path):
