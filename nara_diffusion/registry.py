@@ -13,6 +13,7 @@ from .tuner.config import NaraConfig
 from .tuner.model import NaraModel
 from .tuner.patches.adapter_files import extend_peft_methods
 from .tuner.patches.lora_model import extend_lora_methods
+from .tuner.patches.transformers_models import extend_transformers_models
 from .tuner.peft_type import NaraPeftType
 
 
@@ -29,6 +30,7 @@ def _register_with_peft() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[NaraPeftType.NARA] = NaraModel.prefix  # type: ignore[index]
     extend_peft_methods()
     extend_lora_methods()
+    extend_transformers_models()
     extend_conversion()
 
 

@@ -52,7 +52,7 @@ def _is_new_nara(
     config: Any = None,
     **kwargs: Any,
 ) -> bool:
-    return isinstance(config, NaraConfig) if config is not None else _is_naras(model_id, kwargs)
+    return isinstance(config, NaraConfig) if config is not None else is_naras_folder(model_id, kwargs)
 
 
 def _has_naras(model: PeftModel, *args: Any, **kwargs: Any) -> bool:
@@ -82,7 +82,7 @@ def _from_pretrained(
     is_new = adapter_name not in getattr(model, "peft_config", {})
     token = _begun.set((model, adapter_name) if is_new else None)
     try:
-        with _named(model_id, kwargs), trainable_again(model):
+        with named(model_id, kwargs), trainable_again(model):
             return original(cls, model, model_id, adapter_name, *args, **kwargs)
     finally:
         _begun.reset(token)
@@ -91,7 +91,7 @@ def _from_pretrained(
 def _load_adapter(original: Any, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     is_new = adapter_name not in self.peft_config or _begun.get() == (self.get_base_model(), adapter_name)
     try:
-        with _named(model_id, kwargs), trainable_again(self):
+        with named(model_id, kwargs), trainable_again(self):
             return original(self, model_id, adapter_name, *args, **kwargs)
     except Exception:
         if is_new and isinstance(self.peft_config.get(adapter_name), NaraConfig):
@@ -100,19 +100,19 @@ def _load_adapter(original: Any, self: PeftModel, model_id: Any, adapter_name: s
 
 
 @contextmanager
-def _named(model_id: Any, options: dict[str, Any]) -> Iterator[None]:
+def named(model_id: Any, options: dict[str, Any]) -> Iterator[None]:
     """Inside, errors about a NaRA get the name of its folder or repository."""
     try:
         yield
     except (ValueError, KeyError, SafetensorError, UnpicklingError) as error:
         subfolder = options.get("subfolder")
         where = os.path.join(model_id, subfolder) if subfolder else os.fspath(model_id)
-        if where in str(error) or not _is_naras(model_id, options):
+        if where in str(error) or not is_naras_folder(model_id, options):
             raise
         raise ValueError(_refusal(where, error)) from error
 
 
-def _is_naras(model_id: Any, options: dict[str, Any]) -> bool:
+def is_naras_folder(model_id: Any, options: dict[str, Any]) -> bool:
     hub = {name: options[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in options}
     try:
         return PeftConfig._get_peft_type(model_id, **hub) == NaraPeftType.NARA.value

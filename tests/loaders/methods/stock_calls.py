@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.helpers.small_pipelines import pixels, small_sdxl
 
@@ -117,10 +118,32 @@ def peft_calls(folder: Path) -> Results:
     return {step: value.detach() if isinstance(value, Tensor) else value for step, value in found.items()}
 
 
+def transformers_calls(folder: Path) -> Results:
+    """`load_adapter` and `from_pretrained` of a model of transformers. → step: logits (2, 5, 20)."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 8, "intermediate_size": 9, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).save_pretrained(folder / "llama")
+    model = LlamaForCausalLM.from_pretrained(folder / "llama")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    disturb(adapted, 6)
+    adapted.save_pretrained(folder / "llama-lora")
+    ids, found = torch.arange(10).reshape(2, 5), {}
+    model = LlamaForCausalLM.from_pretrained(folder / "llama")
+    found["base"] = model(ids).logits
+    model.load_adapter(folder / "llama-lora", "a")
+    found["loaded"] = model(ids).logits
+    found["from an adapter's folder"] = LlamaForCausalLM.from_pretrained(folder / "llama-lora")(ids).logits
+    return {step: value.detach() for step, value in found.items()}
+
+
 def all_calls(folder: Path) -> Results:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about adapters that are activated, deleted and merged
-        found = {"Diffusers": diffusers_calls(folder), "PEFT": peft_calls(folder)}
+        found = {
+            "Diffusers": diffusers_calls(folder),
+            "PEFT": peft_calls(folder),
+            "transformers": transformers_calls(folder),
+        }
     return {f"{library}: {step}": value for library, steps in found.items() for step, value in steps.items()}
 
 

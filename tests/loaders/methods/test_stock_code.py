@@ -25,6 +25,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from peft import PeftModel
 from peft.config import PeftConfigMixin
 from peft.tuners.lora import LoraModel
+from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
 
 import nara_diffusion
 from nara_diffusion import StrengthSchedule
@@ -33,7 +34,8 @@ from tests.loaders.methods.stock_calls import all_calls, save_two_loras
 
 PACKAGE = Path(nara_diffusion.__file__).parent
 OWNERS = (
-    LoraBaseMixin, PeftAdapterMixin, LoraModel, PeftModel, PeftConfigMixin, lora_base, lora_pipeline, peft_loaders,
+    LoraBaseMixin, PeftAdapterMixin, TransformersMixin, LoraModel, PeftModel, PeftConfigMixin, lora_base, lora_pipeline,
+    peft_loaders,
 )  # fmt: skip
 """All that the package puts wrappers on."""
 
@@ -48,7 +50,10 @@ CHECKS = {
     "loaders/strengths.py": {"has_schedules", "_schedules"},
     "tuner/holder/core_holder.py": {"holder_of"},
     "tuner/patches/lora_model.py": {"_has_holder", "_is_plain_with_holder", "_has_mixed_batch"},
-    "tuner/patches/adapter_files.py": {"_is_new_nara", "_is_naras", "_has_naras", "_has_nara_tuner", "_from_json_file"},
+    "tuner/patches/adapter_files.py": {
+        "_is_new_nara", "is_naras_folder", "_has_naras", "_has_nara_tuner", "_from_json_file",
+    },
+    "tuner/patches/transformers_models.py": {"_is_of_nara", "_given", "_model_id", "_hub_options"},
     "tuner/config_files.py": {"is_naras"},
     "export/peft_conversion.py": {"_entry", "convert_adapter", "_has_cores"},
 }  # fmt: skip
@@ -117,6 +122,7 @@ def test_plain_loras_run_no_code_of_the_package(folder, tmp_path):
         else:
             torch.testing.assert_close(found[step], value, rtol=0, atol=1e-5, msg=lambda text, at=step: f"{at}: {text}")
     assert not torch.allclose(expected["Diffusers: load a"], expected["Diffusers: base"], atol=1e-2)
+    assert not torch.allclose(expected["transformers: loaded"], expected["transformers: base"], atol=1e-2)
     assert not torch.allclose(expected["PEFT: another"], expected["PEFT: one adapter"], atol=1e-2)
 
 
