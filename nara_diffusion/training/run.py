@@ -21,6 +21,7 @@ from nara_diffusion.training.checkpoints.digests import digest_texts, digest_wei
 from nara_diffusion.training.checkpoints.folders import (
     check_same_content,
     find_checkpoints,
+    locate_checkpoint,
     resolve_checkpoint,
     verify_checkpoint,
 )
@@ -209,7 +210,9 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
     check_scheduler(args.lr_scheduler, args.lr_warmup_steps)
     adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # raises for impossible settings
     _check_trackers(args.report_to)
-    check_output_dir(args.output_dir, args.resume_from_checkpoint)
+    resumed = _latest_run(args, name)
+    resume = locate_checkpoint(args.resume_from_checkpoint, resumed)
+    check_output_dir(args.output_dir, resume)
     steps = accumulation_steps(args, launched_processes())
     accelerator = Accelerator(
         gradient_accumulation_steps=steps,
@@ -221,12 +224,12 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
     check_engine(accelerator, args)
     check_accumulation(accelerator, steps)
     run = Run(accelerator, args, name, write)
-    if args.resume_from_checkpoint is not None:
-        run.checkpoint = resolve_checkpoint(args.resume_from_checkpoint, _latest_run(args, name))
+    if resume is not None:
+        run.checkpoint = resolve_checkpoint(resume, resumed)
         run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes)
     if args.push_to_hub and run.is_main:
         run.hub_id = create_hub_repo(args.hub_model_id or Path(args.output_dir).name)
-    run.folder, run.claim = claim_together(accelerator, _output_dir(run), name, args.resume_from_checkpoint)
+    run.folder, run.claim = claim_together(accelerator, _output_dir(run), name, resume)
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     set_seed(args.seed)
@@ -241,7 +244,8 @@ def _output_dir(run: Run) -> str | None:
 
 
 def _latest_run(args: Any, name: str) -> Path | None:
-    """The folder in which `latest` is looked for: --output_dir, or the newest numbered one that holds a checkpoint."""
+    """The folder in which `latest` or a bare `checkpoint-N` is looked for: --output_dir, or the newest numbered one
+    that holds a checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
     runs = numbered_dirs(name)

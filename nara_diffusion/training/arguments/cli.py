@@ -239,8 +239,9 @@ def _help(field: dataclasses.Field) -> str:
     default = default_of(field)
     if isinstance(default, list):
         default = ",".join(map(str, default))
+    shown = str(default).lower() if default is None or isinstance(default, bool) else str(default)
     unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
-    return f"{field.metadata['help']}{unit} (default: {str(default).lower() or 'none'})".replace("%", "%%")
+    return f"{field.metadata['help']}{unit} (default: {shown or 'none'})".replace("%", "%%")
 
 
 def _reading(field: dataclasses.Field) -> dict[str, Any]:

@@ -166,7 +166,9 @@ class RunArguments:
         2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", resumable=True
     )
     resume_from_checkpoint: str | None = option(
-        None, "Continue from this checkpoint-N folder; latest: the one of --output_dir written last.", resumable=True
+        None,
+        "Continue from this checkpoint-N, a folder or one of --output_dir; latest: the one there written last.",
+        resumable=True,
     )
     report_to: list[str] | None = option(
         None,

@@ -83,6 +83,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(_in_order_of_writing(folder)), None)
 
 
+def locate_checkpoint(resume_from_checkpoint: str | None, output_dir: Path | None) -> str | None:
+    """What `--resume_from_checkpoint` says, with the folder of the run before a bare `checkpoint-N`, unless that lies
+    in the current folder."""
+    if resume_from_checkpoint in (None, "latest") or output_dir is None:
+        return resume_from_checkpoint
+    folder = Path(resume_from_checkpoint)
+    if len(folder.parts) > 1 or (folder / MANIFEST).is_file():
+        return resume_from_checkpoint
+    return str(output_dir / folder)
+
+
 def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> Path:
     """The folder that `--resume_from_checkpoint` means; `latest` is the newest one in `output_dir`.
 
@@ -92,9 +103,10 @@ def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> 
     if resume_from_checkpoint != "latest":
         folder = Path(resume_from_checkpoint)
         if not (folder / MANIFEST).is_file():
+            present = ", ".join(path.name for _, path in sorted(find_checkpoints(folder.parent).items())) or "none"
             raise ValueError(
                 f"--resume_from_checkpoint {folder} is no checkpoint: it has no {MANIFEST}. Name a checkpoint-N "
-                "folder, or `latest` with the --output_dir of the run."
+                f"folder ({folder.parent} has {present}), or `latest` with the --output_dir of the run."
             )
         return folder
     newest = newest_checkpoint(output_dir) if output_dir is not None else None

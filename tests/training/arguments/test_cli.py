@@ -34,6 +34,7 @@ class Example(Base):
     dora: bool = option(False, "Norms.", aliases=("norms",))
     modules: list[str] = option(["q"], "Names.")  # noqa: RUF009
     share: float | None = option(0.5, "Share, 50 % say.", aliases=("part", "portion"))
+    optimizer: str = option("AdamW", "Optimizer.", choices=("AdamW", "prodigy"))
     prompts: list[str] | None = option(None, "Prompts.", sentences=True, aliases=("prompt",))  # noqa: RUF009
 
 
@@ -134,6 +135,8 @@ def test_help_groups_flags_and_gives_unit_and_default() -> None:
     assert "--dora, --no-dora, --norms, --no-norms" in text
     assert "A file that names a core_module makes that module's code run" in " ".join(text.split())
     assert "{linear,cosine}" in text
+    assert "Optimizer. (default: AdamW)" in text
+    assert "Norms. (default: false)" in text
 
 
 def test_values_that_stand_in_for_arguments_that_were_not_given(tmp_path) -> None:

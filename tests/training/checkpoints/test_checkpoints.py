@@ -16,6 +16,7 @@ from nara_diffusion.training.checkpoints.folders import (
     _delete_oldest,
     find_checkpoints,
     last_checkpoint,
+    locate_checkpoint,
     resolve_checkpoint,
     save_checkpoint,
     verify_checkpoint,
@@ -140,6 +141,21 @@ def test_nothing_to_resume_from_is_said(tmp_path, small_args) -> None:
         start_run(small_args(resume_from_checkpoint="latest"), "small")
     with pytest.raises(ValueError, match=r"is no checkpoint: it has no checkpoint.json"):
         start_run(small_args(resume_from_checkpoint=str(tmp_path)), "small")
+
+
+def test_a_bare_name_is_the_checkpoint_of_the_run(small_args, small_run) -> None:
+    folder = small_run(small_args()).run.folder
+    with start_run(small_args(output_dir=str(folder), resume_from_checkpoint="checkpoint-4"), "small") as run:
+        assert run.checkpoint == folder / "checkpoint-4"
+        assert (run.step, run.folder) == (4, folder)
+    with pytest.raises(ValueError, match=r"checkpoint-3 is no .* has checkpoint-2, checkpoint-4, checkpoint-6\)"):
+        start_run(small_args(output_dir=str(folder), resume_from_checkpoint="checkpoint-3"), "small")
+
+
+def test_a_bare_name_in_the_current_folder_is_that_one(checkpoint: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(checkpoint.parent)
+    assert locate_checkpoint("checkpoint-2", tmp_path / "other") == "checkpoint-2"
+    assert locate_checkpoint("checkpoint-3", tmp_path / "other") == str(tmp_path / "other" / "checkpoint-3")
 
 
 def test_without_output_dir_latest_looks_in_the_newest_numbered_run(
