@@ -34,6 +34,7 @@ TITLE = "NaRA: before and after"
 ABOUT = f"""# {TITLE}
 A noise-aware adapter changes with the noise level λ: sampling starts at pure noise, λ = 1, and ends at λ = 0.
 Edit the adapter's strength over λ, and see what becomes of the same noise without and with it."""
+OTHER_TABLE = "Other adapters were named: these are the strengths that they bring. Edit the table, and sample again."
 CSS = ".sample img {width: 100%; height: 100%; object-fit: contain}"
 """Small images are shown large; Gradio would leave them as small as they are."""
 
@@ -80,11 +81,13 @@ def on_sample(sampler: Sampler, call: Call, text: str, shown: list[Adapter], row
     with in_one_line():
         start = time.perf_counter()
         adapters = read_all(text)
-        rows = rows_for(adapters, shown, rows)
+        given, rows = list(rows), rows_for(adapters, shown, rows)
         points = points_of(rows, adapters)
         pairs = list(zip(adapters, points, strict=True))
         before, after = sampler.before_and_after(call, pairs, lambda share, what: progress(share, desc=what))
         about = f"{describe(adapters)}\n\nSampled in {time.perf_counter() - start:.1f} s."
+        if given and rows != given:
+            about += f"\n\n{OTHER_TABLE}"
         return before, after, adapters, about, rows, draw(adapters, points)
 
 
@@ -124,6 +127,8 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
         curves = gr.Plot(show_label=False)
 
         def sample(model, sources, shown, rows, prompt, negative, seed, steps, guidance, progress=gr.Progress()):  # noqa: B008
+            if seed is None:
+                raise gr.Error("seed is empty: enter a number.", print_exception=False)
             call = Call(model.strip(), prompt, negative.strip(), int(seed), int(steps), float(guidance))
             return on_sample(sampler, call, sources, shown, rows, progress)
 

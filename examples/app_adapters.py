@@ -79,10 +79,7 @@ def find(source: str) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        raise ValueError(f"There is no file or folder '{source}', and no repository can have that name.") from None
+    check_repository_name(source)
     try:
         # folders inside a repository hold checkpoints and samples
         wanted = ["*.safetensors", CONFIG_NAME]
@@ -92,6 +89,18 @@ def find(source: str) -> Path:
         raise ValueError(
             f"There is no file or folder '{source}', and no repository of that name was reached: {reason}"
         ) from error
+
+
+def check_repository_name(source: str) -> None:
+    """Refuse what is no file or folder, and can't be on the Hub.
+
+    Raises:
+        ValueError: no repository can have that name.
+    """
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise ValueError(f"There is no file or folder '{source}', and no repository can have that name.") from None
 
 
 def is_lora(path: Path) -> bool:

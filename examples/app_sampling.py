@@ -6,10 +6,11 @@ import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from app_adapters import Adapter, Points, load, weight
+from app_adapters import Adapter, Points, check_repository_name, load, weight
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
@@ -71,10 +72,18 @@ def load_pipeline(name: str) -> Any:
     """The pipeline of a folder or repository: on a GPU in bfloat16, else on the CPU in float32.
 
     Raises:
-        OSError: nothing is there, or no pipeline.
+        ValueError: no repository can have that name. OSError: nothing is there, or no pipeline.
     """
+    index: Any = {}
+    if Path(name).exists():
+        index = DiffusionPipeline.load_config(name)
+    else:
+        check_repository_name(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = DiffusionPipeline.from_pretrained(name, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    # Diffusers fails for models that the folder lacks, such as SD3's T5, unless they are passed as None
+    absent = {part: None for part, classes in index.items() if classes == [None, None]}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

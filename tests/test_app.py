@@ -15,6 +15,7 @@ import app_sampling
 import app_table
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -208,6 +209,24 @@ def test_naming_adapters_shows_their_strengths_and_keeps_a_table_of_the_same_one
     assert len(text.splitlines()) == 2
 
 
+def test_sampling_other_adapters_than_the_tables_says_that_it_starts_afresh(client, folders):
+    edited = [[1, 0, 0.5], [1, 1, 0.1]]
+    _, after, text, shown = sampled(client, folders, [folders["scheduled"]], edited)
+    assert shown == edited
+    assert app.OTHER_TABLE not in text
+    _, after, text, shown = sampled(client, folders, [folders["nara"]], edited)
+    assert after == by_hand(folders, lambda pipe: pipe.load_nara_weights(folders["nara"]))
+    assert shown == [[1, 0, 1], [1, 1, 1]]
+    assert app.OTHER_TABLE in text
+    assert app.OTHER_TABLE not in sampled(client, folders, [folders["nara"]], edited)[2]
+
+
+def test_an_emptied_seed_is_named(client, folders, capfd):
+    with pytest.raises(AppError, match=r"seed is empty: enter a number"):
+        sampled(client, folders, [folders["nara"]], [], PROMPT, "", None, 2, 4.0)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_editing_the_table_draws_its_curve(client, folders):
     client.predict(str(folders["nara"]), table([]), api_name="/adapters")
     flat = client.predict(table([[1, 0, 1], [1, 1, 1]]), api_name="/strengths")
@@ -251,6 +270,24 @@ def test_unknown_pipeline_is_told_in_one_line(client, folders):
     with pytest.raises(AppError, match="nowhere") as caught:
         sampled(client, {"model": Path("nowhere/at-all")}, [folders["nara"]], [])
     assert "\n" not in str(caught.value)
+
+
+def test_pipeline_that_no_repository_can_be_is_told(client, folders):
+    with pytest.raises(AppError, match=r"There is no file or folder '/nowhere', and no repository can have that name"):
+        sampled(client, {"model": Path("/nowhere")}, [folders["nara"]], [])
+
+
+def test_pipeline_without_an_optional_model_is_loaded():
+    """As the model card says: `from_pretrained(…, text_encoder_3=None, tokenizer_3=None)`."""
+    pipe = app_sampling.load_pipeline(str(app.ASSETS / "sd-tiny-flow"))
+    assert type(pipe).__name__ == "StableDiffusion3Pipeline"
+    assert pipe.text_encoder_3 is None
+    call = app_sampling.Call("", "a photo of a red car", seed=3, steps=1)
+    image = app_sampling._sample(pipe, call, lambda share, what: None, "")
+    stock = StableDiffusion3Pipeline.from_pretrained(app.ASSETS / "sd-tiny-flow", text_encoder_3=None, tokenizer_3=None)
+    generator = torch.Generator().manual_seed(3)
+    expected = stock(call.prompt, num_inference_steps=1, guidance_scale=4.0, generator=generator).images[0]
+    assert image.tobytes() == expected.tobytes()
 
 
 def test_distance_is_that_of_the_core(folders):
