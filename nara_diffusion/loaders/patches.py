@@ -46,7 +46,7 @@ from .format import METADATA_KEY, is_core_key
 from .guards import check_none_wrapped
 from .hotswap import REQUEST, check_enlargeable, enlarge_cores
 from .insertion import adapters_of, unwrap
-from .schedulers import DENOISERS, check_agree, follow_adapters, has_replaced_scheduler, keep_if_fused
+from .schedulers import DENOISERS, check_agree, follow_adapters, has_replaced_scheduler, removing_adapters
 from .strengths import check_components, has_schedules, set_weights
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def extend_diffusers_methods() -> None:
         around(LoraBaseMixin, name, _switch, _has_cores)
     around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters, _has_cores_or_gets_schedule)
     around(LoraBaseMixin, "fuse_lora", _fuse_pipeline, _has_cores)
+    around(LoraBaseMixin, "unfuse_lora", _unfuse_pipeline, _has_cores)
     around(LoraBaseMixin, "set_lora_device", _set_lora_device, _has_cores)
     around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up, _has_cores)
     around(LoraBaseMixin, "delete_adapters", _then_tidy_up, _has_cores)
@@ -237,19 +238,23 @@ def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None
     original(pipe, components, *args, **kwargs)
 
 
+def _unfuse_pipeline(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
+    original(pipe, *args, **kwargs)
+    follow_adapters(pipe)
+
+
 def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
     """Remove the holders of text encoders, whose layers Diffusers removes by functions of its own."""
     check_none_wrapped(pipe, pipe._lora_loadable_modules, original.__name__)
-    keep_if_fused(pipe)
-    original(pipe, *args, **kwargs)
-    for component in pipe._lora_loadable_modules:
-        model: Any = getattr(pipe, component, None)
-        if holder_of(model) is None:
-            continue
-        drop_idle_holder(model)
-        if not adapters_of(model):
-            unwrap(model)
-    follow_adapters(pipe)
+    with removing_adapters(pipe):
+        original(pipe, *args, **kwargs)
+        for component in pipe._lora_loadable_modules:
+            model: Any = getattr(pipe, component, None)
+            if holder_of(model) is None:
+                continue
+            drop_idle_holder(model)
+            if not adapters_of(model):
+                unwrap(model)
 
 
 # ---------------------------------------------------------------------- files

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -23,6 +24,7 @@ from nara_diffusion.tuner.holder.core_holder import holder_of
 from .format import AdapterPart
 from .guards import unwrapped
 from .insertion import adapters_of
+from .stand_in import carries_scheduler, make_own, stand_in, stands_in_for
 
 logger = logging.getLogger(__name__)
 
@@ -63,34 +65,36 @@ def build_scheduler(fields: Mapping[str, Any]) -> Any:
     return scheduler
 
 
-def follow_adapters(pipe: Any) -> None:
+def follow_adapters(pipe: Any, removed: Iterable[Mapping[str, Any]] = ()) -> None:
     """Set the scheduler that the active adapters were trained for, or the pipeline's own one if they carry none.
 
     λ = t / N then uses the N of that scheduler. With `set_scheduler=False` a warning names the scheduler instead.
+
+    Args:
+        pipe: the pipeline.
+        removed: the schedulers that adapters carried which have just been removed.
     """
-    fields, replaced = _carried(pipe), getattr(pipe, _REPLACED, None)
-    if fields is None:
-        if replaced is not None and prediction_by(pipe.scheduler) != prediction_by(replaced):
-            pipe.scheduler = replaced
-    elif prediction_by(getattr(pipe, "scheduler", None)) != prediction_in(fields):
-        if replaced is not None:
-            pipe.scheduler = build_scheduler(fields)
-        else:
-            logger.warning(
-                "the active adapters predict %s, which the pipeline's scheduler doesn't expect: %s",
-                prediction_in(fields),
-                how_to_set(fields),
-            )
-    if replaced is not None and not any(_carries(model) for model in _denoisers(pipe)):
-        delattr(pipe, _REPLACED)
+    fields, own, models = _carried(pipe), _own_scheduler(pipe), _denoisers(pipe)
+    scheduler = getattr(pipe, "scheduler", None)
+    if own is None:
+        _warn_of_mismatch(pipe, fields, removed)
+    elif prediction_by(scheduler) != (prediction_by(own) if fields is None else prediction_in(fields)):
+        if scheduler is not own:  # other pipelines may have it too
+            stand_in(scheduler, own, models)
+        pipe.scheduler = own if fields is None else stand_in(build_scheduler(fields), own, models)
+    if own is not None and any(map(carries_scheduler, models)):
+        setattr(pipe, _REPLACED, own)
+    else:
+        pipe.__dict__.pop(_REPLACED, None)
     if isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
-        for model in _denoisers(pipe):
+        for model in models:
             count_timesteps(model, pipe.scheduler)
 
 
 def has_replaced_scheduler(pipe: Any) -> bool:
     """Whether the scheduler of an adapter has been set on `pipe`, and its own one is kept to be restored."""
-    return _REPLACED in getattr(pipe, "__dict__", {})
+    of_pipe = getattr(pipe, "__dict__", {})
+    return _REPLACED in of_pipe or stands_in_for(of_pipe.get("scheduler")) is not None
 
 
 def check_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
@@ -109,13 +113,15 @@ def adopt_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
 
     If the pipeline's scheduler expects the right prediction already, it stays, and the user keeps control of it.
     """
+    own = _own_scheduler(pipe)
     for fields in _carried_by(parts):
-        if not hasattr(pipe, _REPLACED) and prediction_by(pipe.scheduler) != prediction_in(fields):
-            setattr(pipe, _REPLACED, pipe.scheduler)
-    follow_adapters(pipe)
-    if hasattr(pipe, _REPLACED):  # for forwards in which no such adapter is active
+        if own is None and prediction_by(pipe.scheduler) != prediction_in(fields):
+            own = pipe.scheduler
+    if own is not None:
+        setattr(pipe, _REPLACED, own)
         for holder in filter(None, map(holder_of, _denoisers(pipe))):
-            holder.base_prediction = prediction_by(getattr(pipe, _REPLACED))
+            holder.base_prediction = prediction_by(own)  # for forwards in which no such adapter is active
+    follow_adapters(pipe)
 
 
 def check_agree(pipe: Any, adapter_names: str | Iterable[str]) -> None:
@@ -125,12 +131,68 @@ def check_agree(pipe: Any, adapter_names: str | Iterable[str]) -> None:
         carried_scheduler(adapters_of(model), names)
 
 
-def keep_if_fused(pipe: Any) -> None:
-    """Before unloading: keep the scheduler of fused adapters, since they stay in the base weights."""
-    for model in _denoisers(pipe):
-        holder = holder_of(model)
-        if holder is not None and carried_scheduler(adapters_of(model), holder.merged_adapters) is not None:
-            pipe.__dict__.pop(_REPLACED, None)
+@contextmanager
+def removing_adapters(pipe: Any) -> Iterator[None]:
+    """Around what removes adapters: the scheduler follows, or stays if a fused adapter stays in the base weights."""
+    before = [(model, dict(adapters_of(model)), _merged(model)) for model in _denoisers(pipe)]
+    yield
+    removed = []
+    for model, configs, merged in before:
+        gone = configs.keys() - adapters_of(model).keys()
+        fused = carried_scheduler(configs, gone.intersection(merged))
+        if fused is not None:
+            _keep(pipe, model, fused)
+        removed += [_fields(configs[name]) for name in gone.difference(merged) if _fields(configs[name])]
+    follow_adapters(pipe, removed)
+
+
+def _merged(model: nn.Module) -> list[str]:
+    holder = holder_of(model)
+    return [] if holder is None else list(holder.merged_adapters)
+
+
+def _keep(pipe: Any, model: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Make the scheduler of fused adapters the pipeline's own."""
+    own = _own_scheduler(pipe)
+    pipe.__dict__.pop(_REPLACED, None)
+    if own is not None and prediction_by(pipe.scheduler) != prediction_in(fields):  # since it was disabled
+        pipe.scheduler = build_scheduler(fields)
+    make_own(pipe.scheduler)
+    holder = holder_of(model)
+    if holder is not None:
+        holder.base_prediction = prediction_in(fields)
+
+
+def _own_scheduler(pipe: Any) -> Any:
+    """What `pipe` samples by without adapters; None if its scheduler is left to the user."""
+    scheduler, replaced = getattr(pipe, "scheduler", None), pipe.__dict__.get(_REPLACED)
+    own = stands_in_for(scheduler)
+    if own is not None:
+        return own if replaced is None else replaced
+    holders = filter(None, map(holder_of, _denoisers(pipe)))
+    base = next((holder.base_prediction for holder in holders if holder.base_prediction), prediction_by(replaced))
+    is_for_base = base is not None and prediction_by(scheduler) == base
+    return scheduler if is_for_base else replaced
+
+
+def _warn_of_mismatch(pipe: Any, fields: Mapping[str, Any] | None, removed: Iterable[Mapping[str, Any]]) -> None:
+    scheduler = getattr(pipe, "scheduler", None)
+    if fields is not None:
+        if prediction_by(scheduler) != prediction_in(fields):
+            logger.warning(
+                "the active adapters predict %s, which the pipeline's scheduler doesn't expect: %s",
+                prediction_in(fields),
+                how_to_set(fields),
+            )
+        return
+    inactive = [prediction_in(fields) for fields in (*removed, *_all_carried(pipe))]
+    if inactive and prediction_by(scheduler) in inactive:
+        logger.warning(
+            "no active adapter predicts %s now, which the pipeline's scheduler expects. It was not set by an adapter, "
+            "and so it stays: %s",
+            prediction_by(scheduler),
+            how_to_set(None),
+        )
 
 
 def _carried_by(parts: Mapping[str, AdapterPart]) -> list[dict[str, Any]]:
@@ -143,8 +205,15 @@ def _denoisers(pipe: Any) -> list[nn.Module]:
     return [unwrapped(getattr(model, "_orig_mod", model)) for model in found if isinstance(model, nn.Module)]
 
 
-def _carries(model: nn.Module) -> bool:
-    return any(getattr(config, "scheduler", None) for config in adapters_of(model).values())
+def _fields(config: Any) -> Any:
+    """The fields of the scheduler that an adapter of any kind carries, if it does."""
+    return getattr(config, "scheduler", None)
+
+
+def _all_carried(pipe: Any) -> list[dict[str, Any]]:
+    """The fields of the schedulers that adapters, active or not, were trained for."""
+    configs = [config for model in _denoisers(pipe) for config in adapters_of(model).values()]
+    return [_fields(config) for config in configs if _fields(config)]
 
 
 def _carried(pipe: Any) -> dict[str, Any] | None:
@@ -153,8 +222,8 @@ def _carried(pipe: Any) -> dict[str, Any] | None:
         holder = holder_of(model)
         if holder is None:
             continue
-        active = [] if holder.disable_adapters else holder.active_adapters
-        fields = carried_scheduler(adapters_of(model), [*active, *holder.merged_adapters])
+        active = [] if holder.disable_adapters else [*holder.active_adapters, *holder.merged_adapters]
+        fields = carried_scheduler(adapters_of(model), active)
         if fields is not None:
             return fields
     return None

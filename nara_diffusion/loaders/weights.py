@@ -23,7 +23,7 @@ from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, 
 from .hub import check_hub_options, push
 from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove
 from .names import name_to_load, name_to_save
-from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, follow_adapters, keep_if_fused
+from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters
 from .source import naming, read_adapter
 from .text_pipelines import COMPONENT, extend, text_pipeline
 from .validation import TEXT_ENCODER, check_part, check_storable
@@ -182,11 +182,9 @@ def unload_nara_weights(self: Any) -> None:
     models = {name: model for name, model in adaptable_models(self).items() if nara_adapters_of(model)}
     for component, model in models.items():
         check_not_wrapped(model, component, "unload_nara_weights")
-    keep_if_fused(self)
-    with offloading_suspended(self):
+    with removing_adapters(self), offloading_suspended(self):
         for model in models.values():
             remove(model, list(nara_adapters_of(model)))
-    follow_adapters(self)
 
 
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:

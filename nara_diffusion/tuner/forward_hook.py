@@ -53,7 +53,8 @@ def _cores_for(root: nn.Module, holder: CoreHolder, args: Any, kwargs: Any) -> P
     elif holder.merged:
         holder.check_merged_level()
     names = holder.active()
-    check_scheduler_at_work(root.peft_config, names, holder.base_prediction)  # type: ignore[arg-type]
+    running = [*names, *holder.merged_adapters]
+    check_scheduler_at_work(root.peft_config, running, holder.base_prediction)  # type: ignore[arg-type]
     if not names:
         return {}
     holder.prepare_parts(root)

@@ -74,7 +74,7 @@ def check_scheduler_at_work(configs: Mapping[str, Any], names: Iterable[str], ba
 
     Args:
         configs: of all adapters of the model, by name.
-        names: of the active adapters.
+        names: of the active adapters, and of those that are merged.
         base: what the model predicts without adapters that carry a scheduler, if it is known.
 
     Raises:
@@ -84,7 +84,7 @@ def check_scheduler_at_work(configs: Mapping[str, Any], names: Iterable[str], ba
         return
     fields = carried_scheduler(configs, names)
     wanted = base if fields is None else prediction_in(fields)
-    scheduler = _scheduler_at_work()
+    scheduler = scheduler_at_work()
     taken = prediction_by(scheduler)
     if wanted is None or taken is None or taken == wanted:
         return
@@ -104,7 +104,7 @@ def how_to_set(fields: Mapping[str, Any] | None) -> str:
     return f"pipe.scheduler = {fields['_class_name']}.from_config(pipe.scheduler.config, {options})"
 
 
-def _scheduler_at_work() -> Any:
+def scheduler_at_work() -> Any:
     """The scheduler of the innermost running pipeline; None if no pipeline runs."""
     for variables in local_variables():
         pipe = variables.get("self")

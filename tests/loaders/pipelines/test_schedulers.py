@@ -4,66 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLImg2ImgPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from nara_diffusion.loaders.schedulers import has_replaced_scheduler, scheduler_fields
 from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import State, trained
+from tests.loaders.pipelines.converted import BETAS, FLOW, SCHEDULERS, converted
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
 ]
-
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-SCHEDULERS = {
-    "flow": (FLOW, "flow"),
-    "v": (EulerDiscreteScheduler(**BETAS, prediction_type="v_prediction"), "timestep"),
-    "zero_snr": (
-        EulerDiscreteScheduler(
-            **BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
-        ),
-        "timestep",
-    ),
-}
-
-
-def converted(kind: str, **changes: Any) -> Any:
-    """A pipeline in memory with the adapter "default" and the scheduler that it was trained for."""
-    scheduler, convention = SCHEDULERS[kind]
-    pipe = trained(text=False, noise_convention=convention, scheduler=scheduler_fields(scheduler), **changes)
-    pipe.scheduler = type(scheduler).from_config(scheduler.config)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    saved = {}
-    for number, kind in enumerate(SCHEDULERS):
-        saved[kind] = tmp_path_factory.mktemp(kind)
-        converted(kind, seed=1 + number).save_nara_weights(saved[kind])
-    return saved
-
-
-@pytest.fixture
-def flow(folders) -> Any:
-    """A pipeline into which "flow" was loaded."""
-    pipe = small_sdxl()
-    pipe.load_nara_weights(folders["flow"], "flow")
-    return pipe
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -183,16 +139,41 @@ def test_another_solver_of_the_same_prediction_stays_until_the_adapter_goes(flow
     assert torch.equal(pixels(flow), base_pixels)
 
 
-def test_a_pipeline_that_shares_the_denoiser_is_refused_until_its_scheduler_is_set(folders):
+def test_a_scheduler_that_is_set_while_the_adapter_is_disabled_is_the_pipelines_own_from_then_on(flow):
+    expected = pixels(flow)
+    flow.disable_lora()
+    flow.scheduler = chosen = DDIMScheduler(**BETAS)
+    first = pixels(flow)
+    flow.enable_lora()
+    assert torch.equal(pixels(flow), expected)
+    flow.disable_lora()
+    assert flow.scheduler is chosen
+    flow.enable_lora()
+    flow.unload_nara_weights()
+    assert flow.scheduler is chosen
+    assert torch.equal(pixels(flow), first)
+
+
+@pytest.mark.parametrize("remove", ["disable_lora", "unload_nara_weights", "unload_lora_weights", "delete_adapters"])
+def test_a_scheduler_that_was_set_before_the_adapter_stays_and_a_warning_names_it(remove, folders, caplog):
     pipe = small_sdxl()
-    other = StableDiffusionXLImg2ImgPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
-    pipe.load_nara_weights(folders["flow"])
-    call = {"prompt": "a toy", "image": torch.rand(1, 3, 16, 16), "num_inference_steps": 4, "output_type": "np"}
-    with pytest.raises(ValueError, match="takes it for epsilon"):
-        other(**call)
-    other.scheduler = pipe.scheduler
-    assert other(**call).images.shape == (1, 16, 16, 3)
+    pipe.scheduler = FLOW
+    with caplog.at_level(logging.WARNING):
+        pipe.load_nara_weights(folders["flow"], "flow")
+    assert not [record for record in caplog.records if record.name.startswith("nara")]
+    with caplog.at_level(logging.WARNING):
+        getattr(pipe, remove)(*["flow"] * (remove == "delete_adapters"))
+    assert "no active adapter predicts flow_prediction now, which the pipeline's scheduler expects. It" in caplog.text
+    assert pipe.scheduler is FLOW
+
+
+def test_a_hotswap_to_an_adapter_that_converts_nothing_brings_back_the_old_scheduler(flow, tmp_path):
+    trained(text=False, seed=9, noise_convention="flow").save_nara_weights(tmp_path)
+    old = small_sdxl().scheduler
+    flow.load_nara_weights(tmp_path, "flow", hotswap=True)
+    assert type(flow.scheduler) is type(old)
+    assert flow.scheduler.config == old.config
+    assert not has_replaced_scheduler(flow)
 
 
 def test_hotswap_follows_the_new_adapters_scheduler(folders):
@@ -202,17 +183,6 @@ def test_hotswap_follows_the_new_adapters_scheduler(folders):
     alone = small_sdxl()
     alone.load_nara_weights(folders["zero_snr"])
     assert torch.equal(pixels(pipe), pixels(alone))
-
-
-def test_a_fused_conversion_keeps_its_scheduler(tmp_path):
-    converted("v", core_type="constant", core_init="kaiming").save_nara_weights(tmp_path)
-    pipe = small_sdxl()
-    pipe.load_nara_weights(tmp_path)
-    expected = pixels(pipe)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    assert pipe.scheduler.config.prediction_type == "v_prediction"
-    torch.testing.assert_close(pixels(pipe), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
