@@ -20,6 +20,7 @@ from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.build_core import build_core, is_block_of_larger
 from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.holder.noise_convention import with_convention
+from nara_diffusion.tuner.strength.conversions import warn_where_off
 from nara_diffusion.tuner.strength.layers import (
     check_strength,
     default_strengths,
@@ -199,6 +200,7 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
     held = trimmed(model, part_of(model, adapter_name)).tensors
     check_loaded(model, adapter_name, part.tensors, "the adapter", held)
+    warn_where_off(model, adapter_name)
 
 
 def _follow(cores: Any, config: NaraConfig) -> None:

@@ -14,6 +14,7 @@ from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.injection import LOADED_FLAG, drop_idle_holder
+from nara_diffusion.tuner.strength.conversions import warn_where_off
 
 from .completeness import check_loaded, held_tensors
 from .format import AdapterPart, is_core_key
@@ -45,6 +46,7 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
             _fill_core(getattr(model, HOLDER_NAME).cores[adapter_name], tensors)
     check_loaded(model, adapter_name, part.tensors, "the adapter")
     setattr(model, LOADED_FLAG, True)
+    warn_where_off(model, adapter_name)
 
 
 def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.tuner.strength.conversions import warn_where_off
 from nara_diffusion.tuner.strength.layers import check_strength, give_strength, has_strength, layers_of
 from nara_diffusion.tuner.strength.set_strength import keep_as_default
 
@@ -41,6 +42,7 @@ def set_weights(original: Callable[..., None], model: Any, adapter_names: list[s
         give_strength(model, adapters_of(model)[name], name, found.get(name, {}))
         if isinstance(weight, StrengthSchedule):
             keep_as_default(model, name, weight)
+        warn_where_off(model, name)
 
 
 def strengths_of(model: Any, adapter_names: list[str], weights: list[Any]) -> dict[str, ByLayer]:

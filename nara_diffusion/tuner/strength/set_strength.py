@@ -16,6 +16,7 @@ from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.holder.noise_convention import with_convention
 
+from .conversions import warn_where_off
 from .layers import check_strength, give_strength, layers_of
 
 
@@ -53,6 +54,7 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
             layer.set_scale(adapter_name, 1.0 if isinstance(checked, StrengthSchedule) else checked)
         if strength is None or isinstance(strength, StrengthSchedule):
             keep_as_default(root, adapter_name, strength)
+        warn_where_off(root, adapter_name)
 
 
 def keep_as_default(root: Any, adapter_name: str, strength: StrengthSchedule | None) -> None:
