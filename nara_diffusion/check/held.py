@@ -3,7 +3,8 @@ for the base itself, so that shares of it would count a drift that is small besi
 
     ℓ = D(F, F₀) + ℓ₀        where the base is held
 
-D is the training's distance of the adapted model F to its base F₀, without its weight W, and ℓ₀ the base's own loss.
+D is the training's distance of the adapted model F to its base F₀, without its weight W, and ℓ₀ the base's own loss,
+in D's unit: of images a plain squared error, since min-SNR's and other weights don't enter D.
 The sum is what F loses on data if F₀ is right about them: the squared error of an ε-model whose base predicts the mean,
 the cross-entropy of a language model whose base has the right probabilities.
 """
@@ -50,7 +51,8 @@ def with_base_losses(model: nn.Module, held: Loss, free: Loss) -> Loss:
     """The losses ℓ of the module's docstring.
 
     Args:
-        held: the loss of the training, with its window. free: the same with its `free_window`.
+        held: the loss of the training, with its window.
+        free: the same with its `free_window`, and without weights that the distance to the base doesn't have.
     """
 
     def loss(positions: Sequence[int]) -> CheckLosses:
