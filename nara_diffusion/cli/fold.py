@@ -19,10 +19,13 @@ prompt-control, loractl, Wan2GP and WanVideoWrapper. LoRAs of text encoders are 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
+
+import torch
 
 from nara_diffusion.export import PlainLora, to_lora
 from nara_diffusion.export.bins.to_lora_bins import Interpolation
@@ -33,6 +36,7 @@ from .adapter_file import MODEL, AdapterFile, read
 from .errors import in_one_line
 from .fold_bins import PEFT, check_single, fold_bins
 from .skeleton import skeleton
+from .updates import strength_of
 
 OF_SCHEDULES = {"interpolation": "linear", "shift": None, "steps": 30, "checkpoint": "sd_xl_base_1.0.safetensors"}
 """{argument that only several LoRAs have: its default}."""
@@ -130,6 +134,7 @@ def _settle_schedules(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `nara fold`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
     args = parse_arguments(argv)
     with in_one_line():
         file = read(args.file)
@@ -140,4 +145,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         loras = folded(file, args.noise_level)
         write(loras, args.output, args)
         modules = sum(len(lora.layers) for lora in loras.values())
-        sys.stdout.write(f"{args.output}: {modules} modules, λ = {args.noise_level:g}\n")
+        sys.stdout.write(f"{args.output}: {modules} modules, λ = {args.noise_level:g}{_strength(file, args)}\n")
+
+
+def _strength(file: AdapterFile, args: argparse.Namespace) -> str:
+    """What is told of the adapter's own strength at λ, which the LoRA includes."""
+    level = torch.tensor([args.noise_level])
+    found = [
+        f"{strength_of(part.config, level).item():g}"
+        for part in file.parts.values()
+        if part.config.strength is not None
+    ]
+    return f", at the adapter's strength of {', '.join(found)} there" if found else ""

@@ -6,11 +6,14 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nara_diffusion.export import PlainLora, to_lora, to_lora_bins
 from nara_diffusion.export.bins.to_lora_bins import SCHEDULE_FILE, LoraBins
 from nara_diffusion.export.hosts.files import DENOISERS
 from nara_diffusion.export.hosts.schedules import host_schedules
+from nara_diffusion.export.lora.scheduler import comfyui_node, flow_shift
+from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapter_file import MODEL, AdapterFile
@@ -41,36 +44,40 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
             "LoRA."
         )
     part = file.parts[name]
-    _check(args, part.config.noise_convention, file)
+    _check(args, part.config, file)
     bins = to_lora_bins(skeleton(part, name), args.bins, bound=args.bound, interpolation=args.interpolation)
     if args.form == PEFT:
         bins.save_pretrained(args.output)
     else:
         others = {each: to_lora(skeleton(part, each)) for each, part in file.parts.items() if each != name}
-        _write_files(bins, name, others, args, write)
+        _write_files(bins, name, others, args, write, part.config.scheduler)
     return f"{args.output}: {len(bins.loras)} LoRAs, the largest relative error of ΔW is {bins.error.worst_update:.2%}"
 
 
-def _check(args: argparse.Namespace, convention: str | None, file: AdapterFile) -> None:
-    """Raises ValueError unless schedules for other programs can be written for this definition of λ."""
+def _check(args: argparse.Namespace, config: NaraConfig, file: AdapterFile) -> None:
+    """Raises ValueError unless schedules for other programs can be written for this definition of λ.
+
+    An adapter that carries a scheduler may have made its base a flow, so `--base` doesn't tell, and `--shift` is known.
+    """
     if args.steps < 1:
         raise ValueError(f"--steps is {args.steps}, expected 1 or more.")
     if args.form == PEFT:
         check_single(list(file.parts))
         return
+    convention, is_converted = config.noise_convention, config.scheduler is not None
     is_flow = convention == FLOW
     if convention not in (None, FLOW, DISCRETE):
         raise ValueError(
             f"'{file.path}' defines λ as {convention!r}, for which no schedule can be written: use --noise_level, or "
             "--form peft."
         )
-    if convention is not None and args.base is not None and is_flow != (args.base in FLOWS):
+    if not is_converted and None not in (convention, args.base) and is_flow != (args.base in FLOWS):
         kind = "is a flow model" if args.base in FLOWS else "has discrete timesteps"
         raise ValueError(
             f"--base {args.base} {kind}, but '{file.path}' defines λ as {convention!r}: choose the base that it was "
             "trained on."
         )
-    if is_flow and args.shift is None:
+    if is_flow and args.shift is None and not is_converted:
         raise ValueError(f"'{file.path}' is for a flow model: give --shift, that of its scheduler, 1 if it has none.")
     if args.shift is not None and not (is_flow and args.shift >= 1):
         raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more.")
@@ -86,8 +93,17 @@ def check_single(components: list[str]) -> None:
 
 
 def _write_files(
-    bins: LoraBins, component: str, others: dict[str, PlainLora], args: argparse.Namespace, write: Write
+    bins: LoraBins,
+    component: str,
+    others: dict[str, PlainLora],
+    args: argparse.Namespace,
+    write: Write,
+    scheduler: dict[str, Any] | None,
 ) -> None:
+    shift, patch = args.shift, None
+    if scheduler is not None:
+        shift = flow_shift(scheduler) if shift is None else shift
+        patch = comfyui_node({**scheduler, "flow_shift": shift})
     stem = args.output.name
     names = [f"{stem}-{index}.safetensors" for index in range(len(bins.loras))]
     always = f"{stem}-text.safetensors" if others else None
@@ -98,7 +114,7 @@ def _write_files(
         if always is not None:
             write(others, partial / always, args)
         workflow = args.base not in VIDEOS
-        texts = host_schedules(schedules, args.checkpoint, args.steps, args.shift, always, workflow)
+        texts = host_schedules(schedules, args.checkpoint, args.steps, shift, always, workflow, patch)
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         entries = [

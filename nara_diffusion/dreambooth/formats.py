@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.families.table import family_of
+from nara_diffusion.export.lora.scheduler import SCHEDULER
 from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter, load_whole_model
 from nara_diffusion.loaders.schedulers import build_scheduler
 from nara_diffusion.loaders.source import read_adapter
@@ -43,7 +44,6 @@ from nara_diffusion.training.formats import (
 from .denoiser import ADAPTER, AdaptedDenoiser
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-SCHEDULER = "scheduler"
 _MAGNITUDE = "lora_magnitude_vector"
 
 

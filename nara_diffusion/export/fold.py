@@ -24,6 +24,7 @@ from .adapted_layers import AdaptedLayer, Adapter, read_adapter
 from .best import Density, best_cores
 from .lora.config import configured_scaling, plain_config
 from .lora.plain_lora import PlainLora, PlainLoraLayer
+from .lora.scheduler import warn_of_scheduler
 from .outputs import Batch
 
 
@@ -42,7 +43,8 @@ def to_lora(
 
     At that λ the update equals the NaRA's up to rounding (a relative 1e-7 in float32); at any other λ it differs. A
     strength, from `set_strength` or the configuration, is included. Every `core_type` and `core_sharing` can be
-    exported, and so can a plain LoRA whose strength depends on λ.
+    exported, and so can a plain LoRA whose strength depends on λ. If the adapter has converted what its base predicts,
+    a warning says which scheduler the LoRA needs; it stands in `scheduler` of the result.
 
     Args:
         model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`, `unet.add_adapter`,
@@ -71,7 +73,9 @@ def to_lora(
         as_signals(noise_level, mask_density)  # a λ out of range is an error for adapters that need none, too
     with read_adapter(model, adapter_name) as adapter:
         signals = adapter.signals(noise_level, mask_density)
-        return assembled(adapter, lambda layer: adapter.core(layer, signals)[0])
+        lora = assembled(adapter, lambda layer: adapter.core(layer, signals)[0])
+    warn_of_scheduler(lora.scheduler)
+    return lora
 
 
 def _best(
@@ -82,7 +86,9 @@ def _best(
     with read_adapter(model, adapter_name) as adapter:
         adapter.signals(0.5, mask_density)  # raises if λ or the mask density is missing
         core_of, error = best_cores(model, adapter, density, batch, mask_density)
-        return replace(assembled(adapter, core_of), error=error)
+        lora = replace(assembled(adapter, core_of), error=error)
+    warn_of_scheduler(lora.scheduler)
+    return lora
 
 
 def assembled(adapter: Adapter, core_of: Callable[[AdaptedLayer], Tensor]) -> PlainLora:
@@ -92,7 +98,7 @@ def assembled(adapter: Adapter, core_of: Callable[[AdaptedLayer], Tensor]) -> Pl
     for layer in adapter.layers:
         scaling = configured_scaling(config, layer.name, layer.rank)
         layers[layer.name] = folded(layer, core_of(layer), scaling)
-    return PlainLora(config, layers, _others(adapter))
+    return PlainLora(config, layers, _others(adapter), scheduler=getattr(adapter.config, "scheduler", None))
 
 
 def folded(layer: AdaptedLayer, core: Tensor, scaling: float) -> PlainLoraLayer:

@@ -22,6 +22,8 @@ from peft import (
 )
 from torch import nn
 
+from nara_diffusion.loaders.format import AdapterPart
+from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
 from nara_diffusion.loaders.validation import TEXT_ENCODER, check_has_modules
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.config import NaraConfig
@@ -32,6 +34,7 @@ from .adapted_layers import read_adapter
 from .filling import fill
 from .lora.config import fitting_config
 from .lora.plain_lora import PlainLora
+from .lora.scheduler import flow_shift
 from .lora.sources import read_lora
 
 _DECIDED = {
@@ -42,6 +45,7 @@ _DECIDED = {
 _STARTS_ANYWAY = ("gaussian", "orthogonal", "eva", "mica")
 """Initialisations that don't change the base weights, so the LoRA's tensors may replace theirs."""
 _LEVELS = (0.0, 0.2, 0.5, 0.7, 1.0)
+_FLOW = "flow"  # the definition of λ in a rectified flow, see `nara_diffusion.noise.timesteps`
 
 
 def from_lora(
@@ -57,6 +61,9 @@ def from_lora(
 
         model = from_lora("folder of a PEFT LoRA", backbone, core_type="hypernetwork")
         from_lora("pytorch_lora_weights.safetensors", pipe)              # then pipe.save_nara_weights(…)
+
+    A scheduler that the LoRA needs, if it was made of an adapter that had one, is kept in the NaRA's configuration, and
+    a pipeline uses it from then on.
 
     Args:
         lora: a folder in PEFT's format; a file that Diffusers reads (Diffusers' names, kohya's, …), or a folder with
@@ -87,6 +94,9 @@ def from_lora(
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
             _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
+        inserted = {name: AdapterPart(getattr(model, name).peft_config[adapter_name], {}) for name in parts}
+        check_schedulers(model, inserted)
+        adopt_schedulers(model, inserted)
     return model
 
 
@@ -143,7 +153,12 @@ def nara_config(lora: PlainLora, root: nn.Module, core: Mapping[str, Any]) -> Na
     start = given["init_lora_weights"]
     if not isinstance(start, str) or start.lower() in _STARTS_ANYWAY:
         given["init_lora_weights"] = True
-    return NaraConfig(**given | dict(core))
+    if lora.scheduler is not None:
+        given["scheduler"] = dict(lora.scheduler)
+    config = NaraConfig(**given | dict(core))
+    if config.noise_convention is None and config.scheduler is not None and flow_shift(config.scheduler) is not None:
+        config.noise_convention = _FLOW
+    return config
 
 
 def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> None:

@@ -116,7 +116,7 @@ def truncated(lora: PlainLora, rank: float) -> PlainLora:
             f"rank is {rank}, but init_lora_weights={start!r} has changed the base weights by a LoRA of the adapter's "
             "own rank: pass rank=1.0, which keeps that rank."
         )
-    return PlainLora(with_ranks_of(lora.config, cut), cut, lora.others)
+    return replace(lora, config=with_ranks_of(lora.config, cut), layers=cut, error=None)
 
 
 def _cut(name: str, layer: PlainLoraLayer, rank: float) -> PlainLoraLayer:

@@ -2,15 +2,23 @@
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from nara_diffusion.cli.adapter_file import read
 from nara_diffusion.cli.diff import field_differences
 from nara_diffusion.cli.main import main
+from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 from tests.helpers.small_pipelines import pixels, small_sdxl
 
-CHANGES = {"rank_pattern": {"to_k": 3}, "core_sharing": "layer", "use_dora": True}
+CHANGES = {
+    "rank_pattern": {"to_k": 3},
+    "core_sharing": "layer",
+    "use_dora": True,
+    "strength": [[0.2, 1.0], [0.7, 0.3]],
+    "scheduler": scheduler_fields(EulerDiscreteScheduler(prediction_type="v_prediction")),
+}
 
 
 @pytest.fixture
@@ -19,6 +27,7 @@ def piped(tmp_path):
     pipe.unet.add_adapter(nara_config(target_modules=["to_q", "to_k"], **CHANGES), "toy")
     disturb(pipe.unet)
     pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     return pipe, tmp_path
 
 
@@ -29,6 +38,9 @@ def test_peft_loads_the_folder_of_a_pipelines_file(piped, capsys):
     assert capsys.readouterr().out == f"{folder / 'peft'}: as peft\n"
     other = small_sdxl()
     other.unet = PeftModel.from_pretrained(other.unet, folder / "peft")
+    with pytest.raises(ValueError, match="the denoiser predicts v_prediction, but the scheduler of this pipeline"):
+        pixels(other)
+    other.scheduler = pipe.scheduler
     torch.testing.assert_close(pixels(other), wanted, rtol=0, atol=0)
 
 
@@ -52,6 +64,8 @@ def test_there_and_back_gives_every_tensor_and_field_again(piped):
     assert first.tensors.keys() == second.tensors.keys()
     assert all(torch.equal(tensor, second.tensors[key]) for key, tensor in first.tensors.items())
     assert field_differences(first, second) == []
+    assert second.config.scheduler == CHANGES["scheduler"]
+    assert second.config.strength == CHANGES["strength"]
 
 
 def test_component_is_chosen_where_there_are_several(piped):

@@ -1,8 +1,12 @@
 """`nara fold`: from a file alone, without its base model, the same LoRA as from the adapted model."""
 
+import json
+
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -12,6 +16,7 @@ from nara_diffusion.cli.fold import folded
 from nara_diffusion.cli.main import main
 from nara_diffusion.export.hosts import host_state_dict
 from nara_diffusion.export.hosts.unet import UNetLayout
+from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
 from tests.helpers.small_pipelines import pixels, small_sdxl
 
@@ -145,6 +150,48 @@ def test_adapter_in_pefts_form_has_no_component_for_other_forms(tmp_path):
     with pytest.raises(SystemExit, match=r"is in PEFT's form, .* nara convert"):
         main(words)
     assert not (tmp_path / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "comfyui", "peft"])
+def test_fold_of_a_converted_model_says_which_scheduler_it_needs_and_writes_it(tmp_path, form, caplog):
+    scheduler = EulerDiscreteScheduler(prediction_type="v_prediction")
+    fields, pipe = scheduler_fields(scheduler), small_sdxl()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q"], scheduler=fields), "toy")
+    disturb(pipe.unet)
+    pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    words = ["--noise_level", str(LEVEL), "--form", form, "--base", "sdxl", "--layers_per_block", "1"]
+    path = tmp_path / ("lora" if form == "peft" else "lora.safetensors")
+    main(["fold", str(tmp_path / "toy"), str(path), *words])
+    (told,) = caplog.messages
+    assert "predicts v_prediction" in told
+    assert "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type=" in told
+    if form == "peft":
+        assert scheduler_fields(EulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler")) == fields
+    else:
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()["nara_scheduler"]) == fields
+
+
+def test_fold_counts_the_strength_of_the_file_and_says_so(tmp_path, capsys):
+    """A strength that is zero at λ leaves a LoRA that does nothing."""
+    strength = StrengthSchedule([(0, 1.0), (0.5, 0.4), (0.5, 0.0)])
+    found = {}
+    for name, changes in {"plain": {}, "scheduled": {"strength": strength}}.items():
+        model = get_peft_model(TwoLayers(), nara_config(core_type="knots", target_modules=["first"], **changes))
+        disturb(model)
+        model.save_pretrained(tmp_path / name)
+        for level in ("0.25", "0.7"):
+            folder = tmp_path / f"{name}-{level}"
+            main(["fold", str(tmp_path / name), str(folder), "--noise_level", level, "--form", "peft"])
+            B, A = (
+                load_file(folder / "adapter_model.safetensors")[f"base_model.model.first.lora_{x}.weight"] for x in "BA"
+            )
+            found[name, level] = B.double() @ A.double(), capsys.readouterr().out
+    torch.testing.assert_close(found["scheduled", "0.25"][0], 0.7 * found["plain", "0.25"][0], rtol=1e-5, atol=1e-7)
+    assert found["scheduled", "0.25"][1].endswith(": 1 modules, λ = 0.25, at the adapter's strength of 0.7 there\n")
+    assert not found["scheduled", "0.7"][0].any()
+    assert found["scheduled", "0.7"][1].endswith(": 1 modules, λ = 0.7, at the adapter's strength of 0 there\n")
+    assert found["plain", "0.7"][1].endswith(": 1 modules, λ = 0.7\n")
 
 
 def test_skeleton_takes_no_memory_of_the_base(tmp_path):

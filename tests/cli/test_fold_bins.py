@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from peft import get_peft_model, inject_adapter_in_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nara_diffusion import StrengthSchedule, core_matrix, to_lora_bins
 from nara_diffusion.cli.main import main
-from nara_diffusion.export.hosts.schedules import comfyui_workflow, host_schedules
+from nara_diffusion.export.hosts.schedules import comfyui_workflow, host_schedules, prompt_control
+from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
 from tests.helpers.small_pipelines import small_flux, small_sdxl
 
@@ -130,6 +133,70 @@ def test_schedules_of_a_flow_need_its_shift_whatever_the_form(tmp_path):
     found = json.loads((tmp_path / "toys" / "comfyui_workflow.json").read_text())
     assert found == comfyui_workflow(given, "sd_xl_base_1.0.safetensors", 3.0)
     assert found != comfyui_workflow(given, "sd_xl_base_1.0.safetensors")
+
+
+KINDS = {
+    "v_prediction": (
+        {"prediction_type": "v_prediction"},
+        "ModelSamplingDiscrete",
+        {"sampling": "v_prediction", "zsnr": False},
+    ),
+    "zero_snr": (
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        "ModelSamplingDiscrete",
+        {"sampling": "v_prediction", "zsnr": True},
+    ),
+    "flow": ({"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "ModelSamplingSD3", {"shift": 1.0}),
+    "shifted": (
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+        "ModelSamplingSD3",
+        {"shift": 3.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("given", [None, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_converted_adapter_samples_by_its_own_prediction(kind, given, tmp_path, caplog):
+    options, node, inputs = KINDS[kind]
+    is_flow = "use_flow_sigmas" in options
+    fields = scheduler_fields(DPMSolverMultistepScheduler(**options))
+    config = nara_config(core_type="knots", target_modules=["to_q"], scheduler=fields)
+    config.noise_convention = "flow" if is_flow else "timestep"
+    pipe = small_sdxl()
+    pipe.unet.add_adapter(config, "toy")
+    disturb(pipe.unet)
+    pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    words = ["fold", str(tmp_path / "toy"), str(tmp_path / "toys"), "--bins", "5", *WORDS]
+    if given is not None:
+        if not is_flow:
+            with pytest.raises(SystemExit, match="--shift is 2: it is for adapters of flow models"):
+                main([*words, "--shift", "2"])
+            return
+        words, inputs = [*words, "--shift", "2"], {"shift": given}
+    main(words)
+    assert len(caplog.messages) == 1
+    nodes = json.loads((tmp_path / "toys" / "comfyui_workflow.json").read_text())
+    (sampler,) = (each for each in nodes.values() if each["class_type"] == "KSampler")
+    patch = nodes[sampler["inputs"]["model"][0]]
+    assert patch == {"class_type": node, "inputs": {"model": ["1", 0], **inputs}}
+    assert nodes["1"]["class_type"] == "CheckpointLoaderSimple"
+    shift = inputs.get("shift")
+    entries = json.loads((tmp_path / "toys" / "lora_bins.json").read_text())["loras"]
+    schedules = {entry["file"]: StrengthSchedule(entry["strength"]) for entry in entries}
+    assert (tmp_path / "toys" / "prompt_control.txt").read_text().strip() == prompt_control(
+        {name.removesuffix(".safetensors"): schedule for name, schedule in schedules.items()}, shift
+    )
+    with safe_open(tmp_path / "toys" / "toys-0.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["nara_scheduler"]) == fields
+
+
+def test_an_adapter_of_a_flow_that_is_none_of_the_bases_is_refused_as_before(tmp_path):
+    pipe = small_flux()
+    pipe.transformer.add_adapter(nara_config(core_type="knots", target_modules=["to_q"]), "toy")
+    pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    with pytest.raises(SystemExit, match=r"--base sdxl has discrete timesteps, but .* defines λ as 'flow'"):
+        main(["fold", str(tmp_path / "toy"), str(tmp_path / "toys"), "--bins", "5", *WORDS])
 
 
 def test_schedules_of_edm_levels_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from nara_diffusion.dreambooth.families.loading import absent_components, model_name
 from nara_diffusion.dreambooth.families.table import family_of
-from nara_diffusion.dreambooth.formats import SCHEDULER
+from nara_diffusion.export.lora.scheduler import SCHEDULER
 from nara_diffusion.noise.schedulers.prediction import prediction_by
 from nara_diffusion.training.adapters.methods import method_of
 from nara_diffusion.training.arguments.window import window_of

@@ -31,6 +31,7 @@ from ..errors import ExportError
 from ..fold import assembled
 from ..lora.config import with_ranks_of
 from ..lora.plain_lora import PlainLora, PlainLoraLayer
+from ..lora.scheduler import warn_of_scheduler
 from ..outputs import OUTPUT_LEVELS, Batch, Outputs
 from ..update_norm import CoreKey
 from .breakpoints import breakpoints
@@ -148,6 +149,7 @@ def to_lora_bins(
             levels = midpoints(OUTPUT_LEVELS)
             found = outputs.errors(levels, lambda level: _played(adapter, cores, blend.schedules, level))
             error = replace(error, output_levels=levels.tolist(), output=found)
+        warn_of_scheduler(loras[0].scheduler)
         return LoraBins(loras, blend.schedules, blend.noise_levels, error)
 
 
@@ -206,7 +208,7 @@ def _lora(adapter: Adapter, cores: Mapping[CoreKey, Tensor], index: int) -> Plai
     layers = {name: _without_unused(layer) for name, layer in lora.layers.items()}
     if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
         return lora
-    return PlainLora(with_ranks_of(lora.config, layers), layers, lora.others)
+    return replace(lora, config=with_ranks_of(lora.config, layers), layers=layers)
 
 
 def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:

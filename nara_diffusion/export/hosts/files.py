@@ -21,6 +21,7 @@ from nara_diffusion.export.lora.plain_lora import PlainLora
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .factors import Factors, factors_of
+from .metadata import host_metadata
 from .transformers import flux, sd3, wan
 from .unet import SD15, SDXL, UNetLayout, check_attention, stability_name
 
@@ -76,6 +77,8 @@ def save_host_file(
 ) -> None:
     """Write the tensors of `host_state_dict` to a safetensors file, whole or not at all. Creates its folder.
 
+    Of LoRAs that need a scheduler the metadata says what they predict, in the words that hosts have for it.
+
     Raises:
         ValueError: `path` is a folder; see `host_state_dict`.
     """
@@ -85,7 +88,7 @@ def save_host_file(
     tensors = {name: tensor.contiguous() for name, tensor in host_state_dict(loras, form, base, layout).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(tensors, partial, metadata=host_metadata(loras, form, base, path.stem))
 
 
 def _tensors(

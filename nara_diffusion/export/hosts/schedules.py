@@ -64,7 +64,11 @@ def by_step(schedule: StrengthSchedule, levels: Sequence[float]) -> list[float]:
 
 
 def comfyui_workflow(
-    schedules: Mapping[str, StrengthSchedule], checkpoint: str, shift: float | None = None, always: str | None = None
+    schedules: Mapping[str, StrengthSchedule],
+    checkpoint: str,
+    shift: float | None = None,
+    always: str | None = None,
+    patch: tuple[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """A text-to-image workflow in ComfyUI's API format, with LoRA hooks whose keyframes follow the schedules.
 
@@ -73,6 +77,7 @@ def comfyui_workflow(
         checkpoint: a file in models/checkpoints.
         shift: as for `percent_of`.
         always: a file in models/loras with LoRAs of the text encoders, which have strength 1 at each step; None: none.
+        patch: the node that sets what the model predicts, and its inputs, as of `comfyui_node`; None: as its base.
     """
     nodes: dict[str, Any] = {"1": _node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
     model, clip = ["1", 0], ["1", 1]
@@ -81,6 +86,9 @@ def comfyui_workflow(
             "LoraLoader", model=model, clip=clip, lora_name=always, strength_model=0.0, strength_clip=1.0
         )
         model, clip = ["2", 0], ["2", 1]
+    if patch is not None:
+        nodes["3"] = _node(patch[0], model=model, **patch[1])
+        model = ["3", 0]
     hooks: list[Any] = []
     for name, schedule in schedules.items():
         nodes |= (own := _scheduled(len(nodes) + 10, name, keyframes(schedule, shift)))
@@ -137,18 +145,20 @@ def host_schedules(
     shift: float | None,
     always: str | None,
     workflow: bool = True,
+    patch: tuple[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, str]:
     """{name of a file: its text} for ComfyUI, prompt-control, loractl, Wan2GP and WanVideoWrapper.
 
     Args:
-        schedules: {file of a LoRA: its strength over λ}. checkpoint, shift, always: as for `comfyui_workflow`.
+        schedules: {file of a LoRA: its strength over λ}.
+        checkpoint, shift, always, patch: as for `comfyui_workflow`.
         steps: the number of sampling steps, for Wan2GP and WanVideoWrapper.
         workflow: whether to include ComfyUI's workflow.
     """
     levels = step_levels(steps, shift)
     stems = {name.removesuffix(".safetensors"): schedule for name, schedule in schedules.items()}
     lists = {name: by_step(schedule, levels) for name, schedule in schedules.items()}
-    played = comfyui_workflow(schedules, checkpoint, shift, always) if workflow else None
+    played = comfyui_workflow(schedules, checkpoint, shift, always, patch) if workflow else None
     return {
         **({} if played is None else {"comfyui_workflow.json": json.dumps(played, indent=1) + "\n"}),
         "prompt_control.txt": prompt_control(stems, shift) + "\n",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -16,6 +17,7 @@ from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from ..errors import ExportError
+from .scheduler import write_scheduler
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,15 @@ class PlainLora:
         layers: {name of the module in the adapted model: its factors}.
         others: further tensors of the adapter, by PEFT's keys: trained biases, token embeddings, modules_to_save.
         error: the error over λ of `to_lora(model, "best")`; None for a LoRA of one λ, which is exact there.
+        scheduler: class and configuration of the Diffusers scheduler that it needs, since it predicts something else
+            than its base; None where it predicts the same.
     """
 
     config: LoraConfig
     layers: Mapping[str, PlainLoraLayer]
     others: Mapping[str, Tensor] = field(default_factory=dict)
     error: ExportError | None = None
+    scheduler: Mapping[str, Any] | None = None
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """The tensors by PEFT's keys, as `peft.get_peft_model_state_dict` gives them, each with `prefix`."""
@@ -70,7 +75,8 @@ class PlainLora:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
 
-        With `error`, export_error.json and export_error.png are written too. All files are written, or none.
+        With `error`, export_error.json and export_error.png are written too, and with `scheduler` the folder of one,
+        for Diffusers' `from_pretrained(directory, subfolder="scheduler")`. All files are written, or none.
 
         Raises:
             ValueError: `directory` is a file.
@@ -83,6 +89,7 @@ class PlainLora:
             self.config.save_pretrained(str(partial))
             if self.error is not None:
                 self.error.save(partial)
+            write_scheduler(self.scheduler, partial)
 
 
 def _named(layer: PlainLoraLayer) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from nara_diffusion.tuner.config_files import is_naras, read_config_file
 from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 
 from ..adapted_layers import read_adapter
-from ..fold import to_lora
+from ..fold import assembled
 from .diffusers_files import read_diffusers
 from .plain_lora import PlainLora
+from .scheduler import read_scheduler
 from .tensors import lora_of_tensors
 
 
@@ -48,7 +50,10 @@ def read_lora(
         return _of_denoiser(_of_folder(path), model), f"'{path}'"
     file = _file(path)
     tensors, metadata = read_file(file)
-    return read_diffusers(tensors, metadata, model, f"'{file}'"), f"'{file}'"
+    scheduler = read_scheduler(file.parent, metadata, f"'{file}'")
+    parts = read_diffusers(tensors, metadata, model, f"'{file}'")
+    own = {name: part for name, part in parts.items() if name in ("", *DENOISERS)}
+    return parts | {name: replace(part, scheduler=scheduler) for name, part in own.items()}, f"'{file}'"
 
 
 def _check_arguments(lora: Any, model: Any, config: Any, source_adapter: str) -> None:
@@ -95,7 +100,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> PlainLora:
                 f"Adapter '{adapter_name}' depends on λ by its core or its strength: it is a NaRA already. For its "
                 "LoRA at one λ pass to_lora(model, noise_level=λ)."
             )
-    return to_lora(model, adapter_name=adapter_name)
+        return assembled(adapter, lambda layer: adapter.core(layer, None)[0])
 
 
 def _of_folder(folder: Path) -> PlainLora:
@@ -108,7 +113,8 @@ def _of_folder(folder: Path) -> PlainLora:
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise ValueError(f"{origin} is a {type(config).__name__.removesuffix('Config')}, which is no LoRA.")
-    return lora_of_tensors(config, _without_prefix(read_peft_weights(folder)), origin)
+    lora = lora_of_tensors(config, _without_prefix(read_peft_weights(folder)), origin)
+    return replace(lora, scheduler=read_scheduler(folder, None, origin))
 
 
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
