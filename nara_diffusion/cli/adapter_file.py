@@ -6,13 +6,17 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from torch import Tensor
 
 from nara_diffusion.loaders.format import WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import read_adapter
 from nara_diffusion.loaders.validation import rank_of
+from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.tuner.config_files import read_config_file
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.holder.core_set import CoreSet, core_group, make_cores
 
@@ -57,7 +61,17 @@ def read(source: str) -> AdapterFile:
     parts = read_adapter(path, MODEL)
     for component, part in parts.items():
         _check_factors(part, component, source)
+    config = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    if MODEL in parts and config.is_file():
+        _add_origin(parts[MODEL].config, read_config_file(config))
     return AdapterFile(path if path.is_file() else _weights_in(path), parts)
+
+
+def _add_origin(config: NaraConfig, given: Mapping[str, Any]) -> None:
+    """Add where the adapter was made, which adapters that are loaded have no use for: base model and class."""
+    base, mapping = given.get("base_model_name_or_path"), given.get("auto_mapping")
+    config.base_model_name_or_path = base if isinstance(base, str) else None
+    config.auto_mapping = mapping if isinstance(mapping, dict) else None
 
 
 def _check_factors(part: AdapterPart, component: str, source: str) -> None:

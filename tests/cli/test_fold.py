@@ -1,6 +1,7 @@
 """`nara fold`: from a file alone, without its base model, the same LoRA as from the adapted model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.helpers.adapted import TwoLayers, disturb, nara_config
 from tests.helpers.small_pipelines import pixels, small_sdxl
 
 LEVEL = 0.37
+BASE = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 
 
@@ -79,6 +81,29 @@ def test_peft_loads_the_folder_and_answers_as_the_nara_at_that_level(tmp_path, c
     plain = PeftModel.from_pretrained(model.unload(), tmp_path / "lora")
     with torch.no_grad():
         torch.testing.assert_close(plain(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_pefts_folder_names_the_base_model_as_that_of_the_adapted_model_does(tmp_path):
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"]))
+    model.peft_config["default"].base_model_name_or_path = BASE
+    model.save_pretrained(tmp_path / "nara")
+    to_lora(model, LEVEL).save_pretrained(tmp_path / "wanted")
+    for source in ("nara", "nara/adapter_model.safetensors"):
+        main(["fold", str(tmp_path / source), str(tmp_path / "lora"), "--noise_level", str(LEVEL), "--form", "peft"])
+        wanted, found = (
+            json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("wanted", "lora")
+        )
+        assert found == wanted
+        assert found["base_model_name_or_path"] == BASE
+        assert found["auto_mapping"]["base_model_class"] == "TwoLayers"
+
+
+def test_pefts_folder_of_a_pipelines_file_names_no_class(tmp_path):
+    pipe = small_sdxl()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q"]), "toy")
+    pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    main(["fold", str(tmp_path / "toy"), str(tmp_path / "lora"), "--noise_level", str(LEVEL), "--form", "peft"])
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["auto_mapping"] is None
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from nara_diffusion import StrengthSchedule
 from nara_diffusion.cli.main import COMMANDS, main
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 from tests.helpers.small_pipelines import small_sdxl
+
+BASE = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
 
 
 @pytest.fixture
@@ -56,6 +59,15 @@ def test_inspect_names_every_component_and_the_convention_of_a_pipelines_file(tm
     assert part["method"] == "NaRA-DoRA"
     assert part["noise_convention"] == pipe.unet.peft_config["toy"].noise_convention is not None
     assert part["dtypes"] == ["float32"]
+
+
+def test_inspect_names_the_base_model_of_a_peft_folder(tmp_path, capsys):
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"]))
+    model.peft_config["default"].base_model_name_or_path = BASE
+    model.save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path)])
+    assert f"base model  {BASE}\n" in capsys.readouterr().out
+    assert inspected(capsys, tmp_path / "adapter_model.safetensors")["components"]["model"]["base_model"] == BASE
 
 
 def test_trained_biases_are_no_modules(tmp_path, capsys):

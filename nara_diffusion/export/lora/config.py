@@ -28,7 +28,8 @@ def plain_config(root: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) 
     given = {field.name: copy.copy(getattr(config, field.name)) for field in fields(LoraConfig) if field.init}
     base = config.base_model_name_or_path or getattr(root, "name_or_path", None) or None
     given |= {"inference_mode": True, "base_model_name_or_path": base}
-    if config.task_type is None:  # as PEFT's save_pretrained, for AutoPeftModel
+    is_known = config.auto_mapping is not None or type(root) is nn.Module  # the latter stands for a file's base
+    if config.task_type is None and not is_known:  # as PEFT's save_pretrained, for AutoPeftModel
         given["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     return fitting_config(LoraConfig(**given), root, ranks)
 
