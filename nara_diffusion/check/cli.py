@@ -80,6 +80,7 @@ class CheckArguments:
         if not Path(self.data).exists():
             raise ValueError(f"DATA {self.data} doesn't exist: name a folder of images, or a file of records.")
         fewest = {"rank": 1, "max_length": 1, "steps": 1, "batch_size": 1}
+        fewest |= {} if self.resolution is None else {"resolution": 1}
         for name, least in (fewest | {"samples": FEWEST_SAMPLES, "repeats": THRESHOLDS.fewest}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}.")

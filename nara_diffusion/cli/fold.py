@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 
 from nara_diffusion.export import PlainLora, to_lora
 from nara_diffusion.export.bins.to_lora_bins import Interpolation
@@ -132,6 +133,19 @@ def _settle_schedules(args: argparse.Namespace) -> None:
             setattr(args, name, default)
 
 
+def _check_output(file: AdapterFile, args: argparse.Namespace) -> None:
+    """Raises ValueError for an OUTPUT that no host finds, or that is the adapter's own file."""
+    if args.layers_per_block is not None and args.layers_per_block < 1:
+        raise ValueError(f"--layers_per_block is {args.layers_per_block}, expected 1 or more.")
+    if args.noise_level is None:
+        return
+    if args.form != PEFT and args.output.suffix != ".safetensors":
+        raise ValueError(f"OUTPUT {args.output} is no .safetensors file, and programs find no other: name one.")
+    written = args.output / PEFT_WEIGHTS_NAME if args.form == PEFT else args.output
+    if written.exists() and written.samefile(file.path):
+        raise ValueError(f"OUTPUT {args.output} is the adapter itself, which would be lost: name another.")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `nara fold`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
@@ -139,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with in_one_line():
         file = read(args.file)
         _settle_schedules(args)
+        _check_output(file, args)
         if args.noise_level is None:
             sys.stdout.write(f"{fold_bins(file, args, write)}\n")
             return

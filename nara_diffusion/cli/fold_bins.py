@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def _check(args: argparse.Namespace, config: NaraConfig, file: AdapterFile) -> N
         )
     if is_flow and args.shift is None and not is_converted:
         raise ValueError(f"'{file.path}' is for a flow model: give --shift, that of its scheduler, 1 if it has none.")
-    if args.shift is not None and not (is_flow and args.shift >= 1):
-        raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more.")
+    if args.shift is not None and not (is_flow and 1 <= args.shift < math.inf):
+        raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more, and finite.")
 
 
 def check_single(components: list[str]) -> None:

@@ -82,6 +82,7 @@ def test_check_of_records_measures_a_language_model(tmp_path: Path, records: Pat
         (["model", "{pictures}", "--learning_rate", "0"], "learning_rate is 0.0, expected more than 0"),
         (["model", "{pictures}", "--repeats", "2"], "repeats is 2, expected at least 3"),
         (["model", "{pictures}", "--core_learning_rate", "-1"], "core_learning_rate is -1.0, expected more than 0"),
+        (["model", "{pictures}", "--resolution", "0"], "resolution is 0, expected at least 1"),
         (["model", "{pictures}", "--seed", "-1"], "seed is -1, expected 0 or more"),
         (["model", "{pictures}", "--device", "cuda:99"], "device 'cuda:99' can't be used: "),
         (["model", "{records}", "--device", "gpu"], "device 'gpu' can't be used: "),

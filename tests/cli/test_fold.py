@@ -160,6 +160,7 @@ def test_comfyui_file_has_the_adapters_tensors(pipeline_file, tmp_path):
             "error: --interpolation, --steps: ",
         ),
         (["--noise_level", "0.5", "--checkpoint", "x.safetensors"], "error: --checkpoint: for --bins and --bound"),
+        (["--noise_level", "0.5", "--layers_per_block", "0"], "error: --layers_per_block is 0, expected 1 or more"),
     ],
 )
 def test_what_is_wrong_ends_in_one_line_and_writes_nothing(pipeline_file, tmp_path, words, message):
@@ -167,6 +168,29 @@ def test_what_is_wrong_ends_in_one_line_and_writes_nothing(pipeline_file, tmp_pa
         main(["fold", str(pipeline_file[1]), str(tmp_path / "lora.safetensors"), *words])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_fold_does_not_overwrite_the_adapter(tmp_path, form):
+    pipe = small_sdxl()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q"]), "toy")
+    pipe.save_nara_weights(tmp_path, adapter_name="toy")
+    if form == "peft":
+        main(["convert", str(tmp_path), str(tmp_path), "--to", "peft"])
+        (tmp_path / "pytorch_nara_weights.safetensors").unlink()
+    (file,) = tmp_path.glob("*.safetensors")
+    before = file.read_bytes()
+    output = tmp_path if form == "peft" else file
+    words = ["fold", str(file), str(output), "--noise_level", "0.5", "--form", form]
+    with pytest.raises(SystemExit, match=r"error: OUTPUT .* is the adapter itself, which would be lost: name another"):
+        main(words)
+    assert file.read_bytes() == before
+
+
+def test_fold_writes_a_file_that_hosts_find(pipeline_file, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: OUTPUT .*lora is no \.safetensors file"):
+        main(["fold", str(pipeline_file[1]), str(tmp_path / "lora"), "--noise_level", "0.5"])
+    assert not (tmp_path / "lora").exists()
 
 
 def test_adapter_in_pefts_form_has_no_component_for_other_forms(tmp_path):

@@ -191,6 +191,15 @@ def test_a_converted_adapter_samples_by_its_own_prediction(kind, given, tmp_path
         assert json.loads(file.metadata()["nara_scheduler"]) == fields
 
 
+@pytest.mark.parametrize("shift", ["0.5", "inf", "nan"])
+def test_a_shift_that_is_none_is_refused(shift, tmp_path):
+    pipe = small_flux()
+    pipe.transformer.add_adapter(nara_config(core_type="knots", target_modules=["to_q"]), "toy")
+    pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    with pytest.raises(SystemExit, match=f"--shift is {shift}: it is for adapters of flow models, 1 or more"):
+        main(["fold", str(tmp_path / "toy"), str(tmp_path / "toys"), "--bins", "5", "--shift", shift])
+
+
 def test_an_adapter_of_a_flow_that_is_none_of_the_bases_is_refused_as_before(tmp_path):
     pipe = small_flux()
     pipe.transformer.add_adapter(nara_config(core_type="knots", target_modules=["to_q"]), "toy")
