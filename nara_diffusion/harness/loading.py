@@ -6,13 +6,29 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.loaders.completeness import load_peft_adapter
 from nara_diffusion.noise.signals import MASKED_SHARE
+from nara_diffusion.utils.named_source import naming_source
 
+# What NaraDLLM and `load_model` name themselves.
+_OWN_ARGUMENTS = (
+    "pretrained",
+    "peft",
+    "dtype",
+    "load_in_8bit",
+    "load_in_4bit",
+    "revision",
+    "peft_revision",
+    "max_length",
+    "samples",
+    "seed",
+    "greedy",
+)
 # Arguments of `load_backbone` that make sense on a command line.
 BACKBONE_ARGUMENTS = (
     "mask_token",
@@ -60,10 +76,8 @@ def load_model(
     """
     unknown = sorted(backbone.keys() - set(BACKBONE_ARGUMENTS))
     if unknown:
-        known = ", ".join(BACKBONE_ARGUMENTS)
-        raise ValueError(
-            f"--model_args has {', '.join(unknown)}, which nara_dllm doesn't know; the model takes {known}"
-        )
+        known = ", ".join(_OWN_ARGUMENTS + BACKBONE_ARGUMENTS)
+        raise ValueError(f"--model_args has {', '.join(unknown)}, which nara_dllm doesn't know; it takes {known}")
     if pretrained is None:
         if peft is None:
             raise ValueError("--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both")
@@ -94,9 +108,10 @@ def base_of(peft: str) -> str:
     """The base model that an adapter's configuration names.
 
     Raises:
-        ValueError: it names none.
+        ValueError: nothing is there, or it names none.
     """
-    base = PeftConfig.from_pretrained(peft).base_model_name_or_path
+    with naming_source(peft, CONFIG_NAME, "an adapter of PEFT's"):
+        base = PeftConfig.from_pretrained(peft).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter {peft} doesn't name the model it belongs to: add pretrained=… to --model_args")
     return base

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.utils.listing import listed
+from nara_diffusion.utils.named_source import naming_source
 
 from .source import read_peft_weights
 
@@ -29,11 +30,15 @@ def load_peft_adapter(model: nn.Module, source: str | Path, **options: Any) -> P
         source: folder or repository. options: `revision`, `subfolder`, ….
 
     Raises:
-        ValueError: the folder's weights are missing or damaged; or as `check_loaded`.
+        ValueError: nothing is there; the folder's weights are missing or damaged; or as `check_loaded`.
     """
     folder = Path(source, options.get("subfolder") or "")
     is_local = (folder / CONFIG_NAME).is_file()
-    tensors = read_peft_weights(folder) if is_local else load_peft_weights(str(source), device="cpu", **options)
+    if is_local:
+        tensors = read_peft_weights(folder)
+    else:
+        with naming_source(folder, CONFIG_NAME, "an adapter of PEFT's"):
+            tensors = load_peft_weights(str(source), device="cpu", **options)
     adapted: Any = PeftModel.from_pretrained(model, str(source), **options)  # type: ignore[arg-type]
     check_loaded(adapted, "default", tensors, str(source))
     return adapted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from nara_diffusion.dllm import encode_prompts, load_backbone, prompt_text
+from nara_diffusion.harness.loading import _OWN_ARGUMENTS, load_model
 from nara_diffusion.harness.model import NaraDLLM
 from nara_diffusion.harness.prompts import encode
 from tests.dllm.generation_reference import reference_generate
@@ -99,7 +101,7 @@ def test_a_plain_lora_is_evaluated_too(tmp_path: Path) -> None:
         ({"gen_length": 12}, "gen_length in --model_args: .* belong to --gen_kwargs"),
         ({"batch_size": "auto"}, "--batch_size auto: .* name one"),
         ({"batch_size": 0}, "--batch_size 0"),
-        ({"pretraned": "x"}, "--model_args has pretraned, which nara_dllm doesn't know"),
+        ({"pretraned": "x"}, "--model_args has pretraned, which nara_dllm doesn't know; it takes pretrained, peft, "),
         ({"dtype": "float12"}, "dtype is 'float12', expected auto"),
         ({"device": "cuda:99"}, "device 'cuda:99' can't be used: "),
         ({"samples": "many"}, "samples is 'many', expected a whole number, 1 or more"),
@@ -113,6 +115,22 @@ def test_impossible_arguments_are_told(arguments: dict[str, Any], message: str) 
     model = {} if message == "names no model" else {"pretrained": str(LLADA_TINY)}
     with pytest.raises(ValueError, match=message):
         NaraDLLM(**{"device": "cpu", **model, **arguments})
+
+
+def test_own_arguments_are_those_of_the_signatures() -> None:
+    ways = [*inspect.signature(NaraDLLM).parameters, *inspect.signature(load_model).parameters]
+    others = {"batch_size", "max_batch_size", "device", "loading", "backbone"}  # lm-eval's flags; the rest
+    assert set(_OWN_ARGUMENTS) == set(ways) - others
+
+
+@pytest.mark.parametrize("pretrained", [None, str(LLADA_TINY)])
+def test_an_adapter_that_is_not_there_is_named(tmp_path: Path, pretrained: str | None) -> None:
+    with pytest.raises(ValueError, match=r"There is no folder 'outputs/dllm-9', and an adapter of PEFT's .* not r"):
+        NaraDLLM(pretrained, "outputs/dllm-9", device="cpu")
+    with pytest.raises(
+        ValueError, match=r"There is no 'adapter_config.json' in the folder '.*': name a folder of an ad"
+    ):
+        NaraDLLM(pretrained, str(tmp_path), device="cpu")
 
 
 def test_an_adapter_with_another_noise_level_is_refused(tmp_path: Path) -> None:

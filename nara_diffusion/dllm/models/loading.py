@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -29,6 +30,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
+
+from nara_diffusion.utils.named_source import naming_source
 
 from .llada_conversion import KEY_MAPPING, llama_config
 from .loaded_tensors import check_loaded_tensors
@@ -74,8 +78,8 @@ def load_backbone(
             token, …
 
     Raises:
-        ValueError: an unknown kind of checkpoint, options that the stock class can't express, tensors that are missing,
-            left over or misshapen, or no mask token; each by name.
+        ValueError: nothing is there, an unknown kind of checkpoint, options that the stock class can't express, tensors
+            that are missing, left over or misshapen, or no mask token; each by name.
     """
     name = pretrained_model_name_or_path
     if "config" in kwargs or "output_loading_info" in kwargs or "ignore_mismatched_sizes" in kwargs:
@@ -84,7 +88,10 @@ def load_backbone(
             "output_loading_info and ignore_mismatched_sizes"
         )
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    with naming_source(Path(name, hub.get("subfolder") or ""), CONFIG_NAME, "a model of transformers"):
+        fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        if not fields:
+            raise ValueError(f"it has no {CONFIG_NAME}")
     model_class, config, mapping = _class_and_config(name, fields, shift_logits, trust_remote_code, hub)
     tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), trust_remote_code=trust_remote_code, **hub)
     mask = resolve_mask_token(name, tokenizer, fields, config.vocab_size, mask_token_id, mask_token)

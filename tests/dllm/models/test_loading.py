@@ -116,6 +116,17 @@ def test_sliding_windows_are_refused(tmp_path: Path) -> None:
         load_backbone(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["gone", "me/gone", "examples/assets/gone", "/nowhere"])
+def test_a_model_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^There is no folder '{name}', and a model .* was not reached: [^\n]+$"):
+        load_backbone(name)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"There is no 'config.json' in the folder '{tmp_path}': name a "):
+        load_backbone(str(tmp_path))
+
+
 def test_without_a_mask_token_the_error_says_how_to_name_one(tmp_path: Path) -> None:
     stock_checkpoint(tmp_path, LlamaForCausalLM(LlamaConfig(**SIZES)), mask=False)
     with pytest.raises(ValueError, match=r"load_backbone\(…, mask_token='…'\) or load_backbone\(…, mask_token_id=N\)"):

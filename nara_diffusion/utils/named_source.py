@@ -1,0 +1,32 @@
+"""A folder or repository that is not there is told by its name, which errors of the Hub leave out when offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def naming_source(source: str | Path, file: str, kind: str) -> Iterator[None]:
+    """Inside, `file` is fetched from a folder or repository; an error says what `source` lacks.
+
+    Args:
+        source: as the user named it.
+        file: what tells that it is the kind of thing that is looked for.
+        kind: that kind, such as "a model".
+
+    Raises:
+        ValueError: a folder has no such file; or there is no folder, and no repository was reached.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if Path(source, file).is_file():
+            raise
+        if Path(source).is_dir():
+            raise ValueError(f"There is no '{file}' in the folder '{source}': name a folder of {kind}.") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"There is no folder '{source}', and {kind} in a repository of that name was not reached: {reason}"
+        ) from error
