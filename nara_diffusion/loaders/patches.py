@@ -47,7 +47,7 @@ from .guards import check_none_wrapped
 from .hotswap import REQUEST, check_enlargeable, enlarge_cores
 from .insertion import adapters_of, unwrap
 from .schedulers import DENOISERS, check_agree, follow_adapters, has_replaced_scheduler, removing_adapters
-from .strengths import check_components, has_schedules, set_weights
+from .strengths import check_components, has_functions, set_weights
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _has_holder(model: Any, *args: Any, **kwargs: Any) -> bool:
 
 
 def _has_holder_or_gets_schedule(model: Any, adapter_names: Any, weights: Any = None) -> bool:
-    return _has_holder(model) or has_schedules(weights)
+    return _has_holder(model) or has_functions(weights)
 
 
 def _has_cores(pipe: Any, *args: Any, **kwargs: Any) -> bool:
@@ -97,7 +97,7 @@ def _has_cores(pipe: Any, *args: Any, **kwargs: Any) -> bool:
 
 
 def _has_cores_or_gets_schedule(pipe: Any, adapter_names: Any, adapter_weights: Any = None) -> bool:
-    return _has_cores(pipe) or has_schedules(adapter_weights)
+    return _has_cores(pipe) or has_functions(adapter_weights)
 
 
 # ---------------------------------------------------------------------- models

@@ -30,8 +30,10 @@ def set_weights(original: Callable[..., None], model: Any, adapter_names: list[s
     """Diffusers' `set_adapters` of one model, with schedules allowed among the weights.
 
     Raises:
-        ValueError: there is no such block; or see `strength_layers.check_strength`. The model is unchanged.
+        ValueError: there is no such block; a weight is another function than a schedule; or see
+            `strength_layers.check_strength`. The model is unchanged.
     """
+    _refuse_functions(weights)
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     given = weights if isinstance(weights, list) else [weights] * len(names)
     found = strengths_of(model, names, given)
@@ -67,6 +69,7 @@ def check_components(pipe: Any, adapter_names: list[str] | str, weights: Any) ->
     Raises:
         ValueError: the component does not exist, runs without a λ, or is wrapped; or see `set_weights`.
     """
+    _refuse_functions(weights)
     if not has_schedules(weights):
         return
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -177,18 +180,32 @@ def _refuse_block(key: Any, model: Any, choices: str) -> None:
 
 def has_schedules(weights: Any) -> bool:
     """Whether `set_adapters` is given a StrengthSchedule, for whatever component or block."""
-    return any(_schedules(weights))
+    return any(isinstance(weight, StrengthSchedule) for weight in _leaves(weights))
 
 
-def _schedules(weights: Any) -> Iterator[StrengthSchedule]:
-    if isinstance(weights, StrengthSchedule):
-        yield weights
-    elif isinstance(weights, Mapping):
-        for weight in weights.values():
-            yield from _schedules(weight)
-    elif isinstance(weights, (list, tuple)):
+def has_functions(weights: Any) -> bool:
+    """Whether `set_adapters` is given a StrengthSchedule, or another function, which is refused."""
+    return any(map(callable, _leaves(weights)))
+
+
+def _refuse_functions(weights: Any) -> None:
+    """Raises ValueError for a function of λ that is no StrengthSchedule, on which PEFT fails amid the layers."""
+    for weight in _leaves(weights):
+        if callable(weight) and not isinstance(weight, StrengthSchedule):
+            raise ValueError(
+                f"adapter_weights holds {weight!r}: a strength that depends on λ is a StrengthSchedule([(λ, strength), "
+                "…]), linear between its points."
+            )
+
+
+def _leaves(weights: Any) -> Iterator[Any]:
+    if isinstance(weights, Mapping):
+        weights = list(weights.values())
+    if isinstance(weights, (list, tuple)):
         for weight in weights:
-            yield from _schedules(weight)
+            yield from _leaves(weight)
+    else:
+        yield weights
 
 
 def _without_schedules(weights: Any) -> Any:

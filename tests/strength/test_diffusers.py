@@ -163,6 +163,22 @@ def test_blocks_that_are_not_there_are_refused_and_nothing_is_changed(weights, m
     assert State(pipe) == before
 
 
+@pytest.mark.parametrize("kind", ["LoRA", "NaRA"])
+def test_a_function_is_refused_and_nothing_is_changed(kind, folders):
+    pipe = loaded(folders[kind], kind)
+    before = State(pipe)
+    for weights in (falling, {"unet": {"down": falling}}, [falling]):
+        with pytest.raises(ValueError, match=r"adapter_weights holds <function falling .* is a StrengthSchedule\("):
+            pipe.set_adapters("toy", weights)
+    with pytest.raises(ValueError, match=r"adapter_weights holds <function falling"):
+        pipe.unet.set_adapters("toy", falling)
+    assert State(pipe) == before
+
+
+def falling(noise_level: float) -> float:
+    return 1 - noise_level
+
+
 def test_layers_of_which_diffusers_knows_no_block_are_refused_with_blocks(tmp_path: Path):
     save_lora(tmp_path, target_modules=["to_q", "time_embedding.linear_1"])
     pipe = loaded(tmp_path, "LoRA")
