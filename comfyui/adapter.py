@@ -23,6 +23,7 @@ from nara_diffusion.export.fold import assembled
 from nara_diffusion.export.hosts.factors import Factors, factors_of
 from nara_diffusion.export.hosts.files import DENOISERS, denoiser_names
 from nara_diffusion.export.hosts.unet import UNetLayout
+from nara_diffusion.export.lora.scheduler import flow_shift
 from nara_diffusion.loaders.validation import TEXT_ENCODER
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.holder.core_set import core_group
@@ -41,6 +42,7 @@ class LiveAdapter:
 
     Attributes:
         convention: how λ is defined, None where the adapter doesn't need it.
+        scheduler: the scheduler that it carries, if it has converted what its base predicts.
         encoders: {component: LoRA} of text encoders, which have no λ.
 
     Raises:
@@ -58,6 +60,7 @@ class LiveAdapter:
         self.part = parts.pop(component)
         if self.part.config.use_dora:
             raise ValueError(f"'{path}' is a NaRA-DoRA, which this node can't apply: fold it by nara fold, at one λ.")
+        self.scheduler = self.part.config.scheduler
         self.cores = cores_of(self.part)
         if self.cores.needs_density:
             raise ValueError(f"'{path}' reads a mask density, which images don't have.")
@@ -72,7 +75,8 @@ class LiveAdapter:
         config = self.part.config
         if not self.cores.needs_noise and config.strength is None:
             return None
-        allowed = CONVENTIONS.get(base, ("flow",))
+        is_flow = self.scheduler is not None and flow_shift(self.scheduler) is not None
+        allowed = ("flow",) if is_flow else CONVENTIONS.get(base, ("flow",))
         if config.noise_convention not in allowed:
             raise ValueError(
                 f"'{path}' defines λ as {config.noise_convention!r}, where {base} has {' or '.join(allowed)}: "

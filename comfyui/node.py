@@ -8,7 +8,7 @@ edm          σ / (1 + σ)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.sd  # type: ignore[import-not-found]
@@ -16,9 +16,13 @@ import folder_paths  # type: ignore[import-not-found]
 from torch import Tensor
 
 from nara_diffusion.export.hosts import BASES, host_state_dict
+from nara_diffusion.export.lora.scheduler import comfyui_words
+from nara_diffusion.noise.schedulers.prediction import prediction_in
 
 from .adapter import LiveAdapter
 
+_PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction", "X0": "sample", "CONST": "flow_prediction"}
+"""{class of comfy.model_sampling: what it takes the model's output for}."""
 _ROUNDING = 1e-3  # how far λ may lie outside of [0, 1]
 
 
@@ -66,6 +70,7 @@ def wrapper(
     """What ComfyUI calls in place of `apply_model`, around another node's wrapper if there is one."""
 
     def call(apply_model: Any, args: dict[str, Any]) -> Any:
+        check_prediction(adapter.scheduler, base.model_sampling)
         level = noise_level(adapter.convention, base.model_sampling, args["timestep"])
         with adapter.applied(base.diffusion_model, level, strength):
             if previous is not None:
@@ -73,6 +78,19 @@ def wrapper(
             return apply_model(args["input"], args["timestep"], **args["c"])
 
     return call
+
+
+def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Any) -> None:
+    """Raises ValueError if a converted model is sampled as one that predicts something else."""
+    prediction = None if scheduler is None else prediction_in(scheduler)
+    names = [kind.__name__ for kind in type(sampling).__mro__]
+    taken = next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
+    if scheduler is None or None in (prediction, taken) or prediction.kind == taken:  # type: ignore[union-attr]
+        return
+    raise ValueError(
+        f"With this adapter the model predicts {prediction}, and ComfyUI samples it as {taken}: put "
+        f"{comfyui_words(scheduler)} behind it."
+    )
 
 
 def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:

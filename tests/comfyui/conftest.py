@@ -32,6 +32,18 @@ class FlowSampling:
         return sigma
 
 
+class EPS:
+    """comfy.model_sampling's class of models that predict ε; a model's sampling is of such a class, too."""
+
+
+class V_PREDICTION(EPS):
+    """The same of v."""
+
+
+class CONST:
+    """The same of rectified flows."""
+
+
 class Patcher:
     """comfy.model_patcher.ModelPatcher: clones share the model, and have options of their own."""
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from peft import inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
@@ -14,7 +15,8 @@ from nara_diffusion import StrengthSchedule, core_matrix, noise_level
 from nara_diffusion.export.hosts.unet import SDXL, stability_name
 from nara_diffusion.loaders.format import pack
 from nara_diffusion.loaders.insertion import part_of
-from tests.comfyui.conftest import FlowSampling, Named, Patcher, Sampling
+from nara_diffusion.loaders.schedulers import scheduler_fields
+from tests.comfyui.conftest import CONST, EPS, V_PREDICTION, FlowSampling, Named, Patcher, Sampling
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.small_pipelines import small_flux, small_sdxl
 
@@ -40,10 +42,10 @@ def call(unet, x, timestep, context, pooled):
     return unet(x, timestep, context, added_cond_kwargs=given, return_dict=False)[0]
 
 
-def comfy_model(unet):
+def comfy_model(unet, kind=EPS, schedule=Sampling):
     """A patcher of the base UNet by Stability's names."""
     layers = {n: m for n, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    sampling = Sampling()
+    sampling = type("ModelSampling", (schedule, kind), {})()
     model = SimpleNamespace(
         diffusion_model=Named({stability_name(name, SDXL): module for name, module in layers.items()}),
         model_sampling=sampling,
@@ -82,6 +84,38 @@ def test_model_is_the_nara_of_diffusers_at_each_samples_noise_level(comfyui, cha
     plain = model.sample(x, sigma, **c)
     torch.testing.assert_close(plain, call(base, x, torch.tensor([37, 512, 940]), **c), rtol=0, atol=0)
     assert (plain - wanted).abs().max() > 0.01
+
+
+class ScaledFlow(FlowSampling):
+    """ModelSamplingSD3: 1000 σ is what the model sees."""
+
+    def timestep(self, sigma):
+        return 1000 * sigma
+
+
+V = scheduler_fields(EulerDiscreteScheduler(prediction_type="v_prediction"))
+FLOW = scheduler_fields(DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("fields", "convention", "right", "wrong", "node"),
+    [
+        (V, "timestep", (V_PREDICTION, Sampling), (EPS, Sampling), r"ModelSamplingDiscrete \(sampling v_prediction,"),
+        (FLOW, "flow", (CONST, ScaledFlow), (EPS, Sampling), r"ModelSamplingSD3 \(shift 1\.0\)"),
+    ],
+)
+def test_a_converted_model_is_sampled_by_its_prediction_or_refused(comfyui, fields, convention, right, wrong, node):
+    pipe = saved(small(), comfyui.folder, scheduler=fields, noise_convention=convention)
+    x, c = inputs(pipe.unet)
+    load, timestep = comfyui.node.LoadNaRA().load, torch.tensor([37, 512, 940])
+    model = comfy_model(small().unet, *right)
+    sigma = timestep / 1000 if convention == "flow" else model.model.model_sampling.sigmas[timestep]
+    patched, _ = load(model, FILE, "sdxl", 1.0)
+    torch.testing.assert_close(patched.sample(x, sigma, **c), call(pipe.unet, x, timestep, **c), rtol=1e-4, atol=1e-5)
+    other, _ = load(comfy_model(small().unet, *wrong), FILE, "sdxl", 1.0)
+    with pytest.raises(ValueError, match=f"samples it as epsilon: put the node {node}"):
+        other.sample(x, torch.full((3,), 0.5), **c)
 
 
 @torch.no_grad()

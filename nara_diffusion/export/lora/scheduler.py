@@ -46,16 +46,21 @@ def comfyui_node(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None
     return _NODE, {"sampling": _SAMPLINGS[prediction.kind], "zsnr": prediction.path == "zero terminal SNR"}
 
 
+def comfyui_words(fields: Mapping[str, Any]) -> str:
+    """`comfyui_node` in words; empty if none is known."""
+    node = comfyui_node(fields)
+    if node is None:
+        return ""
+    return f"the node {node[0]} ({', '.join(f'{name} {value}' for name, value in node[1].items())})"
+
+
 def warn_of_scheduler(fields: Mapping[str, Any] | None) -> None:
     """Log which scheduler a LoRA needs, and how it is set; nothing without `fields`."""
     if fields is None:
         return
-    node = comfyui_node(fields)
     told = [f"in Diffusers, {how_to_set(fields)}"]
-    if node is not None:
-        told.append(
-            f"in ComfyUI, the node {node[0]} ({', '.join(f'{name} {value}' for name, value in node[1].items())})"
-        )
+    if words := comfyui_words(fields):
+        told.append(f"in ComfyUI, {words}")
     logger.warning(
         "The LoRA predicts %s, which its base doesn't, and no program sets a scheduler by a LoRA: with the base's own "
         "it samples noise. Set it: %s.",
