@@ -71,8 +71,10 @@ def draw(file: AdapterFile, path: Path, points: int) -> None:
         for index in range(values.shape[-1]):
             row[1].plot(levels, values[..., index].nanmean(0), linewidth=1)
         row[1].set(xlabel="noise level λ", ylabel="singular values of C(λ)", xlim=(0, 1))
-        row[2].plot(levels, strength_of(config, levels))
-        row[2].set(xlabel="noise level λ", ylabel="strength", xlim=(0, 1), ylim=(0, None))
+        strength = strength_of(config, levels)
+        row[2].plot(levels, strength)
+        lowest = min(0.0, strength.min().item())
+        row[2].set(xlabel="noise level λ", ylabel="strength", xlim=(0, 1), ylim=(lowest, None))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120, format="png")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from peft import get_peft_model
 from PIL import Image
 
@@ -48,6 +49,19 @@ def test_picture_is_written_where_it_was_asked_for(tmp_path, capsys):
     with Image.open(tmp_path / "core.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_strength_below_zero_is_within_the_picture(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: (figures.append(self), path.write_bytes(b"")))
+    for name, lowest in (("positive", 0.5), ("negative", -2.0)):
+        model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"], strength=[[0, 1.0], [1, lowest]]))
+        model.save_pretrained(tmp_path / name)
+        main(["plot", str(tmp_path / name), "--output", str(tmp_path / "core.png")])
+        axes = figures[-1].axes[2]
+        assert axes.get_ylabel() == "strength"
+        assert axes.get_ylim()[0] == min(0.0, lowest)
+        assert axes.get_ylim()[1] >= 1
 
 
 def test_core_that_reads_the_mask_density_has_no_curve(tmp_path):
