@@ -8,8 +8,8 @@
                                  much noise
 
 λ = 1 is pure noise in all of them. The convention's name is stored in an adapter (`noise_convention`) and checked when
-a source of λ is set or an adapter is loaded. N is 1000 unless a pipeline's scheduler says otherwise where an adapter is
-trained or loaded.
+a source of λ is set or an adapter is loaded. N is that of a source that a user has set; else of the scheduler at work,
+in the calls around the forward; else of the pipeline that has loaded or activated an adapter; else 1000.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.runtime.modules import arguments_of, find_holders
 
+from .schedulers.schedule_length import lengths_at_work
 from .schedulers.timestep_meaning import LARGEST_LOG_SIGMA, check_discrete
 from .signals import NoiseSignals, is_differentiated
 
@@ -47,6 +48,9 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     # σ / (1 + σ) for σ = exp 4t
     "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
 }
+_COUNTED = ("discrete", "sigma_1000", "data_1000")
+"""The meanings of which λ depends on N."""
+
 CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
 """The names of λ's definitions above."""
 
@@ -117,9 +121,10 @@ class TimestepNoise:
             level = level.max().reshape(1)
         level = level.flatten(1).amax(1) if level.dim() > 1 else level.reshape(-1)
         if not bool(((level >= -_ROUNDING) & (level <= 1 + _ROUNDING)).all()):
+            counted = f" with N = {self.num_train_timesteps}" if self.meaning in _COUNTED else ""
             raise ValueError(
-                f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]. If this pipeline means "
-                "something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. "
+                f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]{counted}. If this "
+                "pipeline means something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. "
                 'TimestepNoise("edm") where it passes ¼ ln σ.'
             )
         return level.clamp(0, 1)
@@ -154,22 +159,45 @@ class TimestepNoise:
 class UndeclaredTimestep(TimestepNoise):
     """The default source of a class of denoisers, until a user declares the meaning of the timestep.
 
-    It refuses a small discrete timestep that might be ¼ ln σ: see `check_discrete`.
+    Its N is that of the scheduler at work. It refuses a small discrete timestep that might be ¼ ln σ: see
+    `check_discrete`.
+
+    Attributes:
+        is_counted: whether a pipeline has told N, for forwards with no scheduler, or several, in the calls around them.
     """
+
+    is_counted = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
+        return super(UndeclaredTimestep, self._at_work()).__call__(module, args, kwargs)
 
     def check(self, timestep: float | Tensor) -> None:
         if self.meaning == "discrete":
             check_discrete(timestep, self.argument)
 
-    def of_schedule(self, scheduler: Any) -> UndeclaredTimestep:
-        """The same with the N of a scheduler of Diffusers, if that has one."""
+    def of_length(self, length: int | None) -> UndeclaredTimestep:
+        """The same with N told; None leaves it as it is."""
         other = copy(self)
-        other.num_train_timesteps = scheduler.config.get("num_train_timesteps") or self.num_train_timesteps
+        if length:
+            other.num_train_timesteps, other.is_counted = length, True
         return other
+
+    def _at_work(self) -> UndeclaredTimestep:
+        lengths = lengths_at_work() if self.meaning in _COUNTED else []
+        if len(lengths) == 1:
+            return self.of_length(lengths[0])
+        if lengths and not self.is_counted:
+            raise ValueError(
+                f"λ = {self.argument} / N can't be read: the schedulers around this forward have "
+                f"{' and '.join(f'N = {length}' for length in lengths)}: say which, "
+                f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
+            )
+        return self
 
 
 def count_timesteps(model: nn.Module, scheduler: Any) -> None:
     """Set N of the adapters' default source to that of a Diffusers scheduler. A source that a user has set stays."""
     for holder in find_holders(model):
         if isinstance(holder.conventions.source, UndeclaredTimestep):
-            holder.conventions.source = holder.conventions.source.of_schedule(scheduler)
+            length = scheduler.config.get("num_train_timesteps")
+            holder.conventions.source = holder.conventions.source.of_length(length)

@@ -11,6 +11,7 @@ running scheduler is searched in the local variables of the calls around the den
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from nara_diffusion.utils.call_stack import local_variables
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """σ beyond 10⁶ is nobody's, but a timestep ¼ ln σ beyond 3.5 is a discrete schedule's."""
+
+REPLACED = "_nara_replaced_scheduler"
+"""The attribute of a pipeline with its own scheduler, while it runs that of an adapter: this one is not at work."""
 
 
 def check_discrete(timestep: float | Tensor, argument: str) -> None:
@@ -55,21 +59,21 @@ def passes_log_sigma(scheduler: Any) -> bool:
 
 def schedulers_at_work() -> list[Any]:
     """The schedulers of the innermost call that has any: as a variable, of a pipeline, or of its `self`."""
+    scheduler = _class("diffusers.schedulers.scheduling_utils", "SchedulerMixin")
+    pipeline = _class("diffusers.pipelines.pipeline_utils", "DiffusionPipeline")
     for variables in local_variables():
-        known = [scheduler for name, value in variables.items() for scheduler in _schedulers_of(name, value)]
-        if known:
-            return known
+        found: list[Any] = []
+        for name, value in list(variables.items()):
+            if issubclass(type(value), scheduler):
+                found.append(value)
+            elif name == "self" or issubclass(type(value), pipeline):
+                parts = list(getattr(value, "__dict__", {}).items())
+                found += [part for key, part in parts if key != REPLACED and issubclass(type(part), scheduler)]
+        if found:
+            return found
     return []
 
 
-def _schedulers_of(name: str, value: Any) -> list[Any]:
-    if _is_a("SchedulerMixin", value):
-        return [value]
-    if name == "self" or _is_a("DiffusionPipeline", value):
-        return [part for part in getattr(value, "__dict__", {}).values() if _is_a("SchedulerMixin", part)]
-    return []
-
-
-def _is_a(class_name: str, value: Any) -> bool:
-    """Whether an object has a class of that name, so that Diffusers need not be imported."""
-    return any(kind.__name__ == class_name for kind in type(value).__mro__)
+def _class(module: str, name: str) -> Any:
+    """A class of Diffusers, for `issubclass`; of no object while Diffusers is not imported."""
+    return getattr(sys.modules.get(module), name, ())
