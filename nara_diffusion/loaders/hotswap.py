@@ -19,7 +19,6 @@ from nara_diffusion.cores.custom import CustomCore, rebuild_custom_core
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.build_core import build_core, is_block_of_larger
 from nara_diffusion.tuner.holder.core_holder import holder_of
-from nara_diffusion.tuner.holder.noise_convention import with_convention
 from nara_diffusion.tuner.strength.conversions import warn_where_off
 from nara_diffusion.tuner.strength.layers import (
     check_strength,
@@ -195,7 +194,7 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     assert holder is not None
     _follow(holder.cores[adapter_name], config)
     stated = config.noise_convention is not None
-    model.peft_config[adapter_name] = config = with_convention(config, holder.conventions.source, adapter_name)
+    model.peft_config[adapter_name] = config = holder.conventions.completed(adapter_name, config)
     holder.configure(adapter_name, config, stated)
     give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
     held = trimmed(model, part_of(model, adapter_name)).tensors

@@ -11,12 +11,11 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from nara_diffusion.noise.denoisers.lookup import denoiser_of
-from nara_diffusion.noise.sources import first_source
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.build_core import needs_noise
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
 from nara_diffusion.tuner.holder.core_set import core_group, core_tensors
-from nara_diffusion.tuner.holder.noise_convention import with_convention
+from nara_diffusion.tuner.holder.noise_convention import NoiseConventions
 from nara_diffusion.tuner.state_dict import check_adapter_tensors
 from nara_diffusion.utils.listing import listed
 
@@ -140,8 +139,8 @@ def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart
 
 def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -> None:
     holder = holder_of(model)
-    source = first_source(denoiser_of(model), config.noise_convention) if holder is None else holder.conventions.source
-    with_convention(config, source, adapter_name)
+    fresh = NoiseConventions(denoiser_of(model), config.noise_convention)
+    (fresh if holder is None else holder.conventions).completed(adapter_name, config)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

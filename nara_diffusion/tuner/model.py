@@ -26,7 +26,7 @@ from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.runtime.offloading import check_addable
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, CoreHolder, holder_of
 from nara_diffusion.tuner.holder.core_set import SHARED, core_group, core_tensors
-from nara_diffusion.tuner.holder.noise_convention import check_not_static, with_convention
+from nara_diffusion.tuner.holder.noise_convention import check_not_static
 from nara_diffusion.tuner.strength.layers import default_strengths, give_strength
 
 from .config import NaraConfig
@@ -91,7 +91,7 @@ class NaraModel(MergesAtOneLevel):
         drop_idle_holder(model)  # its source of λ was set for adapters that are gone
         holder = holder_of(model) or CoreHolder(denoiser_of(model), config.noise_convention)
         convention_stated = config.noise_convention is not None
-        self.peft_config[adapter_name] = config = with_convention(config, holder.conventions.source, adapter_name)
+        self.peft_config[adapter_name] = config = holder.conventions.completed(adapter_name, config)
         self._injecting = Injection(holder, config.changes_base)
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:

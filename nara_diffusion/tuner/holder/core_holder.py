@@ -18,7 +18,6 @@ from nara_diffusion.noise.context import active_adapter_names, active_signals
 from nara_diffusion.noise.denoisers.denoiser import Denoiser
 from nara_diffusion.noise.schedulers.prediction import Prediction
 from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
-from nara_diffusion.noise.sources import first_source
 from nara_diffusion.runtime.channel import CoreChannel, PerForwardCores
 from nara_diffusion.runtime.checkpointing import checkpoint_with_core
 from nara_diffusion.runtime.guards import check_not_fused
@@ -70,7 +69,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             sample_major=denoiser is not None and denoiser.sample_major,
             one_level=denoiser is not None and (denoiser.one_level or denoiser.packed),
         )
-        self.conventions = NoiseConventions(first_source(denoiser, convention))
+        self.conventions = NoiseConventions(denoiser, convention)
         self.merged_level = MergedLevel()
         self.base_prediction: Prediction | None = None
         self.kept_on_disk = False

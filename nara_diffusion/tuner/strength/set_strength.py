@@ -14,7 +14,6 @@ from torch import nn
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import holder_of
-from nara_diffusion.tuner.holder.noise_convention import with_convention
 
 from .conversions import warn_where_off
 from .layers import check_strength, give_strength, layers_of
@@ -65,7 +64,7 @@ def keep_as_default(root: Any, adapter_name: str, strength: StrengthSchedule | N
     convention_stated = old.noise_convention is not None and not holder.conventions.is_undecided(adapter_name)
     config = copy(old)  # the caller's may serve several models
     config.strength = None if strength is None else strength.as_lists()
-    root.peft_config[adapter_name] = config = with_convention(config, holder.conventions.source, adapter_name)
+    root.peft_config[adapter_name] = config = holder.conventions.completed(adapter_name, config)
     holder.configure(adapter_name, config, convention_stated)
 
 
