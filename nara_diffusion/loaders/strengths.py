@@ -20,6 +20,7 @@ from nara_diffusion.tuner.strength.conversions import warn_where_off
 from nara_diffusion.tuner.strength.layers import check_strength, give_strength, has_strength, layers_of
 from nara_diffusion.tuner.strength.set_strength import keep_as_default
 
+from .guards import check_not_wrapped
 from .insertion import adapters_of
 
 ByLayer = dict[str, StrengthSchedule]
@@ -34,6 +35,7 @@ def set_weights(original: Callable[..., None], model: Any, adapter_names: list[s
             `strength_layers.check_strength`. The model is unchanged.
     """
     _refuse_functions(weights)
+    _check_no_tuple(weights)
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     given = weights if isinstance(weights, list) else [weights] * len(names)
     found = strengths_of(model, names, given)
@@ -72,8 +74,10 @@ def check_components(pipe: Any, adapter_names: list[str] | str, weights: Any) ->
     _refuse_functions(weights)
     if not has_schedules(weights):
         return
+    _check_no_tuple(weights)
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     given = weights if isinstance(weights, list) else [weights] * len(names)
+    _check_dicts(names, given)
     for name, weight in zip(names, given, strict=False):
         components = pipe._lora_loadable_modules
         unknown = sorted(weight.keys() - set(components)) if isinstance(weight, dict) else []
@@ -87,6 +91,29 @@ def check_components(pipe: Any, adapter_names: list[str] | str, weights: Any) ->
             _check_component(pipe, component, name, own)
 
 
+def _check_no_tuple(weights: Any) -> None:
+    """Raises ValueError if schedules are in a tuple, of which Diffusers would make a strength."""
+    if isinstance(weights, tuple) and has_schedules(weights):
+        raise ValueError(
+            f"adapter_weights has {weights!r}, which is a tuple, which set_adapters takes for one strength: pass a "
+            f"list, {list(weights)!r}."
+        )
+    inner = weights.values() if isinstance(weights, Mapping) else weights if isinstance(weights, list) else ()
+    for weight in inner:
+        _check_no_tuple(weight)
+
+
+def _check_dicts(adapter_names: list[str], given: list[Any]) -> None:
+    """Raises ValueError if adapters share a dict with schedules: Diffusers takes out what it gives to the first."""
+    for weight in given:
+        sharing = [name for name, other in zip(adapter_names, given, strict=False) if other is weight]
+        if isinstance(weight, dict) and has_schedules(weight) and len(sharing) > 1:
+            raise ValueError(
+                f"adapter_weights has one dict for {' and '.join(map(repr, sharing))}, of which Diffusers gives the "
+                f"strengths to {sharing[0]!r} alone: pass each a dict of its own, [{{…}}, {{…}}]."
+            )
+
+
 def _check_component(pipe: Any, component: str, adapter_name: str, weight: Any) -> None:
     model = getattr(pipe, component, None)
     if model is None or adapter_name not in adapters_of(model) or not has_schedules(weight):
@@ -97,6 +124,7 @@ def _check_component(pipe: Any, component: str, adapter_name: str, weight: Any) 
             f"nara_diffusion.set_strength(pipe.{component}, {adapter_name!r}, strength), or compile it in place, "
             f"pipe.{component}.compile()."
         )
+    check_not_wrapped(model, component, "set_adapters")
     if not isinstance(model, PeftAdapterMixin):
         raise ValueError(
             f"Adapter '{adapter_name}' has a part in {component}, which runs before there is a λ, so that it can have "

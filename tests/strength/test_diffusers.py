@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
 from nara_diffusion import StrengthSchedule
 from nara_diffusion.runtime.modules import find_holders
-from tests.helpers.small_pipelines import pixels, small_flux, small_sd3
+from tests.helpers.adapted import disturb, lora_config
+from tests.helpers.pipelines.wan import small_wan, wan_latents
+from tests.helpers.small_pipelines import pixels, small_flux, small_sd3, small_sdxl
 from tests.loaders.adapters import State, predict, save_lora, trained
-from tests.strength.models import SCHEDULE
+from tests.strength.models import OTHER, SCHEDULE
 from tests.strength.pipelines import DROP, KINDS, loaded
 
 pytestmark = [
@@ -177,6 +180,45 @@ def test_a_function_is_refused_and_nothing_is_changed(kind, folders):
 
 def falling(noise_level: float) -> float:
     return 1 - noise_level
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (SCHEDULE, DROP),
+        (SCHEDULE, 0.5),
+        [(SCHEDULE,), 1.0],
+        {"unet": (SCHEDULE, DROP)},
+        [{"unet": {"up": {"block_0": (SCHEDULE, 1.0)}}}, 1.0],
+    ],
+    ids=str,
+)
+def test_schedules_in_a_tuple_are_refused_by_pipeline_and_model_and_nothing_is_changed(weights, folders):
+    """Diffusers takes lists alone: of a tuple of numbers it says that it cannot divide a tuple."""
+    pipe = loaded(folders["LoRA"], "LoRA", loaded(folders["LoRA"], "LoRA"), "more")
+    before = State(pipe)
+    with pytest.raises(ValueError, match=r"is a tuple, which set_adapters takes for one strength: pass a list, \["):
+        pipe.set_adapters(("toy", "more"), adapter_weights=weights)
+    if not isinstance(weights, dict):
+        of_unet = [weight.get("unet") if isinstance(weight, dict) else weight for weight in weights]
+        with pytest.raises(ValueError, match=r"is a tuple, which set_adapters takes for one strength: pass a list, \["):
+            pipe.unet.set_adapters(("toy", "more"), tuple(of_unet) if isinstance(weights, tuple) else of_unet)
+    assert State(pipe) == before
+
+
+SHARED = {"unet": SCHEDULE}
+
+
+@pytest.mark.parametrize("weights", [SHARED, [SHARED, SHARED]], ids=["one", "twice"])
+def test_a_dict_of_components_for_two_adapters_is_refused_since_diffusers_empties_it_for_the_first(weights, folders):
+    pipe = loaded(folders["LoRA"], "LoRA", loaded(folders["LoRA"], "LoRA"), "more")
+    before = State(pipe)
+    with pytest.raises(ValueError, match=r"one dict for 'toy' and 'more', .* pass each a dict of its own, \[\{…\}, "):
+        pipe.set_adapters(["toy", "more"], weights)
+    assert State(pipe) == before
+    pipe.set_adapters(["toy", "more"], [{"unet": SCHEDULE}, {"unet": SCHEDULE}])
+    found = predict(pipe)
+    for i, level in enumerate(LEVELS):
+        pipe.set_adapters(["toy", "more"], SCHEDULE(level).item())
+        torch.testing.assert_close(found[i], predict(pipe)[i], rtol=1e-4, atol=1e-5)
 
 
 def test_layers_of_which_diffusers_knows_no_block_are_refused_with_blocks(tmp_path: Path):
@@ -197,6 +239,41 @@ def test_text_encoders_are_refused_with_a_remedy_that_works():
     pipe.set_adapters("default", {"unet": SCHEDULE, "text_encoder": 0.5, "text_encoder_2": 1.0})
     pixels(pipe)
     assert {m.scaling["default"] for m in pipe.text_encoder.modules() if hasattr(m, "scaling")} == {0.5 * 3 / 2}
+
+
+def test_a_unet_that_peft_wraps_is_refused_with_a_remedy_that_works():
+    pipe = small_sdxl()
+    pipe.unet = get_peft_model(pipe.unet, lora_config(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"unet is a PeftModel.* pipe.unet = pipe.unet.get_base_model\(\)"):
+        pipe.set_adapters("default", SCHEDULE)
+    pipe.unet = pipe.unet.get_base_model()
+    pipe.set_adapters("default", SCHEDULE)
+    pixels(pipe)
+
+
+def test_two_transformers_have_a_schedule_each_of_their_own_steps():
+    """Of Wan 2.2; the reference gets its number before each forward."""
+    pipe, reference = (small_wan(transformers=2) for _ in range(2))
+    given = {"transformer": OTHER, "transformer_2": SCHEDULE}
+    strengths = []
+    for each in (pipe, reference):
+        for seed, component in enumerate(given):
+            model = getattr(each, component)
+            model.add_adapter(lora_config(target_modules=["to_q", "to_out.0"]), "toy")
+            disturb(model, seed)
+    for component, schedule in given.items():
+
+        def set_number(module: Any, args: Any, kwargs: Any, schedule: Any = schedule) -> None:
+            strengths.append(schedule(float(kwargs["timestep"].max()) / 1000).item())
+            module.set_adapters("toy", strengths[-1])
+
+        getattr(reference, component).register_forward_pre_hook(set_number, with_kwargs=True)
+    pipe.set_adapters("toy", given)
+    found = wan_latents(pipe, num_inference_steps=6)
+    torch.testing.assert_close(found, wan_latents(reference, num_inference_steps=6), rtol=1e-3, atol=1e-4)
+    assert len(set(strengths)) == 6
+    pipe.set_adapters("toy")
+    assert not torch.allclose(wan_latents(pipe, num_inference_steps=6), found, atol=1e-2)
 
 
 @pytest.mark.parametrize("make", [small_flux, small_sd3])
