@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from nara_diffusion.noise.schedulers.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
+from nara_diffusion.noise.schedulers.timestep_meaning import REPLACED
 from nara_diffusion.noise.timesteps import count_timesteps
 from nara_diffusion.tuner.holder.core_holder import holder_of
 
@@ -27,9 +28,6 @@ from .insertion import adapters_of
 from .stand_in import carries_scheduler, make_own, stand_in, stands_in_for
 
 logger = logging.getLogger(__name__)
-
-_REPLACED = "_nara_replaced_scheduler"
-"""The attribute of a pipeline with the scheduler that it had before an adapter's was set."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "decoder")
 """The components of pipelines that denoise: a second transformer for little noise (Wan 2.2) or for guidance (Ideogram
@@ -83,9 +81,9 @@ def follow_adapters(pipe: Any, removed: Iterable[Mapping[str, Any]] = ()) -> Non
             stand_in(scheduler, own, models)
         pipe.scheduler = own if fields is None else stand_in(build_scheduler(fields), own, models)
     if own is not None and any(map(carries_scheduler, models)):
-        setattr(pipe, _REPLACED, own)
+        setattr(pipe, REPLACED, own)
     else:
-        pipe.__dict__.pop(_REPLACED, None)
+        pipe.__dict__.pop(REPLACED, None)
     if isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
         for model in models:
             count_timesteps(model, pipe.scheduler)
@@ -94,7 +92,7 @@ def follow_adapters(pipe: Any, removed: Iterable[Mapping[str, Any]] = ()) -> Non
 def has_replaced_scheduler(pipe: Any) -> bool:
     """Whether the scheduler of an adapter has been set on `pipe`, and its own one is kept to be restored."""
     of_pipe = getattr(pipe, "__dict__", {})
-    return _REPLACED in of_pipe or stands_in_for(of_pipe.get("scheduler")) is not None
+    return REPLACED in of_pipe or stands_in_for(of_pipe.get("scheduler")) is not None
 
 
 def check_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
@@ -118,7 +116,7 @@ def adopt_schedulers(pipe: Any, parts: Mapping[str, AdapterPart]) -> None:
         if own is None and prediction_by(pipe.scheduler) != prediction_in(fields):
             own = pipe.scheduler
     if own is not None:
-        setattr(pipe, _REPLACED, own)
+        setattr(pipe, REPLACED, own)
         for holder in filter(None, map(holder_of, _denoisers(pipe))):
             holder.base_prediction = prediction_by(own)  # for forwards in which no such adapter is active
     follow_adapters(pipe)
@@ -154,7 +152,7 @@ def _merged(model: nn.Module) -> list[str]:
 def _keep(pipe: Any, model: nn.Module, fields: Mapping[str, Any]) -> None:
     """Make the scheduler of fused adapters the pipeline's own."""
     own = _own_scheduler(pipe)
-    pipe.__dict__.pop(_REPLACED, None)
+    pipe.__dict__.pop(REPLACED, None)
     if own is not None and prediction_by(pipe.scheduler) != prediction_in(fields):  # since it was disabled
         pipe.scheduler = build_scheduler(fields)
     make_own(pipe.scheduler)
@@ -165,7 +163,7 @@ def _keep(pipe: Any, model: nn.Module, fields: Mapping[str, Any]) -> None:
 
 def _own_scheduler(pipe: Any) -> Any:
     """What `pipe` samples by without adapters; None if its scheduler is left to the user."""
-    scheduler, replaced = getattr(pipe, "scheduler", None), pipe.__dict__.get(_REPLACED)
+    scheduler, replaced = getattr(pipe, "scheduler", None), pipe.__dict__.get(REPLACED)
     own = stands_in_for(scheduler)
     if own is not None:
         return own if replaced is None else replaced

@@ -23,7 +23,7 @@ LARGEST_LOG_SIGMA = math.log(1e6)
 """σ beyond 10⁶ is nobody's, but a timestep ¼ ln σ beyond 3.5 is a discrete schedule's."""
 
 REPLACED = "_nara_replaced_scheduler"
-"""The attribute of a pipeline with its own scheduler, while it runs that of an adapter: this one is not at work."""
+"""The attribute of a pipeline with the scheduler that it had before an adapter's was set, which is not at work."""
 
 
 def check_discrete(timestep: float | Tensor, argument: str) -> None:
