@@ -180,6 +180,8 @@ def test_a_function_is_refused_and_nothing_is_changed(kind, folders):
 
 def falling(noise_level: float) -> float:
     return 1 - noise_level
+
+
 @pytest.mark.parametrize(
     "weights",
     [
