@@ -66,7 +66,7 @@ def _lines(records: Sequence[Mapping[str, Any]], before: bytes) -> list[str]:
     lines = []
     shared = _last_shared(before)
     for record in records:
-        own = {name: value for name, value in record.items() if name not in SHARED}
+        own = {name: value for name, value in record.items() if name not in SHARED or value is None}
         changes = {name: record.get(name) for name in SHARED if record.get(name) != shared.get(name)}
         if changes:
             lines.append(_line({MADE_WITH: changes}))

@@ -38,12 +38,13 @@ def test_lines_of_what_is_shared_hold_what_changes(tmp_path):
         {"stage": "confirm", "regime": "eps_to_v", "rank": 4, "commit": "a1", "n": 2},
         {"stage": "confirm", "regime": "eps_to_v", "rank": 16, "commit": "a1", "n": 3},
         {"stage": "confirm", "rank": 16, "commit": "a1", "n": 4},
+        {"stage": "confirm", "rank": 16, "commit": None, "n": 5},  # where there is no git
     ]
     for record in records:
         append(path, [record])
     assert read(path) == records
     shared = [json.loads(line)["made_with"] for line in path.read_text().splitlines() if "made_with" in line]
-    assert shared[1:] == [{"stage": "confirm"}, {"rank": 16}, {"regime": None}]
+    assert shared[1:] == [{"stage": "confirm"}, {"rank": 16}, {"regime": None}, {"commit": None}]
 
 
 def test_what_a_record_says_itself_counts_before_what_is_shared(tmp_path):

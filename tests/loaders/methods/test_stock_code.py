@@ -48,7 +48,7 @@ CHECKS = {
     "loaders/format.py": {"is_core_key"},
     "loaders/schedulers.py": {"has_replaced_scheduler"},
     "loaders/stand_in.py": {"stands_in_for"},
-    "loaders/strengths.py": {"has_schedules", "_schedules"},
+    "loaders/strengths.py": {"has_functions", "_leaves"},
     "tuner/holder/core_holder.py": {"holder_of"},
     "tuner/patches/lora_model.py": {"_has_holder", "_is_plain_with_holder", "_has_mixed_batch"},
     "tuner/patches/adapter_files.py": {
