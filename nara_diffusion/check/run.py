@@ -10,7 +10,7 @@ from nara_diffusion.training.run import Run
 
 from .report import summary, write_report
 from .trial import CheckSettings, CheckTask, Repeat, trials
-from .verdict import THRESHOLDS, UNKNOWN, Verdict, judge
+from .verdict import THRESHOLDS, UNKNOWN, Verdict, after_steps, judge
 
 
 def run_check(
@@ -28,6 +28,7 @@ def run_check(
         ValueError: see `trials`.
     """
     repeats, verdict = decide(task, settings, progress)
+    verdict = after_steps(verdict, settings.steps)
     content = write_report(folder, repeats, verdict, about | {"settings": dataclasses.asdict(settings)})
     files = f"all numbers are in {folder / 'check.json'}, drawn in {folder / 'check.png'}"
     return content, f"{summary(repeats, verdict)}\n{files}"

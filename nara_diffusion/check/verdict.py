@@ -31,6 +31,9 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 """The default thresholds of `judge`."""
 
+MEASURED_STEPS = 100
+"""The steps of the short trainings by which the rules are measured (docs/check.md)."""
+
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
 
 
@@ -70,6 +73,15 @@ def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Ver
     if any(_is_nothing(difference, thresholds) for difference in differences):
         return Verdict(UNLIKELY, f"{told}: one interval is above {pays} and not below zero.")
     return Verdict(UNKNOWN, f"{told}: the intervals allow both {pays} and no gain: take more repeats.")
+
+
+def after_steps(verdict: Verdict, steps: int) -> Verdict:
+    """The verdict of trainings of so many steps: fewer than the rules were measured with leave "unlikely" open, since
+    C(λ) starts at I, where NaRA is LoRA."""
+    if verdict.answer != UNLIKELY or steps >= MEASURED_STEPS:
+        return verdict
+    few = f"{steps} steps are fewer than the {MEASURED_STEPS} that this rule is measured with, and C(λ) starts at I"
+    return Verdict(UNKNOWN, f"{verdict.reason.rstrip('.')}; but {few}: take {MEASURED_STEPS}.")
 
 
 def _is_nothing(difference: Interval, thresholds: Thresholds) -> bool:

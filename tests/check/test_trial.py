@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.check.run import decide
+from nara_diffusion.check.run import decide, run_check
 from nara_diffusion.check.trial import CheckSettings, restart, trials
-from nara_diffusion.check.verdict import LIKELY, UNLIKELY
+from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY
 
 from .linear_task import BATCH, D_IN, D_OUT, RANK, STEP, drawn, linear_loss, linear_task
 
@@ -36,8 +36,9 @@ def test_decide_where_the_update_turns_with_the_level_finds_the_gain() -> None:
         assert repeat.losses["nara"].mean() < 0.5 * min(repeat.losses["lora"].mean(), repeat.losses["untold"].mean())
 
 
-def test_decide_where_a_static_update_leaves_the_same_rest_finds_no_gain() -> None:
-    """f is 1 at every λ, and the rest of the loss is what no update can learn."""
+def test_decide_where_a_static_update_leaves_the_same_rest_finds_no_gain(tmp_path, monkeypatch) -> None:
+    """f is 1 at every λ, and the rest of the loss is what no update can learn. After so few steps a report leaves it
+    open."""
     task = linear_task(torch.ones_like)
 
     def noisy(positions: Sequence[int]) -> Any:
@@ -48,6 +49,13 @@ def test_decide_where_a_static_update_leaves_the_same_rest_finds_no_gain() -> No
     repeats, verdict = decide(replace(task, loss=noisy, held_out=noisy), SETTINGS, progress=False)
     assert verdict.answer == UNLIKELY
     assert len(repeats) == 3  # and no more are trained
+    monkeypatch.setattr("nara_diffusion.check.run.decide", lambda *args: (repeats, verdict))
+    content, shown = run_check(task, SETTINGS, tmp_path, {}, progress=False)
+    assert content["verdict"] == UNKNOWN
+    assert "80 steps are fewer than the 100" in content["reason"]
+    assert f"{UNKNOWN}: {content['reason']}" in shown
+    whole, _ = run_check(task, replace(SETTINGS, steps=100), tmp_path, {}, progress=False)
+    assert (whole["verdict"], whole["reason"]) == (UNLIKELY, verdict.reason)
 
 
 def replace_losses(step: Any, losses: Tensor) -> Any:

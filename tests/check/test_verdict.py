@@ -9,7 +9,7 @@ import torch
 
 from nara_diffusion.check.comparison import by_bins, mean_losses, relative_difference
 from nara_diffusion.check.trial import Repeat
-from nara_diffusion.check.verdict import LIKELY, THRESHOLDS, UNKNOWN, UNLIKELY, judge
+from nara_diffusion.check.verdict import LIKELY, THRESHOLDS, UNKNOWN, UNLIKELY, after_steps, judge
 
 LEVELS = torch.tensor([0.05, 0.95, 0.07, 1.0])
 
@@ -103,3 +103,14 @@ def test_verdict_where_nothing_was_learnt_asks_for_a_higher_rate() -> None:
 
 def test_verdict_where_only_nara_learns_is_likely() -> None:
     assert judge([repeat(0.5 + 0.01 * i, base=1.0) for i in range(3)]).answer == LIKELY
+
+
+def test_unlikely_after_few_steps_is_open() -> None:
+    unlikely, likely = judge([repeat(1.0)] * 3), judge([repeat(0.5 + 0.01 * i, base=1.0) for i in range(3)])
+    assert (unlikely.answer, likely.answer) == (UNLIKELY, LIKELY)
+    assert after_steps(unlikely, 100) == unlikely
+    assert after_steps(likely, 1) == likely
+    few = after_steps(unlikely, 99)
+    assert few.answer == UNKNOWN
+    assert "not below zero; but 99 steps are fewer than the 100 that" in few.reason
+    assert few.reason.endswith("C(λ) starts at I: take 100.")

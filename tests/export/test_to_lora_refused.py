@@ -13,7 +13,7 @@ from tests.helpers.adapted import adapted, lora_config
 
 def test_what_cannot_be_a_lora_is_refused(tmp_path):
     model = adapted(base(), target_modules=TARGETS)
-    with pytest.raises(ValueError, match=r"λ is not known.*pass noise_level"):
+    with pytest.raises(ValueError, match=r"λ is not known.*Pass noise_level"):
         to_lora(model)
     with pytest.raises(ValueError, match="needs a single value"):
         to_lora(model, [0.2, 0.3])

@@ -208,7 +208,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
             signals = active_signals(self.channel) or self.merged_level.signals
         else:
             signals = as_signals(noise_level, mask_density)
-        remedy = "pass noise_level=…, or export inside `with noise_level(model, value):`."
+        remedy = "Pass noise_level=…, or export inside `with noise_level(model, value):`."
         check_signals(cores, signals, f"a plain LoRA is exact at one λ alone. {remedy}")
         return of_one_sample(signals)  # type: ignore[arg-type]
 
