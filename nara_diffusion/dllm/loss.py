@@ -29,7 +29,7 @@ from nara_diffusion.dllm.models.lm_head import (
 )
 from nara_diffusion.dllm.models.virtual_tokens import of_text
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.training.base_hold import SplitLosses, as_base, rows_for_base
+from nara_diffusion.training.base_hold import SplitLosses, as_base, check_has_base, rows_for_base
 
 from .masking import MaskedBatch, mask_answers
 from .noise_conditioning import conditioned
@@ -105,8 +105,10 @@ def masked_diffusion_loss(
 
     Raises:
         ValueError: see `mask_answers`; or an unknown `logits`; or no mask token; or an adapter that was trained with
-            another λ than the masked share.
+            another λ than the masked share; or the base is to be held, and the model has no adapter.
     """
+    if window.hold_weight is not None:
+        check_has_base(model)
     batch = mask_answers(
         input_ids,
         prompt_lengths,

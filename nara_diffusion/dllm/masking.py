@@ -103,7 +103,7 @@ def mask_answers(
         ValueError: lengths that leave a row without an answer or exceed l, padding on the left, λ outside (0, 1],
             indices without a seed, a window without λ (see `check_drawable`).
     """
-    b, width = input_ids.shape
+    b, width = _batch_shape(input_ids)
     device = input_ids.device
     answer = answer_positions(input_ids, prompt_lengths, attention_mask=attention_mask, answer_lengths=answer_lengths)
     if attention_mask is None and answer_lengths is not None:
@@ -143,7 +143,7 @@ def answer_positions(
     Raises:
         ValueError: wrong shapes, padding on the left, an answer that is empty or longer than the row.
     """
-    b, width = input_ids.shape
+    b, width = _batch_shape(input_ids)
     device = input_ids.device
     starts = _lengths("prompt_lengths", prompt_lengths, b, device)
     ends = torch.full((b,), width, device=device)
@@ -166,6 +166,13 @@ def answer_positions(
         )
     positions = torch.arange(width, device=device)
     return (positions >= starts[:, None]) & (positions < ends[:, None])
+
+
+def _batch_shape(input_ids: torch.Tensor) -> tuple[int, int]:
+    """(b, l); raises ValueError for another number of dimensions."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l): one row a sample")
+    return input_ids.shape[0], input_ids.shape[1]
 
 
 def draw_noise_levels(

@@ -14,6 +14,7 @@ equal parts of the window, and n p outside likewise (one more or fewer where tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,26 @@ class NoiseWindow:
         hold_weight: W, the weight of the distance to the base outside of it; None draws nothing there.
         outside_share: p; None is the share of all noise levels that lies outside, so that λ is spread as without a
             window.
+
+    Raises:
+        ValueError: a window without a λ of [0, 1], a weight that isn't above 0, a share that isn't between 0 and 1.
     """
 
     low: float = 0.0
     high: float = 1.0
     hold_weight: float | None = None
     outside_share: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(
+                f"low is {self.low} and high {self.high}, expected 0 ≤ low < high ≤ 1: λ is 1 at pure noise, and "
+                "timestep 700 of 1000 is 0.7."
+            )
+        if self.hold_weight is not None and not 0 < self.hold_weight < math.inf:
+            raise ValueError(f"hold_weight is {self.hold_weight}, expected a number above 0, or None to hold nothing.")
+        if self.outside_share is not None and not 0 < self.outside_share < 1:
+            raise ValueError(f"outside_share is {self.outside_share}, expected a number between 0 and 1, or None.")
 
     @property
     def is_everything(self) -> bool:

@@ -39,6 +39,19 @@ class SplitLosses:
         return torch.where(self.held, weight * self.values, self.values)
 
 
+def check_has_base(model: nn.Module) -> None:
+    """Refuse a model without adapters, whose distance to itself is 0.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not any(isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper, PeftModel)) for m in model.modules()):
+        raise ValueError(
+            f"The base is the model with its adapters disabled, and {type(model).__name__} has no adapter: add one, or "
+            "leave hold_weight out of the window."
+        )
+
+
 @contextmanager
 def as_base(model: nn.Module) -> Iterator[None]:
     """Inside the context, `model` is its base: adapters are disabled, and there are no gradients and no dropout.

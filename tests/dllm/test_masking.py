@@ -175,6 +175,11 @@ def test_refusals(arguments: dict, message: str) -> None:
         mask_answers(tokens(2, 12), **{**defaults, **arguments})
 
 
+def test_ids_of_one_sample_without_a_row_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"input_ids has shape \(12,\), expected \(b, l\): one row a sample"):
+        mask_answers(tokens(2, 12)[0], [3], mask_token_id=MASK, seed=0)
+
+
 @pytest.mark.parametrize("radius", [1, 2, 5])
 def test_mask_density_counts_masked_neighbours_in_the_answer(radius: int) -> None:
     generator = torch.Generator().manual_seed(radius)

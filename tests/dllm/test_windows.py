@@ -190,3 +190,12 @@ def test_window_without_a_weight_runs_no_base() -> None:
     assert len(forwards) == 1
     assert result.split is None
     assert ((result.noise_level >= 0.3) & (result.noise_level < 0.7)).all()
+
+
+def test_a_base_to_hold_needs_an_adapter() -> None:
+    """Without one the distance is 0, whatever is trained."""
+    model, base = made("lora")
+    masked_diffusion_loss(model, **BATCH, seed=SEED, window=HOLD)
+    masked_diffusion_loss(base, **BATCH, seed=SEED, window=NoiseWindow(0.3, 0.7))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no adapter: add one, or leave hold_weight out"):
+        masked_diffusion_loss(base, **BATCH, seed=SEED, window=HOLD)

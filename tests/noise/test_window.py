@@ -1,5 +1,7 @@
 """Which u goes where: inside of a window of λ, or outside of it, and that both are spread evenly."""
 
+import math
+
 import pytest
 import torch
 
@@ -45,3 +47,18 @@ def test_divide_takes_the_share_of_what_lies_outside_by_default() -> None:
 def test_divide_stays_below_one(u: float, share: float) -> None:
     v, _ = NoiseWindow(0.2, 0.6, hold_weight=1.0, outside_share=share).divide(torch.tensor([u]).double(), 0.6)
     assert 0 <= v.item() < 1
+
+
+@pytest.mark.parametrize(
+    "ends", [(0.6, 0.2), (0.5, 0.5), (300, 700), (-0.1, 0.5), (0.0, 1.5), (math.nan, 1.0), (0.0, math.nan)]
+)
+def test_window_without_a_noise_level_is_refused(ends: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=rf"low is {ends[0]} and high {ends[1]}, expected 0 ≤ low < high ≤ 1"):
+        NoiseWindow(*ends)
+
+
+@pytest.mark.parametrize("name", ["hold_weight", "outside_share"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_weight_or_share_that_holds_nothing_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {value}, expected a number"):
+        NoiseWindow(0.0, 0.5, **{"hold_weight": 1.0, name: value})

@@ -39,10 +39,12 @@ class WindowArguments:
 
 def window_of(args: Any) -> NoiseWindow:
     """The window of noise levels that `args` (a `WindowArguments`) describe; by default all of [0, 1]."""
+    return NoiseWindow(*_ends(args), args.hold_base_outside, args.hold_base_share)
+
+
+def _ends(args: Any) -> tuple[float, float]:
     low, high = args.min_noise_level, args.max_noise_level
-    return NoiseWindow(
-        0.0 if low is None else low, 1.0 if high is None else high, args.hold_base_outside, args.hold_base_share
-    )
+    return 0.0 if low is None else low, 1.0 if high is None else high
 
 
 def check_window(args: Any) -> None:
@@ -55,17 +57,17 @@ def check_window(args: Any) -> None:
             value is None or 0 <= value <= 1,
             "in [0, 1] (λ, for which timestep 700 of 1000 is 0.7), or none",
         )
-    window = window_of(args)
-    if window.low >= window.high:
+    low, high = _ends(args)
+    if low >= high:
         raise ValueError(
-            f"min_noise_level is {window.low} and max_noise_level {window.high}, so that no noise level lies between: "
+            f"min_noise_level is {low} and max_noise_level {high}, so that no noise level lies between: "
             "min_noise_level has to be the smaller one."
         )
     weight, share = args.hold_base_outside, args.hold_base_share
     require(args, "hold_base_outside", weight is None or 0 < weight < math.inf, "above 0, or none")
     require(args, "hold_base_share", share is None or 0 < share < 1, "between 0 and 1, or none")
     if weight is not None:
-        _check_hold(args, window)
+        _check_hold(args, window_of(args))
     elif share is not None:
         raise ValueError(
             f"hold_base_share is {share}, but nothing is drawn outside of the window: give hold_base_outside, the "
