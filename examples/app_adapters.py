@@ -30,6 +30,11 @@ from nara_diffusion.tuner.config_files import is_naras, read_config_file
 
 LEVELS = torch.linspace(0, 1, 101)  # λ at which curves are drawn
 Points = Sequence[tuple[float, float]]  # (λ, strength), as StrengthSchedule takes them
+FILES: dict[str, Any] = {
+    "allow_patterns": ["*.safetensors", CONFIG_NAME, "scheduler/scheduler_config.json"],
+    "ignore_patterns": ["*/*.safetensors"],  # of checkpoints
+}
+"""What is downloaded of a repository."""
 FULL_STRENGTH: Points = ((0.0, 1.0), (1.0, 1.0))
 
 
@@ -81,9 +86,7 @@ def find(source: str) -> Path:
         return path
     check_repository_name(source)
     try:
-        # folders inside a repository hold checkpoints and samples
-        wanted = ["*.safetensors", CONFIG_NAME]
-        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(source, **FILES))
     except Exception as error:  # the Hub's, or the network's
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ import app_sampling
 import app_table
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DDIMScheduler, StableDiffusion3Pipeline
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from nara_diffusion import StrengthSchedule, core_matrix
@@ -160,6 +162,34 @@ def test_lora_has_its_own_image_and_a_core_that_is_the_identity(client, folders,
     assert after != by_hand(folders)
     assert close(after, by_hand(folders, prepare))
     assert set(app_adapters.read(str(folders[kind])).distance) == {0.0}
+
+
+def test_lora_that_converts_brings_its_scheduler_for_its_image_alone(client, folders, tmp_path):
+    v = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    shutil.copytree(folders["lora"], tmp_path / "v")
+    v.save_pretrained(str(tmp_path / "v" / "scheduler"))
+
+    def prepare(pipe):
+        pipe.load_lora_weights(folders["lora"])
+        pipe.scheduler = v
+
+    _, plain, _, _ = sampled(client, folders, [folders["lora"]], [])
+    before, after, _, _ = sampled(client, folders, [tmp_path / "v"], [])
+    assert before == by_hand(folders)
+    assert close(after, by_hand(folders, prepare))
+    assert not close(after, plain)
+    assert sampled(client, folders, [folders["lora"]], [])[:2] == (before, plain)
+
+
+def test_download_has_what_a_run_of_the_train_script_loads_from():
+    there = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "scheduler/scheduler_config.json",
+    ]
+    others = ["README.md", "checkpoint-2/adapter_config.json", "checkpoint-2/adapter_model.safetensors", "a/0.png"]
+    assert list(filter_repo_objects([*there, *others], **app_adapters.FILES)) == there
 
 
 def prefixed(folder: Path) -> Any:
