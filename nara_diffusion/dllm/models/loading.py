@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -79,7 +80,7 @@ def load_backbone(
 
     Raises:
         ValueError: nothing is there, an unknown kind of checkpoint, options that the stock class can't express, tensors
-            that are missing, left over or misshapen, or no mask token; each by name.
+            that are missing, left over or misshapen, files that are cut off, or no mask token; each by name.
     """
     name = pretrained_model_name_or_path
     if "config" in kwargs or "output_loading_info" in kwargs or "ignore_mismatched_sizes" in kwargs:
@@ -99,9 +100,12 @@ def load_backbone(
         kwargs["key_mapping"] = mapping
     if model_class in _REMOTE_CLASSES.values():
         kwargs["trust_remote_code"] = trust_remote_code  # unset, transformers would ask on the terminal
-    model, loading = model_class.from_pretrained(
-        name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-    )
+    try:
+        model, loading = model_class.from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} are cut off or damaged ({error}): download them again.") from None
     ignored = [ignore_tensors] if isinstance(ignore_tensors, str) else ignore_tensors
     check_loaded_tensors(name, model, loading, renamed=mapping is not None, ignored=ignored)
     if mapping:

@@ -32,7 +32,20 @@ def load_tokenizer(name: str, *, family: str, trust_remote_code: bool = False, *
         family: the `model_type` of the checkpoint.
         trust_remote_code: let the checkpoint's own tokenizer class run; not for the kinds known here.
         **hub: the arguments of `from_pretrained` that say where the files are.
+
+    Raises:
+        ValueError: it has none, or a damaged one.
     """
+    try:
+        return _loaded(name, family, trust_remote_code, hub)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"The tokenizer of {name} can't be loaded: {reason} Are tokenizer.json and tokenizer_config.json there?"
+        ) from error
+
+
+def _loaded(name: str, family: str, trust_remote_code: bool, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
     stock = _STOCK_TOKENIZERS.get(family.lower())
     if stock is not None:
         return stock.from_pretrained(name, **hub)

@@ -17,6 +17,7 @@ from typing import Any
 import diffusers
 import torch
 from peft import PeftConfig
+from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.schedulers.prediction import FLOW, prediction_by
@@ -61,7 +62,7 @@ def load_pipeline(
         # without a dtype Diffusers loads float32, whatever the file holds
         options = {**hub, **absent, **family.loading}
         pipe: Any = getattr(diffusers, kind).from_pretrained(name, vae=vae, dtype=dtype, **options)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         what = f"pretrained_model_name_or_path {name}" + (f" with the autoencoder {vae_name}" if vae_name else "")
         raise ValueError(
             f"{what} can't be loaded as {family.title}: {str(error).rstrip('.')}. Name a folder with a "

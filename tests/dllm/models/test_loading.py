@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,24 @@ def test_sliding_windows_are_refused(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^There is no folder '{name}', and a model .* was not reached: [^\n]+$"):
         load_backbone(name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"model.safetensors": 50_000}, r"The weights of .*llada are cut off or damaged \(.*\): download them again"),
+        ({"model.safetensors": 0}, r"The weights of .*llada are cut off or damaged"),
+        ({"tokenizer.json": None, "tokenizer_config.json": None}, r"The tokenizer of .*llada can't be loaded: "),
+        ({"tokenizer.json": 1_000}, r"The tokenizer of .*llada can't be loaded: "),
+    ],
+)
+def test_a_half_downloaded_model_is_named(tmp_path: Path, damage: dict[str, int | None], message: str) -> None:
+    folder = tmp_path / "llada"
+    shutil.copytree("examples/assets/llada-tiny", folder)
+    for name, size in damage.items():
+        (folder / name).unlink() if size is None else os.truncate(folder / name, size)
+    with pytest.raises(ValueError, match=message):
+        load_backbone(str(folder))
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:

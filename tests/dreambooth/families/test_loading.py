@@ -1,6 +1,7 @@
 """The pipeline that is trained and the pipeline that samples."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,14 @@ def test_nothing_is_trainable(folder) -> None:
     for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_half_downloaded_part_is_told_in_one_line(folder, part: str) -> None:
+    (weights,) = (folder / part).glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ValueError, match=rf"{folder} can't be loaded as Stable Diffusion XL: "):
+        load_pipeline(str(folder), dtype=torch.float32)
 
 
 def test_refusals(folder, tmp_path) -> None:
