@@ -89,6 +89,7 @@ class Planned:
 
 _STATIC = ("lora", "lora_params", "dora")
 _FASTER = dict.fromkeys(("lora", "dora"), rates(8e-2))
+_FASTER_ALL = {"lora": rates(8e-2), "nara": with_core((4e-2, 1e-3))}
 _SLOWER = dict.fromkeys((*_STATIC, "lora_gated"), rates(1e-3))
 _SLOWER_CORES = dict.fromkeys(("nara", "nara_gated", "nara_gated_samples"), with_core((2e-3, 2.5e-3), (1e-3, 2.5e-3)))
 _SLOWEST = {
@@ -143,7 +144,10 @@ PLAN: tuple[Planned, ...] = (
     Planned(Cell("blind_determined", "attention", 4, 200), _BLIND, further=_FASTER, grid=TEXT_TRIALS),
     Planned(Cell("seen_open", "attention", 4, 200), _SEEN, further=_FASTER, grid=TEXT_TRIALS),
     Planned(Cell("seen_determined", "attention", 4, 200), _SEEN, grid=TEXT_TRIALS),
-    *(Planned(Cell(name, "all", 4, 200), _FEW, grid=TEXT_TRIALS) for name in ("blind_open", "blind_determined")),
+    *(
+        Planned(Cell(name, "all", 4, 200), _FEW, further=_FASTER_ALL, grid=TEXT_TRIALS)
+        for name in ("blind_open", "blind_determined")
+    ),
     Planned(Cell(_TO_V, "attention", 4, 200), ("nara_diagonal",), DEV_SEEDS[:2], label="eps_to_v_diagonal"),
 )
 """In the order of running."""
