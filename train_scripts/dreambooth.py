@@ -67,6 +67,7 @@ from nara_diffusion.dreambooth.setup import (
 )
 from nara_diffusion.dreambooth.validation import Validation, refuse_sharding
 from nara_diffusion.loaders.schedulers import scheduler_fields
+from nara_diffusion.noise.schedulers.prediction import prediction_by
 from nara_diffusion.training.adapters.build import adapter_config
 from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread
@@ -215,7 +216,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     if run.checkpoint is not None:
         read_checkpoint(model, run.checkpoint)
     elif args.init_adapter is not None:
-        start_from(model.components, args.init_adapter, pipe)
+        start_from(model.components, args.init_adapter, pipe, prediction=prediction_by(converted))
 
     # Train
     optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)

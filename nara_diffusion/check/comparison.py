@@ -43,6 +43,14 @@ def mean_losses(repeats: Sequence[Repeat]) -> dict[str, float]:
     return _means([repeat.losses for repeat in repeats])
 
 
+def learnt_losses(repeats: Sequence[Repeat]) -> dict[str, float]:
+    """{arm: its loss}, over the samples for which something is to be learnt: those for which the base isn't held.
+
+    No arm can be better than the base where that is held, so that these samples would hide what the others learn.
+    """
+    return _means([_free(repeat) for repeat in repeats])
+
+
 def by_bins(repeats: Sequence[Repeat]) -> list[BinLosses]:
     """The losses of each bin of λ that has samples."""
     found = [_bins(repeat) for repeat in repeats]
@@ -53,6 +61,12 @@ def by_bins(repeats: Sequence[Repeat]) -> list[BinLosses]:
             difference = interval([_difference(losses, "lora") for losses in inside])
             rows.append(BinLosses(number / BINS, (number + 1) / BINS, _means(inside), difference))
     return rows
+
+
+def _free(repeat: Repeat) -> dict[str, Tensor]:
+    if repeat.held is None or repeat.held.all():
+        return repeat.losses
+    return {arm: losses[~repeat.held] for arm, losses in repeat.losses.items()}
 
 
 def _means(repeats: Sequence[dict[str, Tensor]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.noise.window import NoiseWindow
-from nara_diffusion.training.base_hold import as_base
+from nara_diffusion.training.base_hold import SplitLosses, as_base
 
 from .trial import Loss
 
@@ -39,7 +39,7 @@ class CheckLosses:
     loss: Tensor
     per_sample: Tensor
     noise_level: Tensor
-    split: None = None
+    split: SplitLosses | None = None
 
 
 def free_window(window: NoiseWindow) -> FreeWindow:
@@ -60,6 +60,6 @@ def with_base_losses(model: nn.Module, held: Loss, free: Loss) -> Loss:
         with as_base(model):
             base = free(positions).per_sample  # (b,)
         losses = torch.where(split.held, split.values + base, split.values)
-        return CheckLosses(losses.mean(), losses, split.noise_level)
+        return CheckLosses(losses.mean(), losses, split.noise_level, split)
 
     return loss

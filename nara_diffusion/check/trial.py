@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -79,10 +79,12 @@ class Repeat:
     """Attributes:
     noise_level: (n,), λ of the held-out samples.
     losses: {"base" or a name of `ARMS`: the losses (n,) of the held-out samples}.
+    held: (n,) bool, the samples for which the adapter is to stay its base, so that no loss can fall; None for none.
     """
 
     noise_level: Tensor
     losses: dict[str, Tensor]
+    held: Tensor | None = None
 
 
 def published(args: Any) -> Any:
@@ -119,14 +121,14 @@ def _repeat(
     task: CheckTask, settings: CheckSettings, number: int, training: range, held_out: range, bar: tqdm
 ) -> Repeat:
     restart(task, number)
-    levels, base = _held_out_losses(task, held_out, bar)
-    losses = {"base": base}
+    samples = _measured(task, held_out, bar)
+    losses = {"base": samples.losses}
     for arm in ARMS:
         restart(task, number)
         with changed_noise(task.model, constant_noise(_TOLD)) if arm == "untold" else nullcontext():
             _train(task, settings, training, arm, bar)
-            losses[arm] = _held_out_losses(task, held_out, bar)[1]
-    return Repeat(levels, losses)
+            losses[arm] = _measured(task, held_out, bar).losses
+    return Repeat(samples.noise_level, losses, samples.held)
 
 
 def restart(task: CheckTask, number: int) -> None:
@@ -161,9 +163,16 @@ def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str,
         core.requires_grad_(True)
 
 
+class _Measured(NamedTuple):
+    """Held-out samples: λ (n,), losses (n,), and whether the base is held (n,), None if it never is."""
+
+    noise_level: Tensor
+    losses: Tensor
+    held: Tensor | None
+
+
 @torch.no_grad()
-def _held_out_losses(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tensor, Tensor]:
-    """λ (n,) and the losses (n,) of the held-out samples."""
+def _measured(task: CheckTask, positions: range, bar: tqdm) -> _Measured:
     steps = []
     task.model.eval()
     for chosen in _chunks(positions, task.batch_size):
@@ -172,7 +181,9 @@ def _held_out_losses(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tens
     task.model.train()
     losses = torch.cat([step.per_sample for step in steps]).double().cpu()
     _check_finite(losses)
-    return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
+    splits = [step.split for step in steps]
+    held = None if None in splits else torch.cat([split.held for split in splits]).cpu()
+    return _Measured(torch.cat([step.noise_level for step in steps]).float().cpu(), losses, held)
 
 
 def _check_finite(losses: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nara_diffusion.utils.statistics import Interval
 
-from .comparison import mean_losses, relative_difference
+from .comparison import learnt_losses, relative_difference
 from .trial import ARMS, Repeat
 
 
@@ -18,7 +18,8 @@ class Thresholds:
     """Attributes:
     pays: the relative gain of NaRA's loss from which on λ pays.
     nothing: the largest mean gain at which λ is said not to pay; a larger gain may grow with more steps.
-    learnt: the relative gain of the lowest loss over the base model's that the trainings need to show anything.
+    learnt: the relative gain of the lowest loss over the base model's that the trainings need to show anything; where
+        the base is held outside of a window, inside of it.
     fewest: the least number of repeats for a verdict.
     """
 
@@ -50,7 +51,7 @@ class Verdict:
 
 def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Verdict:
     """The verdict of the first rule that applies."""
-    losses, pays = mean_losses(repeats), _percent(-thresholds.pays)
+    losses, pays = learnt_losses(repeats), _percent(-thresholds.pays)
     change = min(losses[arm] for arm in ARMS) / losses["base"] - 1
     if change > -thresholds.learnt:
         return Verdict(

@@ -46,7 +46,7 @@ def linear_loss(
         wanted = x @ weight.T + needed(levels)[:, None, None] * (x @ change.T)
         with tell(levels):
             errors = (model(x) - wanted).square().mean((1, 2))  # (b,)
-        return SimpleNamespace(loss=errors.mean(), per_sample=errors, noise_level=levels)
+        return SimpleNamespace(loss=errors.mean(), per_sample=errors, noise_level=levels, split=None)
 
     return loss
 

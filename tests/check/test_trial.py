@@ -16,6 +16,7 @@ from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.check.run import decide, run_check
 from nara_diffusion.check.trial import CheckSettings, restart, trials
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY
+from nara_diffusion.training.base_hold import SplitLosses
 
 from .linear_task import BATCH, D_IN, D_OUT, RANK, STEP, drawn, linear_loss, linear_task
 
@@ -107,6 +108,23 @@ def test_trials_all_arms_meet_the_same_samples_and_repeats_meet_others() -> None
     first = 2 * each
     assert held_out == [*range(first, first + 30)] * 4 + [*range(first + 30, first + 60)] * 4
     assert all(len(positions) == BATCH for _, positions in met)
+
+
+def test_trials_say_for_which_samples_the_base_is_held() -> None:
+    """By the split of each chunk's losses, in the order of the samples."""
+    task = linear_task(turning)
+
+    def held_out(positions: Sequence[int]) -> Any:
+        step = task.loss(positions)
+        step.split = SplitLosses(step.per_sample, step.noise_level, step.noise_level > 0.6)
+        return step
+
+    first, second = trials(replace(task, held_out=held_out), SHORT, progress=False)
+    for repeat in (first, second):
+        assert repeat.held is not None
+        assert torch.equal(repeat.held, repeat.noise_level > 0.6)
+        assert 0 < repeat.held.sum() < len(repeat.held)
+    assert next(trials(task, SHORT, progress=False)).held is None
 
 
 def test_trials_each_repeat_starts_from_its_own_draw_and_repeats_it() -> None:

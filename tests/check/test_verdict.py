@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nara_diffusion.check.comparison import by_bins, mean_losses, relative_difference
+from nara_diffusion.check.comparison import by_bins, learnt_losses, mean_losses, relative_difference
 from nara_diffusion.check.trial import Repeat
 from nara_diffusion.check.verdict import LIKELY, THRESHOLDS, UNKNOWN, UNLIKELY, after_steps, judge
 
@@ -99,6 +99,22 @@ def test_verdict_where_nothing_was_learnt_asks_for_a_higher_rate() -> None:
     assert few.answer == UNKNOWN
     assert "raise the learning rate or the steps" in few.reason
     assert judge([repeat(1.0, base=1 / (least - 0.001))] * 3).answer == UNLIKELY
+
+
+def test_what_is_learnt_in_a_window_counts_alone_where_the_base_is_held_elsewhere() -> None:
+    """NaRA's 3 % inside are 0.9 % of all: no loss can fall where the base is held."""
+    held = torch.tensor([True, False, True, False])
+    size = torch.tensor([2.0, 1.0, 1.0, 1.0]).double()
+    inside = torch.where(held, 1.0, 0.97)
+    losses = {"base": size, "lora": size, "untold": size, "nara": inside * size}
+    assert "raise the learning rate" in judge([Repeat(LEVELS, losses)] * 3).reason
+    assert judge([Repeat(LEVELS, losses, held)] * 3).answer == UNKNOWN
+    repeats = [Repeat(LEVELS, losses | {"nara": factor * inside * size}, held) for factor in (0.99, 1.0, 0.995)]
+    assert learnt_losses(repeats) == pytest.approx({"base": 1, "lora": 1, "untold": 1, "nara": 0.97 * 0.995})
+    assert learnt_losses([Repeat(LEVELS, losses)])["nara"] == pytest.approx(4.94 / 4)
+    assert "raise the learning rate" not in judge(repeats).reason
+    all_held = Repeat(LEVELS, losses, torch.ones(4, dtype=torch.bool))
+    assert "raise the learning rate" in judge([all_held] * 3).reason
 
 
 def test_verdict_where_only_nara_learns_is_likely() -> None:

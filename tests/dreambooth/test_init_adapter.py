@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,48 @@ def test_flags_that_disagree_with_the_file_are_refused(first, flags, message):
     folder, pictures = first
     with pytest.raises(ValueError, match=message):
         dreambooth_sdxl.main(arguments(folder, "refused", pictures, init_adapter=str(folder / "run"), **STILL | flags))
+
+
+@pytest.fixture(scope="module")
+def to_v(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Arguments of conversions to v, of NaRAs and LoRAs; a run of each is done."""
+    folder = tmp_path_factory.mktemp("to_v")
+    small_sdxl().save_pretrained(folder / "model")
+    pictures = write_pictures(folder / "toy", 2)
+    plain = {"train_text_encoder": False, "lora_alpha": 5.0, **STILL}
+
+    def to_v(name: str, adapter: str, **changes: Any) -> Any:
+        own = {} if adapter == "nara" else {"core_hidden_dims": [256, 512], "core_learning_rate": None}
+        given = {"adapter": adapter, "prediction_type": "v_prediction", **plain, **own, **changes}
+        return arguments(folder, name, pictures, **given)
+
+    for adapter in ("nara", "lora"):
+        dreambooth_sdxl.main(to_v(adapter, adapter))
+    return to_v
+
+
+@pytest.mark.parametrize("adapter", ["nara", "lora"])
+def test_conversions_start_from_a_conversion_to_the_same(to_v, adapter):
+    start = to_v("lora", "lora").output_dir
+    dreambooth_sdxl.main(to_v(f"{adapter}-again", adapter, init_adapter=start))
+
+
+@pytest.mark.parametrize("start", ["nara", "lora"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"prediction_type": None},
+            "was trained for v_prediction, this run is for what the base predicts: give",
+        ),
+        ({"prediction_type": "flow_prediction"}, "was trained for v_prediction, this run is for flow_prediction"),
+        (
+            {"rescale_betas_zero_snr": True},
+            "was trained for v_prediction, this run is for v_prediction on zero terminal SNR",
+        ),
+    ],
+)
+def test_conversions_to_another_prediction_than_the_files_are_refused(to_v, start, flags, message):
+    given = to_v(start, start).output_dir
+    with pytest.raises(ValueError, match=message):
+        dreambooth_sdxl.main(to_v("refused", start, init_adapter=given, **flags))

@@ -23,6 +23,7 @@ from nara_diffusion.export.hosts import save_host_file
 from nara_diffusion.export.hosts.unet import UNetLayout
 from nara_diffusion.export.peft_conversion import truncated
 from nara_diffusion.loaders.schedulers import scheduler_fields
+from nara_diffusion.noise.schedulers.prediction import how_to_set
 from tests.helpers.adapted import TwoLayers, nara_config
 from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import trained
@@ -123,6 +124,29 @@ def test_a_lora_that_predicts_what_its_base_does_says_nothing(tmp_path, caplog):
         "adapter_model.safetensors",
     }
     assert caplog.records == []
+
+
+def test_a_folder_with_the_scheduler_of_another_lora_is_refused_and_stays(pipe, tmp_path):
+    """from_lora would take that scheduler for the second LoRA's."""
+    to_lora(pipe.unet, LEVEL, "toy").save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    plain = to_lora(trained(small_sdxl(), name="toy", text=False).unet, LEVEL, "toy")
+    with pytest.raises(ValueError, match="has a 'scheduler' of something else, which from_lora would take for this"):
+        plain.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    to_lora(pipe.unet, LEVEL, "toy").save_pretrained(tmp_path)  # its own is written anew
+
+
+def test_the_line_that_sets_a_scheduler_names_all_in_which_a_base_may_differ():
+    """… so that it is right under a base that has what the adapter hasn't."""
+    fields = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    told = how_to_set({**fields, "flow_shift": 3.0, "rescale_betas_zero_snr": False, "timestep_spacing": None})
+    assert told == (
+        "pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, "
+        "prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.0, rescale_betas_zero_snr=False)"
+    )
+    bare = how_to_set({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    assert bare == "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)"
 
 
 def test_a_folder_of_peft_has_the_scheduler_as_diffusers_reads_it(pipe, wanted, tmp_path):

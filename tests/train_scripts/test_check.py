@@ -157,6 +157,7 @@ def test_dreambooth_check_of_a_held_window_adds_what_the_base_itself_loses_outsi
     adapted, base = said[1].double(), said[-1].double()  # after the held rows of the base; last as the base
     outside = found.noise_level < 0.5
     assert 0 < outside.sum() < len(outside)
+    assert torch.equal(found.split.held, outside)
     own = (base - first.target.double()).square().mean((1, 2, 3))
     distance = (adapted - base).square().mean((1, 2, 3))
     assert distance.min() > 1e-4
@@ -184,6 +185,7 @@ def test_dllm_check_of_a_held_window_adds_what_the_base_itself_loses_outside(
         found = task.held_out(positions)
     outside = found.noise_level >= 0.5
     assert 0 < outside.sum() < len(outside)
+    assert torch.equal(found.split.held, outside)
     assert torch.equal(found.noise_level, base.noise_level)
     assert base.per_sample.min() > 0.1
     assert (found.per_sample[outside] > base.per_sample[outside] + 1e-4).all()  # KL is above zero

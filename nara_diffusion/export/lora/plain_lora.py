@@ -17,7 +17,7 @@ from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from ..errors import ExportError
-from .scheduler import write_scheduler
+from .scheduler import SCHEDULER, write_scheduler
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,16 @@ class PlainLora:
         for Diffusers' `from_pretrained(directory, subfolder="scheduler")`. All files are written, or none.
 
         Raises:
-            ValueError: `directory` is a file.
+            ValueError: `directory` is a file, or it has the scheduler of another model, which this LoRA doesn't need.
         """
         folder = Path(directory)
         if folder.is_file():
             raise ValueError(f"directory '{folder}' is a file: name a folder.")
+        if self.scheduler is None and (folder / SCHEDULER).exists():
+            raise ValueError(
+                f"directory '{folder}' has a '{SCHEDULER}' of something else, which from_lora would take for this "
+                "LoRA's: name another folder, or delete that."
+            )
         with atomic_write_files(folder) as partial:
             save_file(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             self.config.save_pretrained(str(partial))

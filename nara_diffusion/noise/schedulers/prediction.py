@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from nara_diffusion.utils.call_stack import local_variables
 
 FLOW = "flow_prediction"
+_TOLD = ("prediction_type", "use_flow_sigmas", "flow_shift", "shift", "rescale_betas_zero_snr", "timestep_spacing")
+"""Fields in which a base's scheduler may differ from the one that an adapter needs."""
 KINDS = ("epsilon", "v_prediction", "sample", FLOW)
 
 
@@ -99,9 +101,9 @@ def how_to_set(fields: Mapping[str, Any] | None) -> str:
     """The line that sets a scheduler with these fields."""
     if fields is None:
         return "pipe.scheduler = the one that the base model came with"
-    told = ("prediction_type", "use_flow_sigmas", "rescale_betas_zero_snr", "timestep_spacing")
-    options = ", ".join(f"{name}={fields[name]!r}" for name in told if fields.get(name))
-    return f"pipe.scheduler = {fields['_class_name']}.from_config(pipe.scheduler.config, {options})"
+    options = (f"{name}={fields[name]!r}" for name in _TOLD if fields.get(name) is not None)
+    given = ", ".join(("pipe.scheduler.config", *options))
+    return f"pipe.scheduler = {fields['_class_name']}.from_config({given})"
 
 
 def scheduler_at_work() -> Any:

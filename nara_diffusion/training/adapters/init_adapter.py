@@ -19,12 +19,14 @@ from nara_diffusion.export.lora.tensors import lora_of_tensors
 from nara_diffusion.export.lora_to_nara import check_identity
 from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import naming, read_adapter
+from nara_diffusion.noise.schedulers.prediction import Prediction, prediction_in
 from nara_diffusion.tuner.config_files import is_naras, read_config_file
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
 
 from .methods import CORE_FIELDS, METHODS, method_of
 from .pissa import takes_start_from_base
 
+_AS_BASE = "what the base predicts"
 _FREE = {"core_init", "lora_a_init", "noise_convention", "scheduler", "strength"}
 """Fields of a core that say how it starts, or what it was trained for, and not what its tensors mean."""
 
@@ -43,18 +45,27 @@ def check_init_adapter(args: Any) -> None:
         )
 
 
-def start_from(components: Mapping[str, Any], path: str, source_model: Any, adapter_name: str = "default") -> None:
+def start_from(
+    components: Mapping[str, Any],
+    path: str,
+    source_model: Any,
+    adapter_name: str = "default",
+    *,
+    prediction: Prediction | None = None,
+) -> None:
     """Copy the tensors of the adapter in `path` into `components`. Both have to adapt the same layers.
 
     A LoRA gives A, B and magnitudes, and the core stays as it starts, C = I; a NaRA gives its core, too.
 
     Args:
         components: name → the adapted model without PEFT's wrapper; a single one that is no pipeline's has an empty
-            name. source_model: the pipeline, or the model, by whose class files are read.
+            name.
+        source_model: the pipeline, or the model, by whose class files are read.
+        prediction: what the run teaches the model to predict; None for what its base predicts.
 
     Raises:
-        ValueError: the file is no such adapter, or disagrees with the adapters in layers, rank, α, DoRA, core or λ's
-            convention; the message says which flag decides that.
+        ValueError: the file is no such adapter, or disagrees with the adapters in layers, rank, α, DoRA, core, λ's
+            convention or what it predicts; the message says which flag decides that.
     """
     file = Path(path).expanduser()
     origin = f"init_adapter '{path}'"
@@ -70,6 +81,8 @@ def start_from(components: Mapping[str, Any], path: str, source_model: Any, adap
             f"{origin} is for {_names(loras)}, but this run trains {_names(components)}: the text encoders are trained "
             "by --train_text_encoder."
         )
+    carried = [each.scheduler for each in loras.values()] + [part.config.scheduler for part in parts.values()]
+    _check_prediction(prediction, [fields for fields in carried if fields is not None], not parts, origin)
     for name, root in components.items():
         _check_start(root, adapter_name, loras[name], parts.get(name), origin)
     for name, root in components.items():
@@ -132,17 +145,17 @@ def _check_core(config: LoraConfig, given: NaraConfig, origin: str) -> None:
             f"{origin} was trained with λ as {given.noise_convention!r}, this run's is {config.noise_convention!r}: "
             "they are not the same noise levels."
         )
-    if _predicts(config.scheduler) != _predicts(given.scheduler):
+
+
+def _check_prediction(wanted: Prediction | None, carried: list[Mapping[str, Any]], is_lora: bool, origin: str) -> None:
+    """Compares what the run and the file are for; None, or nothing carried, for what the base predicts. Other
+    programs' LoRAs never say."""
+    here, there = wanted, prediction_in(carried[0]) if carried else None
+    if here != there and (carried or not is_lora):
         raise ValueError(
-            f"{origin} was trained for {_predicts(given.scheduler)}, this run is for {_predicts(config.scheduler)}: "
-            "give --prediction_type as it was."
+            f"{origin} was trained for {there or _AS_BASE}, this run is for {here or _AS_BASE}: give --prediction_type "
+            "and --rescale_betas_zero_snr as they were."
         )
-
-
-def _predicts(scheduler: Mapping[str, Any] | None) -> str:
-    if scheduler is None:
-        return "what the base predicts"
-    return f"{scheduler.get('_class_name')} with prediction_type {scheduler.get('prediction_type')}"
 
 
 def _fill_core(root: nn.Module, adapter_name: str, part: AdapterPart, origin: str) -> None:

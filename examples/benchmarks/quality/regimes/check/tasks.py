@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from nara_diffusion.check.trial import CheckTask, published
 from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.objectives import squared_errors
+from nara_diffusion.training.base_hold import SplitLosses
 from quality.images.held_out import BINS, HeldOut
 from quality.regimes.images.objectives import LEVELS
 from quality.regimes.images.windowed import Windowed
@@ -23,10 +25,8 @@ from quality.regimes.text.corruption import token_losses
 from quality.regimes.text.denoising import Denoising
 from quality.regimes.text.models import logits_of
 
-Samples = tuple[Tensor, Tensor]
-"""λ and loss (n,) of held-out samples."""
-Measured = Callable[[Any], Samples]
-"""… of a model."""
+Measured = Callable[[Any], CheckLosses]
+"""The losses of a model on held-out samples."""
 
 
 def check_task(cell: Cell, rates: dict[str, float], seed: int) -> CheckTask:
@@ -48,8 +48,7 @@ def check_task(cell: Cell, rates: dict[str, float], seed: int) -> CheckTask:
         """A chunk of positions is a part of one bin of λ: of the next bin for the next chunk."""
         chunk = positions[0] // size
         parts = measured[chunk % BINS]
-        levels, losses = parts[chunk // BINS % len(parts)](model)
-        return CheckLosses(losses.mean(), losses, levels)
+        return parts[chunk // BINS % len(parts)](model)
 
     return CheckTask(model, model.peft_config["default"], args, loss, held_out, size, size)
 
@@ -64,25 +63,31 @@ def _measured(name: str, size: int) -> list[Iterator[Measured]]:
 def _image_parts(regime: Any, batch: HeldOut, size: int) -> Iterator[Measured]:
     count = max(1, len(batch.kinds) // size)
     for first in range(count):
-        rows, rest = _with_base_outside(regime, batch.rows(slice(first, None, count)))
-        yield lambda unet, rows=rows, rest=rest: (
-            rows.batch.timestep / LEVELS,
-            squared_errors(_predicted(unet, rows), rows.batch) + rest,
-        )
+        rows = batch.rows(slice(first, None, count))
+        yield _of_window(regime, rows) if isinstance(regime, Windowed) else partial(_errors, rows)
 
 
-def _with_base_outside(regime: Any, rows: HeldOut) -> tuple[HeldOut, Tensor]:
-    """What is to be learnt, outside of a window what the base says, and what the base itself loses there, (b,).
+def _errors(rows: HeldOut, unet: Any) -> CheckLosses:
+    losses = squared_errors(_predicted(unet, rows), rows.batch)
+    return CheckLosses(losses.mean(), losses, rows.batch.timestep / LEVELS)
 
-    See `nara_diffusion.check.held`.
-    """
-    if not isinstance(regime, Windowed):
-        return rows, torch.zeros(())
-    inside = regime.contains(rows.batch.timestep)  # (b,)
+
+def _of_window(regime: Windowed, rows: HeldOut) -> Measured:
+    """The errors; outside of the window the distance to the base and what the base itself loses there. See
+    `nara_diffusion.check.held`."""
+    held = ~regime.contains(rows.batch.timestep)  # (b,)
     said = _predicted(regime.load().pipe.unet, rows)
-    target = torch.where(inside[:, None, None, None], rows.batch.target, said)
-    rest = squared_errors(said, rows.batch).masked_fill(inside, 0)
-    return replace(rows, batch=replace(rows.batch, target=target)), rest
+    target = torch.where(held[:, None, None, None], said, rows.batch.target)
+    own = replace(rows, batch=replace(rows.batch, target=target))
+    rest = squared_errors(said, rows.batch) * held
+
+    def measured(unet: Any) -> CheckLosses:
+        plain = _errors(own, unet)
+        split = SplitLosses(plain.per_sample, plain.noise_level, held)
+        losses = plain.per_sample + rest
+        return CheckLosses(losses.mean(), losses, plain.noise_level, split)
+
+    return measured
 
 
 @torch.no_grad()
@@ -95,11 +100,12 @@ def _text_parts(regime: Denoising, batch: MaskedBatch, size: int) -> Iterator[Me
     for first in range(count):
         chosen = {name: value if value is None else value[first::count] for name, value in vars(batch).items()}
         rows = MaskedBatch(**chosen)
-        yield lambda model, rows=rows: (rows.noise_level, _text_losses(regime, model, rows))
+        yield partial(_text_losses, regime, rows)
 
 
 @torch.no_grad()
-def _text_losses(regime: Denoising, model: Any, rows: MaskedBatch) -> Tensor:
-    """The mean over the tokens that count, (n,); 0 where a sample has none."""
+def _text_losses(regime: Denoising, rows: MaskedBatch, model: Any) -> CheckLosses:
+    """The mean over the tokens that count; 0 where a sample has none."""
     counted = regime.corruption.counted(rows)
-    return (token_losses(logits_of(model, rows), rows) * counted).sum(1) / counted.sum(1).clamp(min=1)
+    losses = (token_losses(logits_of(model, rows), rows) * counted).sum(1) / counted.sum(1).clamp(min=1)  # (n,)
+    return CheckLosses(losses.mean(), losses, rows.noise_level)

@@ -49,6 +49,8 @@ def test_held_out_losses_are_those_of_the_next_bin_each(regimes, data, name):
         target = base if is_held else batch.target.double()
         own = (base - batch.target.double()).square().mean((1, 2, 3)) if is_held else 0
         assert torch.equal(found.noise_level, batch.timestep / 1000)
+        assert (name == "subject_low") == (found.split is not None)
+        assert found.split is None or found.split.held.tolist() == [is_held] * len(found.per_sample)
         expected = (said - target).square().mean((1, 2, 3)) + own
         torch.testing.assert_close(found.per_sample.double(), expected, rtol=1e-4, atol=1e-9)
 
