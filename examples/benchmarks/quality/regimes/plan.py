@@ -103,6 +103,7 @@ _ALL = ("base", *_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "fu
 _MOST = ("base", *_LEADING, "nara_knots", "full", *_ABLATIONS)
 _FEW = ("lora", "lora_params", "nara")
 
+_LESS_NOISY = {"lora_less_noisy": rates(1.6e-2)}
 _OF_ONE = ("lora", "nara", "tlora", "lora_less_noisy")
 _SEEN = ("base", *_LEADING, *_ABLATIONS)
 _BLIND = (*_SEEN, "nara_dora", "nara_knots")
@@ -129,12 +130,10 @@ PLAN: tuple[Planned, ...] = (
     Planned(
         Cell("one_image", "attention", 16, 400),
         (*_FEW, "tlora", "lora_less_noisy", *_ABLATIONS),
-        further={"lora_less_noisy": rates(1.6e-2)},
+        further=_LESS_NOISY,
         grid=ONE_IMAGE_TRIALS,
     ),
-    Planned(
-        Cell("one_image", "attention", 32, 400), ("lora", "nara", "tlora", "lora_less_noisy"), grid=ONE_IMAGE_TRIALS
-    ),
+    Planned(Cell("one_image", "attention", 32, 400), _OF_ONE, further=_LESS_NOISY, grid=ONE_IMAGE_TRIALS),
     Planned(Cell(_TO_V, "all", 4, 200), _MOST),
     Planned(Cell(_TO_V, "attention", 1, 200), _LEADING, further=dict.fromkeys(("lora", "dora"), rates(4e-2))),
     Planned(Cell(_TO_V, "attention", 16, 200), _LEADING),
