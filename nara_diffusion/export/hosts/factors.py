@@ -1,6 +1,6 @@
 """The factors up · down of a module in a host's file, and those of several modules that the host has as one matrix.
 
-    ΔW = up · down          the scale α/r is multiplied into `up`, and alpha = rank: every reader takes that for 1
+    ΔW = up · down          the scale α/r is multiplied into `up`, so that alpha is the rank
 
 Hosts keep modules that Diffusers splits, such as q, k and v, in one matrix. Its LoRA is block-diagonal and exact:
 

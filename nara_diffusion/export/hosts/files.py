@@ -43,6 +43,9 @@ def host_state_dict(
 ) -> dict[str, Tensor]:
     """The tensors of a file for another program. The scale α/r is multiplied into `up`, and alpha is the rank.
 
+    In kohya's form for a UNet and its text encoders, all layers of a component have one alpha, the smallest of their
+    ranks, and `up` is multiplied by rank / alpha: Diffusers reads one alpha for all attention of a component.
+
     Args:
         loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
         form: one of `FORMS`. base: one of `BASES`, the kind of model that the adapter is for.
@@ -100,12 +103,12 @@ def _tensors(
         named = denoiser_names(layers, form, base, layout)
         if form == "comfyui":
             return _peft_keys({f"diffusion_model.{name}": own for name, own in named.items()}, "dora_scale")
-        return _kohya_keys("lora_unet", named)
+        return _kohya_keys("lora_unet", named, base)
     encoders = _ENCODERS.get(base, {})
     if component not in encoders:
         known = ", ".join(["the denoiser", *encoders])
         raise ValueError(f"A {form} file of {base} has no keys for '{component}', expected {known}.")
-    return _kohya_keys(encoders[component], {_encoder_name(name): own for name, own in layers.items()})
+    return _kohya_keys(encoders[component], {_encoder_name(name): own for name, own in layers.items()}, base)
 
 
 def denoiser_names(
@@ -141,12 +144,16 @@ def _peft_keys(layers: Mapping[str, Factors], magnitude: str) -> dict[str, Tenso
     return found
 
 
-def _kohya_keys(prefix: str, layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+def _kohya_keys(prefix: str, layers: Mapping[str, Factors], base: str) -> dict[str, Tensor]:
+    # With the smallest rank as alpha `up` grows; with a larger one it would shrink, and float16 lose small values.
+    smallest = min((own.rank for own in layers.values()), default=0)
     found: dict[str, Tensor] = {}
     for name, own in layers.items():
         key = f"{prefix}_{name.replace('.', '_')}"
-        found |= {f"{key}.lora_down.weight": own.down, f"{key}.lora_up.weight": own.up}
-        found[f"{key}.alpha"] = torch.tensor(float(own.rank))
+        alpha = smallest if base in LAYOUTS else own.rank
+        up = own.up if alpha == own.rank else (own.up.double() * (own.rank / alpha)).to(own.up.dtype)
+        found |= {f"{key}.lora_down.weight": own.down, f"{key}.lora_up.weight": up}
+        found[f"{key}.alpha"] = torch.tensor(float(alpha))
         if own.dora_scale is not None:
             found[f"{key}.dora_scale"] = own.dora_scale
     return found
