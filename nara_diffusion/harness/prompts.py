@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from nara_diffusion.dllm.data.encoding import prompt_text
 
 ALPACA = "alpaca"  # lm-eval's name for the template of a tokenizer that has none
+_QUESTION = "QUESTION"  # any text that no template has after the user's
 
 
 def templated(
@@ -49,23 +50,42 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, has_template: bool)
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, *, has_template: bool
 ) -> tuple[list[int], list[int]]:
-    """(prompt, answer) token ids, which together are those of the whole text.
+    """(prompt, answer) token ids.
 
-    Spaces at the end of the context count as part of the continuation, as in most vocabularies.
+    Under a template, the prompt ends with the template, and the answer is encoded apart, as in training. Without one,
+    both together are the ids of the whole text. Spaces at the end of the context, or of what it has of the answer,
+    count as part of the continuation, as in most vocabularies.
 
     Raises:
         ValueError: the continuation has no token of its own.
     """
+    prompt, context = _divided(tokenizer, context) if has_template else ("", context)
+    head = encode(tokenizer, prompt, has_template=True) if prompt else []
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
-    whole = encode(tokenizer, context + continuation, has_template=has_template)
-    length = len(encode(tokenizer, context, has_template=has_template)) if context else _opening(tokenizer, whole)
+
+    def ids(text: str) -> list[int]:
+        if prompt:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode(tokenizer, text, has_template=has_template)
+
+    whole = ids(context + continuation)
+    length = len(ids(context)) if context or prompt else _opening(tokenizer, whole)
     if length >= len(whole):
         raise ValueError(
-            f"the continuation {continuation!r} adds no token to the context that ends {context[-40:]!r}, so it has no "
-            "likelihood: leave that question out of the task"
+            f"the continuation {continuation!r} adds no token to the context that ends {(prompt + context)[-40:]!r}, "
+            "so it has no likelihood: leave that question out of the task"
         )
-    return whole[:length], whole[length:]
+    return head + whole[:length], whole[length:]
+
+
+def _divided(tokenizer: PreTrainedTokenizerBase, context: str) -> tuple[str, str]:
+    """The prompt as `templated` makes it, and the beginning of the answer after it (lm-eval's gen_prefix)."""
+    opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)[2]  # what follows the user's text
+    if not opening or opening not in context:
+        return context, ""
+    before, _, begun = context.rpartition(opening)
+    return before + opening, begun
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:

@@ -9,7 +9,8 @@ from math import comb
 import pytest
 import torch
 
-from nara_diffusion.dllm import log_likelihood
+from nara_diffusion.dllm import encode_records, log_likelihood
+from nara_diffusion.dllm.data.records import normalized
 from nara_diffusion.harness.model import NaraDLLM
 from nara_diffusion.harness.prompts import encode
 from tests.dllm.generation_reference import reference_generate
@@ -47,6 +48,22 @@ def test_likelihoods_are_the_bound_with_the_noise_level_of_each_mask(harness: Na
             mask=283,
         )
         assert greedy is (sampled == answer)
+
+
+@pytest.mark.parametrize("has_chat_template", [True, False])
+def test_a_templated_answer_has_the_likelihood_of_training_and_its_noise_level(
+    harness: NaraDLLM, has_chat_template: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_chat_template:
+        monkeypatch.setattr(harness.tokenizer, "chat_template", None)
+    harness.chat_template(True)
+    records = normalized([{"instruction": "reverse: ab", "output": "ba", "answer": "ba"}], source="test")
+    row = encode_records(records, harness.tokenizer, max_length=512, progress=False).rows[0]
+    prompt, closed = row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]
+    context = harness.apply_chat_template([{"role": "user", "content": "reverse: ab"}])
+    ((value, _),) = harness.loglikelihood(requests("loglikelihood", (context, "ba")))
+    assert value == pytest.approx(bound(harness, prompt[-62:], closed[:2]), rel=1e-5)
+    assert harness.tokenizer.decode(closed[:2]) == "ba"
 
 
 def test_what_greedy_sampling_gives_is_told_apart(harness: NaraDLLM) -> None:

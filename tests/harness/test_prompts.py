@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nara_diffusion.dllm import encode_prompts, prompt_text
+from nara_diffusion.dllm import encode_prompts, encode_records, prompt_text
+from nara_diffusion.dllm.data.records import normalized
 from nara_diffusion.harness.prompts import encode, encode_pair, shortened, templated
 
 from .conftest import LLADA_TINY
@@ -47,6 +48,63 @@ def test_the_text_stays_whole_where_a_token_reaches_over_the_border() -> None:
     prompt, answer = encode_pair(tokenizer, "copy: ab ", "cd", has_template=False)
     assert prompt + answer == tokenizer("copy: ab cd").input_ids
     assert (tokenizer.decode(prompt), tokenizer.decode(answer)) == ("copy: ab", " cd")
+
+
+@pytest.fixture(params=["chat", "alpaca"])
+def shipped(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """The shipped model's tokenizer; the text of its chat template ends in a token of white space, as LLaDA's."""
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    if request.param == "alpaca":
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+def trained(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[list[int], list[int]]:
+    """(prompt, answer) as `encode_records` cuts them, without what closes the answer."""
+    records = normalized([{"instruction": "copy: ab", "output": answer, "answer": answer}], source="test")
+    row = encode_records(records, tokenizer, max_length=512, progress=False).rows[0]
+    prompt, ids = row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]
+    return prompt, ids[: next(i for i, token in enumerate(ids) if token in tokenizer.added_tokens_decoder)]
+
+
+@pytest.mark.parametrize("answer", ["ab", "ab cd", "ab\n\ncd"])
+def test_a_templates_prompt_and_answer_are_cut_as_in_training(shipped: PreTrainedTokenizerBase, answer: str) -> None:
+    context = templated(shipped, [{"role": "user", "content": "copy: ab"}])
+    assert context != context.rstrip()
+    assert encode_pair(shipped, context, answer, has_template=True) == trained(shipped, answer)
+    with pytest.raises(ValueError, match="the continuation '' adds no token to the context that ends"):
+        encode_pair(shipped, context, "", has_template=True)
+
+
+def test_white_space_before_the_answer_stays_in_it_where_training_has_it() -> None:
+    """The vocabulary has "\n\n" as one token: it doesn't swallow the template's own line break."""
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    tokenizer.chat_template = None
+    context = prompt_text(tokenizer, "copy: ab")
+    for answer in (" ab", "\nab"):
+        pair = encode_pair(tokenizer, context, answer, has_template=True)
+        assert pair == trained(tokenizer, answer)
+        assert tokenizer.decode(pair[1]) == answer
+
+
+@pytest.mark.parametrize(("begun", "rest"), [("ab", " cd"), ("ab ", "cd"), ("copy: ", "ab"), (" ", "ab")])
+def test_the_start_of_an_answer_is_encoded_with_the_rest_of_it(
+    shipped: PreTrainedTokenizerBase, begun: str, rest: str
+) -> None:
+    question = [{"role": "user", "content": "copy: ab"}]
+    context = templated(shipped, [*question, {"role": "assistant", "content": begun}], add_generation_prompt=False)
+    prompt, answer = encode_pair(shipped, context, rest, has_template=True)
+    opening = encode_prompts(shipped, [templated(shipped, question)])[0]
+    assert prompt[: len(opening)] == opening
+    assert prompt[len(opening) :] + answer == shipped(begun + rest, add_special_tokens=False).input_ids
+    assert str(shipped.decode(answer)).strip() == rest.strip()
+
+
+def test_a_template_without_an_opening_of_the_answer_is_all_prompt(encoder: PreTrainedTokenizerFast) -> None:
+    encoder.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    text = templated(encoder, [{"role": "user", "content": "one two "}])
+    assert encode_pair(encoder, text, "three", has_template=True) == ([5, 6], [7])
+    assert encode_pair(encoder, "", "three", has_template=True) == ([], [7])
 
 
 def test_a_template_brings_its_special_tokens_itself(encoder: PreTrainedTokenizerFast) -> None:
