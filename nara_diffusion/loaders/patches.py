@@ -43,6 +43,7 @@ from nara_diffusion.tuner.strength.layers import take_strength
 from nara_diffusion.utils.patching import around
 
 from .format import METADATA_KEY, is_core_key
+from .fusing import active_in, check_none_left_out
 from .guards import check_none_wrapped
 from .hotswap import REQUEST, check_enlargeable, enlarge_cores
 from .insertion import adapters_of, unwrap
@@ -147,10 +148,15 @@ def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, wei
         with without_holder(model):
             original(model, adapter_names, weights)
 
+    check_none_left_out(model, _listed(adapter_names))
     set_weights(set_floats, model, adapter_names, weights)
     holder = holder_of(model)
     if holder is not None:
         holder.set_adapter(adapter_names)
+
+
+def _listed(adapter_names: list[str] | str) -> list[str]:
+    return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
 
 def _fuse_lora(
@@ -178,6 +184,8 @@ def _check_fusable(model: Any, adapter_names: list[str] | None) -> tuple[list[st
     if holder is None:
         return [], None
     names = holder.active_adapters if adapter_names is None else adapter_names
+    active = active_in(model)
+    check_none_left_out(model, active, active if adapter_names is None else adapter_names)
     fixed = [name for name in names if holder.depends_on_noise(name)]
     signals = holder.signals_to_merge(fixed, _FUSE_REMEDY)
     check_kept_nowhere(model, LoraLayer)
@@ -214,6 +222,8 @@ def _set_pipeline_adapters(
     check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_adapters")
     check_agree(pipe, adapter_names)
     check_components(pipe, adapter_names, adapter_weights)
+    for component in pipe._lora_loadable_modules:
+        check_none_left_out(getattr(pipe, component, None), _listed(adapter_names))
     original(pipe, adapter_names, adapter_weights)
     follow_adapters(pipe)
 

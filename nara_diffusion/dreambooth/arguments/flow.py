@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.dreambooth.objectives.density import LARGEST_MODE_SCALE, SCHEMES, TimestepDensity
+from nara_diffusion.dreambooth.objectives.density import LARGEST_MODE_SCALE, SCHEMES, WEIGHTING, TimestepDensity
 from nara_diffusion.training.arguments.checks import refuse_unread, require
 from nara_diffusion.training.arguments.cli import option
 
@@ -45,6 +45,10 @@ def check_flow(args: Any) -> None:
     """Raises ValueError for values that no run can use."""
     for name, scheme in _READERS.items():
         refuse_unread(args, name, "weighting_scheme", [scheme])
+    if args.snr_gamma is not None and args.weighting_scheme in WEIGHTING:
+        raise ValueError(
+            f"weighting_scheme {args.weighting_scheme!r} weights the errors, and so does snr_gamma: leave one out."
+        )
     mean, std, scale, shift = args.logit_mean, args.logit_std, args.mode_scale, args.flow_shift
     require(args, "weighting_scheme", args.weighting_scheme in SCHEMES, f"one of {', '.join(SCHEMES)}")
     require(args, "logit_mean", mean is None or math.isfinite(mean), "a number, or none")

@@ -20,7 +20,7 @@ from typing import Any
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-from nara_diffusion.noise.schedulers.prediction import FLOW, prediction_by
+from nara_diffusion.noise.schedulers.prediction import FLOW, ZERO_SNR, prediction_by
 from nara_diffusion.noise.schedulers.timestep_meaning import passes_log_sigma
 
 CONVERSIONS = ("epsilon", "v_prediction", FLOW)
@@ -59,7 +59,7 @@ def converted_scheduler(scheduler: Any, prediction_type: str | None, rescale_bet
     """
     own = prediction_by(scheduler)
     kind = (own.kind if own else "epsilon") if prediction_type is None else prediction_type
-    zero_snr = scheduler.config.get("rescale_betas_zero_snr", False)
+    zero_snr = own is not None and own.path == ZERO_SNR
     if own is not None and own.kind == kind and (zero_snr or not rescale_betas_zero_snr):
         return scheduler
     _check_base(scheduler)

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SCHEMES = ("none", "logit_normal", "mode", "cosmap", "sigma_sqrt")
+WEIGHTING = ("cosmap", "sigma_sqrt")
+SCHEMES = ("none", "logit_normal", "mode", *WEIGHTING)
 LARGEST_MODE_SCALE = 2 / (math.pi - 2)
 """k beyond which, and below −1, u would not fall as v grows."""
 

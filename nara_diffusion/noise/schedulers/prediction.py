@@ -11,14 +11,19 @@ scheduler that expects another prediction gives noise without an error. So each 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from nara_diffusion.utils.call_stack import local_variables
 
 FLOW = "flow_prediction"
+ZERO_SNR = "zero terminal SNR"
 _TOLD = ("prediction_type", "use_flow_sigmas", "flow_shift", "shift", "rescale_betas_zero_snr", "timestep_spacing")
 """Fields in which a base's scheduler may differ from the one that an adapter needs."""
+_PATHS = frozenset({"use_flow_sigmas", "rescale_betas_zero_snr"})
+"""Options that change the path; not every class has them."""
 KINDS = ("epsilon", "v_prediction", "sample", FLOW)
 
 
@@ -41,7 +46,7 @@ def prediction_of(class_name: str, config: Mapping[str, Any]) -> Prediction | No
         return None
     if config.get("use_flow_sigmas"):
         return Prediction(kind, "rectified flow")
-    return Prediction(kind, "zero terminal SNR") if config.get("rescale_betas_zero_snr") else Prediction(kind)
+    return Prediction(kind, ZERO_SNR) if config.get("rescale_betas_zero_snr") else Prediction(kind)
 
 
 def prediction_in(fields: Mapping[str, Any]) -> Prediction | None:
@@ -50,8 +55,23 @@ def prediction_in(fields: Mapping[str, Any]) -> Prediction | None:
 
 
 def prediction_by(scheduler: Any) -> Prediction | None:
-    """`prediction_of` a scheduler; None if there is no scheduler."""
-    return None if scheduler is None else prediction_of(type(scheduler).__name__, scheduler.config)
+    """`prediction_of` a scheduler; None if there is no scheduler.
+
+    `from_config` keeps another class's options in the configuration, also those that this class doesn't have.
+    """
+    if scheduler is None:
+        return None
+    unread = _PATHS - _options_of(type(scheduler))
+    config = {name: value for name, value in scheduler.config.items() if name not in unread}
+    return prediction_of(type(scheduler).__name__, config)
+
+
+@cache
+def _options_of(kind: type) -> frozenset[str]:
+    """Names of the options that a scheduler's class has; where it passes all on, those that name a path too."""
+    parameters = inspect.signature(kind).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return frozenset(parameters) | (_PATHS if passes_on else frozenset())
 
 
 def carried_scheduler(configs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:

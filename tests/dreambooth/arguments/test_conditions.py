@@ -134,3 +134,14 @@ def test_layers_of_clip_are_left_out_where_there_is_a_clip() -> None:
 def test_a_class_of_no_family_is_refused_with_the_list_of_them() -> None:
     with pytest.raises(ValueError, match=r"LuminaPipeline is no class .* expected Stable Diffusion 1 .*Wan \(one fra"):
         family_named("LuminaPipeline")
+
+
+@pytest.mark.parametrize("scheme", ["cosmap", "sigma_sqrt"])
+def test_two_weights_of_errors_are_refused(scheme: str) -> None:
+    flow = {"prediction_type": "flow_prediction", "weighting_scheme": scheme}
+    with pytest.raises(
+        ValueError, match=f"weighting_scheme '{scheme}' weights the errors, and so does snr_gamma: leave"
+    ):
+        DreamBoothArguments(**GIVEN, **flow, snr_gamma=5.0)
+    DreamBoothArguments(**GIVEN, **flow)
+    DreamBoothArguments(**GIVEN, **flow | {"weighting_scheme": "logit_normal"}, snr_gamma=5.0)

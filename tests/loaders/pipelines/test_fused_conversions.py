@@ -10,6 +10,7 @@ import torch
 
 from nara_diffusion import noise_level
 from tests.helpers.small_pipelines import pixels, small_sdxl
+from tests.loaders.adapters import save_lora
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
@@ -95,13 +96,30 @@ def test_another_adapter_is_deleted_meanwhile(constant, lora_folder, base_pixels
     close(pixels(constant), base_pixels)
 
 
-def test_unfusing_it_while_another_adapter_is_active_sets_the_scheduler_of_that_one(constant, lora_folder):
-    constant.load_lora_weights(lora_folder, adapter_name="static")
+def test_unfusing_it_while_another_adapter_is_active_sets_the_scheduler_of_that_one(constant, tmp_path):
+    """… which is active in other layers: in those into which it is fused it would have no effect."""
+    save_lora(tmp_path, target_modules=["proj_out"])
+    constant.load_lora_weights(tmp_path, adapter_name="static")
     constant.set_adapters("constant")
     constant.fuse_lora()
     constant.set_adapters("static")
     assert constant.scheduler.config.prediction_type == "v_prediction"
     constant.unfuse_lora(components=["unet"])
+    alone = small_sdxl()
+    alone.load_lora_weights(tmp_path)
+    close(pixels(constant), pixels(alone))
+
+
+def test_another_adapter_of_its_layers_is_refused_until_it_is_unfused(constant, lora_folder):
+    expected = pixels(constant)
+    constant.load_lora_weights(lora_folder, adapter_name="static")
+    constant.set_adapters("constant")
+    constant.fuse_lora()
+    with pytest.raises(ValueError, match="adapter 'static' would have no effect beside the fused 'constant'"):
+        constant.set_adapters("static")
+    close(pixels(constant), expected)
+    constant.unfuse_lora(components=["unet"])
+    constant.set_adapters("static")
     alone = small_sdxl()
     alone.load_lora_weights(lora_folder)
     close(pixels(constant), pixels(alone))
@@ -113,7 +131,7 @@ def test_deleted_while_it_is_fused_it_is_what_the_base_predicts(constant, folder
     constant.set_adapters("constant")
     constant.fuse_lora()
     constant.delete_adapters("constant")
-    constant.set_adapters("zero")
-    assert constant.scheduler.config.rescale_betas_zero_snr
+    with pytest.raises(ValueError, match="adapter 'zero' would have no effect beside the fused 'constant'"):
+        constant.set_adapters("zero")
     constant.disable_lora()
     close(pixels(constant), expected)
