@@ -12,6 +12,7 @@ from typing import Any
 
 from nara_diffusion.utils.statistics import Interval, interval
 from quality.images.held_out import bin_centres
+from quality.regimes import equal_similarity
 from quality.regimes.images.one_image import OneImage
 from quality.regimes.images.windowed import Windowed
 from quality.regimes.methods import MEAN_CORE
@@ -132,7 +133,7 @@ def _section(cell: Confirmed) -> str:
     said = [_verdict(cell, arm) for arm in CANDIDATES if arm in cell.arms]
     if cell.planned.label:
         said = [f"**{arm} less nara:** {change(cell.difference(arm, 'nara'), DIGITS)}." for arm in cell.planned.arms]
-    return "\n\n".join([title, _scores(cell), *_samples(cell), *said])
+    return "\n\n".join([title, _scores(cell), *_samples(cell), *_looks(cell), *said])
 
 
 def _scores(cell: Confirmed) -> str:
@@ -153,6 +154,12 @@ def _samples(cell: Confirmed) -> list[str]:
     rows = [[arm, *(text for measure in DRAWN for text in _drawn(cell, arm, measure))] for arm in drawn]
     header = ["samples", *(text for measure in DRAWN for text in (measure, f"{measure} less LoRA"))]
     return [table(header, rows)] if rows else []
+
+
+def _looks(cell: Confirmed) -> list[str]:
+    """A table of what was seen in training, if anything was."""
+    looks = {run: record["looks"] for run, record in cell.records.items() if "looks" in record}
+    return [equal_similarity.table(looks, cell.arms)] if looks else []
 
 
 def _drawn(cell: Confirmed, arm: str, measure: str) -> tuple[str, str]:

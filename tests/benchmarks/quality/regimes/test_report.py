@@ -5,6 +5,7 @@ import math
 import pytest
 import report_quality
 from quality import results
+from quality.regimes.equal_similarity import table
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, PLAN, Planned
 from quality.regimes.report import conditions, confirmed, report
 from quality.regimes.runs import Cell, Run
@@ -193,3 +194,17 @@ def test_what_the_first_pages_say_of_a_regime_is_what_the_records_say(page, regi
     paragraph = text[text.index(line) :].split("\n" if page == "README.md" else "\n\n")[0]
     for arm in ("nara", "lora", "lora_params", "dora"):
         assert f"{cell.score(arm).mean:.3f}" in paragraph, arm
+
+
+def test_alignment_at_equal_similarity_is_paired_over_the_seeds_in_which_both_reach_it():
+    def looks(*pairs):
+        return [{"step": 40 * i, "similarity": s, "alignment": a} for i, (s, a) in enumerate(pairs)]
+
+    found = {("lora", seed): looks((0.4, 0.5), (0.6, 0.2)) for seed in range(5)}
+    found |= {("nara", seed): looks((0.39, 0.6), (0.37, 0.55), (0.5, 0.25)) for seed in range(4)}
+    found |= {("nara", 4): looks((0.38, 0.7)), ("lora", 5): looks((0.1, 0.9)), ("nara", 6): looks((0.44, 0.3))}
+    lines = table(found, ["lora", "nara"]).splitlines()
+    assert lines[0].split(" | ")[1:] == ["0.36", "0.38", "0.44", "0.47", "0.50 |"]
+    assert lines[2] == "| lora | – (5) | – (5) | – (5) | – (5) | – (5) |"
+    half = 2.776445 * 0.1 / math.sqrt(5) * math.sqrt(0.2)  # of 0.1 four times and 0.2
+    assert lines[3] == f"| nara | **+0.120** ± {half:.3f} (6) | **+0.120** ± {half:.3f} (6) | – (5) | – (4) | – (4) |"
