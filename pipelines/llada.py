@@ -25,10 +25,10 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import Generation, GenerationStep, encode_prompts, generate, load_backbone, prompt_text
+from nara_diffusion.dllm.data.encoding import chat_text
 from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token_ids
 from nara_diffusion.dllm.loss import mask_token_of
 from nara_diffusion.loaders import load_nara_weights, save_nara_weights, unload_nara_weights
@@ -229,10 +229,9 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
             reason = "apply_template is False" if not apply_template else "the tokenizer has no chat template"
             raise ValueError(f"prompt {index} is a chat, but {reason}: pass a text")
         try:
-            text = self.tokenizer.apply_chat_template(list(item), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template refuses prompt {index}: {error}") from error
-        return str(text)
+            return chat_text(self.tokenizer, item)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from error
 
     def _encode(self, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
         """Token ids (b, p), padded on the right, and the lengths."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm.data.encoding import prompt_text
+from nara_diffusion.dllm.data.encoding import chat_text, prompt_text
 
 ALPACA = "alpaca"  # lm-eval's name for the template of a tokenizer that has none
 _QUESTION = "QUESTION"  # any text that no template has after the user's
@@ -24,12 +23,14 @@ def templated(
     Args:
         history: messages {role, content}.
         add_generation_prompt: False if the last message is the beginning of the assistant's answer.
+
+    Raises:
+        ValueError: the chat template refuses the conversation.
     """
     if not add_generation_prompt:
         return templated(tokenizer, history[:-1]) + history[-1]["content"]
     if tokenizer.chat_template:
-        text: Any = tokenizer.apply_chat_template(list(history), tokenize=False, add_generation_prompt=True)
-        return text
+        return chat_text(tokenizer, history)
     turns = {"user": lambda text: prompt_text(tokenizer, text), "assistant": lambda text: f"{text}\n\n"}
     return "".join(turns.get(turn["role"], "{}\n\n".format)(turn["content"]) for turn in history)
 

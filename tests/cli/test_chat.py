@@ -172,6 +172,15 @@ def test_bad_flags_end_in_one_line(monkeypatch, words, message):
     assert "\n" not in str(ended.value).strip()
 
 
+def test_a_system_message_that_the_template_refuses_ends_in_one_line(monkeypatch):
+    model, tokenizer = load_backbone(MODEL)
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refusing + str(tokenizer.chat_template)
+    monkeypatch.setattr(chat_module, "load_model", lambda *args, **options: (model, tokenizer))
+    with pytest.raises(SystemExit, match=r"error: .*refuses the turns 'system', 'user' \(no system role\): leave out"):
+        typed(monkeypatch, "reverse: planet\n", "--system", "Be kind")
+
+
 def test_piped_commands_that_do_not_exist_end_in_one_line(monkeypatch):
     with pytest.raises(SystemExit, match="error: unknown command /quit: type /clear or /exit"):
         typed(monkeypatch, "/quit now\n")

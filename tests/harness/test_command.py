@@ -19,6 +19,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 
 from nara_diffusion.harness.command import TASKS, adjusted, main, register, with_defaults
+from nara_diffusion.harness.loading import load_model
 from nara_diffusion.harness.model import NaraDLLM
 from tests.helpers.patience import LAST_RESORT
 
@@ -101,6 +102,22 @@ def test_what_can_be_mended_is_told_without_a_traceback(
         main(argv)
     assert stopped.value.code not in (0, None)
     assert re.match(message, str(stopped.value.code), re.DOTALL)
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_a_system_message_that_the_template_refuses_is_told_without_a_traceback(
+    adapter: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*args: Any, **options: Any) -> tuple:
+        model, tokenizer = load_model(*args, **options)
+        refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        tokenizer.chat_template = refusing + str(tokenizer.chat_template)
+        return model, tokenizer
+
+    monkeypatch.setattr("nara_diffusion.harness.model.load_model", load)
+    argv = ["--model_args", model_args(adapter), "--include_path", str(tasks), "--tasks", "tiny_answers"]
+    with pytest.raises(SystemExit, match=r"nara-eval: .*'system', 'user' \(no system role\): leave out the system"):
+        main([*argv, "--apply_chat_template", "--system_instruction", "Be kind"])
 
 
 @pytest.mark.usefixtures("own_tasks_alone")
@@ -218,6 +235,7 @@ PROGRAM = """
 import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from nara_diffusion.harness.loading import load_model
 from nara_diffusion.harness.model import NaraDLLM
 
 def evaluate(pretrained, peft, tasks, output):

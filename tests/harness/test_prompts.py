@@ -135,6 +135,22 @@ def test_the_start_of_an_answer_stands_where_the_answer_goes() -> None:
     assert templated(tokenizer, begun, add_generation_prompt=False) == templated(tokenizer, question) + "a\n"
 
 
+@pytest.mark.parametrize(
+    ("roles", "given", "remedy"),
+    [
+        (["system", "user"], "'system', 'user'", "leave out the system message"),
+        (["user", "user"], "'user', 'user'", "turns of user and assistant alternate, the user's first"),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_is_told_by_its_turns(
+    encoder: PreTrainedTokenizerFast, roles: list[str], given: str, remedy: str
+) -> None:
+    encoder.chat_template = "{{ raise_exception('not so') }}"
+    message = rf"chat template refuses the turns {given} \(not so\): .*{remedy}"
+    with pytest.raises(ValueError, match=message):
+        templated(encoder, [{"role": role, "content": "one"} for role in roles])
+
+
 def test_a_text_that_opens_itself_is_not_opened_twice() -> None:
     tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
     text = prompt_text(tokenizer, "copy: ab")

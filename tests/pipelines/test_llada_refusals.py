@@ -47,7 +47,9 @@ def test_refused_prompts_and_arguments(pipe, prompt, arguments, message):
 
 def test_a_template_may_refuse_a_chat(pipe):
     pipe.tokenizer.chat_template = "{{ raise_exception('no system turns here') }}"
-    with pytest.raises(ValueError, match="chat template refuses prompt 0: no system turns here"):
+    with pytest.raises(
+        ValueError, match=r"prompt 0: the tokenizer's chat template refuses .* \(no system turns here\)"
+    ):
         pipe([{"role": "user", "content": "a"}], **LENGTH)
     pipe.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="is a chat, but the tokenizer has no chat template: pass a text"):

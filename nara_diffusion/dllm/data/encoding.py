@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -142,7 +143,7 @@ def _holds_the_mask(record: Mapping[str, str], tokenizer: PreTrainedTokenizerBas
 def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:
     """The text that the model reads before it answers: the chat template's, or Alpaca's form."""
     if tokenizer.chat_template:
-        return _chat(tokenizer, _turn(instruction, input), add_generation_prompt=True)
+        return chat_text(tokenizer, _turn(instruction, input))
     return (_ALPACA_WITH_INPUT if input else _ALPACA).format(instruction=instruction, input=input)
 
 
@@ -170,7 +171,7 @@ def _answer_text(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, str], 
     if not tokenizer.chat_template:
         return record["output"]
     turns = [*_turn(record["instruction"], record["input"]), {"role": "assistant", "content": record["output"]}]
-    whole = _chat(tokenizer, turns, add_generation_prompt=False)
+    whole = chat_text(tokenizer, turns, add_generation_prompt=False)
     return whole.removeprefix(prompt) if whole.startswith(prompt) else record["output"]
 
 
@@ -178,9 +179,25 @@ def _turn(instruction: str, input: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{instruction}\n\n{input}" if input else instruction}]
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    assert isinstance(text, str)
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """A conversation, {role, content} a turn, as the tokenizer's chat template writes it.
+
+    Raises:
+        ValueError: the template refuses the conversation, as many do a system message.
+    """
+    try:
+        text: Any = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = [turn["role"] for turn in turns]
+        alternate = "let turns of user and assistant alternate, the user's first"
+        advice = "leave out the system message" if "system" in roles else alternate
+        raise ValueError(
+            f"the tokenizer's chat template refuses the turns {', '.join(map(repr, roles))} ({error}): {advice}"
+        ) from error
     return text
 
 

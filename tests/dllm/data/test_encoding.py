@@ -48,6 +48,12 @@ def test_prompt_answer_and_end(tokenizer: PreTrainedTokenizerBase, chat: bool) -
     assert encode_prompts(tokenizer, [prompt_text(tokenizer, "w5 w6")]) == [prompt]
 
 
+def test_a_chat_template_that_fails_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ raise_exception('not so') }}"
+    with pytest.raises(ValueError, match=r"chat template refuses the turns 'user' \(not so\)"):
+        encode_records(records(("w5", "w7")), tokenizer, max_length=64)
+
+
 def test_encoders_tokenizers_open_a_prompt_and_don_t_close_it(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
