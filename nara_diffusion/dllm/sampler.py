@@ -104,7 +104,7 @@ def generate(
         model: the outermost module. Of a DistributedDataParallel its `.module` runs, since processes may need different
             numbers of steps; under FSDP and DeepSpeed ZeRO-3 give every process the same number (stop_at_eos=False
             and no confidence_threshold).
-        input_ids: (b, p) prompts.
+        input_ids: (b, p) prompts, of any integer type.
         gen_length: the number of tokens of each answer.
         steps: the number of forwards; default: one for each token.
         block_length: the number of tokens of a block; default: gen_length.
@@ -124,7 +124,7 @@ def generate(
         on_step_end: called after each step with a `GenerationStep`, which it may change.
 
     Returns:
-        (b, longest prompt + gen_length) token ids: prompt, answer, and padding on the right of shorter rows.
+        (b, longest prompt + gen_length) int64 token ids: prompt, answer, and padding on the right of shorter rows.
 
     Raises:
         ValueError: impossible arguments, more positions than the model has, sequences that `on_step_end` spoiled, or an

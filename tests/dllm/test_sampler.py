@@ -75,6 +75,17 @@ def test_equals_the_plain_loops_in_float64(double_llama: LlamaForCausalLM, promp
     _check(result, prompts, case, ends, lambda tokens, level: double_llama(torch.tensor([tokens])).logits[0])
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint16, torch.uint8], ids=str)
+def test_ids_of_any_integer_type_give_the_same_tokens(
+    double_llama: LlamaForCausalLM, prompts: torch.Tensor, kind: torch.dtype
+) -> None:
+    settings: dict = {"gen_length": 4, "prompt_lengths": PROMPT_LENGTHS, "eos_token_id": ENDS}
+    found = generate(double_llama, prompts.to(kind), **settings)
+    assert isinstance(found, torch.Tensor)
+    assert found.dtype == torch.int64
+    torch.testing.assert_close(found, generate(double_llama, prompts, **settings), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("case", [CASES[2], CASES[7]], ids=["cfg", "threshold"])
 def test_each_sample_is_denoised_at_its_own_noise_level(adapted_llama: PeftModel, prompts: torch.Tensor, case) -> None:
     model = adapted_llama

@@ -52,6 +52,7 @@ def test_spoiled_sequences_are_refused(tiny_llama: LlamaForCausalLM, prompts: to
         ({"prompt_lengths": [1, 2, 3], "attention_mask": torch.ones(3, 7)}, "pass one of them"),
         ({"attention_mask": torch.ones(3, 6)}, "attention_mask has shape"),
         ({"input_ids": torch.ones(7, dtype=torch.long)}, "input_ids has shape"),
+        ({"input_ids": torch.ones(3, 7, dtype=torch.bool)}, r"torch.bool, expected \(b, p\) token ids"),
         ({"input_ids": torch.ones(0, 7, dtype=torch.long)}, "input_ids has shape"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 @dataclass(frozen=True)
 class Canvas:
     """Attributes:
-    sequences: (b, l) token ids: prompt, masks, padding; l is the longest prompt + gen_length.
+    sequences: (b, l) int64 token ids: prompt, masks, padding; l is the longest prompt + gen_length.
     starts: (b,) where the answers start.
     real: (b, l) bool, False on padding.
     """
@@ -34,7 +34,8 @@ def place_prompts(
     """Put `gen_length` masks behind each prompt.
 
     Args:
-        input_ids: (b, p) prompts, of p tokens each unless `prompt_lengths` or `attention_mask` says otherwise.
+        input_ids: (b, p) prompts of any integer type, of p tokens each unless `prompt_lengths` or `attention_mask` says
+            otherwise.
         prompt_lengths: (b,), lengths of prompts that are padded on the right.
         attention_mask: (b, p), 0 on padding, which may stand on the right or on the left.
         max_length: the number of positions that the model has.
@@ -42,11 +43,12 @@ def place_prompts(
     Raises:
         ValueError: shapes that don't agree, an empty batch, a prompt and answer longer than the model can see.
     """
-    if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.is_floating_point():
+    is_integer = not input_ids.is_floating_point() and input_ids.dtype != torch.bool
+    if input_ids.ndim != 2 or input_ids.shape[0] == 0 or not is_integer:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)} and {input_ids.dtype}, expected (b, p) token ids"
         )
-    device = input_ids.device
+    device, input_ids = input_ids.device, input_ids.long()
     kept = _kept(input_ids, prompt_lengths, attention_mask)  # (b, p)
     starts = kept.sum(1)  # (b,)
     longest = int(starts.max()) + gen_length
