@@ -63,8 +63,8 @@ def convert(source: str, output: Path, form: str, component: str | None) -> str:
     """Read an adapter, check its tensors, write it in the other format, and return the text to show.
 
     Raises:
-        ValueError: the file is damaged, or already in that format; a pipeline couldn't load the adapter; `output` is a
-            file; see `chosen`.
+        ValueError: the file is damaged, or already in that format; a pipeline couldn't load the adapter, or have such a
+            component; `output` is a file; see `chosen`.
     """
     if output.is_file():
         raise ValueError(f"OUTPUT {output} is a file: name a folder.")
@@ -79,6 +79,10 @@ def convert(source: str, output: Path, form: str, component: str | None) -> str:
     else:
         if component is None:
             raise ValueError("--to pipeline needs --component, the part that is adapted, such as unet or transformer.")
+        if not component.isidentifier():
+            raise ValueError(
+                f"--component is {component!r}, which is no part of a pipeline: name one, such as unet or transformer."
+            )
         check_storable(parts[MODEL].config, component)
         skeleton(parts[MODEL], component)
         to_pipeline(parts[MODEL], component, output)

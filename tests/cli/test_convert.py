@@ -95,6 +95,14 @@ def test_what_is_wrong_ends_in_one_line_and_writes_nothing(piped, words, message
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["a.b", "", "text encoder", "1unet"])
+def test_a_component_that_no_pipeline_can_have_is_refused(tmp_path, name):
+    get_peft_model(TwoLayers(), nara_config(target_modules=["first"])).save_pretrained(tmp_path / "peft")
+    with pytest.raises(SystemExit, match=f"error: --component is '{name}', which is no part of a pipeline: name one"):
+        main(["convert", str(tmp_path / "peft"), str(tmp_path / "toy"), "--to", "pipeline", "--component", name])
+    assert not (tmp_path / "toy").exists()
+
+
 def test_what_pipelines_cannot_load_is_refused(tmp_path):
     get_peft_model(TwoLayers(), nara_config(target_modules=["first"], bias="all")).save_pretrained(tmp_path / "peft")
     with pytest.raises(SystemExit, match="bias='all'"):
