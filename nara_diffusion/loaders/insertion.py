@@ -7,10 +7,10 @@ from typing import Any
 
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.layers.dispatch import factor_dtype
+from nara_diffusion.tuner.activation import tuner_layers
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.injection import LOADED_FLAG, drop_idle_holder
@@ -31,7 +31,7 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
 
 
 def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
-    """Add an adapter, after `check_part`, inside `rollback_on_error`.
+    """Add an adapter, after `check_part`, inside `rollback_on_error`. It is active, also if the others were disabled.
 
     A, B and magnitudes take the dtype of their base layer, like those of a LoRA, or float32 if layerwise casting stores
     the base as float8; the core stays in float32.
@@ -45,6 +45,8 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
         else:
             _fill_core(getattr(model, HOLDER_NAME).cores[adapter_name], tensors)
     check_loaded(model, adapter_name, part.tensors, "the adapter")
+    for layer in tuner_layers(model):
+        layer._disable_adapters = False
     setattr(model, LOADED_FLAG, True)
     warn_where_off(model, adapter_name)
 
@@ -118,7 +120,3 @@ def unwrap(model: nn.Module) -> None:
     if not adapters_of(model):
         for name in ("peft_config", LOADED_FLAG):
             model.__dict__.pop(name, None)
-
-
-def tuner_layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

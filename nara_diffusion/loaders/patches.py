@@ -10,6 +10,7 @@ Diffusers walks over the layers of a model. The holder of the cores is a child o
     fuse_lora          merges layer by layer, so that half of them stay merged if λ is unknown, and doesn't say that
                        every step then runs at the C of one λ
     …_lora, …_adapters  change which adapters are active, and with them the scheduler that the pipeline needs
+    delete_adapters    activates another adapter layer by layer, and in the holder perhaps a different one
     disable_lora, …    skip a model that PEFT has wrapped, whose adapters would stay as they are
     unload_lora, …     restore the base layers, and leave the holder with its hooks and its source of λ
     _fetch_state_dict  takes a NaRA's file for a LoRA's, without its core
@@ -35,6 +36,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from nara_diffusion.runtime.offloading import check_kept_nowhere
+from nara_diffusion.tuner.activation import deleting
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.forward_hook import detach_holder
 from nara_diffusion.tuner.holder.core_holder import holder_of
@@ -74,7 +76,7 @@ def extend_diffusers_methods() -> None:
     around(LoraBaseMixin, "unfuse_lora", _unfuse_pipeline, _has_cores)
     around(LoraBaseMixin, "set_lora_device", _set_lora_device, _has_cores)
     around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up, _has_cores)
-    around(LoraBaseMixin, "delete_adapters", _then_tidy_up, _has_cores)
+    around(LoraBaseMixin, "delete_adapters", _delete_pipeline_adapters, _has_cores)
     around(lora_pipeline, "_fetch_state_dict", _fetch_state_dict)
     around(peft_loaders, "_fetch_state_dict", _fetch_state_dict)
     around(lora_base, "_load_sft_state_dict_metadata", _load_metadata)
@@ -203,7 +205,8 @@ def _delete_adapters(original: Any, model: Any, adapter_names: list[str] | str) 
     if not adapters_of(model).keys() - names:
         model.unload_lora()  # Diffusers would leave every layer in an empty wrapper
         return
-    original(model, adapter_names)
+    with deleting([model], names):
+        original(model, adapter_names)
     drop_idle_holder(model)
 
 
@@ -228,9 +231,13 @@ def _set_pipeline_adapters(
     follow_adapters(pipe)
 
 
+def _adaptable(pipe: Any) -> list[Any]:
+    return [model for name in pipe._lora_loadable_modules if (model := getattr(pipe, name, None)) is not None]
+
+
 def _set_lora_device(original: Any, pipe: Any, adapter_names: list[str], device: Any) -> None:
     check_none_wrapped(pipe, pipe._lora_loadable_modules, "set_lora_device")
-    models = [model for name in pipe._lora_loadable_modules if (model := getattr(pipe, name, None)) is not None]
+    models = _adaptable(pipe)
     with ExitStack() as hidden:
         for model in models:
             hidden.enter_context(without_holder(model))
@@ -251,6 +258,12 @@ def _fuse_pipeline(original: Any, pipe: Any, components: list[str] | None = None
 def _unfuse_pipeline(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
     original(pipe, *args, **kwargs)
     follow_adapters(pipe)
+
+
+def _delete_pipeline_adapters(original: Any, pipe: Any, adapter_names: list[str] | str) -> None:
+    check_none_wrapped(pipe, pipe._lora_loadable_modules, "delete_adapters")
+    with deleting(_adaptable(pipe), adapter_names):
+        _then_tidy_up(original, pipe, adapter_names)
 
 
 def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:

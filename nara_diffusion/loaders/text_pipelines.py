@@ -20,10 +20,11 @@ from nara_diffusion.noise.context import active_signals
 from nara_diffusion.noise.signals import NoiseSource
 from nara_diffusion.noise.text_blocks import CANVAS_SCHEDULERS, BlockMasks, CanvasNoise
 from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.tuner.activation import tuner_layers
 from nara_diffusion.tuner.strength.set_strength import set_strength
 from nara_diffusion.utils.patching import around
 
-from .insertion import adapters_of, remove, tuner_layers
+from .insertion import adapters_of, remove
 
 COMPONENT = "model"
 _RUNNING: set[NoiseSource] = set()

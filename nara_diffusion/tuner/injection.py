@@ -42,10 +42,6 @@ class Injection:
         parameters = (p for _, _, layer in self.layers for p in layer.parameters())  # type: ignore[attr-defined]
         return next((p.device for p in parameters if p.device.type != "meta"), torch.device("cpu"))
 
-    @property
-    def disabled(self) -> bool:
-        return any(layer.disable_adapters for _, _, layer in self.layers)
-
     def undo(self, adapter_name: str) -> None:
         for parent, name, layer in reversed(self.layers):
             self._restore_base(layer, adapter_name)
@@ -64,14 +60,15 @@ class Injection:
 def rollback_on_error(root: Any, adapter_name: str) -> Iterator[None]:
     """After an error inside, where an adapter of that new name is added, `root` is as before."""
     flag = vars(root).get(LOADED_FLAG)
-    active = [(layer, list(layer.active_adapters)) for layer in root.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [layer for layer in root.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
     with trainable_again(root):
         try:
             yield
         except BaseException:
             roll_back(root, adapter_name)
-            for layer, names in active:
-                layer._active_adapter = names
+            for layer, names, disabled in before:
+                layer._active_adapter, layer._disable_adapters = names, disabled
             vars(root).pop(LOADED_FLAG, None)
             if flag is not None:
                 setattr(root, LOADED_FLAG, flag)

@@ -29,6 +29,7 @@ from nara_diffusion.tuner.holder.core_set import SHARED, core_group, core_tensor
 from nara_diffusion.tuner.holder.noise_convention import check_not_static
 from nara_diffusion.tuner.strength.layers import default_strengths, give_strength
 
+from .activation import deleting, tuner_layers
 from .config import NaraConfig
 from .forward_hook import attach_holder, detach_holder
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
@@ -81,7 +82,10 @@ class NaraModel(MergesAtOneLevel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As `peft.LoraModel.inject_adapter`; then the adapter's core is made at the root of `model`."""
+        """As `peft.LoraModel.inject_adapter`; then the adapter's core is made at the root of `model`.
+
+        If the adapters that `model` has are disabled, the new one is too, in new layers as in those that it shares.
+        """
         config = self.peft_config[adapter_name]
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
@@ -93,6 +97,7 @@ class NaraModel(MergesAtOneLevel):
         convention_stated = config.noise_convention is not None
         self.peft_config[adapter_name] = config = holder.conventions.completed(adapter_name, config)
         self._injecting = Injection(holder, config.changes_base)
+        states = [layer.disable_adapters for layer in tuner_layers(model)]
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:
             with without_holder(model):
@@ -114,7 +119,8 @@ class NaraModel(MergesAtOneLevel):
         active = self.active_adapters
         core.requires_grad_(adapter_name in active and not config.inference_mode)
         holder._active_adapter = list(active)
-        holder._disable_adapters = injected.disabled
+        for layer in (holder, *(layer for _, _, layer in injected.layers)):
+            layer._disable_adapters = bool(states) and all(states)
         attach_holder(holder, model)
         give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
 
@@ -161,7 +167,8 @@ class NaraModel(MergesAtOneLevel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As `peft.LoraModel.delete_adapter`; with the last adapter, the holder of the cores is removed."""
-        super().delete_adapter(adapter_name)
+        with deleting([self.model], adapter_name):
+            super().delete_adapter(adapter_name)
         drop_idle_holder(self.model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion import core_matrix, noise_level
@@ -157,6 +158,37 @@ def test_one_of_two_active_adapters_may_be_deleted():
     model.delete_adapter("default")
     assert model.active_adapters == ["other"]
     x = torch.randn(3, 7)
+    with noise_level(model, LEVELS):
+        assert relative_error(model(x), by_hand(model, x, [["other"]] * 3, LEVELS)) < 5e-6
+
+
+@pytest.mark.filterwarnings("ignore:Adapter other was active which is now deleted")
+def test_deleting_the_active_adapter_activates_one_other_in_all_layers():
+    model = adapted(TwoLayers(), target_modules=["first"])
+    model.add_adapter("b", nara_config(target_modules=["second"]))
+    model.add_adapter("other", nara_config(target_modules=TARGETS))
+    disturb(model, seed=4)
+    model.eval().set_adapter("other")
+    model.delete_adapter("other")
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert [layer.active_adapters for layer in layers] == [["b"]] * 3
+    assert model.active_adapters == ["b"]
+    x = torch.randn(3, 7)
+    with noise_level(model, LEVELS):
+        assert relative_error(model(x), by_hand(model, x, [["b"]] * 3, LEVELS)) < 5e-6
+
+
+def test_an_adapter_added_to_a_disabled_model_is_disabled_in_all_layers():
+    base = TwoLayers()
+    x = torch.randn(3, 7)
+    expected = base(x)
+    model = adapted(base, target_modules=["first"])
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("other", nara_config(target_modules=TARGETS))
+    model.set_adapter("other")
+    disturb(model)
+    assert torch.equal(model(x), expected)
+    model.base_model.enable_adapter_layers()
     with noise_level(model, LEVELS):
         assert relative_error(model(x), by_hand(model, x, [["other"]] * 3, LEVELS)) < 5e-6
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from nara_diffusion.noise.context import MixedBatch
 from nara_diffusion.runtime.context_stack import entered
+from nara_diffusion.tuner.activation import deleting
 from nara_diffusion.tuner.forward_hook import detach_holder
 from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.injection import drop_idle_holder
@@ -63,9 +64,10 @@ def _set_adapter(original: Any, tuner: Any, adapter_name: str | list[str], infer
 
 
 def _delete_adapter(original: Any, tuner: Any, adapter_name: str) -> None:
-    original(tuner, adapter_name)
     holder: Any = holder_of(tuner.model)
-    holder.delete_adapter(adapter_name)
+    with deleting([tuner.model], adapter_name):
+        original(tuner, adapter_name)
+        holder.delete_adapter(adapter_name)
     drop_idle_holder(tuner.model)
 
 

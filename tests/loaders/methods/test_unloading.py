@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from nara_diffusion.runtime.modules import find_holders
 from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import pixels, small_sdxl
-from tests.loaders.adapters import State, alone
+from tests.loaders.adapters import State, alone, predict, trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),  # PEFT, at Diffusers' second LoRA
@@ -67,6 +68,63 @@ def test_deleting_one_keeps_the_others(pipe, other_folder, lora_folder):
     pipe.delete_adapters(["b"])
     assert not find_holders(pipe.unet)  # the LoRA needs none
     assert torch.equal(pixels(pipe), pixels(alone(lora_folder, lora=True)))
+
+
+PLACES = {"a": ["to_q", "conv1"], "b": ["to_q", "to_v"], "c": ["to_q", "to_v", "conv1", "to_k"]}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NaRAs of different layers: "b" and "c" have a part for the text encoders."""
+    root = tmp_path_factory.mktemp("places")
+    for seed, (name, targets) in enumerate(PLACES.items()):
+        trained(seed=seed, text=name != "a", target_modules=targets).save_nara_weights(root / name)
+    return root
+
+
+def activity(pipe) -> set[tuple[str, ...]]:
+    """What is active, by all layers of all components and the holders."""
+    models = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+    layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return {tuple(layer.active_adapters) for layer in layers}
+
+
+DELETE = {
+    "pipeline": lambda pipe, names: pipe.delete_adapters(names),
+    "UNet": lambda pipe, names: pipe.unet.delete_adapters(names),
+}
+
+
+@pytest.mark.parametrize("way", DELETE)
+@pytest.mark.parametrize(("loaded", "gone", "stays"), [("abc", "c", "a"), ("bac", ["c", "a"], "b"), ("cba", "a", "b")])
+def test_deleting_the_active_one_activates_one_other_in_all_layers(way, loaded, gone, stays, places):
+    pipe, expected = small_sdxl(), small_sdxl()
+    for name in loaded:
+        pipe.load_nara_weights(places / name, adapter_name=name)
+    expected.load_nara_weights(places / stays, adapter_name=stays)
+    if way == "UNet":
+        for each in (pipe, expected):
+            each.text_encoder = each.text_encoder_2 = torch.nn.Identity()
+    DELETE[way](pipe, gone)
+    assert activity(pipe) == {(stays,)}
+    assert torch.equal(predict(pipe), predict(expected))
+    if way == "pipeline":
+        assert torch.equal(pixels(pipe), pixels(expected))
+
+
+@pytest.mark.parametrize("way", DELETE)
+def test_of_several_active_ones_the_others_stay_active(way, places):
+    pipe = small_sdxl()
+    for name in PLACES:
+        pipe.load_nara_weights(places / name, adapter_name=name)
+    pipe.set_adapters(["c", "b"])
+    DELETE[way](pipe, "c")
+    expected = small_sdxl()
+    expected.load_nara_weights(places / "b", adapter_name="b")
+    assert {tuple(layer.active_adapters) for layer in pipe.unet.modules() if isinstance(layer, BaseTunerLayer)} == {
+        ("b",)
+    }
+    assert torch.equal(predict(pipe), predict(expected))
 
 
 @pytest.mark.parametrize("active", [["a", "static"], ["static"], ["a"]])

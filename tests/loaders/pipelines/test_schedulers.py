@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nara_diffusion.loaders.schedulers import has_replaced_scheduler, scheduler_fields
 from tests.helpers.small_pipelines import pixels, small_sdxl
-from tests.loaders.adapters import State, trained
+from tests.loaders.adapters import State, save_lora, trained
 from tests.loaders.pipelines.converted import BETAS, FLOW, SCHEDULERS, converted
 
 pytestmark = [
@@ -57,6 +57,26 @@ def test_removing_the_adapter_brings_back_the_old_scheduler(flow, remove: Callab
     remove(flow)
     assert isinstance(flow.scheduler, EulerDiscreteScheduler)
     assert torch.equal(pixels(flow), base_pixels)
+
+
+def test_the_scheduler_is_that_of_the_adapter_which_a_deletion_activates(folders, tmp_path):
+    pipe = small_sdxl()
+    for name, seed in (("a", 5), ("z", 6)):
+        save_lora(tmp_path / name, seed=seed)
+    pipe.load_lora_weights(tmp_path / "a", adapter_name="a")
+    pipe.load_nara_weights(folders["flow"], "flow")
+    pipe.load_lora_weights(tmp_path / "z", adapter_name="z")
+    pipe.delete_adapters("z")
+    assert pipe.unet.nara_core.active_adapters == pipe.get_active_adapters() == ["a"]
+    assert isinstance(pipe.scheduler, EulerDiscreteScheduler)
+    alone = small_sdxl()
+    alone.load_lora_weights(tmp_path / "a")
+    assert torch.equal(pixels(pipe), pixels(alone))
+    pipe.delete_adapters("a")
+    assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
+    alone = small_sdxl()
+    alone.load_nara_weights(folders["flow"])
+    assert torch.equal(pixels(pipe), pixels(alone))
 
 
 def test_deleting_it_from_the_model_leaves_the_scheduler_to_the_next_call_of_the_pipeline(flow, lora_folder):
