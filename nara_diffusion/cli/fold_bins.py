@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nara_diffusion.export import PlainLora, to_lora, to_lora_bins
+from nara_diffusion.export.bins.earlier_parts import refuse_earlier_parts
 from nara_diffusion.export.bins.to_lora_bins import SCHEDULE_FILE, LoraBins
 from nara_diffusion.export.hosts.files import DENOISERS
 from nara_diffusion.export.hosts.schedules import host_schedules
@@ -36,7 +38,8 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
 
     Raises:
         ValueError: the file adapts no denoiser, or several components with --form peft; its λ has a definition for
-            which no schedule can be written; a flow model without --shift; see `to_lora_bins`.
+            which no schedule can be written; a flow model without --shift; the folder has LoRAs of an earlier export
+            that would stay; see `to_lora_bins`.
     """
     name = next((name for name in (*DENOISERS, MODEL) if name in file.parts), None)
     if name is None:
@@ -109,6 +112,7 @@ def _write_files(
     names = [f"{stem}-{index}.safetensors" for index in range(len(bins.loras))]
     always = f"{stem}-text.safetensors" if others else None
     schedules = dict(zip(names, bins.schedules, strict=True))
+    refuse_earlier_parts(args.output, [*names, always], rf"{re.escape(stem)}-(\d+|text)\.safetensors")
     with atomic_write_files(args.output) as partial:
         for name, lora in zip(names, bins.loras, strict=True):
             write({component: lora}, partial / name, args)

@@ -112,6 +112,32 @@ def test_peft_form_is_the_folder_of_lora_bins(tmp_path):
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fewer_loras_than_the_folder_has_are_refused_and_as_many_replace_them(saved):
+    _, folder, _ = saved
+    words = ["fold", str(folder / "toy"), str(folder / "toys"), *WORDS, "--bins"]
+    main([*words, "3"])
+    before = contents(folder / "toys")
+    with pytest.raises(SystemExit, match=r"error: '.*toys' has 'toys-2.safetensors' of an earlier export, .* delete"):
+        main([*words, "2"])
+    assert contents(folder / "toys") == before
+    main([*words, "3", "--steps", "7"])
+    assert contents(folder / "toys").keys() == before.keys()
+
+
+def test_text_encoders_loras_of_an_earlier_adapter_are_refused(saved):
+    pipe, folder, _ = saved
+    words = ["--bins", "3", *WORDS]
+    main(["fold", str(folder / "toy"), str(folder / "toys"), *words])
+    pipe.text_encoder = small_sdxl().text_encoder
+    pipe.save_nara_weights(folder / "other", adapter_name="toy")
+    with pytest.raises(SystemExit, match=r"has 'toys-text.safetensors' of an earlier export"):
+        main(["fold", str(folder / "other"), str(folder / "toys"), *words])
+
+
 def test_peft_form_refuses_a_file_of_several_components(saved):
     with pytest.raises(SystemExit, match="--form peft writes one component, but the file has"):
         main(["fold", str(saved[1] / "toy"), str(saved[1] / "toys"), "--bins", "5", "--form", "peft"])

@@ -36,6 +36,7 @@ from ..outputs import OUTPUT_LEVELS, Batch, Outputs
 from ..update_norm import CoreKey
 from .breakpoints import breakpoints
 from .core_samples import Blend, CoreSamples
+from .earlier_parts import refuse_earlier_parts
 from .hat_functions import exact_blend, linear_blends
 from .partition import constant_blends
 
@@ -67,7 +68,7 @@ class LoraBins:
         All files are written, or none.
 
         Raises:
-            ValueError: `directory` is a file.
+            ValueError: `directory` is a file, or has LoRAs of an earlier export that would stay.
         """
         folder = Path(directory)
         if folder.is_file():
@@ -76,6 +77,7 @@ class LoraBins:
             {"folder": f"lora-{index}", "noise_level": level, "strength": schedule.as_lists()}
             for index, (level, schedule) in enumerate(zip(self.noise_levels, self.schedules, strict=True))
         ]
+        refuse_earlier_parts(folder, [str(entry["folder"]) for entry in content], r"lora-\d+")
         with atomic_write_files(folder) as partial:
             for entry, lora in zip(content, self.loras, strict=True):
                 lora.save_pretrained(partial / str(entry["folder"]))

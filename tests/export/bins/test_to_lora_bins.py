@@ -229,6 +229,18 @@ def test_the_folder_has_the_schedules_and_the_error(tmp_path):
         read_lora_bins(tmp_path / "lora-0")
 
 
+def test_a_folder_that_has_more_loras_is_refused_and_stays(tmp_path):
+    model = adapted(base(), target_modules=TARGETS)
+    to_lora_bins(model, 3).save_pretrained(tmp_path)
+    (tmp_path / "lora-notes").mkdir()
+    before = (tmp_path / "lora_bins.json").read_bytes()
+    with pytest.raises(ValueError, match=r"has 'lora-2' of an earlier export, .* delete it, or name another folder"):
+        to_lora_bins(model, 2).save_pretrained(tmp_path)
+    assert (tmp_path / "lora_bins.json").read_bytes() == before
+    to_lora_bins(model, 4).save_pretrained(tmp_path)
+    assert [path.name for path, _ in read_lora_bins(tmp_path)] == ["lora-0", "lora-1", "lora-2", "lora-3"]
+
+
 def test_the_lora_of_a_knot_is_to_lora_s():
     model = adapted(base(), target_modules=TARGETS, core_type="knots", core_knots=3)
     bins = to_lora_bins(model, 3)
