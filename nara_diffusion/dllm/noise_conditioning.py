@@ -19,7 +19,8 @@ def conditioned(
 ) -> AbstractContextManager:
     """The context `noise_level(model, λ)` for a noise-aware model; a context that does nothing for any other.
 
-    λ is the masked share. Adapters that were made without a `noise_convention` have this one from now on.
+    λ is the masked share. Adapters that were made without a `noise_convention` have this one from now on. Those that
+    are merged at one λ refuse forwards at others, unless Diffusers' `fuse_lora` merged them, as of images.
 
     Args:
         model: the outermost module.
@@ -30,7 +31,7 @@ def conditioned(
         ValueError: an adapter that needs λ was trained with another definition of it.
     """
     holders = find_holders(model)
-    if not any(holder.needs_noise for holder in holders):
+    if not any(holder.needs_noise or holder.merged_level.is_binding for holder in holders):
         return nullcontext()
     for holder in holders:
         for name, other in holder.adopt_convention(MASKED_SHARE).items():

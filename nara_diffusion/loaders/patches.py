@@ -9,6 +9,7 @@ Diffusers walks over the layers of a model. The holder of the cores is a child o
     set_lora_device    moves the A and B of each layer, which the holder has not
     fuse_lora          merges layer by layer, so that half of them stay merged if λ is unknown, and doesn't say that
                        every step then runs at the C of one λ
+    …_text_encoder…    are what set_adapters and fuse_lora call for any model of transformers, a pipeline's denoiser too
     …_lora, …_adapters  change which adapters are active, and with them the scheduler that the pipeline needs
     delete_adapters    activates another adapter layer by layer, and in the holder perhaps a different one
     disable_lora, …    skip a model that PEFT has wrapped, whose adapters would stay as they are
@@ -72,6 +73,8 @@ def extend_diffusers_methods() -> None:
     for name in ("disable_lora", "enable_lora"):
         around(LoraBaseMixin, name, _switch, _has_cores)
     around(LoraBaseMixin, "set_adapters", _set_pipeline_adapters, _has_cores_or_gets_schedule)
+    around(lora_base, "set_adapters_for_text_encoder", _set_language_adapters, _language_has_holder_or_gets_schedule)
+    around(lora_base, "fuse_text_encoder_lora", _fuse_lora, _has_holder)
     around(LoraBaseMixin, "fuse_lora", _fuse_pipeline, _has_cores)
     around(LoraBaseMixin, "unfuse_lora", _unfuse_pipeline, _has_cores)
     around(LoraBaseMixin, "set_lora_device", _set_lora_device, _has_cores)
@@ -91,6 +94,10 @@ def _has_holder(model: Any, *args: Any, **kwargs: Any) -> bool:
 
 def _has_holder_or_gets_schedule(model: Any, adapter_names: Any, weights: Any = None) -> bool:
     return _has_holder(model) or has_functions(weights)
+
+
+def _language_has_holder_or_gets_schedule(adapter_names: Any, text_encoder: Any = None, weights: Any = None) -> bool:
+    return _has_holder_or_gets_schedule(text_encoder, adapter_names, weights)
 
 
 def _has_cores(pipe: Any, *args: Any, **kwargs: Any) -> bool:
@@ -161,6 +168,13 @@ def _listed(adapter_names: list[str] | str) -> list[str]:
     return [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
 
+def _set_language_adapters(original: Any, adapter_names: list[str], text_encoder: Any, weights: Any = None) -> None:
+    def of_model(model: Any, adapter_names: list[str], weights: Any) -> None:
+        original(adapter_names, model, weights)
+
+    _set_adapters(of_model, text_encoder, adapter_names, weights)
+
+
 def _fuse_lora(
     original: Any,
     model: Any,
@@ -171,6 +185,8 @@ def _fuse_lora(
     fixed, noise_level = _check_fusable(model, adapter_names)
     original(model, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
     if fixed:
+        holder: Any = holder_of(model)
+        holder.merged_level.is_fused = True
         logger.warning(
             "%s: %s is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, whatever its "
             "own is.",

@@ -22,6 +22,7 @@ from nara_diffusion.tuner.strength.set_strength import keep_as_default
 
 from .guards import check_not_wrapped
 from .insertion import adapters_of
+from .schedulers import DENOISERS
 
 ByLayer = dict[str, StrengthSchedule]
 _UNET_KEYS = ("down", "mid", "up")
@@ -125,7 +126,7 @@ def _check_component(pipe: Any, component: str, adapter_name: str, weight: Any) 
             f"pipe.{component}.compile()."
         )
     check_not_wrapped(model, component, "set_adapters")
-    if not isinstance(model, PeftAdapterMixin):
+    if not isinstance(model, PeftAdapterMixin) and component not in DENOISERS:
         raise ValueError(
             f"Adapter '{adapter_name}' has a part in {component}, which runs before there is a λ, so that it can have "
             "no StrengthSchedule: pass a weight for each component, adapter_weights={"

@@ -114,6 +114,34 @@ def test_a_source_that_was_set_has_named_the_convention(tiny_llama: LlamaForCaus
         model(PROMPTS)
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_an_adapter_that_is_merged_at_one_level_is_refused_at_others(call, tiny_llama: LlamaForCausalLM) -> None:
+    model = adapted(tiny_llama)
+    model.merge_adapter(noise_level=0.3)
+    for outermost in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(ValueError, match=r"merged at noise_level 0\.3, but this forward asks for.*unmerge_adapter"):
+            call(outermost)  # type: ignore[arg-type]
+    model.unmerge_adapter()
+    call(model)
+    model.merge_adapter(noise_level=0.3)
+    with model.disable_adapter():  # PEFT takes it out
+        call(model)
+
+
+def test_merged_at_the_level_that_is_asked_for_it_runs(tiny_llama: LlamaForCausalLM) -> None:
+    model = adapted(tiny_llama)
+    expected = generate(model, PROMPTS, gen_length=3, steps=1)
+    model.merge_adapter(noise_level=1.0)  # that of the first step
+    assert torch.equal(generate(model, PROMPTS, gen_length=3, steps=1), expected)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_merged_adapter_that_needs_no_level_runs_at_all(call, tiny_llama: LlamaForCausalLM) -> None:
+    model = adapted(tiny_llama, core_type="constant")
+    model.merge_adapter()
+    call(model)
+
+
 def test_refusing_and_adopting_take_no_walk_over_the_model_of_their_own(monkeypatch, adapted_llama: PeftModel) -> None:
     import nara_diffusion.runtime.modules as modules
 

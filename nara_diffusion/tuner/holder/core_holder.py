@@ -184,8 +184,12 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         return self._cores(adapter_name).matrix(group, signals)
 
     def check_merged_level(self) -> None:
-        """Raises ValueError if `noise_level(…)` gives another λ than that of the merged adapters."""
-        self.merged_level.check(active_signals(self.channel))
+        """Raises ValueError if `noise_level(…)` gives another λ than that of the merged adapters.
+
+        Beside fused ones it may be there for others.
+        """
+        if not (self.merged_level.is_fused and self.needs_noise):
+            self.merged_level.check(active_signals(self.channel))
 
     # ------------------------------------------------------------------ export
 
@@ -230,7 +234,7 @@ class CoreHolder(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()
-        self.merged_level.signals = None
+        self.merged_level = MergedLevel()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Do nothing: the scale s belongs to the layers."""

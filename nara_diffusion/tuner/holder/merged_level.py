@@ -11,10 +11,19 @@ MERGE_REMEDY = "Pass noise_level=…, or merge inside `with noise_level(model, v
 
 
 class MergedLevel:
-    """Attributes: `signals`, λ and mask density (1,) of the merged adapters; None while none that needs λ is merged."""
+    """Attributes:
+    signals: λ and mask density (1,) of the merged adapters; None while none that needs λ is merged.
+    is_fused: whether `fuse_lora` merged them, and has said that every step runs at this λ.
+    """
 
     def __init__(self) -> None:
         self.signals: NoiseSignals | None = None
+        self.is_fused = False
+
+    @property
+    def is_binding(self) -> bool:
+        """Whether a sampler that has another λ must not run."""
+        return self.signals is not None and not self.is_fused
 
     def choose(self, cores: AdapterCores, active: NoiseSignals | None, remedy: str) -> NoiseSignals | None:
         """The signals, of one sample, at which `cores` are merged; None if they need none.

@@ -62,7 +62,7 @@ def diffusers_calls(folder: Path) -> Results:
     pipe.disable_lora()
     found["disabled"] = pixels(pipe)
     pipe.enable_lora()
-    pipe.fuse_lora(components=["unet"], lora_scale=0.8)
+    pipe.fuse_lora(components=["unet", "text_encoder"], lora_scale=0.8)
     found["fused"] = pixels(pipe)
     pipe.unfuse_lora(components=["unet"])
     pipe.set_lora_device(["a"], "cpu")

@@ -42,7 +42,8 @@ OWNERS = (
 CHECKS = {
     "utils/patching.py": {"wrapper"},
     "loaders/patches.py": {
-        "_has_holder", "_has_holder_or_gets_schedule", "_has_cores", "_has_cores_or_gets_schedule",
+        "_has_holder", "_has_holder_or_gets_schedule", "_language_has_holder_or_gets_schedule",
+        "_has_cores", "_has_cores_or_gets_schedule",
         "_fetch_state_dict", "_load_metadata", "_refuse_cores",
     },
     "loaders/format.py": {"is_core_key"},
