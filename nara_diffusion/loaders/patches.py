@@ -23,7 +23,6 @@ code only: the condition of each wrapper says so. The last three wrappers read f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,7 +33,6 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 
 from nara_diffusion.runtime.offloading import check_kept_nowhere
 from nara_diffusion.tuner.activation import deleting
@@ -45,21 +43,17 @@ from nara_diffusion.tuner.injection import drop_idle_holder, without_holder
 from nara_diffusion.tuner.strength.layers import take_strength
 from nara_diffusion.utils.patching import around
 
-from .format import METADATA_KEY, is_core_key
 from .fusing import active_in, check_none_left_out
 from .guards import check_none_wrapped
 from .hotswap import REQUEST, check_enlargeable, enlarge_cores
 from .insertion import adapters_of, unwrap
+from .lora_files import fetch_without_cores, load_lora_metadata
 from .schedulers import DENOISERS, check_agree, follow_adapters, has_replaced_scheduler, removing_adapters
 from .strengths import check_components, has_functions, set_weights
 
 logger = logging.getLogger(__name__)
 
 _FUSE_REMEDY = "fuse_lora works at one λ: call it inside `with noise_level(pipe.unet, value):` (or pipe.transformer)."
-
-_REFUSAL = (
-    "holds a NaRA adapter, of which loading as a LoRA would leave out the core: load it by pipe.load_nara_weights(…)."
-)
 
 
 def extend_diffusers_methods() -> None:
@@ -80,9 +74,9 @@ def extend_diffusers_methods() -> None:
     around(LoraBaseMixin, "set_lora_device", _set_lora_device, _has_cores)
     around(LoraBaseMixin, "unload_lora_weights", _then_tidy_up, _has_cores)
     around(LoraBaseMixin, "delete_adapters", _delete_pipeline_adapters, _has_cores)
-    around(lora_pipeline, "_fetch_state_dict", _fetch_state_dict)
-    around(peft_loaders, "_fetch_state_dict", _fetch_state_dict)
-    around(lora_base, "_load_sft_state_dict_metadata", _load_metadata)
+    around(lora_pipeline, "_fetch_state_dict", fetch_without_cores)
+    around(peft_loaders, "_fetch_state_dict", fetch_without_cores)
+    around(lora_base, "_load_sft_state_dict_metadata", load_lora_metadata)
 
 
 # ---------------------------------------------------------------------- when a wrapper has something to do
@@ -294,24 +288,3 @@ def _then_tidy_up(original: Any, pipe: Any, *args: Any, **kwargs: Any) -> None:
             drop_idle_holder(model)
             if not adapters_of(model):
                 unwrap(model)
-
-
-# ---------------------------------------------------------------------- files
-
-
-def _fetch_state_dict(original: Any, *args: Any, **kwargs: Any) -> Any:
-    fetched = original(*args, **kwargs)
-    _refuse_cores(fetched[0])
-    return fetched
-
-
-def _load_metadata(original: Any, model_file: str) -> Any:
-    with safe_open(model_file, framework="pt", device="cpu") as file:
-        if METADATA_KEY in (file.metadata() or {}):
-            raise ValueError(f"'{model_file}' {_REFUSAL}")
-    return original(model_file)
-
-
-def _refuse_cores(keys: Iterable[str]) -> None:
-    if any(is_core_key(key) for key in keys):
-        raise ValueError(f"What was given {_REFUSAL}")

@@ -44,8 +44,8 @@ CHECKS = {
     "loaders/patches.py": {
         "_has_holder", "_has_holder_or_gets_schedule", "_language_has_holder_or_gets_schedule",
         "_has_cores", "_has_cores_or_gets_schedule",
-        "_fetch_state_dict", "_load_metadata", "_refuse_cores",
     },
+    "loaders/lora_files.py": {"fetch_without_cores", "load_lora_metadata", "check_without_cores"},
     "loaders/format.py": {"is_core_key"},
     "loaders/schedulers.py": {"has_replaced_scheduler"},
     "loaders/stand_in.py": {"stands_in_for"},
