@@ -19,9 +19,10 @@ from quality.regimes.runs import REGIMES, Cell, rounded
 from quality.regimes.text.denoising import Denoising
 
 RANK, STEPS = 4, 200
-"""The cell whose confirmation is what is known."""
+OTHER_SIZES = {"one_image": (16, 400)}
+"""Rank and steps of the cell whose confirmation is what is known, and {regime: others}."""
 ROWS = {
-    name.removesuffix(":attention"): Cell(regime, targets, RANK, STEPS)
+    name.removesuffix(":attention"): Cell(regime, targets, *OTHER_SIZES.get(regime, (RANK, STEPS)))
     for regime in REGIMES
     for targets in ("attention", "all")
     if targets == "attention" or regime == "eps_to_v"

@@ -48,17 +48,19 @@ def _confirmed(row: str, known: Sequence[Record]) -> Confirmed | None:
 
 
 def _pays(row: str, cell: Confirmed | None) -> bool | None:
-    """Whether NaRA is below LoRA and below itself without λ, both clear of zero; None where it isn't known."""
+    """Whether NaRA is below LoRA and below itself without λ, both clear of zero; None where runs say nothing."""
     if cell is None:
         return ALONE.get(row)
     found = [cell.difference("nara", other) for other in ("lora", "nara_constant") if other in cell.planned.arms]
-    return all(each is not None and below_zero(each) for each in found)
+    return None if None in found else all(each is not None and below_zero(each) for each in found)
 
 
 def _known(row: str, cell: Confirmed | None) -> str:
     """The relative difference of NaRA's and LoRA's mean scores."""
     if cell is None:
         return "no gain" if ALONE.get(row) is False else "open"
+    if _pays(row, cell) is None:
+        return "no interval"
     nara, lora = (fmean(r["score"] for (name, _), r in cell.records.items() if name == arm) for arm in ("nara", "lora"))
     return f"{_percent(nara / lora - 1)}, {'pays' if _pays(row, cell) else 'no gain from λ'}"
 

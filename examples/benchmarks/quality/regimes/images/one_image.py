@@ -22,6 +22,7 @@ from nara_diffusion.dreambooth.arguments.loss import bias_of
 from nara_diffusion.dreambooth.loss import windowed_schedule
 from nara_diffusion.dreambooth.objectives import squared_errors
 from nara_diffusion.noise.window import NoiseWindow
+from quality.images.held_out import HeldOut
 from quality.images.training import ControlledDenoiser
 from quality.regimes.backbones import UNET, Backbone
 from quality.regimes.images.batches import batches
@@ -63,10 +64,18 @@ class OneImage:
 
         return loss
 
+    def held_out(self) -> list[HeldOut]:
+        """One batch a bin of λ, of other pictures of the subject."""
+        return self._plain.held_out()
+
     def figures(self, unet: Any, gated: bool = False) -> dict[str, Any]:
         """losses: of each bin of λ, on held-out pictures of the subject."""
-        losses = Conversion("eps", self.load).figures(unet, gated)["losses"]
-        return {"losses": losses}
+        return {"losses": self._plain.figures(unet, gated)["losses"]}
+
+    @property
+    def _plain(self) -> Conversion:
+        """What the base predicts, of these pictures."""
+        return Conversion("eps", self.load)
 
     def look(self, unet: Any, seed: int) -> Look:
         """similarity and alignment of what `unet` draws now, from noise that follows from the seed."""
