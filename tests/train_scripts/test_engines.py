@@ -39,7 +39,7 @@ DEEPSPEED = [
     pytest.param(kind, id=", ".join(kind), marks=[needs_deepspeed, *marks])
     for kind, *marks in (
         (("zero-2", "nara"), pytest.mark.slow),
-        (("zero-3", "nara, DoRA"),),
+        (("zero-3", "nara, DoRA"), pytest.mark.slow),
         (("zero-3", "all weights"), pytest.mark.slow),
     )
 ]
