@@ -27,7 +27,8 @@ def deleting(models: Sequence[nn.Module], adapter_names: str | Iterable[str]) ->
     """Around what deletes adapters: those of the active ones that stay are active afterwards, or one other, or none.
 
     The other one is active in all `models` that lose theirs: what is active in another of them, or else the first by
-    name. After an error inside, all is as before.
+    name. None is where an adapter is fused, beside which another would have no effect in the layers of both. After an
+    error inside, all is as before.
     """
     gone = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
     before = [(layer, layer.active_adapters) for model in models for layer in tuner_layers(model)]
@@ -50,18 +51,23 @@ def _activate_others(models: Sequence[nn.Module], gone: set[str]) -> None:
     for model, before, names in zip(models, active, left, strict=True):
         if gone.isdisjoint(before):
             continue
-        if other and not names:
+        chosen = names or ([] if _is_fused(model) else other)
+        if chosen and not names:
             warnings.warn(
                 f"Adapter {', '.join(before)} was active which is now deleted. Setting active adapter to "
-                f"{', '.join(other)}.",
+                f"{', '.join(chosen)}.",
                 stacklevel=2,
             )
         for layer in tuner_layers(model):
-            layer.set_adapter(list(names or other))
+            layer.set_adapter(list(chosen))
 
 
 def _active(model: nn.Module) -> list[str]:
     return next((layer.active_adapters for layer in tuner_layers(model)), [])
+
+
+def _is_fused(model: nn.Module) -> bool:
+    return any(layer.merged for layer in tuner_layers(model))
 
 
 def _first(model: nn.Module, gone: set[str]) -> list[str]:

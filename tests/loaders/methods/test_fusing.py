@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nara_diffusion import noise_level
+from nara_diffusion.tuner.activation import tuner_layers
 from tests.helpers.adapted import relative_error
 from tests.loaders.adapters import predict, save_lora, trained
 
@@ -107,6 +108,20 @@ def test_an_adapter_is_not_activated_in_layers_into_which_another_is_fused(tmp_p
     pipe.unfuse_lora(components=["unet"])
     pipe.set_adapters(["lora", "nara"])
     assert relative_error(predict(pipe), both) < 1e-5
+
+
+def test_deleting_a_fused_adapter_activates_no_other_one_beside_it(tmp_path: Path) -> None:
+    """Of the NaRA only the layers that the LoRA hasn't would run."""
+    pipe = lora_and_nara(tmp_path)
+    pipe.set_adapters("lora")
+    alone = predict(pipe)
+    pipe.fuse_lora(components=["unet"], adapter_names=["lora"])
+    pipe.delete_adapters("lora")
+    assert pipe.get_active_adapters() == []
+    assert {tuple(layer.active_adapters) for layer in tuner_layers(pipe.unet)} == {()}
+    assert relative_error(predict(pipe), alone) < 1e-5
+    with pytest.raises(ValueError, match="adapter 'nara' would have no effect beside the fused 'lora'"):
+        pipe.set_adapters("nara")
 
 
 def test_a_nara_runs_on_a_lora_that_is_fused_and_unloaded(tmp_path: Path) -> None:
