@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # as DeepSpeed sets it, in the first test that imports it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
@@ -18,8 +19,25 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion.noise.denoisers.lookup import _DENOISERS
+from tests.helpers.process_state import fail_if_left, process_state
 
 MASK_TOKEN_ID = 49
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fixtures_leave_the_process_as_it_was() -> Iterator[None]:
+    """Around the wider fixtures of a file, which set up after it."""
+    before = process_state()
+    yield
+    fail_if_left(before)
+
+
+@pytest.fixture(autouse=True)
+def _test_leaves_the_process_as_it_was(_fixtures_leave_the_process_as_it_was: None) -> Iterator[None]:
+    """Inside all wider fixtures, whose changes last longer than a test."""
+    before = process_state()
+    yield
+    fail_if_left(before)
 
 
 @pytest.fixture(autouse=True)

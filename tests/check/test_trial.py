@@ -32,6 +32,7 @@ def test_decide_where_the_update_turns_with_the_level_finds_the_gain() -> None:
     """A static update can do nothing; C(λ) can turn the sign."""
     repeats, verdict = decide(linear_task(turning), SETTINGS, progress=False)
     assert verdict.answer == LIKELY
+    assert "time layers" in verdict.reason  # the cheaper ways of telling λ, which it hasn't tried
     for repeat in repeats:
         assert repeat.losses["lora"].mean().item() == pytest.approx(repeat.losses["base"].mean().item(), rel=0.1)
         assert repeat.losses["nara"].mean() < 0.5 * min(repeat.losses["lora"].mean(), repeat.losses["untold"].mean())
