@@ -37,6 +37,11 @@ MEASURED_STEPS = 100
 
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
 
+CHEAPER = (
+    "NaRA isn't the only way of telling λ: try first, since this check doesn't, LoRA or DoRA on the time layers too, "
+    "λ as a token of the prompt, or for a conversion the base as it is, read in the other form (docs/conversion.md)."
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -64,7 +69,7 @@ def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Ver
     told += f"{described(untold)}, in {len(repeats)} repeats"
     is_lower = all(difference.high < 0 for difference in differences)
     if is_lower and all(difference.mean <= -thresholds.pays for difference in differences):
-        return Verdict(LIKELY, f"{told}: both intervals are below zero, and both means are {pays} or lower.")
+        return Verdict(LIKELY, f"{told}: both intervals are below zero, and both means are {pays} or lower. {CHEAPER}")
     if is_lower:
         return Verdict(
             UNKNOWN,

@@ -29,6 +29,12 @@ _WHAT_IT_IS = {
     "full": "All weights, fine-tuned:",
 }
 
+_BESIDE_LORA = (
+    "The table says nothing of LoRA or DoRA. Models that read the noise level themselves, as most do, learnt as much "
+    "by those in this method's own comparisons: train one on the same data (`--adapter lora`, `--adapter dora`) before "
+    "you call this adapter better than either."
+)
+
 
 def write_run_card(
     folder: Path,
@@ -60,6 +66,7 @@ def write_run_card(
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
     table = f"| | before | after |\n|---|---|---|\n{rows}"
     training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
+    beside = _BESIDE_LORA if reads_noise(args) else ""
     settings = yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True).strip()
     write_model_card(
         folder,
@@ -69,7 +76,7 @@ def write_run_card(
         relation=FINETUNE if method.family == "full" else ADAPTER,
         tags=["nara" if kind.startswith("nara") else kind.replace("_", "-"), *tags],
         sections={
-            "How good it is": "\n\n".join(part for part in (how_good[0], table, how_good[1]) if part),
+            "How good it is": "\n\n".join(part for part in (how_good[0], table, how_good[1], beside) if part),
             "How to load it": loading,
             "How it was trained": f"{training}\n\nAll arguments:\n\n```yaml\n{settings}\n```",
         },
