@@ -3,8 +3,9 @@
     λ_i = masked tokens of answer i / tokens of answer i
 
 What a forward's arguments can't tell is told once: where the prompts end. The prompt doesn't count, masked by
-guidance or not, and neither does padding, where an `attention_mask` (B, l) says what that is. `noise_level(model,
-…)` still beats it.
+guidance or not, and neither does padding, where an `attention_mask` says what that is: (b, l), or a mask of four
+dimensions (b, heads, l, l), in which padding doesn't see itself. Other masks are refused. `noise_level(model, …)` still
+beats it.
 
     with read_noise_from_input_ids(model, prompt_lengths=[12, 30]):
         somebody_elses_generate(model, …)
@@ -65,8 +66,8 @@ class InputIdsNoise:
         """λ (B,) for a forward of `module`.
 
         Raises:
-            ValueError: no input_ids, a part of the sequence only (with a cache), a batch of unknown make-up, or rows
-                without an answer.
+            ValueError: no input_ids, a part of the sequence only (with a cache), a batch of unknown make-up, rows
+                without an answer, or an attention_mask that doesn't tell what is padding.
         """
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
@@ -86,7 +87,7 @@ class InputIdsNoise:
         density = None if radius is None else mask_density(masked, answer, radius)
         return NoiseSignals(masked.sum(1) / answer.sum(1), density)
 
-    def _answer(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _answer(self, input_ids: torch.Tensor, attention_mask: Any) -> torch.Tensor:
         rows, width = input_ids.shape
         columns = torch.arange(width, device=input_ids.device)
         starts = self._for_rows("prompt_lengths", self.prompt_lengths, rows).to(input_ids.device)[:, None]
@@ -94,8 +95,8 @@ class InputIdsNoise:
         if self.answer_lengths is not None:
             lengths = self._for_rows("answer_lengths", self.answer_lengths, rows).to(input_ids.device)[:, None]
             answer = answer & (columns < starts + lengths)
-        if attention_mask is not None and attention_mask.shape == input_ids.shape:
-            answer = answer & attention_mask.bool()
+        if attention_mask is not None:
+            answer = answer & _tokens_that_count(attention_mask, rows, width)
         if not answer.any(1).all():
             row = int((~answer.any(1)).nonzero()[0])
             raise ValueError(
@@ -162,6 +163,31 @@ def read_noise_from_input_ids(
         repeated=repeated,
     )
     return ReadNoise(model, source)
+
+
+_HIDDEN = -1e4
+"""A bias of attention from which on a token isn't seen; libraries add this, a dtype's smallest number or −∞."""
+
+
+def _tokens_that_count(attention_mask: Any, rows: int, width: int) -> torch.Tensor:
+    """Which tokens are no padding, (b, l) bool: those that see themselves, in a mask of four dimensions."""
+    received = type(attention_mask).__name__
+    if isinstance(attention_mask, torch.Tensor):
+        received = f"of shape {tuple(attention_mask.shape)} and {attention_mask.dtype}"
+        if attention_mask.shape == (rows, width):
+            return attention_mask.bool()
+        if attention_mask.ndim == 4 and all(n in (1, width) for n in attention_mask.shape[2:]):
+            square = attention_mask.expand(-1, -1, width, width)
+            own = square.diagonal(dim1=2, dim2=3)  # (b or 1, h, l)
+            counts = own == 0 if own.is_floating_point() else own.bool()
+            is_clear = not own.is_floating_point() or bool((counts | (own <= _HIDDEN)).all())
+            if is_clear and len(own) in (1, rows) and bool((counts == counts[:, :1]).all()):
+                return counts[:, 0].expand(rows, -1)
+            received += ", with values in between or rows or heads that differ,"
+    raise ValueError(
+        f"λ can't be read: an attention_mask {received} doesn't tell which of the tokens are padding: pass one of "
+        f"shape ({rows}, {width}), or use noise_level(…)"
+    )
 
 
 def _as_lengths(name: str, lengths: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
