@@ -66,7 +66,7 @@ def load_model(
         peft: folder or repository of any adapter that PEFT loads, such as a NaRA; None: no adapter.
         device: the device of the model, unless there is a device_map; None: an accelerator if there is one.
         dtype: the dtype of the weights, such as bfloat16; "auto": that of the checkpoint.
-        load_in_8bit, load_in_4bit: quantise the weights by bitsandbytes.
+        load_in_8bit, load_in_4bit: quantise the weights by bitsandbytes; 4 bits are NF4 with double quantisation.
         revision, peft_revision: of the two repositories.
         **backbone: further arguments of `load_backbone`, see `BACKBONE_ARGUMENTS`.
 
@@ -86,7 +86,11 @@ def load_model(
         raise ValueError(f"dtype is {dtype!r}, expected auto, float32, bfloat16 or float16")
     if load_in_8bit or load_in_4bit:
         backbone["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit, bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
         )
     if revision is not None:
         backbone["revision"] = revision
