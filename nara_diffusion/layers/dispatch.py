@@ -44,6 +44,26 @@ def check_target(target: Any, use_dora: bool, name: str) -> None:
         )
 
 
+def check_convolution(target: Any, name: str) -> None:
+    """Refuse convolutions whose update PEFT's layer doesn't compute as W0's: its A has neither their dilation nor their
+    padding mode. `name` is for messages.
+
+    Raises:
+        ValueError: `target` has another dilation than 1, or another padding mode than zeros.
+    """
+    base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+    if not isinstance(base, nn.modules.conv._ConvNd):
+        return
+    dilated = any(step != 1 for step in base.dilation)
+    if dilated or base.padding_mode != "zeros":
+        option = f"dilation={base.dilation}" if dilated else f"padding_mode={base.padding_mode!r}"
+        raise ValueError(
+            f"NaRA cannot adapt '{name}' ({type(base).__name__} with {option}): PEFT's convolution A has dilation 1 "
+            "and pads with zeros, so that the forward wouldn't be that of W0 + s·B·C·A. Leave it out by "
+            "`exclude_modules`."
+        )
+
+
 def variant_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
     """The LoRA variant for `layer`, which PEFT has made; `name` is for messages.
 

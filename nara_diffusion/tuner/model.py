@@ -16,7 +16,7 @@ from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
 from nara_diffusion.cores.custom import BUILT_IN
-from nara_diffusion.layers.dispatch import check_target, keep_out_of_float8, variant_for
+from nara_diffusion.layers.dispatch import check_convolution, check_target, keep_out_of_float8, variant_for
 from nara_diffusion.layers.initialisation import make_directions_orthonormal
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.context import active_signals
@@ -129,6 +129,7 @@ class NaraModel(MergesAtOneLevel):
     ) -> None:
         group = core_group(lora_config, current_key, lora_config.r)
         refuse_name_in_key(f"{PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
+        check_convolution(target, current_key)
         if lora_config.reads_core:
             check_target(target, lora_config.use_dora, current_key)
         super()._create_and_replace(
