@@ -127,8 +127,8 @@ def generate(
         (b, longest prompt + gen_length) int64 token ids: prompt, answer, and padding on the right of shorter rows.
 
     Raises:
-        ValueError: impossible arguments, more positions than the model has, sequences that `on_step_end` spoiled, or an
-            adapter that was trained with another λ than the masked share.
+        ValueError: impossible arguments, a prompt that holds the mask token, more positions than the model has,
+            sequences that `on_step_end` spoiled, or an adapter that was trained with another λ than the masked share.
     """
     sampling = Sampling(
         gen_length=gen_length,

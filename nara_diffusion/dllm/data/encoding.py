@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .fitting import Fit
+from .prompts import check_without_mask
 from .vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
@@ -115,14 +116,13 @@ def _encode(
     """The encoded rows of the records that fit, and their `Fit`. Messages call the records `name`."""
     rows: list[dict[str, Any]] = []
     lengths: list[tuple[int, int]] = []
-    mask = tokenizer.mask_token_id  # None where it has none
+    mask: Any = tokenizer.mask_token_id  # None where it has none
     starts = range(0, len(records), _BATCH)
     for start in tqdm(starts, desc="tokenise", unit="batch", disable=not progress or len(starts) < 2):
         batch = [records[i] for i in range(start, min(start + _BATCH, len(records)))]
         for record, prompt, answer in zip(batch, *_encode_batch(batch, tokenizer), strict=True):
             whole = prompt + answer
-            if mask in whole:
-                raise _holds_the_mask(record, tokenizer)
+            check_without_mask(whole, mask, f"the record {_text_of(record)[:100]!r}")
             lengths.append((len(prompt), len(answer)))
             if len(prompt) < max_length:
                 row = {field: record[field] for field in ("instruction", "answer")}
@@ -132,12 +132,8 @@ def _encode(
     return rows, fit
 
 
-def _holds_the_mask(record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> ValueError:
-    text = " ".join(record[name] for name in ("instruction", "input", "output") if record[name])
-    return ValueError(
-        f"a record holds the mask token {tokenizer.mask_token!r} as text, and the model would take it for a token that "
-        f"is masked: write it otherwise, or leave out the record, {text[:100]!r}"
-    )
+def _text_of(record: Mapping[str, str]) -> str:
+    return " ".join(record[name] for name in ("instruction", "input", "output") if record[name])
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:

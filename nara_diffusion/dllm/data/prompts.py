@@ -1,4 +1,7 @@
-"""Prompts of unequal length, each followed by its own answer: prompt, answer, padding on the right, as in training."""
+"""Prompts of unequal length, each followed by its own answer: prompt, answer, padding on the right, as in training.
+
+A prompt in which the mask token was typed is refused: what the model reads as masked has to be what λ counts.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def place_prompts(
         max_length: the number of positions that the model has.
 
     Raises:
-        ValueError: shapes that don't agree, an empty batch, a prompt and answer longer than the model can see.
+        ValueError: shapes that don't agree, an empty batch, a prompt and answer longer than the model can see, a prompt
+            that holds the mask token.
     """
     is_integer = not input_ids.is_floating_point() and input_ids.dtype != torch.bool
     if input_ids.ndim != 2 or input_ids.shape[0] == 0 or not is_integer:
@@ -50,6 +54,9 @@ def place_prompts(
         )
     device, input_ids = input_ids.device, input_ids.long()
     kept = _kept(input_ids, prompt_lengths, attention_mask)  # (b, p)
+    for row, (tokens, real) in enumerate(zip(input_ids, kept, strict=True)):
+        name = "the prompt" if len(input_ids) == 1 else f"prompt {row}"
+        check_without_mask(tokens[real].tolist(), mask_token_id, name)
     starts = kept.sum(1)  # (b,)
     longest = int(starts.max()) + gen_length
     if max_length is not None and longest > max_length:
@@ -63,6 +70,19 @@ def place_prompts(
     sequences[positions < starts[:, None]] = input_ids[kept]  # both run through rows in order, and tokens in order
     sequences[in_answer] = mask_token_id
     return Canvas(sequences, starts, positions < starts[:, None] + gen_length)
+
+
+def check_without_mask(token_ids: Sequence[int], mask_token_id: int | None, name: str) -> None:
+    """Refuse a text that holds the mask token; `name` is the text's in the message.
+
+    Raises:
+        ValueError: it does.
+    """
+    if mask_token_id in token_ids:
+        raise ValueError(
+            f"{name} holds the mask token ({mask_token_id}), and the model would take it for a token that is masked: "
+            "write it otherwise, or leave it out"
+        )
 
 
 def _kept(

@@ -1,0 +1,44 @@
+"""The mask token that a user types into a prompt is refused, as it is in records to train on."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nara_diffusion.cli.main import main
+from nara_diffusion.dllm import encode_records, generate, load_backbone
+from nara_diffusion.dllm.data.records import normalized
+from pipelines.llada import LLaDAPipeline
+
+LLADA_TINY = Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny"
+MASK, TYPED = 283, "<|mdm_mask|>"
+
+
+def test_generate_refuses_a_mask_in_a_prompt() -> None:
+    model, _ = load_backbone(str(LLADA_TINY))
+    prompts = torch.tensor([[9, 8, 7, 5], [9, MASK, 7, MASK]])
+    with pytest.raises(ValueError, match=r"prompt 1 holds the mask token \(283\).*: write it otherwise"):
+        generate(model, prompts, gen_length=2, prompt_lengths=[4, 2])
+    assert generate(model, prompts, gen_length=2, prompt_lengths=[4, 1]).shape == (2, 6)  # padding may be anything
+
+
+def test_the_pipeline_refuses_it_as_training_does() -> None:
+    pipe = LLaDAPipeline.from_pretrained(str(LLADA_TINY))
+    records = normalized([{"instruction": f"upper: {TYPED}", "output": "A", "answer": "A"}], source="test")
+    with pytest.raises(ValueError, match="holds the mask token") as training:
+        encode_records(records, pipe.tokenizer, max_length=64, progress=False)
+    for prompt in (f"upper: {TYPED}", [{"role": "user", "content": f"upper: {TYPED}"}]):
+        with pytest.raises(ValueError, match="the prompt holds the mask token") as inference:
+            pipe(prompt, gen_length=2)
+        assert str(inference.value).partition(" holds ")[2] == str(training.value).partition(" holds ")[2]
+
+
+def test_the_chat_refuses_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"upper: ab\nupper: {TYPED}\n"))
+    with pytest.raises(SystemExit) as ended:
+        main(["chat", str(LLADA_TINY), "--gen_length", "4"])
+    assert "the prompt holds the mask token (283)" in f"{ended.value}{capsys.readouterr().err}"
