@@ -13,6 +13,8 @@ whose probability exceeds it and one at least a step (parallel decoding, arXiv 2
 A noise-aware model is told λ = masked share of the answer, per sample, at each step, over all blocks, so it goes
 from 1 to 0; the guided half of a batch has the λ of its sample. What differs from LLaDA's own generate():
 
+- an empty prompt becomes a BOS token where position i predicts token i + 1 (Dream), so that something predicts the
+  first token of the answer;
 - prompts of unequal length: each answer follows its own prompt directly, and padding stands on the right, as in
   training;
 - the mask token is never predicted, so that a step cannot undo another;
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,6 +36,7 @@ from torch import nn
 from nara_diffusion.dllm.data.prompts import Canvas, place_prompts
 from nara_diffusion.dllm.models.lm_head import configured, logits_at
 from nara_diffusion.dllm.models.positions import position_limit
+from nara_diffusion.dllm.models.shifted_logits import opening_token
 from nara_diffusion.dllm.models.virtual_tokens import of_text
 from nara_diffusion.utils.eval_mode import evaluating, without_ddp
 
@@ -124,7 +128,8 @@ def generate(
         on_step_end: called after each step with a `GenerationStep`, which it may change.
 
     Returns:
-        (b, longest prompt + gen_length) int64 token ids: prompt, answer, and padding on the right of shorter rows.
+        (b, longest prompt + gen_length) int64 token ids: prompt, answer, and padding on the right of shorter rows. An
+        empty prompt becomes a BOS token if the model predicts the next token (Dream).
 
     Raises:
         ValueError: impossible arguments, a prompt that holds the mask token, more positions than the model has,
@@ -150,6 +155,7 @@ def generate(
         pad_token_id=mask if padding is None else padding,
         prompt_lengths=prompt_lengths,
         attention_mask=attention_mask,
+        opening_token=partial(opening_token, model),
         max_length=position_limit(model),
     )
     state = _State(model, canvas, sampling, mask, _token_ids(ends) if stop_at_eos else [], generator)

@@ -21,7 +21,9 @@ from lm_eval.api.model import LM
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm import generate, log_likelihood, stop_token_ids
+from nara_diffusion.dllm.models.lm_head import language_model
 from nara_diffusion.dllm.models.positions import position_limit
+from nara_diffusion.dllm.models.shifted_logits import ShiftedLogits
 
 from .generation import SETTINGS, HowToAnswer, contradiction, cut, read_gen_kwargs
 from .loading import load_model
@@ -89,6 +91,7 @@ class NaraDLLM(LM):
             raise ValueError("the model's configuration has no limit of positions: add max_length=N to --model_args")
         self.max_length = limit
         self.ends = stop_token_ids(self.model, self.tokenizer)
+        self.opening = self._opening()
         self.has_template = False
 
     @classmethod
@@ -120,7 +123,7 @@ class NaraDLLM(LM):
         """The answer to each request: the generated text before an end token and before any of the request's "
         "`until`."""
         given: list[Any] = [request.args for request in requests]  # (prompt, gen_kwargs)
-        prompts = [encode(self.tokenizer, prompt, has_template=self.has_template) for prompt, _ in given]
+        prompts = [self._opened(encode(self.tokenizer, prompt, has_template=self.has_template)) for prompt, _ in given]
         how = [read_gen_kwargs(gen_kwargs) for _, gen_kwargs in given]
         self._check_lengths(how)
         for message in sorted({contradiction(gen_kwargs) or "" for _, gen_kwargs in given} - {""}):
@@ -181,11 +184,13 @@ class NaraDLLM(LM):
             ValueError: a continuation is longer than `max_length`.
         """
         pairs = [encode_pair(self.tokenizer, *request.args, has_template=self.has_template) for request in requests]
+        pairs = [(self._opened(prompt), answer) for prompt, answer in pairs]
+        room, beside = self.max_length - len(self.opening), " beside the BOS token" if self.opening else ""
         for _, answer in pairs:
-            if len(answer) > self.max_length:
+            if len(answer) > room:
                 raise ValueError(
-                    f"a continuation has {len(answer)} tokens, and the model {self.max_length} positions: leave the "
-                    "task out, or raise max_length in --model_args"
+                    f"a continuation has {len(answer)} tokens, and the model {room} positions{beside}: leave the task "
+                    "out, or raise max_length in --model_args"
                 )
         longer = sum(len(prompt) + len(answer) > self.max_length for prompt, answer in pairs)
         if longer:
@@ -222,7 +227,7 @@ class NaraDLLM(LM):
         if not text:
             return 0.0
         opening, tokens = encode_pair(self.tokenizer, "", text, has_template=False)
-        return sum(self._log_likelihoods(_windows(opening, tokens, self.max_length)))
+        return sum(self._log_likelihoods(_windows(self._opened(opening), tokens, self.max_length)))
 
     def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """The likelihood bound of each (prompt, answer), in nats."""
@@ -259,6 +264,16 @@ class NaraDLLM(LM):
         if longer:
             logger.warning("%d prompts are longer than %d tokens and lose their start", longer, room)
         return [shortened(prompt, room) for prompt in prompts]
+
+    def _opening(self) -> list[int]:
+        """The BOS token of a model that predicts the next token (Dream), in whose own evaluation it opens each text."""
+        needs_one = isinstance(language_model(self.model), ShiftedLogits) and self.tokenizer.bos_token_id is not None
+        return [int(self.tokenizer.bos_token_id)] if needs_one else []  # type: ignore[arg-type]
+
+    def _opened(self, prompt: list[int]) -> list[int]:
+        """`prompt` behind the BOS token; in a template it stays as in training."""
+        is_open = prompt[:1] == self.opening or (self.has_template and prompt)
+        return prompt if is_open else [*self.opening, *prompt]
 
     def _progress(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit="request", disable=self.rank != 0)

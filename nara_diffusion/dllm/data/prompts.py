@@ -5,10 +5,11 @@ A prompt in which the mask token was typed is refused: what the model reads as m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ def place_prompts(
     pad_token_id: int,
     prompt_lengths: torch.Tensor | Sequence[int] | None = None,
     attention_mask: torch.Tensor | None = None,
+    opening_token: Callable[[], int | None] = lambda: None,
     max_length: int | None = None,
 ) -> Canvas:
     """Put `gen_length` masks behind each prompt.
@@ -41,6 +43,7 @@ def place_prompts(
             otherwise.
         prompt_lengths: (b,), lengths of prompts that are padded on the right.
         attention_mask: (b, p), 0 on padding, which may stand on the right or on the left.
+        opening_token: returns the token that an empty prompt is replaced by, or None; called if there is one.
         max_length: the number of positions that the model has.
 
     Raises:
@@ -57,6 +60,11 @@ def place_prompts(
     for row, (tokens, real) in enumerate(zip(input_ids, kept, strict=True)):
         name = "the prompt" if len(input_ids) == 1 else f"prompt {row}"
         check_without_mask(tokens[real].tolist(), mask_token_id, name)
+    empty = ~kept.any(1)  # (b,)
+    opening = opening_token() if empty.any() else None
+    if opening is not None:
+        input_ids = F.pad(input_ids, (1, 0), value=opening)  # (b, 1 + p)
+        kept = torch.cat([empty[:, None], kept], 1)
     starts = kept.sum(1)  # (b,)
     longest = int(starts.max()) + gen_length
     if max_length is not None and longest > max_length:

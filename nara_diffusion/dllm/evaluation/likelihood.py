@@ -16,11 +16,13 @@ from math import comb
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, answer_positions
+from nara_diffusion.dllm.models.shifted_logits import opening_token
 from nara_diffusion.utils.eval_mode import evaluating, without_ddp
 
 
@@ -44,7 +46,8 @@ def log_likelihood(
     Args:
         model: the outermost module.
         input_ids: (b, l) prompt, answer, padding on the right.
-        prompt_lengths: (b,) tokens before the answer.
+        prompt_lengths: (b,) tokens before the answer; 0 if there are none, where a model that predicts the next token
+            (Dream) sees a BOS token in front.
         attention_mask: (b, l), as for `masked_diffusion_loss`.
         answer_lengths: (b,), instead of `attention_mask`.
         samples: S, the number of masks of an answer.
@@ -64,6 +67,7 @@ def log_likelihood(
     mask = mask_token_of(model, mask_token_id)
     model = without_ddp(model)
     answers = answer_positions(input_ids, prompt_lengths, attention_mask=attention_mask, answer_lengths=answer_lengths)
+    input_ids, answers = _opened(model, input_ids, answers)
     tasks = []
     for row, (answer, index) in enumerate(zip(answers, indices, strict=True)):
         masks, weights = _weighted_masks(answer, samples, seed, index)
@@ -80,6 +84,16 @@ def log_likelihood(
             losses.index_add_(0, rows, token_loss.sum(1) * weights / share)
             bar.update(len(chosen))
     return -losses
+
+
+def _opened(model: nn.Module, input_ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, (b, l), and where the model needs it (b, 1 + l) with a BOS token before rows that have no prompt."""
+    empty = answers[:, :1]  # (b, 1)
+    opening = opening_token(model) if empty.any() else None
+    if opening is None:
+        return input_ids, answers
+    input_ids = torch.where(empty, F.pad(input_ids, (1, 0), value=opening), F.pad(input_ids, (0, 1)))
+    return input_ids, torch.where(empty, F.pad(answers, (1, 0)), F.pad(answers, (0, 1)))
 
 
 @dataclass(frozen=True)

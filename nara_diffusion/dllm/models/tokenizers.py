@@ -90,9 +90,14 @@ def resolve_mask_token(
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
-    """Make model and tokenizer agree on mask, end and padding; padding is the end token where there is no other."""
+    """Make model and tokenizer agree on mask, beginning, end and padding, which is the end token if there is no other.
+
+    The beginning is the tokenizer's: that of Dream's configuration is its end.
+    """
     config: Any = model.config
     config.mask_token_id = mask_token_id
+    if tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
     if tokenizer.mask_token_id != mask_token_id:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
     # some configurations have none, and others one by default that this vocabulary doesn't have
