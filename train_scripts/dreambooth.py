@@ -24,6 +24,7 @@ config.yaml, validation/step-N.png, and checkpoint-N folders to resume from.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -39,7 +40,13 @@ from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.arguments.average import decay_of
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.evaluation.before_after import ValidationLoss, compare, measure
+from nara_diffusion.dreambooth.evaluation.before_after import (
+    ValidationLoss,
+    compare,
+    identity_loss,
+    measure,
+    report_better_identity,
+)
 from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
 from nara_diffusion.dreambooth.evaluation.setup import make_evaluator, sample_settings
 from nara_diffusion.dreambooth.families.flow.sd3 import SD3
@@ -80,6 +87,8 @@ from nara_diffusion.training.optimization import build_optimizer, build_schedule
 from nara_diffusion.training.output.run_report import publish
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import count_steps, stream_loader
+
+logger = logging.getLogger(__name__)
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
 
@@ -122,8 +131,21 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the shipped run, or what suits the family of the model that was `given`."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
-    data = {} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA
-    return without_unread(SHIPPED_RUN | data, given)
+    return without_unread(SHIPPED_RUN | shipped_data(given, SHIPPED_RUN), given)
+
+
+def shipped_data(given: Mapping[str, Any], shipped: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the shipped images; none where other images were `given`, which are told of the small model."""
+    if not {"instance_data_dir", "dataset_name"} & given.keys():
+        return SHIPPED_DATA
+    logger.info(
+        "no model was named: your images teach %s, a toy of %d pixels; for SDXL at 1024 add "
+        "--config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
+        "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
+        shipped["pretrained_model_name_or_path"],
+        shipped["resolution"],
+    )
+    return {}
 
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,12 +249,17 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         model.start_average(decay_of(args), run.checkpoint)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
+        "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
         "adapter": title_of(args),
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,
     }
     run.open(facts)
+    measured = "held-out loss" if held_out_images else "loss on the training images"
+    identity = None if converted is None else identity_loss(run.accelerator, sampler, held_out, measured)
+    if identity is not None:
+        facts["base read by the identity"] = f"{measured} {identity:.3f}, without training"
     settings = sample_settings(args, instances, family)
     validate = Validation(run, denoiser, sampler, settings, held_out, evaluator.references)
     loss = replace(step, model=denoiser)
@@ -245,6 +272,10 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     after = measure(run.accelerator, sampler, run.folder, *parts, name="after")
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(after.images), **compare(before, after)}
     results |= {"adapter": args.adapter, "trainable_parameters": trainable}
+    results |= {"base_model": args.pretrained_model_name_or_path, "resolution": args.resolution}
+    if identity is not None:
+        results["identity_loss"] = identity
+        report_better_identity(identity, after)
     if run.is_main:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         references = evaluator.references

@@ -11,7 +11,8 @@ Your own five images, on one GPU; the file holds what suits SDXL, flags win over
 With --adapter lora, dora, …, full the same is done by another method; --help lists them. --init_adapter starts from
 a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/windows.md).
 A base that predicts ε taught to predict a rectified flow's velocity, on a folder of captioned images; the adapter
-brings the scheduler that then samples (docs/conversion.md):
+brings the scheduler that then samples (docs/conversion.md). Before training, the log says the loss of the untrained
+base read by the identity between the two, which is what an adapter has to beat (identity_loss in results.json):
     accelerate launch train_scripts/dreambooth_sdxl.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir photos --prediction_type flow_prediction --max_train_steps 5000 --output_dir sdxl-flow
 
@@ -30,9 +31,9 @@ from nara_diffusion.training.adapters.methods import METHODS
 from nara_diffusion.training.main import run_command
 
 try:
-    from train_scripts.dreambooth import ASSETS, SHIPPED_DATA, main
+    from train_scripts.dreambooth import ASSETS, main, shipped_data
 except ModuleNotFoundError:  # run as a program, which finds the files beside it
-    from dreambooth import ASSETS, SHIPPED_DATA, main
+    from dreambooth import ASSETS, main, shipped_data
 
 # What a run does where no model is named; the flags' own defaults suit SDXL.
 SHIPPED_RUN: dict[str, Any] = {
@@ -60,8 +61,7 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
     if "pretrained_model_name_or_path" in given:
         return {}
-    data = {} if {"instance_data_dir", "dataset_name"} & given.keys() else SHIPPED_DATA
-    values = without_unread(SHIPPED_RUN | data, given)
+    values = without_unread(SHIPPED_RUN | shipped_data(given, SHIPPED_RUN), given)
     if METHODS[given.get("adapter", "nara")].linear_only:
         values["target_modules"] = [name for name in values["target_modules"] if not name.startswith("conv")]
     return values

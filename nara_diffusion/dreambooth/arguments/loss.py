@@ -24,7 +24,7 @@ class LossArguments:
         None,
         "Teach the model to predict this in place of what it does: epsilon (the noise), v_prediction on the same "
         "schedule, or flow_prediction (the velocity of a rectified flow); none leaves it. The adapter's file carries "
-        "the scheduler that then samples.",
+        "the scheduler that then samples. Before training, the log says the loss of the base read by the identity.",
         choices=CONVERSIONS,
     )
     rescale_betas_zero_snr: bool = option(

@@ -5,8 +5,9 @@ Everything is measured on a pipeline into which the saved adapter was loaded as 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nara_diffusion.dreambooth.data.dataset import TrainingSample
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.formats import adapter_loaded
-from nara_diffusion.dreambooth.objectives import Objective, squared_errors
+from nara_diffusion.dreambooth.objectives import IdentityReading, Objective, squared_errors
 from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.engine.distributed import split_across_processes
@@ -29,6 +30,8 @@ from nara_diffusion.training.metrics import before_and_after, validation_means
 from .encoders import Encoder
 from .metrics import ImageSimilarity, TextAlignment, without_words
 from .sampling import SampleSettings, sample_images
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class ValidationLoss:
         batch_size: images of one forward.
         window: of training; the loss is measured outside of it too.
         family: of the pipeline, with the conditions of the run; None takes its defaults.
+        reading: how the pipeline's prediction is read as the objective's; None takes it as it is.
     """
 
     objective: Objective
@@ -97,6 +101,7 @@ class ValidationLoss:
     batch_size: int
     window: NoiseWindow = EVERYTHING
     family: Family | None = None
+    reading: IdentityReading | None = None
 
     @property
     def indices(self) -> list[int]:
@@ -115,12 +120,16 @@ class ValidationLoss:
             noise = draw_noise(
                 [sample.position for sample in batch], latents.shape[1:], seed=self.seed, role="validation"
             )
-            corrupted = self.objective.corrupt(
-                latents.to(device), noise.to(device), torch.full((len(batch),), index, device=device)
-            )
+            indices = torch.full((len(batch),), index, device=device)
+            corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
             embeddings = tuple(part.to(device) for part in family.encode(pipe, [sample.prompt for sample in batch]))
             time_ids = torch.tensor([sample.crop.time_ids for sample in batch], device=device)
-            prediction = family.predict(denoiser, corrupted.model_input, corrupted.timestep, time_ids, embeddings)
+            seen = corrupted.model_input, corrupted.timestep
+            if self.reading is not None:
+                seen = self.reading.base_inputs(corrupted.model_input, indices)
+            prediction = family.predict(denoiser, *seen, time_ids, embeddings)
+            if self.reading is not None:
+                prediction = self.reading.prediction(corrupted.model_input, prediction, indices)
             losses += squared_errors(prediction, corrupted).tolist()
         return losses
 
@@ -176,6 +185,35 @@ def validation_losses(accelerator: Accelerator, pipe: Any, validation: Validatio
     losses = validation.curve(pipe, accelerator)  # (points, samples)
     levels = validation.levels().repeat_interleave(losses.shape[1])
     return validation_means(losses.flatten(), levels, validation.window)
+
+
+def identity_loss(accelerator: Accelerator, pipe: Any, validation: ValidationLoss, loss: str) -> float:
+    """The validation loss of a conversion whose base, `pipe`, is read by the identity; logged beside that of the base
+    as it is.
+
+    Args:
+        loss: what the log calls it, which says of which images it is.
+    """
+    read = replace(validation, reading=IdentityReading(pipe.scheduler, validation.objective))
+    identity, as_it_is = (each.curve(pipe, accelerator).mean().item() for each in (read, validation))
+    logger.info(
+        "the base, read by the identity (no training): %s %.3f; as it is, where a new adapter starts: %.3f",
+        loss,
+        identity,
+        as_it_is,
+    )
+    return identity
+
+
+def report_better_identity(identity: float, after: Measurement) -> None:
+    """Log that the training reached less than the untrained base does by the identity, if so."""
+    if identity < after.validation_loss:
+        logger.info(
+            "the base read by the identity, %.3f, is better than what the training reached, %.3f: where no host needs "
+            "the new form, read the base so and leave the adapter out (docs/conversion.md)",
+            identity,
+            after.validation_loss,
+        )
 
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Any]:

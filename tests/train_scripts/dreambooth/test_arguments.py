@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.arguments.cli import build_parser, parse_arguments
-from train_scripts.dreambooth_sdxl import SHIPPED_DATA, SHIPPED_RUN, shipped_run
+from train_scripts.dreambooth import SHIPPED_DATA
+from train_scripts.dreambooth_sdxl import SHIPPED_RUN, shipped_run
 
 
 def test_without_arguments_the_shipped_model_and_subject_are_used() -> None:
