@@ -2,7 +2,7 @@
 
 - "prompt": every image has the instance prompt;
 - "text_files": `dog.txt` or `dog.caption` beside `dog.png` holds the caption of the latter;
-- "metadata": metadata.jsonl, one object a line, {"file_name": "dog.png", "text": "a photo of …"};
+- "metadata": metadata.jsonl, one object a line and one line an image, {"file_name": "dog.png", "text": "a photo of …"};
 - "auto": metadata.jsonl if there is one, else text files if there is one, else the prompt.
 
 An image without a caption of its own gets the instance prompt, and the log says so; without an instance prompt it is
@@ -15,6 +15,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ def captions_for(
         caption_column: the key in metadata.jsonl; none takes "text".
 
     Raises:
-        ValueError: an unknown source, a metadata.jsonl that is missing or broken (with the line), no UTF-8, an empty
-            prompt, or images that have neither a caption nor a prompt.
+        ValueError: an unknown source, a metadata.jsonl that is missing or broken, says something else than texts or
+            two for one image (with the line), no UTF-8, an empty prompt, or images that have neither a caption nor a
+            prompt.
     """
     if source not in CAPTION_SOURCES:
         raise ValueError(f"caption_source is {source!r}, expected one of {', '.join(CAPTION_SOURCES)}.")
@@ -111,7 +113,7 @@ def _from_text_files(image: Path) -> str:
 def _from_metadata(path: Path, column: str) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"captions are to come from {path.name}, but {path.parent} has no such file.")
-    captions = {}
+    captions, lines = {}, {}
     for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -126,9 +128,29 @@ def _from_metadata(path: Path, column: str) -> dict[str, str]:
             raise ValueError(
                 f"{path}, line {number} has no {column!r}, only {keys}: name its key with --caption_column."
             )
-        captions[record["file_name"]] = "" if record[column] is None else str(record[column])
+        name, where = record["file_name"], f"{path}, line {number}"
+        captions[name] = _checked_caption(record[column], column, where)
+        _check_characters(name + captions[name], where)
+        if lines.setdefault(name, number) != number:
+            raise ValueError(f"{where}: {name} has a caption in line {lines[name]} already: remove one of them.")
     _check_names(path, captions)
     return captions
+
+
+def _checked_caption(value: Any, column: str, where: str) -> str:
+    """A caption of metadata.jsonl; null is an empty one."""
+    if not isinstance(value, str | None):
+        raise ValueError(f"{where}: {column!r} is {json.dumps(value)[:60]}, expected a text in quotes.")
+    return value or ""
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON may spell one half of a surrogate pair, which no tokenizer or file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{where} holds half a character, {half}: write the character itself.") from None
 
 
 def _check_names(path: Path, captions: dict[str, str]) -> None:
