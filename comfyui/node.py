@@ -1,9 +1,9 @@
 """The node: it tells the adapter λ by the sampler's sigma, at each call of the model.
 
-convention   λ
-timestep     model_sampling.timestep(σ) / N, as Diffusers' t / N
-flow         σ
-edm          σ / (1 + σ)
+convention   λ                                                         samplings
+timestep     timestep(σ) / num_timesteps, as Diffusers' t / N          discrete ones, that of LCM too
+flow         σ                                                         flows
+edm          σ / (1 + σ)                                               all but flows
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from .adapter import LiveAdapter
 
 _PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction", "X0": "sample", "CONST": "flow_prediction"}
 """{class of comfy.model_sampling: what it takes the model's output for}."""
-_ROUNDING = 1e-3  # how far λ may lie outside of [0, 1]
 
 
 class LoadNaRA:
@@ -82,9 +81,7 @@ def wrapper(
 
 def check_prediction(scheduler: Mapping[str, Any] | None, sampling: Any) -> None:
     """Raises ValueError if a converted model is sampled as one that predicts something else."""
-    prediction = None if scheduler is None else prediction_in(scheduler)
-    names = [kind.__name__ for kind in type(sampling).__mro__]
-    taken = next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
+    prediction, taken = None if scheduler is None else prediction_in(scheduler), _taken(sampling)
     if scheduler is None or None in (prediction, taken) or prediction.kind == taken:  # type: ignore[union-attr]
         return
     raise ValueError(
@@ -97,15 +94,36 @@ def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
     """λ (b,) of ComfyUI's σ (b,).
 
     Raises:
-        ValueError: it lies outside of [0, 1]: the model samples in another way than the adapter was trained for.
+        ValueError: the model samples in another way than the adapter was trained for, so that its σ tells no λ.
     """
+    is_flow = _taken(sampling) == "flow_prediction"
+    if convention == "timestep" and not _is_discrete(sampling):
+        raise _unlike("timestep / N", sampling, "choose the node ModelSamplingDiscrete")
+    if convention == "flow" and not is_flow:
+        raise _unlike("the σ of a flow", sampling, "choose the node ModelSamplingSD3 or ModelSamplingFlux")
+    if convention == "edm" and is_flow:
+        raise _unlike("σ / (1 + σ)", sampling, "choose the node ModelSamplingContinuousEDM")
     if convention == "timestep":
-        level = sampling.timestep(sigma).float() / len(sampling.sigmas)
+        level = sampling.timestep(sigma).float() / sampling.num_timesteps
     else:
         level = sigma / (1 + sigma) if convention == "edm" else sigma
-    if convention is not None and not bool(((level >= -_ROUNDING) & (level <= 1 + _ROUNDING)).all()):
-        raise ValueError(
-            f"σ {sigma.tolist()} is no λ in [0, 1] by {convention!r}: the model samples in another way than the "
-            "adapter was trained for."
-        )
     return level.clamp(0, 1)
+
+
+def _taken(sampling: Any) -> str | None:
+    """What ComfyUI takes the model's output for; None if it is none of `_PREDICTIONS`."""
+    names = [kind.__name__ for kind in type(sampling).__mro__]
+    return next((_PREDICTIONS[name] for name in names if name in _PREDICTIONS), None)
+
+
+def _is_discrete(sampling: Any) -> bool:
+    """Whether `timestep` counts the steps of a schedule: its largest σ has the last one."""
+    steps = getattr(sampling, "num_timesteps", None)
+    return steps is not None and int(sampling.timestep(sampling.sigmas[-1:])) == steps - 1
+
+
+def _unlike(wanted: str, sampling: Any, remedy: str) -> ValueError:
+    kinds = ", ".join(kind.__name__ for kind in type(sampling).__bases__)
+    return ValueError(
+        f"The adapter's λ is {wanted}, which {kinds}, by which the model is sampled, doesn't have: {remedy}."
+    )

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 
 class Sampling:
-    """ModelSamplingDiscrete: 1000 sigmas of SD's schedule; σ ↔ t by interpolation of log σ, as ComfyUI does it."""
+    """ModelSamplingDiscrete: 1000 sigmas of SD's schedule; t is that of the nearest log σ, as in ComfyUI."""
+
+    num_timesteps = 1000
 
     def __init__(self) -> None:
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2

@@ -173,7 +173,8 @@ def test_three_projections_of_flux_in_one_matrix_have_the_core_of_each(comfyui):
     with noise_level(pipe.transformer, level):
         wanted = torch.cat([layer(x) for layer in (attention.to_q, attention.to_k, attention.to_v)], dim=-1)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(comfyui.node.noise_level("flow", FlowSampling(), level), level)
+    sampling = type("ModelSampling", (FlowSampling, CONST), {})()
+    torch.testing.assert_close(comfyui.node.noise_level("flow", sampling, level), level)
 
 
 def test_text_encoders_go_to_clip_and_are_refused_without_one(comfyui):
@@ -264,8 +265,10 @@ def test_model_that_lacks_a_module_or_has_other_sizes_is_refused(comfyui):
 
 
 def test_sigma_of_another_kind_of_model_is_refused(comfyui):
-    with pytest.raises(ValueError, match=r"is no λ in \[0, 1\] by 'flow'"):
-        comfyui.node.noise_level("flow", Sampling(), torch.tensor([14.6]))
+    """Also one that could be that of a flow, as in the last steps of a discrete schedule."""
+    for sigma in (0.5, 14.6):
+        with pytest.raises(ValueError, match=r"λ is the σ of a flow, which Sampling, EPS, .* ModelSamplingSD3"):
+            comfyui.node.noise_level("flow", type("ModelSampling", (Sampling, EPS), {})(), torch.tensor([sigma]))
 
 
 def test_edm_level_is_sigma_over_one_plus_sigma(comfyui):
