@@ -59,7 +59,7 @@ class LiveAdapter:
             )
         self.part = parts.pop(component)
         if self.part.config.use_dora:
-            raise ValueError(f"'{path}' is a NaRA-DoRA, which this node can't apply: fold it by nara fold, at one λ.")
+            raise ValueError(f"'{path}' is a NaRA-DoRA, which ComfyUI can't apply: sample it in Diffusers.")
         self.scheduler = self.part.config.scheduler
         self.cores = cores_of(self.part)
         if self.cores.needs_density:

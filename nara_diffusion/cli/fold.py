@@ -2,7 +2,7 @@
 
     nara fold my-toy toy.safetensors --noise_level 0.4 --form kohya --base sdxl      # A1111, Forge, InvokeAI, ComfyUI
     nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux    # ComfyUI, by its own keys
-    nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers: load_lora_weights
+    nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers; not ComfyUI with SDXL
     nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                      # a folder for PeftModel
     nara fold my-toy toys --bins 4 --form kohya --base sdxl                          # four LoRAs and their schedules
     nara fold my-toy toys --bound 0.05 --form comfyui --base flux --shift 3.16       # as many as an error of 5 % needs
@@ -104,7 +104,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         f"(default: {OF_SCHEDULES['interpolation']})",
     )
     parser.add_argument(
-        "--form", choices=(*FORMS, PEFT), default="diffusers", help="format of the files (default: %(default)s)"
+        "--form",
+        choices=(*FORMS, PEFT),
+        default="diffusers",
+        help="format of the files (default: %(default)s); "
+        "in ComfyUI diffusers is for FLUX and SD3 alone, and DoRA is for diffusers and peft alone",
     )
     parser.add_argument(
         "--base", choices=BASES, help="the model that the adapter was trained on, for kohya and comfyui"
@@ -155,12 +159,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _settle_schedules(args)
         _check_output(file, args)
         if args.noise_level is None:
-            sys.stdout.write(f"{fold_bins(file, args, write)}\n")
+            sys.stdout.write(f"{fold_bins(file, args, write)}{_not_for_comfyui(file, args)}\n")
             return
         loras = folded(file, args.noise_level)
         write(loras, args.output, args)
         modules = sum(len(lora.layers) for lora in loras.values())
-        sys.stdout.write(f"{args.output}: {modules} modules, λ = {args.noise_level:g}{_strength(file, args)}\n")
+        told = f"λ = {args.noise_level:g}{_strength(file, args)}{_not_for_comfyui(file, args)}"
+        sys.stdout.write(f"{args.output}: {modules} modules, {told}\n")
 
 
 def _strength(file: AdapterFile, args: argparse.Namespace) -> str:
@@ -172,3 +177,14 @@ def _strength(file: AdapterFile, args: argparse.Namespace) -> str:
         if part.config.strength is not None
     ]
     return f", at the adapter's strength of {', '.join(found)} there" if found else ""
+
+
+def _not_for_comfyui(file: AdapterFile, args: argparse.Namespace) -> str:
+    """What ComfyUI would leave out of a file of Diffusers' form, without an error."""
+    if args.form != "diffusers":
+        return ""
+    if any(part.config.use_dora for part in file.parts.values()):
+        return "; not for ComfyUI, which reads no DoRA"
+    if "unet" in file.parts:
+        return "; not for ComfyUI, which reads no attention of a UNet in this form: use --form kohya there"
+    return ""

@@ -243,7 +243,11 @@ def test_model_that_was_replaced_after_loading_is_refused_when_it_samples(comfyu
 @pytest.mark.parametrize(
     ("changes", "base", "message"),
     [
-        ({"use_dora": True, "target_modules": ["to_q"]}, "sdxl", "NaRA-DoRA, which this node can't apply"),
+        (
+            {"use_dora": True, "target_modules": ["to_q"]},
+            "sdxl",
+            "NaRA-DoRA, which ComfyUI can't apply: sample it in Diffusers",
+        ),
         ({}, "sd3", "defines λ as 'timestep', where sd3 has flow"),
     ],
 )

@@ -23,13 +23,11 @@ class Factors:
     """Attributes:
     down: (r, d_in), in a convolution (r, d_in, *kernel).
     up: (d_out, r), in a convolution (d_out, r, 1, …), times the scale.
-    dora_scale: DoRA's magnitude (d_out, 1, …), or None.
     modules: the names of the modules in it, in the order of their rows in `down`.
     """
 
     down: Tensor
     up: Tensor
-    dora_scale: Tensor | None = None
     modules: tuple[str, ...] = ()
 
     @property
@@ -58,31 +56,16 @@ def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
             "format."
         )
     up = layer.B if layer.scaling == 1 else (layer.B.double() * layer.scaling).to(layer.B.dtype)
-    scale = None if layer.magnitude is None else _broadcasting(layer.magnitude, layer.A.dim())
-    return Factors(layer.A, up, scale, (name,))
+    return Factors(layer.A, up, (name,))
 
 
-def _broadcasting(magnitude: Tensor, dimensions: int) -> Tensor:
-    """The magnitude as (d_out, 1, …), which broadcasts over a weight (d_out, d_in, …)."""
-    return magnitude.flatten().view(-1, *[1] * (dimensions - 1))
-
-
-def fused(name: str, parts: Sequence[Factors | None], sizes: Sequence[int]) -> Factors:
+def fused(parts: Sequence[Factors | None], sizes: Sequence[int]) -> Factors:
     """Stack the parts of one matrix from top to bottom; the ΔW of a part without a LoRA is zero.
 
     Args:
-        name: the name of the matrix, for messages. parts: None where a part has no LoRA. sizes: the rows of each part.
-
-    Raises:
-        ValueError: a DoRA that lacks a part, whose magnitude would have to be the norm of the base weight.
+        parts: None where a part has no LoRA. sizes: the rows of each part.
     """
     present = [part for part in parts if part is not None]
-    scales = [part.dora_scale for part in present if part.dora_scale is not None]
-    if scales and len(scales) < len(parts):
-        raise ValueError(
-            f"'{name}' is one matrix in that file, of which the DoRA adapts a part: adapt all of it (q, k and v; in "
-            "FLUX's single blocks proj_mlp too), or save the adapter for Diffusers or PEFT."
-        )
     up = present[0].up.new_zeros(sum(sizes), sum(part.rank for part in present))
     row = column = 0
     for part, size in zip(parts, sizes, strict=True):
@@ -91,7 +74,7 @@ def fused(name: str, parts: Sequence[Factors | None], sizes: Sequence[int]) -> F
             column += part.rank
         row += size
     modules = tuple(name for part in present for name in part.modules)
-    return Factors(torch.cat([part.down for part in present]), up, torch.cat(scales) if scales else None, modules)
+    return Factors(torch.cat([part.down for part in present]), up, modules)
 
 
 def fuse_into(
@@ -100,4 +83,4 @@ def fuse_into(
     """Add the matrix `name`, made of the modules `parts`, to `found`, if one of them is adapted."""
     own = [layers.get(part) for part in parts]
     if any(part is not None for part in own):
-        found[name] = fused(name, own, sizes)
+        found[name] = fused(own, sizes)

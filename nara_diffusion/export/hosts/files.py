@@ -1,6 +1,6 @@
 """Files of plain LoRAs for other programs: their forms and their keys.
 
-    diffusers   unet.….lora_A.weight, transformer.….lora_A.weight      load_lora_weights; FLUX's and SD3's in ComfyUI
+    diffusers   unet.….lora_A.weight, transformer.….lora_A.weight      load_lora_weights; in ComfyUI FLUX and SD3
     kohya       lora_unet_….lora_down.weight, .alpha, lora_te1_…       A1111, Forge, SD.Next, InvokeAI, ComfyUI
     comfyui     diffusion_model.….lora_A.weight                        ComfyUI, by the names of the original code
 
@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nara_diffusion.export.lora.plain_lora import PlainLora
+from nara_diffusion.export.lora.tensors import with_text_model
+from nara_diffusion.loaders.validation import TEXT_ENCODER
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .factors import Factors, factors_of
@@ -53,7 +55,7 @@ def host_state_dict(
 
     Raises:
         ValueError: no such form or base; a component or a module for which the form has no key, or which `base` doesn't
-            have; what a file for other programs can't express (see `factors_of`).
+            have; what a file for other programs can't express (see `factors_of`); DoRA in a form that isn't Diffusers'.
     """
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}.")
@@ -67,6 +69,15 @@ def host_state_dict(
                 "other programs can't express: save it in PEFT's format."
             )
         factors = {name: factors_of(name, layer) for name, layer in lora.layers.items()}
+        magnitudes = {name: layer.magnitude for name, layer in lora.layers.items() if layer.magnitude is not None}
+        if form == "diffusers":
+            found |= _diffusers_keys(component, factors, magnitudes)
+            continue
+        if magnitudes:
+            raise ValueError(
+                f"The adapter of {component} is a DoRA, and what reads {form} files (ComfyUI, A1111, …) divides by "
+                "other norms than DoRA does: choose --form diffusers or --form peft, for these libraries alone."
+            )
         found |= _tensors(component, factors, form, base, layout)
     return found
 
@@ -97,18 +108,16 @@ def save_host_file(
 def _tensors(
     component: str, layers: Mapping[str, Factors], form: str, base: str, layout: UNetLayout | None
 ) -> dict[str, Tensor]:
-    if form == "diffusers":
-        return _peft_keys({f"{component}.{name}": own for name, own in layers.items()}, "lora_magnitude_vector")
     if component in DENOISERS:
         named = denoiser_names(layers, form, base, layout)
         if form == "comfyui":
-            return _peft_keys({f"diffusion_model.{name}": own for name, own in named.items()}, "dora_scale")
+            return _peft_keys({f"diffusion_model.{name}": own for name, own in named.items()})
         return _kohya_keys("lora_unet", named, base)
     encoders = _ENCODERS.get(base, {})
     if component not in encoders:
         known = ", ".join(["the denoiser", *encoders])
         raise ValueError(f"A {form} file of {base} has no keys for '{component}', expected {known}.")
-    return _kohya_keys(encoders[component], {_encoder_name(name): own for name, own in layers.items()}, base)
+    return _kohya_keys(encoders[component], {with_text_model(name): own for name, own in layers.items()}, base)
 
 
 def denoiser_names(
@@ -129,18 +138,20 @@ def denoiser_names(
     return {stability_name(name, layout): own for name, own in layers.items()}
 
 
-def _encoder_name(name: str) -> str:
-    """The name with `text_model`, which transformers 5 leaves out of the names in CLIPTextModel."""
-    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
+def _diffusers_keys(
+    component: str, layers: Mapping[str, Factors], magnitudes: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    def full(name: str) -> str:
+        return f"{component}.{with_text_model(name) if component.startswith(TEXT_ENCODER) else name}"
+
+    vectors = {f"{full(name)}.lora_magnitude_vector": magnitude for name, magnitude in magnitudes.items()}
+    return _peft_keys({full(name): own for name, own in layers.items()}) | vectors
 
 
-def _peft_keys(layers: Mapping[str, Factors], magnitude: str) -> dict[str, Tensor]:
+def _peft_keys(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, own in layers.items():
         found |= {f"{name}.lora_A.weight": own.down, f"{name}.lora_B.weight": own.up}
-        if own.dora_scale is not None:
-            flat = magnitude == "lora_magnitude_vector" and own.down.dim() == 2
-            found[f"{name}.{magnitude}"] = own.dora_scale.flatten() if flat else own.dora_scale
     return found
 
 
@@ -154,6 +165,4 @@ def _kohya_keys(prefix: str, layers: Mapping[str, Factors], base: str) -> dict[s
         up = own.up if alpha == own.rank else (own.up.double() * (own.rank / alpha)).to(own.up.dtype)
         found |= {f"{key}.lora_down.weight": own.down, f"{key}.lora_up.weight": up}
         found[f"{key}.alpha"] = torch.tensor(float(alpha))
-        if own.dora_scale is not None:
-            found[f"{key}.dora_scale"] = own.dora_scale
     return found

@@ -16,7 +16,6 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from .factors import Factors, fuse_into
 
@@ -109,12 +108,7 @@ def _shift_first(name: str, own: Factors) -> Factors:
     """Swap the halves of the last block's context modulation: scale and shift in Diffusers, shift and scale here."""
     if not name.endswith("context_block.adaLN_modulation.1") or len(own.up) != 2 * own.down.shape[1]:
         return own
-    scale = own.dora_scale
-    return Factors(own.down, _swapped(own.up), None if scale is None else _swapped(scale), own.modules)
-
-
-def _swapped(rows: Tensor) -> Tensor:
-    return torch.cat(rows.chunk(2)[::-1])
+    return Factors(own.down, torch.cat(own.up.chunk(2)[::-1]), own.modules)
 
 
 def wan(layers: Mapping[str, Factors]) -> dict[str, Factors]:

@@ -29,7 +29,7 @@ from nara_diffusion.loaders.validation import TEXT_ENCODER
 from .comfyui_names import with_kohya_names
 from .config import config_of_layers
 from .plain_lora import PlainLora
-from .tensors import by_layer, lora_of_tensors, plain_layer
+from .tensors import by_layer, lora_of_tensors, plain_layer, with_text_model
 
 _DOWN = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.down|lora_embedding_A)(?:\.weight)?")
 
@@ -139,10 +139,11 @@ def _by_peft_names(own: Mapping[str, Tensor], alphas: Mapping[str, float], compo
 
 
 def _in_model(key: str, model: Any, component: str) -> str:
-    """The key in this version of Transformers, which leaves `text_model` out of the names in CLIPTextModel."""
+    """The key with or without `text_model`, as the text encoder of this version of Transformers has it."""
+    if not component.startswith(TEXT_ENCODER):
+        return key
     encoder = getattr(model, component, None) if isinstance(model, DiffusionPipeline) else model
-    flattened = component.startswith(TEXT_ENCODER) and not hasattr(encoder, "text_model")
-    return key.removeprefix("text_model.") if flattened else key
+    return with_text_model(key) if hasattr(encoder, "text_model") else key.removeprefix("text_model.")
 
 
 def _part(values: Mapping[str, Any], config: LoraConfig | None, origin: str) -> PlainLora:

@@ -20,6 +20,15 @@ _TENSOR = re.compile(
 """The key of a tensor. Diffusers and Transformers write .weight after lora_magnitude_vector, PEFT does not."""
 
 
+_IN_CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp)\.")
+"""The name of an adapted module in CLIPTextModel, with which transformers 4 and other programs write `text_model`."""
+
+
+def with_text_model(name: str) -> str:
+    """The name in a text encoder with `text_model`, which transformers 5 leaves out of the names in CLIPTextModel."""
+    return f"text_model.{name}" if _IN_CLIP.match(name) else name
+
+
 def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], origin: str) -> PlainLora:
     """The LoRA that PEFT makes of `config` and `tensors`. `origin` names the file in messages.
 

@@ -189,29 +189,6 @@ def test_diffusers_reads_wans_own_names_back():
     assert all(torch.equal(read[key], again[key]) for key in again)
 
 
-@pytest.mark.parametrize(
-    ("form", "key"),
-    [
-        ("kohya", "lora_unet_input_blocks_3_1_proj_in.dora_scale"),
-        ("comfyui", "diffusion_model.input_blocks.3.1.proj_in.dora_scale"),
-    ],
-)
-def test_dora_has_a_magnitude_that_hosts_can_multiply_by(form, key):
-    unet = adapted(small_sdxl().unet, ["proj_in", "conv1"], use_dora=True, rank_pattern={"conv1": 3})
-    tensors = host_state_dict({"unet": to_lora(unet, LEVEL, "toy")}, form, "sdxl", SMALL)
-    module = unet.get_submodule("down_blocks.1.attentions.0.proj_in")
-    magnitude = module.lora_magnitude_vector["toy"].weight
-    assert tensors[key].shape == (len(magnitude), 1)
-    name = key.removesuffix(".dora_scale")
-    base, update = module.get_base_layer().weight.double(), updates(tensors, form)[name]
-    weight = base + update
-    host = weight * tensors[key].double() / weight.norm(dim=1, keepdim=True)
-    x = torch.randn(3, base.shape[1], dtype=torch.float64)
-    with torch.no_grad(), noise_level(unet, LEVEL):
-        wanted = module.double()(x) - module.get_base_layer().bias
-    torch.testing.assert_close(x @ host.T, wanted, rtol=1e-5, atol=1e-6)
-
-
 def test_scale_is_in_up_so_that_alpha_is_the_rank(tmp_path):
     unet = adapted(small_sdxl().unet, ["to_q"], lora_alpha=7)
     lora = to_lora(unet, LEVEL, "toy")
@@ -304,12 +281,3 @@ def test_a_file_in_a_new_folder_is_written_and_a_folder_is_not_overwritten(tmp_p
     with pytest.raises(ValueError, match="is a folder: name a file"):
         save_host_file({"unet": lora}, tmp_path / "new", "kohya", "sdxl", SMALL)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["new"]
-
-
-def test_dora_on_a_part_of_a_matrix_is_refused():
-    model = adapted(small_flux().transformer, ["to_q"], use_dora=True)
-    refused(
-        "is one matrix in that file, of which the DoRA adapts a part",
-        {"transformer": to_lora(model, LEVEL, "toy")},
-        base="flux",
-    )
