@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.noise.denoisers.lookup import denoiser_of
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.build_core import needs_noise
@@ -50,6 +51,9 @@ def check_part(model: nn.Module, component: str, part: AdapterPart, adapter_name
         _check_fits_layer(modules[name], f"{component}.{name}", rank_of(part.config, name), part, name)
     expected = expected_tensors(model, part)
     check_adapter_tensors(part.tensors, expected, expected, f"{HOLDER_NAME}.")
+    for key, tensor in part.tensors.items():
+        if not is_core_key(key):
+            _check_range(_base_layer(modules[_module_of(key)]), f"{component}.{key}", tensor)
     _check_convention(model, part.config, adapter_name)
 
 
@@ -135,6 +139,17 @@ def _check_fits_layer(layer: nn.Module, where: str, rank: int, part: AdapterPart
                 f"{key} of {where} has shape {tuple(tensor.shape)}, but the adapter's configuration says rank {rank}, "
                 f"which is {shape}: the tensors and the configuration are not of one adapter."
             )
+
+
+def _check_range(layer: nn.Module, where: str, tensor: Tensor) -> None:
+    """Raises ValueError if a factor becomes infinite in the dtype of its layer."""
+    dtype = factor_dtype(getattr(getattr(layer, "weight", None), "dtype", None))
+    if dtype is None or bool(tensor.to(dtype).isfinite().all()):
+        return
+    raise ValueError(
+        f"{where} has a value of {tensor.float().abs().max().item():g}, and its layer is {dtype}, which ends at "
+        f"{torch.finfo(dtype).max:g}: load the pipeline in bfloat16 or float32."
+    )
 
 
 def _check_convention(model: nn.Module, config: NaraConfig, adapter_name: str) -> None:
