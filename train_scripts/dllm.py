@@ -16,6 +16,7 @@ noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -27,12 +28,13 @@ from typing import Any
 from nara_diffusion.check.run import check_training
 from nara_diffusion.check.text import text_task
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm.data.collator import GlobalBatchStream, TrainedCanvas, with_longest
 from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.data.records import load_records
 from nara_diffusion.dllm.evaluation.before_after import compare, measure, validation_losses
 from nara_diffusion.dllm.evaluation.report import results_table, write_run_report
 from nara_diffusion.dllm.masking import check_drawable
-from nara_diffusion.dllm.models.positions import check_positions
+from nara_diffusion.dllm.models.positions import check_canvas, check_positions
 from nara_diffusion.training.adapters.build import base_model, build_adapter, recompute_activations
 from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread
@@ -50,8 +52,10 @@ from nara_diffusion.training.oom import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.output.run_report import publish
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.training.stream import ShuffledStream, count_steps, stream_loader
+from nara_diffusion.training.stream import count_steps, stream_loader
 from nara_diffusion.utils.atomic_write import atomic_write_files
+
+logger = logging.getLogger(__name__)
 
 ASSETS = Path(os.path.relpath(Path(__file__).parents[1] / "examples" / "assets"))
 # Arguments that `exact_match` takes under the same name.
@@ -70,7 +74,6 @@ SHIPPED_RUN = {
     "core_learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "checkpointing_steps": 200,
-    "trained_padding": "3",
     "eval_batch_size": 64,
     "gen_length": 12,
 }
@@ -105,7 +108,9 @@ class ModelArguments:
     input_field: str = option("input", "Field with the question's second part; records may lack it.")
     output_field: str = option("output", "Field with what the model learns to write.")
     answer_field: str = option("answer", "Field with what a generation is compared with.")
-    max_length: int = option(512, "Length of prompt and answer together; longer answers are cut.", unit="tokens")
+    max_length: int = option(
+        512, "Length of prompt and answer together, without padding; longer answers are cut.", unit="tokens"
+    )
 
 
 @dataclass
@@ -113,8 +118,9 @@ class ObjectiveArguments:
     """Objective and evaluation"""
 
     trained_padding: str = option(
-        "longest",
-        "End tokens after an answer that are trained on: a number, longest (of the batch), or max_length.",
+        "gen_length",
+        "How far end tokens after an answer are trained on: gen_length, as far as generation goes; longest, the "
+        "longest sample of the global batch; max_length; or a number of tokens.",
         unit="tokens",
     )
     complementary: bool = option(False, "Train on each sample twice, with complementary masks.")
@@ -148,8 +154,9 @@ class Arguments(
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"
             raise ValueError(f"training data come from train_file or from dataset_name: give one of them, got {got}.")
-        if self.trained_padding not in ("longest", "max_length") and not self.trained_padding.isdecimal():
-            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected a number, longest or max_length.")
+        words = ("gen_length", "longest", "max_length")
+        if self.trained_padding not in words and not self.trained_padding.isdecimal():
+            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected {', '.join(words)} or a number.")
 
 
 def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +193,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     encoded = [encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main) for part in records]
     train_rows, validation_rows, test_rows = (part.rows for part in encoded)
     padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
-    collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length)
+    collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length, args.gen_length)
+    validation_rows = with_longest(validation_rows, run.global_batch)
     if args.gradient_checkpointing:
         recompute_activations(backbone)
     objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
@@ -199,8 +207,10 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         return results
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
     model = build_adapter(backbone, args, total_steps=steps)
-    longest = max(part.fit.longest for part in encoded)
-    check_positions(model, args.max_length, longest=collator.padded_length(longest))  # the adapter may take some
+    longest, prompt = (max(getattr(part.fit, name) for part in encoded) for name in ("longest", "longest_prompt"))
+    trains_canvas = padding == "gen_length"  # else gen_length tokens follow the test prompts alone
+    check_canvas(model, prompt if trains_canvas else encoded[-1].fit.longest_prompt, args.gen_length)
+    check_positions(model, args.max_length, longest=collator.padded_length(longest, prompt))  # less the adapter's own
     if run.checkpoint is not None:
         load_checkpoint(model, run.checkpoint)
     elif args.init_adapter is not None:
@@ -209,7 +219,10 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     # Train
     optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
-    stream = ShuffledStream(train_rows, args.seed)
+    stream = GlobalBatchStream(train_rows, args.seed, run.global_batch)
+    canvas = TrainedCanvas.of(stream, collator, args.gen_length, args.block_length)
+    if run.is_main and (warning := canvas.warning()):
+        logger.warning("%s", warning)
     loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)
     model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
     adapted = run.accelerator.unwrap_model(model)
@@ -220,6 +233,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     facts = {
         "adapter": title_of(args),
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
+        "canvas": canvas.fact(),
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,
     }

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nara_diffusion.dllm.data.encoding import AnswerCollator
+from nara_diffusion.dllm.data.collator import AnswerCollator, GlobalBatchStream
 from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_diffusion_loss
 from nara_diffusion.noise.signals import MASKED_SHARE
 from nara_diffusion.noise.window import EVERYTHING
 from nara_diffusion.training.adapters.build import add_adapter
 from nara_diffusion.training.adapters.configs import adapter_config
-from nara_diffusion.training.stream import ShuffledStream
 
 from .held import free_window, with_base_losses
 from .trial import CheckTask, Loss, published
@@ -48,7 +47,7 @@ def text_task(
 
     def loss_of(part: Any, **changes: Any) -> Callable[[Sequence[int]], MaskedDiffusionLoss]:
         loss = partial(masked_diffusion_loss, adapted, **{**objective, **changes})
-        stream = ShuffledStream(part, args.seed)
+        stream = GlobalBatchStream(part, args.seed, objective["group_size"])
 
         def positioned(positions: Sequence[int]) -> MaskedDiffusionLoss:
             return loss(**{name: value.to(device) for name, value in collator([stream[p] for p in positions]).items()})

@@ -1,12 +1,7 @@
 """Masked-diffusion language models: backbones, loss, generation, data and evaluation."""
 
-from nara_diffusion.dllm.data.encoding import (
-    AnswerCollator,
-    EncodedRecords,
-    encode_prompts,
-    encode_records,
-    prompt_text,
-)
+from nara_diffusion.dllm.data.collator import AnswerCollator
+from nara_diffusion.dllm.data.encoding import EncodedRecords, encode_prompts, encode_records, prompt_text
 from nara_diffusion.dllm.data.records import FieldNames, records_from_file, records_from_hub
 from nara_diffusion.dllm.evaluation.exact_match import ExactMatch, exact_match, noise_level_curve, stop_token_ids
 from nara_diffusion.dllm.evaluation.likelihood import log_likelihood

@@ -2,7 +2,7 @@
 
 With a chat template in the tokenizer, the prompt is the user's turn and what opens the assistant's, and the answer
 is the assistant's turn as the template closes it. Without one, the prompt is Alpaca's, which LLM-Adapters uses too.
-The answer ends with one end-of-sequence token, and every row can be lengthened by more of them, which are trained
+The answer ends with one end-of-sequence token, and the `collator` lengthens rows by more of them, which are trained
 on: that is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -207,72 +206,3 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if end is None:
         raise ValueError("the tokenizer has no eos_token to end answers with: set tokenizer.eos_token")
     return int(end)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class AnswerCollator:
-    """Rows of `encode_records` → {input_ids (b, l), prompt_lengths (b,), answer_lengths (b,)}, padded on the right.
-
-    A "position" in the rows, their place in the training stream, becomes `sample_indices` (b,); the batch is then what
-    `masked_diffusion_loss` takes.
-
-    Args:
-        end_token_id: the token that pads the rows.
-        trained_padding: how much of the padding counts as answer, and so is masked and trained on:
-            "longest" all of it, as LLaDA does (a row's loss then depends on the rows beside it);
-            "max_length" all of it, and every row gets `max_length` tokens;
-            a number: that many tokens at most, the rest is not attended to. Rows are then independent of each
-                other, which
-            several processes need to get the loss of one.
-        max_length: length of the rows under "max_length", and never exceeded.
-    """
-
-    end_token_id: int
-    trained_padding: str | int = "longest"
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.trained_padding, str):
-            if self.trained_padding not in ("longest", "max_length"):
-                raise ValueError(
-                    f"trained_padding is {self.trained_padding!r}, expected 'longest', 'max_length' or a number"
-                )
-            if self.trained_padding == "max_length" and self.max_length is None:
-                raise ValueError("trained_padding='max_length' needs max_length")
-        elif self.trained_padding < 0:
-            raise ValueError(f"trained_padding is {self.trained_padding}, expected 0 tokens or more")
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
-        ends = torch.maximum(self._ends(rows, lengths), lengths)
-        input_ids = torch.full((len(rows), int(ends.max())), self.end_token_id)
-        for i, row in enumerate(rows):
-            input_ids[i, : lengths[i]] = torch.as_tensor(row["input_ids"])
-        batch: dict[str, Any] = {
-            "input_ids": input_ids,
-            "prompt_lengths": prompt_lengths,
-            "answer_lengths": ends - prompt_lengths,
-        }
-        if "position" in rows[0]:
-            batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
-        return batch
-
-    def padded_length(self, longest: int) -> int:
-        """The length of a batch, trained padding included, whose longest row has `longest` tokens."""
-        if self.trained_padding == "max_length":
-            return self.max_length or 0
-        padded = longest if self.trained_padding == "longest" else longest + int(self.trained_padding)
-        return padded if self.max_length is None else min(padded, self.max_length)
-
-    def _ends(self, rows: Sequence[Mapping[str, Any]], lengths: torch.Tensor) -> torch.Tensor:
-        """The end of the trained part of each row: (b,). A cut answer gets no end token, since it doesn't end there."""
-        if self.trained_padding == "max_length":
-            ends = torch.full_like(lengths, self.max_length or 0)
-        elif self.trained_padding == "longest":
-            ends = torch.full_like(lengths, int(lengths.max()))
-        else:
-            ends = lengths + int(self.trained_padding)
-        whole = torch.tensor([int(row["input_ids"][-1]) == self.end_token_id for row in rows])
-        ends = ends.clamp(max=self.max_length) if self.max_length is not None else ends
-        return torch.where(whole, ends, lengths)

@@ -36,6 +36,11 @@ class Fit:
         kept = [prompt + answer for prompt, answer in self.lengths if prompt < self.max_length]
         return min(max(kept, default=0), self.max_length)
 
+    @property
+    def longest_prompt(self) -> int:
+        """The number of tokens of the longest prompt that is kept."""
+        return max((prompt for prompt, _ in self.lengths if prompt < self.max_length), default=0)
+
     def check(self) -> None:
         """Raises ValueError where no record is left."""
         if self.dropped == len(self.lengths):

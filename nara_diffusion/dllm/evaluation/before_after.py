@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm.data.encoding import AnswerCollator
+from nara_diffusion.dllm.data.collator import AnswerCollator
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.engine.distributed import split_across_processes

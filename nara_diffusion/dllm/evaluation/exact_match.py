@@ -12,7 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm.data.encoding import AnswerCollator, end_token_id
+from nara_diffusion.dllm.data.collator import AnswerCollator
+from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import mask_answers
 from nara_diffusion.dllm.models.lm_head import configured

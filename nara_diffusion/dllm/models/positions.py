@@ -52,6 +52,20 @@ def check_positions(model: nn.Module, max_length: int, *, longest: int = 0) -> N
         )
 
 
+def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int) -> None:
+    """Refuse a canvas, prompt and `gen_length` tokens after it, beyond the positions that the model can tell apart.
+
+    Raises:
+        ValueError: with what was given, and the limit.
+    """
+    limit, length = position_limit(model), longest_prompt + gen_length
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}, together {length}, and "
+            f"the model has {limit} positions: lower --gen_length, or leave out the records with long prompts"
+        )
+
+
 def _table(model: nn.Module) -> int | None:
     """The number of positions in the model's table of learned positions; None if it has none."""
     for name, module in model.named_modules():

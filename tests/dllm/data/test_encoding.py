@@ -109,6 +109,7 @@ ROWS = [
         ({"trained_padding": 2}, [6, 9, 8]),
         ({"trained_padding": 2, "max_length": 8}, [6, 8, 8]),
         ({"trained_padding": "max_length", "max_length": 10}, [10, 10, 8]),
+        ({"trained_padding": "gen_length", "gen_length": 7, "max_length": 8}, [9, 8, 8]),
     ],
 )
 def test_how_much_padding_is_trained_on(options: dict, ends: list[int]) -> None:
@@ -117,7 +118,7 @@ def test_how_much_padding_is_trained_on(options: dict, ends: list[int]) -> None:
     assert batch["answer_lengths"].tolist() == [end - start for end, start in zip(ends, [2, 1, 5], strict=True)]
     assert batch["input_ids"].shape == (3, max(ends))
     whole = AnswerCollator(END, **options)(ROWS[:2])  # rows that end, and so are padded
-    assert whole["input_ids"].shape[1] == AnswerCollator(END, **options).padded_length(7)
+    assert whole["input_ids"].shape[1] == AnswerCollator(END, **options).padded_length(7, 2)
     for row, expected in zip(batch["input_ids"].tolist(), ROWS, strict=True):
         length = len(expected["input_ids"])
         assert row == expected["input_ids"] + [END] * (max(ends) - length)
@@ -136,6 +137,7 @@ def test_positions_in_the_stream_become_sample_indices() -> None:
         ({"trained_padding": "all"}, "trained_padding is 'all'"),
         ({"trained_padding": -1}, "trained_padding is -1"),
         ({"trained_padding": "max_length"}, "needs max_length"),
+        ({"trained_padding": "gen_length"}, "needs gen_length"),
     ],
 )
 def test_collator_refusals(options: dict, message: str) -> None:

@@ -156,7 +156,10 @@ def test_a_corrupt_checkpoint(arguments) -> None:
         ({"dataset_name": "org/data"}, "from train_file or from dataset_name: give one of them, got both"),
         ({"train_file": None}, "from train_file or from dataset_name: give one of them, got neither"),
         ({"pretrained_model_name_or_path": ""}, "pretrained_model_name_or_path must be given"),
-        ({"trained_padding": "shortest"}, "trained_padding is 'shortest', expected a number, longest or max_length"),
+        (
+            {"trained_padding": "shortest"},
+            "trained_padding is 'shortest', expected gen_length, longest, max_length or a number",
+        ),
         ({"validation_samples": 0}, "validation_samples must be at least 1, got 0"),
         ({"test_samples": 0}, "test_samples must be at least 1, or none, got 0"),
         ({"curve_points": 0}, "curve_points must be at least 1, got 0"),

@@ -1,0 +1,194 @@
+"""Rows of token ids as batches: how far each answer is followed by end tokens that are trained on.
+
+Generation starts from `gen_length` masks behind the prompt, its canvas. What follows an answer there is learned from
+the end tokens that training puts behind answers, so the two should reach equally far: a model that was trained on
+less writes on after its answer, or takes the length of the canvas for that of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nara_diffusion.training.stream import ShuffledStream
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SAMPLE = 1000  # samples of the training stream that the canvas is told of
+_WORDS = ("gen_length", "longest", "max_length")
+
+
+@dataclass(frozen=True)
+class AnswerCollator:
+    """Rows of `encode_records` → {input_ids (b, l), prompt_lengths (b,), answer_lengths (b,)}, padded on the right.
+
+    A "position" in the rows, their place in the training stream, becomes `sample_indices` (b,); the batch is then what
+    `masked_diffusion_loss` takes.
+
+    Args:
+        end_token_id: the token that pads the rows.
+        trained_padding: how much of the padding counts as answer, and so is masked and trained on:
+            "gen_length" as far as `gen_length` tokens after the prompt, which is what generation fills;
+            "longest" as far as the longest row of the global batch, as LLaDA does, which rows name under "longest"
+                (see `GlobalBatchStream`); rows without it go as far as the longest that is given;
+            "max_length" as far as `max_length` tokens, prompt included;
+            a number: that many tokens at most, within `max_length`.
+            Under all but "longest", a row's loss doesn't depend on the rows beside it.
+        max_length: length of the rows under "max_length", and not exceeded under a number.
+        gen_length: length of the answers under "gen_length".
+    """
+
+    end_token_id: int
+    trained_padding: str | int = "longest"
+    max_length: int | None = None
+    gen_length: int | None = None
+
+    def __post_init__(self) -> None:
+        padding = self.trained_padding
+        if isinstance(padding, str):
+            if padding not in _WORDS:
+                raise ValueError(
+                    f"trained_padding is {padding!r}, expected a number or one of {', '.join(map(repr, _WORDS))}"
+                )
+            if padding != "longest" and getattr(self, padding) is None:
+                raise ValueError(f"trained_padding={padding!r} needs {padding}")
+        elif padding < 0:
+            raise ValueError(f"trained_padding is {padding}, expected 0 tokens or more")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        answer_lengths = self.answer_lengths(rows)
+        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
+        width = int((prompt_lengths + answer_lengths).max())
+        input_ids = torch.full((len(rows), width), self.end_token_id)
+        for i, row in enumerate(rows):
+            input_ids[i, : lengths[i]] = torch.as_tensor(row["input_ids"])
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "prompt_lengths": prompt_lengths,
+            "answer_lengths": answer_lengths,
+        }
+        if "position" in rows[0]:
+            batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
+        return batch
+
+    def answer_lengths(self, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """The tokens of each row that are trained on: (b,). A cut answer is trained as it is, since it has no end."""
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
+        if self.trained_padding == "gen_length":
+            ends = prompt_lengths + (self.gen_length or 0)
+        elif self.trained_padding == "max_length":
+            ends = torch.full_like(lengths, self.max_length or 0)
+        elif self.trained_padding == "longest":
+            ends = torch.tensor([row.get("longest", int(lengths.max())) for row in rows])
+        else:
+            ends = lengths + int(self.trained_padding)
+            ends = ends if self.max_length is None else ends.clamp(max=self.max_length)
+        whole = torch.tensor([self.is_whole(row) for row in rows])
+        return torch.where(whole, torch.maximum(ends, lengths), lengths) - prompt_lengths
+
+    def is_whole(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row's answer has its end, and wasn't cut."""
+        return int(row["input_ids"][-1]) == self.end_token_id
+
+    def padded_length(self, longest: int, longest_prompt: int) -> int:
+        """The length of the longest row with its trained padding, of rows of `longest` tokens at most."""
+        if self.trained_padding == "gen_length":
+            return max(longest, longest_prompt + (self.gen_length or 0))
+        if self.trained_padding == "max_length":
+            return self.max_length or 0
+        padded = longest if self.trained_padding == "longest" else longest + int(self.trained_padding)
+        return padded if self.max_length is None else min(padded, self.max_length)
+
+
+class GlobalBatchStream(ShuffledStream):
+    """A stream of encoded rows. Each has under "longest" the number of tokens of the longest row of its global batch,
+    which may lie in other forwards and other processes."""
+
+    def __init__(self, rows: Any, seed: int, global_batch: int):
+        super().__init__(rows, seed)
+        self.global_batch = global_batch
+        self._first, self._longest = -1, 0
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        first = position - position % self.global_batch
+        if first != self._first:
+            batch = map(super().__getitem__, range(first, first + self.global_batch))
+            self._first, self._longest = first, max(len(row["input_ids"]) for row in batch)
+        return super().__getitem__(position) | {"longest": self._longest}
+
+
+def with_longest(rows: Dataset, global_batch: int) -> Dataset:
+    """Rows for validation, in their order, with the "longest" of every `global_batch` of them, as in training."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    firsts = [i - i % global_batch for i in range(len(lengths))]
+    return rows.add_column("longest", [max(lengths[i : i + global_batch]) for i in firsts])  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class TrainedCanvas:
+    """What training shows of the canvas that generation fills.
+
+    Attributes:
+        prompts, answers: the tokens of each sample's prompt, and of its answer with its end.
+        trained: the tokens after the prompt that are trained on.
+        short: those of `trained` that belong to whole answers and are fewer than `gen_length`.
+        gen_length, block_length: the tokens that generation fills, in all and at a time.
+        trained_padding: as the collator has it.
+    """
+
+    prompts: list[int]
+    answers: list[int]
+    trained: list[int]
+    short: list[int]
+    gen_length: int
+    block_length: int
+    trained_padding: str | int
+
+    @classmethod
+    def of(
+        cls, stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int | None
+    ) -> TrainedCanvas:
+        """The canvas of the first samples of `stream`; of all of them, if they are few."""
+        rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
+        prompts = [row["prompt_length"] for row in rows]
+        return cls(
+            prompts,
+            [len(row["input_ids"]) - prompt for row, prompt in zip(rows, prompts, strict=True)],
+            trained := collator.answer_lengths(rows).tolist(),
+            [n for n, row in zip(trained, rows, strict=True) if n < gen_length and collator.is_whole(row)],
+            gen_length,
+            block_length or gen_length,
+            collator.trained_padding,
+        )
+
+    def fact(self) -> str:
+        """One line for the run's facts."""
+        blocks = self.gen_length // self.block_length
+        positions = round(sum(self.prompts + self.trained) / len(self.prompts))
+        return (
+            f"prompts of {_span(self.prompts)} tokens, answers of {_span(self.answers)} tokens with their end, trained "
+            f"to {_span(self.trained)} tokens (trained_padding {self.trained_padding}), {positions} positions a sample "
+            f"on average; generated: gen_length {self.gen_length} in {blocks} block{'s' * (blocks > 1)}"
+        )
+
+    def warning(self) -> str | None:
+        """One line where generation goes beyond what training shows, else None."""
+        if not self.short:
+            return None
+        return (
+            f"gen_length is {self.gen_length}, and {len(self.short)} of {len(self.trained)} samples end before "
+            f"that, the shortest after {min(self.short)} tokens (trained_padding {self.trained_padding}): what follows "
+            "an answer there is not trained, and generated answers can become worse than the base model's while the "
+            "validation loss falls; give --trained_padding gen_length"
+        )
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"

@@ -1,0 +1,182 @@
+"""The canvas that a text adapter is trained on is the one that it generates on, and a run says so where it isn't."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from nara_diffusion.dllm import AnswerCollator
+from nara_diffusion.training.arguments.cli import parse_arguments
+from train_scripts.dllm import Arguments, main, shipped_run
+
+ROOT = Path(__file__).parents[2]
+MODEL = str(ROOT / "examples" / "assets" / "llada-tiny")
+END = 1
+
+
+def write_reversals(path: Path, count: int, lengths: tuple[int, int] = (3, 7)) -> str:
+    """Records of a task that the shipped model knows, each with an answer of as many tokens as its word has letters."""
+    draw = random.Random(path.stem)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(*lengths))) for _ in range(count)]
+    records = ({"instruction": f"reverse: {word}", "output": word[::-1], "answer": word[::-1]} for word in words)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., Arguments]:
+    defaults: dict[str, Any] = {
+        "pretrained_model_name_or_path": MODEL,
+        "train_file": write_reversals(tmp_path / "train.jsonl", 40),
+        "validation_file": write_reversals(tmp_path / "validation.jsonl", 6),
+        "test_file": write_reversals(tmp_path / "test.jsonl", 5),
+        "output_dir": str(tmp_path / "run"),
+        "target_modules": ["all-linear"],
+        "rank": 4,
+        "core_hidden_dims": [8, 8],
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "max_train_steps": 2,
+        "logging_steps": 1,
+        "curve_points": 2,
+        "gen_length": 12,
+    }
+    return lambda **changes: Arguments(**{**defaults, **changes})
+
+
+def read_losses(folder: str) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {name: [line[name] for line in lines if name in line] for name in ("loss", "validation_loss")}
+
+
+ROWS = [
+    {"input_ids": [5, 6, 7, END], "prompt_length": 2},
+    {"input_ids": [5, 6, 7, 8, 9, 10, 11, 12, END], "prompt_length": 1},  # longer than gen_length
+    {"input_ids": [5, 6, 7, 8, 9], "prompt_length": 3},  # cut at max_length: it doesn't end there
+    {"input_ids": [5, 6, 7, 8, END], "prompt_length": 4},
+]
+
+
+def test_gen_length_trains_each_answer_to_gen_length_after_its_prompt() -> None:
+    batch = AnswerCollator(END, "gen_length", max_length=5, gen_length=6)(ROWS)
+    assert batch["answer_lengths"].tolist() == [6, 8, 2, 6]
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 7, END, END, END, END, END, END, END],
+        [5, 6, 7, 8, 9, 10, 11, 12, END, END],
+        [5, 6, 7, 8, 9, END, END, END, END, END],
+        [5, 6, 7, 8, END, END, END, END, END, END],
+    ]
+
+
+def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, tmp_path: Path) -> None:
+    """The losses of 1 x 4 samples are those of 4 x 1: both train the padding to the longest of the four."""
+    runs = {}
+    for size, accumulation in ((1, 4), (4, 1), (2, 2)):
+        folder = str(tmp_path / f"{size}x{accumulation}")
+        batches = {"train_batch_size": size, "gradient_accumulation_steps": accumulation, "eval_batch_size": size}
+        main(arguments(trained_padding="longest", validation_steps=1, output_dir=folder, **batches))
+        runs[size] = read_losses(folder)
+    for size in (1, 2):
+        for name in ("loss", "validation_loss"):
+            torch.testing.assert_close(runs[size][name], runs[4][name], rtol=1e-4, atol=1e-6, msg=f"{size} {name}")
+
+
+def test_more_training_of_what_the_base_knows_makes_it_no_worse(arguments) -> None:
+    """At one sample a forward, as in the 8B configurations, and gen_length far beyond the answers."""
+    folder = Path(arguments().output_dir).parent
+    records = {
+        "train_file": write_reversals(folder / "more.jsonl", 200),
+        "test_file": write_reversals(folder / "held.jsonl", 48),
+    }
+    results = main(
+        arguments(
+            **records,
+            gen_length=32,
+            gradient_accumulation_steps=8,
+            max_train_steps=24,
+            learning_rate=5e-3,
+            lr_scheduler="cosine",
+            eval_batch_size=48,
+        )
+    )
+    assert results["exact_match_after"] >= results["exact_match_before"]
+    assert results["exact_match_after"] >= 0.9
+
+
+def canvas_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "gen_length" in r.getMessage()]
+
+
+def test_a_run_says_what_canvas_it_trains_and_generates_on(arguments, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        main(arguments(block_length=4))
+    assert canvas_warnings(caplog) == []
+    (facts,) = [message for message in caplog.messages if message.startswith("adapter: ")]
+    assert "prompts of " in facts
+    assert "answers of 5 to 9 tokens with their end, trained to 12 tokens (trained_padding gen_length)" in facts
+    assert "gen_length 12 in 3 blocks" in facts
+    assert "canvas: " in (Path(arguments().output_dir) / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("padding", "told"),
+    [
+        ("0", r"gen_length is 12, and 40 of 40 samples end before that, the shortest after 5 tokens"),
+        ("6", r"of 40 samples end before that, the shortest after 11 tokens"),
+        ("longest", r"gen_length is 12, and \d+ of 40 samples end before that"),
+        ("7", None),
+        ("gen_length", None),
+        ("max_length", None),
+    ],
+)
+def test_generating_beyond_the_trained_canvas_is_warned_of_before_training(
+    arguments, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, padding: str, told: str | None
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def stop(*args: Any) -> None:
+        raise Reached
+
+    monkeypatch.setattr("train_scripts.dllm.train", stop)
+    with pytest.raises(Reached):
+        main(arguments(trained_padding=padding, max_length=40))
+    found = canvas_warnings(caplog)
+    assert len(found) == (told is not None)
+    if told is not None:
+        assert re.search(told, found[0])
+        assert found[0].endswith("give --trained_padding gen_length")
+
+
+def test_a_canvas_beyond_the_models_positions_is_refused_before_training(arguments) -> None:
+    args = arguments(gen_length=60)
+    message = r"the longest prompt has \d+ tokens and gen_length is 60, together \d+, and the model has 64 positions"
+    with pytest.raises(ValueError, match=message):
+        main(args)
+    assert not Path(args.output_dir).exists()
+
+
+def test_training_prompts_beyond_the_models_positions_are_refused(arguments, tmp_path: Path) -> None:
+    args = arguments(gen_length=30, train_file=write_reversals(tmp_path / "long.jsonl", 9, (33, 36)), max_length=100)
+    with pytest.raises(ValueError, match=r"gen_length is 30, together \d+, and the model has 64 positions"):
+        main(args)
+    assert not Path(args.output_dir).exists()
+
+
+def test_the_canvas_of_generation_is_the_default_everywhere() -> None:
+    assert Arguments.trained_padding == "gen_length"
+    assert parse_arguments(Arguments, [], stand_in=shipped_run).trained_padding == "gen_length"
+    files = [*(ROOT / "train_scripts" / "configs").glob("llada_*.yaml")]
+    files += (ROOT / "train_scripts" / "configs").glob("dream_*.yaml")
+    assert len(files) == 7
+    for path in files:
+        assert yaml.safe_load(path.read_text())["trained_padding"] == "gen_length", path
