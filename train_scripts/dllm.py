@@ -102,7 +102,11 @@ class ModelArguments:
     test_file: str | None = option(
         None, "Records for exact match, before and after; none takes the validation ones.", resumable=True
     )
-    validation_samples: int = option(128, "Records held out of the training data, if there is no file.", unit="records")
+    validation_samples: int | None = option(
+        None,
+        "Records held out of the training data, if there is no file; none takes a tenth of them, 128 at most.",
+        unit="records",
+    )
     test_samples: int | None = option(None, "Use the first so many test records; none uses all.", unit="records")
     instruction_field: str = option("instruction", "Field of a record with the question.")
     input_field: str = option("input", "Field with the question's second part; records may lack it.")
@@ -147,9 +151,10 @@ class Arguments(
         check_arguments(self)
         check_window(self)
         check_drawable(window_of(self), self.complementary)
-        for name in ("validation_samples", "max_length", "eval_batch_size", "gen_length", "curve_points"):
+        for name in ("max_length", "eval_batch_size", "gen_length", "curve_points"):
             require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(self, "test_samples", self.test_samples is None or self.test_samples >= 1, "at least 1, or none")
+        for name in ("validation_samples", "test_samples"):
+            require(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or none")
         require(self, "pretrained_model_name_or_path", self.pretrained_model_name_or_path != "", "given")
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"
@@ -233,6 +238,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     facts = {
         "adapter": title_of(args),
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
+        "validation": f"{len(validation_rows)} records, {args.validation_file or 'held out of the training data'}",
         "canvas": canvas.fact(),
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_HELD_OUT = 128  # records for validation, of which a tenth is taken where no number is given
 _INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # Unicode's control and format characters, and its kinds of white space
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
@@ -74,7 +75,7 @@ def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
     """The (training, validation, test) records that a run's arguments name, in files or on the Hub.
 
     Raises:
-        ValueError: see `records_from_file`; or there are too few training records to hold any out for validation.
+        ValueError: see `records_from_file`; or fewer training records would be left than are held out for validation.
     """
     fields = FieldNames(args.instruction_field, args.input_field, args.output_field, args.answer_field)
     if args.dataset_name is not None:
@@ -89,13 +90,15 @@ def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
     return records, validation, test.select(range(min(len(test), args.test_samples or len(test))))
 
 
-def _held_out(records: Dataset, validation_samples: int, seed: int) -> tuple[Dataset, Dataset]:
-    if len(records) <= validation_samples:
+def _held_out(records: Dataset, validation_samples: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    held = validation_samples or max(1, min(_MOST_HELD_OUT, len(records) // 10))
+    left = max(len(records) - held, 0)
+    if left < held:
         raise ValueError(
-            f"{len(records)} training records can't spare {validation_samples} for validation: lower "
-            "validation_samples, or give a validation_file."
+            f"{len(records)} training records can't spare {held} for validation, which leaves {left} to train on: "
+            "lower validation_samples, or give a validation_file."
         )
-    parts = records.train_test_split(test_size=validation_samples, seed=seed)
+    parts = records.train_test_split(test_size=held, seed=seed)
     return parts["train"], parts["test"]
 
 

@@ -160,7 +160,7 @@ def test_a_corrupt_checkpoint(arguments) -> None:
             {"trained_padding": "shortest"},
             "trained_padding is 'shortest', expected gen_length, longest, max_length or a number",
         ),
-        ({"validation_samples": 0}, "validation_samples must be at least 1, got 0"),
+        ({"validation_samples": 0}, "validation_samples must be at least 1, or none, got 0"),
         ({"test_samples": 0}, "test_samples must be at least 1, or none, got 0"),
         ({"curve_points": 0}, "curve_points must be at least 1, got 0"),
         ({"gen_length": 0}, "gen_length must be at least 1, got 0"),
