@@ -9,6 +9,7 @@ on: that is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,8 @@ def encode_records(
 
     Raises:
         ValueError: there are no records, none is left, or none of the sample; the tokenizer knows less than half of
-            the tokens (`check_vocabulary`); a text holds the mask token.
+            the tokens (`check_vocabulary`); a text holds the mask token; the chat template begins an answer otherwise
+            in a conversation than as a generation prompt.
     """
     from datasets import Dataset
 
@@ -95,6 +97,7 @@ def encode_records(
     sample: list[Any] = [records[i] for i in range(0, total, -(-total // _SAMPLE))]  # spread evenly
     is_part = len(sample) < total
     check_vocabulary(sample, tokenizer, total=total if is_part else None)
+    _warn_of_ends_inside(records["output"][:], tokenizer)
     if is_part:
         _, fit = _encode(sample, tokenizer, max_length, f"a sample of {len(sample)} of {total} records")
         if fit.loses:
@@ -135,6 +138,19 @@ def _text_of(record: Mapping[str, str]) -> str:
     return " ".join(record[name] for name in ("instruction", "input", "output") if record[name])
 
 
+def _warn_of_ends_inside(outputs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of outputs that go on after the end token as text, which ends an answer wherever it stands."""
+    end = str(tokenizer.convert_ids_to_tokens(end_token_id(tokenizer)))
+    at_the_end = re.compile(rf"(\s*{re.escape(end)})+\s*$")
+    inside = [output for output in outputs if end in output and end in at_the_end.sub("", output)]
+    if inside:
+        logger.warning(
+            "%d of %d records have the end token %r inside their output: an answer ends there, and the model learns no "
+            "more than that of it; take the token out, or write it otherwise. The first of them is %r",
+            *(len(inside), len(outputs), end, inside[0][:100]),
+        )
+
+
 def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:
     """The text that the model reads before it answers: the chat template's, or Alpaca's form."""
     if tokenizer.chat_template:
@@ -163,11 +179,21 @@ def _encode_batch(
 
 
 def _answer_text(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, str], prompt: str) -> str:
+    """The assistant's turn after its `prompt`: the output, and what the template ends the turn with."""
     if not tokenizer.chat_template:
         return record["output"]
-    turns = [*_turn(record["instruction"], record["input"]), {"role": "assistant", "content": record["output"]}]
-    whole = chat_text(tokenizer, turns, add_generation_prompt=False)
-    return whole.removeprefix(prompt) if whole.startswith(prompt) else record["output"]
+    question = _turn(record["instruction"], record["input"])
+    whole = chat_text(
+        tokenizer, [*question, {"role": "assistant", "content": record["output"]}], add_generation_prompt=False
+    )
+    if not whole.startswith(prompt):
+        asked = chat_text(tokenizer, question, add_generation_prompt=False)
+        raise ValueError(
+            f"the tokenizer's chat template begins an answer with {prompt.removeprefix(asked)!r} as generation prompt, "
+            f"and a turn with an answer otherwise, {whole.removeprefix(asked)[:60]!r}: the end of the turn can't be "
+            "told; change the tokenizer's chat_template to begin both alike"
+        )
+    return whole.removeprefix(prompt)
 
 
 def _turn(instruction: str, input: str) -> list[dict[str, str]]:

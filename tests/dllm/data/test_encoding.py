@@ -69,12 +69,10 @@ def test_encoders_tokenizers_open_a_prompt_and_don_t_close_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("chat", [True], indirect=True)
-def test_a_template_whose_turns_don_t_continue_its_prompt_leaves_the_answer_bare(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_a_template_whose_turns_don_t_continue_its_prompt_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("else 'w4 '", "else 'w6 '")
-    row = encode_records(records(("w5", "w7 w8")), tokenizer, max_length=64).rows[0]
-    assert row["input_ids"] == [2, 5, 3, 4, 7, 8, END]
+    with pytest.raises(ValueError, match=r"begins an answer with 'w4 ' as generation prompt, .* 'w6 w7 w8"):
+        encode_records(records(("w5", "w7 w8")), tokenizer, max_length=64)
 
 
 @pytest.mark.parametrize("chat", [True], indirect=True)
