@@ -200,6 +200,11 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
     collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length, args.gen_length)
     validation_rows = with_longest(validation_rows, run.global_batch)
+    longest, longest_prompt = (
+        max(getattr(part.fit, name) for part in encoded) for name in ("longest", "longest_prompt")
+    )
+    canvas_prompt = longest_prompt if padding == "gen_length" else encoded[-1].fit.longest_prompt  # of the test records
+    check_canvas(backbone, canvas_prompt, args.gen_length)
     if args.gradient_checkpointing:
         recompute_activations(backbone)
     objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
@@ -212,10 +217,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         return results
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
     model = build_adapter(backbone, args, total_steps=steps)
-    longest, prompt = (max(getattr(part.fit, name) for part in encoded) for name in ("longest", "longest_prompt"))
-    trains_canvas = padding == "gen_length"  # else gen_length tokens follow the test prompts alone
-    check_canvas(model, prompt if trains_canvas else encoded[-1].fit.longest_prompt, args.gen_length)
-    check_positions(model, args.max_length, longest=collator.padded_length(longest, prompt))  # less the adapter's own
+    check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
+    check_positions(model, args.max_length, longest=collator.padded_length(longest, longest_prompt))
     if run.checkpoint is not None:
         load_checkpoint(model, run.checkpoint)
     elif args.init_adapter is not None:
