@@ -8,9 +8,6 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# as DeepSpeed and threadpoolctl set them, in the first test that imports one
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "True")
 
 import random
 from collections.abc import Iterator

@@ -12,8 +12,13 @@ import torch.nn.modules.module as modules
 
 PATIENCE = 5.0
 """Seconds that a thread which is about to end has for it."""
-NOT_COMPARED = {"PYTEST_CURRENT_TEST"}
-"""Environment variables that pytest itself changes around a test."""
+NOT_COMPARED = {
+    "PYTEST_CURRENT_TEST",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",  # DeepSpeed
+    "KMP_DUPLICATE_LIB_OK",  # threadpoolctl
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",  # torch's compiler
+}
+"""Environment variables that pytest sets around each test, or a library when it is first imported."""
 
 
 def process_state() -> dict[str, Any]:
