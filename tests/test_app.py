@@ -91,6 +91,8 @@ def connection(url: str) -> Iterator[Client]:
     client = Client(url, verbose=False)
     yield client
     client.close()
+    for pool in (client.executor, client.helper_executor, client.stream_executor):  # which close() leaves
+        pool.shutdown()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import thread as pools
 from typing import Any
 
 import pytest
@@ -38,17 +39,19 @@ def process_state() -> dict[str, Any]:
     }
 
 
-def left_behind(before: dict[str, Any]) -> list[str]:
-    """A sentence for each thing that differs from `before`; threads get time to end."""
-    for thread in process_state()["threads"] - before["threads"]:
+def left_behind(before: dict[str, Any], workers_may_stay: bool = False) -> list[str]:
+    """A sentence for each thing that differs from `before`; threads get time to end, or may stay as a pool's workers."""
+    known = before["threads"] | (set(pools._threads_queues) if workers_may_stay else set())
+    for thread in process_state()["threads"] - known:
         thread.join(PATIENCE)
     after = process_state()
-    after["threads"] |= before["threads"]  # a thread that ends is no leak
+    left = after["threads"] - known
+    after["threads"] = before["threads"] | left  # a thread that ends is no leak
     return [_difference(name, value, after[name]) for name, value in before.items() if value != after[name]]
 
 
-def fail_if_left(before: dict[str, Any]) -> None:
-    if left := left_behind(before):
+def fail_if_left(before: dict[str, Any], workers_may_stay: bool = False) -> None:
+    if left := left_behind(before, workers_may_stay):
         pytest.fail("the process isn't as it was before the test:\n" + "\n".join(left), pytrace=False)
 
 
