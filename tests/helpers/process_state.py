@@ -40,7 +40,7 @@ def process_state() -> dict[str, Any]:
 
 
 def left_behind(before: dict[str, Any], workers_may_stay: bool = False) -> list[str]:
-    """A sentence for each thing that differs from `before`; threads get time to end, or may stay as a pool's workers."""
+    """A sentence for each thing that differs from `before`; threads get time to end; workers of pools may stay."""
     known = before["threads"] | (set(pools._threads_queues) if workers_may_stay else set())
     for thread in process_state()["threads"] - known:
         thread.join(PATIENCE)
