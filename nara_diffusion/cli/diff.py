@@ -67,7 +67,7 @@ def report(one: AdapterFile, other: AdapterFile, points: int) -> Iterator[str]:
     """The lines of `nara diff` at `points` λ; none if the adapters are the same."""
     for name in sorted(one.parts.keys() ^ other.parts.keys()):
         yield f"{name}: only in {(one if name in one.parts else other).path}"
-    levels = torch.linspace(0, 1, points)
+    levels = torch.linspace(0, 1, points, dtype=torch.float32)
     for name in sorted(one.parts.keys() & other.parts.keys()):
         lines = list(_component(one.parts[name], other.parts[name], levels))
         yield from ([f"{name}:", *(f"  {line}" for line in lines)] if lines else [])

@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _strength(file: AdapterFile, args: argparse.Namespace) -> str:
     """What is told of the adapter's own strength at λ, which the LoRA includes."""
-    level = torch.tensor([args.noise_level])
+    level = torch.tensor([args.noise_level], dtype=torch.float32)
     found = [
         f"{strength_of(part.config, level).item():g}"
         for part in file.parts.values()

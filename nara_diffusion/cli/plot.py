@@ -59,7 +59,7 @@ def draw(file: AdapterFile, path: Path, points: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    levels = torch.linspace(0, 1, points)
+    levels = torch.linspace(0, 1, points, dtype=torch.float32)
     curves = {name: core_curves(part, levels) for name, part in file.parts.items()}
     figure = Figure(figsize=(12, 3.4 * len(curves)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -57,7 +57,7 @@ def mask_density(masked: torch.Tensor, answer: torch.Tensor, radius: int) -> tor
         answer: (b, l) bool; positions outside of it are no neighbours.
         radius: R ≥ 1, in tokens.
     """
-    window = torch.ones(1, 1, 2 * radius + 1, device=masked.device)
+    window = torch.ones(1, 1, 2 * radius + 1, dtype=torch.float32, device=masked.device)
     window[..., radius] = 0  # itself excluded
 
     def count(flags: torch.Tensor) -> torch.Tensor:

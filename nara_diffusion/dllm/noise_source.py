@@ -85,7 +85,7 @@ class InputIdsNoise:
         masked = answer & (input_ids == self.mask_token_id)
         radius = mask_density_radius(module)
         density = None if radius is None else mask_density(masked, answer, radius)
-        return NoiseSignals(masked.sum(1) / answer.sum(1), density)
+        return NoiseSignals(masked.sum(1).float() / answer.sum(1), density)
 
     def _answer(self, input_ids: torch.Tensor, attention_mask: Any) -> torch.Tensor:
         rows, width = input_ids.shape

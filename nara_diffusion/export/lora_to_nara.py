@@ -179,7 +179,7 @@ def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> 
 
 def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> None:
     """Raises ValueError if C(λ) is not I."""
-    level = torch.tensor(_LEVELS)
+    level = torch.tensor(_LEVELS, dtype=torch.float32)
     with read_adapter(root, adapter_name) as adapter:
         for layer in adapter.layers:
             core = adapter.core(layer, NoiseSignals(level, level))

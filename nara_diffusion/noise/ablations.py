@@ -54,8 +54,7 @@ def mean_core(
     Raises:
         ValueError: a value is out of range; `model` has no NaRA adapter, or a merged one.
     """
-    density = None if mask_density is None else torch.as_tensor(mask_density)
-    return _ablated(model, Ablation(grid=as_signals(torch.as_tensor(noise_levels), density)))
+    return _ablated(model, Ablation(grid=as_signals(noise_levels, mask_density)))
 
 
 def changed_noise(model: nn.Module, change: Change) -> AbstractContextManager[None]:

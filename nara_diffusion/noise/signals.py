@@ -39,7 +39,7 @@ def as_signal(value: Level, name: str = "noise_level") -> Tensor:
         ValueError: not a number or one-dimensional, or an element that is NaN or outside [0, 1].
     """
     try:
-        signal = _as_tensor(value)
+        signal = as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"{name} is {value!r}: pass a number in [0, 1], or a tensor, array or list of them, one a sample."
@@ -66,12 +66,16 @@ def is_differentiated(signal: Tensor) -> bool:
     return signal.requires_grad or torch.func.debug_unwrap(signal) is not signal
 
 
-def _as_tensor(value: Any) -> Tensor:
+def as_tensor(value: Any) -> Tensor:
+    """`value` as a tensor; Python's real numbers and numpy's in float32, whatever torch's default dtype is."""
+    if isinstance(value, Tensor):
+        return value
     if isinstance(value, np.ndarray):
         value = np.ascontiguousarray(value)  # which torch wants
     elif isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
-        return torch.stack([torch.as_tensor(one) for one in value])  # with their gradients
-    return torch.as_tensor(value)
+        return torch.stack([as_tensor(one) for one in value])  # with their gradients
+    tensor = torch.as_tensor(value)
+    return torch.as_tensor(value, dtype=torch.float32) if tensor.is_floating_point() else tensor
 
 
 def as_signals(noise_level: Level, mask_density: Level | None = None) -> NoiseSignals:

@@ -70,7 +70,7 @@ class CanvasNoise:
         if arguments.get("decoder_input_ids") is None:
             raise ValueError(f"λ can't be told: this forward of {type(module).__name__} has no decoder_input_ids.")
         if arguments.get("self_conditioning_logits") is None:  # what the step before has predicted
-            return NoiseSignals(torch.ones(1, device=module.device))  # type: ignore[arg-type]
+            return NoiseSignals(torch.ones(1, dtype=torch.float32, device=module.device))  # type: ignore[arg-type]
         if self._level is None:
             raise ValueError("λ can't be told: the canvas was changed by no step of the scheduler.")
         return NoiseSignals(self._level)
@@ -90,7 +90,7 @@ def _of_accepted(scheduler: Any, timestep: int, output: Any) -> Tensor:
 
 def _of_schedule(scheduler: Any, timestep: int, output: Any) -> Tensor:
     level = 1 - (timestep + 1) / scheduler.num_inference_steps
-    return torch.full((1,), level, device=output.prev_sample.device)
+    return torch.full((1,), level, dtype=torch.float32, device=output.prev_sample.device)
 
 
 _LEVELS = {

@@ -25,7 +25,7 @@ from nara_diffusion.runtime.modules import arguments_of, find_holders
 
 from .schedulers.schedule_length import lengths_at_work
 from .schedulers.timestep_meaning import LARGEST_LOG_SIGMA, check_discrete
-from .signals import NoiseSignals, is_differentiated
+from .signals import NoiseSignals, as_tensor, is_differentiated
 
 NUM_TRAIN_TIMESTEPS = 1000
 """N of the schedules that the denoisers of Diffusers are trained with, where none is at hand; models do not hold it."""
@@ -112,7 +112,7 @@ class TimestepNoise:
         Raises:
             ValueError: an empty timestep, or one that does not have this meaning.
         """
-        t = torch.as_tensor(timestep).float()
+        t = as_tensor(timestep).float()
         if t.numel() == 0:
             raise ValueError(f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …).")
         _, to_noise_level = _MEANINGS[self.meaning]

@@ -115,5 +115,7 @@ def validation_losses(
         return pairs
 
     with evaluating(model):
-        per_sample, noise_levels = torch.tensor(split_across_processes(accelerator, len(rows), losses)).unbind(1)
+        per_sample, noise_levels = torch.tensor(
+            split_across_processes(accelerator, len(rows), losses), dtype=torch.float32
+        ).unbind(1)
     return validation_means(per_sample, noise_levels, window)

@@ -153,6 +153,6 @@ def _masked_batch(targets: torch.Tensor, answer: torch.Tensor, masked: torch.Ten
         targets=targets,
         masked=masked,
         answer=answer,
-        noise_level=(masked.sum(1) / answer.sum(1)).float(),
+        noise_level=masked.sum(1).float() / answer.sum(1),
         attention_mask=None,
     )

@@ -50,7 +50,7 @@ def _of_strengths(adapter: Adapter) -> list[float]:
 
 def _steps(adapter: Adapter) -> list[float]:
     """Both sides of each λ at which a mask changes."""
-    scan = torch.linspace(0, 1, _SCAN)
+    scan = torch.linspace(0, 1, _SCAN, dtype=torch.float32)
     changes = torch.zeros(_SCAN - 1, dtype=torch.bool)
     for core in _masks(adapter, scan):
         changes |= (core[1:] != core[:-1]).flatten(1).any(1)

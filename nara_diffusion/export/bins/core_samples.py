@@ -59,7 +59,7 @@ class CoreSamples:
     def __init__(
         self, adapter: Adapter, breakpoints: list[float], density: Density | None, mask_density: Level | None
     ) -> None:
-        self.levels = torch.cat([torch.linspace(0, 1, GRID), as_levels(breakpoints)]).unique()
+        self.levels = torch.cat([torch.linspace(0, 1, GRID, dtype=torch.float32), as_levels(breakpoints)]).unique()
         self.breakpoints = torch.searchsorted(self.levels, as_levels(breakpoints)).tolist()
         self.cores = cores_over(adapter, self.levels, mask_density)
         self.products = UpdateNorm(adapter).products(self.cores).expand(len(self.levels), len(self.levels))

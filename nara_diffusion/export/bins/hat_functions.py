@@ -14,6 +14,7 @@ import torch
 
 from nara_diffusion.noise.strength import StrengthSchedule
 
+from .breakpoints import as_levels
 from .core_samples import Blend, CoreSamples
 
 
@@ -35,7 +36,7 @@ def linear_blends(samples: CoreSamples, worst: bool) -> Iterator[Blend]:
 
 
 def _uniform(samples: CoreSamples, number: int) -> list[int]:
-    wanted = torch.linspace(0, 1, number) if number > 1 else torch.tensor([0.5])
+    wanted = torch.linspace(0, 1, number, dtype=torch.float32) if number > 1 else as_levels([0.5])
     return (samples.levels[:, None] - wanted).abs().argmin(0).tolist()
 
 

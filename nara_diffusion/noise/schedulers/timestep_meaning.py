@@ -14,9 +14,9 @@ import math
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from nara_diffusion.noise.signals import as_tensor
 from nara_diffusion.utils.call_stack import local_variables
 
 LARGEST_LOG_SIGMA = math.log(1e6)
@@ -32,7 +32,7 @@ def check_discrete(timestep: float | Tensor, argument: str) -> None:
     Raises:
         ValueError: it may be, and the running scheduler is an EDM one or is not found.
     """
-    t = torch.as_tensor(timestep).detach()
+    t = as_tensor(timestep).detach()
     if not t.is_floating_point() or bool((4 * t.float().abs() >= LARGEST_LOG_SIGMA).any()):
         return
     schedulers = schedulers_at_work()
