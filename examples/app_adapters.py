@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
-from nara_diffusion import StrengthSchedule, from_lora
+from nara_diffusion import StrengthSchedule, from_lora, set_strength
 from nara_diffusion.cli.adapter_file import modules_of
 from nara_diffusion.cli.plot import core_curves
 from nara_diffusion.loaders.format import METADATA_KEY, AdapterPart, is_core_key
@@ -134,7 +134,7 @@ def _points_of(part: AdapterPart) -> Points:
 
 
 def load(pipe: Any, adapter: Adapter, name: str) -> None:
-    """Load the adapter into the pipeline.
+    """Load the adapter into the pipeline, without the schedule that it brings: its points have that.
 
     Raises:
         ValueError: it is for another base model, or damaged. The pipeline is unchanged.
@@ -143,6 +143,9 @@ def load(pipe: Any, adapter: Adapter, name: str) -> None:
         from_lora(adapter.path, pipe, name, core_type="identity")
     else:
         pipe.load_nara_weights(adapter.path, adapter_name=name)
+    for model in adaptable_models(pipe).values():
+        if name in adapters_of(model):
+            set_strength(model, name, None)
 
 
 def weight(pipe: Any, name: str, points: Points) -> Any:

@@ -172,7 +172,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, or a repository on the Hub")
     parser.add_argument("--adapter", help="folder or repository of an adapter: NaRA, LoRA, …")
-    parser.add_argument("--strength", type=float, help="factor of the adapter's update (default: 1)")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="factor of the adapter's update, times the strength over λ that it brings (default: 1)",
+    )
     parser.add_argument("--system", help="system message before all turns")
     parser.add_argument("--gen_length", type=int, default=128, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="sampling steps of an answer (default: one for each token)")

@@ -84,7 +84,7 @@ def check_enlargeable(model: nn.Module, target: int) -> None:
         if has_strength(model, name) and not isinstance(config, NaraConfig):
             raise ValueError(
                 f"enable_lora_hotswap would make room for rank {target} in LoRA '{name}', whose strength depends on λ: "
-                f"give it a float before, pipe.set_adapters({name!r}, 1.0), or load it last."
+                f"take that away before, set_strength(model, {name!r}, None), or load it last."
             )
         if isinstance(config, NaraConfig) and not is_block_of_larger(config) and config.ranks != {target}:
             raise ValueError(

@@ -17,8 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.strength.conversions import warn_where_off
-from nara_diffusion.tuner.strength.layers import check_strength, give_strength, has_strength, layers_of
-from nara_diffusion.tuner.strength.set_strength import keep_as_default
+from nara_diffusion.tuner.strength.layers import check_strength, has_strength, layers_of, live_strengths
+from nara_diffusion.tuner.strength.set_strength import replace_schedules
 
 from .guards import check_not_wrapped
 from .insertion import adapters_of
@@ -31,6 +31,9 @@ _UNET_KEYS = ("down", "mid", "up")
 def set_weights(original: Callable[..., None], model: Any, adapter_names: list[str] | str, weights: Any) -> None:
     """Diffusers' `set_adapters` of one model, with schedules allowed among the weights.
 
+    A layer that gets a schedule has that, in place of the one that it had; a number, 1 where there is none, multiplies
+    the schedule of its layer.
+
     Raises:
         ValueError: there is no such block; a weight is another function than a schedule; or see
             `strength_layers.check_strength`. The model is unchanged.
@@ -41,12 +44,9 @@ def set_weights(original: Callable[..., None], model: Any, adapter_names: list[s
     given = weights if isinstance(weights, list) else [weights] * len(names)
     found = strengths_of(model, names, given)
     original(model, adapter_names, _without_schedules(weights))
-    for name, weight in zip(names, given, strict=False):
-        if name not in adapters_of(model):
-            continue
-        give_strength(model, adapters_of(model)[name], name, found.get(name, {}))
-        if isinstance(weight, StrengthSchedule):
-            keep_as_default(model, name, weight)
+    for name in found:
+        if found[name]:
+            replace_schedules(model, name, live_strengths(model, name) | found[name])
         warn_where_off(model, name)
 
 

@@ -158,6 +158,8 @@ _CALLS: dict[str, Callable[..., Any]] = {"LLaDA2Pipeline": _call_llada2, "Diffus
 def set_adapters(self: Any, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
     """Activate adapters of the model, at strengths: numbers or StrengthSchedules, one for all or one each; None is 1.
 
+    A number multiplies the schedule that an adapter has; a schedule replaces it.
+
     Raises:
         ValueError: there is no such adapter, or another number of weights.
     """

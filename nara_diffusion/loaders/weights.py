@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.injection import rollback_on_error
+from nara_diffusion.tuner.strength.layers import live_strengths
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .foreign import ForeignOptions
@@ -27,6 +29,8 @@ from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_
 from .source import naming, read_adapter
 from .text_pipelines import COMPONENT, extend, text_pipeline
 from .validation import TEXT_ENCODER, check_part, check_storable
+
+logger = logging.getLogger(__name__)
 
 
 def load_nara_weights(
@@ -160,7 +164,7 @@ def save_nara_weights(
         parts = {}
         for component, model in models.items():
             if name in adapters_of(model):
-                _check_saved(adapters_of(model)[name], component, name)
+                _check_saved(model, component, name)
                 parts[component] = trimmed(model, part_of(model, name))
         if not is_main_process:
             return
@@ -243,13 +247,20 @@ def _insert_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_me
             prepare_for_hotswap(model, name)
 
 
-def _check_saved(config: Any, component: str, name: str) -> None:
+def _check_saved(model: nn.Module, component: str, name: str) -> None:
+    config = adapters_of(model)[name]
     if not isinstance(config, NaraConfig):
         raise ValueError(
             f"'{name}' of {component} is a plain LoRA, which a NaRA's file cannot hold: add it by "
             'NaraConfig(core_type="identity", …), which is the same.'
         )
     check_storable(config, component)
+    if config.strength is None and live_strengths(model, name):
+        logger.warning(
+            "'%s' of %s has strengths over λ by block, which no file can hold: it is saved without them.",
+            name,
+            component,
+        )
 
 
 def _check_writable(folder: Any, weight_name: str, save_function: Callable[..., Any] | None) -> None:

@@ -162,7 +162,7 @@ def add_update(base: Any, adapted: PeftModel, level: float, factor: float = 1.0)
 
 @pytest.mark.parametrize("given", ["by its file", "by set_strength", "by set_adapters"])
 @pytest.mark.parametrize(("weight", "factor"), [(None, 1.0), (1.0, 1.0), (0.5, 0.5), ({"transformer": 0.5}, 0.5)])
-def test_a_number_or_none_takes_the_schedule_away(given, weight, factor, pipe, adapter, tmp_path):
+def test_a_number_or_none_multiplies_the_schedule(given, weight, factor, pipe, adapter, tmp_path):
     source = save_adapter(tmp_path / "s", seed=7, strength=[[0, 1.0], [1, 0.2]]) if given == "by its file" else adapter
     pipe.load_nara_weights(source, adapter_name="a")
     if given == "by set_strength":
@@ -173,7 +173,7 @@ def test_a_number_or_none_takes_the_schedule_away(given, weight, factor, pipe, a
         assert_close(logits(pipe.transformer, level), by_factors({source: falling(level)}, level))
     pipe.set_adapters("a", weight)
     for level in LEVELS:
-        assert_close(logits(pipe.transformer, level), by_factors({source: factor}, level))
+        assert_close(logits(pipe.transformer, level), by_factors({source: factor * falling(level)}, level))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,7 @@ def test_a_schedule_by_block_and_for_a_plain_lora(pipe):
     pipe.set_adapters("plain", {"transformer": {"layers.0.": FALLING, "layers.": 0.5}})
     for level in LEVELS:
         found = logits(pipe.transformer, level)
+        set_strength(pipe.transformer, "plain", None)
         pipe.set_adapters("plain", {"transformer": {"layers.0.": falling(level), "layers.": 0.5}})
         with torch.no_grad():  # a LoRA that needs no λ
             assert_close(found, pipe.transformer(IDS).logits)
@@ -219,7 +220,7 @@ def test_the_schedule_that_is_saved_follows(pipe, adapter, tmp_path):
         saved = json.loads(file.metadata()["nara_adapter_metadata"])
     assert saved["components"]["transformer"]["strength"] == [[0.0, 1.0], [1.0, 0.2]]
     for level in LEVELS:
-        assert_close(logits(pipe.transformer, level), by_factors({adapter: 0.5}, level))
+        assert_close(logits(pipe.transformer, level), by_factors({adapter: 0.5 * falling(level)}, level))
 
 
 # ---------------------------------------------------------------------- fusing

@@ -86,7 +86,7 @@ def by_numbers(model: Any, x: Tensor, schedules: dict[str, Any], levels: Tensor 
     clone, rows = copy.deepcopy(model), []
     for i, level in enumerate(levels):
         for name, schedule in schedules.items():
-            set_strength(clone, name, schedule(level).item())
+            set_number(clone, name, schedule(level).item())
         with torch.no_grad():
             if find_holders(clone):
                 with noise_level(clone, level.item()):
@@ -94,6 +94,12 @@ def by_numbers(model: Any, x: Tensor, schedules: dict[str, Any], levels: Tensor 
             else:
                 rows.append(clone(x[i : i + 1]))
     return torch.cat(rows)
+
+
+def set_number(model: Any, name: str, number: float) -> None:
+    """The strength of an adapter without a schedule."""
+    set_strength(model, name, None)
+    set_strength(model, name, number)
 
 
 def trace(model: nn.Module) -> dict[str, Any]:

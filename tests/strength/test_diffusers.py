@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from nara_diffusion import StrengthSchedule
+from nara_diffusion import StrengthSchedule, set_strength
 from nara_diffusion.runtime.modules import find_holders
 from tests.helpers.adapted import disturb, lora_config
 from tests.helpers.pipelines.wan import small_wan, wan_latents
@@ -87,17 +87,15 @@ def test_a_step_range_is_the_lora_in_its_range_and_the_base_outside(folders):
 
 
 @KINDS
-@pytest.mark.parametrize("weight", [None, 1.0])
-def test_a_number_or_none_leaves_no_trace_of_a_schedule(kind, weight, folders):
+def test_set_strength_none_leaves_no_trace_of_a_schedule(kind, folders):
     pipe = loaded(folders[kind], kind)
     pipe.set_adapters("toy")
     before, expected = State(pipe), predict(pipe)
     pipe.set_adapters("toy", SCHEDULE)
     predict(pipe)
-    pipe.set_adapters("toy", weight)
-    if not kind.startswith("NaRA"):  # whose configuration has it now
-        assert State(pipe) == before
-        assert not find_holders(pipe.unet)
+    set_strength(pipe.unet, "toy", None)
+    assert State(pipe) == before
+    assert kind.startswith("NaRA") or not find_holders(pipe.unet)
     assert torch.equal(predict(pipe), expected)
 
 
@@ -109,6 +107,8 @@ def test_a_mixture_takes_a_strength_each(schedules, folders):
     pipe.set_adapters(names, adapter_weights=list(schedules))
     assert pipe.get_active_adapters() == names
     found = predict(pipe)
+    for name in names:
+        set_strength(pipe.unet, name, None)
     for i, level in enumerate(LEVELS):
         numbers = [s(level).item() if isinstance(s, StrengthSchedule) else s for s in schedules]
         pipe.set_adapters(names, numbers)
@@ -141,7 +141,7 @@ def test_blocks_have_the_strengths_that_diffusers_gives_them_as_numbers(kind, bl
     for i, level in enumerate(LEVELS):
         reference.set_adapters("toy", at(blocks, level))
         torch.testing.assert_close(found[i], predict(reference)[i], rtol=1e-4, atol=1e-5)
-    pipe.set_adapters("toy")
+    set_strength(pipe.unet, "toy", None)
     reference.set_adapters("toy")
     assert scalings(pipe, "toy") == scalings(reference, "toy")
     assert torch.equal(predict(pipe), predict(reference))
@@ -218,6 +218,8 @@ def test_a_dict_of_components_for_two_adapters_is_refused_since_diffusers_emptie
     assert State(pipe) == before
     pipe.set_adapters(["toy", "more"], [{"unet": SCHEDULE}, {"unet": SCHEDULE}])
     found = predict(pipe)
+    for name in ("toy", "more"):
+        set_strength(pipe.unet, name, None)
     for i, level in enumerate(LEVELS):
         pipe.set_adapters(["toy", "more"], SCHEDULE(level).item())
         torch.testing.assert_close(found[i], predict(pipe)[i], rtol=1e-4, atol=1e-5)
@@ -274,7 +276,8 @@ def test_two_transformers_have_a_schedule_each_of_their_own_steps():
     found = wan_latents(pipe, num_inference_steps=6)
     torch.testing.assert_close(found, wan_latents(reference, num_inference_steps=6), rtol=1e-3, atol=1e-4)
     assert len(set(strengths)) == 6
-    pipe.set_adapters("toy")
+    for component in given:
+        set_strength(getattr(pipe, component), "toy", None)
     assert not torch.allclose(wan_latents(pipe, num_inference_steps=6), found, atol=1e-2)
 
 
@@ -288,9 +291,11 @@ def test_transformers_of_flow_read_their_own_level(make):
     )
     expected = []
     for weights in (SCHEDULE, {"transformer": {block: SCHEDULE}}):
+        set_strength(pipe.transformer, "toy", None)
         pipe.set_adapters("toy", weights)
         expected.append(pixels(pipe, num_inference_steps=2))
     assert not torch.allclose(*expected, atol=1e-3)
+    set_strength(pipe.transformer, "toy", None)
     scale = 1 if make is small_flux else 1000
     for weights, image in zip((lambda s: s, lambda s: {"transformer": {block: s}}), expected, strict=True):
         handle = pipe.transformer.register_forward_pre_hook(

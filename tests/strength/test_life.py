@@ -22,6 +22,7 @@ from tests.strength.models import (
     at,
     by_numbers,
     model_of,
+    set_number,
     strength_by_hand,
     trace,
     with_two,
@@ -34,13 +35,25 @@ def test_taking_a_strength_away_leaves_no_trace(kind, use_dora, x):
     model = model_of(kind, use_dora=use_dora)
     before = trace(model)
     expected = at(model, x) if kind == "NaRA" else model(x)
-    for strength in (None, 1.0):
+    for number in (None, 0.3):
         set_strength(model, "default", SCHEDULE)
+        if number is not None:
+            set_strength(model, "default", number)
         assert trace(model) != before or kind == "NaRA"
         at(model, x)
-        set_strength(model, "default", strength)
+        set_strength(model, "default", None)
         assert trace(model) == before
         assert torch.equal(at(model, x) if kind == "NaRA" else model(x), expected)
+
+
+@BOTH
+def test_a_number_multiplies_a_schedule(kind, x):
+    model = model_of(kind)
+    set_strength(model, "default", SCHEDULE)
+    for number in (0.37, 2.0, 1.0):
+        set_strength(model, "default", number)
+        expected = by_numbers(model, x, {"default": lambda level, by=number: by * SCHEDULE(level)})
+        assert relative_error(at(model, x), expected) < 2e-6
 
 
 @BOTH
@@ -74,7 +87,7 @@ def test_without_a_level_the_error_says_how_to_tell_it(x):
         model(x)
 
 
-def test_a_source_tells_the_level_of_a_lora_and_outlives_a_number(x):
+def test_a_source_tells_the_level_of_a_lora_and_outlives_its_schedule(x):
     class Source:
         convention = "mine"
 
@@ -87,7 +100,7 @@ def test_a_source_tells_the_level_of_a_lora_and_outlives_a_number(x):
     expected = at(model, x)
     with torch.no_grad():
         assert torch.equal(model(x), expected)
-        set_strength(model, "default", 1.0)
+        set_strength(model, "default", None)
         model(x)
         set_strength(model, "default", SCHEDULE)
         assert torch.equal(model(x), expected)
@@ -102,7 +115,7 @@ def test_each_of_several_adapters_has_its_strength(kind, x):
         model.base_model.set_adapter(names)
         expected = by_numbers(model, x, {"default": SCHEDULE, "other": OTHER})
         assert relative_error(at(model, x), expected) < 2e-6
-    set_strength(model, "other", 0.8)
+    set_number(model, "other", 0.8)
     assert (
         relative_error(at(model, x), by_numbers(model, x, {"default": SCHEDULE, "other": lambda _: torch.tensor(0.8)}))
         < 2e-6
@@ -163,5 +176,5 @@ def test_ablations_see_the_strength_as_a_part_of_the_core(x):
     grid = torch.linspace(0, 1, 11)
     with mean_core(model, grid), torch.no_grad():
         mean = model(x)
-    set_strength(model, "default", strength_by_hand(grid).mean().item())
+    set_number(model, "default", strength_by_hand(grid).mean().item())
     assert relative_error(mean, model(x)) < 2e-6

@@ -19,7 +19,7 @@ from nara_diffusion import StrengthSchedule, noise_level, set_strength
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config, relative_error
 from tests.helpers.denoisers.models import denoiser, inputs_of, sample_of, tensor_of
 from tests.helpers.small_pipelines import small_unet
-from tests.strength.models import LEVELS, SCHEDULE, adapted_by, strength_by_hand
+from tests.strength.models import LEVELS, SCHEDULE, adapted_by, set_number, strength_by_hand
 
 TARGETS = ["to_q", "to_out.0", "proj_in", "conv1", "time_emb_proj"]
 TIMESTEPS = (torch.tensor([950, 30]), torch.tensor([200, 700]))
@@ -104,7 +104,7 @@ def test_group_offload_gives_the_same_numbers(kind, on_disk, tmp_path: Path):
         disk = {"offload_to_disk_path": str(tmp_path)} if on_disk else {}
         model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), "leaf_level", **disk)
         assert relative_error(call(model, TIMESTEPS[0]), expected) < 1e-6
-        set_strength(model, "default", 0.4)
+        set_number(model, "default", 0.4)
         if kind != "DoRA" or not on_disk:  # PEFT's own DoRA reads weights that are on disk
             reference = unet(kind, None).eval()
             set_strength(reference, "default", 0.4)
@@ -176,7 +176,7 @@ def test_frames_have_the_strength_of_their_sample(name):
     with torch.no_grad():
         found = tensor_of(model(timestep=torch.tensor([120, 870]), **inputs))
         for i, timestep in enumerate((120, 870)):
-            set_strength(model, "default", SCHEDULE(timestep / 1000).item())
+            set_number(model, "default", SCHEDULE(timestep / 1000).item())
             expected = tensor_of(model(timestep=torch.tensor([timestep]), **sample_of(inputs, i, 2)))
             torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-3, atol=1e-4)
             assert float((base[i] - found[i]).abs().max()) > 1e-2

@@ -9,9 +9,8 @@ import logging
 from typing import Any
 
 from nara_diffusion.noise.schedulers.prediction import prediction_in
-from nara_diffusion.tuner.holder.core_holder import holder_of
 
-from .layers import layers_of
+from .layers import layers_of, live_strengths
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +31,13 @@ def warn_where_off(root: Any, adapter_name: str) -> None:
 
 
 def _where_off(root: Any, adapter_name: str) -> str | None:
-    holder = holder_of(root)
-    scaled = [] if holder is None else holder.strengths.get(adapter_name, {}).values()
-    if not scaled:
-        scales = [layer.scaling[adapter_name] for layer in layers_of(root, adapter_name).values()]
-        return None if any(scales) else "at every noise level"
-    schedules = [of.schedule for of in scaled if of.schedule is not None]
-    if len(schedules) < len(scaled):
-        return None  # some layers have a number
+    on = {name for name, layer in layers_of(root, adapter_name).items() if layer.scaling[adapter_name]}
+    if not on:
+        return "at every noise level"
+    live = live_strengths(root, adapter_name)
+    if on - live.keys():
+        return None  # some layers have a number alone
+    schedules = {live[name] for name in on}
     levels = sorted({0.0, 1.0, *(level for schedule in schedules for level, _ in schedule.points)})
     off = [level for level in levels if not any(float(schedule(level)) for schedule in schedules)]
     return f"at noise_level {', '.join(f'{level:g}' for level in off)}" if off else None

@@ -112,6 +112,18 @@ def default_strengths(root: nn.Module, config: Any, adapter_name: str) -> dict[s
     return dict.fromkeys(layers_of(root, adapter_name), StrengthSchedule(points)) if points else {}
 
 
+def live_strengths(root: nn.Module, adapter_name: str) -> dict[str, StrengthSchedule]:
+    """Name of a layer → its strength as a function of λ, for the layers of the adapter that have one."""
+    holder = holder_of(root)
+    strengths = {} if holder is None else holder.strengths.get(adapter_name, {})
+    found = {}
+    for name, layer in layers_of(root, adapter_name).items() if strengths else ():
+        variant = layer.lora_variant.get(adapter_name)
+        if isinstance(variant, NaraVariant) and variant.key[1] in strengths:
+            found[name] = strengths[variant.key[1]].schedule
+    return {name: schedule for name, schedule in found.items() if schedule is not None}
+
+
 def has_strength(root: nn.Module, adapter_name: str) -> bool:
     """Whether the strength of the adapter depends on λ."""
     holder = holder_of(root)
