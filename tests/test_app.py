@@ -22,7 +22,7 @@ from gradio_client.exceptions import AppError
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
-from nara_diffusion import StrengthSchedule, core_matrix
+from nara_diffusion import StrengthSchedule, core_matrix, set_strength
 from tests.helpers.adapted import lora_config
 from tests.helpers.browser import CHROMIUM, opened
 from tests.helpers.patience import wait_until
@@ -129,6 +129,7 @@ def test_sample_gives_the_images_of_diffusers_calls(client, folders):
     def prepare(pipe):
         pipe.load_nara_weights(folders["nara"], adapter_name="one")
         pipe.load_nara_weights(folders["scheduled"], adapter_name="two")
+        set_strength(pipe.unet, "two", None)  # what it brings: the table has the whole strength
         pipe.set_adapters(["one", "two"], adapter_weights=[StrengthSchedule(POINTS), 0.7])
 
     rows = [[1, *point] for point in POINTS] + [[2, 0, 0.7]]

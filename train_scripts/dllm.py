@@ -32,7 +32,7 @@ from nara_diffusion.dllm.data.collator import GlobalBatchStream, TrainedCanvas, 
 from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.data.records import load_records
 from nara_diffusion.dllm.evaluation.before_after import compare, measure, validation_losses
-from nara_diffusion.dllm.evaluation.report import results_table, write_run_report
+from nara_diffusion.dllm.evaluation.report import results_table, window_note, write_run_report
 from nara_diffusion.dllm.masking import check_drawable
 from nara_diffusion.dllm.models.positions import check_canvas, check_positions
 from nara_diffusion.training.adapters.build import base_model, build_adapter, recompute_activations
@@ -42,7 +42,7 @@ from nara_diffusion.training.adapters.methods import title_of
 from nara_diffusion.training.arguments.checks import check_arguments, require
 from nara_diffusion.training.arguments.cli import option
 from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments, RunArguments
-from nara_diffusion.training.arguments.window import WindowArguments, check_window, window_of
+from nara_diffusion.training.arguments.window import WindowArguments, check_window, schedule_of, window_of
 from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.engine.state import load_whole, prepare
 from nara_diffusion.training.formats import load_checkpoint
@@ -50,7 +50,7 @@ from nara_diffusion.training.loop import train
 from nara_diffusion.training.main import run_command
 from nara_diffusion.training.oom import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.output.run_report import publish
+from nara_diffusion.training.output.run_report import publish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import count_steps, stream_loader
 from nara_diffusion.utils.atomic_write import atomic_write_files
@@ -216,7 +216,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         print(shown)
         return results
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
-    model = build_adapter(backbone, args, total_steps=steps)
+    model = build_adapter(backbone, args, total_steps=steps, strength=schedule_of(args))
     check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
     check_positions(model, args.max_length, longest=collator.padded_length(longest, longest_prompt))
     if run.checkpoint is not None:
@@ -245,6 +245,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         "canvas": canvas.fact(),
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,
+        **window_facts(args),
     }
     run.open(facts)
     held_out: dict[str, Any] = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
@@ -270,7 +271,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     if run.is_main:
         facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
         write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
-        print(publish(run, results, results_table(before, after)))
+        print(publish(run, results, results_table(before, after), window_note(args)))
     return results
 
 

@@ -47,7 +47,7 @@ from nara_diffusion.dreambooth.evaluation.before_after import (
     measure,
     report_better_identity,
 )
-from nara_diffusion.dreambooth.evaluation.report import results_table, write_run_report
+from nara_diffusion.dreambooth.evaluation.report import results_table, window_note, write_run_report
 from nara_diffusion.dreambooth.evaluation.setup import make_evaluator, sample_settings
 from nara_diffusion.dreambooth.families.flow.sd3 import SD3
 from nara_diffusion.dreambooth.families.loading import loader_of, modules_of, sampling_pipeline
@@ -79,12 +79,13 @@ from nara_diffusion.training.adapters.build import adapter_config
 from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread
 from nara_diffusion.training.adapters.methods import title_of
+from nara_diffusion.training.arguments.window import schedule_of
 from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.main import run_command
 from nara_diffusion.training.oom import explaining_out_of_memory
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.output.run_report import publish
+from nara_diffusion.training.output.run_report import publish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import count_steps, stream_loader
 
@@ -225,7 +226,8 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     )
     carried = None if converted is None else scheduler_fields(converted)
     convention = step.objective.source.convention
-    config = adapter_config(args, noise_convention=convention, scheduler=carried, total_steps=steps)
+    schedule = schedule_of(args)
+    config = adapter_config(args, noise_convention=convention, scheduler=carried, strength=schedule, total_steps=steps)
     sampler = sampling_pipeline(pipe, config, run.dtype, load)
     model = AdaptedDenoiser(
         pipe,
@@ -254,6 +256,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,
+        **window_facts(args),
     }
     run.open(facts)
     measured = "held-out loss" if held_out_images else "loss on the training images"
@@ -281,7 +284,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         references = evaluator.references
         load_from = run.hub_id or str(run.folder)
         write_run_report(run.folder, args, facts, settings, before, after, references, load_from, pipe, converted)
-        print(publish(run, results, results_table(before, after)))
+        print(publish(run, results, results_table(before, after), window_note(args, family)))
     return results
 
 

@@ -201,7 +201,10 @@ def draw_noise_levels(
     v, is_outside = window.divide(u, (below + above) / (top - MIN_NOISE_LEVEL))
     place = MIN_NOISE_LEVEL + (below + above) * v
     outside = torch.where(place < low, place, place + (high - low))
-    return torch.where(is_outside, outside, low + (high - low) * v).float()
+    inside = (low + (high - low) * v).float()
+    if high < top:  # rounded, it would lie on the window's edge, which is outside
+        inside = inside.clamp(max=float(np.nextafter(np.float32(high), np.float32(0))))
+    return torch.where(is_outside, outside.float(), inside)
 
 
 def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .strength import StrengthSchedule
+
 _BELOW_ONE = 1 - 2**-53
 
 
@@ -63,6 +65,14 @@ class NoiseWindow:
         levels = noise_level.float()
         low, high = levels.new_tensor(self.low), levels.new_tensor(self.high)
         return (levels >= low) & ((levels < high) | (high == 1))
+
+    def as_schedule(self) -> StrengthSchedule | None:
+        """The strength of an adapter that is off outside: 1 where `contains` is true, else 0. None where it is so
+        everywhere.
+        """
+        below = [(self.low, 0.0), (self.low, 1.0)] if self.low > 0 else []
+        above = [(self.high, 1.0), (self.high, 0.0)] if self.high < 1 else []
+        return StrengthSchedule(below + above) if below + above else None
 
     def held(self, noise_level: Tensor) -> Tensor:
         """At which λ (b,) the base is held, (b,) bool."""

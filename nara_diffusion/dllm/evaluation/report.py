@@ -6,10 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.training.arguments.window import window_of
+from nara_diffusion.training.arguments.window import schedule_of, window_of
 from nara_diffusion.training.output.model_card import format_table, write_samples
 from nara_diffusion.training.output.plots import plot_noise_level_curves
-from nara_diffusion.training.output.run_report import core_import, reads_noise, write_run_card
+from nara_diffusion.training.output.run_report import (
+    core_import,
+    needs_schedule,
+    reads_noise,
+    told_schedule,
+    write_run_card,
+)
 
 from .before_after import Measurement
 
@@ -93,17 +99,30 @@ def _loading(args: Any, instruction: str, folder: str) -> str:
     whole = args.adapter == "full"
     names = ("mask_token",) if whole else ("mask_token", "revision", "ignore_tensors")
     options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name))
+    imports = "" if whole else "from peft import PeftModel\n"
+    if needs_schedule(args):
+        imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
     return _LOADING.format(
-        imports="" if whole else "from peft import PeftModel\n",
+        imports=imports,
         loading=core_import(args)
         + (_WHOLE if whole else _ADAPTER).format(
             base=args.pretrained_model_name_or_path, folder=folder, options=options
-        ),
+        )
+        + (f"\n{_schedule_line(args)}" if needs_schedule(args) else ""),
         instruction=instruction,
         gen_length=args.gen_length,
         steps=args.generation_steps,
         block_length=args.block_length,
-    ) + (_NOISE if reads_noise(args) else "")
+    ) + (_NOISE if reads_noise(args) or needs_schedule(args) else "")
+
+
+def _schedule_line(args: Any) -> str:
+    return f'set_strength(model, "default", {schedule_of(args)!r})'
+
+
+def window_note(args: Any) -> str:
+    """What is said at the end of a LoRA's run in a window; nothing of other runs."""
+    return told_schedule(_schedule_line(args)) if needs_schedule(args) else ""
 
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:

@@ -8,15 +8,22 @@ from typing import Any
 
 from PIL.Image import Image
 
+from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.loading import absent_components, model_name
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.export.lora.scheduler import SCHEDULER
 from nara_diffusion.noise.schedulers.prediction import prediction_by
 from nara_diffusion.training.adapters.methods import method_of
-from nara_diffusion.training.arguments.window import window_of
+from nara_diffusion.training.arguments.window import schedule_of, window_of
 from nara_diffusion.training.output.model_card import format_table
 from nara_diffusion.training.output.plots import plot_noise_level_curves
-from nara_diffusion.training.output.run_report import core_import, reads_noise, write_run_card
+from nara_diffusion.training.output.run_report import (
+    core_import,
+    needs_schedule,
+    reads_noise,
+    told_schedule,
+    write_run_card,
+)
 
 from .before_after import Measurement
 from .grid import write_grid
@@ -38,6 +45,7 @@ image = pipe(
 ){picked}
 image.save("sample.png")
 ```"""
+_NAME = "subject"  # of a LoRA that needs a name
 _NARA = "\nimport nara_diffusion  # gives pipelines load_nara_weights\n"
 _LONG_IMPORT = "from nara_diffusion.dreambooth import long_prompt_call\n"
 _LONG = (
@@ -126,6 +134,8 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
     method, family = method_of(args).family, family_of(pipe)
     names = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
     lines = _loading_lines(method, load_from, dtype, names)
+    if needs_schedule(args):
+        lines = [f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})", _schedule_line(args, family)]
     classes = [type(pipe).__name__]
     call = family.sampling(dict(settings.call), 1)
     length = call.pop("max_sequence_length", None) if family.in_chunks else None
@@ -139,6 +149,7 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
             pipeline=classes[0],
             absent="".join(f", {name}=None" for name in absent_components(pipe)),
             imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(method, "")
+            + ("\nfrom nara_diffusion import StrengthSchedule\n" if needs_schedule(args) else "")
             + (_LONG_IMPORT if length else ""),
             base=args.pretrained_model_name_or_path,
             dtype=dtype,
@@ -148,10 +159,24 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
             call=",\n    ".join(f"{name}={value!r}" for name, value in call.items()),
             picked=family.picked,
         )
-        + (_NOISE if reads_noise(args) else "")
+        + (_NOISE if reads_noise(args) or needs_schedule(args) else "")
         + (_LONG.format(length=length) if length else "")
         + _about_conversion(converted, method)
     )
+
+
+def _schedule_line(args: Any, family: Family) -> str:
+    schedule = repr(schedule_of(args))
+    if args.train_text_encoder:  # which runs before there is a λ
+        parts = dict.fromkeys(family.text_encoders, "1.0")
+        schedule = ", ".join(f"{name!r}: {value}" for name, value in {family.denoiser: schedule, **parts}.items())
+        schedule = f"{{{schedule}}}"
+    return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
+
+
+def window_note(args: Any, family: Family) -> str:
+    """What is said at the end of a LoRA's run in a window; nothing of other runs."""
+    return told_schedule(_schedule_line(args, family)) if needs_schedule(args) else ""
 
 
 def _prompt_argument(prompt: str, call: Mapping[str, Any], length: int | None) -> str:

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from nara_diffusion.noise.signals import MASKED_SHARE
+from nara_diffusion.noise.strength import StrengthSchedule
 
 from .configs import ALL_LINEAR, adapter_config
 from .methods import method_of
@@ -26,6 +27,7 @@ def build_adapter(
     *,
     total_steps: int | None = None,
     noise_convention: str | None = MASKED_SHARE,
+    strength: StrengthSchedule | None = None,
 ) -> nn.Module:
     """Prepare the language model `model` for `--adapter`: only what is trained requires a gradient.
 
@@ -33,6 +35,7 @@ def build_adapter(
         args: an AdapterArguments.
         total_steps: optimizer steps of the training; AdaLoRA needs them.
         noise_convention: how λ is defined, for adapters that depend on it.
+        strength: see `adapter_config`.
 
     Returns:
         A PeftModel around `model`, or `model` itself with all its weights trainable (`adapter` "full").
@@ -44,7 +47,9 @@ def build_adapter(
     if method_of(args).family == "prompt":
         # what PEFT prepends the tokens in; encoders have no `generate`
         options["task_type"] = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else "FEATURE_EXTRACTION"
-    config = adapter_config(args, noise_convention=noise_convention, total_steps=total_steps, **options)
+    config = adapter_config(
+        args, noise_convention=noise_convention, strength=strength, total_steps=total_steps, **options
+    )
     return model.requires_grad_(True) if config is None else add_adapter(model, config)
 
 

@@ -34,7 +34,7 @@ from peft import (
     VeraConfig,
 )
 
-from nara_diffusion import NaraConfig
+from nara_diffusion import NaraConfig, StrengthSchedule
 
 from .methods import CORE_FIELDS, effective, method_of
 
@@ -56,6 +56,7 @@ def adapter_config(
     *,
     noise_convention: str | None = None,
     scheduler: dict[str, Any] | None = None,
+    strength: StrengthSchedule | None = None,
     total_steps: int | None = None,
     **fields: Any,
 ) -> PeftConfig | None:
@@ -64,6 +65,7 @@ def adapter_config(
     Args:
         noise_convention: how λ is defined, for adapters that depend on it.
         scheduler: class and configuration of the scheduler that a converted model needs; see `NaraConfig`.
+        strength: that of a window of noise levels, for NaRA's family; other adapters can't hold it.
         total_steps: optimizer steps of the training, which AdaLoRA's schedule needs.
         fields: further fields of the configuration, such as task_type.
 
@@ -78,7 +80,8 @@ def adapter_config(
     cls: Any
     values: dict[str, Any]
     if method.family == "nara":
-        cls, values = NaraConfig, _nara(args) | {"noise_convention": noise_convention, "scheduler": scheduler}
+        cls, values = NaraConfig, _nara(args)
+        values |= {"noise_convention": noise_convention, "scheduler": scheduler, "strength": strength}
     elif args.adapter == "adalora":
         cls, values = AdaLoraConfig, _adalora(args, total_steps)
     elif method.family == "lora":
@@ -86,7 +89,13 @@ def adapter_config(
     else:
         cls, build = _OTHERS[args.adapter]
         values = build(args)
-    config = cls(**values | parse_options(cls, args.adapter_options or []) | fields)
+    options = parse_options(cls, args.adapter_options or [])
+    try:
+        config = cls(**values | options | fields)
+    except ValueError as error:
+        if strength is None or not str(error).startswith("strength"):
+            raise
+        raise ValueError(f"{error} The strength is that of the window: --open_window leaves it out.") from error
     _check_lora_start(getattr(config, "init_lora_weights", True))
     return config
 

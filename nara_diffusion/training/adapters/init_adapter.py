@@ -120,6 +120,13 @@ def _check_start(root: Any, adapter_name: str, lora: PlainLora, part: AdapterPar
             f"{config.init_lora_weights!r}), which takes the start of A and B out of the base: convert it to a LoRA of "
             "the unchanged base first."
         )
+    strength = None if part is None else part.config.strength
+    if strength is not None and strength != getattr(config, "strength", None):
+        raise ValueError(
+            f"{origin} has the strength {strength} over λ, and this run no such window: give the same "
+            "--min_noise_level and --max_noise_level and --adapter of NaRA's family, or take the strength away first, "
+            "set_strength(model, …, None)."
+        )
     if part is None or part.config.core_type == "identity":
         if isinstance(config, NaraConfig) and config.core_type != "identity":
             check_identity(root, adapter_name, config)
@@ -134,10 +141,6 @@ def _check_core(config: LoraConfig, given: NaraConfig, origin: str) -> None:
         here, there = getattr(config, name), getattr(given, name)
         if here != there:
             raise ValueError(f"{origin} has {name} {there!r}, this run {here!r}: give --{name} as in the file.")
-    if given.strength is not None:
-        raise ValueError(
-            f"{origin} has a strength that depends on λ: take it away first, set_strength(model, …, None)."
-        )
     if None not in (config.noise_convention, given.noise_convention) and (
         config.noise_convention != given.noise_convention
     ):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.noise.window import NoiseWindow
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.methods import METHODS, method_of
@@ -35,6 +36,18 @@ class WindowArguments:
         "outside of the window, so that λ is spread as without one.",
         unit="share of 1",
     )
+    open_window: bool = option(
+        False,
+        "Leave the adapter on outside of the window. By default a NaRA's file holds the window as its strength, which "
+        "is 0 outside; a LoRA's can't, and the run says how to give it the schedule. With --hold_base_outside the "
+        "adapter is left on in any case.",
+    )
+
+
+def schedule_of(args: Any) -> StrengthSchedule | None:
+    """The strength that the trained adapter is meant to have; None where it is on at every λ."""
+    window = window_of(args)
+    return None if args.open_window or window.hold_weight is not None else window.as_schedule()
 
 
 def window_of(args: Any) -> NoiseWindow:
@@ -73,6 +86,8 @@ def check_window(args: Any) -> None:
             f"hold_base_share is {share}, but nothing is drawn outside of the window: give hold_base_outside, the "
             "weight of its loss, too."
         )
+    if schedule_of(args) is not None:
+        adapter_config(args, strength=schedule_of(args), total_steps=1_000_000)  # raises where it can't have one
 
 
 def _check_hold(args: Any, window: NoiseWindow) -> None:

@@ -13,6 +13,7 @@ from nara_diffusion.cores.custom import BUILT_IN
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.custom_core import module_name
 from nara_diffusion.training.adapters.methods import METHODS, Method, effective, kind_of, method_of, title_of
+from nara_diffusion.training.arguments.window import schedule_of, window_of
 from nara_diffusion.training.run import Run
 from nara_diffusion.tuner.holder.build_core import needs_noise
 from nara_diffusion.utils.hub_metadata import ADAPTER, FINETUNE
@@ -86,7 +87,42 @@ def write_run_card(
 
 def reads_noise(args: Any) -> bool:
     """Whether the adapter that `args` describe depends on λ."""
-    return method_of(args).family == "nara" and needs_noise(adapter_config(args))  # type: ignore[arg-type]
+    config: Any = adapter_config(args, strength=schedule_of(args)) if method_of(args).family == "nara" else None
+    return config is not None and needs_noise(config)
+
+
+def needs_schedule(args: Any) -> bool:
+    """Whether the adapter is a LoRA that was trained in a window, which its file can't hold."""
+    return method_of(args).family == "lora" and schedule_of(args) is not None
+
+
+def window_facts(args: Any) -> dict[str, str]:
+    """What a run says of its window of noise levels; nothing without one."""
+    window, method = window_of(args), method_of(args)
+    if window.is_everything:
+        return {}
+    until = "≤ λ ≤ 1" if window.high == 1 else f"≤ λ < {window.high:g}"
+    if window.hold_weight is not None:
+        outside = "the base is held outside, the adapter is on everywhere"
+    elif args.open_window:
+        outside = "the adapter is left on outside, where it was not trained"
+    elif method.family == "nara":
+        outside = "the adapter is off outside, by the strength in its file"
+    elif method.family == "lora":
+        outside = "its file can't hold that: give it its schedule as below"
+    else:
+        outside = f"outside, {method.title} stays on, where it was not trained: it takes no StrengthSchedule"
+    if schedule_of(args) is not None and effective(args, "use_dora"):
+        outside += " (but for DoRA's magnitudes, which hold at every λ)"
+    return {"noise levels": f"{window.low:g} {until}; {outside}"}
+
+
+def told_schedule(line: str) -> str:
+    """The end of a LoRA's run in a window; `line` is the code that gives it its schedule."""
+    return (
+        "This adapter was trained in a window of noise levels, which its file can't hold. Whenever it is loaded, "
+        f"switch it off outside: {line}"
+    )
 
 
 def core_import(args: Any) -> str:
@@ -98,11 +134,13 @@ def core_import(args: Any) -> str:
     return f"import {module_name(args.core_module)}  # registers core_type {args.core_type!r}\n"
 
 
-def publish(run: Run, results: Mapping[str, Any], table: str) -> str:
-    """Write results.json, upload the folder if asked to, and return the text to show, which contains `table`."""
+def publish(run: Run, results: Mapping[str, Any], table: str, note: str = "") -> str:
+    """Write results.json, upload the folder if asked to, and return the text to show, `table` and `note` in it."""
     write_json(run.folder / "results.json", dict(results))
     lines = [f"\n{table}\n", f"{results['seconds']:.0f} s; everything is in {run.folder}"]
     if run.hub_id is not None:
         push_to_hub(run.hub_id, run.folder)
         lines.append(f"pushed to https://huggingface.co/{run.hub_id}")
+    if note:
+        lines.append(note)
     return "\n".join(lines)

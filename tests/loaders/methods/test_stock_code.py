@@ -28,7 +28,7 @@ from peft.tuners.lora import LoraModel
 from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
 
 import nara_diffusion
-from nara_diffusion import StrengthSchedule
+from nara_diffusion import StrengthSchedule, set_strength
 from tests.helpers.small_pipelines import small_sdxl
 from tests.loaders.methods.stock_calls import all_calls, save_two_loras
 
@@ -140,6 +140,7 @@ def test_plain_loras_run_no_code_of_the_package_once_naras_and_schedules_are_gon
         pipe.disable_lora()
         pipe.enable_lora()
         pipe.set_adapters("a", 0.5)
+        set_strength(pipe.unet, "a", None)
     assert {("loaders/strengths.py", "set_weights"), ("loaders/schedulers.py", "follow_adapters")} < scheduled
     ran: set[tuple[str, str]] = set()
     with traced(ran, set()):

@@ -1,0 +1,239 @@
+"""A NaRA that was trained in a window of noise levels is off outside of it; a LoRA's run says that it must be told."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nara_diffusion import StrengthSchedule, TimestepNoise, noise_level
+from nara_diffusion.dllm import load_backbone
+from nara_diffusion.dllm.masking import draw_noise_levels
+from nara_diffusion.dreambooth.objectives.timesteps import WindowedSchedule
+from nara_diffusion.noise.window import NoiseWindow
+from tests.train_scripts.conftest import (  # noqa: F401 (fixtures)
+    _fresh_accelerate,
+    arguments,
+    data,
+    llada_folder,
+    pictures,
+    sdxl_folder,
+)
+from tests.train_scripts.dreambooth_runs import by_the_card, fresh_accelerate, loaded_pipeline, tiny_arguments
+from train_scripts import dllm, dreambooth_sdxl
+
+WINDOWS = [(0.3, 0.8), (0.0, 0.7), (1 / 3, 1.0), (0.123456789, 0.999)]
+POINTS = [[0.3, 0.0], [0.3, 1.0], [0.8, 1.0], [0.8, 0.0]]
+WINDOW = {"min_noise_level": 0.3, "max_noise_level": 0.8}
+LINE = "StrengthSchedule([(0.3, 0.0), (0.3, 1.0), (0.8, 1.0), (0.8, 0.0)])"
+IDS = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------- which λ are inside
+
+
+def is_inside(level: float, low: float, high: float) -> bool:
+    """low ≤ λ < high in float32, and λ = 1 too where high is 1."""
+    value = np.float32(level)
+    return bool(np.float32(low) <= value and (value < np.float32(high) or high == 1.0))
+
+
+@pytest.mark.parametrize(("low", "high"), WINDOWS)
+def test_training_and_the_schedule_have_the_same_levels_inside(low, high):
+    window = NoiseWindow(low, high)
+    schedule = window.as_schedule()
+    assert schedule is not None
+    edges = [np.float32(edge) for edge in (low, high)]
+    near = [np.nextafter(edge, np.float32(to)) for edge in edges for to in (0, 1)]
+    levels = torch.tensor([0.0, 0.5, 1.0, *map(float, edges), *map(float, near)], dtype=torch.float32)
+    expected = torch.tensor([float(is_inside(level, low, high)) for level in levels.tolist()])
+    assert torch.equal(schedule(levels), expected)
+    assert torch.equal(window.contains(levels).float(), expected)
+
+
+@pytest.mark.parametrize(("low", "high"), WINDOWS)
+def test_the_timesteps_that_are_drawn_are_those_at_strength_1(low, high):
+    window, timesteps = NoiseWindow(low, high), torch.arange(1000)
+    levels = TimestepNoise().noise_level(timesteps)
+    schedule: Any = window.as_schedule()
+    drawn = WindowedSchedule(levels, window).indices(torch.linspace(0, 1, 5001, dtype=torch.float64)[:-1]).unique()
+    assert torch.equal(drawn, timesteps[schedule(levels) == 1])
+
+
+@pytest.mark.parametrize(("low", "high"), WINDOWS)
+@pytest.mark.parametrize("u", [0.0, 2**-53, 0.5, 1 - 2**-53])
+def test_every_masked_share_that_is_drawn_is_at_strength_1(low, high, u, monkeypatch):
+    name = "nara_diffusion.dllm.masking.stratified_uniform"
+    monkeypatch.setattr(name, lambda indices, *args, **kwargs: torch.tensor([u], dtype=torch.float64))
+    schedule: Any = NoiseWindow(low, high).as_schedule()
+    assert schedule(draw_noise_levels([0], seed=0, window=NoiseWindow(low, high))).tolist() == [1.0]
+
+
+def test_all_noise_levels_are_no_schedule():
+    assert NoiseWindow().as_schedule() is None
+
+
+# ---------------------------------------------------------------------- text
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def logits(model: Any, level: float) -> Tensor:
+    with noise_level(model, level), torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("adapter", ["nara", "nara_c", "multi_lora"])
+def test_a_text_adapter_carries_its_window(arguments, tmp_path, adapter):  # noqa: F811
+    dllm.main(arguments(**WINDOW, adapter=adapter))
+    folder = tmp_path / "run"
+    assert config_of(folder)["strength"] == POINTS
+    assert "noise levels: 0.3 ≤ λ < 0.8; the adapter is off outside, by the strength in its file" in card_of(folder)
+    assert "`generate` tells the adapter λ" in card_of(folder)
+    base, _ = load_backbone(arguments().pretrained_model_name_or_path)
+    with torch.no_grad():
+        expected = base(IDS).logits
+    model = PeftModel.from_pretrained(base, folder)
+    for level in (0.0, 0.29, 0.8, 1.0):
+        torch.testing.assert_close(logits(model, level), expected)
+    for level in (0.3, 0.79):
+        assert not torch.allclose(logits(model, level), expected, atol=1e-3)
+
+
+def test_the_window_changes_no_bit_of_what_is_trained_and_resumes(arguments, tmp_path):  # noqa: F811
+    for name, options in (("open", {"open_window": True}), ("run", {})):
+        dllm.main(arguments(**WINDOW, checkpointing_steps=2, output_dir=str(tmp_path / name), **options))
+        fresh_accelerate()
+    open_, gated = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("open", "run"))
+    assert open_.keys() == gated.keys()
+    assert all(torch.equal(tensor, gated[name]) for name, tensor in open_.items())
+    assert config_of(tmp_path / "open")["strength"] is None
+    assert "the adapter is left on outside, where it was not trained" in card_of(tmp_path / "open")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    dllm.main(arguments(**WINDOW, checkpointing_steps=2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")))
+    resumed = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, gated[name]) for name, tensor in resumed.items())
+    assert config_of(tmp_path / "run")["strength"] == POINTS
+
+
+def test_where_the_base_is_held_the_adapter_stays_on(arguments, tmp_path):  # noqa: F811
+    dllm.main(arguments(**WINDOW, hold_base_outside=1.0))
+    assert config_of(tmp_path / "run")["strength"] is None
+    assert "the base is held outside, the adapter is on everywhere" in card_of(tmp_path / "run")
+
+
+def test_a_run_starts_from_an_adapter_of_the_same_window_alone(arguments, tmp_path):  # noqa: F811
+    dllm.main(arguments(**WINDOW))
+    fresh_accelerate()
+    start = {"init_adapter": str(tmp_path / "run"), "output_dir": str(tmp_path / "second")}
+    dllm.main(arguments(**WINDOW, **start))
+    assert config_of(tmp_path / "second")["strength"] == POINTS
+    fresh_accelerate()
+    for options in ({"min_noise_level": 0.3}, {}, {**WINDOW, "open_window": True}):
+        with pytest.raises(ValueError, match=r"has the strength .* give the same --min_noise_level and --max_noise"):
+            dllm.main(arguments(**{**start, "output_dir": str(tmp_path / "third")}, **options))
+        fresh_accelerate()
+
+
+def without_update(model: Any) -> Any:
+    """`model` with B = 0: the base, or with DoRA the base whose rows have the trained magnitudes."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    return model
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_a_text_lora_says_what_it_must_be_told(arguments, tmp_path, capsys, adapter):  # noqa: F811
+    dllm.main(arguments(**WINDOW, adapter=adapter))
+    line = f'set_strength(model, "default", {LINE})'
+    assert f"switch it off outside: {line}" in capsys.readouterr().out
+    assert ("DoRA's magnitudes, which hold at every λ" in card_of(tmp_path / "run")) == (adapter == "dora")
+    code = re.search(r"```python\n(.*?)prompt = ", card_of(tmp_path / "run"), re.DOTALL)
+    assert code is not None
+    assert line in code[1]
+    scope: dict[str, Any] = {}
+    exec(code[1], scope)
+    outside, inside = logits(scope["model"], 0.29), logits(scope["model"], 0.3)
+    expected = logits(without_update(scope["model"]), 0.3)
+    torch.testing.assert_close(outside, expected)
+    assert not torch.allclose(inside, expected, atol=1e-3)
+
+
+def test_other_methods_say_that_they_stay_on(arguments, tmp_path, capsys):  # noqa: F811
+    dllm.main(arguments(**WINDOW, adapter="oft", rank=2))
+    assert "outside, OFT stays on, where it was not trained" in card_of(tmp_path / "run")
+    assert "switch it off" not in capsys.readouterr().out
+
+
+def test_an_adapter_that_can_have_no_schedule_is_refused_before_the_run(arguments):  # noqa: F811
+    with pytest.raises(ValueError, match=r"would not reach .* --open_window leaves it out"):
+        arguments(**WINDOW, adapter_options=["bias=all"])
+    arguments(**WINDOW, adapter_options=["bias=all"], open_window=True)
+
+
+# ---------------------------------------------------------------------- images
+
+
+def predicted(pipe: Any, timestep: int) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    sample, text = torch.randn(1, 4, 2, 2, generator=generator), torch.randn(1, 5, 40, generator=generator)
+    condition = {"text_embeds": torch.randn(1, 24, generator=generator), "time_ids": torch.ones(1, 6)}
+    with torch.no_grad():
+        return pipe.unet(sample, timestep, text, added_cond_kwargs=condition).sample
+
+
+@pytest.mark.parametrize("adapter", ["nara", "lora", "dora"])
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_an_image_adapter_is_off_outside_as_its_card_loads_it(
+    adapter,
+    train_text_encoder,
+    sdxl_folder,  # noqa: F811
+    pictures,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    args = tiny_arguments(
+        sdxl_folder, pictures, tmp_path / "run", **WINDOW, adapter=adapter, train_text_encoder=train_text_encoder
+    )
+    if adapter != "nara":
+        args.core_learning_rate = None
+    dreambooth_sdxl.main(args)
+    told = capsys.readouterr().out
+    if adapter == "nara":
+        assert loaded_pipeline(args).unet.peft_config["default_0"].strength == POINTS
+        assert "the adapter is off outside, by the strength in its file" in card_of(tmp_path / "run")
+        assert "switch it off" not in told
+    else:
+        texts = ", 'text_encoder': 1.0, 'text_encoder_2': 1.0}"
+        weights = f"{{'unet': {LINE}{texts}" if train_text_encoder else LINE
+        line = f"pipe.set_adapters('subject', adapter_weights={weights})"
+        assert line in card_of(tmp_path / "run")
+        assert f"switch it off outside: {line}" in told
+    pipe = by_the_card(tmp_path / "run")
+    outputs = {timestep: predicted(pipe, timestep) for timestep in (0, 299, 300, 799, 800, 999)}
+    without_update(pipe.unet)
+    for timestep, output in outputs.items():
+        base = predicted(pipe, timestep)
+        if 300 <= timestep < 800:
+            assert not torch.allclose(output, base, atol=1e-4)
+        else:
+            torch.testing.assert_close(output, base)
+
+
+def test_the_line_of_the_card_is_a_schedule():
+    assert eval(LINE, {"StrengthSchedule": StrengthSchedule}).as_lists() == POINTS
