@@ -52,6 +52,7 @@ def _cores_for(root: nn.Module, holder: CoreHolder, args: Any, kwargs: Any) -> P
         unmerge_all(root)  # every layer of it, and not only those that this forward reaches
     elif holder.merged:
         holder.check_merged_level()
+        holder.warn_of_merged_level(root, args, kwargs)
     names = holder.active()
     running = [*names, *holder.merged_adapters]
     check_scheduler_at_work(root.peft_config, running, holder.base_prediction)  # type: ignore[arg-type]

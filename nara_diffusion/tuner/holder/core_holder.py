@@ -191,6 +191,17 @@ class CoreHolder(nn.Module, BaseTunerLayer):
         if not (self.merged_level.is_fused and self.needs_noise):
             self.merged_level.check(active_signals(self.channel))
 
+    def warn_of_merged_level(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        """Say once if this forward of `root` has another λ, by the source, than that of the merged adapters."""
+        source, merged = self.conventions.source, self.merged_level
+        if source is None or not merged.is_binding or merged.is_warned_of or active_signals(self.channel) is not None:
+            return
+        try:
+            told = as_signals(*source(root, args, kwargs))
+        except ValueError:  # a source that can't tell λ here is needed by none
+            return
+        merged.warn_of(told.noise_level)
+
     # ------------------------------------------------------------------ export
 
     def signals_to_export(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
+from torch import Tensor
+
 from nara_diffusion.noise.signals import NoiseSignals
 
 from .batch_signals import of_one_sample
@@ -14,11 +18,13 @@ class MergedLevel:
     """Attributes:
     signals: λ and mask density (1,) of the merged adapters; None while none that needs λ is merged.
     is_fused: whether `fuse_lora` merged them, and has said that every step runs at this λ.
+    is_warned_of: whether it has been said that a source tells another λ.
     """
 
     def __init__(self) -> None:
         self.signals: NoiseSignals | None = None
         self.is_fused = False
+        self.is_warned_of = False
 
     @property
     def is_binding(self) -> bool:
@@ -46,6 +52,19 @@ class MergedLevel:
                 f"{signals.noise_level.item():.6g}: call unmerge_adapter() first."
             )
         return signals
+
+    def warn_of(self, told: Tensor) -> None:
+        """Say once that the source of λ tells `told` (b,), if that is another λ than that of the merged adapters."""
+        if self.is_warned_of or self.signals is None or bool((told == self.signals.noise_level.to(told.device)).all()):
+            return
+        self.is_warned_of = True
+        levels = ", ".join(f"{level:.6g}" for level in told.tolist())
+        warnings.warn(
+            f"The adapter is merged at noise_level {self.signals.noise_level.item():.6g}, at which every forward runs, "
+            f"but the source tells [{levels}]: call unmerge_adapter() to run at that.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def check(self, active: NoiseSignals | None) -> None:
         """Raises ValueError if `noise_level(…)` gives other signals than those of the merged adapters."""
