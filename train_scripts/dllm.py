@@ -44,7 +44,7 @@ from nara_diffusion.training.arguments.cli import option
 from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments, RunArguments
 from nara_diffusion.training.arguments.window import WindowArguments, check_window, schedule_of, window_of
 from nara_diffusion.training.checkpoints.folders import save_adapter
-from nara_diffusion.training.engine.state import load_whole, prepare
+from nara_diffusion.training.engine.state import load_whole, loading_in, prepare
 from nara_diffusion.training.formats import load_checkpoint
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.main import run_command
@@ -192,7 +192,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     options: dict[str, Any] = {"mask_token": args.mask_token, "ignore_tensors": args.ignore_tensors or ()}
     options |= {} if args.revision is None else {"revision": args.revision}
     load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
-    backbone, tokenizer = load(dtype=run.weights_dtype)
+    with loading_in(run.accelerator, run.weights_dtype):
+        backbone, tokenizer = load(dtype=run.weights_dtype)
     run.record_base_digest(backbone=backbone)
     check_positions(backbone, args.max_length)
     encoded = [encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main) for part in records]

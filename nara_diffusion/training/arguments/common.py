@@ -133,7 +133,9 @@ class OptimizationArguments:
     prodigy_safeguard_warmup: bool = option(True, "Prodigy doesn't take a warm-up for a small step size.")
     max_grad_norm: float | None = option(1.0, "Norm to which gradients are clipped; none disables it.")
     mixed_precision: str | None = option(
-        None, "Precision of the forward; none means what `accelerate config` says.", choices=("no", "fp16", "bf16")
+        None,
+        "Precision of the forward; none means what `accelerate config` says. fp16 is refused under DeepSpeed.",
+        choices=("no", "fp16", "bf16"),
     )
     allow_tf32: bool = option(False, "Let float32 products on recent NVIDIA GPUs round to TF32: faster.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward: less memory, more time.")

@@ -30,7 +30,7 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
         ValueError: accelerate sees fewer processes than were launched; FSDP or DeepSpeed was asked for and accelerate
             gives another engine; FSDP1; an adapter, an optimizer, --core_start_step or --max_grad_norm that the engine
             would ignore or compute otherwise;
-            fp16 without a GPU.
+            fp16 without a GPU or under DeepSpeed.
     """
     _check_processes(accelerator.num_processes)
     _check_asked(accelerator.distributed_type)
@@ -45,6 +45,11 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin: Any = accelerator.state.deepspeed_plugin
         _check_deepspeed(plugin.deepspeed_config, args)
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision is fp16, in which DeepSpeed would round the trained weights and the core: give "
+                "--mixed_precision bf16, which keeps them in float32, or launch with --multi_gpu or FSDP."
+            )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU, and accelerate found none: use bf16 or no.")
 

@@ -33,15 +33,26 @@ T = TypeVar("T")
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[Any]:
-    """`accelerator.prepare` for a model with an adapter, also under FSDP2.
+    """`accelerator.prepare` for a model with an adapter, also under FSDP2 and DeepSpeed.
+
+    Mixed precision is autocast, as under DDP, since that of the engines rounds the weights of the core, which are
+    float32 (C − I is some per cent off then), and DeepSpeed's the trained ones. Its `torch_autocast` would leave out
+    evaluation, which calls the model without DeepSpeed's wrapper.
 
     With --fsdp_cpu_ram_efficient_loading accelerate gives all processes the weights of the main one, and expects
     nothing but sharded tensors in a state dict: the core's frequencies are a buffer.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.mixed_precision == "bf16":
+            _autocast(accelerator, model, torch.bfloat16)
+        with _without_bf16(accelerator):
+            return list(accelerator.prepare(model, *others))
     if accelerator.distributed_type != DistributedType.FSDP:
         return list(accelerator.prepare(model, *others))
-    if find_holders(model):
-        _autocast_instead(accelerator, model)
+    plugin: Any = accelerator.state.fsdp_plugin
+    if find_holders(model) and (policy := plugin.mixed_precision_policy) is not None:
+        plugin.mixed_precision_policy = None
+        _autocast(accelerator, model, policy.param_dtype)
     with _buffers_not_persistent(model):
         prepared = accelerator.prepare(model, *others)
     for buffer in model.buffers():
@@ -49,16 +60,36 @@ def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[An
     return list(prepared)
 
 
-def _autocast_instead(accelerator: Accelerator, model: nn.Module) -> None:
-    """Mixed precision as DDP has it. FSDP's own would round the core's weights, which are float32, as it gathers them:
-    C − I is some per cent off then."""
-    plugin: Any = accelerator.state.fsdp_plugin
-    policy = plugin.mixed_precision_policy
-    if policy is None:
-        return
-    plugin.mixed_precision_policy = None
-    dtype = policy.param_dtype
+def _autocast(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype) -> None:
     model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
+
+
+@contextmanager
+def _without_bf16(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, DeepSpeed's configuration asks for no bf16 of its own, which casts all weights."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
+    own = config["bf16"]
+    config["bf16"] = {"enabled": False}
+    try:
+        yield
+    finally:
+        config["bf16"] = own  # `accelerator.mixed_precision` reads it
+
+
+@contextmanager
+def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `from_pretrained` gives float32 weights under ZeRO-3 too, if that is `dtype`: DeepSpeed's bf16 would cast
+    them as they are loaded."""
+    if dtype != torch.float32 or zero_stage(accelerator) != 3:
+        yield
+        return
+    plugin: Any = accelerator.state.deepspeed_plugin
+    try:
+        with _without_bf16(accelerator):
+            plugin.set_deepspeed_weakref()  # a copy of the configuration, for `from_pretrained`
+            yield
+    finally:
+        plugin.set_deepspeed_weakref()
 
 
 def load_whole(accelerator: Accelerator, load: Callable[[], T]) -> T:

@@ -50,6 +50,13 @@ def test_check_engine_core_start_step_with_deepspeed_raises(small_args) -> None:
         check_engine(accelerator(DistributedType.DEEPSPEED, config={}), small_args(core_start_step=3))
 
 
+def test_check_engine_fp16_with_deepspeed_raises(small_args) -> None:
+    engine = accelerator(DistributedType.DEEPSPEED, config={})
+    engine.mixed_precision = "fp16"
+    with pytest.raises(ValueError, match=r"fp16, in which DeepSpeed would round .*: give --mixed_precision bf16"):
+        check_engine(engine, small_args())
+
+
 @pytest.mark.parametrize("limit", [0.5, None])
 def test_check_engine_deepspeed_that_clips_otherwise_raises(small_args, limit: float | None) -> None:
     engine = accelerator(DistributedType.DEEPSPEED, config={"gradient_clipping": 1.0})
