@@ -43,6 +43,7 @@ from nara_diffusion.training.arguments.checks import check_arguments, require
 from nara_diffusion.training.arguments.cli import option
 from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments, RunArguments
 from nara_diffusion.training.arguments.window import WindowArguments, check_window, schedule_of, window_of
+from nara_diffusion.training.checkpoints.digests import local_folder
 from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.engine.state import load_whole, loading_in, prepare
 from nara_diffusion.training.formats import load_checkpoint
@@ -194,7 +195,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
     with loading_in(run.accelerator, run.weights_dtype):
         backbone, tokenizer = load(dtype=run.weights_dtype)
-    run.record_base_digest(backbone=backbone)
+    run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
     check_positions(backbone, args.max_length)
     encoded = [encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main) for part in records]
     train_rows, validation_rows, test_rows = (part.rows for part in encoded)

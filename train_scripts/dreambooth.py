@@ -50,7 +50,7 @@ from nara_diffusion.dreambooth.evaluation.before_after import (
 from nara_diffusion.dreambooth.evaluation.report import results_table, window_note, write_run_report
 from nara_diffusion.dreambooth.evaluation.setup import make_evaluator, sample_settings
 from nara_diffusion.dreambooth.families.flow.sd3 import SD3
-from nara_diffusion.dreambooth.families.loading import loader_of, modules_of, sampling_pipeline
+from nara_diffusion.dreambooth.families.loading import folders_of, loader_of, sampling_pipeline
 from nara_diffusion.dreambooth.families.table import family_of_model
 from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.loss import TrainingStep
@@ -181,7 +181,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
 
     # Model
     pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32 if args.upcast_vae else run.dtype)
-    run.record_base_digest(**modules_of(pipe))
+    run.record_base_digests(folders_of(args, pipe), args.variant)
     family = run_family(args, pipe)
     check_settings(args, pipe)
     # before `pipe` takes the device's memory; a check leaves them out

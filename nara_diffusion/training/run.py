@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.methods import method_of
-from nara_diffusion.training.checkpoints.digests import digest_texts, digest_weights
+from nara_diffusion.training.checkpoints.digests import digest_base, digest_texts
 from nara_diffusion.training.checkpoints.folders import (
     check_same_content,
     find_checkpoints,
@@ -27,7 +27,7 @@ from nara_diffusion.training.checkpoints.folders import (
 )
 from nara_diffusion.training.checkpoints.random_states import check_random_states
 from nara_diffusion.training.engine.checks import check_engine, launched_processes
-from nara_diffusion.training.engine.state import load_state
+from nara_diffusion.training.engine.state import engine_name, load_state
 from nara_diffusion.training.output.claim import FolderClaim, claim_together
 from nara_diffusion.training.output.endings import explain_ending
 from nara_diffusion.training.output.hub import create_hub_repo
@@ -56,7 +56,7 @@ class Run:
         log: metrics.jsonl and the trackers; set by `open`.
         claim: the lock on `folder` that the main process has.
         hub_id: the repository to push to, on the main process; else None.
-        digests: {content: digest}, set by `record_data_digest` and `record_base_digest`.
+        digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
     """
 
     accelerator: Accelerator
@@ -144,15 +144,18 @@ class Run:
         """
         self._record(what, digest_texts(texts))
 
-    def record_base_digest(self, **modules: torch.nn.Module) -> None:
-        """Record the digest of the base weights for the run's checkpoints, before an adapter is added.
+    def record_base_digests(self, folders: Mapping[str, Path], variant: str | None = None) -> None:
+        """Record the digests of the base model's weights and configurations for the run's checkpoints.
+
+        Args:
+            folders, variant: see `digest_base`.
 
         Raises:
-            ValueError: the run resumes a checkpoint that has another digest.
+            ValueError: the run resumes a checkpoint that has other digests.
         """
-        # in the main process alone: accelerate may leave the weights of others empty until `prepare`
-        digest = [digest_weights(modules) if self.is_main else ""]
-        self._record("base model", broadcast_object_list(digest)[0])
+        digests = [digest_base(folders, variant) if self.is_main else {}]
+        for what, digest in broadcast_object_list(digests)[0].items():
+            self._record(what, digest)
 
     def _record(self, what: str, digest: str) -> None:
         self.digests[what] = digest
@@ -226,7 +229,7 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
     run = Run(accelerator, args, name, write)
     if resume is not None:
         run.checkpoint = resolve_checkpoint(resume, resumed)
-        run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes)
+        run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes, engine_name(accelerator))
     if args.push_to_hub and run.is_main:
         run.hub_id = create_hub_repo(args.hub_model_id or Path(args.output_dir).name)
     run.folder, run.claim = claim_together(accelerator, _output_dir(run), name, resume)

@@ -1,4 +1,5 @@
-"""A run under each of accelerate's engines keeps its adapter in float32."""
+"""A run under each of accelerate's engines keeps its adapter in float32, and goes on under that engine and on that base
+alone."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.engines import HAS_DEEPSPEED, in_two_processes
-from tests.train_scripts.dreambooth_runs import fresh_accelerate
+from tests.helpers.small_pipelines import small_sdxl
+from tests.train_scripts.dreambooth_runs import fresh_accelerate, tiny_arguments, write_pictures
+from train_scripts import dreambooth
 from train_scripts.dllm import ASSETS, Arguments, main
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -132,10 +135,102 @@ def test_deepspeed_in_bf16_resumes_as_if_uninterrupted_and_learns_what_ddp_does(
         assert (ddp[name] - value).norm() <= 0.1 * (value - start[name]).norm(), name
 
 
+@needs_gloo
+def test_resume_under_another_engine_is_refused_by_name(tmp_path: Path) -> None:
+    args = make_args(tmp_path / "run")
+    resume = make_args(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    message = "checkpoint-4 was written under one process or DDP and this run is under FSDP2 with SHARDED_STATE_DICT"
+    check_refused(message, ("ddp", args), ("fsdp", resume))
+
+
 @pytest.mark.slow
 @needs_gloo
 @needs_deepspeed
-def test_deepspeed_fp16_is_refused(tmp_path: Path) -> None:
+def test_deepspeed_checkpoint_under_ddp_and_fp16_are_refused(tmp_path: Path) -> None:
+    assert train(("zero-2", make_args(tmp_path / "run"))) == []
+    resume = make_args(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    message = "checkpoint-4 was written under DeepSpeed ZeRO-2 and this run is under one process or DDP"
+    check_refused(message, ("ddp", resume))
     fp16 = make_args(tmp_path / "fp16", mixed_precision="fp16")
     check_refused("mixed_precision is fp16, in which DeepSpeed would round", ("zero-2", fp16))
     assert not (tmp_path / "fp16").exists()
+
+
+@pytest.mark.slow
+@needs_gloo
+@needs_deepspeed
+def test_zero_3_checkpoint_on_another_base_is_refused(tmp_path: Path) -> None:
+    base = copy_base(tmp_path)
+    assert train(("zero-3", make_args(tmp_path / "run", base))) == []
+    change_weights(base)
+    resume = make_args(tmp_path / "run", base, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    check_refused("checkpoint-1 belongs to a run with another base model", ("zero-3", resume))
+
+
+def copy_base(folder: Path) -> Path:
+    shutil.copytree(ASSETS / "llada-tiny", folder / "base")
+    return folder / "base"
+
+
+def change_weights(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    weights["model.transformer.blocks.1.q_proj.weight"][3, 5] += 1e-3
+    save_file(weights, base / "model.safetensors")
+
+
+def change_field(file: Path, name: str, value: Any) -> None:
+    fields = json.loads(file.read_text())
+    assert fields[name] != value
+    file.write_text(json.dumps(fields | {name: value}))
+
+
+def test_text_run_resumes_only_on_the_weights_and_the_configuration_it_began_with(tmp_path: Path) -> None:
+    base = copy_base(tmp_path)
+    config = (base / "config.json").read_text()
+    main(make_args(tmp_path / "run", base))
+    resume = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-1")}
+    for name, value in (("rope_theta", 20000.0), ("rms_norm_eps", 1e-4), ("mask_token_id", 282)):
+        change_field(base / "config.json", name, value)
+        fresh_accelerate()
+        with pytest.raises(ValueError, match=r"checkpoint-1 belongs .* another base model configuration config\.json"):
+            main(make_args(tmp_path / "run", base, **resume))
+        (base / "config.json").write_text(config)
+    change_weights(base)
+    fresh_accelerate()
+    with pytest.raises(ValueError, match=r"checkpoint-1 belongs to a run with another base model: bring it back"):
+        main(make_args(tmp_path / "run", base, **resume))
+    fresh_accelerate()
+    main(make_args(tmp_path / "run", copy_base(tmp_path / "elsewhere"), **resume))
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("vae/config.json", "scaling_factor", 0.5),
+        ("unet/config.json", "norm_eps", 1e-3),
+        ("scheduler/scheduler_config.json", "beta_end", 0.05),
+    ],
+)
+def test_image_run_resumes_only_on_the_configurations_it_began_with(
+    tmp_path: Path, file: str, name: str, value: float
+) -> None:
+    base, pictures = tmp_path / "base", write_pictures(tmp_path / "pictures", 2)
+    small_sdxl().save_pretrained(base)
+    options = {"max_train_steps": 2, "checkpointing_steps": 1, "num_validation_images": 1, "curve_points": 1}
+    dreambooth.main(tiny_arguments(base, pictures, tmp_path / "run", **options))
+    change_field(base / file, name, value)
+    fresh_accelerate()
+    resume = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-1")}
+    with pytest.raises(ValueError, match=f"checkpoint-1 belongs to a run with another base model configuration {file}"):
+        dreambooth.main(tiny_arguments(base, pictures, tmp_path / "run", **options, **resume))
+
+
+def test_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    main(make_args(tmp_path / "run"))
+    manifest = tmp_path / "run" / "checkpoint-1" / "checkpoint.json"
+    fields = json.loads(manifest.read_text())
+    del fields["engine"]
+    manifest.write_text(json.dumps(fields))
+    fresh_accelerate()
+    with pytest.raises(ValueError, match=r"checkpoint-1 is of an earlier version, .* finish the run with that version"):
+        main(make_args(tmp_path / "run", resume_from_checkpoint=str(manifest.parent)))

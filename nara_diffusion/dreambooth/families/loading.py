@@ -22,6 +22,7 @@ from torch import nn
 
 from nara_diffusion.noise.schedulers.prediction import FLOW, prediction_by
 from nara_diffusion.training.adapters.pissa import takes_start_from_base
+from nara_diffusion.training.checkpoints.digests import local_folder
 
 from .family import Family
 from .table import family_named, model_index
@@ -113,6 +114,16 @@ def _check_scheduler(scheduler: Any, family: Family) -> None:
 def modules_of(pipe: Any) -> dict[str, nn.Module]:
     """The models of a pipeline, by name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
+    """{component: folder} of what was loaded with the arguments of a DreamBoothArguments: the models, the scheduler."""
+    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
+    root = local_folder(args.pretrained_model_name_or_path, **hub)
+    folders = {name: root / name for name in (*modules_of(pipe), "scheduler")}
+    if args.pretrained_vae_model_name_or_path is not None:
+        folders["vae"] = local_folder(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+    return folders
 
 
 def absent_components(pipe: Any) -> list[str]:

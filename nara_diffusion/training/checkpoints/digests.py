@@ -1,15 +1,21 @@
-"""Digests of a run's data and of its base weights, by which a checkpoint recognises them."""
+"""Digests of a run's data and of its base model, by which a checkpoint recognises them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from huggingface_hub import snapshot_download
 
-_SUMS = 1024
-_CHUNK = 1 << 22  # bytes, a multiple of 8 · _SUMS; small enough for a processor's cache
+_WEIGHTS = (  # what `from_pretrained` of Diffusers and transformers looks for, the preferred first
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+_CONFIGURATIONS = ("config.json", "scheduler_config.json")
 
 
 def digest_texts(texts: Iterable[str]) -> str:
@@ -21,32 +27,49 @@ def digest_texts(texts: Iterable[str]) -> str:
     return found.hexdigest()
 
 
-def digest_weights(modules: Mapping[str, nn.Module]) -> str:
-    """SHA-256 of the name, dtype, shape and values of every parameter and buffer that the modules save.
-
-    A cryptographic hash of all bytes would take minutes for some billion parameters, so the values go in as sums: word
-    k of a tensor's memory, 8 bytes as one whole number, is added to sum k mod 1024, mod 2^64. A change of one word
-    always shows, and so does one of the order, unless words move by a multiple of 1024. It takes one pass over the
-    memory, on the device that holds it.
-    """
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file."""
     found = hashlib.sha256()
-    for prefix, module in modules.items():
-        for name, value in module.state_dict().items():
-            if isinstance(value, Tensor):  # quantised layers save other things too
-                found.update(f"{prefix} {name} {value.dtype} {tuple(value.shape)};".encode())
-                for part in _sums(value):
-                    found.update(part.cpu().numpy().tobytes())
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
     return found.hexdigest()
 
 
-def _sums(tensor: Tensor) -> Iterator[Tensor]:
-    """The 1024 sums of a tensor's words, and the bytes that are left."""
-    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    whole = len(content) - len(content) % (8 * _SUMS)
-    sums = torch.zeros(_SUMS, dtype=torch.int64, device=tensor.device)
-    # a part of other memory, such as a mapped file, needn't begin at a word
-    aligned = content if content.storage_offset() % 8 == 0 else content.clone()
-    for chunk in aligned[:whole].split(_CHUNK):
-        sums += chunk.view(torch.int64).view(-1, _SUMS).sum(0)
-    yield sums
-    yield content[whole:]
+def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
+    """{what: its digest} of a model's files: one digest of all weights, and one of each configuration.
+
+    The files are the same whatever the engine, under which a process may hold a part of each tensor, or none.
+
+    Args:
+        folders: {component: its folder}; the component is "" where the model has no others.
+        variant: of the weight files, such as fp16.
+    """
+    weights = [(name, file) for name, folder in folders.items() for file in weight_files(folder, variant)]
+    found = {"base model": digest_texts(text for name, file in weights for text in (name, digest_file(file)))}
+    for name, folder in folders.items():
+        for file in (folder / config for config in _CONFIGURATIONS):
+            if file.is_file():
+                found[f"base model configuration {Path(name, file.name).as_posix()}"] = digest_file(file)
+    return found
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files that `from_pretrained` reads weights from: those of `variant`, else those of none."""
+    for part in dict.fromkeys((f".{variant}" if variant else "", "")):
+        for name in _WEIGHTS:
+            stem, ending = name.rsplit(".", 1)
+            whole, index = folder / f"{stem}{part}.{ending}", folder / f"{stem}.{ending}.index{part}.json"
+            files = {whole} if whole.is_file() else set()
+            if index.is_file():
+                files |= {folder / shard for shard in json.loads(index.read_bytes())["weight_map"].values()}
+            if files:
+                return sorted(files)
+    return []
+
+
+def local_folder(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """The folder of a model that `from_pretrained` has loaded: `name` itself, or the Hub's copy on this machine."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))

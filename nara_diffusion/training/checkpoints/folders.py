@@ -4,8 +4,8 @@
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16); the
                                                                   optimizer by the engine, see `engine_state`
                  random_states_P.pkl                              of process P
-                 checkpoint.json                                  step, time, processes, arguments, SHA-256 of each file
-                                                                  above, digests of data and base model
+                 checkpoint.json                                  step, time, processes, engine, arguments, SHA-256 of
+                                                                  each file above, digests of data and base model
 
 The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). Neither
 the data nor the frozen base model are in a checkpoint, but it knows them again by their digests (`digests`). A
@@ -16,7 +16,6 @@ when it is loaded.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import re
@@ -29,10 +28,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from nara_diffusion.training.arguments.checks import config_differences, content_differences
-from nara_diffusion.training.engine.state import save_state, trained_state
+from nara_diffusion.training.engine.state import engine_name, save_state, trained_state
 from nara_diffusion.training.formats import AdapterWriter, write_adapter, write_checkpoint
 from nara_diffusion.training.output.output_dir import write_json
 from nara_diffusion.utils.atomic_write import atomic_write_folder, delete_folder, partial_name, put_in_place
+
+from .digests import digest_file
 
 logger = logging.getLogger(__name__)
 
@@ -129,24 +130,32 @@ def last_checkpoint(folder: Path) -> str:
     )
 
 
-def verify_checkpoint(checkpoint: Path, args: Any, processes: int) -> int:
+def verify_checkpoint(checkpoint: Path, args: Any, processes: int, engine: str) -> int:
     """Check that `checkpoint` is complete and was written by a run with these arguments. Returns its step.
 
+    Args:
+        engine: see `engine_name`.
+
     Raises:
-        ValueError: naming the file that is missing or corrupt, or the arguments that differ.
+        ValueError: naming the file that is missing or corrupt, the arguments that differ, or the engine.
     """
     manifest = _read_manifest(checkpoint)
     for name, digest in manifest["files"].items():
         file = checkpoint / name
         if not file.is_file():
             raise ValueError(f"{checkpoint} is incomplete: {name} is missing. Resume from another checkpoint.")
-        if _sha256(file) != digest:
+        if digest_file(file) != digest:
             raise ValueError(f"{file} is corrupt: its content isn't what was saved. Resume from another checkpoint.")
     differences = config_differences(args, manifest["arguments"], manifest["digests"])
     if differences:
         raise ValueError(
             f"{checkpoint} belongs to a run of another configuration ({_listed(differences)}). Give the same arguments "
             f"(--config {checkpoint.parent / 'config.yaml'} holds them), or start a new run."
+        )
+    if manifest["engine"] != engine:
+        raise ValueError(
+            f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}, which keep the "
+            "optimizer in other ways: launch it as it was."
         )
     if manifest["processes"] != processes:
         raise ValueError(
@@ -234,9 +243,15 @@ def _write_states(accelerator: Accelerator, folder: Path, write: AdapterWriter) 
 
 
 def _write_manifest(accelerator: Accelerator, folder: Path, facts: dict[str, Any]) -> None:
-    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    facts = {**facts, "written": time.time(), "processes": accelerator.num_processes}
-    write_json(folder / MANIFEST, {**facts, "files": files})
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = {
+        **facts,
+        "written": time.time(),
+        "processes": accelerator.num_processes,
+        "engine": engine_name(accelerator),
+        "files": {path.relative_to(folder).as_posix(): digest_file(path) for path in paths},
+    }
+    write_json(folder / MANIFEST, facts)
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -244,11 +259,14 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = {name: manifest[name] for name in ("step", "processes", "arguments", "files")}
-        # earlier versions wrote no time, and no digest but that of the training data
-        digests = manifest.get("digests", {"training data": manifest["data"]} if manifest.get("data") else {})
-        return found | {"digests": dict(digests), "written": float(manifest.get("written", 0))}
+        if "engine" in manifest:
+            return found | {name: manifest[name] for name in ("engine", "digests", "written")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or corrupt ({error}). Resume from another checkpoint.") from error
+    raise ValueError(
+        f"{checkpoint} is of an earlier version, which didn't note the engine or the files of the base model: finish "
+        "the run with that version, or start a new one."
+    )
 
 
 def _delete_oldest(folder: Path, limit: int, newest: Path) -> None:
@@ -271,11 +289,3 @@ def _written(checkpoint: Path) -> float:
         return _read_manifest(checkpoint)["written"]
     except ValueError:
         return 0.0
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

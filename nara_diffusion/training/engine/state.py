@@ -196,6 +196,15 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
     accelerator.step = restored.get("step", accelerator.step)
 
 
+def engine_name(accelerator: Accelerator) -> str:
+    """The engine by the form in which it keeps the optimizer."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return f"FSDP2 with {accelerator.state.fsdp_plugin.state_dict_type.name}"  # type: ignore[union-attr]
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{zero_stage(accelerator)}"
+    return "one process or DDP"
+
+
 def zero_stage(accelerator: Accelerator) -> int:
     """DeepSpeed's ZeRO stage, 1 to 3; 0 under other engines."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:

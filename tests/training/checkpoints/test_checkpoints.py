@@ -11,7 +11,6 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from nara_diffusion.training.checkpoints.digests import digest_texts
 from nara_diffusion.training.checkpoints.folders import (
     _delete_oldest,
     find_checkpoints,
@@ -72,7 +71,7 @@ def test_a_missing_file_is_named(checkpoint: Path, small_args) -> None:
 def test_a_corrupt_manifest_is_named(checkpoint: Path, small_args, content: str) -> None:
     (checkpoint / "checkpoint.json").write_text(content)
     with pytest.raises(ValueError, match=r"checkpoint.json is missing or corrupt"):
-        verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=1)
+        verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=1, engine="one process or DDP")
 
 
 def test_another_configuration_is_refused(checkpoint: Path, small_args) -> None:
@@ -88,7 +87,7 @@ def test_another_configuration_is_refused(checkpoint: Path, small_args) -> None:
 
 def test_what_does_not_change_the_result_may_differ(checkpoint: Path, small_args) -> None:
     args = small_args(max_train_steps=2, logging_steps=7, checkpoints_total_limit=9, report_to=None)
-    assert verify_checkpoint(checkpoint, args, processes=1) == 2
+    assert verify_checkpoint(checkpoint, args, processes=1, engine="one process or DDP") == 2
 
 
 def test_an_argument_that_is_younger_than_the_checkpoint_had_its_default(checkpoint: Path, small_args) -> None:
@@ -96,14 +95,21 @@ def test_an_argument_that_is_younger_than_the_checkpoint_had_its_default(checkpo
     del manifest["arguments"]["weight_decay"], manifest["arguments"]["core_hidden_dims"]
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
     args = small_args(max_train_steps=2, core_hidden_dims=[256, 512])
-    assert verify_checkpoint(checkpoint, args, processes=1) == 2
+    assert verify_checkpoint(checkpoint, args, processes=1, engine="one process or DDP") == 2
     with pytest.raises(ValueError, match=r"weight_decay: 0\.0 there, 0\.5 now"):
-        verify_checkpoint(checkpoint, small_args(max_train_steps=2, weight_decay=0.5), processes=1)
+        verify_checkpoint(
+            checkpoint, small_args(max_train_steps=2, weight_decay=0.5), processes=1, engine="one process or DDP"
+        )
 
 
 def test_another_number_of_processes_is_refused(checkpoint: Path, small_args) -> None:
     with pytest.raises(ValueError, match="written by 1 processes and this run has 2"):
-        verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=2)
+        verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=2, engine="one process or DDP")
+
+
+def test_another_engine_is_refused(checkpoint: Path, small_args) -> None:
+    with pytest.raises(ValueError, match=r"under one process or DDP and this run is under DeepSpeed ZeRO-2"):
+        verify_checkpoint(checkpoint, small_args(max_train_steps=2), processes=1, engine="DeepSpeed ZeRO-2")
 
 
 def test_latest_of_one_time_of_writing_is_the_highest_number_and_skips_unfinished_folders(checkpoint: Path) -> None:
@@ -181,26 +187,12 @@ def test_other_data_are_refused(small_args, small_run, tmp_path) -> None:
             resumed.record_data_digest("training data", texts)
 
 
-def test_a_checkpoint_of_before_data_were_noted_is_taken(checkpoint: Path, small_args) -> None:
+def test_a_checkpoint_of_an_earlier_version_is_refused(checkpoint: Path, small_args) -> None:
     manifest = json.loads((checkpoint / "checkpoint.json").read_text())
-    del manifest["digests"]
+    del manifest["engine"]
     (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
-    run = start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
-    run.record_data_digest("training data", ["any"])
-    assert run.step == 2
-
-
-def test_a_checkpoint_that_notes_training_data_alone_is_held_to_them(checkpoint: Path, small_args) -> None:
-    """What earlier versions wrote."""
-    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
-    del manifest["digests"], manifest["written"]
-    manifest["data"] = digest_texts(["a question"])
-    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
-    run = start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
-    run.record_data_digest("training data", ["a question"])
-    run.record_data_digest("validation data", ["any"])
-    with pytest.raises(ValueError, match="other training data"):
-        run.record_data_digest("training data", ["an answer"])
+    with pytest.raises(ValueError, match=r"checkpoint-2 is of an earlier version"):
+        start_run(small_args(max_train_steps=2, resume_from_checkpoint=str(checkpoint)), "small")
 
 
 def test_going_on_in_another_runs_folder_is_refused(checkpoint: Path, small_args, tmp_path) -> None:
