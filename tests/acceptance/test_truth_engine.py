@@ -209,6 +209,7 @@ def test_text_run_resumes_only_on_the_weights_and_the_configuration_it_began_wit
         ("vae/config.json", "scaling_factor", 0.5),
         ("unet/config.json", "norm_eps", 1e-3),
         ("scheduler/scheduler_config.json", "beta_end", 0.05),
+        ("own-vae/config.json", "scaling_factor", 0.5),
     ],
 )
 def test_image_run_resumes_only_on_the_configurations_it_began_with(
@@ -216,13 +217,18 @@ def test_image_run_resumes_only_on_the_configurations_it_began_with(
 ) -> None:
     base, pictures = tmp_path / "base", write_pictures(tmp_path / "pictures", 2)
     small_sdxl().save_pretrained(base)
-    options = {"max_train_steps": 2, "checkpointing_steps": 1, "num_validation_images": 1, "curve_points": 1}
+    options: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": 1, "num_validation_images": 1}
+    options["curve_points"] = 1
+    if file.startswith("own-vae"):
+        shutil.copytree(base / "vae", base / "own-vae")
+        options["pretrained_vae_model_name_or_path"] = str(base / "own-vae")
     dreambooth.main(tiny_arguments(base, pictures, tmp_path / "run", **options))
     change_field(base / file, name, value)
     fresh_accelerate()
-    resume = {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-1")}
-    with pytest.raises(ValueError, match=f"checkpoint-1 belongs to a run with another base model configuration {file}"):
-        dreambooth.main(tiny_arguments(base, pictures, tmp_path / "run", **options, **resume))
+    options["resume_from_checkpoint"] = str(tmp_path / "run" / "checkpoint-1")
+    expected = f"checkpoint-1 belongs to a run with another base model configuration {file.removeprefix('own-')}"
+    with pytest.raises(ValueError, match=expected):
+        dreambooth.main(tiny_arguments(base, pictures, tmp_path / "run", **options))
 
 
 def test_checkpoint_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
