@@ -1,0 +1,129 @@
+"""Every page rounds a figure of a regime once, from the records: tables and prose print the same digits.
+
+A number in prose that has no sign is taken for a figure of a regime if it lies within 1.5 units of its last digit:
+one that is then no figure's rounding was rounded wrongly. Where the text names the method, it is compared with that
+method's figures alone, and before "lower", "below" or the like with differences of figures too.
+Tables between marks, and docs/results/regimes.md from its first table on, are made from the records, by other tests.
+"""
+
+import re
+from collections import defaultdict
+from itertools import combinations
+from statistics import fmean
+
+import pytest
+import report_quality
+from quality.results import read
+
+ROOT = report_quality.ROOT
+PLAN = "docs/results/regimes_plan.md"  # fixed before the records were there
+PAGES = {page.relative_to(ROOT).as_posix() for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))} - {PLAN}
+REGIMES = {
+    "eps_to_v": r"eps_to_v|ε → v",
+    "zero_snr": r"zero_snr|zero terminal SNR",
+    "eps_to_flow": r"eps_to_flow|ε → flow",
+    "blind_open": r"blind_open|[Bb]lind text[, (]|random tokens in place of masks",
+    "blind_determined": r"blind_determined|[Bb]lind text whose",
+    "subject_low": r"subject_low|λ < 0\.5|some λ alone",
+    "subject_high": r"subject_high|λ ≥ 0\.5",
+    "two_conditions": r"two_conditions|[Tt]wo conditions|do two things",
+    "one_image": r"one_image|[Oo]ne image",
+    "seen_determined": r"seen_determined|shows its masks",
+    "seen_open": r"seen_open|leaves open",
+}
+"""{regime: how a paragraph names it}; a paragraph that names none is about those of the one before, up to a heading."""
+METHODS = {
+    "lora": r"(?<![-\w])LoRA",
+    "lora_params": r"(?:as many|NaRA's) parameters",
+    "dora": r"(?<![-\w])DoRA",
+    "nara": r"(?<![-\w])NaRA",
+    "nara_dora": r"NaRA-DoRA",
+    "nara_knots": r"NaRA-Knots",
+    "nara_constant": r"told λ = 0\.5",
+    "mean of C": r"the mean of its C",
+}
+NUMBER = r"(?<![\d.\w+−])(?<!± )(?P<number>\d?\.\d{3,5})(?![\d%]| %)"
+LESS = rf"{NUMBER} (?:nats a token )?(?:lower|higher|below|above)"
+MEASURES = ("score", "inside", "drift", "alignment")
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """{(regime, method): its figures}: means over the ten confirmation seeds; of the alternatives single seeds too."""
+    values = defaultdict(list)  # of each seed
+    for record in read(report_quality.RESULTS / "regimes.jsonl"):
+        cell = [record[name] for name in ("targets", "rank", "steps")]
+        for method, measured in ((record["arm"], record), ("mean of C", record.get("mean_core", {}))):
+            for measure in MEASURES:
+                if record["stage"] == "confirm" and measure in measured:
+                    values[(record["regime"], method, record["arm"], measure, *cell)].append(measured[measure])
+    for record in read(report_quality.RESULTS / "alternatives.jsonl"):
+        if record["stage"] == "alternatives":
+            regime, cell = record["regime"].removesuffix("_told"), [record.get(name) for name in ("targets", "rank")]
+            for seed in (record["seed"], "all seeds"):
+                values[(regime, record["arm"], record["regime"], seed, *cell)].append(record["score"])
+    found = defaultdict(list)
+    for (regime, method, *_), each in values.items():
+        if None not in each:
+            found[regime, method].append(fmean(each))
+    return found
+
+
+def paragraphs(text):
+    """(regimes, paragraph) of what people wrote; a row of a table is a paragraph of its own."""
+    text = re.sub(r"(?s)<!-- table:.*?<!-- end of table -->", "", text).partition("\n### eps_to_v: ")[0]
+    before = []
+    for paragraph in re.split(r"\n\s*\n|\n(?=\|)|\n(?=[*-] )", text):
+        named = [regime for regime, pattern in REGIMES.items() if re.search(pattern, paragraph)]
+        before = named or ([] if paragraph.startswith(("#", "|")) else before)
+        yield before, " ".join(paragraph.split())
+
+
+def is_wrong(number, known):
+    """Whether `number` is close to one of `known`, and the rounding of none."""
+    digits = len(number.partition(".")[2])
+    if any(f"{value:.{digits}f}".removeprefix("0") == number.removeprefix("0") for value in known):
+        return False
+    return any(abs(value - float(number)) < 1.5 * 10**-digits for value in known)
+
+
+def mistakes(text, figures):
+    """What `text` rounds wrongly, each with its paragraph's regimes and method."""
+    found = set()
+    for regimes, paragraph in paragraphs(text):
+        known = [value for (regime, _), values in figures.items() if regime in regimes for value in values]
+        found |= {(each["number"], "") for each in re.finditer(NUMBER, paragraph) if is_wrong(each["number"], known)}
+        known += [abs(a - b) for a, b in combinations(known, 2)]
+        found |= {(each["number"], "−") for each in re.finditer(LESS, paragraph) if is_wrong(each["number"], known)}
+        for method, pattern in METHODS.items():
+            own = [value for regime in regimes for value in figures[regime, method]]
+            before = re.finditer(rf"{pattern}[,:]?(?: is| has| reaches)? ?\(?{NUMBER}", paragraph)
+            after = re.finditer(rf"{NUMBER} with (?:a LoRA of )?{pattern}(?! of)", paragraph)
+            found |= {(each["number"], method) for each in (*before, *after) if is_wrong(each["number"], own)}
+    return found
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_prose_has_the_digits_of_the_records(page, figures):
+    assert mistakes((ROOT / page).read_text(encoding="utf-8"), figures) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("**zero_snr.** LoRA 0.425, DoRA 0.437", set()),
+        ("**zero_snr.** LoRA 0.426, DoRA 0.437", {("0.426", ""), ("0.426", "lora")}),
+        ("v at zero terminal SNR.\n\nThere, NaRA 0.195 is below LoRA (.202).", {(".202", ""), (".202", "lora")}),
+        ("ε → v:\n0.327 with NaRA, 0.404 with LoRA", {("0.327", ""), ("0.327", "nara")}),
+        ("| λ ≥ 0.5 | DoRA 0.872 |", {("0.872", "dora")}),  # another method's figure
+        ("ε → flow: a LoRA of as many parameters 0.677, 0.0047 lower than NaRA", {("0.0047", "−")}),
+        ("ε → v: NaRA 0.326.\n\n# Something else\n\nNaRA 0.327", set()),
+    ],
+)
+def test_a_wrong_rounding_is_found(text, wrong, figures):
+    assert mistakes(text, figures) == wrong
+
+
+def test_the_records_have_the_figures_that_the_pages_are_compared_with(figures):
+    assert f"{figures['subject_low', 'lora_params'][0]:.5f}" == "0.88247"
+    assert all(figures[regime, "lora"] and figures[regime, "nara"] for regime in REGIMES if regime != "one_image")
