@@ -35,7 +35,7 @@ import string
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -48,7 +48,7 @@ from quality.images.held_out import predicted
 from quality.regimes.images.objectives import CONVERSIONS, build_conversion
 from quality.regimes.methods import MEAN_CORE
 from quality.regimes.plan import PLAN
-from quality.regimes.rates import chosen_rates, key_of
+from quality.regimes.rates import chosen_rates, key_of, place_of
 from quality.regimes.runs import REGIMES, Cell, Run, record_of, rounded
 from quality.regimes.text.corruption import REPLACED, noise_tokens
 from quality.regimes.text.data import CHARACTERS, open_data
@@ -207,20 +207,28 @@ def keys(records: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[
     return {key_of(record): record for record in records if record["rates"]}
 
 
-def report(records: Sequence[Mapping[str, Any]], arms: Sequence[Trained], seeds: Sequence[int]) -> str:
+def report(records: Sequence[Mapping[str, Any]], steps: int = STEPS) -> str:
     """A row an arm: parameters, rates, the score of each seed."""
-    found, rows = keys(records), []
-    for regime in dict.fromkeys((*(regime for regime, _ in UNTRAINED), *(arm.regime for arm in arms))):
-        for record in records:
+    measured = [record for record in records if record["stage"] == MEASURE]
+    seeds = sorted({record["seed"] for record in measured if record["rates"]})
+    rows = []
+    for regime in (*CONVERSIONS, TEXT):
+        for record in measured:
             if record["regime"] == regime and not record["rates"]:
-                rows.append([regime, record["arm"], "0", NOTHING, *[f"{record['score']:.3f}"] * len(seeds)])
-        for arm in arms:
-            if arm.regime == regime:
-                each = [found[key_of(Run(arm.cell, arm.arm, seed, arm.rates(records)).named)] for seed in seeds]
-                rate = " / ".join(f"{value:g}" for value in arm.rates(records).values())
-                scores = [NOTHING if r["score"] is None else f"{r['score']:.3f}" for r in each]
-                rows.append([regime, arm.title, str(each[0]["trainable_parameters"]), rate, *scores])
+                rows.append([regime, record["arm"], "0", NOTHING, *[_figure(record)] * len(seeds)])
+        for arm in trained(steps):
+            place = (*astuple(arm.cell), arm.arm)
+            own = {each["seed"]: each for each in measured if each["rates"] and place_of(each)[:-1] == place}
+            if arm.regime == regime and own:
+                one = next(iter(own.values()))
+                rate = " / ".join(f"{value:g}" for value in one["rates"].values())
+                scores = [_figure(own.get(seed)) for seed in seeds]
+                rows.append([regime, arm.title, str(one["trainable_parameters"]), rate, *scores])
     return table(["regime", "method", "parameters", "rate", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def _figure(record: Mapping[str, Any] | None) -> str:
+    return NOTHING if record is None or record["score"] is None else f"{record['score']:.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -237,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.provenance()  # the commit at the start
     with patch.dict(REGIMES, TOLD_REGIME):
         measure(args.output, arms, args.seeds)
-    print(report(results.read(args.output), arms, args.seeds))
+    print(report(results.read(args.output), args.steps))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from benchmark_alternatives import report as alternatives_table
+
 from quality.jobs import COST, SEEDS
 from quality.regimes.check.table import check_table
 from quality.regimes.plan import PLAN
@@ -99,7 +101,7 @@ WHOLE: dict[str, Callable[[Sequence[Record]], str]] = {"setting": setting, "summ
 
 
 def block(name: str, results: Path) -> str:
-    """The table of that name: "loss text llada-tiny", "summary text", "regimes", "check".
+    """The table of that name: "loss text llada-tiny", "summary text", "regimes", "alternatives", "check".
 
     Raises:
         ValueError: no such kind, or nothing was measured for it.
@@ -107,14 +109,16 @@ def block(name: str, results: Path) -> str:
     kind, *where = name.split()
     if kind == "regimes" and not where:
         return summary(PLAN, read(results / "regimes.jsonl"))
+    if kind == "alternatives" and not where:
+        return alternatives_table(read(results / "alternatives.jsonl"))
     if kind == "check" and not where:
         return check_table(read(results / "check.jsonl"), read(results / "regimes.jsonl"))
     if kind in WHOLE and len(where) == 1:
         return WHOLE[kind](read_records([results / f"{where[0]}.jsonl"]))
     if kind not in KINDS or len(where) != 2:
         raise ValueError(
-            f'a table is called {name!r}, expected "regimes", "check", "KIND FILE" with one of {", ".join(WHOLE)}, '
-            f'or "KIND FILE BACKBONE" with one of {", ".join(KINDS)}.'
+            f'a table is called {name!r}, expected "regimes", "alternatives", "check", "KIND FILE" with one of '
+            f'{", ".join(WHOLE)}, or "KIND FILE BACKBONE" with one of {", ".join(KINDS)}.'
         )
     records = select(read_records([results / f"{where[0]}.jsonl"]), backbone=where[1])
     if not records:
