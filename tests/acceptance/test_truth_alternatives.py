@@ -67,4 +67,5 @@ def test_each_regime_has_its_alternatives_among_the_committed_records():
     assert set(rows) == trained | set(alternatives.UNTRAINED)
     assert all(float(score) for scores in rows.values() for score in scores)
     for regime in ("eps_to_v", "zero_snr"):  # nothing trained on attention reaches what needs no training
-        assert rows[regime, "the base, read by the identity"] < rows[regime, "NaRA, r 4"]
+        identity, nara = (rows[regime, title] for title in ("the base, read by the identity", "NaRA, r 4"))
+        assert max(map(float, identity)) < min(map(float, nara))
