@@ -165,6 +165,8 @@ def trained(steps: int) -> list[Trained]:
         Trained(TEXT, "NaRA, r 4", plain, "nara"),
         Trained(TEXT, "LoRA, λ as a token, r 4", token, "lora", rates(2e-2, 4e-2)),
         Trained(TEXT, "LoRA, λ as a token, r 43", replace(token, rank=43), "lora", rates(1e-2, 2e-2)),
+        Trained(TEXT, "NaRA, all layers, r 4", Cell(TEXT, "all", 4, steps), "nara"),
+        Trained(TEXT, "LoRA, all layers, λ as a token, r 22", Cell(TOLD, "all", 22, steps), "lora", rates(5e-3, 1e-2)),
     ]
 
 
