@@ -48,12 +48,14 @@ def disturb(model: nn.Module, seed: int = 1, scale: float = 0.4) -> None:
 def adapt(model: nn.Module, targets: list[str], *, scale: float = 0.4, **changes: Any) -> tuple[Any, Stock]:
     """`model` with a disturbed NaRA adapter, by Diffusers' call where it has one, else by PEFT's; and its reference."""
     plain = copy.deepcopy(model)
-    if hasattr(model, "add_adapter") and hasattr(model, "set_adapters"):
-        model.requires_grad_(False)
-        model.add_adapter(config(targets, **changes))  # type: ignore[operator]
-        adapted = model
-    else:
-        adapted = get_peft_model(model, config(targets, **changes))
+    with torch.random.fork_rng(devices=[]):  # every call draws the same Fourier frequencies
+        torch.manual_seed(7)
+        if hasattr(model, "add_adapter") and hasattr(model, "set_adapters"):
+            model.requires_grad_(False)
+            model.add_adapter(config(targets, **changes))  # type: ignore[operator]
+            adapted = model
+        else:
+            adapted = get_peft_model(model, config(targets, **changes))
     disturb(adapted, scale=scale)
     return adapted.eval(), Stock(plain.eval(), adapted)
 

@@ -1,0 +1,119 @@
+"""torch.compile: one graph over all λ, at most one break, at the root; the values are those without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from nara_diffusion import noise_level
+from tests.helpers.rounding import rounding_of
+from tests.helpers.small_pipelines import small_unet
+
+from ._noise_models import LAYERS, UNET_TARGETS, Stock, TwoLayers, adapt, assert_near, distance, run
+
+TEXT = 20
+LEVELS = [torch.tensor(values) for values in ([0.05, 0.5, 0.93], [0.8, 0.2, 0.6], [0.0, 1.0, 0.31])]
+X = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+    # Dynamo looks at the gradient of each input
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def both() -> tuple[Any, Stock]:
+    torch.manual_seed(0)
+    model, stock = adapt(TwoLayers(), LAYERS)
+    return model, stock.double()
+
+
+def breaks() -> int:
+    return sum(counters["graph_break"].values())
+
+
+def gradients(model: Any, called: Any, levels: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    with noise_level(model, levels):
+        called(X).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_compiled_model_serves_all_levels_with_one_break_at_most(both: tuple[Any, Stock]) -> None:
+    model, stock = both
+    backend = CompileCounterWithBackend("eager")
+    fast = torch.compile(model, backend=backend)
+    for index, levels in enumerate([*LEVELS, LEVELS[0]]):
+        with noise_level(model, levels), torch._dynamo.config.patch(error_on_recompile=index > 0):
+            assert_near(run(fast, X), stock.each(levels, X.double()), model)
+    assert backend.frame_count <= 2
+    assert breaks() <= 1
+    with pytest.raises(ValueError, match="λ is not known"):
+        run(fast, X)
+
+
+def test_compiled_layer_is_one_graph_over_all_levels(both: tuple[Any, Stock]) -> None:
+    model, stock = both
+    backend = CompileCounterWithBackend("eager")
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        layer.compile(backend=backend, fullgraph=True)
+    for index, levels in enumerate(LEVELS):
+        with noise_level(model, levels), torch._dynamo.config.patch(error_on_recompile=index > 0):
+            assert_near(run(model, X), stock.each(levels, X.double()), model)
+    assert backend.frame_count == 2
+    assert breaks() == 0
+
+
+def test_compiled_training_gives_the_gradients_of_each_level(both: tuple[Any, Stock]) -> None:
+    model, _ = both
+    model.train()
+    expected = [gradients(model, model, levels) for levels in LEVELS]
+    backend = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(model, backend=backend)
+    for index, levels in enumerate(LEVELS):
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            found = gradients(model, fast, levels)
+        for name, gradient in expected[index].items():
+            assert distance(found[name], gradient) < rounding_of(model), name
+    assert backend.frame_count <= 2
+    assert breaks() <= 1
+
+
+@pytest.mark.slow
+def test_compiled_unet_serves_all_timesteps_and_contexts_with_one_break_at_most() -> None:
+    unet, stock = adapt(small_unet(TEXT), UNET_TARGETS, scale=0.3)
+    stock.double()
+    generator = torch.Generator().manual_seed(2)
+    latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, TEXT, generator=generator)
+    backend = CompileCounterWithBackend("eager")
+    unet.compile(backend=backend)
+
+    def check(timesteps: Tensor, levels: Tensor) -> None:
+        expected = stock.each(levels, latents.double(), timesteps.double(), text.double())
+        assert_near(run(unet, latents, timesteps, text), expected, unet)
+
+    for index, values in enumerate(([950.0, 30.0], [200.0, 700.0], [0.0, 999.0], [13.5, 400.0])):
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            check(torch.tensor(values), torch.tensor(values) / 1000)
+    graphs = backend.frame_count
+    assert graphs <= 2
+    assert breaks() <= 1
+    with noise_level(unet, torch.tensor([0.3, 0.8])):
+        check(torch.tensor([500.0, 100.0]), torch.tensor([0.3, 0.8]))
+    with noise_level(unet, torch.tensor([0.6, 0.1])), torch._dynamo.config.patch(error_on_recompile=True):
+        check(torch.tensor([500.0, 100.0]), torch.tensor([0.6, 0.1]))

@@ -1,0 +1,149 @@
+"""Gradient checkpointing: a recomputed block has the C(λ) of its own forward, whatever ran since.
+
+Two forwards at different λ come before one backward pass; the gradients equal those without checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nara_diffusion import noise_level
+from tests.helpers.small_pipelines import small_unet
+
+from ._noise_models import LAYERS, UNET_TARGETS, TwoLayers, adapt, distance
+
+TEXT = 20
+TIMESTEPS = (torch.tensor([950, 30]), torch.tensor([200, 700]))
+LEVELS = (torch.tensor([0.95, 0.03]), torch.tensor([0.2, 0.7]))
+IDS = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+
+Prepare = Callable[[Any], None]
+
+
+def nothing(_: Any) -> None:
+    """No checkpointing."""
+
+
+def by_diffusers(reentrant: bool) -> Prepare:
+    def prepare(unet: Any) -> None:
+        if reentrant:  # Diffusers takes a function; its own is not reentrant
+            unet.enable_gradient_checkpointing(
+                lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=True)
+            )
+        else:
+            unet.enable_gradient_checkpointing()
+        assert unet.is_gradient_checkpointing
+
+    return prepare
+
+
+def by_transformers(reentrant: bool) -> Prepare:
+    def prepare(model: Any) -> None:
+        new_name = "activation_checkpointing_enable"
+        getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")(
+            {"use_reentrant": reentrant}
+        )
+        model.enable_input_require_grads()
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    return prepare
+
+
+def unet_gradients(before: Prepare = nothing, after: Prepare = nothing) -> dict[str, Tensor]:
+    unet = small_unet(TEXT)
+    before(unet)
+    unet, _ = adapt(unet, UNET_TARGETS, scale=0.3)
+    after(unet)
+    unet.train()
+    generator = torch.Generator().manual_seed(4)
+    loss = torch.zeros(())
+    for timesteps in TIMESTEPS:
+        latents = torch.randn(2, 4, 8, 8, generator=generator).requires_grad_()
+        text = torch.randn(2, 5, TEXT, generator=generator)
+        loss = loss + unet(latents, timesteps, text).sample.square().mean()
+    return gradients(unet, loss)
+
+
+def llama_gradients(before: Prepare = nothing, after: Prepare = nothing) -> dict[str, Tensor]:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, use_cache=False
+    )
+    torch.manual_seed(3)
+    model: Any = LlamaForCausalLM(config)
+    before(model)
+    model, _ = adapt(model, ["q_proj", "down_proj"], scale=0.3)
+    after(model)
+    model.train()
+    loss = torch.zeros(())
+    for levels in LEVELS:
+        with noise_level(model, levels):
+            loss = loss + model(input_ids=IDS).logits.square().mean()
+    with noise_level(model, 0.5):  # is not that of either forward
+        return gradients(model, loss)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert all(bool(gradient.any()) for gradient in found.values())
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    assert any("core" in name for name in found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict[str, Tensor]]:
+    return {"unet": unet_gradients(), "llama": llama_gradients()}
+
+
+CASES = [
+    ("unet", False, "before"),
+    ("unet", False, "after"),
+    ("unet", True, "before"),
+    ("unet", True, "after"),
+    ("llama", False, "before"),
+    ("llama", False, "after"),
+    ("llama", True, "before"),
+    ("llama", True, "after"),
+]
+
+
+@pytest.mark.parametrize(("kind", "reentrant", "when"), CASES)
+def test_checkpointing_two_forwards_before_one_backward_gives_the_same_gradients(
+    expected: dict[str, dict[str, Tensor]], kind: str, reentrant: bool, when: str
+) -> None:
+    run, prepare = {"unet": (unet_gradients, by_diffusers), "llama": (llama_gradients, by_transformers)}[kind]
+    actual = run(**{when: prepare(reentrant)})
+    assert actual.keys() == expected[kind].keys()
+    errors = {name: distance(gradient, expected[kind][name]) for name, gradient in actual.items()}
+    bound = 1e-5  # the two backward passes add up in another order; a λ of the other forward is off by a tenth
+    assert max(errors.values()) < bound, max(errors, key=errors.__getitem__)
+
+
+class Checkpointed(nn.Module):
+    """A block under a checkpoint that neither library knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TwoLayers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("around", [None, 0.5], ids=["outside of contexts", "inside another context"])
+def test_checkpoint_of_ones_own_around_a_block_never_takes_the_level_of_another_forward(around: float | None) -> None:
+    model, _ = adapt(Checkpointed(), LAYERS)
+    with noise_level(model, LEVELS[0]):
+        loss = model(torch.randn(2, 7)).square().mean()
+    backward_at = nullcontext() if around is None else noise_level(model, around)
+    with backward_at, pytest.raises(RuntimeError, match="λ"):
+        loss.backward()
