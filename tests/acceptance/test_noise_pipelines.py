@@ -118,15 +118,16 @@ def test_pipeline_scheduler_swapped_tells_its_own_length(loaded: tuple[Any, Stoc
 
 
 def test_pipeline_loaded_with_another_length_tells_it_to_the_denoiser_alone(folder: Path) -> None:
-    pipe, plain = small_sdxl(), small_sdxl().unet
-    pipe.scheduler = DDIMScheduler(**BETAS, num_train_timesteps=400)
-    pipe.load_nara_weights(folder, adapter_name="default")
-    stock = Stock(plain, pipe.unet).double()
-    inputs = torch.randn(1, 4, 8, 8), 100, torch.randn(1, 5, 40)
+    held, plain = [small_sdxl()], small_sdxl().unet
+    held[0].scheduler = DDIMScheduler(**BETAS, num_train_timesteps=400)
+    held[0].load_nara_weights(folder, adapter_name="default")
+    unet = held[0].unet
+    stock = Stock(plain, unet).double()
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 40)
     added = {"text_embeds": torch.randn(1, 24), "time_ids": torch.ones(1, 6)}
-    doubled = inputs[0].double(), 100, inputs[2].double()
-    expected = run(stock.at(0.25), *doubled, added_cond_kwargs={name: t.double() for name, t in added.items()})
-    assert_near(run(pipe.unet, *inputs, added_cond_kwargs=added), expected, pipe.unet)
+    doubled = {name: tensor.double() for name, tensor in added.items()}
+    expected = run(stock.at(0.25), latents.double(), 100, text.double(), added_cond_kwargs=doubled)
+    assert_near(run(unet, latents, 100, text, added_cond_kwargs=added), expected, unet)
 
 
 def test_pipeline_of_edm_tells_its_level_once_that_is_declared() -> None:

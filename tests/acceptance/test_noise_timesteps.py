@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -194,6 +196,37 @@ def test_timestep_with_a_value_a_frame_counts_its_noisiest(two: tuple[Any, Stock
     set_noise_source(model, TimestepNoise("sigma_1000"))
     timesteps = torch.tensor([[0.0, 700.0, 600.0], [20.0, 0.0, 10.0], [0.0, 0.0, 0.0]])
     assert_near(run(model, X, timesteps), stock.each([0.7, 0.02, 0.0], X.double()), model)
+
+
+def test_threads_inside_one_forward_at_a_time_have_their_own_timesteps(two: tuple[Any, Stock]) -> None:
+    """Both threads are between the first layer and the second when either goes on."""
+    model, stock = two
+    set_noise_source(model, TimestepNoise("sigma"))
+    barrier = threading.Barrier(2, timeout=60)
+
+    def meet(*_: Any) -> None:
+        barrier.wait()
+
+    model.base_model.model.second.register_forward_pre_hook(meet)
+    levels = (0.2, 0.8)
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda level: run(model, X, level), levels))
+    for level, output in zip(levels, outputs, strict=True):
+        assert_near(output, stock.each(level, X.double()), model)
+
+
+@pytest.mark.parametrize("ends", ["well", "by an error"])
+def test_timestep_of_a_forward_is_not_left_for_a_part_called_alone(two: tuple[Any, Stock], ends: str) -> None:
+    model, _ = two
+    set_noise_source(model, TimestepNoise("sigma"))
+    if ends == "well":
+        run(model, X, 0.3)
+    else:
+        model.base_model.model.second.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, X, 0.3)
+    with pytest.raises((RuntimeError, ValueError), match=r"noise_level\(model"):
+        run(model.base_model.model.first, X)
 
 
 class AcceptanceReversedFlow(TwoLayers):
