@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nara_diffusion import noise_level, set_noise_source
+from nara_diffusion import noise_level
 
 from ._noise_models import LAYERS, Stock, TwoLayers, adapt, assert_near, distance, run
 
@@ -294,8 +294,3 @@ def test_bf16_autocast_keeps_the_level_of_each_row(model: Any, stock: Stock) -> 
     assert output.dtype == torch.bfloat16
     bound = 4 * torch.finfo(torch.bfloat16).eps
     assert distance(output, expected) < bound < distance(shuffled, expected) / 4
-
-
-def test_noise_source_that_is_removed_leaves_no_level(model: Any) -> None:
-    set_noise_source(model, None)
-    assert_unknown(model)
