@@ -47,6 +47,7 @@ WIDE = ["wide", "wide_trained"]
 SMALL = [name for name in KINDS if name not in WIDE]
 WITH_DORA = [name for name in SMALL if name not in ("grouped", "embedding")]
 
+
 class Kinds(nn.Module):
     """Two layers of each kind, of widths 5 and 7, side by side: {kind: input} → {"one.kind" or "two.kind": output}."""
 

@@ -1,0 +1,150 @@
+"""`core_matrix`: the C(λ) of every type of core is that of its formula by hand, and starts as I."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from nara_diffusion import NaraConfig, core_matrix, noise_level
+from tests.acceptance._by_hand import (
+    CORES,
+    LEVELS,
+    RANK,
+    ByHand,
+    Kinds,
+    adapted,
+    assert_near,
+    core_by_hand,
+    draw_inputs,
+    group_of,
+    leaves,
+    nara_config,
+    tensors_of,
+)
+
+MODULES = ["one.linear", "two.linear", "one.bare", "two.bare"]
+VALUES: dict[str, dict[str, Any]] = {
+    "fourier": {},
+    "mlp": {"noise_embedding": "mlp", "core_hidden_dims": (9,)},
+    "raw": {"noise_embedding": "raw", "core_hidden_dims": (9, 10, 11)},
+    "density": {"core_input": "mask_density"},
+    "both": {"core_input": "both", "noise_embedding": "mlp"},
+    "constant": CORES["constant"],
+    "knots": CORES["knots"],
+    "custom": CORES["custom"],
+}
+
+
+def small(**options: Any) -> nn.Module:
+    """Four adapted linear layers of two names."""
+    return adapted(Kinds(["linear", "bare"]), target_modules=["linear", "bare"], **options)
+
+
+def own_tensors(model: nn.Module, module: str = MODULES[0]) -> dict[str, torch.Tensor]:
+    """The tensors, in float64, of the core that a module reads, by their names below that core."""
+    prefix = f"nara_core.{group_of(model.peft_config['default'], module)}."
+    return {
+        name.removeprefix(prefix): tensor.double()
+        for name, tensor in tensors_of(model).items()
+        if name.startswith(prefix)
+    }
+
+
+@pytest.mark.parametrize("options", VALUES.values(), ids=VALUES)
+def test_core_values_of_disturbed_cores_are_those_of_the_formula(options):
+    model = small(**options)
+    levels = torch.tensor([0.0, 0.2, 1 / 3, 0.5, 2 / 3, 0.9, 1.0])  # of four knots: on each, and between
+    density = torch.linspace(0.9, 0.1, len(levels))
+    actual = core_matrix(model, levels, mask_density=density)
+    expected = core_by_hand(model.peft_config["default"], own_tensors(model), levels, density=density)
+    assert len(actual) == (1 if "constant" in options.values() else len(levels))
+    assert_near(actual, expected[: len(actual)], terms=10)
+    assert (actual[1:] - actual[:-1]).abs().amax(dim=(1, 2)).gt(1e-3).all(), "too alike to show an error"
+
+
+def test_forward_with_a_mask_density_reads_the_core_of_both_signals():
+    base = Kinds(["linear"])
+    by_hand, inputs, density = ByHand(base), draw_inputs(["linear"]), torch.tensor([0.9, 0.2, 0.6])
+    model = adapted(base, target_modules=["linear"], core_input="both")
+    config, tensors = model.peft_config["default"], leaves(tensors_of(model))
+    core = core_by_hand(config, own_tensors(model), LEVELS, density=density)
+    with noise_level(model, LEVELS, mask_density=density):
+        outputs = model(inputs)
+    for name, output in outputs.items():
+        weights = by_hand.weights(name, config, tensors, LEVELS, core=core)
+        assert_near(output, by_hand.output(name, weights, inputs["linear"]), name)
+
+
+def test_fourier_frequencies_have_the_configured_deviation_and_stay_as_drawn():
+    model = small(noise_embedding_dim=4096, fourier_scale=16.0)
+    frequencies = own_tensors(model)["embeddings.noise_level.frequencies"]
+    assert frequencies.shape == (2048,)
+    assert float(frequencies.std()) == pytest.approx(16.0, rel=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    with noise_level(model, 0.3):
+        sum(y.sum() for y in model({"linear": torch.randn(3, 6), "bare": torch.randn(3, 6)}).values()).backward()
+    optimizer.step()
+    assert torch.equal(own_tensors(model)["embeddings.noise_level.frequencies"], frequencies)
+
+
+def test_bins_core_serves_each_bin_with_its_own_block_and_level_one_with_the_last():
+    model = small(core_type="bins", core_bins=3, r=6)
+    levels = torch.tensor([0.0, 0.33, 333 / 1000, 0.34, 0.5, 0.66, 0.67, 0.999, 1.0])
+    blocks = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    expected = torch.stack([torch.diag(torch.tensor([i // 2 == block for i in range(6)]).float()) for block in blocks])
+    assert torch.equal(core_matrix(model, levels), expected)
+
+
+@pytest.mark.parametrize(("rank", "given", "least"), [(4, 1, 1), (7, 3, 3), (64, None, 32)])
+def test_rank_mask_core_serves_tloras_directions_at_every_timestep(rank, given, least):
+    model = small(core_type="rank_mask", r=rank, rank_mask_min=given)
+    timesteps = torch.arange(1001)
+    count = torch.tensor([(rank - least) * (1000 - t) // 1000 + least for t in timesteps.tolist()])  # exact integers
+    expected = torch.diag_embed((torch.arange(rank) < count[:, None]).float())
+    assert torch.equal(core_matrix(model, timesteps / 1000), expected)
+
+
+@pytest.mark.parametrize("sharing", ["global", "module_type", "layer"])
+def test_core_sharing_gives_each_group_of_modules_its_own_core(sharing):
+    model = small(core_sharing=sharing)
+    matrices = {}
+    for module in MODULES:
+        matrices[module] = core_matrix(model, LEVELS, module=module)
+        expected = core_by_hand(model.peft_config["default"], own_tensors(model, module), LEVELS)
+        assert_near(matrices[module], expected, module, terms=10)
+    same = [[torch.equal(matrices[a], matrices[b]) for b in MODULES] for a in MODULES]
+    alike = {"global": lambda a, b: True, "module_type": lambda a, b: a[4:] == b[4:], "layer": lambda a, b: a == b}
+    assert same == [[alike[sharing](a, b) for b in MODULES] for a in MODULES]
+
+
+def started(**options: Any) -> nn.Module:
+    return get_peft_model(Kinds(["linear"]), nara_config(target_modules=["linear"], **options))
+
+
+def test_learned_cores_start_as_exactly_the_identity():
+    for options in ({}, {"core_init": "zero_all"}, *(CORES[name] for name in ("constant", "identity", "knots"))):
+        found = core_matrix(started(**options), LEVELS)
+        assert torch.equal(found, torch.eye(RANK).expand_as(found)), options
+
+
+def test_kaiming_cores_do_not_start_as_the_identity():
+    for core in ("hypernetwork", "constant"):
+        deviation = core_matrix(started(core_init="kaiming", **CORES[core]), LEVELS) - torch.eye(RANK)
+        assert deviation.abs().amax(dim=(1, 2)).min() > 0.01, core
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="an identity's layers are said not to be adapted")
+def test_core_matrix_of_an_identity_shared_by_layer_is_found_by_module():
+    found = core_matrix(started(core_type="identity", core_sharing="layer"), 0.5, module="one.linear")
+    assert torch.equal(found, torch.eye(RANK)[None])
+
+
+def test_default_hypernetwork_at_rank_32_has_the_papers_number_of_parameters():
+    model = get_peft_model(Kinds(["linear"]), NaraConfig(r=32, target_modules=["linear"]))
+    trainable, _ = model.get_nb_trainable_parameters()
+    factors = sum(32 * (6 + width) for width in (5, 7))
+    assert trainable - factors == 673_536
