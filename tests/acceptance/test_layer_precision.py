@@ -1,0 +1,242 @@
+"""Half precision: C stays float32 in every layer, and DoRA's small magnitudes and their gradients stay right.
+
+C is made to show any rounding of it. Its rows, and its columns, sum to a thousandth of its entries; all rows of A are
+alike, or all columns of B, so that the update depends on these sums alone. In bfloat16 or float16 they would be lost.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from nara_diffusion import NaraConfig, core_matrix, noise_level, to_lora
+from tests.acceptance._by_hand import (
+    CORES,
+    LEVELS,
+    SMALL,
+    WITH_DORA,
+    ByHand,
+    Kinds,
+    adapted,
+    assert_near,
+    disturb,
+    draw_inputs,
+    leaves,
+    nara_config,
+    tensors_of,
+    write,
+)
+from tests.helpers.small_pipelines import small_unet
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+]
+HALVES = [torch.bfloat16, torch.float16]
+dora = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+
+
+def sensitive(kinds: list[str], dtype: torch.dtype, alike: str, use_dora: bool) -> tuple[PeftModel, ByHand]:
+    """Layers with small base weights and a core of two knots whose sums are small; `alike` "A" or "B" reads them."""
+    base = Kinds(kinds)
+    for parameter in base.parameters():
+        parameter.data *= 1e-3  # beside the update, which is as small
+    by_hand = ByHand(copy.deepcopy(base).to(dtype))
+    options = {"r": 8, "lora_alpha": 12, "core_type": "knots", "core_knots": 2, "core_scale": 1.0}
+    model = adapted(base, target_modules=kinds, use_dora=use_dora, **options)
+    changed = {}
+    for name, tensor in tensors_of(model).items():
+        if "lora_A" in name or "embedding_A" in name:
+            changed[name] = tensor[:1].expand_as(tensor) if alike == "A" else tensor
+        elif "lora_B" in name or "embedding_B" in name:
+            changed[name] = tensor[:, :1].expand_as(tensor) if alike == "B" else tensor
+        elif "nara_core" in name:
+            R = torch.randn(tensor.shape)
+            R = R - R.mean(1, keepdim=True) - R.mean(2, keepdim=True) + R.mean((1, 2), keepdim=True)
+            rows, columns = 1e-3 * torch.randn(2, 8, 1), 1e-3 * torch.randn(2, 1, 8)
+            changed[name] = R + (rows + columns) / 8 - torch.eye(8)
+    write(model, changed)
+    for name, layer in by_hand.layers.items():
+        own = model.base_model.model.get_submodule(name).get_base_layer()
+        own.requires_grad_("trained" in name)
+        layer.requires_grad_("trained" in name)
+    return model.to(dtype), by_hand
+
+
+def assert_outputs_follow_formula(model: PeftModel, by_hand: ByHand, inputs: dict[str, Tensor], dtype: Any) -> None:
+    config, tensors = model.peft_config["default"], leaves(tensors_of(model))
+    for name, output in model(inputs).items():
+        kind = name.split(".")[1]
+        weights = by_hand.weights(name, config, tensors, LEVELS, scaling=12 / 8)
+        assert_near(output, by_hand.output(name, weights, inputs[kind]), name, terms=1, sums=6, dtype=dtype)
+
+
+def of_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {kind: x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for kind, x in inputs.items()}
+
+
+@half
+@dora
+def test_core_in_half_precision_layers_multiplies_in_float32(dtype, use_dora):
+    kinds = WITH_DORA if use_dora else SMALL
+    model, by_hand = sensitive(kinds, dtype, "A", use_dora)
+    with noise_level(model, LEVELS):
+        assert_outputs_follow_formula(model, by_hand, of_dtype(draw_inputs(kinds), dtype), dtype)
+
+
+@half
+@dora
+def test_core_in_half_precision_layers_carries_gradients_in_float32(dtype, use_dora):
+    kinds = WITH_DORA if use_dora else SMALL
+    model, by_hand = sensitive(kinds, dtype, "B", use_dora)
+    inputs = of_dtype(draw_inputs(kinds), dtype)
+    config, tensors, losses = model.peft_config["default"], leaves(tensors_of(model)), []
+    xs = leaves({kind: x for kind, x in inputs.items() if x.is_floating_point()})
+    with noise_level(model, LEVELS):
+        outputs = model(inputs)
+    for name, output in outputs.items():
+        kind = name.split(".")[1]
+        weighting = torch.randn(output.shape).to(dtype)
+        (output * weighting).sum().backward(retain_graph=True)
+        weights = by_hand.weights(name, config, tensors, LEVELS, scaling=12 / 8)
+        losses.append((by_hand.output(name, weights, xs.get(kind, inputs[kind])) * weighting.double()).sum())
+    sum(losses).backward()
+    for name, gradient in tensors_of(model, gradients=True).items():
+        if "_A" in name:
+            assert_near(gradient, tensors[name].grad, f"gradient of {name}", terms=1, sums=8, dtype=dtype)
+        elif "nara_core" in name:
+            assert gradient.dtype == torch.float32
+    for kind, x in xs.items():
+        assert_near(inputs[kind].grad, x.grad, f"gradient of the input of {kind}", terms=1, sums=8, dtype=dtype)
+
+
+@dora
+def test_core_under_autocast_multiplies_in_float32(use_dora):
+    kinds = WITH_DORA if use_dora else SMALL
+    model, by_hand = sensitive(kinds, torch.bfloat16, "A", use_dora)
+    inputs = of_dtype(of_dtype(draw_inputs(kinds), torch.bfloat16), torch.float32)
+    model.float()  # with values that bfloat16 has
+    with noise_level(model, LEVELS), torch.autocast("cpu", torch.bfloat16):
+        assert_outputs_follow_formula(model, by_hand, inputs, torch.bfloat16)
+
+
+def test_core_matrix_under_autocast_is_that_without():
+    for core in ("hypernetwork", "constant", "knots", "custom"):
+        model = adapted(Kinds(["linear"]), target_modules=["linear"], **CORES[core])
+        expected = core_matrix(model, LEVELS)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(core_matrix(model, LEVELS), expected), core
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=["float32", "bfloat16", "float16"])
+def test_magnitudes_of_zero_or_nearly_zero_give_right_outputs_and_gradients(dtype):
+    kinds = ["linear", "trained", "conv1d", "wide"]
+    base = Kinds(kinds)
+    by_hand = ByHand(copy.deepcopy(base).to(dtype))
+    model = adapted(base, target_modules=kinds, use_dora=True)
+    small = {}
+    for name, tensor in tensors_of(model).items():
+        if "magnitude" in name:  # (d_out,), or with axes of 1: as drawn, zero, or tiny
+            part = (torch.arange(tensor.numel()) % 3).view_as(tensor)
+            small[name] = tensor * torch.tensor([1.0, 0.0, 1e-6])[part]
+    write(model, small)
+    model.to(dtype)
+    inputs = of_dtype(draw_inputs(kinds), dtype)
+    config, tensors, losses = model.peft_config["default"], leaves(tensors_of(model)), []
+    with noise_level(model, 0.4):
+        outputs = model(inputs)
+    for name, output in outputs.items():
+        x = inputs[name.split(".")[1]]
+        weighting = torch.rand(output.shape).to(dtype)
+        (output * weighting).sum().backward(retain_graph=True)
+        weights = by_hand.weights(name, config, tensors, torch.full((len(x),), 0.4))
+        expected = by_hand.output(name, weights, x.detach())
+        assert_near(output, expected, name, terms=2, sums=6, dtype=dtype)
+        losses.append((expected * weighting.double()).sum())
+    sum(losses).backward()
+    for name, gradient in tensors_of(model, gradients=True).items():
+        if "magnitude" in name:
+            assert_near(gradient, tensors[name].grad, f"gradient of {name}", terms=2, sums=6, dtype=dtype)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["base frozen", "base trained"])
+def test_magnitudes_gradient_in_bfloat16_is_a_sum_in_float32_rounded_once(trained):
+    """All products are integers that bfloat16 has, m / ‖W‖ is 1.25, and the sums need more than its 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator).float()
+
+    A, B, W0 = integers(-1, 1, 2, 8), integers(-1, 1, 512, 2), integers(1, 5, 512, 8)
+    x = 4 * (torch.eye(8)[torch.randint(8, (1, 300), generator=generator)])  # (1, 300, 8)
+    W = W0 + B @ A
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 512, bias=False)),
+        NaraConfig(r=2, lora_alpha=2, target_modules=["0"], use_dora=True),
+    )
+    model.base_model.model[0].get_base_layer().weight.data.copy_(W0).requires_grad_(trained)
+    write(model, {"0.lora_A.weight": A, "0.lora_B.weight": B})
+    model.to(torch.bfloat16)
+    magnitude = next(p for name, p in model.named_parameters() if "magnitude" in name)
+    magnitude.data = 1.25 * W.norm(dim=1)  # in float32, so that its gradient is rounded no further
+    with noise_level(model, 0.5):
+        output = model(x.bfloat16())
+    assert torch.equal(output.float(), 1.25 * x @ W.T)
+    output.backward(torch.ones_like(output))
+    exact = (x.double() @ W.double().T).sum((0, 1))
+    unit = 2.0 ** (torch.floor(torch.log2(exact)) - 7)  # in the last place
+    error = magnitude.grad.double() * W.double().norm(dim=1) - exact
+    assert float((error / unit).abs().max()) < 0.5 + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("core", "convert"),
+    [
+        ("hypernetwork", nn.Module.half),
+        ("knots", nn.Module.bfloat16),
+        ("custom", lambda model: model.to(torch.float16)),
+    ],
+    ids=["hypernetwork", "knots", "custom"],
+)
+def test_core_of_a_converted_model_keeps_its_bits(core, convert):
+    model = adapted(Kinds(["linear"]), target_modules=["linear"], **CORES[core])
+    expected = core_matrix(model, LEVELS)
+    before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    convert(model)
+    assert torch.equal(core_matrix(model, LEVELS), expected)
+    for name, tensor in tensors_of(model).items():
+        if "nara_core" in name:
+            assert tensor.dtype == torch.float32, name
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert tensor.dtype in HALVES, name
+
+
+@pytest.mark.parametrize("casting_first", [False, True], ids=["adapter first", "casting first"])
+def test_unet_under_layerwise_casting_gives_what_the_lora_of_that_level_gives(tmp_path, casting_first):
+    unet, twin = small_unet(12), small_unet(12)
+
+    def cast(model: Any) -> None:
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+    if casting_first:
+        cast(unet)
+    unet.add_adapter(nara_config(target_modules=["to_q", "to_v", "conv1"]))
+    disturb(unet)
+    exact = core_matrix(unet, LEVELS)
+    to_lora(unet, 0.37).save_pretrained(tmp_path)
+    if not casting_first:
+        cast(unet)
+    assert torch.equal(core_matrix(unet, LEVELS), exact)
+    plain = PeftModel.from_pretrained(twin, tmp_path)
+    cast(twin)
+    sample, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    with torch.no_grad():
+        actual, expected = unet(sample, 370, context).sample, plain(sample, 370, context).sample
+    assert_near(actual, expected, terms=144, sums=40)
