@@ -99,7 +99,7 @@ def test_bins_core_serves_each_bin_with_its_own_block_and_level_one_with_the_las
     assert torch.equal(core_matrix(model, levels), expected)
 
 
-@pytest.mark.parametrize(("rank", "given", "least"), [(4, 1, 1), (7, 3, 3), (64, None, 32)])
+@pytest.mark.parametrize(("rank", "given", "least"), [(4, 1, 1), (51, 1, 1), (64, None, 32)])
 def test_rank_mask_core_serves_tloras_directions_at_every_timestep(rank, given, least):
     model = small(core_type="rank_mask", r=rank, rank_mask_min=given)
     timesteps = torch.arange(1001)
@@ -129,6 +129,17 @@ def test_learned_cores_start_as_exactly_the_identity():
     for options in ({}, {"core_init": "zero_all"}, *(CORES[name] for name in ("constant", "identity", "knots"))):
         found = core_matrix(started(**options), LEVELS)
         assert torch.equal(found, torch.eye(RANK).expand_as(found)), options
+
+
+@pytest.mark.parametrize("init", ["zero_last", "zero_all"])
+def test_hypernetwork_starts_with_the_layers_of_its_initialisation(init):
+    own = own_tensors(started(core_init=init))
+    biases = [own[f"layers.{i}.bias"] for i in range(3)]
+    assert not any(bias.any() for bias in biases)
+    assert not own["layers.2.weight"].any()
+    for weight in (own["layers.0.weight"], own["layers.1.weight"]):
+        bound = weight.shape[1] ** -0.5 if init == "zero_last" else 0.0  # Kaiming-uniform with a = √5
+        assert 0.8 * bound <= float(weight.abs().max()) <= bound
 
 
 def test_kaiming_cores_do_not_start_as_the_identity():

@@ -104,8 +104,10 @@ def test_merging_without_a_level_or_running_at_another_one_is_refused():
     with pytest.raises(ValueError, match="only be merged at one λ"):
         model.merge_adapter()
     model.merge_adapter(noise_level=LEVEL)
-    with noise_level(model, 0.36), pytest.raises(ValueError, match=r"merged at noise_level 0\.35"):
-        model(inputs)
+    for part in (model, model.base_model.model.one["linear"]):
+        x = inputs if part is model else inputs["linear"]
+        with noise_level(model, 0.36), pytest.raises(ValueError, match=r"merged at noise_level 0\.35"):
+            part(x)
 
 
 @cases

@@ -132,7 +132,7 @@ def test_patterns_and_rslora_scale_each_layer_and_a_smaller_rank_reads_the_leadi
         assert_near(output, by_hand.output(name, weights, inputs[name.split(".")[1]]), name)
 
 
-def test_several_active_adapters_add_up_each_with_its_own_core_and_scale():
+def test_several_active_adapters_add_up_each_with_its_own_core_scale_and_gradients():
     base = Kinds(["linear", "conv2d"])
     by_hand, inputs = ByHand(base), draw_inputs(["linear", "conv2d"])
     model = adapted(base, target_modules=["linear", "conv2d"])
@@ -144,13 +144,25 @@ def test_several_active_adapters_add_up_each_with_its_own_core_and_scale():
     model.base_model.set_adapter(active)
     with noise_level(model, LEVELS):
         outputs = model(inputs)
+    loss_of(outputs).backward()
+    held, expected = {name: leaves(tensors_of(model, name)) for name in active}, {}
+    xs = leaves(inputs)
     for layer, output in outputs.items():
         plain = by_hand.layers[layer].weight
         weights = plain.expand(len(LEVELS), *plain.shape)
-        for name in active:
-            config, tensors = model.peft_config[name], leaves(tensors_of(model, name))
+        for name, tensors in held.items():
+            config = model.peft_config[name]
             weights = weights + by_hand.weights(layer, config, tensors, LEVELS, scaling=ALPHA / config.r) - plain
-        assert_near(output, by_hand.output(layer, weights, inputs[layer.split(".")[1]]), layer)
+        expected[layer] = by_hand.output(layer, weights, xs[layer.split(".")[1]])
+        assert_near(output, expected[layer], layer)
+    loss_of(expected).backward()
+    for name, tensors in held.items():
+        gradients = tensors_of(model, name, gradients=True)
+        assert gradients.keys() == {n for n, t in tensors.items() if t.grad is not None and "freq" not in n}
+        for key, gradient in gradients.items():
+            assert_near(gradient, tensors[key].grad, f"gradient of {key} of {name}", sums=20)
+    for kind, x in xs.items():
+        assert_near(inputs[kind].grad, x.grad, f"gradient of the input of {kind}", sums=20)
 
 
 @pytest.mark.parametrize("use_dora", [(True, False), (False, True), (True, True)], ids=str)
