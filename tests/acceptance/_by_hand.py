@@ -38,8 +38,8 @@ KINDS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "gpt2": (lambda width: Conv1D(width, D_IN), (BATCH, 4, D_IN)),
     "grouped": (lambda width: nn.Conv2d(D_IN, 2 * width, 3, padding=1, groups=2), (BATCH, D_IN, 4, 3)),
     "embedding": (lambda width: nn.Embedding(IDS, width), (BATCH, 5)),
-    "wide": (lambda width: nn.Linear(24, 128 * width), (2, 105, 24)),
-    "wide_trained": (lambda width: nn.Linear(24, 128 * width, bias=False), (2, 105, 24)),
+    "wide": (lambda width: nn.Linear(24, 128 * width), (BATCH, 70, 24)),
+    "wide_trained": (lambda width: nn.Linear(24, 128 * width, bias=False), (BATCH, 70, 24)),
 }
 """Name of a kind of layer → how to make one of a width, and the shape of its input."""
 WIDE = ["wide", "wide_trained"]

@@ -109,7 +109,7 @@ def test_layers_with_one_level_for_the_batch_follow_the_formula_forward_and_back
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
-@pytest.mark.parametrize("level", [0.4, LEVELS[:2]], ids=["one level", "a level per sample"])
+@pytest.mark.parametrize("level", [0.4, LEVELS], ids=["one level", "a level per sample"])
 def test_large_layers_follow_the_formula_forward_and_backward(use_dora, level):
     model, by_hand = make(WIDE, use_dora=use_dora)
     assert_follows_formula(model, by_hand, level, terms=896)
