@@ -109,9 +109,6 @@ def adapted(model: nn.Module, **changes: Any) -> PeftModel:
     return peft_model.eval()
 
 
-# ---------------------------------------------------------------- what an adapter holds
-
-
 def tensors_of(model: nn.Module, adapter: str = "default", *, gradients: bool = False) -> dict[str, Tensor]:
     """{name in the file, without PEFT's prefix: tensor}; with `gradients`, those of the parameters that have one."""
     state: dict[str, Tensor] = dict(model.state_dict())
@@ -150,9 +147,6 @@ def group_of(config: NaraConfig, module: str) -> str:
     """The name, in the file, of the core that a module reads."""
     last = module.rpartition(".")[2]
     return {"global": "shared", "module_type": last, "layer": module.replace(".", "-")}[config.core_sharing]
-
-
-# ---------------------------------------------------------------- C(λ)
 
 
 def core_by_hand(
@@ -284,9 +278,6 @@ def _is_turned(layer: nn.Module) -> bool:
 
 def _as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if _is_turned(layer) else weight.flatten(1)
-
-
-# ---------------------------------------------------------------- comparison
 
 
 def assert_near(
