@@ -1,0 +1,197 @@
+"""The life of a NaRA in a pipeline beside that of the equal LoRAs in stock Diffusers.
+
+At one λ the NaRA with s B C(λ) A is the LoRA with B' = s B C(λ) and A, at Diffusers' default scale of 1. So for each of
+two λ there is a pipeline with this LoRA, folded by hand in float64 from the NaRA's file. All go through the same calls;
+then each row of the NaRA's UNet, at its own timestep, has to be that of the LoRA of its λ.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from nara_diffusion import NaraConfig
+from tests.helpers.rounding import rounding_of
+from tests.helpers.small_pipelines import pixels, small_sd
+
+TARGETS = ["to_q", "to_k", "to_out.0", "proj_in", "conv1", "time_emb_proj"]
+FEW_TARGETS = ["to_q", "to_v", "proj_out"]
+TEXT_TARGETS = ["q_proj", "fc1"]
+LEVELS = [0.37, 0.9]
+TIMESTEPS = torch.tensor([370, 900, 370])
+FILE = "pytorch_nara_weights.safetensors"
+
+Call = Callable[[Any], Any]
+
+
+def nara_config(**changes: Any) -> NaraConfig:
+    """A small hypernetwork with α ≠ r, far from C = I once it is filled."""
+    options = {"r": 4, "lora_alpha": 6, "core_scale": 0.7, "core_hidden_dims": (9, 10), "noise_embedding_dim": 8}
+    return NaraConfig(**{**options, "fourier_scale": 2.0, "target_modules": TARGETS, **changes})
+
+
+def fill(model: nn.Module, seed: int, scale: float = 0.3) -> None:
+    """Give all that trains other values, so that no zero and no identity hides."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                noise = scale * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise.abs() + 0.5 if "magnitude" in name else noise)
+
+
+def frozen_sd() -> StableDiffusionPipeline:
+    pipe = small_sd()
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.requires_grad_(False)
+    return pipe
+
+
+def add_nara(pipe: Any, name: str = "default", seed: int = 1, **changes: Any) -> Any:
+    """Add an adapter to the UNet, as training does, and leave it filled."""
+    pipe.unet.add_adapter(nara_config(**changes), name)
+    fill(pipe.unet, seed)
+    return pipe
+
+
+def save_nara(folder: Path, *, seed: int = 1, text: bool = False, **changes: Any) -> Path:
+    """The folder of a filled NaRA of the UNet and, with `text`, of a static one of the text encoder."""
+    torch.manual_seed(seed)  # the frequencies
+    pipe = add_nara(frozen_sd(), seed=seed, **changes)
+    if text:
+        static = nara_config(core_type="identity", r=3, lora_alpha=4, target_modules=TEXT_TARGETS)
+        inject_adapter_in_model(static, pipe.text_encoder)
+        fill(pipe.text_encoder, seed + 10)
+    pipe.save_nara_weights(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- the equal LoRA, by hand
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The file's tensors in float64, and the configuration of each component."""
+    with safe_open(folder / FILE, "pt") as file:
+        tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["nara_adapter_metadata"])["components"]
+
+
+def core_by_hand(config: dict[str, Any], own: dict[str, Tensor], level: float) -> Tensor:
+    """C (r, r) at λ: of the hypernetwork with Fourier features (paper, equation 5), or I."""
+    identity = torch.eye(config["r"], dtype=torch.float64)
+    if config["core_type"] == "identity":
+        return identity
+    angle = level * own["embeddings.noise_level.frequencies"]  # (w,)
+    h = torch.cat([angle.sin(), angle.cos()])
+    for i in range(len(config["core_hidden_dims"]) + 1):
+        h = h * torch.sigmoid(h) if i else h
+        h = torch.einsum("oi,i->o", own[f"layers.{i}.weight"], h) + own[f"layers.{i}.bias"]
+    return identity + config["core_scale"] * h.reshape(identity.shape)
+
+
+def as_lora(folder: Path, level: float) -> dict[str, Tensor]:
+    """The tensors of the LoRA that the NaRA in `folder` is at λ = `level`, at α = r."""
+    tensors, configs = read(folder)
+    lora = {}
+    for component, config in configs.items():
+        prefix = f"{component}.nara_core.shared."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        scaled = config["lora_alpha"] / config["r"] * core_by_hand(config, own, level)
+        for name, tensor in tensors.items():
+            if name.startswith(f"{component}.") and "nara_core" not in name:
+                folded = torch.einsum("or...,rq->oq...", tensor, scaled) if "lora_B" in name else tensor
+                lora[name] = folded.float().contiguous()
+    return lora
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def predict(pipe: Any, timesteps: Tensor = TIMESTEPS, **options: Any) -> Tensor:
+    """The UNet's output (3, 4, 8, 8), a timestep a row."""
+    generator = torch.Generator().manual_seed(9)
+    sample, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 16, generator=generator)
+    with torch.no_grad():
+        return pipe.unet(sample, timesteps, text, **options).sample
+
+
+def assert_near(actual: Tensor, expected: Tensor, model: nn.Module) -> None:
+    """Equal but for the rounding of a forward through `model` in float32."""
+    assert actual.shape == expected.shape
+    error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    assert error <= rounding_of(model), f"off by {error:.3g}, {rounding_of(model):.3g} is allowed"
+
+
+def assert_far(actual: Tensor, other: Tensor) -> None:
+    """Each row differs by far more than rounding."""
+    for one, another in zip(actual, other, strict=True):
+        assert (one - another).abs().max() > 1e-2 * another.abs().max()
+
+
+class Lives:
+    """A pipeline with NaRAs, and for each of LEVELS a stock one with the LoRAs that they are at that λ."""
+
+    def __init__(self) -> None:
+        self.nara = frozen_sd()
+        self.loras = [self._sibling() for _ in LEVELS]
+
+    def _sibling(self) -> StableDiffusionPipeline:
+        parts = self.nara.components
+        own = {name: copy.deepcopy(parts[name]) for name in ("unet", "text_encoder", "scheduler")}
+        pipe = StableDiffusionPipeline(**{**parts, **own}, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def load(self, folder: Path, name: str | None = None, **options: Any) -> Lives:
+        self.nara.load_nara_weights(folder, adapter_name=name, **options)
+        for level, pipe in zip(LEVELS, self.loras, strict=True):
+            pipe.load_lora_weights(as_lora(folder, level), adapter_name=name, **options)
+        return self
+
+    def call(self, *calls: Call) -> Lives:
+        """The same calls on all pipelines."""
+        for each in calls:
+            for pipe in (self.nara, *self.loras):
+                each(pipe)
+        return self
+
+    def expected(self, **options: Any) -> Tensor:
+        low, high = (predict(pipe, **options) for pipe in self.loras)
+        return torch.stack([low[0], high[1], low[2]])
+
+    def check(self, **options: Any) -> Tensor:
+        """Outputs and what Diffusers says about the adapters are those of the LoRAs."""
+        found = predict(self.nara, **options)
+        assert_near(found, self.expected(**options), self.nara.unet)
+        self.check_names()
+        return found
+
+    def check_names(self) -> None:
+        assert self.nara.get_active_adapters() == self.loras[0].get_active_adapters()
+        assert self.nara.get_list_adapters() == self.loras[0].get_list_adapters()
+
+    def check_pixels(self, **options: Any) -> Tensor:
+        """Images of the first LoRA: for cores that are I."""
+        found, expected = pixels(self.nara, **options), pixels(self.loras[0], **options)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        self.check_names()
+        return found
+
+
+def save_lora(folder: Path, seed: int = 5, **changes: Any) -> dict[str, Tensor]:
+    """The tensors of a plain LoRA of the UNet, by Diffusers' names, with α = r."""
+    pipe = frozen_sd()
+    pipe.unet.add_adapter(LoraConfig(**{"r": 3, "lora_alpha": 3, "target_modules": FEW_TARGETS, **changes}))
+    fill(pipe.unet, seed)
+    pipe.unet.save_lora_adapter(folder)
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        return {f"unet.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

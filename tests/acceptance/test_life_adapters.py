@@ -1,0 +1,248 @@
+"""What Diffusers does with the adapters of a pipeline does to NaRAs what it does to the equal LoRAs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nara_diffusion import core_matrix, noise_level
+from tests.acceptance._lives import (
+    FEW_TARGETS,
+    LEVELS,
+    TIMESTEPS,
+    Call,
+    Lives,
+    add_nara,
+    assert_far,
+    assert_near,
+    fill,
+    frozen_sd,
+    nara_config,
+    predict,
+    save_lora,
+    save_nara,
+)
+from tests.helpers.small_pipelines import pixels
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),  # PEFT, at a second LoRA
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),  # PEFT's delete_adapter
+    pytest.mark.filterwarnings("ignore:Already unmerged"),  # PEFT, at layers that hold nothing merged
+]
+
+BLOCKS = {"unet": {"down": 0.2, "mid": 1.4, "up": {"block_0": [0.5, -0.7]}}}
+HALF = {"cross_attention_kwargs": {"scale": 0.5}}
+
+LIVES: dict[str, tuple[Call, ...]] = {
+    "weight": (lambda pipe: pipe.set_adapters("a", 0.3),),
+    "weight, then none": (lambda pipe: pipe.set_adapters("a", 0.3), lambda pipe: pipe.set_adapters("a")),
+    "weights of blocks": (lambda pipe: pipe.set_adapters("b", BLOCKS),),
+    "two": (lambda pipe: pipe.set_adapters(["a", "b"]),),
+    "two weights": (lambda pipe: pipe.set_adapters(["b", "a"], [0.4, -0.6]),),
+    "the model's own": (lambda pipe: pipe.unet.set_adapters(["a", "b"], [{"mid": 0.3, "up": 1.1}, 0.8]),),
+    "the other one": (lambda pipe: pipe.unet.set_adapter("a"),),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of NaRAs of other ranks and layers: "a", "b" and "dora"; and "swapped", of the rank and layers of "a"."""
+    root = tmp_path_factory.mktemp("naras")
+    save_nara(root / "a")
+    save_nara(root / "b", seed=2, r=3, lora_alpha=5, target_modules=FEW_TARGETS)
+    save_nara(root / "dora", seed=3, use_dora=True, target_modules=FEW_TARGETS)
+    save_nara(root / "swapped", seed=4, lora_alpha=2)
+    save_nara(root / "static", seed=5, text=True, core_type="identity")
+    return root
+
+
+@pytest.fixture(scope="module")
+def loaded(root: Path) -> Lives:
+    return Lives().load(root / "a", "a").load(root / "b", "b")
+
+
+@pytest.fixture
+def two(loaded: Lives) -> Lives:
+    """With "a" and then "b", which is active, as loading leaves them."""
+    return loaded.call(lambda pipe: pipe.set_adapters("b"))
+
+
+@pytest.mark.parametrize("calls", LIVES.values(), ids=LIVES)
+def test_adapters_after_set_adapters_equal_the_loras(two: Lives, calls: tuple[Call, ...]) -> None:
+    before = two.check()
+    assert_far(two.call(*calls).check(), before)
+
+
+def test_the_other_adapter_after_delete_adapters_equals_the_lora(root: Path) -> None:
+    lives = Lives().load(root / "b", "b").load(root / "a", "a")
+    both = lives.call(lambda pipe: pipe.set_adapters(["a", "b"])).check()
+    assert_far(lives.call(lambda pipe: pipe.delete_adapters("b")).check(), both)
+    assert_far(lives.call(lambda pipe: pipe.set_adapters("a", 0.7)).check(), both)
+
+
+def test_dora_and_nara_weighted_disabled_and_enabled_equal_the_loras(root: Path) -> None:
+    lives = Lives()
+    base = predict(lives.nara)
+    lives.load(root / "a", "a").load(root / "dora", "dora")
+    lives.call(lambda pipe: pipe.set_adapters(["dora", "a"], [0.6, 0.5]))
+    both = lives.check()
+    assert_near(lives.call(lambda pipe: pipe.disable_lora()).check(), base, lives.nara.unet)
+    assert_near(lives.call(lambda pipe: pipe.enable_lora()).check(), both, lives.nara.unet)
+
+
+def test_scale_of_one_call_multiplies_the_update_of_that_call(two: Lives) -> None:
+    whole = two.check()
+    assert_far(two.check(**HALF), whole)
+    assert_near(two.check(), whole, two.nara.unet)
+
+
+def test_pixels_over_a_life_equal_the_lora(root: Path) -> None:
+    lives = Lives()
+    base = pixels(lives.nara)
+    lives.load(root / "static", "toy")
+    found = lives.check_pixels()
+    assert (found - base).abs().max() > 0.02
+    assert (lives.check_pixels(**HALF) - found).abs().max() > 0.01
+    weights = {"unet": {"mid": 0.2, "up": 1.5}, "text_encoder": 0.4}
+    for call in (
+        lambda pipe: pipe.set_adapters("toy", 0.5),
+        lambda pipe: pipe.set_adapters("toy", weights),
+        lambda pipe: pipe.disable_lora(),
+    ):
+        assert (lives.call(call).check_pixels() - found).abs().max() > 0.01
+    lives.call(lambda pipe: pipe.enable_lora(), lambda pipe: pipe.set_adapters("toy"))
+    torch.testing.assert_close(lives.check_pixels(), found, rtol=0, atol=1e-4)
+    lives.call(lambda pipe: pipe.fuse_lora(components=["unet", "text_encoder"], lora_scale=0.8))
+    assert (lives.check_pixels() - found).abs().max() > 0.005
+    lives.call(lambda pipe: pipe.unfuse_lora(components=["unet", "text_encoder"]))
+    lives.check_pixels()
+
+
+def test_nara_beside_a_lora_equals_two_loras(root: Path, tmp_path: Path) -> None:
+    plain = save_lora(tmp_path)
+    lives = Lives().call(lambda pipe: pipe.load_lora_weights(plain, adapter_name="plain")).load(root / "a", "a")
+    alone = lives.check()
+    lives.call(lambda pipe: pipe.set_adapters(["plain", "a"], [0.7, 0.4]))
+    assert_far(lives.check(), alone)
+    lives.call(lambda pipe: pipe.set_adapters("plain"))
+    assert_far(lives.check(), alone)
+    lives.call(lambda pipe: pipe.delete_adapters("a"))
+    lives.check()
+
+
+def test_fused_at_a_lambda_is_the_lora_of_that_lambda_at_every_timestep_until_unfused(root: Path) -> None:
+    lives = Lives().load(root / "a", "a")
+    free = lives.check()
+    with pytest.raises(ValueError, match="noise_level"):
+        lives.nara.fuse_lora(components=["unet"])
+    lives.check()
+    with noise_level(lives.nara.unet, LEVELS[1]):
+        lives.call(lambda pipe: pipe.fuse_lora(components=["unet"], lora_scale=0.6))
+    assert_near(predict(lives.nara), predict(lives.loras[1]), lives.nara.unet)
+    lives.call(lambda pipe: pipe.unfuse_lora(components=["unet"]))
+    assert_far(lives.check(), free)  # Diffusers leaves its scale of .6
+
+
+# ---------------------------------------------------------------- deleted, added, trained
+
+
+def two_naras() -> Any:
+    """A UNet with adapters "a" and "b", of which "b" is active."""
+    pipe = add_nara(frozen_sd(), "a")
+    return add_nara(pipe, "b", seed=2, r=3, target_modules=FEW_TARGETS).unet
+
+
+def trainable_by_each_list(unet: Any) -> list[set[int]]:
+    """Ids of the trainable parameters, by every way that a program lists them."""
+    lists = [
+        list(unet.parameters()),
+        [parameter for _, parameter in unet.named_parameters()],
+        [parameter for module in unet.modules() for parameter in module.parameters(recurse=False)],
+        [parameter for child in unet.children() for parameter in child.parameters()],
+        [parameter for _, child in unet.named_children() for _, parameter in child.named_parameters()],
+    ]
+    return [{id(parameter) for parameter in each if parameter.requires_grad} for each in lists]
+
+
+def content(unet: Any, tmp: Path) -> dict[str, dict[str, Tensor]]:
+    """{adapter: {name: tensor}} as each is saved."""
+    pipe: Any = frozen_sd()
+    pipe.unet = unet
+    for name in unet.peft_config:
+        pipe.save_nara_weights(tmp, adapter_name=name, weight_name=f"{name}.safetensors")
+    return {name: load_file(tmp / f"{name}.safetensors") for name in unet.peft_config}
+
+
+@pytest.mark.parametrize("how", ["set_adapter", "set_adapters"])
+def test_an_optimiser_after_set_adapter_trains_that_adapter_and_its_core_alone(how: str, tmp_path: Path) -> None:
+    unet = two_naras()
+    trained_b = trainable_by_each_list(unet)[0]
+    getattr(unet, how)("a")
+    listed = trainable_by_each_list(unet)
+    assert all(each == listed[0] for each in listed)
+    assert not listed[0] & trained_b
+    before = content(unet, tmp_path)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    assert len(trained) == sum("freq" not in name for name in before["a"])
+    optimizer = torch.optim.SGD(trained, lr=1e-2)
+    sample = torch.randn(3, 4, 8, 8)
+    unet(sample, TIMESTEPS, torch.randn(3, 5, 16)).sample.square().mean().backward()
+    optimizer.step()
+    after = content(unet, tmp_path)
+    for adapter, tensors in before.items():
+        changed = {name for name, tensor in tensors.items() if not torch.equal(tensor, after[adapter][name])}
+        assert changed == ({name for name in tensors if "freq" not in name} if adapter == "a" else set())
+
+
+def test_both_active_adapters_train_with_their_cores() -> None:
+    unet = two_naras()
+    of_b = trainable_by_each_list(unet)[0]
+    unet.set_adapter("a")
+    of_a = trainable_by_each_list(unet)[0]
+    unet.set_adapter(["a", "b"])
+    assert all(each == of_a | of_b for each in trainable_by_each_list(unet))
+
+
+def test_a_name_that_was_deleted_and_is_added_again_gets_a_fresh_core(root: Path, tmp_path: Path) -> None:
+    pipe: Any = frozen_sd()
+    pipe.load_nara_weights(root / "a", adapter_name="keep")
+    pipe.load_nara_weights(root / "b", adapter_name="toy")
+    assert not torch.allclose(core_matrix(pipe.unet, 0.5, adapter_name="toy"), torch.eye(3), atol=0.1)
+    pipe.delete_adapters("toy")
+    assert not [name for name in pipe.unet.state_dict() if "toy" in name]
+    pipe.unet.add_adapter(nara_config(r=3, target_modules=FEW_TARGETS), "toy")
+    assert torch.equal(core_matrix(pipe.unet, 0.5, adapter_name="toy")[0], torch.eye(3))
+    fill(pipe.unet, seed=8)
+    expected = predict(pipe)
+    pipe.save_nara_weights(tmp_path, adapter_name="toy")
+    lives = Lives().load(root / "a", "keep").load(tmp_path, "toy")
+    assert_near(lives.check(), expected, pipe.unet)
+    pipe.set_adapters("keep")
+    lives.call(lambda pipe: pipe.set_adapters("keep"))
+    assert_near(predict(pipe), lives.check(), pipe.unet)
+
+
+def test_hotswap_at_equal_rank_gives_the_adapter_that_came(root: Path) -> None:
+    lives = Lives().load(root / "a", "toy")
+    before = lives.check()
+    assert_far(lives.load(root / "swapped", "toy", hotswap=True).check(), before)
+
+
+def test_set_lora_device_moves_an_adapter_with_its_core_and_no_other(root: Path) -> None:
+    lives = Lives().load(root / "b", "b").load(root / "a", "a")
+
+    def on_meta(pipe: Any) -> set[str]:
+        return {name for name, tensor in pipe.unet.state_dict().items() if tensor.device.type == "meta"}
+
+    lives.call(lambda pipe: pipe.set_lora_device(["a"], "meta"))
+    moved = on_meta(lives.nara)
+    assert moved == {name for name in lives.nara.unet.state_dict() if ".a." in name}
+    assert any("core" in name for name in moved)
+    assert len([name for name in moved if "lora_A" in name]) == len(on_meta(lives.loras[0])) // 2
+    lives.call(lambda pipe: pipe.set_adapters("b"))
+    lives.check()
