@@ -69,7 +69,9 @@ def structure(pipe: StableDiffusionPipeline) -> dict[str, Any]:
 
 
 def tensors(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
-    return {f"{part}.{name}": t.clone() for part, model in parts(pipe).items() for name, t in model.state_dict().items()}
+    return {
+        f"{part}.{name}": t.clone() for part, model in parts(pipe).items() for name, t in model.state_dict().items()
+    }
 
 
 def assert_is(pipe: StableDiffusionPipeline, modules: dict[str, Any], before: dict[str, Tensor]) -> None:
@@ -120,7 +122,7 @@ def test_a_taken_name_raises_and_the_first_adapter_stays(folder: Path, with_text
     pipe: Any = frozen_sd()
     pipe.load_nara_weights(folder, adapter_name="toy")
     modules, before = structure(pipe), tensors(pipe)
-    with pytest.raises(ValueError, match="'?toy'?.*duplicate|already"):
+    with pytest.raises(ValueError, match=r"toy.*(duplicate|already)"):
         pipe.load_nara_weights(with_text, adapter_name="toy")
     assert_is(pipe, modules, before)
     pipe.save_nara_weights(tmp_path, adapter_name="toy")
