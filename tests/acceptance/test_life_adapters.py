@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ LIVES: dict[str, tuple[Call, ...]] = {
     "two weights": (lambda pipe: pipe.set_adapters(["b", "a"], [0.4, -0.6]),),
     "the model's own": (lambda pipe: pipe.unet.set_adapters(["a", "b"], [{"mid": 0.3, "up": 1.1}, 0.8]),),
     "the other one": (lambda pipe: pipe.unet.set_adapter("a"),),
+    "the model's disabled": (lambda pipe: pipe.unet.disable_adapters(),),
+    "the model's enabled": (
+        lambda pipe: pipe.unet.disable_adapters(),
+        lambda pipe: pipe.unet.enable_adapters(),
+        lambda pipe: pipe.set_adapters("a"),
+    ),
 }
 
 
@@ -69,7 +76,7 @@ def loaded(root: Path) -> Lives:
 @pytest.fixture
 def two(loaded: Lives) -> Lives:
     """With "a" and then "b", which is active, as loading leaves them."""
-    return loaded.call(lambda pipe: pipe.set_adapters("b"))
+    return loaded.call(lambda pipe: pipe.enable_lora(), lambda pipe: pipe.set_adapters("b"))
 
 
 @pytest.mark.parametrize("calls", LIVES.values(), ids=LIVES)
@@ -121,6 +128,19 @@ def test_pixels_over_a_life_equal_the_lora(root: Path) -> None:
     assert (lives.check_pixels() - found).abs().max() > 0.005
     lives.call(lambda pipe: pipe.unfuse_lora(components=["unet", "text_encoder"]))
     lives.check_pixels()
+
+
+def test_a_copied_unet_reads_its_own_timesteps_and_has_its_own_weights(root: Path) -> None:
+    lives = Lives().load(root / "a", "a")
+    expected = lives.check()
+    sibling: Any = copy.copy(lives.nara)
+    sibling.unet = copy.deepcopy(lives.nara.unet)
+    assert_near(predict(sibling), expected, sibling.unet)
+    with noise_level(lives.nara.unet, 0.5):
+        assert_near(predict(sibling), expected, sibling.unet)
+    fill(sibling.unet, seed=9)
+    assert_far(predict(sibling), expected)
+    lives.check()
 
 
 def test_nara_beside_a_lora_equals_two_loras(root: Path, tmp_path: Path) -> None:

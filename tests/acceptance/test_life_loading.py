@@ -212,3 +212,16 @@ def test_a_trained_adapter_is_saved_without_having_been_loaded(tmp_path: Path) -
     pipe.save_nara_weights(tmp_path, "mine")
     lives = Lives().load(tmp_path, "toy")
     assert_near(lives.check(), expected, pipe.unet)
+
+
+def test_calls_that_read_and_write_loras_refuse_a_nara_by_name(folder: Path, tmp_path: Path) -> None:
+    pipe: Any = frozen_sd()
+    modules, before = structure(pipe), tensors(pipe)
+    for source in (folder, folder / FILE, load_file(folder / FILE)):
+        with pytest.raises(ValueError, match="load_nara_weights"):
+            pipe.load_lora_weights(source, adapter_name="toy")
+        assert_is(pipe, modules, before)
+    pipe.load_nara_weights(folder, adapter_name="toy")
+    with pytest.raises(ValueError, match="save_nara_weights"):
+        pipe.unet.save_lora_adapter(tmp_path, adapter_name="toy")
+    assert not list(tmp_path.iterdir())
