@@ -28,7 +28,7 @@ from tests.acceptance._lives import (
     save_lora,
     save_nara,
 )
-from tests.helpers.small_pipelines import pixels
+from tests.helpers.small_pipelines import pixels, small_sd
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),  # PEFT, at a second LoRA
@@ -158,9 +158,10 @@ def test_nara_beside_a_lora_equals_two_loras(root: Path, tmp_path: Path) -> None
 def test_fused_at_a_lambda_is_the_lora_of_that_lambda_at_every_timestep_until_unfused(root: Path) -> None:
     lives = Lives().load(root / "a", "a")
     free = lives.check()
-    with pytest.raises(ValueError, match="noise_level"):
-        lives.nara.fuse_lora(components=["unet"])
-    lives.check()
+    for fuse in (lambda: lives.nara.fuse_lora(components=["unet"]), lives.nara.unet.fuse_lora):
+        with pytest.raises(ValueError, match="noise_level"):
+            fuse()
+        lives.check()
     with noise_level(lives.nara.unet, LEVELS[1]):
         lives.call(lambda pipe: pipe.fuse_lora(components=["unet"], lora_scale=0.6))
     assert_near(predict(lives.nara), predict(lives.loras[1]), lives.nara.unet)
@@ -196,6 +197,17 @@ def content(unet: Any, tmp: Path) -> dict[str, dict[str, Tensor]]:
     for name in unet.peft_config:
         pipe.save_nara_weights(tmp, adapter_name=name, weight_name=f"{name}.safetensors")
     return {name: load_file(tmp / f"{name}.safetensors") for name in unet.peft_config}
+
+
+def test_a_new_adapter_trains_with_its_core_and_nothing_else_does(tmp_path: Path) -> None:
+    unet: Any = small_sd().unet
+    unet.add_adapter(nara_config(), "a")
+    names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
+    assert len(names) == sum("freq" not in name for name in content(unet, tmp_path)["a"])
+    assert all("lora" in name or "core" in name for name in names)
+    of_core = [name for name in names if "core." in name]
+    assert len(of_core) == 6  # three layers of F
+    assert all(len(each) == len(names) for each in trainable_by_each_list(unet))
 
 
 @pytest.mark.parametrize("how", ["set_adapter", "set_adapters"])

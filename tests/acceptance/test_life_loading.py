@@ -166,7 +166,7 @@ def test_adapters_of_unet_and_text_encoder_give_the_pixels_of_the_lora(with_text
     assert (lives.check_pixels() - base).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("way", ["unload_nara_weights", "unload_lora_weights", "delete_adapters"])
+@pytest.mark.parametrize("way", ["unload_nara_weights", "unload_lora_weights", "delete_adapters", "unload_lora"])
 def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path, way: str) -> None:
     pipe: Any = frozen_sd()
     image, modules, before = pixels(pipe), structure(pipe), tensors(pipe)
@@ -174,7 +174,11 @@ def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path
     pipe.load_nara_weights(with_text, adapter_name="b")
     pipe.set_adapters(["a", "b"])
     assert (pixels(pipe) - image).abs().max() > 0.02
-    getattr(pipe, way)(*([["a", "b"]] if way == "delete_adapters" else []))
+    if way == "unload_lora":
+        pipe.unet.unload_lora()
+        pipe.delete_adapters("b")  # of the text encoder
+    else:
+        getattr(pipe, way)(*([["a", "b"]] if way == "delete_adapters" else []))
     assert_is(pipe, modules, before)
     assert torch.equal(pixels(pipe), image)
     assert not pipe.get_list_adapters()
@@ -214,10 +218,10 @@ def test_a_trained_adapter_is_saved_without_having_been_loaded(tmp_path: Path) -
     assert_near(lives.check(), expected, pipe.unet)
 
 
-def test_calls_that_read_and_write_loras_refuse_a_nara_by_name(folder: Path, tmp_path: Path) -> None:
+def test_calls_that_read_and_write_loras_refuse_a_nara_by_name(folder: Path, with_text: Path, tmp_path: Path) -> None:
     pipe: Any = frozen_sd()
     modules, before = structure(pipe), tensors(pipe)
-    for source in (folder, folder / FILE, load_file(folder / FILE)):
+    for source in (folder, folder / FILE, load_file(folder / FILE), with_text / FILE):  # whose α only the NaRA's has
         with pytest.raises(ValueError, match="load_nara_weights"):
             pipe.load_lora_weights(source, adapter_name="toy")
         assert_is(pipe, modules, before)

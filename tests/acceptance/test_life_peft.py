@@ -107,6 +107,14 @@ def test_of_two_adapters_the_active_ones_count(tmp_path: Path) -> None:
     assert_near(run(model), by_hand(model, [["default", "other"]] * 3))
 
 
+def test_a_new_adapter_trains_with_its_core_and_nothing_else_does() -> None:
+    model = get_peft_model(two(), nara_config())
+    names = {name for name, _ in model.named_parameters()}
+    trained = ids_of_trainable(model)
+    assert trained == {name for name in names if ".default." in name}
+    assert len([name for name in trained if "core." in name]) == 6  # three layers of F
+
+
 def test_an_optimiser_after_set_adapter_trains_that_adapter_with_its_core() -> None:
     model = with_second()
     model.set_adapter("other")
