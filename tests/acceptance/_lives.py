@@ -116,12 +116,12 @@ def as_lora(folder: Path, level: float) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- what is compared
 
 
-def predict(pipe: Any, timesteps: Tensor = TIMESTEPS, **options: Any) -> Tensor:
+def predict(pipe: Any, timesteps: Tensor = TIMESTEPS, *, dtype: Any = torch.float32, **options: Any) -> Tensor:
     """The UNet's output (3, 4, 8, 8), a timestep a row."""
     generator = torch.Generator().manual_seed(9)
     sample, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 16, generator=generator)
     with torch.no_grad():
-        return pipe.unet(sample, timesteps, text, **options).sample
+        return pipe.unet(sample.to(dtype), timesteps, text.to(dtype), **options).sample
 
 
 def assert_near(actual: Tensor, expected: Tensor, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.acceptance._lives import FEW_TARGETS, TARGETS, Lives, assert_near, frozen_sd, predict, save_nara
+from tests.acceptance._lives import FEW_TARGETS, TARGETS, Lives, add_nara, assert_near, frozen_sd, predict, save_nara
 from tests.helpers.small_pipelines import pixels
 
 CPU = torch.device("cpu")
@@ -137,3 +137,28 @@ def test_layerwise_casting_rounds_the_base_and_neither_the_core_nor_a_and_b(root
     lives.check()
     in_float8 = {name for name, tensor in lives.nara.unet.state_dict().items() if tensor.dtype == FLOAT8}
     assert {name.replace("base_layer.", "") for name in in_float8} == stored
+
+
+def test_an_adapter_that_is_added_after_layerwise_casting_trains_in_float32(tmp_path: Path) -> None:
+    pipe, again = frozen_sd(), frozen_sd()
+    for each in (pipe, again):
+        each.unet.enable_layerwise_casting(FLOAT8, torch.float32)
+    add_nara(pipe)
+    assert {parameter.dtype for parameter in pipe.unet.parameters() if parameter.requires_grad} == {torch.float32}
+    pipe.save_nara_weights(tmp_path)  # type: ignore[attr-defined]
+    again.load_nara_weights(tmp_path)  # type: ignore[attr-defined]
+    torch.testing.assert_close(predict(pipe), predict(again))
+
+
+def test_layerwise_casting_that_computes_in_bfloat16_gives_the_outputs_of_float32(root: Path) -> None:
+    pipe, exact = frozen_sd(), frozen_sd()
+    pipe.unet.to(torch.bfloat16).enable_layerwise_casting(FLOAT8, torch.bfloat16)
+    stored = stored_in_float8()
+    for name, parameter in exact.unet.named_parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(FLOAT8 if name in stored else torch.bfloat16).float()
+    base = predict(exact)
+    for each in (pipe, exact):
+        each.load_nara_weights(root / "nara", adapter_name="toy")  # type: ignore[attr-defined]
+    found, expected = predict(pipe, dtype=torch.bfloat16).float(), predict(exact)
+    error = (found - expected).abs().flatten(1).amax(1)
+    assert (error < 0.05 * (expected - base).abs().flatten(1).amax(1)).all()
