@@ -78,8 +78,8 @@ OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
 }
 PAIRS = [
     *[("nara", how) for how in OFFLOADS],
-    *[("dora", how) for how in ("sequential", "disk", "blocks on disk", "leaves on disk")],
-    *[("layers", how) for how in ("sequential", "leaves", "blocks on disk")],
+    *[("dora", how) for how in ("sequential", "blocks on disk", "leaves on disk")],
+    *[("layers", how) for how in ("leaves", "blocks on disk")],
 ]
 
 
