@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.cli.adapter_file import cores_of, modules_of, read
+from nara_diffusion.cli.adapter_file import cores_of, modules_of, read, strength_of
 from nara_diffusion.cli.skeleton import ADAPTER, skeleton
-from nara_diffusion.cli.updates import strength_of
 from nara_diffusion.export import PlainLora, to_lora
 from nara_diffusion.export.adapted_layers import read_adapter
 from nara_diffusion.export.fold import assembled

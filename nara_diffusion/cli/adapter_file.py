@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from nara_diffusion.loaders.format import WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import read_adapter
 from nara_diffusion.loaders.validation import rank_of
+from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.config_files import read_config_file
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
@@ -115,6 +117,14 @@ def cores_of(part: AdapterPart) -> CoreSet:
         text = " ".join(str(error).split())
         raise ValueError(f"its cores don't match its configuration, so the file is damaged: {text}") from None
     return cores
+
+
+def strength_of(config: NaraConfig, levels: Tensor) -> Tensor:
+    """The strength (n,) at λ (n,) that the configuration sets."""
+    if config.strength is None:
+        return torch.ones_like(levels)
+    points: Any = config.strength
+    return StrengthSchedule(points).at(levels)
 
 
 def _weights_in(folder: Path) -> Path:

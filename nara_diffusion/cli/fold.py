@@ -33,11 +33,10 @@ from nara_diffusion.export.bins.to_lora_bins import Interpolation
 from nara_diffusion.export.hosts import BASES, FORMS, save_host_file
 from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
 
-from .adapter_file import MODEL, AdapterFile, read
+from .adapter_file import MODEL, AdapterFile, read, strength_of
 from .errors import in_one_line
 from .fold_bins import PEFT, check_single, fold_bins
 from .skeleton import skeleton
-from .updates import strength_of
 
 OF_SCHEDULES = {"interpolation": "linear", "shift": None, "steps": 30, "checkpoint": "sd_xl_base_1.0.safetensors"}
 """{argument that only several LoRAs have: its default}."""

@@ -2,7 +2,6 @@
 
     nara inspect FILE            base model, definition of λ, core, rank, modules, parameters, hash
     nara plot FILE               a PNG: distance of C(λ) from I, its singular values, strength over λ
-    nara diff FILE OTHER         where two adapters differ: configuration, modules, ΔW over λ
     nara fold FILE OUTPUT        export to plain LoRAs for Diffusers, PEFT, kohya, A1111, ComfyUI
     nara convert FILE OUTPUT     from a pipeline's file to PEFT's folder, or back
     nara check MODEL DATA        whether an adapter that knows λ is likely to beat LoRA, before training
@@ -24,7 +23,6 @@ from importlib import import_module
 COMMANDS = {
     "inspect": "nara_diffusion.cli.inspect",
     "plot": "nara_diffusion.cli.plot",
-    "diff": "nara_diffusion.cli.diff",
     "fold": "nara_diffusion.cli.fold",
     "convert": "nara_diffusion.cli.convert",
     "check": "nara_diffusion.check.cli",

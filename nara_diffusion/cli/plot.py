@@ -23,9 +23,8 @@ from nara_diffusion.loaders.format import AdapterPart
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.utils.atomic_write import atomic_write
 
-from .adapter_file import AdapterFile, cores_of, read
+from .adapter_file import AdapterFile, cores_of, read, strength_of
 from .errors import in_one_line
-from .updates import strength_of
 
 
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
