@@ -1,13 +1,17 @@
 """Each example runs through its `main`, as a newcomer would run it, or with fewer steps."""
 
+import io
 import re
+import sys
 from importlib import import_module  # the names of the examples start with their numbers
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 from nara_diffusion import core_matrix
+from nara_diffusion.dllm import load_backbone
+from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.small_pipelines import small_sdxl
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -113,3 +117,36 @@ def test_conversion_example_brings_its_scheduler_and_takes_it_back(tmp_path, cap
     assert "samples by DPMSolverMultistepScheduler, prediction: flow_prediction" in printed
     assert "samples by EulerDiscreteScheduler and gives the base's pixels again: True" in printed
     assert (tmp_path / "07_convert_a_model.png").stat().st_size > 0
+
+
+def test_chat_answers_each_line_by_the_conversation_so_far_and_its_adapter(tmp_path, capsys, monkeypatch):
+    model, shown = str(EXAMPLES / "assets" / "llada-tiny"), []
+    chat = import_module("chat")
+    adapted = get_peft_model(load_backbone(model)[0], nara_config(target_modules=["q_proj", "down_proj"]))
+    disturb(adapted)
+    adapted.save_pretrained(tmp_path)
+
+    def said(text: str, *words: str, terminal: bool = False) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        chat.main([model, "--gen_length", "12", *words])
+        return capsys.readouterr().out.rstrip("\n").split("\n")
+
+    assert said("upper: planet\n\n/clear\nreverse: planet") == ["PLANET", "tenalp"]
+    adapter = ["--adapter", str(tmp_path), "--strength"]
+    assert said("upper: planet", *adapter, "0") == ["PLANET"]
+    assert said("upper: planet", *adapter, "1") != ["PLANET"]
+    frames = said("upper: planet", terminal=True)[0].split("\r\x1b[2K")
+    counts = [frame.count("▒") for frame in frames[1:]]
+    assert max(counts) >= 4
+    assert counts == sorted(counts, reverse=True)
+    assert frames[-1] == "PLANET"
+
+    encode = chat.encode_prompts
+    monkeypatch.setattr(
+        chat, "encode_prompts", lambda tokenizer, texts: shown.extend(texts) or encode(tokenizer, texts)
+    )
+    first, _ = said("copy: ab\ncopy: cd")
+    turns = [("user", "copy: ab"), ("assistant", first), ("user", "copy: cd"), ("assistant", "")]
+    expected = "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>" for role, text in turns)
+    assert shown[1] == "<|startoftext|>" + expected.removesuffix("<|eot_id|>")

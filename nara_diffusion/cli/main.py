@@ -5,7 +5,6 @@
     nara fold FILE OUTPUT        export to plain LoRAs for Diffusers, PEFT, kohya, A1111, ComfyUI
     nara convert FILE OUTPUT     from a pipeline's file to PEFT's folder, or back
     nara check MODEL DATA        whether an adapter that knows λ is likely to beat LoRA, before training
-    nara chat MODEL              talk with a masked-diffusion language model, with or without an adapter
     nara eval …                  lm-eval for masked-diffusion language models
     nara metrics …               subject fidelity and prompt fidelity of images
 
@@ -26,7 +25,6 @@ COMMANDS = {
     "fold": "nara_diffusion.cli.fold",
     "convert": "nara_diffusion.cli.convert",
     "check": "nara_diffusion.check.cli",
-    "chat": "nara_diffusion.cli.chat",
     "eval": "nara_diffusion.harness.command",
     "metrics": "nara_diffusion.dreambooth.evaluation.cli",
 }

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from nara_diffusion.cli.main import main
 from nara_diffusion.dllm import encode_records, generate, load_backbone
 from nara_diffusion.dllm.data.records import normalized
 from pipelines.llada import LLaDAPipeline
@@ -35,10 +32,3 @@ def test_the_pipeline_refuses_it_as_training_does() -> None:
         with pytest.raises(ValueError, match="the prompt holds the mask token") as inference:
             pipe(prompt, gen_length=2)
         assert str(inference.value).partition(" holds ")[2] == str(training.value).partition(" holds ")[2]
-
-
-def test_the_chat_refuses_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"upper: ab\nupper: {TYPED}\n"))
-    with pytest.raises(SystemExit) as ended:
-        main(["chat", str(LLADA_TINY), "--gen_length", "4"])
-    assert "the prompt holds the mask token (283)" in f"{ended.value}{capsys.readouterr().err}"

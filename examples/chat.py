@@ -1,0 +1,80 @@
+"""Talk with a masked-diffusion language model (LLaDA, Dream, …) in the terminal, with or without an adapter.
+
+    python examples/chat.py GSAI-ML/LLaDA-8B-Instruct --adapter outputs/dllm-1 --strength 0.8 --steps 64
+    echo "reverse: planet" | python examples/chat.py examples/assets/llada-tiny --gen_length 12
+
+Each line is a turn; the conversation so far is part of the prompt. A terminal shows how the masks (▒) of an answer are
+filled in. /clear starts a new conversation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from nara_diffusion import set_strength
+from nara_diffusion.dllm import GenerationStep, encode_prompts, generate, load_backbone, prompt_text, stop_token_ids
+
+
+def readable(tokenizer: Any, tokens: torch.Tensor, masked: torch.Tensor) -> str:
+    """The text of an answer (g,), with ▒ for each masked token."""
+    text = ""
+    for is_masked, run in groupby(zip(tokens.tolist(), masked.tolist(), strict=True), key=lambda pair: pair[1]):
+        ids = [token for token, _ in run]
+        text += "▒" * len(ids) if is_masked else tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: Any) -> str:
+    """The model's answer to the conversation `turns`, {"role": …, "content": …} each."""
+    prompt = prompt_text(tokenizer, turns[-1]["content"])  # what a model without a chat template reads
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor(encode_prompts(tokenizer, [prompt]), device=next(model.parameters()).device)  # (1, p)
+
+    def show(step: GenerationStep) -> None:
+        text = readable(tokenizer, step.sequences[0, ids.shape[1] :], step.masked[0]) if step.masked.any() else ""
+        print(f"\r\x1b[2K{' '.join(text.split())[-79:]}", end="", flush=True)
+
+    sampling |= {"eos_token_id": stop_token_ids(model, tokenizer), "on_step_end": show if sys.stdout.isatty() else None}
+    sequences: Any = generate(model, ids, **sampling)
+    return tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answer each line of the standard input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder, or a repository on the Hub")
+    parser.add_argument("--adapter", help="folder or repository of any adapter that PEFT loads")
+    parser.add_argument("--strength", type=float, help="factor of the adapter's update (default: 1)")
+    parser.add_argument("--gen_length", type=int, default=128, help="tokens of an answer (default: 128)")
+    parser.add_argument("--steps", type=int, help="forwards of an answer (default: one for each token)")
+    parser.add_argument("--block_length", type=int, help="tokens of a block (default: one block)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    args = parser.parse_args(argv)
+    model, tokenizer = load_backbone(args.model, dtype="auto")
+    if args.adapter is not None:
+        model = PeftModel.from_pretrained(model, args.adapter)
+        if args.strength is not None:
+            set_strength(model, "default", args.strength)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[arg-type]
+    sampling = {name: getattr(args, name) for name in ("gen_length", "steps", "block_length", "temperature")}
+    turns: list[dict[str, str]] = []
+    for line in filter(None, map(str.strip, sys.stdin)):
+        turns = [] if line == "/clear" else [*turns, {"role": "user", "content": line}]
+        if turns:
+            turns.append({"role": "assistant", "content": answer(model, tokenizer, turns, **sampling)})
+            print(turns[-1]["content"], flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
