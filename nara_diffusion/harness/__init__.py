@@ -12,7 +12,6 @@
 | `generation`            | gen_kwargs → arguments of `generate`                                               |
 | `download`              | download of a file                                                                 |
 | `tasks/`                | the task files and their scoring: `llm_adapters`, `code`; `execution` runs programs|
-| `paper/`                | the paper's experiments: `plan` (commands), `settings`, `tables`, `launching`      |
 
 Needs the extra `eval`. Nothing else in the package imports lm-eval.
 """

@@ -7,14 +7,13 @@ import shlex
 from pathlib import Path
 
 import lm_eval
+import paper_tables
 import pytest
 from lm_eval._cli import HarnessCLI
 
 from nara_diffusion.harness.command import TASKS, with_defaults
 from nara_diffusion.harness.generation import SETTINGS, read_gen_kwargs
 from nara_diffusion.harness.loading import BACKBONE_ARGUMENTS
-from nara_diffusion.training.arguments.cli import parse_arguments
-from train_scripts import paper_tables
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -82,12 +81,12 @@ def test_every_shipped_task_is_named_and_every_named_one_exists(of_lm_eval: set[
 
 
 def test_the_scripts_arguments_are_understood() -> None:
-    of_script = [shlex.split(line) for line in str(paper_tables.__doc__).splitlines() if "python train_scripts" in line]
-    found = [words[2:] for words in commands() + of_script if words[:2] == ["python", "train_scripts/paper_tables.py"]]
-    assert len(found) == 3 + 4
+    of_script = [shlex.split(line) for line in str(paper_tables.__doc__).splitlines() if "python examples" in line]
+    found = [words[2:] for words in commands() + of_script if words[:2] == ["python", "examples/paper_tables.py"]]
+    assert len(found) == 3 + 3
     for argv in found:
-        plan = paper_tables.plan_of(parse_arguments(paper_tables.PaperArguments, paper_tables.joined(argv)))
-        assert plan.processes == (8 if "--launch_arguments" in argv else 1)
+        launched = paper_tables.parse_arguments(argv).launch_arguments
+        assert launched.endswith("--num_processes 8" if "--launch_arguments" in argv else "--num_processes 1")
 
 
 def test_nothing_is_said_to_come_from_an_index_that_does_not_have_it() -> None:
