@@ -55,8 +55,8 @@ class MetricsArguments:
     identifier: list[str] | None = option(
         None, "Words to leave out of the prompts before CLIP reads them, such as sks, which it doesn't know."
     )
-    clip: str | None = option(None, "CLIP-like model: a folder, or a repository on the Hub.")
-    dino: str | None = option(None, "DINO, DINOv2 or another ViT: a folder, or a repository on the Hub.")
+    clip: str | None = option(None, "CLIP: a folder, or a repository on the Hub.")
+    dino: str | None = option(None, "DINO or DINOv2: a folder, or a repository on the Hub.")
     device: str | None = option(
         None, "Where the encoders run, such as cuda:1; none means cuda if there is one, or cpu."
     )

@@ -1,10 +1,9 @@
-"""Pictures and texts as unit vectors, by any model of transformers that has a tower for them.
+"""Pictures and texts as unit vectors, by CLIP and DINO of transformers.
 
-| model                                              | embedding of an image                              | text |
-|----------------------------------------------------|----------------------------------------------------|------|
-| CLIP, SigLIP, … (models with `get_image_features`) | the projected features that are compared with texts | yes  |
-| ViT, DINO, DINOv2, DINOv3 (with a CLS token)       | the CLS token of the last layer                    | no   |
-| others with a pooled output (Swin, ConvNeXt, …)    | the pooled output                                  | no   |
+| model        | embedding of an image                               | text |
+|--------------|-----------------------------------------------------|------|
+| CLIP         | the projected features that are compared with texts | yes  |
+| DINO, DINOv2 | the CLS token of the last layer                     | no   |
 
 Images are prepared by the model's own image processor, in its PIL form: figures don't depend on whether torchvision is
 installed, whose resizing differs in the last bits.
@@ -29,8 +28,8 @@ from nara_diffusion.utils.devices import usable_device
 
 logger = logging.getLogger(__name__)
 
-# SigLIP was trained on texts filled up to one length, and means something else by shorter ones.
-_FULL_LENGTH = ("siglip", "siglip2")
+MODEL_TYPES = ("clip", "vit", "dinov2")
+"""The `model_type` of CLIP, DINO and DINOv2 in transformers."""
 
 
 class Encoder:
@@ -45,8 +44,8 @@ class Encoder:
         **hub: where files come from, as for `from_pretrained`: revision, token, cache_dir, local_files_only, …
 
     Raises:
-        ValueError: nothing there that transformers can load, no image tower, no files of an image processor, weights
-            that don't fill the model, or a device that isn't there.
+        ValueError: nothing there that transformers can load, a model of another type, no files of an image processor,
+            weights that don't fill the model, or a device that isn't there.
     """
 
     def __init__(
@@ -69,11 +68,8 @@ class Encoder:
 
     def check_text(self) -> None:
         """Raises ValueError if the model has no text tower."""
-        if not hasattr(self.model, "get_text_features"):
-            raise ValueError(
-                f"{self.name} is a {type(self.model).__name__}, which has no text tower: give a model of images and "
-                "texts, such as CLIP"
-            )
+        if self.model.config.model_type != "clip":
+            raise ValueError(f"{self.name} is a {type(self.model).__name__}, which has no text tower: give CLIP")
 
     def images(self, images: Sequence[Image | str | Path]) -> torch.Tensor:
         """(n, d) float32 on the CPU, each row of length 1; files are opened batch by batch."""
@@ -118,23 +114,19 @@ class Encoder:
         loaded = [to_rgb(image) if isinstance(image, Image) else load_image(image) for image in images]
         inputs = self.processor(images=loaded, return_tensors="pt")
         inputs = inputs.to(device=self.device, dtype=self.model.dtype)
-        if hasattr(self.model, "get_image_features"):
-            return self._features(self.model.get_image_features(**inputs), len(images))
-        output = self.model(**inputs)
-        if any(name.rpartition(".")[2] == "cls_token" for name, _ in self.model.named_parameters()):
-            return output.last_hidden_state[:, 0]  # (b, l, d) → (b, d)
-        return self._features(output, len(images))
+        if self.model.config.model_type == "clip":
+            return self.model.get_image_features(**inputs).pooler_output  # (b, d)
+        return self.model(**inputs).last_hidden_state[:, 0]  # (b, l, d) → (b, d)
 
     def _text_batch(self, texts: list[str]) -> torch.Tensor:
         tokenizer = self._text_tokenizer()
         limit = self._text_length(tokenizer)
-        padding = "max_length" if self.model.config.model_type in _FULL_LENGTH else True
         lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
         for text, length in zip(texts, lengths, strict=True):
             if limit is not None and length > limit:
                 logger.warning("%r has %d tokens, %s reads the first %d", text, length, self.name, limit)
-        inputs = tokenizer(texts, padding=padding, truncation=limit is not None, max_length=limit, return_tensors="pt")
-        return self._features(self.model.get_text_features(**inputs.to(self.device)), len(texts))
+        inputs = tokenizer(texts, padding=True, truncation=limit is not None, max_length=limit, return_tensors="pt")
+        return self.model.get_text_features(**inputs.to(self.device)).pooler_output  # (b, d)
 
     def _text_length(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """Tokens of the longest text that the text tower can read."""
@@ -147,18 +139,6 @@ class Encoder:
             self._tokenizer = _load_tokenizer(self.name, vocab_size, self._hub)
         return self._tokenizer
 
-    def _features(self, output: Any, rows: int) -> torch.Tensor:
-        """The one vector of each item, whether the model returns it alone or as `pooler_output`."""
-        features = output if isinstance(output, torch.Tensor) else getattr(output, "pooler_output", None)
-        if isinstance(features, torch.Tensor):
-            features = features.flatten(1)  # ConvNets pool to (b, d, 1, 1)
-        if not isinstance(features, torch.Tensor) or len(features) != rows:
-            raise ValueError(
-                f"{self.name} is a {type(self.model).__name__}, which gives no single vector for an image or a text: "
-                "give CLIP, SigLIP, DINO, DINOv2 or another ViT"
-            )
-        return features
-
 
 def _load_model(name: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
     try:
@@ -167,6 +147,8 @@ def _load_model(name: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"transformers can't load a model from {name}: {_first_line(error)}") from error
+    if model.config.model_type not in MODEL_TYPES:
+        raise ValueError(f"{name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2")
     misshapen = [key for key, *_ in loading["mismatched_keys"]]
     # DINO's checkpoints lack the pooling layer of the class that reads them, which isn't used here
     wrong = sorted([*(key for key in loading["missing_keys"] if "pooler" not in key), *misshapen])
@@ -174,11 +156,6 @@ def _load_model(name: str, dtype: torch.dtype, hub: dict[str, Any]) -> Any:
         raise ValueError(
             f"the weights of {name} lack {len(wrong)} tensors of {type(model).__name__}, or have them in another shape "
             f"({', '.join(wrong[:4])}): the folder isn't whole, or holds another kind of model"
-        )
-    if not hasattr(model, "get_image_features") and model.main_input_name != "pixel_values":
-        raise ValueError(
-            f"{name} is a {type(model).__name__}, which has no image tower: give a model of images, such as CLIP, "
-            "DINOv2 or ViT"
         )
     return model.eval().requires_grad_(False)
 

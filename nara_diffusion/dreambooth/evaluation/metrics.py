@@ -31,7 +31,7 @@ class ImageSimilarity:
     """Subject fidelity: the similarity of generated images to those of the subject.
 
     Args:
-        encoder: a path or Hub repository of a CLIP, DINO or similar model; or an `Encoder`, to share one.
+        encoder: a path or Hub repository of a CLIP or DINO; or an `Encoder`, to share one.
         **options: of `Encoder`: device, dtype, batch_size, progress, revision, …
 
     Raises:
@@ -54,7 +54,7 @@ class TextAlignment:
     """Agreement of images with their prompts.
 
     Args:
-        encoder: a path or Hub repository of a CLIP-like model; or an `Encoder`, to share one.
+        encoder: a path or Hub repository of a CLIP; or an `Encoder`, to share one.
         **options: of `Encoder`.
 
     Raises:

@@ -15,15 +15,9 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    ConvNextConfig,
-    ConvNextImageProcessorPil,
-    ConvNextModel,
     Dinov2Config,
     Dinov2Model,
     PreTrainedTokenizerFast,
-    SiglipConfig,
-    SiglipImageProcessorPil,
-    SiglipModel,
 )
 
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "photo", "of", "red", "blue", "cube", "ball", "sks"]
@@ -100,23 +94,5 @@ def dino_processor() -> BitImageProcessorPil:
 
 def save_dino(folder: Path) -> Path:
     for part in (dino_model(), dino_processor()):
-        part.save_pretrained(folder)
-    return folder
-
-
-def save_convnext(folder: Path) -> Path:
-    model = ConvNextModel(ConvNextConfig(hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1]))
-    for part in (_spread(model), ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0)):
-        part.save_pretrained(folder)
-    return folder
-
-
-def save_siglip(folder: Path) -> Path:
-    tower = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 3}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    text = {**tower, **special, "vocab_size": len(WORDS), "max_position_embeddings": TEXT_LENGTH, "projection_size": 12}
-    config = SiglipConfig(text_config=text, vision_config={**tower, "image_size": SIZE, "patch_size": 8})
-    processor = SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE})
-    for part in (_spread(SiglipModel(config)), processor, tokenizer()):
         part.save_pretrained(folder)
     return folder
