@@ -54,6 +54,7 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, or
         if not isinstance(key, str) or not isinstance(tensor, Tensor) or tensor.is_meta:
             raise ValueError(f"{origin} holds {key!r}, which is no tensor with a text as its name: damaged.")
     if not metadata or METADATA_KEY not in metadata:
+        check_program(tensors, origin)
         raise ValueError(_what_it_is_instead(tensors, origin))
     configs = _configs(metadata[METADATA_KEY], origin)
     split: dict[str, dict[str, Tensor]] = {name: {} for name in configs}
@@ -66,6 +67,16 @@ def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, or
         if not own:
             raise ValueError(f"{origin} has a configuration for '{component}', but none of its tensors: damaged.")
     return {component: AdapterPart(configs[component], own) for component, own in split.items()}
+
+
+def check_program(keys: Iterable[str], origin: str) -> None:
+    """Raises ValueError for tensors of T-LoRA's programs or MultiAlign's, which as a LoRA would be another adapter."""
+    for key in keys:
+        if key.endswith(".lambda_layer") or ".lora_time_gamma." in key:
+            raise ValueError(
+                f"{origin} holds '{key}', a tensor of a T-LoRA or MultiAlign of another program, whose files aren't "
+                "read here: load it there, or train it again (core_type='rank_mask' is T-LoRA)."
+            )
 
 
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:

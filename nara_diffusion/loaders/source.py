@@ -1,8 +1,7 @@
 """Reading an adapter from a path, a repository or a dictionary.
 
-There are three formats: the file of `save_nara_weights` (see `format`); PEFT's folder, with adapter_config.json and
-adapter_model.safetensors, which `save_pretrained` and `train_scripts/dllm.py` write; and files of other programs (see
-`foreign`).
+There are two formats: the file of `save_nara_weights` (see `format`); and PEFT's folder, with adapter_config.json and
+adapter_model.safetensors, which `save_pretrained` and `train_scripts/dllm.py` write.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from torch import Tensor
 from nara_diffusion.tuner.config_files import config_from_fields, is_naras, read_config_file
 from nara_diffusion.tuner.state_dict import PEFT_PREFIX, with_current_names
 
-from .foreign import ForeignOptions, format_of, read_foreign
-from .format import WEIGHTS_NAME, AdapterPart, unpack
+from .format import WEIGHTS_NAME, AdapterPart, check_program, unpack
 
 _USER_AGENT = {"file_type": "nara_weights", "framework": "pytorch"}
 
@@ -43,7 +41,6 @@ def read_adapter(
     subfolder: str | None = None,
     use_safetensors: bool | None = None,
     metadata: Mapping[str, str] | None = None,
-    foreign: ForeignOptions | None = None,
     **hub: Any,
 ) -> dict[str, AdapterPart]:
     """The parts of an adapter by component.
@@ -51,7 +48,6 @@ def read_adapter(
     Args:
         source: a file, a folder, a repository on the hub, or a dict of tensors with its `metadata`.
         denoiser: the component of an adapter in PEFT's format.
-        foreign: with it, files of other programs are read too (see `foreign.reading`).
         hub: revision, token, cache_dir, force_download, proxies, local_files_only.
 
     Raises:
@@ -60,22 +56,22 @@ def read_adapter(
     if use_safetensors is False:
         raise ValueError("NaRA adapters are read from safetensors files only: leave use_safetensors out.")
     if isinstance(source, Mapping):
-        parts = _unpacked(source, metadata, foreign, _no_config, "The dict")
+        parts = unpack(source, metadata, "The dict")
         return {name: replace(part, tensors=_copied(part.tensors)) for name, part in parts.items()}
     if metadata is not None:
         raise ValueError("metadata is for a dict of tensors: a file has its own.")
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_named(path.name, lambda name: _beside(path, name), denoiser, foreign)
+        return _read_named(path.name, lambda name: _beside(path, name), denoiser)
     if path.is_dir():
         folder = path / subfolder if subfolder else path
-        return _read_named(weight_name or _guess(folder), lambda name: _inside(folder, name), denoiser, foreign)
+        return _read_named(weight_name or _guess(folder), lambda name: _inside(folder, name), denoiser)
     repository = _repository(str(source))
 
     def download(name: str) -> str:
         return _get_model_file(repository, weights_name=name, subfolder=subfolder, user_agent=_USER_AGENT, **hub)
 
-    return _read_repository(weight_name, download, denoiser, foreign)
+    return _read_repository(weight_name, download, denoiser)
 
 
 @contextmanager
@@ -90,51 +86,24 @@ def naming(source: Any) -> Iterator[None]:
         raise ValueError(f"The adapter in {where} is refused: {error}") from error
 
 
-def _read_repository(
-    weight_name: str | None, download: Locate, denoiser: str, foreign: ForeignOptions | None
-) -> dict[str, AdapterPart]:
+def _read_repository(weight_name: str | None, download: Locate, denoiser: str) -> dict[str, AdapterPart]:
     try:
-        return _read_named(weight_name or WEIGHTS_NAME, download, denoiser, foreign)
+        return _read_named(weight_name or WEIGHTS_NAME, download, denoiser)
     except OSError as error:
         if weight_name is not None:
             raise
         try:
-            return _read_named(PEFT_WEIGHTS_NAME, download, denoiser, foreign)
+            return _read_named(PEFT_WEIGHTS_NAME, download, denoiser)
         except OSError:
             raise error from None  # that of the name which was meant
 
 
-def _read_named(name: str, locate: Locate, denoiser: str, foreign: ForeignOptions | None) -> dict[str, AdapterPart]:
+def _read_named(name: str, locate: Locate, denoiser: str) -> dict[str, AdapterPart]:
     path = locate(name)
     tensors, metadata = read_file(path)
-    if name == PEFT_WEIGHTS_NAME and format_of(tensors, metadata) is None:
+    if name == PEFT_WEIGHTS_NAME:
         return {denoiser: _peft_part(path, locate(PEFT_CONFIG_NAME), tensors)}
-    return _unpacked(tensors, metadata, foreign, lambda: read_config_file(locate(PEFT_CONFIG_NAME)), f"'{path}'")
-
-
-def _unpacked(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None,
-    foreign: ForeignOptions | None,
-    config: Callable[[], Mapping[str, Any]],
-    origin: str,
-) -> dict[str, AdapterPart]:
-    """The parts of the file of this package, or of another program."""
-    program = format_of(tensors, metadata, foreign is not None and foreign.rank_mask_min is not None)
-    if program is None:
-        if foreign is not None and foreign.rank_mask_min is not None:
-            raise ValueError(f"rank_mask_min is for a T-LoRA of another program, and {origin} is none: leave it out.")
-        return unpack(tensors, metadata, origin)
-    if foreign is None:
-        raise ValueError(
-            f"{origin} is {program}: pipe.load_nara_weights reads it into its pipeline, and pipe.save_nara_weights "
-            "then writes a file of this package."
-        )
-    return read_foreign(tensors, config, foreign, origin)
-
-
-def _no_config() -> Mapping[str, Any]:
-    raise ValueError("A dict has no adapter_config.json, which tells α: pass the folder with both files.")
+    return unpack(tensors, metadata, f"'{path}'")
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
@@ -181,15 +150,16 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _peft_part(weights: str, config: str, tensors: dict[str, Tensor]) -> AdapterPart:
+    check_program(tensors, f"'{weights}'")
     origin, given = f"'{config}'", read_config_file(config)
     if not is_naras(given, origin):
         raise ValueError(
             f"{origin} describes an adapter of type {given.get('peft_type')}, not NARA: load it by "
             "pipe.load_lora_weights(…) or peft.PeftModel.from_pretrained(…)."
         )
-    foreign = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
-    if foreign:
-        raise ValueError(f"'{weights}' holds '{foreign[0]}', which is no key that PEFT writes: damaged.")
+    unknown = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
+    if unknown:
+        raise ValueError(f"'{weights}' holds '{unknown[0]}', which is no key that PEFT writes: damaged.")
     own = with_current_names({key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()})
     return AdapterPart(config_from_fields(given, origin), own)
 

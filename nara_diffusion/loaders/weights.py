@@ -18,7 +18,6 @@ from nara_diffusion.tuner.injection import rollback_on_error
 from nara_diffusion.tuner.strength.layers import live_strengths
 from nara_diffusion.utils.atomic_write import atomic_write
 
-from .foreign import ForeignOptions
 from .format import WEIGHTS_NAME, AdapterPart, pack
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
@@ -51,7 +50,6 @@ def load_nara_weights(
     low_cpu_mem_usage: bool = True,
     metadata: Mapping[str, str] | None = None,
     set_scheduler: bool = True,
-    rank_mask_min: int | None = None,
 ) -> None:
     """Load a NaRA adapter into the denoiser, and its part for text encoders, if there is one, into those.
 
@@ -63,8 +61,7 @@ def load_nara_weights(
     Args:
         pretrained_model_name_or_path_or_dict: the file that `save_nara_weights` wrote, its folder or a repository on
             the hub; a folder or repository in PEFT's form, as `PeftModel.save_pretrained` and train_scripts/dllm.py
-            write it, for the denoiser; a T-LoRA of LyCORIS or of its authors' program, or a folder with DiffSynth's
-            MultiAlign; or a dict of tensors, with the file's `metadata`.
+            write it, for the denoiser; or a dict of tensors, with the file's `metadata`.
         adapter_name: its name; None takes "default_0", "default_1", ….
         hotswap: replace the weights of the adapter of that name in place, so that a compiled model is not recompiled.
             For adapters of other ranks call `enable_lora_hotswap(target_rank=…)` before the first load.
@@ -80,7 +77,6 @@ def load_nara_weights(
         low_cpu_mem_usage: skip the initialisation of weights that the load replaces.
         metadata: of a dict of tensors: `safe_open(file, "pt").metadata()`.
         set_scheduler: False leaves the scheduler to you; a warning says which one the adapter needs.
-        rank_mask_min: for a T-LoRA of another program, whose file doesn't have it: the rank at pure noise, 1 or more.
 
     Raises:
         ValueError: the pipeline has no denoiser; the file is missing, damaged or of another kind (a LoRA); the adapter
@@ -95,7 +91,6 @@ def load_nara_weights(
         subfolder=subfolder,
         use_safetensors=use_safetensors,
         metadata=metadata,
-        foreign=ForeignOptions(models, rank_mask_min),
         revision=revision,
         token=token,
         cache_dir=cache_dir,

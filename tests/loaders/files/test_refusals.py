@@ -174,6 +174,17 @@ def test_broken_and_missing_files(nara_folder, lora_folder, tmp_path):
     assert pipe.get_active_adapters() == ["default_0"]
 
 
+@pytest.mark.parametrize("key", ["lycoris_mid_block.lambda_layer", "base_model.model.mid.lora_time_gamma.weight"])
+def test_a_t_lora_or_multialign_of_another_program_is_refused_by_name(key, tmp_path):
+    tensors = {key: torch.ones(1, 2), key.rpartition(".")[0] + ".lora_A.weight": torch.ones(2, 2)}
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    message = r"a tensor of a T-LoRA or MultiAlign of another program, whose files aren.t read here: .* train it again"
+    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        save_file(tensors, tmp_path / name)
+        refused(small_sdxl(), message, tmp_path, weight_name=name)
+    refused(small_sdxl(), message, tensors)
+
+
 def test_another_base_model(nara_folder, other_folder):
     refused(
         small_sd(),
