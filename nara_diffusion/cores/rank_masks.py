@@ -1,7 +1,6 @@
 """Cores without parameters: C(λ) is diagonal, and its 0/1 entries say which of the r directions serve noise level λ.
 
     T-LoRA       C(λ) = diag(1 for i < r(λ), else 0),   r(λ) = ⌊(r − r_min)(1 − λ)⌋ + r_min   (arXiv 2507.05964)
-    in pairs     the same of r / 2 pairs of directions, those of pair i being 2 i and 2 i + 1
     Multi-LoRA   C(λ) = diag(1 for i in block k(λ), else 0),   k(λ) = min(⌊λ K⌋, K − 1)          (NaRA's baseline)
 
 A direction that is switched off adds nothing to the output, and its rows of A and columns of B get a gradient of
@@ -43,22 +42,6 @@ class RankMaskCore(Float32Module):
     def active_rank(self, noise_level: Tensor) -> Tensor:
         """r(λ) (b,), as a float."""
         return floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
-
-
-class RankMaskPairsCore(RankMaskCore):
-    """T-LoRA whose start is subtracted, with directions in pairs: P_i λ_i Q_i − P⁰_i λ⁰_i Q⁰_i has rank 2 and one mask.
-
-    Args:
-        rank: r, even. min_rank: pairs in pure noise, in [1, r / 2], or None for half of them, at least 1.
-    """
-
-    def __init__(self, rank: int, min_rank: int | None = None) -> None:
-        super().__init__(rank // 2, min_rank)
-
-    def forward(self, noise_level: Tensor, mask_density: Any = None) -> Tensor:
-        """λ (b,) → C (b, r, r), float32."""
-        pairs = super().forward(noise_level).diagonal(dim1=1, dim2=2)  # (b, r / 2)
-        return torch.diag_embed(pairs.repeat_interleave(2, dim=1))
 
 
 class BinsCore(Float32Module):

@@ -76,8 +76,7 @@ class NaraConfig(LoraConfig):
             "'identity' is plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r "
             "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ), "
             "'knots' interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer'), "
-            "'diagonal' is a gain of each direction, linear in a sinusoid of λ (MultiAlign's γ), 'rank_mask_pairs' is "
-            "T-LoRA on pairs of directions, as files of others have it."
+            "'diagonal' is a gain of each direction, linear in a sinusoid of λ (MultiAlign's γ)."
         },
     )
     core_scale: float = field(default=0.1, metadata={"help": "η in C = I + η F(e(λ)); greater than 0."})
@@ -114,10 +113,7 @@ class NaraConfig(LoraConfig):
     )
     rank_mask_min: int | None = field(
         default=None,
-        metadata={
-            "help": "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r. For "
-            "'rank_mask_pairs': pairs, at most r / 2."
-        },
+        metadata={"help": "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r."},
     )
     lora_a_init: Literal["peft", "orthogonal"] = field(
         default="peft",
@@ -239,19 +235,16 @@ class NaraConfig(LoraConfig):
 
     def _check_masks(self) -> None:
         ranks = self.ranks
-        least, pairs = self.rank_mask_min, self.core_type == "rank_mask_pairs"
-        if pairs and any(rank % 2 for rank in ranks):
-            raise ValueError(f"r is {min(r for r in ranks if r % 2)}: core_type='rank_mask_pairs' needs an even rank.")
+        least = self.rank_mask_min
         if least is not None and (
-            self.core_type not in ("rank_mask", "rank_mask_pairs")
+            self.core_type != "rank_mask"
             or isinstance(least, bool)
             or not isinstance(least, int)
-            or least not in range(1, min(ranks) // (2 if pairs else 1) + 1)
+            or least not in range(1, min(ranks) + 1)
         ):
             raise ValueError(
                 f"rank_mask_min is {least!r}, with core_type={self.core_type!r} and r={min(ranks)}: it is for "
-                "core_type='rank_mask', an integer from 1 to r, or None for half of r (of r / 2 for "
-                "'rank_mask_pairs')."
+                "core_type='rank_mask', an integer from 1 to r, or None for half of r."
             )
         uneven = sorted(rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins)
         if uneven:

@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from nara_diffusion.cores.custom import registered_cores
+
 from .config import NaraConfig
 from .config_fields import check_fields
 from .peft_type import NaraPeftType
@@ -24,6 +26,7 @@ _KNOWN = {field.name for field in fields(NaraConfig) if field.init}
 _NARAS_OWN = {"core_type", "core_scale"}
 REMOVED_FIELDS = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": None}
 """Fields that files of earlier versions have → the value that stands for what every core does now; None: any value."""
+_REMOVED_CORE_TYPES = ("rank_mask_pairs",)
 
 _ALWAYS_WRITTEN = (
     "core_type", "core_scale", "core_hidden_dims", "core_init", "core_input", "core_sharing", "noise_embedding",
@@ -87,13 +90,15 @@ def without_removed_fields(given: Mapping[str, Any], origin: str) -> dict[str, A
     """The fields of a NaRA's file without those that only earlier versions had.
 
     Raises:
-        ValueError: the core of the adapter depends on such a field.
+        ValueError: the core of the adapter depends on such a field, or is of a type that only those had.
     """
     used = {
         name: given[name] for name, neutral in REMOVED_FIELDS.items() if given.get(name, neutral) != neutral is not None
     }
     if given.get("core_sharing") == "layer_embedding":
         used["core_sharing"] = "layer_embedding"
+    if given.get("core_type") in _REMOVED_CORE_TYPES and given["core_type"] not in registered_cores():
+        used["core_type"] = given["core_type"]
     if used:
         listed = ", ".join(f"{name} {value!r}" for name, value in used.items())
         raise ValueError(

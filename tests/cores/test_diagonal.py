@@ -1,4 +1,4 @@
-"""The diagonal core against its formula in float64, from a fresh adapter to trained weights; and masks of pairs."""
+"""The diagonal core against its formula in float64, from a fresh adapter to trained weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from nara_diffusion import core_matrix, noise_level
 from nara_diffusion.cores.diagonal import DiagonalCore
-from nara_diffusion.cores.rank_masks import RankMaskPairsCore
 from tests.helpers.adapted import TwoLayers, adapted, nara_config
 
 LEVELS = torch.tensor([0.0, 0.0131, 0.5, 0.777, 1.0])
@@ -48,22 +47,6 @@ def test_it_trains_saves_and_loads_by_layer(tmp_path):
     assert not torch.equal(core_matrix(again, 0.3, module="first"), core_matrix(again, 0.3, module="second"))
 
 
-@pytest.mark.parametrize(("rank", "least"), [(8, 1), (6, 3), (10, 2)])
-def test_pairs_are_switched_together(rank, least):
-    levels = torch.arange(1001) / 1000
-    active = torch.tensor([(rank // 2 - least) * (1000 - t) // 1000 + least for t in range(1001)])
-    expected = (torch.arange(rank) < 2 * active[:, None]).float()
-    assert torch.equal(RankMaskPairsCore(rank, least)(levels), torch.diag_embed(expected))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"core_type": "rank_mask_pairs", "r": 5}, "r is 5: core_type='rank_mask_pairs' needs an even rank"),
-        ({"core_type": "rank_mask_pairs", "r": 6, "rank_mask_min": 4}, "rank_mask_min is 4"),
-        ({"core_type": "diagonal", "noise_embedding_dim": 5}, "noise_embedding_dim is 5: Fourier features are"),
-    ],
-)
-def test_what_they_can_t_be_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        nara_config(**options)
+def test_an_odd_width_is_refused():
+    with pytest.raises(ValueError, match="noise_embedding_dim is 5: Fourier features are"):
+        nara_config(core_type="diagonal", noise_embedding_dim=5)

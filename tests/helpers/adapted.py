@@ -71,7 +71,7 @@ def core_by_hand(
     density: Tensor | None = None,
 ) -> Tensor:
     """C (b, r, r) in float64 from the tensors under `prefix`; λ and the mask density are (b,)."""
-    if config.core_type in ("rank_mask", "rank_mask_pairs", "bins"):
+    if config.core_type in ("rank_mask", "bins"):
         return mask_by_hand(config, level)
     own = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
     if config.core_type == "constant":
@@ -120,10 +120,8 @@ def mask_by_hand(config: NaraConfig, level: Tensor) -> Tensor:
             size = config.r // config.core_bins
             first = size * min(math.floor(value * config.core_bins), config.core_bins - 1)
         else:
-            width = 2 if config.core_type == "rank_mask_pairs" else 1
-            first, whole = 0, config.r // width
-            least = config.rank_mask_min or whole // 2
-            size = width * (math.floor((whole - least) * (1 - value)) + least)
+            least = config.rank_mask_min or config.r // 2
+            first, size = 0, math.floor((config.r - least) * (1 - value)) + least
         for index in range(first, first + size):
             core[sample, index, index] = 1
     return core

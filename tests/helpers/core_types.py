@@ -12,7 +12,6 @@ from nara_diffusion import NaraConfig
 TYPES: dict[str, dict[str, Any]] = {
     "constant": {"core_type": "constant"},
     "rank mask": {"core_type": "rank_mask", "rank_mask_min": 1},
-    "mask of pairs": {"core_type": "rank_mask_pairs", "rank_mask_min": 1, "r": 8},
     "bins": {"core_type": "bins", "core_bins": 2},
     "diagonal": {"core_type": "diagonal", "core_sharing": "layer"},
     "knots": {"core_type": "knots", "core_knots": 4},

@@ -11,7 +11,7 @@ from nara_diffusion.cores.diagonal import DiagonalCore
 from nara_diffusion.cores.embeddings import make_embedding
 from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.cores.knots import KnotsCore
-from nara_diffusion.cores.rank_masks import BinsCore, RankMaskCore, RankMaskPairsCore
+from nara_diffusion.cores.rank_masks import BinsCore, RankMaskCore
 from nara_diffusion.tuner.config import NaraConfig
 
 
@@ -23,8 +23,6 @@ def build_core(config: NaraConfig, rank: int) -> nn.Module:
         return ConstantCore(rank, scale=config.core_scale, init=config.core_init)
     if config.core_type == "rank_mask":
         return RankMaskCore(rank, config.rank_mask_min)
-    if config.core_type == "rank_mask_pairs":
-        return RankMaskPairsCore(rank, config.rank_mask_min)
     if config.core_type == "diagonal":
         return DiagonalCore(rank, config.noise_embedding_dim)
     if config.core_type == "bins":
@@ -51,7 +49,7 @@ def needs_noise(config: NaraConfig) -> bool:
 
 def is_tied_to_rank(config: NaraConfig) -> bool:
     """Whether C has no parameters, but depends on the rank, so that each rank has a core of its own."""
-    return config.core_type in ("rank_mask", "rank_mask_pairs", "bins")
+    return config.core_type in ("rank_mask", "bins")
 
 
 def is_block_of_larger(config: NaraConfig) -> bool:
