@@ -26,7 +26,6 @@ _CORE_FIELDS = {
     "knots": ("core_scale", "core_knots", "core_sharing"),
     "bins": ("core_bins",),
     "rank_mask": ("rank_mask_min",),
-    "diagonal": ("noise_embedding_dim", "core_sharing"),
     "identity": (),
 }
 """{core_type: the fields that describe such a core}."""

@@ -13,7 +13,7 @@ from .float32 import Float32Module
 CoreFactory = Callable[[Any, int], nn.Module]
 """(the NaraConfig, r) → a module λ (b,) → C (b, r, r)."""
 
-BUILT_IN = ("hypernetwork", "constant", "identity", "rank_mask", "bins", "knots", "diagonal")
+BUILT_IN = ("hypernetwork", "constant", "identity", "rank_mask", "bins", "knots")
 _factories: dict[str, CoreFactory] = {}
 
 

@@ -75,8 +75,7 @@ class NaraConfig(LoraConfig):
             "help": "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), "
             "'identity' is plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r "
             "directions the noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ), "
-            "'knots' interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer'), "
-            "'diagonal' is a gain of each direction, linear in a sinusoid of λ (MultiAlign's γ)."
+            "'knots' interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer')."
         },
     )
     core_scale: float = field(default=0.1, metadata={"help": "η in C = I + η F(e(λ)); greater than 0."})

@@ -26,7 +26,7 @@ _KNOWN = {field.name for field in fields(NaraConfig) if field.init}
 _NARAS_OWN = {"core_type", "core_scale"}
 REMOVED_FIELDS = {"core_normalization": "none", "noise_scale": "linear", "layer_embedding_dim": None}
 """Fields that files of earlier versions have → the value that stands for what every core does now; None: any value."""
-_REMOVED_CORE_TYPES = ("rank_mask_pairs",)
+_REMOVED_CORE_TYPES = ("rank_mask_pairs", "diagonal")
 
 _ALWAYS_WRITTEN = (
     "core_type", "core_scale", "core_hidden_dims", "core_init", "core_input", "core_sharing", "noise_embedding",

@@ -194,7 +194,7 @@ def test_a_differently_seeded_model_loads_the_same_bits(options, use_dora, low_c
     saved = len(load_file(tmp_path / "adapter_model.safetensors"))
     factors = 2 * (3 if use_dora else 2)
     embedding = 2 if options.get("noise_embedding") == "mlp" else 1
-    counts = {"constant": 1, "knots": 1, "rank_mask": 0, "bins": 0, "diagonal": 2}
+    counts = {"constant": 1, "knots": 1, "rank_mask": 0, "bins": 0}
     core = counts.get(options.get("core_type", ""), 6 + embedding)
     assert saved == factors + core * (2 if "core_sharing" in options else 1)
 

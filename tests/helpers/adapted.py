@@ -79,11 +79,6 @@ def core_by_hand(
         core = torch.eye(len(deviation), dtype=torch.float64) + config.core_scale * deviation
         return core.expand(len(level), -1, -1)
     level = level.double()
-    if config.core_type == "diagonal":
-        half = own["weight"].shape[1] // 2
-        angles = 1000 * level[:, None] * torch.tensor([10000 ** (-i / half) for i in range(half)], dtype=torch.float64)
-        gains = torch.cat([angles.cos(), angles.sin()], dim=1) @ own["weight"].T + own["bias"]
-        return torch.diag_embed(gains)
     if config.core_type == "knots":
         return torch.stack([interpolated_by_hand(own["deviation"], config, value) for value in level.tolist()])
     chosen = {"noise_level": [level], "mask_density": [density], "both": [level, density]}[config.core_input]

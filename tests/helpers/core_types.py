@@ -13,7 +13,6 @@ TYPES: dict[str, dict[str, Any]] = {
     "constant": {"core_type": "constant"},
     "rank mask": {"core_type": "rank_mask", "rank_mask_min": 1},
     "bins": {"core_type": "bins", "core_bins": 2},
-    "diagonal": {"core_type": "diagonal", "core_sharing": "layer"},
     "knots": {"core_type": "knots", "core_knots": 4},
     "by type, mlp": {"core_sharing": "module_type", "noise_embedding": "mlp"},
     "by layer": {"core_sharing": "layer", "core_init": "kaiming"},

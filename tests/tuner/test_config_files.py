@@ -155,6 +155,7 @@ def test_file_with_the_default_of_a_removed_option_loads_as_it_did(folder, tmp_p
         ("noise_scale", "log_snr"),
         ("core_sharing", "layer_embedding"),
         ("core_type", "rank_mask_pairs"),
+        ("core_type", "diagonal"),
     ],
 )
 def test_file_whose_core_depends_on_a_removed_option_is_refused_with_a_remedy(field, value, folder, tmp_path):

@@ -25,12 +25,12 @@ _READERS: dict[str, tuple[str, ...]] = {
 _TRAINED = ("hypernetwork", "constant", "knots")
 _CORE_READERS: dict[str, tuple[str, ...]] = {
     "core_module": (),
-    "core_learning_rate": (*_TRAINED, "diagonal"),
+    "core_learning_rate": _TRAINED,
     "core_scale": _TRAINED,
-    "core_sharing": (*_TRAINED, "diagonal"),
+    "core_sharing": _TRAINED,
     "core_hidden_dims": ("hypernetwork",),
     "mask_density_radius": ("hypernetwork",),
-    "noise_embedding_dim": ("hypernetwork", "diagonal"),
+    "noise_embedding_dim": ("hypernetwork",),
     "fourier_scale": ("hypernetwork",),
     "core_bins": ("bins",),
     "core_knots": ("knots",),

@@ -7,7 +7,6 @@ from torch import nn
 
 from nara_diffusion.cores.constant import ConstantCore, IdentityCore
 from nara_diffusion.cores.custom import build_custom_core
-from nara_diffusion.cores.diagonal import DiagonalCore
 from nara_diffusion.cores.embeddings import make_embedding
 from nara_diffusion.cores.hypernetwork import HypernetworkCore
 from nara_diffusion.cores.knots import KnotsCore
@@ -23,8 +22,6 @@ def build_core(config: NaraConfig, rank: int) -> nn.Module:
         return ConstantCore(rank, scale=config.core_scale, init=config.core_init)
     if config.core_type == "rank_mask":
         return RankMaskCore(rank, config.rank_mask_min)
-    if config.core_type == "diagonal":
-        return DiagonalCore(rank, config.noise_embedding_dim)
     if config.core_type == "bins":
         return BinsCore(rank, config.core_bins)
     if config.core_type == "knots":

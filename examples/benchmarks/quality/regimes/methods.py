@@ -20,14 +20,41 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion import register_core
 from quality.images.methods import BASE
 from quality.regimes.backbones import UNET, Backbone
 
 MEAN_CORE = "mean_core"
 """The ablation that needs no training: the trained adapter with its mean C(λ)."""
 
-DIAGONAL = {"core_type": "diagonal", "core_sharing": "layer", "noise_embedding_dim": 256}
+DIAGONAL = {"core_type": "multialign", "core_sharing": "layer", "noise_embedding_dim": 256}
 LESS_NOISY = {"timestep_bias_strategy": "earlier", "timestep_bias_portion": 0.5, "timestep_bias_multiplier": 4.0}
+
+
+class DiagonalCore(nn.Module):
+    """C(λ) = diag(W e(λ) + b), e(λ) = [cos(1000 λ ω), sin(1000 λ ω)], ω_i = 10000^(−2 i / d) for i < d / 2.
+
+    W (r, d) starts at zero and b (r,) at one, so that C = I at step 0.
+    """
+
+    def __init__(self, config: Any, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rank, config.noise_embedding_dim))
+        self.bias = nn.Parameter(torch.ones(rank))
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """λ (b,) → C (b, r, r)."""
+        half = self.weight.shape[1] // 2
+        omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=noise_level.device) / half)
+        angles = 1000 * noise_level[:, None].double() * omega  # (b, d / 2)
+        e = torch.cat([angles.cos(), angles.sin()], dim=1).float()  # (b, d)
+        return torch.diag_embed(e @ self.weight.T + self.bias)
+
+
+register_core("multialign", DiagonalCore)
 
 
 @dataclass(frozen=True)

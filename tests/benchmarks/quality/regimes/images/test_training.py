@@ -1,5 +1,7 @@
 """What a step of a regime is: the same batches for every arm, and the loss by hand in float64."""
 
+import math
+
 import pytest
 import torch
 from quality.images.subjects import SIZE
@@ -10,6 +12,7 @@ from quality.regimes.images.objectives import build_conversion
 from quality.regimes.images.windowed import HIGH, LOW, Windowed
 from quality.regimes.methods import ARMS, arm_arguments, build
 
+from nara_diffusion import core_matrix
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
 from tests.helpers.adapted import disturb
@@ -196,3 +199,15 @@ def test_gated_arm_at_equal_samples_has_half_of_the_steps():
     options = {"targets": "attention", "rank": 2, "steps": 200, "seed": 0}
     steps = {arm: arm_arguments(arm, **options).max_train_steps for arm in ("lora", "lora_gated", "lora_gated_samples")}
     assert steps == {"lora": 200, "lora_gated": 200, "lora_gated_samples": 100}
+
+
+def test_diagonal_arm_has_gains_linear_in_the_sinusoid_of_each_layer():
+    unet = adapted_unet("nara_diagonal")
+    layer = next(name for name, module in unet.named_modules() if name.endswith("attn1.to_q"))
+    group = layer.replace(".", "-")
+    own = {key: tensor.double() for key, tensor in unet.state_dict().items() if f".{group}." in key}
+    (W,), (b,) = ([t for key, t in own.items() if key.endswith(kind)] for kind in ("weight", "bias"))
+    angles = [370 * 10000 ** (-i / 128) for i in range(128)]
+    e = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)], dtype=torch.float64)
+    found = core_matrix(unet, 0.37, module=layer)
+    torch.testing.assert_close(found.double().squeeze(0), torch.diag(W @ e + b), rtol=0, atol=1e-3)
