@@ -45,7 +45,7 @@ from nara_diffusion.utils.patching import around
 
 from .fusing import active_in, check_none_left_out
 from .guards import check_none_wrapped
-from .hotswap import REQUEST, check_enlargeable, enlarge_cores
+from .hotswap import REQUEST, check_target_rank
 from .insertion import adapters_of, unwrap
 from .lora_files import fetch_without_cores, load_lora_metadata
 from .schedulers import DENOISERS, check_agree, follow_adapters, has_replaced_scheduler, removing_adapters
@@ -125,13 +125,11 @@ def _load_lora_adapter(original: Any, model: Any, *args: Any, **kwargs: Any) -> 
     if kwargs.get("hotswap"):
         _check_swapped_name(model, str(kwargs.get("adapter_name")))
     if request is not None:
-        check_enlargeable(model, request["target_rank"])
+        check_target_rank(model, request["target_rank"])
     original(model, *args, **kwargs)
     if kwargs.get("hotswap"):  # its strength was that of the LoRA that is gone
         name = str(kwargs.get("adapter_name"))
         take_strength(model, adapters_of(model)[name], name)
-    if request is not None:
-        enlarge_cores(model, request["target_rank"])  # PEFT has padded the A and B of all adapters
     # the LoRA is now the active one, in layers alone
     holder.set_adapter(next(layer.active_adapters for layer in model.modules() if isinstance(layer, LoraLayer)))
 

@@ -20,7 +20,7 @@ from nara_diffusion.utils.atomic_write import atomic_write
 
 from .format import WEIGHTS_NAME, AdapterPart, pack
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
-from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap, trimmed
+from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap
 from .hub import check_hub_options, push
 from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove
 from .names import name_to_load, name_to_save
@@ -64,7 +64,8 @@ def load_nara_weights(
             write it, for the denoiser; or a dict of tensors, with the file's `metadata`.
         adapter_name: its name; None takes "default_0", "default_1", ….
         hotswap: replace the weights of the adapter of that name in place, so that a compiled model is not recompiled.
-            For adapters of other ranks call `enable_lora_hotswap(target_rank=…)` before the first load.
+            Its ranks have to be those of the adapter there. For another lora_alpha without recompilation call
+            `enable_lora_hotswap(target_rank=r)`, with their rank, before the first load.
         weight_name: the file's name in its folder, "pytorch_nara_weights.safetensors" unless given.
         subfolder: as for `load_lora_weights`, like the six that follow.
         revision: of a repository on the Hub.
@@ -160,7 +161,7 @@ def save_nara_weights(
         for component, model in models.items():
             if name in adapters_of(model):
                 _check_saved(model, component, name)
-                parts[component] = trimmed(model, part_of(model, name))
+                parts[component] = part_of(model, name)
         if not is_main_process:
             return
         tensors, metadata = pack(parts)
@@ -239,7 +240,7 @@ def _insert_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_me
         for model, part in fits:
             undo.enter_context(rollback_on_error(model, name))
             insert(model, name, part, low_cpu_mem_usage)
-            prepare_for_hotswap(model, name)
+            prepare_for_hotswap(model)
 
 
 def _check_saved(model: nn.Module, component: str, name: str) -> None:

@@ -125,7 +125,7 @@ def test_room_for_hotswap_and_a_scheduled_lora_refuse_each_other(folders, tmp_pa
     pipe.set_adapters("toy", SCHEDULE)
     expected = predict(pipe)
     pipe.enable_lora_hotswap(target_rank=7, check_compiled="ignore")
-    with pytest.raises(ValueError, match="in LoRA 'toy', whose strength depends on λ"):
+    with pytest.raises(ValueError, match="target_rank=7, but 'toy', whose update depends on λ, has rank 4"):
         loaded(folders["LoRA"], "LoRA", pipe, "more")
     assert torch.equal(predict(pipe), expected)
     pipe = small_sdxl()

@@ -47,8 +47,3 @@ def needs_noise(config: NaraConfig) -> bool:
 def is_tied_to_rank(config: NaraConfig) -> bool:
     """Whether C has no parameters, but depends on the rank, so that each rank has a core of its own."""
     return config.core_type in ("rank_mask", "bins")
-
-
-def is_block_of_larger(config: NaraConfig) -> bool:
-    """Whether a larger core can hold this one as its leading block, the rest being that of I."""
-    return config.core_type in ("hypernetwork", "constant", "identity")

@@ -14,6 +14,7 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.harness.loading import load_model
 from nara_diffusion.loaders import insertion as adapters
 from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter
+from nara_diffusion.loaders.format import AdapterPart
 from nara_diffusion.training.formats import load_checkpoint
 from tests.helpers.adapted import disturb
 from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model
@@ -154,6 +155,11 @@ def test_hotswap_is_compared_with_its_file(tmp_path: Path, monkeypatch) -> None:
     other.save_nara_weights(tmp_path / "2")
     pipe = small_sdxl()
     pipe.load_nara_weights(tmp_path / "1", adapter_name="a")
-    monkeypatch.setattr("nara_diffusion.loaders.hotswap.resized", lambda tensor, shape, squared: torch.zeros(shape))
+
+    def copied(model: Any, adapter_name: str) -> AdapterPart:
+        part = adapters.part_of(model, adapter_name)
+        return AdapterPart(part.config, {key: tensor.clone() for key, tensor in part.tensors.items()})
+
+    monkeypatch.setattr("nara_diffusion.loaders.hotswap.part_of", copied)
     with pytest.raises(ValueError, match="layers in the adapter did not load into UNet2DConditionModel"):
         pipe.load_nara_weights(tmp_path / "2", adapter_name="a", hotswap=True)
