@@ -4,7 +4,7 @@
     nara fold my-toy toy.safetensors --noise_level 0.4 --form comfyui --base flux    # ComfyUI, by its own keys
     nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers; not ComfyUI with SDXL
     nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                      # a folder for PeftModel
-    nara fold my-toy toys --bins 4 --form kohya --base sdxl                          # four LoRAs and their schedules
+    nara fold my-toy toys --bins 4 --form kohya --base sdxl                          # four LoRAs and their strengths
     nara fold my-toy toys --bound 0.05 --form comfyui --base flux --shift 3.16       # as many as an error of 5 % needs
 
 With --noise_level, the LoRA equals the NaRA at that λ (1 = pure noise) and differs at any other: docs/export.md says by
@@ -12,8 +12,8 @@ how much, and which λ to choose. Adapters of text encoders don't depend on λ a
 writes one component).
 
 With --bins or --bound, OUTPUT is a folder with several LoRAs whose strengths change during sampling, so that their sum
-follows the NaRA at every λ. Beside them are the measured error and the schedules for ComfyUI (a workflow with hooks),
-prompt-control, loractl, Wan2GP and WanVideoWrapper. LoRAs of text encoders are in a file of their own, always on.
+follows the NaRA at every λ. Beside them are the measured error, the strengths over λ (lora_bins.json) and a ComfyUI
+workflow with hooks. LoRAs of text encoders are in a file of their own, always on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .errors import in_one_line
 from .fold_bins import PEFT, check_single, fold_bins
 from .skeleton import skeleton
 
-OF_SCHEDULES = {"interpolation": "linear", "shift": None, "steps": 30, "checkpoint": "sd_xl_base_1.0.safetensors"}
+OF_SCHEDULES = {"interpolation": "linear", "shift": None, "checkpoint": "sd_xl_base_1.0.safetensors"}
 """{argument that only several LoRAs have: its default}."""
 
 
@@ -114,10 +114,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--layers_per_block", type=int, help="of the UNet's configuration, if it isn't 2")
     parser.add_argument(
-        "--shift", type=float, help="of a flow model's scheduler, for schedules, 1 or more (SD3 3, FLUX e^1.15 = 3.16)"
-    )
-    parser.add_argument(
-        "--steps", type=int, help=f"sampling steps, for schedules by step (default: {OF_SCHEDULES['steps']})"
+        "--shift",
+        type=float,
+        help="of a flow model's scheduler, for ComfyUI's workflow, 1 or more (SD3 3, FLUX e^1.15 = 3.16)",
     )
     parser.add_argument(
         "--checkpoint",

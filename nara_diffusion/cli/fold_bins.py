@@ -1,4 +1,4 @@
-"""`nara fold --bins` and `--bound`: several LoRAs, schedules for other programs, and the measured error."""
+"""`nara fold --bins` and `--bound`: several LoRAs, a ComfyUI workflow, and the measured error."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from nara_diffusion.export import PlainLora, to_lora, to_lora_bins
 from nara_diffusion.export.bins.earlier_parts import refuse_earlier_parts
 from nara_diffusion.export.bins.to_lora_bins import SCHEDULE_FILE, LoraBins
+from nara_diffusion.export.hosts.comfyui_workflow import comfyui_workflow
 from nara_diffusion.export.hosts.files import DENOISERS
-from nara_diffusion.export.hosts.schedules import host_schedules
 from nara_diffusion.export.lora.scheduler import comfyui_node, flow_shift
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.utils.atomic_write import atomic_write_files
@@ -25,6 +25,7 @@ from .skeleton import skeleton
 FLOWS = ("sd3", "flux", "wan")
 DISCRETE, FLOW = "timestep", "flow"  # names of λ's definitions in `nara_diffusion.noise.timesteps`
 PEFT = "peft"
+WORKFLOW_FILE = "comfyui_workflow.json"
 VIDEOS = ("wan",)
 """The bases that get no ComfyUI workflow, since it is one of text to image."""
 Write = Callable[[dict[str, PlainLora], Path, argparse.Namespace], None]
@@ -38,7 +39,7 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
 
     Raises:
         ValueError: the file adapts no denoiser, or several components with --form peft; its λ has a definition for
-            which no schedule can be written; a flow model without --shift; the folder has LoRAs of an earlier export
+            which no workflow can be written; a flow model without --shift; the folder has LoRAs of an earlier export
             that would stay; see `to_lora_bins`.
     """
     name = next((name for name in (*DENOISERS, MODEL) if name in file.parts), None)
@@ -59,12 +60,10 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
 
 
 def _check(args: argparse.Namespace, config: NaraConfig, file: AdapterFile) -> None:
-    """Raises ValueError unless schedules for other programs can be written for this definition of λ.
+    """Raises ValueError unless a ComfyUI workflow can be written for this definition of λ.
 
     An adapter that carries a scheduler may have made its base a flow, so `--base` doesn't tell, and `--shift` is known.
     """
-    if args.steps < 1:
-        raise ValueError(f"--steps is {args.steps}, expected 1 or more.")
     if args.form == PEFT:
         check_single(list(file.parts))
         return
@@ -72,7 +71,7 @@ def _check(args: argparse.Namespace, config: NaraConfig, file: AdapterFile) -> N
     is_flow = convention == FLOW
     if convention not in (None, FLOW, DISCRETE):
         raise ValueError(
-            f"'{file.path}' defines λ as {convention!r}, for which no schedule can be written: use --noise_level, or "
+            f"'{file.path}' defines λ as {convention!r}, for which no workflow can be written: use --noise_level, or "
             "--form peft."
         )
     if not is_converted and None not in (convention, args.base) and is_flow != (args.base in FLOWS):
@@ -81,7 +80,7 @@ def _check(args: argparse.Namespace, config: NaraConfig, file: AdapterFile) -> N
             f"--base {args.base} {kind}, but '{file.path}' defines λ as {convention!r}: choose the base that it was "
             "trained on."
         )
-    if is_flow and args.shift is None and not is_converted:
+    if is_flow and args.shift is None and not is_converted and args.base not in VIDEOS:
         raise ValueError(f"'{file.path}' is for a flow model: give --shift, that of its scheduler, 1 if it has none.")
     if args.shift is not None and not (is_flow and 1 <= args.shift < math.inf):
         raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more, and finite.")
@@ -118,10 +117,9 @@ def _write_files(
             write({component: lora}, partial / name, args)
         if always is not None:
             write(others, partial / always, args)
-        workflow = args.base not in VIDEOS
-        texts = host_schedules(schedules, args.checkpoint, args.steps, shift, always, workflow, patch)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        if args.base not in VIDEOS:
+            workflow = comfyui_workflow(schedules, args.checkpoint, shift, always, patch)
+            (partial / WORKFLOW_FILE).write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
         entries = [
             {"file": name, "noise_level": level, "strength": schedule.as_lists()}
             for (name, schedule), level in zip(schedules.items(), bins.noise_levels, strict=True)

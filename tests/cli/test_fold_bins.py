@@ -1,4 +1,4 @@
-"""`nara fold --bins`: files and schedules that together are the NaRA at every λ, without its base model."""
+"""`nara fold --bins`: files and strengths that together are the NaRA at every λ, without its base model."""
 
 import json
 
@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from nara_diffusion import StrengthSchedule, core_matrix, to_lora_bins
 from nara_diffusion.cli.main import main
-from nara_diffusion.export.hosts.schedules import comfyui_workflow, host_schedules, prompt_control
+from nara_diffusion.export.hosts.comfyui_workflow import comfyui_workflow
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
+from tests.helpers.pipelines.wan import small_wan
 from tests.helpers.small_pipelines import small_flux, small_sdxl
 
 WORDS = ["--form", "kohya", "--base", "sdxl", "--layers_per_block", "1"]
@@ -68,31 +69,21 @@ def test_files_that_take_turns_play_one_at_a_time(saved, capsys):
     shares = torch.stack([StrengthSchedule(entry["strength"])(levels) for entry in entries])
     assert set(shares.flatten().tolist()) == {0.0, 1.0}
     assert shares.sum(0).eq(1).all()
-    steps = json.loads((folder / "toys" / "wanvideowrapper.json").read_text())["strengths"]
-    assert all(sum(column) == 1 for column in zip(*steps.values(), strict=True))
     bins = to_lora_bins(pipe.unet, 5, "toy", interpolation="constant")
     assert [entry["strength"] for entry in entries] == [schedule.as_lists() for schedule in bins.schedules]
     assert f"{bins.error.worst_update:.2%}" in capsys.readouterr().out
 
 
-def test_folder_has_schedules_text_encoders_and_the_error(saved):
+def test_folder_has_the_workflow_text_encoders_and_the_error(saved):
     _, folder, _ = saved
-    main(["fold", str(folder / "toy"), str(folder / "toys"), "--bins", "3", *WORDS, "--steps", "7"])
+    main(["fold", str(folder / "toy"), str(folder / "toys"), "--bins", "3", *WORDS])
     written = {path.name for path in (folder / "toys").iterdir()}
     loras = {name for name in written if name.endswith(".safetensors")}
     assert loras == {"toys-0.safetensors", "toys-1.safetensors", "toys-2.safetensors", "toys-text.safetensors"}
-    assert written - loras == {
-        "comfyui_workflow.json", "prompt_control.txt", "loractl.txt", "wan2gp.txt", "wanvideowrapper.json",
-        "lora_bins.json", "export_error.json", "export_error.png",
-    }  # fmt: skip
+    assert written - loras == {"comfyui_workflow.json", "lora_bins.json", "export_error.json", "export_error.png"}
     text = load_file(folder / "toys" / "toys-text.safetensors")
     assert all(key.startswith("lora_te1_") for key in text)
     assert all(key.startswith("lora_unet_") for key in load_file(folder / "toys" / "toys-1.safetensors"))
-    by_step = json.loads((folder / "toys" / "wanvideowrapper.json").read_text())["strengths"]
-    assert {name: len(values) for name, values in by_step.items()} == dict.fromkeys(
-        sorted(loras - {"toys-text.safetensors"}), 7
-    )
-    assert "<lora:toys-0:" in (folder / "toys" / "loractl.txt").read_text()
     state, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
         load_file(folder / "toys" / "toys-0.safetensors"), unet_config=saved[0].unet.config
     )
@@ -124,7 +115,7 @@ def test_fewer_loras_than_the_folder_has_are_refused_and_as_many_replace_them(sa
     with pytest.raises(SystemExit, match=r"error: '.*toys' has 'toys-2.safetensors' of an earlier export, .* delete"):
         main([*words, "2"])
     assert contents(folder / "toys") == before
-    main([*words, "3", "--steps", "7"])
+    main([*words, "3"])
     assert contents(folder / "toys").keys() == before.keys()
 
 
@@ -144,7 +135,7 @@ def test_peft_form_refuses_a_file_of_several_components(saved):
     assert not (saved[1] / "toys").exists()
 
 
-def test_schedules_of_a_flow_need_its_shift_whatever_the_form(tmp_path):
+def test_the_workflow_of_a_flow_needs_its_shift_whatever_the_form(tmp_path):
     pipe = small_flux()
     pipe.transformer.add_adapter(nara_config(core_type="knots", target_modules=["to_q"]), "toy")
     disturb(pipe.transformer)
@@ -210,9 +201,7 @@ def test_a_converted_adapter_samples_by_its_own_prediction(kind, given, tmp_path
     shift = inputs.get("shift")
     entries = json.loads((tmp_path / "toys" / "lora_bins.json").read_text())["loras"]
     schedules = {entry["file"]: StrengthSchedule(entry["strength"]) for entry in entries}
-    assert (tmp_path / "toys" / "prompt_control.txt").read_text().strip() == prompt_control(
-        {name.removesuffix(".safetensors"): schedule for name, schedule in schedules.items()}, shift
-    )
+    assert nodes == comfyui_workflow(schedules, "sd_xl_base_1.0.safetensors", shift, patch=(node, inputs))
     with safe_open(tmp_path / "toys" / "toys-0.safetensors", "pt") as file:
         assert json.loads(file.metadata()["nara_scheduler"]) == fields
 
@@ -234,19 +223,24 @@ def test_an_adapter_of_a_flow_that_is_none_of_the_bases_is_refused_as_before(tmp
         main(["fold", str(tmp_path / "toy"), str(tmp_path / "toys"), "--bins", "5", *WORDS])
 
 
-def test_schedules_of_edm_levels_are_refused(tmp_path):
+def test_bins_of_edm_levels_are_refused(tmp_path):
     pipe = small_sdxl()
     config = nara_config(core_type="knots", target_modules=["to_q"], noise_convention="edm")
     get_peft_model(pipe.unet, config).save_pretrained(tmp_path / "peft")
     main(["convert", str(tmp_path / "peft"), str(tmp_path / "toy"), "--to", "pipeline", "--component", "unet"])
-    with pytest.raises(SystemExit, match="defines λ as 'edm', for which no schedule can be written"):
+    with pytest.raises(SystemExit, match="defines λ as 'edm', for which no workflow can be written"):
         main(["fold", str(tmp_path / "toy"), str(tmp_path / "toys"), "--bins", "5", *WORDS])
 
 
-def test_video_models_get_no_text_to_image_workflow():
-    schedules = {"a.safetensors": StrengthSchedule([(0, 1.0)])}
-    assert "comfyui_workflow.json" not in host_schedules(schedules, "x", 4, 3.0, None, workflow=False)
-    assert "wan2gp.txt" in host_schedules(schedules, "x", 4, 3.0, None, workflow=False)
+def test_a_video_model_gets_no_workflow_and_needs_no_shift(tmp_path):
+    pipe = small_wan()
+    pipe.transformer.add_adapter(nara_config(core_type="knots", target_modules=["to_q"]), "toy")
+    disturb(pipe.transformer)
+    pipe.save_nara_weights(tmp_path / "toy", adapter_name="toy")
+    main(["fold", str(tmp_path / "toy"), str(tmp_path / "toys"), "--bins", "5", "--form", "comfyui", "--base", "wan"])
+    written = {path.name for path in (tmp_path / "toys").iterdir()}
+    assert {"lora_bins.json", "toys-0.safetensors"} <= written
+    assert "comfyui_workflow.json" not in written
 
 
 @pytest.mark.parametrize(
@@ -257,7 +251,6 @@ def test_video_models_get_no_text_to_image_workflow():
             "--base flux is a flow model, but .* defines λ as 'timestep'",
         ),
         (["--bins", "2", *WORDS, "--shift", "3"], "--shift is 3: it is for adapters of flow models, 1 or more"),
-        (["--bins", "2", *WORDS, "--steps", "0"], "error: --steps is 0, expected 1 or more"),
     ],
 )
 def test_what_is_wrong_ends_in_one_line_and_writes_nothing(saved, words, message):

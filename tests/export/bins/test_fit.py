@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import combinations
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from nara_diffusion import StrengthSchedule, set_strength, to_lora, to_lora_bins
 from nara_diffusion.export import LoraBins
 from nara_diffusion.export.bins import core_samples
-from nara_diffusion.export.hosts.schedules import by_step, keyframes, level_of, percent_of, prompt_control
+from nara_diffusion.export.hosts.comfyui_workflow import keyframes, level_of
 from tests.helpers.adapted import TwoLayers, adapted, default_core, relative_error
 from tests.helpers.exported import update_of
 
@@ -195,12 +194,7 @@ def test_hosts_that_hold_switch_where_the_parts_end(shift):
     levels = [level_of(percent / 1000 + 3e-4, shift) for percent in range(1000)]
     wanted = shares(bins, torch.tensor(levels).clamp(max=1)).argmax(1).tolist()
     frames = [keyframes(schedule, shift) for schedule in bins.schedules]
-    named = {f"part{index}": schedule for index, schedule in enumerate(bins.schedules)}
-    words = prompt_control(named, shift)
     for percent, part in enumerate(wanted):
         at = percent / 1000 + 3e-4
         held = [next(value for start, value in reversed(each) if start <= at) for each in frames]
         assert held == [float(index == part) for index in range(5)], at
-    steps = {percent_of(level, shift) for schedule in bins.schedules for level, _ in schedule.points if 0 < level < 1}
-    assert [float(found) for found in re.findall(r":(0\.\d+)\]", words)] == pytest.approx(sorted(steps)[::-1], abs=1e-5)
-    assert by_step(bins.schedules[2], levels) == [float(part == 2) for part in wanted]

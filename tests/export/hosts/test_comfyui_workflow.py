@@ -1,15 +1,11 @@
-"""Strengths over λ as hosts take them, against λ as the hosts compute it."""
+"""The workflow of several LoRAs for ComfyUI, against λ as ComfyUI computes it."""
 
 import math
-import re
-from itertools import pairwise
 
 import pytest
-import torch
 
 from nara_diffusion import StrengthSchedule
-from nara_diffusion.export.hosts import schedules
-from nara_diffusion.export.hosts.schedules import by_step, keyframes, level_of, percent_of, step_levels
+from nara_diffusion.export.hosts.comfyui_workflow import comfyui_workflow, keyframes, level_of, percent_of
 
 HAT = StrengthSchedule([(0.2, 0.0), (0.5, 1.0), (0.9, 0.25)])
 STEP = StrengthSchedule([(0.5, 1.0), (0.5, 0.0)])
@@ -48,12 +44,6 @@ def test_keyframes_of_one_strength_are_one():
     assert len(keyframes(STEP)) == 2
 
 
-def test_steps_go_from_noise_to_picture():
-    assert step_levels(4) == pytest.approx([0.999, 0.74925, 0.4995, 0.24975])
-    assert step_levels(2, 3.0) == pytest.approx([1.0, 0.75])
-    assert by_step(HAT, [0.999, 0.5, 0.35, 0.1]) == [0.25, 1.0, 0.5, 0.0]
-
-
 def read_workflow(nodes):
     """{file: [(start percent, strength)]} that reach the conditioning, by following the links."""
     found = {}
@@ -88,61 +78,14 @@ def read_workflow(nodes):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_workflow_plays_the_keyframes_of_each_lora(count):
     given = {f"toy-{k}.safetensors": StrengthSchedule([(0, k / 10), (0.5, 1.0)]) for k in range(count)}
-    nodes = schedules.comfyui_workflow(given, "base.safetensors")
+    nodes = comfyui_workflow(given, "base.safetensors")
     assert read_workflow(nodes) == {name: keyframes(schedule) for name, schedule in given.items()}
     links = [v for node in nodes.values() for v in node["inputs"].values() if isinstance(v, list)]
     assert all(link[0] in nodes for link in links)
 
 
 def test_workflow_loads_text_encoders_always_on():
-    nodes = schedules.comfyui_workflow({"a.safetensors": HAT}, "base.safetensors", always="a-text.safetensors")
+    nodes = comfyui_workflow({"a.safetensors": HAT}, "base.safetensors", always="a-text.safetensors")
     (lora,) = (node for node in nodes.values() if node["class_type"] == "LoraLoader")
     assert lora["inputs"]["lora_name"] == "a-text.safetensors"
     assert (lora["inputs"]["strength_model"], lora["inputs"]["strength_clip"]) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("shift", [None, 3.0])
-def test_loractl_is_the_schedule_between_its_points(shift):
-    (text,) = re.findall(r"<lora:toy:([^>]+)>", schedules.loractl({"toy": HAT}, shift))
-    pairs = [tuple(map(float, pair.split("@"))) for pair in text.split(",")]
-    positions = [position for _, position in pairs]
-    assert positions == sorted(positions)
-    assert all("." in pair.split("@")[1] for pair in text.split(","))
-    for percent in [0.02, 0.2, 0.5, 0.71, 0.9]:
-        ends = [(pairs[0][0], -1.0), *pairs, (pairs[-1][0], 2.0)]
-        (a, start), (b, end) = next(pair for pair in pairwise(ends) if pair[0][1] <= percent <= pair[1][1])
-        value = a if end == start else a + (b - a) * (percent - start) / (end - start)
-        assert value == pytest.approx(HAT(level_of(percent, shift)).item(), abs=2e-2 if shift else 2e-3)
-
-
-def played(text, percent):
-    """What prompt-control makes of [before:after:percent] at a percent."""
-    while text.startswith("["):
-        before, rest = text[1:-1].split(":[", 1) if ":[" in text else (None, None)
-        if before is None:
-            head, _, at = text[1:-1].rpartition(":")
-            cut = re.search(r">:(?=<|$)|^:", head)
-            before, after = (head[: cut.start() + 1], head[cut.end() :]) if not head.startswith(":") else ("", head[1:])
-        else:
-            inner, _, at = rest.rpartition(":")
-            after = f"[{inner}"
-        text = before if percent < float(at) else after
-    return {name: float(value) for name, value in re.findall(r"<lora:([^:]+):([^>]+)>", text)}
-
-
-def test_prompt_control_plays_the_keyframes():
-    given = {"a": HAT, "b": StrengthSchedule([(0.2, 1.0), (0.5, 0.25)])}
-    text = schedules.prompt_control(given)
-    frames = {name: keyframes(schedule) for name, schedule in given.items()}
-    for percent in [0.0, 0.05, 0.31, 0.5, 0.77, 0.99]:
-        wanted = {
-            name: [strength for start, strength in own if start <= percent + 1e-9][-1] for name, own in frames.items()
-        }
-        assert played(text, percent) == {name: value for name, value in wanted.items() if value}
-
-
-def test_wan2gp_has_a_list_of_steps_for_each_lora():
-    levels = step_levels(5, 5.0)
-    first, second = schedules.wan2gp([HAT, STEP], levels).split(" ")
-    assert [float(value) for value in first.split(",")] == by_step(HAT, levels)
-    torch.testing.assert_close(torch.tensor([float(v) for v in second.split(",")]), STEP(torch.tensor(levels)))
