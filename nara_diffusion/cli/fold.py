@@ -5,13 +5,13 @@
     nara fold my-toy toy.safetensors --noise_level 0.4                               # Diffusers; not ComfyUI with SDXL
     nara fold outputs/dllm-1 lora --noise_level 0.4 --form peft                      # a folder for PeftModel
     nara fold my-toy toys --bins 4 --form kohya --base sdxl                          # four LoRAs and their strengths
-    nara fold my-toy toys --bound 0.05 --form comfyui --base flux --shift 3.16       # as many as an error of 5 % needs
+    nara fold my-toy toys --bins 8 --form comfyui --base flux --shift 3.16           # of a flow model
 
 With --noise_level, the LoRA equals the NaRA at that λ (1 = pure noise) and differs at any other: docs/export.md says by
 how much, and which λ to choose. Adapters of text encoders don't depend on λ and go into the same file (--form peft
 writes one component).
 
-With --bins or --bound, OUTPUT is a folder with several LoRAs whose strengths change during sampling, so that their sum
+With --bins, OUTPUT is a folder with several LoRAs whose strengths change during sampling, so that their sum
 follows the NaRA at every λ. Beside them are the measured error, the strengths over λ (lora_bins.json) and a ComfyUI
 workflow with hooks. LoRAs of text encoders are in a file of their own, always on.
 """
@@ -23,13 +23,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 
 from nara_diffusion.export import PlainLora, to_lora
-from nara_diffusion.export.bins.to_lora_bins import Interpolation
 from nara_diffusion.export.hosts import BASES, FORMS, save_host_file
 from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
 
@@ -38,7 +36,7 @@ from .errors import in_one_line
 from .fold_bins import PEFT, check_single, fold_bins
 from .skeleton import skeleton
 
-OF_SCHEDULES = {"interpolation": "linear", "shift": None, "checkpoint": "sd_xl_base_1.0.safetensors"}
+OF_SCHEDULES = {"shift": None, "checkpoint": "sd_xl_base_1.0.safetensors"}
 """{argument that only several LoRAs have: its default}."""
 
 
@@ -88,20 +86,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
     parser.add_argument(
-        "output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins, --bound or --form peft"
+        "output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins or --form peft"
     )
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--noise_level", type=float, help="one LoRA, of this λ in [0, 1], 1 = pure noise")
     amount.add_argument("--bins", type=int, help="several LoRAs: their largest number, 1 to 64")
-    amount.add_argument(
-        "--bound", type=float, help="as few LoRAs as keep the relative error of ΔW below this at each λ, such as 0.05"
-    )
-    parser.add_argument(
-        "--interpolation",
-        choices=get_args(Interpolation),
-        help="linear: each of several LoRAs fades into the next (smaller error); constant: one LoRA at a time "
-        f"(default: {OF_SCHEDULES['interpolation']})",
-    )
     parser.add_argument(
         "--form",
         choices=(*FORMS, PEFT),
@@ -129,7 +118,7 @@ def _settle_schedules(args: argparse.Namespace) -> None:
     """Fill in what is not given of `OF_SCHEDULES`; one LoRA has none, and refuses them."""
     given = [f"--{name}" for name in OF_SCHEDULES if getattr(args, name) is not None]
     if args.noise_level is not None and given:
-        raise ValueError(f"{', '.join(given)}: for --bins and --bound alone, leave it out with --noise_level.")
+        raise ValueError(f"{', '.join(given)}: for --bins alone, leave it out with --noise_level.")
     for name, default in OF_SCHEDULES.items():
         if getattr(args, name) is None:
             setattr(args, name, default)

@@ -1,4 +1,4 @@
-"""`nara fold --bins` and `--bound`: several LoRAs, a ComfyUI workflow, and the measured error."""
+"""`nara fold --bins`: several LoRAs, a ComfyUI workflow, and the measured error."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nara_diffusion.export import PlainLora, to_lora, to_lora_bins
-from nara_diffusion.export.bins.earlier_parts import refuse_earlier_parts
-from nara_diffusion.export.bins.to_lora_bins import SCHEDULE_FILE, LoraBins
+from nara_diffusion.export.bins import SCHEDULE_FILE, LoraBins, refuse_earlier_parts
 from nara_diffusion.export.hosts.comfyui_workflow import comfyui_workflow
 from nara_diffusion.export.hosts.files import DENOISERS
 from nara_diffusion.export.lora.scheduler import comfyui_node, flow_shift
@@ -50,7 +49,7 @@ def fold_bins(file: AdapterFile, args: argparse.Namespace, write: Write) -> str:
         )
     part = file.parts[name]
     _check(args, part.config, file)
-    bins = to_lora_bins(skeleton(part, name), args.bins, bound=args.bound, interpolation=args.interpolation)
+    bins = to_lora_bins(skeleton(part, name), args.bins)
     if args.form == PEFT:
         bins.save_pretrained(args.output)
     else:

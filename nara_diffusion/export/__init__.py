@@ -1,6 +1,6 @@
 """Export of NaRA to plain LoRAs, and import of those, for hosts that know only LoRA."""
 
-from .bins.to_lora_bins import LoraBins, read_lora_bins, to_lora_bins
+from .bins import LoraBins, read_lora_bins, to_lora_bins
 from .errors import ExportError
 from .fold import to_lora
 from .lora.plain_lora import PlainLora, PlainLoraLayer

@@ -5,13 +5,16 @@
 α and r are those of the configuration. s differs from α/r where a strength was set, which then goes into B' too. In a
 grouped convolution B is block-diagonal and C is not, so there A' = (s r / α) · C(λ) · A. Products are computed in
 float64 and kept in float32 or better.
+
+The one LoRA that is nearest over all λ has the mean of C(λ) in place of C(λ): of all X it minimises
+∫ ‖s B (C(λ) − X) A‖² dλ, whatever A and B are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import get_peft_model_state_dict
@@ -21,11 +24,10 @@ from nara_diffusion.loaders.format import is_core_key
 from nara_diffusion.noise.signals import Level, as_signals
 
 from .adapted_layers import AdaptedLayer, Adapter, read_adapter
-from .best import Density, best_cores
+from .core_samples import CoreSamples, core_in
 from .lora.config import configured_scaling, plain_config
 from .lora.plain_lora import PlainLora, PlainLoraLayer
 from .lora.scheduler import warn_of_scheduler
-from .outputs import Batch
 
 
 def to_lora(
@@ -34,8 +36,6 @@ def to_lora(
     adapter_name: str = "default",
     *,
     mask_density: Level | None = None,
-    density: Density | None = None,
-    batch: Batch | None = None,
 ) -> PlainLora:
     """The adapter of `model` at one λ as a plain LoRA (a DoRA, if it is a NaRA-DoRA); the model stays as it is.
 
@@ -50,45 +50,37 @@ def to_lora(
         model: a PeftModel, a model with an injected adapter (`inject_adapter_in_model`, `unet.add_adapter`,
             `load_nara_weights`), or a model that contains one such; quantised or not.
         noise_level: λ in [0, 1], 1 = pure noise. None takes that of `with noise_level(model, …)`; an adapter that
-            doesn't depend on λ needs none. "best" gives the one LoRA that is nearest over all λ, for hosts without
-            schedules, with its `error`.
+            doesn't depend on λ needs none. "best" gives the one LoRA whose update is nearest over all λ, for hosts
+            without schedules, with its `error`; of a DoRA, the update inside of the norm.
         adapter_name: the name of the adapter.
         mask_density: for `core_input` "mask_density" or "both": one value in [0, 1].
-        density: for "best": a function of λ (n,) that gives how often each λ occurs (n,), such as a StrengthSchedule;
-            None means equally often.
-        batch: for "best": the model's arguments (a dict, a tuple or a tensor), or a function of λ that calls the model
-            on inputs of that noise level. With it, the outputs of each layer are nearest in place of the updates, and
-            the error of the model's outputs is measured too.
 
     Raises:
         ValueError: there is no such adapter; λ is missing, or differs between samples; the adapter can't be a plain
-            LoRA (a LoRA variant such as aLoRA, or another method than LoRA); its weights are offloaded or sharded;
-            `density` or `batch` without "best", or of another type.
+            LoRA (a LoRA variant such as aLoRA, or another method than LoRA); its weights are offloaded or sharded.
     """
-    if isinstance(noise_level, str):
-        return _best(model, noise_level, adapter_name, density, batch, mask_density)
-    if density is not None or batch is not None:
-        raise ValueError('density and batch are for noise_level="best": leave them out, a LoRA of one λ is exact.')
-    if noise_level is not None:
+    if isinstance(noise_level, str) and noise_level != "best":
+        raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
+    if noise_level is not None and not isinstance(noise_level, str):
         as_signals(noise_level, mask_density)  # a λ out of range is an error for adapters that need none, too
     with read_adapter(model, adapter_name) as adapter:
-        signals = adapter.signals(noise_level, mask_density)
-        lora = assembled(adapter, lambda layer: adapter.core(layer, signals)[0])
+        if isinstance(noise_level, str):
+            lora = _nearest(adapter, mask_density)
+        else:
+            signals = adapter.signals(noise_level, mask_density)
+            lora = assembled(adapter, lambda layer: adapter.core(layer, signals)[0])
     warn_of_scheduler(lora.scheduler)
     return lora
 
 
-def _best(
-    model: nn.Module, kind: str, adapter_name: str, density: Density | None, batch: Batch | None, mask_density: Any
-) -> PlainLora:
-    if kind != "best":
-        raise ValueError(f'noise_level is {kind!r}: pass a number in [0, 1], or "best".')
-    with read_adapter(model, adapter_name) as adapter:
-        adapter.signals(0.5, mask_density)  # raises if λ or the mask density is missing
-        core_of, error = best_cores(model, adapter, density, batch, mask_density)
-        lora = replace(assembled(adapter, core_of), error=error)
-    warn_of_scheduler(lora.scheduler)
-    return lora
+def _nearest(adapter: Adapter, mask_density: Level | None) -> PlainLora:
+    """The LoRA of the mean of C over λ, with its error."""
+    adapter.signals(0.5, mask_density)  # raises if the mask density is missing
+    samples = CoreSamples(adapter, mask_density)
+    mean = samples.weights[None]  # T (1, n)
+    cores = samples.mixed(mean)
+    error = samples.error(torch.ones_like(mean).T, mean)
+    return replace(assembled(adapter, lambda layer: core_in(cores, layer, 0)), error=error)
 
 
 def assembled(adapter: Adapter, core_of: Callable[[AdaptedLayer], Tensor]) -> PlainLora:

@@ -1,0 +1,285 @@
+"""Export of a NaRA to several plain LoRAs with strengths over λ.
+
+    ΔW(λ) ≈ Σ_k φ_k(λ) · s B C_k A,      Σ_k φ_k = 1, at most two φ above 0 at one λ
+
+Each φ is a hat function between knots, 1 at its own and 0 at the others, so it is a `StrengthSchedule`; neighbouring
+knots with the same C share one φ, which is 1 from the first to the last. All LoRAs have the same A. core_type "knots"
+is such a sum exactly, and so are Multi-LoRA ("bins") and T-LoRA ("rank_mask"), with φ that are 0 or 1 and LoRAs of only
+the directions that are in use. For other cores the C_k are fitted by least squares on a grid of λ_i with weights w_i:
+
+    min over C_1 … C_K of Σ_i w_i ‖s B (Σ_k φ_k(λ_i) C_k − C(λ_i)) A‖²,      C_k = Σ_i T_ki C(λ_i),  T = (√w Φ)⁺ √w
+
+These are the nearest for any B and A: the derivative by C_k is zero in all layers at once where the sum of
+w_i φ_k(λ_i) (Σ_l φ_l(λ_i) C_l − C(λ_i)) is. Knots are placed uniformly, or one after the other where the error is
+largest, beginning with the breakpoints of `core_samples` or with 0 and 1; the placement with the smallest error is
+taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.noise.signals import Level
+from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.tuner.lora_starts import changes_base
+from nara_diffusion.utils.atomic_write import atomic_write_files
+from nara_diffusion.utils.listing import listed
+
+from .adapted_layers import Adapter, read_adapter
+from .core_samples import CoreKey, CoreSamples, core_in
+from .errors import ExportError
+from .fold import assembled
+from .lora.config import with_ranks_of
+from .lora.plain_lora import PlainLora, PlainLoraLayer
+from .lora.scheduler import warn_of_scheduler
+
+SCHEDULE_FILE = "lora_bins.json"
+MOST = 64
+_EXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class LoraBins:
+    """Plain LoRAs and the strength of each over λ.
+
+    Attributes:
+        loras: K plain LoRAs.
+        schedules: the strength φ_k of each over λ; they sum to 1 at each λ.
+        noise_levels: λ_k (K,), the first knot at which φ_k is 1.
+        error: the error over λ.
+    """
+
+    loras: list[PlainLora]
+    schedules: list[StrengthSchedule]
+    noise_levels: list[float]
+    error: ExportError
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write a folder in PEFT's format for each LoRA, lora_bins.json with the schedules, and the error.
+
+        All files are written, or none.
+
+        Raises:
+            ValueError: `directory` is a file, or has LoRAs of an earlier export that would stay.
+        """
+        folder = Path(directory)
+        if folder.is_file():
+            raise ValueError(f"directory '{folder}' is a file: name a folder.")
+        content = [
+            {"folder": f"lora-{index}", "noise_level": level, "strength": schedule.as_lists()}
+            for index, (level, schedule) in enumerate(zip(self.noise_levels, self.schedules, strict=True))
+        ]
+        refuse_earlier_parts(folder, [str(entry["folder"]) for entry in content], r"lora-\d+")
+        with atomic_write_files(folder) as partial:
+            for entry, lora in zip(content, self.loras, strict=True):
+                lora.save_pretrained(partial / str(entry["folder"]))
+            (partial / SCHEDULE_FILE).write_text(json.dumps({"loras": content}, indent=2) + "\n", encoding="utf-8")
+            self.error.save(partial)
+
+
+def read_lora_bins(directory: str | os.PathLike[str]) -> list[tuple[Path, StrengthSchedule]]:
+    """Read what `LoraBins.save_pretrained` wrote: the folder and the strength of each LoRA.
+
+    Raises:
+        ValueError: there is no lora_bins.json, or it is damaged.
+    """
+    path = Path(directory) / SCHEDULE_FILE
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["loras"]
+        return [(path.parent / entry["folder"], StrengthSchedule(entry["strength"])) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{path}' can't be read ({error!r}): pass a folder that LoraBins.save_pretrained wrote."
+        ) from error
+
+
+def refuse_earlier_parts(folder: Path, names: Collection[str | None], pattern: str) -> None:
+    """Raises ValueError if `folder` has what is named by `pattern` and isn't in `names`, those that will be written."""
+    others = sorted(path.name for path in folder.glob("*") if re.fullmatch(pattern, path.name))
+    others = [name for name in others if name not in names]
+    if others:
+        raise ValueError(
+            f"'{folder}' has {listed(others)} of an earlier export, which would stay beside the new LoRAs: delete "
+            f"{'it' if len(others) == 1 else 'them'}, or name another folder."
+        )
+
+
+def to_lora_bins(
+    model: nn.Module,
+    bins: int | None = None,
+    adapter_name: str = "default",
+    *,
+    mask_density: Level | None = None,
+) -> LoraBins:
+    """The adapter of `model` as K plain LoRAs and the strength of each over λ; the model stays as it is.
+
+    Cores of type "knots", "bins" and "rank_mask", and adapters that don't depend on λ, need no `bins` and are exact up
+    to rounding. Other cores are approximated by least squares over λ.
+
+    Args:
+        model: as for `to_lora`. adapter_name: the name of the adapter.
+        bins: K, the largest number of LoRAs, 1 to 64; fewer are returned if they are exact.
+        mask_density: for `core_input` "mask_density" or "both": one value in [0, 1], the same at each λ.
+
+    Raises:
+        ValueError: as `to_lora`; the adapter can't be a sum of LoRAs (DoRA, biases, modules_to_save, an initialisation
+            that changes the base); no `bins` where it is needed.
+    """
+    if bins is not None and not (isinstance(bins, int) and not isinstance(bins, bool) and 1 <= bins <= MOST):
+        raise ValueError(f"bins is {bins!r}: pass a number of LoRAs, an int from 1 to {MOST}.")
+    with read_adapter(model, adapter_name) as adapter:
+        adapter.signals(0.5, mask_density)  # raises if λ or the mask density is missing
+        _check_summable(adapter)
+        samples = CoreSamples(adapter, mask_density)
+        blend = _blend(samples, bins, adapter_name)
+        cores = samples.mixed(blend.mixing)
+        loras = [_lora(adapter, cores, index) for index in range(len(blend.schedules))]
+        for lora in loras:
+            if lora.others:
+                raise ValueError(
+                    _refusal(adapter_name, f"'{next(iter(lora.others))}', which each LoRA would add again")
+                )
+        warn_of_scheduler(loras[0].scheduler)
+        return LoraBins(loras, blend.schedules, blend.noise_levels, blend.error)
+
+
+# ---------------------------------------------------------------------- which strengths
+
+
+@dataclass(frozen=True)
+class _Blend:
+    """K cores C_k = Σ_i T_ki C(λ_i), their strengths, the λ_k (K,) at which these are 1, and the error."""
+
+    noise_levels: list[float]
+    schedules: list[StrengthSchedule]
+    mixing: Tensor
+    error: ExportError
+
+
+def _blend(samples: CoreSamples, bins: int | None, adapter_name: str) -> _Blend:
+    """The exact blend, if it has at most `bins` LoRAs; else the best of `bins` LoRAs that was found."""
+    exact = _sampled(samples, samples.breakpoints)
+    if exact.error.worst_update <= _EXACT and (bins is None or len(exact.schedules) <= bins):
+        return exact
+    if bins is None:
+        raise ValueError(
+            f"Adapter '{adapter_name}' is not exactly a sum of {len(exact.schedules)} LoRAs: pass bins, their number."
+        )
+    starts = [samples.breakpoints, [0, len(samples.levels) - 1]]
+    placements = [_uniform(samples, bins), *(_grown(samples, start, bins) for start in starts)]
+    blends = [_fitted(samples, knots) for knots in placements if knots is not None]
+    return min(blends, key=lambda blend: blend.error.mean_update)
+
+
+def _uniform(samples: CoreSamples, number: int) -> list[int]:
+    wanted = (
+        torch.linspace(0, 1, number, dtype=torch.float32) if number > 1 else torch.full((1,), 0.5, dtype=torch.float32)
+    )
+    return (samples.levels[:, None] - wanted).abs().argmin(0).tolist()
+
+
+def _grown(samples: CoreSamples, knots: list[int], number: int) -> list[int] | None:
+    """Add knots where the interpolation of C is farthest from C(λ), until they have `number` φ; None if they can't."""
+    while len(_runs(samples, knots)) < number:
+        errors = torch.tensor(_sampled(samples, knots).error.update)
+        errors[knots] = 0
+        if not errors.any():
+            return None
+        knots = sorted([*knots, int(errors.argmax())])
+    return knots if len(_runs(samples, knots)) == number else None
+
+
+def _sampled(samples: CoreSamples, knots: list[int]) -> _Blend:
+    """The blend whose C_k is C at the first knot of each run."""
+    chosen, schedules, shares = _hats(samples, knots)
+    mixing = torch.zeros(len(chosen), len(samples.levels), dtype=torch.float64)
+    mixing[range(len(chosen)), chosen] = 1
+    return _Blend(samples.levels[chosen].tolist(), schedules, mixing, samples.error(shares, mixing))
+
+
+def _fitted(samples: CoreSamples, knots: list[int]) -> _Blend:
+    """The blend whose C_k are fitted by least squares."""
+    chosen, schedules, shares = _hats(samples, knots)
+    root = samples.weights.sqrt()
+    mixing = torch.linalg.pinv(root[:, None] * shares) * root
+    return _Blend(samples.levels[chosen].tolist(), schedules, mixing, samples.error(shares, mixing))
+
+
+def _hats(samples: CoreSamples, knots: list[int]) -> tuple[list[int], list[StrengthSchedule], Tensor]:
+    """The first point of each run of knots, the φ of each run, and Φ (n, K), their values on the grid."""
+    levels = samples.levels[knots].tolist()
+    runs = _runs(samples, knots)
+    schedules = [_hat(levels, run) for run in runs]
+    shares = torch.stack([schedule.at(samples.levels) for schedule in schedules], dim=1).double()
+    return [knots[run[0]] for run in runs], schedules, shares
+
+
+def _runs(samples: CoreSamples, knots: list[int]) -> list[list[int]]:
+    """The indices of the knots, grouped into runs of equal C."""
+    runs = [[0]]
+    for index in range(1, len(knots)):
+        if samples.same(knots[index - 1], knots[index]):
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return runs
+
+
+def _hat(levels: list[float], run: list[int]) -> StrengthSchedule:
+    """The schedule that is 1 on the run, and 0 up to the λ before it and from the λ after it."""
+    first, last = run[0], run[-1]
+    before = [(levels[first - 1], 0.0)] if first > 0 else []
+    inside = [(levels[index], 1.0) for index in dict.fromkeys((first, last))]
+    after = [(levels[last + 1], 0.0)] if last + 1 < len(levels) else []
+    return StrengthSchedule([*before, *inside, *after])
+
+
+# ---------------------------------------------------------------------- the LoRAs
+
+
+def _lora(adapter: Adapter, cores: Mapping[CoreKey, Tensor], index: int) -> PlainLora:
+    lora = assembled(adapter, lambda layer: core_in(cores, layer, index))
+    layers = {name: _without_unused(layer) for name, layer in lora.layers.items()}
+    if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
+        return lora
+    return replace(lora, config=with_ranks_of(lora.config, layers), layers=layers)
+
+
+def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
+    """Remove the directions whose columns of B are zero, since a mask has switched them off; at least one stays."""
+    if layer.B.shape[1] != layer.rank:  # a convolution with groups
+        return layer
+    used = layer.B.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
+    if len(used) in (0, layer.rank):
+        return layer
+    return replace(
+        layer, A=layer.A[used], B=layer.B[:, used].contiguous(), alpha=layer.scaling * len(used), rank=len(used)
+    )
+
+
+# ---------------------------------------------------------------------- refused
+
+
+def _check_summable(adapter: Adapter) -> None:
+    name, config = adapter.name, adapter.config
+    if config.use_dora:
+        raise ValueError(_refusal(name, "DoRA, whose norm is not linear in the update"))
+    if config.lora_bias or config.bias != "none":
+        raise ValueError(_refusal(name, "biases, which each LoRA would add again"))
+    if changes_base(config.init_lora_weights):
+        raise ValueError(_refusal(name, f"init_lora_weights={config.init_lora_weights!r}, which has changed the base"))
+
+
+def _refusal(adapter_name: str, what: str) -> str:
+    return (
+        f"Adapter '{adapter_name}' can't be a sum of LoRAs, since it has {what}: use to_lora(model, noise_level=λ), "
+        "the LoRA of one λ."
+    )
