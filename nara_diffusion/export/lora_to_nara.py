@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -29,9 +31,10 @@ from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.injection import LOADED_FLAG, rollback_on_error
 from nara_diffusion.tuner.state_dict import PEFT_PREFIX
+from nara_diffusion.tuner.strength.layers import layers_of
+from nara_diffusion.utils.listing import listed
 
 from .adapted_layers import read_adapter
-from .filling import fill
 from .lora.config import fitting_config
 from .lora.plain_lora import PlainLora
 from .lora.scheduler import flow_shift
@@ -128,7 +131,7 @@ def _insert(
             inject_adapter_in_model(config, model, adapter_name)
     else:
         model = get_peft_model(model, config, adapter_name)
-    fill(root, adapter_name, lora, origin)
+    copy_tensors(lora, root, adapter_name, origin)
     _set_others(model, adapter_name, lora, origin)
     check_identity(root, adapter_name, config)
     if inject:
@@ -159,6 +162,55 @@ def nara_config(lora: PlainLora, root: nn.Module, core: Mapping[str, Any]) -> Na
     if config.noise_convention is None and config.scheduler is not None and flow_shift(config.scheduler) is not None:
         config.noise_convention = _FLOW
     return config
+
+
+def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: str) -> None:
+    """Copy A, B, biases of B and magnitudes of `lora` into an adapter of `root`: all, or none. Cores stay as they are.
+
+    Values are kept bit by bit: a parameter with a coarser dtype takes the dtype of the tensor.
+
+    Args:
+        origin: the name of the LoRA in messages.
+
+    Raises:
+        ValueError: the layers, ranks, scales, shapes or kinds of tensors differ.
+    """
+    layers: dict[str, Any] = layers_of(root, adapter_name)
+    missing, surplus = sorted(lora.layers.keys() - layers.keys()), sorted(layers.keys() - lora.layers.keys())
+    if missing or surplus:
+        raise ValueError(
+            f"{origin} has {len(lora.layers)} layers, the adapter '{adapter_name}' {len(layers)}: "
+            f"{f'the adapter lacks {listed(missing)}' if missing else f'the LoRA lacks {listed(surplus)}'}. Set "
+            "target_modules to the layers of the LoRA."
+        )
+    for name, layer in lora.layers.items():
+        rank, scaling = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
+        if rank != layer.rank or not math.isclose(scaling, layer.scaling, rel_tol=1e-6):
+            raise ValueError(
+                f"{origin} has rank {layer.rank} and scale {layer.scaling:g} in '{name}', the adapter {rank} and "
+                f"{scaling:g}: set r (--rank) to {layer.rank}, lora_alpha to {layer.alpha:g} and use_rslora to False."
+            )
+    own = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter_name)}(\.\w+)?")
+    found = ((own.fullmatch(name), parameter) for name, parameter in root.named_parameters())
+    held = {f"{match[1]}{match[2] or ''}": parameter for match, parameter in found if match}
+    held = {key.removesuffix(".weight") if "_magnitude_" in key else key: held[key] for key in held}
+    given = {key: tensor for key, tensor in lora.state_dict().items() if key not in lora.others}
+    if odd := sorted(held.keys() ^ given.keys()):
+        raise ValueError(
+            f"{'The adapter' if odd[0] in held else origin} alone has '{odd[0]}': set use_dora (magnitude) and "
+            "lora_bias (bias) as in the LoRA."
+        )
+    for key, tensor in given.items():
+        # one-by-one kernels and magnitudes are written with and without their axes of length 1
+        if held[key].squeeze().shape != tensor.squeeze().shape:
+            raise ValueError(
+                f"'{key}' has shape {tuple(tensor.shape)} in {origin}, this layer needs {tuple(held[key].shape)}: it "
+                "was trained on another base model."
+            )
+    for key, tensor in given.items():
+        parameter = held[key]
+        dtype = torch.promote_types(parameter.dtype, tensor.dtype)
+        parameter.data = tensor.detach().reshape(parameter.shape).to(parameter.device, dtype, copy=True)
 
 
 def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> None:

@@ -42,7 +42,7 @@ def test_other_bases_and_other_files_are_refused(tmp_path):
         from_lora(tmp_path / "lora", nn.Sequential(nn.Linear(7, 5)))
     wider = base()
     wider.second = nn.Linear(11, 6)
-    with pytest.raises(ValueError, match=r"B of 'second' has shape \(5, 2\) in .*needs \(6, 2\)"):
+    with pytest.raises(ValueError, match=r"'second.lora_B.weight' has shape \(5, 2\) in .*needs \(6, 2\)"):
         from_lora(tmp_path / "lora", wider)
     assert type(wider.second) is nn.Linear
     with pytest.raises(ValueError, match="There is no file or folder"):

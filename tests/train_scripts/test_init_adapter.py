@@ -59,11 +59,11 @@ def test_a_training_goes_on_from_its_own_nara(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("options", "flags", "message"),
     [
-        ({"r": 2}, {}, r"has rank 2 in 'model.*the adapter 3"),
-        ({"lora_alpha": 3}, {}, r"has scale 1 \(alpha 3 / rank 3\).*: set lora_alpha to 3"),
+        ({"r": 2}, {}, r"has rank 2 and scale .* in 'model.*the adapter 3 and"),
+        ({"lora_alpha": 3}, {}, r"has rank 3 and scale 1 in .*: set .*lora_alpha to 3"),
         ({"target_modules": ["q_proj"]}, {}, "has 2 layers, the adapter 'default' 14: the LoRA lacks"),
         ({}, {"target_modules": ["q_proj"]}, "has 14 layers, the adapter 'default' 2: the adapter lacks"),
-        ({"use_dora": True}, {}, "has A, B, magnitude in .*the adapter A, B"),
+        ({"use_dora": True}, {}, "alone has '.*lora_magnitude_vector': set use_dora"),
         ({}, {"core_init": "kaiming"}, "has a C that is not I at first"),
         ({}, {"core_type": "bins", "core_bins": 3}, "has a C that is not I at first"),
         ({"init_lora_weights": "pissa"}, {}, "takes the start of A and B out of the base"),
@@ -83,7 +83,7 @@ def test_what_disagrees_with_the_flags_is_refused(arguments, tmp_path, options, 
         ({"core_sharing": "layer"}, "has core_sharing 'global', this run 'layer': give --core_sharing"),
         ({"core_hidden_dims": [8, 9]}, r"has core_hidden_dims"),
         ({"adapter": "lora", "core_hidden_dims": [256, 512]}, "is a NaRA with core_type 'hypernetwork'"),
-        ({"rank": 2}, "has rank 3 in"),
+        ({"rank": 2}, "has rank 3 and scale"),
     ],
 )
 def test_a_nara_that_disagrees_with_the_flags_is_refused(arguments, tmp_path, flags, message):

@@ -12,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.export.filling import fill
 from nara_diffusion.export.lora.plain_lora import PlainLora
 from nara_diffusion.export.lora.sources import read_lora
 from nara_diffusion.export.lora.tensors import lora_of_tensors
-from nara_diffusion.export.lora_to_nara import check_identity
+from nara_diffusion.export.lora_to_nara import check_identity, copy_tensors
 from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import naming, read_adapter
 from nara_diffusion.noise.schedulers.prediction import Prediction, prediction_in
@@ -86,7 +85,7 @@ def start_from(
     for name, root in components.items():
         _check_start(root, adapter_name, loras[name], parts.get(name), origin)
     for name, root in components.items():
-        fill(root, adapter_name, loras[name], origin)
+        copy_tensors(loras[name], root, adapter_name, origin)
         if name in parts:
             _fill_core(root, adapter_name, parts[name], origin)
 
