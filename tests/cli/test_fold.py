@@ -154,12 +154,12 @@ def test_comfyui_file_has_the_adapters_tensors(pipeline_file, tmp_path):
             "error: .* has no name in FLUX's original code",
         ),
         (["--noise_level", "0.5", "--form", "peft"], "error: --form peft writes one component, but the file has"),
-        (["--noise_level", "0.5", "--shift", "3"], "error: --shift: for --bins and --bound alone, leave it out"),
+        (["--noise_level", "0.5", "--shift", "3"], "error: --shift: for --bins alone, leave it out"),
         (
-            ["--noise_level", "0.5", "--steps", "30", "--interpolation", "linear"],
-            "error: --interpolation, --steps: ",
+            ["--noise_level", "0.5", "--shift", "3", "--checkpoint", "x.safetensors"],
+            "error: --shift, --checkpoint: ",
         ),
-        (["--noise_level", "0.5", "--checkpoint", "x.safetensors"], "error: --checkpoint: for --bins and --bound"),
+        (["--noise_level", "0.5", "--checkpoint", "x.safetensors"], "error: --checkpoint: for --bins"),
         (["--noise_level", "0.5", "--layers_per_block", "0"], "error: --layers_per_block is 0, expected 1 or more"),
     ],
 )
