@@ -101,7 +101,7 @@ def test_a_strength_with_steps_is_fitted_on_both_sides_of_them():
 
 
 def test_the_error_of_a_core_of_fast_sinusoids_is_that_between_the_points_of_a_grid_too():
-    own = model(core_type="diagonal", noise_embedding_dim=64)
+    own = model(fourier_scale=300.0, noise_embedding_dim=64)
     bins = to_lora_bins(own, 8)
     levels = torch.rand(3000)
     wrong = error_by_hand(bins, own, levels).square().mean().sqrt()
