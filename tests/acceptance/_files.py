@@ -338,7 +338,8 @@ def assert_same_fields(actual: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     """The fields of a configuration that both have are the same; versions may add some or leave some out."""
 
     def value(fields: Mapping[str, Any], key: str) -> Any:
-        return sorted(fields[key]) if key == "target_modules" else fields[key]  # PEFT has a set of it
+        found = fields[key]
+        return sorted(found) if key == "target_modules" and isinstance(found, list) else found  # PEFT has a set of it
 
     unlike = {key for key in actual.keys() & wanted.keys() if value(actual, key) != value(wanted, key)}
     assert unlike <= {"peft_version"}, {key: (actual[key], wanted[key]) for key in unlike}
