@@ -1,0 +1,140 @@
+"""A save that fails, on a full disk or in a folder that can't be written, leaves the files that were there, whole."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from nara_diffusion import to_lora
+from tests.acceptance import _files
+
+PIPELINE, PEFT = _files.FILES / "pipelines" / "sdxl_unet_float32", _files.FILES / "peft" / "nara"
+NOBODY = 65534
+FAILURES = (OSError, SafetensorError, SystemExit)
+
+# PEFT's, of a base that it can't look up on the Hub
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-language:UserWarning")
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Inside, no file grows beyond `room` bytes: as on a full disk, a write fails in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def another_pipeline() -> Any:
+    pipe = _files.sdxl()
+    pipe.load_nara_weights(_files.FILES / "pipelines" / "sdxl_float32")
+    return pipe
+
+
+def another_model() -> PeftModel:
+    return PeftModel.from_pretrained(_files.language_model(), _files.FILES / "peft" / "module_type")
+
+
+def fold(source: Path, output: Path, *words: str) -> None:
+    _files.command()(["fold", str(source), str(output), "--noise_level", "0.7", *words])
+
+
+Save = Callable[[Path], Any]
+SAVES: dict[str, tuple[int, Callable[[], Save]]] = {
+    "save_pretrained": (8000, lambda: another_model().save_pretrained),
+    "save_pretrained, model card": (700, lambda: another_model().save_pretrained),
+    "save_nara_weights": (3000, lambda: another_pipeline().save_nara_weights),
+    "to_lora": (3000, lambda: to_lora(another_model(), 0.5, mask_density=0.5).save_pretrained),
+    "nara fold": (3000, lambda: lambda folder: fold(PIPELINE, folder / "lora.safetensors")),
+    "nara fold to PEFT": (3000, lambda: lambda folder: fold(PEFT, folder, "--form", "peft")),
+    "nara convert": (
+        3000,
+        lambda: lambda folder: _files.command()(["convert", str(PIPELINE), str(folder), "--to", "peft"]),
+    ),
+}
+"""{what writes: (bytes a file may have, what makes the call that writes a folder)}."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a file by each name that is written."""
+    folder = tmp_path / "kept"
+    shutil.copytree(PEFT, folder)
+    shutil.copy(PIPELINE / _files.PIPELINE_WEIGHTS, folder)
+    for name in ("lora.safetensors", "README.md"):
+        (folder / name).write_text("kept")
+    return folder
+
+
+@pytest.mark.parametrize("row", SAVES)
+def test_save_on_a_full_disk_leaves_the_files_of_before(row: str, folder: Path, capsys) -> None:
+    room, make = SAVES[row]
+    save = make()
+    before = content(folder)
+    with pytest.raises(FAILURES), full_disk(room):
+        save(folder)
+    assert content(folder) == before
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["kept"]
+    save(folder)
+    assert content(folder) != before
+
+
+@pytest.mark.parametrize("row", ["save_pretrained", "save_nara_weights", "nara fold to PEFT", "nara convert"])
+def test_save_on_a_full_disk_leaves_no_file_in_a_new_folder(row: str, tmp_path: Path, capsys) -> None:
+    room, make = SAVES[row]
+    save = make()
+    with pytest.raises(FAILURES), full_disk(room):
+        save(tmp_path / "new")
+    assert content(tmp_path) == {}
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Inside, the process is no longer root, who may write into any folder."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("row", ["save_pretrained", "save_nara_weights"])
+def test_save_into_a_folder_that_cannot_be_written_leaves_what_was_there(row: str, folder: Path) -> None:
+    save, before = SAVES[row][1](), content(folder)
+    with tempfile.TemporaryDirectory() as outer:  # pytest's own keeps other users out
+        closed = Path(shutil.copytree(folder, Path(outer) / "closed"))
+        Path(outer).chmod(0o755)
+        closed.chmod(0o555)
+        try:
+            with pytest.raises((OSError, SafetensorError), match="Permission denied"), without_privileges():
+                save(closed)
+        finally:
+            closed.chmod(0o755)
+        assert content(closed) == before
+
+
+@pytest.mark.parametrize("row", ["save_nara_weights", "nara convert"])
+def test_save_where_a_file_is_in_place_of_the_folder_leaves_it(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "a file"
+    path.write_text("kept")
+    with pytest.raises((*FAILURES, ValueError)):
+        SAVES[row][1]()(path)
+    assert content(tmp_path) == {"a file": b"kept"}
