@@ -108,7 +108,9 @@ def language_model() -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     config.is_causal = False
-    return filled(LlamaForCausalLM(config), "language")
+    model = LlamaForCausalLM(config)
+    model.name_or_path = "tiny-language"  # what the adapters' configurations say, a relative path
+    return filled(model, "language")
 
 
 class Mixed(nn.Module):

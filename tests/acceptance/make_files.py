@@ -25,7 +25,6 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.dllm import load_backbone
@@ -95,8 +94,6 @@ def save_peft(folder: Path) -> dict[str, torch.Tensor]:
     for name, options in PEFT.items():
         torch.manual_seed(0)  # of the frequencies, which are in the file
         base = {"mixed": _files.mixed_model, "converted": _files.unet}.get(name, _files.language_model)()
-        if isinstance(base, LlamaForCausalLM):
-            base.name_or_path = "tiny-language"  # a relative path: tests write the base there
         model = get_peft_model(base, NaraConfig(**SMALL | options))
         train(model, name)
         model.eval().save_pretrained(str(folder / name))

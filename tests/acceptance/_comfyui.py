@@ -1,0 +1,181 @@
+"""Small stand-ins for what the node uses of ComfyUI, after its public interface, and modules by its models' names.
+
+ComfyUI (a125cd84): comfy/model_patcher.py, model_sampling.py, samplers.py, sd.py; folder_paths.py. The names of the
+UNet's modules are those of Stability's code, as ldm/modules/diffusionmodules/openaimodel.py makes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Discrete:
+    """ModelSamplingDiscrete: the 1000 sigmas of SD's schedule; a timestep is that of the nearest log σ."""
+
+    num_timesteps = 1000
+
+    def __init__(self) -> None:
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        alphas = (1 - betas).cumprod(0)
+        self.sigmas = ((1 - alphas) / alphas).sqrt().float()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return (sigma.log()[None] - self.sigmas.log()[:, None]).abs().argmin(dim=0).view(sigma.shape)
+
+
+class Flow:
+    """ModelSamplingFlux."""
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+
+class EPS:
+    """A sampling of what predicts ε."""
+
+
+class V_PREDICTION(EPS):
+    """A sampling of what predicts v."""
+
+
+class CONST:
+    """A sampling of rectified flows."""
+
+
+class Patcher:
+    """comfy.model_patcher.ModelPatcher: clones share the model, and have options of their own."""
+
+    def __init__(self, diffusion_model: nn.Module, sampling: Any, apply_model: Callable[..., Tensor]) -> None:
+        self.model = SimpleNamespace(diffusion_model=diffusion_model, model_sampling=sampling, apply_model=apply_model)
+        self.model_options: dict[str, Any] = {"transformer_options": {}}
+
+    def clone(self) -> Patcher:
+        other = copy.copy(self)
+        other.model_options = copy.copy(self.model_options)
+        return other
+
+    def set_model_unet_function_wrapper(self, function: Any) -> None:
+        self.model_options["model_function_wrapper"] = function
+
+    def sample(self, x: Tensor, sigma: Tensor, **c: Any) -> Tensor:
+        """One call of the model, as comfy.samplers makes it."""
+        function = self.model_options.get("model_function_wrapper")
+        if function is None:
+            return self.model.apply_model(x, sigma, **c)
+        return function(self.model.apply_model, {"input": x, "timestep": sigma, "c": c, "cond_or_uncond": [0]})
+
+
+class Named(nn.Module):
+    """A diffusion_model of ComfyUI's: modules under its names."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            *parents, last = name.split(".")
+            place: nn.Module = self
+            for parent in parents:
+                if parent not in dict(place.named_children()):
+                    place.add_module(parent, nn.Module())
+                place = place.get_submodule(parent)
+            place.add_module(last, module)
+
+
+RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+}
+BLOCKS = {
+    "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.resnets.1": "input_blocks.2.0",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.4.0",
+    "down_blocks.1.attentions.0": "input_blocks.4.1",
+    "down_blocks.1.resnets.1": "input_blocks.5.0",
+    "down_blocks.1.attentions.1": "input_blocks.5.1",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0",
+    "up_blocks.0.attentions.0": "output_blocks.0.1",
+    "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1",
+    "up_blocks.0.resnets.2": "output_blocks.2.0",
+    "up_blocks.0.attentions.2": "output_blocks.2.1",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+    "up_blocks.1.resnets.0": "output_blocks.3.0",
+    "up_blocks.1.resnets.1": "output_blocks.4.0",
+    "up_blocks.1.resnets.2": "output_blocks.5.0",
+}
+"""{Diffusers' name: Stability's} in a UNet of two levels with two ResNet blocks each."""
+
+
+def stability_name(name: str) -> str | None:
+    """Stability's name of a module of the small UNet, None for one that the adapters leave alone."""
+    if name in OUTSIDE or name in BLOCKS:
+        return OUTSIDE.get(name) or BLOCKS[name]
+    block = re.match(r"(?:mid_block|(?:down|up)_blocks\.\d)\.(?:resnets|attentions)\.\d", name)
+    if block is None or block[0] not in BLOCKS:
+        return None
+    rest = name.removeprefix(f"{block[0]}.")
+    return f"{BLOCKS[block[0]]}.{RESNET[rest] if 'resnets' in block[0] else rest}"
+
+
+def named_as_stability_does(unet: nn.Module) -> Named:
+    """The layers of a UNet of Diffusers under Stability's names."""
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    return Named({other: layer for name, layer in layers.items() if (other := stability_name(name)) is not None})
+
+
+@contextmanager
+def comfyui(loras: Path) -> Iterator[SimpleNamespace]:
+    """Inside, `comfyui` imports beside stubs: `.node()` is a new node, `.clips` what was loaded into CLIPs.
+
+    Args:
+        loras: ComfyUI/models/loras.
+    """
+    clips: list[tuple[Any, dict[str, Tensor], float]] = []
+
+    def load_lora_for_models(model: Any, clip: Any, lora: Any, strength_model: float, strength_clip: float) -> Any:
+        clips.append((clip, lora, strength_clip))
+        return model, f"{clip} with a LoRA"
+
+    stubs = {name: ModuleType(name) for name in ("folder_paths", "comfy", "comfy.sd")}
+    vars(stubs["folder_paths"]).update(
+        get_filename_list=lambda kind: sorted(path.name for path in loras.iterdir()),
+        get_full_path_or_raise=lambda kind, name: str(loras / name),
+    )
+    vars(stubs["comfy.sd"]).update(load_lora_for_models=load_lora_for_models)
+    vars(stubs["comfy"]).update(sd=stubs["comfy.sd"])
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == "comfyui"]
+
+    before = {name: sys.modules.pop(name) for name in ours()}
+    sys.modules.update(stubs)
+    try:
+        import comfyui as package
+
+        (kind,) = package.NODE_CLASS_MAPPINGS.values()
+        yield SimpleNamespace(node=kind, load=lambda *given: getattr(kind(), kind.FUNCTION)(*given), clips=clips)
+    finally:
+        for name in [*ours(), *stubs]:
+            del sys.modules[name]
+        sys.modules.update(before)

@@ -1,0 +1,308 @@
+"""Exports of the stored NaRAs: the same LoRAs as version 0.1 wrote, and what hosts that know only LoRA make of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nara_diffusion import StrengthSchedule, core_matrix, from_lora, noise_level, set_strength, to_lora, to_lora_bins
+from tests.acceptance import _files
+
+EXPORTS, PEFT, PIPELINES = (_files.FILES / kind for kind in ("exports", "peft", "pipelines"))
+LEVEL = _files.FOLD_LEVEL
+HOST_FILES = [f"{name}_{form}" for name in ("sdxl", "flux") for form in ("kohya", "comfyui", "diffusers")]
+EXACT = 1e-6
+"""Of folding, relative to the update, which is computed in float64 and kept in float32."""
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in tiny-language:UserWarning"),
+]
+
+
+def language(name: str) -> PeftModel:
+    base = _files.mixed_model() if name == "mixed" else _files.language_model()
+    return PeftModel.from_pretrained(base, PEFT / name).eval()
+
+
+def stock(folder: Path, base: nn.Module | None = None) -> PeftModel:
+    """The LoRA in `folder`, as PEFT alone reads it."""
+    model = PeftModel.from_pretrained(_files.language_model() if base is None else base, folder).eval()
+    assert type(model.peft_config["default"]) is LoraConfig
+    return model
+
+
+@torch.no_grad()
+def at_level(model: nn.Module, level: float | Tensor = LEVEL) -> Tensor:
+    with noise_level(model, level, mask_density=0.5):
+        return _files.plain_text_output(model)
+
+
+def assert_same_export(actual: Path, wanted: Path) -> None:
+    """The same keys, dtypes and shapes, and values to the rounding of the products that they are."""
+    found, stored = load_file(actual), load_file(wanted)
+    assert found.keys() == stored.keys()
+    for key, tensor in stored.items():
+        limit = EXACT * tensor.abs().max().item()
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=limit, msg=lambda text, key=key: f"{key}: {text}")
+    assert _files.header(actual) == _files.header(wanted)
+
+
+# ---------------------------------------------------------------------- one λ
+
+
+@pytest.mark.parametrize("name", HOST_FILES)
+def test_fold_writes_a_hosts_file_tensor_for_tensor_as_0_1_did(name: str, tmp_path: Path, capsys) -> None:
+    base, form = name.split("_")
+    source, output = PIPELINES / f"{base}_float32", tmp_path / "lora.safetensors"
+    words = ["--noise_level", str(LEVEL), "--form", form, "--base", base]
+    _files.command()(["fold", str(source), str(output), *words])
+    assert_same_export(output, EXPORTS / f"{name}.safetensors")
+
+
+def test_fold_writes_pefts_folder_as_0_1_did(tmp_path: Path, capsys) -> None:
+    _files.command()(["fold", str(PEFT / "nara"), str(tmp_path), "--noise_level", str(LEVEL), "--form", "peft"])
+    assert_same_export(tmp_path / _files.PEFT_WEIGHTS, EXPORTS / "nara_peft" / _files.PEFT_WEIGHTS)
+    fields = [json.loads((path / _files.PEFT_CONFIG).read_text()) for path in (tmp_path, EXPORTS / "nara_peft")]
+    _files.assert_same_fields(*fields)
+
+
+@pytest.mark.parametrize("name", ["sdxl_kohya", "sdxl_diffusers", "flux_diffusers"])
+def test_diffusers_own_loader_gives_the_naras_output_at_that_level(name: str) -> None:
+    """Of the stored files, to which the test above compares what is written today."""
+    base, say = _files.PIPELINES[name.split("_")[0]]
+    nara, host = base(), base()
+    nara.load_nara_weights(PIPELINES / f"{name.split('_')[0]}_float32")
+    host.load_lora_weights(EXPORTS / f"{name}.safetensors")
+    denoiser = getattr(nara, "unet", None) or nara.transformer
+    with noise_level(denoiser, LEVEL):
+        wanted = say(nara)
+    for part, value in say(host).items():
+        assert all(type(config) is LoraConfig for config in getattr(host, part).peft_config.values())
+        _files.assert_near(value, wanted[part], getattr(host, part))
+
+
+def updates(path: Path) -> dict[str, Tensor]:
+    """{kohya's name of a module: ΔW} in float64, of kohya's or ComfyUI's form."""
+    found, tensors = {}, load_file(path)
+    for key, down in tensors.items():
+        if key.endswith((".lora_down.weight", ".lora_A.weight")):
+            kohya = key.endswith(".lora_down.weight")
+            name = key.removesuffix(".lora_down.weight" if kohya else ".lora_A.weight")
+            up = tensors[f"{name}.lora_up.weight" if kohya else f"{name}.lora_B.weight"]
+            scale = tensors[f"{name}.alpha"].item() / len(down) if kohya else 1.0
+            found[name] = scale * up.double().flatten(1) @ down.double().flatten(1)
+    return found
+
+
+def test_comfyuis_file_of_sdxl_has_the_updates_that_kohyas_has() -> None:
+    """Text encoders have kohya's names there too."""
+    kohya, comfyui = (updates(EXPORTS / f"sdxl_{form}.safetensors") for form in ("kohya", "comfyui"))
+    renamed = {_kohyas(name): update for name, update in comfyui.items()}
+    assert renamed.keys() == kohya.keys()
+    for name, update in kohya.items():
+        torch.testing.assert_close(renamed[name], update, rtol=0, atol=EXACT * update.abs().max().item())
+
+
+def _kohyas(name: str) -> str:
+    return f"lora_unet_{name.removeprefix('diffusion_model.').replace('.', '_')}" if "diffusion_model" in name else name
+
+
+DOUBLE, SINGLE = "transformer.transformer_blocks.0.", "transformer.single_transformer_blocks.0."
+OF_FLUX = {
+    "double_blocks.0.img_attn.qkv": [f"{DOUBLE}attn.to_{name}" for name in "qkv"],
+    "double_blocks.0.txt_attn.qkv": [f"{DOUBLE}attn.add_{name}_proj" for name in "qkv"],
+    "double_blocks.0.img_attn.proj": [f"{DOUBLE}attn.to_out.0"],
+    "double_blocks.0.txt_attn.proj": [f"{DOUBLE}attn.to_add_out"],
+    "double_blocks.0.img_mlp.0": [f"{DOUBLE}ff.net.0.proj"],
+    "double_blocks.0.txt_mlp.2": [f"{DOUBLE}ff_context.net.2"],
+    "double_blocks.0.img_mod.lin": [f"{DOUBLE}norm1.linear"],
+    "single_blocks.0.linear1": [*(f"{SINGLE}attn.to_{name}" for name in "qkv"), f"{SINGLE}proj_mlp"],
+    "single_blocks.0.linear2": [f"{SINGLE}proj_out"],
+}
+"""{module of FLUX's own code: Diffusers' modules, whose outputs it has one behind another}."""
+
+
+@pytest.mark.parametrize("form", ["kohya", "comfyui"])
+def test_file_of_flux_has_diffusers_updates_in_the_matrices_of_the_original_code(form: str) -> None:
+    """(Diffusers reads kohya's single blocks at the sizes of the true FLUX alone.)"""
+    parts, found = updates(EXPORTS / "flux_diffusers.safetensors"), updates(EXPORTS / f"flux_{form}.safetensors")
+    assert {name for names in OF_FLUX.values() for name in names} == parts.keys()
+    wanted = {f"diffusion_model.{name}": torch.cat([parts[part] for part in own]) for name, own in OF_FLUX.items()}
+    if form == "kohya":
+        wanted = {_kohyas(name): update for name, update in wanted.items()}
+    assert found.keys() == wanted.keys()
+    for name, update in wanted.items():
+        torch.testing.assert_close(found[name], update, rtol=0, atol=EXACT * update.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "name", ["nara", "nara_dora", "knots", "constant", "bins", "module_type", "layer", "strength", "mixed"]
+)
+def test_to_lora_read_by_peft_alone_gives_the_naras_output_at_that_level(name: str, tmp_path: Path) -> None:
+    nara = language(name)
+    wanted, before = at_level(nara), {key: tensor.clone() for key, tensor in nara.state_dict().items()}
+    to_lora(nara, LEVEL, mask_density=0.5).save_pretrained(tmp_path)
+    torch.testing.assert_close(dict(nara.state_dict()), before, rtol=0, atol=0)
+    host = stock(tmp_path, _files.mixed_model() if name == "mixed" else None)
+    with torch.no_grad():
+        _files.assert_near(_files.plain_text_output(host), wanted, host)
+    tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
+    assert len(_files.adapted_layers(host)) == len(_files.layers_of(tensors))
+
+
+def test_folded_adapter_of_another_prediction_tells_its_scheduler(tmp_path: Path, caplog, capsys) -> None:
+    pipe, output = _files.sdxl(), tmp_path / "lora.safetensors"
+    pipe.load_nara_weights(PEFT / "converted")
+    pipe.save_nara_weights(tmp_path)
+    _files.command()(["fold", str(tmp_path), str(output), "--noise_level", "0.5", "--form", "kohya", "--base", "sdxl"])
+    assert "v_prediction" in caplog.text
+    assert _files.header(output)["nara_scheduler"]["prediction_type"] == "v_prediction"
+
+
+# ---------------------------------------------------------------------- all λ
+
+
+@torch.no_grad()
+def naras_updates(model: PeftModel, levels: Tensor) -> dict[str, Tensor]:
+    """{module: ΔW (n, d_out, d_in)} of the stored "nara" by its definition, in float64."""
+    tensors = load_file(PEFT / "nara" / _files.PEFT_WEIGHTS)
+    C = core_matrix(model, levels).double()
+    found = {}
+    for name in _files.layers_of(tensors):
+        A, B = (tensors[f"{name}.lora_{kind}.weight"].double() for kind in "AB")
+        r = len(A)
+        alpha = 7 if "q_proj" in name else 5
+        found[name] = alpha / r * torch.einsum("or,nrs,si->noi", B, C[:, :r, :r], A)
+    return found
+
+
+def loras_updates(folder: Path) -> dict[str, Tensor]:
+    """{module: ΔW (d_out, d_in)} of a LoRA in PEFT's form, in float64."""
+    model = stock(folder)
+    return {
+        f"base_model.model.{name}": layer.get_delta_weight("default").detach().double()
+        for name, layer in model.base_model.model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
+    """‖ΔW − ΔW(λ)‖ over all layers (n,), of the root mean square of ‖ΔW(λ)‖ over λ."""
+    assert found.keys() == wanted.keys()
+    squares = torch.stack([(found[name] - update).square().sum((1, 2)) for name, update in wanted.items()]).sum(0)
+    size = torch.stack([update.square().sum((1, 2)) for update in wanted.values()]).sum(0).mean()
+    return (squares / size).sqrt()
+
+
+GRID = (torch.arange(256) + 0.5) / 256
+
+
+def test_nearest_lora_over_all_levels_tells_its_measured_error(tmp_path: Path) -> None:
+    model = language("nara")
+    lora = to_lora(model, noise_level="best")
+    lora.save_pretrained(tmp_path)
+    wanted = naras_updates(model, GRID)
+    measured = error(loras_updates(tmp_path), wanted)
+    assert lora.error is not None
+    assert lora.error.worst_update == pytest.approx(measured.max().item(), rel=0.02)
+    assert lora.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
+    assert measured.max() > 0.1
+    mean = {name: update.mean(0) for name, update in wanted.items()}
+    assert measured.square().mean() == pytest.approx(error(mean, wanted).square().mean().item(), rel=1e-3)
+    report = json.loads((tmp_path / "export_error.json").read_text())
+    assert report["worst_update"] == pytest.approx(lora.error.worst_update)
+
+
+def played(folders: list[Path], schedules: list[StrengthSchedule]) -> PeftModel:
+    """Several LoRAs in PEFT, each at its strength over λ."""
+    model = PeftModel.from_pretrained(_files.language_model(), folders[0], adapter_name="0")
+    for index, folder in enumerate(folders[1:], start=1):
+        model.load_adapter(str(folder), adapter_name=str(index))
+    model.base_model.set_adapter([str(index) for index in range(len(folders))])
+    for index, schedule in enumerate(schedules):
+        set_strength(model, str(index), schedule)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "number"), [("knots", 4), ("bins", 3), ("rank_mask", 4)])
+def test_loras_and_strengths_of_knots_bins_and_masks_are_the_nara(name: str, number: int, tmp_path: Path) -> None:
+    nara = language(name)
+    parts = to_lora_bins(nara)
+    assert len(parts.loras) == len(parts.schedules) == number
+    assert parts.error.worst_update < 1e-5
+    for index, lora in enumerate(parts.loras):
+        lora.save_pretrained(tmp_path / str(index))
+    host = played([tmp_path / str(index) for index in range(number)], parts.schedules)
+    _files.assert_near(_files.text_output(host), _files.expected("peft")[name], host)
+
+
+def test_loras_of_a_hypernetwork_tell_the_error_of_their_sum(tmp_path: Path) -> None:
+    model = language("nara")
+    parts = to_lora_bins(model, bins=4)
+    parts.save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "lora_bins.json").read_text())["loras"]
+    assert len(entries) == len(parts.loras) <= 4
+    strengths = [StrengthSchedule(entry["strength"]).at(GRID).double() for entry in entries]
+    torch.testing.assert_close(sum(strengths), torch.ones(256).double())
+    wanted, found = naras_updates(model, GRID), dict[str, Any]()
+    for entry, strength in zip(entries, strengths, strict=True):
+        for name, update in loras_updates(tmp_path / entry["folder"]).items():
+            found[name] = found.get(name, 0) + strength[:, None, None] * update
+    measured = error(found, wanted)
+    assert parts.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
+    assert parts.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
+    assert parts.error.mean_update < to_lora(model, noise_level="best").error.mean_update
+
+
+# ---------------------------------------------------------------------- from a LoRA
+
+
+def test_from_lora_starts_as_the_lora_at_each_level_and_folds_back_to_it(tmp_path: Path) -> None:
+    host = stock(EXPORTS / "nara_peft")
+    with torch.no_grad():
+        wanted = _files.plain_text_output(host)
+    nara = from_lora(EXPORTS / "nara_peft", _files.language_model(), core_type="hypernetwork", core_hidden_dims=(6, 6))
+    nara.eval()
+    _files.assert_near(at_level(nara, _files.LEVELS), wanted, nara)
+    to_lora(nara, 0.8).save_pretrained(tmp_path)
+    _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, EXPORTS / "nara_peft" / _files.PEFT_WEIGHTS)
+
+
+def test_from_lora_has_a_core_that_training_moves() -> None:
+    nara = from_lora(EXPORTS / "nara_peft", _files.language_model(), core_hidden_dims=(6, 6)).train()
+    before = core_matrix(nara, _files.LEVELS).detach()
+    torch.testing.assert_close(before, torch.eye(3).expand_as(before))
+    optimizer = torch.optim.SGD([p for p in nara.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        with noise_level(nara, _files.LEVELS):
+            nara(input_ids=_files.tokens(29)).logits.square().mean().backward()
+        optimizer.step()
+    assert (core_matrix(nara, _files.LEVELS) - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "comfyui"])
+def test_from_lora_reads_a_hosts_file_into_a_pipeline(form: str) -> None:
+    host, nara = _files.sdxl(), _files.sdxl()
+    host.load_lora_weights(EXPORTS / "sdxl_diffusers.safetensors")
+    from_lora(EXPORTS / f"sdxl_{form}.safetensors", nara)
+    wanted = _files.sdxl_outputs(host)
+    for part, value in _files.sdxl_outputs(nara).items():
+        _files.assert_near(value, wanted[part], getattr(nara, part))
+
+
+def test_nara_of_a_lora_is_saved_and_loaded_as_a_nara(tmp_path: Path) -> None:
+    nara = from_lora(EXPORTS / "sdxl_kohya.safetensors", _files.sdxl())
+    wanted = _files.sdxl_outputs(nara)
+    nara.save_nara_weights(tmp_path)
+    again = _files.sdxl()
+    again.load_nara_weights(tmp_path)
+    for part, value in _files.sdxl_outputs(again).items():
+        _files.assert_near(value, wanted[part], getattr(again, part))
