@@ -158,6 +158,18 @@ def test_to_lora_read_by_peft_alone_gives_the_naras_output_at_that_level(name: s
     assert len(_files.adapted_layers(host)) == len(_files.layers_of(tensors))
 
 
+@pytest.mark.parametrize("strength", [0.25, StrengthSchedule([(0.25, 1.0), (0.5, 0.5)])], ids=["number", "schedule"])
+def test_to_lora_includes_the_strength_that_was_set(strength: Any, tmp_path: Path) -> None:
+    nara = language("nara")
+    set_strength(nara, "default", strength)
+    wanted = at_level(nara)
+    assert (wanted - at_level(language("nara"))).abs().max() > 0.1
+    to_lora(nara, LEVEL).save_pretrained(tmp_path)
+    host = stock(tmp_path)
+    with torch.no_grad():
+        _files.assert_near(_files.plain_text_output(host), wanted, host)
+
+
 def test_folded_adapter_of_another_prediction_tells_its_scheduler(tmp_path: Path, caplog, capsys) -> None:
     pipe, output = _files.sdxl(), tmp_path / "lora.safetensors"
     pipe.load_nara_weights(PEFT / "converted")

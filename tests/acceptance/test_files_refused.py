@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from nara_diffusion import NaraConfig
 from tests.acceptance import _files
 
 Tensors = dict[str, Tensor]
@@ -260,6 +261,11 @@ def test_pickle_is_refused_and_not_run(suffix: str, form: str, models, tmp_path:
     assert not (tmp_path / "was run").exists()
 
 
+def test_file_whose_noise_level_is_another_than_the_models_is_refused(models, tmp_path: Path) -> None:
+    change_fields("pipeline", copied("pipeline", tmp_path), {"noise_convention": "masked_share"})
+    refused(loading("pipeline", models["pipeline"], tmp_path), models["pipeline"], "masked_share", "timestep")
+
+
 def test_pipeline_file_without_its_metadata_is_refused(models, tmp_path: Path) -> None:
     path = copied("pipeline", tmp_path)
     save_file(load_file(path), path, metadata={"format": "pt"})
@@ -322,6 +328,17 @@ def test_nara_given_to_a_loader_of_loras_is_refused_by_the_right_call(call: str,
     pipe, file = models["pipeline"], GOOD["pipeline"] / WEIGHTS["pipeline"]
     loader = pipe.load_lora_weights if call == "load_lora_weights" else pipe.unet.load_lora_adapter
     refused(lambda: loader(file), pipe, "load_nara_weights")
+
+
+@pytest.mark.parametrize("core", ["rank_mask", "bins"])
+def test_nara_whose_core_has_no_tensors_is_refused_by_a_loader_of_loras_too(core: str, models, tmp_path: Path) -> None:
+    """All keys of its file are a LoRA's; what it is stands in the metadata alone."""
+    trained = _files.sdxl()
+    trained.unet.add_adapter(NaraConfig(core_type=core, r=5, target_modules=["to_q"]))
+    trained.save_nara_weights(tmp_path)
+    assert all(".lora_" in key for key in load_file(tmp_path / WEIGHTS["pipeline"]))
+    file = tmp_path / WEIGHTS["pipeline"]
+    refused(lambda: models["pipeline"].load_lora_weights(file), models["pipeline"], "load_nara_weights")
 
 
 def test_models_that_refused_every_file_take_a_whole_one(models) -> None:
