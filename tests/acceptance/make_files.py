@@ -28,7 +28,7 @@ from torch import nn
 
 from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.dllm import load_backbone
-from tests.acceptance import _files
+from tests.acceptance import _bases, _files
 
 SMALL = {"r": 3, "lora_alpha": 5, "core_scale": 0.7, "core_hidden_dims": (9, 10), "noise_embedding_dim": 8}
 TEXT = {"target_modules": ["q_proj", "v_proj", "down_proj"], "noise_convention": "masked_share"}
@@ -85,7 +85,7 @@ def train(model: nn.Module, seed: str) -> None:
     """Another value for each tensor that training changes: no zero and no identity is left."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            value = _files.drawn(f"{seed}.{name}", *parameter.shape)
+            value = _bases.drawn(f"{seed}.{name}", *parameter.shape)
             parameter.data.copy_(value.abs() + 0.5 if "magnitude" in name else value / 2)
 
 
@@ -93,19 +93,19 @@ def save_peft(folder: Path) -> dict[str, torch.Tensor]:
     outputs = {}
     for name, options in PEFT.items():
         torch.manual_seed(0)  # of the frequencies, which are in the file
-        base = {"mixed": _files.mixed_model, "converted": _files.unet}.get(name, _files.language_model)()
+        base = {"mixed": _bases.mixed_model, "converted": _bases.unet}.get(name, _bases.language_model)()
         model = get_peft_model(base, NaraConfig(**SMALL | options))
         train(model, name)
         model.eval().save_pretrained(str(folder / name))
         (folder / name / "README.md").unlink()
         if name == "converted":
-            pipe = _files.sdxl()
+            pipe = _bases.sdxl()
             pipe.unet = model.base_model.model
-            outputs[name] = _files.sdxl_outputs(pipe)["unet"]
+            outputs[name] = _bases.sdxl_outputs(pipe)["unet"]
         else:
-            outputs[name] = _files.text_output(model)
-    outputs["base.language"] = _files.plain_text_output(_files.language_model())
-    outputs["base.mixed"] = _files.plain_text_output(_files.mixed_model())
+            outputs[name] = _bases.text_output(model)
+    outputs["base.language"] = _bases.plain_text_output(_bases.language_model())
+    outputs["base.mixed"] = _bases.plain_text_output(_bases.mixed_model())
     return outputs
 
 
@@ -137,12 +137,12 @@ def save_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
         shutil.copy(run / "checkpoint-2" / name, folder / "checkpoint-2")
     shutil.rmtree(run)
     model = PeftModel.from_pretrained(load_backbone("examples/assets/llada-tiny")[0], folder / "checkpoint-2").eval()
-    return {"checkpoint-2": _files.shipped_output(model)}
+    return {"checkpoint-2": _bases.shipped_output(model)}
 
 
 def adapted_pipe(name: str) -> Any:
     torch.manual_seed(0)
-    pipe = _files.PIPELINES[name][0]()
+    pipe = _bases.PIPELINES[name][0]()
     if name == "flux":
         pipe.transformer.add_adapter(NaraConfig(**SMALL | FLUX | {"noise_convention": "flow"}), "default")
         train(pipe.transformer, name)
@@ -160,7 +160,7 @@ def adapted_pipe(name: str) -> Any:
 
 def save_pipelines(folder: Path) -> dict[str, torch.Tensor]:
     outputs = {}
-    for name, (base, say) in _files.PIPELINES.items():
+    for name, (base, say) in _bases.PIPELINES.items():
         for kind, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
             pipe = adapted_pipe(name)
             pipe.to(dtype=dtype)
@@ -197,7 +197,7 @@ def main() -> None:
     packages = ("torch", "peft", "diffusers", "transformers", "safetensors")
     content = {
         "made": {"commit": commit, **{name: version(name) for name in packages}},
-        "sha256": {name: _files.digest(make()) for name, make in _files.BASES.items()},
+        "sha256": {name: _bases.digest(make()) for name, make in _bases.BASES.items()},
     }
     (_files.FILES / "bases.json").write_text(json.dumps(content, indent=2) + "\n")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from tests.acceptance import _files
+from tests.acceptance import _bases, _files
 from tests.acceptance._comfyui import CONST, EPS, V_PREDICTION, Discrete, Flow, Named, Patcher, comfyui
 from tests.acceptance._comfyui import named_as_stability_does as renamed
 
@@ -31,7 +31,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     folder = tmp_path_factory.mktemp("loras")
     for name in ("sdxl_float32", "sdxl_bfloat16", "sdxl_unet_float32", "flux_float32"):
         shutil.copy(PIPELINES / name / _files.PIPELINE_WEIGHTS, folder / f"{name}.safetensors")
-    pipe = _files.sdxl()
+    pipe = _bases.sdxl()
     pipe.load_nara_weights(_files.FILES / "peft" / "converted")
     pipe.save_nara_weights(folder, weight_name="converted.safetensors")
     with comfyui(folder) as found:
@@ -43,24 +43,24 @@ def sampling(*kinds: type) -> Any:
 
 
 def sdxl(unet: Any = None, *kinds: type) -> Patcher:
-    unet, own = unet or _files.unet(), sampling(*(kinds or (Discrete, EPS)))
+    unet, own = unet or _bases.unet(), sampling(*(kinds or (Discrete, EPS)))
 
     @torch.no_grad()
     def apply_model(x: Tensor, sigma: Tensor, context: Tensor, y: Tensor) -> Tensor:
-        return _files.unet_output(unet, x, own.timestep(sigma), context, y)
+        return _bases.unet_output(unet, x, own.timestep(sigma), context, y)
 
     return Patcher(renamed(unet), own, apply_model)
 
 
-def sampled(patcher: Patcher, timesteps: Tensor = _files.TIMESTEPS) -> Tensor:
+def sampled(patcher: Patcher, timesteps: Tensor = _bases.TIMESTEPS) -> Tensor:
     """What the model says at the stored outputs' timesteps, a row each."""
-    x, context, y = _files.unet_inputs()
+    x, context, y = _bases.unet_inputs()
     return patcher.sample(x, patcher.model.model_sampling.sigmas[timesteps], context=context, y=y)
 
 
 @pytest.mark.parametrize("name", ["sdxl_float32", "sdxl_bfloat16"])
 def test_node_gives_the_pipelines_output_at_each_rows_noise_level(name: str, comfy, outputs) -> None:
-    unet = _files.unet()
+    unet = _bases.unet()
     model = sdxl(unet)
     patched, clip = comfy.load(model, f"{name}.safetensors", "sdxl", 1.0, "a CLIP")
     _files.assert_near(sampled(patched), outputs[f"{name}.unet"], unet)
@@ -69,11 +69,11 @@ def test_node_gives_the_pipelines_output_at_each_rows_noise_level(name: str, com
 
 
 def test_strength_of_the_node_is_that_of_set_adapters(comfy) -> None:
-    pipe = _files.sdxl()
+    pipe = _bases.sdxl()
     pipe.load_nara_weights(PIPELINES / "sdxl_float32", "toy")
     pipe.set_adapters("toy", 0.375)
     patched, _ = comfy.load(sdxl(), "sdxl_float32.safetensors", "sdxl", 0.375, "a CLIP")
-    _files.assert_near(sampled(patched), _files.sdxl_outputs(pipe)["unet"], pipe.unet)
+    _files.assert_near(sampled(patched), _bases.sdxl_outputs(pipe)["unet"], pipe.unet)
 
 
 def test_two_nodes_add_up_around_a_wrapper_of_another_node(comfy, outputs) -> None:
@@ -86,7 +86,7 @@ def test_two_nodes_add_up_around_a_wrapper_of_another_node(comfy, outputs) -> No
     model.set_model_unet_function_wrapper(other)
     half, _ = comfy.load(model, "sdxl_float32.safetensors", "sdxl", 0.5, "a CLIP")
     whole, _ = comfy.load(half, "sdxl_float32.safetensors", "sdxl", 0.5, "a CLIP")
-    _files.assert_near(sampled(whole), outputs["sdxl_float32.unet"], _files.unet())
+    _files.assert_near(sampled(whole), outputs["sdxl_float32.unet"], _bases.unet())
     assert len(calls) == 1
 
 
@@ -101,20 +101,20 @@ def test_text_encoders_go_to_clip_as_the_loras_that_fold_writes(comfy) -> None:
 
 
 def test_the_three_projections_of_flux_in_one_matrix_have_each_its_core(comfy, outputs) -> None:
-    pipe = _files.flux()
+    pipe = _bases.flux()
     double = pipe.transformer.transformer_blocks[0].attn
     single = pipe.transformer.single_transformer_blocks[0]
     qkv = joined(double.to_q, double.to_k, double.to_v)
     linear1 = joined(single.attn.to_q, single.attn.to_k, single.attn.to_v, single.proj_mlp)
-    x = _files.drawn("hidden", 3, 5, 32)
+    x = _bases.drawn("hidden", 3, 5, 32)
     model = Patcher(flux_model(pipe, qkv, linear1), sampling(Flow, CONST), lambda x, sigma: qkv(linear1(x)[..., :32]))
     patched, _ = comfy.load(model, "flux_float32.safetensors", "flux", 1.0)
     with torch.no_grad():
-        found = patched.sample(x, _files.LEVELS)
-        plain = model.sample(x, _files.LEVELS)
+        found = patched.sample(x, _bases.LEVELS)
+        plain = model.sample(x, _bases.LEVELS)
     pipe.load_nara_weights(PIPELINES / "flux_float32")
     double, single = pipe.transformer.transformer_blocks[0].attn, pipe.transformer.single_transformer_blocks[0]
-    with torch.no_grad(), noise_level(pipe.transformer, _files.LEVELS):
+    with torch.no_grad(), noise_level(pipe.transformer, _bases.LEVELS):
         hidden = single.attn.to_q(x)
         wanted = torch.cat([layer(hidden) for layer in (double.to_q, double.to_k, double.to_v)], dim=-1)
     _files.assert_near(found, wanted, pipe.transformer)
@@ -149,7 +149,7 @@ def flux_model(pipe: Any, qkv: nn.Linear, linear1: nn.Linear) -> Named:
 
 
 def test_a_converted_model_is_sampled_by_its_prediction_alone(comfy) -> None:
-    unet = _files.unet()
+    unet = _bases.unet()
     patched, _ = comfy.load(sdxl(unet, Discrete, V_PREDICTION), "converted.safetensors", "sdxl", 1.0)
     _files.assert_near(sampled(patched), _files.expected("peft")["converted"], unet)
     other, _ = comfy.load(sdxl(), "converted.safetensors", "sdxl", 1.0)
@@ -162,7 +162,7 @@ def test_a_converted_model_is_sampled_by_its_prediction_alone(comfy) -> None:
     [
         ("sdxl_unet_float32", "sdxl", sdxl, "DoRA"),
         ("sdxl_float32", "sd3", sdxl, "timestep"),
-        ("sdxl_float32", "sdxl", lambda: sdxl(_files.unet(block_out_channels=(8, 24))), "weight"),
+        ("sdxl_float32", "sdxl", lambda: sdxl(_bases.unet(block_out_channels=(8, 24))), "weight"),
         ("flux_float32", "flux", sdxl, "modules"),
     ],
 )
@@ -183,14 +183,14 @@ def test_sigma_of_another_kind_of_model_is_refused(name, base, kinds, comfy) -> 
     if base == "sdxl":
         model = sdxl(None, *kinds)
     else:
-        pipe = _files.flux()
+        pipe = _bases.flux()
         single, double = pipe.transformer.single_transformer_blocks[0], pipe.transformer.transformer_blocks[0].attn
         linear1 = joined(single.attn.to_q, single.attn.to_k, single.attn.to_v, single.proj_mlp)
         qkv = joined(double.to_q, double.to_k, double.to_v)
         model = Patcher(flux_model(pipe, qkv, linear1), sampling(*kinds), lambda x, sigma: linear1(x))
     patched, _ = comfy.load(model, f"{name}.safetensors", base, 1.0, "a CLIP")
     with pytest.raises(ValueError, match="λ is"):
-        patched.sample(_files.drawn("x", 3, 5, 32), torch.tensor([0.2, 0.5, 0.7]))
+        patched.sample(_bases.drawn("x", 3, 5, 32), torch.tensor([0.2, 0.5, 0.7]))
 
 
 def test_node_declares_what_comfyui_reads(comfy) -> None:

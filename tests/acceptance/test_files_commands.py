@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from nara_diffusion import StrengthSchedule, set_strength
-from tests.acceptance import _files
+from tests.acceptance import _bases, _files
 
 PEFT, PIPELINES = _files.FILES / "peft", _files.FILES / "pipelines"
 
@@ -72,13 +72,13 @@ def test_fold_to_bins_writes_loras_whose_sum_is_the_nara(tmp_path: Path, capsys)
     nara("fold", PEFT / "knots", tmp_path / "parts", "--bins", 4, "--form", "peft")
     entries = json.loads((tmp_path / "parts" / "lora_bins.json").read_text())["loras"]
     folders = [tmp_path / "parts" / entry["folder"] for entry in entries]
-    model = PeftModel.from_pretrained(_files.language_model(), folders[0], adapter_name="0")
+    model = PeftModel.from_pretrained(_bases.language_model(), folders[0], adapter_name="0")
     for index, folder in enumerate(folders[1:], start=1):
         model.load_adapter(str(folder), adapter_name=str(index))
     model.base_model.set_adapter([str(index) for index in range(len(folders))])
     for index, entry in enumerate(entries):
         set_strength(model, str(index), StrengthSchedule(entry["strength"]))
-    _files.assert_near(_files.text_output(model.eval()), _files.expected("peft")["knots"], model)
+    _files.assert_near(_bases.text_output(model.eval()), _files.expected("peft")["knots"], model)
     error = json.loads((tmp_path / "parts" / "export_error.json").read_text())["worst_update"]
     assert error < 1e-5
     assert "4 LoRAs" in capsys.readouterr().out

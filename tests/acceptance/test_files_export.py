@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nara_diffusion import StrengthSchedule, core_matrix, from_lora, noise_level, set_strength, to_lora, to_lora_bins
-from tests.acceptance import _files
+from nara_diffusion import StrengthSchedule, core_matrix, from_lora, noise_level, set_strength, to_lora
+from tests.acceptance import _bases, _files
 
 EXPORTS, PEFT, PIPELINES = (_files.FILES / kind for kind in ("exports", "peft", "pipelines"))
 LEVEL = _files.FOLD_LEVEL
@@ -28,13 +28,13 @@ pytestmark = [
 
 
 def language(name: str) -> PeftModel:
-    base = _files.mixed_model() if name == "mixed" else _files.language_model()
+    base = _bases.mixed_model() if name == "mixed" else _bases.language_model()
     return PeftModel.from_pretrained(base, PEFT / name).eval()
 
 
 def stock(folder: Path, base: nn.Module | None = None) -> PeftModel:
     """The LoRA in `folder`, as PEFT alone reads it."""
-    model = PeftModel.from_pretrained(_files.language_model() if base is None else base, folder).eval()
+    model = PeftModel.from_pretrained(_bases.language_model() if base is None else base, folder).eval()
     assert type(model.peft_config["default"]) is LoraConfig
     return model
 
@@ -42,7 +42,7 @@ def stock(folder: Path, base: nn.Module | None = None) -> PeftModel:
 @torch.no_grad()
 def at_level(model: nn.Module, level: float | Tensor = LEVEL) -> Tensor:
     with noise_level(model, level, mask_density=0.5):
-        return _files.plain_text_output(model)
+        return _bases.plain_text_output(model)
 
 
 def assert_same_export(actual: Path, wanted: Path) -> None:
@@ -77,7 +77,7 @@ def test_fold_writes_pefts_folder_as_0_1_did(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize("name", ["sdxl_kohya", "sdxl_diffusers", "flux_diffusers"])
 def test_diffusers_own_loader_gives_the_naras_output_at_that_level(name: str) -> None:
     """Of the stored files, to which the test above compares what is written today."""
-    base, say = _files.PIPELINES[name.split("_")[0]]
+    base, say = _bases.PIPELINES[name.split("_")[0]]
     nara, host = base(), base()
     nara.load_nara_weights(PIPELINES / f"{name.split('_')[0]}_float32")
     host.load_lora_weights(EXPORTS / f"{name}.safetensors")
@@ -151,9 +151,9 @@ def test_to_lora_read_by_peft_alone_gives_the_naras_output_at_that_level(name: s
     wanted, before = at_level(nara), {key: tensor.clone() for key, tensor in nara.state_dict().items()}
     to_lora(nara, LEVEL, mask_density=0.5).save_pretrained(tmp_path)
     torch.testing.assert_close(dict(nara.state_dict()), before, rtol=0, atol=0)
-    host = stock(tmp_path, _files.mixed_model() if name == "mixed" else None)
+    host = stock(tmp_path, _bases.mixed_model() if name == "mixed" else None)
     with torch.no_grad():
-        _files.assert_near(_files.plain_text_output(host), wanted, host)
+        _files.assert_near(_bases.plain_text_output(host), wanted, host)
     tensors = load_file(PEFT / name / _files.PEFT_WEIGHTS)
     assert len(_files.adapted_layers(host)) == len(_files.layers_of(tensors))
 
@@ -167,111 +167,16 @@ def test_to_lora_includes_the_strength_that_was_set(strength: Any, tmp_path: Pat
     to_lora(nara, LEVEL).save_pretrained(tmp_path)
     host = stock(tmp_path)
     with torch.no_grad():
-        _files.assert_near(_files.plain_text_output(host), wanted, host)
+        _files.assert_near(_bases.plain_text_output(host), wanted, host)
 
 
 def test_folded_adapter_of_another_prediction_tells_its_scheduler(tmp_path: Path, caplog, capsys) -> None:
-    pipe, output = _files.sdxl(), tmp_path / "lora.safetensors"
+    pipe, output = _bases.sdxl(), tmp_path / "lora.safetensors"
     pipe.load_nara_weights(PEFT / "converted")
     pipe.save_nara_weights(tmp_path)
     _files.command()(["fold", str(tmp_path), str(output), "--noise_level", "0.5", "--form", "kohya", "--base", "sdxl"])
     assert "v_prediction" in caplog.text
     assert _files.header(output)["nara_scheduler"]["prediction_type"] == "v_prediction"
-
-
-# ---------------------------------------------------------------------- all λ
-
-
-@torch.no_grad()
-def naras_updates(model: PeftModel, levels: Tensor) -> dict[str, Tensor]:
-    """{module: ΔW (n, d_out, d_in)} of the stored "nara" by its definition, in float64."""
-    tensors = load_file(PEFT / "nara" / _files.PEFT_WEIGHTS)
-    C = core_matrix(model, levels).double()
-    found = {}
-    for name in _files.layers_of(tensors):
-        A, B = (tensors[f"{name}.lora_{kind}.weight"].double() for kind in "AB")
-        r = len(A)
-        alpha = 7 if "q_proj" in name else 5
-        found[name] = alpha / r * torch.einsum("or,nrs,si->noi", B, C[:, :r, :r], A)
-    return found
-
-
-def loras_updates(folder: Path) -> dict[str, Tensor]:
-    """{module: ΔW (d_out, d_in)} of a LoRA in PEFT's form, in float64."""
-    model = stock(folder)
-    return {
-        f"base_model.model.{name}": layer.get_delta_weight("default").detach().double()
-        for name, layer in model.base_model.model.named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
-
-
-def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
-    """‖ΔW − ΔW(λ)‖ over all layers (n,), of the root mean square of ‖ΔW(λ)‖ over λ."""
-    assert found.keys() == wanted.keys()
-    squares = torch.stack([(found[name] - update).square().sum((1, 2)) for name, update in wanted.items()]).sum(0)
-    size = torch.stack([update.square().sum((1, 2)) for update in wanted.values()]).sum(0).mean()
-    return (squares / size).sqrt()
-
-
-GRID = (torch.arange(256) + 0.5) / 256
-
-
-def test_nearest_lora_over_all_levels_tells_its_measured_error(tmp_path: Path) -> None:
-    model = language("nara")
-    lora = to_lora(model, noise_level="best")
-    lora.save_pretrained(tmp_path)
-    wanted = naras_updates(model, GRID)
-    measured = error(loras_updates(tmp_path), wanted)
-    assert lora.error is not None
-    assert lora.error.worst_update == pytest.approx(measured.max().item(), rel=0.02)
-    assert lora.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
-    assert measured.max() > 0.1
-    mean = {name: update.mean(0) for name, update in wanted.items()}
-    assert measured.square().mean() == pytest.approx(error(mean, wanted).square().mean().item(), rel=1e-3)
-    report = json.loads((tmp_path / "export_error.json").read_text())
-    assert report["worst_update"] == pytest.approx(lora.error.worst_update)
-
-
-def played(folders: list[Path], schedules: list[StrengthSchedule]) -> PeftModel:
-    """Several LoRAs in PEFT, each at its strength over λ."""
-    model = PeftModel.from_pretrained(_files.language_model(), folders[0], adapter_name="0")
-    for index, folder in enumerate(folders[1:], start=1):
-        model.load_adapter(str(folder), adapter_name=str(index))
-    model.base_model.set_adapter([str(index) for index in range(len(folders))])
-    for index, schedule in enumerate(schedules):
-        set_strength(model, str(index), schedule)
-    return model.eval()
-
-
-@pytest.mark.parametrize(("name", "number"), [("knots", 4), ("bins", 3), ("rank_mask", 4)])
-def test_loras_and_strengths_of_knots_bins_and_masks_are_the_nara(name: str, number: int, tmp_path: Path) -> None:
-    nara = language(name)
-    parts = to_lora_bins(nara)
-    assert len(parts.loras) == len(parts.schedules) == number
-    assert parts.error.worst_update < 1e-5
-    for index, lora in enumerate(parts.loras):
-        lora.save_pretrained(tmp_path / str(index))
-    host = played([tmp_path / str(index) for index in range(number)], parts.schedules)
-    _files.assert_near(_files.text_output(host), _files.expected("peft")[name], host)
-
-
-def test_loras_of_a_hypernetwork_tell_the_error_of_their_sum(tmp_path: Path) -> None:
-    model = language("nara")
-    parts = to_lora_bins(model, bins=4)
-    parts.save_pretrained(tmp_path)
-    entries = json.loads((tmp_path / "lora_bins.json").read_text())["loras"]
-    assert len(entries) == len(parts.loras) <= 4
-    strengths = [StrengthSchedule(entry["strength"]).at(GRID).double() for entry in entries]
-    torch.testing.assert_close(sum(strengths), torch.ones(256).double())
-    wanted, found = naras_updates(model, GRID), dict[str, Any]()
-    for entry, strength in zip(entries, strengths, strict=True):
-        for name, update in loras_updates(tmp_path / entry["folder"]).items():
-            found[name] = found.get(name, 0) + strength[:, None, None] * update
-    measured = error(found, wanted)
-    assert parts.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
-    assert parts.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
-    assert parts.error.mean_update < to_lora(model, noise_level="best").error.mean_update
 
 
 # ---------------------------------------------------------------------- from a LoRA
@@ -280,41 +185,41 @@ def test_loras_of_a_hypernetwork_tell_the_error_of_their_sum(tmp_path: Path) -> 
 def test_from_lora_starts_as_the_lora_at_each_level_and_folds_back_to_it(tmp_path: Path) -> None:
     host = stock(EXPORTS / "nara_peft")
     with torch.no_grad():
-        wanted = _files.plain_text_output(host)
-    nara = from_lora(EXPORTS / "nara_peft", _files.language_model(), core_type="hypernetwork", core_hidden_dims=(6, 6))
+        wanted = _bases.plain_text_output(host)
+    nara = from_lora(EXPORTS / "nara_peft", _bases.language_model(), core_type="hypernetwork", core_hidden_dims=(6, 6))
     nara.eval()
-    _files.assert_near(at_level(nara, _files.LEVELS), wanted, nara)
+    _files.assert_near(at_level(nara, _bases.LEVELS), wanted, nara)
     to_lora(nara, 0.8).save_pretrained(tmp_path)
     _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, EXPORTS / "nara_peft" / _files.PEFT_WEIGHTS)
 
 
 def test_from_lora_has_a_core_that_training_moves() -> None:
-    nara = from_lora(EXPORTS / "nara_peft", _files.language_model(), core_hidden_dims=(6, 6)).train()
-    before = core_matrix(nara, _files.LEVELS).detach()
+    nara = from_lora(EXPORTS / "nara_peft", _bases.language_model(), core_hidden_dims=(6, 6)).train()
+    before = core_matrix(nara, _bases.LEVELS).detach()
     torch.testing.assert_close(before, torch.eye(3).expand_as(before))
     optimizer = torch.optim.SGD([p for p in nara.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
-        with noise_level(nara, _files.LEVELS):
-            nara(input_ids=_files.tokens(29)).logits.square().mean().backward()
+        with noise_level(nara, _bases.LEVELS):
+            nara(input_ids=_bases.tokens(29)).logits.square().mean().backward()
         optimizer.step()
-    assert (core_matrix(nara, _files.LEVELS) - before).abs().max() > 1e-4
+    assert (core_matrix(nara, _bases.LEVELS) - before).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "comfyui"])
 def test_from_lora_reads_a_hosts_file_into_a_pipeline(form: str) -> None:
-    host, nara = _files.sdxl(), _files.sdxl()
+    host, nara = _bases.sdxl(), _bases.sdxl()
     host.load_lora_weights(EXPORTS / "sdxl_diffusers.safetensors")
     from_lora(EXPORTS / f"sdxl_{form}.safetensors", nara)
-    wanted = _files.sdxl_outputs(host)
-    for part, value in _files.sdxl_outputs(nara).items():
+    wanted = _bases.sdxl_outputs(host)
+    for part, value in _bases.sdxl_outputs(nara).items():
         _files.assert_near(value, wanted[part], getattr(nara, part))
 
 
 def test_nara_of_a_lora_is_saved_and_loaded_as_a_nara(tmp_path: Path) -> None:
-    nara = from_lora(EXPORTS / "sdxl_kohya.safetensors", _files.sdxl())
-    wanted = _files.sdxl_outputs(nara)
+    nara = from_lora(EXPORTS / "sdxl_kohya.safetensors", _bases.sdxl())
+    wanted = _bases.sdxl_outputs(nara)
     nara.save_nara_weights(tmp_path)
-    again = _files.sdxl()
+    again = _bases.sdxl()
     again.load_nara_weights(tmp_path)
-    for part, value in _files.sdxl_outputs(again).items():
+    for part, value in _bases.sdxl_outputs(again).items():
         _files.assert_near(value, wanted[part], getattr(again, part))

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import load_backbone
-from tests.acceptance import _files
+from tests.acceptance import _bases, _files
 
 PEFT = _files.FILES / "peft"
 SHIPPED = _files.ROOT / "examples" / "assets" / "llada-tiny"
@@ -37,32 +37,32 @@ def outputs() -> dict[str, torch.Tensor]:
 def base_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the adapters' configurations say that their base is: in tiny-language, of the present directory."""
     monkeypatch.chdir(tmp_path)
-    _files.language_model().save_pretrained("tiny-language")
+    _bases.language_model().save_pretrained("tiny-language")
     return tmp_path / "tiny-language"
 
 
 def loaded(name: str) -> PeftModel:
     """With another draw at hand, should anything of the adapter be drawn anew."""
     torch.manual_seed(4321)
-    base = _files.mixed_model() if name == "mixed" else _files.language_model()
+    base = _bases.mixed_model() if name == "mixed" else _bases.language_model()
     return PeftModel.from_pretrained(base, PEFT / name).eval()
 
 
-@pytest.mark.parametrize("name", _files.BASES)
+@pytest.mark.parametrize("name", _bases.BASES)
 def test_base_of_the_files_has_the_same_bytes_as_when_they_were_written(name: str) -> None:
     stored = json.loads((_files.FILES / "bases.json").read_text())["sha256"]
-    assert _files.digest(_files.BASES[name]()) == stored[name]
+    assert _bases.digest(_bases.BASES[name]()) == stored[name]
 
 
 def test_base_without_an_adapter_says_what_it_said(outputs: dict[str, torch.Tensor]) -> None:
-    for name, model in (("language", _files.language_model()), ("mixed", _files.mixed_model())):
-        _files.assert_near(_files.plain_text_output(model), outputs[f"base.{name}"], model)
+    for name, model in (("language", _bases.language_model()), ("mixed", _bases.mixed_model())):
+        _files.assert_near(_bases.plain_text_output(model), outputs[f"base.{name}"], model)
 
 
 @pytest.mark.parametrize("name", OF_TEXT)
 def test_peft_folder_of_0_1_computes_the_stored_outputs(name: str, outputs: dict[str, torch.Tensor]) -> None:
     model = loaded(name)
-    _files.assert_near(_files.text_output(model), outputs[name], model)
+    _files.assert_near(_bases.text_output(model), outputs[name], model)
     held = {layer.removeprefix("base_model.model.") for layer in _files.adapted_layers(model)}
     assert held == _files.layers_of(load_file(PEFT / name / _files.PEFT_WEIGHTS), "base_model.model.")
 
@@ -83,14 +83,14 @@ def test_peft_folder_of_0_1_saved_again_has_the_same_tensors_and_fields(name: st
 def test_auto_class_of_peft_finds_base_and_adapter(name, kind, base_folder: Path, outputs) -> None:
     model = kind.from_pretrained(str(PEFT / name)).eval()
     assert isinstance(model.base_model.model, LlamaForCausalLM)
-    _files.assert_near(_files.text_output(model), outputs[name], model)
+    _files.assert_near(_bases.text_output(model), outputs[name], model)
 
 
 @pytest.mark.parametrize("name", ["nara", "nara_dora", "layer"])
 def test_load_adapter_of_transformers_computes_the_stored_outputs(name: str, outputs) -> None:
-    model = _files.language_model()
+    model = _bases.language_model()
     model.load_adapter(PEFT / name, adapter_name="mine")
-    _files.assert_near(_files.text_output(model), outputs[name], model)
+    _files.assert_near(_bases.text_output(model), outputs[name], model)
     assert _files.adapted_layers(model, "mine") == _files.layers_of(
         load_file(PEFT / name / _files.PEFT_WEIGHTS), "base_model.model."
     )
@@ -98,23 +98,23 @@ def test_load_adapter_of_transformers_computes_the_stored_outputs(name: str, out
 
 def test_from_pretrained_of_transformers_takes_an_adapters_folder(base_folder: Path, outputs) -> None:
     model = LlamaForCausalLM.from_pretrained(PEFT / "nara")
-    _files.assert_near(_files.text_output(model), outputs["nara"], model)
+    _files.assert_near(_bases.text_output(model), outputs["nara"], model)
 
 
 def test_adapter_of_a_checkpoint_loads_into_the_backbone_of_its_run(outputs) -> None:
     base, _ = load_backbone(str(SHIPPED))
     model = PeftModel.from_pretrained(base, PEFT / "checkpoint-2").eval()
-    found = _files.shipped_output(model)
+    found = _bases.shipped_output(model)
     _files.assert_near(found, outputs["checkpoint-2"], model)
     with model.disable_adapter():
-        assert (_files.shipped_output(model) - found).abs().max() > 0.1
+        assert (_bases.shipped_output(model) - found).abs().max() > 0.1
 
 
 def test_peft_folder_of_a_unet_loads_into_a_pipeline_with_its_scheduler(outputs) -> None:
-    pipe = _files.sdxl()
+    pipe = _bases.sdxl()
     before = pipe.scheduler
     pipe.load_nara_weights(PEFT / "converted", adapter_name="v")
-    _files.assert_near(_files.sdxl_outputs(pipe)["unet"], outputs["converted"], pipe.unet)
+    _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], outputs["converted"], pipe.unet)
     assert type(pipe.scheduler) is type(before)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     pipe.unload_nara_weights()
@@ -123,10 +123,10 @@ def test_peft_folder_of_a_unet_loads_into_a_pipeline_with_its_scheduler(outputs)
 
 
 def test_peft_folder_of_a_unet_loads_into_the_unet_alone(tmp_path: Path, outputs) -> None:
-    model = PeftModel.from_pretrained(_files.unet(), PEFT / "converted").eval()
-    pipe: Any = _files.sdxl()
+    model = PeftModel.from_pretrained(_bases.unet(), PEFT / "converted").eval()
+    pipe: Any = _bases.sdxl()
     pipe.unet = model.base_model.model
-    _files.assert_near(_files.sdxl_outputs(pipe)["unet"], outputs["converted"], pipe.unet)
+    _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], outputs["converted"], pipe.unet)
     model.save_pretrained(tmp_path)
     _files.assert_same_tensors(tmp_path / _files.PEFT_WEIGHTS, PEFT / "converted" / _files.PEFT_WEIGHTS)
     stored, found = (json.loads((path / _files.PEFT_CONFIG).read_text()) for path in (PEFT / "converted", tmp_path))
@@ -136,16 +136,16 @@ def test_peft_folder_of_a_unet_loads_into_the_unet_alone(tmp_path: Path, outputs
 
 def test_an_adapter_loaded_for_training_moves_factors_and_core_alone(tmp_path: Path) -> None:
     shutil.copytree(PEFT / "nara", tmp_path / "nara")
-    model = PeftModel.from_pretrained(_files.language_model(), tmp_path / "nara", is_trainable=True)
-    with noise_level(model, _files.LEVELS):
-        model(input_ids=_files.tokens(29)).logits.square().mean().backward()
+    model = PeftModel.from_pretrained(_bases.language_model(), tmp_path / "nara", is_trainable=True)
+    with noise_level(model, _bases.LEVELS):
+        model(input_ids=_bases.tokens(29)).logits.square().mean().backward()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     optimizer.step()
     model.save_pretrained(tmp_path / "after")
     before, after = (load_file(tmp_path / name / _files.PEFT_WEIGHTS) for name in ("nara", "after"))
     unmoved = {key for key, tensor in before.items() if torch.equal(tensor, after[key])}
     assert unmoved == {key for key in before if "freq" in key}
-    assert all(torch.equal(p, q) for p, q in _shared(model, _files.language_model()))
+    assert all(torch.equal(p, q) for p, q in _shared(model, _bases.language_model()))
 
 
 def _shared(model: PeftModel, base: LlamaForCausalLM) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -11,10 +11,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.acceptance import _files
+from tests.acceptance import _bases, _files
 
 FOLDER = _files.FILES / "pipelines"
-NAMES = [f"{name}_{kind}" for name in _files.PIPELINES for kind in ("float32", "bfloat16")]
+NAMES = [f"{name}_{kind}" for name in _bases.PIPELINES for kind in ("float32", "bfloat16")]
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,11 @@ def outputs() -> dict[str, torch.Tensor]:
 
 
 def base(name: str) -> Any:
-    return _files.PIPELINES[name.rpartition("_")[0]][0]()
+    return _bases.PIPELINES[name.rpartition("_")[0]][0]()
 
 
 def say(pipe: Any, name: str) -> dict[str, torch.Tensor]:
-    return _files.PIPELINES[name.rpartition("_")[0]][1](pipe)
+    return _bases.PIPELINES[name.rpartition("_")[0]][1](pipe)
 
 
 def assert_stored(pipe: Any, name: str, outputs: dict[str, torch.Tensor]) -> None:
@@ -86,7 +86,7 @@ def test_file_in_bfloat16_keeps_its_core_in_float32_in_a_pipeline_in_bfloat16(na
 
 @pytest.mark.parametrize("form", ["folder", "file", "dict"])
 def test_file_loads_by_its_folder_its_path_and_as_a_dict(form: str, outputs) -> None:
-    pipe, file = _files.sdxl(), FOLDER / "sdxl_float32" / _files.PIPELINE_WEIGHTS
+    pipe, file = _bases.sdxl(), FOLDER / "sdxl_float32" / _files.PIPELINE_WEIGHTS
     if form == "dict":
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
@@ -98,12 +98,12 @@ def test_file_loads_by_its_folder_its_path_and_as_a_dict(form: str, outputs) -> 
 
 
 def test_adapters_of_two_files_stay_apart_in_one_pipeline(outputs) -> None:
-    pipe = _files.sdxl()
+    pipe = _bases.sdxl()
     pipe.load_nara_weights(FOLDER / "sdxl_float32", adapter_name="a")
     pipe.load_nara_weights(FOLDER / "sdxl_unet_float32", adapter_name="b")
     for active, name in (("a", "sdxl_float32"), ("b", "sdxl_unet_float32"), ("a", "sdxl_float32")):
         pipe.set_adapters(active)
-        _files.assert_near(_files.sdxl_outputs(pipe)["unet"], outputs[f"{name}.unet"], pipe.unet)
+        _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], outputs[f"{name}.unet"], pipe.unet)
 
 
 @pytest.mark.parametrize("name", ["sdxl_float32", "sdxl_unet_float32", "flux_float32"])
@@ -120,10 +120,10 @@ def test_unloaded_pipeline_computes_what_its_base_did(name: str, outputs) -> Non
 def test_convert_to_peft_and_back_keeps_each_tensor_of_a_component(tmp_path: Path, outputs, capsys) -> None:
     nara = _files.command()
     nara(["convert", str(FOLDER / "sdxl_unet_float32"), str(tmp_path / "peft"), "--to", "peft"])
-    model = PeftModel.from_pretrained(_files.unet(), tmp_path / "peft").eval()
-    pipe = _files.sdxl()
+    model = PeftModel.from_pretrained(_bases.unet(), tmp_path / "peft").eval()
+    pipe = _bases.sdxl()
     pipe.unet = model.base_model.model
-    _files.assert_near(_files.sdxl_outputs(pipe)["unet"], outputs["sdxl_unet_float32.unet"], pipe.unet)
+    _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], outputs["sdxl_unet_float32.unet"], pipe.unet)
     nara(["convert", str(tmp_path / "peft"), str(tmp_path / "back"), "--to", "pipeline", "--component", "unet"])
     stored = FOLDER / "sdxl_unet_float32" / _files.PIPELINE_WEIGHTS
     _files.assert_same_tensors(tmp_path / "back" / _files.PIPELINE_WEIGHTS, stored)
@@ -132,7 +132,7 @@ def test_convert_to_peft_and_back_keeps_each_tensor_of_a_component(tmp_path: Pat
 def test_convert_takes_one_of_several_components(tmp_path: Path, outputs, capsys) -> None:
     source, words = str(FOLDER / "sdxl_float32"), ["--to", "peft", "--component", "text_encoder_2"]
     _files.command()(["convert", source, str(tmp_path), *words])
-    pipe = _files.sdxl()
+    pipe = _bases.sdxl()
     pipe.text_encoder_2 = PeftModel.from_pretrained(pipe.text_encoder_2, tmp_path).eval()
-    found = _files.sdxl_outputs(pipe)["text_encoder_2"]
+    found = _bases.sdxl_outputs(pipe)["text_encoder_2"]
     _files.assert_near(found, outputs["sdxl_float32.text_encoder_2"], pipe.text_encoder_2)

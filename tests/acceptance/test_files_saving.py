@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from nara_diffusion import to_lora
-from tests.acceptance import _files
+from tests.acceptance import _bases, _files
 
 PIPELINE, PEFT = _files.FILES / "pipelines" / "sdxl_unet_float32", _files.FILES / "peft" / "nara"
 NOBODY = 65534
@@ -42,13 +42,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def another_pipeline() -> Any:
-    pipe = _files.sdxl()
+    pipe = _bases.sdxl()
     pipe.load_nara_weights(_files.FILES / "pipelines" / "sdxl_float32")
     return pipe
 
 
 def another_model() -> PeftModel:
-    return PeftModel.from_pretrained(_files.language_model(), _files.FILES / "peft" / "module_type")
+    return PeftModel.from_pretrained(_bases.language_model(), _files.FILES / "peft" / "module_type")
 
 
 def fold(source: Path, output: Path, *words: str) -> None:
