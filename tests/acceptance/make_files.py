@@ -193,7 +193,8 @@ def main() -> None:
     )
     save_file(save_pipelines(_files.FILES / "pipelines"), _files.FILES / "pipelines" / "outputs.safetensors")
     save_exports(_files.FILES / "exports")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    last = ["git", "log", "-1", "--format=%H", "--", "nara_diffusion", "train_scripts"]
+    commit = subprocess.run(last, capture_output=True, text=True, check=True).stdout.strip()
     packages = ("torch", "peft", "diffusers", "transformers", "safetensors")
     content = {
         "made": {"commit": commit, **{name: version(name) for name in packages}},

@@ -58,7 +58,7 @@ def test_inspect_without_json_prints_the_same_for_people(source: Path, capsys) -
         assert word in text
 
 
-@pytest.mark.parametrize("source", [PEFT / "layer", PIPELINES / "sdxl_float32"], ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [PEFT / "layer", PIPELINES / "flux_bfloat16"], ids=lambda path: path.name)
 def test_plot_writes_a_png(source: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "new" / "core.png"
     nara("plot", source, "--output", output, "--points", 11)

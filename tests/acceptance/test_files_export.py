@@ -205,21 +205,28 @@ def test_from_lora_has_a_core_that_training_moves() -> None:
     assert (core_matrix(nara, _bases.LEVELS) - before).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("form", ["kohya", "diffusers", "comfyui"])
-def test_from_lora_reads_a_hosts_file_into_a_pipeline(form: str) -> None:
-    host, nara = _bases.sdxl(), _bases.sdxl()
+@pytest.fixture(scope="module")
+def hosts_outputs() -> dict[str, Tensor]:
+    """What Diffusers alone makes of its file."""
+    host = _bases.sdxl()
     host.load_lora_weights(EXPORTS / "sdxl_diffusers.safetensors")
-    from_lora(EXPORTS / f"sdxl_{form}.safetensors", nara)
-    wanted = _bases.sdxl_outputs(host)
-    for part, value in _bases.sdxl_outputs(nara).items():
-        _files.assert_near(value, wanted[part], getattr(nara, part))
+    return _bases.sdxl_outputs(host)
 
 
-def test_nara_of_a_lora_is_saved_and_loaded_as_a_nara(tmp_path: Path) -> None:
-    nara = from_lora(EXPORTS / "sdxl_kohya.safetensors", _bases.sdxl())
-    wanted = _bases.sdxl_outputs(nara)
-    nara.save_nara_weights(tmp_path)
-    again = _bases.sdxl()
-    again.load_nara_weights(tmp_path)
-    for part, value in _bases.sdxl_outputs(again).items():
-        _files.assert_near(value, wanted[part], getattr(again, part))
+def assert_hosts_outputs(pipe: Any, wanted: dict[str, Tensor]) -> None:
+    for part, value in _bases.sdxl_outputs(pipe).items():
+        _files.assert_near(value, wanted[part], getattr(pipe, part))
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "comfyui"])
+def test_from_lora_reads_a_hosts_file_into_a_pipeline(form: str, hosts_outputs) -> None:
+    pipe = _bases.sdxl()
+    from_lora(EXPORTS / f"sdxl_{form}.safetensors", pipe)
+    assert_hosts_outputs(pipe, hosts_outputs)
+
+
+def test_nara_of_a_lora_is_saved_and_loaded_as_a_nara(tmp_path: Path, hosts_outputs) -> None:
+    from_lora(EXPORTS / "sdxl_kohya.safetensors", _bases.sdxl()).save_nara_weights(tmp_path)
+    pipe = _bases.sdxl()
+    pipe.load_nara_weights(tmp_path)
+    assert_hosts_outputs(pipe, hosts_outputs)

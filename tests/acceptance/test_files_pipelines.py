@@ -84,15 +84,15 @@ def test_file_in_bfloat16_keeps_its_core_in_float32_in_a_pipeline_in_bfloat16(na
         assert {dtype for n, dtype in held.items() if "core" in n} <= {torch.float32}
 
 
-@pytest.mark.parametrize("form", ["folder", "file", "dict"])
-def test_file_loads_by_its_folder_its_path_and_as_a_dict(form: str, outputs) -> None:
+@pytest.mark.parametrize("form", ["path", "dict"])
+def test_file_loads_by_its_path_and_as_a_dict(form: str, outputs) -> None:
     pipe, file = _bases.sdxl(), FOLDER / "sdxl_float32" / _files.PIPELINE_WEIGHTS
     if form == "dict":
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
         pipe.load_nara_weights(load_file(file), metadata=metadata)
     else:
-        pipe.load_nara_weights(str(file if form == "file" else file.parent))
+        pipe.load_nara_weights(str(file))
     assert_stored(pipe, "sdxl_float32", outputs)
     assert pipe.get_active_adapters() == ["default_0"]
 
