@@ -59,7 +59,10 @@ def figures():
                     values[(record["regime"], method, record["arm"], measure, *cell)].append(measured[measure])
     for record in read(report_quality.RESULTS / "alternatives.jsonl"):
         if record["stage"] == "alternatives":
-            regime, cell = record["regime"].removesuffix("_told"), [record.get(name) for name in ("targets", "rank")]
+            regime, cell = (
+                re.sub("_(told|read)$", "", record["regime"]),
+                [record.get(name) for name in ("targets", "rank")],
+            )
             for seed in (record["seed"], "all seeds"):
                 values[(regime, record["arm"], record["regime"], seed, *cell)].append(record["score"])
     found = defaultdict(list)
