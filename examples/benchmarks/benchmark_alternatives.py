@@ -22,11 +22,15 @@ n = 39 tokens of the noise, the true one among them. Of the token z that is seen
                 = 1 / K                                            if not: it was replaced then
 
 and nothing else, since neither the prompt nor the rest of the answer says anything of x. The end of the answer is
-always in the same place, so that p = 1 there.
+always in the same place, so that p = 1 there. A reader who isn't told λ knows what the whole answer shows of it:
+
+    p(x | z₁ … z_m) = Σ_λ p(x | z, λ) Π_i p(z_i | λ) / Σ_λ Π_i p(z_i | λ)            over a grid of λ, all alike before
+
+with p(z | λ) = (1 − λ) / K + λ / n of a character, λ / n of another token, and 1 − λ + λ / n of an end that is kept.
 
 NaRA and LoRA on attention have the rates that the regimes chose on their own development seeds. The other arms have the
-best of two or three rates on seed 10, which nothing else uses; those runs are records too, of the stage "tune". All arms of a
-seed meet the same data and noise. 200 steps take about half a minute of a core; set OMP_NUM_THREADS=1.
+best of two or three rates on seed 10, which nothing else uses; those runs are records too, of the stage "tune". All
+arms of a seed meet the same data and noise. 200 steps take about half a minute of a core; set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -67,6 +71,8 @@ from nara_diffusion.dllm.masking import MaskedBatch
 RESULTS = Path(__file__).parent / "results"
 TUNE, MEASURE = "tune", "alternatives"
 TUNING_SEED, STEPS = 10, 200
+LEVELS = 200
+"""Of the grid of λ of a reader who isn't told it."""
 DROPPED = (MEAN_CORE, "own_rank")
 """Of a run's record: an ablation, and what `rank` says too."""
 TEXT, TOLD = "blind_open", "blind_open_told"
@@ -90,14 +96,32 @@ TOLD_REGIME = {
 """Not of `REGIMES`, which the plan and nara-check's table go through."""
 
 
-def bayes_losses(batch: MaskedBatch) -> Tensor:
+def bayes_losses(batch: MaskedBatch, is_told: bool = True) -> Tensor:
     """− log p (b, l) of the clean tokens by Bayes' rule; see the module's docstring."""
+    if is_told:
+        p = _character(batch, batch.noise_level.double()[:, None])
+    else:
+        levels = (torch.arange(LEVELS, dtype=torch.double) + 0.5) / LEVELS
+        weights = torch.stack([_evidence(batch, level).sum(1) for level in levels]).softmax(0)  # (LEVELS, b)
+        p = sum(weight[:, None] * _character(batch, level) for weight, level in zip(weights, levels, strict=True))
+    return -p.log() * torch.isin(batch.targets, _token_ids(CHARACTERS))
+
+
+def _character(batch: MaskedBatch, level: Tensor) -> Tensor:
+    """p(x | z, λ) (b, l) of the clean character x, where there is one."""
     characters, noise = _token_ids(CHARACTERS), len(noise_tokens(load(REPLACED.backbone)[1]))
-    level = batch.noise_level.double()[:, None]  # (b, 1)
     same, known = batch.input_ids == batch.targets, torch.isin(batch.input_ids, characters)  # (b, l)
     p = ((1 - level) * same + level / noise) / (1 - level + len(characters) * level / noise)
-    losses = -torch.where(known, p, 1 / len(characters)).log()
-    return losses * torch.isin(batch.targets, characters)
+    return torch.where(known, p, 1 / len(characters))
+
+
+def _evidence(batch: MaskedBatch, level: Tensor) -> Tensor:
+    """log p(z | λ) (b, l) of the answer's tokens, 0 elsewhere."""
+    characters, noise = _token_ids(CHARACTERS), len(noise_tokens(load(REPLACED.backbone)[1]))
+    known = torch.isin(batch.input_ids, characters)
+    of_character = level / noise + (1 - level) / len(characters) * known
+    of_end = level / noise + (1 - level) * (batch.input_ids == batch.targets)
+    return torch.where(torch.isin(batch.targets, characters), of_character, of_end).log() * batch.answer
 
 
 def _token_ids(characters: str) -> Tensor:
@@ -105,9 +129,9 @@ def _token_ids(characters: str) -> Tensor:
     return torch.tensor(tokenizer(list(characters), add_special_tokens=False)["input_ids"])[:, 0]
 
 
-def bayes() -> list[float]:
+def bayes(is_told: bool) -> list[float]:
     """The loss of each bin of λ."""
-    return [bayes_losses(batch)[batch.answer].mean().item() for batch in REGIMES[TEXT].held_out()]
+    return [bayes_losses(batch, is_told)[batch.answer].mean().item() for batch in REGIMES[TEXT].held_out()]
 
 
 def identity(regime: str) -> list[float]:
@@ -178,7 +202,8 @@ def trained(steps: int) -> list[Trained]:
 
 UNTRAINED: dict[tuple[str, str], Callable[[], list[float]]] = {
     **{(regime, "the base, read by the identity"): partial(identity, regime) for regime in CONVERSIONS},
-    (TEXT, "Bayes' rule, told λ"): bayes,
+    (TEXT, "Bayes' rule, told λ"): partial(bayes, True),
+    (TEXT, "Bayes' rule, not told λ"): partial(bayes, False),
 }
 """{(regime, title): the loss of each bin}, the same for all seeds."""
 
