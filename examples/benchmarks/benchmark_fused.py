@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports each start and stop else
 import torch
@@ -54,11 +55,8 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 200
 @contextmanager
 def taking(way: str) -> Iterator[None]:
     """Inside, layers compute in the given way."""
-    fused.MIN_ELEMENTS = 0 if way == "fused" else sys.maxsize
-    try:
+    with patch.object(fused, "MIN_ELEMENTS", 0 if way == "fused" else sys.maxsize):
         yield
-    finally:
-        fused.MIN_ELEMENTS = MIN_ELEMENTS
 
 
 def adapted_layer(width: int, rank: int, use_dora: bool) -> PeftModel:

@@ -240,6 +240,7 @@ class AcceptanceFrames(TwoLayers):
         return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+@pytest.mark.usefixtures("_registry")
 def test_registered_denoiser_reads_its_timestep(two: tuple[Any, Stock]) -> None:
     register_denoiser("AcceptanceReversedFlow", "data")
     model, stock = adapt(AcceptanceReversedFlow(), LAYERS)
@@ -250,6 +251,7 @@ def test_registered_denoiser_reads_its_timestep(two: tuple[Any, Stock]) -> None:
         run(two[0], X, timesteps)
 
 
+@pytest.mark.usefixtures("_registry")
 @pytest.mark.parametrize("sample_major", [True, False])
 def test_rows_of_frames_repeat_the_level_only_where_that_is_declared(sample_major: bool) -> None:
     kind = type(f"AcceptanceFrames{sample_major}", (AcceptanceFrames,), {})

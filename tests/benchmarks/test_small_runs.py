@@ -11,6 +11,8 @@ import benchmark_loss_variance
 import benchmark_speed
 import pytest
 
+from nara_diffusion.layers import fused
+
 
 def test_benchmark_speed_records_all_that_is_needed_to_repeat_it(tmp_path, capsys):
     figures = benchmark_speed.main(rounds=3, shape=(4, 8, 32), rank=5, output_dir=tmp_path)
@@ -57,7 +59,9 @@ def test_benchmark_loss_variance_compares_the_four_ways(tmp_path):
 
 
 def test_benchmark_fused_compares_time_and_memory_of_every_form_and_pass(tmp_path, capsys):
+    before = fused.MIN_ELEMENTS
     cases = benchmark_fused.main({(2, 3, 8): (2,), (3, 32, 64): (4,)}, budget=0, output_dir=tmp_path)["cases"]
+    assert before == fused.MIN_ELEMENTS  # small layers are fused in the tests after this one, too
     assert json.loads((tmp_path / "benchmark_fused.json").read_text())["cases"] == cases
     assert [(case["form"], case["shape"][-1], case["pass"]) for case in cases] == [
         (form, width, kind) for form in benchmark_fused.FORMS for width in (8, 64) for kind in benchmark_fused.PASSES

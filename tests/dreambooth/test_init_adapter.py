@@ -58,7 +58,7 @@ def test_a_run_goes_on_from_its_own_nara_with_text_encoders(first, as_file):
     ("flags", "message"),
     [
         ({"core_sharing": "layer"}, "has core_sharing 'global', this run 'layer': give --core_sharing"),
-        ({"rank": 2}, "has rank 3 in"),
+        ({"rank": 2}, "has rank 3 and scale"),
         ({"train_text_encoder": False}, "but this run trains unet"),
         ({"adapter": "lora", "core_hidden_dims": [256, 512]}, "is a NaRA with core_type 'hypernetwork'"),
     ],
