@@ -1,0 +1,146 @@
+"""A small masked-diffusion Llama with a NaRA adapter, and LLaDA's sampler for it by hand, in float64.
+
+The reference of a forward at λ is the stock Llama whose weights have s · B C(λ) A, with A and B from PEFT's state dict.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor
+from torch.func import functional_call
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nara_diffusion import NaraConfig, core_matrix
+
+END, PAD = 1, 2
+RANK, ALPHA = 3, 5
+
+
+def backbone(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A bidirectional Llama with grouped heads, whose last token is the mask."""
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    options = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": END, "pad_token_id": PAD}
+    config = LlamaConfig(vocab_size=vocab_size, **sizes, **{**options, **changes})
+    config.is_causal, config.mask_token_id = False, vocab_size - 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    return model
+
+
+def nara(model: LlamaForCausalLM, seed: int = 1, **changes: Any) -> PeftModel:
+    """`model` with an adapter whose A, B and C(λ) have moved far from their start."""
+    options = {"r": RANK, "lora_alpha": ALPHA, "core_scale": 0.7, "core_hidden_dims": (9, 10), "fourier_scale": 2.0}
+    modules = ["q_proj", "v_proj", "down_proj"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, NaraConfig(target_modules=modules, **{**options, **changes}))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.4 * torch.randn(parameter.shape)
+    return adapted.eval()
+
+
+class ByHand:
+    """Logits in float64 of an adapted Llama (RANK, ALPHA), for tokens without padding."""
+
+    def __init__(self, base: LlamaForCausalLM, adapted: PeftModel, shifted: bool = False) -> None:
+        """`base`: a copy from before the adapter came."""
+        self.base, self.adapted, self.shifted = copy.deepcopy(base).double(), adapted, shifted
+        self.weights = cache(self._weights)
+
+    def _weights(self, level: float) -> dict[str, Tensor]:
+        core = core_matrix(self.adapted, level)[0].double()
+        factors = {name: value.double() for name, value in get_peft_model_state_dict(self.adapted).items()}
+        weights = dict(self.base.state_dict())
+        for name, A in factors.items():
+            if name.endswith("lora_A.weight"):
+                B = factors[name.replace("lora_A", "lora_B")]
+                target = name.removeprefix("base_model.model.").replace("lora_A.", "")
+                weights[target] = weights[target] + ALPHA / RANK * B @ core @ A
+        return weights
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Sequence[int]], level: float) -> Tensor:
+        """(n, l, v) of n rows of one length."""
+        logits = functional_call(self.base, self.weights(level), (torch.tensor(rows),)).logits
+        return torch.cat([logits[:, :1], logits[:, :-1]], 1) if self.shifted else logits
+
+    def guided(self, prompt: list[int], answer: list[int], scale: float, mask: int) -> Tensor:
+        """(g, v) at the answer, λ being its masked share; the mask itself is no prediction."""
+        level, blind = answer.count(mask) / len(answer), [mask] * len(prompt)
+        told, free = self([prompt + answer, blind + answer], level)[:, len(prompt) :]
+        logits = (1 + scale) * told - scale * free
+        logits[:, mask] = -torch.inf
+        return logits
+
+
+def greedy(
+    model: ByHand,
+    prompt: list[int],
+    *,
+    gen_length: int,
+    mask: int,
+    block_length: int,
+    steps: int | None = None,
+    cfg_scale: float = 0.0,
+    confidence_threshold: float | None = None,
+    ends: Sequence[int] = (),
+) -> tuple[list[int], list[float]]:
+    """The answer of LLaDA's algorithm 5 without noise, remasking by low confidence; and λ before each step."""
+    answer, levels, blocks = [mask] * gen_length, [], gen_length // block_length
+    for block in range(blocks):
+        places = range(block * block_length, (block + 1) * block_length)
+        of_block = block_length if steps is None else steps // blocks
+        counts = [len(part) for part in torch.zeros(block_length).tensor_split(of_block)]
+        while any(answer[j] == mask for j in places):
+            levels.append(answer.count(mask) / gen_length)
+            probabilities, tokens = model.guided(prompt, answer, cfg_scale, mask).softmax(-1).max(-1)
+            open_places = sorted((j for j in places if answer[j] == mask), key=lambda j: -probabilities[j])
+            if confidence_threshold is None:
+                kept = open_places[: counts.pop(0)]
+            else:
+                kept = [j for j in open_places if probabilities[j] > confidence_threshold] or open_places[:1]
+            for j in kept:
+                answer[j] = int(tokens[j])
+            end = next((j for j, token in enumerate(answer) if token in (*ends, mask)), gen_length)
+            if end < gen_length and answer[end] != mask:
+                answer[end:] = [answer[end]] * (gen_length - end)
+    return answer, levels
+
+
+def two_tokens(
+    model: ByHand, prompt: list[int], *, mask: int, remasking: str, temperature: float, cfg_scale: float
+) -> Tensor:
+    """The probability (v, v) of each answer of two tokens, sampled in two steps."""
+
+    def sampled(answer: list[int]) -> tuple[Tensor, Tensor]:
+        """The distributions (2, v) that tokens are drawn from, and by which their confidence is judged."""
+        logits = model.guided(prompt, answer, cfg_scale, mask)
+        confidence = logits.softmax(-1)
+        if temperature == 0:
+            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double(), confidence
+        return (logits / temperature).softmax(-1), confidence
+
+    drawn, confidence = sampled([mask, mask])
+    vocabulary = range(drawn.shape[1])
+    joint = torch.zeros(len(vocabulary), len(vocabulary), dtype=torch.float64)
+    first = torch.zeros(2, len(vocabulary), dtype=torch.float64)  # that this token stays at this place in step 1
+    for x, y in product(vocabulary, vocabulary):
+        wins = 0.5 if remasking == "random" else float(confidence[0, x] > confidence[1, y])
+        first[0, x] += drawn[0, x] * drawn[1, y] * wins
+        first[1, y] += drawn[0, x] * drawn[1, y] * (1 - wins)
+    for token in vocabulary:
+        if token != mask:
+            joint[token, :] += first[0, token] * sampled([token, mask])[0][1]
+            joint[:, token] += first[1, token] * sampled([mask, token])[0][0]
+    return joint

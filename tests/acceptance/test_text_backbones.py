@@ -1,0 +1,182 @@
+"""`load_backbone` reads LLaDA's, Dream's and iLLaDA's files into stock classes, without code from the checkpoint.
+
+The reference is the stock class, bidirectional, whose tensors were written to the folder under the names of that
+family; the names were taken from the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from nara_diffusion.dllm import load_backbone
+from tests.acceptance._text import backbone
+from tests.acceptance._tokenizers import TEMPLATE, save_tokenizer
+from tests.helpers.rounding import rounding_of
+
+VOCABULARY = 40
+IDS = torch.randint(6, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(4))
+REAL = torch.tensor([[1] * 11, [1] * 7 + [0] * 4, [1] * 9 + [0] * 2])
+LLADA_NAMES = [
+    (r"model\.embed_tokens\.", "model.transformer.wte."),
+    (r"model\.norm\.", "model.transformer.ln_f."),
+    (r"lm_head\.", "model.transformer.ff_out."),
+    (r"model\.layers\.(\d+)\.", r"model.transformer.blocks.\1."),
+    (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".ff_norm."),
+    (r"\.self_attn\.o_proj\.", ".attn_out."),
+    (r"\.self_attn\.", "."),
+    (r"\.mlp\.gate_proj\.", ".ff_proj."),
+    (r"\.mlp\.up_proj\.", ".up_proj."),
+    (r"\.mlp\.down_proj\.", ".ff_out."),
+]
+LLADA_CONFIG = {
+    "model_type": "llada",
+    "architectures": ["LLaDAModelLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    },
+    "activation_type": "silu",
+    "alibi": False,
+    "block_type": "llama",
+    "d_model": 24,
+    "embedding_size": VOCABULARY,
+    "include_bias": False,
+    "layer_norm_type": "rms",
+    "max_sequence_length": 64,
+    "mlp_hidden_size": 40,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "n_layers": 2,
+    "rms_norm_eps": 1e-5,
+    "rope": True,
+    "rope_theta": 5000.0,
+    "vocab_size": VOCABULARY,
+    "weight_tying": False,
+}
+SPECIAL = {"mask_token_id": VOCABULARY - 1, "eos_token_id": 1, "pad_token_id": 1}
+
+
+def stock_llama(**changes: Any) -> LlamaForCausalLM:
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    return backbone(VOCABULARY, rms_norm_eps=1e-5, rope_parameters=rope, **changes)
+
+
+def llada_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        for ours, theirs in LLADA_NAMES:
+            name = re.sub(ours, theirs, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
+    save_tokenizer(folder, VOCABULARY)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def logits(model: nn.Module) -> Tensor:
+    """At the positions that aren't padding."""
+    with torch.no_grad():
+        return model(IDS, attention_mask=REAL).logits[REAL.bool()]
+
+
+def assert_same(found: Tensor, expected: Tensor, stock: nn.Module) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding_of(stock) * float(expected.abs().max()))
+
+
+def test_llada_s_files_give_the_logits_of_a_bidirectional_llama(tmp_path: Path) -> None:
+    stock = stock_llama()
+    folder = write(tmp_path, llada_names(stock.state_dict()), LLADA_CONFIG | SPECIAL)
+    model, tokenizer = load_backbone(folder)
+    assert type(model) is LlamaForCausalLM
+    assert not model.training
+    assert_same(logits(model), logits(stock), stock)
+    assert (model.config.mask_token_id, model.config.eos_token_id) == (VOCABULARY - 1, 1)
+    assert tokenizer.mask_token_id == VOCABULARY - 1
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 2
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_every_position_sees_the_whole_text(tmp_path: Path) -> None:
+    model, _ = load_backbone(write(tmp_path, llada_names(stock_llama().state_dict()), LLADA_CONFIG | SPECIAL))
+    changed = IDS.clone()
+    changed[:, -1] = 6 + (changed[:, -1] - 5) % 30
+    with torch.no_grad():
+        difference = (model(IDS).logits - model(changed).logits).abs().amax(-1)  # (b, l)
+    assert (difference > 1e-4).all()
+
+
+def test_dream_s_files_give_qwen_s_logits_one_position_on(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    stock = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCABULARY, **sizes, num_key_value_heads=2)).eval()
+    for parameter in stock.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape)  # its biases start at zero
+    names = {"model_type": "Dream", "architectures": ["DreamModel"]}
+    remote = {"auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"}}
+    config = stock.config.to_dict() | names | remote | SPECIAL
+    model, tokenizer = load_backbone(write(tmp_path / "dream", stock.state_dict(), config))
+    stock.config.is_causal = False
+    with torch.no_grad():
+        plain = stock(IDS, attention_mask=REAL).logits
+    expected = torch.cat([plain[:, :1], plain[:, :-1]], 1)[REAL.bool()]
+    assert_same(logits(model), expected, stock)
+    assert model.config.mask_token_id == tokenizer.mask_token_id == VOCABULARY - 1
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert_same(logits(load_backbone(str(tmp_path / "again"))[0]), expected, stock)
+
+
+@pytest.mark.parametrize("names", ["llada", "llama"])
+def test_illada_s_files_have_stock_settings_and_either_names(tmp_path: Path, names: str) -> None:
+    stock = stock_llama(tie_word_embeddings=True)
+    tensors = {name: tensor for name, tensor in stock.state_dict().items() if name != "lm_head.weight"}
+    config = stock.config.to_dict() | {"model_type": "illada", "architectures": ["iLLaDAModelLM"], "mask_token_id": 9}
+    model, tokenizer = load_backbone(write(tmp_path, llada_names(tensors) if names == "llada" else tensors, config))
+    assert_same(logits(model), logits(stock), stock)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (model.config.mask_token_id, tokenizer.mask_token) == (9, "w9")
+
+
+def test_loading_takes_from_pretrained_s_arguments(tmp_path: Path) -> None:
+    folder = write(tmp_path, llada_names(stock_llama().state_dict()), LLADA_CONFIG | SPECIAL)
+    model, _ = load_backbone(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"alibi": True}, "alibi"),
+        ({"include_bias": True}, "include_bias"),
+        ({"block_type": "sequential"}, "block_type"),
+        ({"model_type": "mamba"}, "mamba"),
+        ({"n_layers": 3}, "blocks.2"),
+    ],
+)
+def test_files_that_the_stock_class_is_not_are_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    folder = write(tmp_path, llada_names(stock_llama().state_dict()), LLADA_CONFIG | SPECIAL | change)
+    with pytest.raises(ValueError, match=named):
+        load_backbone(folder)
+
+
+def test_a_tensor_too_many_is_refused_by_its_name_in_the_files(tmp_path: Path) -> None:
+    tensors = llada_names(stock_llama().state_dict()) | {"model.transformer.blocks.0.q_proj.bias": torch.ones(24)}
+    with pytest.raises(ValueError, match=r"model\.transformer\.blocks\.0\.q_proj\.bias"):
+        load_backbone(write(tmp_path, tensors, LLADA_CONFIG | SPECIAL))

@@ -1,0 +1,134 @@
+"""Records of {instruction, input, output, answer} become prompt, answer and one end token, with exact boundaries."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from nara_diffusion.dllm import (
+    AnswerCollator,
+    FieldNames,
+    encode_prompts,
+    encode_records,
+    prompt_text,
+    records_from_file,
+)
+from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
+
+END, PAD, USER, BOT, TURN = (SPECIAL.index(f"<{name}>") for name in ("end", "pad", "user", "bot", "turn"))
+RECORDS = [
+    {"instruction": "w7 w8", "input": "w9", "output": "w10 w11", "answer": "w11"},
+    {"instruction": "w12", "output": "  w13 w14 w15", "answer": 7},
+]
+READ = [
+    {"instruction": "w7 w8", "input": "w9", "output": "w10 w11", "answer": "w11"},
+    {"instruction": "w12", "input": "", "output": "  w13 w14 w15", "answer": "7"},
+]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
+FORMS = {
+    "data.json": json.dumps(RECORDS, indent=2).encode(),
+    "data.jsonl": LINES.encode(),
+    "crlf.jsonl": LINES.replace("\n", "\r\n\r\n").encode(),
+    "bom.jsonl": b"\xef\xbb\xbf" + LINES.encode(),
+    "data.jsonl.gz": gzip.compress(LINES.encode()),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_file_in_each_form_holds_the_same_records(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FORMS[name])
+    assert list(records_from_file(tmp_path / name)) == READ
+
+
+def test_fields_under_other_names_are_read_and_an_answer_is_the_output_by_default(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "q", "context": "c", "response": " r", "id": 3}))
+    names = FieldNames(instruction="question", input="context", output="response")
+    expected = {"instruction": "q", "input": "c", "output": " r", "answer": " r"}
+    assert list(records_from_file(tmp_path / "data.jsonl", names)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("second", "named"),
+    [
+        ('{"instruction": "a", "outp', ["line 2"]),
+        ('{"instruction": "a"}', ["record 2", "output"]),
+        ('{"instruction": " ", "output": "b"}', ["record 2", "instruction"]),
+        ('{"instruction": "a", "output": ["b"]}', ["record 2", "output"]),
+    ],
+)
+def test_broken_record_is_refused_with_file_and_place(tmp_path: Path, second: str, named: list[str]) -> None:
+    (tmp_path / "data.jsonl").write_text('{"instruction": "a", "output": "b"}\n' + second + "\n")
+    with pytest.raises(ValueError, match=r"data\.jsonl") as refusal:
+        records_from_file(tmp_path / "data.jsonl")
+    assert all(name in str(refusal.value) for name in named)
+
+
+def records(tmp_path: Path, *pairs: tuple[str, str]):
+    lines = [json.dumps({"instruction": question, "output": answer}) for question, answer in pairs]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    return records_from_file(tmp_path / "records.jsonl")
+
+
+def test_chat_template_frames_prompt_and_answer(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(40, chat=True)
+    (tmp_path / "data.jsonl").write_text(LINES)
+    rows = encode_records(records_from_file(tmp_path / "data.jsonl"), tokenizer, max_length=64, progress=False).rows
+    prompts = [[USER, 7, 8, 9, TURN, BOT], [USER, 12, TURN, BOT]]
+    answers = [[10, 11, TURN, END], [13, 14, 15, TURN, END]]  # the turn as the template closes it
+    assert [row["input_ids"] for row in rows] == [p + a for p, a in zip(prompts, answers, strict=True)]
+    assert [row["prompt_length"] for row in rows] == [6, 4]
+    assert [row["answer"] for row in rows] == ["w11", "7"]
+    texts = [prompt_text(tokenizer, "w7 w8", "w9"), prompt_text(tokenizer, "w12")]
+    assert encode_prompts(tokenizer, texts) == prompts  # what generation starts from
+
+
+def test_without_a_chat_template_a_prompt_has_alpaca_s_form(tmp_path: Path) -> None:
+    head = "Below is an instruction that describes a task"
+    more = ", paired with an input that provides further context"
+    tail = ". Write a response that appropriately completes the request.\n\n### Instruction:\nw7 w8\n\n"
+    tokenizer = word_tokenizer(40, chat=False)
+    assert prompt_text(tokenizer, "w7 w8") == f"{head}{tail}### Response:\n"
+    assert prompt_text(tokenizer, "w7 w8", "w9") == f"{head}{more}{tail}### Input:\nw9\n\n### Response:\n"
+
+
+def test_without_a_chat_template_an_answer_follows_alpaca_s_prompt_and_ends_once(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(7, 37)]  # most words have to be known
+    tokenizer = word_tokenizer(40, chat=False)
+    texts = [(" ".join(words), "w10 w11"), (" ".join(words), " ".join([*words, "<end>"]))]
+    rows = encode_records(records(tmp_path, *texts), tokenizer, max_length=99, progress=False).rows
+    prompt = tokenizer(prompt_text(tokenizer, " ".join(words)), add_special_tokens=False)["input_ids"]
+    answers = [[10, 11, END], [*range(7, 37), END]]
+    assert [row["input_ids"] for row in rows] == [prompt + answer for answer in answers]
+    assert [row["prompt_length"] for row in rows] == [len(prompt)] * 2
+
+
+def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [("w7", "w8 w9"), ("w7", "w8 w9 w10 w11 w12"), ("w7 w7 w7 w7 w7", "w8")]
+    with caplog.at_level(logging.WARNING):
+        encoded = encode_records(records(tmp_path, *pairs), word_tokenizer(40, chat=True), max_length=8, progress=False)
+    rows = [row["input_ids"] for row in encoded.rows]
+    assert rows == [[USER, 7, TURN, BOT, 8, 9, TURN, END], [USER, 7, TURN, BOT, 8, 9, 10, 11]]
+    assert (encoded.total, encoded.truncated, encoded.dropped) == (3, 1, 1)
+    assert "1 of them cut, 1 dropped" in caplog.text
+
+
+def test_batch_is_padded_with_end_tokens_of_which_a_number_is_trained(tmp_path: Path) -> None:
+    rows = [
+        {"input_ids": [7, 8, 9, END], "prompt_length": 2},
+        {"input_ids": [7, 8, 9, 10, 11, 12, END], "prompt_length": 1},
+        {"input_ids": [7, 8, 9, 10, 11, 12, 13, 14], "prompt_length": 5},  # cut: its end is not known
+    ]
+    batch = AnswerCollator(END, trained_padding=2, max_length=8)(rows)
+    assert batch["input_ids"].tolist() == [
+        [7, 8, 9, END, END, END, END, END],
+        [7, 8, 9, 10, 11, 12, END, END],
+        [7, 8, 9, 10, 11, 12, 13, 14],
+    ]
+    assert batch["prompt_lengths"].tolist() == [2, 1, 5]
+    assert batch["answer_lengths"].tolist() == [4, 7, 3]

@@ -1,0 +1,197 @@
+"""The training objective, likelihood and loss over λ are LLaDA's sums, by hand in float64, with the masks that were drawn.
+
+    L = 1/B Σ_i 1/(λ_i n_i) Σ_{j masked} − log p(x_ij)              log p(x) ≥ − E_k n/k Σ_{j masked} − log p(x_j)
+
+n_i is the length of answer i. The masks are read off the model's own input.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from math import comb
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nara_diffusion import noise_level
+from nara_diffusion.dllm import log_likelihood, masked_diffusion_loss, noise_level_curve
+from tests.acceptance._text import END, PAD, ByHand, backbone, nara
+
+VOCABULARY = 30
+MASK = VOCABULARY - 1
+ROWS = [[5, 9, 11, 4, 6, 20, 8, END, END], [7, 21, 8, 21, 3, END], [12, 4, 9, 25, 16, 10, 17, END]]
+PROMPTS = [3, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, ByHand]:
+    base = backbone(VOCABULARY)
+    before = copy.deepcopy(base)
+    adapted = nara(base)
+    return adapted, ByHand(before, adapted)
+
+
+def batch(rows: list[int] | None = None) -> dict[str, Any]:
+    """ROWS, or some of them, padded on the right."""
+    rows = list(range(len(ROWS))) if rows is None else rows
+    width = max(len(ROWS[i]) for i in rows)
+    ids = torch.tensor([ROWS[i] + [PAD] * (width - len(ROWS[i])) for i in rows])
+    real = torch.tensor([[1] * len(ROWS[i]) + [0] * (width - len(ROWS[i])) for i in rows])
+    return {"input_ids": ids, "prompt_lengths": [PROMPTS[i] for i in rows], "attention_mask": real}
+
+
+@contextmanager
+def inputs_of(model: Any) -> Iterator[list[list[int]]]:
+    """The rows of token ids that the model is given."""
+    seen: list[list[int]] = []
+    hook = lambda _, args, options: seen.extend((args[0] if args else options["input_ids"]).tolist())  # noqa: E731
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def surprise(by_hand: ByHand, row: list[int], masked: list[int], level: float) -> float:
+    """Σ − log p of the tokens at the `masked` positions."""
+    ids = [MASK if j in masked else token for j, token in enumerate(row)]
+    log_p = by_hand([ids], level)[0].log_softmax(-1)
+    return -float(sum(log_p[j, row[j]] for j in masked))
+
+
+def check_loss(by_hand: ByHand, result: Any, rows: list[int]) -> None:
+    """Each share of the loss, and which positions were masked."""
+    expected = []
+    for i, mask, level in zip(rows, result.masked, result.noise_level.tolist(), strict=True):
+        masked = mask.nonzero()[:, 0].tolist()
+        assert set(masked) <= set(range(PROMPTS[i], len(ROWS[i])))  # neither prompt nor padding
+        expected.append(surprise(by_hand, ROWS[i], masked, level) / level / (len(ROWS[i]) - PROMPTS[i]))
+    assert result.per_sample.tolist() == pytest.approx(expected, rel=1e-4)
+    assert float(result.loss.detach()) == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("logits", ["masked", "all"])
+def test_loss_at_given_levels_is_the_sum_by_hand(pair: Any, logits: str) -> None:
+    model, by_hand = pair
+    levels = torch.tensor([0.9, 0.4, 0.65])
+    result = masked_diffusion_loss(model, **batch(), noise_level=levels, seed=4, logits=logits, chunk_size=3)
+    assert torch.equal(result.noise_level, levels)
+    assert result.masked.any(1).all()
+    check_loss(by_hand, result, [0, 1, 2])
+
+
+def test_loss_has_the_gradients_of_a_plain_forward_of_each_row(pair: Any) -> None:
+    model, _ = pair
+    result = masked_diffusion_loss(model, **batch(), noise_level=torch.tensor([0.9, 0.4, 0.65]), seed=4)
+    plain = torch.zeros(())
+    for i, mask, level in zip(range(3), result.masked, result.noise_level, strict=True):
+        ids, masked = torch.tensor([ROWS[i]]), mask[: len(ROWS[i])]
+        with noise_level(model, float(level)):
+            log_p = model(ids.masked_fill(masked, MASK)).logits.log_softmax(-1)
+        of_tokens = log_p.gather(-1, ids[..., None])[0, masked].sum()
+        plain = plain - of_tokens / level / (len(ROWS[i]) - PROMPTS[i]) / 3
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found, expected = (torch.autograd.grad(loss, list(trained.values())) for loss in (result.loss, plain))
+    for name, mine, theirs in zip(trained, found, expected, strict=True):
+        assert theirs.abs().max() > 0, name
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_loss_draws_one_level_of_each_stratum_however_the_batch_is_split(pair: Any) -> None:
+    """As over two processes: λ and masks are those of the sample's place in the stream."""
+    model, by_hand = pair
+    indices = list(range(8, 16))
+    rows = [i % 3 for i in indices]
+    options: dict[str, Any] = {"seed": 6, "group_size": 8}
+    whole = masked_diffusion_loss(model, **batch(rows), sample_indices=indices, **options)
+    check_loss(by_hand, whole, rows)
+    strata = ((whole.noise_level.double() - 1e-3) / (1 - 1e-3) * 8).floor().sort().values
+    assert strata.tolist() == list(range(8))
+    assert whole.noise_level.argsort().tolist() != list(range(8))
+    for part in (slice(0, 5), slice(5, 8)):
+        half = masked_diffusion_loss(model, **batch(rows[part]), sample_indices=indices[part], **options)
+        assert torch.equal(half.noise_level, whole.noise_level[part])
+        width = half.masked.shape[1]
+        assert torch.equal(half.masked, whole.masked[part, :width])
+        assert not whole.masked[part, width:].any()
+    other = masked_diffusion_loss(model, **batch(rows), sample_indices=indices, seed=7, group_size=8)
+    assert not torch.equal(other.noise_level, whole.noise_level)
+
+
+def test_loss_with_complementary_masks_trains_each_token_of_an_answer_once(pair: Any) -> None:
+    model, by_hand = pair
+    result = masked_diffusion_loss(model, **batch(), seed=2, complementary=True)
+    first, second = result.masked.chunk(2)
+    answers = [[PROMPTS[i] <= j < len(ROWS[i]) for j in range(first.shape[1])] for i in range(3)]
+    assert torch.equal(first ^ second, torch.tensor(answers))
+    assert torch.equal(first | second, torch.tensor(answers))
+    levels = result.noise_level
+    torch.testing.assert_close(levels[3:], 1 - levels[:3])
+    assert len(set(levels.tolist())) == 6
+    check_loss(by_hand, result, [0, 1, 2, 0, 1, 2])
+
+
+def test_likelihood_of_a_short_answer_is_the_sum_over_all_masks(pair: Any) -> None:
+    model, by_hand = pair
+    found = log_likelihood(model, **batch(), samples=70, batch_size=5)
+    assert found.dtype == torch.float64
+    for i, value in zip(range(3), found.tolist(), strict=True):
+        places = range(PROMPTS[i], len(ROWS[i]))
+        n, expected = len(places), 0.0
+        for bits in product((False, True), repeat=n):
+            masked = [j for j, bit in zip(places, bits, strict=True) if bit]
+            if k := len(masked):
+                expected -= surprise(by_hand, ROWS[i], masked, k / n) * n / k / (n * comb(n, k))
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_likelihood_of_a_longer_answer_is_the_mean_over_its_masks_of_each_size(pair: Any) -> None:
+    """As many masks as the answer has tokens, one of each number of them: k is stratified."""
+    model, by_hand = pair
+    row, prompt, n = [5, 9, 4, 6, 20, 8, 11, 3, 25, 16, END, END], 2, 10
+    with inputs_of(model) as seen:
+        found = log_likelihood(model, torch.tensor([row]), [prompt], samples=n, batch_size=4, seed=3)
+    masks = [[j for j, token in enumerate(ids) if token == MASK] for ids in seen]
+    assert sorted(map(len, masks)) == list(range(1, n + 1))
+    assert all(min(masked) >= prompt for masked in masks)
+    terms = [surprise(by_hand, row, masked, len(masked) / n) * n / len(masked) for masked in masks]
+    assert float(found) == pytest.approx(-sum(terms) / n, rel=1e-4)
+    again = log_likelihood(model, torch.tensor([row, row]), [prompt] * 2, samples=n, seed=3, sample_indices=[0, 1])
+    assert float(again[0]) == pytest.approx(float(found), rel=1e-5)
+    assert float(again[1]) != pytest.approx(float(found), rel=1e-5)
+
+
+def test_curve_at_each_level_is_the_ratio_by_hand(pair: Any) -> None:
+    """Σ_i 1/n_i Σ_{j masked} − log p over Σ_i 1/n_i Σ_{j masked} 1; masks grow with λ."""
+    model, by_hand = pair
+    rows = [{"input_ids": ids, "prompt_length": n} for ids, n in zip(ROWS, PROMPTS, strict=True)]
+    levels, masks = [0.3, 0.8, 1.0], []
+    with inputs_of(model) as seen:
+        curve = noise_level_curve(model, rows, levels, batch_size=2, seed=1, progress=False)
+    for level, loss, given in zip(levels, curve, (seen[:3], seen[3:6], seen[6:]), strict=True):
+        total = count = 0.0
+        masks.append([{j for j, token in enumerate(ids) if token == MASK} for ids in given])
+        for row, prompt, masked in zip(ROWS, PROMPTS, masks[-1], strict=True):
+            total += surprise(by_hand, row, sorted(masked), level) / (len(row) - prompt)
+            count += len(masked) / (len(row) - prompt)
+        assert loss == pytest.approx(total / count, rel=1e-4)
+    assert masks[2] == [set(range(n, len(row))) for n, row in zip(PROMPTS, ROWS, strict=True)]
+    assert all(low <= high for low, high in zip(masks[0], masks[1], strict=True))
+    assert masks[0] != masks[1]
+
+
+def test_curve_of_two_models_is_on_the_same_masks(pair: Any) -> None:
+    model, by_hand = pair
+    rows = [{"input_ids": ids, "prompt_length": n} for ids, n in zip(ROWS, PROMPTS, strict=True)]
+    other = copy.deepcopy(by_hand.base).float()
+    drawn: list[Tensor] = []
+    for one in (model, other):
+        with inputs_of(one) as seen:
+            noise_level_curve(one, rows, [0.5], seed=1, progress=False)
+        drawn.append(torch.tensor(seen))
+    assert torch.equal(*drawn)

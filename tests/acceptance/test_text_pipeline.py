@@ -1,0 +1,164 @@
+"""LLaDAPipeline and `exact_match` on the shipped model, which can do one-step tasks: adapters come, answer and go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from nara_diffusion.dllm import encode_prompts, exact_match, generate, load_backbone, prompt_text
+from pipelines.llada import LLaDAPipeline
+from tests.acceptance._text import nara
+from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
+
+SHIPPED = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
+QUESTIONS = ["reverse: planet", "upper: planet", "sort: zebra"]
+ANSWERS = ["tenalp", "PLANET", "aberz"]
+LENGTH = {"gen_length": 12}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as PEFT saves it, whose adapter changes answers, by λ too."""
+    folder = tmp_path_factory.mktemp("adapter")
+    nara(load_backbone(SHIPPED)[0], core_hidden_dims=(8, 8)).save_pretrained(folder)
+    return folder
+
+
+def pipeline(folder: str | Path = SHIPPED, **options: Any) -> LLaDAPipeline:
+    pipe = LLaDAPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sequences(model: Any, tokenizer: Any, questions: list[str] = QUESTIONS, **options: Any) -> Tensor:
+    """By `generate` itself."""
+    prompts = encode_prompts(tokenizer, [prompt_text(tokenizer, question) for question in questions])
+    width = max(map(len, prompts))
+    ids = torch.tensor([prompt + [tokenizer.pad_token_id] * (width - len(prompt)) for prompt in prompts])
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|eot_id|>"])
+    lengths = [len(prompt) for prompt in prompts]
+    return generate(model, ids, prompt_lengths=lengths, eos_token_id=ends, **LENGTH, **options)
+
+
+def test_pipeline_answers_questions_and_chats() -> None:
+    pipe = pipeline()
+    result = pipe(QUESTIONS, **LENGTH)
+    assert result.texts == ANSWERS
+    assert torch.equal(result.sequences, sequences(*load_backbone(SHIPPED)))
+    assert pipe([{"role": "user", "content": QUESTIONS[1]}], **LENGTH).texts == ANSWERS[1:2]
+    texts, ids = pipe(QUESTIONS, **LENGTH, return_dict=False)
+    assert texts == ANSWERS
+    assert torch.equal(ids, result.sequences)
+    with pytest.raises(ValueError, match="empty"):
+        pipe(["upper: ab", " "], **LENGTH)
+
+
+def test_pipeline_with_an_adapter_answers_as_peft_does(adapter: Path) -> None:
+    pipe = pipeline()
+    base = pipe(QUESTIONS, **LENGTH).sequences
+    pipe.load_nara_weights(adapter)
+    model, tokenizer = load_backbone(SHIPPED)
+    options: dict[str, Any] = {"block_length": 6, "steps": 8, "temperature": 0.8, "cfg_scale": 0.5}
+    adapted = PeftModel.from_pretrained(model, adapter)
+    expected = sequences(adapted, tokenizer, generator=torch.Generator().manual_seed(3), **options)
+    found = pipe(QUESTIONS, generator=torch.Generator().manual_seed(3), **LENGTH, **options).sequences
+    assert torch.equal(found, expected)
+    greedy = pipe(QUESTIONS, **LENGTH).sequences
+    assert torch.equal(greedy, sequences(adapted, tokenizer))
+    assert not torch.equal(greedy, base)
+    pipe.unload_nara_weights()
+    assert torch.equal(pipe(QUESTIONS, **LENGTH).sequences, base)
+
+
+def test_pipeline_saves_itself_and_its_adapter(adapter: Path, tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe.load_nara_weights(adapter, adapter_name="mine")
+    expected = pipe(QUESTIONS, **LENGTH).sequences
+    pipe.save_nara_weights(tmp_path / "saved", "mine")
+    again = pipeline(tmp_path / "pipe")
+    assert again(QUESTIONS, **LENGTH).texts == ANSWERS
+    again.load_nara_weights(tmp_path / "saved")
+    assert torch.equal(again(QUESTIONS, **LENGTH).sequences, expected)
+
+
+def test_pipeline_step_is_told_the_level_and_may_stop() -> None:
+    pipe = pipeline()
+    seen: list[list[float]] = []
+
+    def step_end(pipe: Any, step: int, level: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(level.tolist())
+        pipe._interrupt = step == 2
+        return tensors
+
+    ids = pipe(QUESTIONS[:1], **LENGTH, stop_at_eos=False, callback_on_step_end=step_end).answers
+    assert [level for (level,) in seen] == pytest.approx([1, 11 / 12, 10 / 12])
+    assert int((ids == pipe.transformer.config.mask_token_id).sum()) == 9
+
+
+def rows_of(answers: list[str]) -> list[dict[str, Any]]:
+    tokenizer = load_backbone(SHIPPED)[1]
+    prompts = encode_prompts(tokenizer, [prompt_text(tokenizer, question) for question in QUESTIONS])
+    return [
+        {"input_ids": [*prompt, 65, 66], "prompt_length": len(prompt), "instruction": question, "answer": answer}
+        for prompt, question, answer in zip(prompts, QUESTIONS, answers, strict=True)
+    ]
+
+
+def test_exact_match_is_the_share_of_right_answers() -> None:
+    model, tokenizer = load_backbone(SHIPPED)
+    rows = rows_of([ANSWERS[0], "planet", f" {ANSWERS[2]} "])
+    result = exact_match(model, tokenizer, rows, **LENGTH, batch_size=2, progress=False)
+    assert (result.correct, result.total, result.score) == (2, 3, pytest.approx(2 / 3))
+    assert [generation["generation"] for generation in result.generations] == ANSWERS
+    assert [generation["correct"] for generation in result.generations] == [True, False, True]
+
+
+class Parrot(nn.Module):
+    """Says texts[i] where the prompt is the one token FIRST + i."""
+
+    def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        end = tokenizer.eos_token_id
+        self.one_hot = nn.Embedding.from_pretrained(torch.eye(len(tokenizer)))
+        encoded = [tokenizer(text)["input_ids"] for text in texts]
+        width = 1 + max(map(len, encoded))
+        self.said = torch.tensor([[0, *ids, *[end] * (width - len(ids))] for ids in encoded])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return 9 * self.one_hot(self.said[input_ids[:, 0] - FIRST, : input_ids.shape[1]])
+
+
+FIRST = len(SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("extract", "pairs", "right"),
+    [
+        ("text", [("A  or B", "A or B"), ("a or B", "A or B")], [True, False]),
+        ("number", [("12 or 1,000.0 then", "1000"), ("12 or 13", "12"), ("A", "12")], [True, False, False]),
+        ("choice", [("A or B", "B"), ("B or A", "B"), ("A", "B")], [True, False, False]),
+        ("choice", [("option2 or option1", "option2"), ("option1 or option2", "option2")], [True, False]),
+        (str.lower, [("A or B", "a OR b"), ("A", "B")], [True, False]),
+    ],
+)
+def test_exact_match_compares_what_the_rule_finds(
+    extract: Any, pairs: list[tuple[str, str]], right: list[bool]
+) -> None:
+    words = ["q0", "q1", "q2", *sorted({word for said, _ in pairs for word in said.split()})]
+    tokenizer = word_tokenizer(0, chat=False, words=words)
+    rows = [
+        {"input_ids": [FIRST + i, 0], "prompt_length": 1, "instruction": f"q{i}", "answer": answer}
+        for i, (_, answer) in enumerate(pairs)
+    ]
+    model = Parrot([said for said, _ in pairs], tokenizer)
+    options: dict[str, Any] = {"gen_length": 4, "mask_token_id": tokenizer.mask_token_id, "progress": False}
+    result = exact_match(model, tokenizer, rows, extract=extract, **options)
+    assert [generation["correct"] for generation in result.generations] == right
+    assert result.score == pytest.approx(sum(right) / len(right))
