@@ -41,10 +41,7 @@ LLADA_NAMES = [
 LLADA_CONFIG = {
     "model_type": "llada",
     "architectures": ["LLaDAModelLM"],
-    "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-    },
+    "auto_map": {"AutoConfig": "configuration_llada.Config", "AutoModelForCausalLM": "modeling_llada.Model"},
     "activation_type": "silu",
     "alibi": False,
     "block_type": "llama",

@@ -1,4 +1,4 @@
-"""The training objective, likelihood and loss over λ are LLaDA's sums, by hand in float64, with the masks that were drawn.
+"""The training objective, likelihood and loss over λ are LLaDA's sums, by hand in float64, with the masks drawn.
 
     L = 1/B Σ_i 1/(λ_i n_i) Σ_{j masked} − log p(x_ij)              log p(x) ≥ − E_k n/k Σ_{j masked} − log p(x_j)
 

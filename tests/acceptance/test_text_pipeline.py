@@ -139,7 +139,7 @@ FIRST = len(SPECIAL)
 
 
 @pytest.mark.parametrize(
-    ("extract", "pairs", "right"),
+    ("rule", "pairs", "right"),
     [
         ("text", [("A  or B", "A or B"), ("a or B", "A or B")], [True, False]),
         ("number", [("12 or 1,000.0 then", "1000"), ("12 or 13", "12"), ("A", "12")], [True, False, False]),
@@ -148,9 +148,7 @@ FIRST = len(SPECIAL)
         (str.lower, [("A or B", "a OR b"), ("A", "B")], [True, False]),
     ],
 )
-def test_exact_match_compares_what_the_rule_finds(
-    extract: Any, pairs: list[tuple[str, str]], right: list[bool]
-) -> None:
+def test_exact_match_compares_what_the_rule_finds(rule: Any, pairs: list[tuple[str, str]], right: list[bool]) -> None:
     words = ["q0", "q1", "q2", *sorted({word for said, _ in pairs for word in said.split()})]
     tokenizer = word_tokenizer(0, chat=False, words=words)
     rows = [
@@ -159,6 +157,6 @@ def test_exact_match_compares_what_the_rule_finds(
     ]
     model = Parrot([said for said, _ in pairs], tokenizer)
     options: dict[str, Any] = {"gen_length": 4, "mask_token_id": tokenizer.mask_token_id, "progress": False}
-    result = exact_match(model, tokenizer, rows, extract=extract, **options)
+    result = exact_match(model, tokenizer, rows, extract=rule, **options)
     assert [generation["correct"] for generation in result.generations] == right
     assert result.score == pytest.approx(sum(right) / len(right))

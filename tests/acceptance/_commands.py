@@ -1,0 +1,171 @@
+"""The train scripts by their command lines: in this process, or in one of their own that a signal ends.
+
+A child process is forked from a server that has imported the libraries, since importing them takes longer than a run.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+LAST_RESORT = 300
+"""Seconds that a process gets before it counts as hanging."""
+
+
+def words(**flags: Any) -> list[str]:
+    """{name: value} as a command line; lists are given word by word."""
+    line: list[str] = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        line += [f"--{name}", *(str(one).lower() if one in (None, True, False) else str(one) for one in values)]
+    return line
+
+
+def run(script: str, *line: str, **flags: Any) -> None:
+    """Run `train_scripts/script` as a program does, with sys.argv of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *line, *words(**flags)])
+        try:
+            runpy.run_path(str(ROOT / "train_scripts" / script), run_name="__main__")
+        finally:
+            AcceleratorState._reset_state(True)  # a process has one accelerator; forget it
+            GradientState._reset_state()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], script: str, *line: str, **flags: Any) -> str:
+    """The one line in which the script says what is wrong with its command line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(script, *line, **flags)
+    assert stop.value.code not in (0, None)
+    text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    lines = [one for one in text.splitlines() if one.strip() and not one.startswith("usage:")]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+# ---------------------------------------------------------------- what a run has written
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Of the one file of weights in `folder`."""
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def by_the_card(folder: Path, until: str) -> dict[str, Any]:
+    """The variables that the model card's code makes; what begins with `until` isn't run."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    scope: dict[str, Any] = {}
+    exec(code[1].partition(f"\n{until}")[0], scope)
+    return scope
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """The adapters and the logs of two runs."""
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys() != set()
+    for name, value in mine.items():
+        assert value.dtype == theirs[name].dtype
+        assert value.numpy().tobytes() == theirs[name].numpy().tobytes(), name
+    timeless = [[{k: v for k, v in line.items() if "second" not in k} for line in metrics(run)] for run in (one, other)]
+    assert timeless[0] == timeless[1]
+
+
+# ---------------------------------------------------------------- runs that end early
+
+
+class Moment:
+    """When a process sends itself a signal: at an optimizer step's end, or as it writes the checkpoint of a step.
+
+    Args:
+        what: "step", after optimizer step `number`; "first file", when the first file of checkpoint-`number` is opened;
+            "name", before the folder gets its name.
+    """
+
+    def __init__(self, what: str, number: int, signal: signal.Signals = signal.SIGKILL) -> None:
+        self.what, self.number, self.signal = what, number, signal
+
+    def arm(self, folder: Path) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        steps = 0
+        folder = folder.resolve()
+        fired: list[bool] = []
+
+        def fire() -> None:
+            if not fired:
+                fired.append(True)
+                os.kill(os.getpid(), self.signal)
+
+        def step(*_: Any) -> None:
+            nonlocal steps
+            steps += 1
+            if self.what == "step" and steps == self.number:
+                fire()
+
+        def event(name: str, args: tuple[Any, ...]) -> None:
+            if steps != self.number:
+                return
+            if self.what == "name" and name == "os.rename":
+                if Path(os.fsdecode(args[1])).name == f"checkpoint-{self.number}":
+                    fire()
+            elif self.what == "first file" and name == "open" and args[2] & (os.O_WRONLY | os.O_RDWR):
+                path = Path(os.fsdecode(args[0])).resolve() if isinstance(args[0], (str, bytes)) else folder
+                if folder in path.parents and path.parent != folder:
+                    fire()
+
+        register_optimizer_step_post_hook(step)
+        if self.what != "step":
+            sys.addaudithook(event)
+
+
+def _child(script: str, line: list[str], folder: Path, moment: Moment, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    moment.arm(folder)
+    run(script, *line)
+
+
+def ended_early(script: str, moment: Moment, log: Path, **flags: Any) -> int:
+    """The exit code of a process that runs the script until `moment`; what it printed is in the file `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["accelerate", "datasets", "diffusers", "transformers", "peft", "nara_diffusion"])
+    process = context.Process(target=_child, args=(script, words(**flags), Path(flags["output_dir"]), moment, log))
+    process.start()
+    process.join(LAST_RESORT)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"{script} didn't end: {log.read_text()[-2000:]}")
+    code = process.exitcode
+    process.close()
+    assert code is not None
+    return code

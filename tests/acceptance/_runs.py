@@ -1,0 +1,88 @@
+"""Flags of runs of a few steps: the shipped language model on a few records, tiny image models on three pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.acceptance._commands import ROOT
+
+TEXT = "adapter_model.safetensors"
+IMAGES = "pytorch_nara_weights.safetensors"
+ASSETS = ROOT / "examples" / "assets"
+
+
+def records(count: int, seed: int) -> list[dict[str, str]]:
+    """Words to be written in capitals, of unequal lengths."""
+    random = np.random.default_rng(seed)
+    texts = ["".join(chr(97 + code) for code in random.integers(0, 26, random.integers(2, 7))) for _ in range(count)]
+    return [{"instruction": f"upper: {text}", "output": text.upper(), "answer": text.upper()} for text in texts]
+
+
+def text_flags(folder: Path) -> dict[str, Any]:
+    """A LLaDA of the shipped size with dropout, six steps of four records; files of records are made in `folder`."""
+    files = {}
+    for name, count in (("train", 11), ("validation", 5), ("test", 4)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records(count, seed=count)))
+        files[f"{name}_file"] = path
+    return {
+        "pretrained_model_name_or_path": ASSETS / "llada-tiny",
+        **files,
+        "rank": 3,
+        "lora_alpha": 5.0,
+        "lora_dropout": 0.2,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "core_hidden_dims": [8, 7],
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "max_length": 40,
+        "learning_rate": 1e-2,
+        "core_learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "logging_steps": 1,
+        "validation_steps": None,
+        "checkpointing_steps": 2,
+        "eval_batch_size": 4,
+        "gen_length": 8,
+        "generation_steps": 4,
+        "curve_points": 2,
+    }
+
+
+def image_flags(folder: Path, pipe: Any) -> dict[str, Any]:
+    """A tiny pipeline, six steps of two crops; the model and pictures are saved in `folder`."""
+    pipe.save_pretrained(folder / "model")
+    (folder / "pictures").mkdir()
+    for number in range(3):
+        blocks = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        picture = Image.fromarray(blocks).resize((20, 24), Image.Resampling.BICUBIC)
+        picture.save(folder / "pictures" / f"{number}.png")
+    return {
+        "pretrained_model_name_or_path": folder / "model",
+        "instance_data_dir": folder / "pictures",
+        "instance_prompt": "a photo of a toy",
+        "resolution": 16,
+        "random_flip": True,
+        "rank": 3,
+        "lora_alpha": 5.0,
+        "lora_dropout": 0.2,
+        "core_hidden_dims": [8, 7],
+        "train_batch_size": 2,
+        "max_train_steps": 6,
+        "learning_rate": 1e-2,
+        "core_learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "num_validation_images": 1,
+        "num_inference_steps": 2,
+        "curve_points": 2,
+        "logging_steps": 1,
+        "validation_steps": None,
+        "checkpointing_steps": 2,
+        "similarity_model": None,
+        "alignment_model": None,
+    }

@@ -1,0 +1,155 @@
+"""What the train scripts say of their command lines: files of settings, flags over them, and mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.acceptance._commands import ROOT, refusal, run
+from tests.acceptance._runs import image_flags, text_flags
+from tests.helpers.small_pipelines import small_flux, small_sd3, small_sdxl
+
+SCRIPTS = ["dllm.py", "dreambooth.py", "dreambooth_sdxl.py"]
+CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("*.yaml"))
+TEXT_CONFIGS = [path for path in CONFIGS if path.stem.startswith(("llada", "dream_"))]
+IMAGE_CONFIGS = [path for path in CONFIGS if path not in TEXT_CONFIGS]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script writes where no folder is named lies in a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "named"),
+    [
+        ("dllm.py", ["--lerning_rate", "1e-3"], ["--lerning_rate", "--learning_rate"]),
+        ("dreambooth.py", ["--instance_promt", "a toy"], ["--instance_promt", "--instance_prompt"]),
+        ("dreambooth_sdxl.py", ["--max_steps", "3"], ["--max_steps"]),
+        ("dllm.py", ["--adapter", "nora"], ["adapter", "nora", "nara", "dora", "full"]),
+        ("dllm.py", ["--remasking", "low_confidense"], ["remasking", "low_confidense", "low_confidence", "random"]),
+        ("dllm.py", ["--rank", "three"], ["rank", "three"]),
+        ("dllm.py", ["--mixed_precision", "bf17"], ["mixed_precision", "bf17", "bf16"]),
+        ("dreambooth.py", ["--core_type", "constent"], ["core_type", "constent", "constant"]),
+        ("dreambooth_sdxl.py", ["--prediction_type", "v"], ["prediction_type", "v_prediction"]),
+        ("dllm.py", ["--min_noise_level", "0.8", "--max_noise_level", "0.2"], ["min_noise_level", "max_noise_level"]),
+        ("dllm.py", ["--config", "none.yaml"], ["none.yaml"]),
+    ],
+)
+def test_mistake_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], script: str, line: list[str], named: list[str]
+) -> None:
+    said = refusal(capsys, script, *line)
+    assert all(name in said for name in named), said
+    assert list(Path().iterdir()) == []  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("lerning_rate: 1.0e-3\n", ["lerning_rate", "learning_rate"]),
+        ("rank: [3, 4]\n", ["rank"]),
+        ("gradient_checkpointing: perhaps\n", ["gradient_checkpointing", "perhaps"]),
+        ("- rank\n- 3\n", ["mistaken.yaml"]),
+        ("rank: [3\n", ["mistaken.yaml"]),
+    ],
+)
+def test_mistake_in_a_file_of_settings_is_said_with_the_file(
+    capsys: pytest.CaptureFixture[str], text: str, named: list[str]
+) -> None:
+    Path("mistaken.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run("dllm.py", "--config", "mistaken.yaml")
+    said = str(stop.value.code) + capsys.readouterr().err
+    assert "Traceback" not in said
+    assert all(name in said for name in named), said
+    assert [path.name for path in Path().iterdir()] == ["mistaken.yaml"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_the_flags_with_their_defaults(capsys: pytest.CaptureFixture[str], script: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(script, "--help")
+    assert stop.value.code in (0, None)
+    text = capsys.readouterr().out
+    flags = ["pretrained_model_name_or_path", "adapter", "rank", "learning_rate", "max_train_steps", "output_dir"]
+    assert all(f"--{flag}" in text for flag in flags)
+    assert "config" in text
+    assert "0.0001" in text
+
+
+def test_file_of_settings_is_read_and_flags_win(tmp_path: Path) -> None:
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in text_flags(tmp_path).items()}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings | {"max_train_steps": 1, "rank": 2, "seed": 3}))
+    run("dllm.py", "--config", "run.yaml", "--rank", "4", "--no-gradient_checkpointing", output_dir=tmp_path / "out")
+    saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    found = {name: saved[name] for name in ("max_train_steps", "rank", "seed", "lora_alpha", "target_modules")}
+    expected = {"max_train_steps": 1, "rank": 4, "seed": 3, "lora_alpha": 5.0}
+    assert found == expected | {"target_modules": settings["target_modules"]}
+    assert saved["weight_decay"] == 0.0  # defaults are told, too
+
+
+@pytest.mark.parametrize("path", TEXT_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_settings_for_text_are_read(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    """As far as the file of data, which is downloaded separately."""
+    said = refusal(capsys, "dllm.py", "--config", str(path), "--mixed_precision", "no")  # as there is no GPU
+    assert yaml.safe_load(path.read_text())["train_file"] in said
+    assert list(Path().iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{settings: a tiny pipeline of the classes that they are for}."""
+    kinds: dict[str, Any] = {"sd3_dreambooth": small_sd3, "flux_dreambooth": small_flux, "sdxl_dreambooth": small_sdxl}
+    kinds["sd_tiny_flow"] = small_sd3
+    folders = {}
+    for name, make in kinds.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        make().save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("path", IMAGE_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_settings_for_images_are_read(
+    capsys: pytest.CaptureFixture[str], path: Path, models: dict[str, Path]
+) -> None:
+    """As far as the folder of images."""
+    script = "dreambooth_sdxl.py" if path.stem == "sdxl_dreambooth" else "dreambooth.py"
+    flags = {"pretrained_model_name_or_path": models[path.stem], "instance_data_dir": "nowhere"}
+    said = refusal(capsys, script, "--config", str(path), **flags, instance_prompt="a photo of sks dog")
+    assert "nowhere" in said
+    assert list(Path().iterdir()) == []
+
+
+def test_settings_name_one_run_for_each_model_and_task() -> None:
+    assert len(TEXT_CONFIGS) == 7
+    assert {path.stem for path in IMAGE_CONFIGS} == {
+        "flux_dreambooth",
+        "sd3_dreambooth",
+        "sd_tiny_flow",
+        "sdxl_dreambooth",
+    }
+
+
+def test_run_without_a_folder_gets_a_numbered_one_and_no_other_run_s(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = {**text_flags(tmp_path), "max_train_steps": 1, "checkpointing_steps": None, "test_samples": 1}
+    for number in (1, 2):
+        run("dllm.py", **flags)
+        assert (tmp_path / "outputs" / f"dllm-{number}" / "results.json").is_file()
+    first = Path("outputs") / "dllm-1"
+    before = {path: path.read_bytes() for path in first.iterdir()}
+    assert str(first) in refusal(capsys, "dllm.py", **flags, output_dir=first)
+    assert {path: path.read_bytes() for path in first.iterdir()} == before
+
+
+def test_images_without_a_subject_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = image_flags(tmp_path, small_sdxl())
+    del flags["instance_prompt"]
+    assert "instance_prompt" in refusal(capsys, "dreambooth_sdxl.py", **flags, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
