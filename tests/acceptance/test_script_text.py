@@ -1,0 +1,177 @@
+"""A run of dllm.py from its command line: what it writes, and that the model card's code loads what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from torch import Tensor
+
+from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion.dllm import (
+    AnswerCollator,
+    encode_records,
+    exact_match,
+    load_backbone,
+    noise_level_curve,
+    records_from_file,
+)
+from tests.acceptance._commands import by_the_card, metrics, names, results, run, tensors
+from tests.acceptance._runs import TEXT, text_flags
+
+IDS = torch.tensor([[65, 70, 283, 283, 80, 283]])
+SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "curve_points": 1}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return text_flags(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps, which was measured after the third, too."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    run("dllm.py", **{**flags, "validation_steps": 3}, output_dir=folder)
+    return folder
+
+
+def logits(model: Any, level: float) -> Tensor:
+    with torch.no_grad(), noise_level(model, level):
+        return model.eval()(IDS).logits
+
+
+def test_run_writes_its_files(finished: Path, flags: dict[str, Any]) -> None:
+    promised = {"adapter_config.json", TEXT, "README.md", "config.yaml", "results.json", "metrics.jsonl"}
+    assert promised | {"noise_level_curve.png", "samples.html"} <= names(finished)
+    assert {name for name in names(finished) if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
+    assert not [name for name in names(finished) if name.startswith(".")]  # nothing half written
+    found = results(finished)
+    keys = {"seconds", "n", "exact_match_before", "exact_match_after", "validation_loss_before", "validation_loss_after"}
+    assert keys | {"curve_before", "curve_after", "noise_levels", "adapter", "trainable_parameters"} <= found.keys()
+    assert (found["n"], found["adapter"]) == (4, "nara")
+    assert found["seconds"] > 0
+    saved = yaml.safe_load((finished / "config.yaml").read_text())
+    assert {name: saved[name] for name in ("rank", "lora_alpha", "seed", "gen_length")} == {
+        "rank": 3,
+        "lora_alpha": 5.0,
+        "seed": 0,
+        "gen_length": 8,
+    }
+    page = (finished / "samples.html").read_text()
+    assert all(json.loads(line)["instruction"] in page for line in flags["test_file"].read_text().splitlines())
+
+
+def test_run_logs_its_loss_by_noise_level(finished: Path) -> None:
+    lines = metrics(finished)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"lr", "core_lr"} <= steps[0].keys()
+    assert any("loss_low" in line for line in steps)
+    assert any("loss_high" in line for line in steps)
+    validations = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in validations] == [3, 6]
+    assert validations[-1]["validation_loss"] == pytest.approx(results(finished)["validation_loss_after"], rel=1e-5)
+
+
+def test_trained_adapter_is_peft_s_folder_of_a_nara(finished: Path, flags: dict[str, Any]) -> None:
+    config = NaraConfig.from_pretrained(finished)
+    assert (config.r, config.lora_alpha, config.noise_convention) == (3, 5.0, "masked_share")
+    saved = tensors(finished)
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    trained = [value for name, value in saved.items() if "lora_B" in name]
+    assert len(trained) == 3 * 4
+    assert all(value.abs().max() > 0 for value in trained)
+    model = PeftModel.from_pretrained(load_backbone(str(flags["pretrained_model_name_or_path"]))[0], finished)
+    assert (logits(model, 0.1) - logits(model, 0.9)).abs().max() > 0  # its core has moved
+
+
+def test_card_s_code_loads_the_model_that_was_measured(finished: Path, flags: dict[str, Any]) -> None:
+    scope = by_the_card(finished, until="prompt =")
+    model, tokenizer = scope["model"], scope["tokenizer"]
+    test, validation = (
+        encode_records(records_from_file(flags[name]), tokenizer, max_length=40, progress=False).rows
+        for name in ("test_file", "validation_file")
+    )
+    found, found_curve = results(finished), {}
+    end = tokenizer.eos_token_id
+    collator = AnswerCollator(end, "gen_length", max_length=40, gen_length=8)
+    options: dict[str, Any] = {"collator": collator, "batch_size": 4, "seed": 0, "progress": False}
+    for when in ("after", "before"):
+        share = exact_match(model, tokenizer, test, gen_length=8, steps=4, progress=False).score
+        assert found[f"exact_match_{when}"] == share
+        curve = noise_level_curve(model, validation, found["noise_levels"], **options)
+        assert found[f"curve_{when}"] == pytest.approx(curve, rel=1e-4)
+        found_curve[when] = curve
+        model = load_backbone(str(flags["pretrained_model_name_or_path"]))[0]
+    assert found_curve["after"] != pytest.approx(found_curve["before"], rel=1e-3)
+
+
+def test_card_s_code_runs_as_it_stands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    by_the_card(finished, until="(nothing)")
+    assert capsys.readouterr().out.strip() != ""
+
+
+@pytest.mark.parametrize(
+    ("adapter", "changes", "kind"),
+    [
+        ("lora", {"core_learning_rate": None, "core_hidden_dims": [256, 512]}, "LORA"),
+        ("dora", {"core_learning_rate": None, "core_hidden_dims": [256, 512]}, "LORA"),
+        ("nara", {"use_dora": True}, "NARA"),
+        ("full", {"core_learning_rate": None, "core_hidden_dims": [256, 512], "lora_alpha": None}, None),
+    ],
+)
+def test_run_with_another_adapter_is_loaded_by_its_card(
+    flags: dict[str, Any], tmp_path: Path, adapter: str, changes: dict[str, Any], kind: str | None
+) -> None:
+    out = tmp_path / "out"
+    base = load_backbone(str(flags["pretrained_model_name_or_path"]))[0]
+    run("dllm.py", **{**flags, **SHORT, **changes, "adapter": adapter, "learning_rate": 1e-3}, output_dir=out)
+    model = by_the_card(out, until="prompt =")["model"]
+    found = results(out)
+    assert found["adapter"] == adapter
+    assert found["curve_after"] != pytest.approx(found["curve_before"], rel=1e-5)
+    if kind is None:
+        weights = tensors(out)
+        assert type(model) is type(base)
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items() if name in weights)
+        assert found["trainable_parameters"] == sum(parameter.numel() for parameter in base.parameters())
+        return
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["use_dora"]) == (kind, adapter == "dora" or "use_dora" in changes)
+    assert any("magnitude" in name for name in tensors(out)) is config["use_dora"]
+    with torch.no_grad():
+        assert (logits(model, 0.5) - base(IDS).logits).abs().max() > 1e-5
+
+
+def test_run_in_a_window_trains_its_levels_and_leaves_the_others_to_the_base(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run("dllm.py", **{**flags, **SHORT, "max_train_steps": 4}, min_noise_level=0.7, output_dir=out)
+    steps = [line for line in metrics(out) if "loss" in line]
+    assert len(steps) == 4
+    assert all("loss_high" in line and "loss_low" not in line and "loss_mid" not in line for line in steps)
+    base = load_backbone(str(flags["pretrained_model_name_or_path"]))[0]
+    with torch.no_grad():
+        plain = base(IDS).logits
+    model = PeftModel.from_pretrained(base, out)
+    torch.testing.assert_close(logits(model, 0.3), plain)
+    assert (logits(model, 0.9) - plain).abs().max() > 1e-4
+
+
+def test_run_on_dream_s_files_trains_the_shifted_model(flags: dict[str, Any], tmp_path: Path) -> None:
+    out, dream = tmp_path / "out", flags["pretrained_model_name_or_path"].with_name("dream-tiny")
+    run("dllm.py", **{**flags, **SHORT, "pretrained_model_name_or_path": dream}, output_dir=out)
+    model = by_the_card(out, until="prompt =")["model"]
+    base = load_backbone(str(dream))[0]
+    with torch.no_grad():
+        assert (logits(model, 0.5) - base(IDS).logits).abs().max() > 1e-5
+    assert tensors(out).keys() == {
+        name.replace(".default", "") for name, _ in model.named_parameters() if "lora" in name or "core" in name
+    } | {name for name in tensors(out) if "freq" in name}
