@@ -70,7 +70,6 @@ def image_flags(folder: Path, pipe: Any) -> dict[str, Any]:
         "random_flip": True,
         "rank": 3,
         "lora_alpha": 5.0,
-        "lora_dropout": 0.2,
         "core_hidden_dims": [8, 7],
         "train_batch_size": 2,
         "max_train_steps": 6,

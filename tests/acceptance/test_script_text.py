@@ -52,8 +52,10 @@ def test_run_writes_its_files(finished: Path, flags: dict[str, Any]) -> None:
     assert {name for name in names(finished) if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
     assert not [name for name in names(finished) if name.startswith(".")]  # nothing half written
     found = results(finished)
-    keys = {"seconds", "n", "exact_match_before", "exact_match_after", "validation_loss_before", "validation_loss_after"}
-    assert keys | {"curve_before", "curve_after", "noise_levels", "adapter", "trainable_parameters"} <= found.keys()
+    measured = {
+        f"{what}_{when}" for what in ("exact_match", "validation_loss", "curve") for when in ("before", "after")
+    }
+    assert measured | {"seconds", "n", "noise_levels", "adapter", "trainable_parameters"} <= found.keys()
     assert (found["n"], found["adapter"]) == (4, "nara")
     assert found["seconds"] > 0
     saved = yaml.safe_load((finished / "config.yaml").read_text())
@@ -71,7 +73,8 @@ def test_run_logs_its_loss_by_noise_level(finished: Path) -> None:
     lines = metrics(finished)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    assert {"lr", "core_lr"} <= steps[0].keys()
+    assert [steps[-1][name] for name in ("learning_rate", "core_learning_rate")] == [0, 0]  # the cosine's end
+    assert steps[0]["core_learning_rate"] == pytest.approx(steps[0]["learning_rate"] / 10)
     assert any("loss_low" in line for line in steps)
     assert any("loss_high" in line for line in steps)
     validations = [line for line in lines if "validation_loss" in line]
@@ -117,6 +120,7 @@ def test_card_s_code_runs_as_it_stands(finished: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.strip() != ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "changes", "kind"),
     [
@@ -146,9 +150,11 @@ def test_run_with_another_adapter_is_loaded_by_its_card(
     assert (config["peft_type"], config["use_dora"]) == (kind, adapter == "dora" or "use_dora" in changes)
     assert any("magnitude" in name for name in tensors(out)) is config["use_dora"]
     with torch.no_grad():
-        assert (logits(model, 0.5) - base(IDS).logits).abs().max() > 1e-5
+        after = logits(model, 0.5) if kind == "NARA" else model.eval()(IDS).logits
+        assert (after - base(IDS).logits).abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_run_in_a_window_trains_its_levels_and_leaves_the_others_to_the_base(
     flags: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -165,6 +171,7 @@ def test_run_in_a_window_trains_its_levels_and_leaves_the_others_to_the_base(
     assert (logits(model, 0.9) - plain).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_run_on_dream_s_files_trains_the_shifted_model(flags: dict[str, Any], tmp_path: Path) -> None:
     out, dream = tmp_path / "out", flags["pretrained_model_name_or_path"].with_name("dream-tiny")
     run("dllm.py", **{**flags, **SHORT, "pretrained_model_name_or_path": dream}, output_dir=out)
@@ -172,6 +179,3 @@ def test_run_on_dream_s_files_trains_the_shifted_model(flags: dict[str, Any], tm
     base = load_backbone(str(dream))[0]
     with torch.no_grad():
         assert (logits(model, 0.5) - base(IDS).logits).abs().max() > 1e-5
-    assert tensors(out).keys() == {
-        name.replace(".default", "") for name, _ in model.named_parameters() if "lora" in name or "core" in name
-    } | {name for name in tensors(out) if "freq" in name}

@@ -1,0 +1,224 @@
+"""Runs of dreambooth_sdxl.py and dreambooth.py: what they write, and that the card's code gives the run's pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors import safe_open
+
+from nara_diffusion import core_matrix
+from tests.acceptance._commands import by_the_card, metrics, names, results, run, tensors
+from tests.acceptance._runs import ASSETS, IMAGES, image_flags
+from tests.helpers.small_pipelines import small_sd3, small_sdxl
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "curve_points": 1}
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return image_flags(tmp_path_factory.mktemp("sdxl"), small_sdxl())
+
+
+@pytest.fixture(scope="module")
+def finished(sdxl: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on SDXL that was measured with encoders, and sampled after the third step, too."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    encoders = {"similarity_model": ASSETS / "clip-tiny", "alignment_model": ASSETS / "clip-tiny"}
+    run("dreambooth_sdxl.py", **{**sdxl, **encoders, "validation_steps": 3}, output_dir=folder)
+    return folder
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def drawn(pipe: Any, folder: Path) -> np.ndarray:
+    """The image that the run's report has first."""
+    pipe.set_progress_bar_config(disable=True)
+    args = settings(folder)
+    call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": args["guidance_scale"]}
+    generator = torch.Generator().manual_seed(args["seed"])
+    return np.asarray(pipe(args["instance_prompt"], generator=[generator], **call).images[0])
+
+
+def written(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+
+
+def check_pixels(folder: Path, base: Any) -> Any:
+    """The written samples are the base's, and those of the pipeline that the card's code loads."""
+    (before,), (after,) = written(folder / "samples-before"), written(folder / "samples-after")
+    np.testing.assert_array_equal(drawn(base, folder), before)
+    pipe = by_the_card(folder, until="image = ")["pipe"]
+    np.testing.assert_array_equal(drawn(pipe, folder), after)
+    assert (before != after).any()
+    return pipe
+
+
+def test_run_writes_its_files(finished: Path) -> None:
+    promised = {IMAGES, "README.md", "config.yaml", "results.json", "metrics.jsonl", "samples.png"}
+    assert promised | {"noise_level_curve.png", "samples-before", "samples-after", "validation"} <= names(finished)
+    assert {name for name in names(finished) if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
+    assert not [name for name in names(finished) if name.startswith(".")]
+    assert names(finished / "validation") == {"step-3.png", "step-6.png"}
+    found = results(finished)
+    measured = [f"{what}_{when}" for what in ("similarity", "text_alignment") for when in ("before", "after")]
+    assert all(-1 < found[name] < 1 for name in measured)
+    assert {"seconds", "validation_loss_before", "validation_loss_after", "noise_levels"} <= found.keys()
+    assert (found["n"], found["adapter"], found["resolution"]) == (1, "nara", 16)
+    lines = metrics(finished)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
+
+
+def test_trained_adapter_is_loaded_by_the_card_and_draws_the_run_s_pixels(finished: Path, sdxl: dict[str, Any]) -> None:
+    base = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
+    pipe = check_pixels(finished, base)
+    C = core_matrix(pipe.unet, torch.tensor([0.1, 0.9]), adapter_name=pipe.get_active_adapters()[0])
+    assert C.shape == (2, 3, 3)
+    assert (C[0] - C[1]).abs().max() > 1e-6
+    pipe.unload_nara_weights()
+    np.testing.assert_array_equal(drawn(pipe, finished), written(finished / "samples-before")[0])
+
+
+def test_card_names_what_was_trained(finished: Path, sdxl: dict[str, Any]) -> None:
+    card = yaml.safe_load((finished / "README.md").read_text().split("---")[1])
+    assert card["library_name"] == "diffusers"
+    assert card["instance_prompt"] == "a photo of a toy"
+    assert str(sdxl["pretrained_model_name_or_path"]) in (finished / "README.md").read_text()
+    saved = tensors(finished)
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert all(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
+    with safe_open(finished / IMAGES, "pt") as file:
+        config = json.loads(file.metadata()["nara_adapter_metadata"])["components"]["unet"]
+    assert (config["r"], config["lora_alpha"], config["noise_convention"]) == (3, 5.0, "timestep")
+
+
+def test_run_of_dreambooth_goes_by_the_model_s_family(tmp_path: Path) -> None:
+    flags = image_flags(tmp_path, small_sd3())
+    run("dreambooth.py", **{**flags, **SHORT, "max_sequence_length": 5}, output_dir=tmp_path / "out")
+    found = settings(tmp_path / "out")
+    assert (found["target_modules"][0], found["guidance_scale"]) == ("attn.to_q", 7.0)
+    pipe = by_the_card(tmp_path / "out", until="image = ")["pipe"]
+    assert type(pipe) is StableDiffusion3Pipeline
+    assert pipe.transformer.peft_config[pipe.get_active_adapters()[0]].noise_convention == "flow"
+    after = drawn(pipe, tmp_path / "out")
+    np.testing.assert_array_equal(after, written(tmp_path / "out" / "samples-after")[0])
+    assert (after != written(tmp_path / "out" / "samples-before")[0]).any()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="dropout stays on in a pipeline that loads the adapter, as in Diffusers with a LoRA"
+)
+def test_adapter_trained_with_dropout_draws_without_it(sdxl: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("dreambooth_sdxl.py", **{**sdxl, **SHORT}, lora_dropout=0.5, output_dir=out)
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
+    pipe.load_nara_weights(out)
+    np.testing.assert_array_equal(drawn(pipe, out), drawn(pipe, out))
+
+
+PLAIN: dict[str, Any] = {"core_learning_rate": None, "core_hidden_dims": [256, 512]}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": PLAIN | {"train_text_encoder": True},
+    "dora": PLAIN,
+    "full": PLAIN | {"lora_alpha": None, "learning_rate": 1e-3},
+    "nara": {"train_text_encoder": True, "use_dora": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_run_with_another_adapter_is_loaded_by_its_card(sdxl: dict[str, Any], tmp_path: Path, adapter: str) -> None:
+    out = tmp_path / "out"
+    run("dreambooth_sdxl.py", **{**sdxl, **SHORT, **ADAPTERS[adapter], "adapter": adapter}, output_dir=out)
+    assert results(out)["adapter"] == adapter
+    base = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
+    check_pixels(out, base)
+    if adapter == "lora":
+        base.load_lora_weights(out)  # a file that every host of Diffusers reads
+        np.testing.assert_array_equal(drawn(base, out), written(out / "samples-after")[0])
+
+
+@pytest.fixture
+def conversion(sdxl: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Runs a conversion on captioned pictures; returns its folder."""
+    pictures = tmp_path / "captioned"
+    pictures.mkdir()
+    lines = []
+    for path in sorted(sdxl["instance_data_dir"].glob("*.png")):
+        (pictures / path.name).write_bytes(path.read_bytes())
+        lines.append(json.dumps({"file_name": path.name, "text": f"a red toy {path.stem}"}) + "\n")
+    (pictures / "metadata.jsonl").write_text("".join(lines))
+
+    def convert(**changes: Any) -> Path:
+        flags = {**sdxl, "instance_data_dir": pictures, "instance_prompt": None, "validation_prompts": "toy", **changes}
+        run("dreambooth_sdxl.py", **flags, output_dir=tmp_path / "out")
+        return tmp_path / "out"
+
+    return convert
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow_prediction"])
+def test_conversion_learns_and_brings_its_scheduler(
+    sdxl: dict[str, Any], conversion: Callable[..., Path], prediction: str
+) -> None:
+    out = conversion(prediction_type=prediction, checkpointing_steps=None)
+    found = results(out)
+    assert found["validation_loss_after"] < found["validation_loss_before"]
+    assert found["identity_loss"] > 0
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 5.0}
+
+    def draw() -> np.ndarray:
+        return np.asarray(pipe("toy", generator=[torch.Generator().manual_seed(0)], **call).images[0])
+
+    before, old = draw(), pipe.scheduler
+    np.testing.assert_array_equal(before, written(out / "samples-before")[0])
+    pipe.load_nara_weights(out)
+    assert pipe.scheduler.config.prediction_type == prediction
+    np.testing.assert_array_equal(draw(), written(out / "samples-after")[0])
+    pipe.unload_nara_weights()
+    assert pipe.scheduler is old or pipe.scheduler.config == old.config
+    np.testing.assert_array_equal(draw(), before)
+
+
+@pytest.mark.slow
+def test_conversion_of_a_plain_lora_keeps_its_scheduler_beside_it(conversion: Callable[..., Path]) -> None:
+    out = conversion(**{**PLAIN, **SHORT, "adapter": "lora", "prediction_type": "v_prediction"})
+    saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "v_prediction"
+    assert by_the_card(out, until="image = ")["pipe"].scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.slow
+def test_run_in_a_window_draws_as_the_base_outside_of_it(sdxl: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("dreambooth_sdxl.py", **{**sdxl, **SHORT, "max_train_steps": 4}, max_noise_level=0.3, output_dir=out)
+    steps = [line for line in metrics(out) if "loss" in line]
+    assert all("loss_low" in line and "loss_mid" not in line and "loss_high" not in line for line in steps)
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
+    conditions = {"text_embeds": torch.randn(1, 24), "time_ids": torch.randn(1, 6)}
+    inputs: dict[str, Any] = {"encoder_hidden_states": torch.randn(1, 5, 40), "added_cond_kwargs": conditions}
+    sample = torch.randn(1, 4, 8, 8)
+
+    def predict(timestep: int) -> torch.Tensor:
+        with torch.no_grad():
+            return pipe.unet(sample, timestep, **inputs).sample
+
+    before = {timestep: predict(timestep) for timestep in (100, 700)}
+    pipe.load_nara_weights(out)
+    torch.testing.assert_close(predict(700), before[700])
+    assert (predict(100) - before[100]).abs().max() > 1e-5
