@@ -12,6 +12,8 @@ import re
 import runpy
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).parents[2]
 LAST_RESORT = 300
@@ -101,6 +104,17 @@ def assert_same_bits(one: Path, other: Path) -> None:
 # ---------------------------------------------------------------- runs that end early
 
 
+@contextmanager
+def counted_steps() -> Iterator[list[Any]]:
+    """The steps of optimizers that are taken in this process."""
+    steps: list[Any] = []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
 class Moment:
     """When a process sends itself a signal: at an optimizer step's end, or as it writes the checkpoint of a step.
 
@@ -113,8 +127,6 @@ class Moment:
         self.what, self.number, self.signal = what, number, signal
 
     def arm(self, folder: Path) -> None:
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
         steps = 0
         folder = folder.resolve()
         fired: list[bool] = []

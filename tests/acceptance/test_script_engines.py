@@ -1,0 +1,165 @@
+"""dllm.py in two processes, under DDP, FSDP2 and DeepSpeed: the trained adapter is that of one process, and resumes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+
+from nara_diffusion import noise_level
+from nara_diffusion.dllm import load_backbone
+from tests.acceptance._commands import LAST_RESORT, ROOT, metrics, results, run, tensors, words
+from tests.acceptance._engines import in_two_processes
+from tests.acceptance._runs import image_flags, text_flags
+from tests.helpers.small_pipelines import small_sdxl
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
+TWO: dict[str, Any] = {"train_batch_size": 2}
+BF16: dict[str, Any] = {"mixed_precision": "bf16"}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Without dropout, whose draws are those of a process."""
+    return text_flags(tmp_path_factory.mktemp("data")) | {"lora_dropout": 0.0, "max_train_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def one(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{precision: the folder of a run of one process}."""
+    folders = {}
+    for name, changes in (("no", {}), ("bf16", BF16)):
+        folders[name] = tmp_path_factory.mktemp(name) / "out"
+        run("dllm.py", **flags, **changes, output_dir=folders[name])
+    return folders
+
+
+def deviation(found: Path, expected: Path, start: Path) -> float:
+    """How far two adapters are apart, of how far training has moved from its first checkpoint."""
+    mine, theirs, first = tensors(found), tensors(expected), tensors(start / "checkpoint-2")
+    assert mine.keys() == theirs.keys()
+    assert all(value.dtype == torch.float32 and value.shape == theirs[name].shape for name, value in mine.items())
+    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in mine)
+    moved = sum(float((first[name] - theirs[name]).square().sum()) for name in mine)
+    assert moved > 0
+    return (apart / moved) ** 0.5
+
+
+def check_loads(folder: Path, flags: dict[str, Any]) -> None:
+    """By PEFT, in one process: another prediction than the base's, of another λ than at another."""
+    base = load_backbone(str(flags["pretrained_model_name_or_path"]))[0]
+    ids = torch.tensor([[65, 70, 283, 283, 80, 283]])
+    with torch.no_grad():
+        plain = base(ids).logits
+        model = PeftModel.from_pretrained(base, folder)
+        found = []
+        for level in (0.1, 0.9):
+            with noise_level(model, level):
+                found.append(model(ids).logits)
+    assert all((logits - plain).abs().max() > 1e-3 for logits in found)
+    assert (found[0] - found[1]).abs().max() > 1e-6
+
+
+def test_launched_run_in_two_processes_is_that_of_one(
+    flags: dict[str, Any], one: dict[str, Path], tmp_path: Path
+) -> None:
+    """By `accelerate launch`; of one global batch, the losses, weights and figures."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(ROOT / "train_scripts" / "dllm.py")]
+    command += words(**{**flags, **TWO}, output_dir=tmp_path / "two")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LAST_RESORT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert deviation(tmp_path / "two", one["no"], one["no"]) < 1e-3
+    for mine, theirs in zip(metrics(tmp_path / "two"), metrics(one["no"]), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    found, expected = (results(folder) | {"seconds": 0} for folder in (tmp_path / "two", one["no"]))
+    assert found.keys() == expected.keys()
+    for name in ("n", "exact_match_after", "curve_before", "curve_after", "validation_loss_after"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def check_resumed(resumed: Path, whole: Path) -> None:
+    """To the bit: the weights, and the losses of the last two of four steps."""
+    mine, theirs = tensors(resumed), tensors(whole)
+    assert mine.keys() == theirs.keys() != set()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert [line["loss"] for line in metrics(resumed)][-2:] == [line["loss"] for line in metrics(whole)][-2:]
+
+
+def check_leaves_the_base_out(checkpoint: Path, flags: dict[str, Any]) -> None:
+    """By bytes that occur in no other file: a row of the base's embedding."""
+    row = load_backbone(str(flags["pretrained_model_name_or_path"]))[0].get_input_embeddings().weight[70].detach()
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    contents = [value.view(torch.uint8).numpy().tobytes() for value in (row, row.bfloat16())]
+    assert files
+    assert not [path.name for path in files for content in contents if content in path.read_bytes()]
+
+
+TORCH: dict[tuple[str, str], float] = {("ddp", "bf16"): 0.2, ("fsdp2", "no"): 1e-3, ("fsdp2", "bf16"): 0.2}
+"""(engine, precision): how far its adapter may lie from that of one process."""
+
+
+@pytest.fixture(scope="module")
+def folders(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Of each of TORCH, and of an image run: `whole`, and `resumed` from its middle."""
+    place = tmp_path_factory.mktemp("engines")
+    images = image_flags(place, small_sdxl()) | {"max_train_steps": 4, "snr_gamma": 5.0, "caption_dropout": 0.3}
+    run("dreambooth_sdxl.py", **{**images, "train_batch_size": 4}, output_dir=place / "images" / "one")
+    of = {kind: place / "-".join(kind) for kind in TORCH} | {"images": place / "images"}
+    commands = []
+    for kind, folder in of.items():
+        engine, script, options = "ddp", "dreambooth_sdxl.py", images
+        if kind != "images":
+            engine, script, options = kind[0], "dllm.py", flags | TWO | {"mixed_precision": kind[1]}
+        whole = options | {"output_dir": folder / "whole"}
+        latest = options | {
+            "output_dir": folder / "resumed",
+            "resume_from_checkpoint": folder / "whole" / "checkpoint-2",
+        }
+        commands += [(engine, script, whole), (engine, script, latest)]
+    in_two_processes(commands, place)
+    return of
+
+
+@pytest.mark.parametrize("kind", TORCH, ids="-".join)
+def test_run_under_torch_s_engines_trains_the_adapter_of_one_process_and_resumes(
+    flags: dict[str, Any], one: dict[str, Path], folders: dict[Any, Path], kind: tuple[str, str]
+) -> None:
+    whole = folders[kind] / "whole"
+    assert deviation(whole, one[kind[1]], one[kind[1]]) < TORCH[kind]
+    check_resumed(folders[kind] / "resumed", whole)
+    check_loads(whole, flags)
+    check_leaves_the_base_out(whole / "checkpoint-2", flags)
+
+
+def test_image_run_in_two_processes_is_that_of_one_and_resumes(folders: dict[Any, Path]) -> None:
+    folder = folders["images"]
+    assert deviation(folder / "whole", folder / "one", folder / "one") < 1e-3
+    check_resumed(folder / "resumed", folder / "whole")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
+def test_run_under_deepspeed_trains_the_adapter_of_one_process_and_resumes(
+    flags: dict[str, Any], one: dict[str, Path], tmp_path: Path, engine: str
+) -> None:
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = flags | TWO | BF16
+    in_two_processes([(engine, "dllm.py", options | {"output_dir": whole})], tmp_path)
+    assert deviation(whole, one["bf16"], one["bf16"]) < 0.2
+    check_loads(whole, flags)
+    check_leaves_the_base_out(whole / "checkpoint-2", flags)
+    latest = options | {"output_dir": resumed, "resume_from_checkpoint": whole / "checkpoint-2"}
+    in_two_processes([(engine, "dllm.py", latest)], tmp_path)
+    check_resumed(resumed, whole)

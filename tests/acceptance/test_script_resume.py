@@ -1,0 +1,200 @@
+"""A run that a signal ends, at a step or while it writes a checkpoint, goes on to the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.acceptance._commands import (
+    Moment,
+    assert_same_bits,
+    counted_steps,
+    ended_early,
+    names,
+    refusal,
+    results,
+    run,
+)
+from tests.acceptance._runs import TEXT, image_flags, text_flags
+from tests.helpers.small_pipelines import small_sd3, small_sdxl
+
+KILLED = {
+    "at a step": Moment("step", 3),
+    "at a checkpoint's first file": Moment("first file", 4),
+    "before a checkpoint has its name": Moment("name", 4),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    flags = text_flags(tmp_path_factory.mktemp("data"))
+    return flags | {"gradient_accumulation_steps": 2, "train_batch_size": 2, "complementary": True}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    run("dllm.py", **text, output_dir=folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", KILLED)
+def test_text_run_that_was_killed_goes_on_to_the_same_bits(
+    text: dict[str, Any], undisturbed: Path, tmp_path: Path, moment: str
+) -> None:
+    out = tmp_path / "out"
+    code = ended_early("dllm.py", KILLED[moment], tmp_path / "log", **text, output_dir=out)
+    assert code == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
+    assert "checkpoint-2" in names(out)
+    assert not {"checkpoint-4", TEXT, "results.json"} & names(out)
+    with counted_steps() as steps:
+        run("dllm.py", **text, output_dir=out, resume_from_checkpoint="latest")  # the same command and one more flag
+    assert len(steps) == 4
+    assert_same_bits(out, undisturbed)
+    found, expected = results(out) | {"seconds": 0}, results(undisturbed) | {"seconds": 0}
+    assert found == expected
+    assert {name for name in names(out) if "checkpoint" in name} == {"checkpoint-4", "checkpoint-6"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_text_run_that_was_asked_to_stop_saves_and_goes_on(
+    text: dict[str, Any], undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    code = ended_early("dllm.py", Moment("step", 3, number), log, **text, output_dir=out)
+    assert code == 128 + number, log.read_text()[-2000:]
+    assert {"checkpoint-2", "checkpoint-3"} <= names(out)
+    assert "--resume_from_checkpoint" in log.read_text()
+    assert TEXT not in names(out)
+    with counted_steps() as steps:
+        run("dllm.py", **text, output_dir=out, resume_from_checkpoint="latest")
+    assert len(steps) == 3
+    assert_same_bits(out, undisturbed)
+
+
+IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2, "caption_dropout": 0.3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "changes", "moment"),
+    [
+        ("dreambooth_sdxl.py", {"snr_gamma": 5.0, "train_text_encoder": True}, Moment("first file", 4)),
+        ("dreambooth_sdxl.py", {"prediction_type": "v_prediction", "use_ema": True}, Moment("name", 4)),
+        ("dreambooth.py", {"max_sequence_length": 5, "adapter": "nara", "use_dora": True}, Moment("step", 3)),
+        ("dreambooth.py", {"max_sequence_length": 5}, Moment("step", 5, signal.SIGTERM)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
+def test_image_run_that_ended_early_goes_on_to_the_same_bits(
+    tmp_path: Path, script: str, changes: dict[str, Any], moment: Moment
+) -> None:
+    make = small_sdxl if script == "dreambooth_sdxl.py" else small_sd3
+    flags = image_flags(tmp_path, make()) | IMAGES | changes
+    run(script, **flags, output_dir=tmp_path / "whole")
+    out, log = tmp_path / "out", tmp_path / "log"
+    code = ended_early(script, moment, log, **flags, output_dir=out)
+    expected = -signal.SIGKILL if moment.signal == signal.SIGKILL else 128 + moment.signal
+    assert code == expected, log.read_text()[-2000:]
+    assert not [name for name in names(out) if name.endswith(".safetensors")]
+    with counted_steps() as steps:
+        run(script, **flags, output_dir=out, resume_from_checkpoint="latest")
+    assert len(steps) == 6 - (5 if moment.signal == signal.SIGTERM else 2)
+    assert_same_bits(out, tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- what isn't resumed
+
+
+@pytest.fixture(scope="module")
+def stopped(text: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Flags of a run of one step with a checkpoint, on files that a test may copy and change."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(text["pretrained_model_name_or_path"], folder / "model")
+    files = {name: shutil.copy(path, folder) for name, path in text.items() if name.endswith("_file")}
+    short = {"max_train_steps": 1, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
+    flags = text | files | short | {"pretrained_model_name_or_path": folder / "model", "output_dir": folder / "out"}
+    run("dllm.py", **flags)
+    return flags
+
+
+def changed_weights(flags: dict[str, Any]) -> None:
+    file = flags["pretrained_model_name_or_path"] / "model.safetensors"
+    weights = load_file(file)
+    next(value for name, value in weights.items() if "q_proj" in name).view(-1)[5] += 1e-3
+    save_file(weights, file)
+
+
+def changed_records(flags: dict[str, Any]) -> None:
+    file = Path(flags["train_file"])
+    file.write_text(file.read_text().replace("upper", "UPPER", 1))
+
+
+def cut_off(flags: dict[str, Any]) -> None:
+    file = flags["output_dir"] / "checkpoint-1" / TEXT
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def without_random_states(flags: dict[str, Any]) -> None:
+    next((flags["output_dir"] / "checkpoint-1").glob("random_states*")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "named"),
+    [
+        (lambda flags: None, {"rank": 4}, ["rank", "3", "4"]),
+        (lambda flags: None, {"learning_rate": 2e-2}, ["learning_rate"]),
+        (changed_weights, {}, ["base model"]),
+        (changed_records, {}, ["training data"]),
+        (cut_off, {}, ["checkpoint-1", TEXT]),
+        (without_random_states, {}, ["checkpoint-1", "random_states"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_checkpoint_of_another_run_or_a_damaged_one_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    stopped: dict[str, Any],
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    flags: dict[str, Any],
+    named: list[str],
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(stopped["output_dir"].parent, folder)
+    files = {name: folder / Path(path).name for name, path in stopped.items() if name.endswith("_file")}
+    copied = stopped | files | {"pretrained_model_name_or_path": folder / "model", "output_dir": folder / "out"}
+    change(copied)
+    said = refusal(capsys, "dllm.py", **{**copied, **flags}, resume_from_checkpoint="latest")
+    assert all(name in said for name in named), said
+
+
+def test_checkpoint_is_resumed_where_its_files_have_moved(stopped: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(stopped["output_dir"].parent, folder)
+    files = {name: folder / Path(path).name for name, path in stopped.items() if name.endswith("_file")}
+    moved = stopped | files | {"pretrained_model_name_or_path": folder / "model", "output_dir": folder / "out"}
+    expected = (folder / "out" / TEXT).read_bytes()
+    (folder / "out" / TEXT).unlink()
+    run("dllm.py", **moved, resume_from_checkpoint=folder / "out" / "checkpoint-1")
+    assert (folder / "out" / TEXT).read_bytes() == expected
+
+
+def test_checkpoint_holds_the_adapter_and_not_the_base(stopped: dict[str, Any]) -> None:
+    """By bytes that occur in no other file: a row of the base's embedding."""
+    base = stopped["pretrained_model_name_or_path"] / "model.safetensors"
+    row = load_file(base)["model.transformer.wte.weight"][70].numpy().tobytes()
+    files = [path for path in (stopped["output_dir"] / "checkpoint-1").rglob("*") if path.is_file()]
+    assert row in base.read_bytes()
+    assert not [path.name for path in files if row in path.read_bytes()]
+    adapter = load_file(stopped["output_dir"] / "checkpoint-1" / TEXT)
+    final = load_file(stopped["output_dir"] / TEXT)
+    assert all(torch.equal(value, final[name]) for name, value in adapter.items())
