@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,13 @@ class Moment:
             sys.addaudithook(event)
 
 
+def forkserver() -> ForkServerContext:
+    """What starts processes from a server that has imported the libraries."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.acceptance._preload"])
+    return context
+
+
 def _child(script: str, line: list[str], folder: Path, moment: Moment, log: Path) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -169,9 +177,7 @@ def _child(script: str, line: list[str], folder: Path, moment: Moment, log: Path
 
 def ended_early(script: str, moment: Moment, log: Path, **flags: Any) -> int:
     """The exit code of a process that runs the script until `moment`; what it printed is in the file `log`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["accelerate", "datasets", "diffusers", "transformers", "peft", "nara_diffusion"])
-    process = context.Process(target=_child, args=(script, words(**flags), Path(flags["output_dir"]), moment, log))
+    process = forkserver().Process(target=_child, args=(script, words(**flags), Path(flags["output_dir"]), moment, log))
     process.start()
     process.join(LAST_RESORT)
     if process.is_alive():

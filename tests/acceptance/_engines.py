@@ -17,7 +17,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed import TCPStore
 
-from tests.acceptance._commands import run, words
+from tests.acceptance._commands import forkserver, run, words
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 ENGINES: dict[str, dict[str, str]] = {
@@ -41,14 +41,15 @@ Command = tuple[str, str, dict[str, Any]]
 
 
 def in_two_processes(commands: Sequence[Command], folder: Path) -> None:
-    """Run them one after the other. DeepSpeed keeps the groups of processes of its first run, so it takes one a call."""
+    """Run them one after the other; of DeepSpeed, which keeps the groups of its first run's processes, one a call."""
     (folder / "zero-3.json").write_text(json.dumps(ZERO_3))
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
     lines = [
         (engine, script, words(**flags), store.port)
         for (engine, script, flags), store in zip(commands, stores, strict=True)
     ]
-    mp.spawn(_worker, args=(lines, folder), nprocs=2)
+    forkserver()
+    mp.start_processes(_worker, args=(lines, folder), nprocs=2, start_method="forkserver")
 
 
 def _worker(rank: int, lines: list[tuple[str, str, list[str], int]], folder: Path) -> None:
