@@ -124,11 +124,11 @@ def test_batch_is_padded_with_end_tokens_of_which_a_number_is_trained(tmp_path: 
         {"input_ids": [7, 8, 9, 10, 11, 12, END], "prompt_length": 1},
         {"input_ids": [7, 8, 9, 10, 11, 12, 13, 14], "prompt_length": 5},  # cut: its end is not known
     ]
-    batch = AnswerCollator(END, trained_padding=2, max_length=8)(rows)
+    batch = AnswerCollator(END, trained_padding=2)(rows)
     assert batch["input_ids"].tolist() == [
-        [7, 8, 9, END, END, END, END, END],
-        [7, 8, 9, 10, 11, 12, END, END],
-        [7, 8, 9, 10, 11, 12, 13, 14],
+        [7, 8, 9, END, END, END, END, END, END],
+        [7, 8, 9, 10, 11, 12, END, END, END],
+        [7, 8, 9, 10, 11, 12, 13, 14, END],
     ]
     assert batch["prompt_lengths"].tolist() == [2, 1, 5]
-    assert batch["answer_lengths"].tolist() == [4, 7, 3]
+    assert batch["answer_lengths"].tolist() == [4, 8, 3]

@@ -89,14 +89,16 @@ def test_generate_fills_an_answer_that_has_ended_with_its_end_token(pair: Any) -
     options: dict[str, Any] = {"gen_length": 8, "block_length": 2}
     whole = [greedy(by_hand, p, mask=VOCABULARY - 1, **options)[0] for p in PROMPTS]
     ends = (whole[0][2], whole[1][1])  # tokens that stand inside of answers
-    expected = [greedy(by_hand, p, mask=VOCABULARY - 1, **options, ends=ends)[0] for p in PROMPTS]
+    by_hands = [greedy(by_hand, p, mask=VOCABULARY - 1, **options, ends=ends) for p in PROMPTS]
+    expected = [answer for answer, _ in by_hands]
     result = generate(model, **padded("right"), **options, eos_token_id=ends, return_stats=True)
     assert result.answers.tolist() == expected != whole
+    assert result.forwards == max(len(levels) for _, levels in by_hands)
     assert expected[0][2:] == [ends[0]] * 6
 
 
 RANDOM: list[tuple[str, float, float]] = [
-    ("low_confidence", 0.7, 0.0),
+    ("low_confidence", 2.0, 0.0),
     ("random", 0.0, 0.0),
     ("random", 1.3, 0.6),
 ]

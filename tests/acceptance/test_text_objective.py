@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import pairwise, product
 from math import comb
 from typing import Any
 
@@ -170,19 +170,20 @@ def test_curve_at_each_level_is_the_ratio_by_hand(pair: Any) -> None:
     """Σ_i 1/n_i Σ_{j masked} − log p over Σ_i 1/n_i Σ_{j masked} 1; masks grow with λ."""
     model, by_hand = pair
     rows = [{"input_ids": ids, "prompt_length": n} for ids, n in zip(ROWS, PROMPTS, strict=True)]
-    levels, masks = [0.3, 0.8, 1.0], []
+    levels, masks = [0.2, 0.4, 0.5, 0.6, 0.8, 1.0], []
     with inputs_of(model) as seen:
         curve = noise_level_curve(model, rows, levels, batch_size=2, seed=1, progress=False)
-    for level, loss, given in zip(levels, curve, (seen[:3], seen[3:6], seen[6:]), strict=True):
+    for number, (level, loss) in enumerate(zip(levels, curve, strict=True)):
         total = count = 0.0
-        masks.append([{j for j, token in enumerate(ids) if token == MASK} for ids in given])
+        masks.append([{j for j, token in enumerate(ids) if token == MASK} for ids in seen[3 * number : 3 * number + 3]])
         for row, prompt, masked in zip(ROWS, PROMPTS, masks[-1], strict=True):
             total += surprise(by_hand, row, sorted(masked), level) / (len(row) - prompt)
             count += len(masked) / (len(row) - prompt)
         assert loss == pytest.approx(total / count, rel=1e-4)
-    assert masks[2] == [set(range(n, len(row))) for n, row in zip(PROMPTS, ROWS, strict=True)]
-    assert all(low <= high for low, high in zip(masks[0], masks[1], strict=True))
-    assert masks[0] != masks[1]
+    assert masks[-1] == [set(range(n, len(row))) for n, row in zip(PROMPTS, ROWS, strict=True)]
+    for fewer, more in pairwise(masks):
+        assert all(low <= high for low, high in zip(fewer, more, strict=True))
+    assert len({tuple(map(len, sizes)) for sizes in masks}) >= 4
 
 
 def test_curve_of_two_models_is_on_the_same_masks(pair: Any) -> None:
