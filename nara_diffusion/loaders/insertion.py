@@ -34,7 +34,7 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
     """Add an adapter, after `check_part`, inside `rollback_on_error`. It is active, also if the others were disabled.
 
     A, B and magnitudes take the dtype of their base layer, like those of a LoRA, or float32 if layerwise casting stores
-    the base as float8; the core stays in float32.
+    the base as float8; the core stays in float32. Its dropout is at work only if `model` is in training mode.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
@@ -47,6 +47,8 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
     check_loaded(model, adapter_name, part.tensors, "the adapter")
     for layer in tuner_layers(model):
         layer._disable_adapters = False
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:  # a new module is in training mode
+            layer.lora_dropout[adapter_name].train(model.training)
     setattr(model, LOADED_FLAG, True)
     warn_where_off(model, adapter_name)
 

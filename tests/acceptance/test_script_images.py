@@ -119,7 +119,6 @@ def test_run_of_dreambooth_goes_by_the_model_s_family(tmp_path: Path) -> None:
     assert (after != written(tmp_path / "out" / "samples-before")[0]).any()
 
 
-@pytest.mark.xfail(strict=True, reason="a loaded adapter's dropout stays on, as that of a LoRA does in Diffusers")
 def test_adapter_trained_with_dropout_draws_without_it(tmp_path: Path) -> None:
     trained, loaded = small_sdxl(), small_sdxl()
     options: dict[str, Any] = {"r": 3, "target_modules": ["to_q", "to_v"], "core_hidden_dims": (8, 7)}
