@@ -31,6 +31,15 @@ def test_what_is_refused_is_one_line(monkeypatch, tmp_path) -> None:
         command(lambda args: check_output_dir(str(tmp_path / "file")), monkeypatch)
 
 
+@pytest.fixture
+def _ctrl_c_interrupts():
+    """Also where the tests run in the background of a shell, whose children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 @pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
 def test_a_stop_while_loading_is_one_line(monkeypatch, tmp_path, small_args, caplog, number, name, code) -> None:
     caplog.set_level("INFO")
