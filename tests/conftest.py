@@ -24,16 +24,8 @@ from tests.helpers.process_state import fail_if_left, process_state
 MASK_TOKEN_ID = 49
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fixtures_leave_the_process_as_it_was() -> Iterator[None]:
-    """Around the wider fixtures of a file, which set up after it."""
-    before = process_state()
-    yield
-    fail_if_left(before)
-
-
 @pytest.fixture(autouse=True)
-def _test_leaves_the_process_as_it_was(_fixtures_leave_the_process_as_it_was: None) -> Iterator[None]:
+def _test_leaves_the_process_as_it_was() -> Iterator[None]:
     """Inside all wider fixtures, whose changes last longer than a test; so may the workers of their pools."""
     before = process_state()
     yield
