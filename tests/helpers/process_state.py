@@ -18,6 +18,7 @@ NOT_COMPARED = {
     "PYTORCH_NVML_BASED_CUDA_CHECK",  # DeepSpeed
     "KMP_DUPLICATE_LIB_OK",  # threadpoolctl
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",  # torch's compiler
+    "HF_XET_HIGH_PERFORMANCE",  # lm-eval
 }
 """Environment variables that pytest sets around each test, or a library when it is first imported."""
 
