@@ -23,8 +23,7 @@ from shipped_task import GEN_LENGTH, fine_tune, load_rows, load_shipped_model, m
 from torch import nn
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level, register_core
-from nara_diffusion.cores.embeddings import make_embedding
-from nara_diffusion.cores.hypernetwork import HypernetworkCore
+from nara_diffusion.cores.hypernetwork import HypernetworkCore, make_embedding
 from nara_diffusion.dllm import exact_match
 
 

@@ -1,8 +1,8 @@
 """NaRA, noise-aware LoRA, as a PEFT and Diffusers plugin (arXiv 2605.29716)."""
 
 from . import registry
-from .cores.custom import register_core
 from .cores.factorization import shared_factors
+from .cores.registry import register_core
 from .export import from_lora, to_lora, to_lora_bins
 from .noise.context import noise_level
 from .noise.denoisers.lookup import register_denoiser

@@ -1,4 +1,4 @@
-"""Modules that store and compute in float32, whatever the model around them does."""
+"""Modules that store and compute in float32 whatever the model around them does, and `Core`, the base of all cores."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ class Float32Module(nn.Module):
             return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
 
         return super()._apply(keep_dtype, recurse)
+
+
+class Core(Float32Module):
+    """λ (b,), mask density (b,) or None → C (b, r, r), or (1, r, r) where all samples share it; float32.
+
+    Attributes:
+        rank: r, the largest rank that reads this core. A layer of smaller rank r' reads C[:r', :r'].
+        needs_noise: whether it reads λ; it is called without arguments if not.
+        needs_density: whether it reads the mask density too.
+    """
+
+    needs_noise: bool = True
+    needs_density: bool = False
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
 
 
 class Dense(Float32Module):

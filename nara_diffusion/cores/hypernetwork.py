@@ -2,9 +2,7 @@
 
     ΔW(λ) = s · B · C(λ) · A          C(λ) = I + η · F(e(λ))                     (NaRA, arXiv 2605.29716, section 4)
 
-Shapes: A (r, d_in), C (b, r, r), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noise. A core is a module
-λ (b,) → C (b, r, r), or (1, r, r) where C does not depend on the sample. Its class attribute `needs_noise` says
-whether λ has to be known at all.
+Shapes: A (r, d_in), C (b, r, r), B (d_out, r), λ = noise_level (b,) in [0, 1], 1 = pure noise.
 
 Different from the reference implementation on purpose: C is one matrix per *sample*; the product is B·C·A as in the
 paper (the reference computes B·Cᵀ·A); every core stores float32 and computes in float32, whatever the model does.
@@ -20,26 +18,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embeddings import Embedding
-from .float32 import Dense, Float32Module
+from .float32 import Core, Dense, Float32Module
 
 CoreInput = Literal["noise_level", "mask_density", "both"]
 CoreInit = Literal["zero_last", "kaiming", "zero_all"]
 
 
-class HypernetworkCore(Float32Module):
+class FourierEmbedding(Float32Module):
+    """e(λ) = [sin(λ w), cos(λ w)], w ~ N(0, scale²) frozen. (b,) → (b, dim). No factor 2π, as in the reference."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__()
+        self.out_dim = dim
+        self.register_buffer("frequencies", torch.randn(dim // 2, dtype=torch.float32) * scale)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        angle = noise_level[:, None] * self.frequencies.float()  # (b, dim / 2)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class MlpEmbedding(Float32Module):
+    """e(λ) = SiLU(w λ + b), learnable. (b,) → (b, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out_dim = dim
+        self.projection = Dense(1, dim)
+        self.projection.reset(zero=False)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        return F.silu(self.projection(noise_level[:, None]))
+
+
+class RawEmbedding(Float32Module):
+    """e(λ) = λ. (b,) → (b, 1)."""
+
+    out_dim = 1
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        return noise_level[:, None]
+
+
+Embedding = FourierEmbedding | MlpEmbedding | RawEmbedding
+
+
+def make_embedding(kind: str, dim: int, scale: float) -> Embedding:
+    """The embedding named `kind`: "fourier", "mlp" or "raw"."""
+    if kind == "fourier":
+        return FourierEmbedding(dim, scale)
+    return MlpEmbedding(dim) if kind == "mlp" else RawEmbedding()
+
+
+class HypernetworkCore(Core):
     """C(λ) = I + η F(e(λ)): F is Linear–SiLU–…–Linear with output r², shared by all layers of its group.
 
     Args:
-        rank: r, the largest rank that reads this core. A layer of smaller rank r' reads C(λ)[:r', :r'].
+        rank: r.
         scale: η, `core_scale`.
         hidden_dims: widths of F's hidden layers.
         init: "zero_last" and "zero_all" give C = I exactly at step 0; "kaiming" does not.
         core_input: which signals are embedded: λ, the mask density (b,), or both (embeddings concatenated).
         embedding: makes one embedding of a signal; called once a signal.
     """
-
-    needs_noise = True
 
     def __init__(
         self,
@@ -51,9 +93,9 @@ class HypernetworkCore(Float32Module):
         core_input: CoreInput,
         embedding: Callable[[], Embedding],
     ) -> None:
-        super().__init__()
-        self.rank = rank
+        super().__init__(rank)
         self.scale = scale
+        self.needs_density = core_input != "noise_level"
         signals = ("noise_level", "mask_density") if core_input == "both" else (core_input,)
         embeddings = {signal: embedding() for signal in signals}
         widths = [sum(e.out_dim for e in embeddings.values()), *hidden_dims, rank * rank]
@@ -62,10 +104,6 @@ class HypernetworkCore(Float32Module):
             layer.reset(zero=init == "zero_all" or (init == "zero_last" and layer is dense[-1]))
         self.embeddings = nn.ModuleDict(embeddings)
         self.layers = nn.ModuleList(dense)
-
-    @property
-    def needs_density(self) -> bool:
-        return "mask_density" in self.embeddings
 
     def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
         """λ (b,), density (b,) or None → C (b, r, r), float32."""

@@ -14,7 +14,7 @@ import torch
 from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
 from torch import nn
 
-from nara_diffusion.cores.custom import CustomCore, rebuild_custom_core
+from nara_diffusion.cores.registry import CustomCore, rebuild_core
 from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.strength.conversions import warn_where_off
@@ -156,6 +156,6 @@ def _follow(cores: Any, config: NaraConfig) -> None:
     """Apply those fields of `config` to the cores that are not in their tensors."""
     for group, core in cores.items():
         if isinstance(core, CustomCore):  # only its factory knows what it reads of the configuration
-            cores[group] = rebuild_custom_core(core, config)
+            cores[group] = rebuild_core(core, config)
         else:
             core.scale = config.core_scale

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Adafactor, get_scheduler
 
-from nara_diffusion.cores.custom import BUILT_IN
+from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.training.adapters.methods import effective, method_of
 
 CORE_MARK = "nara_core."

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
-from nara_diffusion.cores.custom import BUILT_IN, check_core_type
+from nara_diffusion.cores.registry import BUILT_IN, check_core_type
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 

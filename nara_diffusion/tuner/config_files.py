@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.cores.custom import registered_cores
+from nara_diffusion.cores.registry import registered_cores
 
 from .config import NaraConfig
 from .config_fields import check_fields

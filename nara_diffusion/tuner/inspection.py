@@ -61,4 +61,6 @@ def _group_of(model: nn.Module, module: str | None, adapter_name: str, groups: l
             variant = getattr(layer, "lora_variant", {}).get(adapter_name)
             if variant is not None:
                 return variant.group
+            if adapter_name in getattr(layer, "scaling", {}):  # an identity, whose layers have no variant
+                return groups[0]
     raise ValueError(f"'{module}' is not a module adapted by '{adapter_name}'.")

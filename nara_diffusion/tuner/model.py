@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
-from nara_diffusion.cores.custom import BUILT_IN
+from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.layers.dispatch import check_convolution, check_target, keep_out_of_float8, variant_for
 from nara_diffusion.layers.initialisation import make_directions_orthonormal
 from nara_diffusion.layers.variants import NaraVariant

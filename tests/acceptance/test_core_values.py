@@ -148,7 +148,6 @@ def test_kaiming_cores_do_not_start_as_the_identity():
         assert deviation.abs().amax(dim=(1, 2)).min() > 0.01, core
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="an identity's layers are said not to be adapted")
 def test_core_matrix_of_an_identity_shared_by_layer_is_found_by_module():
     found = core_matrix(started(core_type="identity", core_sharing="layer"), 0.5, module="one.linear")
     assert torch.equal(found, torch.eye(RANK)[None])

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.cores import custom as custom_cores
+from nara_diffusion.cores import registry as custom_cores
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.denoiser import TEXT_TARGETS, AdaptedDenoiser, text_config
 from nara_diffusion.training.adapters.configs import adapter_config
@@ -94,7 +94,7 @@ OPTIONS = ["init_lora_weights=gaussian", "rank_pattern={v_proj: 4}", "alpha_patt
 )
 def test_text_encoders_have_the_options_of_the_unet(changes: dict, monkeypatch) -> None:
     """As a LoRA's do, whose configuration is copied: all but what a core reads."""
-    monkeypatch.setattr(custom_cores, "_factories", {"mine": lambda config, rank: None})
+    monkeypatch.setattr(custom_cores, "_custom", {"mine": lambda config, rank: None})
     changes = {"adapter": "nara", "adapter_options": OPTIONS, "lora_alpha": 6.0, "lora_dropout": 0.1, **changes}
     shared = {name: changes[name] for name in ("adapter_options", "lora_alpha", "lora_dropout")}
     lora = text_config(config_of("lora", **shared))

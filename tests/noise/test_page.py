@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.cores.registry import build_core
 from nara_diffusion.runtime import batch_rows as samples
-from nara_diffusion.tuner.holder.build_core import build_core
 from tests.helpers.adapted import TwoLayers, adapted
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "noise.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from nara_diffusion import noise_level
-from nara_diffusion.cores import custom as custom_cores
+from nara_diffusion.cores import registry as custom_cores
 from nara_diffusion.harness.loading import load_model
 from nara_diffusion.training.main import run_command
 from train_scripts import dllm, dreambooth_sdxl
@@ -27,7 +27,7 @@ ADAPTER = "adapter_model.safetensors"
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     """The module that docs/cores.md shows; what importing it leaves is undone."""
-    monkeypatch.setattr(custom_cores, "_factories", {})
+    monkeypatch.setattr(custom_cores, "_custom", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = tmp_path / "my_cores.py"
     path.write_text(re.search(r"```python\n# my_cores.py\n(.*?)```", PAGE, re.DOTALL)[1])
@@ -38,7 +38,7 @@ def module(tmp_path: Path, monkeypatch) -> Iterator[Path]:
 def forget(name: str) -> None:
     """As a new program starts: the module isn't imported, no core is registered."""
     sys.modules.pop(name, None)
-    custom_cores._factories.clear()
+    custom_cores._custom.clear()
 
 
 def card_code(folder: Path, end: str) -> dict:

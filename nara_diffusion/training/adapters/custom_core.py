@@ -7,7 +7,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from nara_diffusion.cores.custom import registered_cores
+from nara_diffusion.cores.registry import registered_cores
 
 
 def import_core_module(name: str) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from nara_diffusion.cores.custom import BUILT_IN
+from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.training.arguments.common import AdapterArguments
 from nara_diffusion.training.arguments.values import default_of
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from nara_diffusion.cores.custom import check_core_type
+from nara_diffusion.cores.registry import check_core_type
 from nara_diffusion.training.adapters.custom_core import import_core_module
 from nara_diffusion.training.adapters.init_adapter import check_init_adapter
 from nara_diffusion.training.adapters.method_arguments import check_method

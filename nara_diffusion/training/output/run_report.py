@@ -9,13 +9,12 @@ from typing import Any
 
 import yaml
 
-from nara_diffusion.cores.custom import BUILT_IN
+from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.custom_core import module_name
 from nara_diffusion.training.adapters.methods import METHODS, Method, effective, kind_of, method_of, title_of
 from nara_diffusion.training.arguments.window import schedule_of, window_of
 from nara_diffusion.training.run import Run
-from nara_diffusion.tuner.holder.build_core import needs_noise
 from nara_diffusion.utils.hub_metadata import ADAPTER, FINETUNE
 
 from .hub import push_to_hub

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from nara_diffusion.cores.constant import IdentityCore
+from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.noise.ablations import refuse_ablation
 from nara_diffusion.noise.context import active_adapter_names, active_signals
 from nara_diffusion.noise.denoisers.denoiser import Denoiser

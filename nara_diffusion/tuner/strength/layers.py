@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from nara_diffusion.cores.constant import IdentityCore
+from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import check_target, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.denoisers.lookup import denoiser_of

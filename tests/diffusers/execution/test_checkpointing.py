@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from nara_diffusion.cores import custom as custom_cores
+from nara_diffusion.cores import registry as custom_cores
 from tests.diffusers.reference import UNET_TARGETS
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.core_types import TYPES, Affine
@@ -112,7 +112,7 @@ WITHOUT_PARAMETERS = ("rank mask", "bins")  # there a wrong λ shows in the grad
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_type_of_core(kind, monkeypatch):
-    monkeypatch.setattr(custom_cores, "_factories", {"affine": Affine})
+    monkeypatch.setattr(custom_cores, "_custom", {"affine": Affine})
     model = unet(target_modules=["to_q", "to_v", "conv1"], **KINDS[kind])
     expected = gradients(model, lambda: prior_preservation(model))
     for reentrant in (False, True):

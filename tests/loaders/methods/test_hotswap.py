@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise, register_core, set_noise_source
-from nara_diffusion.cores import custom as custom_cores
+from nara_diffusion.cores import registry as custom_cores
 from nara_diffusion.runtime.modules import find_holders
 from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import FILE, State, predict, save_lora, trained
@@ -159,7 +159,7 @@ class Slope(nn.Module):
 
 
 def test_a_custom_core_that_reads_the_configuration_is_that_of_the_new_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(custom_cores, "_factories", {})
+    monkeypatch.setattr(custom_cores, "_custom", {})
     register_core("slope", Slope)
     first = save(tmp_path / "1", 1, core_type="slope", core_scale=0.7)
     second = save(tmp_path / "2", 2, core_type="slope", core_scale=0.1)
@@ -180,7 +180,7 @@ def test_a_custom_core_that_reads_the_configuration_is_that_of_the_new_one(tmp_p
 
 
 def test_a_custom_core_of_another_shape_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(custom_cores, "_factories", {})
+    monkeypatch.setattr(custom_cores, "_custom", {})
     register_core("slope", Slope)
     pipe = small_sdxl()
     pipe.load_nara_weights(save(tmp_path / "1", 1, core_type="slope"), "x")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.cores import custom as custom_cores
+from nara_diffusion.cores import registry as custom_cores
 from nara_diffusion.training.adapters.build import adapter_config, add_adapter
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core, warmup_steps
 
@@ -96,7 +96,7 @@ def test_a_plain_lora_has_one_group_and_no_second_stage(small_args, tiny_llama) 
 
 @pytest.mark.parametrize("rate", [None, 1e-3])
 def test_a_rate_for_a_custom_core_without_weights_is_named(small_args, tiny_llama, monkeypatch, caplog, rate) -> None:
-    monkeypatch.setattr(custom_cores, "_factories", {})
+    monkeypatch.setattr(custom_cores, "_custom", {})
     custom_cores.register_core("faded", Faded)
     args = small_args(core_type="faded", core_learning_rate=rate)
     build_optimizer(add_adapter(tiny_llama, adapter_config(args)), args)

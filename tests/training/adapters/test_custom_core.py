@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.cores import custom as custom_cores
-from nara_diffusion.cores.custom import BUILT_IN
+from nara_diffusion.cores import registry as custom_cores
+from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.training.adapters.custom_core import import_core_module
 from nara_diffusion.training.adapters.method_arguments import unread_arguments
@@ -40,7 +40,7 @@ SCRIPTS["dreambooth"] = (DreamBoothArguments, dreambooth_sdxl.shipped_run)
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     """A file that registers "turned", in a folder that Python doesn't look into; what it leaves is undone."""
-    monkeypatch.setattr(custom_cores, "_factories", {})
+    monkeypatch.setattr(custom_cores, "_custom", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     path = tmp_path / "turned_core.py"

@@ -1,4 +1,4 @@
-"""Custom cores: `register_core("mine", factory)`, then `NaraConfig(core_type="mine")` like any built-in type."""
+"""The types of cores by name: `NaraConfig(core_type=name)`, and `register_core` for a custom one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .float32 import Float32Module
+from .float32 import Core
+from .hypernetwork import HypernetworkCore, make_embedding
+from .simple import BinsCore, ConstantCore, IdentityCore, KnotsCore, RankMaskCore
 
 CoreFactory = Callable[[Any, int], nn.Module]
 """(the NaraConfig, r) → a module λ (b,) → C (b, r, r)."""
 
-BUILT_IN = ("hypernetwork", "constant", "identity", "rank_mask", "bins", "knots")
-_factories: dict[str, CoreFactory] = {}
+
+def _make_hypernetwork(config: Any, rank: int) -> HypernetworkCore:
+    return HypernetworkCore(
+        rank,
+        scale=config.core_scale,
+        hidden_dims=config.core_hidden_dims,
+        init=config.core_init,
+        core_input=config.core_input,
+        embedding=lambda: make_embedding(config.noise_embedding, config.noise_embedding_dim, config.fourier_scale),
+    )
+
+
+_BUILT_IN: dict[str, CoreFactory] = {
+    "hypernetwork": _make_hypernetwork,
+    "constant": lambda config, rank: ConstantCore(rank, scale=config.core_scale, init=config.core_init),
+    "identity": lambda config, rank: IdentityCore(rank),
+    "rank_mask": lambda config, rank: RankMaskCore(rank, config.rank_mask_min),
+    "bins": lambda config, rank: BinsCore(rank, config.core_bins),
+    "knots": lambda config, rank: KnotsCore(rank, config.core_knots, scale=config.core_scale),
+}
+BUILT_IN = tuple(_BUILT_IN)
+_custom: dict[str, CoreFactory] = {}
 
 
 def register_core(name: str, factory: CoreFactory) -> None:
@@ -40,12 +62,12 @@ def register_core(name: str, factory: CoreFactory) -> None:
         raise ValueError(f"name is {name!r}: choose a text other than {', '.join(map(repr, BUILT_IN))}.")
     if not callable(factory):
         raise ValueError(f"factory is {factory!r}: pass a class or function (config, rank) → torch.nn.Module.")
-    _factories[name] = factory
+    _custom[name] = factory
 
 
 def check_core_type(name: Any) -> None:
     """Raises ValueError if there is no core of that name."""
-    known = (*BUILT_IN, *_factories)
+    known = (*BUILT_IN, *_custom)
     if name not in known:
         raise ValueError(
             f"core_type is {name!r}: choose one of {', '.join(map(repr, known))}. If it is a custom core, first "
@@ -56,43 +78,45 @@ def check_core_type(name: Any) -> None:
 
 def registered_cores() -> dict[str, CoreFactory]:
     """{name: factory} of the custom cores."""
-    return dict(_factories)
+    return dict(_custom)
 
 
-def build_custom_core(config: Any, rank: int) -> CustomCore:
-    """The core that is registered under the name `config.core_type`."""
-    core = _factories[config.core_type](config, rank)
-    if not isinstance(core, nn.Module):
-        raise ValueError(
-            f"The factory of core_type {config.core_type!r} returned {type(core).__name__}: return a torch.nn.Module "
-            "that maps λ (b,) to C (b, r, r)."
-        )
-    return CustomCore(core, rank, config.core_type)
+def build_core(config: Any, rank: int) -> Core:
+    """The core that a NaraConfig describes, for layers of rank up to `rank`."""
+    if config.core_type in _custom:
+        return CustomCore(_custom[config.core_type](config, rank), rank, config.core_type)
+    return _BUILT_IN[config.core_type](config, rank)  # type: ignore[return-value]
 
 
-def rebuild_custom_core(core: CustomCore, config: Any) -> CustomCore:
-    """`core` as its factory makes it from another configuration, with the tensors that it has: the same objects."""
-    with torch.random.fork_rng(devices=[]):  # what is drawn at random is replaced at once
-        rebuilt = build_custom_core(config, core.rank)
-    trainable = [(parameter, parameter.requires_grad) for parameter in core.parameters()]
-    rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)
-    for parameter, requires_grad in trainable:
-        parameter.requires_grad = requires_grad
-    device = next((tensor.device for tensor in (*core.parameters(), *core.buffers())), None)
-    return rebuilt.to(device).train(core.training)
+def needs_noise(config: Any) -> bool:
+    """Whether an adapter of this NaraConfig depends on λ, by its core or by its strength."""
+    with torch.device("meta"):
+        return config.strength is not None or build_core(config, config.r).needs_noise
 
 
-class CustomCore(Float32Module):
+def is_tied_to_rank(config: Any) -> bool:
+    """Whether C has no parameters, but depends on the rank, so that each rank has a core of its own."""
+    return config.core_type in ("rank_mask", "bins")
+
+
+class CustomCore(Core):
     """A registered core in float32, with a check of the shape of its C.
 
     Args:
         core: what the factory has made. rank: r. name: of its type, for messages.
+
+    Raises:
+        ValueError: `core` is no module.
     """
 
-    def __init__(self, core: nn.Module, rank: int, name: str) -> None:
-        super().__init__()
+    def __init__(self, core: Any, rank: int, name: str) -> None:
+        super().__init__(rank)
+        if not isinstance(core, nn.Module):
+            raise ValueError(
+                f"The factory of core_type {name!r} returned {type(core).__name__}: return a torch.nn.Module that maps "
+                "λ (b,) to C (b, r, r)."
+            )
         self.core = core.float()
-        self.rank = rank
         self.name = name
         self.needs_noise = bool(getattr(core, "needs_noise", True))
         self.needs_density = self.needs_noise and bool(getattr(core, "needs_density", False))
@@ -115,3 +139,16 @@ class CustomCore(Float32Module):
                 f"{self.rank}: return C ({batches[-1]}, {self.rank}, {self.rank}), or (1, {self.rank}, {self.rank})."
             )
         return found.float()
+
+
+def rebuild_core(core: CustomCore, config: Any) -> CustomCore:
+    """`core` as its factory makes it from another configuration, with the tensors that it has: the same objects."""
+    with torch.random.fork_rng(devices=[]):  # what is drawn at random is replaced at once
+        rebuilt = build_core(config, core.rank)
+    assert isinstance(rebuilt, CustomCore)
+    trainable = [(parameter, parameter.requires_grad) for parameter in core.parameters()]
+    rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)
+    for parameter, requires_grad in trainable:
+        parameter.requires_grad = requires_grad
+    device = next((tensor.device for tensor in (*core.parameters(), *core.buffers())), None)
+    return rebuilt.to(device).train(core.training)

@@ -1,0 +1,132 @@
+"""Cores without a hypernetwork: a learned constant (NaRA-C), the identity (LoRA), knots, T-LoRA and Multi-LoRA.
+
+    constant     C = I + η D, one learned D (r, r); an ablation of the paper
+    identity     C = I
+    knots        C(λ) = I + η Σ_k φ_k(λ) D_k,      φ_k(λ) = max(0, 1 − |λ (K − 1) − k|),   k = 0 … K − 1
+    rank_mask    C(λ) = diag(1 for i < r(λ), else 0),   r(λ) = ⌊(r − r_min)(1 − λ)⌋ + r_min   (T-LoRA, arXiv 2507.05964)
+    bins         C(λ) = diag(1 for i in block k(λ), else 0),   k(λ) = min(⌊λ K⌋, K − 1)       (Multi-LoRA)
+
+Learned D start at zero, so that C = I at step 0. Masks have no parameters: a direction that is off adds nothing to the
+output, and its rows of A and columns of B get a gradient of exactly zero. (AdamW still moves what it has trained
+before, for as long as its running mean of gradients lasts.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .float32 import Core
+from .hypernetwork import CoreInit
+
+
+class ConstantCore(Core):
+    """NaRA-C: C = I + η D with one learnable D (r, r) and no noise input."""
+
+    needs_noise = False
+
+    def __init__(self, rank: int, *, scale: float, init: CoreInit) -> None:
+        super().__init__(rank)
+        self.scale = scale
+        self.deviation = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32))
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(self.deviation, a=math.sqrt(5))
+
+    def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
+        """→ C (1, r, r), float32."""
+        identity = torch.eye(self.rank, dtype=torch.float32, device=self.deviation.device)
+        return (identity + self.scale * self.deviation.float())[None]
+
+
+class IdentityCore(Core):
+    """C = I: plain LoRA. It has no parameters, and layers leave it out of the product."""
+
+    needs_noise = False
+
+    def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
+        """→ I (1, r, r), float32."""
+        return torch.eye(self.rank, dtype=torch.float32)[None]
+
+
+class KnotsCore(Core):
+    """Interpolates between learned matrices at K equidistant values of λ. Not of the paper: see RESULTS.md.
+
+    C changes no faster over λ than between two knots, and each λ trains the two knots beside it alone.
+
+    Args:
+        rank: r. knots: K ≥ 2, the first at λ = 0 and the last at λ = 1. scale: η.
+    """
+
+    def __init__(self, rank: int, knots: int, *, scale: float) -> None:
+        super().__init__(rank)
+        self.scale = scale
+        self.deviation = nn.Parameter(torch.zeros(knots, rank, rank, dtype=torch.float32))
+
+    def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
+        """λ (b,) → C (b, r, r), float32."""
+        knots = len(self.deviation)
+        with torch.autocast(noise_level.device.type, enabled=False):
+            place = noise_level.float()[:, None] * (knots - 1)  # (b, 1), from 0 to K − 1
+            index = torch.arange(knots, device=place.device)
+            share = (1 - (place - index).abs()).clamp(min=0)  # (b, K)
+            deviation = (share @ self.deviation.float().flatten(1)).view(-1, self.rank, self.rank)
+            return torch.eye(self.rank, dtype=torch.float32, device=place.device) + self.scale * deviation
+
+
+class RankMaskCore(Core):
+    """T-LoRA: the first r(λ) of r directions; all of them without noise, `min_rank` in pure noise.
+
+    By the paper's ⌊⌋ the last direction serves λ = 0 alone, so that masked-diffusion language models never train it.
+
+    Args:
+        rank: r. min_rank: r_min in [1, r], or None for half of r, at least 1.
+    """
+
+    def __init__(self, rank: int, min_rank: int | None = None) -> None:
+        super().__init__(rank)
+        self.min_rank = max(1, rank // 2) if min_rank is None else min(min_rank, rank)
+
+    def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
+        """λ (b,) → C (b, r, r), float32."""
+        directions = torch.arange(self.rank, device=noise_level.device)  # (r,)
+        return torch.diag_embed((directions < self.active_rank(noise_level)[:, None]).float())
+
+    def active_rank(self, noise_level: Tensor) -> Tensor:
+        """r(λ) (b,), as a float."""
+        return _floor_of_share(self.rank - self.min_rank, 1 - noise_level.float()) + self.min_rank
+
+
+class BinsCore(Core):
+    """Multi-LoRA: one block of r / K directions for each of K equal bins of λ; a baseline of the paper.
+
+    Each block is a LoRA of its own, trained and used in its bin alone. Its scale is that of the whole: lora_alpha / r
+    with r the *total* rank, so that lora_alpha = K · α gives each block the scale α / (r / K) of a single LoRA. With
+    DoRA all blocks share one magnitude.
+
+    Args:
+        rank: r, a multiple of `bins`. bins: K.
+    """
+
+    def __init__(self, rank: int, bins: int) -> None:
+        super().__init__(rank)
+        self.bins = bins
+
+    def forward(self, noise_level: Tensor, mask_density: Tensor | None = None) -> Tensor:
+        """λ (b,) → C (b, r, r), float32."""
+        block = torch.arange(self.rank, device=noise_level.device) // (self.rank // self.bins)  # (r,)
+        return torch.diag_embed((block == self.chosen_bin(noise_level)[:, None]).float())
+
+    def chosen_bin(self, noise_level: Tensor) -> Tensor:
+        """k(λ) (b,), as a float."""
+        return _floor_of_share(self.bins, noise_level.float()).clamp(max=self.bins - 1)
+
+
+def _floor_of_share(count: int, share: Tensor) -> Tensor:
+    """⌊count · share⌋ for a share (b,) in [0, 1] that stands for a fraction such as t / 1000, rounded to float32.
+
+    The product may come out a few roundings, each below count · 2⁻²⁴, under the integer that it stands for, hence
+    what is added. For fractions of 1000 and a count below 1000 it is far less than the way to the next integer.
+    """
+    return torch.floor(count * share + count * 2.0**-21)
