@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from nara_diffusion import StrengthSchedule, from_lora, set_strength
 from nara_diffusion.cli.adapter_file import modules_of
 from nara_diffusion.cli.plot import core_curves
+from nara_diffusion.config import is_naras, read_config_file
 from nara_diffusion.loaders.format import METADATA_KEY, AdapterPart, is_core_key
 from nara_diffusion.loaders.insertion import adapters_of
 from nara_diffusion.loaders.source import read_adapter
 from nara_diffusion.loaders.validation import TEXT_ENCODER
 from nara_diffusion.loaders.weights import adaptable_models
-from nara_diffusion.tuner.config_files import is_naras, read_config_file
 
 LEVELS = torch.linspace(0, 1, 101)  # λ at which curves are drawn
 Points = Sequence[tuple[float, float]]  # (λ, strength), as StrengthSchedule takes them
@@ -109,7 +109,7 @@ def check_repository_name(source: str) -> None:
 def is_lora(path: Path) -> bool:
     """Whether a file or a folder holds an adapter without a core."""
     if (path / CONFIG_NAME).is_file():
-        return not is_naras(read_config_file(path / CONFIG_NAME), f"'{path / CONFIG_NAME}'")
+        return not is_naras(read_config_file(path / CONFIG_NAME))
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:

@@ -8,7 +8,7 @@ from typing import Any
 from app_adapters import Adapter, Points
 
 from nara_diffusion import StrengthSchedule
-from nara_diffusion.limits import is_number
+from nara_diffusion.noise.strength import is_number
 
 COLUMNS = ["adapter", "λ", "strength"]
 Row = Sequence[Any]

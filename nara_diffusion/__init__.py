@@ -1,6 +1,7 @@
 """NaRA, noise-aware LoRA, as a PEFT and Diffusers plugin (arXiv 2605.29716)."""
 
 from . import registry
+from .config import NaraConfig
 from .cores.factorization import shared_factors
 from .cores.registry import register_core
 from .export import from_lora, to_lora, to_lora_bins
@@ -9,7 +10,6 @@ from .noise.denoisers.lookup import register_denoiser
 from .noise.sources import register_noise_source, set_noise_source
 from .noise.strength import StrengthSchedule
 from .noise.timesteps import TimestepNoise
-from .tuner.config import NaraConfig
 from .tuner.inspection import core_matrix
 from .tuner.model import NaraModel
 from .tuner.strength.set_strength import set_strength

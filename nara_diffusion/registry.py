@@ -6,15 +6,14 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from .config import NaraConfig, NaraPeftType
 from .export.peft_conversion import extend_conversion
 from .loaders import load_nara_weights, save_nara_weights, unload_nara_weights
 from .loaders.patches import extend_diffusers_methods
-from .tuner.config import NaraConfig
 from .tuner.model import NaraModel
 from .tuner.patches.adapter_files import extend_peft_methods
 from .tuner.patches.lora_model import extend_lora_methods
 from .tuner.patches.transformers_models import extend_transformers_models
-from .tuner.peft_type import NaraPeftType
 
 
 def register() -> None:

@@ -13,12 +13,11 @@ from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from torch import Tensor
 
+from nara_diffusion.config import NaraConfig, read_config_file
 from nara_diffusion.loaders.format import WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import read_adapter
 from nara_diffusion.loaders.validation import rank_of
 from nara_diffusion.noise.strength import StrengthSchedule
-from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.config_files import read_config_file
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.holder.core_set import CoreSet, core_group, make_cores
 

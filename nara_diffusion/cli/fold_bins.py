@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.export import PlainLora, to_lora, to_lora_bins
 from nara_diffusion.export.bins import SCHEDULE_FILE, LoraBins, refuse_earlier_parts
 from nara_diffusion.export.hosts.comfyui_workflow import comfyui_workflow
 from nara_diffusion.export.hosts.files import DENOISERS
 from nara_diffusion.export.lora.scheduler import comfyui_node, flow_shift
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapter_file import MODEL, AdapterFile

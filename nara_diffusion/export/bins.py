@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.config import changes_base
 from nara_diffusion.noise.signals import Level
 from nara_diffusion.noise.strength import StrengthSchedule
-from nara_diffusion.tuner.lora_starts import changes_base
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.listing import listed
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import is_tied_to_rank
 from nara_diffusion.noise.signals import Level, NoiseSignals, as_signal
-from nara_diffusion.tuner.config import NaraConfig
 
 from .adapted_layers import AdaptedLayer, Adapter
 from .errors import ExportError

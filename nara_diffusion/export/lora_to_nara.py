@@ -24,11 +24,11 @@ from peft import (
 )
 from torch import nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.loaders.format import AdapterPart
 from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
 from nara_diffusion.loaders.validation import TEXT_ENCODER, check_has_modules
 from nara_diffusion.noise.signals import NoiseSignals
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.injection import LOADED_FLAG, rollback_on_error
 from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.tuner.strength.layers import layers_of

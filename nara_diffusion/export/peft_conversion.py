@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
 
-from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.tuner.strength.layers import has_strength

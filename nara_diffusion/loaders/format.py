@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.config_files import config_from_fields, config_to_fields, parse_json, refuse_repeated_keys
+from nara_diffusion.config import NaraConfig, config_from_fields, config_to_fields
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.state_dict import with_current_names
 
@@ -81,8 +80,10 @@ def check_program(keys: Iterable[str], origin: str) -> None:
 
 def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
     where = f"The configuration in the metadata of {origin}"
-    content = parse_json(text, where)
-    refuse_repeated_keys(text, where)
+    try:
+        content = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} can't be read ({error}): damaged.") from None
     for name in ("format_version", "components"):
         if name not in content:
             raise ValueError(f"{where} has no '{name}': damaged.")

@@ -14,8 +14,8 @@ import torch
 from peft.utils.hotswap import _update_scaling, prepare_model_for_compiled_hotswap
 from torch import nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CustomCore, rebuild_core
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.strength.conversions import warn_where_off
 from nara_diffusion.tuner.strength.layers import (

@@ -9,9 +9,9 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.tuner.activation import tuner_layers
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.injection import LOADED_FLAG, drop_idle_holder
 from nara_diffusion.tuner.strength.conversions import warn_where_off

@@ -34,9 +34,9 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.runtime.offloading import check_kept_nowhere
 from nara_diffusion.tuner.activation import deleting
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.forward_hook import detach_holder
 from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.injection import drop_idle_holder, without_holder

@@ -22,7 +22,7 @@ from peft.utils import WEIGHTS_NAME as PEFT_TORCH_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nara_diffusion.tuner.config_files import config_from_fields, is_naras, read_config_file
+from nara_diffusion.config import config_from_fields, is_naras, read_config_file
 from nara_diffusion.tuner.state_dict import PEFT_PREFIX, with_current_names
 
 from .format import WEIGHTS_NAME, AdapterPart, check_program, unpack
@@ -152,7 +152,7 @@ def _copy(tensor: Tensor) -> Tensor:
 def _peft_part(weights: str, config: str, tensors: dict[str, Tensor]) -> AdapterPart:
     check_program(tensors, f"'{weights}'")
     origin, given = f"'{config}'", read_config_file(config)
-    if not is_naras(given, origin):
+    if not is_naras(given):
         raise ValueError(
             f"{origin} describes an adapter of type {given.get('peft_type')}, not NARA: load it by "
             "pipe.load_lora_weights(…) or peft.PeftModel.from_pretrained(…)."

@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.noise.denoisers.lookup import denoiser_of
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
 from nara_diffusion.tuner.holder.core_set import core_group, core_tensors
 from nara_diffusion.tuner.holder.noise_convention import NoiseConventions

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.injection import rollback_on_error
 from nara_diffusion.tuner.strength.layers import live_strengths
 from nara_diffusion.utils.atomic_write import atomic_write

@@ -8,14 +8,14 @@ s is piecewise linear between points (λ, strength), and constant before the fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from nara_diffusion.limits import is_number
 
 from .signals import Level, as_signal
 
@@ -72,6 +72,11 @@ class StrengthSchedule:
 
     def __repr__(self) -> str:
         return f"StrengthSchedule({list(self.points)})"
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite real number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:

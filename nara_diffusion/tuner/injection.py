@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, CoreHolder, holder_of
 
-from .config import NaraConfig
 from .forward_hook import detach_holder
 
 LOADED_FLAG = "_hf_peft_config_loaded"

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.layers.dispatch import check_convolution, check_target, keep_out_of_float8, variant_for
 from nara_diffusion.layers.initialisation import make_directions_orthonormal
@@ -30,7 +31,6 @@ from nara_diffusion.tuner.holder.noise_convention import check_not_static
 from nara_diffusion.tuner.strength.layers import default_strengths, give_strength
 
 from .activation import deleting, tuner_layers
-from .config import NaraConfig
 from .forward_hook import attach_holder, detach_holder
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel

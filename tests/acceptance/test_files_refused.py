@@ -58,11 +58,7 @@ def test_file_with_a_wrong_configuration_is_refused_and_changes_nothing(row, for
     refused(loading(form, models[form], tmp_path), models[form], part)
 
 
-_IGNORED = pytest.mark.xfail(strict=True, reason="PEFT drops the field with a warning, and nothing refuses the folder")
-
-
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
-@pytest.mark.parametrize("form", ["pipeline", pytest.param("peft", marks=_IGNORED)])
+@pytest.mark.parametrize("form", GOOD)
 def test_file_with_a_field_that_this_version_lacks_is_refused(form: str, models, tmp_path: Path) -> None:
     change_fields(form, copied(form, tmp_path), {"later_option": 3})
     refused(loading(form, models[form], tmp_path), models[form], "later_option")

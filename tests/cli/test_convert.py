@@ -7,8 +7,8 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 from nara_diffusion.cli.adapter_file import read
 from nara_diffusion.cli.main import main
+from nara_diffusion.config import config_to_fields
 from nara_diffusion.loaders.schedulers import scheduler_fields
-from nara_diffusion.tuner.config_files import config_to_fields
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 from tests.helpers.small_pipelines import pixels, small_sdxl
 

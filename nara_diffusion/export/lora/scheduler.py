@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nara_diffusion.config import read_config_file
 from nara_diffusion.noise.schedulers.prediction import FLOW, how_to_set, prediction_in
-from nara_diffusion.tuner.config_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def read_scheduler(folder: Path, metadata: Mapping[str, str] | None, origin: str
     """
     text, path = (metadata or {}).get(SCHEDULER_KEY), folder / SCHEDULER / _FILE
     if text is not None:
-        return parse_json(text, f"The scheduler in the metadata of {origin}")
+        return json.loads(text)
     if not path.is_file():
         return None
-    fields = parse_json(path.read_bytes(), f"'{path}'")
+    fields = read_config_file(path)
     return {name: value for name, value in fields.items() if name not in ("_diffusers_version", "_use_default_values")}

@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
+from nara_diffusion.config import is_naras, read_config_file
 from nara_diffusion.loaders.schedulers import DENOISERS
 from nara_diffusion.loaders.source import read_file, read_peft_weights
-from nara_diffusion.tuner.config_files import is_naras, read_config_file
 from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 
 from ..adapted_layers import read_adapter
@@ -105,7 +105,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> PlainLora:
 
 def _of_folder(folder: Path) -> PlainLora:
     origin = f"'{folder}'"
-    if is_naras(read_config_file(folder / CONFIG_NAME), origin):
+    if is_naras(read_config_file(folder / CONFIG_NAME)):
         raise ValueError(
             f"{origin} is a NaRA already: load it by PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."

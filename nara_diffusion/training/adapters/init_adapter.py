@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.config import is_naras, read_config_file
 from nara_diffusion.export.lora.plain_lora import PlainLora
 from nara_diffusion.export.lora.sources import read_lora
 from nara_diffusion.export.lora.tensors import lora_of_tensors
@@ -19,7 +20,6 @@ from nara_diffusion.export.lora_to_nara import check_identity, copy_tensors
 from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
 from nara_diffusion.loaders.source import naming, read_adapter
 from nara_diffusion.noise.schedulers.prediction import Prediction, prediction_in
-from nara_diffusion.tuner.config_files import is_naras, read_config_file
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
 
 from .methods import CORE_FIELDS, METHODS, method_of
@@ -92,7 +92,7 @@ def start_from(
 
 def _is_naras(path: Path) -> bool:
     if (path / CONFIG_NAME).is_file():
-        return is_naras(read_config_file(path / CONFIG_NAME), f"'{path / CONFIG_NAME}'")
+        return is_naras(read_config_file(path / CONFIG_NAME))
     if (path / WEIGHTS_NAME).is_file():
         return True
     if not path.is_file():

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.tuner import lora_starts
+from nara_diffusion.config import changes_base as init_changes_base
 
 
 def changes_base(model: nn.Module) -> bool:
@@ -28,7 +28,7 @@ def changes_base(model: nn.Module) -> bool:
 
 def takes_start_from_base(config: Any) -> bool:
     """Whether an adapter of this configuration changes the base weights when it is added."""
-    return lora_starts.changes_base(getattr(config, "init_lora_weights", None))
+    return init_changes_base(getattr(config, "init_lora_weights", None))
 
 
 def remember_start(model: nn.Module) -> None:

@@ -12,7 +12,6 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.training.adapters.methods import METHODS, check_flags
 from nara_diffusion.training.arguments.cli import option
 from nara_diffusion.training.arguments.foreign_names import OTHER_NAMES
-from nara_diffusion.tuner.config_files import REMOVED_FIELDS
 
 
 def core_option(name: str, unit: str = "", more: str = "") -> Any:
@@ -29,7 +28,11 @@ class AdapterArguments:
     """Adapter"""
 
     other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
-    removed_arguments: ClassVar[Mapping[str, str | None]] = REMOVED_FIELDS
+    removed_arguments: ClassVar[Mapping[str, str | None]] = {
+        "core_normalization": "none",
+        "noise_scale": "linear",
+        "layer_embedding_dim": None,
+    }
 
     adapter: str = option("nara", "How to fine-tune: NaRA, a method of PEFT, or all weights.", choices=tuple(METHODS))
     rank: int = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")

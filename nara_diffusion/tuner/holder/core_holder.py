@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.noise.ablations import refuse_ablation
 from nara_diffusion.noise.context import active_adapter_names, active_signals
@@ -22,7 +23,6 @@ from nara_diffusion.runtime.channel import CoreChannel, PerForwardCores
 from nara_diffusion.runtime.checkpointing import checkpoint_with_core
 from nara_diffusion.runtime.guards import check_not_fused
 from nara_diffusion.runtime.offloading import KEEPS_COPY, keeps_cores_on_disk
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.strength.scheduled_cores import ScheduledCores, Strengths
 
 from .batch_signals import of_one_sample

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import build_core, is_tied_to_rank
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.noise.signals import NoiseSignals
-from nara_diffusion.tuner.config import NaraConfig
 
 from .batch_signals import on_device_of
 

@@ -6,13 +6,13 @@ from copy import copy
 
 from torch import nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.denoisers.denoiser import Denoiser
 from nara_diffusion.noise.denoisers.lookup import why_static, why_undeclared
 from nara_diffusion.noise.signals import NoiseSource
 from nara_diffusion.noise.sources import first_source
 from nara_diffusion.noise.timesteps import UndeclaredTimestep
-from nara_diffusion.tuner.config import NaraConfig
 
 
 class NoiseConventions:

@@ -1,6 +1,5 @@
 """Wrappers around PEFT's methods that read and write adapters. For other adapters than NaRAs they call PEFT's own.
 
-from_json_file     PEFT's errors do not name the file: the wrapper checks a NaRA's file and names it
 load_adapter       PEFT keeps an adapter whose weights it refused: the wrapper removes it, and names the file
 from_pretrained    the same, on a model that had no adapter before
 save_pretrained    PEFT leaves half a file behind if the disk is full: the wrapper writes atomically
@@ -19,15 +18,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.config import PeftConfigMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from nara_diffusion.tuner.config import NaraConfig
-from nara_diffusion.tuner.config_files import check_config_file, is_naras, without_removed_fields
+from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.tuner.injection import roll_back, trainable_again
 from nara_diffusion.tuner.model import NaraModel
-from nara_diffusion.tuner.peft_type import NaraPeftType
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.patching import around
 
@@ -37,7 +33,6 @@ _begun: ContextVar[tuple[nn.Module, str] | None] = ContextVar("_begun", default=
 
 def extend_peft_methods() -> None:
     """Install the wrappers below. Harmless when repeated."""
-    around(PeftConfigMixin, "from_json_file", _from_json_file)
     around(PeftModel, "from_pretrained", _from_pretrained, _is_new_nara)
     around(PeftModel, "load_adapter", _load_adapter, _has_nara_tuner)
     around(PeftModel, "save_pretrained", _save_pretrained, _has_naras)
@@ -61,19 +56,6 @@ def _has_naras(model: PeftModel, *args: Any, **kwargs: Any) -> bool:
 
 def _has_nara_tuner(model: PeftModel, *args: Any, **kwargs: Any) -> bool:
     return isinstance(model.base_model, NaraModel)
-
-
-def _from_json_file(original: Any, cls: type, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-    origin = f"'{path_json_file}'"
-    try:
-        fields = original(cls, path_json_file, **kwargs)
-        if not is_naras(fields, origin):
-            return fields
-    except (ValueError, RecursionError, TypeError, AttributeError):  # the latter two: no JSON object
-        check_config_file(path_json_file)
-        raise
-    check_config_file(path_json_file)
-    return without_removed_fields(fields, origin)
 
 
 def _from_pretrained(

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from nara_diffusion.tuner.config import NaraConfig
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.injection import rollback_on_error
 from nara_diffusion.utils.patching import around
 

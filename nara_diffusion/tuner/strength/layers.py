@@ -16,13 +16,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import check_target, variant_for
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.denoisers.lookup import denoiser_of
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.runtime.batch_rows import rows_of
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.forward_hook import attach_holder
 from nara_diffusion.tuner.holder.core_holder import CoreHolder, holder_of
 from nara_diffusion.tuner.holder.core_set import core_group

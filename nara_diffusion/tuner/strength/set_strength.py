@@ -12,8 +12,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.noise.strength import StrengthSchedule
-from nara_diffusion.tuner.config import NaraConfig
 from nara_diffusion.tuner.holder.core_holder import holder_of
 
 from .conversions import warn_where_off

@@ -228,5 +228,5 @@ def test_a_scheduler_that_cannot_be_built_is_refused_and_nothing_is_loaded(field
 
 
 def test_a_configuration_without_a_class_is_no_scheduler():
-    with pytest.raises(ValueError, match=r"scheduler is .*: pass the configuration of a scheduler of Diffusers, with"):
+    with pytest.raises(ValueError, match=r"scheduler is .*: pass a scheduler's configuration with its _class_name"):
         trained(text=False, scheduler={"prediction_type": "v_prediction"})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nara_diffusion import noise_level
-from nara_diffusion.tuner.config_files import config_to_fields
+from nara_diffusion.config import config_to_fields
 from tests.helpers.adapted import lora_config
 from tests.helpers.core_types import TYPES
 from tests.helpers.small_pipelines import small_sdxl

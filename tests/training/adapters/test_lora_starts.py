@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from torch import Tensor, nn
 
+from nara_diffusion.config import changes_base
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.adapters.pissa import takes_start_from_base
 from nara_diffusion.training.arguments.common import AdapterArguments
-from nara_diffusion.tuner.lora_starts import changes_base
 
 RANK, D_IN, D_OUT = 4, 11, 9
 _KINDS = get_args(get_type_hints(LoraConfig)["init_lora_weights"])

@@ -1,0 +1,322 @@
+"""`NaraConfig`: PEFT's LoraConfig plus the options of the noise-conditioned core, and its fields in files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig
+
+from nara_diffusion.cores.registry import BUILT_IN, check_core_type
+from nara_diffusion.noise.strength import StrengthSchedule, is_number
+from nara_diffusion.utils.atomic_write import atomic_write_files
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "core_init": ("zero_last", "kaiming", "zero_all"),
+    "core_input": ("noise_level", "mask_density", "both"),
+    "core_sharing": ("global", "module_type", "layer"),
+    "lora_a_init": ("peft", "orthogonal"),
+    "noise_embedding": ("fourier", "mlp", "raw"),
+}
+_READERS = {
+    "core_init": ("hypernetwork", "constant"),
+    "core_input": ("hypernetwork",),
+    "noise_embedding": ("hypernetwork",),
+}
+"""Choices, and the built-in types of core that read them; custom cores may read all."""
+_SIZES = ("noise_embedding_dim", "mask_density_radius", "core_bins", "core_knots")
+_SCALES = ("core_scale", "fourier_scale")
+_REFUSED = (
+    "target_parameters", "layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config",
+    "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "kasa_config", "ensure_weight_tying",
+)  # fmt: skip
+"""LoRA options by which PEFT computes the update in another way, without C(λ)."""
+_UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
+"""LoRA options that change the model outside of s · B · C · A."""
+_OF_ONE_MACHINE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
+    "runtime_config",
+}  # fmt: skip
+"""Fields that describe where a configuration was made or runs; the other fields describe the adapter."""
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field of `NaraConfig`, with a help text for command lines."""
+    return field(default=default, metadata={"help": text})
+
+
+class NaraPeftType(str, Enum):
+    """NaRA's entry among PEFT's types. PEFT prints it in its error about mixed types, so `str` gives the remedy."""
+
+    NARA = "NARA"
+
+    def __str__(self) -> str:
+        return (
+            "NARA (in one PeftModel all adapters have one type: a plain LoRA joins NaRA ones as "
+            'NaraConfig(core_type="identity"))'
+        )
+
+    __format__ = object.__format__
+
+
+@dataclass
+class NaraConfig(LoraConfig):
+    """Configuration of NaRA: ΔW(λ) = s · B · C(λ) · A with C(λ) = I + η F(e(λ)) (arXiv 2605.29716, section 4).
+
+    All fields of `peft.LoraConfig` keep their meaning (`use_dora=True` is NaRA-DoRA). With `rank_pattern`, one core of
+    the largest rank serves all: a layer of rank r' reads the leading block C(λ)[:r', :r'].
+
+    Raises:
+        ValueError: a field or choice that does not exist, a number out of range, or a LoRA option that has no meaning
+            for an update that depends on λ; the message names the field.
+    """
+
+    core_type: str = _option(
+        "hypernetwork",
+        "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), 'identity' is "
+        "plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r directions the "
+        "noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ), 'knots' "
+        "interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer').",
+    )
+    core_scale: float = _option(0.1, "η in C = I + η F(e(λ)); greater than 0.")
+    core_hidden_dims: tuple[int, ...] = _option((256, 512), "Widths of the hidden layers of the hypernetwork F.")
+    core_init: Literal["zero_last", "kaiming", "zero_all"] = _option(
+        "zero_last",
+        "Initialisation of F: 'zero_last' (last layer zero, so that C = I at step 0), 'zero_all' (all zero: only the "
+        "last bias receives a gradient at first), 'kaiming' (C is not I at step 0).",
+    )
+    core_input: Literal["noise_level", "mask_density", "both"] = _option(
+        "noise_level", "What F reads: λ, the mask density around masked tokens (masked LMs only), or both."
+    )
+    core_sharing: Literal["global", "module_type", "layer"] = _option(
+        "global",
+        "Which adapted modules share one F: all of them, those of one name such as q_proj, or none ('layer': each "
+        "adapted module has its own).",
+    )
+    noise_embedding: Literal["fourier", "mlp", "raw"] = _option(
+        "fourier", "e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself."
+    )
+    noise_embedding_dim: int = _option(64, "Width of e(λ); even for 'fourier', unused by 'raw'.")
+    fourier_scale: float = _option(16.0, "Standard deviation of the Fourier frequencies, in radians per unit of λ.")
+    rank_mask_min: int | None = _option(
+        None, "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r."
+    )
+    lora_a_init: Literal["peft", "orthogonal"] = _option(
+        "peft",
+        "How A starts: as init_lora_weights says, or with orthonormal rows while B is zero, so that no direction "
+        "repeats what a masked one knows (T-LoRA's idea).",
+    )
+    core_knots: int = _option(5, "For 'knots': how many, at equal distances from λ = 0 to λ = 1; 2 or more.")
+    core_bins: int = _option(5, "For 'bins': the number K of equal bins of λ; r is the rank of all, a multiple of K.")
+    mask_density_radius: int = _option(
+        4, "Radius R, in tokens, of the neighbourhood whose masked share is the mask density."
+    )
+    noise_convention: str | None = _option(
+        None, "Name of λ's definition in training, e.g. 'masked_share'; a source of λ with another name is refused."
+    )
+    scheduler: dict[str, Any] | None = _option(  # noqa: RUF009
+        None,
+        "Class (`_class_name`) and configuration of the Diffusers scheduler that an adapter was trained for which "
+        "predicts something else than its base. None: whatever samples the base.",
+    )
+    strength: StrengthSchedule | list[list[float]] | None = _option(  # noqa: RUF009
+        None, "The strength as a function of λ: StrengthSchedule([(λ, strength), …]), or its points. None is 1."
+    )
+
+    def __new__(cls, *args: Any, **given: Any) -> NaraConfig:
+        # PEFT leaves unknown fields of a file out with a warning: another adapter than the one that was saved
+        known = {own.name for own in fields(cls)}
+        unknown = [name for name, value in given.items() if name not in known and value]
+        if unknown:
+            raise ValueError(
+                f"NaraConfig has no field {', '.join(map(repr, unknown))}: remove it, or, if a file has it, update "
+                "nara-diffusion and PEFT, or save the adapter again with these."
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = NaraPeftType.NARA  # type: ignore[assignment]
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self._check_choices()
+        self._check_numbers()
+        self._check_masks()
+        self._check_strength()
+        if self.reads_core:
+            self._check_lora_fields()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: Any = None, **kwargs: Any) -> NaraConfig:
+        """As PEFT's; a refused file is named."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (TypeError, ValueError) as error:
+            where = os.path.join(pretrained_model_name_or_path, subfolder or "")
+            if where in str(error):
+                raise
+            raise ValueError(f"The configuration in '{where}' is refused: {error}") from error
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As PEFT's, but atomic: adapter_config.json is replaced as a whole or not at all."""
+        with atomic_write_files(Path(save_directory)) as partial:
+            super().save_pretrained(str(partial), **kwargs)
+
+    @property
+    def reads_core(self) -> bool:
+        """Whether its layers read a C: one that is not I, or that is scaled by a strength."""
+        return self.core_type != "identity" or self.strength is not None
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation changes the base weights: it subtracts s·B·A from them, or quantises them."""
+        return changes_base(self.init_lora_weights)
+
+    def _check_numbers(self) -> None:
+        widths = self.core_hidden_dims if isinstance(self.core_hidden_dims, (list, tuple)) else ()
+        if not widths or not all(map(_is_size, widths)):
+            raise ValueError(
+                f"core_hidden_dims is {self.core_hidden_dims!r}: pass one positive integer a hidden layer."
+            )
+        self.core_hidden_dims = tuple(widths)  # JSON has a list
+        for name in _SIZES:
+            if not _is_size(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a positive integer.")
+        for name in _SCALES:
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a finite number greater than 0.")
+        if self.noise_embedding == "fourier" and self.noise_embedding_dim % 2:
+            raise ValueError(
+                f"noise_embedding_dim is {self.noise_embedding_dim}: Fourier features are sine and cosine pairs, so "
+                "pass an even number."
+            )
+        if self.core_type == "knots" and self.core_knots < 2:
+            raise ValueError(f"core_knots is {self.core_knots}: interpolation needs one at either end, so 2 or more.")
+        if self.scheduler is not None and not (isinstance(self.scheduler, dict) and "_class_name" in self.scheduler):
+            raise ValueError(f"scheduler is {self.scheduler!r}: pass a scheduler's configuration with its _class_name.")
+
+    def _check_choices(self) -> None:
+        check_core_type(self.core_type)
+        for name, choices in _CHOICES.items():
+            value, readers = getattr(self, name), _READERS.get(name, (self.core_type,))
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(map(repr, choices))}.")
+            if self.core_type in BUILT_IN and self.core_type not in readers and value != choices[0]:
+                raise ValueError(
+                    f"{name} is {value!r}, which core_type {self.core_type!r} doesn't read: leave it at "
+                    f"{choices[0]!r}, or use core_type {' or '.join(map(repr, readers))}."
+                )
+
+    def _check_masks(self) -> None:
+        ranks = {self.r, *self.rank_pattern.values()}  # type: ignore[union-attr]
+        least = self.rank_mask_min
+        if least is not None and not (self.core_type == "rank_mask" and _is_size(least) and least <= min(ranks)):
+            raise ValueError(
+                f"rank_mask_min is {least!r}, with core_type={self.core_type!r} and r={min(ranks)}: it is for "
+                "core_type='rank_mask', an integer from 1 to r, or None for half of r."
+            )
+        uneven = sorted(rank for rank in ranks if self.core_type == "bins" and rank % self.core_bins)
+        if uneven:
+            raise ValueError(
+                f"r is {uneven[0]}, which {self.core_bins} bins cannot share evenly: with core_type='bins', r is the "
+                "rank of all bins together, so pass core_bins times the rank of one."
+            )
+
+    def _check_strength(self) -> None:
+        if self.strength is None:
+            return
+        given = self.strength
+        try:
+            self.strength = (given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)).as_lists()
+        except ValueError as error:
+            raise ValueError(f"strength is {given!r}: {error}") from None
+        unscaled = [name for name in _UNSCALED if getattr(self, name) not in (None, False, "none")]
+        if unscaled or self.changes_base:
+            name = unscaled[0] if unscaled else "init_lora_weights"
+            raise ValueError(
+                f"strength depends on λ, but would not reach what {name}={getattr(self, name)!r} changes in the model: "
+                "remove one of the two."
+            )
+
+    def _check_lora_fields(self) -> None:
+        for name in _REFUSED:
+            value = getattr(self, name, None)
+            if value or isinstance(value, dict):  # of which PEFT makes an option that is on, empty or not
+                raise ValueError(
+                    f"NaRA does not support {name}, by which PEFT computes the update without C(λ): remove it, or use "
+                    "core_type='identity' without a strength."
+                )
+        start = self.init_lora_weights
+        if self.lora_a_init != "peft" and (self.core_type == "identity" or start is not True):
+            raise ValueError(
+                f"lora_a_init is {self.lora_a_init!r}, with core_type={self.core_type!r} and init_lora_weights="
+                f"{start!r}: it needs a core, and init_lora_weights=True."
+            )
+        if isinstance(start, bool) or start == "gaussian" or self.core_type == "identity":
+            return
+        if not re.fullmatch(r"pissa(_niter_\d+)?|olora|orthogonal", str(start)):
+            raise ValueError(
+                f"NaRA does not support init_lora_weights={start!r}: use True, False, 'gaussian', 'pissa', "
+                "'pissa_niter_N', 'olora' or 'orthogonal'."
+            )
+        if self.core_type not in ("hypernetwork", "constant", "knots") or self.core_init == "kaiming":
+            raise ValueError(
+                f"init_lora_weights={start!r} needs C = I at step 0, which core_type={self.core_type!r} with core_init="
+                f"{self.core_init!r} does not promise: use init_lora_weights=True."
+            )
+
+
+def changes_base(start: Any) -> bool:
+    """Whether `init_lora_weights` replaces the base weights: by W − s·B·A, or by LoftQ's quantised ones."""
+    return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+
+
+# ---------------------------------------------------------------------- files
+
+
+def is_naras(given: Mapping[str, Any]) -> bool:
+    """Whether the fields of an adapter_config.json are those of a NaRA."""
+    return given.get("peft_type") == NaraPeftType.NARA.value
+
+
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of an adapter_config.json, of any kind of adapter.
+
+    Raises:
+        ValueError: it is no JSON object; the message names the file.
+    """
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{path}' can't be read ({error}): damaged.") from None
+
+
+def config_to_fields(config: NaraConfig) -> dict[str, Any]:
+    """The fields of a configuration as JSON values, without those of one machine and those that are None."""
+    plain = {key: value.value if isinstance(value, Enum) else value for key, value in config.to_dict().items()}
+    listed = {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
+    return {key: value for key, value in listed.items() if key not in _OF_ONE_MACHINE and value is not None}
+
+
+def config_from_fields(given: Mapping[str, Any], origin: str) -> NaraConfig:
+    """A configuration from `config_to_fields`, or from the adapter_config.json that PEFT writes.
+
+    Raises:
+        ValueError: NaraConfig refuses a field; the message names it and `origin`.
+    """
+    known = {own.name for own in fields(NaraConfig)} - _OF_ONE_MACHINE
+    own = {key: value for key, value in given.items() if key in known or (value and key not in _OF_ONE_MACHINE)}
+    try:
+        return NaraConfig(**own)
+    except (TypeError, ValueError, AttributeError, ImportError) as error:  # the latter two of PEFT's own checks
+        raise ValueError(f"The configuration of {origin} is refused: {error}") from error

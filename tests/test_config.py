@@ -1,0 +1,190 @@
+"""NaraConfig: choices, numbers and LoRA's options that are refused by name, starts that are PEFT's, and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, EvaConfig, KasaConfig, MontecloraConfig, VeloraConfig
+
+from nara_diffusion import NaraConfig, StrengthSchedule, noise_level
+from nara_diffusion.config import config_from_fields, config_to_fields
+from tests.helpers.adapted import TwoLayers, nara_config
+
+CONFIG = "adapter_config.json"
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"core_type": "hyper"}, "core_type is 'hyper': choose one of 'hypernetwork', 'constant', 'identity'"),
+    ({"core_type": "diagonal"}, "core_type is 'diagonal': choose one of"),
+    ({"core_init": "zeros"}, "core_init is 'zeros': choose one of 'zero_last', 'kaiming', 'zero_all'"),
+    ({"core_sharing": "model"}, "core_sharing is 'model': choose one of 'global', 'module_type', 'layer'"),
+    ({"core_hidden_dims": ()}, "core_hidden_dims is"),
+    ({"core_hidden_dims": (256.0,)}, "core_hidden_dims is"),
+    ({"core_hidden_dims": 256}, "core_hidden_dims is 256: pass one positive integer a hidden layer"),
+    ({"noise_embedding_dim": 63}, "noise_embedding_dim is 63: Fourier features are sine and cosine pairs"),
+    ({"mask_density_radius": 0}, "mask_density_radius is 0: pass a positive integer"),
+    ({"core_scale": 0}, "core_scale is 0: pass a finite number greater than 0"),
+    ({"core_scale": "0.1"}, "core_scale is '0.1'"),
+    ({"fourier_scale": float("nan")}, "fourier_scale is nan"),
+    ({"core_type": "knots", "core_knots": 1}, "core_knots is 1: interpolation needs one at either end"),
+    ({"core_type": "bins", "r": 8}, "r is 8, which 5 bins cannot share evenly: .*pass core_bins times the rank"),
+    ({"core_type": "bins", "r": 10, "rank_pattern": {"a": 4}}, "r is 4, which 5 bins cannot share evenly"),
+    ({"core_type": "rank_mask", "r": 4, "rank_mask_min": 5}, "rank_mask_min is 5, with .*r=4"),
+    ({"rank_mask_min": 2}, "rank_mask_min is 2, with core_type='hypernetwork' .*it is for core_type='rank_mask'"),
+    ({"core_type": "knots", "core_input": "both"}, "core_input is 'both', which core_type 'knots' doesn't read"),
+    ({"core_type": "constant", "noise_embedding": "raw"}, "noise_embedding is 'raw', which core_type 'constant' does"),
+    ({"strength": [[0.5, 1], [0.2, 1]]}, "strength is .*ascending"),
+    ({"strength": [[0, 1]], "bias": "all"}, "strength depends on λ, but would not reach what bias='all'"),
+    ({"strength": [[0, 1]], "init_lora_weights": "pissa"}, "strength depends on λ, but would not reach what init_lora"),
+    ({"init_lora_weights": "corda"}, "NaRA does not support init_lora_weights='corda': use True, False"),
+    ({"init_lora_weights": "pissa_niter_x"}, "NaRA does not support init_lora_weights='pissa_niter_x'"),
+    ({"init_lora_weights": "olora", "core_init": "kaiming"}, "init_lora_weights='olora' needs C = I at step 0"),
+    ({"init_lora_weights": "pissa", "core_type": "rank_mask"}, "init_lora_weights='pissa' needs C = I at step 0"),
+    ({"lora_a_init": "orthogonal", "init_lora_weights": "gaussian"}, "lora_a_init is 'orthogonal', with"),
+    ({"core_normalization": "frobenius"}, "NaraConfig has no field 'core_normalization'"),
+]
+OPTIONS: dict[str, Any] = {
+    "target_parameters": ["layer.weight"],
+    "layer_replication": [(0, 1)],
+    "megatron_config": {"a": 1},
+    "alora_invocation_tokens": [1, 2],
+    "arrow_config": ArrowConfig(),
+    "use_bdlora": BdLoraConfig(),
+    "use_qalora": True,
+    "velora_config": VeloraConfig(),
+    "monteclora_config": MontecloraConfig(),
+    "kasa_config": KasaConfig(),
+    "ensure_weight_tying": True,
+}
+KEPT = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices", "use_dora", "runtime_config", "lora_bias",
+    # which only qualify an option that is refused
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is:UserWarning")
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=[str(fields) for fields, _ in REFUSED])
+def test_config_that_cannot_work_is_refused_by_the_name_of_its_field(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        NaraConfig(**fields)
+
+
+def test_config_has_considered_every_option_of_peft() -> None:
+    options = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert options - KEPT - OPTIONS.keys() == set(), "new in PEFT: refuse it in config.py, or test it"
+    variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
+    assert variants - OPTIONS.keys() == {"use_dora"}
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_without_core_is_refused_by_name_unless_the_adapter_is_a_plain_lora(option: str) -> None:
+    with pytest.raises(ValueError, match=f"NaRA does not support {option}, .*core_type='identity'"):
+        NaraConfig(**{option: OPTIONS[option]})
+    assert getattr(NaraConfig(core_type="identity", **{option: OPTIONS[option]}), option)
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is:UserWarning")
+def test_plain_lora_keeps_every_initialisation_of_peft() -> None:
+    assert NaraConfig(core_type="identity", init_lora_weights="eva", eva_config=EvaConfig()).init_lora_weights == "eva"
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+def test_supported_initialisation_draws_what_peft_draws_and_starts_as_the_base(init: Any, use_dora: bool) -> None:
+    states, x = [], torch.randn(3, 4, 7)
+    for kind in (LoraConfig, NaraConfig):
+        torch.manual_seed(5)
+        base = TwoLayers()
+        expected = base(x).detach()
+        config = kind(r=4, lora_alpha=6, target_modules=["first", "second"], init_lora_weights=init, use_dora=use_dora)
+        model = get_peft_model(base, config)
+        states.append({name: tensor for name, tensor in model.state_dict().items() if "core" not in name})
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    if init is not False:  # which draws B too
+        with noise_level(model, torch.tensor([0.1, 0.5, 0.9])):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_config_defaults_are_those_of_the_paper() -> None:
+    config = NaraConfig()
+    assert (config.core_scale, config.core_hidden_dims, config.noise_embedding_dim) == (0.1, (256, 512), 64)
+    assert (config.fourier_scale, config.core_init, config.core_type) == (16.0, "zero_last", "hypernetwork")
+    config.rank_pattern["a"] = 3
+    assert NaraConfig().rank_pattern == {}
+
+
+# ---------------------------------------------------------------------- files
+
+
+FULL = {
+    "r": 6,
+    "lora_alpha": 9,
+    "target_modules": ["q_proj", "v_proj"],
+    "core_scale": 0.25,
+    "core_hidden_dims": [31, 7],
+    "core_input": "both",
+    "core_sharing": "module_type",
+    "noise_embedding": "mlp",
+    "noise_convention": "masked_share",
+    "rank_pattern": {"q_proj": 4},
+    "use_dora": True,
+    "strength": StrengthSchedule([(0, 1), (0.7, 0.3)]),
+}
+
+
+def test_config_survives_pefts_file_and_its_fields_with_their_types(tmp_path: Path) -> None:
+    config = NaraConfig(**FULL)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "NARA"
+    for cls in (PeftConfig, NaraConfig, LoraConfig):
+        loaded = cls.from_pretrained(tmp_path)
+        assert type(loaded) is NaraConfig
+        assert loaded == config
+        assert loaded.core_hidden_dims == (31, 7)
+    kept = json.loads(json.dumps(config_to_fields(config)))
+    assert "peft_version" not in kept
+    assert config_to_fields(config_from_fields(kept, "the file")) == config_to_fields(config)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"core_flavour": "vanilla"}, {"core_type": "diagonal"}, {"core_scale": -1}], ids=str
+)
+def test_file_with_an_unknown_field_or_value_is_refused_by_name_in_every_way(changes: Any, tmp_path: Path) -> None:
+    nara_config(target_modules=["first"]).save_pretrained(tmp_path)
+    path, name = tmp_path / CONFIG, next(iter(changes))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    for read in (
+        lambda: PeftModel.from_pretrained(TwoLayers(), tmp_path),
+        lambda: NaraConfig.from_pretrained(str(tmp_path)),
+        lambda: config_from_fields(json.loads(path.read_text()), f"'{path}'"),
+    ):
+        with pytest.raises(ValueError, match=name) as caught:
+            read()
+        assert str(tmp_path) in str(caught.value)
+    with pytest.raises(ValueError, match=name):
+        PeftConfig.from_pretrained(str(tmp_path))
+
+
+def test_file_with_an_unset_field_of_a_later_peft_loads(tmp_path: Path) -> None:
+    config = nara_config(target_modules=["first"])
+    later = {**config.to_dict(), "later_config": None, "use_later": False}
+    assert config_to_fields(config_from_fields(later, "the file")) == config_to_fields(config)
+
+
+def test_file_of_another_method_is_read_as_peft_reads_it(tmp_path: Path) -> None:
+    LoraConfig(r=3, target_modules=["first"]).save_pretrained(str(tmp_path))
+    path = tmp_path / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"later": 3}))
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
+        read = PeftConfig.from_pretrained(str(tmp_path))
+    assert type(read) is LoraConfig
