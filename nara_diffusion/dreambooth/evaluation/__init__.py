@@ -1,1 +1,1 @@
-"""Subject fidelity, prompt fidelity and samples, before and after."""
+"""Samples, and what is measured on them."""

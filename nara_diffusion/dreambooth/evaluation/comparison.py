@@ -1,4 +1,4 @@
-"""The figures before and after training: similarity, text alignment, and the loss over λ; on several processes.
+"""The figures before, during and after training: similarity, text alignment, and the loss over λ; on several processes.
 
 Everything is measured on a pipeline into which the saved adapter was loaded as a user loads it.
 """
@@ -6,30 +6,35 @@ Everything is measured on a pipeline into which the saved adapter was loaded as 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL.Image import Image
 from torch import Tensor
 
-from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache import LatentCache
 from nara_diffusion.dreambooth.data.dataset import TrainingSample
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of
-from nara_diffusion.dreambooth.formats import adapter_loaded
+from nara_diffusion.dreambooth.formats import adapter_loaded, write_adapter
 from nara_diffusion.dreambooth.objectives import IdentityReading, Objective, squared_errors
 from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.training.metrics import before_and_after, validation_means
+from nara_diffusion.training.run import Run
 
 from .encoders import Encoder
-from .metrics import ImageSimilarity, TextAlignment, without_words
-from .sampling import SampleSettings, sample_images
+from .fidelity import image_similarity, text_alignment
+from .samples import SampleSettings, sample_images, write_grid
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +73,15 @@ class Evaluator:
     texts: Encoder | None = None
     identifier: Sequence[str] = ()
 
-    def similarity(self, samples: Sequence[Image]) -> float | None:
-        return None if self.images is None else ImageSimilarity(self.images).similarity(samples, self.references)
-
-    def alignment(self, samples: Sequence[Image], prompts: Sequence[str]) -> float | None:
-        if self.texts is None:
-            return None
-        return TextAlignment(self.texts).alignment(samples, [without_words(p, self.identifier) for p in prompts])
+    @classmethod
+    def of_run(cls, args: Any, references: Sequence[Image], device: torch.device) -> Evaluator:
+        """With the encoders that a run's arguments name; one that both name is loaded once. Raises as `Encoder`."""
+        names = {name for name in (args.similarity_model, args.alignment_model) if name is not None}
+        encoders: dict[str | None, Encoder] = {n: Encoder(n, device=device, progress=False) for n in sorted(names)}
+        texts = encoders.get(args.alignment_model)
+        if texts is not None:
+            texts.check_text()
+        return cls(references, encoders.get(args.similarity_model), texts, args.identifier or ())
 
 
 @dataclass(frozen=True)
@@ -110,16 +117,15 @@ class ValidationLoss:
 
     @torch.no_grad()
     def at(self, pipe: Any, index: int) -> list[float]:
-        """The loss of each sample at noise level `index`, with whatever adapter `pipe` has."""
-        family = family_of(pipe) if self.family is None else self.family
+        """The loss of each sample at noise level `index`, with whatever adapter `pipe` has, ordered by size."""
+        family = self.family or family_of(pipe)
         denoiser = getattr(pipe, family.denoiser)
         device = denoiser.device
         losses: list[float] = []
         for batch in self._batches():
             latents = self.latents.mode(batch)
-            noise = draw_noise(
-                [sample.position for sample in batch], latents.shape[1:], seed=self.seed, role="validation"
-            )
+            positions = [sample.position for sample in batch]
+            noise = draw_noise(positions, latents.shape[1:], seed=self.seed, role="validation")
             indices = torch.full((len(batch),), index, device=device)
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
             embeddings = tuple(part.to(device) for part in family.encode(pipe, [sample.prompt for sample in batch]))
@@ -135,8 +141,8 @@ class ValidationLoss:
 
     def levels(self) -> Tensor:
         """λ (points,)."""
-        latents = self.latents.mode(self.samples[:1]).expand(self.points, -1, -1, -1)
-        timestep = self.objective.corrupt(latents, latents, torch.tensor(self.indices)).timestep
+        nothing = torch.zeros(self.points, 1, 1, 1)
+        timestep = self.objective.corrupt(nothing, nothing, torch.tensor(self.indices)).timestep
         return self.objective.source.noise_level(timestep)
 
     def curve(self, pipe: Any, accelerator: Accelerator) -> Tensor:
@@ -147,14 +153,79 @@ class ValidationLoss:
 
         return torch.tensor(split_across_processes(accelerator, self.points, work))
 
+    def means(self, pipe: Any, accelerator: Accelerator) -> dict[str, float]:
+        """{"validation_loss", "validation_loss_low", …}; with a window the means of both of its sides too."""
+        losses = self.curve(pipe, accelerator)
+        return validation_means(losses.flatten(), self.levels().repeat_interleave(losses.shape[1]), self.window)
+
     def _batches(self) -> list[list[TrainingSample]]:
         """Samples of one size each."""
-        batches: list[list[TrainingSample]] = []
-        for sample in sorted(self.samples, key=lambda sample: sample.target_size):
-            if not batches or len(batches[-1]) == self.batch_size or batches[-1][0].target_size != sample.target_size:
-                batches.append([])
-            batches[-1].append(sample)
-        return batches
+        sizes = sorted({sample.crop.target for sample in self.samples})
+        of_size = [[sample for sample in self.samples if sample.crop.target == size] for size in sizes]
+        return [part[i : i + self.batch_size] for part in of_size for i in range(0, len(part), self.batch_size)]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """`validation()` is what `train` calls: the losses to log, after a sheet of samples was written and logged.
+
+    Attributes:
+        run: of the training, opened.
+        model: that is trained, as accelerate wrapped it.
+        sampler: a pipeline without adapters.
+        settings: of the samples.
+        loss: what is measured.
+        references: images of the subject.
+    """
+
+    run: Run
+    model: torch.nn.Module
+    sampler: Any
+    settings: SampleSettings
+    loss: ValidationLoss
+    references: Sequence[Image]
+
+    def __call__(self) -> dict[str, float]:
+        accelerator = self.run.accelerator
+        folder = self.run.folder / ".partial-validation"
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        folder.mkdir(exist_ok=True)
+        try:
+            save_adapter(accelerator, self.model, folder, write_adapter)
+            with torch.random.fork_rng(devices), adapter_loaded(self.sampler, folder):
+                losses = self.loss.means(self.sampler, accelerator)
+                images = sample_images(self.sampler, self.settings, accelerator, desc="validation samples")
+            accelerator.wait_for_everyone()
+        finally:
+            if accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+        if accelerator.is_main_process:
+            self._write(images)
+        return losses
+
+    def _write(self, images: Sequence[Image]) -> None:
+        step, prompts = self.run.step, self.settings.prompts
+        path = self.run.folder / "validation" / f"step-{step}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_grid(path, prompts, {f"step {step}": images}, self.references)
+        galleries = np.stack([np.asarray(image) for image in images]).reshape(
+            len(prompts), -1, *images[0].size[::-1], 3
+        )
+        for tracker in self.run.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                shown = {f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)}
+                tracker.log_images(shown, step=step, **options)
+
+
+def refuse_sharding(run: Run) -> None:
+    """Sampling during training needs the whole model on each process."""
+    kind = run.accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"this script trains where each device holds the whole model, and not with {kind.value}: launch it with "
+            "--multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
+        )
 
 
 def measure(
@@ -170,29 +241,20 @@ def measure(
     with adapter_loaded(pipe, folder):
         images = sample_images(pipe, settings, accelerator, desc=f"sample {name}")
         curve = validation.curve(pipe, accelerator).mean(1)
+    pictures, texts, prompts = evaluator.images, evaluator.texts, [prompt for prompt, _ in settings.pairs]
     return Measurement(
         images=images,
-        similarity=evaluator.similarity(images),
-        text_alignment=evaluator.alignment(images, [prompt for prompt, _ in settings.pairs]),
+        similarity=pictures and image_similarity(pictures, images, evaluator.references),
+        text_alignment=texts and text_alignment(texts, images, prompts, evaluator.identifier),
         noise_levels=validation.levels().tolist(),
         curve=curve.tolist(),
         validation_loss=curve.mean().item(),
     )
 
 
-def validation_losses(accelerator: Accelerator, pipe: Any, validation: ValidationLoss) -> dict[str, float]:
-    """{"validation_loss", "validation_loss_low", …} of `pipe` as it is; with a window the means of both sides too."""
-    losses = validation.curve(pipe, accelerator)  # (points, samples)
-    levels = validation.levels().repeat_interleave(losses.shape[1])
-    return validation_means(losses.flatten(), levels, validation.window)
-
-
 def identity_loss(accelerator: Accelerator, pipe: Any, validation: ValidationLoss, loss: str) -> float:
     """The validation loss of a conversion whose base, `pipe`, is read by the identity; logged beside that of the base
-    as it is.
-
-    Args:
-        loss: what the log calls it, which says of which images it is.
+    as it is, where `loss` says of which images it is.
     """
     read = replace(validation, reading=IdentityReading(pipe.scheduler, validation.objective))
     identity, as_it_is = (each.curve(pipe, accelerator).mean().item() for each in (read, validation))

@@ -25,9 +25,8 @@ from nara_diffusion.training.output.run_report import (
     write_run_card,
 )
 
-from .before_after import Measurement
-from .grid import write_grid
-from .sampling import SampleSettings, image_names, write_images
+from .comparison import Measurement
+from .samples import SampleSettings, write_grid, write_images
 
 GRID = "samples.png"
 
@@ -39,19 +38,17 @@ from diffusers import {classes}
 pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{absent})
 {loading}
 image = pipe(
-    {prompt},
+    {prompt!r},
     generator=torch.Generator().manual_seed({seed}),
     {call},
 ){picked}
 image.save("sample.png")
 ```"""
 _NAME = "subject"  # of a LoRA that needs a name
-_NARA = "\nimport nara_diffusion  # gives pipelines load_nara_weights\n"
-_LONG_IMPORT = "from nara_diffusion.dreambooth import long_prompt_call\n"
-_LONG = (
-    "\n\nPrompts were read up to {length} tokens, in chunks of 75; Diffusers' pipelines cut them at 77: pass "
-    "`prompt_embeds`, as above by `long_prompt_call`, or from Compel."
-)
+_IMPORTS = {
+    "nara": "\nimport nara_diffusion  # gives pipelines load_nara_weights\n",
+    "other": "from peft import PeftModel\n",
+}
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
 
 
@@ -103,75 +100,21 @@ def write_run_report(
         "samples and images of the subject, alignment that of samples and their prompts; figures of other encoders "
         "can't be compared. The loss at each noise level:\n\n![loss over the noise level](noise_level_curve.png)"
     )
-    about = "" if prompt is None else f", trained on images of “{prompt}”"
+    shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
     write_run_card(
         folder,
         args,
         facts,
         name=name,
-        about=f"for `{args.pretrained_model_name_or_path}`{about}.",
+        about=f"for `{args.pretrained_model_name_or_path}`{f', trained on images of “{prompt}”' if prompt else ''}.",
         figures=_figures(before, after),
         how_good=(f"![training images, and samples before and after]({GRID})", ending),
         loading=_loading(args, settings, load_from, pipe, converted),
         tags=["text-to-image", *family_of(pipe).tags, "diffusers", "dreambooth"],
         library="diffusers",
         instance_prompt=prompt,
-        widget=_widget(folder, settings),
+        widget=[{"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown],
     )
-
-
-def _widget(folder: Path, settings: SampleSettings) -> list[dict[str, Any]]:
-    """List the images that the Hub shows above the card: the first sample of each prompt."""
-    names = image_names(settings)[:: settings.images_per_prompt]
-    shown = zip(settings.prompts, names, strict=True)
-    return [{"text": prompt, "output": {"url": f"samples-after/{name}"}} for prompt, name in shown]
-
-
-def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, converted: Any) -> str:
-    """The card's code."""
-    dtypes = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
-    dtype = dtypes.get(args.mixed_precision, "torch.float32")
-    method, family = method_of(args).family, family_of(pipe)
-    names = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
-    lines = _loading_lines(method, load_from, dtype, names)
-    if needs_schedule(args):
-        lines = [f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})", _schedule_line(args, family)]
-    classes = [type(pipe).__name__]
-    call = family.sampling(dict(settings.call), 1)
-    length = call.pop("max_sequence_length", None) if family.in_chunks else None
-    if converted is not None and method != "nara":
-        kind = type(converted).__name__
-        classes.append(kind)
-        lines.append(f"pipe.scheduler = {kind}.from_pretrained({load_from!r}, subfolder={SCHEDULER!r})")
-    return (
-        _LOADING.format(
-            classes=", ".join(classes),
-            pipeline=classes[0],
-            absent="".join(f", {name}=None" for name in absent_components(pipe)),
-            imports={"nara": _NARA, "other": "from peft import PeftModel\n"}.get(method, "")
-            + ("\nfrom nara_diffusion import StrengthSchedule\n" if needs_schedule(args) else "")
-            + (_LONG_IMPORT if length else ""),
-            base=args.pretrained_model_name_or_path,
-            dtype=dtype,
-            loading=core_import(args) + "\n".join(lines),
-            prompt=_prompt_argument(settings.prompts[0], call, length),
-            seed=settings.seed,
-            call=",\n    ".join(f"{name}={value!r}" for name, value in call.items()),
-            picked=family.picked,
-        )
-        + (_NOISE if reads_noise(args) or needs_schedule(args) else "")
-        + (_LONG.format(length=length) if length else "")
-        + _about_conversion(converted, method)
-    )
-
-
-def _schedule_line(args: Any, family: Family) -> str:
-    schedule = repr(schedule_of(args))
-    if args.train_text_encoder:  # which runs before there is a λ
-        parts = dict.fromkeys(family.text_encoders, "1.0")
-        schedule = ", ".join(f"{name!r}: {value}" for name, value in {family.denoiser: schedule, **parts}.items())
-        schedule = f"{{{schedule}}}"
-    return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
 
 
 def window_note(args: Any, family: Family) -> str:
@@ -179,29 +122,54 @@ def window_note(args: Any, family: Family) -> str:
     return told_schedule(_schedule_line(args, family)) if needs_schedule(args) else ""
 
 
-def _prompt_argument(prompt: str, call: Mapping[str, Any], length: int | None) -> str:
-    if length is None:
-        return repr(prompt)
-    read = "".join(f", {name}={call[name]!r}" for name in ("guidance_scale", "clip_skip") if name in call)
-    return f"**long_prompt_call(pipe, [{prompt!r}], {length}{read})"
-
-
-def _about_conversion(converted: Any, family: str) -> str:
-    if converted is None:
-        return ""
-    brought = "`load_nara_weights` sets the scheduler that it needs, and `unload_nara_weights` brings the old one back"
-    return (
-        f"\n\nThe model now predicts {prediction_by(converted)} and is sampled by {type(converted).__name__}: "
-        f"{brought if family == 'nara' else 'set the scheduler, as above, whenever the weights are loaded'}."
+def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, converted: Any) -> str:
+    """The card's code, and what has to be known of it."""
+    dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}.get(args.mixed_precision, "torch.float32")
+    method, family, classes = method_of(args).family, family_of(pipe), [type(pipe).__name__]
+    names = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
+    lines = _loading_lines(method, load_from, dtype, names)
+    imports = _IMPORTS.get(method, "")
+    if needs_schedule(args):
+        lines = [f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})", _schedule_line(args, family)]
+        imports += "\nfrom nara_diffusion import StrengthSchedule\n"
+    ending = _NOISE if reads_noise(args) or needs_schedule(args) else ""
+    if converted is not None:
+        kind = type(converted).__name__
+        how = "`load_nara_weights` sets the scheduler that it needs, and `unload_nara_weights` brings the old one back"
+        if method != "nara":
+            classes.append(kind)
+            lines.append(f"pipe.scheduler = {kind}.from_pretrained({load_from!r}, subfolder={SCHEDULER!r})")
+            how = "set the scheduler, as above, whenever the weights are loaded"
+        ending += f"\n\nThe model now predicts {prediction_by(converted)} and is sampled by {kind}: {how}."
+    call = family.sampling(dict(settings.call), 1)
+    code = _LOADING.format(
+        classes=", ".join(classes),
+        pipeline=classes[0],
+        absent="".join(f", {name}=None" for name in absent_components(pipe)),
+        imports=imports,
+        base=args.pretrained_model_name_or_path,
+        dtype=dtype,
+        loading=core_import(args) + "\n".join(lines),
+        prompt=settings.prompts[0],
+        seed=settings.seed,
+        call=",\n    ".join(f"{name}={value!r}" for name, value in call.items()),
+        picked=family.picked,
     )
+    return code + ending
 
 
-def _loading_lines(family: str, folder: str, dtype: str, names: Sequence[str]) -> list[str]:
-    if family == "nara":
-        return [f"pipe.load_nara_weights({folder!r})"]
-    if family == "lora":
-        return [f"pipe.load_lora_weights({folder!r})"]
-    if family == "other":  # PEFT changes the component itself
+def _schedule_line(args: Any, family: Family) -> str:
+    schedule = repr(schedule_of(args))
+    if args.train_text_encoder:  # which runs before there is a λ
+        parts = {family.denoiser: schedule, **dict.fromkeys(family.text_encoders, "1.0")}
+        schedule = "{" + ", ".join(f"{name!r}: {value}" for name, value in parts.items()) + "}"
+    return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
+
+
+def _loading_lines(method: str, folder: str, dtype: str, names: Sequence[str]) -> list[str]:
+    if method in ("nara", "lora"):
+        return [f"pipe.load_{method}_weights({folder!r})"]
+    if method == "other":  # PEFT changes the component itself
         return [f"PeftModel.from_pretrained(pipe.{name}, {folder!r}, subfolder={name!r})" for name in names]
     return [
         f"pipe.{name} = type(pipe.{name}).from_pretrained({folder!r}, subfolder={name!r}, dtype={dtype})"
@@ -210,13 +178,9 @@ def _loading_lines(family: str, folder: str, dtype: str, names: Sequence[str]) -
 
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
-    rows = [
-        ["similarity to the subject", before.similarity, after.similarity],
-        ["alignment with the prompt", before.text_alignment, after.text_alignment],
-        ["validation loss", before.validation_loss, after.validation_loss],
+    rows: list[tuple[str, float | None, float | None]] = [
+        ("similarity to the subject", before.similarity, after.similarity),
+        ("alignment with the prompt", before.text_alignment, after.text_alignment),
+        ("validation loss", before.validation_loss, after.validation_loss),
     ]
-    return [[str(name), _number(old), _number(new)] for name, old, new in rows]
-
-
-def _number(value: Any) -> str:
-    return "not measured" if value is None else f"{value:.3f}"
+    return [[name, *("not measured" if n is None else f"{n:.3f}" for n in numbers)] for name, *numbers in rows]

@@ -1,0 +1,241 @@
+"""Latents and prompt embeddings, computed once, in memory and, if wanted, in a folder that later runs share.
+
+    q(z | x) = N(μ(x), σ(x)²),    z = μ + σ ε,  ε ~ N(0, I) of (seed, position),    latents = `scale_latents` of z
+
+μ and σ are cached, ε is drawn anew each time: a cache changes the time of a step and nothing else. Each sample and
+prompt is encoded by itself, since bits depend on the batch, and a resumed run, which meets others in its batches, has
+to get the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .data.dataset import TrainingSample
+from .families.family import Embeddings, Family, stack_padded
+from .families.table import family_of
+from .seeding import seeded_normal
+
+logger = logging.getLogger(__name__)
+
+Entry = dict[str, Tensor]
+
+
+class TensorCache:
+    """`cache.get(key, make)` returns the entry of `key`, on the CPU, and calls `make()` only if it isn't known.
+
+    Args:
+        memory_mib: bound on what is kept in memory, in MiB; what comes after that is made, or read, at each use.
+        folder: keep all entries there too, one file each, written by rename, so that several processes may share it.
+        label: what makes entries of different models different.
+    """
+
+    def __init__(self, memory_mib: float, folder: str | Path | None, label: str) -> None:
+        self.free = memory_mib * 2**20
+        self.folder = None if folder is None else Path(folder)
+        self.label = label
+        self._entries: dict[str, Entry] = {}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str, make: Callable[[], Entry]) -> Entry:
+        """The entry of `key`: from memory, else from disk, else made."""
+        if key in self._entries:
+            return self._entries[key]
+        entry = self._make(make) if self.folder is None else self._stored(self.folder, key, make)
+        size = sum(tensor.nbytes for tensor in entry.values())
+        if size <= self.free:
+            self._entries[key], self.free = entry, self.free - size
+        return entry
+
+    def _stored(self, folder: Path, key: str, make: Callable[[], Entry]) -> Entry:
+        name = hashlib.blake2b(f"{self.label}\n{key}".encode(), digest_size=16).hexdigest()
+        path = folder / f"{name}.safetensors"
+        if path.is_file():
+            return load_file(path)
+        entry = self._make(make)
+        partial = folder / f".partial-{uuid.uuid4().hex}"
+        save_file(entry, partial)
+        os.replace(partial, path)
+        return entry
+
+    def _make(self, make: Callable[[], Entry]) -> Entry:
+        with torch.no_grad():
+            return {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+
+
+class LatentCache:
+    """Latents of training samples by an autoencoder that has a posterior, each distinct crop encoded once.
+
+    Args:
+        vae: frozen, in its own dtype and on its own device; it may be moved to the CPU when `fill` is done.
+        memory_mib: bound on memory; 0 encodes each time. An SDXL latent at 1024² takes 512 KiB in float32.
+        folder: a disk cache that later runs share; entries of another autoencoder stay apart.
+    """
+
+    def __init__(self, vae: Any, *, memory_mib: float = 1024.0, folder: str | Path | None = None) -> None:
+        self.vae = vae
+        self.cache = TensorCache(memory_mib, folder, fingerprint(vae) if folder is not None else "")
+
+    def sample(self, samples: Sequence[TrainingSample], *, seed: int, pixel_values: Tensor | None = None) -> Tensor:
+        """Latents (b, c, h / f, w / f), float32 on the CPU; f is the autoencoder's factor, and its patches'.
+
+        Args:
+            samples: of one target size.
+            seed: of ε, with each sample's position and role.
+            pixel_values: (b, 3, h, w), if they are loaded already.
+
+        Raises:
+            ValueError: the autoencoder gives NaN or infinity.
+        """
+        mean, std = self.posterior(samples, pixel_values)
+        draws = [{"stream": f"posterior {sample.role}", "indices": [sample.position]} for sample in samples]
+        noise = torch.cat([seeded_normal(mean.shape[1:], seed=seed, **draw) for draw in draws])
+        return scale_latents(self.vae, mean + std * noise)
+
+    def mode(self, samples: Sequence[TrainingSample]) -> Tensor:
+        """What `sample` gives with ε = 0; a validation loss uses it."""
+        return scale_latents(self.vae, self.posterior(samples)[0])
+
+    def posterior(self, samples: Sequence[TrainingSample], pixel_values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """μ and σ (b, c, h / f, w / f), float32 on the CPU. Raises as `sample`."""
+        pixels = [None] * len(samples) if pixel_values is None else pixel_values
+        entries = [
+            self.cache.get(sample.key, lambda sample=sample, own=own: self._encode(sample, own))
+            for sample, own in zip(samples, pixels, strict=True)
+        ]
+        mean, std = (torch.stack([entry[name].float() for entry in entries]) for name in ("mean", "std"))
+        return mean, std
+
+    def fill(self, samples: Iterable[TrainingSample], *, progress: bool = True) -> None:
+        """Encodes all `samples` that aren't known; see `DreamBoothDataset.distinct_samples`."""
+        for sample in tqdm(list(samples), desc="encode images", unit="crop", disable=not progress):
+            if self.cache.free <= 0 and self.cache.folder is None:
+                break
+            self.posterior([sample])
+
+    def _encode(self, sample: TrainingSample, pixels: Tensor | None) -> Entry:
+        weight = next(self.vae.parameters())
+        pixels = sample.pixel_values() if pixels is None else pixels
+        mean, std = posterior_of(self.vae, pixels[None].to(weight.device, weight.dtype))
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise ValueError(
+                f"the autoencoder gives NaN or infinity for {sample.image.name} in {weight.dtype}, as SDXL's own does "
+                "in float16: use --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix, or --upcast_vae to "
+                "run it in float32, or --mixed_precision bf16."
+            )
+        return {"mean": mean[0], "std": std[0]}
+
+
+class PromptCache:
+    """The embeddings of each distinct prompt, encoded once by a pipeline's frozen text encoders.
+
+    Args:
+        pipe: with its tokenizers and text encoders.
+        family: how they are read, with the conditions of the run; None takes the pipeline's family.
+        memory_mib: bound on memory; a prompt of SDXL takes 620 KiB in float32.
+        folder: a disk cache that later runs share.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        family: Family | None = None,
+        *,
+        memory_mib: float = 1024.0,
+        folder: str | Path | None = None,
+    ) -> None:
+        self.pipe, self.family = pipe, family or family_of(pipe)
+        parts = [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder")]
+        encoders = [part for part in parts if part is not None]
+        label = "" if folder is None else f"{fingerprint(*encoders)} {self.family.conditions}"
+        self.cache = TensorCache(memory_mib, folder, label)
+
+    def get(self, prompts: Sequence[str]) -> Embeddings:
+        """What the family makes of b prompts, each part (b, …), on the CPU, in the encoders' dtype.
+
+        Raises:
+            ValueError: the encoders give NaN or infinity.
+        """
+        entries = [self.cache.get(prompt, lambda prompt=prompt: self._encode(prompt)) for prompt in prompts]
+        return tuple(stack_padded([entry[part] for entry in entries]) for part in self.family.parts)
+
+    def fill(self, prompts: Iterable[str]) -> None:
+        """Encodes all distinct `prompts` that aren't known; then the encoders may leave the device."""
+        for prompt in dict.fromkeys(prompts):
+            self.get([prompt])
+
+    def _encode(self, prompt: str) -> Entry:
+        warn_of_cut(self.pipe, self.family, prompt)
+        embeddings = self.family.encode(self.pipe, [prompt])
+        if not all(part.isfinite().all() for part in embeddings):
+            raise ValueError(
+                f"the text encoders give NaN or infinity for {prompt!r}, computing in {embeddings[0].dtype}: use "
+                "--mixed_precision bf16 or no."
+            )
+        return {name: part[0] for name, part in zip(self.family.parts, embeddings, strict=True)}
+
+
+def warn_of_cut(pipe: Any, family: Family, prompt: str) -> None:
+    """Log a prompt that is longer than the text encoders read."""
+    tokenizers = [getattr(pipe, name) for name in family.tokenizers if getattr(pipe, name) is not None]
+    for part in tokenizers[:1]:
+        tokenizer = getattr(part, "tokenizer", part)  # a processor has one
+        length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        read = family.conditions.max_sequence_length or tokenizer.model_max_length
+        if length > read:
+            logger.warning("the prompt %r has %d tokens; the text encoders read %d", prompt, length, read)
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A digest of what modules compute: their configuration, weights and dtypes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        config: Any = module.config
+        described = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        digest.update(json.dumps(described, sort_keys=True, default=str).encode())
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def posterior_of(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """μ and σ (b, c, h, w) of images (b, 3, h, w); Wan's and Qwen-Image's autoencoders read them as videos."""
+    video = "temperal_downsample" in vae.config
+    posterior = vae.encode(pixels[:, :, None] if video else pixels).latent_dist
+    return (posterior.mean[:, :, 0], posterior.std[:, :, 0]) if video else (posterior.mean, posterior.std)
+
+
+def scale_latents(vae: Any, z: Tensor) -> Tensor:
+    """z (b, c, h, w) of an autoencoder → the latents that the denoiser reads.
+
+    m and d are the configuration's `latents_mean` and `latents_std`, where it has them:
+
+        AutoencoderKL                    (z − shift_factor) · scaling_factor, or (z − m) · scaling_factor / d
+        Wan's, Qwen-Image's              (z − m) / d
+        FLUX.2's                         patches of 2 × 2, (b, 4 c, h / 2, w / 2), then (z − μ) / √(v + ε) of its batch norm
+    """
+    if hasattr(vae, "bn"):
+        mean, variance = (t.to(z.device, z.dtype).view(1, -1, 1, 1) for t in (vae.bn.running_mean, vae.bn.running_var))
+        patches = torch.nn.functional.pixel_unshuffle(z, 2)
+        return (patches - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+    config = vae.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    if mean is None or std is None:
+        return (z - (getattr(config, "shift_factor", None) or 0.0)) * scale
+    mean, std = (torch.tensor(value, dtype=z.dtype, device=z.device).view(1, -1, 1, 1) for value in (mean, std))
+    return (z - mean) * scale / std

@@ -1,1 +1,0 @@
-"""Latents and prompt embeddings, computed once."""

@@ -1,0 +1,187 @@
+"""Subject fidelity and prompt fidelity, measured over several training seeds.
+
+Three seeds of one method, measured with the encoders of DreamBooth's paper (arXiv 2208.12242, section 4.1):
+    nara-metrics --generated out-seed-0/samples-after out-seed-1/samples-after out-seed-2/samples-after \\
+        --reference dog_images --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16 --identifier sks \\
+        --output results.json
+
+What is measured:
+    DINO image similarity   mean cosine between generated images and those of the subject: subject fidelity
+    CLIP image similarity   the same by CLIP, which sees kinds of things rather than this very one
+    CLIP text alignment     mean cosine between a generated image and its prompt: prompt fidelity
+Each has a mean, a standard deviation and a 95 % interval (Student's t) over the folders of --generated, one a training
+seed: images of one run share what went right or wrong in it, so counting them would make the interval too narrow.
+Figures of different encoders can't be compared.
+
+Prompts come from a metadata.jsonl in each generated folder, {"file_name": "00.png", "text": "a photo of sks dog on a
+beach"} a line, or from text files beside the images, 00.txt of 00.png. Without them the similarities alone are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from nara_diffusion.dreambooth.data.captions import own_captions
+from nara_diffusion.dreambooth.data.image_records import image_files
+from nara_diffusion.utils.statistics import interval
+
+from .encoders import Encoder
+
+MEASURES = {
+    "dino_similarity": "DINO image similarity",
+    "clip_similarity": "CLIP image similarity",
+    "text_alignment": "CLIP text alignment",
+}
+"""Keys of the figures, and their names for people."""
+
+Images = Sequence[Image | str | Path]
+"""PIL images, or files of images."""
+
+
+def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
+    """Subject fidelity: the mean cosine over all pairs of a generated image and an image of the subject, in [−1, 1]."""
+    return (encoder.images(generated) @ encoder.images(reference).T).mean().item()
+
+
+def text_alignment(encoder: Encoder, images: Images, prompts: Sequence[str], identifier: Iterable[str] = ()) -> float:
+    """Prompt fidelity: the mean cosine of each image and its own prompt, in [−1, 1].
+
+    Args:
+        encoder: a CLIP.
+        identifier: words left out of the prompts, such as the subject's rare token, which CLIP doesn't know.
+
+    Raises:
+        ValueError: `encoder` has no text tower.
+    """
+    texts = encoder.texts([without_words(prompt, identifier) for prompt in prompts])
+    return (encoder.images(images) * texts).sum(1).mean().item()
+
+
+def without_words(prompt: str, words: Iterable[str]) -> str:
+    """`prompt` without `words`, whatever their case and the commas and full stops after them."""
+    dropped = {word.lower() for word in words}
+    return " ".join(word for word in prompt.split() if word.strip(",.").lower() not in dropped)
+
+
+def evaluate(
+    generated: Sequence[str | Path],
+    reference: str | Path,
+    *,
+    clip: Encoder | None = None,
+    dino: Encoder | None = None,
+    caption_column: str | None = None,
+    identifier: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Figures of each folder in `generated`, and over all of them.
+
+    Args:
+        generated: a folder for each training seed.
+        reference: a folder of the subject's own images.
+        clip: for image similarity and text alignment.
+        dino: for image similarity.
+        caption_column: the key of the prompts in metadata.jsonl; None means "text".
+        identifier: words left out of the prompts.
+
+    Returns:
+        {"dino_similarity": {"mean", "std", "low", "high", "values"}, …, "seeds": [{"folder", "images", …}, …],
+        "reference": {"dino_similarity", …}}: the last is how alike the subject's own images are, each to the others,
+        which is what similarity can be expected to reach. Std, low and high of one seed are None.
+
+    Raises:
+        ValueError: a folder without images, prompts of some images only, or an encoder without a text tower for them.
+    """
+    encoders = {key: e for key, e in (("dino_similarity", dino), ("clip_similarity", clip)) if e is not None}
+    own = {key: encoder.images(image_files(reference)) for key, encoder in encoders.items()}  # (m, d) each
+    seeds = []
+    for folder in map(Path, generated):
+        images = image_files(folder)
+        figures: dict[str, Any] = {"folder": str(folder), "images": len(images)}
+        figures |= {key: (e.images(images) @ own[key].T).mean().item() for key, e in encoders.items()}
+        prompts = own_captions(images, caption_column)
+        if clip is not None and all(prompts):
+            figures["text_alignment"] = text_alignment(clip, images, prompts, identifier)
+        elif clip is not None and any(prompts):
+            raise ValueError(f"{folder} has prompts of {sum(map(bool, prompts))} of its {len(images)} images: give all")
+        seeds.append(figures)
+    among = {key: _among_themselves(vectors) for key, vectors in own.items() if len(vectors) > 1}
+    measured = [key for key in MEASURES if all(key in seed for seed in seeds)]
+    return {**{key: _over_seeds([seed[key] for seed in seeds]) for key in measured}, "seeds": seeds, "reference": among}
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Format the findings of `evaluate` as lines for a terminal."""
+    lines = [f"{'':22s} {'mean':>7s} {'std':>7s}   {'95 % interval':17s}  each seed"]
+    for key, name in MEASURES.items():
+        if key not in figures:
+            lines.append(f"{name:22s} not measured")
+            continue
+        found = figures[key]
+        std = bounds = "–"
+        if found["std"] is not None:
+            std, bounds = f"{found['std']:.4f}", f"{found['low']:.4f} to {found['high']:.4f}"
+        each = " ".join(f"{value:.3f}" for value in found["values"])
+        lines.append(f"{name:22s} {found['mean']:7.4f} {std:>7s}   {bounds:17s}  {each}")
+    own = [f"{MEASURES[key]} {value:.3f}" for key, value in figures["reference"].items()]
+    lines += [f"The subject's own images among themselves: {', '.join(own)}."] if own else []
+    if len(figures["seeds"]) == 1:
+        lines.append("One seed has no interval: give one folder for each of several training seeds.")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `nara-metrics`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generated", nargs="+", required=True, help="folders of images, one for each training seed")
+    parser.add_argument("--reference", required=True, help="folder of the subject's own images")
+    parser.add_argument("--caption_column", help="key of the prompts in metadata.jsonl (default: text)")
+    parser.add_argument("--identifier", nargs="+", default=[], help="words to leave out of the prompts, such as sks")
+    parser.add_argument("--clip", help="CLIP: a folder, or a repository on the Hub")
+    parser.add_argument("--dino", help="DINO or DINOv2: a folder, or a repository on the Hub")
+    parser.add_argument("--device", help="where the encoders run (default: cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--batch_size", type=int, default=32, help="images that an encoder sees at once")
+    parser.add_argument("--output", type=Path, help="file for all figures as JSON")
+    args = parser.parse_args(argv)
+    if args.clip is None and args.dino is None:
+        parser.error("name at least one model to measure with: --clip, --dino")
+    options: dict[str, Any] = {
+        "device": args.device,
+        "dtype": getattr(torch, args.dtype),
+        "batch_size": args.batch_size,
+    }
+    names = {"clip": args.clip, "dino": args.dino}
+    try:
+        encoders = {key: Encoder(name, **options) for key, name in names.items() if name is not None}
+        words = {"caption_column": args.caption_column, "identifier": args.identifier}
+        figures = evaluate(args.generated, args.reference, **encoders, **words)
+        if args.output is not None:
+            args.output.write_text(json.dumps({**figures, "arguments": vars(args)}, indent=2, default=str) + "\n")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sys.stdout.write(table(figures) + "\n")
+
+
+def _among_themselves(vectors: torch.Tensor) -> float:
+    """The mean cosine over pairs of different rows (m, d) of length 1."""
+    count = len(vectors)
+    return (((vectors @ vectors.T).sum() - count) / (count * (count - 1))).item()
+
+
+def _over_seeds(values: list[float]) -> dict[str, Any]:
+    spread = interval(values)._asdict()
+    return {**{name: None if math.isnan(value) else value for name, value in spread.items()}, "values": values}
+
+
+if __name__ == "__main__":
+    main()
