@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import load_image
-from nara_diffusion.dreambooth.evaluation.grid import write_grid
+from nara_diffusion.dreambooth.evaluation.samples import write_grid
 from nara_diffusion.dreambooth.objectives import build_objective, squared_errors
 
 ASSETS = Path(__file__).parent / "assets"

@@ -16,7 +16,7 @@ PAGES = {
     "controls": "nara_diffusion.controls",
     "dllm": "nara_diffusion.dllm",
     "dreambooth": "nara_diffusion.dreambooth",
-    "metrics": "nara_diffusion.dreambooth.evaluation.metrics",
+    "metrics": "nara_diffusion.dreambooth.evaluation.fidelity",
     "check": "nara_diffusion.check",
     "export": "nara_diffusion.export",
 }

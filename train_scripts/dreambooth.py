@@ -40,15 +40,18 @@ from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.arguments.average import decay_of
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.evaluation.before_after import (
+from nara_diffusion.dreambooth.evaluation.comparison import (
+    Evaluator,
+    Validation,
     ValidationLoss,
     compare,
     identity_loss,
     measure,
+    refuse_sharding,
     report_better_identity,
 )
-from nara_diffusion.dreambooth.evaluation.report import results_table, window_note, write_run_report
-from nara_diffusion.dreambooth.evaluation.setup import make_evaluator, sample_settings
+from nara_diffusion.dreambooth.evaluation.image_report import results_table, window_note, write_run_report
+from nara_diffusion.dreambooth.evaluation.samples import sample_settings
 from nara_diffusion.dreambooth.families.flow.sd3 import SD3
 from nara_diffusion.dreambooth.families.loading import folders_of, loader_of, sampling_pipeline
 from nara_diffusion.dreambooth.families.table import family_of_model
@@ -72,7 +75,6 @@ from nara_diffusion.dreambooth.setup import (
     validation_objective,
     validation_samples,
 )
-from nara_diffusion.dreambooth.validation import Validation, refuse_sharding
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.schedulers.prediction import prediction_by
 from nara_diffusion.training.adapters.build import adapter_config
@@ -176,7 +178,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     instances = load_instances(args, show)
     held_out_images = load_held_out(args, show)
     run.record_data_digest("validation data", record_texts(held_out_images))
-    evaluator = make_evaluator(args, instances, device)
+    evaluator = Evaluator.of_run(args, [record.load() for record in instances], device)
     load = loader_of(args)
 
     # Model
@@ -263,7 +265,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     identity = None if converted is None else identity_loss(run.accelerator, sampler, held_out, measured)
     if identity is not None:
         facts["base read by the identity"] = f"{measured} {identity:.3f}, without training"
-    settings = sample_settings(args, instances, family)
+    settings = sample_settings(args, [record.prompt for record in instances], family)
     validate = Validation(run, denoiser, sampler, settings, held_out, evaluator.references)
     loss = replace(step, model=denoiser)
     train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)

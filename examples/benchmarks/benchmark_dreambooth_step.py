@@ -30,7 +30,7 @@ from peft import LoraConfig
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_samples, records_from_folder
-from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser, tokenizers_of
+from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
 from nara_diffusion.dreambooth.families.loading import load_pipeline
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
@@ -82,14 +82,14 @@ class CachedStep:
 
     def __init__(self, pipe: Any, dataset: DreamBoothDataset, batch: int, rank: int) -> None:
         latents = LatentCache(pipe.vae)
-        latents.fill(dataset.possible_samples(), progress=False)
+        latents.fill(dataset.distinct_samples(range(200)), progress=False)
         config = NaraConfig(r=rank, lora_alpha=rank, target_modules=UNET_TARGETS, noise_convention="timestep")
         model = AdaptedDenoiser(pipe, config).train()
         self.step = TrainingStep(
             model=model,
             objective=build_objective(pipe.scheduler),
             latents=latents,
-            prompts=PromptCache(tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2]),
+            prompts=PromptCache(pipe),
             device=torch.device("cpu"),
             seed=0,
             group_size=batch,

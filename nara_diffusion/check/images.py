@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nara_diffusion.dreambooth.cache.prompt_embeds import family_cache
+from nara_diffusion.dreambooth.cache import PromptCache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.loss import DreamBoothLoss, TrainingStep
@@ -62,7 +62,7 @@ def image_task(
     args = published(args)
     config = adapter_config(args, noise_convention=step.objective.source.convention)
     family = run_family(args, pipe)
-    prompts = step.prompts or family_cache(pipe, family)
+    prompts = step.prompts or PromptCache(pipe, family)
     model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family)
     own = replace(step, model=model.train(), prompts=prompts)
 

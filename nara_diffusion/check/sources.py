@@ -12,7 +12,7 @@ from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, r
 from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.models.positions import check_positions
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.cache.latents import LatentCache
+from nara_diffusion.dreambooth.cache import LatentCache
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.loading import load_pipeline
 from nara_diffusion.dreambooth.families.table import family_of_model

@@ -26,7 +26,7 @@ COMMANDS = {
     "convert": "nara_diffusion.cli.convert",
     "check": "nara_diffusion.check.cli",
     "eval": "nara_diffusion.harness.command",
-    "metrics": "nara_diffusion.dreambooth.evaluation.cli",
+    "metrics": "nara_diffusion.dreambooth.evaluation.fidelity",
 }
 """{command: the module that has its `main`}. The module is imported when the command is called."""
 

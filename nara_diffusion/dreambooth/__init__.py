@@ -1,12 +1,15 @@
 """Subject fine-tuning of image models: images and captions, cached latents and prompts, losses, metrics."""
 
-from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
-from nara_diffusion.dreambooth.data.buckets import make_buckets, nearest_bucket, parse_buckets
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.class_images import generate_class_images
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample, collate_samples
-from nara_diffusion.dreambooth.data.images import load_image
-from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
+from nara_diffusion.dreambooth.data.image_records import (
+    ImageRecord,
+    class_records,
+    load_image,
+    records_from_dataset,
+    records_from_folder,
+)
 from nara_diffusion.dreambooth.families.unet.clip import encode_prompts
 from nara_diffusion.dreambooth.families.unet.long_prompts import encode_long_prompts, long_prompt_call
 
@@ -23,9 +26,6 @@ __all__ = [
     "generate_class_images",
     "load_image",
     "long_prompt_call",
-    "make_buckets",
-    "nearest_bucket",
-    "parse_buckets",
     "records_from_dataset",
     "records_from_folder",
 ]

@@ -224,9 +224,9 @@ def scale_latents(vae: Any, z: Tensor) -> Tensor:
 
     m and d are the configuration's `latents_mean` and `latents_std`, where it has them:
 
-        AutoencoderKL                    (z − shift_factor) · scaling_factor, or (z − m) · scaling_factor / d
-        Wan's, Qwen-Image's              (z − m) / d
-        FLUX.2's                         patches of 2 × 2, (b, 4 c, h / 2, w / 2), then (z − μ) / √(v + ε) of its batch norm
+        AutoencoderKL          (z − shift_factor) · scaling_factor, or (z − m) · scaling_factor / d
+        Wan's, Qwen-Image's    (z − m) / d
+        FLUX.2's               patches of 2 × 2, (b, 4 c, h / 2, w / 2), then (z − μ) / √(v + ε) of its batch norm
     """
     if hasattr(vae, "bn"):
         mean, variance = (t.to(z.device, z.dtype).view(1, -1, 1, 1) for t in (vae.bn.running_mean, vae.bn.running_var))

@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
-from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache, family_cache, reading_tokenizers, warn_of_cut
-from nara_diffusion.dreambooth.data.buckets import Size, check_size, make_buckets, parse_buckets
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache, warn_of_cut
 from nara_diffusion.dreambooth.data.class_images import generate_class_images
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample
-from nara_diffusion.dreambooth.data.records import ImageRecord, class_records, records_from_dataset, records_from_folder
-from nara_diffusion.dreambooth.data.repeat_folders import records_from_subject_folder
-from nara_diffusion.dreambooth.evaluation.setup import sample_call
+from nara_diffusion.dreambooth.data.image_records import (
+    ImageRecord,
+    Size,
+    class_records,
+    records_from_dataset,
+    records_from_folder,
+)
+from nara_diffusion.dreambooth.evaluation.samples import sample_call
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of, family_of_model
 from nara_diffusion.dreambooth.families.unet.clip import check_clip_skip
@@ -27,7 +31,6 @@ from nara_diffusion.training.stream import count_steps
 
 from .arguments import DreamBoothArguments
 from .arguments.conditions import check_family
-from .arguments.data import caption_changes
 from .arguments.flow import density_of
 from .arguments.loss import bias_of, distance_of
 from .loss import windowed_schedule
@@ -49,7 +52,7 @@ def load_instances(args: DreamBoothArguments, progress: bool) -> list[ImageRecor
             cache_dir=args.cache_dir,
             progress=progress,
         )
-    return records_from_subject_folder(str(args.instance_data_dir), **_captions(args), progress=progress)
+    return records_from_folder(str(args.instance_data_dir), **_captions(args), progress=progress)
 
 
 def load_held_out(args: DreamBoothArguments, progress: bool) -> list[ImageRecord]:
@@ -61,13 +64,12 @@ def load_held_out(args: DreamBoothArguments, progress: bool) -> list[ImageRecord
 
 def record_texts(records: Sequence[ImageRecord]) -> list[str]:
     """All that a sample depends on, for a digest."""
-    texts = [[record.key, record.prompt, *([str(record.repeats)] * (record.repeats > 1))] for record in records]
-    return [text for parts in texts for text in parts]
+    return [text for record in records for text in (record.key, record.prompt)]
 
 
 def epoch_size(args: DreamBoothArguments, instances: Sequence[ImageRecord]) -> int:
-    """Samples of an epoch: --repeats times all images, each as often as its folder says."""
-    return args.repeats * sum(image.repeats for image in instances)
+    """Samples of an epoch: --repeats times all images."""
+    return args.repeats * len(instances)
 
 
 def load_class_images(
@@ -96,7 +98,7 @@ def load_class_images(
         progress=accelerator.is_main_process,
         **sample_call(args, family),
     )
-    return class_records(folder, prompt=prompt, minimum=args.num_class_images, progress=accelerator.is_main_process)
+    return class_records(folder, prompt=prompt, progress=accelerator.is_main_process)
 
 
 def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
@@ -131,7 +133,7 @@ def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
         check_clip_skip(args.clip_skip, [getattr(pipe, name) for name in family.clips])
     length = args.max_sequence_length
     if family.in_chunks and length is not None:
-        check_places([] if pipe is None else reading_tokenizers(pipe, family), length)
+        check_places([] if pipe is None else [getattr(pipe, name) for name in family.tokenizers], length)
         length = length if is_long(length) else None
     return family.with_conditions(
         max_sequence_length=length,
@@ -172,12 +174,18 @@ def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
         ValueError: sizes that aren't.
     """
     divisor = family_of(pipe).divisor(pipe)
-    if args.aspect_ratio_buckets is None:
-        check_size((args.resolution, args.resolution), divisor)
-        return [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets == "auto":
-        return make_buckets(args.resolution, divisor=max(divisor, min(64, args.resolution // 4)))
-    return parse_buckets(args.aspect_ratio_buckets, divisor=divisor)
+        return generate_aspect_ratio_buckets(args.resolution, max(divisor, min(64, args.resolution // 4)))
+    sizes = [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets is not None:
+        sizes = parse_buckets_string(args.aspect_ratio_buckets)
+    for height, width in sizes:
+        if height % divisor or width % divisor:
+            raise ValueError(
+                f"a training size of {height} x {width} pixels doesn't fit this model: both sides have to be multiples "
+                f"of {divisor}."
+            )
+    return sizes
 
 
 def training_data(
@@ -185,14 +193,11 @@ def training_data(
 ) -> DreamBoothDataset:
     """The samples of training; their pixels too, where no cache makes them superfluous.
 
-    Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here,
-    and so it is where a shuffle would have the cache say it of each order.
+    Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here.
     """
-    if args.train_text_encoder or args.shuffle_caption:
-        family = run_family(args, pipe)
-        for tokenizer in reading_tokenizers(pipe, family)[:1]:
-            for prompt in dict.fromkeys(record.prompt for record in (*instances, *class_images)):
-                warn_of_cut(tokenizer, prompt, family.conditions.max_sequence_length)
+    if args.train_text_encoder:
+        for prompt in dict.fromkeys(record.prompt for record in (*instances, *class_images)):
+            warn_of_cut(pipe, run_family(args, pipe), prompt)
     return DreamBoothDataset(
         instances,
         training_buckets(args, pipe),
@@ -202,7 +207,7 @@ def training_data(
         crop="center" if args.center_crop else "random",
         crops_per_image=args.crops_per_image,
         flip=args.random_flip,
-        captions=caption_changes(args),
+        caption_dropout=args.caption_dropout,
         load_pixels=not args.cache_latents,
     )
 
@@ -226,10 +231,7 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
     """Embeddings of the prompts; None where the text encoders are trained."""
     if args.train_text_encoder:
         return None
-    options: dict[str, Any] = {"memory_mib": args.cache_memory, "folder": args.cache_folder}
-    if args.shuffle_caption:  # each order is a prompt of its own, and few come twice: they would fill the disk
-        options |= {"folder": None, "tell_of_cut": False}
-    return family_cache(pipe, run_family(args, pipe), **options)
+    return PromptCache(pipe, run_family(args, pipe), memory_mib=args.cache_memory, folder=args.cache_folder)
 
 
 def step_options(args: DreamBoothArguments) -> dict[str, Any]:
@@ -264,6 +266,5 @@ def validation_samples(
 def _captions(args: DreamBoothArguments) -> dict[str, Any]:
     return {
         "prompt": args.instance_prompt,
-        "caption_source": args.caption_source,
         "caption_column": args.caption_column,
     }

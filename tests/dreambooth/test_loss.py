@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_samples, records_from_folder
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, predict, tokenizers_of
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, predict
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.objectives.timesteps import draw_indices, draw_noise
@@ -72,12 +72,11 @@ def watched(monkeypatch, seen) -> None:
 def test_a_step_is_the_one_that_is_written_out(pipe, folder, watched, seen, prior, train_text_encoder) -> None:
     model = disturbed(pipe, train_text_encoder=train_text_encoder)
     batch = batch_of(folder, prior)
-    encoders = [pipe.text_encoder, pipe.text_encoder_2]
     step = TrainingStep(
         model=model,
         objective=build_objective(pipe.scheduler, snr_gamma=5.0),
         latents=LatentCache(pipe.vae),
-        prompts=None if train_text_encoder else PromptCache(tokenizers_of(pipe), encoders),
+        prompts=None if train_text_encoder else PromptCache(pipe),
         device=torch.device("cpu"),
         seed=11,
         group_size=2,

@@ -8,9 +8,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from nara_diffusion import NaraConfig, TimestepNoise
-from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.loss import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.objectives import Objective, build_objective
 from nara_diffusion.dreambooth.objectives.timesteps import draw_indices
@@ -62,7 +61,7 @@ def test_step_with_another_number_of_timesteps_trains_and_reports_the_schedules_
 ) -> None:
     model, batch = adapted(pipe, convention), batch_of(folder, prior=False)
     objective = build_objective(SCHEDULERS[convention])
-    prompts = PromptCache(tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2])
+    prompts = PromptCache(pipe)
     step = TrainingStep(model, objective, LatentCache(pipe.vae), prompts, torch.device("cpu"), seed=11)
     seen: list[Any] = []
     levels = told(model.unet, lambda: seen.append(step(batch)))

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import LatentCache, PromptCache
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser, tokenizers_of
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.loss import TrainingStep, windowed_schedule
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.objectives.timesteps import draw_indices, draw_noise
@@ -74,7 +74,7 @@ def step_of(pipe: Any, model: AdaptedDenoiser, **changes: Any) -> TrainingStep:
     options: dict[str, Any] = {
         "objective": build_objective(pipe.scheduler, snr_gamma=5.0),
         "latents": LatentCache(pipe.vae),
-        "prompts": None if trained else PromptCache(tokenizers_of(pipe), [pipe.text_encoder, pipe.text_encoder_2]),
+        "prompts": None if trained else PromptCache(pipe),
         "device": torch.device("cpu"),
         "seed": 9,
         "group_size": 4,

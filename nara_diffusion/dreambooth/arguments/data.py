@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.dreambooth.data.caption_changes import CaptionChanges
 from nara_diffusion.dreambooth.data.captions import check_prompt
 from nara_diffusion.training.arguments.checks import require
 from nara_diffusion.training.arguments.cli import option
@@ -17,7 +16,7 @@ class DataArguments:
 
     instance_data_dir: str | None = option(
         None,
-        "Folder with images of the subject, or with subfolders named as kohya's, 10_sks dog: repeats and prompt.",
+        "Folder with images of the subject.",
         content="training data",
     )
     instance_prompt: str | None = option(
@@ -29,12 +28,7 @@ class DataArguments:
     dataset_config_name: str | None = option(None, "Configuration of that data set.")
     image_column: str = option("image", "Column of that data set with the images.")
     caption_column: str | None = option(None, "Column with the captions, there or in metadata.jsonl.")
-    caption_source: str = option(
-        "auto",
-        "Captions of a folder: the prompt for all, a .txt or .caption beside each, metadata.jsonl, or what there is.",
-        choices=("auto", "prompt", "text_files", "metadata"),
-    )
-    repeats: int = option(1, "How often an epoch shows each image; times what its folder's name says.", unit="times")
+    repeats: int = option(1, "How often an epoch shows each image.", unit="times")
     resolution: int = option(1024, "Side of the square that images are scaled and cut to.", unit="pixels")
     aspect_ratio_buckets: str | None = option(
         None, "Sizes height,width;height,width;… of which each image takes the nearest, or auto; none means the square."
@@ -57,12 +51,6 @@ class CaptionArguments:
         0.0,
         "Probability that a sample has the empty prompt in place of its caption; class images keep theirs.",
         unit="probability",
-    )
-    shuffle_caption: bool = option(
-        False, "Put the tags of a caption, which commas separate, in another order each time."
-    )
-    keep_tokens: int = option(
-        0, "How many of a caption's first tags --shuffle_caption leaves where they are.", unit="tags"
     )
 
 
@@ -95,19 +83,9 @@ def check_data(args: Any) -> None:
             raise ValueError(f"{name} is set, but the text encoders aren't trained: add train_text_encoder.")
 
 
-def caption_changes(args: Any) -> CaptionChanges:
-    """Build the changes of captions that `args`, a `CaptionArguments`, describe."""
-    return CaptionChanges(args.caption_dropout, args.shuffle_caption, args.keep_tokens)
-
-
 def check_captions(args: Any) -> None:
     """Raises ValueError for values that no run can use."""
     require(args, "caption_dropout", 0 <= args.caption_dropout <= 1, "in [0, 1], a probability")
-    require(args, "keep_tokens", args.keep_tokens >= 0, "at least 0")
-    if args.keep_tokens and not args.shuffle_caption:
-        raise ValueError(
-            f"keep_tokens is {args.keep_tokens}, but captions aren't shuffled: add shuffle_caption, or leave it out."
-        )
 
 
 def check_prior(args: Any) -> None:

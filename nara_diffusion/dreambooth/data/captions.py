@@ -77,6 +77,7 @@ def fill_captions(captions: Sequence[str | None], names: Sequence[str], prompt: 
     Raises:
         ValueError: there is no prompt for those.
     """
+    captions = [(caption or "").strip() for caption in captions]
     missing = [name for name, caption in zip(names, captions, strict=True) if not caption]
     which = f"{len(missing)} of {len(names)} images ({', '.join(missing[:4])}) have no caption"
     if missing and prompt is None:

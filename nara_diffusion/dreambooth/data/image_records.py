@@ -26,9 +26,7 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
-IMAGE_SUFFIXES = frozenset(
-    [".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
-)
+IMAGE_SUFFIXES = frozenset([".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
 REPEATS_FOLDER = re.compile(r"\d+_")
 
 
@@ -87,6 +85,8 @@ def image_files(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: no images, or subfolders as kohya's scripts name them, such as "10_sks dog".
     """
+    if not Path(folder).is_dir():
+        raise ValueError(f"the image folder {folder} doesn't exist: name a folder of .png or .jpg files.")
     entries = sorted(entry for entry in Path(folder).iterdir() if not entry.name.startswith("."))
     images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
     others = [entry.name for entry in entries if entry not in images]

@@ -14,7 +14,7 @@ seed: images of one run share what went right or wrong in it, so counting them w
 Figures of different encoders can't be compared.
 
 Prompts come from a metadata.jsonl in each generated folder, {"file_name": "00.png", "text": "a photo of sks dog on a
-beach"} a line, or from text files beside the images, 00.txt of 00.png. Without them the similarities alone are measured.
+beach"} a line, or from text files beside the images, 00.txt of 00.png. Without them only similarities are measured.
 """
 
 from __future__ import annotations

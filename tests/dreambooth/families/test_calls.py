@@ -13,7 +13,7 @@ import torch
 from diffusers import Flux2Pipeline
 from torch import Tensor
 
-from nara_diffusion.dreambooth.cache.codecs import posterior_of, scale_latents
+from nara_diffusion.dreambooth.cache import posterior_of, scale_latents
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.cache.codecs import scale_latents
-from nara_diffusion.dreambooth.cache.prompt_embeds import family_cache
+from nara_diffusion.dreambooth.cache import PromptCache, scale_latents
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.objectives import build_objective
@@ -51,7 +50,7 @@ def inputs(model: AdaptedDenoiser) -> tuple[dict[str, Any], Tensor]:
     objective = build_objective(pipe.scheduler)
     corrupted = objective.corrupt(latents, torch.randn(latents.shape, generator=generator), INDICES)
     with torch.no_grad():
-        embeddings = family_cache(pipe, model.family).get(PROMPTS)
+        embeddings = PromptCache(pipe, model.family).get(PROMPTS)
     ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(2, -1)
     call = {"sample": corrupted.model_input, "timestep": corrupted.timestep, "time_ids": ids, "embeddings": embeddings}
     return call, corrupted.target
@@ -83,7 +82,7 @@ def test_a_batch_is_its_samples_one_by_one(name: str) -> None:
     assert both.shape == target.shape
     for i in range(2):
         alone = {key: value[i : i + 1] for key, value in call.items() if key != "embeddings"}
-        embeddings = family_cache(model.pipe, model.family).get(PROMPTS[i : i + 1])
+        embeddings = PromptCache(model.pipe, model.family).get(PROMPTS[i : i + 1])
         torch.testing.assert_close(model(**alone, embeddings=embeddings), both[i : i + 1], rtol=2e-4, atol=2e-4)
 
 

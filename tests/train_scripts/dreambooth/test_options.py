@@ -41,7 +41,6 @@ def tagged(tmp_path: Path) -> Path:
     ("changes", "message"),
     [
         ({"caption_dropout": 1.5}, r"caption_dropout must be in \[0, 1\], a probability, got 1.5"),
-        ({"keep_tokens": -1}, "keep_tokens must be at least 0, got -1"),
         ({"loss_type": "l1"}, "loss_type must be one of l2, huber, smooth_l1, got l1"),
         ({"loss_type": "huber", "huber_c": 0.0}, "huber_c must be above 0, or none, got 0.0"),
         ({"huber_c": 0.2}, "huber_c is 0.2, but loss_type l2 has no c: give loss_type huber"),
@@ -55,7 +54,6 @@ def tagged(tmp_path: Path) -> Path:
         ({**RANGE, "timestep_bias_begin": -1}, "timestep_bias_begin must be at least 0, or none, got -1"),
         ({"optimizer": "adafactor", "adam_beta1": 0.5}, "adam_beta1 is 0.5, which optimizer adafactor doesn't read"),
         ({"optimizer": "adafactor", "use_8bit_adam": True}, "a form of AdamW, but the optimizer is adafactor"),
-        ({"keep_tokens": 1}, "keep_tokens is 1, but captions aren't shuffled: add shuffle_caption"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -80,17 +78,10 @@ def test_a_bias_without_effect_is_refused_before_anything_is_written(arguments, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_shuffle_of_one_prompt_is_refused_before_anything_is_written(arguments, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"shuffle_caption puts tags, .* no caption has more than 1 of them"):
-        main(arguments(shuffle_caption=True))
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {"caption_dropout": 0.3, "shuffle_caption": True, "keep_tokens": 1},
-        {"caption_dropout": 0.3, "shuffle_caption": True, "train_text_encoder": True},
+        {"caption_dropout": 0.3, "train_text_encoder": True},
         LATER,
         {"optimizer": "adafactor", "weight_decay": 0.01, "core_start_step": 1, "max_grad_norm": None},
         {"loss_type": "smooth_l1", "snr_gamma": 5.0, "max_noise_level": 0.5, "hold_base_outside": 1.0},
@@ -108,21 +99,6 @@ def test_a_resumed_run_ends_with_the_same_bits(arguments, tagged, tmp_path, opti
     assert resumed.keys() == expected.keys() != set()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
     assert metrics(folder) == losses
-
-
-def test_folders_of_kohya_say_repeats_and_prompts(arguments, tmp_path) -> None:
-    write_pictures(tmp_path / "subject" / "3_sks toy", 1)
-    write_pictures(tmp_path / "subject" / "2_red toy", 2, seed=1)
-    changes = {"instance_prompt": None, "validation_prompts": None, "max_train_steps": None, "checkpointing_steps": 1}
-    args = arguments(instance_data_dir=tmp_path / "subject", num_train_epochs=1.0, **changes)
-    main(args)
-    folder = tmp_path / "run"
-    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]  # 3 + 2 · 2 samples in batches of 2
-    lines = (folder / "samples-after" / "metadata.jsonl").read_text().splitlines()
-    assert [json.loads(line)["text"] for line in lines] == ["red toy", "sks toy"]
-    (tmp_path / "subject" / "3_sks toy").rename(tmp_path / "subject" / "4_sks toy")
-    with pytest.raises(ValueError, match="belongs to a run with other training data"):
-        main(arguments(instance_data_dir=tmp_path / "subject", **changes, resume_from_checkpoint="latest"))
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from nara_diffusion import core_matrix
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity, TextAlignment
-from nara_diffusion.dreambooth.evaluation.sampling import sample_batch
+from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.evaluation.fidelity import image_similarity, text_alignment
+from nara_diffusion.dreambooth.evaluation.samples import sample_batch
 from nara_diffusion.training.run import Run
 from tests.dreambooth.evaluation.small_encoders import save_clip, save_dino
 from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, loaded_pipeline, tiny_arguments
@@ -104,10 +105,10 @@ def test_the_figures_are_those_of_the_written_samples(finished, pictures, encode
         lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
         assert [line["file_name"] for line in lines] == [file.name for file in files]
         assert [line["text"] for line in lines] == ["a photo of a toy"] * 2 + ["a red toy, on grass"] * 2
-        similarity = ImageSimilarity(encoders["similarity_model"]).similarity(files, references)
+        similarity = image_similarity(Encoder(encoders["similarity_model"]), files, references)
         assert finished.results[f"similarity_{when}"] == pytest.approx(similarity, abs=1e-5)
         prompts = ["a photo of a toy"] * 2 + ["a toy, on grass"] * 2
-        alignment = TextAlignment(encoders["alignment_model"]).alignment(files, prompts)
+        alignment = text_alignment(Encoder(encoders["alignment_model"]), files, prompts)
         assert finished.results[f"text_alignment_{when}"] == pytest.approx(alignment, abs=1e-5)
 
 
@@ -129,7 +130,7 @@ def test_validation_during_training_samples_the_adapter_of_that_step(arguments, 
     """The sheet of step 2 shows the pixels that checkpoint-2 gives in a fresh pipeline."""
     sheets: list[tuple[str, list[Any]]] = []
     monkeypatch.setattr(
-        "nara_diffusion.dreambooth.validation.write_grid",
+        "nara_diffusion.dreambooth.evaluation.comparison.write_grid",
         lambda path, prompts, columns, references: sheets.extend((path.name, images) for images in columns.values()),
     )
     args = arguments(validation_steps=2, checkpointing_steps=2, sample_batch_size=2)

@@ -18,11 +18,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
-from nara_diffusion.dreambooth.data.images import ImageSource
-from nara_diffusion.dreambooth.data.records import ImageRecord, check_sources
+from nara_diffusion.dreambooth.data.image_records import ImageRecord, make_records
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
@@ -136,11 +134,11 @@ def bin_timesteps(index: int, count: int, levels: int) -> list[int]:
 def records_of(pictures: Sequence[tuple[str, Image]]) -> list[ImageRecord]:
     """Of (caption, picture)."""
     sources = [_source(f"drawn picture {number}", image) for number, (_, image) in enumerate(pictures)]
-    return check_sources(sources, [caption for caption, _ in pictures], progress=False)
+    return make_records(sources, [caption for caption, _ in pictures], progress=False)
 
 
-def _source(name: str, image: Image) -> ImageSource:
+def _source(name: str, image: Image) -> tuple[str, partial[bytes]]:
     """`image` as a PNG in memory."""
     file = io.BytesIO()
     image.save(file, format="PNG")
-    return ImageSource(name, partial(bytes, file.getvalue()))
+    return name, partial(bytes, file.getvalue())

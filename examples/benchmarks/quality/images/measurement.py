@@ -10,8 +10,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from nara_diffusion.dreambooth.evaluation.metrics import ImageSimilarity
-from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings, sample_images
+from nara_diffusion.dreambooth.evaluation.samples import SampleSettings, sample_images
 from quality.images.held_out import held_out_losses
 from quality.images.task import ImageTask
 
@@ -76,7 +75,7 @@ def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
     prompts = [prompt for prompt, _ in settings.pairs]
     encoder = task.judge.images
     assert encoder is not None
-    similarities = ImageSimilarity(encoder).similarities(images, task.judge.references)  # (n, 5)
+    similarities = encoder.images(images) @ encoder.images(task.judge.references).T  # (n, 5)
     drawn = list(task.in_places)
     to_places = encoder.images(images) @ encoder.images(list(task.in_places.values())).T  # (n, places)
     own = [to_places[i, drawn.index(prompt)].item() for i, prompt in enumerate(prompts) if prompt in task.in_places]

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
-from nara_diffusion.dreambooth.data.records import ImageRecord, records_from_folder
-from nara_diffusion.dreambooth.evaluation.before_after import Evaluator
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
+from nara_diffusion.dreambooth.data.image_records import ImageRecord, records_from_folder
+from nara_diffusion.dreambooth.evaluation.comparison import Evaluator
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
 from nara_diffusion.dreambooth.families.loading import load_pipeline
 from quality.assets import ASSETS
@@ -78,7 +77,7 @@ def load_task(subject: str) -> ImageTask:
     check_subject(subject)
     pipe, judge = _base_model(), _encoder()
     latents = LatentCache(pipe.vae)
-    prompts = PromptCache([pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2])
+    prompts = PromptCache(pipe)
     instances = records_from_folder(ASSETS / SUBJECTS[subject], prompt=instance_prompt(subject), progress=False)
     held_out = [held_out_bin(pipe, latents, prompts, subject, index) for index in range(BINS)]
     return ImageTask(
@@ -89,7 +88,7 @@ def load_task(subject: str) -> ImageTask:
         instances,
         held_out,
         [held_out_losses(pipe.unet, batch) for batch in held_out],
-        Evaluator([record.source.load() for record in instances], judge, judge, [IDENTIFIER]),
+        Evaluator([record.load() for record in instances], judge, judge, [IDENTIFIER]),
         places_of(subject),
     )
 

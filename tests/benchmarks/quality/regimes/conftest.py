@@ -7,9 +7,8 @@ from quality.images.held_out import BINS, CleanBin
 from quality.images.subjects import SUBJECTS, instance_prompt
 from quality.regimes.images.data import RegimeData, base_pipeline
 
-from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
-from nara_diffusion.dreambooth.data.records import records_from_folder
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
+from nara_diffusion.dreambooth.data.image_records import records_from_folder
 
 ROWS = 3  # of a bin
 
@@ -18,7 +17,7 @@ ROWS = 3  # of a bin
 def data() -> RegimeData:
     """The five pictures of the toy to learn from, random latents to measure on."""
     pipe = base_pipeline()
-    prompts = PromptCache([pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2])
+    prompts = PromptCache(pipe)
     records = records_from_folder(ASSETS / SUBJECTS["toy"], prompt=instance_prompt("toy"), progress=False)
     generator = torch.Generator().manual_seed(7)
     return RegimeData(pipe, LatentCache(pipe.vae), prompts, records, [_bin(i, prompts, generator) for i in range(BINS)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nara_diffusion.dreambooth import encode_long_prompts, encode_prompts, long_prompt_call
-from nara_diffusion.dreambooth.cache.prompt_embeds import family_cache
+from nara_diffusion.dreambooth.cache import PromptCache
 from nara_diffusion.dreambooth.families.rendering import render
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.families.unet.clip import tokenize_prompts
@@ -186,11 +186,11 @@ def test_the_cache_tells_lengths_apart_and_says_what_is_cut(pipeline, tmp_path, 
         family = family_of(pipe).with_conditions(max_sequence_length=length)
         with caplog.at_level(logging.WARNING):
             caplog.clear()
-            found[length] = family_cache(pipe, family, folder=tmp_path).get([LONG, SHORT])
+            found[length] = PromptCache(pipe, family, folder=tmp_path).get([LONG, SHORT])
         said = [record.getMessage() for record in caplog.records if "is ignored" in record.getMessage()]
         assert bool(said) == (length is None), said
     assert [tensors[0].shape[1] for tensors in found.values()] == [77, 152, 227]
     family = family_of(pipe).with_conditions(max_sequence_length=152)
     with caplog.at_level(logging.WARNING):
-        family_cache(pipe, family, folder=tmp_path).get([f"{LONG} {LONG}"])
+        PromptCache(pipe, family, folder=tmp_path).get([f"{LONG} {LONG}"])
     assert "has 222 tokens; the text encoders read 152, the rest is ignored" in caplog.text

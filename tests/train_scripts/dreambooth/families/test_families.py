@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.arguments.conditions import check_family
-from nara_diffusion.dreambooth.evaluation.sampling import sample_batch
+from nara_diffusion.dreambooth.evaluation.samples import sample_batch
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.training.arguments.cli import parse_arguments
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_wan_images

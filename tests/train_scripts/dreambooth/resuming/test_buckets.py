@@ -30,7 +30,7 @@ def test_a_resumed_run_with_buckets_meets_the_same_batches_and_ends_with_the_sam
     def watched(self: TrainingStep, batch: Any) -> Any:
         sizes = {sample.crop.target for sample in batch["samples"]}
         assert len(sizes) == 1  # a batch is of one bucket
-        seen.append((*sizes.pop(), *batch["sample_indices"].tolist()))
+        seen.append((*sizes.pop(), *(sample.position for sample in batch["samples"])))
         return step(self, batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", watched)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from nara_diffusion.dreambooth.cache.latents import LatentCache
-from nara_diffusion.dreambooth.cache.prompt_embeds import PromptCache
-from nara_diffusion.dreambooth.data.records import ImageRecord, records_from_folder
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
+from nara_diffusion.dreambooth.data.image_records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.families.loading import load_pipeline
 from quality.assets import ASSETS
 from quality.images import drawn
@@ -73,7 +72,7 @@ def base_pipeline() -> Any:
 @cache
 def _base() -> tuple[Any, LatentCache, PromptCache]:
     pipe = base_pipeline()
-    prompts = PromptCache([pipe.tokenizer, pipe.tokenizer_2], [pipe.text_encoder, pipe.text_encoder_2])
+    prompts = PromptCache(pipe)
     return pipe, LatentCache(pipe.vae), prompts
 
 

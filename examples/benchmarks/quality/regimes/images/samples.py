@@ -16,8 +16,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from nara_diffusion.dreambooth.evaluation.encoders import Encoder
-from nara_diffusion.dreambooth.evaluation.metrics import without_words
-from nara_diffusion.dreambooth.evaluation.sampling import SampleSettings, sample_images
+from nara_diffusion.dreambooth.evaluation.fidelity import without_words
+from nara_diffusion.dreambooth.evaluation.samples import SampleSettings, sample_images
 from quality.assets import ASSETS
 from quality.images.drawn import PLACES
 from quality.images.measurement import pipeline_of
@@ -90,7 +90,7 @@ def agreement(cosines: Tensor) -> dict[str, float]:
 @cache
 def _references(subject: str) -> Tensor:
     """Embeddings (5, d) of the subject's pictures."""
-    return _encoder().images([record.source.load() for record in subject_data(subject).instances])
+    return _encoder().images([record.load() for record in subject_data(subject).instances])
 
 
 @cache

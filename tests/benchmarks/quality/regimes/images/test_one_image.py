@@ -70,7 +70,7 @@ def test_less_noisy_lora_meets_low_noise_four_times_as_often(regime):
 
 def test_the_default_learns_from_the_first_picture_alone():
     (record,) = OneImage().load().instances
-    assert record.source.load().tobytes() == subject_data("toy").instances[0].source.load().tobytes()
+    assert record.load().tobytes() == subject_data("toy").instances[0].load().tobytes()
 
 
 def test_a_run_looks_every_so_many_steps_and_keeps_what_it_saw(regime, monkeypatch):
@@ -99,6 +99,6 @@ def test_a_look_is_the_cosines_of_what_the_model_draws(regime, data):
     encoder = Encoder(ASSETS / "clip-tiny", device="cpu", progress=False)
     images = encoder.images(drawn(data.pipe, unet, "eps", "toy", 3)).double()
     texts = encoder.texts([prompt.replace("sks ", "") for prompt in prompts_of("toy")]).double()
-    pictures = encoder.images([record.source.load() for record in subject_data("toy").instances]).double()
+    pictures = encoder.images([record.load() for record in subject_data("toy").instances]).double()
     assert found["similarity"] == pytest.approx((images @ pictures.T).mean().item(), abs=1e-5)
     assert found["alignment"] == pytest.approx((images * texts).sum(1).mean().item(), abs=1e-5)

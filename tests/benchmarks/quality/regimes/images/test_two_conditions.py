@@ -12,7 +12,7 @@ from quality.regimes.images.objectives import build_conversion
 from quality.regimes.images.two_conditions import TwoConditions, joined
 from quality.regimes.methods import arm_arguments, build
 
-from nara_diffusion.dreambooth.data.records import records_from_folder
+from nara_diffusion.dreambooth.data.image_records import records_from_folder
 from tests.helpers.adapted import disturb
 
 CELL = {"targets": "attention", "rank": 2, "steps": 2}

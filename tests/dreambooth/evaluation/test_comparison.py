@@ -1,0 +1,142 @@
+"""Losses and figures against those that are computed by hand; samples against the pipeline's own call; the sheet."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
+from nara_diffusion.dreambooth.evaluation.comparison import Evaluator, ValidationLoss, compare, measure
+from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.evaluation.fidelity import image_similarity, text_alignment
+from nara_diffusion.dreambooth.evaluation.samples import CELL, SampleSettings, sample_images, write_grid, write_images
+from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
+from tests.dreambooth.data.pictures import folder_of
+from tests.dreambooth.evaluation.small_encoders import save_clip
+from tests.helpers.small_pipelines import small_sdxl
+
+CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return small_sdxl()
+
+
+@pytest.fixture
+def loss(pipe, tmp_path: Path) -> ValidationLoss:
+    """Of images of two sizes, so that they make two batches."""
+    folder = folder_of(tmp_path / "images", [(20, 20), (18, 30), (22, 22)])
+    records = records_from_folder(folder, prompt="a photo of a toy", progress=False)
+    samples = DreamBoothDataset(records, [(16, 16), (24, 12)], batch_size=1, seed=0).plain_samples()
+    return ValidationLoss(
+        build_objective(pipe.scheduler), LatentCache(pipe.vae), samples, seed=4, points=3, batch_size=2
+    )
+
+
+def test_the_curve_is_the_error_at_each_level(pipe, loss, accelerator) -> None:
+    assert loss.indices == [166, 500, 833]
+    curve = loss.curve(pipe, accelerator)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    expected = torch.zeros(3, 3)
+    by_size = sorted(loss.samples, key=lambda sample: sample.crop.target)  # the order of the columns
+    for column, sample in enumerate(by_size):
+        latents = loss.latents.mode([sample])
+        noise = draw_noise([sample.position], latents.shape[1:], seed=4, role="validation")
+        embeds, _, pooled, _ = pipe.encode_prompt(sample.prompt, do_classifier_free_guidance=False)
+        conditions = {"text_embeds": pooled, "time_ids": torch.tensor([sample.crop.time_ids])}
+        for row, t in enumerate(loss.indices):
+            noisy = scheduler.add_noise(latents, noise, torch.tensor([t]))
+            with torch.no_grad():
+                prediction = pipe.unet(noisy, t, embeds, added_cond_kwargs=conditions).sample
+            expected[row, column] = (prediction - noise).square().mean()
+    torch.testing.assert_close(curve, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.levels(), torch.tensor([0.166, 0.5, 0.833]))
+    torch.testing.assert_close(loss.curve(pipe, accelerator), curve, rtol=0, atol=0)
+    values = loss.means(pipe, accelerator)
+    assert values["validation_loss"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert values["validation_loss_high"] == pytest.approx(expected[2].mean().item(), rel=1e-4)
+
+
+def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator, tmp_path) -> None:
+    encoder = Encoder(save_clip(tmp_path / "clip"), device="cpu")
+    references = [sample.image.load() for sample in loss.samples]
+    settings = SampleSettings(["a sks cube"], 2, seed=7, batch_size=2, call=CALL)
+    blind = measure(accelerator, pipe, None, settings, loss, Evaluator(references), name="before")
+    assert (blind.similarity, blind.text_alignment) == (None, None)
+    seeing = Evaluator(references, encoder, encoder, ["sks"])
+    found = measure(accelerator, pipe, None, settings, loss, seeing, name="after")
+    assert found.similarity == pytest.approx(image_similarity(encoder, found.images, references))
+    assert found.text_alignment == pytest.approx(text_alignment(encoder, found.images, ["a cube"] * 2))
+    results = compare(blind, found)
+    assert results["similarity_before"] is None
+    assert results["similarity_after"] == found.similarity
+    assert results["curve_after"] == results["curve_before"] == found.curve
+    assert results["validation_loss_after"] == pytest.approx(sum(found.curve) / 3)
+
+
+def test_samples_are_those_of_the_pipeline_s_own_call(pipe, tmp_path) -> None:
+    settings = SampleSettings(["a red toy", "a cube"], 3, seed=7, batch_size=3, call=CALL)
+    images = sample_images(pipe, settings)
+    for i, prompt in enumerate(settings.prompts):
+        generators = [torch.Generator().manual_seed(7 + j) for j in range(3)]
+        theirs = pipe([prompt] * 3, generator=generators, **CALL).images
+        for mine, other in zip(images[3 * i : 3 * i + 3], theirs, strict=True):
+            np.testing.assert_array_equal(np.asarray(mine), np.asarray(other))
+    write_images(tmp_path / "samples", images, settings)
+    lines = [json.loads(line) for line in (tmp_path / "samples" / "metadata.jsonl").read_text().splitlines()]
+    assert lines[4] == {"file_name": "01-seed-8.png", "text": "a cube", "seed": 8}
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "01-seed-8.png")), np.asarray(images[4]))
+
+
+def test_a_pipeline_that_gives_nan_is_refused() -> None:
+    pipe = small_sdxl()
+    pipe.vae.decoder.conv_out.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"sampling gives NaN.*sdxl-vae-fp16-fix"):
+        sample_images(pipe, SampleSettings(["a toy"], 1, seed=0, batch_size=1, call=CALL))
+
+
+def test_each_image_is_on_the_sheet_where_its_prompt_and_seed_say(tmp_path) -> None:
+    def colours(count: int, blue: int) -> list[Image.Image]:
+        return [Image.new("RGB", (32, 32), (10 + 20 * i, 200 - 20 * i, blue)) for i in range(count)]
+
+    columns = {"before": colours(6, 40), "after": colours(6, 90), "references": colours(3, 250)}
+    shown = {title: columns[title] for title in ("before", "after")}
+    write_grid(tmp_path / "sheet.png", ["one", "two", "three"], shown, columns["references"])
+    sheet, seen = np.asarray(Image.open(tmp_path / "sheet.png")), {}
+    for title, images in columns.items():
+        for i, image in enumerate(images):
+            found = np.argwhere((sheet == image.getpixel((0, 0))).all(-1))[:, ::-1]
+            assert len(found) == CELL * CELL
+            seen[title, i] = found.min(0)
+    for prompt in range(3):
+        assert len({seen[title, 2 * prompt + j][1] for title in shown for j in (0, 1)}) == 1
+        assert seen["before", 2 * prompt + 1][0] >= seen["before", 2 * prompt][0] + CELL
+        assert seen["after", 2 * prompt][0] > seen["before", 2 * prompt + 1][0] + CELL
+    assert seen["references", 0][1] < seen["before", 0][1] < seen["before", 2][1] < seen["before", 4][1]
+    assert (sheet.astype(int).sum(-1)[: seen["before", 0][1]] < 300).sum() > 20  # letters above the images
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_images_of_other_shapes_fit_their_cell_and_keep_their_pixels(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 200, (16, 8, 3), dtype=np.uint8)
+    write_grid(tmp_path / "sheet.png", ["a"], {"after": [Image.fromarray(pixels)]})
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    cell = sheet[-CELL - 4 : -4, 8 : 8 + CELL]
+    np.testing.assert_array_equal(cell[4::8, 36:92:8], pixels[:, :7])
+    assert (cell[:, :30] == 255).all()

@@ -1,0 +1,185 @@
+"""Similarity and alignment against the definitions, written out with the models themselves; figures over seeds."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations, product
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from PIL import Image
+
+from nara_diffusion.cli.main import main
+from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.evaluation.fidelity import (
+    evaluate,
+    image_similarity,
+    table,
+    text_alignment,
+    without_words,
+)
+from nara_diffusion.utils.statistics import interval
+from tests.dreambooth.evaluation.small_encoders import (
+    clip_model,
+    clip_processor,
+    dino_model,
+    dino_processor,
+    random_images,
+    save_clip,
+    save_dino,
+    tokenizer,
+)
+
+PROMPTS = ["a red cube", "a blue ball", "a photo of a ball"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Encoder:
+    return Encoder(save_clip(tmp_path_factory.mktemp("clip")), device="cpu", batch_size=2, progress=False)
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory) -> Encoder:
+    return Encoder(save_dino(tmp_path_factory.mktemp("dino")), device="cpu", batch_size=2, progress=False)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a @ b / a.norm() / b.norm()).item()
+
+
+@torch.no_grad()
+def clip_vectors(pictures: list[Image.Image]) -> list[torch.Tensor]:
+    model = clip_model()
+    pixels = [clip_processor()(picture, return_tensors="pt").pixel_values for picture in pictures]
+    return [model.visual_projection(model.vision_model(p).pooler_output)[0] for p in pixels]
+
+
+@torch.no_grad()
+def dino_vectors(pictures: list[Image.Image]) -> list[torch.Tensor]:
+    model = dino_model()
+    pixels = [dino_processor()(picture, return_tensors="pt").pixel_values for picture in pictures]
+    return [model(p).last_hidden_state[0, 0] for p in pixels]
+
+
+def test_similarity_is_the_mean_cosine_over_all_pairs(clip, dino) -> None:
+    generated, reference = random_images(5)[:3], random_images(5)[3:]
+    for encoder, vectors in ((clip, clip_vectors), (dino, dino_vectors)):
+        cosines = [cosine(x, y) for x, y in product(vectors(generated), vectors(reference))]
+        assert image_similarity(encoder, generated, reference) == pytest.approx(fmean(cosines), abs=1e-5)
+        assert max(cosines) - min(cosines) > 1e-2  # the images differ to this encoder
+
+
+@torch.no_grad()
+def test_alignment_is_the_mean_cosine_of_image_and_own_prompt(clip) -> None:
+    model, words, pictures = clip_model(), tokenizer(), random_images(3)
+    texts = [
+        model.text_projection(model.text_model(**words(prompt, return_tensors="pt")).pooler_output)[0]
+        for prompt in PROMPTS
+    ]
+    expected = fmean(cosine(x, t) for x, t in zip(clip_vectors(pictures), texts, strict=True))
+    given = ["a Sks red cube", "a sks, blue ball", "a photo of a ball"]
+    assert text_alignment(clip, pictures, given, ["sks"]) == pytest.approx(expected, abs=1e-5)
+    assert text_alignment(clip, pictures, PROMPTS[::-1]) != pytest.approx(expected, abs=1e-4)
+    assert without_words("a photo of SKS, toy.", ["sks"]) == "a photo of toy."
+
+
+def test_modes_and_dtypes_of_images_hardly_matter(dino) -> None:
+    grey = random_images(1)[0].convert("L")
+    expected = dino.images([grey.convert("RGB")])
+    for mode in ("L", "RGBA", "P"):
+        torch.testing.assert_close(dino.images([grey.convert(mode)]), expected)
+    narrow = Encoder(dino.name, device="cpu", dtype=torch.bfloat16).images([grey])
+    assert narrow.dtype == torch.float32
+    assert cosine(narrow[0], expected[0]) > 0.98
+
+
+def test_models_that_cannot_measure_are_refused(clip, dino, tmp_path) -> None:
+    with pytest.raises(ValueError, match="is a Dinov2Model, which has no text tower"):
+        dino.texts(["a"])
+    model = dino_model()
+    tensors = {name: value for name, value in model.state_dict().items() if "layernorm.weight" not in name}
+    model.save_pretrained(tmp_path / "part", state_dict=tensors)
+    with pytest.raises(ValueError, match=r"the weights of .*part lack 1 tensors, such as layernorm.weight"):
+        Encoder(tmp_path / "part")
+    clip_model().text_model.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a CLIPTextModel, expected CLIP, DINO or DINOv2"):
+        Encoder(tmp_path / "other")
+    infinite = Encoder(clip.name, device="cpu")
+    infinite.model.visual_projection.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="aren't finite: use a wider dtype"):
+        infinite.images(random_images(2))
+
+
+def fill(folder: Path, n: int, first: int = 0, prompts: list[str] | None = None) -> Path:
+    """n images, other ones for another `first`, named by their numbers, with prompts in a metadata.jsonl."""
+    folder.mkdir(parents=True)
+    for number, image in enumerate(random_images(first + n)[first:]):
+        image.save(folder / f"{number}.png")
+    if prompts is not None:
+        rows = [{"file_name": f"{i}.png", "text": prompt} for i, prompt in enumerate(prompts)]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"))
+
+
+def test_each_seed_is_measured_and_then_their_interval(tmp_path, clip, dino) -> None:
+    seeds = [fill(tmp_path / f"seed-{seed}", 3, 5 * seed, PROMPTS) for seed in range(3)]
+    reference = fill(tmp_path / "subject", 3, 20)
+    figures = evaluate(seeds, reference, clip=clip, dino=dino)
+    expected = {
+        "dino_similarity": [image_similarity(dino, files(seed), files(reference)) for seed in seeds],
+        "clip_similarity": [image_similarity(clip, files(seed), files(reference)) for seed in seeds],
+        "text_alignment": [text_alignment(clip, files(seed), PROMPTS) for seed in seeds],
+    }
+    for key, values in expected.items():
+        assert figures[key]["values"] == pytest.approx(values, abs=1e-6)
+        found = [figures[key][name] for name in ("mean", "std", "low", "high")]
+        assert found == pytest.approx(list(interval(values)), abs=1e-5)
+    assert [(seed["folder"], seed["images"]) for seed in figures["seeds"]] == [(str(seed), 3) for seed in seeds]
+    own = fmean(cosine(x, y) for x, y in combinations(dino.images(files(reference)), 2))
+    assert figures["reference"]["dino_similarity"] == pytest.approx(own, abs=1e-6)
+    assert f"among themselves: DINO image similarity {own:.3f}, CLIP" in table(figures)
+
+
+def test_without_prompts_alignment_is_not_measured(tmp_path, clip) -> None:
+    folder, reference = fill(tmp_path / "images", 2), fill(tmp_path / "subject", 1, 9)
+    figures = evaluate([folder], reference, clip=clip)
+    assert set(figures) == {"clip_similarity", "seeds", "reference"}
+    assert "CLIP text alignment    not measured" in table(figures)
+    assert "One seed has no interval" in table(figures)
+    (folder / "0.txt").write_text("a red cube")
+    with pytest.raises(ValueError, match="has prompts of 1 of its 2 images: give all"):
+        evaluate([folder], reference, clip=clip)
+
+
+def test_the_command_writes_its_figures_and_shows_them(tmp_path, clip, dino, capsys) -> None:
+    seeds = [str(fill(tmp_path / f"seed-{seed}", 3, 5 * seed, PROMPTS)) for seed in range(2)]
+    reference, output = fill(tmp_path / "subject", 2, 20), tmp_path / "results.json"
+    words = ["--generated", *seeds, "--reference", str(reference), "--clip", clip.name, "--dino", dino.name]
+    main(["metrics", *words, "--device", "cpu", "--output", str(output)])
+    written, expected = json.loads(output.read_text()), evaluate(seeds, reference, clip=clip, dino=dino)
+    for key in ("dino_similarity", "clip_similarity", "text_alignment"):
+        assert written[key]["mean"] == pytest.approx(expected[key]["mean"], abs=1e-6)
+    assert written["arguments"]["generated"] == seeds
+    bounds = f"{written['text_alignment']['low']:.4f} to {written['text_alignment']['high']:.4f}"
+    assert bounds in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--generated, --reference"),
+        (["--generated", "a", "--reference", "b"], "name at least one model to measure with: --clip, --dino"),
+        (["--generated", "a", "--reference", "b", "--dino", "/no/model"], "/no/model"),
+    ],
+)
+def test_the_command_refuses_in_one_line(words, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["metrics", *words])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,164 @@
+"""Caches against the autoencoder's own posterior and the pipeline's own embeddings; a cache changes no bit."""
+
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache, TensorCache, fingerprint, scale_latents
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
+from nara_diffusion.dreambooth.data.image_records import records_from_folder
+from nara_diffusion.dreambooth.seeding import torch_generator
+from nara_diffusion.training.stream import stream_loader
+from tests.dreambooth.data.pictures import folder_of
+from tests.helpers.small_pipelines import small_sdxl
+
+SHIFTED = {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3], "latents_std": [0.5, 2.0, 1.5]}
+PROMPTS = ["a photo of toy", "a red cube on grass", "a photo of toy"]
+
+
+def vae(seed: int = 1, **changes: Any) -> AutoencoderKL:
+    """Random weights, all of them disturbed; the same at each call; 2 × 2 pixels a latent."""
+    options = {"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32, "block_out_channels": (8, 12)}
+    blocks = {
+        f"{way}_block_types": (f"{way.title()}{kind}Block2D",) * 2
+        for way, kind in (("down", "Encoder"), ("up", "Decoder"))
+    }
+    torch.manual_seed(seed)
+    model = AutoencoderKL(latent_channels=3, **{**options, **blocks, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def data(tmp_path) -> DreamBoothDataset:
+    records = records_from_folder(folder_of(tmp_path / "subject", [(50, 40), (40, 50), (60, 33)]), prompt="a toy")
+    options: dict[str, Any] = {"batch_size": 2, "seed": 3, "crop": "random", "flip": True, "crops_per_image": 2}
+    return DreamBoothDataset(records, [(24, 32), (32, 24)], class_images=records[:2], **options)
+
+
+def batches(data: DreamBoothDataset, first: int = 0, stop: int = 20) -> list[dict[str, Any]]:
+    return list(stream_loader(data, collate_samples, batch_size=2, first=first, stop=stop))
+
+
+@pytest.mark.parametrize("config", [{"scaling_factor": 0.13025}, SHIFTED])
+def test_latents_are_drawn_from_the_posterior_and_scaled(data, config: dict[str, Any]) -> None:
+    model = vae(**config)
+    cache = LatentCache(model)
+    m, d = (
+        torch.tensor(config.get(name, [default] * 3)).view(3, 1, 1)
+        for name, default in (("latents_mean", 0.0), ("latents_std", 1.0))
+    )
+    for batch in batches(data):
+        latents = cache.sample(batch["samples"], seed=11)
+        for sample, latent in zip(batch["samples"], latents, strict=True):
+            posterior = model.encode(sample.pixel_values()[None]).latent_dist
+            generator = torch_generator(11, f"posterior {sample.role}", sample.position)
+            z = posterior.mean[0] + posterior.std[0] * torch.randn(latent.shape, generator=generator)
+            torch.testing.assert_close(latent, (z - m) * config["scaling_factor"] / d)
+    samples = data.plain_samples()[:1]
+    mode = model.encode(samples[0].pixel_values()[None]).latent_dist.mode()
+    assert cache.mode(samples).equal(scale_latents(model, mode))
+
+
+def test_neither_bounds_nor_disk_nor_batches_nor_a_resume_change_a_bit(data, tmp_path) -> None:
+    expected = [LatentCache(vae(), memory_mib=0).sample(batch["samples"], seed=4) for batch in batches(data)]
+    for options in ({}, {"memory_mib": 0.01}, {"folder": tmp_path}, {"folder": tmp_path, "memory_mib": 0.0}):
+        cache = LatentCache(vae(), **options)
+        found = [cache.sample(batch["samples"], seed=4) for batch in batches(data)]
+        assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+        resumed = LatentCache(vae()).sample(batches(data, first=10)[0]["samples"], seed=4)
+        assert resumed.equal(expected[5])
+    data.load_pixels = True
+    batch = batches(data)[0]
+    loaded = LatentCache(vae()).sample(batch["samples"], seed=4, pixel_values=batch["pixel_values"])
+    assert loaded.equal(expected[0])
+    assert LatentCache(vae()).sample(batch["samples"][1:2], seed=4).equal(expected[0][1:2])
+    assert not LatentCache(vae()).sample(batch["samples"], seed=5).equal(expected[0])
+
+
+def test_after_filling_nothing_is_encoded(data, tmp_path, monkeypatch) -> None:
+    model, calls = vae(), []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
+    needed = list(data.distinct_samples(range(40)))
+    cache = LatentCache(model, folder=tmp_path)
+    cache.fill(needed, progress=False)
+    assert calls == [1] * len(needed)
+    for batch in batches(data, stop=40):
+        cache.sample(batch["samples"], seed=0)
+    LatentCache(model, folder=tmp_path, memory_mib=0).fill(needed, progress=False)
+    assert len(calls) == len(needed)
+
+
+def test_another_model_finds_nothing_of_the_first_on_disk(data, tmp_path) -> None:
+    samples = data.plain_samples()[:1]
+    first = LatentCache(vae(1), folder=tmp_path).posterior(samples)[0]
+    assert LatentCache(vae(2), folder=tmp_path).posterior(samples)[0].equal(LatentCache(vae(2)).posterior(samples)[0])
+    assert LatentCache(vae(1), folder=tmp_path).posterior(samples)[0].equal(first)
+    prints = [fingerprint(model) for model in (vae(1), vae(1), vae(2), vae(1).bfloat16(), vae(1, scaling_factor=0.5))]
+    assert len(set(prints)) == 4
+
+
+def test_threads_and_processes_share_a_folder(tmp_path) -> None:
+    def work() -> None:
+        for number in range(30):
+            entry = TensorCache(0, tmp_path, "label").get(str(number), lambda n=number: {"a": torch.full((9,), n)})
+            assert entry["a"].eq(number).all()
+            found.append(number)
+
+    found: list[int] = []
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 120
+    assert len(list(tmp_path.iterdir())) == 30  # and nothing partial
+
+
+def test_bfloat16_is_encoded_in_bfloat16_and_given_in_float32(data) -> None:
+    samples = data.plain_samples()[:1]
+    latents = LatentCache(vae().to(torch.bfloat16)).sample(samples, seed=0)
+    assert latents.dtype == torch.float32
+    torch.testing.assert_close(latents, LatentCache(vae()).sample(samples, seed=0), atol=0.05, rtol=0.05)
+
+
+def test_values_that_are_not_finite_are_refused_with_a_remedy(data) -> None:
+    model, pipe = vae(), small_sdxl()
+    model.encoder.mid_block.register_forward_hook(lambda module, args, output: output * math.inf)
+    cache = LatentCache(model)
+    with pytest.raises(ValueError, match=r"NaN or infinity for .*00.png in torch.float32.* --upcast_vae"):
+        cache.fill(data.plain_samples(), progress=False)
+    with torch.no_grad():
+        pipe.text_encoder_2.text_projection.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the text encoders give NaN or infinity for 'a photo of toy'"):
+        PromptCache(pipe).get(PROMPTS)
+
+
+def test_embeddings_are_those_of_the_pipeline_each_encoded_once(monkeypatch, tmp_path) -> None:
+    pipe, calls = small_sdxl(), []
+    forward = pipe.text_encoder.forward
+    monkeypatch.setattr(pipe.text_encoder, "forward", lambda ids, **o: calls.append(len(ids)) or forward(ids, **o))
+    cache = PromptCache(pipe, folder=tmp_path)
+    cache.fill(PROMPTS)
+    embeds, pooled = cache.get(PROMPTS)
+    PromptCache(pipe, folder=tmp_path, memory_mib=0).fill(PROMPTS)
+    assert calls == [1, 1]
+    for row, prompt in enumerate(PROMPTS):
+        expected, _, pooled_alone, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+        assert embeds[row : row + 1].equal(expected)
+        assert pooled[row : row + 1].equal(pooled_alone)
+    assert not embeds.requires_grad
+
+
+def test_a_prompt_that_is_cut_is_logged_once(caplog) -> None:
+    cache, long = PromptCache(small_sdxl()), " ".join(["toy"] * 20)
+    cache.get([long])
+    cache.get([long, PROMPTS[0]])
+    assert caplog.text.count("has 22 tokens; the text encoders read 12") == 1
