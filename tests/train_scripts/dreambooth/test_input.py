@@ -121,17 +121,14 @@ def test_impossible_arguments(arguments, changes: dict, message: str) -> None:
     [
         ({"resolution": 18}, r"18 x 18 pixels doesn't fit this model: both sides have to be multiples of 4"),
         ({"aspect_ratio_buckets": "16,16;18,14"}, r"18 x 14 pixels doesn't fit"),
-        ({"aspect_ratio_buckets": "16x16"}, r"the bucket '16x16' isn't height,width"),
+        ({"aspect_ratio_buckets": "16x16"}, r"Invalid bucket format: '16x16'"),
         ({"target_modules": ["q_proj"]}, r"target_modules q_proj match no module of UNet2DConditionModel"),
-        ({"similarity_model": "no/where/at-all"}, r"can't load a model from no/where/at-all"),
         ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
         ({"do_edm_style_training": True, "snr_gamma": 5.0}, "EDM-style training has weights of its own"),
         ({"core_scale": -1.0}, "core_scale is -1.0"),
         ({"core_start_step": 2, "core_type": "identity"}, "core_type 'identity' has no core to train"),
         ({"report_to": ["abacus"]}, "report_to names 'abacus', which isn't installed here"),
         ({"validation_data_dir": "no/where"}, "the image folder no/where doesn't exist"),
-        ({"cache_folder": "/proc/cache"}, "the cache folder /proc/cache can't be written"),
-        ({"dataset_name": "no/where", "instance_data_dir": None}, "dataset_name no/where can't be loaded"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
