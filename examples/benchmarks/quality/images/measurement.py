@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from nara_diffusion.dreambooth.evaluation.fidelity import text_alignment
 from nara_diffusion.dreambooth.evaluation.samples import SampleSettings, sample_images
 from quality.images.held_out import held_out_losses
 from quality.images.task import ImageTask
@@ -79,7 +80,7 @@ def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
     drawn = list(task.in_places)
     to_places = encoder.images(images) @ encoder.images(list(task.in_places.values())).T  # (n, places)
     own = [to_places[i, drawn.index(prompt)].item() for i, prompt in enumerate(prompts) if prompt in task.in_places]
-    alignment = task.judge.alignment(images, prompts)
+    alignment = text_alignment(encoder, images, prompts, task.judge.identifier)
     assert alignment is not None
     return Samples(images, similarities.mean().item(), alignment, fmean(own))
 
