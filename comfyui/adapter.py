@@ -23,7 +23,7 @@ from nara_diffusion.export.hosts.factors import Factors, factors_of
 from nara_diffusion.export.hosts.files import DENOISERS, denoiser_names
 from nara_diffusion.export.hosts.unet import UNetLayout
 from nara_diffusion.export.lora.scheduler import flow_shift
-from nara_diffusion.loaders.validation import TEXT_ENCODER
+from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.holder.core_set import core_group
 

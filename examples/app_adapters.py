@@ -19,13 +19,10 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
 from nara_diffusion import StrengthSchedule, from_lora, set_strength
-from nara_diffusion.cli.adapter_file import modules_of
 from nara_diffusion.cli.plot import core_curves
-from nara_diffusion.config import is_naras, read_config_file
-from nara_diffusion.loaders.format import METADATA_KEY, AdapterPart, is_core_key
-from nara_diffusion.loaders.insertion import adapters_of
-from nara_diffusion.loaders.source import read_adapter
-from nara_diffusion.loaders.validation import TEXT_ENCODER
+from nara_diffusion.loaders.file import METADATA_KEY, AdapterFile, AdapterPart
+from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of
+from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.loaders.weights import adaptable_models
 
 LEVELS = torch.linspace(0, 1, 101)  # λ at which curves are drawn
@@ -63,7 +60,7 @@ def read(source: str) -> Adapter:
     """
     path = find(source)
     try:
-        parts = read_adapter(path, "denoiser")
+        parts = AdapterFile.read(path, "denoiser").parts
     except ValueError:
         if not is_lora(path):
             raise
@@ -124,7 +121,7 @@ def is_lora(path: Path) -> bool:
 
 
 def _summary(part: AdapterPart) -> str:
-    config, count = part.config, len(modules_of(part))
+    config, count = part.config, len(part.modules)
     return f"NaRA: core {config.core_type}, rank {config.r}, {count} layer{'s' * (count != 1)}"
 
 

@@ -31,7 +31,7 @@ from nara_diffusion.dllm import Generation, GenerationStep, encode_prompts, gene
 from nara_diffusion.dllm.data.encoding import chat_text
 from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token_ids
 from nara_diffusion.dllm.loss import mask_token_of
-from nara_diffusion.loaders import load_nara_weights, save_nara_weights, unload_nara_weights
+from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 
 Message = Mapping[str, str]
 """{"role": "system", "user" or "assistant", "content": text}"""

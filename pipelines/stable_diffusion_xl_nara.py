@@ -16,7 +16,7 @@ of Diffusers' own, so that what it saves is a stock pipeline and `AutoPipelineFo
 
 import diffusers
 
-from nara_diffusion.loaders import load_nara_weights, save_nara_weights, unload_nara_weights
+from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 
 
 class StableDiffusionXLPipeline(diffusers.StableDiffusionXLPipeline):

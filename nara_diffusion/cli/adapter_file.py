@@ -13,10 +13,9 @@ from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from torch import Tensor
 
-from nara_diffusion.config import NaraConfig, read_config_file
-from nara_diffusion.loaders.format import WEIGHTS_NAME, AdapterPart, is_core_key
-from nara_diffusion.loaders.source import read_adapter
-from nara_diffusion.loaders.validation import rank_of
+from nara_diffusion.loaders.file import WEIGHTS_NAME, AdapterPart, by_pattern
+from nara_diffusion.loaders.file import AdapterFile as File
+from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
 from nara_diffusion.tuner.holder.core_set import CoreSet, core_group, make_cores
@@ -59,7 +58,7 @@ def read(source: str) -> AdapterFile:
         raise ValueError(
             f"There is no file or folder '{source}': name a file or folder of save_nara_weights, or a folder of PEFT."
         )
-    parts = read_adapter(path, MODEL)
+    parts = File.read(path, MODEL).parts
     for component, part in parts.items():
         _check_factors(part, component, source)
     config = (path if path.is_dir() else path.parent) / CONFIG_NAME
@@ -90,7 +89,7 @@ def _check_factors(part: AdapterPart, component: str, source: str) -> None:
 def modules_of(part: AdapterPart) -> dict[str, int]:
     """{adapted module: its rank}."""
     names = dict.fromkeys(key.partition(".lora_")[0] for key in part.tensors if ".lora_" in key)
-    return {name: rank_of(part.config, name) for name in names}
+    return {name: by_pattern(part.config.rank_pattern, name, part.config.r) for name in names}
 
 
 def core_tensors_of(part: AdapterPart) -> dict[str, Tensor]:

@@ -14,13 +14,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
-from safetensors.torch import save_file
-
-from nara_diffusion.loaders.format import WEIGHTS_NAME, AdapterPart, pack
-from nara_diffusion.loaders.validation import check_storable
-from nara_diffusion.tuner.state_dict import PEFT_PREFIX
-from nara_diffusion.utils.atomic_write import atomic_write_files
+from nara_diffusion.loaders.file import WEIGHTS_NAME, AdapterPart
+from nara_diffusion.loaders.file import AdapterFile as File
+from nara_diffusion.loaders.insertion import check_storable
 
 from .adapter_file import MODEL, read
 from .errors import in_one_line
@@ -46,17 +42,13 @@ def chosen(parts: Mapping[str, AdapterPart], component: str | None) -> AdapterPa
 
 def to_peft(part: AdapterPart, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, both or none."""
-    tensors = {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in part.tensors.items()}
-    with atomic_write_files(folder) as partial:
-        save_file(tensors, partial / PEFT_WEIGHTS_NAME, metadata={"format": "pt"})
-        part.config.save_pretrained(str(partial))
+    File({MODEL: part}).save_peft(folder)
 
 
 def to_pipeline(part: AdapterPart, component: str, folder: Path) -> None:
     """Write the file of `save_nara_weights` for `component` of a pipeline, whole or not at all."""
-    tensors, metadata = pack({component: part})
-    with atomic_write_files(folder) as partial:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / WEIGHTS_NAME, metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    File({component: part}).save(folder / WEIGHTS_NAME)
 
 
 def convert(source: str, output: Path, form: str, component: str | None) -> str:

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nara_diffusion.loaders.format import AdapterPart, is_core_key
+from nara_diffusion.loaders.file import AdapterPart
+from nara_diffusion.loaders.strict import is_core_key
 
 from .adapter_file import AdapterFile, core_tensors_of, modules_of, read
 from .errors import in_one_line

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nara_diffusion.loaders.format import AdapterPart
+from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.utils.atomic_write import atomic_write
 

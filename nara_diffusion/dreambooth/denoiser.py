@@ -24,7 +24,7 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.families.family import TRANSFORMER_TARGETS, Embeddings, Family
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.families.unet.sdxl import SDXL
-from nara_diffusion.loaders.validation import check_storable
+from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.timesteps import count_timesteps
 from nara_diffusion.training.adapters.build import check_adaptable, recompute_activations
 from nara_diffusion.training.adapters.methods import CORE_FIELDS

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.export.lora.scheduler import SCHEDULER
-from nara_diffusion.loaders.completeness import check_loaded, held_tensors, load_peft_adapter, load_whole_model
+from nara_diffusion.loaders.file import AdapterFile, load_peft_adapter, load_whole_model
 from nara_diffusion.loaders.schedulers import build_scheduler
-from nara_diffusion.loaders.source import read_adapter
+from nara_diffusion.loaders.strict import check_loaded, held_tensors
 from nara_diffusion.training.adapters.pissa import as_lora
 from nara_diffusion.training.formats import (
     TRAINABLE,
@@ -86,7 +86,7 @@ def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
         for name, component in model.components.items():
             read_all_weights(component, folder / name)
     elif not has_trainable or isinstance(model.config, NaraConfig):  # of which the frequencies aren't trained
-        for component, part in read_adapter(folder, model.family.denoiser).items():
+        for component, part in AdapterFile.read(folder, model.family.denoiser).parts.items():
             adapted = getattr(model, component)
             set_peft_model_state_dict(adapted, part.tensors, adapter_name=ADAPTER)
             check_loaded(adapted, ADAPTER, part.tensors, str(folder))

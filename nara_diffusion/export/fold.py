@@ -20,7 +20,7 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from nara_diffusion.loaders.format import is_core_key
+from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.signals import Level, as_signals
 
 from .adapted_layers import AdaptedLayer, Adapter, read_adapter

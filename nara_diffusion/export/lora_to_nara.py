@@ -24,18 +24,17 @@ from peft import (
 )
 from torch import nn
 
-from nara_diffusion.config import NaraConfig
-from nara_diffusion.loaders.format import AdapterPart
+from nara_diffusion.loaders.file import AdapterPart
+from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
-from nara_diffusion.loaders.validation import TEXT_ENCODER, check_has_modules
+from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.tuner.injection import LOADED_FLAG, rollback_on_error
-from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.tuner.strength.layers import layers_of
 from nara_diffusion.utils.listing import listed
 
 from .adapted_layers import read_adapter
-from .lora.config import fitting_config
+from .lora.config import check_has_modules, fitting_config
 from .lora.plain_lora import PlainLora
 from .lora.scheduler import flow_shift
 from .lora.sources import read_lora

@@ -16,8 +16,8 @@ from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
-from nara_diffusion.tuner.state_dict import PEFT_PREFIX
 from nara_diffusion.tuner.strength.layers import has_strength
 from nara_diffusion.tuner.strength.set_strength import roots_of
 

@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone
-from nara_diffusion.loaders.completeness import load_peft_adapter
+from nara_diffusion.loaders.file import load_peft_adapter
 from nara_diffusion.noise.signals import MASKED_SHARE
 from nara_diffusion.utils.named_source import naming_source
 

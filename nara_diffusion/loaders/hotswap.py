@@ -26,10 +26,9 @@ from nara_diffusion.tuner.strength.layers import (
     layers_of,
 )
 
-from .completeness import check_loaded
-from .format import AdapterPart
+from .file import AdapterPart, by_pattern
 from .insertion import adapters_of, nara_adapters_of, part_of
-from .validation import by_pattern, check_part, rank_of
+from .strict import check_tensors
 
 REQUEST = "_prepare_lora_hotswap_kwargs"
 """The attribute in which `enable_lora_hotswap` stores its arguments until the next load."""
@@ -108,7 +107,9 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
                 f"{field} is {getattr(part.config, field)!r} in the new adapter, and {getattr(old, field)!r} in "
                 f"'{adapter_name}' of {component}, whose modules hotswap keeps: {_REMEDY}"
             )
-    check_part(model, component, part, adapter_name)
+    holder = holder_of(model)
+    assert holder is not None
+    holder.conventions.completed(adapter_name, part.config)
     check_strength(model, part.config, adapter_name, default_strengths(model, part.config, adapter_name))
     there = part_of(model, adapter_name).tensors
     if there.keys() != part.tensors.keys():
@@ -117,12 +118,7 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
             f"The new adapter and '{adapter_name}' of {component} adapt different modules ('{different[0]}' is in one "
             f"of them only), which hotswap cannot change: {_REMEDY}"
         )
-    for key, tensor in part.tensors.items():
-        if tensor.shape != there[key].shape:
-            raise ValueError(
-                f"'{key}' of {component} has shape {tuple(tensor.shape)}, but '{adapter_name}' has "
-                f"{tuple(there[key].shape)}: {_REMEDY}"
-            )
+    check_tensors(part.tensors, there)
     if any(layer.merged for layer in layers_of(model, adapter_name).values()):
         raise ValueError(f"'{adapter_name}' of {component} is fused: call pipe.unfuse_lora() before swapping it.")
 
@@ -136,7 +132,7 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
         there[key].copy_(tensor)
     for name, layer in layers_of(model, adapter_name).items():
         layer.use_rslora[adapter_name] = config.use_rslora
-        rank = rank_of(config, name)
+        rank = by_pattern(config.rank_pattern, name, config.r)
         alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         _update_scaling(layer, adapter_name=adapter_name, scaling=scaling)
@@ -148,7 +144,6 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     model.peft_config[adapter_name] = config = holder.conventions.completed(adapter_name, config)
     holder.configure(adapter_name, config, stated)
     give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
-    check_loaded(model, adapter_name, part.tensors, "the adapter", part_of(model, adapter_name).tensors)
     warn_where_off(model, adapter_name)
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from peft import inject_adapter_in_model
+from peft import inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.tuner.activation import tuner_layers
-from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
+from nara_diffusion.tuner.holder.build_core import needs_noise
 from nara_diffusion.tuner.injection import LOADED_FLAG, drop_idle_holder
 from nara_diffusion.tuner.strength.conversions import warn_where_off
 
-from .completeness import check_loaded, held_tensors
-from .format import AdapterPart, is_core_key
+from .file import AdapterPart
+from .strict import held_tensors, is_core_key
+
+TEXT_ENCODER = "text_encoder"
+"""The beginning of the names of the text encoders' components."""
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
@@ -30,21 +34,40 @@ def nara_adapters_of(model: nn.Module) -> dict[str, NaraConfig]:
     return {name: config for name, config in adapters_of(model).items() if isinstance(config, NaraConfig)}
 
 
-def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool) -> None:
-    """Add an adapter, after `check_part`, inside `rollback_on_error`. It is active, also if the others were disabled.
+def check_storable(config: NaraConfig, component: str) -> None:
+    """Raises ValueError if the adapter cannot run in `component`, or if unloading it could not restore the base."""
+    if component.startswith(TEXT_ENCODER) and needs_noise(config):
+        raise ValueError(
+            f"The adapter of {component} has core_type={config.core_type!r}, but text encoders run before there is a "
+            'λ: use NaraConfig(core_type="identity", …) there.'
+        )
+    fields = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None}
+    wrong = [name for name, default in fields.items() if (getattr(config, name, None) or default) != default]
+    if config.changes_base:
+        wrong.append("init_lora_weights")
+    if wrong:
+        raise ValueError(
+            f"The adapter of {component} has {wrong[0]}={getattr(config, wrong[0])!r}, which changes the base model "
+            "itself, so that unloading could not give it back: train without it, or use peft.PeftModel's "
+            "save_pretrained and from_pretrained on the component."
+        )
+
+
+def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool = True) -> None:
+    """Add an adapter, inside `rollback_on_error`. It is active, also if the others were disabled.
 
     A, B and magnitudes take the dtype of their base layer, like those of a LoRA, or float32 if layerwise casting stores
     the base as float8; the core stays in float32. Its dropout is at work only if `model` is in training mode.
+
+    Raises:
+        ValueError: the tensors are not those that the configuration needs in this model: see `strict.check_tensors`.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
+        warnings.filterwarnings("ignore", message="The following .* keys did not match")  # the strict check says more
         inject_adapter_in_model(part.config, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    for module, tensors in _by_module(part.tensors).items():
-        if module:
-            _fill_layer(model.get_submodule(module), adapter_name, tensors)
-        else:
-            _fill_core(getattr(model, HOLDER_NAME).cores[adapter_name], tensors)
-    check_loaded(model, adapter_name, part.tensors, "the adapter")
+    tensors = _in_dtypes_of_layers(model, part.tensors)
+    set_peft_model_state_dict(model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     for layer in tuner_layers(model):
         layer._disable_adapters = False
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:  # a new module is in training mode
@@ -53,40 +76,18 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
     warn_where_off(model, adapter_name)
 
 
-def _by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{module: {name in the module: tensor}}; those of the core have the module name ""."""
-    found: dict[str, dict[str, Tensor]] = {}
+def _in_dtypes_of_layers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A, B and magnitudes in the dtypes for factors of their layers; all else as it is, for the strict check."""
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+    found = dict(tensors)
     for key, tensor in tensors.items():
-        if is_core_key(key):
-            found.setdefault("", {})[key.removeprefix(f"{HOLDER_NAME}.")] = tensor
-        else:
-            module, _, rest = key.partition(".lora_")
-            found.setdefault(module, {})[f"lora_{rest}"] = tensor
+        layer = layers.get(key.partition(".lora_")[0])
+        if layer is not None and not is_core_key(key) and tensor.is_floating_point():
+            dtype = factor_dtype(getattr(layer.get_base_layer().weight, "dtype", None))
+            found[key] = tensor if dtype is None else tensor.to(dtype)
     return found
-
-
-def _fill_layer(layer: Any, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Set the tensors of an adapted layer. (PEFT's own function walks four times over the whole model.)"""
-    device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-    dtype = factor_dtype(dtype)
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        owner = getattr(layer, kind)
-        if isinstance(owner, nn.ParameterDict):  # of an embedding
-            name = adapter_name
-        else:
-            owner, name = owner[adapter_name], name or "weight"  # PEFT leaves it out of the names of magnitudes
-        requires_grad = getattr(owner, name).requires_grad
-        setattr(owner, name, nn.Parameter(tensor.to(device, dtype), requires_grad=requires_grad))
-
-
-def _fill_core(cores: Any, tensors: dict[str, Tensor]) -> None:
-    device = next((t.device for t in (*cores.parameters(), *cores.buffers()) if not t.is_meta), None)
-    trainable = [parameter.requires_grad for parameter in cores.parameters()]
-    cores.load_state_dict(tensors, assign=True)
-    cores.to(device)
-    for parameter, requires_grad in zip(cores.parameters(), trainable, strict=True):
-        parameter.requires_grad = requires_grad
 
 
 def part_of(model: nn.Module, adapter_name: str) -> AdapterPart:

@@ -7,7 +7,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .format import METADATA_KEY, is_core_key
+from .file import METADATA_KEY
+from .strict import is_core_key
 
 _REFUSAL = (
     "holds a NaRA adapter, of which loading as a LoRA would leave out the core: load it by pipe.load_nara_weights(…)."

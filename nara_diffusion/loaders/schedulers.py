@@ -22,7 +22,7 @@ from nara_diffusion.noise.schedulers.timestep_meaning import REPLACED
 from nara_diffusion.noise.timesteps import count_timesteps
 from nara_diffusion.tuner.holder.core_holder import holder_of
 
-from .format import AdapterPart
+from .file import AdapterPart
 from .guards import unwrapped
 from .insertion import adapters_of
 from .stand_in import carries_scheduler, make_own, stand_in, stands_in_for

@@ -10,24 +10,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.injection import rollback_on_error
 from nara_diffusion.tuner.strength.layers import live_strengths
-from nara_diffusion.utils.atomic_write import atomic_write
 
-from .format import WEIGHTS_NAME, AdapterPart, pack
+from .file import WEIGHTS_NAME, AdapterFile, AdapterPart, naming
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap
-from .hub import check_hub_options, push
-from .insertion import adapters_of, insert, nara_adapters_of, part_of, remove
-from .names import name_to_load, name_to_save
+from .insertion import TEXT_ENCODER, adapters_of, check_storable, insert, nara_adapters_of, part_of, remove
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters
-from .source import naming, read_adapter
 from .text_pipelines import COMPONENT, extend, text_pipeline
-from .validation import TEXT_ENCODER, check_part, check_storable
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +47,7 @@ def load_nara_weights(
 ) -> None:
     """Load a NaRA adapter into the denoiser, and its part for text encoders, if there is one, into those.
 
-    Everything is checked before anything is changed. Afterwards `set_adapters`, `delete_adapters`, `disable_lora`,
+    All of it is loaded, or the pipeline is unchanged. Afterwards `set_adapters`, `delete_adapters`, `disable_lora`,
     `unload_lora_weights`, … work as for a LoRA; λ is read from the timestep of each step. An adapter that changes what
     the model predicts (e.g. to the velocity of a rectified flow) brings its scheduler, which the pipeline uses while
     the adapter is active.
@@ -84,34 +78,22 @@ def load_nara_weights(
             is for another base model or another definition of λ; or the name is a duplicate. The pipeline is unchanged.
         OSError: the hub's error.
     """
+    if use_safetensors is False:
+        raise ValueError("NaRA adapters are read from safetensors files only: leave use_safetensors out.")
     models = adaptable_models(self)
-    parts = read_adapter(
-        pretrained_model_name_or_path_or_dict,
-        _denoiser_name(self),
-        weight_name=weight_name,
-        subfolder=subfolder,
-        use_safetensors=use_safetensors,
-        metadata=metadata,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        force_download=force_download,
-        proxies=proxies,
-        local_files_only=local_files_only,
-    )
-    for component in parts.keys() & models.keys():
-        check_not_wrapped(models[component], component, "load_nara_weights")
-    name = name_to_load(models, adapter_name, hotswap)
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "force_download": force_download}
+    hub |= {"proxies": proxies, "local_files_only": local_files_only}
+    source, component = pretrained_model_name_or_path_or_dict, _denoiser_name(self)
+    where = {"weight_name": weight_name, "subfolder": subfolder, "metadata": metadata}
+    parts = AdapterFile.read(source, component, **where, **hub).parts
     carrying = parts if set_scheduler else {}
-    with naming(pretrained_model_name_or_path_or_dict):
-        fits = _fitting(self, models, parts, name, hotswap)
+    with naming(source):
+        _check_parts(self, models, parts)
+        adapter_name = _name_to_load(models, adapter_name, hotswap)
         check_schedulers(self, carrying)
-    with naming(pretrained_model_name_or_path_or_dict), offloading_suspended(self):
-        if hotswap:
-            for model, _, part in fits:
-                swap(model, name, part)
-        else:
-            _insert_all([(model, part) for model, _, part in fits], name, low_cpu_mem_usage)
+        fits = {name: (model, parts[name]) for name, model in models.items() if name in parts}
+        with offloading_suspended(self):
+            (_swap_all if hotswap else _insert_all)(models, fits, adapter_name, low_cpu_mem_usage)
     adopt_schedulers(self, carrying)
     kind = text_pipeline(self)
     if kind is not None:
@@ -127,8 +109,6 @@ def save_nara_weights(
     weight_name: str | None = None,
     save_function: Callable[..., Any] | None = None,
     safe_serialization: bool = True,
-    push_to_hub: bool = False,
-    **hub: Any,
 ) -> None:
     """Save one NaRA adapter, of all components, to one file, whole or not at all.
 
@@ -141,8 +121,6 @@ def save_nara_weights(
         weight_name: the file's name, "pytorch_nara_weights.safetensors" unless given.
         save_function: called as save_function(tensors, path, metadata=…) in place of safetensors' `save_file`.
         safe_serialization: True; other formats are not written.
-        push_to_hub: upload the file afterwards, with a model card, which is written if the folder has none.
-        hub: repo_id (by default the folder's name, in your namespace), token, private, commit_message, create_pr.
 
     Raises:
         ValueError: there is no such adapter; it is in a component that the file can't hold, such as a ControlNet;
@@ -150,28 +128,18 @@ def save_nara_weights(
     """
     if not safe_serialization:
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
-    check_hub_options(push_to_hub, hub)
     models = {component: unwrapped(model) for component, model in adaptable_models(self).items()}
-    name = name_to_save(models, adapter_name)
+    name = _name_to_save(models, adapter_name)
     check_none_left_out(self, models, name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
-    _check_writable(save_directory, weight_name, save_function)
+    folder = Path(save_directory)
+    _check_writable(folder, weight_name, save_function)
     with offloading_suspended(self):
-        parts = {}
-        for component, model in models.items():
-            if name in adapters_of(model):
-                _check_saved(model, component, name)
-                parts[component] = part_of(model, name)
+        file = AdapterFile({c: _part_to_save(m, c, name) for c, m in models.items() if name in adapters_of(m)})
         if not is_main_process:
             return
-        tensors, metadata = pack(parts)
-        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / weight_name) as partial:
-            (save_function or save_file)(tensors, str(partial), metadata=metadata)
-    if push_to_hub:
-        push(self, folder, weight_name, parts, hub)
+        file.save(folder / weight_name, save_function)
 
 
 def unload_nara_weights(self: Any) -> None:
@@ -185,6 +153,9 @@ def unload_nara_weights(self: Any) -> None:
     with removing_adapters(self), offloading_suspended(self):
         for model in models.values():
             remove(model, list(nara_adapters_of(model)))
+
+
+# ---------------------------------------------------------------------- components
 
 
 def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
@@ -201,49 +172,86 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _denoiser_name(pipe: Any) -> str:
-    for name in DENOISERS:
+    names = [*DENOISERS, *([COMPONENT] if text_pipeline(pipe) is not None else [])]
+    for name in names:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
-    if text_pipeline(pipe) is not None and isinstance(getattr(pipe, COMPONENT, None), nn.Module):
-        return COMPONENT
     raise ValueError(
-        f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, one of which a NaRA adapts: its components are "
+        f"{type(pipe).__name__} has none of {', '.join(names)}, one of which a NaRA adapts: its components are "
         f"{', '.join(map(repr, pipe.components))}."
     )
 
 
-def _fitting(
-    pipe: Any, models: dict[str, nn.Module], parts: Mapping[str, AdapterPart], name: str, hotswap: bool
-) -> list[tuple[nn.Module, str, AdapterPart]]:
-    """(model, component, its part) of each part. Raises ValueError if one doesn't fit its model."""
-    for component in parts:
+def _check_parts(pipe: Any, models: Mapping[str, nn.Module], parts: Mapping[str, AdapterPart]) -> None:
+    for component, part in parts.items():
         if component not in models:
             raise ValueError(
-                f"It has a part for '{component}', but this {type(pipe).__name__} has "
-                f"{', '.join(map(repr, models))}: load it into the pipeline that it was trained on."
+                f"It has a part for '{component}', but this {type(pipe).__name__} has {', '.join(map(repr, models))}: "
+                "load it into the pipeline that it was trained on."
             )
-    if hotswap:
-        held = [component for component, model in models.items() if name in adapters_of(model)]
-        check_no_part_stays(held, parts, name)
-    fits = [(model, component, parts[component]) for component, model in models.items() if component in parts]
-    for model, component, part in fits:
-        if hotswap:
-            check_swappable(model, component, name, part)
-        else:
-            check_part(model, component, part, name)
-    return fits
+        check_not_wrapped(models[component], component, "load_nara_weights")
+        check_storable(part.config, component)
 
 
-def _insert_all(fits: list[tuple[nn.Module, AdapterPart]], name: str, low_cpu_mem_usage: bool) -> None:
+def _insert_all(models: Any, fits: Mapping[str, tuple[nn.Module, AdapterPart]], name: str, low_memory: bool) -> None:
     """Insert the parts into all components, or, after an error, into none."""
     with ExitStack() as undo:
-        for model, part in fits:
+        for model, part in fits.values():
             undo.enter_context(rollback_on_error(model, name))
-            insert(model, name, part, low_cpu_mem_usage)
+            insert(model, name, part, low_memory)
             prepare_for_hotswap(model)
 
 
-def _check_saved(model: nn.Module, component: str, name: str) -> None:
+def _swap_all(
+    models: Mapping[str, nn.Module], fits: Mapping[str, tuple[nn.Module, AdapterPart]], name: str, low_memory: bool
+) -> None:
+    check_no_part_stays([component for component, model in models.items() if name in adapters_of(model)], fits, name)
+    for component, (model, part) in fits.items():
+        check_swappable(model, component, name, part)
+    for model, part in fits.values():
+        swap(model, name, part)
+
+
+# ---------------------------------------------------------------------- names
+
+
+def _name_to_load(models: Mapping[str, nn.Module], name: str | None, hotswap: bool) -> str:
+    """The name that an adapter is loaded under: `name`, or the first free default_N."""
+    existing = sorted({name for model in models.values() for name in adapters_of(model)})
+    if hotswap and name not in existing:
+        raise ValueError(
+            f"hotswap=True replaces an adapter that is there, but adapter_name is {name!r} and the pipeline has "
+            f"{', '.join(map(repr, existing)) or 'none'}: name one of them, or leave hotswap out."
+        )
+    if name is None:
+        number = len(adapters_of(next(iter(models.values()))))
+        return next(free for i in range(1000) if (free := f"default_{number + i}") not in existing)
+    if name in existing and not hotswap:
+        raise ValueError(
+            f"adapter_name '{name}' is a duplicate, since the pipeline has an adapter of that name: choose "
+            f"another name, delete the other adapter by pipe.delete_adapters('{name}'), or replace it by hotswap=True."
+        )
+    return name
+
+
+def _name_to_save(models: Mapping[str, nn.Module], name: str | None) -> str:
+    """The name of the adapter to save: `name`; if None, that of the only NaRA, or else "default"."""
+    there = list(dict.fromkeys(name for model in models.values() for name in nara_adapters_of(model)))
+    wanted = name or (there[0] if len(there) == 1 else "default")
+    if wanted not in there:
+        others = {other for model in models.values() for other in adapters_of(model)}
+        hint = f" '{wanted}' is a LoRA: save it by save_lora_weights." if wanted in others else ""
+        raise ValueError(
+            f"There is no NaRA adapter '{wanted}' to save: the pipeline has "
+            f"{', '.join(map(repr, there)) or 'none'}.{hint}"
+        )
+    return wanted
+
+
+# ---------------------------------------------------------------------- saving
+
+
+def _part_to_save(model: nn.Module, component: str, name: str) -> AdapterPart:
     config = adapters_of(model)[name]
     if not isinstance(config, NaraConfig):
         raise ValueError(
@@ -257,17 +265,16 @@ def _check_saved(model: nn.Module, component: str, name: str) -> None:
             name,
             component,
         )
+    return part_of(model, name)
 
 
-def _check_writable(folder: Any, weight_name: str, save_function: Callable[..., Any] | None) -> None:
-    if os.path.isfile(folder):
+def _check_writable(folder: Path, weight_name: str, save_function: Callable[..., Any] | None) -> None:
+    if folder.is_file():
         raise ValueError(f"save_directory '{folder}' is a file: name a folder.")
     if not weight_name.endswith(".safetensors") or os.path.basename(weight_name) != weight_name:
         raise ValueError(f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder.")
-    if save_function is None:
-        return
-    parameters = inspect.signature(save_function).parameters.values()
-    if not any(p.name == "metadata" or p.kind is p.VAR_KEYWORD for p in parameters):
+    parameters = inspect.signature(save_function).parameters.values() if save_function else ()
+    if save_function and not any(p.name == "metadata" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise ValueError(
             "save_function takes no metadata=, without which the file would lack its configuration: pass one like "
             "safetensors.torch.save_file."

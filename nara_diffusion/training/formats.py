@@ -19,7 +19,8 @@ from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nara_diffusion.loaders.completeness import check_loaded, load_whole_model
+from nara_diffusion.loaders.file import load_whole_model
+from nara_diffusion.loaders.strict import check_loaded
 from nara_diffusion.training.adapters.adalora import adalora_models, allocator_state, load_allocator_state
 from nara_diffusion.training.adapters.pissa import as_lora, changes_base
 

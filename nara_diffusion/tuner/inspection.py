@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.signals import as_signals
 from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.runtime.offloading import onloaded_cores
 from nara_diffusion.tuner.holder.core_set import CoreSet
-
-from .state_dict import PEFT_PREFIX
 
 
 def core_matrix(

@@ -20,6 +20,7 @@ from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.layers.dispatch import check_convolution, check_target, keep_out_of_float8, variant_for
 from nara_diffusion.layers.initialisation import make_directions_orthonormal
 from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.loaders.strict import PEFT_PREFIX, check_core_precision, check_tensors
 from nara_diffusion.noise.context import active_signals
 from nara_diffusion.noise.denoisers.lookup import denoiser_of
 from nara_diffusion.runtime.batch_rows import rows_of
@@ -34,13 +35,7 @@ from .activation import deleting, tuner_layers
 from .forward_hook import attach_holder, detach_holder
 from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
 from .merging import MergesAtOneLevel
-from .state_dict import (
-    PEFT_PREFIX,
-    check_adapter_tensors,
-    check_core_precision,
-    refuse_name_in_key,
-    with_current_names,
-)
+from .state_dict import refuse_name_in_key, with_current_names
 
 _STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
 
@@ -278,5 +273,5 @@ class NaraModel(MergesAtOneLevel):
         )
         for key in [key for key in mapped if key not in present and key.removeprefix(PEFT_PREFIX) in present]:
             mapped[key.removeprefix(PEFT_PREFIX)] = mapped.pop(key)
-        check_adapter_tensors(mapped, expected, present, f"{HOLDER_NAME}.cores.{adapter_name}.")
+        check_tensors(mapped, expected, present)
         return mapped

@@ -91,7 +91,7 @@ def test_a_load_that_fails_leaves_a_scheduled_lora_its_definition(folders, conve
     def fail(*args: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(insertion, "check_loaded", fail)
+    monkeypatch.setattr(insertion, "warn_where_off", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         loaded(conventions["edm"], "NaRA", pipe, "nara")
     assert torch.equal(predict(pipe), expected)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nara_diffusion.loaders.format import WEIGHTS_NAME, is_core_key
-from nara_diffusion.loaders.source import read_file
+from nara_diffusion.loaders.file import WEIGHTS_NAME, read_tensors
+from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.utils.atomic_write import atomic_write
 
 EXAMPLES = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def main(folder: Path = EXAMPLES / "assets" / "toy-nara", steps: int = 220) -> N
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as trained:
         example.train(example.load_pipeline(EXAMPLES / "assets" / "sdxl-tiny"), steps, Path(trained))
-        tensors, metadata = read_file(Path(trained) / WEIGHTS_NAME)
+        tensors, metadata = read_tensors(Path(trained) / WEIGHTS_NAME)
     halved = {key: tensor if is_core_key(key) else tensor.half() for key, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / WEIGHTS_NAME) as partial:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nara_diffusion.export.lora.plain_lora import PlainLora
 from nara_diffusion.export.lora.tensors import with_text_model
-from nara_diffusion.loaders.validation import TEXT_ENCODER
+from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .factors import Factors, factors_of

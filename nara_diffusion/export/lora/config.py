@@ -6,15 +6,41 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from nara_diffusion.loaders.validation import base_modules, by_pattern
+from nara_diffusion.loaders.file import by_pattern
+from nara_diffusion.utils.listing import listed
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the base model's modules, adapted ones as their tuner layers; no adapters, no cores."""
+    left = [("", model)]
+    while left:
+        prefix, module = left.pop()
+        for name, child in module._modules.items():
+            if child is None or getattr(type(child), "is_core_holder", False):
+                continue
+            path = f"{prefix}{name}"
+            yield path, child
+            if not isinstance(child, BaseTunerLayer):
+                left.append((f"{path}.", child))
+
+
+def check_has_modules(model: nn.Module, names: Set[str], origin: str) -> None:
+    """Raises ValueError if `model` lacks one of the modules that the adapter of `origin` adapts."""
+    unknown = sorted(names - {name for name, _ in base_modules(model)})
+    if unknown:
+        raise ValueError(
+            f"{origin} adapts {len(names)} modules, of which {type(model).__name__} lacks {len(unknown)}: "
+            f"{listed(unknown)}. It was trained on another base model, or belongs to another component of the pipeline."
+        )
+
 
 _SELECTS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 

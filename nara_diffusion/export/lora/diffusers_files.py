@@ -23,8 +23,8 @@ from diffusers.utils.state_dict_utils import (
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import DENOISERS
-from nara_diffusion.loaders.validation import TEXT_ENCODER
 
 from .comfyui_names import with_kohya_names
 from .config import config_of_layers

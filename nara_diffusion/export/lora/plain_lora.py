@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nara_diffusion.tuner.state_dict import PEFT_PREFIX
+from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from ..errors import ExportError

@@ -14,9 +14,9 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from nara_diffusion.config import is_naras, read_config_file
+from nara_diffusion.loaders.file import read_peft_tensors, read_tensors
 from nara_diffusion.loaders.schedulers import DENOISERS
-from nara_diffusion.loaders.source import read_file, read_peft_weights
-from nara_diffusion.tuner.state_dict import PEFT_PREFIX
+from nara_diffusion.loaders.strict import PEFT_PREFIX
 
 from ..adapted_layers import read_adapter
 from ..fold import assembled
@@ -49,7 +49,7 @@ def read_lora(
     if (path / CONFIG_NAME).is_file():
         return _of_denoiser(_of_folder(path), model), f"'{path}'"
     file = _file(path)
-    tensors, metadata = read_file(file)
+    tensors, metadata = read_tensors(file)
     scheduler = read_scheduler(file.parent, metadata, f"'{file}'")
     parts = read_diffusers(tensors, metadata, model, f"'{file}'")
     own = {name: part for name, part in parts.items() if name in ("", *DENOISERS)}
@@ -113,7 +113,7 @@ def _of_folder(folder: Path) -> PlainLora:
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise ValueError(f"{origin} is a {type(config).__name__.removesuffix('Config')}, which is no LoRA.")
-    lora = lora_of_tensors(config, _without_prefix(read_peft_weights(folder)), origin)
+    lora = lora_of_tensors(config, _without_prefix(read_peft_tensors(folder)), origin)
     return replace(lora, scheduler=read_scheduler(folder, None, origin))
 
 

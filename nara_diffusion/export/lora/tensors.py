@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from peft import LoraConfig
 from torch import Tensor
 
-from nara_diffusion.loaders.validation import by_pattern
+from nara_diffusion.loaders.file import by_pattern
 
 from .config import configured_scaling
 from .plain_lora import PlainLora, PlainLoraLayer

@@ -17,8 +17,8 @@ from nara_diffusion.export.lora.plain_lora import PlainLora
 from nara_diffusion.export.lora.sources import read_lora
 from nara_diffusion.export.lora.tensors import lora_of_tensors
 from nara_diffusion.export.lora_to_nara import check_identity, copy_tensors
-from nara_diffusion.loaders.format import METADATA_KEY, WEIGHTS_NAME, AdapterPart, is_core_key
-from nara_diffusion.loaders.source import naming, read_adapter
+from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, AdapterPart, naming
+from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.schedulers.prediction import Prediction, prediction_in
 from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
 
@@ -71,7 +71,7 @@ def start_from(
     if _is_naras(file):
         denoiser = next(iter(components))
         with naming(path):
-            parts: dict[str, Any] = dict(read_adapter(file, denoiser))
+            parts: dict[str, Any] = AdapterFile.read(file, denoiser).parts
         loras = {name: _without_core(part, origin) for name, part in parts.items()}
     else:
         loras, parts = read_lora(file, source_model)[0], {}

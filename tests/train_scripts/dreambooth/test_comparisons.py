@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.loaders.source import read_file
+from nara_diffusion.loaders.file import read_tensors
 from nara_diffusion.training.arguments.cli import parse_arguments
 from tests.helpers.patience import LAST_RESORT
 from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, write_pictures
@@ -58,7 +58,7 @@ def assert_same_adapter(one: Path, other: Path) -> None:
     mine, theirs = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    assert read_file(one / WEIGHTS)[1] == read_file(other / WEIGHTS)[1]
+    assert read_tensors(one / WEIGHTS)[1] == read_tensors(other / WEIGHTS)[1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,329 @@
+"""An adapter's file: the configuration and tensors of each component, in one of two formats.
+
+A pipeline's file is one safetensors file, with the configurations in its metadata:
+
+    unet.down_blocks.1.….to_q.lora_A.weight      A, B and, for DoRA, the magnitude, of each adapted module
+    unet.nara_core.shared.layers.0.weight        the core, once a component
+    text_encoder.….q_proj.lora_A.weight          text encoders run before there is a λ: C = I
+    __metadata__["nara_adapter_metadata"]        {"format_version": 1, "components": {"unet": NaraConfig's fields, …}}
+
+PEFT's folder holds one component: adapter_config.json and adapter_model.safetensors, of `PeftModel.save_pretrained`,
+`train_scripts/dllm.py` and its checkpoints. Its keys begin with "base_model.model.".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils.hub_utils import _get_model_file
+from peft import PeftModel, load_peft_weights
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nara_diffusion.config import (
+    NaraConfig,
+    config_from_fields,
+    config_to_fields,
+    is_naras,
+    read_config_file,
+)
+from nara_diffusion.tuner.state_dict import with_current_names
+from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_files
+from nara_diffusion.utils.listing import listed
+from nara_diffusion.utils.named_source import naming_source
+
+from .strict import CORE, PEFT_PREFIX, check_loaded, is_core_key
+
+WEIGHTS_NAME = "pytorch_nara_weights.safetensors"
+METADATA_KEY = "nara_adapter_metadata"
+FORMAT_VERSION = 1
+MODEL = "model"
+"""The name of the component of a PEFT folder, where no other is given."""
+_HUB = {"user_agent": {"file_type": "nara_weights", "framework": "pytorch"}}
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """The part of an adapter for one component: configuration, and tensors by their names in the component."""
+
+    config: NaraConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """{adapted module: its rank}."""
+        names = dict.fromkeys(key.partition(".lora_")[0] for key in self.tensors if ".lora_" in key)
+        return {name: by_pattern(self.config.rank_pattern, name, self.config.r) for name in names}
+
+    @property
+    def core(self) -> dict[str, Tensor]:
+        """{name in the core: tensor} of the core's tensors."""
+        return {key.removeprefix(f"{CORE}."): tensor for key, tensor in self.tensors.items() if is_core_key(key)}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter outside of any model.
+
+    Attributes:
+        parts: {component: its configuration and tensors}.
+        path: the file with the tensors; None of a dict, and of an adapter that is not written yet.
+    """
+
+    parts: dict[str, AdapterPart]
+    path: Path | None = None
+
+    @classmethod
+    def read(
+        cls,
+        source: Any,
+        component: str = MODEL,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **hub: Any,
+    ) -> AdapterFile:
+        """Read a file, a folder, a repository on the Hub, or a dict of tensors with its `metadata`.
+
+        Args:
+            component: what a PEFT folder's adapter is for.
+            hub: revision, token, cache_dir, force_download, proxies, local_files_only.
+
+        Raises:
+            ValueError: there is no file, or it is damaged or of another kind. OSError: the Hub's error.
+        """
+        if isinstance(source, Mapping):
+            return cls(_unpacked({key: _copy(tensor) for key, tensor in source.items()}, metadata, "The dict"))
+        if metadata is not None:
+            raise ValueError("metadata is for a dict of tensors: a file has its own.")
+        path = _locate(source, weight_name, subfolder, hub)
+        tensors, metadata = read_tensors(path)
+        if path.name == PEFT_WEIGHTS_NAME:
+            return cls({component: _of_peft(path, tensors)}, path)
+        return cls(_unpacked(tensors, metadata, f"'{path}'"), path)
+
+    def save(self, path: Path, save_function: Callable[..., Any] | None = None) -> None:
+        """Write a pipeline's file, whole or not at all.
+
+        Args:
+            save_function: called as safetensors' `save_file`, in its place.
+        """
+        tensors = {
+            f"{name}.{key}": t.contiguous() for name, part in self.parts.items() for key, t in part.tensors.items()
+        }
+        components = {name: config_to_fields(part.config) for name, part in self.parts.items()}
+        content = json.dumps({"format_version": FORMAT_VERSION, "components": components}, indent=2, sort_keys=True)
+        with atomic_write(path) as partial:
+            (save_function or save_file)(tensors, str(partial), metadata={"format": "pt", METADATA_KEY: content})
+
+    def save_peft(self, folder: Path) -> None:
+        """Write a PEFT folder of the only part: adapter_config.json and adapter_model.safetensors, both or none."""
+        (part,) = self.parts.values()
+        tensors = {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in part.tensors.items()}
+        with atomic_write_files(folder) as partial:
+            save_file(tensors, partial / PEFT_WEIGHTS_NAME, metadata={"format": "pt"})
+            part.config.save_pretrained(str(partial))
+
+
+@contextmanager
+def naming(source: Any) -> Iterator[None]:
+    """Inside, errors get the name of the adapter's `source` (see `AdapterFile.read`), unless they have it."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(source, Mapping) and str(source) in str(error):
+            raise
+        where = "the dict" if isinstance(source, Mapping) else f"'{source}'"
+        raise ValueError(f"The adapter in {where} is refused: {error}") from error
+
+
+def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of PEFT's rank_pattern or alpha_pattern for a module."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), default)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- where the tensors are
+
+
+def _locate(source: Any, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _in_folder(path / subfolder if subfolder else path, weight_name)
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or path.suffix == ".safetensors":
+        raise ValueError(f"There is no file or folder '{source}': pass what save_nara_weights or PEFT wrote.")
+
+    def download(name: str) -> Path:
+        return Path(_get_model_file(str(source), weights_name=name, subfolder=subfolder, **_HUB, **hub))
+
+    try:
+        return download(weight_name or WEIGHTS_NAME)
+    except OSError as error:
+        if weight_name is not None:
+            raise
+        try:
+            download(PEFT_CONFIG_NAME)
+            return download(PEFT_WEIGHTS_NAME)
+        except OSError:
+            raise error from None  # that of the name which was meant
+
+
+def _in_folder(folder: Path, weight_name: str | None) -> Path:
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = [WEIGHTS_NAME, PEFT_WEIGHTS_NAME, *(others if len(others) == 1 else [])]
+    for name in names if weight_name is None else [weight_name]:
+        if (folder / name).is_file():
+            return folder / name
+    found = f"pass weight_name, one of {listed(others)}" if others else "it has no safetensors file"
+    raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
+
+
+# ---------------------------------------------------------------------- reading them
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Tensors and metadata of a safetensors file, copied, so that the file may be overwritten afterwards.
+
+    Raises:
+        ValueError: it is cut off or of another format.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: _copy(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' is no whole safetensors file ({error}): download or save it again if it was cut off; other "
+            "formats are not read."
+        ) from None
+
+
+def read_peft_tensors(source: str | Path, **options: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter of any method in PEFT's format, by PEFT's keys.
+
+    Args:
+        source: folder or repository. options: `revision`, `subfolder`, ….
+
+    Raises:
+        ValueError: nothing is there, or it is damaged.
+    """
+    folder = Path(source, options.get("subfolder") or "")
+    if (folder / PEFT_WEIGHTS_NAME).is_file():
+        return read_tensors(folder / PEFT_WEIGHTS_NAME)[0]
+    if (folder / PEFT_CONFIG_NAME).is_file() and not (folder / "adapter_model.bin").is_file():
+        raise ValueError(f"There is no '{PEFT_WEIGHTS_NAME}' beside '{PEFT_CONFIG_NAME}' in '{folder}': copy both.")
+    with naming_source(folder, PEFT_CONFIG_NAME, "an adapter of PEFT's"):
+        return load_peft_weights(str(source), device="cpu", **options)
+
+
+def _copy(tensor: Any) -> Any:
+    """A copy of `tensor` that shares no memory and is aligned like a model's weights.
+
+    (The last bits of a product depend on the alignment of its factors, which is arbitrary in a mapped file.)
+    """
+    return tensor.detach().clone() if isinstance(tensor, Tensor) else tensor
+
+
+def _of_peft(path: Path, tensors: dict[str, Tensor]) -> AdapterPart:
+    config = path.with_name(PEFT_CONFIG_NAME)
+    if not config.is_file():
+        raise ValueError(f"There is no '{config.name}' beside '{path.name}' in '{path.parent}': PEFT writes both.")
+    origin, given = f"'{config}'", read_config_file(config)
+    if not is_naras(given):
+        raise ValueError(
+            f"{origin} describes an adapter of type {given.get('peft_type')}, not NARA: load it by "
+            "pipe.load_lora_weights(…) or peft.PeftModel.from_pretrained(…)."
+        )
+    own = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    part = AdapterPart(config_from_fields(given, origin), with_current_names(own))
+    part.config.base_model_name_or_path = given.get("base_model_name_or_path")
+    part.config.auto_mapping = given.get("auto_mapping")
+    return part
+
+
+def _unpacked(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None, origin: str) -> dict[str, AdapterPart]:
+    """The parts of a pipeline's file. `origin` names it in messages."""
+    if not metadata or METADATA_KEY not in metadata:
+        raise ValueError(_what_it_is_instead(list(tensors), origin))
+    configs = _configs(metadata[METADATA_KEY], origin)
+    split: dict[str, dict[str, Tensor]] = {name: {} for name in configs}
+    for key, tensor in with_current_names(tensors).items():
+        component, _, rest = key.partition(".")
+        if component not in split:
+            raise ValueError(f"{origin} holds '{key}', but its configuration knows {listed(configs)} only: damaged.")
+        split[component][rest] = tensor
+    return {name: AdapterPart(configs[name], own) for name, own in split.items()}
+
+
+def _configs(text: str, origin: str) -> dict[str, NaraConfig]:
+    where = f"The configuration in the metadata of {origin}"
+    try:
+        content = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} can't be read ({error}): damaged.") from None
+    version, components = content.get("format_version"), content.get("components")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{origin} has format_version {version!r}, this nara-diffusion reads {FORMAT_VERSION}: update the package, "
+            "or save the adapter again with this one."
+        )
+    if not isinstance(components, dict) or not all(isinstance(own, dict) for own in components.values()):
+        raise ValueError(f"{where} has no components with a configuration each: damaged.")
+    return {name: config_from_fields(own, f"{origin}, '{name}'") for name, own in components.items()}
+
+
+def _what_it_is_instead(keys: list[str], origin: str) -> str:
+    if any(is_core_key(str(key)) for key in keys):
+        return (
+            f"{origin} holds the cores of a NaRA without its configuration (η, α, λ's convention), which stands in the "
+            "metadata of the file that save_nara_weights writes: pass that file, or, with a dict, "
+            "metadata=safetensors.safe_open(file, 'pt').metadata()."
+        )
+    if any("lora" in str(key) for key in keys):
+        return f"{origin} is a LoRA, without core: load it by pipe.load_lora_weights(…)."
+    return f"{origin} is no NaRA adapter: it holds {listed(keys) or 'no tensor'}. Pass what save_nara_weights wrote."
+
+
+# ---------------------------------------------------------------------- models that are loaded whole
+
+
+def load_peft_adapter(model: Any, source: str | Path, **options: Any) -> PeftModel:
+    """`PeftModel.from_pretrained`, with a check that all tensors of the file were loaded.
+
+    Args:
+        source: folder or repository. options: `revision`, `subfolder`, ….
+
+    Raises:
+        ValueError: nothing is there; the folder's weights are missing or damaged; or as `check_loaded`.
+    """
+    tensors = read_peft_tensors(source, **options)
+    adapted: Any = PeftModel.from_pretrained(model, str(source), **options)
+    check_loaded(adapted, "default", tensors, str(source))
+    return adapted
+
+
+def load_whole_model(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of Diffusers or Transformers, with a check that all weights were loaded and none ignored.
+
+    Raises:
+        ValueError: a tensor is missing or unexpected; the message names it.
+    """
+    model, loading = kind.from_pretrained(str(folder), output_loading_info=True, **options)
+    missing, surplus = (sorted(loading[keys]) for keys in ("missing_keys", "unexpected_keys"))
+    if missing or surplus:
+        lacks = f"lacks {listed(missing, 'tensors')} of {kind.__name__}" if missing else ""
+        holds = f"holds {listed(surplus, 'tensors')}, which {kind.__name__} doesn't have" if surplus else ""
+        what = " and ".join(filter(None, (lacks, holds)))
+        raise ValueError(f"{folder} {what}. Was it written by another version, or of another model? Save it again.")
+    return model

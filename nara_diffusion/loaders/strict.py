@@ -1,0 +1,147 @@
+"""The strict check of an adapter's tensors: all of them, no others, of the right shapes, finite, the core in float32.
+
+PEFT, Diffusers and Transformers ignore tensors with unexpected names, at most with a warning, and leave their layers at
+random values. So nothing is half loaded here: `check_tensors` compares a file with the adapter that it is loaded into,
+and `check_loaded` any method's adapter with its file afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import Tensor
+
+from nara_diffusion.utils.listing import listed
+
+PEFT_PREFIX = "base_model.model."
+"""The beginning of each module's name in PEFT's files."""
+CORE = "nara_core"
+"""The part of a key by which a file names the core's tensors."""
+
+_HINT = (
+    "Was it trained on another base model, or saved with another core_type, core_sharing, core_input, noise_embedding, "
+    "rank or target_modules?"
+)
+
+
+def check_tensors(
+    given: Mapping[str, Any], expected: Mapping[str, Tensor], known: Mapping[str, Tensor] | None = None
+) -> None:
+    """Compare a file's tensors with those of the adapter that it is loaded into, both under the model's names.
+
+    Args:
+        given: of the file. expected: of the adapter; values are not looked at, so they may be on "meta".
+        known: all of the model's, where a file may hold embeddings and `modules_to_save` too; None: `expected` alone.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, misshapen, of integers where the model has real numbers, or not
+            finite, or one of the core is not float32. A core that is missing is never replaced by a fresh draw.
+    """
+    known = expected if known is None else known
+    if missing := [key for key in expected if key not in given]:
+        raise ValueError(f"The checkpoint lacks {listed(missing, 'tensors')}. {_HINT}")
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(
+            f"The checkpoint holds {listed(unknown, 'tensors')}, which this adapter does not have. {_HINT}"
+        )
+    for key, tensor in given.items():
+        _check_tensor(key, tensor, known[key], key in expected)
+
+
+def _check_tensor(key: str, tensor: Any, like: Tensor, has_shape: bool) -> None:
+    if not isinstance(tensor, Tensor) or tensor.is_floating_point() != like.is_floating_point() or tensor.is_complex():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(
+            f"'{key}' is {kind} in the checkpoint, where the model has {like.dtype}: save it again without converting "
+            "or quantising it."
+        )
+    if has_shape and tensor.shape != like.shape:
+        raise ValueError(
+            f"'{key}' has shape {tuple(tensor.shape)} in the checkpoint, but this adapter needs {tuple(like.shape)}. "
+            f"{_HINT}"
+        )
+    if is_core_key(key):
+        check_core_precision(key, tensor, like, "in the checkpoint", "save it again without converting it")
+    if tensor.is_floating_point() and not bool(tensor.to(like.dtype).isfinite().all()):
+        raise ValueError(
+            f"'{key}' holds NaN or infinity in the checkpoint, or a value too large for its layer: it was saved from a "
+            "broken run, or needs the model in bfloat16 or float32."
+        )
+
+
+def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:
+    """Raises ValueError if a tensor of a core is not float32 (or, if it holds integers, not of the model's dtype).
+
+    Converting a rounded tensor back to float32 does not restore it.
+    """
+    if tensor.dtype != (torch.float32 if like.is_floating_point() else like.dtype):
+        raise ValueError(
+            f"'{key}' is {tensor.dtype} {where}, but a core is kept in float32, since rounding changes "
+            f"C(λ) − I by several per cent: {remedy}."
+        )
+
+
+def is_core_key(key: str) -> bool:
+    """Whether a tensor of that name, in a file or in a model, belongs to a core. Only a NaRA has one."""
+    return not {CORE, "lora_core"}.isdisjoint(key.split("."))
+
+
+# ---------------------------------------------------------------------- after a load, for adapters of any method
+
+
+def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Compare the adapter in `model` with the `tensors` of the file `origin` that it was loaded from.
+
+    Args:
+        model: a PeftModel, or a model with adapters by `inject_adapter_in_model`.
+        tensors: by PEFT's names, with or without its prefix.
+
+    Raises:
+        ValueError: a tensor is not in the model, or the model has an adapted layer without tensors; the message names
+            the layers.
+    """
+    there, given = _by_plain_name(held_tensors(model, adapter_name)), _by_plain_name(tensors)
+    lost = [key for key, tensor in given.items() if key not in there or not _equal(there[key], tensor)]
+    surplus = [key for key in there if key not in given]
+    if not lost and not surplus:
+        return
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "lora_")
+    wrong, layers = _layers(lost or surplus, prefix), _layers(given, prefix)
+    what = f"{len(wrong)} of the {len(layers)} layers in {origin} did not load into {type(model).__name__}"
+    if not lost:
+        what = f"{type(model).__name__} has {len(wrong)} adapted layers of which there is nothing in {origin}"
+    raise ValueError(
+        f"{what}: {listed(wrong)}. The file's names, or its configuration, are not those that the installed PEFT, "
+        "Diffusers and Transformers expect of this model: save the adapter again with these versions, or load it into "
+        "the model that it was trained on."
+    )
+
+
+def held_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter's tensors in `model` that PEFT would save, without base weights."""
+    return get_peft_model_state_dict(model, model.state_dict(), adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names in the model, without what only PEFT adds to them."""
+    return {key.removeprefix(PEFT_PREFIX).removesuffix(".weight"): tensor for key, tensor in tensors.items()}
+
+
+def _equal(held: Tensor, given: Tensor) -> bool:
+    if held.is_meta or held.shape != given.shape:  # on meta: it waits on disk
+        return held.shape == given.shape
+    return torch.allclose(held, given.to(held.device, held.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def _layers(keys: Iterable[str], prefix: str) -> list[str]:
+    """The layers to which the tensors of these keys belong. `prefix`: how the method's own names begin (lora_, …)."""
+    names = []
+    for key in keys:
+        parts = key.split(".")
+        own = [i for i, part in enumerate(parts) if part.startswith((prefix, prefix.rstrip("_")))]
+        names.append(".".join(parts[: own[0]]) if own and own[0] else key)
+    return list(dict.fromkeys(names))
