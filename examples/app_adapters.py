@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from nara_diffusion import StrengthSchedule, from_lora, set_strength
 from nara_diffusion.cli.plot import core_curves
+from nara_diffusion.config import is_naras, read_config_file
 from nara_diffusion.loaders.file import METADATA_KEY, AdapterFile, AdapterPart
 from nara_diffusion.loaders.insertion import TEXT_ENCODER, adapters_of
 from nara_diffusion.loaders.strict import is_core_key

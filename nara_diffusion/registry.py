@@ -10,7 +10,6 @@ from .config import NaraConfig, NaraPeftType
 from .export.peft_conversion import extend_conversion
 from .loaders.patches import extend_diffusers_methods
 from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
-from .tuner.config import NaraConfig
 from .tuner.model import NaraModel
 from .tuner.patches.adapter_files import extend_peft_methods
 from .tuner.patches.lora_model import extend_lora_methods

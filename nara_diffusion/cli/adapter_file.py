@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from torch import Tensor
 
+from nara_diffusion.config import NaraConfig, read_config_file
 from nara_diffusion.loaders.file import WEIGHTS_NAME, AdapterPart, by_pattern
 from nara_diffusion.loaders.file import AdapterFile as File
 from nara_diffusion.loaders.strict import is_core_key

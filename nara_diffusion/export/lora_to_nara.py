@@ -24,6 +24,7 @@ from peft import (
 )
 from torch import nn
 
+from nara_diffusion.config import NaraConfig
 from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers

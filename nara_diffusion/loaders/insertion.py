@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.tuner.activation import tuner_layers
-from nara_diffusion.tuner.holder.build_core import needs_noise
 from nara_diffusion.tuner.injection import LOADED_FLAG, drop_idle_holder
 from nara_diffusion.tuner.strength.conversions import warn_where_off
 
