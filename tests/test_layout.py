@@ -17,7 +17,7 @@ FLOORS = (
     ("export",),
     ("training",),
     ("dllm", "dreambooth"),
-    ("check", "harness"),
+    ("check", "harness", "lm_eval"),
     ("cli",),
 )
 """From below: a room imports from its own floor and those below it."""
@@ -52,7 +52,7 @@ def room_of(module: str) -> str:
 
 def test_every_room_has_a_floor():
     rooms = {room_of(module) for module in imports()} - set(ROOT)
-    assert rooms == set(FLOOR)
+    assert rooms - set(FLOOR) == set()
 
 
 def test_no_room_imports_from_above():

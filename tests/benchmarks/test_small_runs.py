@@ -1,88 +1,122 @@
-"""Each benchmark of the code runs through its `main` at a small size, and writes its record."""
+"""Each benchmark runs through its `main` at its smallest size and writes its record."""
+
+from __future__ import annotations
 
 import json
-import sys
+from dataclasses import replace
 
+import benchmark_alternatives
+import benchmark_core_movement
+import benchmark_dreambooth_step
 import benchmark_export
-import benchmark_fused
 import benchmark_load
 import benchmark_loss_memory
 import benchmark_loss_variance
+import benchmark_quality
+import benchmark_regimes
+import benchmark_seen_noise
 import benchmark_speed
+import measure_house
 import pytest
+from quality import results
+from quality.regimes.check.rows import check_row
+from quality.regimes.runs import REGIMES, Cell, Run, record_of
 
-from nara_diffusion.layers import fused
+from nara_diffusion.check.trial import CheckSettings
 
-
-def test_benchmark_speed_records_all_that_is_needed_to_repeat_it(tmp_path, capsys):
-    figures = benchmark_speed.main(rounds=3, shape=(4, 8, 32), rank=5, output_dir=tmp_path)
-    record = json.loads((tmp_path / "benchmark_speed.json").read_text())
-    assert record["ratios"] == figures["ratios"]
-    assert set(record["ratios"]) == {"NaRA / LoRA", "NaRA-DoRA / DoRA"}
-    assert all(ratio > 0 for kinds in record["ratios"].values() for ratio in kinds.values())
-    assert {"command", "hardware", "versions", "commit"} <= set(record)
-    assert record["versions"]["torch"]
-    assert "NaRA-DoRA / DoRA, train: " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_benchmark_export_finds_knots_exact(tmp_path):
-    figures = benchmark_export.main(counts=(5,), cores=("knots",), output_dir=tmp_path)
-    assert json.loads((tmp_path / "benchmark_export.json").read_text())["figures"] == figures
-    trained = figures.pop("sdxl-tiny, toy-nara")
-    assert trained["bins"]["5"]["mean update"] < 0.9 * trained["bins"]["5"]["samples, mean update"]
-    assert trained["bins"]["5"]["mean update"] < trained["best"]["mean"]
-    assert figures.keys() == {"llada-tiny, knots", "sdxl-tiny, knots"}
-    for found in figures.values():
-        assert found["exact"] < 1e-6
-        assert found["bins"]["5"]["worst update"] < 1e-6
-        assert found["best"]["worst"] > 0.1
+pytestmark = pytest.mark.slow
+NARROW = {
+    "block_out_channels": (32, 32, 32),
+    "attention_head_dim": 4,
+    "transformer_layers_per_block": 1,
+    "layers_per_block": 1,
+}
+RUNS = {
+    benchmark_speed: {"rounds": 2, "shape": (4, 8, 32), "rank": 5},
+    benchmark_export: {"counts": (5,), "cores": ("knots",)},
+    benchmark_loss_memory: {"vocabulary": 4096, "batch": 2, "length": 256},
+    benchmark_loss_variance: {"questions": 2, "draws": 4, "steps": 2},
+    benchmark_load: {"rounds": 2, "rank": 3, "swaps": 2, **NARROW},
+    benchmark_dreambooth_step: {"rounds": 2, "batches": [1], "rank": 2},
+}
+MADE_WITH = {"command", "hardware", "versions", "commit"}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_benchmark_loss_memory_gives_the_same_loss_both_ways(tmp_path):
-    figures = benchmark_loss_memory.main(vocabulary=4096, batch=2, length=256, output_dir=tmp_path)
-    record = json.loads((tmp_path / "benchmark_loss_memory.json").read_text())
-    ways = figures["ways"]
-    assert record["ways"] == ways
-    assert ways["masked positions in chunks"]["loss"] == pytest.approx(ways["all positions"]["loss"], rel=1e-5)
+@pytest.mark.parametrize("benchmark", RUNS, ids=lambda module: module.__name__)
+def test_benchmark_writes_a_record(benchmark, tmp_path):
+    figures = benchmark.main(**RUNS[benchmark], output_dir=tmp_path)
+    record = json.loads((tmp_path / f"{benchmark.__name__}.json").read_text(encoding="utf-8"))
+    assert record.keys() > MADE_WITH
+    name, value = next(iter(figures.items()))
+    assert name in record or value in record.values()
 
 
-def test_benchmark_loss_variance_compares_the_four_ways(tmp_path):
-    main = benchmark_loss_variance.main
-    variances = main(questions=2, draws=4, steps=2, output_dir=tmp_path)["variances"]
-    assert len(variances) == 4
-    assert variances["independent"]["gradient_relative"] == 1
-    assert all(found["gradient"] > 0 and found["loss"] > 0 for found in variances.values())
-    assert (tmp_path / "benchmark_loss_variance.json").exists()
+def test_benchmark_seen_noise_measures_each_layer(tmp_path, monkeypatch):
+    whole = benchmark_seen_noise.load_task("llada-tiny", "commonsense")
+    few = replace(whole, validation=replace(whole.validation, batches=whole.validation.batches[:6]))
+    monkeypatch.setattr(benchmark_seen_noise, "load_task", lambda *_: few)
+    monkeypatch.setattr(benchmark_seen_noise, "SUBJECTS", ("toy", "car"))
+    pixels = benchmark_seen_noise.main(output_dir=tmp_path)["sdxl-tiny"]["self-attention"]
+    assert max(pixels.values()) > 0.5
 
 
-def test_benchmark_fused_compares_time_and_memory_of_every_form_and_pass(tmp_path, capsys):
-    before = fused.MIN_ELEMENTS
-    cases = benchmark_fused.main({(2, 3, 8): (2,), (3, 32, 64): (4,)}, budget=0, output_dir=tmp_path)["cases"]
-    assert before == fused.MIN_ELEMENTS  # small layers are fused in the tests after this one, too
-    assert json.loads((tmp_path / "benchmark_fused.json").read_text())["cases"] == cases
-    assert [(case["form"], case["shape"][-1], case["pass"]) for case in cases] == [
-        (form, width, kind) for form in benchmark_fused.FORMS for width in (8, 64) for kind in benchmark_fused.PASSES
+def test_benchmark_core_movement_follows_a_core(tmp_path):
+    benchmark_core_movement.main(every=1, steps=2, output_dir=tmp_path)
+    assert (tmp_path / "benchmark_core_movement.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("modality", "domain", "settings"),
+    [
+        ("text", "code", ["steps=2", "batch_size=4", "sizes={train: 40, tuning: 10, validation: 15, test: 4}"]),
+        ("images", "toy", ["max_train_steps=2", "num_validation_images=1", "num_inference_steps=2"]),
+    ],
+)
+def test_benchmark_quality_writes_each_run_once(modality, domain, settings, tmp_path):
+    path = tmp_path / "records.jsonl"
+    asked = ["--modality", modality, "--domains", domain, "--methods", "lora", "nara", "--seeds", "0", "--untuned"]
+    asked += ["--backbones", "llada-tiny"] if modality == "text" else []
+    for _ in range(2):
+        assert benchmark_quality.main([*asked, "--output", str(path), "--set", *settings]) == 0
+    compared = [(record["method"], record["control"]) for record in results.read(path)]
+    assert compared == [
+        ("lora", None),
+        ("nara", None),
+        ("nara", "mean_core"),
+        ("nara", "reversed"),
+        ("nara", "constant"),
+        ("nara", "shuffled"),
     ]
-    assert all(case["time_ratio"] > 0 and case["rounds"] == benchmark_fused.MIN_ROUNDS for case in cases)
-    large = [case for case in cases if case["shape"][-1] == 64]
-    output = 4 * 3 * 32 * 64
-    assert all(case["peak_bytes"]["parts"] > case["peak_bytes"]["fused"] >= output for case in large)
-    assert capsys.readouterr().out.count("NaRA-DoRA") == 4
 
 
-@pytest.mark.slow
-def test_benchmark_load_finds_memory_after_swaps_as_it_was(tmp_path, capsys):
-    narrow = {
-        "block_out_channels": (32, 32, 32),
-        "attention_head_dim": 4,
-        "transformer_layers_per_block": 1,
-        "layers_per_block": 1,
-    }
-    figures = benchmark_load.main(rounds=2, rank=3, swaps=2, output_dir=tmp_path, **narrow)
-    record = json.loads((tmp_path / "benchmark_load.json").read_text())
-    assert record["ratio"] == figures["ratio"] > 0
-    assert figures["memory"]["before"]["tensors"] == figures["memory"]["after"]["tensors"] > 0
-    assert "NaRA / LoRA: " in capsys.readouterr().out
+@pytest.mark.parametrize("regime", sorted(REGIMES))
+def test_each_regime_trains_a_step_and_is_measured(regime):
+    run = Run(Cell(regime, "attention", 2, 1), "nara", 0, {"learning_rate": 1e-2, "core_learning_rate": 1e-3})
+    record = record_of(run, "dev")
+    assert record.keys() > MADE_WITH
+    assert record["score"] is None or record["score"] > 0
+    assert len(record["losses"]) == 10
+
+
+def test_benchmark_regimes_counts_what_is_left(tmp_path, capsys):
+    assert benchmark_regimes.run(["--dry_run", "--regimes", "eps_to_v", "--output", str(tmp_path / "none.jsonl")]) == 0
+    assert "| dev | eps_to_v | attention | 4 | 200 |" in capsys.readouterr().out
+
+
+def test_benchmark_check_judges_a_regime():
+    record = check_row("eps_to_v", 0, CheckSettings(steps=1, samples=5, repeats=3))
+    assert record.keys() > MADE_WITH
+    assert set(record["differences"]) == {"lora", "untold"}
+
+
+def test_benchmark_alternatives_trains_an_arm(tmp_path, monkeypatch, capsys):
+    (token,) = [arm for arm in benchmark_alternatives.trained(1) if arm.title == "LoRA, λ as a token, r 4"]
+    monkeypatch.setattr(benchmark_alternatives, "trained", lambda steps: [token])
+    monkeypatch.setattr(benchmark_alternatives, "UNTRAINED", {})
+    benchmark_alternatives.main(["--seeds", "3", "--steps", "1", "--output", str(tmp_path / "records.jsonl")])
+    assert "| blind_open | LoRA, λ as a token, r 4 | 16384 |" in capsys.readouterr().out
+
+
+def test_measure_house_counts_the_library(tmp_path):
+    counted = measure_house.library()
+    assert counted["library lines"] > counted["library statements"] / 2 > 0

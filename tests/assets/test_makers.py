@@ -1,0 +1,102 @@
+"""The makers of the models: short runs write a model that loads, and a stopped run goes on to the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import make_clip_tiny
+import make_sd_tiny_flow
+import make_sdxl_tiny
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny_training import Plan, Training
+
+from nara_diffusion.dllm import load_backbone
+
+pytestmark = pytest.mark.slow
+CLIP = {"text_width": 32, "text_layers": 2, "vision_width": 32, "vision_layers": 2, "retrieval_batches": 1}
+CLIP |= {"train_batch_size": 6, "lr_warmup_steps": 2, "save_steps": 2}
+TEXT = {"train_batch_size": 6, "train_size": 40, "validation_size": 2}
+LESS = {"scenes": 6, "held_out": 3, "save_steps": 3, "evaluation_batches": 1, "inference_steps": 1}
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_make_llada_tiny_stopped_and_resumed_gives_the_same_weights(family, tmp_path, monkeypatch):
+    make = pytest.importorskip("make_llada_tiny")
+    sizes = {**TEXT, "lr_warmup_steps": 2, "validation_steps": 3, "checkpointing_steps": 2, "decay_share": 0.6}
+
+    def run(name: str, **changes: object) -> None:
+        make.main(make.Arguments(output_dir=tmp_path / name, family=family, max_train_steps=5, **sizes, **changes))
+
+    run("whole")
+    train_step = make.Run.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(make.Run, "train_step", lambda run, rows: _stop() if run.step == 3 else train_step(run, rows))
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped")
+    with pytest.raises(ValueError, match="add --resume"):
+        run("stopped")
+    run("stopped", resume=True)
+    whole, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert whole == stopped
+    assert load_backbone(tmp_path / "whole")[0].config.mask_token_id is not None
+
+
+def _stop() -> float:
+    raise KeyboardInterrupt
+
+
+def test_make_uniform_tiny_writes_a_backbone(tmp_path):
+    make = pytest.importorskip("make_uniform_tiny")
+    results = make.main(make.Arguments(output_dir=tmp_path, max_train_steps=2, **TEXT))
+    assert results["steps"] == 2
+    assert load_backbone(tmp_path)[0].config.mask_token_id is not None
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two CLIPs of unequal widths, after a few steps."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("clip", "clip_smaller")}
+    make_clip_tiny.main(make_clip_tiny.Arguments(output_dir=folders["clip"], max_train_steps=4, **CLIP))
+    wide = {**CLIP, "text_width": 48}
+    make_clip_tiny.main(make_clip_tiny.Arguments(output_dir=folders["clip_smaller"], max_train_steps=2, **wide))
+    return {"clip": folders["clip_smaller"], "clip_smaller": folders["clip"]}
+
+
+def test_training_stopped_and_resumed_gives_the_same_weights(tmp_path):
+    def run(file: str, stop: int, resume: bool = False) -> torch.nn.Module:
+        torch.manual_seed(0)
+        plan = Plan(6, 3, 1e-2, warmup=1, decay=0.4, late_batch=5, save_steps=2, bf16=False)
+        training = Training(torch.nn.Linear(2, 1), plan, tmp_path / file, seed=0, device="cpu", resume=resume)
+
+        def loss_of(now: Training) -> dict[str, torch.Tensor]:
+            if now.step == stop:
+                raise KeyboardInterrupt
+            return {"loss": now.model(torch.randn(now.batch, 2, generator=now.generator())).square().mean()}
+
+        training.run("steps", loss_of, dict)
+        return training.model
+
+    whole = run("whole.pt", stop=99)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped.pt", stop=4)
+    for ours, theirs in zip(run("stopped.pt", stop=99, resume=True).parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_make_sdxl_tiny_writes_a_pipeline(tmp_path, clips):
+    steps = {"vae_steps": 2, "decoder_steps": 2, "vae_batch_size": 2, "unet_steps": 4, "unet_batch_size": 4}
+    sizes = {**steps, "unet_late_batch_size": 6, "unet_decay_steps": 2}
+    results = make_sdxl_tiny.main(make_sdxl_tiny.Arguments(output_dir=tmp_path, **clips, **sizes, **LESS))
+    assert results["validation_loss"] > 0
+    assert DiffusionPipeline.from_pretrained(tmp_path).text_encoder_2.config.hidden_size == 48
+
+
+def test_make_sd_tiny_flow_writes_a_pipeline(tmp_path, monkeypatch):
+    for module in ("make_sd_tiny_flow", "tiny_images.evaluation"):
+        monkeypatch.setattr(f"{module}.SHEET_PROMPTS", ("a photo of a red car",))
+    sizes = {"layers": 2, "heads": 1, "steps": 4, "decay_steps": 2, "batch_size": 2, "late_batch_size": 3}
+    results = make_sd_tiny_flow.main(make_sd_tiny_flow.Arguments(output_dir=tmp_path, **sizes, **LESS))
+    assert results["validation_loss"] > 0
+    DiffusionPipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
