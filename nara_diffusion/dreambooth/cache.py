@@ -15,6 +15,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +55,23 @@ class TensorCache:
         """The entry of `key`: from memory, else from disk, else made."""
         if key in self._entries:
             return self._entries[key]
-        entry = self._make(make) if self.folder is None else self._stored(self.folder, key, make)
+        path = None
+        if self.folder is not None:
+            name = hashlib.blake2b(f"{self.label}\n{key}".encode(), digest_size=16).hexdigest()
+            path = self.folder / f"{name}.safetensors"
+        if path is not None and path.is_file():
+            entry = load_file(path)
+        else:
+            with torch.no_grad():
+                entry = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+            if path is not None:
+                unfinished = path.with_name(f".partial-{uuid.uuid4().hex}")  # of this process alone
+                save_file(entry, unfinished)
+                os.replace(unfinished, path)
         size = sum(tensor.nbytes for tensor in entry.values())
         if size <= self.free:
             self._entries[key], self.free = entry, self.free - size
         return entry
-
-    def _stored(self, folder: Path, key: str, make: Callable[[], Entry]) -> Entry:
-        name = hashlib.blake2b(f"{self.label}\n{key}".encode(), digest_size=16).hexdigest()
-        path = folder / f"{name}.safetensors"
-        if path.is_file():
-            return load_file(path)
-        entry = self._make(make)
-        partial = folder / f".partial-{uuid.uuid4().hex}"
-        save_file(entry, partial)
-        os.replace(partial, path)
-        return entry
-
-    def _make(self, make: Callable[[], Entry]) -> Entry:
-        with torch.no_grad():
-            return {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
 
 
 class LatentCache:
@@ -89,52 +87,43 @@ class LatentCache:
         self.vae = vae
         self.cache = TensorCache(memory_mib, folder, fingerprint(vae) if folder is not None else "")
 
-    def sample(self, samples: Sequence[TrainingSample], *, seed: int, pixel_values: Tensor | None = None) -> Tensor:
-        """Latents (b, c, h / f, w / f), float32 on the CPU; f is the autoencoder's factor, and its patches'.
+    def sample(self, samples: Sequence[TrainingSample], *, seed: int) -> Tensor:
+        """Latents (b, c, h / f, w / f) of samples of one size, float32 on the CPU.
 
-        Args:
-            samples: of one target size.
-            seed: of ε, with each sample's position and role.
-            pixel_values: (b, 3, h, w), if they are loaded already.
+        f is the autoencoder's factor, and its patches'. ε is drawn from `seed` and each sample's position and role.
 
         Raises:
             ValueError: the autoencoder gives NaN or infinity.
         """
-        mean, std = self.posterior(samples, pixel_values)
+        mean, std = self._posterior(samples)
         draws = [{"stream": f"posterior {sample.role}", "indices": [sample.position]} for sample in samples]
         noise = torch.cat([seeded_normal(mean.shape[1:], seed=seed, **draw) for draw in draws])
         return scale_latents(self.vae, mean + std * noise)
 
     def mode(self, samples: Sequence[TrainingSample]) -> Tensor:
         """What `sample` gives with ε = 0; a validation loss uses it."""
-        return scale_latents(self.vae, self.posterior(samples)[0])
-
-    def posterior(self, samples: Sequence[TrainingSample], pixel_values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """μ and σ (b, c, h / f, w / f), float32 on the CPU. Raises as `sample`."""
-        pixels = [None] * len(samples) if pixel_values is None else pixel_values
-        entries = [
-            self.cache.get(sample.key, lambda sample=sample, own=own: self._encode(sample, own))
-            for sample, own in zip(samples, pixels, strict=True)
-        ]
-        mean, std = (torch.stack([entry[name].float() for entry in entries]) for name in ("mean", "std"))
-        return mean, std
+        return scale_latents(self.vae, self._posterior(samples)[0])
 
     def fill(self, samples: Iterable[TrainingSample], *, progress: bool = True) -> None:
         """Encodes all `samples` that aren't known; see `DreamBoothDataset.distinct_samples`."""
         for sample in tqdm(list(samples), desc="encode images", unit="crop", disable=not progress):
             if self.cache.free <= 0 and self.cache.folder is None:
                 break
-            self.posterior([sample])
+            self._posterior([sample])
 
-    def _encode(self, sample: TrainingSample, pixels: Tensor | None) -> Entry:
+    def _posterior(self, samples: Sequence[TrainingSample]) -> tuple[Tensor, Tensor]:
+        """μ and σ (b, c, h', w'), float32 on the CPU."""
+        entries = [self.cache.get(sample.key, partial(self._encode, sample)) for sample in samples]
+        mean, std = (torch.stack([entry[name].float() for entry in entries]) for name in ("mean", "std"))
+        return mean, std
+
+    def _encode(self, sample: TrainingSample) -> Entry:
         weight = next(self.vae.parameters())
-        pixels = sample.pixel_values() if pixels is None else pixels
-        mean, std = posterior_of(self.vae, pixels[None].to(weight.device, weight.dtype))
+        mean, std = posterior_of(self.vae, sample.pixel_values()[None].to(weight.device, weight.dtype))
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise ValueError(
-                f"the autoencoder gives NaN or infinity for {sample.image.name} in {weight.dtype}, as SDXL's own does "
-                "in float16: use --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix, or --upcast_vae to "
-                "run it in float32, or --mixed_precision bf16."
+                f"the autoencoder gives NaN or infinity for {sample.image.name} in {weight.dtype}: name another with "
+                "--pretrained_vae_model_name_or_path, such as madebyollin/sdxl-vae-fp16-fix."
             )
         return {"mean": mean[0], "std": std[0]}
 
@@ -169,13 +158,8 @@ class PromptCache:
         Raises:
             ValueError: the encoders give NaN or infinity.
         """
-        entries = [self.cache.get(prompt, lambda prompt=prompt: self._encode(prompt)) for prompt in prompts]
+        entries = [self.cache.get(prompt, partial(self._encode, prompt)) for prompt in prompts]
         return tuple(stack_padded([entry[part] for entry in entries]) for part in self.family.parts)
-
-    def fill(self, prompts: Iterable[str]) -> None:
-        """Encodes all distinct `prompts` that aren't known; then the encoders may leave the device."""
-        for prompt in dict.fromkeys(prompts):
-            self.get([prompt])
 
     def _encode(self, prompt: str) -> Entry:
         warn_of_cut(self.pipe, self.family, prompt)

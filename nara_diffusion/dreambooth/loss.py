@@ -89,7 +89,7 @@ class TrainingStep:
         return windowed_schedule(self.objective, self.window, self.bias, self.density)
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
-        corrupted = self._corrupt(batch["samples"], batch.get("pixel_values"))
+        corrupted = self._corrupt(batch["samples"])
         levels = self.objective.source.noise_level(corrupted.timestep)
         weight = self.window.hold_weight
         if weight is None:
@@ -121,9 +121,9 @@ class TrainingStep:
             return self.model(*inputs, prompts=prompts)
         return self.model(*inputs, embeddings=tuple(tensor.to(self.device) for tensor in self.prompts.get(prompts)))
 
-    def _corrupt(self, samples: Sequence[TrainingSample], pixel_values: Tensor | None) -> Corrupted:
+    def _corrupt(self, samples: Sequence[TrainingSample]) -> Corrupted:
         """Draws of one role have consecutive rows: all instances, then all class images."""
-        latents = self.latents.sample(samples, seed=self.seed, pixel_values=pixel_values)  # (b, c, h, w)
+        latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
         indices, noise = [], []
         for role in dict.fromkeys(sample.role for sample in samples):
             positions = [sample.position for sample in samples if sample.role == role]

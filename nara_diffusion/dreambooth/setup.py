@@ -191,7 +191,7 @@ def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
 def training_data(
     args: DreamBoothArguments, instances: Sequence[ImageRecord], class_images: Sequence[ImageRecord], pipe: Any
 ) -> DreamBoothDataset:
-    """The samples of training; their pixels too, where no cache makes them superfluous.
+    """The samples of training.
 
     Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here.
     """
@@ -208,7 +208,6 @@ def training_data(
         crops_per_image=args.crops_per_image,
         flip=args.random_flip,
         caption_dropout=args.caption_dropout,
-        load_pixels=not args.cache_latents,
     )
 
 

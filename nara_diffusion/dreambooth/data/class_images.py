@@ -70,18 +70,16 @@ def generate_class_images(
 
 def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
     """The numbers of the images that are to be made."""
-    present = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-    for path in present:
-        if path.name.startswith("class-"):
-            with Image.open(path) as image:
-                made_for = image.info.get(PROMPT_KEY, prompt)
-            if made_for != prompt:
-                raise ValueError(
-                    f"class_data_dir {folder} holds images made for another prompt: {path.name} shows {made_for!r}, "
-                    f"but class_prompt is {prompt!r}. Name another folder, or remove them."
-                )
-    names = {path.name for path in present}
-    free = [number for number in range(count + len(present)) if _file_name(seed, number) not in names]
+    present = {path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    for name in sorted(name for name in present if name.startswith("class-")):
+        with Image.open(folder / name) as image:
+            made_for = image.info.get(PROMPT_KEY, prompt)
+        if made_for != prompt:
+            raise ValueError(
+                f"class_data_dir {folder} holds images made for another prompt: {name} shows {made_for!r}, but "
+                f"class_prompt is {prompt!r}. Name another folder, or remove them."
+            )
+    free = [number for number in range(count + len(present)) if _file_name(seed, number) not in present]
     return free[: max(0, count - len(present))]
 
 
@@ -93,8 +91,8 @@ def _save(path: Path, image: np.ndarray, prompt: str) -> None:
     """Write an image (h, w, 3) in [0, 1], whole or not at all."""
     if not np.isfinite(image).all():
         raise ValueError(
-            "the pipeline gives NaN in place of class images: in float16 SDXL's own autoencoder overflows. Use "
-            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix, or --prior_generation_precision bf16."
+            "the pipeline gives NaN in place of class images, as SDXL's own autoencoder does in float16: use "
+            "--mixed_precision bf16, or --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix."
         )
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PROMPT_KEY, prompt)

@@ -14,7 +14,6 @@ the bucket of the instance image that it stands beside, so that one forward take
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,33 +122,23 @@ class BucketOrder:
     """
 
     def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int) -> None:
-        kinds = sorted(set(buckets), key=str)
-        members = [[{"image": i} for i, bucket in enumerate(buckets) if bucket == kind] for kind in kinds]
-        self._streams = [ShuffledStream(images, seed + number) for number, images in enumerate(members)]
-        self._batches = [number for number, images in enumerate(members) for _ in images]
         self.batch_size, self.seed = batch_size, seed
-        self._round, self._plan = -1, []
+        sizes = sorted(set(buckets))
+        self._batches = [sizes.index(bucket) for bucket in buckets]  # the bucket of each of a round's batches
+        members = [[{"image": i} for i, bucket in enumerate(buckets) if bucket == size] for size in sizes]
+        self._streams = [ShuffledStream(images, seed + number) for number, images in enumerate(members)]
 
     def __getitem__(self, position: int) -> int:
         batch, offset = divmod(position, self.batch_size)
         number, nth = divmod(batch, len(self._batches))
-        if number != self._round:
-            self._plan, self._round = self._plan_round(number), number
-        bucket, j = self._plan[nth]
+        order = numpy_generator(self.seed, "buckets", number).permutation(self._batches)
+        bucket = int(order[nth])
+        j = number * self._batches.count(bucket) + int((order[:nth] == bucket).sum())
         return self._streams[bucket][j * self.batch_size + offset]["image"]
-
-    def _plan_round(self, number: int) -> list[tuple[int, int]]:
-        """(bucket, how many batches of it came before) of the round's n batches."""
-        seen = {bucket: number * size for bucket, size in Counter(self._batches).items()}
-        plan = []
-        for bucket in numpy_generator(self.seed, "buckets", number).permutation(self._batches).tolist():
-            plan.append((bucket, seen[bucket]))
-            seen[bucket] += 1
-        return plan
 
 
 class DreamBoothDataset(Dataset):
-    """`dataset[p]` is the sample at position p, for `stream_loader`: {"samples": [instance] or [instance, class], …}.
+    """`dataset[p]` is what position p holds, for `stream_loader`: {"samples": [instance] or [instance, class]}.
 
     Args:
         instances: the subject's images.
@@ -162,7 +151,6 @@ class DreamBoothDataset(Dataset):
             crops × 2 flips are 40 latents, at 1024² 20 MiB); None for any position.
         flip: mirror half of the samples.
         caption_dropout: the probability that an instance has the empty prompt in place of its caption.
-        load_pixels: also put "pixel_values" of each sample in, as a run without a latent cache wants its workers to.
     """
 
     def __init__(
@@ -177,26 +165,22 @@ class DreamBoothDataset(Dataset):
         crops_per_image: int | None = 4,
         flip: bool = False,
         caption_dropout: float = 0.0,
-        load_pixels: bool = False,
     ) -> None:
         self.instances, self.class_images = list(instances), list(class_images)
-        self.crop, self.crops_per_image, self.flip, self.load_pixels = crop, crops_per_image, flip, load_pixels
+        self.crop, self.crops_per_image, self.flip = crop, crops_per_image, flip
         self.seed, self.caption_dropout = seed, caption_dropout
         self.targets = [buckets[find_nearest_bucket(*image.size, buckets)] for image in self.instances]
         self._order = BucketOrder(self.targets, batch_size, seed)
         numbers = [{"image": i} for i in range(len(self.class_images))]
         self._class_order = ShuffledStream(numbers, seed + 1) if numbers else None
-        small = [image.name for image, size in zip(self.instances, self.targets, strict=True) if _enlarges(image, size)]
+        pairs = zip(self.instances, self.targets, strict=True)
+        small = [image.name for image, (h, w) in pairs if image.size[0] < h or image.size[1] < w]
         if small:
-            logger.warning(
-                "%d of %d images are enlarged, and teach blur (%s): lower --resolution, or use larger images",
-                len(small), len(self.instances), small[0],
-            )  # fmt: skip
+            what = f"{len(small)} of {len(self.instances)} images are enlarged, and teach blur ({small[0]})"
+            logger.warning("%s: lower --resolution, or use larger images", what)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        samples = self.samples_at(position)
-        pixels = {"pixel_values": [sample.pixel_values() for sample in samples]} if self.load_pixels else {}
-        return {"samples": samples, **pixels}
+        return {"samples": self.samples_at(position)}
 
     def samples_at(self, position: int) -> list[TrainingSample]:
         """The instance at `position`, and the class image beside it if there are any."""
@@ -238,10 +222,6 @@ class DreamBoothDataset(Dataset):
         return TrainingSample(image, crop, position, role, prompt)
 
 
-def _enlarges(image: ImageRecord, target: Size) -> bool:
-    return image.size[0] < target[0] or image.size[1] < target[1]
-
-
 def collate_samples(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Items of one bucket → a batch of B rows: all b instances, then, with prior preservation, their b class images.
 
@@ -249,15 +229,10 @@ def collate_samples(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         samples: the B samples.
         prompts: their B prompts.
         time_ids: (B, 6) float32, (H, W, top, left, h, w).
-        pixel_values: (B, 3, h, w), if the dataset loads pixels.
     """
-    order = [(item, i) for i in range(len(items[0]["samples"])) for item in items]
-    samples = [item["samples"][i] for item, i in order]
-    batch: dict[str, Any] = {
+    samples = [sample for row in zip(*(item["samples"] for item in items), strict=True) for sample in row]
+    return {
         "samples": samples,
         "prompts": [sample.prompt for sample in samples],
         "time_ids": torch.tensor([sample.crop.time_ids for sample in samples], dtype=torch.float32),
     }
-    if "pixel_values" in items[0]:
-        batch["pixel_values"] = torch.stack([item["pixel_values"][i] for item, i in order])
-    return batch

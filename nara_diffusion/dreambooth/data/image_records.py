@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]
 """(height, width) in pixels."""
 IMAGE_SUFFIXES = frozenset([".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
-REPEATS_FOLDER = re.compile(r"\d+_")
 
 
 @dataclass(frozen=True)
@@ -85,24 +84,24 @@ def image_files(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: no images, or subfolders as kohya's scripts name them, such as "10_sks dog".
     """
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise ValueError(f"the image folder {folder} doesn't exist: name a folder of .png or .jpg files.")
-    entries = sorted(entry for entry in Path(folder).iterdir() if not entry.name.startswith("."))
-    images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
-    others = [entry.name for entry in entries if entry not in images]
-    for name in others:
-        if REPEATS_FOLDER.match(name) and (Path(folder) / name).is_dir():
-            raise ValueError(
-                f"{folder} holds the subfolder {name!r}: repeats and a prompt in a folder's name aren't read. Put the "
-                "images directly into one folder, and give --repeats and --instance_prompt."
-            )
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
+    captions = {folder / METADATA_FILE, *(image.with_suffix(".txt") for image in images)}
+    others = [entry.name for entry in entries if entry not in images and entry not in captions]
+    repeats = [name for name in others if re.match(r"\d+_", name)]
+    if repeats:
+        raise ValueError(
+            f"{folder} holds {repeats[0]!r}: repeats and a prompt in a folder's name aren't read. Put the images "
+            "directly into one folder, and give --instance_prompt."
+        )
     if not images:
         found = f", only {', '.join(others[:4])}" if others else ""
         raise ValueError(f"the image folder {folder} holds no images{found}: put .png or .jpg files into it.")
-    captions = {METADATA_FILE, *(image.with_suffix(".txt").name for image in images)}
-    if set(others) - captions:
-        left_out = ", ".join(sorted(set(others) - captions)[:4])
-        logger.warning("%s: left out what isn't an image: %s", folder, left_out)
+    if others:
+        logger.warning("%s: left out what isn't an image: %s", folder, ", ".join(others[:4]))
     return images
 
 
@@ -126,9 +125,8 @@ def records_from_folder(
 
 def class_records(folder: str | Path, *, prompt: str, progress: bool = True) -> list[ImageRecord]:
     """The class images of prior preservation; all have the class prompt. Raises as `records_from_folder`."""
-    images = image_files(folder)
-    prompts = [check_prompt(prompt, "class_prompt")] * len(images)
-    return make_records([(str(path), path.read_bytes) for path in images], prompts, progress=progress)
+    sources = [(str(path), path.read_bytes) for path in image_files(folder)]
+    return make_records(sources, [check_prompt(prompt, "class_prompt")] * len(sources), progress=progress)
 
 
 def records_from_dataset(

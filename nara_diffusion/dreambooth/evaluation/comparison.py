@@ -32,8 +32,7 @@ from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.training.metrics import before_and_after, validation_means
 from nara_diffusion.training.run import Run
 
-from .encoders import Encoder
-from .fidelity import image_similarity, text_alignment
+from .fidelity import Encoder, image_similarity, text_alignment
 from .samples import SampleSettings, sample_images, write_grid
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ class Evaluator:
     def of_run(cls, args: Any, references: Sequence[Image], device: torch.device) -> Evaluator:
         """With the encoders that a run's arguments name; one that both name is loaded once. Raises as `Encoder`."""
         names = {name for name in (args.similarity_model, args.alignment_model) if name is not None}
-        encoders: dict[str | None, Encoder] = {n: Encoder(n, device=device, progress=False) for n in sorted(names)}
+        encoders: dict[str | None, Encoder] = {n: Encoder(n, device=device) for n in sorted(names)}
         texts = encoders.get(args.alignment_model)
         if texts is not None:
             texts.check_text()

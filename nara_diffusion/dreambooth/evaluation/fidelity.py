@@ -22,20 +22,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from nara_diffusion.dreambooth.data.captions import own_captions
-from nara_diffusion.dreambooth.data.image_records import image_files
+from nara_diffusion.dreambooth.data.image_records import image_files, load_image, to_rgb
 from nara_diffusion.utils.statistics import interval
-
-from .encoders import Encoder
 
 MEASURES = {
     "dino_similarity": "DINO image similarity",
@@ -46,6 +45,86 @@ MEASURES = {
 
 Images = Sequence[Image | str | Path]
 """PIL images, or files of images."""
+
+
+class Encoder:
+    """Pictures and texts as unit vectors, by CLIP (projected features) or DINO and DINOv2 (the last layer's CLS token).
+
+    Images are prepared by the model's own image processor, in its PIL form: figures don't depend on whether torchvision
+    is installed, whose resizing differs in the last bits.
+
+    Args:
+        model_path: a folder, or a repository on the Hub, with the model and its processor.
+        device: where it runs; None is CUDA if there is one, else the CPU.
+        dtype: of its weights and activations; embeddings are float32 in any case.
+        batch_size: images or texts of one forward.
+
+    Raises:
+        ValueError: a model of another type, or weights that don't fill the model.
+        OSError: as `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 32,
+    ) -> None:
+        self.name, self.batch_size = str(model_path), batch_size
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, loading = AutoModel.from_pretrained(self.name, dtype=dtype, output_loading_info=True)
+        self.kind = model.config.model_type
+        if self.kind not in ("clip", "vit", "dinov2"):
+            raise ValueError(f"{self.name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2")
+        # DINO's checkpoints lack the pooling layer of the class that reads them, which isn't used here
+        missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise ValueError(f"the weights of {self.name} lack {len(missing)} tensors, such as {missing[0]}")
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
+
+    def images(self, images: Images) -> torch.Tensor:
+        """(n, d) float32 on the CPU, each row of length 1; files are opened batch by batch."""
+
+        def embed(batch: list[Image | str | Path]) -> torch.Tensor:
+            loaded = [to_rgb(image) if isinstance(image, Image) else load_image(image) for image in batch]
+            inputs = self.processor(images=loaded, return_tensors="pt").to(device=self.device, dtype=self.model.dtype)
+            if self.kind == "clip":
+                return self.model.get_image_features(**inputs).pooler_output  # (b, d)
+            return self.model(**inputs).last_hidden_state[:, 0]  # (b, l, d) → (b, d)
+
+        return self._embed(images, embed)
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """(n, d) float32 on the CPU, each row of length 1, to be compared with those of images.
+
+        Raises:
+            ValueError: the model has no text tower.
+        """
+        self.check_text()
+        tokenizer = AutoTokenizer.from_pretrained(self.name)
+        length = self.model.config.text_config.max_position_embeddings
+
+        def embed(batch: list[str]) -> torch.Tensor:
+            inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            return self.model.get_text_features(**inputs.to(self.device)).pooler_output  # (b, d)
+
+        return self._embed(texts, embed)
+
+    def check_text(self) -> None:
+        """Raises ValueError if the model has no text tower."""
+        if self.kind != "clip":
+            raise ValueError(f"{self.name} is a {type(self.model).__name__}, which has no text tower: give CLIP")
+
+    @torch.no_grad()
+    def _embed(self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]) -> torch.Tensor:
+        batches = [list(items[i : i + self.batch_size]) for i in range(0, len(items), self.batch_size)]
+        found = torch.cat([forward(batch).float().cpu() for batch in batches])  # (n, d)
+        if not found.isfinite().all():
+            raise ValueError(f"{self.name} in {self.model.dtype} gives values that aren't finite: use a wider dtype")
+        return F.normalize(found, dim=1)
 
 
 def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
@@ -79,7 +158,6 @@ def evaluate(
     *,
     clip: Encoder | None = None,
     dino: Encoder | None = None,
-    caption_column: str | None = None,
     identifier: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Figures of each folder in `generated`, and over all of them.
@@ -89,7 +167,6 @@ def evaluate(
         reference: a folder of the subject's own images.
         clip: for image similarity and text alignment.
         dino: for image similarity.
-        caption_column: the key of the prompts in metadata.jsonl; None means "text".
         identifier: words left out of the prompts.
 
     Returns:
@@ -103,73 +180,25 @@ def evaluate(
     encoders = {key: e for key, e in (("dino_similarity", dino), ("clip_similarity", clip)) if e is not None}
     own = {key: encoder.images(image_files(reference)) for key, encoder in encoders.items()}  # (m, d) each
     seeds = []
-    for folder in map(Path, generated):
+    for folder in generated:
         images = image_files(folder)
         figures: dict[str, Any] = {"folder": str(folder), "images": len(images)}
         figures |= {key: (e.images(images) @ own[key].T).mean().item() for key, e in encoders.items()}
-        prompts = own_captions(images, caption_column)
-        if clip is not None and all(prompts):
+        prompts = own_captions(images)
+        if clip is not None and any(prompts):
+            if not all(prompts):
+                raise ValueError(f"{folder} has prompts of {sum(map(bool, prompts))} of its {len(images)} images")
             figures["text_alignment"] = text_alignment(clip, images, prompts, identifier)
-        elif clip is not None and any(prompts):
-            raise ValueError(f"{folder} has prompts of {sum(map(bool, prompts))} of its {len(images)} images: give all")
         seeds.append(figures)
-    among = {key: _among_themselves(vectors) for key, vectors in own.items() if len(vectors) > 1}
     measured = [key for key in MEASURES if all(key in seed for seed in seeds)]
-    return {**{key: _over_seeds([seed[key] for seed in seeds]) for key in measured}, "seeds": seeds, "reference": among}
+    over_seeds = {key: _interval([seed[key] for seed in seeds]) for key in measured}
+    among = {key: _among_themselves(vectors) for key, vectors in own.items() if len(vectors) > 1}
+    return {**over_seeds, "seeds": seeds, "reference": among}
 
 
-def table(figures: Mapping[str, Any]) -> str:
-    """Format the findings of `evaluate` as lines for a terminal."""
-    lines = [f"{'':22s} {'mean':>7s} {'std':>7s}   {'95 % interval':17s}  each seed"]
-    for key, name in MEASURES.items():
-        if key not in figures:
-            lines.append(f"{name:22s} not measured")
-            continue
-        found = figures[key]
-        std = bounds = "–"
-        if found["std"] is not None:
-            std, bounds = f"{found['std']:.4f}", f"{found['low']:.4f} to {found['high']:.4f}"
-        each = " ".join(f"{value:.3f}" for value in found["values"])
-        lines.append(f"{name:22s} {found['mean']:7.4f} {std:>7s}   {bounds:17s}  {each}")
-    own = [f"{MEASURES[key]} {value:.3f}" for key, value in figures["reference"].items()]
-    lines += [f"The subject's own images among themselves: {', '.join(own)}."] if own else []
-    if len(figures["seeds"]) == 1:
-        lines.append("One seed has no interval: give one folder for each of several training seeds.")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command `nara-metrics`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generated", nargs="+", required=True, help="folders of images, one for each training seed")
-    parser.add_argument("--reference", required=True, help="folder of the subject's own images")
-    parser.add_argument("--caption_column", help="key of the prompts in metadata.jsonl (default: text)")
-    parser.add_argument("--identifier", nargs="+", default=[], help="words to leave out of the prompts, such as sks")
-    parser.add_argument("--clip", help="CLIP: a folder, or a repository on the Hub")
-    parser.add_argument("--dino", help="DINO or DINOv2: a folder, or a repository on the Hub")
-    parser.add_argument("--device", help="where the encoders run (default: cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batch_size", type=int, default=32, help="images that an encoder sees at once")
-    parser.add_argument("--output", type=Path, help="file for all figures as JSON")
-    args = parser.parse_args(argv)
-    if args.clip is None and args.dino is None:
-        parser.error("name at least one model to measure with: --clip, --dino")
-    options: dict[str, Any] = {
-        "device": args.device,
-        "dtype": getattr(torch, args.dtype),
-        "batch_size": args.batch_size,
-    }
-    names = {"clip": args.clip, "dino": args.dino}
-    try:
-        encoders = {key: Encoder(name, **options) for key, name in names.items() if name is not None}
-        words = {"caption_column": args.caption_column, "identifier": args.identifier}
-        figures = evaluate(args.generated, args.reference, **encoders, **words)
-        if args.output is not None:
-            args.output.write_text(json.dumps({**figures, "arguments": vars(args)}, indent=2, default=str) + "\n")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    sys.stdout.write(table(figures) + "\n")
+def _interval(values: list[float]) -> dict[str, Any]:
+    spread = interval(values)._asdict()
+    return {**(spread if len(values) > 1 else {**dict.fromkeys(spread), "mean": values[0]}), "values": values}
 
 
 def _among_themselves(vectors: torch.Tensor) -> float:
@@ -178,9 +207,43 @@ def _among_themselves(vectors: torch.Tensor) -> float:
     return (((vectors @ vectors.T).sum() - count) / (count * (count - 1))).item()
 
 
-def _over_seeds(values: list[float]) -> dict[str, Any]:
-    spread = interval(values)._asdict()
-    return {**{name: None if math.isnan(value) else value for name, value in spread.items()}, "values": values}
+def table(figures: Mapping[str, Any]) -> str:
+    """Format the findings of `evaluate` as lines for a terminal."""
+    lines = []
+    for key in [key for key in MEASURES if key in figures]:
+        found = figures[key]
+        spread = "one seed, no interval"
+        if found["std"] is not None:
+            spread = f"± {found['std']:.4f}, 95 % interval {found['low']:.4f} to {found['high']:.4f}"
+        each = " ".join(f"{value:.3f}" for value in found["values"])
+        lines.append(f"{MEASURES[key]:21s} {found['mean']:7.4f} ({spread}); each seed {each}")
+    own = [f"{MEASURES[key]} {value:.3f}" for key, value in figures["reference"].items()]
+    return "\n".join([*lines, *([f"The subject's own images among themselves: {', '.join(own)}."] if own else [])])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `nara-metrics`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--generated", nargs="+", required=True, help="folders of images, one for each training seed")
+    parser.add_argument("--reference", required=True, help="folder of the subject's own images")
+    parser.add_argument("--identifier", nargs="+", default=[], help="words to leave out of the prompts, such as sks")
+    parser.add_argument("--clip", help="CLIP: a folder, or a repository on the Hub")
+    parser.add_argument("--dino", help="DINO or DINOv2: a folder, or a repository on the Hub")
+    parser.add_argument("--device", help="where the encoders run (default: cuda if there is one, else cpu)")
+    parser.add_argument("--output", type=Path, help="file for all figures as JSON")
+    args = parser.parse_args(argv)
+    if args.clip is None and args.dino is None:
+        parser.error("name at least one model to measure with: --clip, --dino")
+    try:
+        named = {"clip": args.clip, "dino": args.dino}
+        encoders = {key: Encoder(name, device=args.device) for key, name in named.items() if name is not None}
+        figures = evaluate(args.generated, args.reference, **encoders, identifier=args.identifier)
+        if args.output is not None:
+            args.output.write_text(json.dumps({**figures, "arguments": vars(args)}, indent=2, default=str) + "\n")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sys.stdout.write(table(figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def test_processes_share_the_work(tmp_path) -> None:
 
 
 def test_what_cannot_be_used_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"gives NaN in place of class images: .* --prior_generation_precision bf16"):
+    with pytest.raises(ValueError, match=r"gives NaN in place of class images.* --mixed_precision bf16"):
         generate(tmp_path, painter=Painter(value=np.nan))
     assert list(tmp_path.iterdir()) == []
     generate(tmp_path)

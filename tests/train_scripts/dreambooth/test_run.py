@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 
 from nara_diffusion import core_matrix
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.evaluation.encoders import Encoder
-from nara_diffusion.dreambooth.evaluation.fidelity import image_similarity, text_alignment
+from nara_diffusion.dreambooth.evaluation.fidelity import Encoder, image_similarity, text_alignment
 from nara_diffusion.dreambooth.evaluation.samples import sample_batch
 from nara_diffusion.training.run import Run
 from tests.dreambooth.evaluation.small_encoders import save_clip, save_dino

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.image_records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.evaluation.comparison import Evaluator
-from nara_diffusion.dreambooth.evaluation.encoders import Encoder
+from nara_diffusion.dreambooth.evaluation.fidelity import Encoder
 from nara_diffusion.dreambooth.families.loading import load_pipeline
 from quality.assets import ASSETS
 from quality.images.held_out import BINS, HeldOut, held_out_bin, held_out_losses, places_of
@@ -100,4 +100,4 @@ def _base_model() -> Any:
 
 @cache
 def _encoder() -> Encoder:
-    return Encoder(ASSETS / "clip-tiny", device="cpu", progress=False)
+    return Encoder(ASSETS / "clip-tiny", device="cpu")

@@ -15,8 +15,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL.Image import Image
 from torch import Tensor
 
-from nara_diffusion.dreambooth.evaluation.encoders import Encoder
-from nara_diffusion.dreambooth.evaluation.fidelity import without_words
+from nara_diffusion.dreambooth.evaluation.fidelity import Encoder, without_words
 from nara_diffusion.dreambooth.evaluation.samples import SampleSettings, sample_images
 from quality.assets import ASSETS
 from quality.images.drawn import PLACES
@@ -95,4 +94,4 @@ def _references(subject: str) -> Tensor:
 
 @cache
 def _encoder() -> Encoder:
-    return Encoder(ASSETS / "clip-tiny", device="cpu", progress=False)
+    return Encoder(ASSETS / "clip-tiny", device="cpu")
