@@ -70,7 +70,7 @@ def test_a_step_has_them_inside_of_the_window_and_squares_where_the_base_is_held
     assert not held.all()
     torch.testing.assert_close(result.split.values[held], squares.split.values[held], rtol=0, atol=0)
     alphas = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.double()
-    corrupted = step._corrupt(batch["samples"], None)
+    corrupted = step._corrupt(batch["samples"])
     for row in (~held).nonzero()[:, 0].tolist():
         e = predictions[-1][row] - corrupted.target[row]  # the noise
         snr = (alphas / (1 - alphas))[corrupted.timestep[row]].item()
