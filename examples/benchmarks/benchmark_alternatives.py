@@ -50,19 +50,18 @@ from unittest.mock import patch
 
 import torch
 from quality import results
+from quality.jobs import Settings, rates, with_core
 from quality.regimes.images.objectives import CONVERSIONS
 from quality.regimes.images.reading import ReadConversion
 from quality.regimes.methods import MEAN_CORE
 from quality.regimes.plan import PLAN
-from quality.regimes.rates import chosen_rates, key_of, place_of
+from quality.regimes.running import chosen_rates, key_of, place_of
 from quality.regimes.runs import REGIMES, Cell, Run, record_of, rounded
 from quality.regimes.text.corruption import REPLACED, noise_tokens
 from quality.regimes.text.data import CHARACTERS, open_data
 from quality.regimes.text.denoising import Denoising
 from quality.regimes.text.models import load
 from quality.report.markdown import NOTHING, table
-from quality.suites import Settings
-from quality.trials import rates, with_core
 from torch import Tensor
 from tqdm.auto import tqdm
 

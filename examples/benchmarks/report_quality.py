@@ -2,10 +2,9 @@
 
     python examples/benchmarks/report_quality.py                                    # the committed results, in place
     python examples/benchmarks/report_quality.py --results outputs/quality/*.jsonl  # yours, to --output_dir
-    python examples/benchmarks/report_quality.py --results outputs/quality/text.jsonl --pack text.jsonl
 
-People write the pages; the program fills in what stands between the marks of a table (quality/report/pages.py). Of
-other results it writes all tables without words. --pack writes results in little room, as they are committed.
+People write the pages; the program fills in what stands between the marks of a table (quality/report/blocks.py). Of
+other results it writes all tables without words.
 """
 
 from __future__ import annotations
@@ -13,16 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from quality.jobs import SEEDS
-from quality.report.blocks import all_tables, block
+from quality.report import blocks
 from quality.report.data import Grid, Record, distinct, read_records, select
 from quality.report.figures import controls_figure, loss_figure
 from quality.report.names import SUITES
-from quality.report.packing import pack
-from quality.report.pages import fill
 
 from nara_diffusion.utils.atomic_write import atomic_write
 
@@ -34,7 +30,7 @@ PAGES = ("RESULTS.md", "docs/check.md", *(f"docs/results/{name}.md" for name in 
 
 def filled(page: Path, results: Path = RESULTS) -> str:
     """The text of a page with the tables that the records of the folder `results` make."""
-    return fill(page.read_text(encoding="utf-8"), partial(block, results=results))
+    return blocks.filled(page.read_text(encoding="utf-8"), results)
 
 
 def write_pictures(records: Sequence[Record], folder: Path) -> None:
@@ -58,15 +54,12 @@ def write(path: Path, text: str) -> None:
         partly.write_text(text, encoding="utf-8")
 
 
-def main(
-    results: list[Path] | None = None, output_dir: Path = Path("outputs/quality"), pack_to: Path | None = None
-) -> None:
+def main(results: list[Path] | None = None, output_dir: Path = Path("outputs/quality")) -> None:
     """Writes what the module says.
 
     Args:
         results: JSON Lines files; None means the committed ones, whose pages are filled in.
         output_dir: folder of tables.md and its pictures, of other results.
-        pack_to: the file to which `results` are written in little room, and nothing else is.
 
     Raises:
         ValueError: no results, or a line of them can't be used, or a page asks for a table that there isn't.
@@ -78,10 +71,7 @@ def main(
             write_pictures(read_records([RESULTS / name]), ROOT / "docs" / "results")
         return
     records = read_records(results)
-    if pack_to is not None:
-        write(pack_to, "\n".join(pack(records)) + "\n")
-        return
-    write(output_dir / "tables.md", all_tables(records))
+    write(output_dir / "tables.md", blocks.all_tables(records))
     write_pictures(records, output_dir)
 
 
@@ -90,7 +80,6 @@ if __name__ == "__main__":
     parser.add_argument("--results", nargs="+", type=Path, help="JSON Lines files (default: the committed ones)")
     where = "folder of the tables and pictures of --results (default: %(default)s)"
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quality"), help=where)
-    parser.add_argument("--pack", dest="pack_to", type=Path, metavar="FILE", help="write --results to FILE, packed")
     try:
         main(**vars(parser.parse_args()))
     except ValueError as error:

@@ -29,9 +29,3 @@ def test_report_of_other_records_has_tables_and_pictures(tmp_path):
     report_quality.main([report_quality.RESULTS / "images.jsonl"], output_dir=tmp_path)
     assert "| NaRA |" in (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert len(list(tmp_path.glob("*.png"))) == 2
-
-
-def test_packed_records_are_read_as_they_were(tmp_path):
-    committed = report_quality.RESULTS / "images.jsonl"
-    report_quality.main([committed], pack_to=tmp_path / "packed.jsonl")
-    assert (tmp_path / "packed.jsonl").read_bytes() == committed.read_bytes()

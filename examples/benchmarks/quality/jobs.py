@@ -1,25 +1,47 @@
-"""What there is to run: each job one training, named by all that it depends on."""
+"""What there is to run: methods × domains × seeds of the two suites, text and images, each job one training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
-COST = "cost"
-STAGES = ("tune", "main", "single", "ablation", COST)
+Settings = Mapping[str, Any]
+
+STAGES = ("tune", "main")
 SEEDS = (0, 1, 2, 3, 4)
 TUNING_SEED = 100
-ABLATION_SEEDS = 3
+METHODS = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_c", "multi_lora", "tlora")
+CONTROLS = ("constant", "shuffled")
+"""Those that need a training of their own."""
+RANKS = {"text": 1, "images": 1}
+"""r of every adapter: the smallest, where LoRA is furthest from full fine-tuning."""
+TUNE_DOMAINS = {"text": ("commonsense",), "images": ("house",)}
+"""On what learning rates are tried."""
+
+
+def is_noise_aware(method: str) -> bool:
+    """Whether it is a NaRA that reads λ, which the controls are made for."""
+    return method.startswith("nara") and method != "nara_c"
+
+
+def rates(*values: float) -> tuple[Settings, ...]:
+    """A trial for each rate, of methods without a core."""
+    return tuple({"learning_rate": value} for value in values)
+
+
+def with_core(*pairs: tuple[float, float]) -> tuple[Settings, ...]:
+    """A trial for each (rate of A and B, rate of the core)."""
+    return tuple({"learning_rate": factors, "core_learning_rate": core} for factors, core in pairs)
 
 
 @dataclass(frozen=True)
 class Job:
     """Attributes:
     suite: "text" or "images".
-    stage: "tune" (a trial of learning rates), "main" (all seeds), "single" (one seed), "ablation" or
-        "cost" (a step's time beside LoRA's).
+    stage: "tune" (a trial of learning rates) or "main" (all seeds).
     backbone, domain, method, control, seed: as the records have them.
     settings: of the run, beside the learning rates that tuning chose.
     """
@@ -31,7 +53,7 @@ class Job:
     method: str
     control: str | None
     seed: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -45,18 +67,45 @@ class Job:
         return f"{self.stage} {self.backbone} {self.domain} {self.method}{control} {self.seed}"
 
 
-def finished(records: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The keys of the jobs that wrote all of their records: the last one says so."""
-    return {record["job"] for record in records if record.get("last")}
-
-
-def shard(jobs: list[Job], part: str) -> list[Job]:
-    """Every N-th job, for "k/N" with k from 0: for N processes that share one results file.
-
-    Raises:
-        ValueError: `part` is something else.
+@dataclass(frozen=True)
+class Suite:
+    """Attributes:
+    name: of the suite.
+    backbones, domains: what the methods are compared on, in the order of running.
+    trials: method → the learning rates that tuning tries, equally many for each.
+    run: job, its settings → its records.
     """
-    first, slash, count = part.partition("/")
-    if not (slash and first.isdigit() and count.isdigit() and int(first) < int(count)):
-        raise ValueError(f"shard is {part!r}, expected k/N with k from 0 to N - 1, such as 0/2")
-    return jobs[int(first) :: int(count)]
+
+    name: str
+    backbones: tuple[str, ...]
+    domains: tuple[str, ...]
+    trials: Callable[[str], tuple[Settings, ...]]
+    run: Callable[[Job, Settings], list[dict[str, Any]]]
+
+    def tune(self, backbones: Sequence[str], methods: Sequence[str], settings: Settings) -> Iterator[Job]:
+        """Every trial of every method, on the seed for tuning."""
+        for backbone, domain, method in product(backbones, TUNE_DOMAINS[self.name], methods):
+            for trial in self.trials(method):
+                yield Job(self.name, "tune", backbone, domain, method, None, TUNING_SEED, {**settings, **trial})
+
+    def main(
+        self,
+        backbones: Sequence[str],
+        domains: Sequence[str],
+        methods: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+    ) -> Iterator[Job]:
+        """Seed after seed, so that what a stop leaves behind is complete for the seeds that were reached."""
+        for seed, backbone, domain, method in product(seeds, backbones, domains, methods):
+            for control in (None, *(CONTROLS if is_noise_aware(method) else ())):
+                yield Job(self.name, "main", backbone, domain, method, control, seed, settings)
+
+
+def load_suite(name: str) -> Suite:
+    """The suite "text" or "images"; its models' code is imported only here."""
+    if name == "text":
+        from quality.text.suite import SUITE
+    else:
+        from quality.images.suite import SUITE
+    return SUITE

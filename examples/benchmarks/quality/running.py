@@ -1,22 +1,36 @@
-"""Does jobs one after another and writes down what came out. A job that is in the results file isn't done again."""
+"""Does jobs one after another and writes down what came out. A job that is in the results file isn't done again.
+
+A method runs with the learning rates of the trial with the lowest loss, on a seed and questions of its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from quality import results
-from quality.jobs import COST, Job, finished
-from quality.suites import Settings, Suite
-from quality.tuning import RATES, tuned
-from quality.variants import resolve
+from quality.jobs import Job, Settings, Suite
 
 logger = logging.getLogger(__name__)
+RATES = ("learning_rate", "core_learning_rate")
+Record = Mapping[str, Any]
+
+
+class Untuned(ValueError):
+    """A method has no complete set of trials."""
+
+
+def left_of(jobs: Sequence[Job], path: Path) -> list[Job]:
+    """Those of `jobs` whose last record isn't in the file."""
+    done = {record["job"] for record in results.read(path) if record.get("last")}
+    return [job for job in jobs if job.key not in done]
 
 
 def run_jobs(suite: Suite, jobs: Sequence[Job], path: Path, *, untuned: bool = False) -> list[str]:
@@ -26,37 +40,24 @@ def run_jobs(suite: Suite, jobs: Sequence[Job], path: Path, *, untuned: bool = F
         untuned: take each method's first trial, whatever the trials in `path` say.
 
     Raises:
-        ValueError: a method isn't tuned, or was run with other rates before.
+        Untuned: a method isn't tuned.
     """
-    records = results.read(path)
-    done = finished(records)
-    rates = {job.key: _rates(suite, job, records, untuned) for job in jobs}
-    check_same_rates(records, jobs, rates)
-    failures = []
-    left = [job for job in jobs if job.key not in done]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="run") as bar:
-        for job in left:
+    records, failures = results.read(path), []
+    with tqdm([(job, _rates(suite, job, records, untuned)) for job in left_of(jobs, path)], unit="run") as bar:
+        for job, rates in bar:
             bar.set_description(job.title)
             try:
-                results.append(path, complete(job, run(suite, job, rates[job.key])))
+                results.append(path, complete(job, suite.run(job, {**rates, **job.settings})))
             except ArithmeticError as error:
                 if job.stage == "tune":
                     results.append(path, complete(job, [_diverged(job)]))
                 else:
                     failures.append(f"{job.title}: {error}")
                     logger.warning(failures[-1])
-            bar.update()
     return failures
 
 
-def run(suite: Suite, job: Job, rates: Settings) -> list[dict[str, Any]]:
-    """The records of one job, under the name by which it was asked for."""
-    method, extra = resolve(job.method)
-    records = suite.run(dataclasses.replace(job, method=method), {**extra, **rates, **job.settings})
-    return [record | {"method": job.method} for record in records]
-
-
-def complete(job: Job, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def complete(job: Job, records: Sequence[Record]) -> list[dict[str, Any]]:
     """`records` with what is needed to repeat them, and to know that the job is done."""
     trial = {name: job.settings[name] for name in RATES if name in job.settings}
     common = {"trial": trial, **results.provenance(), "date": results.now(), "job": job.key}
@@ -64,28 +65,26 @@ def complete(job: Job, records: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     return [{**record, **common, "last": index == last} for index, record in enumerate(records)]
 
 
-def check_same_rates(records: Sequence[Mapping[str, Any]], jobs: Sequence[Job], rates: Mapping[str, Settings]) -> None:
-    """Refuses to mix runs of different rates: they would be compared as if they had one.
-
-    Raises:
-        ValueError: a job of these is done, and with other rates than it has now.
-    """
-    for record in records:
-        now = rates.get(record["job"], {})
-        was = {name: record[name] for name in now}
-        if was != now:
-            raise ValueError(
-                f"{record['stage']} {record['backbone']} {record['domain']} {record['method']} was run with {was}, but "
-                f"tuning now says {dict(now)}: take its lines out, or write to another --output."
-            )
-
-
-def _rates(suite: Suite, job: Job, records: Sequence[Mapping[str, Any]], untuned: bool) -> Settings:
+def _rates(suite: Suite, job: Job, records: Sequence[Record], untuned: bool) -> Settings:
     """The learning rates that a job gets from tuning; a trial, or settings that name them, get none."""
     if job.stage == "tune" or any(name in job.settings for name in RATES):
         return {}
     trials = suite.trials(job.method)
-    return trials[0] if untuned or job.stage == COST else tuned(records, job, trials)
+    if untuned:
+        return trials[0]
+    made = [r for r in records if r["stage"] == "tune" and (r["suite"], r["method"]) == (job.suite, job.method)]
+    made = [r for r in made if r["backbone"] == job.backbone] or made
+    losses = [[_loss(r) for r in made if r["trial"] == trial] for trial in trials]
+    if not all(losses):
+        raise Untuned(f"{job.method} isn't tuned on {job.backbone}: run --stages tune first, or pass --untuned.")
+    means = [fmean(each) for each in losses]
+    if math.isinf(min(means)):
+        raise Untuned(f"every trial of {job.method} on {job.backbone} diverged: give it lower rates.")
+    return trials[means.index(min(means))]
+
+
+def _loss(record: Record) -> float:
+    return math.inf if record["validation_loss"] is None else record["validation_loss"]
 
 
 def _diverged(job: Job) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""One run of the image benchmark: a subject, a method, a seed → its records.
-
-from quality.images.runs import run_one_image
-
-run_one_image("toy", "nara", seed=0, rank=8, learning_rate=1e-3)
-"""
+"""One run of the image benchmark: a subject, a method, a seed → its records."""
 
 from __future__ import annotations
 
@@ -15,18 +10,13 @@ import torch
 from quality.images.controls import EVALUATED_CONTROLS, TRAINED_CONTROLS, while_evaluating
 from quality.images.held_out import bin_centres
 from quality.images.measurement import binned_losses, judged_samples
-from quality.images.methods import BASE, NAMES, NOISE_AWARE, AdaptedUNet, adapted
+from quality.images.methods import BASE, NAMES, NOISE_AWARE, adapted
 from quality.images.settings import arguments, settings
 from quality.images.subjects import BACKBONE
 from quality.images.task import ImageTask, load_task
-from quality.images.training import Trained, train
+from quality.images.training import train
 
 TUNE = "tune"
-
-
-def run_one_image(subject: str, method: str, seed: int, **overrides: Any) -> dict[str, Any]:
-    """The record of one run (see `image_records`), without those of the trained adapter under a wrong λ."""
-    return image_records(subject, method, seed, evaluated=(), **overrides)[0]
 
 
 def image_records(
@@ -38,7 +28,6 @@ def image_records(
     stage: str = "main",
     evaluated: tuple[str, ...] | None = None,
     progress: bool = True,
-    keep_model: bool = False,
     **overrides: Any,
 ) -> list[dict[str, Any]]:
     """Trains once, and measures: as it is, and under each control that needs no training of its own.
@@ -50,7 +39,6 @@ def image_records(
         control: None, "constant" or "shuffled": the λ that training sees.
         stage: "tune" measures the loss and draws no samples; "main", "single" or "ablation".
         evaluated: controls of the trained adapter; None means all of them where they mean something.
-        keep_model: put the trained UNet into the first record, as "model".
         overrides: arguments of train_scripts/dreambooth_sdxl.py.
 
     Raises:
@@ -62,18 +50,20 @@ def image_records(
     started = time.perf_counter()
     task = load_task(subject)
     torch.manual_seed(seed)
-    model = adapted(task.pipe, method, args)
-    trained = None if method == BASE else train(task, model, args, control, progress)
-    common = description(subject, method, seed, stage, args, overrides) | _cost(model, trained)
+    unet = adapted(task.pipe, method, args)
+    if method != BASE:
+        train(task, unet, args, control, progress)
+    common = description(subject, method, seed, stage, args, overrides)
+    common["trainable_parameters"] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     if evaluated is None:
         evaluated = EVALUATED_CONTROLS if method in NOISE_AWARE and control is None and stage != TUNE else ()
     records = []
     for name in (control, *evaluated):
-        with while_evaluating(model.unet, name):
-            figures = _measure(task, model.unet, args, stage)
+        with while_evaluating(unet, name):
+            figures = _measure(task, unet, args, stage)
         seconds = round(time.perf_counter() - started, 2)  # with the records before it
         records.append({**common, "control": name, **figures, "seconds": seconds})
-    return [{**records[0], "model": model.unet}, *records[1:]] if keep_model else records
+    return records
 
 
 def check(method: str, control: str | None) -> None:
@@ -103,18 +93,6 @@ def description(
         "rank": None if method in (BASE, "full") else args.rank,
         "steps": args.max_train_steps if is_trained else 0,
         "settings": settings(overrides) if is_trained else {},
-    }
-
-
-def trainable_parameters(model: AdaptedUNet) -> int:
-    return sum(p.numel() for p in model.unet.parameters() if p.requires_grad)
-
-
-def _cost(model: AdaptedUNet, trained: Trained | None) -> dict[str, Any]:
-    return {
-        "trainable_parameters": trainable_parameters(model),
-        "step_ms": trained and round(trained.step_ms, 2),
-        "peak_memory_mib": trained and round(trained.peak_memory_mib, 2),
     }
 
 

@@ -9,7 +9,7 @@ from nara_diffusion.training.adapters.method_arguments import without_unread
 from quality.assets import ASSETS
 from quality.images.methods import BASE
 from quality.images.subjects import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
-from quality.suites import RANKS
+from quality.jobs import RANKS
 
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": str(ASSETS / BACKBONE),

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import AdaLoraModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,14 +14,10 @@ from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.training.adapters.adalora import allocate_ranks, orthogonality
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
+from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from quality.images.controls import shuffled_noise_levels, while_training
-from quality.images.methods import AdaptedUNet
 from quality.images.subjects import SIZE
 from quality.images.task import ImageTask
-from quality.step_cost import Step
-from quality.step_memory import step_memory_mib
 
 
 class ControlledDenoiser(nn.Module):
@@ -41,48 +33,18 @@ class ControlledDenoiser(nn.Module):
             return predict(self.unet, sample, timestep, time_ids, embeddings)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Attributes: `step_ms` is the median step's time; `peak_memory_mib` that of a step, counted in tensors."""
-
-    step_ms: float
-    peak_memory_mib: float
-
-
-def train(task: ImageTask, adapted: AdaptedUNet, args: Any, control: str | None, progress: bool = True) -> Trained:
-    """Trains what in `adapted` requires a gradient.
+def train(task: ImageTask, unet: Any, args: Any, control: str | None, progress: bool = True) -> None:
+    """Trains what in `unet` requires a gradient.
 
     Raises:
         ArithmeticError: the loss is no longer finite.
     """
-    memory = peak_memory(task, adapted, args, control)
-    times = [step.seconds for step in steps(task, adapted, args, control, progress)]
-    adapted.unet.eval()
-    return Trained(1000 * median(times), memory)
+    denoiser = ControlledDenoiser(unet, control).train()
+    optimize(denoiser, _loss_of(task, denoiser, args), args, progress)
+    unet.eval()
 
 
-def peak_memory(task: ImageTask, adapted: AdaptedUNet, args: Any, control: str | None = None) -> float:
-    """MiB of the first step, counted in tensors; nothing is trained."""
-    denoiser = ControlledDenoiser(adapted.unet, control).train()
-    compute_loss = _loss_of(task, denoiser, args)
-    return step_memory_mib(denoiser, lambda: compute_loss(0))
-
-
-def steps(
-    task: ImageTask, adapted: AdaptedUNet, args: Any, control: str | None = None, progress: bool = False
-) -> Iterator[Step]:
-    """The training itself, a step each time that one is asked for; see `train`."""
-    denoiser = ControlledDenoiser(adapted.unet, control).train()
-    yield from optimize(denoiser, _loss_of(task, denoiser, args), adapted.adalora, args, progress)
-
-
-def optimize(
-    denoiser: nn.Module,
-    compute_loss: Callable[[int], Tensor],
-    adalora: list[AdaLoraModel],
-    args: Any,
-    progress: bool = False,
-) -> Iterator[Step]:
+def optimize(denoiser: nn.Module, compute_loss: Callable[[int], Tensor], args: Any, progress: bool = False) -> None:
     """`args.max_train_steps` steps down `compute_loss(number of the step)`, over what in `denoiser` is trainable.
 
     Raises:
@@ -92,21 +54,15 @@ def optimize(
     schedule = build_scheduler(optimizer, args, args.max_train_steps)
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     for number in tqdm(range(args.max_train_steps), desc="train", unit="step", leave=False, disable=not progress):
-        started = time.perf_counter()
-        loss = compute_loss(number) + orthogonality(adalora)
-        value = loss.item()
+        loss = compute_loss(number)
         if not loss.isfinite():
-            raise ArithmeticError(f"the loss became {value} in step {number + 1}: lower the learning rate.")
+            raise ArithmeticError(f"the loss became {loss.item()} in step {number + 1}: lower the learning rate.")
         loss.backward()
-        if number < args.core_start_step:
-            hold_core(optimizer)
         if args.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         schedule.step()
-        allocate_ranks(adalora, number + 1)
         optimizer.zero_grad()
-        yield Step(value, time.perf_counter() - started)
 
 
 def _loss_of(task: ImageTask, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:

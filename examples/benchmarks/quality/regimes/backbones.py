@@ -52,7 +52,7 @@ class UNetBackbone:
         return arguments(SUBJECT, method, seed, dict(options))
 
     def adapted(self, method: str, args: Any) -> Any:
-        return adapted(base_pipeline(), method, args).unet
+        return adapted(base_pipeline(), method, args)
 
     def controlled(self, model: Any, control: str | None, seed: int) -> ControlledDenoiser:
         return ControlledDenoiser(model, control)

@@ -8,28 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from quality.jobs import Settings, rates, with_core
 from quality.regimes.images.objectives import CONVERSIONS
 from quality.regimes.runs import Cell
-from quality.suites import Settings
-from quality.trials import rates, with_core
 
 DEV_SEEDS = (100, 101, 102, 103, 104)
 CONFIRM_SEEDS = tuple(range(200, 210))
 DEV, CONFIRM = STAGES = ("dev", "confirm")
-BUDGET_HOURS = 16.0  # of one core, for all regimes together
 
 _PLAIN = rates(2e-3, 5e-3, 1e-2, 2e-2)
 _KNOTS = with_core((5e-3, 2.5e-3), (5e-3, 1e-2), (1e-2, 2.5e-3), (1e-2, 1e-2))
 _NARA = with_core((5e-3, 1e-3), (5e-3, 2.5e-3), (1e-2, 1e-3), (1e-2, 2.5e-3))
 TRIALS: dict[str, tuple[Settings, ...]] = {
-    **dict.fromkeys(("lora", "lora_params", "dora", "multi_lora", "tlora", "lora_switched"), _PLAIN),
+    **dict.fromkeys(("lora", "lora_params", "dora", "multi_lora", "tlora"), _PLAIN),
     **dict.fromkeys(("nara", "nara_dora"), _NARA),
     "nara_knots": _KNOTS,
-    "nara_diagonal": with_core((5e-3, 1e-3), (5e-3, 5e-3), (1e-2, 1e-3), (1e-2, 5e-3)),
     "base": (),
     "full": rates(5e-4, 1e-3, 2e-3, 4e-3),
-    **dict.fromkeys(("lora_gated", "lora_gated_samples"), _PLAIN),
-    **dict.fromkeys(("nara_gated", "nara_gated_samples"), _NARA),
 }
 """Arm → the rates that development tries, equally many for each that trains."""
 _TEXT_NARA = with_core((1e-2, 3e-4), (1e-2, 1e-3), (2e-2, 3e-4), (2e-2, 1e-3))
@@ -40,11 +35,6 @@ TEXT_TRIALS: dict[str, tuple[Settings, ...]] = {
     "base": (),
 }
 """… of the regimes of text, around the rates that are best on the text benchmark."""
-ONE_IMAGE_TRIALS: dict[str, tuple[Settings, ...]] = {
-    **dict.fromkeys(("lora", "lora_params", "tlora", "lora_less_noisy"), rates(1e-3, 2e-3, 4e-3, 8e-3)),
-    "nara": with_core((2e-3, 1e-3), (2e-3, 2.5e-3), (4e-3, 1e-3), (4e-3, 2.5e-3)),
-}
-"""… of one image, whose ranks are higher and whose training is longer."""
 RATES_OF = {"nara_constant": "nara", "nara_shuffled": "nara"}
 """Ablations run with the rates of what they are made of."""
 
@@ -90,12 +80,6 @@ class Planned:
 _STATIC = ("lora", "lora_params", "dora")
 _FASTER = dict.fromkeys(("lora", "dora"), rates(8e-2))
 _FASTER_ALL = {"lora": rates(8e-2), "nara": with_core((4e-2, 1e-3))}
-_SLOWER = dict.fromkeys((*_STATIC, "lora_gated"), rates(1e-3))
-_SLOWER_CORES = dict.fromkeys(("nara", "nara_gated", "nara_gated_samples"), with_core((2e-3, 2.5e-3), (1e-3, 2.5e-3)))
-_SLOWEST = {
-    **dict.fromkeys(("lora", "dora", "lora_gated_samples"), rates(1e-3, 5e-4)),
-    **dict.fromkeys(("lora_params", "lora_gated"), rates(1e-3, 5e-4, 2.5e-4)),
-}
 _GATED = ("lora_gated", "lora_gated_samples", "nara_gated", "nara_gated_samples")
 _ABLATIONS = ("nara_constant", "nara_shuffled")
 _LEADING = ("lora", "lora_params", "dora", "nara")
@@ -103,7 +87,6 @@ _ALL = ("base", *_LEADING, "nara_dora", "nara_knots", "multi_lora", "tlora", "fu
 _MOST = ("base", *_LEADING, "nara_knots", "full", *_ABLATIONS)
 _FEW = ("lora", "lora_params", "nara")
 
-_LESS_NOISY = {"lora_less_noisy": rates(1.6e-2)}
 _OF_ONE = ("lora", "nara", "tlora", "lora_less_noisy")
 _SEEN = ("base", *_LEADING, *_ABLATIONS)
 _BLIND = (*_SEEN, "nara_dora", "nara_knots")
@@ -115,25 +98,20 @@ PLAN: tuple[Planned, ...] = (
     Planned(
         Cell("subject_low", "attention", 4, 200),
         (*_MOST, *_GATED),
-        further=_SLOWER | _SLOWER_CORES | {"lora_params": rates(1e-3, 5e-4), "full": rates(2.5e-4, 1.25e-4, 6.25e-5)},
     ),
     Planned(
         Cell("subject_high", "attention", 4, 200),
         (*_LEADING, *_ABLATIONS, *_GATED),
-        further=_SLOWEST | _SLOWER_CORES,
     ),
     Planned(
         Cell("two_conditions", "attention", 4, 200),
         (*_LEADING, "nara_knots", "lora_switched", *_ABLATIONS),
-        further=dict.fromkeys(("lora", "lora_params", "lora_switched"), rates(1e-3)),
     ),
     Planned(
         Cell("one_image", "attention", 16, 400),
         (*_FEW, "tlora", "lora_less_noisy", *_ABLATIONS),
-        further=_LESS_NOISY,
-        grid=ONE_IMAGE_TRIALS,
     ),
-    Planned(Cell("one_image", "attention", 32, 400), _OF_ONE, further=_LESS_NOISY, grid=ONE_IMAGE_TRIALS),
+    Planned(Cell("one_image", "attention", 32, 400), _OF_ONE),
     Planned(Cell(_TO_V, "all", 4, 200), _MOST),
     Planned(Cell(_TO_V, "attention", 1, 200), _LEADING, further=dict.fromkeys(("lora", "dora"), rates(4e-2))),
     Planned(Cell(_TO_V, "attention", 16, 200), _LEADING),
@@ -149,7 +127,8 @@ PLAN: tuple[Planned, ...] = (
     ),
     Planned(Cell(_TO_V, "attention", 4, 200), ("nara_diagonal",), DEV_SEEDS[:2], label="eps_to_v_diagonal"),
 )
-"""In the order of running."""
+"""In the order of running. Of subject_low, subject_high, two_conditions, one_image and eps_to_v_diagonal there are
+records alone, which name the commit that has their code."""
 NAMES = tuple(dict.fromkeys(planned.name for planned in PLAN))
 
 

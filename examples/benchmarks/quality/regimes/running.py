@@ -1,98 +1,99 @@
-"""Makes runs one after another, each a line of the results file; those that are there aren't made again."""
+"""Which runs of the plan are left, with which rates, and making them: each is a line of the results file.
+
+An arm is confirmed with the rates of the trial whose mean score over the development seeds is the lowest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from quality import results
-from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, DEV, DEV_SEEDS, RATES_OF, Planned, is_deciding
-from quality.regimes.rates import Record, chosen_rates, key_of, place_of, trial_runs
-from quality.regimes.runs import Run, record_of
+from quality.jobs import Settings
+from quality.regimes.plan import CONFIRM_SEEDS, DEV, RATES_OF, Planned
+from quality.regimes.runs import REGIMES, Cell, Run, record_of
+from quality.running import Untuned
+
+Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Wish:
-    """Attributes:
-    planned: cells of the plan.
-    arms: of them, None for all.
-    seeds: of them, None for all of the stage.
-    """
+def runs_of(
+    stage: str,
+    planned: Sequence[Planned],
+    records: Sequence[Record],
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Run]:
+    """The runs of a stage that `records` lack; confirmation runs go seed after seed, so that a stop leaves whole seeds.
 
-    planned: Sequence[Planned]
-    arms: Sequence[str] | None = None
-    seeds: Sequence[int] | None = None
-
-
-def runs_of(stage: str, wish: Wish, records: Sequence[Record]) -> list[Run]:
-    """The runs of a stage that are asked for, done or not.
-
-    Development runs are those of the plan's development seeds unless seeds are named; confirmation runs go seed after
-    seed, so that a stop leaves whole seeds behind.
+    Args:
+        arms: of the cells; None for all.
+        seeds: None for the stage's.
 
     Raises:
-        ValueError: a seed that isn't the stage's; an arm whose development isn't complete, or that was confirmed with
-            other rates before.
+        Untuned: an arm whose development isn't complete.
+        ValueError: a regime whose code has gone; the commit in its records has it.
     """
-    _check_seeds(stage, wish.seeds)
-    pairs = [(p, arm) for p in wish.planned for arm in p.arms if wish.arms is None or arm in wish.arms]
+    for each in planned:
+        if each.cell.regime not in REGIMES:
+            raise ValueError(f"{each.cell.regime} isn't run any more: its records name the commit that has its code.")
+    pairs = [(p, arm) for p in planned for arm in p.arms if arms is None or arm in arms]
     if stage == DEV:
-        return [run for p, arm in pairs if arm not in RATES_OF for run in trial_runs(p, arm, wish.seeds)]
-    rates = [chosen_rates(records, planned, arm) for planned, arm in pairs]
-    seeds = CONFIRM_SEEDS if wish.seeds is None else wish.seeds
-    arms = list(zip(pairs, rates, strict=True))
-    runs = [Run(planned.cell, arm, seed, own) for seed in seeds for (planned, arm), own in arms]
-    _check_same_rates(runs, records)
-    return runs
-
-
-def _check_seeds(stage: str, seeds: Sequence[int] | None) -> None:
-    own = DEV_SEEDS if stage == DEV else CONFIRM_SEEDS
-    wrong = sorted(set(seeds or ()) - set(own))
-    if wrong:
-        raise ValueError(f"--seeds has {wrong}, but {stage} has the seeds {own[0]} to {own[-1]}.")
-
-
-def _check_same_rates(runs: Iterable[Run], records: Iterable[Record]) -> None:
-    """Refuses to mix runs of different rates: they would be compared as if they had one."""
-    was = {place_of(r): r["rates"] for r in records if r["stage"] == CONFIRM}
-    for run in runs:
-        before = was.get(place_of(run.named), run.rates)
-        if before != run.rates:
-            raise ValueError(
-                f"{run.arm} of seed {run.seed} in {run.cell} was confirmed with {before}, and development now says "
-                f"{dict(run.rates)}: the plan changed after its confirmation began. Write to another --output."
-            )
-
-
-def left_of(runs: Iterable[Run], records: Iterable[Record]) -> list[Run]:
-    """Those that no record is of."""
+        trials = [(p, arm, trial) for p, arm in pairs if arm not in RATES_OF for trial in p.trials(arm)]
+        runs = [Run(p.cell, arm, seed, trial) for p, arm, trial in trials for seed in seeds or p.dev_seeds]
+    else:
+        rated = [(p.cell, arm, chosen_rates(records, p, arm)) for p, arm in pairs]
+        runs = [Run(cell, arm, seed, rates) for seed in seeds or CONFIRM_SEEDS for cell, arm, rates in rated]
     done = {key_of(record) for record in records}
     return [run for run in runs if key_of(run.named) not in done]
 
 
-def make(
-    runs: Sequence[Run],
-    stage: str,
-    path: Path,
-    budget_hours: float,
-    record: Callable[[Run, str, bool], dict[str, Any]] = record_of,
-) -> int:
-    """Makes `runs` until all are done, or the records of `path` have taken `budget_hours` of a core; returns how many
-    are left."""
-    with tqdm(runs, unit="run") as bar:
-        for done, run in enumerate(bar):
-            if core_hours(results.read(path)) >= budget_hours:
-                return len(runs) - done
+def make(runs: Sequence[Run], stage: str, path: Path) -> None:
+    """Makes `runs` one after another; each is on the disk before the next begins."""
+    with tqdm(runs, desc=stage, unit="run") as bar:
+        for run in bar:
             bar.set_description(f"{run.cell.regime} {run.cell.targets} r{run.cell.rank} {run.arm} {run.seed}")
-            results.append(path, [record(run, stage, stage == CONFIRM and is_deciding(run.cell))])
-    return 0
+            results.append(path, [record_of(run, stage)])
 
 
-def core_hours(records: Iterable[Record]) -> float:
-    """What the runs have taken of one core."""
-    return sum(record["core_seconds"] for record in records) / 3600
+def chosen_rates(records: Iterable[Record], planned: Planned, arm: str) -> Settings:
+    """The rates that `arm` is confirmed with.
+
+    Raises:
+        Untuned: a trial hasn't run on a development seed of the cell, or all diverged.
+    """
+    arm = RATES_OF.get(arm, arm)
+    if not planned.trials(arm):
+        return {}
+    title = f"{arm} in {planned.name} of {planned.cell}"
+    found = {key_of(record): record for record in records if record["stage"] == DEV}
+    means = []
+    for trial in planned.trials(arm):
+        keys = [key_of(Run(planned.cell, arm, seed, trial).named) for seed in planned.dev_seeds]
+        if missing := [key for key in keys if key not in found]:
+            raise Untuned(f"{title} lacks {len(missing)} development runs: run --stages dev first.")
+        scores = [found[key]["score"] for key in keys]
+        means.append(math.inf if None in scores else fmean(scores))
+    if math.isinf(min(means)):
+        raise Untuned(f"every trial of {title} diverged: give it lower rates.")
+    return planned.trials(arm)[means.index(min(means))]
+
+
+def cell_of(record: Record) -> Cell:
+    """The cell that a record is of."""
+    return Cell(record["regime"], record["targets"], record["rank"], record["steps"])
+
+
+def place_of(record: Record) -> tuple[Any, ...]:
+    """The cell, arm and seed of a record."""
+    return tuple(record[name] for name in ("regime", "targets", "rank", "steps", "arm", "seed"))
+
+
+def key_of(record: Record) -> tuple[Any, ...]:
+    """What tells a record, or a run to be made, from others: its place and its rates."""
+    return (*place_of(record), *sorted(record["rates"].items()))

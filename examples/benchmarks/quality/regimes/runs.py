@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,9 +19,6 @@ from quality.regimes.backbones import Backbone
 from quality.regimes.images.conversion import Conversion
 from quality.regimes.images.data import subject_data
 from quality.regimes.images.objectives import CONVERSIONS
-from quality.regimes.images.one_image import Look, OneImage, score_of
-from quality.regimes.images.two_conditions import TwoConditions
-from quality.regimes.images.windowed import HIGH, LOW, Windowed
 from quality.regimes.methods import ARMS, MEAN_CORE, arm_arguments, build, trainable_parameters
 from quality.regimes.text.corruption import MASKED, REPLACED
 from quality.regimes.text.data import determined_data, open_data
@@ -36,18 +33,14 @@ class Regime(Protocol):
     @property
     def backbone(self) -> Backbone: ...
 
-    def loss(self, denoiser: Any, args: Any, gated: bool = False) -> Any: ...
+    def loss(self, denoiser: Any, args: Any) -> Any: ...
 
-    def figures(self, model: Any, gated: bool = False) -> dict[str, Any]: ...
+    def figures(self, model: Any) -> dict[str, Any]: ...
 
 
 REGIMES: dict[str, Regime] = {
     **{name: Conversion(name) for name in CONVERSIONS},
     "subject": Conversion("eps", subject_data),
-    "subject_low": Windowed(LOW),
-    "subject_high": Windowed(HIGH),
-    "two_conditions": TwoConditions(),
-    "one_image": OneImage(),
     "blind_open": Denoising(REPLACED, open_data),
     "blind_determined": Denoising(REPLACED, determined_data),
     "seen_open": Denoising(MASKED, open_data),
@@ -90,25 +83,14 @@ class Run:
         return {**asdict(self.cell), "arm": self.arm, "seed": self.seed, "rates": dict(self.rates)}
 
 
-class Trained(NamedTuple):
-    """rank: that of the adapter, None without one; looks: at the model in training, where the regime has them."""
-
-    model: Any
-    rank: int | None
-    looks: list[Look]
-
-
-def record_of(run: Run, stage: str, samples: bool = False) -> dict[str, Any]:
+def record_of(run: Run, stage: str) -> dict[str, Any]:
     """Trains, measures, and says what it was made with.
-
-    Args:
-        samples: draw, and judge what was drawn, in a regime that has it.
 
     Training that diverges has a record too, whose figures are None.
     """
     wall, core = time.perf_counter(), time.process_time()
     try:
-        figures = _figures(run, samples)
+        figures = _figures(run)
     except ArithmeticError:
         figures = {"score": None, "losses": None}
     seconds, core_seconds = time.perf_counter() - wall, time.process_time() - core
@@ -118,8 +100,8 @@ def record_of(run: Run, stage: str, samples: bool = False) -> dict[str, Any]:
     return {"stage": stage, **run.named, **rounded(figures), **cost, **made_with}
 
 
-def train(run: Run) -> Trained:
-    """The model of `run`, trained.
+def _figures(run: Run) -> dict[str, Any]:
+    """Of the model of `run`, trained.
 
     Raises:
         ArithmeticError: training diverged.
@@ -129,37 +111,17 @@ def train(run: Run) -> Trained:
     args = arm_arguments(run.arm, **options, seed=run.seed, backbone=regime.backbone, **run.rates)
     torch.manual_seed(run.seed)
     model = build(run.arm, args, regime.backbone)
-    looks = []
     if arm.method != BASE:
         denoiser = regime.backbone.controlled(model, arm.control, run.seed).train()
-        for step, _ in enumerate(optimize(denoiser, regime.loss(denoiser, args, arm.gated), [], args), start=1):
-            if isinstance(regime, OneImage) and step % regime.every == 0:
-                looks.append({"step": step, **_look(regime, model, run)})
+        optimize(denoiser, regime.loss(denoiser, args), args)
         model.eval()
-    return Trained(model, None if arm.method in (BASE, "full") else args.rank, looks)
-
-
-def _look(regime: OneImage, model: Any, run: Run) -> Look:
-    model.eval()
-    with while_evaluating(model, ARMS[run.arm].control):
-        found = regime.look(model, run.seed)
-    model.train()
-    return found
-
-
-def _figures(run: Run, samples: bool) -> dict[str, Any]:
-    arm, regime, (model, rank, looks) = ARMS[run.arm], REGIMES[run.cell.regime], train(run)
-    sizes = {"trainable_parameters": trainable_parameters(model), "own_rank": rank}
+    rank = None if arm.method in (BASE, "full") else args.rank
     with while_evaluating(model, arm.control):
-        figures = regime.figures(model, arm.gated)
-        if samples and isinstance(regime, Conversion):
-            figures |= regime.sampled(model, run.seed, trained=arm.method != BASE)
-    if looks:
-        figures |= {"score": score_of(looks), "looks": looks}
-    elif arm.has_core:
+        figures = regime.figures(model)
+    if arm.has_core:
         with while_evaluating(model, MEAN_CORE):
-            figures[MEAN_CORE] = regime.figures(model, arm.gated)
-    return {**figures, **sizes}
+            figures[MEAN_CORE] = regime.figures(model)
+    return {**figures, "trainable_parameters": trainable_parameters(model), "own_rank": rank}
 
 
 def rounded(value: Any) -> Any:

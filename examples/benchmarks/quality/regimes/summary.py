@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quality.regimes.plan import Planned, is_deciding
-from quality.regimes.rates import Record
 from quality.regimes.report import CANDIDATES, DIGITS, Confirmed, conditions, confirmed
+from quality.regimes.running import Record
 from quality.report.data import Arm
 from quality.report.markdown import NOTHING, change, table
 from quality.report.names import title

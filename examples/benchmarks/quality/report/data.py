@@ -13,13 +13,14 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from nara_diffusion.utils.statistics import Interval, interval
-from quality.report.packing import is_packed, unpack
 from quality.results import read
 
 Record = Mapping[str, Any]
 Value = Callable[[Record], float | None]
 
 REQUIRED = ("suite", "stage", "backbone", "domain", "method", "seed", "validation_loss")
+PACKED = {"form": "changes"}
+"""The first line of a packed file."""
 SAME_FOR_ALL_SEEDS = ("learning_rate", "core_learning_rate", "rank", "steps", "settings")
 
 
@@ -31,7 +32,7 @@ class Arm(NamedTuple):
 
 
 def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """All records of JSON Lines files, packed or as benchmark_quality.py writes them.
+    """All records of JSON Lines files, packed (as those in results/ are) or as benchmark_quality.py writes them.
 
     Raises:
         ValueError: no file, a line that isn't a JSON object, or a record that lacks what every record has.
@@ -44,14 +45,25 @@ def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     lines = read(path)
-    first = 2 if is_packed(lines) else 1
-    records = list(unpack(lines[1:])) if first == 2 else lines
-    for number, record in enumerate(records, start=first):
+    if is_packed := lines[:1] == [PACKED]:
+        lines = _unpacked(lines[1:])
+    for number, record in enumerate(lines, start=1 + is_packed):
         if missing := [name for name in REQUIRED if name not in record]:
             raise ValueError(
                 f"{path}, line {number} lacks {', '.join(missing)}: "
                 "expected what examples/benchmarks/benchmark_quality.py writes."
             )
+    return lines
+
+
+def _unpacked(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records whose lines hold the fields that differ from the line before; a field that is null isn't there."""
+    state: dict[str, Any] = {}
+    records = []
+    for line in lines:
+        state = state | dict(line)
+        kept = {name: value for name, value in state.items() if value is not None or name in REQUIRED}
+        records.append({"control": None, **kept})
     return records
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from collections.abc import Sequence
 
-from quality.report.data import Arm, Grid, Record, Value
+from quality.jobs import SEEDS, is_noise_aware
+from quality.report.data import Arm, Grid, Record, Value, distinct, select
 from quality.report.markdown import NOTHING, change, difference, percent, spread, table
 from quality.report.names import (
     BASE,
@@ -15,10 +16,10 @@ from quality.report.names import (
     Measure,
     baseline_of,
     loss_of,
+    measures,
     ordered,
     title,
 )
-from quality.variants import is_noise_aware
 
 
 def quality_table(grid: Grid, measure: Measure) -> str:
@@ -114,18 +115,29 @@ def controls_table(grid: Grid, measure: Measure) -> str | None:
     return table(header, rows) if rows else None
 
 
-def resolution(grid: Grid, suite: str) -> str:
-    """In words: what the spread over validation samples makes of one run's figure, beside LoRA's gap to full
-    fine-tuning. Of the loss itself for text, for images of the gain over the backbone.
-    """
-    gap = grid.difference(LORA, FULL, LOSS)
-    errors = [r["validation_error"] for r in grid.records(LORA) if r.get("validation_error") is not None]
-    if gap is None or not errors:
-        return "No run of LoRA beside full fine-tuning has the standard error of its loss."
-    error, digits = fmean(errors), loss_of(suite).digits
-    of_what = "gain over the backbone as it is" if suite == "images" else "loss"
-    return (
-        f"The standard error of one run's {of_what}, from the spread over validation samples, is {error:.{digits}f}, "
-        f"{error / gap.mean:.0%} of the gap from LoRA to full fine-tuning, {gap.mean:.{digits}f}. (Differences of two "
-        "runs are taken on the same samples, and vary less.)"
-    )
+OMITTED = ("place_similarity",)
+
+
+def summary_table(records: Sequence[Record]) -> str:
+    """Each method's loss less LoRA's, the share of the gap to full fine-tuning that it closes, its other figures."""
+    main = [record for record in select(records, stage="main") if record["seed"] in SEEDS]
+    grids = {backbone: Grid.of(select(main, backbone=backbone)) for backbone in distinct(main, "backbone")}
+    arms = ordered(list(dict.fromkeys(arm for grid in grids.values() for arm in grid.arms if arm.control is None)))
+    columns = [(backbone, main[0]["suite"], grid) for backbone, grid in grids.items()]
+    header = ["method"]
+    for backbone, suite, grid in columns:
+        header += [f"{backbone}: loss − LoRA", "gap closed", *(each.title for each in _others(suite, grid))]
+    rows = [[title(arm), *(cell for _, suite, grid in columns for cell in _cells(grid, suite, arm))] for arm in arms]
+    return table(header, [row for arm, row in zip(arms, rows, strict=True) if arm.method != BASE])
+
+
+def _others(suite: str, grid: Grid) -> list:
+    return [each for each in measures(suite, list(grid.cells.values()))[1:] if each.key not in OMITTED]
+
+
+def _cells(grid: Grid, suite: str, arm: Arm) -> list[str]:
+    loss, others = loss_of(suite), _others(suite, grid)
+    if arm not in grid.arms:
+        return [NOTHING] * (2 + len(others))
+    to_lora = NOTHING if arm == LORA else difference(grid.difference(arm, LORA, loss), loss.digits)
+    return [to_lora, closed(grid, arm), *(spread(grid.spread(arm, each), each.digits) for each in others)]

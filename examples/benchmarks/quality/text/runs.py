@@ -1,9 +1,4 @@
-"""One run of the text benchmark: backbone × domain × method × seed → its records.
-
-from quality.text.runs import run_one
-
-run_one("llada-tiny", "arithmetic", "nara", seed=0, rank=2, steps=300, core_scale=1.0)
-"""
+"""One run of the text benchmark: backbone × domain × method × seed → its records."""
 
 from __future__ import annotations
 
@@ -21,23 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.loss import mask_token_of
 from quality.assets import ASSETS
-from quality.step_memory import step_memory_mib
+from quality.jobs import is_noise_aware
 from quality.text.answers import answered_right
 from quality.text.controls import EVALUATED, check_control, while_evaluating, while_training
 from quality.text.data import EncodedDomain, encode_domain
 from quality.text.domains import DEFAULT_SIZES, Sizes, build_domain, sizes_of
 from quality.text.methods import BASE, adapted, adapter_arguments
 from quality.text.recipe import Recipe
-from quality.text.training import Trained, batches, objective, told, train
+from quality.text.training import train
 from quality.text.validation import CENTRES, ValidationSet, binned_loss, validation_set
-from quality.variants import is_noise_aware
 
 TUNE = "tune"
-
-
-def run_one(backbone: str, domain: str, method: str, seed: int, **settings: Any) -> dict[str, Any]:
-    """The record of one run (see `text_records`), without those of the trained adapter under a wrong λ."""
-    return text_records(backbone, domain, method, seed, evaluated=(), **settings)[0]
 
 
 def text_records(
@@ -50,7 +39,6 @@ def text_records(
     control: str | None = None,
     evaluated: tuple[str, ...] | None = None,
     sizes: Sizes | Mapping[str, int] = DEFAULT_SIZES,
-    keep_model: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Trains once, and measures: as it is, and under each control that needs no training of its own.
@@ -64,7 +52,6 @@ def text_records(
         control: None, "constant" or "shuffled": the λ that training sees.
         evaluated: controls of the trained adapter; None means all of them where they mean something.
         sizes: questions of the domain's parts.
-        keep_model: put the trained model into the first record, as "model".
         **settings: fields of `Recipe`, or arguments of the adapter as train_scripts/dllm.py has them.
 
     Raises:
@@ -79,20 +66,22 @@ def text_records(
     task = load_task(backbone, domain, sizes_of(sizes))
     torch.manual_seed(seed)
     model = adapted(copy.deepcopy(task.model), method, recipe)
-    trained = None
+    losses: list[float] = []
     if method != BASE:
         with while_training(model, control, seed):
-            trained = train(model, task.data.train, recipe, seed)
+            losses = train(model, task.data.train, recipe, seed)
     common = description(backbone, domain, method, seed, stage, recipe)
-    common |= size(model, task, recipe) | _time(recipe, trained)
+    last = losses[-max(1, recipe.steps // 10) :]
+    common["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    common["train_loss"] = round(sum(last) / len(last), 6) if last else None
     if evaluated is None:
         evaluated = EVALUATED if is_noise_aware(method) and control is None and stage != TUNE else ()
     records = []
     for name in (control, *evaluated):
-        figures = _measure(model, task, recipe, name, stage)
+        figures = _measure(model, task, name, stage)
         seconds = round(time.perf_counter() - started, 2)  # with the records before it
         records.append({**common, "control": name, **figures, "seconds": seconds})
-    return [{**records[0], "model": model}, *records[1:]] if keep_model else records
+    return records
 
 
 @dataclass(frozen=True)
@@ -139,30 +128,11 @@ def description(backbone: str, domain: str, method: str, seed: int, stage: str, 
     }
 
 
-def size(model: nn.Module, task: Task, recipe: Recipe) -> dict[str, Any]:
-    """How many numbers are trained, and the memory of a step of it (none of the backbone as it is)."""
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not parameters:
-        return {"trainable_parameters": 0, "peak_memory_mib": None}
-    batch = next(batches(task.data.train, recipe, 0, mask_token_of(model)))
-    model.train()
-    memory = step_memory_mib(model, lambda: objective(model, batch, batch.noise_level))
-    model.eval()
-    return {"trainable_parameters": parameters, "peak_memory_mib": round(memory, 2)}
-
-
-def _time(recipe: Recipe, trained: Trained | None) -> dict[str, Any]:
-    if trained is None:
-        return {"step_ms": None, "train_loss": None}
-    last = trained.losses[-max(1, recipe.steps // 10) :]
-    return {"step_ms": round(trained.step_ms, 2), "train_loss": round(sum(last) / len(last), 6)}
-
-
-def _measure(model: nn.Module, task: Task, recipe: Recipe, control: str | None, stage: str) -> dict[str, Any]:
+def _measure(model: nn.Module, task: Task, control: str | None, stage: str) -> dict[str, Any]:
     """Loss in each bin, and the share of right answers, of a model under an evaluation's control."""
     rows = task.tuning if stage == TUNE else task.validation
     with while_evaluating(model, control):
-        loss = binned_loss(model, rows, lambda batch: told(batch, recipe))
+        loss = binned_loss(model, rows)
         right = None if stage == TUNE else answered_right(model, task.tokenizer, task.data.test)
     return {
         "noise_levels": CENTRES,

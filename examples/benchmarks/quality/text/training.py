@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,40 +11,28 @@ from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
-from nara_diffusion.training.adapters.adalora import adalora_models, allocate_ranks, orthogonality
-from nara_diffusion.training.optimization import CORE_MARK, hold_core
-from quality.step_cost import Step
+from nara_diffusion.training.optimization import CORE_MARK
 from quality.text.data import Rows
 from quality.text.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Attributes: `step_ms`, the median step's time; the `losses`, one a step."""
-
-    step_ms: float
-    losses: list[float]
-
-
 def batches(rows: Rows, recipe: Recipe, seed: int, mask_token_id: int) -> Iterator[MaskedBatch]:
     """The masked batches of a training. They follow from `seed` and the recipe's sizes alone."""
-    questions = recipe.batch_size // (2 if recipe.complementary else 1)
     generator = torch.Generator().manual_seed(seed)
-    epochs = -(-recipe.steps * questions // len(rows))
+    epochs = -(-recipe.steps * recipe.batch_size // len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)])
     for step in range(recipe.steps):
-        indices = range(step * questions, (step + 1) * questions)
+        indices = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
         yield mask_answers(
             **rows.batch(order[indices.start : indices.stop]),
             mask_token_id=mask_token_id,
             seed=seed,
             sample_indices=indices,
-            complementary=recipe.complementary,
         )
 
 
-def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[int], None] | None = None) -> Trained:
-    """Trains what in `model` has requires_grad, in place.
+def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[int], None] | None = None) -> list[float]:
+    """Trains what in `model` has requires_grad, in place; returns the loss of each step.
 
     Args:
         watch: called with the number of each step, from 1, when its gradients are there.
@@ -56,45 +41,28 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[in
         ArithmeticError: the loss is no longer finite.
     """
     model.train()
-    done = list(steps(model, rows, recipe, seed, watch))
-    model.eval()
-    return Trained(1000 * statistics.median(step.seconds for step in done), [step.loss for step in done])
-
-
-def steps(
-    model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[int], None] | None = None
-) -> Iterator[Step]:
-    """The training itself, a step each time that one is asked for; see `train`."""
     optimizer, parameters = build_optimizer(model, recipe)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
-    adaptive = adalora_models(model)
-    for step, batch in enumerate(batches(rows, recipe, seed, mask_token_of(model))):
-        began = time.perf_counter()
-        loss = objective(model, batch, told(batch, recipe))
-        value = loss.item()  # without AdaLoRA's penalty
+    losses = []
+    for step, batch in enumerate(batches(rows, recipe, seed, mask_token_of(model)), start=1):
+        loss = objective(model, batch)
+        losses.append(loss.item())
         if not loss.isfinite():
-            raise ArithmeticError(f"the loss became {value} in step {step + 1} of {recipe.steps}")
-        (loss + orthogonality(adaptive)).backward()
+            raise ArithmeticError(f"the loss became {losses[-1]} in step {step} of {recipe.steps}")
+        loss.backward()
         if watch is not None:
-            watch(step + 1)
-        if step < recipe.core_start_step:
-            hold_core(optimizer)
+            watch(step)
         nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()
-        allocate_ranks(adaptive, step + 1)
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        yield Step(value, time.perf_counter() - began)
+    model.eval()
+    return losses
 
 
-def told(batch: MaskedBatch, recipe: Recipe) -> torch.Tensor:
-    """The λ (b,) that a model is told of a batch, in training and in validation."""
-    return batch.noise_level if recipe.told == "sampled" else batch.masked.sum(1) / batch.answer.sum(1)
-
-
-def objective(model: nn.Module, batch: MaskedBatch, noise_level: torch.Tensor) -> torch.Tensor:
-    """LLaDA's loss, weighted by the λ of the masks, of a model that is told `noise_level` (b,)."""
-    token_loss = masked_cross_entropy(model, replace(batch, noise_level=noise_level), logits="all")  # (b, l)
+def objective(model: nn.Module, batch: MaskedBatch) -> torch.Tensor:
+    """LLaDA's loss, weighted by λ."""
+    token_loss = masked_cross_entropy(model, batch, logits="all")  # (b, l)
     return (token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)).mean()
 
 

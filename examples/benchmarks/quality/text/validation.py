@@ -16,8 +16,7 @@ of the ten.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -98,17 +97,12 @@ def _masked(rows: Rows, source: torch.Tensor, level: torch.Tensor, mask: torch.T
 
 
 @torch.no_grad()
-def binned_loss(model: nn.Module, validation: ValidationSet, told: Callable[[MaskedBatch], torch.Tensor]) -> BinnedLoss:
-    """The loss of `model` in each bin.
-
-    Args:
-        told: the λ (b,) that the model is told of a batch.
-    """
+def binned_loss(model: nn.Module, validation: ValidationSet) -> BinnedLoss:
+    """The loss of `model` in each bin."""
     sums, counts = [], []
     with evaluating(model):
         for batch in validation.batches:
-            seen = replace(batch, noise_level=told(batch))
-            sums.append(masked_cross_entropy(model, seen, logits="all").sum(1).double())
+            sums.append(masked_cross_entropy(model, batch, logits="all").sum(1).double())
             counts.append(batch.masked.sum(1).double())
     weights = validation.weights.double()
     total, count = weights * torch.cat(sums), weights * torch.cat(counts)

@@ -18,17 +18,18 @@ from quality.regimes.check.tasks import check_task
 from quality.regimes.runs import REGIMES, Cell, rounded
 from quality.regimes.text.denoising import Denoising
 
-RANK, STEPS = 4, 200
-OTHER_SIZES = {"one_image": (16, 400)}
-"""Rank and steps of the cell whose confirmation is what is known, and {regime: others}."""
 ROWS = {
-    name.removesuffix(":attention"): Cell(regime, targets, *OTHER_SIZES.get(regime, (RANK, STEPS)))
-    for regime in REGIMES
-    for targets in ("attention", "all")
-    if targets == "attention" or regime == "eps_to_v"
-    for name in (f"{regime}:{targets}",)
+    name: Cell(
+        name.partition(":")[0],
+        "all" if name.endswith(":all") else "attention",
+        *((16, 400) if name == "one_image" else (4, 200)),
+    )
+    for name in (
+        *("eps_to_v", "eps_to_v:all", "eps_to_flow", "zero_snr", "subject", "subject_low", "subject_high"),
+        *("two_conditions", "one_image", "blind_open", "blind_determined", "seen_open", "seen_determined"),
+    )
 }
-"""{name: what is checked}."""
+"""{name: what was checked}, in the table's order; what isn't in `REGIMES` any more has records alone."""
 IMAGE_RATES = {"learning_rate": 1e-2, "core_learning_rate": 2.5e-3}
 TEXT_RATES = {"learning_rate": 1e-2, "core_learning_rate": 1e-3}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,8 @@ from nara_diffusion.check.trial import CheckTask, published
 from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.dreambooth.denoiser import predict
 from nara_diffusion.dreambooth.objectives import squared_errors
-from nara_diffusion.training.base_hold import SplitLosses
 from quality.images.held_out import BINS, HeldOut
 from quality.regimes.images.objectives import LEVELS
-from quality.regimes.images.windowed import Windowed
 from quality.regimes.methods import arm_arguments, build
 from quality.regimes.runs import REGIMES, Cell
 from quality.regimes.text.corruption import token_losses
@@ -63,31 +60,12 @@ def _measured(name: str, size: int) -> list[Iterator[Measured]]:
 def _image_parts(regime: Any, batch: HeldOut, size: int) -> Iterator[Measured]:
     count = max(1, len(batch.kinds) // size)
     for first in range(count):
-        rows = batch.rows(slice(first, None, count))
-        yield _of_window(regime, rows) if isinstance(regime, Windowed) else partial(_errors, rows)
+        yield partial(_errors, batch.rows(slice(first, None, count)))
 
 
 def _errors(rows: HeldOut, unet: Any) -> CheckLosses:
     losses = squared_errors(_predicted(unet, rows), rows.batch)
     return CheckLosses(losses.mean(), losses, rows.batch.timestep / LEVELS)
-
-
-def _of_window(regime: Windowed, rows: HeldOut) -> Measured:
-    """The errors; outside of the window the distance to the base and what the base itself loses there. See
-    `nara_diffusion.check.held`."""
-    held = ~regime.contains(rows.batch.timestep)  # (b,)
-    said = _predicted(regime.load().pipe.unet, rows)
-    target = torch.where(held[:, None, None, None], said, rows.batch.target)
-    own = replace(rows, batch=replace(rows.batch, target=target))
-    rest = squared_errors(said, rows.batch) * held
-
-    def measured(unet: Any) -> CheckLosses:
-        plain = _errors(own, unet)
-        split = SplitLosses(plain.per_sample, plain.noise_level, held)
-        losses = plain.per_sample + rest
-        return CheckLosses(losses.mean(), losses, plain.noise_level, split)
-
-    return measured
 
 
 @torch.no_grad()

@@ -14,14 +14,11 @@ from torch import Tensor
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective
-from nara_diffusion.dreambooth.objectives.timesteps import WindowedSchedule, draw_indices, draw_noise
+from nara_diffusion.dreambooth.objectives.timesteps import draw_indices, draw_noise
 from quality.images.controls import shuffled_noise_levels
 from quality.images.subjects import SIZE
 from quality.regimes.images.data import RegimeData
 
-Window = tuple[float, float]
-"""λ from, and λ below."""
-WHOLE: Window = (0.0, 1.0)
 Inputs = tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]
 """x_λ (b, c, h, w), timesteps (b,), time ids (b, 6), embeddings (b, l, d) and (b, p)."""
 
@@ -45,35 +42,22 @@ class Batch:
         """Of a denoiser."""
         return self.corrupted.model_input, self.corrupted.timestep, self.time_ids, self.embeddings
 
-    def rows(self, chosen: Tensor) -> Inputs:
-        """The `inputs` of the samples that `chosen` (b,) says."""
-        sample, timestep, time_ids, (hidden, pooled) = self.inputs
-        return sample[chosen], timestep[chosen], time_ids[chosen], (hidden[chosen], pooled[chosen])
 
-
-def batches(
-    data: RegimeData,
-    objective: Objective,
-    args: Any,
-    window: Window = WHOLE,
-    schedule: WindowedSchedule | None = None,
-) -> Callable[[int], Batch]:
-    """The batch of step number n, with noise levels of `window` alone.
+def batches(data: RegimeData, objective: Objective, args: Any) -> Callable[[int], Batch]:
+    """The batch of step number n.
 
     Args:
         args: of train_scripts/dreambooth_sdxl.py; `seed` and `train_batch_size` are read.
-        schedule: how often each noise level is drawn, in the whole window; None draws all alike.
     """
     size, seed = args.train_batch_size, args.seed
     dataset = DreamBoothDataset(data.instances, [SIZE], batch_size=size, seed=seed)
-    low, high = (round(edge * objective.levels) for edge in window)
 
     def batch(number: int) -> Batch:
         positions = range(number * size, (number + 1) * size)
         samples = collate_samples([dataset[position] for position in positions])
         latents = data.latents.sample(samples["samples"], seed=seed)  # (b, c, h, w)
-        levels = {"levels": high - low, "stratified": True, "group_size": size, "windowed": schedule}
-        indices = low + draw_indices(positions, seed=seed, **levels)
+        drawn = {"levels": objective.levels, "stratified": True, "group_size": size}
+        indices = draw_indices(positions, seed=seed, **drawn)
         noise = draw_noise(positions, latents.shape[1:], seed=seed)
         return Batch(
             objective.corrupt(latents, noise, indices),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -54,13 +54,6 @@ def subject_data(subject: str = SUBJECT) -> RegimeData:
     check_subject(subject)
     records = records_from_folder(ASSETS / SUBJECTS[subject], prompt=instance_prompt(subject), progress=False)
     return RegimeData(*_base(), records, _held_out(subject))
-
-
-@cache
-def one_picture(subject: str = SUBJECT) -> RegimeData:
-    """The first of the five."""
-    data = subject_data(subject)
-    return replace(data, instances=data.instances[:1])
 
 
 @cache

@@ -43,7 +43,7 @@ class ReadConversion(Conversion):
         objective = build_conversion(self.objective_name, scheduler)
         return objective, IdentityReading(scheduler, objective)
 
-    def loss(self, denoiser: ControlledDenoiser, args: Any, gated: bool = False) -> Callable[[int], Tensor]:
+    def loss(self, denoiser: ControlledDenoiser, args: Any) -> Callable[[int], Tensor]:
         """The loss of step number n."""
         objective, reading = self._reading()
         noting = Noting(objective)
@@ -57,7 +57,7 @@ class ReadConversion(Conversion):
 
         return loss
 
-    def figures(self, unet: Any, gated: bool = False) -> dict[str, Any]:
+    def figures(self, unet: Any) -> dict[str, Any]:
         """losses: of each bin; score: their mean."""
         objective, reading = self._reading()
         losses = []

@@ -36,9 +36,8 @@ class Denoising:
     def backbone(self) -> LanguageBackbone:
         return LanguageBackbone(self.corruption.backbone, self.corruption.convention)
 
-    def loss(self, denoiser: ControlledLanguageModel, args: Any, gated: bool = False) -> Callable[[int], Tensor]:
+    def loss(self, denoiser: ControlledLanguageModel, args: Any) -> Callable[[int], Tensor]:
         """The loss of step number n, whose questions and noise follow from the seed and the number."""
-        _refuse_gated(gated)
         batch_of = self.batches(args)
 
         def loss(number: int) -> Tensor:
@@ -73,16 +72,10 @@ class Denoising:
             yield self.corruption.corrupt(rows.batch(chosen), **options)
 
     @torch.no_grad()
-    def figures(self, model: Any, gated: bool = False) -> dict[str, Any]:
+    def figures(self, model: Any) -> dict[str, Any]:
         """losses: of each bin, nats a token that counts; score: their mean, by which rates are chosen."""
-        _refuse_gated(gated)
         losses = []
         for batch in self.held_out():
             counted = self.corruption.counted(batch)
             losses.append(token_losses(logits_of(model, batch), batch)[counted].mean().item())
         return {"losses": losses, "score": fmean(losses)}
-
-
-def _refuse_gated(gated: bool) -> None:
-    if gated:
-        raise ValueError("a gated arm needs a window, which a text regime doesn't have: choose another --methods.")
