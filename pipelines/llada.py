@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion.dllm import Generation, GenerationStep, encode_prompts, generate, load_backbone, prompt_text
 from nara_diffusion.dllm.data.encoding import chat_text
 from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token_ids
-from nara_diffusion.dllm.loss import mask_token_of
+from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 
 Message = Mapping[str, str]
@@ -261,7 +261,7 @@ def _check_model(model: Any) -> None:
             f"transformer is a {type(model).__name__} that sees only what stands before each token, and unmasking "
             "needs both sides: load it by LLaDAPipeline.from_pretrained(…) or nara_diffusion.dllm.load_backbone(…)"
         )
-    mask_token_of(model, None)
+    Backbone(model).mask_token_id()
 
 
 def _check_message(message: Any, index: int) -> None:

@@ -17,7 +17,7 @@ FLOORS = (
     ("export",),
     ("training",),
     ("dllm", "dreambooth"),
-    ("check", "harness", "lm_eval"),
+    ("check", "lm_eval"),
     ("cli",),
 )
 """From below: a room imports from its own floor and those below it."""

@@ -28,13 +28,13 @@ from typing import Any
 from nara_diffusion.check.run import check_training
 from nara_diffusion.check.text import text_task
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm.canvas import check_canvas, check_positions
 from nara_diffusion.dllm.data.collator import GlobalBatchStream, TrainedCanvas, with_longest
 from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.data.records import load_records
 from nara_diffusion.dllm.evaluation.before_after import compare, measure, validation_losses
 from nara_diffusion.dllm.evaluation.report import results_table, window_note, write_run_report
 from nara_diffusion.dllm.masking import check_drawable
-from nara_diffusion.dllm.models.positions import check_canvas, check_positions
 from nara_diffusion.training.adapters.build import base_model, build_adapter, recompute_activations
 from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread
@@ -202,10 +202,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
     collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length, args.gen_length)
     validation_rows = with_longest(validation_rows, run.global_batch)
-    longest, longest_prompt = (
-        max(getattr(part.fit, name) for part in encoded) for name in ("longest", "longest_prompt")
-    )
-    canvas_prompt = longest_prompt if padding == "gen_length" else encoded[-1].fit.longest_prompt  # of the test records
+    longest, longest_prompt = (max(getattr(part, name) for part in encoded) for name in ("longest", "longest_prompt"))
+    canvas_prompt = longest_prompt if padding == "gen_length" else encoded[-1].longest_prompt  # of the test records
     check_canvas(backbone, canvas_prompt, args.gen_length)
     if args.gradient_checkpointing:
         recompute_activations(backbone)
@@ -230,7 +228,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     optimizer = build_optimizer(model, args, run.global_batch, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
     stream = GlobalBatchStream(train_rows, args.seed, run.global_batch)
-    canvas = TrainedCanvas.of(stream, collator, args.gen_length, args.block_length)
+    canvas = TrainedCanvas(stream, collator, args.gen_length, args.block_length)
     if run.is_main and (warning := canvas.warning()):
         logger.warning("%s", warning)
     loader = stream_loader(stream, collator, **run.batches(steps), num_workers=args.dataloader_num_workers)

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, records_from_file
+from nara_diffusion.dllm.canvas import check_positions
 from nara_diffusion.dllm.data.encoding import end_token_id
-from nara_diffusion.dllm.models.positions import check_positions
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.cache import LatentCache
 from nara_diffusion.dreambooth.families.family import Family

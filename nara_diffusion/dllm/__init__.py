@@ -3,14 +3,14 @@
 from nara_diffusion.dllm.data.collator import AnswerCollator
 from nara_diffusion.dllm.data.encoding import EncodedRecords, encode_prompts, encode_records, prompt_text
 from nara_diffusion.dllm.data.records import FieldNames, records_from_file, records_from_hub
-from nara_diffusion.dllm.evaluation.exact_match import ExactMatch, exact_match, noise_level_curve, stop_token_ids
+from nara_diffusion.dllm.evaluation.exact_match import ExactMatch, exact_match, stop_token_ids
 from nara_diffusion.dllm.evaluation.likelihood import log_likelihood
-from nara_diffusion.dllm.models.loading import load_backbone
+from nara_diffusion.dllm.evaluation.noise_curve import noise_level_curve
+from nara_diffusion.dllm.models.pretrained import load_backbone
 
 from .loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss
+from .masked_share import InputIdsNoise, mask_density, read_noise_from_input_ids
 from .masking import MaskedBatch, mask_answers
-from .noise_conditioning import mask_density
-from .noise_source import InputIdsNoise, read_noise_from_input_ids
 from .sampler import Generation, GenerationStep, generate
 
 __all__ = [

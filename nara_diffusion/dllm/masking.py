@@ -1,4 +1,4 @@
-"""Corruption by masking: from a noise level λ (b,) to the masked positions (b, l) of the answers.
+"""Masking: from a noise level λ (b,) to the masked positions (b, l) of the answers.
 
     t ~ U(ε, 1), one a sequence;   masked_j ~ Bernoulli(t) for every j of the answer;   λ = t
 
@@ -9,22 +9,14 @@ right-padded `attention_mask` (b, l) where it ends (at l if neither is given).
 Random numbers are a function of (seed, index of the sample in the training stream), nothing else: a sample has the
 same λ and the same masks at any number of processes, at any batch size, in any order and at any padding, and a
 resumed run needs no random state. Give `seed` and `sample_indices` for that. Without them a seed is drawn from
-`generator` (or torch's global one) and the indices are 0 … b − 1, so that processes whose generators agree draw the
-same masks.
+`generator` (or torch's global one) and the indices are 0 … b − 1.
 
-Stratified λ: of every `group_size` consecutive indices each takes one of the equal-sized strata of (ε, 1),
+Stratified λ: of every `group_size` consecutive indices each takes one of the equal strata of (ε, 1), see
+`nara_diffusion.utils.random`. A window of noise levels takes the place of (ε, 1), as far as it lies within.
 
-    t_i = ε + (1 − ε) · ((i + shift) mod n + u_i) / n,   shift ~ U{0 … n − 1} a group,  u_i ~ U(0, 1) a sample
-
-so t_i alone is still uniform, while the mean over the group varies far less. Set `group_size` to the global batch,
-with its processes and accumulation steps.
-
-A window of noise levels (`nara_diffusion.noise.window`) takes the place of (ε, 1), as far as it lies within, and, where
-the base is held outside, so does the rest of (ε, 1) for a share of the samples.
-
-Complementary masks: every sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so every
-answer token is trained on exactly once a step. There t ~ U(ε, 1 − ε), to keep both weights 1/λ finite. A window then
-has to hold 1 − λ with each λ.
+Complementary masks: every sequence appears twice, with mask m at λ = t and with ¬m at λ = 1 − t, so that every answer
+token is trained on exactly once a step. There t ~ U(ε, 1 − ε), to keep both weights 1/λ finite. A window then has to
+hold 1 − λ with each λ.
 """
 
 from __future__ import annotations
@@ -44,10 +36,12 @@ MIN_NOISE_LEVEL = 1e-3
 
 _SHIFT_STREAM, _LEVEL_STREAM, _MASK_STREAM = range(3)
 
+Lengths = torch.Tensor | Sequence[int]
+
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """A batch after corruption.
+    """A batch after masking.
 
     Attributes:
         input_ids: (b, l) with the mask token at masked positions; what the model sees.
@@ -68,15 +62,15 @@ class MaskedBatch:
 
 def mask_answers(
     input_ids: torch.Tensor,
-    prompt_lengths: torch.Tensor | Sequence[int],
+    prompt_lengths: Lengths,
     *,
     mask_token_id: int,
     attention_mask: torch.Tensor | None = None,
-    answer_lengths: torch.Tensor | Sequence[int] | None = None,
+    answer_lengths: Lengths | None = None,
     noise_level: torch.Tensor | float | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
-    sample_indices: torch.Tensor | Sequence[int] | None = None,
+    sample_indices: Lengths | None = None,
     stratified: bool = True,
     group_size: int | None = None,
     complementary: bool = False,
@@ -89,7 +83,7 @@ def mask_answers(
         prompt_lengths: (b,) tokens before the answer.
         mask_token_id: the token that stands for a masked one.
         attention_mask: (b, l), 1 on prompt and answer, 0 on the padding to their right.
-        answer_lengths: (b,), instead of `attention_mask`.
+        answer_lengths: (b,), instead of `attention_mask`; without both, answers end at l.
         noise_level: λ in (0, 1], (b,) or one number; drawn if None.
         generator: draws the seed if `seed` is None.
         seed: key of the random numbers, with `sample_indices`.
@@ -103,59 +97,53 @@ def mask_answers(
         ValueError: lengths that leave a row without an answer or exceed l, padding on the left, λ outside (0, 1],
             indices without a seed, a window without λ (see `check_drawable`).
     """
-    b, width = _batch_shape(input_ids)
-    device = input_ids.device
+    b, device = len(input_ids), input_ids.device
     answer = answer_positions(input_ids, prompt_lengths, attention_mask=attention_mask, answer_lengths=answer_lengths)
     if attention_mask is None and answer_lengths is not None:
-        attention_mask = (torch.arange(width, device=device) <= _last_position(answer)[:, None]).long()
+        attention_mask = (answer.flip(1).cumsum(1).flip(1) > 0).long()  # up to the end of the answer
     seed, indices = _key(seed, sample_indices, generator, b)
     if noise_level is None:
         options = {"stratified": stratified, "group_size": group_size or b, "symmetric": complementary}
-        noise_level = draw_noise_levels(indices, seed=seed, window=window, **options).to(device)
+        levels = draw_noise_levels(indices, seed=seed, window=window, **options).to(device)
     else:
-        noise_level = _checked_noise_level(noise_level, b, device, below_one=complementary)
-    masked = draw_masks(answer, noise_level, indices, seed=seed)  # (b, l)
+        levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device).expand(b)
+        if not ((levels > 0) & (levels <= 1)).all() or (complementary and (levels == 1).any()):
+            interval = "(0, 1), since the complementary masks get 1 - noise_level" if complementary else "(0, 1]"
+            raise ValueError(f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is masked")
+    masked = draw_masks(answer, levels, indices, seed=seed)  # (b, l)
     targets = input_ids
     if complementary:
         masked = torch.cat([masked, answer & ~masked])  # (2b, l)
-        noise_level = torch.cat([noise_level, 1 - noise_level])  # (2b,)
+        levels = torch.cat([levels, 1 - levels])  # (2b,)
         targets, answer = targets.repeat(2, 1), answer.repeat(2, 1)
         attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    return MaskedBatch(
-        input_ids=targets.masked_fill(masked, mask_token_id),
-        targets=targets,
-        masked=masked,
-        answer=answer,
-        noise_level=noise_level,
-        attention_mask=attention_mask,
-    )
+    return MaskedBatch(targets.masked_fill(masked, mask_token_id), targets, masked, answer, levels, attention_mask)
 
 
 def answer_positions(
     input_ids: torch.Tensor,
-    prompt_lengths: torch.Tensor | Sequence[int],
+    prompt_lengths: Lengths,
     *,
     attention_mask: torch.Tensor | None = None,
-    answer_lengths: torch.Tensor | Sequence[int] | None = None,
+    answer_lengths: Lengths | None = None,
 ) -> torch.Tensor:
     """The positions of the answers: (b, l) bool.
 
     Raises:
-        ValueError: wrong shapes, padding on the left, an answer that is empty or longer than the row.
+        ValueError: padding on the left, two lengths that disagree, an answer that is empty or longer than the row.
     """
-    b, width = _batch_shape(input_ids)
-    device = input_ids.device
-    starts = _lengths("prompt_lengths", prompt_lengths, b, device)
-    ends = torch.full((b,), width, device=device)
+    b, width = input_ids.shape
+    positions = torch.arange(width, device=input_ids.device)
+    starts = torch.as_tensor(prompt_lengths, device=input_ids.device).expand(b)
+    ends = torch.full_like(starts, width)
     if attention_mask is not None:
-        ends = _unpadded_lengths(attention_mask, b, width)
+        ends = attention_mask.bool().sum(1)
+        if not torch.equal(attention_mask.bool(), positions < ends[:, None]):
+            raise ValueError("attention_mask has padding on the left or within a row: pad sequences on the right")
     if answer_lengths is not None:
-        stated = starts + _lengths("answer_lengths", answer_lengths, b, device)
+        stated = starts + torch.as_tensor(answer_lengths, device=input_ids.device)
         if attention_mask is not None and not torch.equal(stated, ends):
-            raise ValueError(
-                f"prompt_lengths + answer_lengths is {stated.tolist()}, attention_mask counts {ends.tolist()}: "
-                "pass one of the two"
-            )
+            raise ValueError("prompt_lengths + answer_lengths isn't what attention_mask counts: pass one of the two")
         ends = stated
     bad = (starts < 0) | (ends <= starts) | (ends > width)
     if bad.any():
@@ -164,15 +152,7 @@ def answer_positions(
             f"row {row} of the batch: its answer would take positions {int(starts[row])} to {int(ends[row])} of "
             f"{width}; an answer needs one token at least, and has to end within its row"
         )
-    positions = torch.arange(width, device=device)
     return (positions >= starts[:, None]) & (positions < ends[:, None])
-
-
-def _batch_shape(input_ids: torch.Tensor) -> tuple[int, int]:
-    """(b, l); raises ValueError for another number of dimensions."""
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (b, l): one row a sample")
-    return input_ids.shape[0], input_ids.shape[1]
 
 
 def draw_noise_levels(
@@ -186,7 +166,7 @@ def draw_noise_levels(
 ) -> torch.Tensor:
     """λ for each index of the training stream: (b,) float32 in (ε, 1), or in (ε, 1 − ε) if `symmetric`; in `window`.
 
-    The same index gets the same λ in any process and in any batch; the module's docstring has the formula.
+    The same index gets the same λ in any process and in any batch.
     """
     u = stratified_uniform(
         sample_indices,
@@ -197,31 +177,23 @@ def draw_noise_levels(
     check_drawable(window, symmetric)
     top = 1 - MIN_NOISE_LEVEL if symmetric else 1.0
     low, high = max(window.low, MIN_NOISE_LEVEL), min(window.high, top)
-    below, above = low - MIN_NOISE_LEVEL, top - high  # lengths of the two parts outside
-    v, is_outside = window.divide(u, (below + above) / (top - MIN_NOISE_LEVEL))
-    place = MIN_NOISE_LEVEL + (below + above) * v
-    outside = torch.where(place < low, place, place + (high - low))
-    inside = (low + (high - low) * v).float()
+    levels = (low + (high - low) * u).float()
     if high < top:  # rounded, it would lie on the window's edge, which is outside
-        inside = inside.clamp(max=float(np.nextafter(np.float32(high), np.float32(0))))
-    return torch.where(is_outside, outside.float(), inside)
+        levels = levels.clamp(max=float(np.nextafter(np.float32(high), np.float32(0))))
+    return levels
 
 
 def check_drawable(window: NoiseWindow, complementary: bool = False) -> None:
-    """Refuse a window that no λ is drawn in, or, where the base is held, outside of; and, for complementary masks, one
-    that doesn't hold 1 − λ with each λ.
+    """Refuse a window that no λ is drawn in; and, for complementary masks, one that lacks 1 − λ of a λ.
 
     Raises:
         ValueError: naming the window and what to change.
     """
     top = 1 - MIN_NOISE_LEVEL if complementary else 1.0
     given = f"min_noise_level is {window.low} and max_noise_level {window.high}"
-    drawn = f"masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}"
     if window.low >= top or window.high <= MIN_NOISE_LEVEL:
-        raise ValueError(f"{given}, but {drawn}, and none lies between: widen the window.")
-    if window.hold_weight is not None and window.low <= MIN_NOISE_LEVEL and window.high >= top:
         raise ValueError(
-            f"{given}, but {drawn}, and none lies outside of them for hold_base_outside: leave it out, or narrow the "
+            f"{given}, but masked shares are drawn from {MIN_NOISE_LEVEL} to {top:g}, and none lies between: widen the "
             "window."
         )
     if complementary and abs(window.low + window.high - 1) > 1e-9:
@@ -252,7 +224,7 @@ def _random(seed: int, stream: int, number: int) -> np.random.Generator:
 
 
 def _key(
-    seed: int | None, sample_indices: torch.Tensor | Sequence[int] | None, generator: torch.Generator | None, b: int
+    seed: int | None, sample_indices: Lengths | None, generator: torch.Generator | None, b: int
 ) -> tuple[int, list[int]]:
     """The seed and the indices of the b samples, from which all random numbers are drawn."""
     if seed is None:
@@ -260,48 +232,7 @@ def _key(
             raise ValueError("sample_indices were given without a seed: pass seed=, or leave both out")
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
-    if seed < 0:
-        raise ValueError(f"seed is {seed}, expected 0 or more")
     indices = list(range(b)) if sample_indices is None else [int(i) for i in sample_indices]
-    if len(indices) != b or min(indices) < 0:
-        raise ValueError(f"sample_indices is {indices}, the batch is {b}: pass one index >= 0 a sample")
+    if len(indices) != b:
+        raise ValueError(f"sample_indices is {indices}, the batch is {b}: pass one index a sample")
     return seed, indices
-
-
-def _lengths(name: str, lengths: torch.Tensor | Sequence[int], b: int, device: torch.device) -> torch.Tensor:
-    lengths = torch.as_tensor(lengths, device=device)
-    if lengths.shape != (b,) or lengths.is_floating_point():
-        raise ValueError(
-            f"{name} has shape {tuple(lengths.shape)} and {lengths.dtype}, expected {b} integers, one a row"
-        )
-    return lengths
-
-
-def _unpadded_lengths(attention_mask: torch.Tensor, b: int, width: int) -> torch.Tensor:
-    if attention_mask.shape != (b, width):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {(b, width)}: they have to agree"
-        )
-    real = attention_mask.bool()
-    if (real[:, 1:] & ~real[:, :-1]).any() or not real[:, 0].all():
-        raise ValueError("attention_mask has padding on the left or within a row: pad sequences on the right")
-    return real.sum(1)
-
-
-def _last_position(answer: torch.Tensor) -> torch.Tensor:
-    return answer.shape[1] - 1 - answer.flip(1).int().argmax(1)
-
-
-def _checked_noise_level(
-    noise_level: torch.Tensor | float, b: int, device: torch.device, *, below_one: bool
-) -> torch.Tensor:
-    levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device)
-    if levels.ndim > 1 or (levels.ndim == 1 and levels.shape[0] != b):
-        raise ValueError(
-            f"noise_level has shape {tuple(levels.shape)}, the batch is {b}: pass one value, or one a sample"
-        )
-    levels = levels.expand(b)
-    if not ((levels > 0) & (levels <= 1)).all() or (below_one and (levels == 1).any()):
-        interval = "(0, 1), since the complementary masks get 1 - noise_level" if below_one else "(0, 1]"
-        raise ValueError(f"noise_level is {levels.tolist()}, expected values in {interval}: at 0 nothing is masked")
-    return levels

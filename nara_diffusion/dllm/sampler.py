@@ -10,13 +10,12 @@ either `steps` in all, spread evenly over the blocks and their tokens, or, with 
 whose probability exceeds it and one at least a step (parallel decoding, arXiv 2505.22618). Tokens are argmax(logits
 / T + Gumbel noise); classifier-free guidance combines logits as (1 + w) · l(x) − w · l(x with its prompt masked).
 
-A noise-aware model is told λ = masked share of the answer, per sample, at each step, over all blocks, so it goes
-from 1 to 0; the guided half of a batch has the λ of its sample. What differs from LLaDA's own generate():
+A noise-aware model runs at λ = masked share of the answer, per sample, at each step, over all blocks, so it goes from
+1 to 0; the guided half of a batch has the λ of its sample. What differs from LLaDA's own generate():
 
 - an empty prompt becomes a BOS token where position i predicts token i + 1 (Dream), so that something predicts the
   first token of the answer;
-- prompts of unequal length: each answer follows its own prompt directly, and padding stands on the right, as in
-  training;
+- prompts of unequal length, see `canvas`;
 - the mask token is never predicted, so that a step cannot undo another;
 - a row whose first end-of-sequence token has no mask before it is done: the rest of its answer is filled with that
   token. When all rows are done, sampling stops;
@@ -28,22 +27,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
-from nara_diffusion.dllm.data.prompts import Canvas, place_prompts
-from nara_diffusion.dllm.models.lm_head import configured, logits_at
-from nara_diffusion.dllm.models.positions import position_limit
-from nara_diffusion.dllm.models.shifted_logits import opening_token
-from nara_diffusion.dllm.models.virtual_tokens import of_text
 from nara_diffusion.utils.eval_mode import evaluating, without_ddp
 
-from .loss import logits_of, mask_token_of
-from .noise_conditioning import conditioned
-from .remasking import RowRandom, above, confidence_of, highest, sample_tokens
-from .sampler_config import Sampling
+from .canvas import Canvas, place_prompts
+from .masked_share import conditioned
+from .models.backbone import Backbone
+
+REMASKING = ("low_confidence", "random")
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class GenerationStep:
 
     Attributes:
     index: the number of steps before this one.
-    noise_level: (b,) λ before this step, which the model was told; rows that are done have 0.
+    noise_level: (b,) λ before this step, at which the model ran; rows that are done have 0.
     sequences: (b, l) prompt, answer so far, padding. A mask may be filled; no other token may become a mask.
     masked: (b, gen_length) which tokens of the answers are masks still.
     stop: True ends sampling after this step; masks that are left stay.
@@ -78,6 +72,56 @@ class GenerationStep:
     sequences: torch.Tensor
     masked: torch.Tensor
     stop: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of `generate`.
+
+    Raises:
+        ValueError: a value is out of its range, or two settings contradict each other.
+    """
+
+    gen_length: int
+    steps: int | None = None
+    block_length: int | None = None
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    confidence_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.gen_length < 1 or self.gen_length % self.block:
+            raise ValueError(f"block_length {self.block} doesn't divide gen_length {self.gen_length}, as it has to")
+        blocks = self.gen_length // self.block
+        if self.steps is not None and (self.steps < blocks or self.steps % blocks):
+            raise ValueError(
+                f"steps is {self.steps} and there are {blocks} blocks: pass a multiple of {blocks}, e.g. {blocks} or "
+                f"{self.gen_length}"
+            )
+        for name in ("temperature", "cfg_scale"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"remasking is {self.remasking!r}, expected one of {', '.join(map(repr, REMASKING))}")
+        if self.confidence_threshold is not None and (self.steps is not None or self.remasking != "low_confidence"):
+            raise ValueError(
+                "confidence_threshold decides itself how many tokens a step places, by their confidence: leave out "
+                "steps, and use remasking='low_confidence'"
+            )
+
+    @property
+    def block(self) -> int:
+        """The number of tokens of a block."""
+        return self.gen_length if self.block_length is None else self.block_length
+
+    def tokens_per_step(self) -> list[int | None]:
+        """The number of tokens that each step of a block fills, in descending order; None if confidence decides."""
+        if self.confidence_threshold is not None:
+            return [None] * self.block
+        steps = (self.steps or self.gen_length) // (self.gen_length // self.block)
+        whole, rest = divmod(self.block, steps)
+        return [whole + (step < rest) for step in range(steps)]
 
 
 @torch.no_grad()
@@ -132,58 +176,51 @@ def generate(
         empty prompt becomes a BOS token if the model predicts the next token (Dream).
 
     Raises:
-        ValueError: impossible arguments, a prompt that holds the mask token, more positions than the model has,
-            sequences that `on_step_end` spoiled, or an adapter that was trained with another λ than the masked share.
+        ValueError: impossible arguments, a prompt that holds the mask token, more positions than the model has, or an
+            adapter that was trained with another λ than the masked share.
     """
-    sampling = Sampling(
-        gen_length=gen_length,
-        steps=steps,
-        block_length=gen_length if block_length is None else block_length,
-        temperature=temperature,
-        cfg_scale=cfg_scale,
-        remasking=remasking,
-        confidence_threshold=confidence_threshold,
-    )
-    model = without_ddp(model)
-    mask = mask_token_of(model, mask_token_id)
-    padding = pad_token_id if pad_token_id is not None else configured(model, "pad_token_id")
-    ends = eos_token_id if eos_token_id is not None else configured(model, "eos_token_id")
+    sampling = Sampling(gen_length, steps, block_length, temperature, cfg_scale, remasking, confidence_threshold)
+    backbone = Backbone(without_ddp(model))
+    mask = backbone.mask_token_id(mask_token_id)
+    padding = pad_token_id if pad_token_id is not None else backbone.configured("pad_token_id")
+    ends = eos_token_id if eos_token_id is not None else backbone.configured("eos_token_id")
     canvas = place_prompts(
+        backbone,
         input_ids,
-        gen_length=gen_length,
+        gen_length,
         mask_token_id=mask,
         pad_token_id=mask if padding is None else padding,
         prompt_lengths=prompt_lengths,
         attention_mask=attention_mask,
-        opening_token=partial(opening_token, model),
-        max_length=position_limit(model),
     )
-    state = _State(model, canvas, sampling, mask, _token_ids(ends) if stop_at_eos else [], generator)
-    with evaluating(model):
+    state = _State(backbone, canvas, sampling, mask, generator)
+    if stop_at_eos and ends is not None:
+        state.ends = torch.as_tensor(ends, device=input_ids.device).reshape(-1)
+    with evaluating(backbone.model):
         state.fill(on_step_end)
-    return state.result() if return_stats else state.sequences
+    result = Generation(state.sequences, state.answers, state.starts, state.forwards)
+    return result if return_stats else result.sequences
 
 
 class _State:
     """The state of the sampler: the sequences, and the step that fills some of their masks."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        canvas: Canvas,
-        sampling: Sampling,
-        mask_token_id: int,
-        ends: list[int],
-        generator: torch.Generator | None,
+        self, backbone: Backbone, canvas: Canvas, sampling: Sampling, mask: int, generator: torch.Generator | None
     ) -> None:
-        self.model, self.sampling, self.ends = model, sampling, ends
-        self.sequences, self.starts, self.mask_token_id = canvas.sequences, canvas.starts, mask_token_id
+        self.backbone, self.sampling, self.mask_token_id = backbone, sampling, mask
+        self.sequences, self.starts = canvas.sequences, canvas.starts
+        self.ends = self.starts.new_empty(0)  # the tokens that end an answer
         self.attention_mask = None if canvas.real.all() else canvas.real.long()  # (b, l)
         device = canvas.sequences.device
         self.positions = canvas.starts[:, None] + torch.arange(sampling.gen_length, device=device)  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
         self.answer = torch.zeros_like(canvas.real).scatter(1, self.positions, True)  # (b, l)
-        self.random = RowRandom(generator, len(canvas.starts), device) if sampling.is_random else None
+        source = "cpu" if generator is None else generator.device
+        seeds: list[int] = []
+        if sampling.temperature > 0 or sampling.remasking == "random":
+            seeds = torch.randint(2**62, (len(self.starts),), generator=generator, device=source).tolist()
+        self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]  # one a row
         self.forwards = 0
 
     @property
@@ -193,57 +230,59 @@ class _State:
 
     def fill(self, on_step_end: Callable[[GenerationStep], None] | None) -> None:
         """Fill all masks, block by block."""
-        width = self.sampling.block_length
-        counts = self.sampling.tokens_per_step() or [None] * width
-        for start in range(0, self.sampling.gen_length, width):
-            columns = slice(start, start + width)
-            for count in counts:
+        for start in range(0, self.sampling.gen_length, self.sampling.block):
+            columns = slice(start, start + self.sampling.block)
+            for count in self.sampling.tokens_per_step():
                 if count == 0 or not self.masked[:, columns].any():
                     continue
                 noise_level = self.masked.float().mean(1)  # (b,)
                 self._step(columns, count)
                 self._finish_rows()
-                if on_step_end is not None and self._show(on_step_end, noise_level):
-                    return
-
-    def _show(self, on_step_end: Callable[[GenerationStep], None], noise_level: torch.Tensor) -> bool:
-        """Call `on_step_end`, take its changes over, and return whether to stop."""
-        step = GenerationStep(self.forwards - 1, noise_level, self.sequences.clone(), self.masked.clone())
-        on_step_end(step)
-        given, own = step.sequences, self.sequences
-        if given.shape != own.shape or given.dtype != own.dtype or given.device != own.device:
-            raise ValueError(
-                f"on_step_end left sequences of shape {tuple(given.shape)}, {given.dtype} on {given.device}, expected "
-                f"{tuple(own.shape)}, {own.dtype} on {own.device}"
-            )
-        is_mask = given.gather(1, self.positions) == self.mask_token_id  # (b, g)
-        if (is_mask & ~self.masked).any():
-            raise ValueError(
-                "on_step_end put masks where the answer has tokens already: the steps that are left are counted, so "
-                "that nothing would fill those"
-            )
-        self.sequences, self.masked = given, is_mask
-        return step.stop
+                if on_step_end is not None:
+                    step = GenerationStep(self.forwards - 1, noise_level, self.sequences.clone(), self.masked.clone())
+                    on_step_end(step)
+                    self.sequences = step.sequences
+                    self.masked &= self.answers == self.mask_token_id
+                    if step.stop:
+                        return
 
     def _step(self, columns: slice, count: int | None) -> None:
         rows = self.masked[:, columns].any(1).nonzero()[:, 0]  # (a,); rows that are done with the block sit out
         positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
         logits = self._guided_logits(rows, positions)  # (a, k, v)
         logits[..., self.mask_token_id] = float("-inf")
-        tokens = sample_tokens(logits, self.sampling.temperature, self.random, rows)
+        tokens = self._sampled(logits, rows)
         if self.sampling.remasking == "random":
-            assert self.random is not None
-            rank = self.random.uniform(rows, masked.shape[1])
+            rank = self._uniform(rows, masked.shape[1], dtype=torch.float32)
         else:
             rank = confidence_of(logits, tokens)
+        best = torch.zeros_like(masked)
+        hidden = rank.masked_fill(~masked, float("-inf"))
+        best.scatter_(1, hidden.topk(min(count or 1, hidden.shape[1]), dim=1).indices, True)
         if count is None:
-            chosen = above(rank, masked, self.sampling.confidence_threshold or 0.0)
-        else:
-            chosen = highest(rank, masked, count)
+            best |= rank > (self.sampling.confidence_threshold or 0.0)
+        chosen = best & masked
         current = self.sequences[rows].gather(1, positions)
         placed = self.sequences[rows].scatter(1, positions, torch.where(chosen, tokens, current))
         self.sequences = self.sequences.index_copy(0, rows, placed)
         self.masked[rows, columns] = masked & ~chosen
+
+    def _sampled(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Tokens (a, k) of `rows` (a,) from logits (a, k, v): the argmax at temperature 0, else from softmax(logits/T).
+
+        The draw is the argmax of logits / T + Gumbel noise, in float64: in lower precision the noise has too few
+        values, and samples get visibly worse (arXiv 2409.02908).
+        """
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1)
+        uniform = self._uniform(rows, *logits.shape[1:], dtype=torch.float64)
+        gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float64).tiny)))
+        return (logits.double() / self.sampling.temperature + gumbel).argmax(-1)
+
+    def _uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """The next random numbers of `rows` (a,), each from its own stream: (a, *shape)."""
+        streams = [self.streams[row] for row in rows.tolist()]
+        return torch.stack([torch.rand(shape, dtype=dtype, device=s.device, generator=s) for s in streams])
 
     def _guided_logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits (a, k, v) of `rows` (a,) at `positions` (a, k)."""
@@ -261,22 +300,14 @@ class _State:
         """The logits of `sequences`, which are `rows` with or without their prompts, at the λ of these rows."""
         masked = torch.zeros_like(self.answer[rows]).scatter(1, self.positions[rows], self.masked[rows])
         share = self.masked[rows].float().mean(1)  # λ of each
-        padding = {} if self.attention_mask is None else {"attention_mask": self.attention_mask[rows]}
-        conditions = conditioned(self.model, share, masked=masked, answer=self.answer[rows])
-        length = sequences.shape[1]
-        with conditions, logits_at(self.model, positions, length) as selected:
-            logits = logits_of(self.model(sequences, **padding))
-        if not selected:
-            logits = of_text(self.model, logits, length)
-            logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
-        return logits.clone()
+        padding = None if self.attention_mask is None else self.attention_mask[rows]
+        with conditioned(self.backbone.model, share, masked=masked, answer=self.answer[rows]):
+            return self.backbone.logits(sequences, padding, at=positions).clone()
 
     def _finish_rows(self) -> None:
         """Fill the rest of each row whose first end token has no mask before it."""
-        if not self.ends:
-            return
         answers = self.answers
-        is_end = torch.isin(answers, torch.tensor(self.ends, device=answers.device)) & ~self.masked  # (b, g)
+        is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)
         first = torch.where(is_end.any(1), is_end.int().argmax(1), self.sampling.gen_length)  # (b,)
         columns = torch.arange(self.sampling.gen_length, device=answers.device)
         done = is_end.any(1) & ~(self.masked & (columns < first[:, None])).any(1)  # (b,)
@@ -285,11 +316,8 @@ class _State:
         self.sequences = self.sequences.scatter(1, self.positions, torch.where(rest, end, answers))
         self.masked = self.masked & ~rest
 
-    def result(self) -> Generation:
-        return Generation(self.sequences, self.answers, self.starts, self.forwards)
 
-
-def _token_ids(ids: int | Sequence[int] | None) -> list[int]:
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
+def confidence_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """softmax(logits) at `tokens`: (b, k, v), (b, k) → (b, k), in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)).exp()

@@ -16,7 +16,7 @@ LLADA_TINY = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny
 def test_weights_are_rounded_to_nf4_with_double_quantisation() -> None:
     pytest.importorskip("lm_eval")
     bnb = pytest.importorskip("bitsandbytes.functional")
-    from nara_diffusion.harness.model import NaraDLLM
+    from nara_diffusion.lm_eval.harness_model import NaraDLLM
 
     small: Any = NaraDLLM(LLADA_TINY, device="cpu", load_in_4bit=True, dtype="float32").model
     whole, _ = load_backbone(LLADA_TINY)

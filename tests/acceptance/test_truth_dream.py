@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from nara_diffusion.dllm import Generation, generate, load_backbone, log_likelihood
-from tests.dllm.generation_reference import reference_generate
+from tests.acceptance._text import greedy
 
 DREAM_TINY = str(Path(__file__).parents[2] / "examples" / "assets" / "dream-tiny")
 MASK, BOS = 283, 278
@@ -36,6 +36,18 @@ def log_p(stock: Any, tokens: list[int]) -> torch.Tensor:
     """Of token i at position i; nothing tells the first."""
     logits = stock(torch.tensor([tokens])).logits[0].double()
     return torch.cat([torch.full_like(logits[:1], float("nan")), logits[:-1]]).log_softmax(-1)
+
+
+class ByHand:
+    """The logits of answers, for `greedy`."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def guided(self, prompt: list[int], answer: list[int], scale: float, mask: int) -> torch.Tensor:
+        logits = log_p(self.stock, prompt + answer)[len(prompt) :]
+        logits[:, mask] = -torch.inf
+        return logits
 
 
 def bound(stock: Any, prompt: list[int], answer: list[int]) -> float:
@@ -68,7 +80,7 @@ def test_an_answer_to_an_empty_prompt(dream: Any, stock: Any) -> None:
     assert result.prompt_lengths.tolist() == [1, 3]
     options = {"gen_length": 4, "steps": 4, "block_length": 4, "mask": MASK}
     for row, prompt in zip(range(2), ([BOS], [9, 8, 7]), strict=True):
-        expected, _ = reference_generate(lambda tokens, _: log_p(stock, tokens), prompt, **options)
+        expected, _ = greedy(ByHand(stock), prompt, **options)
         assert result.answers[row].tolist() == expected
         assert result.sequences[row, : len(prompt) + 4].tolist() == prompt + expected
     nothing = torch.zeros(2, 0, dtype=torch.long)
@@ -92,7 +104,7 @@ def test_without_a_bos_token_it_is_refused(dream: Any, monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def harness() -> Any:
     pytest.importorskip("lm_eval")
-    from nara_diffusion.harness.model import NaraDLLM
+    from nara_diffusion.lm_eval.harness_model import NaraDLLM
 
     return NaraDLLM(DREAM_TINY, device="cpu", batch_size=2, samples=64)
 
@@ -114,7 +126,7 @@ def test_nara_eval_puts_a_bos_before_texts_as_dream_s_own_evaluation(harness: An
     options = {"gen_length": 4, "steps": 4, "block_length": 4, "mask": MASK, "ends": tuple(harness.ends)}
     for text in ("", "upper: ab"):
         prompt = [BOS, *(ids if text else [])]
-        expected, _ = reference_generate(lambda tokens, _: log_p(stock, tokens), prompt, **options)
+        expected, _ = greedy(ByHand(stock), prompt, **options)
         (answer,) = harness.generate_until(requests("generate_until", (text, {"gen_length": 4})))
         length = next((i for i, token in enumerate(expected) if token in harness.ends), 4)
         assert answer == harness.tokenizer.decode(expected[:length], skip_special_tokens=True)

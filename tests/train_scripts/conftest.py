@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from nara_diffusion.dllm.models.llada_conversion import checkpoint_name
+from nara_diffusion.dllm.models.llada_format import checkpoint_name
 from nara_diffusion.training.output import hub
 from tests.helpers.small_pipelines import small_sdxl
 from train_scripts.dllm import Arguments

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nara_diffusion import noise_level
 from nara_diffusion.cores import registry as custom_cores
-from nara_diffusion.harness.loading import load_model
+from nara_diffusion.lm_eval.load_model import load_model
 from nara_diffusion.training.main import run_command
 from train_scripts import dllm, dreambooth_sdxl
 

@@ -40,6 +40,9 @@ class AnswerCollator:
             Under all but "longest", a row's loss doesn't depend on the rows beside it.
         max_length: length of the rows under "max_length", and not exceeded under a number.
         gen_length: length of the answers under "gen_length".
+
+    Raises:
+        ValueError: an unknown `trained_padding`, or one without the length that it names.
     """
 
     end_token_id: int
@@ -49,29 +52,19 @@ class AnswerCollator:
 
     def __post_init__(self) -> None:
         padding = self.trained_padding
-        if isinstance(padding, str):
-            if padding not in _WORDS:
-                raise ValueError(
-                    f"trained_padding is {padding!r}, expected a number or one of {', '.join(map(repr, _WORDS))}"
-                )
-            if padding != "longest" and getattr(self, padding) is None:
-                raise ValueError(f"trained_padding={padding!r} needs {padding}")
-        elif padding < 0:
-            raise ValueError(f"trained_padding is {padding}, expected 0 tokens or more")
+        if isinstance(padding, str) and (padding not in _WORDS or getattr(self, padding, 0) is None):
+            known = ", ".join(map(repr, _WORDS))
+            raise ValueError(
+                f"trained_padding is {padding!r}, expected a number or one of {known}, with the length that it names"
+            )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         answer_lengths = self.answer_lengths(rows)
         prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
-        width = int((prompt_lengths + answer_lengths).max())
-        input_ids = torch.full((len(rows), width), self.end_token_id)
-        for i, row in enumerate(rows):
-            input_ids[i, : lengths[i]] = torch.as_tensor(row["input_ids"])
-        batch: dict[str, Any] = {
-            "input_ids": input_ids,
-            "prompt_lengths": prompt_lengths,
-            "answer_lengths": answer_lengths,
-        }
+        input_ids = torch.full((len(rows), int((prompt_lengths + answer_lengths).max())), self.end_token_id)
+        for padded, row in zip(input_ids, rows, strict=True):
+            padded[: len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+        batch = {"input_ids": input_ids, "prompt_lengths": prompt_lengths, "answer_lengths": answer_lengths}
         if "position" in rows[0]:
             batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
         return batch
@@ -130,51 +123,32 @@ def with_longest(rows: Dataset, global_batch: int) -> Dataset:
     return rows.add_column("longest", [max(lengths[i : i + global_batch]) for i in firsts])  # type: ignore[call-arg]
 
 
-@dataclass(frozen=True)
 class TrainedCanvas:
-    """What training shows of the canvas that generation fills.
+    """What training shows of the canvas that generation fills, by the first samples of its `stream`.
 
-    Attributes:
-        prompts, answers: the tokens of each sample's prompt, and of its answer with its end.
-        trained: the tokens after the prompt that are trained on.
-        short: those of `trained` that belong to whole answers and are fewer than `gen_length`.
+    Args:
         gen_length, block_length: the tokens that generation fills, in all and at a time.
-        trained_padding: as the collator has it.
     """
 
-    prompts: list[int]
-    answers: list[int]
-    trained: list[int]
-    short: list[int]
-    gen_length: int
-    block_length: int
-    trained_padding: str | int
-
-    @classmethod
-    def of(
-        cls, stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int | None
-    ) -> TrainedCanvas:
-        """The canvas of the first samples of `stream`; of all of them, if they are few."""
+    def __init__(
+        self, stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int | None
+    ) -> None:
         rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
-        prompts = [row["prompt_length"] for row in rows]
-        return cls(
-            prompts,
-            [len(row["input_ids"]) - prompt for row, prompt in zip(rows, prompts, strict=True)],
-            trained := collator.answer_lengths(rows).tolist(),
-            [n for n, row in zip(trained, rows, strict=True) if n < gen_length and collator.is_whole(row)],
-            gen_length,
-            block_length or gen_length,
-            collator.trained_padding,
-        )
+        self.prompts = [row["prompt_length"] for row in rows]
+        self.answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
+        self.trained = collator.answer_lengths(rows).tolist()
+        whole = [n for n, row in zip(self.trained, rows, strict=True) if collator.is_whole(row)]
+        self.short = [n for n in whole if n < gen_length]
+        self.gen_length, self.blocks = gen_length, gen_length // (block_length or gen_length)
+        self.trained_padding = collator.trained_padding
 
     def fact(self) -> str:
         """One line for the run's facts."""
-        blocks = self.gen_length // self.block_length
         positions = round(sum(self.prompts + self.trained) / len(self.prompts))
         return (
             f"prompts of {_span(self.prompts)} tokens, answers of {_span(self.answers)} tokens with their end, trained "
             f"to {_span(self.trained)} tokens (trained_padding {self.trained_padding}), {positions} positions a sample "
-            f"on average; generated: gen_length {self.gen_length} in {blocks} block{'s' * (blocks > 1)}"
+            f"on average; generated: gen_length {self.gen_length} in {self.blocks} block{'s' * (self.blocks > 1)}"
         )
 
     def warning(self) -> str | None:

@@ -18,9 +18,7 @@ from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .fitting import Fit
-from .prompts import check_without_mask
-from .vocabulary import check_vocabulary
+from nara_diffusion.dllm.canvas import mask_in_a_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,55 +26,67 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-
 _BATCH = 1000  # records tokenised at once
-_SAMPLE = 1000  # records looked at before more are tokenised
+_UNKNOWN = 0.01  # the share of unknown tokens from which on a warning is due
 
 
 @dataclass(frozen=True)
 class EncodedRecords:
     """Attributes:
     rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`.
-    fit: how the records fit into `max_length`.
+    lengths: (tokens of the prompt, tokens of the answer and its end) of every record, before cutting.
+    max_length: of both together.
     """
 
     rows: Dataset
-    fit: Fit
+    lengths: list[tuple[int, int]]
+    max_length: int
 
     @property
     def total(self) -> int:
         """The number of records before encoding."""
-        return len(self.fit.lengths)
+        return len(self.lengths)
 
     @property
     def truncated(self) -> int:
         """The number of records whose answer was cut at `max_length`; these have no end token."""
-        return self.fit.truncated
+        return sum(prompt < self.max_length < prompt + answer for prompt, answer in self.lengths)
 
     @property
     def dropped(self) -> int:
         """The number of records that were left out, since their prompt fills `max_length`."""
-        return self.fit.dropped
+        return self.total - len(self.rows)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest row."""
+        return max(map(len, self.rows["input_ids"]))
+
+    @property
+    def longest_prompt(self) -> int:
+        """The tokens of the longest prompt among the rows."""
+        return max(self.rows["prompt_length"])
 
     def summary(self) -> str:
         """One line for a log."""
-        return self.fit.summary()
+        counts = f"{self.total} records: {len(self.rows)} kept, {self.truncated} of them cut, {self.dropped} dropped"
+        if not (self.truncated or self.dropped):
+            return counts
+        return f"{counts}; of 10 records 9 have {most_have(self.lengths)} tokens or fewer, max_length {self.max_length}"
+
+
+def most_have(lengths: Sequence[tuple[int, int]]) -> int:
+    """The length that nine of ten records don't exceed, prompt and answer together."""
+    return sorted(map(sum, lengths))[int(0.9 * (len(lengths) - 1))]
 
 
 def encode_records(
     records: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, progress: bool = True
 ) -> EncodedRecords:
     """Tokenise what `records_from_file` or `records_from_hub` returned.
-
-    Of many records, a sample is tokenised first, so that what is refused is refused at once.
 
     Args:
         records: with `instruction`, `input`, `output`, `answer`.
@@ -85,62 +95,43 @@ def encode_records(
         progress: show a bar.
 
     Raises:
-        ValueError: there are no records, none is left, or none of the sample; the tokenizer knows less than half of
-            the tokens (`check_vocabulary`); a text holds the mask token; the chat template begins an answer otherwise
-            in a conversation than as a generation prompt.
+        ValueError: no record is left; a text holds the mask token; the chat template begins an answer otherwise in a
+            conversation than as a generation prompt.
     """
     from datasets import Dataset
 
-    total = len(records)
-    if total == 0:
-        raise ValueError("there are no records to encode")
-    sample: list[Any] = [records[i] for i in range(0, total, -(-total // _SAMPLE))]  # spread evenly
-    is_part = len(sample) < total
-    check_vocabulary(sample, tokenizer, total=total if is_part else None)
-    _warn_of_ends_inside(records["output"][:], tokenizer)
-    if is_part:
-        _, fit = _encode(sample, tokenizer, max_length, f"a sample of {len(sample)} of {total} records")
-        if fit.loses:
-            logger.warning("%s", fit.summary())
-    rows, fit = _encode(records, tokenizer, max_length, f"{total} records", progress=progress)
-    logger.log(logging.WARNING if fit.loses else logging.INFO, "%s", fit.summary())
-    return EncodedRecords(Dataset.from_list(rows), fit)
-
-
-def _encode(
-    records: Dataset | list[Any],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    name: str,
-    *,
-    progress: bool = False,
-) -> tuple[list[dict[str, Any]], Fit]:
-    """The encoded rows of the records that fit, and their `Fit`. Messages call the records `name`."""
     rows: list[dict[str, Any]] = []
     lengths: list[tuple[int, int]] = []
-    mask: Any = tokenizer.mask_token_id  # None where it has none
+    end, mask = end_token_id(tokenizer), tokenizer.mask_token_id
+    _warn_of_ends_inside(records["output"][:], str(tokenizer.convert_ids_to_tokens(end)))
     starts = range(0, len(records), _BATCH)
     for start in tqdm(starts, desc="tokenise", unit="batch", disable=not progress or len(starts) < 2):
-        batch = [records[i] for i in range(start, min(start + _BATCH, len(records)))]
-        for record, prompt, answer in zip(batch, *_encode_batch(batch, tokenizer), strict=True):
-            whole = prompt + answer
-            check_without_mask(whole, mask, f"the record {_text_of(record)[:100]!r}")
-            lengths.append((len(prompt), len(answer)))
+        batch: list[Any] = [records[i] for i in range(start, min(start + _BATCH, len(records)))]
+        prompts = [prompt_text(tokenizer, record["instruction"], record["input"]) for record in batch]
+        answers = [_answer_text(tokenizer, *pair) for pair in zip(batch, prompts, strict=True)]
+        answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+        for record, prompt, answer in zip(batch, encode_prompts(tokenizer, prompts), answer_ids, strict=True):
+            whole = [*prompt, *answer] if answer[-1:] == [end] else [*prompt, *answer, end]
+            if mask in whole:
+                raise ValueError(f"the record {record['instruction'][:100]!r} {mask_in_a_text(mask)}")  # type: ignore[arg-type]
+            lengths.append((len(prompt), len(whole) - len(prompt)))
             if len(prompt) < max_length:
                 row = {field: record[field] for field in ("instruction", "answer")}
                 rows.append({"input_ids": whole[:max_length], "prompt_length": len(prompt), **row})
-    fit = Fit(lengths, max_length, name)
-    fit.check()
-    return rows, fit
+    if not rows:
+        raise ValueError(
+            f"none of {len(lengths)} records is left: their prompts alone have {max_length} tokens (max_length) or more"
+            + (f"; of 10 records 9 have {most_have(lengths)} tokens or fewer" if lengths else "")
+        )
+    _warn_of_unknown_tokens(rows, tokenizer)
+    encoded = EncodedRecords(Dataset.from_list(rows), lengths, max_length)
+    level = logging.WARNING if encoded.truncated or encoded.dropped else logging.INFO
+    logger.log(level, "%s", encoded.summary())
+    return encoded
 
 
-def _text_of(record: Mapping[str, str]) -> str:
-    return " ".join(record[name] for name in ("instruction", "input", "output") if record[name])
-
-
-def _warn_of_ends_inside(outputs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+def _warn_of_ends_inside(outputs: Sequence[str], end: str) -> None:
     """Warn of outputs that go on after the end token as text, which ends an answer wherever it stands."""
-    end = str(tokenizer.convert_ids_to_tokens(end_token_id(tokenizer)))
     at_the_end = re.compile(rf"(\s*{re.escape(end)})+\s*$")
     inside = [output for output in outputs if end in output and end in at_the_end.sub("", output)]
     if inside:
@@ -151,11 +142,26 @@ def _warn_of_ends_inside(outputs: Sequence[str], tokenizer: PreTrainedTokenizerB
         )
 
 
+def _warn_of_unknown_tokens(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where the vocabulary lacks words of the records: a model can't tell them apart, nor write them."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return
+    share = sum(row["input_ids"].count(unknown) for row in rows) / sum(len(row["input_ids"]) for row in rows)
+    if share >= _UNKNOWN:
+        logger.warning(
+            "%.0f %% of the records' tokens are %s, which stands for what the vocabulary lacks, such as in %r: choose "
+            "a model that knows their language",
+            *(100 * share, tokenizer.unk_token, max(rows, key=lambda r: r["input_ids"].count(unknown))["instruction"]),
+        )
+
+
 def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:
     """The text that the model reads before it answers: the chat template's, or Alpaca's form."""
     if tokenizer.chat_template:
         return chat_text(tokenizer, _turn(instruction, input))
-    return (_ALPACA_WITH_INPUT if input else _ALPACA).format(instruction=instruction, input=input)
+    more = ", paired with an input that provides further context" if input else ""
+    return _ALPACA.format(more=more, instruction=instruction, input=f"### Input:\n{input}\n\n" if input else "")
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -167,25 +173,13 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return [ids[:-1] if ids and ids[-1] in closing else ids for ids in encoded]
 
 
-def _encode_batch(
-    batch: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The token ids of a batch: prompts, and answers with their end token."""
-    prompts = [prompt_text(tokenizer, record["instruction"], record["input"]) for record in batch]
-    answers = [_answer_text(tokenizer, record, prompt) for record, prompt in zip(batch, prompts, strict=True)]
-    end = end_token_id(tokenizer)
-    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
-    return encode_prompts(tokenizer, prompts), [ids if ids[-1:] == [end] else [*ids, end] for ids in answer_ids]
-
-
 def _answer_text(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, str], prompt: str) -> str:
     """The assistant's turn after its `prompt`: the output, and what the template ends the turn with."""
     if not tokenizer.chat_template:
         return record["output"]
     question = _turn(record["instruction"], record["input"])
-    whole = chat_text(
-        tokenizer, [*question, {"role": "assistant", "content": record["output"]}], add_generation_prompt=False
-    )
+    turns = [*question, {"role": "assistant", "content": record["output"]}]
+    whole = chat_text(tokenizer, turns, add_generation_prompt=False)
     if not whole.startswith(prompt):
         asked = chat_text(tokenizer, question, add_generation_prompt=False)
         raise ValueError(
@@ -213,11 +207,9 @@ def chat_text(
             [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except TemplateError as error:
-        roles = [turn["role"] for turn in turns]
-        alternate = "let turns of user and assistant alternate, the user's first"
-        advice = "leave out the system message" if "system" in roles else alternate
         raise ValueError(
-            f"the tokenizer's chat template refuses the turns {', '.join(map(repr, roles))} ({error}): {advice}"
+            f"the tokenizer's chat template refuses the turns {', '.join(repr(turn['role']) for turn in turns)} "
+            f"({error}): leave out the system message, and let turns of user and assistant alternate"
         ) from error
     return text
 

@@ -13,13 +13,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data.collator import AnswerCollator
-from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.training.metrics import before_and_after, validation_means
-from nara_diffusion.utils.eval_mode import evaluating
 
-from .exact_match import exact_match, noise_level_curve
+from .exact_match import exact_match
+from .noise_curve import noise_level_curve, objective_losses
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,6 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
     return before_and_after(before, after, ("exact_match", "validation_loss", "curve"))
 
 
-@torch.no_grad()
 def validation_losses(
     accelerator: Accelerator,
     model: nn.Module,
@@ -105,17 +103,7 @@ def validation_losses(
     """
 
     def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
-        pairs: list[tuple[float, float]] = []
-        for start in range(0, len(indices), batch_size):
-            chosen = [{**rows[i], "position": i} for i in indices[start : start + batch_size]]
-            batch: dict[str, Any] = {name: value.to(accelerator.device) for name, value in collator(chosen).items()}
-            # λ stratified over all rows; another seed than that of training, whose draws have the same indices
-            loss = masked_diffusion_loss(model, **batch, seed=seed + 1, group_size=len(rows))
-            pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
-        return pairs
+        return objective_losses(model, rows, indices, collator, seed=seed, batch_size=batch_size)  # type: ignore[arg-type]
 
-    with evaluating(model):
-        per_sample, noise_levels = torch.tensor(
-            split_across_processes(accelerator, len(rows), losses), dtype=torch.float32
-        ).unbind(1)
-    return validation_means(per_sample, noise_levels, window)
+    pairs = torch.tensor(split_across_processes(accelerator, len(rows), losses), dtype=torch.float32)
+    return validation_means(*pairs.unbind(1), window)

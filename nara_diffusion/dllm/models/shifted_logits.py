@@ -13,12 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
-
-from .lm_head import configured, language_model
 
 # Diffusers looks for this class beside those of a pipeline's component, to learn how they are loaded.
 __all__ = ["PreTrainedModel", "ShiftedLlamaForCausalLM", "ShiftedQwen2ForCausalLM"]
@@ -66,20 +63,3 @@ class ShiftedQwen2ForCausalLM(ShiftedLogits, Qwen2ForCausalLM):
 
 class ShiftedLlamaForCausalLM(ShiftedLogits, LlamaForCausalLM):
     """Llama with the logits of token i at position i."""
-
-
-def opening_token(model: nn.Module) -> int | None:
-    """The token that has to stand before an answer without a prompt, BOS; None if `model` needs none.
-
-    Raises:
-        ValueError: it needs one, and its configuration names none.
-    """
-    if not isinstance(language_model(model), ShiftedLogits):
-        return None
-    token = configured(model, "bos_token_id")
-    if token is None:
-        raise ValueError(
-            "there is an empty prompt, and this model predicts the next token, so that nothing predicts the first, and "
-            "its configuration has no bos_token_id: begin the prompt with a token, or set model.config.bos_token_id"
-        )
-    return int(token)

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nara_diffusion.dllm.models.llada_conversion import checkpoint_name
+from nara_diffusion.dllm.models.llada_format import checkpoint_name
 
 # What LLaDA-8B's config.json says about options that a Llama has no choice in, or that only training would read.
 FIXED_FIELDS = {

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import load_backbone
-from nara_diffusion.dllm.loss import mask_token_of
+from nara_diffusion.dllm.models.backbone import Backbone
 from quality.assets import ASSETS
 from quality.jobs import is_noise_aware
 from quality.text.answers import answered_right
@@ -100,7 +100,7 @@ def load_task(backbone: str, domain: str, sizes: Sizes = DEFAULT_SIZES) -> Task:
     """Loads and encodes once a process."""
     model, tokenizer = _backbone(backbone)
     data = encode_domain(build_domain(domain, sizes), tokenizer)
-    mask = mask_token_of(model)
+    mask = Backbone(model).mask_token_id()
     return Task(model, tokenizer, data, validation_set(data.tuning, mask), validation_set(data.validation, mask))
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from nara_diffusion.dllm.loss import mask_token_of, masked_cross_entropy
+from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
+from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.training.optimization import CORE_MARK
 from quality.text.data import Rows
 from quality.text.recipe import Recipe
@@ -44,7 +45,7 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[in
     optimizer, parameters = build_optimizer(model, recipe)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
     losses = []
-    for step, batch in enumerate(batches(rows, recipe, seed, mask_token_of(model)), start=1):
+    for step, batch in enumerate(batches(rows, recipe, seed, Backbone(model).mask_token_id()), start=1):
         loss = objective(model, batch)
         losses.append(loss.item())
         if not loss.isfinite():

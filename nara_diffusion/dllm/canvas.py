@@ -1,0 +1,133 @@
+"""The canvas: a prompt, and `gen_length` masks right behind it that generation fills.
+
+Prompts of unequal length are each followed by their own answer, and padding stands on the right, as in training. How
+far training shows it: `data.collator`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .models.backbone import Backbone
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Attributes:
+    sequences: (b, l) int64 token ids: prompt, masks, padding; l is the longest prompt + gen_length.
+    starts: (b,) where the answers start.
+    real: (b, l) bool, False on padding.
+    """
+
+    sequences: torch.Tensor
+    starts: torch.Tensor
+    real: torch.Tensor
+
+
+def place_prompts(
+    backbone: Backbone,
+    input_ids: torch.Tensor,
+    gen_length: int,
+    *,
+    mask_token_id: int,
+    pad_token_id: int,
+    prompt_lengths: torch.Tensor | Sequence[int] | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> Canvas:
+    """Put `gen_length` masks behind each prompt; an empty one becomes a BOS token where the model needs one.
+
+    Args:
+        input_ids: (b, p) prompts of any integer type.
+        prompt_lengths: (b,), lengths of prompts that are padded on the right.
+        attention_mask: (b, p), instead of them: 0 on padding, which may stand on the right or on the left.
+
+    Raises:
+        ValueError: shapes that don't agree, a canvas longer than the model's positions, a prompt that holds the mask
+            token.
+    """
+    b, p = input_ids.shape
+    device, input_ids = input_ids.device, input_ids.long()
+    if prompt_lengths is not None and attention_mask is not None:
+        raise ValueError("prompt_lengths and attention_mask say the same: pass one of them")
+    lengths = torch.as_tensor(p if prompt_lengths is None else prompt_lengths, device=device).expand(b)
+    if (lengths < 0).any() or (lengths > p).any():
+        raise ValueError(f"prompt_lengths is {lengths.tolist()}, expected {b} lengths between 0 and {p}")
+    is_prompt = torch.arange(p, device=device) < lengths[:, None] if attention_mask is None else attention_mask.bool()
+    holding = (is_prompt & (input_ids == mask_token_id)).any(1)
+    if holding.any():
+        name = "the prompt" if b == 1 else f"prompt {int(holding.nonzero()[0])}"
+        raise ValueError(f"{name} {mask_in_a_text(mask_token_id)}")
+    empty = ~is_prompt.any(1)  # (b,)
+    opening = backbone.opening_token() if empty.any() else None
+    if opening is not None:
+        input_ids = F.pad(input_ids, (1, 0), value=opening)  # (b, 1 + p)
+        is_prompt = torch.cat([empty[:, None], is_prompt], 1)
+    starts = is_prompt.sum(1)  # (b,)
+    longest = int(starts.max()) + gen_length
+    check_canvas(backbone.model, longest - gen_length, gen_length)
+    positions = torch.arange(longest, device=device)
+    real = positions < starts[:, None] + gen_length
+    sequences = torch.full((b, longest), pad_token_id, device=device)
+    sequences[real] = mask_token_id
+    sequences[positions < starts[:, None]] = input_ids[is_prompt]  # both run through rows in order, and tokens in order
+    return Canvas(sequences, starts, real)
+
+
+def mask_in_a_text(mask_token_id: int) -> str:
+    """What is said of a text in which the mask token was typed, or is found among its ids, after the text's name."""
+    return (
+        f"holds the mask token ({mask_token_id}), and the model would take it for a token that is masked: write it "
+        "otherwise, or leave it out"
+    )
+
+
+def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int) -> None:
+    """Refuse a canvas beyond the positions that `model` can tell apart.
+
+    Raises:
+        ValueError: with what was given, and the limit.
+    """
+    limit, length = Backbone(model).position_limit, longest_prompt + gen_length
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}, together {length}, and "
+            f"the model has {limit} positions: lower gen_length, or leave out long prompts"
+        )
+
+
+def check_positions(model: nn.Module, max_length: int, *, longest: int = 0) -> None:
+    """Refuse a `max_length` beyond a table of learned positions, and warn of samples beyond rotary positions.
+
+    Args:
+        max_length: the most tokens of a sample.
+        longest: the tokens of the longest sample.
+
+    Raises:
+        ValueError: with what was given, the limit and the remedy.
+    """
+    backbone = Backbone(model)
+    limit = backbone.position_limit
+    if limit is None:
+        return
+    if backbone.position_table is not None and max_length > limit:
+        virtual = backbone.virtual_tokens
+        taken = f" ({virtual} more are the adapter's virtual tokens)" if virtual else ""
+        raise ValueError(
+            f"max_length is {max_length}, and the model has a table of {limit} positions{taken}: lower it to that, "
+            f"--max_length {limit}"
+        )
+    if longest > limit:
+        logger.warning(
+            "samples have up to %d tokens, and the model knows %d positions: what it makes of those beyond is worse, "
+            "and neither `generate` nor nara-eval goes there. --max_length %d cuts the samples; to train on them "
+            "whole, raise max_position_embeddings, and the rope parameters with it, in the model's config.json",
+            *(longest, limit, limit),
+        )

@@ -1,0 +1,99 @@
+"""The loss of a masked language model over its noise levels: at chosen ones, and the training objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from nara_diffusion.dllm.data.collator import AnswerCollator
+from nara_diffusion.dllm.loss import masked_cross_entropy, masked_diffusion_loss
+from nara_diffusion.dllm.masking import mask_answers
+from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.utils.eval_mode import evaluating, without_ddp
+
+
+@torch.no_grad()
+def noise_level_curve(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    noise_levels: Sequence[float],
+    *,
+    collator: AnswerCollator | None = None,
+    batch_size: int = 16,
+    repeats: int = 1,
+    seed: int = 0,
+    mask_token_id: int | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """The validation loss at each noise level, in nats a masked token.
+
+    The training objective at fixed λ, with its expected number of masked tokens λ·n replaced by the actual one:
+
+        loss(λ) = Σ_i (1/n_i) Σ_{j masked} − log p(x_ij)  /  Σ_i (1/n_i) Σ_{j masked} 1
+
+    over all rows i with answers of n_i tokens. That ratio, and masks that depend on (seed, row, λ) alone and grow
+    with λ, keep the variance low: two models, or two λ, are compared on the same masks.
+
+    Args:
+        model: the outermost module.
+        rows: of `encode_records`.
+        noise_levels: λ in (0, 1].
+        collator: how rows become a batch; padding that is trained on counts. Default: each answer and its end alone.
+        repeats: sets of masks to average over.
+
+    Returns:
+        One loss a noise level; NaN where no token got masked.
+
+    Raises:
+        ValueError: a noise level outside (0, 1].
+    """
+    model = without_ddp(model)
+    backbone = Backbone(model)
+    mask, device = backbone.mask_token_id(mask_token_id), backbone.device
+    collate = collator or AnswerCollator(backbone.configured("pad_token_id") or 0, trained_padding=0)
+    starts = range(0, len(rows), batch_size)
+    losses = []
+    bar = tqdm(total=len(noise_levels) * repeats * len(starts), desc="loss over λ", unit="batch", disable=not progress)
+    with evaluating(model), bar:
+        for level in noise_levels:
+            total = count = 0.0
+            for repeat in range(repeats):
+                for start in starts:
+                    indices = range(start, min(start + batch_size, len(rows)))
+                    batch = collate([{**rows[i], "position": repeat * len(rows) + i} for i in indices])
+                    batch = {name: value.to(device) for name, value in batch.items()}
+                    masked = mask_answers(**batch, mask_token_id=mask, noise_level=level, seed=seed)
+                    lengths = masked.answer.sum(1)
+                    total += (masked_cross_entropy(model, masked).double().sum(1) / lengths).sum().item()
+                    count += (masked.masked.double().sum(1) / lengths).sum().item()
+                    bar.update()
+            losses.append(total / count if count else float("nan"))
+    return losses
+
+
+@torch.no_grad()
+def objective_losses(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    indices: Sequence[int],
+    collator: AnswerCollator,
+    *,
+    seed: int,
+    batch_size: int,
+) -> list[tuple[float, float]]:
+    """(the training objective, λ) of the rows `indices`, at the same λ and masks at each call.
+
+    λ is stratified over all of `rows`; the draws are others than those of training with that seed.
+    """
+    pairs: list[tuple[float, float]] = []
+    with evaluating(model):
+        for start in range(0, len(indices), batch_size):
+            batch = collator([{**rows[i], "position": i} for i in indices[start : start + batch_size]])
+            batch = {name: value.to(Backbone(model).device) for name, value in batch.items()}
+            loss = masked_diffusion_loss(model, **batch, seed=seed + 1, group_size=len(rows))
+            pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
+    return pairs

@@ -1,0 +1,102 @@
+"""LLaDA's checkpoint format, read into stock Llama.
+
+LLaDA is a Llama without the causal mask under other names, so its tensors are renamed while they stream from disk,
+and its configuration is translated. What the translation can't express is refused by name, never dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+# (in a LLaDA checkpoint, in LlamaForCausalLM); {n} is a layer's number
+_TENSORS = (
+    ("model.transformer.wte", "model.embed_tokens"),
+    ("model.transformer.ln_f", "model.norm"),
+    ("model.transformer.ff_out", "lm_head"),
+    ("model.transformer.blocks.{n}.attn_norm", "model.layers.{n}.input_layernorm"),
+    ("model.transformer.blocks.{n}.ff_norm", "model.layers.{n}.post_attention_layernorm"),
+    ("model.transformer.blocks.{n}.q_proj", "model.layers.{n}.self_attn.q_proj"),
+    ("model.transformer.blocks.{n}.k_proj", "model.layers.{n}.self_attn.k_proj"),
+    ("model.transformer.blocks.{n}.v_proj", "model.layers.{n}.self_attn.v_proj"),
+    ("model.transformer.blocks.{n}.attn_out", "model.layers.{n}.self_attn.o_proj"),
+    ("model.transformer.blocks.{n}.ff_proj", "model.layers.{n}.mlp.gate_proj"),
+    ("model.transformer.blocks.{n}.up_proj", "model.layers.{n}.mlp.up_proj"),
+    ("model.transformer.blocks.{n}.ff_out", "model.layers.{n}.mlp.down_proj"),
+)
+
+KEY_MAPPING = {
+    "^" + source.replace(".", r"\.").replace("{n}", r"(\d+)") + r"\.": target.replace("{n}", r"\1") + "."
+    for source, target in _TENSORS
+}
+"""For `from_pretrained(key_mapping=…)`. Each pattern has one capture group at most: transformers takes no more."""
+
+# Field: the values under which a LLaDA block is a Llama block.
+_EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
+    "activation_type": ("silu",),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "bias_for_layer_norm": (False, None),
+    "block_type": ("llama",),
+    "clip_qkv": (None,),
+    "embedding_dropout": (0.0,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False, None),
+    "input_emb_norm": (False,),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "residual_dropout": (0.0,),
+    "rope": (True,),
+    "scale_logits": (False,),
+    "sliding_window": (None,),
+}
+
+
+def llama_config(fields: dict[str, Any]) -> LlamaConfig:
+    """The LlamaConfig of a LLaDA checkpoint's config.json.
+
+    Raises:
+        ValueError: a field is missing, or has a value that Llama can't express; the message names each.
+    """
+    unsupported = [
+        f"{name}={fields[name]!r} (only {' or '.join(map(repr, allowed))})"
+        for name, allowed in _EXPRESSIBLE.items()
+        if name in fields and fields[name] not in allowed
+    ]
+    if unsupported:
+        raise ValueError(
+            "this LLaDA checkpoint has options that a stock Llama model can't express: " + "; ".join(unsupported)
+        )
+    try:
+        d_model, n_heads = fields["d_model"], fields["n_heads"]
+        one_or_all = 1 if fields.get("multi_query_attention") else n_heads  # an older flag than n_kv_heads
+        return LlamaConfig(
+            vocab_size=fields.get("embedding_size") or fields["vocab_size"],
+            hidden_size=d_model,
+            intermediate_size=fields.get("mlp_hidden_size") or fields.get("mlp_ratio", 4) * d_model,
+            num_hidden_layers=fields["n_layers"],
+            num_attention_heads=n_heads,
+            num_key_value_heads=fields.get("n_kv_heads") or one_or_all,
+            max_position_embeddings=fields["max_sequence_length"],
+            rms_norm_eps=fields.get("rms_norm_eps", 1e-5),
+            rope_parameters={"rope_type": "default", "rope_theta": fields.get("rope_theta", 10000.0)},
+            attention_dropout=fields.get("attention_dropout", 0.0),
+            tie_word_embeddings=fields.get("weight_tying", True),  # the default of LLaDA's own configuration class
+            eos_token_id=fields.get("eos_token_id"),
+            bos_token_id=fields.get("bos_token_id"),
+            **{name: fields[name] for name in ("dtype", "torch_dtype", "quantization_config") if name in fields},
+        )
+    except KeyError as error:
+        raise ValueError(f"this LLaDA checkpoint's config.json lacks {error.args[0]}") from None
+
+
+def checkpoint_name(name: str) -> str:
+    """The LLaDA checkpoint's name of a LlamaForCausalLM tensor."""
+    parts = name.split(".")
+    number = parts[2] if parts[1:2] == ["layers"] else ""
+    for source, target in _TENSORS:
+        stem = target.replace("{n}", number) + "."
+        if name.startswith(stem):
+            return source.replace("{n}", number) + "." + name.removeprefix(stem)
+    return name

@@ -1,0 +1,186 @@
+"""Loading masked language models into stock transformers classes.
+
+| checkpoint                   | class                   | note                                                  |
+|------------------------------|-------------------------|-------------------------------------------------------|
+| LLaDA, iLLaDA                | LlamaForCausalLM        | tensors renamed while they stream (`llada_format`)    |
+| Dream                        | ShiftedQwen2ForCausalLM | position i predicts token i (`shifted_logits`)        |
+| Llama, Qwen2                 | their …ForCausalLM      | attention made bidirectional                          |
+| BERT, RoBERTa, ModernBERT, … | AutoModelForMaskedLM    | as they are                                           |
+
+`config.is_causal = False` is what makes attention bidirectional in transformers. No code from the checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
+
+from nara_diffusion.utils.named_source import naming_source
+
+from .llada_format import KEY_MAPPING, checkpoint_name, llama_config
+from .shifted_logits import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
+from .tokenizers import load_tokenizer, resolve_mask_token, set_special_tokens
+
+# Arguments of from_pretrained that say where files come from: the configuration and the tokenizer need them too.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+# Where trust_remote_code finds a model with an output head, best first.
+_REMOTE_CLASSES = {
+    "AutoModelForMaskedLM": AutoModelForMaskedLM,
+    "AutoModelForCausalLM": AutoModelForCausalLM,
+    "AutoModel": AutoModel,
+}
+
+# Heads that encoders are pre-trained with besides the one for masked tokens.
+_OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)\.")
+
+
+def load_backbone(
+    pretrained_model_name_or_path: str,
+    *,
+    mask_token_id: int | None = None,
+    mask_token: str | None = None,
+    shift_logits: bool | None = None,
+    ignore_tensors: str | Sequence[str] = (),
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a masked-diffusion language model, or an encoder, and its tokenizer.
+
+    `model(input_ids, attention_mask).logits[:, i]` predicts token i; attention is bidirectional;
+    `model.config.mask_token_id`, `pad_token_id` and `eos_token_id` are set.
+
+    Args:
+        pretrained_model_name_or_path: a folder or a repository on the Hub.
+        mask_token_id: which token stands for a masked one, where the checkpoint doesn't say.
+        mask_token: the same by its text.
+        shift_logits: whether position i of the checkpoint predicts token i + 1. Default: known for Dream, False
+            otherwise.
+        ignore_tensors: heads in the checkpoint that the model doesn't have and that are left out: names of tensors, or
+            of modules with all that is in them. Those of BERT's and ALBERT's pre-training needn't be named.
+        trust_remote_code: for checkpoints of other kinds only; those of the table never need it.
+        **kwargs: as for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation, revision,
+            token, …
+
+    Raises:
+        ValueError: nothing is there, an unknown kind of checkpoint, options that the stock class can't express, tensors
+            that are missing, left over or misshapen, files that are cut off, or no mask token; each by name.
+    """
+    name = pretrained_model_name_or_path
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    with naming_source(Path(name, hub.get("subfolder") or ""), CONFIG_NAME, "a model of transformers"):
+        fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        if not fields:
+            raise ValueError(f"it has no {CONFIG_NAME}")
+    model_class, config, is_renamed = _class_and_config(name, fields, shift_logits, trust_remote_code, hub)
+    tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), trust_remote_code=trust_remote_code, **hub)
+    mask = resolve_mask_token(name, tokenizer, fields, config.vocab_size, mask_token_id, mask_token)
+    if is_renamed:
+        kwargs["key_mapping"] = KEY_MAPPING
+    if model_class in _REMOTE_CLASSES.values():
+        kwargs["trust_remote_code"] = trust_remote_code  # unset, transformers would ask on the terminal
+    try:
+        model, loading = model_class.from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} are cut off or damaged ({error}): download them again.") from None
+    ignored = [ignore_tensors] if isinstance(ignore_tensors, str) else ignore_tensors
+    _check_tensors(name, loading, checkpoint_name if is_renamed else str, ignored)
+    if is_renamed:
+        del model._weight_conversions  # saved under the names of its class, which is what its configuration says
+    set_special_tokens(model, tokenizer, mask)
+    return model, tokenizer
+
+
+def _class_and_config(
+    name: str, fields: dict[str, Any], shift_logits: bool | None, trust_remote_code: bool, hub: dict[str, Any]
+) -> tuple[Any, PreTrainedConfig, bool]:
+    """(class, configuration, whether the tensors have LLaDA's names) for the config.json `fields`."""
+    family = fields.get("model_type", "").lower()
+    shifted = fields.get("shifted_logits", family == "dream") if shift_logits is None else shift_logits
+    if family in ("llada", "illada", "llama"):
+        config = llama_config(fields) if "d_model" in fields else _stock_config(LlamaConfig, fields)
+        model_class = ShiftedLlamaForCausalLM if shifted else LlamaForCausalLM
+        return model_class, _bidirectional(config, shifted), family != "llama"
+    if family in ("dream", "qwen2"):
+        model_class = ShiftedQwen2ForCausalLM if shifted else Qwen2ForCausalLM
+        return model_class, _bidirectional(_stock_config(Qwen2Config, fields), shifted), False
+    if shifted:
+        raise ValueError(f"shift_logits is for Llama and Qwen2 models, and {name} has model_type {family!r}")
+    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
+        return AutoModelForMaskedLM, AutoConfig.from_pretrained(name, trust_remote_code=False, **hub), False
+    remote = [key for key in _REMOTE_CLASSES if key in fields.get("auto_map", {})]
+    if trust_remote_code and remote:
+        return _REMOTE_CLASSES[remote[0]], AutoConfig.from_pretrained(name, trust_remote_code=True, **hub), False
+    raise ValueError(
+        f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, Dream, Llama, Qwen2 and the encoders of "
+        "AutoModelForMaskedLM (BERT, RoBERTa, ModernBERT, …), and models with code of their own that is right under "
+        "trust_remote_code=True"
+    )
+
+
+def _stock_config(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> PreTrainedConfig:
+    if fields.get("use_sliding_window"):
+        raise ValueError("use_sliding_window=True isn't supported: attention has to see the whole sequence both ways")
+    foreign = ("model_type", "architectures", "auto_map", "transformers_version")
+    return config_class(**{key: value for key, value in fields.items() if key not in foreign})
+
+
+def _bidirectional(config: PreTrainedConfig, shifted: bool) -> PreTrainedConfig:
+    config.is_causal = False  # what transformers' masks and attention functions go by
+    config.use_cache = False
+    config.pad_token_id = None  # nn.Embedding would give that token's row no gradient; set_special_tokens sets it
+    if shifted:
+        config.shifted_logits = True  # so that a saved copy is read as this class again
+    return config
+
+
+def _check_tensors(name: str, loading: dict[str, Any], original: Any, ignored: Sequence[str]) -> None:
+    """Refuse a checkpoint whose tensors don't fit the model: what transformers only logs is an error here.
+
+    Args:
+        name: the name of the checkpoint.
+        loading: the information of `from_pretrained(output_loading_info=True)`.
+        original: the function from a tensor's name in the model to that in the checkpoint.
+        ignored: names of tensors, or of modules with all that is in them, that the model may lack.
+    """
+    surplus = sorted(original(key) for key in loading["unexpected_keys"] if not _OTHER_HEADS.search(key))
+    unused = [entry for entry in ignored if not any(f"{key}.".startswith(f"{entry}.") for key in surplus)]
+    if unused:
+        raise ValueError(
+            f"ignore_tensors names {unused[0]!r}, and it is none of those tensors of {name} that the model doesn't "
+            f"have: {', '.join(surplus[:8]) or 'there are none'}"
+        )
+    unknown = [key for key in surplus if not any(f"{key}.".startswith(f"{entry}.") for entry in ignored)]
+    problems = {
+        "missing": sorted(original(key) for key in loading["missing_keys"]),
+        "not known to the model": unknown,
+        "of another shape": [
+            f"{original(key)} {tuple(found)} instead of {tuple(expected)}"
+            for key, found, expected in sorted(loading["mismatched_keys"])
+        ],
+    }
+    lists = [f"{len(keys)} {kind}: {', '.join(keys[:8])}" for kind, keys in problems.items() if keys]
+    if lists:
+        remedy = ". Heads that masked language modelling doesn't use are left out by ignore_tensors" if unknown else ""
+        raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}{remedy}")

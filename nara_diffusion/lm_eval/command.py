@@ -1,0 +1,115 @@
+"""The command `nara-eval`: lm-eval's command with the model class nara_dllm and this package's tasks.
+
+It takes lm-eval's subcommands and flags, also from a file (--config FILE.yaml). The default of --model is nara_dllm,
+and that of the subcommand is run:
+
+    nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_gsm8k
+    nara-eval ls tasks
+    accelerate launch -m nara_diffusion.lm_eval.command --model_args … --tasks …     # all GPUs
+    nara-eval run --help                                                             # all flags
+
+docs/evaluation.md describes the paper's test sets, the settings of the sampler, and code benchmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TASKS = Path(__file__).parent / "tasks"
+MODEL = "nara_dllm"
+HELP = ("-h", "--help")
+SUBCOMMANDS = ("run", "ls", "validate")
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run lm-eval's command on `argv`; None takes the program's own arguments.
+
+    Errors in what the user gave end it with a message; with LMEVAL_LOG_LEVEL=DEBUG the traceback is shown.
+    """
+    try:
+        from lm_eval._cli import HarnessCLI
+        from lm_eval.utils import setup_logging
+    except ImportError:
+        sys.exit("nara-eval needs lm-eval: pip install -e '.[eval]'")
+    setup_logging()
+    register()
+    flags = with_defaults(sys.argv[1:] if argv is None else list(argv))
+    if not flags or flags[0] in HELP:
+        sys.stdout.write(f"{__doc__}\n")
+    with _program(["nara-eval", *flags]):
+        command = HarnessCLI()
+        args = command.parse_args()
+        try:
+            command.execute(adjusted(args))
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            if os.environ.get("LMEVAL_LOG_LEVEL", "").upper() == "DEBUG":
+                raise
+            sys.exit(f"nara-eval: {error.args[0] if isinstance(error, KeyError) else error}")
+
+
+def register() -> None:
+    """Register `--model nara_dllm` with lm-eval. Harmless when repeated."""
+    from lm_eval.api.registry import model_registry
+
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="nara_diffusion.lm_eval.harness_model:NaraDLLM")
+
+
+def with_defaults(argv: list[str]) -> list[str]:
+    """Add the subcommand and --model to `argv` where they are missing."""
+    if not argv or argv[0] in HELP or argv[0] in SUBCOMMANDS[1:]:
+        return argv
+    flags = argv[1:] if argv[0] == "run" else argv
+    names = {flag.partition("=")[0] for flag in flags}
+    given = names & {"--model", "-M", "--config", "-C", *HELP}
+    return ["run", *([] if given else ["--model", MODEL]), *flags]
+
+
+def adjusted(args: argparse.Namespace) -> argparse.Namespace:
+    """Add this package's task files to include_path, and set model and device if no flag and no file sets them.
+
+    Raises:
+        ValueError, OSError: the file of --config can't be read.
+    """
+    file = _settings(getattr(args, "config", None))
+    if hasattr(args, "include_path"):
+        own: Any = args.include_path or file.get("include_path") or []
+        args.include_path = [str(TASKS), *([own] if isinstance(own, str) else own)]
+    if hasattr(args, "model"):
+        args.model = args.model or file.get("model") or MODEL
+        # lm-eval's default is cuda:0, wherever it runs
+        args.device = args.device or file.get("device") or ("auto" if args.model == MODEL else None)
+    return args
+
+
+def _settings(path: str | None) -> dict[str, Any]:
+    """The settings in the file of --config."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    try:
+        return {} if path is None else EvaluatorConfig.load_yaml_config(path)
+    except TypeError as error:  # lm-eval's error for a file without keys
+        raise ValueError(str(error)) from None
+
+
+@contextmanager
+def _program(argv: list[str]) -> Iterator[None]:
+    """Inside, sys.argv is that of lm-eval's command, which reads and changes it."""
+    before, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    main()
