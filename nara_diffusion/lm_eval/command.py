@@ -14,20 +14,16 @@ docs/evaluation.md describes the paper's test sets, the settings of the sampler,
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 TASKS = Path(__file__).parent / "tasks"
 MODEL = "nara_dllm"
 HELP = ("-h", "--help")
-SUBCOMMANDS = ("run", "ls", "validate")
-
-logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,15 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     try:
         from lm_eval._cli import HarnessCLI
+        from lm_eval.api.registry import model_registry
         from lm_eval.utils import setup_logging
     except ImportError:
         sys.exit("nara-eval needs lm-eval: pip install -e '.[eval]'")
     setup_logging()
-    register()
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target="nara_diffusion.lm_eval.harness_model:NaraDLLM")
     flags = with_defaults(sys.argv[1:] if argv is None else list(argv))
     if not flags or flags[0] in HELP:
         sys.stdout.write(f"{__doc__}\n")
-    with _program(["nara-eval", *flags]):
+    with patch.object(sys, "argv", ["nara-eval", *flags]):  # which lm-eval's command reads and changes
         command = HarnessCLI()
         args = command.parse_args()
         try:
@@ -56,21 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f"nara-eval: {error.args[0] if isinstance(error, KeyError) else error}")
 
 
-def register() -> None:
-    """Register `--model nara_dllm` with lm-eval. Harmless when repeated."""
-    from lm_eval.api.registry import model_registry
-
-    if MODEL not in model_registry:
-        model_registry.register(MODEL, target="nara_diffusion.lm_eval.harness_model:NaraDLLM")
-
-
 def with_defaults(argv: list[str]) -> list[str]:
     """Add the subcommand and --model to `argv` where they are missing."""
-    if not argv or argv[0] in HELP or argv[0] in SUBCOMMANDS[1:]:
+    if not argv or argv[0] in (*HELP, "ls", "validate"):
         return argv
     flags = argv[1:] if argv[0] == "run" else argv
-    names = {flag.partition("=")[0] for flag in flags}
-    given = names & {"--model", "-M", "--config", "-C", *HELP}
+    given = {flag.partition("=")[0] for flag in flags} & {"--model", "-M", "--config", "-C", *HELP}
     return ["run", *([] if given else ["--model", MODEL]), *flags]
 
 
@@ -80,7 +69,13 @@ def adjusted(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError, OSError: the file of --config can't be read.
     """
-    file = _settings(getattr(args, "config", None))
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    path = getattr(args, "config", None)
+    try:
+        file: dict[str, Any] = {} if path is None else EvaluatorConfig.load_yaml_config(path)
+    except TypeError as error:  # lm-eval's error for a file without keys
+        raise ValueError(str(error)) from None
     if hasattr(args, "include_path"):
         own: Any = args.include_path or file.get("include_path") or []
         args.include_path = [str(TASKS), *([own] if isinstance(own, str) else own)]
@@ -89,26 +84,6 @@ def adjusted(args: argparse.Namespace) -> argparse.Namespace:
         # lm-eval's default is cuda:0, wherever it runs
         args.device = args.device or file.get("device") or ("auto" if args.model == MODEL else None)
     return args
-
-
-def _settings(path: str | None) -> dict[str, Any]:
-    """The settings in the file of --config."""
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-
-    try:
-        return {} if path is None else EvaluatorConfig.load_yaml_config(path)
-    except TypeError as error:  # lm-eval's error for a file without keys
-        raise ValueError(str(error)) from None
-
-
-@contextmanager
-def _program(argv: list[str]) -> Iterator[None]:
-    """Inside, sys.argv is that of lm-eval's command, which reads and changes it."""
-    before, sys.argv = sys.argv, argv
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 if __name__ == "__main__":

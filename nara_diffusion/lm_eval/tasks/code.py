@@ -1,8 +1,8 @@
 """HumanEval and MBPP: the question, the program in an answer, and pass@1 by running it.
 
 The task files are marked unsafe: without --confirm_run_unsafe_code lm-eval refuses them, before anything is generated.
-Each program runs in a process of its own with limits. That is no sandbox: `nara_diffusion.lm_eval.tasks.execution`
-lists what a program can still do, such as forge a pass.
+Each program runs in a process of its own with limits. That is no sandbox: `execution` lists what a program can still
+do, such as forge a pass.
 
 pass@1 of a question is the share of its answers that pass; there is one answer unless the task file sets `repeats`.
 """
@@ -24,23 +24,20 @@ def humaneval_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[st
 
 
 def mbpp_programs(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """lm-eval's filter: each question's answers as programs to test."""
-    return [[mbpp_program(doc, text) for text in texts] for texts, doc in zip(resps, docs, strict=True)]
+    """lm-eval's filter: the set-up code of the tests, then the answer, for each answer."""
+    return [
+        [f"{doc.get('test_setup_code') or ''}\n{code_of(text, r'^(?:def|class) ')}" for text in texts]
+        for texts, doc in zip(resps, docs, strict=True)
+    ]
 
 
 def humaneval_program(doc: Mapping[str, Any], text: str) -> str:
     """The program of an answer: the prompt's header, then the answer's function of that name, or the answer as body."""
-    name = re.escape(doc["entry_point"])
-    code = code_of(text, rf"^(?:async )?def {name}\b")
-    whole = re.search(rf"^(?:async )?def {name}\b", code, re.MULTILINE) is not None
-    header = doc["prompt"]
+    wanted = rf"^(?:async )?def {re.escape(doc['entry_point'])}\b"
+    code = code_of(text, wanted)
     # the header alone is a function whose body is its docstring; a whole function after it takes its place
-    return f"{header}{code}" if not whole else f"{header}\n    pass\n\n{code}"
-
-
-def mbpp_program(doc: Mapping[str, Any], text: str) -> str:
-    """The program of an answer: the set-up code of the tests, then the answer."""
-    return f"{doc.get('test_setup_code') or ''}\n{code_of(text, r'^(?:def|class) ')}"
+    is_whole = re.search(wanted, code, re.MULTILINE) is not None
+    return f"{doc['prompt']}\n    pass\n\n{code}" if is_whole else f"{doc['prompt']}{code}"
 
 
 def code_of(text: str, wanted: str) -> str:

@@ -1,1 +1,0 @@
-"""The task files of nara-eval, and the scoring of answers."""
