@@ -11,8 +11,8 @@ our environment, with its tokens, where the system shows it (Linux: /proc); forg
 passed; kill its supervisor. Run it in a container without secrets, and read the programs before you trust a surprising
 score.
 
-This file is also the supervisor: `python -I execution.py '{"RLIMIT_CPU": 10, …}' PROGRAM.py` runs the program in a child,
-the leader of a session, and ends as it did. It imports the standard library only.
+This file is also the supervisor: `python -I execution.py '{"RLIMIT_CPU": 10, …}' PROGRAM.py` runs the program in a
+child, the leader of a session, and ends as it did. It imports the standard library only.
 """
 
 from __future__ import annotations
