@@ -30,7 +30,7 @@ from nara_diffusion.loaders.schedulers import scheduler_fields
 
 ASSETS = Path(__file__).parent / "assets"
 sys.path.insert(0, str(ASSETS / "makers"))
-from tiny_images.latents import Latents, encode_scenes  # noqa: E402
+from tiny_images.unet import Latents, encode_scenes  # noqa: E402
 
 PROMPTS = [
     "a photo of a red car on the beach",

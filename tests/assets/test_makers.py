@@ -30,9 +30,9 @@ def test_make_llada_tiny_stopped_and_resumed_gives_the_same_weights(family, tmp_
         make.main(make.Arguments(output_dir=tmp_path / name, family=family, max_train_steps=5, **sizes, **changes))
 
     run("whole")
-    train_step = make.Run.train_step
+    step_loss = make.step_loss
     with monkeypatch.context() as patch:
-        patch.setattr(make.Run, "train_step", lambda run, rows: _stop() if run.step == 3 else train_step(run, rows))
+        patch.setattr(make, "step_loss", lambda now, rows: _stop() if now.step == 3 else step_loss(now, rows))
         with pytest.raises(KeyboardInterrupt):
             run("stopped")
     with pytest.raises(ValueError, match="add --resume"):
@@ -43,7 +43,7 @@ def test_make_llada_tiny_stopped_and_resumed_gives_the_same_weights(family, tmp_
     assert load_backbone(tmp_path / "whole")[0].config.mask_token_id is not None
 
 
-def _stop() -> float:
+def _stop() -> dict:
     raise KeyboardInterrupt
 
 

@@ -11,6 +11,7 @@ Written to --output_dir: model.safetensors, config.json, the processor's files, 
 and training_state.pt, which --resume reads and nobody else needs.
 """
 
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
 import json
@@ -18,55 +19,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tiny_clip.card import write_clip_card
-from tiny_clip.retrieval import retrieval
-from tiny_clip.vocabulary import MAX_TOKENS, build_tokenizer, save_tokenizer
-from tiny_drawings.scenes import SIZE, render, scenes, training_caption
-from tiny_training import Plan, Training, load_as_float32, parse
+from tiny_drawings.scenes import SIZE, distinct_scenes, render, scenes, training_caption
+from tiny_training import Plan, Training, load_as_float32, option, parse, write_results
+from tiny_vocabulary import MAX_TOKENS, build_tokenizer, save_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
 SPLIT = "clip"
+RETRIEVAL_SIZE, RETRIEVAL_SPLIT, RETRIEVAL_SEED = 64, "retrieval", 2  # no other maker draws from this split
 
 
 @dataclass
 class Arguments:
-    """What the command line sets; --help says what each is."""
+    """What the command line sets."""
 
-    output_dir: Path = Path("outputs/clip-tiny")
-    text_width: int = 96
-    text_layers: int = 3
-    vision_width: int = 128
-    vision_layers: int = 4
-    max_train_steps: int = 1000
-    train_batch_size: int = 64
-    learning_rate: float = 1e-3
-    lr_warmup_steps: int = 100
-    save_steps: int = 500
-    retrieval_batches: int = 8
-    seed: int = 0
-    device: str = "cpu"
-    fp32: bool = False
-    resume: bool = False
-
-
-HELP = {
-    "output_dir": "folder of the model",
-    "text_width": "width of the text tower",
-    "text_layers": "layers of the text tower",
-    "vision_width": "width of the image tower",
-    "vision_layers": "layers of the image tower",
-    "max_train_steps": "optimiser steps",
-    "train_batch_size": "scenes a step, each the others' counterexample",
-    "learning_rate": "of AdamW, after warm-up and before decay",
-    "lr_warmup_steps": "steps of linear warm-up",
-    "save_steps": "steps between two saved states, each with a usable model beside it",
-    "retrieval_batches": "batches of 64 scenes in the final measurement",
-    "seed": "of weights and scenes",
-    "device": "torch device",
-    "fp32": "train without bf16 autocast",
-    "resume": "go on from the state in --output_dir",
-}
+    output_dir: Path = option(Path("outputs/clip-tiny"), "folder of the model")
+    text_width: int = option(96, "width of the text tower")
+    text_layers: int = option(3, "layers of the text tower")
+    vision_width: int = option(128, "width of the image tower")
+    vision_layers: int = option(4, "layers of the image tower")
+    max_train_steps: int = option(1000, "optimiser steps")
+    train_batch_size: int = option(64, "scenes a step, each the others' counterexample")
+    learning_rate: float = option(1e-3, "of AdamW, after warm-up and before decay")
+    lr_warmup_steps: int = option(100, "steps of linear warm-up")
+    save_steps: int = option(500, "steps between two saved states, each with a usable model beside it")
+    retrieval_batches: int = option(8, "batches of 64 scenes in the final measurement")
+    seed: int = option(0, "of weights and scenes")
+    device: str = option("cpu", "torch device")
+    fp32: bool = option(False, "train without bf16 autocast")
+    resume: bool = option(False, "go on from the state in --output_dir")
 
 
 def build_clip(args: Arguments, processor: CLIPProcessor) -> CLIPModel:
@@ -134,6 +115,25 @@ def save_clip(model: CLIPModel, processor: CLIPProcessor, folder: Path) -> None:
     save_tokenizer(processor.tokenizer, folder)
 
 
+@torch.no_grad()
+def retrieval(model: CLIPModel, processor: CLIPProcessor, batches: int = 8) -> dict[str, float]:
+    """Share of pictures whose own caption is the nearest among 64, and of captions whose own picture is; and the mean
+    cosine of a picture with its own caption and with another's."""
+    shown = distinct_scenes(RETRIEVAL_SPLIT, RETRIEVAL_SEED, RETRIEVAL_SIZE * batches)
+    sums = torch.zeros(4)
+    for first in range(0, len(shown), RETRIEVAL_SIZE):
+        chosen = shown[first : first + RETRIEVAL_SIZE]
+        captions, images = [scene.caption for scene in chosen], [render(scene) for scene in chosen]
+        output = model(**processor(text=captions, images=images, padding=True, return_tensors="pt").to(model.device))
+        cosines = output.image_embeds.float() @ output.text_embeds.float().T  # (pictures, captions)
+        own = torch.arange(len(cosines), device=cosines.device)
+        others = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)]
+        found = [(cosines.argmax(dim) == own).float().mean() for dim in (1, 0)]
+        sums += torch.stack([*found, cosines.diagonal().mean(), others.mean()]).cpu()
+    names = ("image_to_text", "text_to_image", "cosine_own", "cosine_other")
+    return dict(zip(names, (sums / batches).tolist(), strict=True))
+
+
 def main(args: Arguments) -> dict:
     """Trains, measures, writes the folder; returns what results.json holds."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -162,9 +162,8 @@ def main(args: Arguments) -> dict:
         "parameters": model.num_parameters(),
         "retrieval_among_64": retrieval(shipped, processor, args.retrieval_batches),
     }
-    write_clip_card(args.output_dir, args, results, training.curve)
-    return results
+    return write_results(args.output_dir, results, training=training.curve)
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(parse(Arguments, __doc__ or "", HELP)), indent=2))
+    print(json.dumps(main(parse(Arguments, __doc__)), indent=2))

@@ -5,28 +5,31 @@
 Autoencoder, text encoders and tokenizers are those of sdxl-tiny; what is trained is the transformer. A run that was
 stopped goes on with --resume; until the learning rate begins to fall, its number of steps may change too.
 
-Written to --output_dir: the folder that StableDiffusion3Pipeline.from_pretrained loads, README.md, results.json,
+Written to --output_dir: the folder that StableDiffusion3Pipeline.from_pretrained loads, results.json,
 samples.png and the curve; and training/, which --resume reads and nobody else needs.
 """
 
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-from make_sdxl_tiny import parameters
-from tiny_clip.vocabulary import save_tokenizer
+from make_sdxl_tiny import cached_scenes, parameters, save_pipeline
 from tiny_images.evaluation import SHEET_PROMPTS, evaluate, sample, write_samples
-from tiny_images.flow_card import write_flow_card
-from tiny_images.flow_latents import SPLIT, cached_flow_latents
-from tiny_images.transformer import FlowMatching, build_flow_scheduler, build_transformer
+from tiny_images.transformer import (
+    SPLIT,
+    FlowLatents,
+    FlowMatching,
+    build_flow_scheduler,
+    build_transformer,
+    encode_flow_scenes,
+)
 from tiny_images.vae import latent_moments, pixels
-from tiny_training import Plan, Training, load_as_float32, parse
+from tiny_training import Plan, Training, option, parse, write_results
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 WITHOUT_T5 = {"max_sequence_length": 0}  # of the pipeline's call: no zero vectors where T5's would be
@@ -35,54 +38,29 @@ ASSETS = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Arguments:
-    """What the command line sets; --help says what each is."""
+    """What the command line sets."""
 
-    output_dir: Path = Path("outputs/sd-tiny-flow")
-    sdxl: Path = ASSETS / "sdxl-tiny"
-    clip: Path = ASSETS / "clip-tiny"
-    steps: int = 3500
-    decay_steps: int = 1100
-    batch_size: int = 32
-    late_batch_size: int = 32
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 3e-3
-    layers: int = 4
-    heads: int = 4
-    shift: float = 1.0
-    scenes: int = 8000
-    held_out: int = 128
-    save_steps: int = 500
-    evaluation_batches: int = 4
-    inference_steps: int = 25
-    seed: int = 0
-    device: str = "cpu"
-    fp32: bool = False
-    resume: bool = False
-
-
-HELP = {
-    "output_dir": "folder of the model",
-    "sdxl": "folder of sdxl-tiny: its autoencoder, text encoders and tokenizers are used as they are",
-    "clip": "folder of clip-tiny, which measures the samples",
-    "steps": "optimiser steps of the transformer",
-    "decay_steps": "the last of them, in which the learning rate falls to zero",
-    "batch_size": "scenes a step",
-    "late_batch_size": "the same while the learning rate falls",
-    "learning_rate": "of AdamW, which trains the rest, after warm-up and before decay",
-    "muon_learning_rate": "of Muon, which trains the matrices of the blocks; 0 leaves them to AdamW",
-    "layers": "blocks of the transformer",
-    "heads": "attention heads of 32 channels: the transformer's width is 32 times as many",
-    "shift": "of the sampler's noise levels towards noise; training does not depend on it",
-    "scenes": "scenes that the transformer learns from",
-    "held_out": "scenes of the validation loss",
-    "save_steps": "steps between two saved states, with a usable pipeline beside each",
-    "evaluation_batches": "batches of 16 prompts in the final measurement",
-    "inference_steps": "denoising steps of the samples",
-    "seed": "of weights, scenes, noise levels and noise",
-    "device": "torch device",
-    "fp32": "train without bf16 autocast",
-    "resume": "go on from the state in --output_dir",
-}
+    output_dir: Path = option(Path("outputs/sd-tiny-flow"), "folder of the model")
+    sdxl: Path = option(ASSETS / "sdxl-tiny", "folder of sdxl-tiny, whose other parts are used as they are")
+    clip: Path = option(ASSETS / "clip-tiny", "folder of clip-tiny, which measures the samples")
+    steps: int = option(3500, "optimiser steps of the transformer")
+    decay_steps: int = option(1100, "the last of them, in which the learning rate falls to zero")
+    batch_size: int = option(32, "scenes a step")
+    late_batch_size: int = option(32, "the same while the learning rate falls")
+    learning_rate: float = option(1e-3, "of AdamW, which trains the rest, after warm-up and before decay")
+    muon_learning_rate: float = option(3e-3, "of Muon, which trains the matrices of the blocks; 0 leaves them to AdamW")
+    layers: int = option(4, "blocks of the transformer")
+    heads: int = option(4, "attention heads of 32 channels: the transformer's width is 32 times as many")
+    shift: float = option(1.0, "of the sampler's noise levels towards noise; training does not depend on it")
+    scenes: int = option(8000, "scenes that the transformer learns from")
+    held_out: int = option(128, "scenes of the validation loss")
+    save_steps: int = option(500, "steps between two saved states, with a usable pipeline beside each")
+    evaluation_batches: int = option(4, "batches of 16 prompts in the final measurement")
+    inference_steps: int = option(25, "denoising steps of the samples")
+    seed: int = option(0, "of weights, scenes, noise levels and noise")
+    device: str = option("cpu", "torch device")
+    fp32: bool = option(False, "train without bf16 autocast")
+    resume: bool = option(False, "go on from the state in --output_dir")
 
 
 def first_text_encoder(folder: Path) -> CLIPTextModelWithProjection:
@@ -126,9 +104,7 @@ def train_transformer(args: Arguments, pipe: StableDiffusion3Pipeline) -> Traini
     """Trains the pipeline's transformer; the pipeline as it stands is written beside each saved state."""
     folder = args.output_dir / "training"
     sizes = {SPLIT: args.scenes, f"{SPLIT}-validation": args.held_out}
-    objective = FlowMatching(
-        *(cached_flow_latents(pipe, split, args.seed, count, folder) for split, count in sizes.items())
-    )
+    objective = FlowMatching(*cached_scenes(FlowLatents, encode_flow_scenes, pipe, args.seed, sizes, folder))
     plan = Plan(
         steps=args.steps,
         batch=args.batch_size,
@@ -149,19 +125,6 @@ def train_transformer(args: Arguments, pipe: StableDiffusion3Pipeline) -> Traini
     training.run("transformer", objective.loss, lambda: objective.validation(training), export)
     training.finish()
     return training
-
-
-def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
-    """Writes a copy in float16; the pipeline itself keeps training."""
-    parts: dict[str, Any] = {name: deepcopy(part) for name, part in pipe.components.items()}
-    parts = {name: part.half() if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
-    StableDiffusion3Pipeline(**parts).save_pretrained(folder)
-    for number in ("", "_2"):
-        load_as_float32(folder / f"text_encoder{number}")
-        tokenizer = parts[f"tokenizer{number}"]
-        tokenizer.backend_tokenizer.no_padding()  # what the last prompts were padded and cut to
-        tokenizer.backend_tokenizer.no_truncation()
-        save_tokenizer(tokenizer, folder / f"tokenizer{number}")
 
 
 def padding_difference(pipe: StableDiffusion3Pipeline, steps: int) -> float:
@@ -199,9 +162,8 @@ def main(args: Arguments) -> dict:
         "padding_difference": padding_difference(shipped, args.inference_steps),
         "samples": evaluate(shipped, args.clip, args.evaluation_batches, args.inference_steps, **WITHOUT_T5),
     }
-    write_flow_card(args.output_dir, args, results, training.curve)
-    return results
+    return write_results(args.output_dir, results, transformer=training.curve)
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(parse(Arguments, __doc__ or "", HELP)), indent=2))
+    print(json.dumps(main(parse(Arguments, __doc__)), indent=2))

@@ -6,13 +6,15 @@ Two CLIPs of make_clip_tiny.py come first; that file has the commands. Then the 
 hour of one CPU core), then the UNet (an hour). A run that was stopped goes on with --resume; until the learning rate of
 a part begins to fall, its number of steps may change too.
 
-Written to --output_dir: the folder that StableDiffusionXLPipeline.from_pretrained loads, README.md, results.json,
+Written to --output_dir: the folder that StableDiffusionXLPipeline.from_pretrained loads, results.json,
 samples.png and the curves; and training/, which --resume reads and nobody else needs.
 """
 
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,68 +22,43 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from tiny_clip.vocabulary import save_tokenizer
 from tiny_images.evaluation import evaluate, write_samples
-from tiny_images.latents import SPLIT, cached_latents
-from tiny_images.sdxl_card import write_sdxl_card
-from tiny_images.unet import NoisePrediction, build_scheduler, build_unet
+from tiny_images.unet import SPLIT, Latents, NoisePrediction, build_scheduler, build_unet, encode_scenes
 from tiny_images.vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
-from tiny_training import Plan, Training, load_as_float32, parse
+from tiny_training import Plan, Training, load_as_float32, option, parse, write_results
+from tiny_vocabulary import save_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 
 @dataclass
 class Arguments:
-    """What the command line sets; --help says what each is."""
+    """What the command line sets."""
 
-    output_dir: Path = Path("outputs/sdxl-tiny")
-    clip: Path = Path("outputs/clip-tiny")
-    clip_smaller: Path = Path("outputs/clip-smaller")
-    vae_steps: int = 4500
-    decoder_steps: int = 3500
-    vae_batch_size: int = 4
-    vae_learning_rate: float = 1.5e-3
-    unet_steps: int = 11000
-    unet_decay_steps: int = 5000
-    unet_batch_size: int = 8
-    unet_late_batch_size: int = 16
-    unet_learning_rate: float = 6e-4
-    scenes: int = 16000
-    held_out: int = 64
-    save_steps: int = 2000
-    evaluation_batches: int = 4
-    inference_steps: int = 25
-    seed: int = 0
-    device: str = "cpu"
-    only: str = ""
-    fp32: bool = False
-    resume: bool = False
-
-
-HELP = {
-    "output_dir": "folder of the model",
-    "clip": "folder of clip-tiny: its text tower is the second text encoder, and it measures the samples",
-    "clip_smaller": "folder of the smaller CLIP: its text tower is the first text encoder",
-    "vae_steps": "optimiser steps of the autoencoder",
-    "decoder_steps": "further optimiser steps of its decoder",
-    "vae_batch_size": "scenes a step of the autoencoder",
-    "vae_learning_rate": "of AdamW, after warm-up and before decay",
-    "unet_steps": "optimiser steps of the UNet",
-    "unet_decay_steps": "the last of them, in which the learning rate falls to zero",
-    "unet_batch_size": "scenes a step of the UNet",
-    "unet_late_batch_size": "the same while the learning rate falls",
-    "unet_learning_rate": "of AdamW, after warm-up and before decay",
-    "scenes": "scenes that the UNet learns from",
-    "held_out": "scenes of the validation loss and of the autoencoder's errors",
-    "save_steps": "steps between two saved states, with a usable pipeline beside the UNet's",
-    "evaluation_batches": "batches of 16 prompts in the final measurement",
-    "inference_steps": "denoising steps of the samples",
-    "seed": "of weights, scenes, timesteps and noise",
-    "device": "torch device",
-    "only": "vae, decoder or unet: train that part alone; the last two need a finished vae, and can run side by side",
-    "fp32": "train without bf16 autocast",
-    "resume": "go on from the state in --output_dir",
-}
+    output_dir: Path = option(Path("outputs/sdxl-tiny"), "folder of the model")
+    clip: Path = option(
+        Path("outputs/clip-tiny"),
+        "folder of clip-tiny, the second text encoder; it measures the samples",
+    )
+    clip_smaller: Path = option(Path("outputs/clip-smaller"), "folder of the smaller CLIP, the first text encoder")
+    vae_steps: int = option(4500, "optimiser steps of the autoencoder")
+    decoder_steps: int = option(3500, "further optimiser steps of its decoder")
+    vae_batch_size: int = option(4, "scenes a step of the autoencoder")
+    vae_learning_rate: float = option(1.5e-3, "of AdamW, after warm-up and before decay")
+    unet_steps: int = option(11000, "optimiser steps of the UNet")
+    unet_decay_steps: int = option(5000, "the last of them, in which the learning rate falls to zero")
+    unet_batch_size: int = option(8, "scenes a step of the UNet")
+    unet_late_batch_size: int = option(16, "the same while the learning rate falls")
+    unet_learning_rate: float = option(6e-4, "of AdamW, after warm-up and before decay")
+    scenes: int = option(16000, "scenes that the UNet learns from")
+    held_out: int = option(64, "scenes of the validation loss and of the autoencoder's errors")
+    save_steps: int = option(2000, "steps between two saved states, with a usable pipeline beside the UNet's")
+    evaluation_batches: int = option(4, "batches of 16 prompts in the final measurement")
+    inference_steps: int = option(25, "denoising steps of the samples")
+    seed: int = option(0, "of weights, scenes, timesteps and noise")
+    device: str = option("cpu", "torch device")
+    only: str = option("", "vae, decoder or unet: train that part alone; the last two need a finished vae")
+    fp32: bool = option(False, "train without bf16 autocast")
+    resume: bool = option(False, "go on from the state in --output_dir")
 
 
 def train_vae(args: Arguments) -> Training:
@@ -142,8 +119,7 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
     """Trains the pipeline's UNet; the pipeline as it stands is written beside each saved state."""
     folder = args.output_dir / "training"
     sizes = {SPLIT: args.scenes, f"{SPLIT}-validation": args.held_out}
-    data = [cached_latents(pipe, split, args.seed, count, folder) for split, count in sizes.items()]
-    objective = NoisePrediction(*data)
+    objective = NoisePrediction(*cached_scenes(Latents, encode_scenes, pipe, args.seed, sizes, folder))
     plan = Plan(
         steps=args.unet_steps,
         batch=args.unet_batch_size,
@@ -157,7 +133,7 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
     training = Training(pipe.unet, plan, state_file(args, "unet"), args.seed, args.device, args.resume)
 
     def export() -> None:
-        save_pipeline(pipe, args.output_dir)
+        save_pipeline(pipe, args.output_dir, add_watermarker=False)
         write_samples(pipe, args.output_dir, 1, args.inference_steps)
 
     training.run("unet", objective.loss, lambda: objective.validation(training), export)
@@ -165,12 +141,24 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
     return training
 
 
-def save_pipeline(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
+def cached_scenes(
+    kind: type, encode: Callable[..., Any], pipe: Any, seed: int, sizes: dict[str, int], folder: Path
+) -> list[Any]:
+    """Scenes of each split, as ``encode`` makes them, kept in ``folder`` for a run that goes on later."""
+    found = []
+    for split, count in sizes.items():
+        path = folder / f"latents-{split}-{seed}-{count}.pt"
+        if not path.exists():
+            torch.save(vars(encode(pipe, split, seed, count)), path)
+        found.append(kind(**torch.load(path, weights_only=True)))
+    return found
+
+
+def save_pipeline(pipe: Any, folder: Path, **options: Any) -> None:
     """Writes a copy in float16; the pipeline itself keeps training."""
     parts: dict[str, Any] = {name: deepcopy(part) for name, part in pipe.components.items()}
     parts = {name: part.half() if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
-    copy = StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    copy.save_pretrained(folder)
+    type(pipe)(**parts, **options).save_pretrained(folder)
     for number in ("", "_2"):
         load_as_float32(folder / f"text_encoder{number}")
         tokenizer = parts[f"tokenizer{number}"]
@@ -198,7 +186,7 @@ def main(args: Arguments) -> dict | None:
     if args.only == "unet":
         return None
 
-    save_pipeline(pipe, args.output_dir)
+    save_pipeline(pipe, args.output_dir, add_watermarker=False)
     write_samples(pipe, args.output_dir, 4, args.inference_steps)
     shipped = StableDiffusionXLPipeline.from_pretrained(args.output_dir).to(args.device)
     shipped.set_progress_bar_config(disable=True)
@@ -213,8 +201,7 @@ def main(args: Arguments) -> dict | None:
         "validation_loss": trained["unet"].curve[-1]["validation_loss"],
         "samples": evaluate(shipped, args.clip, args.evaluation_batches, args.inference_steps),
     }
-    write_sdxl_card(args.output_dir, args, results, {name: training.curve for name, training in trained.items()})
-    return results
+    return write_results(args.output_dir, results, **{name: training.curve for name, training in trained.items()})
 
 
 def parameters(pipe: StableDiffusionXLPipeline) -> dict[str, int]:
@@ -225,4 +212,4 @@ def parameters(pipe: StableDiffusionXLPipeline) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(parse(Arguments, __doc__ or "", HELP)), indent=2))
+    print(json.dumps(main(parse(Arguments, __doc__)), indent=2))

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 from PIL import Image, ImageDraw
 from tiny_drawings.pen import Colour
+from tiny_drawings.places import PLACES
 from tiny_drawings.scenes import SMOOTHING, paint_place, smoothed, stand
 from tiny_drawings.subjects import SUBJECTS, Subject
 
 SIZE = 128  # pixels: twice what sdxl-tiny draws, so that the training has something to resize
 TOY = SUBJECTS["toy"]
-INSTANCE_PROMPT = TOY.instance_prompt
-CARD_TEMPLATE = Path(__file__).parent / "tiny_drawings" / "subject_card.md"
 
 
 @dataclass(frozen=True)
@@ -89,30 +88,25 @@ def picture_in_place(place: str, number: int, size: int = SIZE, subject: Subject
     return smoothed(image, size)
 
 
+def in_poses(subject: Subject, numbers: Iterable[int]) -> list[tuple[str, Image.Image]]:
+    """(caption, picture) before a wall, one a number."""
+    return [(subject.instance_prompt, picture(held_out_pose(number), subject=subject)) for number in numbers]
+
+
+def in_places(subject: Subject, numbers: Iterable[int]) -> list[tuple[str, Image.Image]]:
+    """(caption, picture) in each of the ten places, one a number."""
+    return [
+        (f"{subject.instance_prompt} {place}", picture_in_place(place, number, subject=subject))
+        for number in numbers
+        for place in PLACES
+    ]
+
+
 def main(output_dir: Path, subject: str = "toy") -> None:
     chosen = SUBJECTS[subject]
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, pose in enumerate(POSES, start=1):
         picture(pose, subject=chosen).save(output_dir / f"{number}.png")
-    (output_dir / "README.md").write_text(card(chosen), encoding="utf-8")
-
-
-def card(subject: Subject) -> str:
-    """The text of README.md beside the pictures."""
-    toy = subject is TOY
-    values = {
-        "folder": subject.folder,
-        "kind": subject.kind,
-        "option": "" if toy else f" with `--subject {subject.kind}`",
-        "use": "what the default DreamBooth run learns"
-        if toy
-        else "one of the subjects of `../../benchmarks/benchmark_quality.py`",
-        "instance_prompt": subject.instance_prompt,
-        "class_prompt": subject.class_prompt,
-        "difference": subject.difference,
-        "size": SIZE,
-    }
-    return Template(CARD_TEMPLATE.read_text(encoding="utf-8")).substitute(values)
 
 
 if __name__ == "__main__":

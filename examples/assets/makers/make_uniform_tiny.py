@@ -8,26 +8,25 @@ It starts from llada-tiny's weights, as Dream does from Qwen2.5's, and has its
 tokenizer, questions and checkpoint format; all weights are trained, with the objective of tiny_text/uniform.py. The
 benchmark of regimes fine-tunes it. A run that was stopped goes on with --resume.
 
-Written to --output_dir: model.safetensors, config.json, the tokenizer, README.md (the model card), training_curve.csv
-and .png, results.json; and training_state.pt, which --resume reads and nobody else needs.
+Written to --output_dir: model.safetensors, config.json, the tokenizer, training_curve.csv, results.json; and
+training_state.pt, which --resume reads and nobody else needs.
 """
 
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
-from tiny_curves import write_curve
 from tiny_text.checkpoint import save_llada_checkpoint
 from tiny_text.data import LONGEST_TAIL, Rows, encode, training_and_validation
 from tiny_text.tokenizer import build_tokenizer
 from tiny_text.uniform import noise_tokens, uniform_corruption, uniform_loss
-from tiny_training import Plan, Training, parse
+from tiny_training import Plan, Training, option, parse, write_results
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,35 +35,21 @@ from nara_diffusion.dllm import load_backbone
 VALIDATION_BATCH = 256  # questions
 START = Path(__file__).parents[1] / "llada-tiny"
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # λ of the card's table
-CARD = Path(__file__).parent / "tiny_text" / "uniform_tiny_card.md"
 
 
 @dataclass
 class Arguments:
-    """What the command line sets; --help says what each is."""
+    """What the command line sets."""
 
-    output_dir: Path = Path("outputs/uniform-tiny")
-    max_train_steps: int = 1500
-    train_batch_size: int = 96
-    learning_rate: float = 2e-3
-    train_size: int = 40000
-    validation_size: int = 128
-    seed: int = 0
-    device: str = "cpu"
-    resume: bool = False
-
-
-HELP = {
-    "output_dir": "folder of the model",
-    "max_train_steps": "optimiser steps",
-    "train_batch_size": "questions a step",
-    "learning_rate": "of AdamW, after warm-up and before decay",
-    "train_size": "questions a family to learn from",
-    "validation_size": "held-out questions a family",
-    "seed": "of weights, questions, noise levels and tokens",
-    "device": "torch device",
-    "resume": "go on from the state in --output_dir",
-}
+    output_dir: Path = option(Path("outputs/uniform-tiny"), "folder of the model")
+    max_train_steps: int = option(1500, "optimiser steps")
+    train_batch_size: int = option(96, "questions a step")
+    learning_rate: float = option(2e-3, "of AdamW, after warm-up and before decay")
+    train_size: int = option(40000, "questions a family to learn from")
+    validation_size: int = option(128, "held-out questions a family")
+    seed: int = option(0, "of weights, questions, noise levels and tokens")
+    device: str = option("cpu", "torch device")
+    resume: bool = option(False, "go on from the state in --output_dir")
 
 
 def step_loss(model: PreTrainedModel, rows: Rows, tokens: Tensor, training: Training) -> dict[str, Tensor]:
@@ -100,17 +85,6 @@ def _losses(
     return uniform_loss(model, uniform_corruption(input_ids, prompt_lengths, tokens, **options))
 
 
-def write_card(args: Arguments, results: dict[str, Any]) -> None:
-    """README.md in --output_dir."""
-    figures = asdict(args) | results
-    figures["million"] = f"{results['parameters'] / 1e6:.2f}"
-    figures["minutes"] = f"{results['minutes']:.0f}"
-    figures["validation_loss"] = f"{results['validation_loss']:.3f}"
-    figures["levels"] = "\n".join(f"| {level} | {loss:.3f} |" for level, loss in results["losses"].items())
-    text = Template(CARD.read_text(encoding="utf-8")).substitute(figures)
-    (args.output_dir / "README.md").write_text(text, encoding="utf-8")
-
-
 def main(args: Arguments) -> dict:
     """Trains, measures, writes the folder; returns what results.json holds."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -140,12 +114,8 @@ def main(args: Arguments) -> dict:
         "validation_loss": training.curve[-1]["validation_loss"],
         "losses": {str(x): validation_loss(model, validation, tokens, args.seed, x) for x in LEVELS},
     }
-    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    curve = args.output_dir / "training_curve"
-    write_curve(curve, training.curve, ("loss", "validation_loss"), "loss (nats a token)")
-    write_card(args, results)
-    return results
+    return write_results(args.output_dir, results, training=training.curve)
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(parse(Arguments, __doc__, HELP)), indent=2))
+    print(json.dumps(main(parse(Arguments, __doc__)), indent=2))

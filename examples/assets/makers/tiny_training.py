@@ -1,4 +1,4 @@
-"""Training that can be stopped: what the makers of clip-tiny and sdxl-tiny share.
+"""Training that can be stopped, arguments and results: what the makers of all models share.
 
 A step's data follows from the seed and the step's number alone, and the state file holds weights, optimiser, moving
 average, step and curve; so a run that was stopped goes on to the same weights as one that was not.
@@ -7,11 +7,12 @@ average, step and curve; so a run that was stopped goes on to the same weights a
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
-from nara_diffusion.training.output.output_dir import atomic_write, write_json
+from nara_diffusion.utils.atomic_write import atomic_write
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,7 @@ class Training:
     def _fixed(self) -> dict[str, Any]:
         """What must not change between the parts of a run; its length may, until the decay begins."""
         free = ("steps", "decay", "late_batch", "row_steps", "save_steps")
-        return {"seed": self.seed} | {
-            field.name: getattr(self.plan, field.name) for field in fields(self.plan) if field.name not in free
-        }
+        return {"seed": self.seed} | {name: value for name, value in vars(self.plan).items() if name not in free}
 
     def _load(self, resume: bool) -> None:
         if not resume:
@@ -200,16 +199,36 @@ def load_as_float32(folder: Path) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"})
 
 
-def parse(arguments: type, description: str, helps: dict[str, str], argv: list[str] | None = None) -> Any:
-    """An instance of the dataclass ``arguments`` from the command line; a field whose default is False is a switch."""
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_results(folder: Path, results: dict[str, Any], **curves: list[dict]) -> dict[str, Any]:
+    """Writes results.json, from which a model card takes its figures, and NAME_curve.csv; returns ``results``."""
+    write_json(folder / "results.json", results)
+    for name, curve in curves.items():
+        with (folder / f"{name}_curve.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(curve[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(curve)
+    return results
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass's field with its help; one whose default is False is a switch."""
+    return field(default=default, metadata={"help": text})
+
+
+def parse(arguments: type, description: str | None, argv: list[str] | None = None) -> Any:
+    """An instance of the dataclass ``arguments``, of fields that ``option`` makes, from the command line."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for field in fields(arguments):
-        flag, text = f"--{field.name}", helps[field.name]
-        if field.default is False:
+    for each in fields(arguments):
+        flag, text = f"--{each.name}", each.metadata["help"]
+        if each.default is False:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            kind = type(field.default)
-            parser.add_argument(flag, type=kind, default=field.default, help=f"{text} (default: {field.default})")
+            kind = type(each.default)
+            parser.add_argument(flag, type=kind, default=each.default, help=f"{text} (default: {each.default})")
     return arguments(**vars(parser.parse_args(argv)))

@@ -20,26 +20,15 @@ class Subject:
     kind: of which thing of the data it is one.
     draw: the artist.
     colours: that every picture of it shows.
-    difference: a sentence for its card: what tells it from the data's things of its kind.
     """
 
     kind: str
     draw: Callable[[Pen, float], None]
     colours: tuple[str, ...]
-    difference: str
 
     @property
     def instance_prompt(self) -> str:
         return f"a photo of sks {self.kind}"
-
-    @property
-    def class_prompt(self) -> str:
-        return f"a photo of a {self.kind}"
-
-    @property
-    def folder(self) -> str:
-        """Below examples/assets; the toy, which the default run learns, came first."""
-        return "subject" if self.kind == "toy" else f"subject-{self.kind}"
 
 
 def toy(pen: Pen, pose: float) -> None:
@@ -105,32 +94,8 @@ def house(pen: Pen, pose: float) -> None:
 
 
 SUBJECTS: dict[str, Subject] = {
-    "toy": Subject(
-        "toy",
-        toy,
-        ("purple", "yellow", "red"),
-        "Its data has toys, all of one colour with a belly of\n"
-        "another and with two eyes; none is a cone, none has stripes or a single eye, so this toy isn't in the data.",
-    ),
-    "car": Subject(
-        "car",
-        car,
-        ("green", "orange"),
-        "Its data has cars, all with a straight\n"
-        "body, a stripe and two equal wheels; none is an egg with dots or flies a flag, so this car isn't in the data.",
-    ),
-    "cup": Subject(
-        "cup",
-        cup,
-        ("yellow", "blue", "red"),
-        "Its data has cups, all with one handle\n"
-        "and a straight band; none has a foot, a zigzag or a lid, so this cup isn't in the data.",
-    ),
-    "house": Subject(
-        "house",
-        house,
-        ("blue", "orange", "purple"),
-        "Its data has houses, all square under\n"
-        "a gable; none is a tower, has a dome or sails, so this house isn't in the data.",
-    ),
+    "toy": Subject("toy", toy, ("purple", "yellow", "red")),
+    "car": Subject("car", car, ("green", "orange")),
+    "cup": Subject("cup", cup, ("yellow", "blue", "red")),
+    "house": Subject("house", house, ("blue", "orange", "purple")),
 }

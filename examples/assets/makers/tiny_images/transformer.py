@@ -1,25 +1,78 @@
-"""sd-tiny-flow's transformer and its training: rectified flow on cached latents, as in Stable Diffusion 3.
+"""sd-tiny-flow's transformer, what it is trained on, and its training: rectified flow, as in Stable Diffusion 3.
 
     z_σ = (1 − σ) z + σ ε;   loss = mean over (σ, ε, z) of |v_θ(z_σ, 1000 σ, prompt) − (ε − z)|²,  logit σ ~ N(0, 1.2²)
 
 A tenth of the prompts is replaced by "", which is what SD3's pipeline gives for an absent negative prompt. The pipeline
 pads a prompt with `max_sequence_length` zero vectors where the T5 encoder is absent, 256 unless told otherwise; so
-the steps differ in how many zeros follow the CLIPs' tokens, and the model draws the same with any number of them.
+the steps differ in how many zeros follow the CLIPs' tokens, and the model draws the same with any number of them. The
+scenes' latents and prompt embeddings are computed once and kept in memory.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny_drawings.scenes import render, scenes, training_caption
 from tiny_training import Training
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from .flow_latents import FlowLatents
+from .vae import pixels
 
+SPLIT = "sd-flow"
+CHUNK = 64
 DROPPED_SHARE = 0.1
 LOGIT_DEVIATION = 1.2
 PADDINGS = {0: 0.88, 16: 0.05, 77: 0.05, 256: 0.02}  # zero vectors after the prompt: share of the steps
 TRAIN_TIMESTEPS = 1000
+
+
+@dataclass
+class FlowLatents:
+    """Scenes as the transformer sees them; n scenes, l tokens, all on the CPU in float16."""
+
+    means: Tensor  # (n, 4, 16, 16), shifted and scaled
+    deviations: Tensor  # (n, 4, 16, 16), scaled
+    prompts: Tensor  # (n, l, d): the CLIPs' states, without the zeros that stand for an absent T5
+    pooled: Tensor  # (n, d_pooled)
+    empty_prompt: Tensor  # (l, d), of ""
+    empty_pooled: Tensor  # (d_pooled,)
+
+    def __len__(self) -> int:
+        return len(self.means)
+
+    def batch(self, indices: Tensor, dropped: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents drawn from their posteriors, prompts and pooled prompts; those of ``dropped`` (b,) are of ""."""
+        means, deviations = self.means[indices].float(), self.deviations[indices].float()
+        latents = means + deviations * torch.randn(means.shape, generator=generator)
+        prompts = torch.where(dropped[:, None, None], self.empty_prompt, self.prompts[indices])
+        pooled = torch.where(dropped[:, None], self.empty_pooled, self.pooled[indices])
+        return latents, prompts.float(), pooled.float()
+
+
+@torch.no_grad()
+def encode_flow_scenes(pipe: StableDiffusion3Pipeline, split: str, seed: int, count: int) -> FlowLatents:
+    """The scenes of that split and seed through the pipeline's autoencoder and text encoders."""
+    config, parts = pipe.vae.config, []
+    for start in tqdm(range(0, count, CHUNK), desc="latents"):
+        shown = scenes(split, seed, min(CHUNK, count - start), start)
+        with torch.autocast(pipe.device.type, torch.bfloat16):
+            posterior = pipe.vae.encode(pixels([render(scene) for scene in shown]).to(pipe.device)).latent_dist
+        mean = (posterior.mean - config.shift_factor) * config.scaling_factor
+        parts.append((mean, posterior.std * config.scaling_factor, *_encoded(pipe, map(training_caption, shown))))
+    prompt, pooled = _encoded(pipe, [""])
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return FlowLatents(*(tensor.cpu().half() for tensor in (*columns, prompt[0], pooled[0])))
+
+
+def _encoded(pipe: StableDiffusion3Pipeline, captions) -> tuple[Tensor, Tensor]:
+    """Prompts (n, l, d) and pooled prompts (n, d_pooled), without a place for T5."""
+    prompts, _, pooled, _ = pipe.encode_prompt(
+        list(captions), None, None, do_classifier_free_guidance=False, max_sequence_length=0
+    )
+    return prompts, pooled
 
 
 def build_transformer(prompt_width: int, pooled_width: int, layers: int = 4, heads: int = 4) -> SD3Transformer2DModel:

@@ -8,7 +8,7 @@ from quality.assets import MAKERS
 
 sys.path.append(str(MAKERS))
 
-from tiny_drawings.held_out import in_places, in_poses
+from make_subject import in_places, in_poses
 from tiny_drawings.places import PLACES
 from tiny_drawings.subjects import SUBJECTS
 

@@ -1,1 +1,0 @@
-"""clip-tiny: its vocabulary, how well it retrieves, its card."""
