@@ -10,8 +10,6 @@ from nara_diffusion.dreambooth.data.image_records import (
     records_from_dataset,
     records_from_folder,
 )
-from nara_diffusion.dreambooth.families.unet.clip import encode_prompts
-from nara_diffusion.dreambooth.families.unet.long_prompts import encode_long_prompts, long_prompt_call
 
 __all__ = [
     "DreamBoothDataset",
@@ -21,11 +19,8 @@ __all__ = [
     "TrainingSample",
     "class_records",
     "collate_samples",
-    "encode_long_prompts",
-    "encode_prompts",
     "generate_class_images",
     "load_image",
-    "long_prompt_call",
     "records_from_dataset",
     "records_from_folder",
 ]

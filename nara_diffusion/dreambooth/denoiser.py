@@ -7,36 +7,30 @@ adapters have C = I.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.dreambooth.families.family import TRANSFORMER_TARGETS, Embeddings, Family
-from nara_diffusion.dreambooth.families.table import family_of
-from nara_diffusion.dreambooth.families.unet.sdxl import SDXL
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.timesteps import count_timesteps
 from nara_diffusion.training.adapters.build import check_adaptable, recompute_activations
-from nara_diffusion.training.adapters.methods import CORE_FIELDS
-from nara_diffusion.training.adapters.pissa import remember_start
-from nara_diffusion.training.weight_average import WeightAverage
+from nara_diffusion.tuner.lora_starts import changes_base
+
+from .families.family import TRANSFORMER_TARGETS, Embeddings, Family
+from .families.table import family_of
 
 ADAPTER = "default"
 UNET_TARGETS = list(TRANSFORMER_TARGETS)
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-_CORE_DEFAULTS = {field.name: field.default for field in fields(NaraConfig) if field.name in CORE_FIELDS}
-
-logger = logging.getLogger(__name__)
 
 
 class AdaptedDenoiser(nn.Module):
@@ -52,6 +46,9 @@ class AdaptedDenoiser(nn.Module):
         gradient_checkpointing: recompute activations in the backward.
         scheduler: of the model that it is converted to; None where it isn't.
         family: of `pipe`, with the conditions of the run; None takes its defaults.
+
+    Attributes:
+        average: Diffusers' moving average of the trained weights, in the order of `trained`; None without one.
 
     Raises:
         ValueError: a target module that the denoiser lacks, or that the method can't adapt; a NaRA that a pipeline
@@ -70,13 +67,13 @@ class AdaptedDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.family = family_of(pipe) if family is None else family
-        base = getattr(pipe, self.family.denoiser)
         if isinstance(config, NaraConfig):
             check_storable(config, self.family.denoiser)
+        base = getattr(pipe, self.family.denoiser)
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
         self.config = config
         self.scheduler = scheduler
-        self.average: WeightAverage | None = None
+        self.average: EMAModel | None = None
         if gradient_checkpointing:
             base.enable_gradient_checkpointing()
         setattr(self, self.family.denoiser, adapt(base, config))
@@ -93,24 +90,6 @@ class AdaptedDenoiser(nn.Module):
         for name in self.family.cut_short:
             _freeze_last_layer(getattr(self.pipe, name))
 
-    def start_average(self, decay: float, checkpoint: Path | None = None) -> None:
-        """Keeps an average of what is trained from here on, or that of a checkpoint; raises as `WeightAverage.load`.
-
-        Called when accelerate has put the weights where they stay.
-        """
-        self.average = WeightAverage(self, decay)
-        if checkpoint is not None:
-            self.average.load(checkpoint)
-
-    def update_average(self) -> None:
-        """Takes an optimizer step's weights into the average, if there is one."""
-        if self.average is not None:
-            self.average.update()
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within, the weights are the average's, if there is one."""
-        return nullcontext() if self.average is None else self.average.applied()
-
     @property
     def denoiser(self) -> Any:
         """The denoiser, with its adapter."""
@@ -121,6 +100,36 @@ class AdaptedDenoiser(nn.Module):
         """The models that are trained, by their names in the pipeline."""
         names = (self.family.denoiser, *self.family.text_encoders)
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def start_average(self, decay: float) -> None:
+        """Keep an average of what is trained from here on, w̄ ← d w̄ + (1 − d) w with d = min(decay, n / (n + 9)) after
+        step n. Called when accelerate has put the weights where they stay.
+        """
+        self.average = EMAModel(self.trained.values(), decay=decay, foreach=True)
+
+    def update_average(self) -> None:
+        """Take an optimizer step's weights into the average, if there is one."""
+        if self.average is not None:
+            self.average.step(self.trained.values())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the weights are the average's, if there is one."""
+        if self.average is None:
+            yield
+            return
+        weights = list(self.trained.values())
+        self.average.store(weights)
+        self.average.copy_to(weights)
+        try:
+            yield
+        finally:
+            self.average.restore(weights)
 
     def forward(
         self,
@@ -141,22 +150,8 @@ class AdaptedDenoiser(nn.Module):
         """
         if embeddings is None:
             assert prompts is not None
-            embeddings = self.family.encode(self._encoders(), prompts)
+            embeddings = self.family.encode(self.pipe, prompts)
         return self.family.predict(self.denoiser, sample, timestep, time_ids, embeddings)
-
-    def _encoders(self) -> SimpleNamespace:
-        """The text encoders as they are trained, beside their tokenizers."""
-        tokenizers = {name: getattr(self.pipe, name) for name in self.family.tokenizers}
-        return SimpleNamespace(**tokenizers, **{name: getattr(self, name) for name in self.family.text_encoders})
-
-
-def predict(unet: Any, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: Embeddings) -> Tensor:
-    """SDXL's UNet called as its pipeline does; shapes as in `AdaptedDenoiser.forward`."""
-    return SDXL.predict(unet, sample, timestep, time_ids, embeddings)
-
-
-def tokenizers_of(pipe: Any) -> list[Any]:
-    return [pipe.tokenizer, pipe.tokenizer_2]
 
 
 def adapt(model: Any, config: PeftConfig | None) -> Any:
@@ -166,12 +161,16 @@ def adapt(model: Any, config: PeftConfig | None) -> Any:
     """
     if config is None:
         return model.requires_grad_(True)
+    if isinstance(config, LoraConfig) and changes_base(config.init_lora_weights):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base model, so that its file would fit no other "
+            "copy of it: leave it out."
+        )
     check_adaptable(model, config)
-    if isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig):
+    if isinstance(config, LoraConfig):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     else:
         model = get_peft_model(model, config, adapter_name=ADAPTER)
-    remember_start(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -186,17 +185,13 @@ def text_config(config: PeftConfig | None) -> PeftConfig | None:
     """
     if not isinstance(config, NaraConfig):
         return None if config is None else replace(config, target_modules=TEXT_TARGETS)
-    if config.lora_a_init != "peft":
-        logger.warning(
-            "lora_a_init %r is for layers with a core: in the text encoders, A starts by init_lora_weights %r",
-            config.lora_a_init,
-            config.init_lora_weights,
-        )
+    plain = {field.name for field in fields(LoraConfig)}
+    own = {field.name: field.default for field in fields(NaraConfig) if field.name not in plain}
     blocks = config.core_bins if config.core_type == "bins" else 1
     alphas = math.sqrt(blocks) if config.use_rslora else blocks
     return replace(
         config,
-        **_CORE_DEFAULTS | {"core_type": "identity"},
+        **own | {"core_type": "identity"},
         target_modules=TEXT_TARGETS,
         r=config.r // blocks,
         lora_alpha=config.lora_alpha / alphas,

@@ -9,21 +9,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
-from nara_diffusion.dreambooth.cache import LatentCache, PromptCache, warn_of_cut
-from nara_diffusion.dreambooth.data.class_images import generate_class_images
-from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, TrainingSample
-from nara_diffusion.dreambooth.data.image_records import (
-    ImageRecord,
-    Size,
-    class_records,
-    records_from_dataset,
-    records_from_folder,
-)
-from nara_diffusion.dreambooth.evaluation.samples import sample_call
-from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.dreambooth.families.table import family_of, family_of_model
-from nara_diffusion.dreambooth.families.unet.clip import check_clip_skip
-from nara_diffusion.dreambooth.families.unet.long_prompts import check_places, is_long
 from nara_diffusion.training.adapters.build import check_adaptable
 from nara_diffusion.training.adapters.configs import adapter_config
 from nara_diffusion.training.arguments.window import window_of
@@ -31,11 +16,16 @@ from nara_diffusion.training.stream import count_steps
 
 from .arguments import DreamBoothArguments
 from .arguments.conditions import check_family
-from .arguments.flow import density_of
-from .arguments.loss import bias_of, distance_of
-from .loss import windowed_schedule
+from .cache import LatentCache, PromptCache, warn_of_cut
+from .conversion import converted_scheduler
+from .data.class_images import generate_class_images
+from .data.dataset import DreamBoothDataset, TrainingSample
+from .data.image_records import ImageRecord, Size, class_records, records_from_dataset, records_from_folder
+from .draws import drawable_levels
+from .evaluation.samples import sample_call
+from .families.family import Family
+from .families.table import family_of, family_of_model
 from .objectives import Objective, build_objective
-from .objectives.conversion import converted_scheduler
 
 _DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -60,6 +50,13 @@ def load_held_out(args: DreamBoothArguments, progress: bool) -> list[ImageRecord
     if args.validation_data_dir is None:
         return []
     return records_from_folder(args.validation_data_dir, **_captions(args), progress=progress)
+
+
+def _captions(args: DreamBoothArguments) -> dict[str, Any]:
+    return {
+        "prompt": args.instance_prompt,
+        "caption_column": args.caption_column,
+    }
 
 
 def record_texts(records: Sequence[ImageRecord]) -> list[str]:
@@ -106,13 +103,12 @@ def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
 
     Raises:
         ValueError: sizes that the model can't have, an objective that doesn't fit its scheduler, a window without one
-            of its noise levels, a bias that chooses none of them or all, a target module that its denoiser lacks.
+            of its noise levels, a target module that its denoiser lacks.
     """
     family = run_family(args, pipe)
     training_buckets(args, pipe)
-    scheduler = target_scheduler(args, pipe)
-    objective = run_objective(args, scheduler)
-    windowed_schedule(objective, window_of(args), bias_of(args), density_of(args))
+    objective = run_objective(args, target_scheduler(args, pipe))
+    drawable_levels(objective.noise_levels, window_of(args), **density_of(args))
     config = adapter_config(
         args, noise_convention=objective.source.convention, total_steps=args.max_train_steps or 1_000_000
     )
@@ -129,33 +125,21 @@ def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
     named = {"name": args.pretrained_model_name_or_path, "revision": args.revision, "cache_dir": args.cache_dir}
     family = family_of_model(**named) if pipe is None else family_of(pipe)
     check_family(args, family)
-    if pipe is not None and family.clips:
-        check_clip_skip(args.clip_skip, [getattr(pipe, name) for name in family.clips])
-    length = args.max_sequence_length
-    if family.in_chunks and length is not None:
-        check_places([] if pipe is None else [getattr(pipe, name) for name in family.tokenizers], length)
-        length = length if is_long(length) else None
     return family.with_conditions(
-        max_sequence_length=length,
-        guidance=args.training_guidance_scale,
-        clip_skip=args.clip_skip,
+        max_sequence_length=args.max_sequence_length, guidance=args.training_guidance_scale
     )
 
 
 def run_objective(args: DreamBoothArguments, scheduler: Any) -> Objective:
     """Build the objective of the run, with the weights that `args` give errors."""
     return build_objective(
-        scheduler,
-        snr_gamma=args.snr_gamma,
-        edm_style=args.do_edm_style_training,
-        shift=args.flow_shift,
-        density=density_of(args),
+        scheduler, snr_gamma=args.snr_gamma, shift=args.flow_shift, weighting_scheme=args.weighting_scheme
     )
 
 
 def validation_objective(args: DreamBoothArguments, scheduler: Any) -> Objective:
     """The same without weights."""
-    return build_objective(scheduler, edm_style=args.do_edm_style_training, shift=args.flow_shift)
+    return build_objective(scheduler, shift=args.flow_shift)
 
 
 def target_scheduler(args: DreamBoothArguments, pipe: Any) -> Any:
@@ -233,6 +217,13 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
     return PromptCache(pipe, run_family(args, pipe), memory_mib=args.cache_memory, folder=args.cache_folder)
 
 
+def density_of(args: DreamBoothArguments) -> dict[str, Any]:
+    """Return how often each noise level is drawn, as arguments of `drawable_levels`."""
+    defaults = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
+    given = {name: getattr(args, name) for name in defaults}
+    return {"scheme": args.weighting_scheme} | {n: defaults[n] if v is None else v for n, v in given.items()}
+
+
 def step_options(args: DreamBoothArguments) -> dict[str, Any]:
     """Return the arguments of `TrainingStep` that `args` set."""
     return {
@@ -241,8 +232,6 @@ def step_options(args: DreamBoothArguments) -> dict[str, Any]:
         "noise_offset": args.noise_offset,
         "prior_loss_weight": args.prior_loss_weight,
         "window": window_of(args),
-        "distance": distance_of(args),
-        "bias": bias_of(args),
         "density": density_of(args),
     }
 
@@ -260,10 +249,3 @@ def validation_samples(
     if not held_out:
         return dataset.plain_samples()
     return DreamBoothDataset(held_out, training_buckets(args, pipe), batch_size=1, seed=0).plain_samples()
-
-
-def _captions(args: DreamBoothArguments) -> dict[str, Any]:
-    return {
-        "prompt": args.instance_prompt,
-        "caption_column": args.caption_column,
-    }

@@ -1,12 +1,11 @@
-"""The interface of a family of image models: how prompts are encoded and the denoiser is called.
-
-`table` lists the families; each has a file in `unet` or `flow`.
+"""A family of image models: what it loads, how it encodes a prompt, calls its denoiser and samples.
 
     prompts → encode → embeddings, a tuple of (b, …)
-    x_λ (b, c, h, w), timestep (b,), embeddings → call → prediction (b, c, h, w)
+    x_λ (b, c, h, w), timestep (b,), embeddings → predict → prediction (b, c, h, w)
 
 x_λ, the timestep and the prediction are those of the objective; for a rectified flow x_σ = (1 − σ) x + σ ε, N σ and
-ε − x. Only `call` converts them to what the denoiser takes: σ, 1 − σ, tokens in place of a grid, the negative.
+ε − x. Only the family's `caller` converts them to what the denoiser takes: σ, 1 − σ, tokens in place of a grid, the
+negative. `table` lists the families.
 """
 
 from __future__ import annotations
@@ -27,15 +26,13 @@ class Conditions:
     """Settings, by the arguments of the run or by the pipeline, of how prompts are encoded and the denoiser is called.
 
     Attributes:
-        max_sequence_length: the tokens of a prompt; None: CLIP's own length.
+        max_sequence_length: the tokens of a prompt; None where CLIP's own length is all that there is.
         guidance: the guidance scale that a denoiser with distilled guidance is given; None for others.
-        clip_skip: the number of CLIP's last layers that are skipped, as in the pipelines; None: their default.
         timestep_of_tokens: whether the denoiser takes one timestep for each token.
     """
 
     max_sequence_length: int | None = None
     guidance: float | None = None
-    clip_skip: int | None = None
     timestep_of_tokens: bool = False
 
 
@@ -63,21 +60,17 @@ class Family:
     """See the module's docstring.
 
     Attributes:
-        name: for tables and tags.
+        name: for tables.
         title: for messages.
         pipelines: names of the pipelines' classes, as in `model_index.json`.
         parts: names of the embeddings that `encoder` returns.
-        encoder: (pipe, prompts, conditions) → embeddings, by the tokenizers and text encoders of `pipe`; those in
-            `text_encoders` may be adapted.
+        encoder: (pipe, prompts, conditions) → embeddings, by the pipeline's own `encode_prompt`.
         caller: (denoiser, `Call`) → prediction.
         divisor: pipe → the number that the sides of images have to be multiples of.
         denoiser: the name of the component.
         text_encoders: the components that can be trained too.
-        tokenizers: those of `text_encoders`; without any, the one that counts the tokens of a prompt.
-        in_chunks: whether CLIP can read prompts of more than 77 tokens in chunks (`long_prompts`).
+        tokenizers: those that count the tokens of a prompt.
         cut_short: those of `text_encoders` whose last layer isn't used.
-        clips: the text encoders that clip_skip applies to.
-        no_clip_skip: if there are none, the reason, for messages.
         targets: the default of target_modules.
         defaults: further arguments whose default isn't that of the script.
         is_flow: whether the model is a rectified flow; its scheduler has to be one too.
@@ -100,11 +93,8 @@ class Family:
     divisor: Callable[[Any], int]
     denoiser: str = "transformer"
     text_encoders: tuple[str, ...] = ()
-    tokenizers: tuple[str, ...] = ()
-    in_chunks: bool = False
+    tokenizers: tuple[str, ...] = ("tokenizer",)
     cut_short: tuple[str, ...] = ()
-    clips: tuple[str, ...] = ()
-    no_clip_skip: str = "reads no CLIP of which layers could be left out"
     targets: tuple[str, ...] = TRANSFORMER_TARGETS
     defaults: Mapping[str, Any] = field(default_factory=dict)
     is_flow: bool = True
@@ -125,12 +115,12 @@ class Family:
 
     @property
     def sample_call(self) -> dict[str, Any]:
-        """The arguments with which `render` encodes prompts under the same conditions."""
-        told = {name: getattr(self.conditions, name) for name in ("max_sequence_length", "clip_skip")}
-        return {name: value for name, value in told.items() if value is not None}
+        """The arguments of the pipeline's call by which it encodes prompts under the same conditions."""
+        length = self.conditions.max_sequence_length
+        return {} if length is None else {"max_sequence_length": length}
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Embeddings:
-        """The embeddings of b prompts, each (b, …)."""
+        """The embeddings of b prompts, each (b, …), with gradients if the text encoders' weights require them."""
         return self.encoder(pipe, list(prompts), self.conditions)
 
     def predict(
@@ -144,7 +134,4 @@ class Family:
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:
     """Stack tensors (l_i, …) to (b, l, …), with zeros after the shorter ones."""
-    longest = max(len(tensor) for tensor in tensors)
-    if all(len(tensor) == longest for tensor in tensors):
-        return torch.stack(list(tensors))
-    return torch.stack([torch.cat([t, t.new_zeros(longest - len(t), *t.shape[1:])]) for t in tensors])
+    return nn.utils.rnn.pad_sequence(list(tensors), batch_first=True)

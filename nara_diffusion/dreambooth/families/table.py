@@ -7,23 +7,11 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from .family import Family
-from .flow.flux import FLUX
-from .flow.flux2 import FLUX2
-from .flow.qwen_image import QWEN_IMAGE
-from .flow.sd3 import SD3
-from .flow.wan import WAN
-from .flow.z_image import Z_IMAGE
-from .unet.sd import SD
-from .unet.sdxl import SDXL
+from .flows import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
+from .unets import SD, SDXL
 
 FAMILIES = (SD, SDXL, SD3, FLUX, FLUX2, Z_IMAGE, QWEN_IMAGE, WAN)
 BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
-INDEX = "model_index.json"
-
-
-def known_families() -> str:
-    """All families with their pipelines' classes, for messages."""
-    return ", ".join(f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES)
 
 
 def family_of(pipe: Any) -> Family:
@@ -35,8 +23,14 @@ def family_of(pipe: Any) -> Family:
 def family_named(pipeline: str) -> Family:
     """The family of a pipeline's class name. Raises ValueError if no family has it."""
     if pipeline not in BY_PIPELINE:
-        raise ValueError(f"{pipeline} is no class of pipelines that can be trained here: expected {known_families()}.")
+        known = ", ".join(f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES)
+        raise ValueError(f"{pipeline} is no class of pipelines that can be trained here: expected {known}.")
     return BY_PIPELINE[pipeline]
+
+
+def family_of_model(name: str, **hub: Any) -> Family:
+    """The family of a folder or repository; raises ValueError as `model_index` and `family_named`."""
+    return family_named(str(model_index(name, **hub).get("_class_name")))
 
 
 def model_index(name: str, **hub: Any) -> dict[str, Any]:
@@ -48,23 +42,11 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    if name.endswith((".safetensors", ".ckpt")):
-        raise ValueError(
-            f"pretrained_model_name_or_path {name} is one file of weights: name a folder with a {INDEX}, which "
-            "pipe.save_pretrained(folder) writes of a pipeline that was loaded by from_single_file."
-        )
     try:
         return dict(DiffusionPipeline.load_config(name, **hub))  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"pretrained_model_name_or_path {name} can't be loaded, since it has no {INDEX}, which names the family: "
-            f"{str(error).rstrip('.')}. Name a folder that has one, or an id on the Hub, which has to be within reach."
+            f"pretrained_model_name_or_path {name} can't be loaded, since it has no model_index.json, which names the "
+            f"family: {str(error).rstrip('.')}. Name a folder that has one, as pipe.save_pretrained(folder) writes it, "
+            "or an id on the Hub, which has to be within reach."
         ) from error
-
-
-def family_of_model(name: str, **hub: Any) -> Family:
-    """The family of a folder or repository; raises ValueError as `model_index` and `family_named`."""
-    try:
-        return family_named(model_index(name, **hub)["_class_name"])
-    except KeyError as error:
-        raise ValueError(f"the {INDEX} of {name} has no _class_name: damaged.") from error

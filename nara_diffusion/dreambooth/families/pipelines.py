@@ -1,4 +1,4 @@
-"""The pipeline that is trained, and the pipeline that samples, with one set of frozen weights.
+"""The pipeline that is trained, the pipeline that samples with the same frozen weights, and images by a pipeline's call.
 
 The sampling pipeline has its own modules around the parameters of the trained one, so adapters and gradient
 checkpointing affect only one of them. `load_nara_weights` on it does what it does on a freshly loaded pipeline, without
@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
-from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.schedulers.prediction import FLOW, prediction_by
-from nara_diffusion.training.adapters.pissa import takes_start_from_base
 from nara_diffusion.training.checkpoints.digests import local_folder
 
 from .family import Family
-from .table import family_named, model_index
+from .table import BY_PIPELINE, family_named, model_index
 
 
 def load_pipeline(
@@ -52,24 +51,19 @@ def load_pipeline(
         ValueError: there is no such pipeline or autoencoder, or its family can't be trained.
     """
     index = model_index(name, revision=revision, cache_dir=cache_dir)
-    kind = index["_class_name"]
-    family = family_named(kind)
+    family = family_named(str(index.get("_class_name")))
     hub = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
     vae_source = {"subfolder": "vae", **hub} if vae_name is None else {"cache_dir": cache_dir}
     # Diffusers fails for missing components unless they are passed as None
     absent = {part: None for part, classes in index.items() if classes == [None, None]}
     try:
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(vae_name or name, dtype=vae_dtype, **vae_source)
-        # without a dtype Diffusers loads float32, whatever the file holds
-        options = {**hub, **absent, **family.loading}
-        pipe: Any = getattr(diffusers, kind).from_pretrained(name, vae=vae, dtype=dtype, **options)
+        kind = getattr(diffusers, index["_class_name"])
+        pipe: Any = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent, **family.loading)
+        check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         what = f"pretrained_model_name_or_path {name}" + (f" with the autoencoder {vae_name}" if vae_name else "")
-        raise ValueError(
-            f"{what} can't be loaded as {family.title}: {str(error).rstrip('.')}. Name a folder with a "
-            "model_index.json, or an id on the Hub."
-        ) from error
-    check_trainable(pipe, family, name)
+        raise ValueError(f"{what} can't be loaded as {family.title}: {error}") from error
     for module in modules_of(pipe).values():
         module.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
@@ -88,26 +82,15 @@ def loader_of(args: Any) -> Callable[..., Any]:
     )
 
 
-def check_trainable(pipe: Any, family: Family, name: str) -> None:
-    """Raises ValueError, with the model's name, if its family can't train the pipeline."""
-    try:
-        family.fit(pipe, family)
-        _check_scheduler(pipe.scheduler, family)
-    except ValueError as error:
-        raise ValueError(f"{name} can't be trained as {family.title}: {error}") from error
-
-
-def _check_scheduler(scheduler: Any, family: Family) -> None:
+def check_scheduler(family: Family, scheduler: Any) -> None:
+    """Raises ValueError for a scheduler of another kind than the family is trained with."""
     prediction = prediction_by(scheduler)
-    if family.is_flow and (prediction is None or prediction.kind != FLOW):
+    is_flow = prediction is not None and prediction.kind == FLOW
+    if is_flow != family.is_flow or not (is_flow or hasattr(scheduler, "scale_model_input")):
+        wanted = "a rectified flow, such as FlowMatchEulerDiscreteScheduler" if family.is_flow else "betas, or EDM's"
         raise ValueError(
-            f"{type(scheduler).__name__} is no scheduler of a rectified flow: put the scheduler that the model came "
-            "with into its folder, such as FlowMatchEulerDiscreteScheduler."
-        )
-    if not family.is_flow and not hasattr(scheduler, "scale_model_input"):
-        raise ValueError(
-            f"{type(scheduler).__name__} has no noise schedule that {family.title} is trained with: expected one with "
-            "betas, or an EDM one."
+            f"{type(scheduler).__name__} is no scheduler of {wanted}: put the scheduler that the model came with into "
+            "its folder."
         )
 
 
@@ -139,40 +122,40 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     Call it before an adapter is added to `pipe`. It computes the same bits as a pipeline that is loaded in `dtype`.
     """
     own = modules_of(pipe)
-    memo = {id(t): t for module in own.values() for t in _tensors(module)}
+    memo = {id(t): t for module in own.values() for t in (*module.parameters(), *module.buffers())}
     modules = {name: copy.deepcopy(module, memo) for name, module in own.items()}
     if pipe.vae.dtype != dtype:
         modules["vae"] = copy.deepcopy(pipe.vae).to(dtype)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    other = type(pipe)(**{**pipe.components, **modules, "scheduler": scheduler}, **_options_of(pipe))
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def _options_of(pipe: Any) -> dict[str, Any]:
-    """The arguments of the constructor beside components."""
     accepted = inspect.signature(type(pipe).__init__).parameters.keys() - pipe.components.keys() - {"self"}
     options = {name: pipe.config[name] for name in accepted if name in pipe.config}
     if "add_watermarker" in accepted:
         options["add_watermarker"] = getattr(pipe, "watermark", None) is not None
-    return options
+    other = type(pipe)(**{**pipe.components, **modules, "scheduler": scheduler}, **options)
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
-def sampling_pipeline(pipe: Any, config: PeftConfig | None, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
+def sampling_pipeline(pipe: Any, config: Any, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
     """The pipeline that samples while `pipe` is trained with an adapter of `config`, or, if that is None, in full.
 
-    Call it before the adapter is added. It shares the parameters of `pipe`, unless training changes these; then `load`
-    loads another pipeline.
+    Call it before the adapter is added. It shares the parameters of `pipe`, unless these are trained; then `load` loads
+    another pipeline.
     """
-    if config is None or takes_start_from_base(config):
+    if config is None:
         return load(dtype=dtype, vae_dtype=dtype).to(pipe.device)
     return sharing_pipeline(pipe, dtype)
 
 
-def model_name(name: str) -> str:
-    """The last part of a model's path or id."""
-    return Path(name).name
+def render(pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]) -> Any:
+    """Images (b, h, w, 3) in [0, 1], a NumPy array.
 
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    Args:
+        pipe: a pipeline of a family; any other callable gets `call` unchanged.
+        prompts: (b). generators: one for each image.
+        call: height, width, num_inference_steps, guidance_scale, …, by these names for every family.
+    """
+    family = BY_PIPELINE.get(type(pipe).__name__)
+    options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
+    output = pipe(prompt=list(prompts), generator=list(generators), output_type="np", **options)
+    return np.asarray(output.images if family is None else family.images_of(output))

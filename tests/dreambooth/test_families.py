@@ -1,4 +1,4 @@
-"""Each family's call of its denoiser, and its latents, against what its own pipeline of Diffusers does in sampling."""
+"""Each family against its own pipeline of Diffusers: the denoiser's call, the latents, and a step of training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ import torch
 from diffusers import Flux2Pipeline
 from torch import Tensor
 
-from nara_diffusion.dreambooth.cache import posterior_of, scale_latents
+from nara_diffusion import NaraConfig
+from nara_diffusion.dreambooth.cache import PromptCache, posterior_of, scale_latents
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of
+from nara_diffusion.dreambooth.objectives import build_objective
+from tests.helpers.denoisers.adapted import told
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
 from tests.helpers.rounding import rounding_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(guidance|max_sequence_length|cfg).*")
 
-PROMPTS = ["a toy", "a red toy"]
-LENGTHS = {"sd3": 5, "flux": 12, "flux2": 60, "z_image": 60, "qwen_image": 300, "wan": 20, "flux2 dev": 700}
+PROMPTS = ["a toy", "a red toy on grass"]
+LENGTHS = {"sd3": 5, "flux": 12, "flux2": 64, "z_image": 96, "qwen_image": 300, "wan": 20, "flux2 dev": 700}
 UNGUIDED = {
     "flux": {"guidance_scale": 3.5},
     "flux2 dev": {"guidance_scale": 4.0},
@@ -33,8 +37,8 @@ PIPELINES = {
     **FAMILY_PIPELINES,
     "wan 2.2": lambda: small_wan_images(expand_timesteps=True),
     "flux2 dev": small_flux2_dev,
-    **{f"{name} skip": FAMILY_PIPELINES[name] for name in ("sdxl", "sd3")},
 }
+INDICES = torch.tensor([150, 800])
 
 
 @dataclass
@@ -78,8 +82,8 @@ def recorded(module: Any, calls: list[dict[str, Any]], outputs: list[Any] | None
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
-        told = {name: value for name, value in bound.items() if name != "return_dict" and value is not None}
-        calls.append({name: value for name, value in told.items() if value != {}})
+        given = {name: value for name, value in bound.items() if name != "return_dict" and value is not None}
+        calls.append({name: value for name, value in given.items() if value != {}})
 
     def after(module: Any, args: Any, output: Any) -> None:
         if outputs is not None:
@@ -95,8 +99,7 @@ def recorded(module: Any, calls: list[dict[str, Any]], outputs: list[Any] | None
 
 def configured(name: str, pipe: Any) -> Family:
     family = family_of(pipe)
-    skip = 1 if name.endswith("skip") else None
-    return family.with_conditions(max_sequence_length=LENGTHS.get(name, LENGTHS.get(family.name)), clip_skip=skip)
+    return family.with_conditions(max_sequence_length=LENGTHS.get(name, LENGTHS.get(family.name)))
 
 
 def sampled(name: str, replace_last: Tensor | None = None) -> Run:
@@ -148,9 +151,6 @@ def test_denoiser_is_called_as_the_pipeline_calls_it(name: str) -> None:
     run = sampled(name)
     scheduler, denoiser = run.pipe.scheduler, getattr(run.pipe, run.family.denoiser)
     embeddings = run.family.encode(run.pipe, PROMPTS)
-    if name.endswith("skip"):
-        plain = family_of(run.pipe).with_conditions(max_sequence_length=LENGTHS.get(run.family.name))
-        assert not torch.equal(plain.encode(run.pipe, PROMPTS)[0], embeddings[0])
     assert not any(torch.equal(part[0], part[1]) for part in embeddings if part.is_floating_point())
     time_ids = torch.tensor([[*run.size, 0, 0, *run.size]]).expand(2, -1)
     for step in (1, 2):
@@ -171,7 +171,7 @@ def test_denoiser_is_called_as_the_pipeline_calls_it(name: str) -> None:
             torch.testing.assert_close(prediction, run.outputs[step], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if not name.endswith("skip")])
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux2", "qwen_image", "wan"])
 @torch.no_grad()
 def test_latents_are_what_the_pipeline_decodes_to_the_same_z(name: str, monkeypatch) -> None:
     pipe = PIPELINES[name]()
@@ -192,3 +192,77 @@ def test_latents_are_what_the_pipeline_decodes_to_the_same_z(name: str, monkeypa
     (found,) = decoded
     tolerance = 10 * rounding_of(pipe.vae)
     torch.testing.assert_close(found[:, :, 0] if found.dim() == 5 else found, z, rtol=tolerance, atol=tolerance)
+
+
+def trained(name: str, **options: Any) -> AdaptedDenoiser:
+    """With an adapter whose weights all differ from those of their start."""
+    pipe = FAMILY_PIPELINES[name]()
+    convention = build_objective(pipe.scheduler).source.convention
+    core = {"core_hidden_dims": (4, 4), "core_init": "kaiming", "noise_convention": convention}
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    torch.manual_seed(2)
+    config = NaraConfig(r=2, target_modules=["to_q", "to_v"], **core)  # type: ignore[arg-type]
+    model = AdaptedDenoiser(pipe, config, family=configured(name, pipe), **options)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.trained.values():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.train()
+
+
+def inputs(model: AdaptedDenoiser) -> tuple[dict[str, Any], Tensor]:
+    """A batch of two, at unequal noise levels and with prompts of unequal lengths; and the target."""
+    pipe, generator = model.pipe, torch.Generator().manual_seed(4)
+    channels = pipe.vae.config.get("latent_channels") or pipe.vae.config.z_dim
+    latents = scale_latents(pipe.vae, torch.randn(2, channels, 8, 4, generator=generator))
+    objective = build_objective(pipe.scheduler)
+    corrupted = objective.corrupt(latents, torch.randn(latents.shape, generator=generator), INDICES)
+    embeddings = PromptCache(pipe, model.family).get(PROMPTS)
+    ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(2, -1)
+    call = {"sample": corrupted.model_input, "timestep": corrupted.timestep, "time_ids": ids, "embeddings": embeddings}
+    return call, corrupted.target
+
+
+def gradients(model: AdaptedDenoiser) -> dict[str, Tensor]:
+    call, target = inputs(model)
+    (model(**call) - target).square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.trained.items() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("name", FAMILY_PIPELINES)
+def test_checkpointing_leaves_gradients_as_they_are(name: str) -> None:
+    model = trained(name)
+    plain, again = gradients(model), gradients(trained(name, gradient_checkpointing=True))
+    assert plain.keys() == again.keys() == model.trained.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(again[key], value, rtol=1e-4, atol=1e-5 * value.abs().max().item())
+        assert value.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", FAMILY_PIPELINES)
+@torch.no_grad()
+def test_batch_is_its_samples_one_by_one_at_the_objectives_noise_levels(name: str) -> None:
+    model = trained(name).eval()
+    call, target = inputs(model)
+    outputs: list[Tensor] = []
+    levels = told(model.denoiser, lambda: outputs.append(model(**call)))
+    objective = build_objective(model.pipe.scheduler)
+    assert levels == pytest.approx(objective.source.noise_level(call["timestep"]).tolist(), abs=1e-6)
+    assert levels[0] < 0.5 < levels[1]
+    assert outputs[0].shape == target.shape
+    for i in range(2):  # each with padding that nothing reads
+        alone = {key: value[i : i + 1] for key, value in call.items() if key != "embeddings"}
+        embeddings = PromptCache(model.pipe, model.family).get(PROMPTS[i : i + 1])
+        torch.testing.assert_close(model(**alone, embeddings=embeddings), outputs[0][i : i + 1], rtol=2e-4, atol=2e-4)
+
+
+def test_time_ids_are_whole_numbers_in_bf16_too(monkeypatch) -> None:
+    pipe, seen = FAMILY_PIPELINES["sdxl"](), []
+    embed = pipe.unet.add_time_proj.forward
+    monkeypatch.setattr(pipe.unet.add_time_proj, "forward", lambda ids: seen.append(ids.tolist()) or embed(ids))
+    pipe.unet.to(torch.bfloat16)
+    ids = [1021.0, 1533.0, 301.0, 0.0, 1024.0, 1024.0]
+    embeddings = (torch.randn(1, 12, 40), torch.randn(1, 24))
+    family_of(pipe).predict(pipe.unet, torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.tensor([ids]), embeddings)
+    assert seen == [ids]

@@ -1,0 +1,182 @@
+"""The files of an image model's fine-tuning, how a user's pipeline reads them, and checkpoints.
+
+    NaRA's family           pytorch_nara_weights.safetensors     pipe.load_nara_weights(folder)
+    lora, dora, rslora      pytorch_lora_weights.safetensors     pipe.load_lora_weights(folder)
+    other adapters of PEFT  COMPONENT/adapter_config.json, …     PeftModel.from_pretrained(pipe.unet, "folder/unet")
+    all weights             COMPONENT/config.json, …             type(pipe.unet).from_pretrained("folder/unet")
+    of a converted model,   scheduler/scheduler_config.json      type(…).from_pretrained(folder, subfolder="scheduler")
+      all but NaRA's family, whose file carries it
+
+A COMPONENT is what was trained, by the pipeline's name: unet or transformer, text_encoder, text_encoder_2. A checkpoint
+has the same, of which the weights are the average if there is one, and for training to go on trainable.safetensors, what
+is trained and the core's buffers by their names in the model, and ema.safetensors, the average by the parameters' names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nara_diffusion import NaraConfig
+from nara_diffusion.export.lora.scheduler import SCHEDULER
+from nara_diffusion.loaders.completeness import check_loaded, load_peft_adapter
+from nara_diffusion.loaders.schedulers import build_scheduler
+from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
+
+from .denoiser import ADAPTER, AdaptedDenoiser
+from .families.table import family_of
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+TRAINABLE = "trainable.safetensors"
+AVERAGE = "ema.safetensors"
+_STEPS = "optimizer_steps"
+
+
+def write_adapter(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
+    """An `AdapterWriter`: what a user loads into a pipeline. The weights are the model's own, or their average."""
+    with model.averaged():
+        if isinstance(model.config, NaraConfig):
+            model.pipe.save_nara_weights(folder, adapter_name=ADAPTER)
+            return
+        if type(model.config) is LoraConfig:
+            _write_lora(model, folder)
+        else:
+            for name, component in model.components.items():
+                component.save_pretrained(str(folder / name))
+    if model.scheduler is not None:
+        model.scheduler.save_pretrained(folder / SCHEDULER)
+
+
+def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
+    """Write a LoRA by PEFT's names: of a file that also has Diffusers' older ones, `load_lora_weights` skips a part."""
+    layers, metadata = {}, {}
+    for name, component in model.components.items():
+        tensors = get_peft_model_state_dict(component, adapter_name=ADAPTER, save_embedding_layers=False)
+        if name != model.family.denoiser:
+            # Transformers finds DoRA's magnitudes by the whole name, which PEFT shortens
+            tensors = {f"{key}.weight" if key.endswith("_vector") else key: each for key, each in tensors.items()}
+        layers[f"{name}_lora_layers"] = {key: each.detach().cpu().contiguous() for key, each in tensors.items()}
+        metadata[f"{name}_lora_adapter_metadata"] = component.peft_config[ADAPTER].to_dict()
+    type(model.pipe).save_lora_weights(folder, **layers, **metadata)
+
+
+def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
+    """An `AdapterWriter`: what `read_checkpoint` reads."""
+    write_adapter(model, folder, state)
+    _save(_training_state(model), folder / TRAINABLE)
+    if model.average is not None:
+        average = dict(zip(model.trained, model.average.shadow_params, strict=True))
+        _save({**average, _STEPS: torch.tensor(model.average.optimization_step)}, folder / AVERAGE)
+
+
+def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
+    """Put what a checkpoint holds into `model`, before accelerate wraps it; raises ValueError for other tensors."""
+    with torch.no_grad():
+        _copy(load_file(folder / TRAINABLE), _training_state(model), folder / TRAINABLE)
+
+
+def read_average(model: AdaptedDenoiser, folder: Path) -> None:
+    """Put a checkpoint's average into that of `model`, after `start_average`; raises ValueError for other tensors."""
+    average: Any = model.average
+    tensors = load_file(folder / AVERAGE)
+    average.optimization_step = int(tensors.pop(_STEPS))
+    _copy(tensors, dict(zip(model.trained, average.shadow_params, strict=True)), folder / AVERAGE)
+
+
+def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
+    """The model's own tensors that training goes on with, by name."""
+    names = model.trained.keys()
+    state = model.state_dict().items()
+    return {name: tensor for name, tensor in state if name in names or f".{HOLDER_NAME}." in name}
+
+
+def _copy(given: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
+    if {name: tensor.shape for name, tensor in given.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        raise ValueError(
+            f"{path} holds {len(given)} tensors, which aren't the {len(own)} trained ones of this run: was it written "
+            "with another adapter, rank or target_modules?"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+@contextmanager
+def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
+    """Inside, `pipe` has what lies in `folder`, loaded as a user loads it; None leaves it the base model."""
+    if folder is None:
+        yield
+        return
+    before = pipe.scheduler
+    if (folder / SCHEDULER).is_dir():
+        fields = (folder / SCHEDULER / "scheduler_config.json").read_text(encoding="utf-8")
+        pipe.scheduler = build_scheduler(json.loads(fields))
+    try:
+        with _weights_loaded(pipe, folder):
+            yield
+    finally:
+        pipe.scheduler = before
+
+
+@contextmanager
+def _weights_loaded(pipe: Any, folder: Path) -> Iterator[None]:
+    if (folder / LORA_WEIGHTS).is_file():
+        _load_lora(pipe, folder)
+        unload = pipe.unload_lora_weights
+    elif (folder / family_of(pipe).denoiser).is_dir():
+        unload = _load_components(pipe, folder)
+    else:
+        pipe.load_nara_weights(folder)
+        unload = pipe.unload_nara_weights
+    try:
+        yield
+    finally:
+        unload()
+
+
+def _load_lora(pipe: Any, folder: Path) -> None:
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # it warns of each text encoder for which there is nothing in the file
+    try:
+        pipe.load_lora_weights(folder, adapter_name=ADAPTER)
+    finally:
+        diffusers_logging.set_verbosity(level)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / LORA_WEIGHTS).items():
+        component, _, rest = key.partition(".")
+        parts.setdefault(component, {})[rest] = tensor
+    for component, tensors in parts.items():
+        check_loaded(getattr(pipe, component), ADAPTER, tensors, str(folder / LORA_WEIGHTS))
+
+
+def _load_components(pipe: Any, folder: Path) -> Any:
+    """Exchange components that were trained whole, and put PEFT's adapters into those there are; returns the undoing."""
+    family = family_of(pipe)
+    before = {name: getattr(pipe, name) for name in (family.denoiser, *family.text_encoders)}
+    adapted: list[PeftModel] = []
+    for name, component in before.items():
+        if (folder / name / "adapter_config.json").is_file():
+            adapted.append(load_peft_adapter(component, folder / name))
+        elif (folder / name).is_dir():
+            whole: Any = type(component).from_pretrained(folder / name, dtype=component.dtype)  # type: ignore[attr-defined]
+            setattr(pipe, name, whole.to(component.device))
+
+    def undo() -> None:
+        for model in adapted:
+            model.unload()
+        for name, component in before.items():
+            setattr(pipe, name, component)
+
+    return undo

@@ -1,0 +1,164 @@
+"""Conversion: a base taught to predict something else, the scheduler that then samples, and what it can do untrained.
+
+    what is asked for            the converted model's scheduler
+    epsilon, v_prediction        the base's class and betas, with that prediction
+    rescale_betas_zero_snr       the same with betas rescaled so that ᾱ_N = 0, and trailing timesteps, which begin at
+                                 pure noise (arXiv 2305.08891); for v and x
+    flow_prediction              DPM-Solver++ over the σ of a rectified flow, which hands 1000 σ to the UNet
+                                 (FlowMatchEulerDiscreteScheduler lacks scale_model_input and init_noise_sigma, which
+                                 SDXL's pipeline calls for)
+
+The objective, λ's definition and what the adapter's file says follow from that scheduler.
+
+The identity: ε, v, x and flow are one prediction read four ways, so that a base needs no training to give another. At
+noise level i the objective shows x_i = p x + q ε and wants α x + β ε. With φ = atan(q / p), whose SNR is cot² φ, the
+base is shown z = x_i / √(p² + q²) = cos φ x + sin φ ε at its own timestep of the nearest φ, and its answer gives both:
+
+    the base predicts   x̂                         ε̂
+    epsilon             (z − sin φ ε̂) / cos φ     ε̂
+    v_prediction        cos φ z − sin φ v̂         sin φ z + cos φ v̂
+    sample              x̂                         (z − cos φ x̂) / sin φ
+
+The reading is α x̂ + β ε̂. A φ outside of the base's schedule is clamped to its end, and that is all that the identity
+leaves to train: at zero terminal SNR the last steps, where ᾱ falls below the base's smallest, of a flow the first too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from torch import Tensor
+
+from nara_diffusion.noise.schedulers.prediction import FLOW, ZERO_SNR, prediction_by
+from nara_diffusion.noise.schedulers.timestep_meaning import passes_log_sigma
+
+from .objectives import Objective, build_objective
+
+CONVERSIONS = ("epsilon", "v_prediction", FLOW)
+
+
+def check_conversion(prediction_type: str | None, rescale_betas_zero_snr: bool) -> None:
+    """Raises ValueError for what makes no sense, whatever the base."""
+    if rescale_betas_zero_snr and prediction_type == FLOW:
+        raise ValueError(
+            "rescale_betas_zero_snr is for schedules of betas, and a rectified flow ends in pure noise as it is: leave "
+            f"it out with prediction_type {FLOW!r}."
+        )
+    if rescale_betas_zero_snr and prediction_type == "epsilon":
+        raise ValueError(f"rescale_betas_zero_snr with prediction_type 'epsilon': {_EPSILON_AT_ZERO}.")
+
+
+_EPSILON_AT_ZERO = (
+    "at zero terminal SNR the last step shows the model pure noise, of which ε says nothing about the image: add "
+    "--prediction_type v_prediction"
+)
+
+
+def converted_scheduler(scheduler: Any, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Any:
+    """The scheduler of the converted model; `scheduler` itself where it does all that is asked for.
+
+    Args:
+        scheduler: the base's.
+        prediction_type: what is to be predicted; None what the base predicts.
+        rescale_betas_zero_snr: on a schedule that ends in pure noise.
+
+    Raises:
+        ValueError: a base that can't be converted so.
+    """
+    own = prediction_by(scheduler)
+    kind = (own.kind if own else "epsilon") if prediction_type is None else prediction_type
+    zero_snr = own is not None and own.path == ZERO_SNR
+    if own is not None and own.kind == kind and (zero_snr or not rescale_betas_zero_snr):
+        return scheduler
+    has_betas = "beta_schedule" in scheduler.config and own is not None and own.path != "rectified flow"
+    if passes_log_sigma(scheduler) or not has_betas:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no betas to convert the model to: leave prediction_type and "
+            "rescale_betas_zero_snr out, or give the base model's folder a scheduler with betas."
+        )
+    if kind == FLOW:
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=scheduler.config.num_train_timesteps, prediction_type=FLOW, use_flow_sigmas=True
+        )
+    changes: dict[str, Any] = {"prediction_type": kind}
+    if rescale_betas_zero_snr or zero_snr:
+        if kind == "epsilon":
+            raise ValueError(
+                f"The converted model would have rescale_betas_zero_snr and predict ε: {_EPSILON_AT_ZERO}."
+            )
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    # where the base's class lacks one of the options, Euler's has them all
+    has_options = changes.keys() <= inspect.signature(type(scheduler)).parameters.keys()
+    kind_of_scheduler: Any = type(scheduler) if has_options else EulerDiscreteScheduler
+    return kind_of_scheduler.from_config(scheduler.config, **changes)
+
+
+class IdentityReading:
+    """What a base model predicts, read as the prediction that an objective asks for.
+
+        sample, timestep = reading.base_inputs(corrupted.model_input, indices)
+        prediction = reading.prediction(corrupted.model_input, base(sample, timestep), indices)
+
+    Args:
+        base_scheduler: of the base; it has betas and predicts ε, v or x.
+        objective: of the converted model.
+
+    Attributes:
+        timesteps: t (N,) int64, by the objective's index.
+        angles: φ (N,) float64, clamped.
+        clamped: (N,) bool, where φ lies outside of the base's schedule.
+
+    Raises:
+        ValueError: a base of another kind.
+    """
+
+    def __init__(self, base_scheduler: Any, objective: Objective) -> None:
+        base = build_objective(base_scheduler)
+        self.kind, self.objective = base.prediction_type, objective
+        angles = torch.atan2(base.q, base.p)  # (N,)
+        if self.kind == "epsilon":
+            angles = angles[base.p > 0]
+        wanted = torch.atan2(objective.q, objective.p)
+        self.angles = wanted.clamp(angles[0], angles[-1])
+        self.timesteps = (self.angles[:, None] - angles).abs().argmin(1)
+        self.clamped = (wanted - self.angles).abs() > 1e-6
+        self._scale = torch.hypot(objective.p, objective.q).reciprocal()
+
+    def base_inputs(self, model_input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """z (b, c, h, w) and t (b,), which the base takes.
+
+        Args:
+            model_input: x_i (b, c, h, w), as `objective.corrupt` makes it.
+            indices: (b,), as `objective.corrupt` takes them.
+        """
+        return self._column(self._scale, indices, model_input) * model_input, self.timesteps[indices.cpu()].to(
+            model_input.device
+        )
+
+    def prediction(self, model_input: Tensor, base_prediction: Tensor, indices: Tensor) -> Tensor:
+        """α x̂ + β ε̂ (b, c, h, w) float32, differentiable in the base's prediction.
+
+        Args:
+            model_input, indices: as for `base_inputs`.
+            base_prediction: (b, c, h, w), what the base says of `base_inputs`, in any dtype.
+        """
+        z, said = self.base_inputs(model_input, indices)[0].float(), base_prediction.float()
+        cos, sin, alpha, beta = (
+            self._column(values, indices, model_input)
+            for values in (self.angles.cos(), self.angles.sin(), self.objective.alpha, self.objective.beta)
+        )
+        if self.kind == "epsilon":
+            clean, noise = (z - sin * said) / cos, said
+        elif self.kind == "v_prediction":
+            clean, noise = cos * z - sin * said, sin * z + cos * said
+        else:
+            clean, noise = said, (z - cos * said) / sin
+        return alpha * clean + beta * noise
+
+    def _column(self, values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
+        """(N,) float64 → (b, 1, 1, 1) float32 on the device of `like`."""
+        return values[indices.cpu()].float()[:, None, None, None].to(like.device)

@@ -1,1 +1,0 @@
-"""Families of image models: how each encodes prompts, makes latents and calls its denoiser."""

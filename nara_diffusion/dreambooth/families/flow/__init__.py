@@ -1,1 +1,0 @@
-"""Transformers that are rectified flows: a file each, and what several of them share."""

@@ -1,0 +1,305 @@
+"""Transformers that are rectified flows: Stable Diffusion 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image and Wan.
+
+σ is the timestep divided by 1000 in their pipelines, whatever the scheduler's configuration says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .family import Call, Conditions, Embeddings, Family, stack_padded
+
+N = 1000
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(b, c, h, w) → (b, h w / 4, 4 c): a token has the 2 × 2 values of each channel of a patch, row by row."""
+    b, c, h, w = latents.shape
+    patches = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)  # (b, h / 2, w / 2, c, 2, 2)
+    return patches.reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of this height and width."""
+    b, _, c = tokens.shape
+    patches = tokens.view(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(b, c // 4, height, width)
+
+
+def grid_ids(height: int, width: int, dimensions: int, device: torch.device) -> Tensor:
+    """Positions (h w, dimensions): the row in column 1, the column in column 2, and else 0."""
+    ids = torch.zeros(height, width, dimensions, device=device)
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)
+    return ids.view(height * width, dimensions)
+
+
+def _guidance(call: Call) -> Tensor | None:
+    """The guidance scale (b,) float32 for a denoiser with distilled guidance; None for one without."""
+    guidance = call.conditions.guidance
+    return None if guidance is None else torch.full((len(call.sample),), guidance, device=call.sample.device)
+
+
+def _fit_guidance(pipe: Any, family: Family) -> Family:
+    guidance = family.conditions.guidance if pipe.transformer.config.guidance_embeds else None
+    return replace(family, conditions=replace(family.conditions, guidance=guidance))
+
+
+def _patches_divisor(pipe: Any) -> int:
+    """With patches of 2 × 2 latents."""
+    return pipe.vae_scale_factor * 2
+
+
+ATTENTION_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+
+
+def _encode_sd3(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    """States of two CLIPs and T5, which may be missing, and CLIP's pooled states."""
+    states, _, pooled, _ = pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=conditions.max_sequence_length
+    )
+    return states, pooled
+
+
+def _call_sd3(transformer: Any, call: Call) -> Tensor:
+    states, pooled = call.embeddings
+    return transformer(
+        hidden_states=call.sample,
+        timestep=call.timestep,
+        encoder_hidden_states=states,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0]
+
+
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    pipelines=("StableDiffusion3Pipeline",),
+    parts=("prompt_embeds", "pooled"),
+    encoder=_encode_sd3,
+    caller=_call_sd3,
+    divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
+    tokenizers=("tokenizer_3",),
+    targets=ATTENTION_TARGETS,
+    defaults={
+        "resolution": 1024, "guidance_scale": 7.0, "num_inference_steps": 28, "weighting_scheme": "logit_normal"
+    },
+    conditions=Conditions(max_sequence_length=256),
+    tags=("stable-diffusion-3",),
+)  # fmt: skip
+
+
+def _encode_flux(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    """States of T5, and the pooled state of CLIP."""
+    return pipe.encode_prompt(prompts, None, max_sequence_length=conditions.max_sequence_length)[:2]
+
+
+def _call_flux(transformer: Any, call: Call) -> Tensor:
+    states, pooled = call.embeddings
+    height, width = call.sample.shape[2:]
+    device, dtype = call.sample.device, call.sample.dtype
+    tokens = transformer(
+        hidden_states=pack(call.sample),
+        timestep=call.timestep.float() / N,
+        guidance=_guidance(call),
+        pooled_projections=pooled,
+        encoder_hidden_states=states,
+        txt_ids=torch.zeros(states.shape[1], 3, device=device, dtype=dtype),
+        img_ids=grid_ids(height // 2, width // 2, 3, device).to(dtype),
+        return_dict=False,
+    )[0]
+    return unpack(tokens, height, width)
+
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    pipelines=("FluxPipeline",),
+    parts=("prompt_embeds", "pooled"),
+    encoder=_encode_flux,
+    caller=_call_flux,
+    divisor=_patches_divisor,
+    tokenizers=("tokenizer_2",),
+    targets=(*ATTENTION_TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    defaults={"resolution": 1024, "guidance_scale": 3.5, "num_inference_steps": 28},
+    conditions=Conditions(max_sequence_length=512, guidance=3.5),
+    fit=_fit_guidance,
+    tags=("flux",),
+)
+
+
+def _encode_flux2(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    """States of a language model."""
+    return pipe.encode_prompt(prompts, max_sequence_length=conditions.max_sequence_length)[:1]
+
+
+def _call_flux2(transformer: Any, call: Call) -> Tensor:
+    (states,) = call.embeddings
+    b, _, height, width = call.sample.shape  # of patches
+    device = call.sample.device
+    text_ids = torch.zeros(b, states.shape[1], 4, dtype=torch.int64, device=device)
+    text_ids[..., 3] = torch.arange(states.shape[1], device=device)
+    tokens = transformer(
+        hidden_states=call.sample.flatten(2).transpose(1, 2),  # (b, h w, c)
+        timestep=call.timestep.float() / N,
+        guidance=_guidance(call),
+        encoder_hidden_states=states,
+        txt_ids=text_ids,
+        img_ids=grid_ids(height, width, 4, device).long().expand(b, -1, -1),
+        return_dict=False,
+    )[0]
+    return tokens.transpose(1, 2).reshape(call.sample.shape)
+
+
+FLUX2 = Family(
+    name="flux2",
+    title="FLUX.2",
+    pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    parts=("prompt_embeds",),
+    encoder=_encode_flux2,
+    caller=_call_flux2,
+    divisor=_patches_divisor,
+    defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 28},
+    conditions=Conditions(max_sequence_length=512, guidance=4.0),
+    fit=_fit_guidance,
+    tags=("flux-2",),
+)
+
+
+def _encode_z_image(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    """States of Qwen3 (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
+    states, _ = pipe.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=conditions.max_sequence_length
+    )
+    kept = [torch.ones(len(own), dtype=torch.int64, device=own.device) for own in states]
+    return stack_padded(states), stack_padded(kept)
+
+
+def _call_z_image(transformer: Any, call: Call) -> Tensor:
+    states, kept = call.embeddings
+    frames = transformer(
+        list(call.sample[:, :, None].unbind(0)),  # b times (c, 1, h, w)
+        (N - call.timestep.float()) / N,  # as the pipeline rounds it: the transformer multiplies it by N
+        [own[mask.bool()] for own, mask in zip(states, kept, strict=True)],
+        return_dict=False,
+    )[0]
+    return -torch.stack(frames)[:, :, 0]
+
+
+Z_IMAGE = Family(
+    name="z_image",
+    title="Z-Image",
+    pipelines=("ZImagePipeline",),
+    parts=("prompt_embeds", "prompt_mask"),
+    encoder=_encode_z_image,
+    caller=_call_z_image,
+    divisor=_patches_divisor,
+    defaults={"resolution": 1024, "guidance_scale": 5.0, "num_inference_steps": 30},
+    conditions=Conditions(max_sequence_length=512),
+    tags=("z-image",),
+)
+
+
+def _encode_qwen_image(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    """States of Qwen2.5-VL (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
+    states, mask = pipe.encode_prompt(prompts, max_sequence_length=conditions.max_sequence_length)
+    return states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device) if mask is None else mask
+
+
+def _call_qwen_image(transformer: Any, call: Call) -> Tensor:
+    states, mask = call.embeddings
+    b, _, height, width = call.sample.shape
+    tokens = transformer(
+        hidden_states=pack(call.sample),
+        timestep=call.timestep.float() / N,
+        encoder_hidden_states=states,
+        encoder_hidden_states_mask=None if mask.all() else mask,
+        img_shapes=[[(1, height // 2, width // 2)]] * b,
+        return_dict=False,
+    )[0]
+    return unpack(tokens, height, width)
+
+
+def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:
+    """Its pipeline guides by true_cfg_scale, and only with a negative prompt, " " in its documentation."""
+    rest = {name: value for name, value in call.items() if name != "guidance_scale"}
+    scale = call.get("guidance_scale", 1.0)
+    return rest if scale <= 1 else rest | {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
+
+
+def _fit_qwen_image(pipe: Any, family: Family) -> Family:
+    if pipe.transformer.config.guidance_embeds:
+        raise ValueError("its transformer has distilled guidance (guidance_embeds), which Qwen-Image doesn't have.")
+    return family
+
+
+QWEN_IMAGE = Family(
+    name="qwen_image",
+    title="Qwen-Image",
+    pipelines=("QwenImagePipeline",),
+    parts=("prompt_embeds", "prompt_mask"),
+    encoder=_encode_qwen_image,
+    caller=_call_qwen_image,
+    divisor=_patches_divisor,
+    defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 30},
+    conditions=Conditions(max_sequence_length=512),
+    fit=_fit_qwen_image,
+    sampling=_sampling_qwen_image,
+    tags=("qwen-image",),
+)
+
+
+def _encode_wan(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    """States of UMT5."""
+    return pipe.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=conditions.max_sequence_length
+    )[:1]
+
+
+def _call_wan(transformer: Any, call: Call) -> Tensor:
+    """An image is a video of one frame; the timestep is one for each token in Wan 2.2's 5B."""
+    timestep, (height, width) = call.timestep, call.sample.shape[2:]
+    if call.conditions.timestep_of_tokens:
+        timestep = timestep[:, None].expand(-1, (height // 2) * (width // 2))
+    return transformer(
+        hidden_states=call.sample[:, :, None],  # (b, c, 1, h, w)
+        timestep=timestep,
+        encoder_hidden_states=call.embeddings[0],
+        return_dict=False,
+    )[0][:, :, 0]
+
+
+def _fit_wan(pipe: Any, family: Family) -> Family:
+    if pipe.transformer is None or pipe.transformer_2 is not None:
+        raise ValueError(
+            "it has two transformers, one for high and one for low noise, like Wan 2.2's 14B: expected one, as in Wan "
+            "2.1 and Wan 2.2's 5B."
+        )
+    return family.with_conditions(timestep_of_tokens=bool(pipe.config.expand_timesteps))
+
+
+WAN = Family(
+    name="wan",
+    title="Wan (one frame)",
+    pipelines=("WanPipeline",),
+    parts=("prompt_embeds",),
+    encoder=_encode_wan,
+    caller=_call_wan,
+    divisor=lambda pipe: pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1],
+    defaults={"resolution": 512, "guidance_scale": 5.0, "num_inference_steps": 30},
+    conditions=Conditions(max_sequence_length=512),
+    fit=_fit_wan,
+    sampling=lambda call, count: call | {"num_frames": 1},
+    images_of=lambda output: output.frames[:, 0],
+    dtype_of=lambda transformer: transformer.patch_embedding.weight.dtype,  # others stay float32
+    picked=".frames[0, 0]",
+    tags=("wan",),
+)

@@ -1,0 +1,86 @@
+"""Stable Diffusion 1, 2 and XL: a UNet, and CLIP for the prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .family import Call, Conditions, Embeddings, Family
+
+
+def _divisor(pipe: Any) -> int:
+    """The factor by which autoencoder and UNet together reduce the sides of an image."""
+    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+
+def _encode_sd(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    """States (b, 77, d)."""
+    return (pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0],)
+
+
+def _call_sd(unet: Any, call: Call) -> Tensor:
+    return unet(call.sample, call.timestep, encoder_hidden_states=call.embeddings[0], return_dict=False)[0]
+
+
+SD = Family(
+    name="sd",
+    title="Stable Diffusion 1 and 2",
+    pipelines=("StableDiffusionPipeline",),
+    parts=("prompt_embeds",),
+    encoder=_encode_sd,
+    caller=_call_sd,
+    divisor=_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder",),
+    defaults={"resolution": 512, "guidance_scale": 7.5},
+    is_flow=False,
+    # the safety checker replaces images that it takes for unsafe by black ones
+    loading={"safety_checker": None, "requires_safety_checker": False},
+    tags=("stable-diffusion",),
+)
+
+
+def _encode_sdxl(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+    """States of two CLIPs (b, 77, d_1 + d_2), and the pooled state of the second (b, p)."""
+    states, _, pooled, _ = pipe.encode_prompt(
+        prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False
+    )
+    return states, pooled
+
+
+def _call_sdxl(unet: Any, call: Call) -> Tensor:
+    states, pooled = call.embeddings
+    # bf16 doesn't hold all whole numbers above 256, which sizes and crop positions are
+    conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
+    return unet(
+        call.sample, call.timestep, encoder_hidden_states=states, added_cond_kwargs=conditions, return_dict=False
+    )[0]
+
+
+def _fit_sdxl(pipe: Any, family: Family) -> Family:
+    kind = pipe.unet.config.addition_embed_type
+    if kind != "text_time" or pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        raise ValueError(
+            f"its UNet has addition_embed_type {kind!r}, expected 'text_time' and two text encoders: name SDXL's base "
+            "model, not its refiner."
+        )
+    return family
+
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    pipelines=("StableDiffusionXLPipeline",),
+    parts=("prompt_embeds", "pooled"),
+    encoder=_encode_sdxl,
+    caller=_call_sdxl,
+    divisor=_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    cut_short=("text_encoder",),
+    is_flow=False,
+    fit=_fit_sdxl,
+    tags=("stable-diffusion-xl",),
+)

@@ -1,0 +1,99 @@
+"""One forward of training: a batch of samples → latents → noise → the denoiser's error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+
+from .draws import draw_indices, draw_noise, drawable_levels
+from .objectives import Corrupted, Objective, squared_errors, with_prior
+
+
+@dataclass(frozen=True)
+class DreamBoothLoss:
+    """A `StepLoss` of b samples.
+
+    Attributes:
+        loss: the scalar to differentiate, the mean of `per_sample`.
+        per_sample: (b,), with the weighted loss of each sample's class image added, if there are any.
+        noise_level: (b,), λ of the instance images.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    noise_level: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """`step(batch)` is the loss of a batch that `collate_samples` made.
+
+    Attributes:
+        model: an `AdaptedDenoiser`, as accelerate wrapped it.
+        objective: what is learnt.
+        latents: the cache of the images' latents.
+        prompts: the cache of embeddings of frozen text encoders; None where they are trained.
+        device: where `model` runs.
+        seed: of noise levels, noise and posterior samples.
+        group_size: samples of an optimizer step, for `stratified`.
+        stratified: spread the noise levels of each optimizer step evenly.
+        noise_offset: κ, see `draw_noise`.
+        prior_loss_weight: what class images count.
+        window: of λ; class images are drawn from it as well.
+        density: `scheme`, `logit_mean`, … of `drawable_levels`.
+    """
+
+    model: nn.Module
+    objective: Objective
+    latents: Any
+    prompts: Any
+    device: torch.device
+    seed: int
+    group_size: int = 1
+    stratified: bool = False
+    noise_offset: float = 0.0
+    prior_loss_weight: float = 1.0
+    window: NoiseWindow = EVERYTHING
+    density: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def drawable(self) -> Tensor:
+        """The noise levels to draw from (k,); raises as `drawable_levels`."""
+        return drawable_levels(self.objective.noise_levels, self.window, **self.density)
+
+    def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
+        samples = batch["samples"]
+        corrupted = self._corrupt(samples, batch.get("pixel_values"))
+        losses = squared_errors(self._predict(corrupted, batch), corrupted)
+        levels = self.objective.source.noise_level(corrupted.timestep)
+        if samples[-1].role == "class":
+            losses, levels = with_prior(losses, self.prior_loss_weight), levels.chunk(2)[0]
+        return DreamBoothLoss(losses.mean(), losses, levels)
+
+    def _predict(self, corrupted: Corrupted, batch: Mapping[str, Any]) -> Tensor:
+        """The prediction (b, c, h, w) of the model as it is."""
+        inputs = (corrupted.model_input, corrupted.timestep, batch["time_ids"].to(self.device))
+        if self.prompts is None:
+            return self.model(*inputs, prompts=batch["prompts"])
+        embeddings = tuple(part.to(self.device) for part in self.prompts.get(batch["prompts"]))
+        return self.model(*inputs, embeddings=embeddings)
+
+    def _corrupt(self, samples: Sequence[Any], pixel_values: Tensor | None) -> Corrupted:
+        """Draws of one role have consecutive rows: all instances, then all class images."""
+        latents = self.latents.sample(samples, seed=self.seed, pixel_values=pixel_values)  # (b, c, h, w)
+        indices, noise = [], []
+        for role in dict.fromkeys(sample.role for sample in samples):
+            positions = [sample.position for sample in samples if sample.role == role]
+            spread: dict[str, Any] = {"stratified": self.stratified, "group_size": self.group_size}
+            indices.append(draw_indices(positions, self.drawable, seed=self.seed, role=role, **spread))
+            noise.append(
+                draw_noise(positions, latents.shape[1:], seed=self.seed, offset=self.noise_offset, role=role)
+            )
+        return self.objective.corrupt(latents.to(self.device), torch.cat(noise).to(self.device), torch.cat(indices))

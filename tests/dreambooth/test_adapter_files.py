@@ -1,0 +1,181 @@
+"""The files that a fine-tuning leaves, read by Diffusers; checkpoints; the average of the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from peft import HiraConfig, LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from nara_diffusion import NaraConfig
+from nara_diffusion.dreambooth.adapter_files import (
+    LORA_WEIGHTS,
+    TRAINABLE,
+    adapter_loaded,
+    read_average,
+    read_checkpoint,
+    write_adapter,
+    write_checkpoint,
+)
+from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
+from tests.helpers.small_pipelines import TEXT_WIDTHS, pixels, small_sdxl
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+SIZES: dict[str, Any] = {"r": 3, "lora_alpha": 5.0, "target_modules": [*UNET_TARGETS, "conv1"]}
+PATTERNS: dict[str, Any] = {"rank_pattern": {"(to_v|v_proj)": 2}, "alpha_pattern": {"(to_k|k_proj)": 7.0}}
+CONFIGS: dict[str, Any] = {
+    "nara": lambda: NaraConfig(**SIZES, core_hidden_dims=(4, 4), noise_convention="timestep"),
+    "lora": lambda: LoraConfig(**SIZES, **PATTERNS),
+    "dora": lambda: LoraConfig(**SIZES, **PATTERNS, use_dora=True),
+    "hira": lambda: HiraConfig(r=3, target_modules=UNET_TARGETS),
+    "full": lambda: None,
+}
+
+
+def trained(method: str, seed: int = 2, **options: Any) -> AdaptedDenoiser:
+    """A UNet and two text encoders all of whose trained weights differ from those of their start."""
+    torch.manual_seed(seed)
+    model = AdaptedDenoiser(small_sdxl(), CONFIGS[method](), train_text_encoder=True, **options)
+    disturb(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def disturb(model: AdaptedDenoiser, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.trained.values():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
+def outputs(pipe: Any) -> dict[str, torch.Tensor]:
+    """Component → its output, whole."""
+    generator, (first, second) = torch.Generator().manual_seed(3), TEXT_WIDTHS
+    ids = torch.randint(0, 200, (2, 9), generator=generator)
+    sample, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, first + second, generator=generator)
+    conditions = {
+        "text_embeds": torch.randn(2, second, generator=generator),
+        "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16], [20, 16, 4, 2, 16, 16]]),
+    }
+    unet = pipe.unet(sample, torch.tensor([40, 900]), states, added_cond_kwargs=conditions).sample
+    return {"unet": unet, **{name: getattr(pipe, name)(ids).last_hidden_state for name in COMPONENTS[1:]}}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_lora_file_gives_diffusers_the_trained_outputs_in_every_layer(method: str, tmp_path: Path) -> None:
+    model = trained(method)
+    write_adapter(model, tmp_path / "lora", {})
+    small_sdxl().save_pretrained(tmp_path / "base")
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "base")
+    plain = outputs(pipe)
+    pipe.load_lora_weights(tmp_path / "lora")
+    expected, found = outputs(model.pipe), outputs(pipe)
+    for name in COMPONENTS:
+        assert (expected[name] - plain[name]).abs().max() > 0.02
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+        layers = [
+            {key for key, layer in part.named_modules() if isinstance(layer, LoraLayer)}
+            for part in (getattr(model, name), getattr(pipe, name))
+        ]
+        assert layers[0] == layers[1]
+    magnitudes = [key for key in load_file(tmp_path / "lora" / LORA_WEIGHTS) if "magnitude" in key]
+    assert bool(magnitudes) is (method == "dora")
+    assert all(key.endswith(".weight") is key.startswith("text") for key in magnitudes)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_loaded_folder_draws_the_trained_pixels_and_leaves_the_base(method: str, tmp_path: Path) -> None:
+    scheduler = DDIMScheduler() if method in ("lora", "full") else None
+    model = trained(method, scheduler=scheduler)
+    write_adapter(model, tmp_path, {})
+    sampler = small_sdxl()
+    before, own = pixels(sampler), sampler.scheduler
+    with adapter_loaded(sampler, tmp_path):
+        assert type(sampler.scheduler) is (type(own) if scheduler is None else DDIMScheduler)
+        after = pixels(sampler)
+    assert sampler.scheduler is own
+    if scheduler is not None:
+        model.pipe.scheduler = scheduler
+    torch.testing.assert_close(after, pixels(model.pipe), rtol=1e-4, atol=1e-4)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(pixels(sampler), before, rtol=0, atol=0)
+
+
+def test_lora_file_of_other_layers_is_refused(tmp_path: Path) -> None:
+    write_adapter(trained("lora"), tmp_path, {})
+    tensors = load_file(tmp_path / LORA_WEIGHTS)
+    missing = next(key for key in tensors if key.startswith("unet") and "lora_B" in key)
+    wrong = {key.replace("lora_B", "lora_C") if key == missing else key: value for key, value in tensors.items()}
+    save_file(wrong, tmp_path / LORA_WEIGHTS)
+    with pytest.raises(Exception, match=r"lora|did not load"), adapter_loaded(small_sdxl(), tmp_path):
+        pytest.fail("a layer at random")
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_checkpoint_gives_every_tensor_back(method: str, tmp_path: Path) -> None:
+    model, other = trained(method), trained(method, seed=5)
+    write_checkpoint(model, tmp_path, {})
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    read_checkpoint(other, tmp_path)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    changed = [name for name, value in before.items() if not torch.equal(value, state[name])]
+    assert len(changed) >= len(model.trained)
+    assert any("freq" in name for name in changed) is (method == "nara")
+    assert {value.dtype for value in load_file(tmp_path / TRAINABLE).values()} == {torch.float32}
+
+
+def test_checkpoint_of_another_rank_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    write_checkpoint(trained("lora"), tmp_path, {})
+    other = AdaptedDenoiser(small_sdxl(), LoraConfig(**SIZES | {"r": 4}), train_text_encoder=True)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"trainable\.safetensors holds .* tensors, which aren't"):
+        read_checkpoint(other, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_average_is_what_is_written_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    model = trained("nara")
+    model.start_average(0.9999)
+    by_hand = {name: parameter.detach().clone() for name, parameter in model.trained.items()}
+    for step in range(1, 5):
+        disturb(model, seed=step)
+        model.update_average()
+        decay = (step / (step + 9)) if step > 1 else 0.0
+        for name, parameter in model.trained.items():
+            by_hand[name] = decay * by_hand[name] + (1 - decay) * parameter.detach()
+    raw = {name: parameter.detach().clone() for name, parameter in model.trained.items()}
+    with model.averaged():
+        for name, parameter in model.trained.items():
+            torch.testing.assert_close(parameter.detach(), by_hand[name], rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(parameter, raw[name]) for name, parameter in model.trained.items())
+
+    write_checkpoint(model, tmp_path, {})
+    other = trained("nara", seed=7)
+    read_checkpoint(other, tmp_path)
+    other.start_average(0.9999)
+    read_average(other, tmp_path)
+    for each in (model, other):
+        disturb(each, seed=9)
+        each.update_average()
+    pairs = zip(model.average.shadow_params, other.average.shadow_params, strict=True)  # type: ignore[union-attr]
+    assert all(torch.equal(one, two) for one, two in pairs)
+    sampler = small_sdxl()
+    sampler.load_nara_weights(tmp_path)
+    with torch.no_grad():
+        found = sampler.unet.state_dict()
+        key = next(name for name in by_hand if "lora_B" in name and name.startswith("unet"))
+        stored = found[key.removeprefix("unet.").replace(".default.", f".{sampler.get_active_adapters()[0]}.")]
+        torch.testing.assert_close(stored, by_hand[key], rtol=1e-5, atol=1e-6)
+
+
+def test_scheduler_of_a_converted_lora_lies_beside_it(tmp_path: Path) -> None:
+    write_adapter(trained("lora", scheduler=DDIMScheduler(prediction_type="v_prediction")), tmp_path, {})
+    saved = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert (saved["_class_name"], saved["prediction_type"]) == ("DDIMScheduler", "v_prediction")

@@ -1,0 +1,103 @@
+"""Draws that depend on (seed, position) alone, with the distributions that they promise, within windows too."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling
+
+from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, drawable_levels
+from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal, torch_generator
+from nara_diffusion.noise.window import NoiseWindow
+
+LEVELS = torch.arange(1000)
+STRATIFIED: dict[str, Any] = {"seed": 4, "stratified": True}
+
+
+def test_random_numbers_depend_on_seed_stream_and_index() -> None:
+    keys = [(7, "noise", 5), (8, "noise", 5), (7, "crop", 5), (7, "noise", 6), (5, "noise", 7)]
+    assert len({float(torch.randn((), generator=torch_generator(*key))) for key in keys}) == len(keys)
+    assert len({float(numpy_generator(*key).random()) for key in keys}) == len(keys)
+    normal = seeded_normal((50,), seed=0, stream="a", indices=range(400))  # (400, 50)
+    assert abs(normal.mean()) < 0.02
+    assert abs(normal.std() - 1) < 0.02
+    assert (torch.corrcoef(normal[:40]).triu(1).abs() < 0.75).all()
+
+
+def test_position_draws_the_same_in_any_batch() -> None:
+    positions = [7, 3, 12, 4]
+    together = draw_indices(positions, LEVELS, **STRATIFIED, group_size=4)
+    assert together.tolist() == [draw_indices([p], LEVELS, **STRATIFIED, group_size=4).item() for p in positions]
+    noise = draw_noise(positions, (2, 3, 5), seed=5, offset=0.1)
+    for row, position in enumerate(positions):
+        assert torch.equal(noise[row], draw_noise([position], (2, 3, 5), seed=5, offset=0.1)[0])
+    assert not torch.equal(noise, draw_noise(positions, (2, 3, 5), seed=5, offset=0.1, role="class"))
+    roles = [draw_indices(range(50), LEVELS, seed=5, role=role) for role in ("instance", "class")]
+    assert (roles[0] != roles[1]).sum() > 40
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 0.25), (0.3, 0.7), (0.75, 1.0)])
+def test_stratified_indices_take_one_stratum_of_the_window_each(low: float, high: float) -> None:
+    objective = build_objective(DDPMScheduler())
+    levels = drawable_levels(objective.noise_levels, NoiseWindow(low, high))
+    first, count, n = round(1000 * low), round(1000 * (high - low)), 10
+    assert levels.tolist() == list(range(first, first + count))
+    for group in draw_indices(range(40 * n), levels, **STRATIFIED, group_size=n).reshape(40, n):
+        assert sorted(((group - first) * n // count).tolist()) == list(range(n))
+
+
+def test_independent_indices_of_a_window_are_uniform_in_it() -> None:
+    levels = drawable_levels(build_objective(DDPMScheduler()).noise_levels, NoiseWindow(0.25, 0.5))
+    counts = torch.bincount(draw_indices(range(4000), levels, seed=2) // 50, minlength=20)
+    assert counts.nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
+    assert counts[5:10].min() > 700
+
+
+def test_window_of_an_edm_schedule_is_of_its_own_noise_level() -> None:
+    objective = build_objective(EDMEulerScheduler())
+    sigma = objective.q / objective.p
+    inside = ((sigma / (1 + sigma) >= 0.2) & (sigma / (1 + sigma) < 0.8)).nonzero().flatten()
+    assert drawable_levels(objective.noise_levels, NoiseWindow(0.2, 0.8)).tolist() == inside.tolist()
+    assert 0 < len(inside) < objective.levels
+
+
+def test_window_without_a_noise_level_is_refused_with_the_schedules() -> None:
+    with pytest.raises(ValueError, match=r"0\.9991 and max_noise_level 0\.9999, but of the 1000 .* to 0\.999, none"):
+        drawable_levels(build_objective(DDPMScheduler()).noise_levels, NoiseWindow(0.9991, 0.9999))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "density"),
+    [
+        ("logit_normal", {"logit_mean": 0.0, "logit_std": 1.0}),
+        ("logit_normal", {"logit_mean": 0.7, "logit_std": 0.5}),
+        ("mode", {"mode_scale": 1.29}),
+        ("mode", {"mode_scale": -0.8}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [NoiseWindow(), NoiseWindow(0.3, 0.8)], ids=["whole", "window"])
+def test_levels_are_drawn_as_often_as_diffusers_scripts_draw_them(scheme: str, density: dict, window) -> None:
+    """They take scheduler.timesteps[⌊u N⌋], of which the first is pure noise."""
+    count, n = 1_000_000, 10
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=n)
+    u = compute_density_for_timestep_sampling(scheme, count, generator=torch.Generator().manual_seed(3), **density)
+    theirs = torch.bincount(scheduler.timesteps[(u * n).long()].long() - 1, minlength=n).double()
+    objective = build_objective(scheduler)
+    theirs[~window.contains(objective.noise_levels)] = 0
+    levels = drawable_levels(objective.noise_levels, window, scheme, **density)
+    drawn = draw_indices(range(4000), levels, **STRATIFIED, group_size=4000)
+    ours = torch.bincount(drawn, minlength=n).double()
+    torch.testing.assert_close(ours / ours.sum(), theirs / theirs.sum(), rtol=0, atol=4e-3)
+    assert (ours[ours > 0] / ours.sum() - 1 / (ours > 0).sum()).abs().max() > 0.01
+
+
+def test_offset_noise_shifts_each_channel_of_the_same_noise() -> None:
+    noise = draw_noise(range(400), (2, 4, 4), seed=3)
+    assert noise.dtype == torch.float32
+    shift = draw_noise(range(400), (2, 4, 4), seed=3, offset=0.3) - noise  # the same ε, and one δ a channel
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift), rtol=0, atol=1e-6)
+    assert shift[:, :, 0, 0].std().item() == pytest.approx(0.3, abs=0.03)
+    assert abs(torch.corrcoef(shift[:, :, 0, 0].T)[0, 1].item()) < 0.15

@@ -1,0 +1,183 @@
+"""Each objective against Diffusers' own schedulers, or the papers' formulas in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
+from torch import Tensor
+
+from nara_diffusion import TimestepNoise
+from nara_diffusion.dreambooth.objectives import Corrupted, build_objective, squared_errors, with_prior
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+INDICES = torch.tensor([0, 3, 250, 640, 999])
+
+
+@pytest.fixture
+def tensors() -> tuple[Tensor, Tensor, Tensor]:
+    """(latents, noise, prediction), of unequal sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(len(INDICES), 3, 4, 6, generator=generator) for _ in range(3))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_discrete_objective_corrupts_as_diffusers(tensors, prediction_type: str) -> None:
+    latents, noise, _ = tensors
+    scheduler = DDPMScheduler(**BETAS, prediction_type=prediction_type)
+    # the pipeline's scheduler is another class, of the same betas
+    objective = build_objective(EulerDiscreteScheduler(**BETAS, prediction_type=prediction_type))
+    batch = objective.corrupt(latents, noise, INDICES)
+    velocity = scheduler.get_velocity(latents, noise, INDICES)
+    targets = {"epsilon": noise, "v_prediction": velocity, "sample": latents}
+    torch.testing.assert_close(batch.model_input, scheduler.add_noise(latents, noise, INDICES))
+    torch.testing.assert_close(batch.target, targets[prediction_type])
+    assert torch.equal(batch.timestep, INDICES)
+    assert torch.equal(batch.weight, torch.ones(5))
+    assert (objective.source.convention, objective.levels) == ("timestep", 1000)
+    torch.testing.assert_close(objective.noise_levels[INDICES], INDICES / 1000)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weights_are_those_of_diffusers_scripts(tensors, prediction_type: str) -> None:
+    scheduler = DDPMScheduler(**BETAS, prediction_type=prediction_type)
+    snr = compute_snr(scheduler, INDICES)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+    expected = snr.clamp(max=5.0) / divisor
+    batch = build_objective(scheduler, snr_gamma=5.0).corrupt(*tensors[:2], INDICES)
+    torch.testing.assert_close(batch.weight, expected, rtol=1e-5, atol=1e-7)
+    assert len(batch.weight.unique()) > 2
+
+
+@pytest.mark.parametrize(("kind", "last"), [("epsilon", 1.0), ("v_prediction", 0.0)])
+def test_zero_terminal_snr_gives_finite_weights(tensors, kind: str, last: float) -> None:
+    scheduler = DDPMScheduler(**BETAS, prediction_type=kind, rescale_betas_zero_snr=True)
+    batch = build_objective(scheduler, snr_gamma=5.0).corrupt(*tensors[:2], INDICES)
+    assert batch.weight.isfinite().all()
+    assert batch.weight[-1].item() == pytest.approx(last, abs=1e-6)
+    torch.testing.assert_close(batch.model_input[-1], tensors[1][-1], rtol=0, atol=1e-3)
+
+
+def test_min_snr_and_the_prior_weight_each_image_by_its_own_timestep(tensors) -> None:
+    latents, noise, prediction = (torch.cat([part, 0.5 * part.flip(0)])[:8] for part in tensors)  # (8, …)
+    indices = torch.tensor([5, 900, 100, 400, 700, 20, 999, 300])
+    scheduler = DDPMScheduler(**BETAS)
+    batch = build_objective(scheduler, snr_gamma=5.0).corrupt(latents, noise, indices)
+    snr = compute_snr(scheduler, indices).double()
+    errors = (prediction - noise).double().square().flatten(1).mean(1)
+    weighted = snr.clamp(max=5.0) / snr * errors
+    combined = with_prior(squared_errors(prediction, batch), 0.3)
+    torch.testing.assert_close(combined.double(), weighted[:4] + 0.3 * weighted[4:], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("prediction_type", "sigma_data"), [("epsilon", 0.5), ("v_prediction", 1.0), ("epsilon", 1.0)])
+def test_edm_loss_is_the_papers(tensors, prediction_type: str, sigma_data: float) -> None:
+    latents, noise, prediction = tensors
+    scheduler = EDMEulerScheduler(prediction_type=prediction_type, sigma_data=sigma_data)
+    objective = build_objective(scheduler)
+    batch = objective.corrupt(latents, noise, INDICES)
+    loss = squared_errors(prediction, batch)
+    for i, index in enumerate(INDICES.tolist()):
+        sigma = scheduler.sigmas[1000 - index].double()
+        noisy = latents[i].double() + sigma * noise[i].double()
+        torch.testing.assert_close(batch.model_input[i], scheduler.precondition_inputs(noisy, sigma).float())
+        denoised = scheduler.precondition_outputs(noisy, prediction[i].double(), sigma)
+        weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2  # Karras et al., table 1
+        expected = weight * (denoised - latents[i].double()).square().mean()
+        assert loss[i].item() == pytest.approx(expected.item(), rel=1e-4)
+        # λ, as an adapter reads it from what the denoiser is given
+        assert batch.timestep[i].item() == pytest.approx(0.25 * sigma.log().item(), rel=1e-5, abs=1e-6)
+        level = TimestepNoise("edm").noise_level(batch.timestep[i])
+        assert level.item() == pytest.approx((sigma / (1 + sigma)).item(), rel=1e-5)
+    assert (objective.source.convention, objective.levels) == ("edm", 1001)
+
+
+def test_continuous_schedule_gives_the_denoiser_log_sigma(tensors) -> None:
+    latents, noise, prediction = tensors
+    options: dict[str, Any] = {"prediction_type": "v_prediction", "timestep_type": "continuous", "sigma_max": 700.0}
+    objective = build_objective(EulerDiscreteScheduler(**BETAS, sigma_min=0.002, **options))
+    batch = objective.corrupt(latents, noise, INDICES)
+    sigma = (4 * batch.timestep.double()).exp()[:, None, None, None]
+    assert objective.source.convention == "edm"
+    x, f = latents.double(), prediction.double()
+    noisy = x + sigma * noise.double()
+    torch.testing.assert_close(batch.model_input.double(), noisy / (sigma**2 + 1).sqrt(), rtol=1e-4, atol=1e-5)
+    denoised = noisy / (sigma**2 + 1) - f * sigma / (sigma**2 + 1).sqrt()
+    expected = ((denoised - x).square() / sigma**2).flatten(1).mean(1)
+    torch.testing.assert_close(squared_errors(prediction, batch).double(), expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_flow_objective_is_the_rectified_flows(tensors, snr_gamma: float | None) -> None:
+    latents, noise, prediction = tensors
+    objective = build_objective(FLOW, snr_gamma=snr_gamma)
+    batch = objective.corrupt(latents, noise, INDICES)
+    loss = squared_errors(prediction, batch)
+    for i, index in enumerate(INDICES.tolist()):
+        sigma, x, eps = (index + 1) / 1000, latents[i].double(), noise[i].double()
+        noisy = (1 - sigma) * x + sigma * eps
+        torch.testing.assert_close(batch.model_input[i], noisy.float())
+        torch.testing.assert_close(batch.target[i], (eps - x).float())
+        # min-SNR counts the squared error of x̂ = x_σ − σ F
+        error = (noisy - sigma * prediction[i].double() - x).square().mean()
+        counted = 1 / sigma**2 if snr_gamma is None else min(((1 - sigma) / sigma) ** 2, snr_gamma)
+        assert loss[i].item() == pytest.approx(counted * error.item(), rel=1e-4, abs=1e-9)
+        assert batch.timestep[i].item() == pytest.approx(1000 * sigma)
+    torch.testing.assert_close(objective.source.noise_level(batch.timestep), (INDICES + 1) / 1000)
+    assert (objective.source.convention, objective.levels) == ("flow", 1000)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_noise_levels_are_those_of_the_scheduler(tensors, shift: float) -> None:
+    latents, noise, _ = tensors
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    timesteps = scheduler.timesteps.flip(0)[INDICES]
+    batch = build_objective(scheduler).corrupt(latents, noise, INDICES)
+    torch.testing.assert_close(batch.timestep, timesteps, rtol=1e-5, atol=1e-3)
+    sigma = scheduler.sigmas[:1000].flip(0)[INDICES].view(-1, 1, 1, 1)
+    torch.testing.assert_close(batch.model_input, (1 - sigma) * latents + sigma * noise, rtol=1e-5, atol=1e-5)
+
+
+def test_shift_is_the_schedulers_unless_it_depends_on_the_size_or_is_given() -> None:
+    wan = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    given = [(dynamic, None, 0.5), (wan, None, 5 / 6), (wan, 2.0, 2 / 3)]
+    for scheduler, shift, expected in given:
+        assert build_objective(scheduler, shift=shift).q[499].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "cosmap", "sigma_sqrt"])
+def test_weighting_scheme_weights_errors_as_diffusers(scheme: str) -> None:
+    objective = build_objective(FLOW, shift=3.0, weighting_scheme=scheme)
+    torch.testing.assert_close(objective.weight, compute_loss_weighting_for_sd3(scheme, objective.q).float())
+
+
+def test_errors_are_means_in_float32_times_the_weights(tensors) -> None:
+    _, noise, prediction = tensors
+    batch = Corrupted(noise, INDICES, noise.bfloat16(), torch.arange(5.0))
+    losses = squared_errors(prediction.bfloat16(), batch)
+    assert losses.dtype == torch.float32
+    errors = (prediction.bfloat16().double() - noise.bfloat16().double()).square().flatten(1).mean(1)
+    torch.testing.assert_close(losses.double(), torch.arange(5.0) * errors, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "message"),
+    [
+        (DDPMScheduler(prediction_type="flow"), {}, "prediction_type 'flow' is no schedule .* one of epsilon"),
+        (EDMEulerScheduler(prediction_type="sample"), {}, "prediction_type 'sample' is no schedule"),
+        (EDMEulerScheduler(), {"snr_gamma": 5.0}, "leave snr_gamma out"),
+    ],
+)
+def test_schedule_without_an_objective_is_refused(scheduler, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_objective(scheduler, **options)
