@@ -23,9 +23,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.dreambooth.conversion import converted_scheduler
 from nara_diffusion.dreambooth.evaluation.samples import write_grid
 from nara_diffusion.dreambooth.objectives import Objective, build_objective, squared_errors
-from nara_diffusion.dreambooth.objectives.conversion import converted_scheduler
 from nara_diffusion.loaders.schedulers import scheduler_fields
 
 ASSETS = Path(__file__).parent / "assets"

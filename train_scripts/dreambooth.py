@@ -37,6 +37,7 @@ import torch
 from nara_diffusion.check.images import image_task
 from nara_diffusion.check.run import check_training
 from nara_diffusion.dreambooth import collate_samples
+from nara_diffusion.dreambooth.adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.arguments.average import decay_of
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
@@ -52,11 +53,9 @@ from nara_diffusion.dreambooth.evaluation.comparison import (
 )
 from nara_diffusion.dreambooth.evaluation.image_report import results_table, window_note, write_run_report
 from nara_diffusion.dreambooth.evaluation.samples import sample_settings
-from nara_diffusion.dreambooth.families.flow.sd3 import SD3
-from nara_diffusion.dreambooth.families.loading import folders_of, loader_of, sampling_pipeline
+from nara_diffusion.dreambooth.families.flows import SD3
+from nara_diffusion.dreambooth.families.pipelines import folders_of, loader_of, sampling_pipeline
 from nara_diffusion.dreambooth.families.table import family_of_model
-from nara_diffusion.dreambooth.formats import read_checkpoint, write_adapter, write_checkpoint
-from nara_diffusion.dreambooth.loss import TrainingStep
 from nara_diffusion.dreambooth.setup import (
     check_settings,
     count_validation_steps,
@@ -75,6 +74,7 @@ from nara_diffusion.dreambooth.setup import (
     validation_objective,
     validation_samples,
 )
+from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.schedulers.prediction import prediction_by
 from nara_diffusion.training.adapters.build import adapter_config
@@ -250,7 +250,9 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     loader = stream_loader(dataset, collate_samples, **batches, num_workers=args.dataloader_num_workers)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
     if args.use_ema:
-        model.start_average(decay_of(args), run.checkpoint)
+        model.start_average(decay_of(args))
+        if run.checkpoint is not None:
+            read_average(model, run.checkpoint)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = {
         "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",

@@ -31,9 +31,9 @@ from peft import LoraConfig
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_samples, records_from_folder
 from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
-from nara_diffusion.dreambooth.families.loading import load_pipeline
-from nara_diffusion.dreambooth.loss import TrainingStep
+from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.training.stream import stream_loader
 
 ASSETS = Path(__file__).parents[1] / "assets"

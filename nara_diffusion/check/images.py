@@ -6,43 +6,17 @@ Prior preservation is left out, and so are adapters of text encoders, which don'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from nara_diffusion.dreambooth.cache import PromptCache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.loss import DreamBoothLoss, TrainingStep
-from nara_diffusion.dreambooth.objectives import Corrupted, Objective
-from nara_diffusion.dreambooth.objectives.distances import SQUARED
 from nara_diffusion.dreambooth.setup import run_family
-from nara_diffusion.noise.timesteps import TimestepNoise
+from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.training.adapters.configs import adapter_config
 
-from .held import free_window, with_base_losses
 from .trial import CheckTask, Loss, published
-
-
-@dataclass(frozen=True)
-class Unweighted:
-    """An objective whose errors all count 1, without min-SNR's, EDM's or a density's weights."""
-
-    weighted: Objective
-
-    @property
-    def source(self) -> TimestepNoise:
-        return self.weighted.source
-
-    @property
-    def levels(self) -> int:
-        return self.weighted.levels
-
-    def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
-        corrupted = self.weighted.corrupt(latents, noise, indices)
-        return replace(corrupted, weight=torch.ones_like(corrupted.weight))
 
 
 def image_task(
@@ -70,8 +44,4 @@ def image_task(
         return lambda positions: of(collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions]))
 
     measured: Loss = loss_of(held_out)
-    if step.window.hold_weight is not None:
-        plain = {"objective": Unweighted(step.objective), "distance": SQUARED}  # as the distance to the base
-        free = replace(own, window=free_window(step.window), **plain)
-        measured = with_base_losses(model, measured, loss_of(held_out, free))
     return CheckTask(model, config, args, loss_of(dataset), measured, args.train_batch_size, step.group_size)

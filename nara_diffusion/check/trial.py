@@ -181,7 +181,7 @@ def _measured(task: CheckTask, positions: range, bar: tqdm) -> _Measured:
     task.model.train()
     losses = torch.cat([step.per_sample for step in steps]).double().cpu()
     _check_finite(losses)
-    splits = [step.split for step in steps]
+    splits = [getattr(step, "split", None) for step in steps]
     held = None if None in splits else torch.cat([split.held for split in splits]).cpu()
     return _Measured(torch.cat([step.noise_level for step in steps]).float().cpu(), losses, held)
 

@@ -7,9 +7,10 @@
     of a converted model,   scheduler/scheduler_config.json      type(…).from_pretrained(folder, subfolder="scheduler")
       all but NaRA's family, whose file carries it
 
-A COMPONENT is what was trained, by the pipeline's name: unet or transformer, text_encoder, text_encoder_2. A checkpoint
-has the same, of which the weights are the average if there is one, and for training to go on trainable.safetensors, what
-is trained and the core's buffers by their names in the model, and ema.safetensors, the average by the parameters' names.
+A COMPONENT is what was trained, by its name in the pipeline: unet, transformer, text_encoder, …. Of an average
+of the weights, it is what these files hold. A checkpoint of an adapter has the same, and every checkpoint has, for
+training to go on, trainable.safetensors, what is trained and the adapters' buffers by their names in the model, and
+ema.safetensors, the average likewise.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from torch import Tensor
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.export.lora.scheduler import SCHEDULER
-from nara_diffusion.loaders.completeness import check_loaded, load_peft_adapter
+from nara_diffusion.loaders.file import load_peft_adapter
 from nara_diffusion.loaders.schedulers import build_scheduler
-from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME
+from nara_diffusion.loaders.strict import check_loaded
 
 from .denoiser import ADAPTER, AdaptedDenoiser
 from .families.table import family_of
@@ -71,7 +72,8 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
 
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
     """An `AdapterWriter`: what `read_checkpoint` reads."""
-    write_adapter(model, folder, state)
+    if model.config is not None:
+        write_adapter(model, folder, state)
     _save(_training_state(model), folder / TRAINABLE)
     if model.average is not None:
         average = dict(zip(model.trained, model.average.shadow_params, strict=True))
@@ -93,10 +95,14 @@ def read_average(model: AdaptedDenoiser, folder: Path) -> None:
 
 
 def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
-    """The model's own tensors that training goes on with, by name."""
-    names = model.trained.keys()
-    state = model.state_dict().items()
-    return {name: tensor for name, tensor in state if name in names or f".{HOLDER_NAME}." in name}
+    """The model's own tensors that training goes on with, by name: what is trained, and all that an adapter has."""
+    names, state, seen = model.trained.keys(), {}, set()
+    for name, tensor in model.state_dict().items():
+        # VeRA's layers share their projections
+        if (name in names or ADAPTER in name.split(".")) and tensor.data_ptr() not in seen:
+            state[name] = tensor
+            seen.add(tensor.data_ptr())
+    return state
 
 
 def _copy(given: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
@@ -162,7 +168,7 @@ def _load_lora(pipe: Any, folder: Path) -> None:
 
 
 def _load_components(pipe: Any, folder: Path) -> Any:
-    """Exchange components that were trained whole, and put PEFT's adapters into those there are; returns the undoing."""
+    """Exchange components that were trained whole, put PEFT's adapters into the others; returns the undoing."""
     family = family_of(pipe)
     before = {name: getattr(pipe, name) for name in (family.denoiser, *family.text_encoders)}
     adapted: list[PeftModel] = []

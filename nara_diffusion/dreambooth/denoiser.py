@@ -163,8 +163,8 @@ def adapt(model: Any, config: PeftConfig | None) -> Any:
         return model.requires_grad_(True)
     if isinstance(config, LoraConfig) and changes_base(config.init_lora_weights):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base model, so that its file would fit no other "
-            "copy of it: leave it out."
+            f"init_lora_weights={config.init_lora_weights!r} changes the base model, so that its file would fit no "
+            "other copy of it: leave it out."
         )
     check_adaptable(model, config)
     if isinstance(config, LoraConfig):

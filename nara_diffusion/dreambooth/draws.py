@@ -25,7 +25,9 @@ from .seeding import numpy_generator, seeded_normal
 _DRAWS = 2**20
 
 
-def drawable_levels(noise_levels: Tensor, window: NoiseWindow = EVERYTHING, scheme: str = "none", **density: Any) -> Tensor:
+def drawable_levels(
+    noise_levels: Tensor, window: NoiseWindow = EVERYTHING, scheme: str = "none", **density: Any
+) -> Tensor:
     """I (k,) int64, ascending: the noise levels in `window`, each as often as Diffusers' --weighting_scheme draws it.
 
     "logit_normal" and "mode" draw unevenly; theirs is the order of a large sample, so that stratified u keep it too.
@@ -40,9 +42,7 @@ def drawable_levels(noise_levels: Tensor, window: NoiseWindow = EVERYTHING, sche
     """
     levels = torch.arange(len(noise_levels))
     if scheme in ("logit_normal", "mode"):
-        u = compute_density_for_timestep_sampling(
-            scheme, _DRAWS, generator=torch.Generator().manual_seed(0), **density
-        )
+        u = compute_density_for_timestep_sampling(scheme, _DRAWS, generator=torch.Generator().manual_seed(0), **density)
         levels = len(noise_levels) - 1 - (u.double() * len(noise_levels)).long().clamp(0, len(noise_levels) - 1)
     inside = levels[window.contains(noise_levels)[levels]].sort().values
     if len(inside) == 0:

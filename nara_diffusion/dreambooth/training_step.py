@@ -93,7 +93,5 @@ class TrainingStep:
             positions = [sample.position for sample in samples if sample.role == role]
             spread: dict[str, Any] = {"stratified": self.stratified, "group_size": self.group_size}
             indices.append(draw_indices(positions, self.drawable, seed=self.seed, role=role, **spread))
-            noise.append(
-                draw_noise(positions, latents.shape[1:], seed=self.seed, offset=self.noise_offset, role=role)
-            )
+            noise.append(draw_noise(positions, latents.shape[1:], seed=self.seed, offset=self.noise_offset, role=role))
         return self.objective.corrupt(latents.to(self.device), torch.cat(noise).to(self.device), torch.cat(indices))

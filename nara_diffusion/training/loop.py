@@ -122,7 +122,7 @@ def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
     losses, levels = cast(Tensor, run.accelerator.gather(mine)).unbind(1)
     if not losses.isfinite().all():
         raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
-    window.add(losses, levels, None if step.split is None else _gathered(run, step.split))
+    window.add(losses, levels, _gathered(run, split) if (split := getattr(step, "split", None)) is not None else None)
 
 
 def _gathered(run: Run, split: SplitLosses) -> SplitLosses:

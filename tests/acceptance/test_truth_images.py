@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
+from nara_diffusion.dreambooth.draws import draw_noise
 
 ROOT = Path(__file__).parents[2]
 SDXL_TINY = os.path.join("examples", "assets", "sdxl-tiny")

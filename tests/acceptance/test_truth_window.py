@@ -17,7 +17,7 @@ from torch import Tensor
 from nara_diffusion import StrengthSchedule, TimestepNoise, noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.masking import draw_noise_levels
-from nara_diffusion.dreambooth.objectives.timesteps import WindowedSchedule
+from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.noise.window import NoiseWindow
 from tests.train_scripts.conftest import (  # noqa: F401 (fixtures)
     _fresh_accelerate,
@@ -64,7 +64,7 @@ def test_the_timesteps_that_are_drawn_are_those_at_strength_1(low, high):
     window, timesteps = NoiseWindow(low, high), torch.arange(1000)
     levels = TimestepNoise().noise_level(timesteps)
     schedule: Any = window.as_schedule()
-    drawn = WindowedSchedule(levels, window).indices(torch.linspace(0, 1, 5001, dtype=torch.float64)[:-1]).unique()
+    drawn = drawable_levels(levels, window)
     assert torch.equal(drawn, timesteps[schedule(levels) == 1])
 
 

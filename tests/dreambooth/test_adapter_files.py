@@ -58,7 +58,10 @@ def outputs(pipe: Any) -> dict[str, torch.Tensor]:
     """Component → its output, whole."""
     generator, (first, second) = torch.Generator().manual_seed(3), TEXT_WIDTHS
     ids = torch.randint(0, 200, (2, 9), generator=generator)
-    sample, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, first + second, generator=generator)
+    sample, states = (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.randn(2, 5, first + second, generator=generator),
+    )
     conditions = {
         "text_embeds": torch.randn(2, second, generator=generator),
         "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16], [20, 16, 4, 2, 16, 16]]),

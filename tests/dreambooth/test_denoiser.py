@@ -32,7 +32,9 @@ def test_everything_that_is_trained_gets_a_gradient_in_float32(kind: str) -> Non
     if kind != "full":  # all weights are loaded in float32
         pipe.to(dtype=torch.bfloat16)
     base = {
-        id(p) for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2) for p in part.requires_grad_(False).parameters()
+        id(p)
+        for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+        for p in part.requires_grad_(False).parameters()
     }
     model = AdaptedDenoiser(pipe, CONFIGS[kind](), train_text_encoder=True)
     generator = torch.Generator().manual_seed(4)

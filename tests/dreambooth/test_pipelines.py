@@ -74,7 +74,7 @@ def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -
     messages = {
         "nothing": r"pretrained_model_name_or_path .*nothing can't be loaded, since it has no model_index.json",
         "refiner": "name SDXL's base model, not its refiner",
-        "wrong": r"wrong can't be loaded as .*: DDPMScheduler is no scheduler of a rectified flow",
+        "wrong": r"wrong can't be loaded as .*: DDPMScheduler is no scheduler that Stable Diffusion 3 and 3.5 is",
     }
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nara_diffusion import from_lora, noise_level, to_lora, to_lora_bins
-from nara_diffusion.dreambooth.objectives.conversion import converted_scheduler
+from nara_diffusion.dreambooth.conversion import converted_scheduler
 from nara_diffusion.export import PlainLora
 from nara_diffusion.export.hosts import save_host_file
 from nara_diffusion.export.hosts.unet import UNetLayout

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.dreambooth.families.unet.long_prompts import PLACES, check_length, is_long
-from nara_diffusion.dreambooth.objectives.conversion import FLOW
+from nara_diffusion.noise.schedulers.prediction import FLOW
 from nara_diffusion.training.arguments.checks import require
 from nara_diffusion.training.arguments.cli import option
 
@@ -18,14 +17,9 @@ class ConditionArguments:
 
     max_sequence_length: int | None = option(
         None,
-        "Tokens of a prompt that are read, in families whose text encoders read more or fewer, and in Stable Diffusion "
-        "1, 2 and XL, which read 77 or, in chunks, 152, 227, … (2 + 75 n); none means what the family's pipeline does.",
+        "Tokens of a prompt that are read, in families whose text encoders can read more or fewer; none means what the "
+        "family's pipeline does.",
         unit="tokens",
-    )
-    clip_skip: int | None = option(
-        None,
-        "Layers of CLIP to leave out at its end (SDXL, SD3), as Diffusers counts: 1 is what other programs call 2.",
-        unit="layers",
     )
     training_guidance_scale: float | None = option(
         None, "What a denoiser with distilled guidance (FLUX) is told in training; none means its samples' default."
@@ -36,26 +30,11 @@ def check_conditions(args: Any) -> None:
     """Raises ValueError for values that no run can use."""
     length, guidance = args.max_sequence_length, args.training_guidance_scale
     require(args, "max_sequence_length", length is None or length >= 0, "at least 0, or none")
-    skip = args.clip_skip
-    require(args, "clip_skip", skip is None or skip >= 1, "at least 1, or none")
-    if skip is not None and args.train_text_encoder:
-        raise ValueError(
-            f"clip_skip is {skip}, with which layers of a trained text encoder would never be read: leave it or "
-            "train_text_encoder out."
-        )
     require(args, "training_guidance_scale", guidance is None or guidance >= 0, "at least 0, or none")
 
 
 def check_family(args: Any, family: Family) -> None:
     """Raises ValueError for arguments that a family can't express, before its model is loaded."""
-    length = args.max_sequence_length
-    if family.in_chunks and length is not None:
-        check_length(length, family.title)
-        if is_long(length) and args.train_text_encoder:
-            raise ValueError(
-                f"max_sequence_length is {length}, but text encoders that are trained read {PLACES} tokens: leave it "
-                "or train_text_encoder out."
-            )
     for name, unset, why in _unread(args, family):
         value = getattr(args, name)
         if value != unset:
@@ -67,10 +46,8 @@ def _unread(args: Any, family: Family) -> list[tuple[str, Any, str]]:
     found: list[tuple[str, Any, str]] = []
     if not family.text_encoders:
         found.append(("train_text_encoder", False, "is trained with its text encoders as they are"))
-    if family.conditions.max_sequence_length is None and not family.in_chunks:
+    if family.conditions.max_sequence_length is None:
         found.append(("max_sequence_length", None, "reads the tokens that its CLIP has places for"))
-    if not family.clips:
-        found.append(("clip_skip", None, family.no_clip_skip))
     if family.conditions.guidance is None:
         found.append(("training_guidance_scale", None, "has no distilled guidance to be told"))
     if family.is_flow:
@@ -80,7 +57,6 @@ def _unread(args: Any, family: Family) -> list[tuple[str, Any, str]]:
             ("prediction_type", None, f"{flow}, and predicts its velocity already"),
             ("rescale_betas_zero_snr", False, f"{flow}, which ends in pure noise as it is"),
             ("snr_gamma", None, f"{flow}, whose weights are --weighting_scheme's"),
-            ("do_edm_style_training", False, f"{flow}, which has no EDM terms"),
         ]
     if args.prediction_type != FLOW:
         why = f"is no rectified flow, unless --prediction_type is {FLOW}"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from nara_diffusion.dreambooth.conversion import check_conversion
 from nara_diffusion.dreambooth.data.captions import check_prompt
-from nara_diffusion.dreambooth.objectives.conversion import check_conversion
 from nara_diffusion.training.adapters.methods import METHODS, method_of
 from nara_diffusion.training.arguments.checks import check_arguments, require
 from nara_diffusion.training.arguments.common import OptimizationArguments, RunArguments
@@ -53,7 +53,7 @@ class DreamBoothArguments(
         check_loss(self)
         check_flow(self)
         check_window(self)
-        check_conversion(self.prediction_type, self.rescale_betas_zero_snr, self.do_edm_style_training)
+        check_conversion(self.prediction_type, self.rescale_betas_zero_snr)
         window = (self.min_noise_level, self.max_noise_level, self.hold_base_outside)
         if (self.prediction_type is not None or self.rescale_betas_zero_snr) and window != (None, None, None):
             raise ValueError(

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.dreambooth.objectives.density import LARGEST_MODE_SCALE, SCHEMES, WEIGHTING, TimestepDensity
 from nara_diffusion.training.arguments.checks import refuse_unread, require
 from nara_diffusion.training.arguments.cli import option
 
-_DEFAULTS = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
+WEIGHTING = ("cosmap", "sigma_sqrt")
+SCHEMES = ("none", "logit_normal", "mode", *WEIGHTING)
+LARGEST_MODE_SCALE = 2 / (math.pi - 2)
+"""k beyond which, and below −1, u would not fall as v grows."""
 _READERS = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
 
 
@@ -31,14 +33,6 @@ class FlowArguments:
     flow_shift: float | None = option(
         None, "s of σ → s σ / (1 + (s − 1) σ); none means what the scheduler says, 1 where it depends on the size."
     )
-
-
-def density_of(args: Any) -> TimestepDensity:
-    """Return how often each noise level is drawn, by `args`, a `FlowArguments`."""
-    mean, std, scale = (
-        default if getattr(args, name) is None else getattr(args, name) for name, default in _DEFAULTS.items()
-    )
-    return TimestepDensity(args.weighting_scheme, mean, std, scale)
 
 
 def check_flow(args: Any) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
-from nara_diffusion.dreambooth.families.rendering import render
+from nara_diffusion.dreambooth.families.pipelines import render
 from nara_diffusion.dreambooth.seeding import torch_generator
 from nara_diffusion.utils.atomic_write import atomic_write
 

@@ -19,13 +19,14 @@ from accelerate.utils import DistributedType
 from PIL.Image import Image
 from torch import Tensor
 
+from nara_diffusion.dreambooth.adapter_files import adapter_loaded, write_adapter
 from nara_diffusion.dreambooth.cache import LatentCache
+from nara_diffusion.dreambooth.conversion import IdentityReading
 from nara_diffusion.dreambooth.data.dataset import TrainingSample
+from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of
-from nara_diffusion.dreambooth.formats import adapter_loaded, write_adapter
-from nara_diffusion.dreambooth.objectives import IdentityReading, Objective, squared_errors
-from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
+from nara_diffusion.dreambooth.objectives import Objective, squared_errors
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.checkpoints.folders import save_adapter
 from nara_diffusion.training.engine.distributed import split_across_processes

@@ -9,7 +9,7 @@ from typing import Any
 from PIL.Image import Image
 
 from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.dreambooth.families.loading import absent_components, model_name
+from nara_diffusion.dreambooth.families.pipelines import absent_components
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.export.lora.scheduler import SCHEDULER
 from nara_diffusion.noise.schedulers.prediction import prediction_by
@@ -84,7 +84,7 @@ def write_run_report(
     write_grid(folder / GRID, settings.prompts, {"before": before.images, "after": after.images}, references)
     for when, measured in (("before", before), ("after", after)):
         write_images(folder / f"samples-{when}", measured.images, settings)
-    name, prompt = model_name(args.pretrained_model_name_or_path), args.instance_prompt
+    name, prompt = Path(args.pretrained_model_name_or_path).name, args.instance_prompt
     images = "training" if args.validation_data_dir is None else "held-out"
     plot_noise_level_curves(
         folder / "noise_level_curve.png",

@@ -18,7 +18,7 @@ from PIL.Image import Image, Resampling, new
 from tqdm.auto import tqdm
 
 from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.dreambooth.families.rendering import render
+from nara_diffusion.dreambooth.families.pipelines import render
 from nara_diffusion.training.engine.distributed import split_across_processes
 from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_folder
 

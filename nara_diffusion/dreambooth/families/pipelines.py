@@ -1,4 +1,4 @@
-"""The pipeline that is trained, the pipeline that samples with the same frozen weights, and images by a pipeline's call.
+"""The pipeline that is trained, the one that samples with the same frozen weights, and images by a pipeline's call.
 
 The sampling pipeline has its own modules around the parameters of the trained one, so adapters and gradient
 checkpointing affect only one of them. `load_nara_weights` on it does what it does on a freshly loaded pipeline, without
@@ -85,12 +85,15 @@ def loader_of(args: Any) -> Callable[..., Any]:
 def check_scheduler(family: Family, scheduler: Any) -> None:
     """Raises ValueError for a scheduler of another kind than the family is trained with."""
     prediction = prediction_by(scheduler)
-    is_flow = prediction is not None and prediction.kind == FLOW
-    if is_flow != family.is_flow or not (is_flow or hasattr(scheduler, "scale_model_input")):
-        wanted = "a rectified flow, such as FlowMatchEulerDiscreteScheduler" if family.is_flow else "betas, or EDM's"
+    fits = (
+        prediction is not None and prediction.kind == FLOW
+        if family.is_flow
+        else hasattr(scheduler, "scale_model_input")
+    )
+    if not fits:
         raise ValueError(
-            f"{type(scheduler).__name__} is no scheduler of {wanted}: put the scheduler that the model came with into "
-            "its folder."
+            f"{type(scheduler).__name__} is no scheduler that {family.title} is trained with: put the one that the "
+            "model came with into its folder."
         )
 
 

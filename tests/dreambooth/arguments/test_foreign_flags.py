@@ -18,7 +18,7 @@ THEIRS = (
     "pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant dataset_name "
     "dataset_config_name instance_data_dir cache_dir image_column caption_column repeats class_data_dir "
     "instance_prompt class_prompt validation_prompt num_validation_images validation_epochs "
-    "do_edm_style_training with_prior_preservation prior_loss_weight num_class_images output_dir "
+    "with_prior_preservation prior_loss_weight num_class_images output_dir "
     "output_kohya_format seed resolution center_crop random_flip train_text_encoder train_batch_size "
     "sample_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit "
     "resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate text_encoder_lr "

@@ -13,11 +13,11 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
+from nara_diffusion.dreambooth.draws import draw_noise
 from nara_diffusion.dreambooth.evaluation.comparison import Evaluator, ValidationLoss, compare, measure
 from nara_diffusion.dreambooth.evaluation.fidelity import Encoder, image_similarity, text_alignment
 from nara_diffusion.dreambooth.evaluation.samples import CELL, SampleSettings, sample_images, write_grid, write_images
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.objectives.timesteps import draw_noise
 from tests.dreambooth.data.pictures import folder_of
 from tests.dreambooth.evaluation.small_encoders import save_clip
 from tests.helpers.small_pipelines import small_sdxl

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 from diffusers import DDIMScheduler
 
-from nara_diffusion.dreambooth.objectives.conversion import converted_scheduler
+from nara_diffusion.dreambooth.conversion import converted_scheduler
 from nara_diffusion.noise.schedulers.prediction import ZERO_SNR, Prediction, prediction_by
 
 BASE = DDIMScheduler(

@@ -30,8 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "multi_lora": {"core_bins": 2},
     "pissa": {"use_rslora": True},
 }
-RESUMED = ("adalora", "pissa", "vera", "full", "tlora")
-ELSEWHERE = ("nara", "nara_dora", "nara_c", "nara_knots", "rslora", "prompt_tuning", "p_tuning")
+RESUMED = ("vera", "full", "tlora")
+ELSEWHERE = ("pissa", "adalora", "nara", "nara_dora", "nara_c", "nara_knots", "rslora", "prompt_tuning", "p_tuning")
 WITH_ENCODERS = ("multi_lora", "dora", "adalora", "full")
 
 

@@ -31,7 +31,7 @@ def test_the_command_line_of_diffusers_own_script_is_understood() -> None:
         --learning_rate=1e-4 --report_to=wandb --lr_scheduler=constant --lr_warmup_steps=0 --max_train_steps=500
         --seed=0 --push_to_hub --use_8bit_adam --train_text_encoder --text_encoder_lr=5e-6 --with_prior_preservation
         --class_data_dir=dogs --num_class_images=200 --prior_loss_weight=0.5 --snr_gamma=5.0 --center_crop --random_flip
-        --do_edm_style_training --gradient_checkpointing --rank=16 --use_dora --adam_weight_decay=1e-2 --adam_beta1=0.8
+        --gradient_checkpointing --rank=16 --use_dora --adam_weight_decay=1e-2 --adam_beta1=0.8
         --checkpointing_steps=250 --checkpoints_total_limit=3 --num_validation_images=2 --sample_batch_size=2
         --dataloader_num_workers=2 --variant=fp16 --revision=main --repeats=2 --lr_num_cycles=2 --lr_power=2 --scale_lr
         --allow_tf32 --max_grad_norm=0.5 --hub_model_id=me/dog --prior_generation_precision=bf16 --cache_dir=cache

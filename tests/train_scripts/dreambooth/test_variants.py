@@ -25,9 +25,9 @@ def arguments(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> Callable[...
     [
         {"use_dora": True, "train_text_encoder": True, "gradient_checkpointing": True},
         {"core_type": "constant", "center_crop": True},
-        {"core_type": "identity", "do_edm_style_training": True},
+        {"core_type": "identity"},
         {"core_sharing": "layer", "noise_embedding": "mlp", "target_modules": ["to_k", "to_v", "ff.net.2"]},
-        {"core_start_step": 2, "aspect_ratio_buckets": "16,16;24,12", "crops_per_image": None},
+        {"core_start_step": 2, "aspect_ratio_buckets": "16,16;24,16", "crops_per_image": None},
         {"optimizer": "prodigy", "learning_rate": 1.0, "core_learning_rate": None},
         {"use_8bit_adam": True, "weight_decay": 0.01},
         {"optimizer": "adafactor", "weight_decay": 0.01, "train_text_encoder": True},

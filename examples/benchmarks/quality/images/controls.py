@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.dreambooth.objectives.timesteps import draw_indices
+from nara_diffusion.dreambooth.draws import draw_indices
 from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core, reversed_noise
 
 TRAINED_CONTROLS = ("constant", "shuffled")
@@ -31,7 +31,7 @@ def shuffled_noise_levels(positions: Sequence[int], seed: int, levels: int, grou
     A permutation within a batch of five would leave one sample in five its own λ.
     """
     options: dict[str, Any] = {"stratified": True, "group_size": group_size, "role": "shuffled"}
-    return draw_indices(positions, seed=seed, levels=levels, **options) / levels
+    return draw_indices(positions, torch.arange(levels), seed=seed, **options) / levels
 
 
 def while_training(unet: nn.Module, control: str | None, shuffled: Tensor | None) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.data.image_records import ImageRecord, make_records
-from nara_diffusion.dreambooth.denoiser import predict
+from nara_diffusion.dreambooth.families.unets import SDXL
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
 from quality.images import drawn
@@ -64,7 +64,7 @@ def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
 def predicted(unet: Any, held_out: HeldOut) -> Tensor:
     """What `unet` says of each picture, (b, c, h, w)."""
     batch = held_out.batch
-    return predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
+    return SDXL.predict(unet, batch.model_input, batch.timestep, held_out.time_ids, held_out.embeddings)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.image_records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.evaluation.comparison import Evaluator
 from nara_diffusion.dreambooth.evaluation.fidelity import Encoder
-from nara_diffusion.dreambooth.families.loading import load_pipeline
+from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from quality.assets import ASSETS
 from quality.images.held_out import BINS, HeldOut, held_out_bin, held_out_losses, places_of
 from quality.images.subjects import BACKBONE, IDENTIFIER, SUBJECTS, check_subject, instance_prompt

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
-from nara_diffusion.dreambooth.denoiser import predict
-from nara_diffusion.dreambooth.loss import TrainingStep
+from nara_diffusion.dreambooth.families.unets import SDXL
+from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from quality.images.controls import shuffled_noise_levels, while_training
@@ -30,7 +30,7 @@ class ControlledDenoiser(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
         with while_training(self.unet, self.control, self.shuffled):
-            return predict(self.unet, sample, timestep, time_ids, embeddings)
+            return SDXL.predict(self.unet, sample, timestep, time_ids, embeddings)
 
 
 def train(task: ImageTask, unet: Any, args: Any, control: str | None, progress: bool = True) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.loss import TrainingStep
+from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.training.arguments.cli import parse_arguments
 from tests.train_scripts.dreambooth_runs import WEIGHTS, fresh_accelerate, tiny_arguments, write_pictures
 from train_scripts.dreambooth_sdxl import main

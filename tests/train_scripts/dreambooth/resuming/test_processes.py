@@ -20,13 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(),
 
 OPTIONS: dict[str, Any] = {
     "caption_dropout": 0.3,
-    "loss_type": "huber",
     "snr_gamma": 5.0,
-    "timestep_bias_strategy": "later",
-    "timestep_bias_multiplier": 3.0,
     "min_noise_level": 0.2,
     "use_ema": True,
-    "ema_decay": 0.3,
 }
 
 

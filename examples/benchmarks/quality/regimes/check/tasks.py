@@ -12,7 +12,7 @@ from torch import Tensor
 from nara_diffusion.check.held import CheckLosses
 from nara_diffusion.check.trial import CheckTask, published
 from nara_diffusion.dllm.masking import MaskedBatch
-from nara_diffusion.dreambooth.denoiser import predict
+from nara_diffusion.dreambooth.families.unets import SDXL
 from nara_diffusion.dreambooth.objectives import squared_errors
 from quality.images.held_out import BINS, HeldOut
 from quality.regimes.images.objectives import LEVELS
@@ -70,7 +70,7 @@ def _errors(rows: HeldOut, unet: Any) -> CheckLosses:
 
 @torch.no_grad()
 def _predicted(unet: Any, rows: HeldOut) -> Tensor:
-    return predict(unet, rows.batch.model_input, rows.batch.timestep, rows.time_ids, rows.embeddings)
+    return SDXL.predict(unet, rows.batch.model_input, rows.batch.timestep, rows.time_ids, rows.embeddings)
 
 
 def _text_parts(regime: Denoising, batch: MaskedBatch, size: int) -> Iterator[Measured]:

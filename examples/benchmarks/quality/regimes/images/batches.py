@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.draws import draw_indices, draw_noise
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective
-from nara_diffusion.dreambooth.objectives.timesteps import draw_indices, draw_noise
 from quality.images.controls import shuffled_noise_levels
 from quality.images.subjects import SIZE
 from quality.regimes.images.data import RegimeData
@@ -56,8 +57,8 @@ def batches(data: RegimeData, objective: Objective, args: Any) -> Callable[[int]
         positions = range(number * size, (number + 1) * size)
         samples = collate_samples([dataset[position] for position in positions])
         latents = data.latents.sample(samples["samples"], seed=seed)  # (b, c, h, w)
-        drawn = {"levels": objective.levels, "stratified": True, "group_size": size}
-        indices = draw_indices(positions, seed=seed, **drawn)
+        levels = torch.arange(objective.levels)
+        indices = draw_indices(positions, levels, seed=seed, stratified=True, group_size=size)
         noise = draw_noise(positions, latents.shape[1:], seed=seed)
         return Batch(
             objective.corrupt(latents, noise, indices),

@@ -10,7 +10,7 @@ import torch
 
 from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.image_records import ImageRecord, records_from_folder
-from nara_diffusion.dreambooth.families.loading import load_pipeline
+from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from quality.assets import ASSETS
 from quality.images import drawn
 from quality.images.held_out import BINS, CleanBin, clean_bin, records_of

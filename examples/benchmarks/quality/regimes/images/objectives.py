@@ -10,13 +10,15 @@ The denoiser's argument stays a timestep of [0, 1000], so that λ = timestep / 1
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from torch import Tensor
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from nara_diffusion import TimestepNoise
-from nara_diffusion.dreambooth.objectives import Corrupted, DiscreteObjective, Objective
+from nara_diffusion.dreambooth.objectives import Objective, build_objective
 
 CONVERSIONS = ("eps_to_v", "eps_to_flow", "zero_snr")
 LEVELS = 1000
@@ -28,23 +30,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-class FlowObjective:
-    """The velocity of a rectified flow; index i is σ = (i + 1) / N, as FlowMatchEulerDiscreteScheduler has it."""
-
-    levels = LEVELS
-    source = TimestepNoise("discrete", num_train_timesteps=LEVELS)
-
-    def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
-        timestep = indices + 1  # (b,)
-        sigma = (timestep.double() / self.levels).float()[:, None, None, None]  # (b, 1, 1, 1)
-        return Corrupted(
-            model_input=(1 - sigma) * latents + sigma * noise,
-            timestep=timestep,
-            target=noise - latents,
-            weight=latents.new_ones(len(indices)),
-        )
-
-
 def build_conversion(name: str, scheduler: Any) -> Objective:
     """The objective `name` for a base whose pipeline has `scheduler`.
 
@@ -52,7 +37,9 @@ def build_conversion(name: str, scheduler: Any) -> Objective:
         ValueError: there is no such objective.
     """
     if name == "eps_to_flow":
-        return FlowObjective()
+        flow = build_objective(FlowMatchEulerDiscreteScheduler())
+        # σ = (i + 1) / N; λ is read from the timestep as of a discrete schedule
+        return replace(flow, source=TimestepNoise("discrete"), timestep=torch.arange(1, LEVELS + 1))
     if name not in _CHANGES:
         raise ValueError(f"objective is {name!r}, expected one of {', '.join(('eps', *CONVERSIONS))}.")
-    return DiscreteObjective(DDPMScheduler.from_config(scheduler.config, **_CHANGES[name]))
+    return build_objective(DDPMScheduler.from_config(scheduler.config, **_CHANGES[name]))

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nara_diffusion.dreambooth.objectives import Corrupted, IdentityReading, Objective, squared_errors
+from nara_diffusion.dreambooth.conversion import IdentityReading
+from nara_diffusion.dreambooth.objectives import Corrupted, Objective, squared_errors
 from quality.images.held_out import predicted
 from quality.images.training import ControlledDenoiser
 from quality.regimes.images.batches import batches
