@@ -20,10 +20,10 @@ from peft import LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
+from nara_diffusion.config import changes_base
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.timesteps import count_timesteps
 from nara_diffusion.training.adapters.build import check_adaptable, recompute_activations
-from nara_diffusion.tuner.lora_starts import changes_base
 
 from .families.family import TRANSFORMER_TARGETS, Embeddings, Family
 from .families.table import family_of
