@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
 from nara_diffusion.dreambooth.families.unets import SDXL
-from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from quality.images.controls import shuffled_noise_levels, while_training
 from quality.images.subjects import SIZE
