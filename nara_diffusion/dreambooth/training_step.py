@@ -70,7 +70,7 @@ class TrainingStep:
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         samples = batch["samples"]
-        corrupted = self._corrupt(samples, batch.get("pixel_values"))
+        corrupted = self._corrupt(samples)
         losses = squared_errors(self._predict(corrupted, batch), corrupted)
         levels = self.objective.source.noise_level(corrupted.timestep)
         if samples[-1].role == "class":
@@ -85,9 +85,9 @@ class TrainingStep:
         embeddings = tuple(part.to(self.device) for part in self.prompts.get(batch["prompts"]))
         return self.model(*inputs, embeddings=embeddings)
 
-    def _corrupt(self, samples: Sequence[Any], pixel_values: Tensor | None) -> Corrupted:
+    def _corrupt(self, samples: Sequence[Any]) -> Corrupted:
         """Draws of one role have consecutive rows: all instances, then all class images."""
-        latents = self.latents.sample(samples, seed=self.seed, pixel_values=pixel_values)  # (b, c, h, w)
+        latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
         indices, noise = [], []
         for role in dict.fromkeys(sample.role for sample in samples):
             positions = [sample.position for sample in samples if sample.role == role]
