@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -28,8 +27,6 @@ from .data.dataset import TrainingSample
 from .families.family import Embeddings, Family, stack_padded
 from .families.table import family_of
 from .seeding import seeded_normal
-
-logger = logging.getLogger(__name__)
 
 Entry = dict[str, Tensor]
 
@@ -91,9 +88,6 @@ class LatentCache:
         """Latents (b, c, h / f, w / f) of samples of one size, float32 on the CPU.
 
         f is the autoencoder's factor, and its patches'. ε is drawn from `seed` and each sample's position and role.
-
-        Raises:
-            ValueError: the autoencoder gives NaN or infinity.
         """
         mean, std = self._posterior(samples)
         draws = [{"stream": f"posterior {sample.role}", "indices": [sample.position]} for sample in samples]
@@ -120,11 +114,6 @@ class LatentCache:
     def _encode(self, sample: TrainingSample) -> Entry:
         weight = next(self.vae.parameters())
         mean, std = posterior_of(self.vae, sample.pixel_values()[None].to(weight.device, weight.dtype))
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            raise ValueError(
-                f"the autoencoder gives NaN or infinity for {sample.image.name} in {weight.dtype}: name another with "
-                "--pretrained_vae_model_name_or_path, such as madebyollin/sdxl-vae-fp16-fix."
-            )
         return {"mean": mean[0], "std": std[0]}
 
 
@@ -153,34 +142,13 @@ class PromptCache:
         self.cache = TensorCache(memory_mib, folder, label)
 
     def get(self, prompts: Sequence[str]) -> Embeddings:
-        """What the family makes of b prompts, each part (b, …), on the CPU, in the encoders' dtype.
-
-        Raises:
-            ValueError: the encoders give NaN or infinity.
-        """
+        """What the family makes of b prompts, each part (b, …), on the CPU, in the encoders' dtype."""
         entries = [self.cache.get(prompt, partial(self._encode, prompt)) for prompt in prompts]
         return tuple(stack_padded([entry[part] for entry in entries]) for part in self.family.parts)
 
     def _encode(self, prompt: str) -> Entry:
-        warn_of_cut(self.pipe, self.family, prompt)
         embeddings = self.family.encode(self.pipe, [prompt])
-        if not all(part.isfinite().all() for part in embeddings):
-            raise ValueError(
-                f"the text encoders give NaN or infinity for {prompt!r}, computing in {embeddings[0].dtype}: use "
-                "--mixed_precision bf16 or no."
-            )
         return {name: part[0] for name, part in zip(self.family.parts, embeddings, strict=True)}
-
-
-def warn_of_cut(pipe: Any, family: Family, prompt: str) -> None:
-    """Log a prompt that is longer than the text encoders read."""
-    tokenizers = [getattr(pipe, name) for name in family.tokenizers if getattr(pipe, name) is not None]
-    for part in tokenizers[:1]:
-        tokenizer = getattr(part, "tokenizer", part)  # a processor has one
-        length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        read = family.conditions.max_sequence_length or tokenizer.model_max_length
-        if length > read:
-            logger.warning("the prompt %r has %d tokens; the text encoders read %d", prompt, length, read)
 
 
 def fingerprint(*modules: nn.Module) -> str:

@@ -16,7 +16,7 @@ from nara_diffusion.training.stream import count_steps
 
 from .arguments import DreamBoothArguments
 from .arguments.conditions import check_family
-from .cache import LatentCache, PromptCache, warn_of_cut
+from .cache import LatentCache, PromptCache
 from .conversion import converted_scheduler
 from .data.class_images import generate_class_images
 from .data.dataset import DreamBoothDataset, TrainingSample
@@ -173,13 +173,7 @@ def training_buckets(args: DreamBoothArguments, pipe: Any) -> list[Size]:
 def training_data(
     args: DreamBoothArguments, instances: Sequence[ImageRecord], class_images: Sequence[ImageRecord], pipe: Any
 ) -> DreamBoothDataset:
-    """The samples of training.
-
-    Where the text encoders are trained, there is no cache of embeddings to say that it cuts a prompt: it is said here.
-    """
-    if args.train_text_encoder:
-        for prompt in dict.fromkeys(record.prompt for record in (*instances, *class_images)):
-            warn_of_cut(pipe, run_family(args, pipe), prompt)
+    """The samples of training."""
     return DreamBoothDataset(
         instances,
         training_buckets(args, pipe),

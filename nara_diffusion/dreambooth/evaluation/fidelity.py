@@ -56,7 +56,6 @@ class Encoder:
     Args:
         model_path: a folder, or a repository on the Hub, with the model and its processor.
         device: where it runs; None is CUDA if there is one, else the CPU.
-        dtype: of its weights and activations; embeddings are float32 in any case.
         batch_size: images or texts of one forward.
 
     Raises:
@@ -69,12 +68,11 @@ class Encoder:
         model_path: str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
     ) -> None:
         self.name, self.batch_size = str(model_path), batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, loading = AutoModel.from_pretrained(self.name, dtype=dtype, output_loading_info=True)
+        model, loading = AutoModel.from_pretrained(self.name, dtype=torch.float32, output_loading_info=True)
         self.kind = model.config.model_type
         if self.kind not in ("clip", "vit", "dinov2"):
             raise ValueError(f"{self.name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2")
@@ -90,7 +88,7 @@ class Encoder:
 
         def embed(batch: list[Image | str | Path]) -> torch.Tensor:
             loaded = [to_rgb(image) if isinstance(image, Image) else load_image(image) for image in batch]
-            inputs = self.processor(images=loaded, return_tensors="pt").to(device=self.device, dtype=self.model.dtype)
+            inputs = self.processor(images=loaded, return_tensors="pt").to(self.device)
             if self.kind == "clip":
                 return self.model.get_image_features(**inputs).pooler_output  # (b, d)
             return self.model(**inputs).last_hidden_state[:, 0]  # (b, l, d) → (b, d)
@@ -121,9 +119,7 @@ class Encoder:
     @torch.no_grad()
     def _embed(self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]) -> torch.Tensor:
         batches = [list(items[i : i + self.batch_size]) for i in range(0, len(items), self.batch_size)]
-        found = torch.cat([forward(batch).float().cpu() for batch in batches])  # (n, d)
-        if not found.isfinite().all():
-            raise ValueError(f"{self.name} in {self.model.dtype} gives values that aren't finite: use a wider dtype")
+        found = torch.cat([forward(batch).cpu() for batch in batches])  # (n, d)
         return F.normalize(found, dim=1)
 
 
