@@ -21,9 +21,9 @@ PROMPT = "ein Spielzeug, größer ✓"
 class Painter:
     """Stands for a pipeline: each image is noise of its generator. Remembers the sizes of its batches."""
 
-    def __init__(self, fail_after: int | None = None, value: float = 1.0) -> None:
+    def __init__(self, fail_after: int | None = None) -> None:
         self.batches: list[int] = []
-        self.fail_after, self.value = fail_after, value
+        self.fail_after = fail_after
 
     def __call__(self, prompt: list[str], generator: list[torch.Generator], output_type: str, **call: Any) -> Any:
         assert output_type == "np"
@@ -31,8 +31,7 @@ class Painter:
             raise KeyboardInterrupt
         self.batches.append(len(prompt))
         self.call = call
-        images = np.stack([torch.rand(8, 8, 3, generator=g).numpy() for g in generator])
-        return SimpleNamespace(images=images * self.value)
+        return SimpleNamespace(images=np.stack([torch.rand(8, 8, 3, generator=g).numpy() for g in generator]))
 
 
 def generate(folder: Path, count: int = 5, painter: Painter | None = None, **options: Any) -> int:
@@ -102,9 +101,6 @@ def test_processes_share_the_work(tmp_path) -> None:
 
 
 def test_what_cannot_be_used_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"gives NaN in place of class images.* --mixed_precision bf16"):
-        generate(tmp_path, painter=Painter(value=np.nan))
-    assert list(tmp_path.iterdir()) == []
     generate(tmp_path)
     with pytest.raises(ValueError, match=r"class-3-00000\.png shows 'ein Spielzeug, größer ✓', but .* is 'a cube'"):
         generate(tmp_path, prompt="a cube")

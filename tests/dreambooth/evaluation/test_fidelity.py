@@ -85,17 +85,14 @@ def test_alignment_is_the_mean_cosine_of_image_and_own_prompt(clip) -> None:
     assert without_words("a photo of SKS, toy.", ["sks"]) == "a photo of toy."
 
 
-def test_modes_and_dtypes_of_images_hardly_matter(dino) -> None:
+def test_modes_of_images_do_not_matter(dino) -> None:
     grey = random_images(1)[0].convert("L")
     expected = dino.images([grey.convert("RGB")])
     for mode in ("L", "RGBA", "P"):
         torch.testing.assert_close(dino.images([grey.convert(mode)]), expected)
-    narrow = Encoder(dino.name, device="cpu", dtype=torch.bfloat16).images([grey])
-    assert narrow.dtype == torch.float32
-    assert cosine(narrow[0], expected[0]) > 0.98
 
 
-def test_models_that_cannot_measure_are_refused(clip, dino, tmp_path) -> None:
+def test_models_that_cannot_measure_are_refused(dino, tmp_path) -> None:
     with pytest.raises(ValueError, match="is a Dinov2Model, which has no text tower"):
         dino.texts(["a"])
     model = dino_model()
@@ -106,10 +103,6 @@ def test_models_that_cannot_measure_are_refused(clip, dino, tmp_path) -> None:
     clip_model().text_model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="is a CLIPTextModel, expected CLIP, DINO or DINOv2"):
         Encoder(tmp_path / "other")
-    infinite = Encoder(clip.name, device="cpu")
-    infinite.model.visual_projection.weight.data.fill_(torch.inf)
-    with pytest.raises(ValueError, match="aren't finite: use a wider dtype"):
-        infinite.images(random_images(2))
 
 
 def fill(folder: Path, n: int, first: int = 0, prompts: list[str] | None = None) -> Path:
