@@ -33,8 +33,8 @@ def load_rows(tokenizer: PreTrainedTokenizerBase, split: str, only: str = "") ->
 
 
 def make_collator(tokenizer: PreTrainedTokenizerBase) -> AnswerCollator:
-    """Batches in which up to three end tokens after each answer are trained on, so that the model learns to stop."""
-    return AnswerCollator(tokenizer.eos_token_id, trained_padding=3)
+    """Batches in which each answer is trained on as far as generation goes, so that the model learns to stop."""
+    return AnswerCollator(tokenizer.eos_token_id, trained_padding="gen_length", gen_length=GEN_LENGTH)
 
 
 def fine_tune(model: nn.Module, rows: Dataset, collator: AnswerCollator, steps: int, batch_size: int = 24) -> None:

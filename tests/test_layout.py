@@ -11,13 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "nara_diffusion"
 FLOORS = (
     ("utils", "limits"),
     ("cores", "runtime"),
-    ("layers", "noise"),
-    ("tuner",),
-    ("loaders",),
+    ("config", "layers", "noise"),
+    ("tuner", "loaders"),
     ("export",),
     ("training",),
     ("dllm", "dreambooth"),
-    ("check", "lm_eval"),
+    ("check", "harness", "lm_eval"),
     ("cli",),
 )
 """From below: a room imports from its own floor and those below it."""

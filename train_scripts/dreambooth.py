@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 
-from nara_diffusion.check.images import image_task
-from nara_diffusion.check.run import check_training
+from nara_diffusion.check.check_tasks import image_task
+from nara_diffusion.check.verdict_report import check_training
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.arguments import DreamBoothArguments

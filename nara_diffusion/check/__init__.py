@@ -1,8 +1,7 @@
 """nara-check: short trainings that measure whether an adapter gains by knowing the noise level λ (docs/check.md)."""
 
-from .run import decide
-from .trial import CheckSettings, CheckTask, Repeat, published, trials
-from .verdict import THRESHOLDS, Thresholds, Verdict, judge
+from .trials import CheckSettings, CheckTask, Repeat, published, trials
+from .verdict import THRESHOLDS, Thresholds, Verdict, decide, judge
 
 __all__ = [
     "THRESHOLDS",

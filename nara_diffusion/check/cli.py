@@ -32,10 +32,10 @@ from nara_diffusion.dreambooth.conversion import CONVERSIONS
 from nara_diffusion.training.arguments.cli import option, parse_arguments
 from nara_diffusion.utils.devices import usable_device
 
-from .run import run_check
 from .sources import image_source, text_source
-from .trial import CheckSettings, CheckTask
+from .trials import CheckSettings, CheckTask
 from .verdict import THRESHOLDS
+from .verdict_report import run_check
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FEWEST_SAMPLES = 20

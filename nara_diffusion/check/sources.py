@@ -22,13 +22,11 @@ from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.training.adapters.configs import ALL_LINEAR
 from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments
 
-from .images import image_task
-from .text import text_task
-from .trial import CheckTask
+from .check_tasks import image_task, text_task
+from .trials import CheckTask
 
 T = TypeVar("T")
 
-_TRAINED_PADDING = 3
 _PROMPT = "a photo"
 _HELD_OUT = 5  # every fifth sample is held out
 _FEWEST = 10  # with fewer samples, none is held out
@@ -49,7 +47,8 @@ def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTas
     rows = encode_records(records, tokenizer, max_length=args.max_length, progress=False).rows
     adapter = AdapterArguments(rank=args.rank, target_modules=args.target_modules or [ALL_LINEAR])
     own = SimpleNamespace(**vars(adapter), **vars(OptimizationArguments(**_rates(args))), seed=args.seed)
-    collator = AnswerCollator(end_token_id(tokenizer), _TRAINED_PADDING, args.max_length)
+    longest = max(len(row["input_ids"]) - row["prompt_length"] for row in rows)  # of an answer and its end
+    collator = AnswerCollator(end_token_id(tokenizer), "gen_length", args.max_length, gen_length=longest)
     return text_task(
         model, own, *divide(list(rows)), collator, {"seed": args.seed, "group_size": args.batch_size}, device
     )

@@ -22,7 +22,7 @@ from quality import results
 from quality.regimes.check.rows import check_row
 from quality.regimes.runs import REGIMES, Cell, Run, record_of
 
-from nara_diffusion.check.trial import CheckSettings
+from nara_diffusion.check.trials import CheckSettings
 
 pytestmark = pytest.mark.slow
 NARROW = {

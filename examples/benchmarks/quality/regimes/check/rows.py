@@ -8,9 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nara_diffusion.check.comparison import mean_losses, relative_difference
-from nara_diffusion.check.run import decide
-from nara_diffusion.check.trial import CheckSettings
+from nara_diffusion.check.trials import CheckSettings
+from nara_diffusion.check.verdict import decide, mean_losses, relative_difference
 from nara_diffusion.utils.statistics import Interval
 from quality import results
 from quality.images.held_out import BINS

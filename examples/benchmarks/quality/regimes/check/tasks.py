@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nara_diffusion.check.held import CheckLosses
-from nara_diffusion.check.trial import CheckTask, published
+from nara_diffusion.check.trials import CheckTask, published
 from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.dreambooth.families.unets import SDXL
 from nara_diffusion.dreambooth.objectives import squared_errors
@@ -21,6 +20,15 @@ from quality.regimes.runs import REGIMES, Cell
 from quality.regimes.text.corruption import token_losses
 from quality.regimes.text.denoising import Denoising
 from quality.regimes.text.models import logits_of
+
+
+class CheckLosses(NamedTuple):
+    """The mean, and the losses (n,) and λ (n,) of samples."""
+
+    loss: Tensor
+    per_sample: Tensor
+    noise_level: Tensor
+
 
 Measured = Callable[[Any], CheckLosses]
 """The losses of a model on held-out samples."""

@@ -1,7 +1,7 @@
 """Short trainings of LoRA, of NaRA, and of NaRA without λ, which show what knowing λ gains.
 
-    lora     NaRA whose core is frozen at C = I
-    untold   NaRA that is told λ = 0.5 for every sample, in training and in measurement
+    lora     NaRA whose core stays at C = I
+    untold   NaRA whose core reads λ = 0.5 for every sample, in training and in measurement
     nara     NaRA
 
 All three start from the same A, with B = 0, and see the same samples at the same noise levels with the same noise, by
@@ -13,29 +13,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nara_diffusion.noise.ablations import changed_noise, constant_noise
+from nara_diffusion.cores.float32 import Core
 from nara_diffusion.runtime.modules import core_holders
 from nara_diffusion.training.adapters.methods import effective
 from nara_diffusion.training.loop import StepLoss
-from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
 from nara_diffusion.tuner.holder.core_set import make_cores
 
 ADAPTER = "default"
 ARMS = ("lora", "untold", "nara")
-_TOLD = 0.5
 WARMUP = 0.05  # the share of warm-up steps
 
 Loss = Callable[[Sequence[int]], StepLoss]
+"""Positions in the stream of samples → their losses."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CheckTask:
         model: with the NaRA adapter that `published` describes; all else is frozen.
         config: the configuration of that adapter.
         args: the arguments of learning rates and optimizer, as `published` returns them.
-        loss: a function of positions in the stream of samples that gives their losses, as in training.
+        loss: of positions in the stream of samples, as in training.
         held_out: the same for samples, or for noise, that aren't trained on.
         batch_size: the number of samples of a forward.
         step_samples: the number of samples of an optimizer step, a multiple of batch_size.
@@ -79,27 +79,20 @@ class Repeat:
     """Attributes:
     noise_level: (n,), λ of the held-out samples.
     losses: {"base" or a name of `ARMS`: the losses (n,) of the held-out samples}.
-    held: (n,) bool, the samples for which the adapter is to stay its base, so that no loss can fall; None for none.
     """
 
     noise_level: Tensor
     losses: dict[str, Tensor]
-    held: Tensor | None = None
 
 
 def published(args: Any) -> Any:
     """A copy of the arguments of a train script, with the published NaRA of the same rank, scale and targets in place
     of their adapter, and with the schedule of a short training."""
     own = {"adapter": "nara", "use_dora": False, "lora_dropout": 0.0, "adapter_options": None}
-    scale = {"use_rslora": effective(args, "use_rslora")}
-    core = {
-        "core_type": "hypernetwork",
-        "core_init": "zero_last",
-        "core_input": "noise_level",
-        "core_sharing": "global",
-    }
-    schedule = {"lora_a_init": "peft", "core_start_step": 0, "lr_scheduler": "cosine", "lr_warmup_steps": WARMUP}
-    return SimpleNamespace(**vars(args) | own | scale | core | schedule)
+    own |= {"use_rslora": effective(args, "use_rslora"), "core_type": "hypernetwork", "core_init": "zero_last"}
+    own |= {"core_input": "noise_level", "core_sharing": "global", "lora_a_init": "peft"}
+    schedule = {"core_start_step": 0, "lr_scheduler": "cosine", "lr_warmup_steps": WARMUP}
+    return SimpleNamespace(**vars(args) | own | schedule)
 
 
 def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> Iterator[Repeat]:
@@ -109,26 +102,22 @@ def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> I
         ValueError: a loss is NaN or infinite.
     """
     trained = settings.steps * task.step_samples
-    held_out = math.ceil(settings.samples / task.batch_size) * task.batch_size
-    total = len(ARMS) * trained + (1 + len(ARMS)) * held_out  # samples in the forwards of a repeat
+    measured = math.ceil(settings.samples / task.batch_size) * task.batch_size
+    total = len(ARMS) * trained + (1 + len(ARMS)) * measured  # samples in the forwards of a repeat
     for number in range(settings.repeats):
-        first, kept = number * trained, settings.repeats * trained + number * held_out
+        training = range(number * trained, (number + 1) * trained)
+        first = settings.repeats * trained + number * measured
+        held_out = range(first, first + measured)
         with tqdm(total=total, desc=f"repeat {number + 1}", unit="sample", disable=not progress) as bar:
-            yield _repeat(task, settings, number, range(first, first + trained), range(kept, kept + held_out), bar)
-
-
-def _repeat(
-    task: CheckTask, settings: CheckSettings, number: int, training: range, held_out: range, bar: tqdm
-) -> Repeat:
-    restart(task, number)
-    samples = _measured(task, held_out, bar)
-    losses = {"base": samples.losses}
-    for arm in ARMS:
-        restart(task, number)
-        with changed_noise(task.model, constant_noise(_TOLD)) if arm == "untold" else nullcontext():
-            _train(task, settings, training, arm, bar)
-            losses[arm] = _measured(task, held_out, bar).losses
-    return Repeat(samples.noise_level, losses, samples.held)
+            restart(task, number)
+            noise_level, base = _measure(task, held_out, bar)
+            losses = {"base": base}
+            for arm in ARMS:
+                restart(task, number)
+                with _one_level(task.model) if arm == "untold" else nullcontext():
+                    _train(task, settings, training, arm, bar)
+                    losses[arm] = _measure(task, held_out, bar)[1]
+        yield Repeat(noise_level, losses)
 
 
 def restart(task: CheckTask, number: int) -> None:
@@ -142,8 +131,22 @@ def restart(task: CheckTask, number: int) -> None:
         cores.load_state_dict(make_cores(task.config, {group: core.rank for group, core in cores.items()}).state_dict())
 
 
+@contextmanager
+def _one_level(model: nn.Module) -> Iterator[None]:
+    """Inside, the cores read λ = 0.5 whatever the noise is."""
+
+    def replaced(core: nn.Module, signals: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(None if signal is None else torch.full_like(signal, 0.5) for signal in signals)
+
+    handles = [core.register_forward_pre_hook(replaced) for core in model.modules() if isinstance(core, Core)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str, bar: tqdm) -> None:
-    cores = [holder.cores.requires_grad_(arm != "lora") for holder in core_holders(task.model)]
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(task.model, task.args, task.step_samples)
     schedule = build_scheduler(optimizer, task.args, settings.steps)
@@ -154,25 +157,18 @@ def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str,
             _check_finite(loss)
             (loss * len(chosen) / len(group)).backward()
             bar.update(len(chosen))
+        if arm == "lora":
+            hold_core(optimizer)
         if task.args.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, task.args.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    for core in cores:
-        core.requires_grad_(True)
-
-
-class _Measured(NamedTuple):
-    """Held-out samples: λ (n,), losses (n,), and whether the base is held (n,), None if it never is."""
-
-    noise_level: Tensor
-    losses: Tensor
-    held: Tensor | None
 
 
 @torch.no_grad()
-def _measured(task: CheckTask, positions: range, bar: tqdm) -> _Measured:
+def _measure(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tensor, Tensor]:
+    """λ (n,) and the losses (n,) of held-out samples."""
     steps = []
     task.model.eval()
     for chosen in _chunks(positions, task.batch_size):
@@ -181,9 +177,7 @@ def _measured(task: CheckTask, positions: range, bar: tqdm) -> _Measured:
     task.model.train()
     losses = torch.cat([step.per_sample for step in steps]).double().cpu()
     _check_finite(losses)
-    splits = [getattr(step, "split", None) for step in steps]
-    held = None if None in splits else torch.cat([split.held for split in splits]).cpu()
-    return _Measured(torch.cat([step.noise_level for step in steps]).float().cpu(), losses, held)
+    return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
 
 
 def _check_finite(losses: Tensor) -> None:

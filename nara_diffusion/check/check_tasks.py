@@ -1,0 +1,92 @@
+"""What is checked: the step of a train script on its data, with the published NaRA as the adapter.
+
+Of images, prior preservation is left out, and so are adapters of text encoders, which don't depend on λ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from nara_diffusion.dllm.data.collator import AnswerCollator, GlobalBatchStream
+from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_diffusion_loss
+from nara_diffusion.dreambooth.cache import PromptCache
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.setup import run_family
+from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
+from nara_diffusion.noise.signals import MASKED_SHARE
+from nara_diffusion.training.adapters.build import add_adapter
+from nara_diffusion.training.adapters.configs import adapter_config
+
+from .trials import CheckTask, published
+
+
+def text_task(
+    model: PreTrainedModel,
+    args: Any,
+    rows: Any,
+    held_out: Any,
+    collator: AnswerCollator,
+    objective: Mapping[str, Any],
+    device: torch.device,
+) -> CheckTask:
+    """A training of a masked-diffusion language model, which has no adapter yet.
+
+    Args:
+        args: the fields of AdapterArguments and OptimizationArguments.
+        rows: the encoded training rows.
+        held_out: the rows to measure on; `rows`, which then get other masks, if there are too few.
+        collator: makes a batch of rows.
+        objective: the arguments of `masked_diffusion_loss` in training, beside model and batch.
+
+    Raises:
+        ValueError: see `add_adapter`.
+    """
+    args = published(args)
+    config = adapter_config(args, noise_convention=MASKED_SHARE)
+    adapted = add_adapter(model.to(device), config)  # type: ignore[arg-type]
+
+    def loss_of(part: Any) -> Callable[[Sequence[int]], MaskedDiffusionLoss]:
+        loss = partial(masked_diffusion_loss, adapted, **objective)
+        stream = GlobalBatchStream(part, args.seed, objective["group_size"])
+
+        def positioned(positions: Sequence[int]) -> MaskedDiffusionLoss:
+            return loss(**{name: value.to(device) for name, value in collator([stream[p] for p in positions]).items()})
+
+        return positioned
+
+    sizes = (args.train_batch_size, objective["group_size"])
+    return CheckTask(adapted.train(), config, args, loss_of(rows), loss_of(held_out), *sizes)
+
+
+def image_task(
+    pipe: Any, args: Any, step: TrainingStep, dataset: DreamBoothDataset, held_out: DreamBoothDataset
+) -> CheckTask:
+    """A training of the denoiser of `pipe`, which has no adapter yet.
+
+    Args:
+        args: a DreamBoothArguments.
+        step: the loss of the training; its model is replaced.
+        dataset: the training data.
+        held_out: the data to measure on; `dataset`, which then gets other noise, if there are too few images.
+
+    Raises:
+        ValueError: see `AdaptedDenoiser`.
+    """
+    args = published(args)
+    config = adapter_config(args, noise_convention=step.objective.source.convention)
+    family = run_family(args, pipe)
+    model = AdaptedDenoiser(pipe, config, gradient_checkpointing=args.gradient_checkpointing, family=family)
+    own = replace(step, model=model.train(), prompts=step.prompts or PromptCache(pipe, family))
+
+    def loss_of(images: DreamBoothDataset) -> Callable[[Sequence[int]], DreamBoothLoss]:
+        return lambda positions: own(collate_samples([{"samples": images.samples_at(p)[:1]} for p in positions]))
+
+    sizes = (args.train_batch_size, step.group_size)
+    return CheckTask(model, config, args, loss_of(dataset), loss_of(held_out), *sizes)
