@@ -118,32 +118,28 @@ class ValidationLoss:
     @torch.no_grad()
     def at(self, pipe: Any, index: int) -> list[float]:
         """The loss of each sample at noise level `index`, with whatever adapter `pipe` has, ordered by size."""
-        family = self.family or family_of(pipe)
+        family, reading = self.family or family_of(pipe), self.reading
         denoiser = getattr(pipe, family.denoiser)
-        device = denoiser.device
-        losses: list[float] = []
+        device, losses = denoiser.device, []
         for batch in self._batches():
             latents = self.latents.mode(batch)
             positions = [sample.position for sample in batch]
             noise = draw_noise(positions, latents.shape[1:], seed=self.seed, role="validation")
-            indices = torch.full((len(batch),), index, device=device)
+            indices = torch.full((len(batch),), index)
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
+            seen = corrupted.model_input, corrupted.timestep
             embeddings = tuple(part.to(device) for part in family.encode(pipe, [sample.prompt for sample in batch]))
             time_ids = torch.tensor([sample.crop.time_ids for sample in batch], device=device)
-            seen = corrupted.model_input, corrupted.timestep
-            if self.reading is not None:
-                seen = self.reading.base_inputs(corrupted.model_input, indices)
-            prediction = family.predict(denoiser, *seen, time_ids, embeddings)
-            if self.reading is not None:
-                prediction = self.reading.prediction(corrupted.model_input, prediction, indices)
+            inputs = seen if reading is None else reading.base_inputs(seen[0], indices)
+            prediction = family.predict(denoiser, *inputs, time_ids, embeddings)
+            if reading is not None:
+                prediction = reading.prediction(seen[0], prediction, indices)
             losses += squared_errors(prediction, corrupted).tolist()
         return losses
 
     def levels(self) -> Tensor:
         """λ (points,)."""
-        nothing = torch.zeros(self.points, 1, 1, 1)
-        timestep = self.objective.corrupt(nothing, nothing, torch.tensor(self.indices)).timestep
-        return self.objective.source.noise_level(timestep)
+        return self.objective.noise_levels[self.indices]
 
     def curve(self, pipe: Any, accelerator: Accelerator) -> Tensor:
         """(points, samples), on every process."""
@@ -208,13 +204,11 @@ class Validation:
         path = self.run.folder / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
         write_grid(path, prompts, {f"step {step}": images}, self.references)
-        galleries = np.stack([np.asarray(image) for image in images]).reshape(
-            len(prompts), -1, *images[0].size[::-1], 3
-        )
+        galleries = np.split(np.stack([np.asarray(image) for image in images]), len(prompts))  # (n, h, w, 3) each
+        shown = {f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)}
         for tracker in self.run.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                shown = {f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)}
                 tracker.log_images(shown, step=step, **options)
 
 
@@ -253,29 +247,24 @@ def measure(
 
 
 def identity_loss(accelerator: Accelerator, pipe: Any, validation: ValidationLoss, loss: str) -> float:
-    """The validation loss of a conversion whose base, `pipe`, is read by the identity; logged beside that of the base
-    as it is, where `loss` says of which images it is.
+    """The validation loss of a conversion's base, `pipe`, read by the identity; logged with that of the base as it is.
+
+    Args:
+        loss: what the log calls it, which says of which images it is.
     """
     read = replace(validation, reading=IdentityReading(pipe.scheduler, validation.objective))
     identity, as_it_is = (each.curve(pipe, accelerator).mean().item() for each in (read, validation))
-    logger.info(
-        "the base, read by the identity (no training): %s %.3f; as it is, where a new adapter starts: %.3f",
-        loss,
-        identity,
-        as_it_is,
-    )
+    what = f"{loss} {identity:.3f}; as it is, where a new adapter starts: {as_it_is:.3f}"
+    logger.info("the base, read by the identity (no training): %s", what)
     return identity
 
 
 def report_better_identity(identity: float, after: Measurement) -> None:
     """Log that the training reached less than the untrained base does by the identity, if so."""
     if identity < after.validation_loss:
-        logger.info(
-            "the base read by the identity, %.3f, is better than what the training reached, %.3f: where no host needs "
-            "the new form, read the base so and leave the adapter out (docs/conversion.md)",
-            identity,
-            after.validation_loss,
-        )
+        what = f"{identity:.3f}, is better than what the training reached, {after.validation_loss:.3f}"
+        advice = "where no host needs the new form, read the base so and leave the adapter out (docs/conversion.md)"
+        logger.info("the base read by the identity, %s: %s", what, advice)
 
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
