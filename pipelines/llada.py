@@ -10,34 +10,29 @@ What `pipe.save_pretrained(folder)` wrote is read by the same call, or without t
 
     DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipelines/llada.py", trust_remote_code=True)
 
-The sampler is `nara_diffusion.dllm.generate`, which tells adapters λ, the masked share of each answer, at every step.
+The sampler is `nara_diffusion.dllm.generate`: adapters run at λ, the masked share of each answer, at every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.outputs import BaseOutput
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nara_diffusion.dllm import Generation, GenerationStep, encode_prompts, generate, load_backbone, prompt_text
+from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text
 from nara_diffusion.dllm.data.encoding import chat_text
-from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token_ids
+from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, decode_answer, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.models.pretrained import HUB_ARGUMENTS
 from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 
 Message = Mapping[str, str]
-"""{"role": "system", "user" or "assistant", "content": text}"""
-
-ROLES = ("system", "user", "assistant")
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 @dataclass
@@ -81,7 +76,14 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
 
     def __init__(self, transformer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        _check_model(transformer)
+        is_causal = "CausalLM" in type(transformer).__name__ and getattr(transformer.config, "is_causal", True)
+        if not isinstance(transformer, PreTrainedModel) or is_causal:
+            raise ValueError(
+                f"transformer is a {type(transformer).__name__}, expected a model of transformers that sees both sides "
+                "of a token: load it by LLaDAPipeline.from_pretrained(…) or nara_diffusion.dllm.load_backbone(…); of a "
+                "PeftModel pass the base model, and load the saved adapter by pipe.load_nara_weights(folder)"
+            )
+        Backbone(transformer).mask_token_id()
         self.register_modules(transformer=transformer, tokenizer=tokenizer)
         self._interrupt = False
 
@@ -93,26 +95,13 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
             pretrained_model_name_or_path: a folder, or a repository on the Hub.
             **kwargs: for a pipeline, of `DiffusionPipeline.from_pretrained`; for a language model, of `load_backbone`:
                 dtype, quantization_config, mask_token, revision, token, ….
-
-        Raises:
-            ValueError, OSError: nothing there that either can load.
         """
         name = str(pretrained_model_name_or_path)
         try:
-            cls.load_config(name, **{key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs})
+            cls.load_config(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
         except OSError:  # no model_index.json
-            if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-                raise ValueError(
-                    f"{name} holds neither model_index.json, as a pipeline does, nor config.json, as a language model "
-                    "does"
-                ) from None
             return cls(*load_backbone(name, **kwargs))
         return super().from_pretrained(name, **kwargs)
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop; what is masked then stays so."""
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -120,47 +109,37 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         prompt: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
         *,
         gen_length: int = 128,
-        steps: int | None = None,
-        block_length: int | None = None,
-        temperature: float = 0.0,
-        cfg_scale: float = 0.0,
-        remasking: str = "low_confidence",
-        confidence_threshold: float | None = None,
         num_answers_per_prompt: int = 1,
         apply_template: bool = True,
-        stop_at_eos: bool = True,
-        generator: torch.Generator | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("sequences",),
+        **sampling: Any,
     ) -> LLaDAPipelineOutput | tuple[list[str], torch.Tensor]:
         """Answer one prompt or several.
 
         Args:
             prompt: a question, or several; or a chat, a list of {"role": …, "content": …} that ends with the user's
                 turn; or several chats.
-            gen_length, steps, block_length, temperature, cfg_scale, remasking, confidence_threshold, stop_at_eos: as in
-                `nara_diffusion.dllm.generate`: tokens of an answer, forwards in all, tokens of a block, …
+            gen_length: tokens of an answer.
             num_answers_per_prompt: how often to answer each; they differ at a temperature above 0.
             apply_template: put questions into the tokenizer's chat template, or into Alpaca's where it has none, as in
                 training. False takes the texts as they are.
-            generator: seeds temperature and random remasking; on any device.
             return_dict: False returns (texts, sequences).
             callback_on_step_end: called as f(pipe, step, noise_level, tensors) after each step, noise_level (b,) being
-                the λ that the model was told, and tensors those of the next argument. A dict that it returns with
-                "sequences" replaces them.
+                the λ at which the model ran, and tensors those of the next argument. A dict that it returns with
+                "sequences" replaces them. `pipe._interrupt = True` stops; what is masked then stays so.
             callback_on_step_end_tensor_inputs: of "sequences" (b, l) and "masked" (b, gen_length).
+            **sampling: of `nara_diffusion.dllm.generate`: steps, block_length, temperature, cfg_scale, remasking,
+                confidence_threshold, stop_at_eos, generator.
 
         Raises:
             ValueError: prompts or arguments that can't be; each by name.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_callback(callback_on_step_end_tensor_inputs)
-        if num_answers_per_prompt < 1:
-            raise ValueError(f"num_answers_per_prompt is {num_answers_per_prompt}, expected 1 at least")
-        texts = [text for text in self.prompt_texts(prompt, apply_template) for _ in range(num_answers_per_prompt)]
-        input_ids, lengths = self._encode(texts)
+        prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)) else list(prompt)
+        texts = [self.prompt_text(one, apply_template) for one in prompts for _ in range(num_answers_per_prompt)]
+        if not texts:
+            raise ValueError(f"prompt is {prompt!r}, expected a text, a list of texts, a chat, or a list of chats")
         ends = stop_token_ids(self.transformer, self.tokenizer)
         self._interrupt = False
         progress_bar: Any = self.progress_bar
@@ -174,100 +153,27 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
                     step.sequences = changed.get("sequences", step.sequences)
                 step.stop = self._interrupt
 
-            result = generate(
-                self.transformer,
-                input_ids,
-                gen_length=gen_length,
-                steps=steps,
-                block_length=block_length,
-                temperature=temperature,
-                cfg_scale=cfg_scale,
-                remasking=remasking,
-                confidence_threshold=confidence_threshold,
-                prompt_lengths=lengths,
-                generator=generator,
-                eos_token_id=ends,
-                stop_at_eos=stop_at_eos,
-                return_stats=True,
-                on_step_end=step_end,
-            )
-        assert isinstance(result, Generation)
+            options = {"gen_length": gen_length, "eos_token_id": ends, "on_step_end": step_end, **sampling}
+            ids = encode_prompts(self.tokenizer, texts)
+            result = answer_prompts(self.transformer, ids, device=self._execution_device, **options)
         self.maybe_free_model_hooks()
         answers = [decode_answer(self.tokenizer, answer, ends) for answer in result.answers.tolist()]
         if not return_dict:
             return answers, result.sequences
         return LLaDAPipelineOutput(answers, result.sequences, result.answers, result.prompt_lengths, result.forwards)
 
-    def prompt_texts(self, prompt: Any, apply_template: bool = True) -> list[str]:
-        """Return the text that the model reads before each answer.
+    def prompt_text(self, prompt: str | Sequence[Message], apply_template: bool = True) -> str:
+        """Return the text that the model reads before its answer to one question or chat.
 
         Raises:
-            ValueError: no prompt, an empty one, or something that is neither text nor chat.
+            ValueError: an empty one, a chat without a chat template or that doesn't end with the user's turn.
         """
-        if isinstance(prompt, str):
-            prompts: list[Any] = [prompt]
-        elif isinstance(prompt, Sequence) and prompt and all(isinstance(part, Mapping) for part in prompt):
-            prompts = [prompt]  # one chat
-        else:
-            prompts = list(prompt) if isinstance(prompt, Sequence) else []
-        if not prompts:
-            raise ValueError(f"prompt is {prompt!r}, expected a text, a list of texts, a chat, or a list of chats")
-        return [self._prompt_text(item, i, apply_template) for i, item in enumerate(prompts)]
-
-    def _prompt_text(self, item: Any, index: int, apply_template: bool) -> str:
-        if isinstance(item, str):
-            if not item.strip():
-                raise ValueError(f"prompt {index} is empty: there is nothing to answer")
-            return prompt_text(self.tokenizer, item) if apply_template else item
-        if not isinstance(item, Sequence) or not item:
-            raise ValueError(f"prompt {index} is {item!r}, expected a text or a chat, a list of messages")
-        for message in item:
-            _check_message(message, index)
-        if item[-1]["role"] != "user":
-            raise ValueError(f"the chat of prompt {index} ends with the {item[-1]['role']}'s turn, expected the user's")
-        if not apply_template or not self.tokenizer.chat_template:
-            reason = "apply_template is False" if not apply_template else "the tokenizer has no chat template"
-            raise ValueError(f"prompt {index} is a chat, but {reason}: pass a text")
-        try:
-            return chat_text(self.tokenizer, item)
-        except ValueError as error:
-            raise ValueError(f"prompt {index}: {error}") from error
-
-    def _encode(self, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
-        """Token ids (b, p), padded on the right, and the lengths."""
-        encoded = encode_prompts(self.tokenizer, texts)
-        lengths = [len(ids) for ids in encoded]
-        padding = self.tokenizer.pad_token_id or 0
-        rows = [ids + [padding] * (max(lengths) - len(ids)) for ids in encoded]
-        return torch.tensor(rows, device=self._execution_device), lengths
-
-    def _check_callback(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
+        if isinstance(prompt, str) and prompt.strip():
+            return prompt_text(self.tokenizer, prompt) if apply_template else prompt
+        is_chat = not isinstance(prompt, str) and prompt and prompt[-1]["role"] == "user"
+        if not is_chat or not apply_template or not self.tokenizer.chat_template:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {', '.join(map(repr, unknown))}, expected some of "
-                f"{', '.join(map(repr, self._callback_tensor_inputs))}"
+                f"prompt {prompt!r} is empty, or a chat that doesn't end with the user's turn, or one without a chat "
+                "template of the tokenizer"
             )
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"transformer is a {type(model).__name__}, expected a language model of transformers. Of a PeftModel pass "
-            "the base model, and load the saved adapter by pipe.load_nara_weights(folder)"
-        )
-    if "CausalLM" in type(model).__name__ and getattr(model.config, "is_causal", True) is not False:
-        raise ValueError(
-            f"transformer is a {type(model).__name__} that sees only what stands before each token, and unmasking "
-            "needs both sides: load it by LLaDAPipeline.from_pretrained(…) or nara_diffusion.dllm.load_backbone(…)"
-        )
-    Backbone(model).mask_token_id()
-
-
-def _check_message(message: Any, index: int) -> None:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise ValueError(f"prompt {index} holds {message!r}, expected {{'role': …, 'content': …}}")
-    if message["role"] not in ROLES:
-        raise ValueError(f"prompt {index} has the role {message['role']!r}, expected one of {', '.join(ROLES)}")
-    if not isinstance(message["content"], str) or not message["content"].strip():
-        raise ValueError(f"prompt {index} has the content {message['content']!r}, expected a text")
+        return chat_text(self.tokenizer, prompt)  # type: ignore[arg-type]

@@ -92,13 +92,15 @@ def exact_match(
     return ExactMatch(correct / len(rows), correct, len(rows), ordered, forwards)
 
 
-def answer_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], **sampling: Any) -> Generation:
-    """`generate` for prompts of unequal length, as lists of token ids."""
+def answer_prompts(
+    model: nn.Module, prompts: Sequence[Sequence[int]], *, device: torch.device | None = None, **sampling: Any
+) -> Generation:
+    """`generate` for prompts of unequal length, as lists of token ids, on `device` or that of the parameters."""
     lengths = [len(prompt) for prompt in prompts]
     input_ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
     for row, prompt in zip(input_ids, prompts, strict=True):
         row[: len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-    input_ids = input_ids.to(Backbone(model).device)
+    input_ids = input_ids.to(device or Backbone(model).device)
     result = generate(model, input_ids, prompt_lengths=lengths, return_stats=True, **sampling)
     assert isinstance(result, Generation)
     return result

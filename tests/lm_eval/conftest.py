@@ -1,0 +1,90 @@
+"""An adapter whose output depends on λ, its logits at one λ, and task files that need no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from nara_diffusion import noise_level
+from nara_diffusion.dllm import load_backbone
+from tests.acceptance._text import nara
+
+if importlib.util.find_spec("lm_eval") is None:
+    collect_ignore_glob = ["test_*.py"]  # they need the extra eval
+
+LLADA_TINY = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
+MASK = 283
+ROWS = [
+    {"instruction": "reverse: planet", "answer": "tenalp", "choices": ["tenalp", "planet", "x"], "gold": 0},
+    {"instruction": "upper: house", "answer": "HOUSE", "choices": ["HOUSE", "esuoh"], "gold": 0},
+    {"instruction": "copy: ab cd", "answer": "ab cd", "choices": ["dc ba", "ab cd"], "gold": 1},
+]
+TASKS: dict[str, dict[str, Any]] = {
+    "tiny_answers": {
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+    },
+    "tiny_choices": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "target_delimiter": " ",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "tiny_texts": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{instruction}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
+}
+
+
+class AtLevel:
+    """Logits of the harness's model, one row at one λ, as `greedy` of the acceptance suite asks for them."""
+
+    def __init__(self, harness: Any) -> None:
+        self.model = harness.model
+
+    @torch.no_grad()
+    def __call__(self, tokens: list[int], level: float) -> torch.Tensor:
+        with noise_level(self.model, level):
+            return self.model(torch.tensor([tokens])).logits[0].double()
+
+    def guided(self, prompt: list[int], answer: list[int], scale: float, mask: int) -> torch.Tensor:
+        logits = self(prompt + answer, answer.count(mask) / len(answer))[len(prompt) :]
+        logits[:, mask] = -torch.inf
+        return logits
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("adapter")
+    nara(load_backbone(LLADA_TINY)[0], core_hidden_dims=(8, 8)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of task files on the rows above."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.json")}}}
+    shared = {"doc_to_text": "{{instruction}}", "test_split": "test", "metadata": {"version": 1.0}}
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **shared, **data, **task}))
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets of one test are not those of the next."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

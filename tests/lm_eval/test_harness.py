@@ -1,0 +1,232 @@
+"""lm-eval's requests to a model with an adapter, against λ and masks worked out by hand."""
+
+from __future__ import annotations
+
+import logging
+from itertools import combinations
+from math import comb
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoTokenizer
+
+from nara_diffusion.dllm import encode_records, load_backbone
+from nara_diffusion.dllm.data.records import normalized
+from nara_diffusion.lm_eval.harness_model import NaraDLLM
+from nara_diffusion.lm_eval.harness_text import encode, encode_pair, read_gen_kwargs, templated
+from tests.acceptance._text import greedy, nara
+
+from .conftest import LLADA_TINY, MASK, AtLevel
+
+QUESTIONS = ["reverse: planet", "upper: a", "copy: abcdefgh", "sort: zebra", "swap: tea"]
+
+
+@pytest.fixture(scope="module")
+def loaded(adapter: str) -> NaraDLLM:
+    return NaraDLLM(LLADA_TINY, adapter, batch_size=3, device="cpu")
+
+
+@pytest.fixture
+def harness(loaded: NaraDLLM, monkeypatch: pytest.MonkeyPatch) -> NaraDLLM:
+    for name, value in {"has_template": False, "greedy": True, "samples": 128, "max_length": 64}.items():
+        monkeypatch.setattr(loaded, name, value)
+    return loaded
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, doc={}, arguments=args, idx=i, metadata=("t", i, 1)) for i, args in enumerate(arguments)]
+
+
+def bound(harness: NaraDLLM, prompt: list[int], answer: list[int]) -> float:
+    """Σ over all masks of the answer, λ being the masked share of it."""
+    n, total = len(answer), 0.0
+    for k in range(1, n + 1):
+        for subset in combinations(range(n), k):
+            shown = [MASK if j in subset else token for j, token in enumerate(answer)]
+            log_p = AtLevel(harness)(prompt + shown, k / n).log_softmax(-1)
+            total += sum(log_p[len(prompt) + j, answer[j]].item() for j in subset) / k / comb(n, k)
+    return total
+
+
+def test_generate_until_answers_each_question_as_the_sampler_does_alone(harness: NaraDLLM) -> None:
+    settings = {"gen_length": 8, "steps": 4, "block_length": 4, "until": [], "do_sample": False}
+    shorter = {"max_gen_toks": 4, "until": "\n"}
+    asked = [(question, settings) for question in QUESTIONS] + [(QUESTIONS[0], shorter)]
+    for (question, how), text in zip(asked, harness.generate_until(requests("generate_until", *asked)), strict=True):
+        length = how.get("gen_length", 4)
+        options = {"gen_length": length, "steps": 4, "block_length": 4, "ends": tuple(harness.ends)}
+        prompt = encode(harness.tokenizer, question, has_template=False)
+        answer, levels = greedy(AtLevel(harness), prompt, mask=MASK, **options)  # type: ignore[arg-type]
+        end = next((j for j, token in enumerate(answer) if token in harness.ends), length)
+        expected = harness.tokenizer.decode(answer[:end], skip_special_tokens=True)
+        assert text == (expected.split("\n")[0] if how is shorter else expected)
+        assert levels[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("until", "expected"),
+    [(["three", ".", "stop"], "  one "), ("two", "  one stop "), ([], "  one stop two. three")],
+)
+def test_generate_until_ends_before_the_first_stop_text_and_keeps_white_space(
+    harness: NaraDLLM, monkeypatch: pytest.MonkeyPatch, until: Any, expected: str
+) -> None:
+    ids = harness.tokenizer("  one stop two. three", add_special_tokens=False).input_ids
+    answers = torch.tensor([[*ids, harness.tokenizer.eos_token_id, *ids]])
+    generation = type("Found", (), {"answers": answers})
+    monkeypatch.setattr("nara_diffusion.lm_eval.harness_model.answer_prompts", lambda *_, **__: generation)
+    assert harness.generate_until(requests("generate_until", ("q", {"until": until, "gen_length": 30}))) == [expected]
+
+
+def test_prompts_too_long_lose_their_start(harness: NaraDLLM, caplog: pytest.LogCaptureFixture) -> None:
+    long = "copy: " + "x" * 100
+    with caplog.at_level(logging.WARNING, logger="nara_diffusion"):
+        (text,) = harness.generate_until(requests("generate_until", (long, {"gen_length": 4})))
+    assert caplog.messages[-1:] == ["1 prompts don't fit into 64 tokens with their answers, and lose their start"]
+    tokens = encode(harness.tokenizer, long, has_template=False)[-60:]
+    options = {"gen_length": 4, "block_length": 4, "ends": tuple(harness.ends)}
+    answer, _ = greedy(AtLevel(harness), tokens, mask=MASK, **options)  # type: ignore[arg-type]
+    assert text == harness.tokenizer.decode(answer, skip_special_tokens=True)
+    with pytest.raises(ValueError, match=r"gen_length is 64 and the model has 64 positions"):
+        harness.generate_until(requests("generate_until", ("q", {"gen_length": 64})))
+
+
+def test_loglikelihood_is_the_bound_at_the_level_of_each_mask(harness: NaraDLLM) -> None:
+    pairs = [("reverse: ab", " ba"), ("reverse: ab", " abcd"), ("upper: house", " H"), ("copy: ab ", "cd")]
+    actual = harness.loglikelihood(requests("loglikelihood", *pairs))
+    for (context, continuation), (value, is_greedy) in zip(pairs, actual, strict=True):
+        whole = encode(harness.tokenizer, context + continuation, has_template=False)
+        length = len(encode(harness.tokenizer, context.rstrip(), has_template=False))
+        prompt, answer = whole[:length], whole[length:]
+        assert value == pytest.approx(bound(harness, prompt, answer), rel=1e-5)
+        options = {"gen_length": len(answer), "block_length": len(answer)}
+        sampled, _ = greedy(AtLevel(harness), prompt, mask=MASK, **options)  # type: ignore[arg-type]
+        assert is_greedy is (sampled == answer)
+    with pytest.raises(ValueError, match=r"a continuation has 8[0-9] tokens, and the model 64 positions"):
+        harness.loglikelihood(requests("loglikelihood", ("a", " " + "b" * 80)))
+
+
+def test_loglikelihood_rolling_scores_windows_that_see_what_stands_before(harness: NaraDLLM) -> None:
+    harness.max_length = 6
+    ids = harness.tokenizer("abcdefghij").input_ids
+    opening = 1 if ids[0] == harness.tokenizer.bos_token_id else 0
+    expected = bound(harness, ids[:opening], ids[opening:6])
+    for start in range(6, len(ids), 3):
+        expected += bound(harness, ids[start - 3 : start], ids[start : start + 3])
+    found = harness.loglikelihood_rolling(requests("loglikelihood_rolling", ("abcdefghij",), ("",)))
+    assert found == [pytest.approx(expected, rel=1e-5), 0.0]
+
+
+@pytest.mark.parametrize("has_chat_template", [True, False])
+def test_template_makes_prompt_and_answer_of_training(
+    harness: NaraDLLM, has_chat_template: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_chat_template:
+        monkeypatch.setattr(harness.tokenizer, "chat_template", None)
+    assert harness.chat_template(True) == (harness.tokenizer.chat_template or "alpaca")
+    records = normalized([{"instruction": "reverse: ab", "output": "ba", "answer": "ba"}], source="test")
+    row = encode_records(records, harness.tokenizer, max_length=512, progress=False).rows[0]
+    prompt, closed = row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]
+    context = harness.apply_chat_template([{"role": "user", "content": "reverse: ab"}])
+    assert encode(harness.tokenizer, context, has_template=True) == prompt
+    ((value, _),) = harness.loglikelihood(requests("loglikelihood", (context, "ba")))
+    assert value == pytest.approx(bound(harness, prompt[-62:], closed[:2]), rel=1e-5)
+
+
+def test_encode_pair_is_the_whole_text_divided() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LLADA_TINY)
+    for context, rest, start in (("copy: ", "ab", "copy: "), ("copy: ab ", "cd", "copy: ab"), ("", "ab", "")):
+        prompt, answer = encode_pair(tokenizer, context, rest, has_template=False)
+        assert prompt + answer == tokenizer(context + rest).input_ids
+        assert tokenizer.decode(prompt, skip_special_tokens=True) == start
+    with pytest.raises(ValueError, match="the continuation '' adds no token"):
+        encode_pair(tokenizer, "one", "", has_template=False)
+    question = [{"role": "user", "content": "copy: ab"}]
+    context = templated(tokenizer, [*question, {"role": "assistant", "content": "ab "}], add_generation_prompt=False)
+    prompt, answer = encode_pair(tokenizer, context, "cd", has_template=True)  # the start of an answer is given
+    opening = encode(tokenizer, templated(tokenizer, question), has_template=True)
+    assert prompt[: len(opening)] == opening
+    assert prompt[len(opening) :] + answer == tokenizer("ab cd", add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    ("given", "until", "sampling"),
+    [
+        ({}, (), {"gen_length": 256}),
+        ({"max_gen_toks": 8, "until": "x", "temperature": 0.7, "do_sample": False}, ("x",), {"gen_length": 8}),
+        ({"gen_length": 6, "max_gen_toks": 8, "steps": 3.0, "top_p": 0.9}, (), {"gen_length": 6, "steps": 3}),
+        ({"max_tokens": 4, "temperature": 0.5}, (), {"gen_length": 4, "temperature": 0.5}),
+    ],
+)
+def test_read_gen_kwargs(given: dict[str, Any], until: tuple[str, ...], sampling: dict[str, Any]) -> None:
+    assert read_gen_kwargs(given) == (until, sampling)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"top_p": 0.9, "temperature": 1}, "gen_kwargs has top_p; the sampler's settings are"),
+        ({"beams": 3}, "gen_kwargs has beams"),
+        ({"steps": "many"}, "no number"),
+        ({"gen_length": 8, "block_length": 4, "steps": 5}, "steps is 5 and there are 2 blocks"),
+    ],
+)
+def test_read_gen_kwargs_refuses_what_the_sampler_lacks(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_gen_kwargs(given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "names no model"),
+        ({"pretrained": LLADA_TINY, "gen_length": 12}, "gen_length in --model_args: .* belong to --gen_kwargs"),
+        ({"pretrained": LLADA_TINY, "batch_size": "auto"}, "--batch_size auto: .* name it"),
+        ({"pretraned": "x"}, "--model_args has pretraned, which nara_dllm doesn't know; it takes pretrained, peft, "),
+        ({"peft": "outputs/dllm-9"}, "There is no folder 'outputs/dllm-9', and an adapter of PEFT's .* not reached"),
+    ],
+)
+def test_impossible_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NaraDLLM(**{"device": "cpu", **arguments})
+
+
+def test_adapter_with_another_noise_level_is_refused(tmp_path: Any) -> None:
+    nara(load_backbone(LLADA_TINY)[0], noise_convention="flow").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="was trained with λ as 'flow', and the λ of a masked-diffusion"):
+        NaraDLLM(LLADA_TINY, str(tmp_path), device="cpu")
+
+
+def test_adapter_names_its_base_and_a_plain_lora_is_evaluated(adapter: str, harness: NaraDLLM, tmp_path: Any) -> None:
+    tokens = encode(harness.tokenizer, "upper: ab", has_template=False)
+    alone = NaraDLLM(peft=adapter, batch_size="2", device="cpu")
+    assert torch.equal(AtLevel(alone)(tokens, 0.4), AtLevel(harness)(tokens, 0.4))
+    model = get_peft_model(
+        load_backbone(LLADA_TINY)[0], LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    lora = NaraDLLM(LLADA_TINY, str(tmp_path), device="cpu")
+    with torch.no_grad():
+        assert torch.equal(*(one(torch.tensor([tokens])).logits for one in (lora.model, model)))
+
+
+def test_virtual_tokens_stand_before_each_text(tmp_path: Any, harness: NaraDLLM) -> None:
+    """Prompt tuning: answers and likelihoods as the model with its tokens gives them."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(load_backbone(LLADA_TINY)[0], config).eval()
+    model.save_pretrained(tmp_path)
+    tuned = NaraDLLM(LLADA_TINY, str(tmp_path), device="cpu")
+    assert tuned.max_length == 61
+
+    @torch.no_grad()
+    def logits(tokens: list[int]) -> torch.Tensor:
+        return model(torch.tensor([tokens])).logits[0, 3:].double()
+
+    ids = encode(harness.tokenizer, "upper: A", has_template=False)
+    ((value, is_greedy),) = tuned.loglikelihood(requests("loglikelihood", ("upper: ", "A")))
+    last = logits([*ids[:-1], MASK])[-1]
+    assert value == pytest.approx(last.log_softmax(-1)[ids[-1]].item(), rel=1e-5)
+    last[MASK] = -torch.inf
+    assert is_greedy is (int(last.argmax()) == ids[-1])
