@@ -39,14 +39,8 @@ def backbone(vocab_size: int, seed: int = 0, **changes: Any) -> LlamaForCausalLM
 
 def nara(model: LlamaForCausalLM, seed: int = 1, **changes: Any) -> PeftModel:
     """`model` with an adapter whose A, B and C(λ) have moved far from their start."""
-    options: dict[str, Any] = {
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "core_scale": 0.7,
-        "core_hidden_dims": (9, 10),
-        "fourier_scale": 2.0,
-    }
-    options["target_modules"] = ["q_proj", "v_proj", "down_proj"]
+    core: dict[str, Any] = {"core_scale": 0.7, "core_hidden_dims": (9, 10), "fourier_scale": 2.0}
+    options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "v_proj", "down_proj"], **core}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, NaraConfig(**{**options, **changes}))
