@@ -94,8 +94,7 @@ def test_make_sdxl_tiny_writes_a_pipeline(tmp_path, clips):
 
 
 def test_make_sd_tiny_flow_writes_a_pipeline(tmp_path, monkeypatch):
-    for module in ("make_sd_tiny_flow", "tiny_images.evaluation"):
-        monkeypatch.setattr(f"{module}.SHEET_PROMPTS", ("a photo of a red car",))
+    monkeypatch.setattr("tiny_images.evaluation.SHEET_PROMPTS", ("a photo of a red car",))
     sizes = {"layers": 2, "heads": 1, "steps": 4, "decay_steps": 2, "batch_size": 2, "late_batch_size": 3}
     results = make_sd_tiny_flow.main(make_sd_tiny_flow.Arguments(output_dir=tmp_path, **sizes, **LESS))
     assert results["validation_loss"] > 0

@@ -46,7 +46,6 @@ class Arguments:
     retrieval_batches: int = option(8, "batches of 64 scenes in the final measurement")
     seed: int = option(0, "of weights and scenes")
     device: str = option("cpu", "torch device")
-    fp32: bool = option(False, "train without bf16 autocast")
     resume: bool = option(False, "go on from the state in --output_dir")
 
 
@@ -147,7 +146,6 @@ def main(args: Arguments) -> dict:
         warmup=args.lr_warmup_steps,
         ema=0.998,
         save_steps=args.save_steps,
-        bf16=not args.fp32,
     )
     training = Training(model, plan, args.output_dir / "training_state.pt", args.seed, args.device, args.resume)
     training.run("clip", lambda now: contrastive_loss(now, processor), lambda: retrieval(model, processor, batches=1))

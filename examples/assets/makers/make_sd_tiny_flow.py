@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from make_sdxl_tiny import cached_scenes, parameters, save_pipeline
-from tiny_images.evaluation import SHEET_PROMPTS, evaluate, sample, write_samples
+from tiny_images.evaluation import evaluate, write_samples
 from tiny_images.transformer import (
     SPLIT,
     FlowLatents,
@@ -28,7 +28,7 @@ from tiny_images.transformer import (
     build_transformer,
     encode_flow_scenes,
 )
-from tiny_images.vae import latent_moments, pixels
+from tiny_images.vae import latent_moments
 from tiny_training import Plan, Training, option, parse, write_results
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, logging
 
@@ -59,7 +59,6 @@ class Arguments:
     inference_steps: int = option(25, "denoising steps of the samples")
     seed: int = option(0, "of weights, scenes, noise levels and noise")
     device: str = option("cpu", "torch device")
-    fp32: bool = option(False, "train without bf16 autocast")
     resume: bool = option(False, "go on from the state in --output_dir")
 
 
@@ -114,7 +113,6 @@ def train_transformer(args: Arguments, pipe: StableDiffusion3Pipeline) -> Traini
         ema=0.999,
         muon=args.muon_learning_rate or None,
         save_steps=args.save_steps,
-        bf16=not args.fp32,
     )
     training = Training(pipe.transformer, plan, folder / "transformer.pt", args.seed, args.device, args.resume)
 
@@ -127,28 +125,15 @@ def train_transformer(args: Arguments, pipe: StableDiffusion3Pipeline) -> Traini
     return training
 
 
-def padding_difference(pipe: StableDiffusion3Pipeline, steps: int) -> float:
-    """Mean absolute difference, of a range of 1, of pictures without and with the zero vectors of an absent T5."""
-    without, padded = (
-        pixels(sample(pipe, list(SHEET_PROMPTS), 0, steps, max_sequence_length=length)) for length in (0, 256)
-    )
-    return ((without - padded).abs().mean() / 2).item()
-
-
-def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
-    """The pipeline in ``folder``; Diffusers has to be told that there is no T5."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def main(args: Arguments) -> dict:
     """Trains, measures, writes the folder; returns what results.json holds."""
     (args.output_dir / "training").mkdir(parents=True, exist_ok=True)
     pipe = assemble(args)
     training = train_transformer(args, pipe)
     save_pipeline(pipe, args.output_dir)
-    shipped = load_pipeline(args.output_dir).to(args.device)
+    absent = {"text_encoder_3": None, "tokenizer_3": None}  # Diffusers has to be told that there is no T5
+    shipped = StableDiffusion3Pipeline.from_pretrained(args.output_dir, **absent).to(args.device)
+    shipped.set_progress_bar_config(disable=True)
     write_samples(shipped, args.output_dir, 4, args.inference_steps, **WITHOUT_T5)
     results = {
         "minutes": round(training.seconds / 60, 1),
@@ -159,7 +144,6 @@ def main(args: Arguments) -> dict:
         "scaling_factor": shipped.vae.config.scaling_factor,
         "shift_factor": shipped.vae.config.shift_factor,
         "validation_loss": training.curve[-1]["validation_loss"],
-        "padding_difference": padding_difference(shipped, args.inference_steps),
         "samples": evaluate(shipped, args.clip, args.evaluation_batches, args.inference_steps, **WITHOUT_T5),
     }
     return write_results(args.output_dir, results, transformer=training.curve)

@@ -56,35 +56,14 @@ class Arguments:
     inference_steps: int = option(25, "denoising steps of the samples")
     seed: int = option(0, "of weights, scenes, timesteps and noise")
     device: str = option("cpu", "torch device")
-    only: str = option("", "vae, decoder or unet: train that part alone; the last two need a finished vae")
-    fp32: bool = option(False, "train without bf16 autocast")
     resume: bool = option(False, "go on from the state in --output_dir")
 
 
-def train_vae(args: Arguments) -> Training:
+def train_vae(args: Arguments, vae: AutoencoderKL, name: str, steps: int, learning_rate: float, seed: int) -> Training:
     """The autoencoder, trained or loaded from its finished state."""
-    torch.manual_seed(args.seed)
-    vae = build_vae().to(args.device)
-    plan = Plan(
-        args.vae_steps, args.vae_batch_size, args.vae_learning_rate, ema=0.998, save_steps=args.save_steps,
-        bf16=not args.fp32,
-    )  # fmt: skip
-    training = Training(vae, plan, state_file(args, "vae"), args.seed, args.device, args.resume)
-    training.run("vae", vae_loss, lambda: reconstruction(vae, args.held_out))
-    training.finish()
-    return training
-
-
-def train_decoder(args: Arguments, vae: AutoencoderKL) -> Training:
-    """The autoencoder's decoder, trained further on latents that no longer change: it may run beside the UNet."""
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-    plan = Plan(
-        args.decoder_steps, args.vae_batch_size, args.vae_learning_rate / 2, ema=0.998, save_steps=args.save_steps,
-        bf16=not args.fp32,
-    )  # fmt: skip
-    training = Training(vae, plan, state_file(args, "decoder"), args.seed + 1, args.device, args.resume)
-    training.run("decoder", vae_loss, lambda: reconstruction(vae, args.held_out))
+    plan = Plan(steps, args.vae_batch_size, learning_rate, ema=0.998, save_steps=args.save_steps)
+    training = Training(vae, plan, state_file(args, name), seed, args.device, args.resume)
+    training.run(name, vae_loss, lambda: reconstruction(vae, args.held_out))
     training.finish()
     return training
 
@@ -128,7 +107,6 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
         late_batch=args.unet_late_batch_size,
         ema=0.999,
         save_steps=args.save_steps,
-        bf16=not args.fp32,
     )
     training = Training(pipe.unet, plan, state_file(args, "unet"), args.seed, args.device, args.resume)
 
@@ -167,24 +145,19 @@ def save_pipeline(pipe: Any, folder: Path, **options: Any) -> None:
         save_tokenizer(tokenizer, folder / f"tokenizer{number}")
 
 
-def main(args: Arguments) -> dict | None:
+def main(args: Arguments) -> dict:
     """Trains what isn't trained yet, measures, writes the folder; returns what results.json holds."""
-    if args.only not in ("", "vae", "decoder", "unet"):
-        raise ValueError(f"--only is {args.only!r}: give vae, decoder or unet, or leave it out to train all three")
     (args.output_dir / "training").mkdir(parents=True, exist_ok=True)
-    trained = {"vae": train_vae(args)}
-    vae = trained["vae"].model
-    if args.only == "vae":
-        return None
+    torch.manual_seed(args.seed)
+    vae = build_vae().to(args.device)
+    trained = {"vae": train_vae(args, vae, "vae", args.vae_steps, args.vae_learning_rate, args.seed)}
     vae.register_to_config(scaling_factor=measured_scaling_factor(vae, min(512, args.scenes)))
-    if args.only != "unet":
-        trained["decoder"] = train_decoder(args, vae)
-    if args.only == "decoder":
-        return None
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)  # latents no longer change
+    rate = args.vae_learning_rate / 2
+    trained["decoder"] = train_vae(args, vae, "decoder", args.decoder_steps, rate, args.seed + 1)
     pipe = assemble(args, vae)
     trained["unet"] = train_unet(args, pipe)
-    if args.only == "unet":
-        return None
 
     save_pipeline(pipe, args.output_dir, add_watermarker=False)
     write_samples(pipe, args.output_dir, 4, args.inference_steps)

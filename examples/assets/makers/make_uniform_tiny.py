@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_text.checkpoint import save_llada_checkpoint
+from tiny_text.backbones import save_llada_checkpoint
 from tiny_text.data import LONGEST_TAIL, Rows, encode, training_and_validation
 from tiny_text.tokenizer import build_tokenizer
 from tiny_text.uniform import noise_tokens, uniform_corruption, uniform_loss

@@ -169,7 +169,8 @@ class DreamBoothDataset(Dataset):
         self.instances, self.class_images = list(instances), list(class_images)
         self.crop, self.crops_per_image, self.flip = crop, crops_per_image, flip
         self.seed, self.caption_dropout = seed, caption_dropout
-        self.targets = [buckets[find_nearest_bucket(*image.size, buckets)] for image in self.instances]
+        nearest = [find_nearest_bucket(*image.size, buckets) for image in self.instances]
+        self.targets = [buckets[number] for number in nearest]  # type: ignore[index]  (None without buckets)
         self._order = BucketOrder(self.targets, batch_size, seed)
         numbers = [{"image": i} for i in range(len(self.class_images))]
         self._class_order = ShuffledStream(numbers, seed + 1) if numbers else None
