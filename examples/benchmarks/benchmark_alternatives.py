@@ -28,9 +28,8 @@ always in the same place, so that p = 1 there. A reader who isn't told λ knows 
 
 with p(z | λ) = (1 − λ) / K + λ / n of a character, λ / n of another token, and 1 − λ + λ / n of an end that is kept.
 
-NaRA and LoRA on attention have the rates that the regimes chose on their own development seeds. The other arms have the
-best of two or three rates on seed 10, which nothing else uses; those runs are records too, of the stage "tune". All
-arms of a seed meet the same data and noise. 200 steps take about half a minute of a core; set OMP_NUM_THREADS=1.
+Rates are those of the committed records, the best of two or three on another seed. All arms of a seed meet the same
+data and noise. 200 steps take about half a minute of a core; set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -50,26 +49,23 @@ from unittest.mock import patch
 
 import torch
 from quality import results
-from quality.jobs import Settings, rates, with_core
 from quality.regimes.images.objectives import CONVERSIONS
 from quality.regimes.images.reading import ReadConversion
 from quality.regimes.methods import MEAN_CORE
-from quality.regimes.plan import PLAN
-from quality.regimes.running import chosen_rates, key_of, place_of
+from quality.regimes.running import cell_of, key_of, place_of
 from quality.regimes.runs import REGIMES, Cell, Run, record_of, rounded
 from quality.regimes.text.corruption import REPLACED, noise_tokens
 from quality.regimes.text.data import CHARACTERS, open_data
 from quality.regimes.text.denoising import Denoising
 from quality.regimes.text.models import load
 from quality.report.markdown import NOTHING, table
+from quality.running import RESULTS
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm.masking import MaskedBatch
 
-RESULTS = Path(__file__).parent / "results"
-TUNE, MEASURE = "tune", "alternatives"
-TUNING_SEED, STEPS = 10, 200
+MEASURE, STEPS = "alternatives", 200
 LEVELS = 200
 """Of the grid of λ of a reader who isn't told it."""
 DROPPED = (MEAN_CORE, "own_rank")
@@ -144,59 +140,45 @@ class Trained:
     """Attributes:
     regime, title: in the table.
     cell, arm: as the regimes train them.
-    trials: the rates that are tried on `TUNING_SEED`; those that the regimes chose if there are none.
     """
 
     regime: str
     title: str
     cell: Cell
     arm: str
-    trials: Sequence[Settings] = ()
 
-    def rates(self, records: Sequence[Mapping[str, Any]]) -> Settings:
-        """Of its runs, by the tuning runs of `records`, or by those of the regimes."""
-        if not self.trials:
-            planned = next(p for p in PLAN if p.cell == replace(self.cell, steps=STEPS) and not p.label)
-            return chosen_rates(results.read(RESULTS / "regimes.jsonl"), planned, self.arm)
-        found = keys(records)
-        scores = [found[key_of(run.named)]["score"] for run in self.tuning_runs()]
-        return self.trials[scores.index(min(score for score in scores if score is not None))]
-
-    def tuning_runs(self) -> list[Run]:
-        return [Run(self.cell, self.arm, TUNING_SEED, trial) for trial in self.trials]
+    def run(self, seed: int) -> Run:
+        """With the rates of the committed records."""
+        known = replace(self.cell, steps=STEPS)
+        found = (r for r in results.read(RESULTS / "alternatives.jsonl") if r["stage"] == MEASURE and r["rates"])
+        rates = next(r["rates"] for r in found if cell_of(r) == known and r["arm"] == self.arm)
+        return Run(self.cell, self.arm, seed, rates)
 
 
 def trained(steps: int) -> list[Trained]:
     """What is trained, in the table's order."""
-    found, slow, knots = [], rates(2e-3, 5e-3, 1e-2), with_core((1e-2, 3e-3), (2e-2, 3e-3))
-    for regime, read in READ.items():
-        found.append(
-            Trained(regime, "LoRA, read by the identity, r 4", Cell(read, "attention", 4, steps), "lora", slow)
-        )
-    read = Cell(READ["eps_to_v"], "attention", 4, steps)
-    found += [
-        Trained("eps_to_v", "NaRA, read, r 4", read, "nara", with_core((5e-3, 1e-3), (1e-2, 1e-3))),
-        Trained("eps_to_v", "LoRA, all layers, read, r 4", replace(read, targets="all"), "lora", rates(2e-3, 4e-3)),
+    rows = [(name, "LoRA, read by the identity, r 4", READ[name], "attention", 4, "lora") for name in CONVERSIONS]
+    rows += [
+        ("eps_to_v", "NaRA, read, r 4", READ["eps_to_v"], "attention", 4, "nara"),
+        ("eps_to_v", "LoRA, all layers, read, r 4", READ["eps_to_v"], "all", 4, "lora"),
     ]
-    for regime in ("eps_to_v", "zero_snr"):
-        plain, time_layers = Cell(regime, "attention", 4, steps), Cell(regime, "attention_time", 4, steps)
-        found += [
-            Trained(regime, "LoRA, r 4", plain, "lora"),
-            Trained(regime, "NaRA, r 4", plain, "nara"),
-            Trained(regime, "LoRA, time layers too, r 12", replace(time_layers, rank=12), "lora", rates(5e-3, 1e-2)),
-            Trained(regime, "NaRA, time layers too, r 4", time_layers, "nara", with_core((5e-3, 1e-3), (1e-2, 1e-3))),
+    for name in ("eps_to_v", "zero_snr"):
+        rows += [
+            (name, "LoRA, r 4", name, "attention", 4, "lora"),
+            (name, "NaRA, r 4", name, "attention", 4, "nara"),
+            (name, "LoRA, time layers too, r 12", name, "attention_time", 12, "lora"),
+            (name, "NaRA, time layers too, r 4", name, "attention_time", 4, "nara"),
         ]
-    plain, token = Cell(TEXT, "attention", 4, steps), Cell(TOLD, "attention", 4, steps)
-    return [
-        *found,
-        Trained(TEXT, "LoRA, r 4", plain, "lora"),
-        Trained(TEXT, "NaRA, r 4", plain, "nara"),
-        Trained(TEXT, "LoRA, λ as a token, r 4", token, "lora", rates(2e-2, 4e-2)),
-        Trained(TEXT, "LoRA, λ as a token, r 43", replace(token, rank=43), "lora", rates(1e-2, 2e-2)),
-        Trained(TEXT, "NaRA-Knots, r 28", replace(plain, rank=28), "nara_knots", knots),
-        Trained(TEXT, "NaRA, all layers, r 4", Cell(TEXT, "all", 4, steps), "nara"),
-        Trained(TEXT, "LoRA, all layers, λ as a token, r 22", Cell(TOLD, "all", 22, steps), "lora", rates(5e-3, 1e-2)),
+    rows += [
+        (TEXT, "LoRA, r 4", TEXT, "attention", 4, "lora"),
+        (TEXT, "NaRA, r 4", TEXT, "attention", 4, "nara"),
+        (TEXT, "LoRA, λ as a token, r 4", TOLD, "attention", 4, "lora"),
+        (TEXT, "LoRA, λ as a token, r 43", TOLD, "attention", 43, "lora"),
+        (TEXT, "NaRA-Knots, r 28", TEXT, "attention", 28, "nara_knots"),
+        (TEXT, "NaRA, all layers, r 4", TEXT, "all", 4, "nara"),
+        (TEXT, "LoRA, all layers, λ as a token, r 22", TOLD, "all", 22, "lora"),
     ]
+    return [Trained(regime, title, Cell(own, on, rank, steps), arm) for regime, title, own, on, rank, arm in rows]
 
 
 UNTRAINED: dict[tuple[str, str], Callable[[], list[float]]] = {
@@ -217,26 +199,15 @@ def untrained_record(regime: str, title: str) -> dict[str, Any]:
 
 
 def measure(output: Path, arms: Sequence[Trained], seeds: Sequence[int]) -> None:
-    """Makes the runs that `output` lacks, a line each: first those that choose rates, then seed after seed."""
+    """Makes the runs that `output` lacks, a line each, seed after seed."""
     for regime, title in UNTRAINED:
         if not any(record["arm"] == title and record["regime"] == regime for record in results.read(output)):
             results.append(output, [untrained_record(regime, title)])
-    make(output, TUNE, [run for arm in arms for run in arm.tuning_runs()])
-    records = results.read(output)
-    make(output, MEASURE, [Run(arm.cell, arm.arm, seed, arm.rates(records)) for seed in seeds for arm in arms])
-
-
-def make(output: Path, stage: str, runs: Sequence[Run]) -> None:
-    """Those of `runs` that `output` lacks."""
-    done = keys(results.read(output))
-    for run in tqdm([run for run in runs if key_of(run.named) not in done], desc=stage, unit="run"):
-        record = record_of(run, stage)
+    done = {key_of(record) for record in results.read(output) if record["rates"]}
+    runs = [arm.run(seed) for seed in seeds for arm in arms]
+    for run in tqdm([run for run in runs if key_of(run.named) not in done], unit="run"):
+        record = record_of(run, MEASURE)
         results.append(output, [{name: value for name, value in record.items() if name not in DROPPED}])
-
-
-def keys(records: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """{key: record} of what was trained."""
-    return {key_of(record): record for record in records if record["rates"]}
 
 
 def report(records: Sequence[Mapping[str, Any]], steps: int = STEPS) -> str:
@@ -271,8 +242,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = "the records, added to (default: %(default)s)"
     parser.add_argument("--output", type=Path, default=RESULTS / "alternatives.jsonl", help=where)
     args = parser.parse_args(argv)
-    if TUNING_SEED in args.seeds:
-        parser.error(f"--seeds has {TUNING_SEED}, on which rates are chosen: leave it out")
     arms = trained(args.steps)
     results.provenance()  # the commit at the start
     with patch.dict(REGIMES, TOLD_REGIME):

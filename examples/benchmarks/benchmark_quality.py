@@ -1,21 +1,18 @@
 """Is noise-awareness worth it? One command runs methods × seeds × tasks on the models that come with the project.
 
     python examples/benchmarks/benchmark_quality.py --dry_run                      # what there is to run
-    python examples/benchmarks/benchmark_quality.py                                # text: tuning, then five seeds
+    python examples/benchmarks/benchmark_quality.py                                # text: five seeds
     python examples/benchmarks/benchmark_quality.py --modality images
-    python examples/benchmarks/benchmark_quality.py --methods lora nara --domains code --seeds 0 --untuned
+    python examples/benchmarks/benchmark_quality.py --methods lora nara --domains code --seeds 0
 
-Stages, each for the chosen backbones and domains:
-
-    tune      every method tries equally many learning rates, on a seed and on questions that nothing else uses
-    main      every method on every seed, with the rates that tuning found; for each that reads λ, the controls too:
-              trained with λ = 0.5 ("constant"), trained with another sample's λ ("shuffled"), and the trained one
-              evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed")
+Every method runs on every seed, with the rates that the committed records found for it; for each that reads λ, the
+controls too: trained with λ = 0.5 ("constant"), trained with another sample's λ ("shuffled"), and the trained one
+evaluated with its mean C(λ) ("mean_core") and with 1 − λ ("reversed").
 
 All methods of a seed see the same questions in the same order, under the same masks (images: the same noise). A run
 takes about half a minute of one core; --dry_run counts them. Each run becomes one line of --output (with controls: a
 line each) before the next begins: stop whenever you like, and give the same command again. Several processes may share
-the work, each with its own --shard k/N; let one of them tune first. Then examples/benchmarks/report_quality.py writes
+the work, each with its own --shard k/N. Then examples/benchmarks/report_quality.py writes
 the report from these lines alone.
 """
 
@@ -26,8 +23,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from quality.jobs import METHODS, SEEDS, STAGES, load_suite
-from quality.running import left_of, run_jobs
+from quality.running import METHODS, SEEDS, left_of, load_suite, run_jobs
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +32,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--modality", choices=("text", "images"), default="text", help="the suite (default: text)")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, help="default: both, with --untuned main")
     parser.add_argument("--backbones", nargs="+", help="default: all of the suite")
     parser.add_argument("--domains", nargs="+", help="domains of questions, or subjects of images (default: all)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
@@ -49,7 +44,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="a setting of every run: steps=400 rank=4 (text: a field of quality/text/recipe.py, or an argument of the "
         "adapter; images: an argument of train_scripts/dreambooth_sdxl.py)",
     )
-    parser.add_argument("--untuned", action="store_true", help="take each method's first trial, not the tuned rates")
     parser.add_argument("--output", type=Path, help="the results file (default: outputs/quality/MODALITY.jsonl)")
     parser.add_argument("--shard", default="0/1", help="do every N-th run, k/N: one process each (default: 0/1)")
     parser.add_argument("--dry_run", action="store_true", help="list what is left to run, and end")
@@ -59,22 +53,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs what is left to run; returns the exit status."""
     args = parse_arguments(argv)
-    suite, failures = load_suite(args.modality), []
+    suite = load_suite(args.modality)
     path = args.output or Path("outputs/quality") / f"{args.modality}.jsonl"
-    backbones, domains = args.backbones or suite.backbones, args.domains or suite.domains
     settings = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in args.set)}
-    every = {
-        "tune": list(suite.tune(backbones, args.methods, settings)),
-        "main": list(suite.main(backbones, domains, args.methods, args.seeds, settings)),
-    }
+    backbones, domains = args.backbones or suite.backbones, args.domains or suite.domains
     first, count = map(int, args.shard.split("/"))
-    for stage in args.stages or (["main"] if args.untuned else STAGES):
-        jobs = every[stage][first::count]
-        if args.dry_run:
-            left = left_of(jobs, path)
-            print(f"{stage}: {len(left)} of {len(jobs)} runs left", *(f"    {job.title}" for job in left), sep="\n")
-        else:
-            failures += run_jobs(suite, jobs, path, untuned=args.untuned)
+    jobs = list(suite.jobs(backbones, domains, args.methods, args.seeds, settings))[first::count]
+    if args.dry_run:
+        left = left_of(jobs, path)
+        print(f"{len(left)} of {len(jobs)} runs left", *(f"    {job.title}" for job in left), sep="\n")
+        return 0
+    failures = run_jobs(suite, jobs, path)
     print(*(f"failed: {failure}" for failure in failures), sep="\n")
     return 1 if failures else 0
 

@@ -1,7 +1,7 @@
 """Where does knowing λ pay? Runs the regimes of docs/results/regimes_plan.md, and says what is left of them.
 
     python examples/benchmarks/benchmark_regimes.py --dry_run --output new.jsonl                    # what is left
-    python examples/benchmarks/benchmark_regimes.py --stages dev confirm --regimes eps_to_v --output new.jsonl
+    python examples/benchmarks/benchmark_regimes.py --regimes eps_to_v --output new.jsonl
     python examples/benchmarks/benchmark_regimes.py --report                     # what the records say, as Markdown
 
 Regimes, on the sdxl-tiny that comes with the project:
@@ -19,10 +19,10 @@ and on uniform-tiny and llada-tiny:
 A regime's name stands for the cell that decides it (attention, rank 4, 200 steps); with "_reach" behind it, such as
 eps_to_v_reach, for its other cells: other ranks, more steps, all layers.
 
-Stages: "dev" tries every method's rates on development seeds; "confirm" runs the ten confirmation seeds with the rates
-that development chose. All methods of a seed meet the same pictures or questions, noise levels and noise. Each run
-becomes one line of --output before the next begins: stop whenever you like, and give the same command again. A run
-takes half a minute of one core or more; set OMP_NUM_THREADS=1 where other programs run.
+Ten seeds run, with the rates that development seeds chose and the committed records name. All methods of a seed meet
+the same pictures or questions, noise levels and noise. Each run becomes one line of --output before the next begins:
+stop whenever you like, and give the same command again. A run takes half a minute of one core or more; set
+OMP_NUM_THREADS=1 where other programs run.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ from pathlib import Path
 
 from quality import results
 from quality.regimes.methods import ARMS
-from quality.regimes.plan import DEV, NAMES, STAGES, chosen
+from quality.regimes.plan import NAMES, chosen
 from quality.regimes.report import report
 from quality.regimes.running import make, runs_of
-from quality.running import Untuned
 
 RESULTS = Path(__file__).parent / "results" / "regimes.jsonl"
 
@@ -47,8 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[DEV], help="one after another (default: dev)")
-    parser.add_argument("--regimes", nargs="+", default=NAMES, help=f"default: all, {' '.join(NAMES)}")
+    parser.add_argument("--regimes", nargs="+", default=NAMES, help=f"of {' '.join(NAMES)}")
     parser.add_argument("--methods", nargs="+", choices=tuple(ARMS), help="default: all that the plan has of a regime")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the plan")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the results file (default: %(default)s)")
@@ -64,18 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         print(report(planned, results.read(args.output)))
         return 0
-    for stage in args.stages:
-        try:
-            runs = runs_of(stage, planned, results.read(args.output), args.methods, args.seeds)
-        except Untuned as error:
-            if not args.dry_run:
-                raise
-            print(f"{stage}: {error}")
-            continue
-        for (regime, targets, rank, steps), count in Counter(tuple(vars(run.cell).values()) for run in runs).items():
-            print(f"{stage}: {count} runs of {regime}, {targets}, rank {rank}, {steps} steps")
-        if not args.dry_run:
-            make(runs, stage, args.output)
+    runs = runs_of(planned, results.read(args.output), args.methods, args.seeds)
+    for (regime, targets, rank, steps), count in Counter(tuple(vars(run.cell).values()) for run in runs).items():
+        print(f"{count} runs of {regime}, {targets}, rank {rank}, {steps} steps")
+    if not args.dry_run:
+        make(runs, args.output)
     return 0
 
 

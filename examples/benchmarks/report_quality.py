@@ -14,11 +14,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quality.jobs import SEEDS
 from quality.report import blocks
 from quality.report.data import Grid, Record, distinct, read_records, select
 from quality.report.figures import controls_figure, loss_figure
 from quality.report.names import SUITES
+from quality.running import SEEDS
 
 from nara_diffusion.utils.atomic_write import atomic_write
 

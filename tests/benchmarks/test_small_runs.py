@@ -72,7 +72,7 @@ def test_benchmark_core_movement_follows_a_core(tmp_path):
 )
 def test_benchmark_quality_writes_each_run_once(modality, domain, settings, tmp_path):
     path = tmp_path / "records.jsonl"
-    asked = ["--modality", modality, "--domains", domain, "--methods", "lora", "nara", "--seeds", "0", "--untuned"]
+    asked = ["--modality", modality, "--domains", domain, "--methods", "lora", "nara", "--seeds", "0"]
     asked += ["--backbones", "llada-tiny"] if modality == "text" else []
     for _ in range(2):
         assert benchmark_quality.main([*asked, "--output", str(path), "--set", *settings]) == 0
@@ -98,7 +98,7 @@ def test_each_regime_trains_a_step_and_is_measured(regime):
 
 def test_benchmark_regimes_counts_what_is_left(tmp_path, capsys):
     assert benchmark_regimes.run(["--dry_run", "--regimes", "eps_to_v", "--output", str(tmp_path / "none.jsonl")]) == 0
-    assert "| dev | eps_to_v | attention | 4 | 200 |" in capsys.readouterr().out
+    assert "120 runs of eps_to_v, attention, rank 4, 200 steps" in capsys.readouterr().out
 
 
 def test_benchmark_check_judges_a_regime():

@@ -1,30 +1,114 @@
-"""Does jobs one after another and writes down what came out. A job that is in the results file isn't done again.
+"""What there is to run, methods × domains × seeds of a suite, and doing it: each job one training, each a few lines.
 
-A method runs with the learning rates of the trial with the lowest loss, on a seed and questions of its own.
+A method runs with the learning rates that the committed records have of it, in which every method had equally many
+trials on a seed and data of their own.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from quality import results
-from quality.jobs import Job, Settings, Suite
 
 logger = logging.getLogger(__name__)
-RATES = ("learning_rate", "core_learning_rate")
-Record = Mapping[str, Any]
+Settings = Mapping[str, Any]
+
+RESULTS = Path(__file__).parents[1] / "results"
+SEEDS = (0, 1, 2, 3, 4)
+METHODS = ("full", "lora", "dora", "nara", "nara_dora", "nara_knots", "nara_c", "multi_lora", "tlora")
+CONTROLS = ("constant", "shuffled")
+"""Those that need a training of their own."""
+RANK = 1
+"""r of every adapter: the smallest, where LoRA is furthest from full fine-tuning."""
 
 
-class Untuned(ValueError):
-    """A method has no complete set of trials."""
+def is_noise_aware(method: str) -> bool:
+    """Whether it is a NaRA that reads λ, which the controls are made for."""
+    return method.startswith("nara") and method != "nara_c"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Attributes: as the records have them; `settings`, beside the learning rates."""
+
+    suite: str
+    backbone: str
+    domain: str
+    method: str
+    control: str | None
+    seed: int
+    settings: Settings = field(default_factory=dict)
+    stage: str = "main"
+
+    @property
+    def key(self) -> str:
+        """The job as text; its records bear it, by which a later call knows that it's done."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def title(self) -> str:
+        """For a progress bar."""
+        control = f" {self.control}" if self.control else ""
+        return f"{self.backbone} {self.domain} {self.method}{control} {self.seed}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attributes:
+    name: "text" or "images".
+    backbones, domains: what the methods are compared on, in the order of running.
+    run: job, its settings → its records.
+    """
+
+    name: str
+    backbones: tuple[str, ...]
+    domains: tuple[str, ...]
+    run: Callable[[Job, Settings], list[dict[str, Any]]]
+
+    def jobs(
+        self,
+        backbones: Sequence[str],
+        domains: Sequence[str],
+        methods: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+    ) -> Iterator[Job]:
+        """Seed after seed, so that what a stop leaves behind is complete for the seeds that were reached."""
+        for seed, backbone, domain, method in product(seeds, backbones, domains, methods):
+            for control in (None, *(CONTROLS if is_noise_aware(method) else ())):
+                yield Job(self.name, backbone, domain, method, control, seed, settings)
+
+    def rates(self, backbone: str, method: str) -> Settings:
+        """The learning rates of the method's committed records.
+
+        Raises:
+            ValueError: it has none on that backbone.
+        """
+        from quality.report.data import read_records, select
+
+        records = read_records([RESULTS / f"{self.name}.jsonl"])
+        found = select(records, stage="main", backbone=backbone, method=method)
+        if not found:
+            raise ValueError(f"{method} has no committed records on {backbone}: give --set learning_rate=…")
+        names = ("learning_rate", "core_learning_rate")
+        return {name: found[0][name] for name in names if found[0].get(name) is not None}
+
+
+def load_suite(name: str) -> Suite:
+    """The suite "text" or "images"; its models' code is imported only here."""
+    if name == "text":
+        from quality.text.runs import SUITE
+    else:
+        from quality.images.runs import SUITE
+    return SUITE
 
 
 def left_of(jobs: Sequence[Job], path: Path) -> list[Job]:
@@ -33,61 +117,20 @@ def left_of(jobs: Sequence[Job], path: Path) -> list[Job]:
     return [job for job in jobs if job.key not in done]
 
 
-def run_jobs(suite: Suite, jobs: Sequence[Job], path: Path, *, untuned: bool = False) -> list[str]:
-    """Runs those of `jobs`, all of one stage, that `path` doesn't hold; returns what failed, a line each.
-
-    Args:
-        untuned: take each method's first trial, whatever the trials in `path` say.
-
-    Raises:
-        Untuned: a method isn't tuned.
-    """
-    records, failures = results.read(path), []
-    with tqdm([(job, _rates(suite, job, records, untuned)) for job in left_of(jobs, path)], unit="run") as bar:
-        for job, rates in bar:
+def run_jobs(suite: Suite, jobs: Sequence[Job], path: Path) -> list[str]:
+    """Runs those of `jobs` that `path` doesn't hold; returns what failed, a line each."""
+    failures = []
+    with tqdm(left_of(jobs, path), unit="run") as bar:
+        for job in bar:
             bar.set_description(job.title)
+            rates = {} if "learning_rate" in job.settings else suite.rates(job.backbone, job.method)
             try:
-                results.append(path, complete(job, suite.run(job, {**rates, **job.settings})))
+                records = suite.run(job, {**rates, **job.settings})
             except ArithmeticError as error:
-                if job.stage == "tune":
-                    results.append(path, complete(job, [_diverged(job)]))
-                else:
-                    failures.append(f"{job.title}: {error}")
-                    logger.warning(failures[-1])
+                failures.append(f"{job.title}: {error}")
+                logger.warning(failures[-1])
+                continue
+            common = {**results.provenance(), "date": results.now(), "job": job.key}
+            last = len(records) - 1
+            results.append(path, [{**each, **common, "last": index == last} for index, each in enumerate(records)])
     return failures
-
-
-def complete(job: Job, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """`records` with what is needed to repeat them, and to know that the job is done."""
-    trial = {name: job.settings[name] for name in RATES if name in job.settings}
-    common = {"trial": trial, **results.provenance(), "date": results.now(), "job": job.key}
-    last = len(records) - 1
-    return [{**record, **common, "last": index == last} for index, record in enumerate(records)]
-
-
-def _rates(suite: Suite, job: Job, records: Sequence[Record], untuned: bool) -> Settings:
-    """The learning rates that a job gets from tuning; a trial, or settings that name them, get none."""
-    if job.stage == "tune" or any(name in job.settings for name in RATES):
-        return {}
-    trials = suite.trials(job.method)
-    if untuned:
-        return trials[0]
-    made = [r for r in records if r["stage"] == "tune" and (r["suite"], r["method"]) == (job.suite, job.method)]
-    made = [r for r in made if r["backbone"] == job.backbone] or made
-    losses = [[_loss(r) for r in made if r["trial"] == trial] for trial in trials]
-    if not all(losses):
-        raise Untuned(f"{job.method} isn't tuned on {job.backbone}: run --stages tune first, or pass --untuned.")
-    means = [fmean(each) for each in losses]
-    if math.isinf(min(means)):
-        raise Untuned(f"every trial of {job.method} on {job.backbone} diverged: give it lower rates.")
-    return trials[means.index(min(means))]
-
-
-def _loss(record: Record) -> float:
-    return math.inf if record["validation_loss"] is None else record["validation_loss"]
-
-
-def _diverged(job: Job) -> dict[str, Any]:
-    """The record of a trial without an end."""
-    named = {key: value for key, value in dataclasses.asdict(job).items() if key != "settings"}
-    return {**named, "settings": dict(job.settings), "noise_levels": None, "losses": None, "validation_loss": None}

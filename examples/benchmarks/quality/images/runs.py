@@ -15,8 +15,7 @@ from quality.images.settings import arguments, settings
 from quality.images.subjects import BACKBONE
 from quality.images.task import ImageTask, load_task
 from quality.images.training import train
-
-TUNE = "tune"
+from quality.running import Job, Settings, Suite
 
 
 def image_records(
@@ -25,8 +24,6 @@ def image_records(
     seed: int,
     *,
     control: str | None = None,
-    stage: str = "main",
-    evaluated: tuple[str, ...] | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> list[dict[str, Any]]:
@@ -37,8 +34,6 @@ def image_records(
         method: a value of the train scripts' --adapter that a UNet can have, or "base", the backbone as it is.
         seed: of initialisation, order, timesteps, noise and samples.
         control: None, "constant" or "shuffled": the λ that training sees.
-        stage: "tune" measures the loss and draws no samples; "main", "single" or "ablation".
-        evaluated: controls of the trained adapter; None means all of them where they mean something.
         overrides: arguments of train_scripts/dreambooth_sdxl.py.
 
     Raises:
@@ -53,14 +48,13 @@ def image_records(
     unet = adapted(task.pipe, method, args)
     if method != BASE:
         train(task, unet, args, control, progress)
-    common = description(subject, method, seed, stage, args, overrides)
+    common = description(subject, method, seed, args, overrides)
     common["trainable_parameters"] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    if evaluated is None:
-        evaluated = EVALUATED_CONTROLS if method in NOISE_AWARE and control is None and stage != TUNE else ()
+    evaluated = EVALUATED_CONTROLS if method in NOISE_AWARE and control is None else ()
     records = []
     for name in (control, *evaluated):
         with while_evaluating(unet, name):
-            figures = _measure(task, unet, args, stage)
+            figures = _measure(task, unet, args)
         seconds = round(time.perf_counter() - started, 2)  # with the records before it
         records.append({**common, "control": name, **figures, "seconds": seconds})
     return records
@@ -76,14 +70,12 @@ def check(method: str, control: str | None) -> None:
         raise ValueError(f"method {method!r} knows no λ that control {control!r} could replace.")
 
 
-def description(
-    subject: str, method: str, seed: int, stage: str, args: Any, overrides: dict[str, Any]
-) -> dict[str, Any]:
+def description(subject: str, method: str, seed: int, args: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     """What a record says of a run before it began."""
     is_trained = method != BASE
     return {
         "suite": "images",
-        "stage": stage,
+        "stage": "main",
         "backbone": BACKBONE,
         "domain": subject,
         "method": method,
@@ -96,7 +88,7 @@ def description(
     }
 
 
-def _measure(task: ImageTask, unet: Any, args: Any, stage: str) -> dict[str, Any]:
+def _measure(task: ImageTask, unet: Any, args: Any) -> dict[str, Any]:
     losses = binned_losses(task, unet)
     figures: dict[str, Any] = {
         "noise_levels": bin_centres(),
@@ -105,7 +97,16 @@ def _measure(task: ImageTask, unet: Any, args: Any, stage: str) -> dict[str, Any
         "validation_loss": sum(losses.means) / len(losses.means),
         "validation_error": losses.gain_error,
     }
-    samples = None if stage == TUNE else judged_samples(task, unet, args)
+    samples = judged_samples(task, unet, args)
     names = ("similarity", "text_alignment", "place_similarity")
-    figures |= {name: samples and getattr(samples, name) for name in names}
-    return figures | {"n": samples and len(samples.images)}
+    figures |= {name: getattr(samples, name) for name in names}
+    return figures | {"n": len(samples.images)}
+
+
+def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
+    """The records of `job`, whose backbone is the only one that there is."""
+    options = {"control": job.control, "progress": False}
+    return image_records(job.domain, job.method, job.seed, **options, **settings)
+
+
+SUITE = Suite("images", (BACKBONE,), ("toy", "car", "cup"), run)

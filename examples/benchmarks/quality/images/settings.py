@@ -9,12 +9,12 @@ from nara_diffusion.training.adapters.method_arguments import without_unread
 from quality.assets import ASSETS
 from quality.images.methods import BASE
 from quality.images.subjects import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
-from quality.jobs import RANKS
+from quality.running import RANK
 
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": str(ASSETS / BACKBONE),
     "resolution": SIZE[0],
-    "rank": RANKS["images"],
+    "rank": RANK,
     "train_batch_size": 5,
     "max_train_steps": 120,
     "learning_rate": 2e-3,

@@ -1,87 +1,57 @@
-"""Which runs of the plan are left, with which rates, and making them: each is a line of the results file.
-
-An arm is confirmed with the rates of the trial whose mean score over the development seeds is the lowest.
-"""
+"""Which runs of the plan are left, and making them: each is a line of the results file."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from quality import results
-from quality.jobs import Settings
-from quality.regimes.plan import CONFIRM_SEEDS, DEV, RATES_OF, Planned
+from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned
 from quality.regimes.runs import REGIMES, Cell, Run, record_of
-from quality.running import Untuned
+from quality.running import RESULTS, Settings
 
 Record = Mapping[str, Any]
 
 
 def runs_of(
-    stage: str,
     planned: Sequence[Planned],
     records: Sequence[Record],
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> list[Run]:
-    """The runs of a stage that `records` lack; confirmation runs go seed after seed, so that a stop leaves whole seeds.
+    """The runs that `records` lack, seed after seed, so that a stop leaves whole seeds.
 
     Args:
         arms: of the cells; None for all.
-        seeds: None for the stage's.
+        seeds: None for the plan's.
 
     Raises:
-        Untuned: an arm whose development isn't complete.
         ValueError: a regime whose code has gone; the commit in its records has it.
     """
     for each in planned:
-        if each.cell.regime not in REGIMES:
-            raise ValueError(f"{each.cell.regime} isn't run any more: its records name the commit that has its code.")
-    pairs = [(p, arm) for p in planned for arm in p.arms if arms is None or arm in arms]
-    if stage == DEV:
-        trials = [(p, arm, trial) for p, arm in pairs if arm not in RATES_OF for trial in p.trials(arm)]
-        runs = [Run(p.cell, arm, seed, trial) for p, arm, trial in trials for seed in seeds or p.dev_seeds]
-    else:
-        rated = [(p.cell, arm, chosen_rates(records, p, arm)) for p, arm in pairs]
-        runs = [Run(cell, arm, seed, rates) for seed in seeds or CONFIRM_SEEDS for cell, arm, rates in rated]
+        if each.cell.regime not in REGIMES or each.label:
+            raise ValueError(f"{each.name} isn't run any more: its records name the commit that has its code.")
+    rated = [(p.cell, arm, rates_of(p.cell, arm)) for p in planned for arm in p.arms if arms is None or arm in arms]
+    runs = [Run(cell, arm, seed, rates) for seed in seeds or CONFIRM_SEEDS for cell, arm, rates in rated]
     done = {key_of(record) for record in records}
     return [run for run in runs if key_of(run.named) not in done]
 
 
-def make(runs: Sequence[Run], stage: str, path: Path) -> None:
+def make(runs: Sequence[Run], path: Path) -> None:
     """Makes `runs` one after another; each is on the disk before the next begins."""
-    with tqdm(runs, desc=stage, unit="run") as bar:
+    with tqdm(runs, unit="run") as bar:
         for run in bar:
             bar.set_description(f"{run.cell.regime} {run.cell.targets} r{run.cell.rank} {run.arm} {run.seed}")
-            results.append(path, [record_of(run, stage)])
+            results.append(path, [record_of(run, CONFIRM)])
 
 
-def chosen_rates(records: Iterable[Record], planned: Planned, arm: str) -> Settings:
-    """The rates that `arm` is confirmed with.
-
-    Raises:
-        Untuned: a trial hasn't run on a development seed of the cell, or all diverged.
-    """
-    arm = RATES_OF.get(arm, arm)
-    if not planned.trials(arm):
-        return {}
-    title = f"{arm} in {planned.name} of {planned.cell}"
-    found = {key_of(record): record for record in records if record["stage"] == DEV}
-    means = []
-    for trial in planned.trials(arm):
-        keys = [key_of(Run(planned.cell, arm, seed, trial).named) for seed in planned.dev_seeds]
-        if missing := [key for key in keys if key not in found]:
-            raise Untuned(f"{title} lacks {len(missing)} development runs: run --stages dev first.")
-        scores = [found[key]["score"] for key in keys]
-        means.append(math.inf if None in scores else fmean(scores))
-    if math.isinf(min(means)):
-        raise Untuned(f"every trial of {title} diverged: give it lower rates.")
-    return planned.trials(arm)[means.index(min(means))]
+def rates_of(cell: Cell, arm: str) -> Settings:
+    """The rates with which the arm was confirmed: those of the trial with the lowest mean score on other seeds."""
+    records = results.read(RESULTS / "regimes.jsonl")
+    return next(r["rates"] for r in records if r["stage"] == CONFIRM and cell_of(r) == cell and r["arm"] == arm)
 
 
 def cell_of(record: Record) -> Cell:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from benchmark_alternatives import report as alternatives_table
 
-from quality.jobs import SEEDS
 from quality.regimes.check.table import check_table
 from quality.regimes.plan import PLAN
 from quality.regimes.summary import summary
@@ -24,6 +23,7 @@ from quality.report.data import Grid, Record, distinct, read_records, select
 from quality.report.names import FURTHER, Measure, loss_of
 from quality.report.tables import bins_table, controls_table, domains_table, quality_table, summary_table
 from quality.results import read
+from quality.running import SEEDS
 
 _END = "<!-- end of table -->"
 _BLOCK = re.compile(

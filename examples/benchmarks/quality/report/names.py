@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nara_diffusion.training.adapters.methods import METHODS
-from quality.jobs import METHODS as MUST
 from quality.report.data import Arm, Record
+from quality.running import METHODS as MUST
 
 LORA, DORA, FULL = Arm("lora"), Arm("dora"), Arm("full")
 CONTROLS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quality.jobs import SEEDS, is_noise_aware
 from quality.report.data import Arm, Grid, Record, Value, distinct, select
 from quality.report.markdown import NOTHING, change, difference, percent, spread, table
 from quality.report.names import (
@@ -20,6 +19,7 @@ from quality.report.names import (
     ordered,
     title,
 )
+from quality.running import SEEDS, is_noise_aware
 
 
 def quality_table(grid: Grid, measure: Measure) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nara_diffusion.noise.ablations import Change, changed_noise, constant_noise, mean_core, reversed_noise
 from nara_diffusion.noise.needs import needs_mask_density
 from nara_diffusion.noise.signals import NoiseSignals
-from quality.jobs import is_noise_aware
+from quality.running import is_noise_aware
 from quality.text.validation import CENTRES
 
 TRAINED, EVALUATED = ("constant", "shuffled"), ("mean_core", "reversed")

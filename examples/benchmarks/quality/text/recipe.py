@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from quality.jobs import RANKS
+from quality.running import RANK
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Recipe:
     adapter: further arguments of the adapter, as `train_scripts/dllm.py` has them.
     """
 
-    rank: int = RANKS["text"]
+    rank: int = RANK
     steps: int = 500
     batch_size: int = 8
     learning_rate: float = 5e-3

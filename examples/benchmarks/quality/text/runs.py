@@ -16,17 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.models.backbone import Backbone
 from quality.assets import ASSETS
-from quality.jobs import is_noise_aware
+from quality.running import Job, Settings, Suite, is_noise_aware
 from quality.text.answers import answered_right
 from quality.text.controls import EVALUATED, check_control, while_evaluating, while_training
 from quality.text.data import EncodedDomain, encode_domain
-from quality.text.domains import DEFAULT_SIZES, Sizes, build_domain, sizes_of
+from quality.text.domains import DEFAULT_SIZES, DOMAINS, Sizes, build_domain, sizes_of
 from quality.text.methods import BASE, adapted, adapter_arguments
 from quality.text.recipe import Recipe
 from quality.text.training import train
 from quality.text.validation import CENTRES, ValidationSet, binned_loss, validation_set
-
-TUNE = "tune"
 
 
 def text_records(
@@ -35,9 +33,7 @@ def text_records(
     method: str,
     seed: int,
     *,
-    stage: str = "main",
     control: str | None = None,
-    evaluated: tuple[str, ...] | None = None,
     sizes: Sizes | Mapping[str, int] = DEFAULT_SIZES,
     **settings: Any,
 ) -> list[dict[str, Any]]:
@@ -48,9 +44,7 @@ def text_records(
         domain: of `DOMAINS`, or one family of questions alone.
         method: a value of the train scripts' --adapter, or "base", the backbone as it is.
         seed: of initialisation, data order, λ and masks.
-        stage: "tune" measures the loss on questions that the other stages don't see, and no exact match.
         control: None, "constant" or "shuffled": the λ that training sees.
-        evaluated: controls of the trained adapter; None means all of them where they mean something.
         sizes: questions of the domain's parts.
         **settings: fields of `Recipe`, or arguments of the adapter as train_scripts/dllm.py has them.
 
@@ -70,15 +64,14 @@ def text_records(
     if method != BASE:
         with while_training(model, control, seed):
             losses = train(model, task.data.train, recipe, seed)
-    common = description(backbone, domain, method, seed, stage, recipe)
+    common = description(backbone, domain, method, seed, recipe)
     last = losses[-max(1, recipe.steps // 10) :]
     common["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     common["train_loss"] = round(sum(last) / len(last), 6) if last else None
-    if evaluated is None:
-        evaluated = EVALUATED if is_noise_aware(method) and control is None and stage != TUNE else ()
+    evaluated = EVALUATED if is_noise_aware(method) and control is None else ()
     records = []
     for name in (control, *evaluated):
-        figures = _measure(model, task, name, stage)
+        figures = _measure(model, task, name)
         seconds = round(time.perf_counter() - started, 2)  # with the records before it
         records.append({**common, "control": name, **figures, "seconds": seconds})
     return records
@@ -91,7 +84,6 @@ class Task:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: EncodedDomain
-    tuning: ValidationSet
     validation: ValidationSet
 
 
@@ -101,7 +93,7 @@ def load_task(backbone: str, domain: str, sizes: Sizes = DEFAULT_SIZES) -> Task:
     model, tokenizer = _backbone(backbone)
     data = encode_domain(build_domain(domain, sizes), tokenizer)
     mask = Backbone(model).mask_token_id()
-    return Task(model, tokenizer, data, validation_set(data.tuning, mask), validation_set(data.validation, mask))
+    return Task(model, tokenizer, data, validation_set(data.validation, mask))
 
 
 @cache
@@ -110,12 +102,12 @@ def _backbone(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_backbone(str(folder if folder.exists() else name))
 
 
-def description(backbone: str, domain: str, method: str, seed: int, stage: str, recipe: Recipe) -> dict[str, Any]:
+def description(backbone: str, domain: str, method: str, seed: int, recipe: Recipe) -> dict[str, Any]:
     """What a record says of a run before it began."""
     is_trained = method != BASE
     return {
         "suite": "text",
-        "stage": stage,
+        "stage": "main",
         "backbone": backbone,
         "domain": domain,
         "method": method,
@@ -128,12 +120,11 @@ def description(backbone: str, domain: str, method: str, seed: int, stage: str, 
     }
 
 
-def _measure(model: nn.Module, task: Task, control: str | None, stage: str) -> dict[str, Any]:
+def _measure(model: nn.Module, task: Task, control: str | None) -> dict[str, Any]:
     """Loss in each bin, and the share of right answers, of a model under an evaluation's control."""
-    rows = task.tuning if stage == TUNE else task.validation
     with while_evaluating(model, control):
-        loss = binned_loss(model, rows)
-        right = None if stage == TUNE else answered_right(model, task.tokenizer, task.data.test)
+        loss = binned_loss(model, task.validation)
+        right = answered_right(model, task.tokenizer, task.data.test)
     return {
         "noise_levels": CENTRES,
         "losses": [round(value, 6) for value in loss.losses],
@@ -141,6 +132,14 @@ def _measure(model: nn.Module, task: Task, control: str | None, stage: str) -> d
         "validation_loss": round(loss.mean, 6),
         "validation_error": round(loss.mean_error, 6),
         "exact_match": right,
-        "n": len(task.data.tuning if stage == TUNE else task.data.validation),
-        "n_exact_match": 0 if stage == TUNE else len(task.data.test),
+        "n": len(task.data.validation),
+        "n_exact_match": len(task.data.test),
     }
+
+
+def run(job: Job, settings: Settings) -> list[dict[str, Any]]:
+    """The records of `job`."""
+    return text_records(job.backbone, job.domain, job.method, job.seed, control=job.control, **settings)
+
+
+SUITE = Suite("text", ("llada-tiny", "dream-tiny"), tuple(DOMAINS), run)
