@@ -138,17 +138,17 @@ class PromptCache:
         self.pipe, self.family = pipe, family or family_of(pipe)
         parts = [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder")]
         encoders = [part for part in parts if part is not None]
-        label = "" if folder is None else f"{fingerprint(*encoders)} {self.family.conditions}"
+        label = "" if folder is None else f"{fingerprint(*encoders)} {self.family.max_sequence_length}"
         self.cache = TensorCache(memory_mib, folder, label)
 
     def get(self, prompts: Sequence[str]) -> Embeddings:
         """What the family makes of b prompts, each part (b, …), on the CPU, in the encoders' dtype."""
         entries = [self.cache.get(prompt, partial(self._encode, prompt)) for prompt in prompts]
-        return tuple(stack_padded([entry[part] for entry in entries]) for part in self.family.parts)
+        return tuple(stack_padded([entry[part] for entry in entries]) for part in sorted(entries[0]))
 
     def _encode(self, prompt: str) -> Entry:
         embeddings = self.family.encode(self.pipe, [prompt])
-        return {name: part[0] for name, part in zip(self.family.parts, embeddings, strict=True)}
+        return {str(number): part[0] for number, part in enumerate(embeddings)}
 
 
 def fingerprint(*modules: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
     named = {"name": args.pretrained_model_name_or_path, "revision": args.revision, "cache_dir": args.cache_dir}
     family = family_of_model(**named) if pipe is None else family_of(pipe)
     check_family(args, family)
-    return family.with_conditions(max_sequence_length=args.max_sequence_length, guidance=args.training_guidance_scale)
+    given = {"max_sequence_length": args.max_sequence_length, "guidance": args.training_guidance_scale}
+    return replace(family, **{name: value for name, value in given.items() if value is not None})
 
 
 def run_objective(args: DreamBoothArguments, scheduler: Any) -> Objective:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -26,12 +26,13 @@ from tests.helpers.rounding import rounding_of
 pytestmark = pytest.mark.filterwarnings("ignore:.*(guidance|max_sequence_length|cfg).*")
 
 PROMPTS = ["a toy", "a red toy on grass"]
-LENGTHS = {"sd3": 5, "flux": 12, "flux2": 64, "z_image": 96, "qwen_image": 300, "wan": 20, "flux2 dev": 700}
+LENGTHS = {"stable-diffusion-3": 5, "flux": 12, "flux-2": 64, "flux2 dev": 700, "z-image": 96, "qwen-image": 300}
+LENGTHS["wan"] = 20
 UNGUIDED = {
     "flux": {"guidance_scale": 3.5},
     "flux2 dev": {"guidance_scale": 4.0},
-    "qwen_image": {"true_cfg_scale": 1.0},
-    "z_image": {"guidance_scale": 0.0},
+    "qwen-image": {"true_cfg_scale": 1.0},
+    "z-image": {"guidance_scale": 0.0},
 }
 PIPELINES = {
     **FAMILY_PIPELINES,
@@ -57,9 +58,9 @@ class Run:
         height, width = self.size
         if self.family.name == "flux":
             return self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)
-        if self.family.name == "qwen_image":
+        if self.family.name == "qwen-image":
             return self.pipe._unpack_latents(latents, height, width, self.pipe.vae_scale_factor)[:, :, 0]
-        if self.family.name == "flux2":
+        if self.family.name == "flux-2":
             h, w = (side // self.pipe.vae_scale_factor // 2 for side in self.size)
             ids = self.pipe._prepare_latent_ids(torch.zeros(len(latents), 1, h, w))
             return Flux2Pipeline._unpack_latents_with_ids(latents, ids)
@@ -68,9 +69,9 @@ class Run:
     def kept(self, grid: Tensor) -> Tensor:
         """The inverse of `grid`."""
         b, c, h, w = grid.shape
-        if self.family.name in ("flux", "qwen_image"):
+        if self.family.name in ("flux", "qwen-image"):
             return self.pipe._pack_latents(grid, b, c, h, w)
-        if self.family.name == "flux2":
+        if self.family.name == "flux-2":
             return self.pipe._pack_latents(grid)
         return grid[:, :, None] if self.family.name == "wan" else grid
 
@@ -99,7 +100,7 @@ def recorded(module: Any, calls: list[dict[str, Any]], outputs: list[Any] | None
 
 def configured(name: str, pipe: Any) -> Family:
     family = family_of(pipe)
-    return family.with_conditions(max_sequence_length=LENGTHS.get(name, LENGTHS.get(family.name)))
+    return replace(family, max_sequence_length=LENGTHS.get(name, LENGTHS.get(family.name)))
 
 
 def sampled(name: str, replace_last: Tensor | None = None) -> Run:

@@ -46,9 +46,9 @@ def _unread(args: Any, family: Family) -> list[tuple[str, Any, str]]:
     found: list[tuple[str, Any, str]] = []
     if not family.text_encoders:
         found.append(("train_text_encoder", False, "is trained with its text encoders as they are"))
-    if family.conditions.max_sequence_length is None:
+    if family.max_sequence_length is None:
         found.append(("max_sequence_length", None, "reads the tokens that its CLIP has places for"))
-    if family.conditions.guidance is None:
+    if family.guidance is None:
         found.append(("training_guidance_scale", None, "has no distilled guidance to be told"))
     if family.is_flow:
         flow = "is a rectified flow"

@@ -110,7 +110,7 @@ def write_run_report(
         figures=_figures(before, after),
         how_good=(f"![training images, and samples before and after]({GRID})", ending),
         loading=_loading(args, settings, load_from, pipe, converted),
-        tags=["text-to-image", *family_of(pipe).tags, "diffusers", "dreambooth"],
+        tags=["text-to-image", family_of(pipe).name, "diffusers", "dreambooth"],
         library="diffusers",
         instance_prompt=prompt,
         widget=[{"text": text, "output": {"url": f"samples-after/{name}"}} for text, name in shown],

@@ -11,29 +11,13 @@ negative. `table` lists the families.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Embeddings = tuple[Tensor, ...]
 TRANSFORMER_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Settings, by the arguments of the run or by the pipeline, of how prompts are encoded and the denoiser is called.
-
-    Attributes:
-        max_sequence_length: the tokens of a prompt; None where CLIP's own length is all that there is.
-        guidance: the guidance scale that a denoiser with distilled guidance is given; None for others.
-        timestep_of_tokens: whether the denoiser takes one timestep for each token.
-    """
-
-    max_sequence_length: int | None = None
-    guidance: float | None = None
-    timestep_of_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,26 +29,25 @@ class Call:
         timestep: (b,).
         embeddings: of the prompts, each (b, …); those that are floating point in the denoiser's dtype.
         time_ids: (b, 6), the (H, W, top, left, h, w) of each `Crop`, in pixels.
-        conditions: of the run.
+        family: with the settings of the run.
     """
 
     sample: Tensor
     timestep: Tensor
     embeddings: Embeddings
     time_ids: Tensor
-    conditions: Conditions
+    family: Family
 
 
 @dataclass(frozen=True)
 class Family:
-    """See the module's docstring.
+    """See the module's docstring. A run changes the settings by `dataclasses.replace`.
 
     Attributes:
-        name: for tables.
+        name: the Hub's tag of its models.
         title: for messages.
         pipelines: names of the pipelines' classes, as in `model_index.json`.
-        parts: names of the embeddings that `encoder` returns.
-        encoder: (pipe, prompts, conditions) → embeddings, by the pipeline's own `encode_prompt`.
+        encoder: (pipe, prompts, max_sequence_length) → embeddings, by the pipeline's own `encode_prompt`.
         caller: (denoiser, `Call`) → prediction.
         divisor: pipe → the number that the sides of images have to be multiples of.
         denoiser: the name of the component.
@@ -74,21 +57,19 @@ class Family:
         targets: the default of target_modules.
         defaults: further arguments whose default isn't that of the script.
         is_flow: whether the model is a rectified flow; its scheduler has to be one too.
-        conditions: the default `Conditions`.
         fit: (pipe, family) → the family with the settings of this pipeline; raises ValueError if it can't be trained.
         sampling: (arguments, number of images) → arguments of the pipeline's call.
         images_of: output of the pipeline's call → images (b, h, w, 3).
         picked: the code that takes the first image from that output, for model cards.
-        dtype_of: denoiser → the dtype of its inputs.
-        loading: further arguments of `from_pretrained`.
-        tags: of model cards.
+        max_sequence_length: a setting, the tokens of a prompt; None where CLIP's own length is all that there is.
+        guidance: a setting, what a denoiser with distilled guidance is given; None for others.
+        timestep_of_tokens: a setting, whether the denoiser takes one timestep for each token.
     """
 
     name: str
     title: str
     pipelines: tuple[str, ...]
-    parts: tuple[str, ...]
-    encoder: Callable[[Any, list[str], Conditions], Embeddings]
+    encoder: Callable[[Any, list[str], int | None], Embeddings]
     caller: Callable[[Any, Call], Tensor]
     divisor: Callable[[Any], int]
     denoiser: str = "transformer"
@@ -98,38 +79,34 @@ class Family:
     targets: tuple[str, ...] = TRANSFORMER_TARGETS
     defaults: Mapping[str, Any] = field(default_factory=dict)
     is_flow: bool = True
-    conditions: Conditions = Conditions()
     fit: Callable[[Any, Family], Family] = lambda pipe, family: family
     sampling: Callable[[dict[str, Any], int], dict[str, Any]] = lambda call, count: call
     images_of: Callable[[Any], Any] = lambda output: output.images
     picked: str = ".images[0]"
-    # `denoiser.dtype` walks over all modules
-    dtype_of: Callable[[Any], torch.dtype] = lambda denoiser: next(denoiser.parameters()).dtype
-    loading: Mapping[str, Any] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
-
-    def with_conditions(self, **changes: Any) -> Family:
-        """The family with these `Conditions` changed, but for those that are None."""
-        given = {name: value for name, value in changes.items() if value is not None}
-        return replace(self, conditions=replace(self.conditions, **given))
+    max_sequence_length: int | None = None
+    guidance: float | None = None
+    timestep_of_tokens: bool = False
 
     @property
     def sample_call(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call by which it encodes prompts under the same conditions."""
-        length = self.conditions.max_sequence_length
+        """The arguments of the pipeline's call by which it encodes prompts under the same settings."""
+        length = self.max_sequence_length
         return {} if length is None else {"max_sequence_length": length}
 
     def encode(self, pipe: Any, prompts: Sequence[str]) -> Embeddings:
         """The embeddings of b prompts, each (b, …), with gradients if the text encoders' weights require them."""
-        return self.encoder(pipe, list(prompts), self.conditions)
+        return tuple(self.encoder(pipe, list(prompts), self.max_sequence_length))
 
     def predict(
         self, denoiser: nn.Module, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: Embeddings
     ) -> Tensor:
         """The prediction (b, c, h, w), which the objective compares with its target; shapes as in `Call`."""
-        dtype = self.dtype_of(denoiser)
+        # as `denoiser.dtype`, which walks over all modules
+        kept: Any = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
+        names = denoiser.named_parameters()
+        dtype = next(p.dtype for name, p in names if not any(part in name for part in kept))
         cast = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in embeddings)
-        return self.caller(denoiser, Call(sample.to(dtype), timestep, cast, time_ids, self.conditions))
+        return self.caller(denoiser, Call(sample.to(dtype), timestep, cast, time_ids, self))
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:

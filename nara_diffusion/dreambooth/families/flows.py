@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .family import Call, Conditions, Embeddings, Family, stack_padded
+from .family import Call, Embeddings, Family, stack_padded
 
 N = 1000
 
@@ -40,13 +40,12 @@ def grid_ids(height: int, width: int, dimensions: int, device: torch.device) -> 
 
 def _guidance(call: Call) -> Tensor | None:
     """The guidance scale (b,) float32 for a denoiser with distilled guidance; None for one without."""
-    guidance = call.conditions.guidance
+    guidance = call.family.guidance
     return None if guidance is None else torch.full((len(call.sample),), guidance, device=call.sample.device)
 
 
 def _fit_guidance(pipe: Any, family: Family) -> Family:
-    guidance = family.conditions.guidance if pipe.transformer.config.guidance_embeds else None
-    return replace(family, conditions=replace(family.conditions, guidance=guidance))
+    return family if pipe.transformer.config.guidance_embeds else replace(family, guidance=None)
 
 
 def _patches_divisor(pipe: Any) -> int:
@@ -58,14 +57,6 @@ ATTENTION_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
-
-
-def _encode_sd3(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    """States of two CLIPs and T5, which may be missing, and CLIP's pooled states."""
-    states, _, pooled, _ = pipe.encode_prompt(
-        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=conditions.max_sequence_length
-    )
-    return states, pooled
 
 
 def _call_sd3(transformer: Any, call: Call) -> Tensor:
@@ -80,11 +71,13 @@ def _call_sd3(transformer: Any, call: Call) -> Tensor:
 
 
 SD3 = Family(
-    name="sd3",
+    name="stable-diffusion-3",
     title="Stable Diffusion 3 and 3.5",
     pipelines=("StableDiffusion3Pipeline",),
-    parts=("prompt_embeds", "pooled"),
-    encoder=_encode_sd3,
+    # states of two CLIPs and T5, which may be missing, and CLIP's pooled states
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )[::2],
     caller=_call_sd3,
     divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
     tokenizers=("tokenizer_3",),
@@ -92,14 +85,8 @@ SD3 = Family(
     defaults={
         "resolution": 1024, "guidance_scale": 7.0, "num_inference_steps": 28, "weighting_scheme": "logit_normal"
     },
-    conditions=Conditions(max_sequence_length=256),
-    tags=("stable-diffusion-3",),
+    max_sequence_length=256,
 )  # fmt: skip
-
-
-def _encode_flux(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    """States of T5, and the pooled state of CLIP."""
-    return pipe.encode_prompt(prompts, None, max_sequence_length=conditions.max_sequence_length)[:2]
 
 
 def _call_flux(transformer: Any, call: Call) -> Tensor:
@@ -123,22 +110,17 @@ FLUX = Family(
     name="flux",
     title="FLUX.1",
     pipelines=("FluxPipeline",),
-    parts=("prompt_embeds", "pooled"),
-    encoder=_encode_flux,
+    # states of T5, and the pooled state of CLIP
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, None, max_sequence_length=length)[:2],
     caller=_call_flux,
     divisor=_patches_divisor,
     tokenizers=("tokenizer_2",),
     targets=(*ATTENTION_TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     defaults={"resolution": 1024, "guidance_scale": 3.5, "num_inference_steps": 28},
-    conditions=Conditions(max_sequence_length=512, guidance=3.5),
     fit=_fit_guidance,
-    tags=("flux",),
+    max_sequence_length=512,
+    guidance=3.5,
 )
-
-
-def _encode_flux2(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    """States of a language model."""
-    return pipe.encode_prompt(prompts, max_sequence_length=conditions.max_sequence_length)[:1]
 
 
 def _call_flux2(transformer: Any, call: Call) -> Tensor:
@@ -160,25 +142,23 @@ def _call_flux2(transformer: Any, call: Call) -> Tensor:
 
 
 FLUX2 = Family(
-    name="flux2",
+    name="flux-2",
     title="FLUX.2",
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
-    parts=("prompt_embeds",),
-    encoder=_encode_flux2,
+    # states of a language model
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, max_sequence_length=length)[:1],
     caller=_call_flux2,
     divisor=_patches_divisor,
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 28},
-    conditions=Conditions(max_sequence_length=512, guidance=4.0),
     fit=_fit_guidance,
-    tags=("flux-2",),
+    max_sequence_length=512,
+    guidance=4.0,
 )
 
 
-def _encode_z_image(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+def _encode_z_image(pipe: Any, prompts: list[str], length: int | None) -> Embeddings:
     """States of Qwen3 (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
-    states, _ = pipe.encode_prompt(
-        prompts, do_classifier_free_guidance=False, max_sequence_length=conditions.max_sequence_length
-    )
+    states, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
     kept = [torch.ones(len(own), dtype=torch.int64, device=own.device) for own in states]
     return stack_padded(states), stack_padded(kept)
 
@@ -195,22 +175,20 @@ def _call_z_image(transformer: Any, call: Call) -> Tensor:
 
 
 Z_IMAGE = Family(
-    name="z_image",
+    name="z-image",
     title="Z-Image",
     pipelines=("ZImagePipeline",),
-    parts=("prompt_embeds", "prompt_mask"),
     encoder=_encode_z_image,
     caller=_call_z_image,
     divisor=_patches_divisor,
     defaults={"resolution": 1024, "guidance_scale": 5.0, "num_inference_steps": 30},
-    conditions=Conditions(max_sequence_length=512),
-    tags=("z-image",),
+    max_sequence_length=512,
 )
 
 
-def _encode_qwen_image(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
+def _encode_qwen_image(pipe: Any, prompts: list[str], length: int | None) -> Embeddings:
     """States of Qwen2.5-VL (b, l, d) and their mask (b, l), 1 for text and 0 for padding."""
-    states, mask = pipe.encode_prompt(prompts, max_sequence_length=conditions.max_sequence_length)
+    states, mask = pipe.encode_prompt(prompts, max_sequence_length=length)
     return states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device) if mask is None else mask
 
 
@@ -235,39 +213,23 @@ def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:
     return rest if scale <= 1 else rest | {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
 
 
-def _fit_qwen_image(pipe: Any, family: Family) -> Family:
-    if pipe.transformer.config.guidance_embeds:
-        raise ValueError("its transformer has distilled guidance (guidance_embeds), which Qwen-Image doesn't have.")
-    return family
-
-
 QWEN_IMAGE = Family(
-    name="qwen_image",
+    name="qwen-image",
     title="Qwen-Image",
     pipelines=("QwenImagePipeline",),
-    parts=("prompt_embeds", "prompt_mask"),
     encoder=_encode_qwen_image,
     caller=_call_qwen_image,
     divisor=_patches_divisor,
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 30},
-    conditions=Conditions(max_sequence_length=512),
-    fit=_fit_qwen_image,
     sampling=_sampling_qwen_image,
-    tags=("qwen-image",),
+    max_sequence_length=512,
 )
-
-
-def _encode_wan(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    """States of UMT5."""
-    return pipe.encode_prompt(
-        prompts, do_classifier_free_guidance=False, max_sequence_length=conditions.max_sequence_length
-    )[:1]
 
 
 def _call_wan(transformer: Any, call: Call) -> Tensor:
     """An image is a video of one frame; the timestep is one for each token in Wan 2.2's 5B."""
     timestep, (height, width) = call.timestep, call.sample.shape[2:]
-    if call.conditions.timestep_of_tokens:
+    if call.family.timestep_of_tokens:
         timestep = timestep[:, None].expand(-1, (height // 2) * (width // 2))
     return transformer(
         hidden_states=call.sample[:, :, None],  # (b, c, 1, h, w)
@@ -283,23 +245,23 @@ def _fit_wan(pipe: Any, family: Family) -> Family:
             "it has two transformers, one for high and one for low noise, like Wan 2.2's 14B: expected one, as in Wan "
             "2.1 and Wan 2.2's 5B."
         )
-    return family.with_conditions(timestep_of_tokens=bool(pipe.config.expand_timesteps))
+    return replace(family, timestep_of_tokens=bool(pipe.config.expand_timesteps))
 
 
 WAN = Family(
     name="wan",
     title="Wan (one frame)",
     pipelines=("WanPipeline",),
-    parts=("prompt_embeds",),
-    encoder=_encode_wan,
+    # states of UMT5
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=length
+    )[:1],
     caller=_call_wan,
     divisor=lambda pipe: pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1],
     defaults={"resolution": 512, "guidance_scale": 5.0, "num_inference_steps": 30},
-    conditions=Conditions(max_sequence_length=512),
     fit=_fit_wan,
     sampling=lambda call, count: call | {"num_frames": 1},
     images_of=lambda output: output.frames[:, 0],
-    dtype_of=lambda transformer: transformer.patch_embedding.weight.dtype,  # others stay float32
     picked=".frames[0, 0]",
-    tags=("wan",),
+    max_sequence_length=512,
 )

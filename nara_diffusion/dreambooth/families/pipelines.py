@@ -55,11 +55,13 @@ def load_pipeline(
     hub = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
     vae_source = {"subfolder": "vae", **hub} if vae_name is None else {"cache_dir": cache_dir}
     # Diffusers fails for missing components unless they are passed as None
-    absent = {part: None for part, classes in index.items() if classes == [None, None]}
+    absent: dict[str, Any] = {part: None for part, classes in index.items() if classes == [None, None]}
+    if "safety_checker" in index:  # it replaces images that it takes for unsafe by black ones
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(vae_name or name, dtype=vae_dtype, **vae_source)
         kind = getattr(diffusers, index["_class_name"])
-        pipe: Any = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent, **family.loading)
+        pipe: Any = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent)
         check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         what = f"pretrained_model_name_or_path {name}" + (f" with the autoencoder {vae_name}" if vae_name else "")

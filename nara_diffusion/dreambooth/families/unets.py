@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .family import Call, Conditions, Embeddings, Family
+from .family import Call, Family
 
 
 def _divisor(pipe: Any) -> int:
@@ -14,39 +14,23 @@ def _divisor(pipe: Any) -> int:
     return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
 
 
-def _encode_sd(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    """States (b, 77, d)."""
-    return (pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0],)
-
-
 def _call_sd(unet: Any, call: Call) -> Tensor:
     return unet(call.sample, call.timestep, encoder_hidden_states=call.embeddings[0], return_dict=False)[0]
 
 
 SD = Family(
-    name="sd",
+    name="stable-diffusion",
     title="Stable Diffusion 1 and 2",
     pipelines=("StableDiffusionPipeline",),
-    parts=("prompt_embeds",),
-    encoder=_encode_sd,
+    # states (b, 77, d)
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[:1],
     caller=_call_sd,
     divisor=_divisor,
     denoiser="unet",
     text_encoders=("text_encoder",),
     defaults={"resolution": 512, "guidance_scale": 7.5},
     is_flow=False,
-    # the safety checker replaces images that it takes for unsafe by black ones
-    loading={"safety_checker": None, "requires_safety_checker": False},
-    tags=("stable-diffusion",),
 )
-
-
-def _encode_sdxl(pipe: Any, prompts: list[str], conditions: Conditions) -> Embeddings:
-    """States of two CLIPs (b, 77, d_1 + d_2), and the pooled state of the second (b, p)."""
-    states, _, pooled, _ = pipe.encode_prompt(
-        prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False
-    )
-    return states, pooled
 
 
 def _call_sdxl(unet: Any, call: Call) -> Tensor:
@@ -69,11 +53,13 @@ def _fit_sdxl(pipe: Any, family: Family) -> Family:
 
 
 SDXL = Family(
-    name="sdxl",
+    name="stable-diffusion-xl",
     title="Stable Diffusion XL",
     pipelines=("StableDiffusionXLPipeline",),
-    parts=("prompt_embeds", "pooled"),
-    encoder=_encode_sdxl,
+    # states of two CLIPs (b, 77, d_1 + d_2), and the pooled state of the second (b, p)
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False
+    )[::2],
     caller=_call_sdxl,
     divisor=_divisor,
     denoiser="unet",
@@ -82,5 +68,4 @@ SDXL = Family(
     cut_short=("text_encoder",),
     is_flow=False,
     fit=_fit_sdxl,
-    tags=("stable-diffusion-xl",),
 )
