@@ -17,21 +17,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.export.lora.scheduler import SCHEDULER
-from nara_diffusion.loaders.file import load_peft_adapter
+from nara_diffusion.loaders.file import load_peft_adapter, load_whole_model
 from nara_diffusion.loaders.schedulers import build_scheduler
-from nara_diffusion.loaders.strict import check_loaded
+from nara_diffusion.loaders.strict import check_loaded, check_tensors
 
 from .denoiser import ADAPTER, AdaptedDenoiser
 from .families.table import family_of
@@ -81,17 +81,16 @@ def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]
 
 
 def read_checkpoint(model: AdaptedDenoiser, folder: Path) -> None:
-    """Put what a checkpoint holds into `model`, before accelerate wraps it; raises ValueError for other tensors."""
-    with torch.no_grad():
-        _copy(load_file(folder / TRAINABLE), _training_state(model), folder / TRAINABLE)
+    """Put what a checkpoint holds into `model`, before accelerate wraps it; raises ValueError as `check_tensors`."""
+    _copy(load_file(folder / TRAINABLE), _training_state(model))
 
 
 def read_average(model: AdaptedDenoiser, folder: Path) -> None:
-    """Put a checkpoint's average into that of `model`, after `start_average`; raises ValueError for other tensors."""
+    """Put a checkpoint's average into that of `model`, after `start_average`; raises ValueError as `check_tensors`."""
     average: Any = model.average
     tensors = load_file(folder / AVERAGE)
     average.optimization_step = int(tensors.pop(_STEPS))
-    _copy(tensors, dict(zip(model.trained, average.shadow_params, strict=True)), folder / AVERAGE)
+    _copy(tensors, dict(zip(model.trained, average.shadow_params, strict=True)))
 
 
 def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
@@ -105,12 +104,9 @@ def _training_state(model: AdaptedDenoiser) -> dict[str, Tensor]:
     return state
 
 
-def _copy(given: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
-    if {name: tensor.shape for name, tensor in given.items()} != {name: tensor.shape for name, tensor in own.items()}:
-        raise ValueError(
-            f"{path} holds {len(given)} tensors, which aren't the {len(own)} trained ones of this run: was it written "
-            "with another adapter, rank or target_modules?"
-        )
+@torch.no_grad()
+def _copy(given: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    check_tensors(given, own)
     for name, tensor in own.items():
         tensor.copy_(given[name])
 
@@ -121,35 +117,35 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
-    """Inside, `pipe` has what lies in `folder`, loaded as a user loads it; None leaves it the base model."""
+    """Inside, `pipe` has what lies in `folder`, loaded as a user loads it; None leaves it the base model.
+
+    Raises:
+        ValueError: something in the folder isn't loaded whole.
+    """
     if folder is None:
         yield
         return
-    before = pipe.scheduler
-    if (folder / SCHEDULER).is_dir():
-        fields = (folder / SCHEDULER / "scheduler_config.json").read_text(encoding="utf-8")
-        pipe.scheduler = build_scheduler(json.loads(fields))
-    try:
-        with _weights_loaded(pipe, folder):
-            yield
-    finally:
-        pipe.scheduler = before
-
-
-@contextmanager
-def _weights_loaded(pipe: Any, folder: Path) -> Iterator[None]:
-    if (folder / LORA_WEIGHTS).is_file():
-        _load_lora(pipe, folder)
-        unload = pipe.unload_lora_weights
-    elif (folder / family_of(pipe).denoiser).is_dir():
-        unload = _load_components(pipe, folder)
-    else:
-        pipe.load_nara_weights(folder)
-        unload = pipe.unload_nara_weights
-    try:
+    family = family_of(pipe)
+    with ExitStack() as stack:
+        for name in ("scheduler", family.denoiser, *family.text_encoders):
+            stack.callback(setattr, pipe, name, getattr(pipe, name))
+        if (folder / SCHEDULER).is_dir():
+            fields = (folder / SCHEDULER / "scheduler_config.json").read_text(encoding="utf-8")
+            pipe.scheduler = build_scheduler(json.loads(fields))
+        if (folder / LORA_WEIGHTS).is_file():
+            stack.callback(pipe.unload_lora_weights)
+            _load_lora(pipe, folder)
+        elif not (folder / family.denoiser).is_dir():
+            pipe.load_nara_weights(folder)
+            stack.callback(pipe.unload_nara_weights)
+        for name in (family.denoiser, *family.text_encoders):
+            component = getattr(pipe, name)
+            if (folder / name / "adapter_config.json").is_file():
+                stack.callback(load_peft_adapter(component, folder / name).unload)
+            elif (folder / name).is_dir():
+                whole = load_whole_model(type(component), folder / name, dtype=component.dtype)
+                setattr(pipe, name, whole.to(component.device))
         yield
-    finally:
-        unload()
 
 
 def _load_lora(pipe: Any, folder: Path) -> None:
@@ -165,24 +161,3 @@ def _load_lora(pipe: Any, folder: Path) -> None:
         parts.setdefault(component, {})[rest] = tensor
     for component, tensors in parts.items():
         check_loaded(getattr(pipe, component), ADAPTER, tensors, str(folder / LORA_WEIGHTS))
-
-
-def _load_components(pipe: Any, folder: Path) -> Any:
-    """Exchange components that were trained whole, put PEFT's adapters into the others; returns the undoing."""
-    family = family_of(pipe)
-    before = {name: getattr(pipe, name) for name in (family.denoiser, *family.text_encoders)}
-    adapted: list[PeftModel] = []
-    for name, component in before.items():
-        if (folder / name / "adapter_config.json").is_file():
-            adapted.append(load_peft_adapter(component, folder / name))
-        elif (folder / name).is_dir():
-            whole: Any = type(component).from_pretrained(folder / name, dtype=component.dtype)  # type: ignore[attr-defined]
-            setattr(pipe, name, whole.to(component.device))
-
-    def undo() -> None:
-        for model in adapted:
-            model.unload()
-        for name, component in before.items():
-            setattr(pipe, name, component)
-
-    return undo

@@ -8,7 +8,6 @@ adapters have C = I.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -202,9 +201,8 @@ def text_config(config: PeftConfig | None) -> PeftConfig | None:
 
 def _freeze_last_layer(encoder: nn.Module) -> None:
     """SDXL reads the first text encoder's states before its last layer, so what follows would never get a gradient."""
-    numbers = {name: re.search(r"layers\.(\d+)\.", name) for name, _ in encoder.named_parameters()}
-    last = max(int(match[1]) for match in numbers.values() if match)
-    for name, parameter in encoder.named_parameters():
-        match = numbers[name]
-        if (match and int(match[1]) == last) or "final_layer_norm" in name:
-            parameter.requires_grad_(False)
+    for name, module in encoder.named_modules():
+        if name.endswith("encoder.layers"):
+            module[-1].requires_grad_(False)  # type: ignore[index]
+        elif name.endswith("final_layer_norm"):
+            module.requires_grad_(False)
