@@ -52,7 +52,6 @@ class Family:
         divisor: pipe → the number that the sides of images have to be multiples of.
         denoiser: the name of the component.
         text_encoders: the components that can be trained too.
-        tokenizers: those that count the tokens of a prompt.
         cut_short: those of `text_encoders` whose last layer isn't used.
         targets: the default of target_modules.
         defaults: further arguments whose default isn't that of the script.
@@ -74,7 +73,6 @@ class Family:
     divisor: Callable[[Any], int]
     denoiser: str = "transformer"
     text_encoders: tuple[str, ...] = ()
-    tokenizers: tuple[str, ...] = ("tokenizer",)
     cut_short: tuple[str, ...] = ()
     targets: tuple[str, ...] = TRANSFORMER_TARGETS
     defaults: Mapping[str, Any] = field(default_factory=dict)

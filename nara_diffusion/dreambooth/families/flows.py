@@ -80,7 +80,6 @@ SD3 = Family(
     )[::2],
     caller=_call_sd3,
     divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
-    tokenizers=("tokenizer_3",),
     targets=ATTENTION_TARGETS,
     defaults={
         "resolution": 1024, "guidance_scale": 7.0, "num_inference_steps": 28, "weighting_scheme": "logit_normal"
@@ -114,7 +113,6 @@ FLUX = Family(
     encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, None, max_sequence_length=length)[:2],
     caller=_call_flux,
     divisor=_patches_divisor,
-    tokenizers=("tokenizer_2",),
     targets=(*ATTENTION_TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     defaults={"resolution": 1024, "guidance_scale": 3.5, "num_inference_steps": 28},
     fit=_fit_guidance,

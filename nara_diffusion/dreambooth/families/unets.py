@@ -64,7 +64,6 @@ SDXL = Family(
     divisor=_divisor,
     denoiser="unet",
     text_encoders=("text_encoder", "text_encoder_2"),
-    tokenizers=("tokenizer", "tokenizer_2"),
     cut_short=("text_encoder",),
     is_flow=False,
     fit=_fit_sdxl,
