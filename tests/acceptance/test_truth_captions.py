@@ -34,7 +34,7 @@ def write_lines(args: DreamBoothArguments, *lines: str) -> Path:
 
 @pytest.mark.parametrize(
     "value",
-    ['["a", "b"]', "7", "0", "2.5", "NaN", "false", "{}", "[]"],
+    ['["a", "b"]', "0", "NaN", "false"],
 )
 def test_caption_that_is_no_text_is_refused_by_file_and_line(arguments, value: str) -> None:
     path = write_lines(arguments, FIRST, "", f'{{"file_name": "1.png", "text": {value}}}')

@@ -32,23 +32,23 @@ def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]
 
     Raises:
         ValueError: a metadata.jsonl that is broken, has other values than texts, or two lines for one image (with the
-            file and the line); `column` without a metadata.jsonl.
+            file and the line); a file that isn't UTF-8; `column` without a metadata.jsonl.
     """
     metadata = images[0].parent / METADATA_FILE
     if metadata.exists():
         found = read_metadata(metadata, column or "text")
-        return [found.get(image.name, "").strip() for image in images]
+        return [found.get(image.name, "") for image in images]
     if column is not None:
         raise ValueError(f"caption_column {column!r} is a key of {METADATA_FILE}, which {metadata.parent} lacks.")
     files = [image.with_suffix(".txt") for image in images]
-    return [" ".join(file.read_text(encoding="utf-8-sig").split()) if file.is_file() else "" for file in files]
+    return [" ".join(_read(file).split()) if file.is_file() else "" for file in files]
 
 
 def read_metadata(path: Path, column: str) -> dict[str, str]:
     """{file_name: caption} of a metadata.jsonl; null is an empty caption. Raises ValueError as `own_captions`."""
     captions: dict[str, str] = {}
     lines: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -88,3 +88,10 @@ def fill_captions(captions: Sequence[str | None], names: Sequence[str], prompt: 
     if 0 < len(missing) < len(names):
         logger.warning("%s: they get %r", which, prompt)
     return [caption or check_prompt(str(prompt), "instance_prompt") for caption in captions]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None

@@ -91,12 +91,12 @@ def image_files(folder: str | Path) -> list[Path]:
     images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
     captions = {folder / METADATA_FILE, *(image.with_suffix(".txt") for image in images)}
     others = [entry.name for entry in entries if entry not in images and entry not in captions]
-    repeats = [name for name in others if re.match(r"\d+_", name)]
-    if repeats:
-        raise ValueError(
-            f"{folder} holds {repeats[0]!r}: repeats and a prompt in a folder's name aren't read. Put the images "
-            "directly into one folder, and give --instance_prompt."
-        )
+    for name in others:
+        if re.match(r"\d+_", name) and (folder / name).is_dir():
+            raise ValueError(
+                f"{folder} holds {name!r}: repeats and a prompt in a folder's name aren't read. Put the images "
+                "directly into one folder, and give --instance_prompt."
+            )
     if not images:
         found = f", only {', '.join(others[:4])}" if others else ""
         raise ValueError(f"the image folder {folder} holds no images{found}: put .png or .jpg files into it.")
@@ -154,9 +154,7 @@ def records_from_dataset(
             raise ValueError(f"dataset_name {name} has no {flag} {column!r}, only {', '.join(rows.column_names)}.")
     encoded = rows.cast_column(image_column, ImageColumn(decode=False))
     names = [f"image {number} of {name}" for number in range(1, len(rows) + 1)]
-    captions = (
-        [None] * len(rows) if caption_column is None else [text and text.strip() for text in rows[caption_column]]
-    )
+    captions = [None] * len(rows) if caption_column is None else list(rows[caption_column])
     sources = [(label, partial(_read_row, encoded, image_column, number)) for number, label in enumerate(names)]
     return make_records(sources, fill_captions(captions, names, prompt), progress=progress)
 

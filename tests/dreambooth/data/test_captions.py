@@ -42,6 +42,12 @@ def test_text_files_beside_the_images(images, caplog) -> None:
         captions_of(images, None)
 
 
+def test_a_caption_in_another_encoding_is_named(images) -> None:
+    images[1].with_suffix(".txt").write_bytes("über".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"b\.txt isn't UTF-8 text"):
+        own_captions(images)
+
+
 def test_metadata_wins_over_text_files(images) -> None:
     images[0].with_suffix(".txt").write_text("from a file")
     rows = [{"file_name": image.name, "text": image.name, "said": f" {image.stem} "} for image in images]
