@@ -14,18 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.cli.adapter_file import cores_of, modules_of, read, strength_of
-from nara_diffusion.cli.skeleton import ADAPTER, skeleton
-from nara_diffusion.export import PlainLora, to_lora
-from nara_diffusion.export.adapted_layers import read_adapter
-from nara_diffusion.export.fold import assembled
-from nara_diffusion.export.hosts.factors import Factors, factors_of
-from nara_diffusion.export.hosts.files import DENOISERS, denoiser_names
-from nara_diffusion.export.hosts.unet import UNetLayout
-from nara_diffusion.export.lora.scheduler import flow_shift
+from nara_diffusion.export.adapter_factors import adapter_of_part
+from nara_diffusion.export.host_files import DENOISERS, factors_of
+from nara_diffusion.export.original_names import Factors, original_names
+from nara_diffusion.export.plain_lora import flow_shift
+from nara_diffusion.export.to_lora import lora_of
+from nara_diffusion.loaders.file import AdapterFile
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.noise.signals import NoiseSignals
-from nara_diffusion.tuner.holder.core_set import core_group
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
 """{base: definitions of λ that it can have}; "flow" for all others."""
@@ -36,8 +32,8 @@ class LiveAdapter:
 
     Args:
         path: what `save_nara_weights` wrote.
-        base: of `nara_diffusion.export.hosts.BASES`.
-        layout: of a UNet that has another depth than `base`'s.
+        base: of `nara_diffusion.export.host_files.BASES`.
+        layers_per_block: of a UNet that has another depth than `base`'s.
 
     Attributes:
         convention: how λ is defined, None where the adapter doesn't need it.
@@ -49,31 +45,32 @@ class LiveAdapter:
             encoder's, DoRA, a core that reads the mask density.
     """
 
-    def __init__(self, path: str, base: str, layout: UNetLayout | None = None) -> None:
-        parts = dict(read(path).parts)
+    def __init__(self, path: str, base: str, layers_per_block: int = 2) -> None:
+        parts = dict(AdapterFile.read(path).parts)
         component = next((name for name in DENOISERS if name in parts), None)
         if component is None:
             raise ValueError(
                 f"'{path}' has parts for {', '.join(parts)}, and none for a denoiser: it can't be used here."
             )
-        self.part = parts.pop(component)
-        if self.part.config.use_dora:
+        self.config = parts[component].config
+        if self.config.use_dora:
             raise ValueError(f"'{path}' is a NaRA-DoRA, which ComfyUI can't apply: sample it in Diffusers.")
-        self.scheduler = self.part.config.scheduler
-        self.cores = cores_of(self.part)
-        if self.cores.needs_density:
-            raise ValueError(f"'{path}' reads a mask density, which images don't have.")
+        self.adapter = adapter_of_part(parts.pop(component))
+        self.scheduler = self.config.scheduler
         self.convention = self._convention(base, path)
-        self.factors = denoiser_names(_factors(skeleton(self.part, component)), "comfyui", base, layout)
-        unknown = [name for name in parts if not name.startswith(TEXT_ENCODER)]
-        if unknown:
+        factors = {name: factors_of(name, layer) for name, layer in self.adapter.layers.items()}
+        self.factors = original_names(factors, base, layers_per_block)
+        if unknown := [name for name in parts if not name.startswith(TEXT_ENCODER)]:
             raise ValueError(f"'{path}' has a part for {', '.join(unknown)}, which this node can't apply.")
-        self.encoders = {name: to_lora(skeleton(part, name)) for name, part in parts.items()}
+        self.encoders = {name: lora_of(adapter_of_part(part), None) for name, part in parts.items()}
 
     def _convention(self, base: str, path: str) -> str | None:
-        config = self.part.config
-        if not self.cores.needs_noise and config.strength is None:
-            return None
+        config = self.config
+        try:
+            if self.adapter.signals_of(0.5, None) is None:
+                return None
+        except ValueError:
+            raise ValueError(f"'{path}' reads a mask density, which images don't have.") from None
         is_flow = self.scheduler is not None and flow_shift(self.scheduler) is not None
         allowed = ("flow",) if is_flow else CONVENTIONS.get(base, ("flow",))
         if config.noise_convention not in allowed:
@@ -110,15 +107,13 @@ class LiveAdapter:
 
     def matrices(self, level: Tensor) -> dict[str, Tensor]:
         """{module: M(λ) (b, r, r)} of λ (b,)."""
-        config, signals = self.part.config, NoiseSignals(level.float().cpu())
-        strength = strength_of(config, signals.noise_level)[:, None, None]
+        signals, adapter = NoiseSignals(level.float().cpu()), self.adapter
         with torch.no_grad():
-            cores = {group: self.cores.matrix(group, signals) for group in self.cores.groups}
-        ranks = modules_of(self.part)
+            cores = {key: adapter.make(key, signals) for key in set(adapter.keys.values()) if key is not None}
 
         def of_module(name: str) -> Tensor:
-            rank = ranks[name]
-            return (strength * cores[core_group(config, name, rank)])[:, :rank, :rank]
+            key, rank = adapter.keys[name], adapter.layers[name].rank
+            return torch.eye(rank)[None] if key is None else cores[key][:, :rank, :rank]
 
         return {name: _block_diagonal([of_module(each) for each in own.modules]) for name, own in self.factors.items()}
 
@@ -137,16 +132,6 @@ class LiveAdapter:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _factors(model: nn.Module) -> dict[str, Factors]:
-    return {name: factors_of(name, layer) for name, layer in _plain(model).layers.items()}
-
-
-def _plain(model: nn.Module) -> PlainLora:
-    """A and B with C = I."""
-    with read_adapter(model, ADAPTER) as adapter:
-        return assembled(adapter, lambda layer: torch.eye(layer.rank))
 
 
 def _block_diagonal(blocks: list[Tensor]) -> Tensor:

@@ -15,8 +15,8 @@ import comfy.sd  # type: ignore[import-not-found]
 import folder_paths  # type: ignore[import-not-found]
 from torch import Tensor
 
-from nara_diffusion.export.hosts import BASES, host_state_dict
-from nara_diffusion.export.lora.scheduler import comfyui_words
+from nara_diffusion.export.host_files import BASES, host_state_dict
+from nara_diffusion.export.plain_lora import comfyui_words
 from nara_diffusion.noise.schedulers.prediction import prediction_in
 
 from .adapter import LiveAdapter

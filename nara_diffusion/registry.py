@@ -7,7 +7,6 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import NaraConfig, NaraPeftType
-from .export.peft_conversion import extend_conversion
 from .loaders.patches import extend_diffusers_methods
 from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 from .tuner.model import NaraModel
@@ -30,7 +29,6 @@ def _register_with_peft() -> None:
     extend_peft_methods()
     extend_lora_methods()
     extend_transformers_models()
-    extend_conversion()
 
 
 def _register_with_diffusers() -> None:

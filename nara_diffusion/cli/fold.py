@@ -19,159 +19,177 @@ workflow with hooks. LoRAs of text encoders are in a file of their own, always o
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 
-from nara_diffusion.export import PlainLora, to_lora
-from nara_diffusion.export.hosts import BASES, FORMS, save_host_file
-from nara_diffusion.export.hosts.unet import SD15, SDXL, UNetLayout
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part, strength_of
+from nara_diffusion.export.bins import SCHEDULE_FILE, LoraBins, bins_of, refuse_earlier_parts
+from nara_diffusion.export.comfyui_workflow import comfyui_workflow
+from nara_diffusion.export.host_files import BASES, DENOISERS, FORMS, save_host_file
+from nara_diffusion.export.plain_lora import PlainLora, comfyui_node, flow_shift
+from nara_diffusion.export.to_lora import lora_of
+from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
+from nara_diffusion.utils.atomic_write import atomic_write_files
 
-from .adapter_file import MODEL, AdapterFile, read, strength_of
-from .errors import in_one_line
-from .fold_bins import PEFT, check_single, fold_bins
-from .skeleton import skeleton
-
-OF_SCHEDULES = {"shift": None, "checkpoint": "sd_xl_base_1.0.safetensors"}
-"""{argument that only several LoRAs have: its default}."""
-
-
-def folded(file: AdapterFile, level: float) -> dict[str, PlainLora]:
-    """{component: its plain LoRA at λ = `level`}.
-
-    Raises:
-        ValueError: λ is outside of [0, 1], the file is damaged, or see `to_lora`.
-    """
-    return {name: to_lora(skeleton(part, name), level) for name, part in file.parts.items()}
+PEFT = "peft"
+_FLOWS, _VIDEOS = ("sd3", "flux", "wan"), ("wan",)
+_WORKFLOW_FILE = "comfyui_workflow.json"
 
 
-def write(loras: dict[str, PlainLora], output: Path, args: argparse.Namespace) -> None:
-    """Write the file, or, with --form peft, the folder.
-
-    Raises:
-        ValueError: several components with --form peft; no --base with a form that needs it; an adapter in PEFT's
-            format, which names no component, with any form but peft; see `save_host_file`.
-    """
+def fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: argparse.Namespace) -> str:
+    """Write one LoRA, and return what to print."""
+    if args.form != PEFT and args.output.suffix != ".safetensors":
+        raise ValueError(f"OUTPUT {args.output} is no .safetensors file, and programs find no other: name one.")
+    written = args.output / PEFT_WEIGHTS_NAME if args.form == PEFT else args.output
+    if written.exists() and written.samefile(file.path or ""):
+        raise ValueError(f"OUTPUT {args.output} is the adapter itself, which would be lost: name another.")
+    loras = {name: lora_of(adapter, args.noise_level) for name, adapter in adapters.items()}
     if args.form == PEFT:
-        check_single(list(loras))
-        next(iter(loras.values())).save_pretrained(output)
-        return
-    if MODEL in loras:
+        next(iter(loras.values())).save_pretrained(args.output)
+    else:
+        _save(loras, args.output, args)
+    level = torch.tensor([args.noise_level])
+    strengths = [part.config for part in file.parts.values() if part.config.strength is not None]
+    own = ", ".join(f"{strength_of(config, level).item():g}" for config in strengths)
+    modules = sum(len(lora.layers) for lora in loras.values())
+    return f"{modules} modules, λ = {args.noise_level:g}{f', at its strength of {own} there' if own else ''}"
+
+
+def fold_bins(file: AdapterFile, adapters: Mapping[str, Adapter], args: argparse.Namespace) -> str:
+    """Write a folder of several LoRAs, all files or none, and return what to print."""
+    name = next((name for name in (*DENOISERS, MODEL) if name in file.parts), None)
+    if name is None:
+        raise ValueError(f"'{file.path}' adapts {', '.join(file.parts)} alone, which need no λ: use --noise_level.")
+    config = file.parts[name].config
+    if args.form != PEFT:
+        _check_workflow(args, config)
+    bins = bins_of(adapters[name], args.bins)
+    if args.form == PEFT:
+        bins.save_pretrained(args.output)
+    else:
+        others = {each: lora_of(adapter, None) for each, adapter in adapters.items() if each != name}
+        _save_bins(bins, name, others, args, config)
+    return f"{len(bins.loras)} LoRAs, the largest relative error of ΔW is {bins.error.worst_update:.2%}"
+
+
+def _save(loras: Mapping[str, PlainLora], output: Path, args: argparse.Namespace) -> None:
+    save_host_file(loras, output, args.form, args.base or BASES[0], args.layers_per_block)  # Diffusers' keys need none
+
+
+def _check_workflow(args: argparse.Namespace, config: NaraConfig) -> None:
+    """Raises ValueError unless a ComfyUI workflow can be written for this definition of λ.
+
+    An adapter that carries a scheduler may have made its base a flow, so `--base` doesn't tell, and `--shift` is known.
+    """
+    convention, is_converted = config.noise_convention, config.scheduler is not None
+    is_flow = convention == "flow"
+    if convention not in (None, "flow", "timestep"):
+        raise ValueError(
+            f"λ is {convention!r}, for which no workflow can be written: use --noise_level or --form peft."
+        )
+    if not is_converted and None not in (convention, args.base) and is_flow != (args.base in _FLOWS):
+        raise ValueError(
+            f"--base {args.base} doesn't go with λ as {convention!r}: choose the base that it was trained on."
+        )
+    if is_flow and args.shift is None and not is_converted and args.base not in _VIDEOS:
+        raise ValueError("the adapter is for a flow model: give --shift, that of its scheduler, 1 if it has none.")
+    if args.shift is not None and not (is_flow and 1 <= args.shift < math.inf):
+        raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more, and finite.")
+
+
+def _save_bins(
+    bins: LoraBins, component: str, others: Mapping[str, PlainLora], args: argparse.Namespace, config: NaraConfig
+) -> None:
+    shift, patch, stem = args.shift, None, args.output.name
+    if config.scheduler is not None:
+        shift = flow_shift(config.scheduler) if shift is None else shift
+        patch = comfyui_node({**config.scheduler, "flow_shift": shift})
+    names = [f"{stem}-{index}.safetensors" for index in range(len(bins.loras))]
+    always = f"{stem}-text.safetensors" if others else None
+    schedules = dict(zip(names, bins.schedules, strict=True))
+    refuse_earlier_parts(args.output, [*names, always], rf"{re.escape(stem)}-(\d+|text)\.safetensors")
+    entries = [
+        {"file": name, "noise_level": level, "strength": schedule.as_lists()}
+        for (name, schedule), level in zip(schedules.items(), bins.noise_levels, strict=True)
+    ]
+    with atomic_write_files(args.output) as partial:
+        for name, lora in zip(names, bins.loras, strict=True):
+            _save({component: lora}, partial / name, args)
+        if always is not None:
+            _save(others, partial / always, args)
+        if args.base not in _VIDEOS:  # the workflow is one of text to image
+            workflow = comfyui_workflow(schedules, args.checkpoint, shift, always, patch)
+            (partial / _WORKFLOW_FILE).write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
+        (partial / SCHEDULE_FILE).write_text(json.dumps({"loras": entries}, indent=2) + "\n", encoding="utf-8")
+        bins.error.save(partial)
+
+
+def _not_for_comfyui(file: AdapterFile) -> str:
+    """What ComfyUI would leave out of a file of Diffusers' form, without an error."""
+    if any(part.config.use_dora for part in file.parts.values()):
+        return "; not for ComfyUI, which reads no DoRA"
+    if "unet" in file.parts:
+        return "; not for ComfyUI, which reads no attention of a UNet in this form: use --form kohya there"
+    return ""
+
+
+def _check(file: AdapterFile, args: argparse.Namespace) -> None:
+    given = [name for name in ("shift", "checkpoint") if getattr(args, name) is not None]
+    if args.noise_level is not None and given:
+        raise ValueError(f"--{given[0]}: for --bins alone, leave it out with --noise_level.")
+    if args.form == PEFT and len(file.parts) > 1:
+        raise ValueError(
+            f"--form peft writes one component, but the file has {', '.join(file.parts)}: choose another --form, or "
+            "split the file by nara convert --component."
+        )
+    if args.form != PEFT and MODEL in file.parts:
         raise ValueError(
             "the adapter is in PEFT's form, which names no component of a pipeline: use --form peft, or convert it "
             "first by nara convert --to pipeline."
         )
-    if args.base is None and args.form != "diffusers":
+    if args.base is None and args.form not in (PEFT, "diffusers"):
         raise ValueError(
             f"--form {args.form} needs --base, one of {', '.join(BASES)}: the model that the adapter was trained on."
         )
-    base = args.base or BASES[0]  # Diffusers' keys are the same for each
-    save_host_file(loras, output, args.form, base, _layout(base, args.layers_per_block))
 
 
-def _layout(base: str, layers_per_block: int | None) -> UNetLayout | None:
-    if layers_per_block is None:
-        return None
-    return UNetLayout(layers_per_block, (SD15 if base == "sd15" else SDXL).attention_up_blocks)
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `nara fold`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
     parser = argparse.ArgumentParser(
         "nara fold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    parser.add_argument(
-        "output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins or --form peft"
-    )
+    add = parser.add_argument
+    add("file", metavar="FILE", help="the adapter: a file, or a folder")
+    add("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins or --form peft")
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--noise_level", type=float, help="one LoRA, of this λ in [0, 1], 1 = pure noise")
     amount.add_argument("--bins", type=int, help="several LoRAs: their largest number, 1 to 64")
-    parser.add_argument(
+    add(
         "--form",
         choices=(*FORMS, PEFT),
         default="diffusers",
         help="format of the files (default: %(default)s); "
         "in ComfyUI diffusers is for FLUX and SD3 alone, and DoRA is for diffusers and peft alone",
     )
-    parser.add_argument(
-        "--base", choices=BASES, help="the model that the adapter was trained on, for kohya and comfyui"
-    )
-    parser.add_argument("--layers_per_block", type=int, help="of the UNet's configuration, if it isn't 2")
-    parser.add_argument(
-        "--shift",
-        type=float,
-        help="of a flow model's scheduler, for ComfyUI's workflow, 1 or more (SD3 3, FLUX e^1.15 = 3.16)",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        help=f"the file in models/checkpoints that ComfyUI's workflow loads (default: {OF_SCHEDULES['checkpoint']})",
-    )
-    return parser.parse_args(argv)
-
-
-def _settle_schedules(args: argparse.Namespace) -> None:
-    """Fill in what is not given of `OF_SCHEDULES`; one LoRA has none, and refuses them."""
-    given = [f"--{name}" for name in OF_SCHEDULES if getattr(args, name) is not None]
-    if args.noise_level is not None and given:
-        raise ValueError(f"{', '.join(given)}: for --bins alone, leave it out with --noise_level.")
-    for name, default in OF_SCHEDULES.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-
-
-def _check_output(file: AdapterFile, args: argparse.Namespace) -> None:
-    """Raises ValueError for an OUTPUT that no host finds, or that is the adapter's own file."""
-    if args.layers_per_block is not None and args.layers_per_block < 1:
-        raise ValueError(f"--layers_per_block is {args.layers_per_block}, expected 1 or more.")
-    if args.noise_level is None:
-        return
-    if args.form != PEFT and args.output.suffix != ".safetensors":
-        raise ValueError(f"OUTPUT {args.output} is no .safetensors file, and programs find no other: name one.")
-    written = args.output / PEFT_WEIGHTS_NAME if args.form == PEFT else args.output
-    if written.exists() and written.samefile(file.path):
-        raise ValueError(f"OUTPUT {args.output} is the adapter itself, which would be lost: name another.")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command `nara fold`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
-    args = parse_arguments(argv)
-    with in_one_line():
-        file = read(args.file)
-        _settle_schedules(args)
-        _check_output(file, args)
-        if args.noise_level is None:
-            sys.stdout.write(f"{fold_bins(file, args, write)}{_not_for_comfyui(file, args)}\n")
-            return
-        loras = folded(file, args.noise_level)
-        write(loras, args.output, args)
-        modules = sum(len(lora.layers) for lora in loras.values())
-        told = f"λ = {args.noise_level:g}{_strength(file, args)}{_not_for_comfyui(file, args)}"
-        sys.stdout.write(f"{args.output}: {modules} modules, {told}\n")
-
-
-def _strength(file: AdapterFile, args: argparse.Namespace) -> str:
-    """What is told of the adapter's own strength at λ, which the LoRA includes."""
-    level = torch.tensor([args.noise_level], dtype=torch.float32)
-    found = [
-        f"{strength_of(part.config, level).item():g}"
-        for part in file.parts.values()
-        if part.config.strength is not None
-    ]
-    return f", at the adapter's strength of {', '.join(found)} there" if found else ""
-
-
-def _not_for_comfyui(file: AdapterFile, args: argparse.Namespace) -> str:
-    """What ComfyUI would leave out of a file of Diffusers' form, without an error."""
-    if args.form != "diffusers":
-        return ""
-    if any(part.config.use_dora for part in file.parts.values()):
-        return "; not for ComfyUI, which reads no DoRA"
-    if "unet" in file.parts:
-        return "; not for ComfyUI, which reads no attention of a UNet in this form: use --form kohya there"
-    return ""
+    add("--base", choices=BASES, help="the model that the adapter was trained on, for kohya and comfyui")
+    add("--layers_per_block", type=int, default=2, help="of the UNet's configuration (default: %(default)s)")
+    add("--shift", type=float, help="of a flow model's scheduler, for ComfyUI's workflow (SD3 3, FLUX e^1.15 = 3.16)")
+    add("--checkpoint", help="the file in models/checkpoints that ComfyUI's workflow loads (default: SDXL's)")
+    args = parser.parse_args(argv)
+    file = AdapterFile.read(Path(args.file))
+    with naming(args.file):
+        adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
+    _check(file, args)
+    args.checkpoint = args.checkpoint or "sd_xl_base_1.0.safetensors"
+    told = (fold_bins if args.noise_level is None else fold)(file, adapters, args)
+    sys.stdout.write(f"{args.output}: {told}{_not_for_comfyui(file) if args.form == 'diffusers' else ''}\n")

@@ -10,16 +10,16 @@ language model's answer; timestep, t / N; flow, σ; …
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from nara_diffusion.loaders.file import AdapterPart
+from nara_diffusion.export.adapter_factors import adapter_of_part
+from nara_diffusion.loaders.file import AdapterFile, AdapterPart, naming
 from nara_diffusion.loaders.strict import is_core_key
-
-from .adapter_file import AdapterFile, core_tensors_of, modules_of, read
-from .errors import in_one_line
 
 _CORE_FIELDS = {
     "hypernetwork": ("core_scale", "core_hidden_dims", "core_sharing", "core_input", "noise_embedding"),
@@ -35,17 +35,18 @@ _LABEL_WIDTH = 12
 
 def described(file: AdapterFile) -> dict[str, Any]:
     """The description of a file, as `nara inspect --json` prints it."""
+    path = file.path or Path()
     return {
-        "file": str(file.path),
-        "bytes": file.path.stat().st_size,
-        "sha256": file.sha256,
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "components": {name: _described_part(part) for name, part in file.parts.items()},
     }
 
 
 def _described_part(part: AdapterPart) -> dict[str, Any]:
-    config, modules = part.config, modules_of(part)
-    core = core_tensors_of(part)
+    adapter_of_part(part)  # raises if it is damaged
+    config, modules, core = part.config, part.modules, part.core
     factors = sum(tensor.numel() for key, tensor in part.tensors.items() if not is_core_key(key))
     fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
     return {
@@ -114,6 +115,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    with in_one_line():
-        found = described(read(args.file))
-        sys.stdout.write(f"{json.dumps(found, indent=2, default=list) if args.json else text_of(found)}\n")
+    with naming(args.file):
+        found = described(AdapterFile.read(Path(args.file)))
+    sys.stdout.write(f"{json.dumps(found, indent=2, default=list) if args.json else text_of(found)}\n")

@@ -15,8 +15,7 @@ save_pretrained (adapter_config.json). `nara COMMAND --help` says more about eac
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
@@ -40,22 +39,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     command, *rest = words
     if command not in COMMANDS:
         sys.exit(f"error: nara has no command {command!r}, expected one of {', '.join(COMMANDS)}; nara --help.")
+    before, sys.argv[0] = sys.argv[0], f"nara {command}"  # what argparse calls the program
     try:
-        with _named(f"nara {command}"):
-            import_module(COMMANDS[command]).main(rest)
+        import_module(COMMANDS[command]).main(rest)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "nara_diffusion"):
             raise
         how = "pip install -e '.[train,eval]', in a clone of the project"
         sys.exit(f"error: nara {command} needs the package {package}: {how}")
-
-
-@contextmanager
-def _named(program: str) -> Iterator[None]:
-    """Inside, `program` is what argparse calls the program in usages and errors."""
-    before, sys.argv[0] = sys.argv[0], program
-    try:
-        yield
+    except (ValueError, OSError) as error:
+        if not COMMANDS[command].startswith("nara_diffusion.cli."):
+            raise
+        sys.exit(f"error: {error}")
     finally:
         sys.argv[0] = before

@@ -14,17 +14,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nara_diffusion.loaders.file import AdapterPart
+from nara_diffusion.export.adapter_factors import cores_of, strength_of
+from nara_diffusion.loaders.file import AdapterFile, AdapterPart, naming
 from nara_diffusion.noise.signals import NoiseSignals
 from nara_diffusion.utils.atomic_write import atomic_write
-
-from .adapter_file import AdapterFile, cores_of, read, strength_of
-from .errors import in_one_line
 
 
 def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,10 +36,8 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         signals = NoiseSignals(levels, None)
         matrices = [cores.matrix(group, signals).expand(len(levels), -1, -1).double() for group in cores.groups]
-    distances = [
-        (C - torch.eye(C.shape[-1], dtype=C.dtype)).flatten(1).norm(dim=1) / C.shape[-1] ** 0.5 for C in matrices
-    ]
     rank = max(C.shape[-1] for C in matrices)
+    distances = [(C - torch.eye(C.shape[-1])).flatten(1).norm(dim=1) / C.shape[-1] ** 0.5 for C in matrices]
     values = [
         torch.nn.functional.pad(torch.linalg.svdvals(C), (0, rank - C.shape[-1]), value=torch.nan) for C in matrices
     ]
@@ -50,11 +45,7 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw(file: AdapterFile, path: Path, points: int) -> None:
-    """Write the plot to the PNG file `path`, with a row for each component. Creates its folder.
-
-    Raises:
-        ValueError: see `core_curves`.
-    """
+    """Write the plot to the PNG file `path`, with a row for each component. Creates its folder."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -65,25 +56,19 @@ def draw(file: AdapterFile, path: Path, points: int) -> None:
     for row, (name, (distances, values)) in zip(
         figure.subplots(len(curves), 3, squeeze=False), curves.items(), strict=True
     ):
-        config = file.parts[name].config
-        _band(row[0], levels, distances, f"{name}: {config.core_type}", "‖C(λ) − I‖ / ‖I‖")
-        for index in range(values.shape[-1]):
-            row[1].plot(levels, values[..., index].nanmean(0), linewidth=1)
-        row[1].set(xlabel="noise level λ", ylabel="singular values of C(λ)", xlim=(0, 1))
-        strength = strength_of(config, levels)
+        config, strength = file.parts[name].config, strength_of(file.parts[name].config, levels)
+        row[0].plot(levels, distances.mean(0))
+        row[0].fill_between(levels, distances.amin(0), distances.amax(0), alpha=0.2)
+        row[0].set(ylabel="‖C(λ) − I‖ / ‖I‖", title=f"{name}: {config.core_type}", ylim=(0, None))
+        row[1].plot(levels, values.nanmean(0), linewidth=1)
+        row[1].set(ylabel="singular values of C(λ)")
         row[2].plot(levels, strength)
-        lowest = min(0.0, strength.min().item())
-        row[2].set(xlabel="noise level λ", ylabel="strength", xlim=(0, 1), ylim=(lowest, None))
+        row[2].set(ylabel="strength", ylim=(min(0.0, strength.min().item()), None))
+        for axes in row:
+            axes.set(xlabel="noise level λ", xlim=(0, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
-
-
-def _band(axes: Any, levels: Tensor, values: Tensor, title: str, label: str) -> None:
-    axes.plot(levels, values.mean(0))
-    if len(values) > 1:
-        axes.fill_between(levels, values.amin(0), values.amax(0), alpha=0.2)
-    axes.set(xlabel="noise level λ", ylabel=label, title=title, xlim=(0, 1), ylim=(0, None))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,11 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--points", type=int, default=101, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    with in_one_line():
-        if args.points < 2:
-            raise ValueError(f"--points is {args.points}, expected at least 2.")
-        output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
-        if output.is_dir():
-            raise ValueError(f"--output {output} is a folder: name a PNG file, such as {output / 'core.png'}.")
-        draw(read(args.file), output, args.points)
-        sys.stdout.write(f"{output}\n")
+    output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
+    if args.points < 2 or output.is_dir():
+        raise ValueError(f"--points is {args.points}, --output {output}: pass 2 or more, and the name of a PNG file.")
+    with naming(args.file):
+        draw(AdapterFile.read(Path(args.file)), output, args.points)
+    sys.stdout.write(f"{output}\n")

@@ -11,8 +11,7 @@ the directions that are in use. For other cores the C_k are fitted by least squa
 
 These are the nearest for any B and A: the derivative by C_k is zero in all layers at once where the sum of
 w_i φ_k(λ_i) (Σ_l φ_l(λ_i) C_l − C(λ_i)) is. Knots are placed uniformly, or one after the other where the error is
-largest, beginning with the breakpoints of `core_samples` or with 0 and 1; the placement with the smallest error is
-taken.
+largest; the placement with the smallest error is taken.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,16 +32,13 @@ from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.listing import listed
 
-from .adapted_layers import Adapter, read_adapter
-from .core_samples import CoreKey, CoreSamples, core_in
-from .errors import ExportError
-from .fold import assembled
-from .lora.config import with_ranks_of
-from .lora.plain_lora import PlainLora, PlainLoraLayer
-from .lora.scheduler import warn_of_scheduler
+from .adapter_factors import Adapter, adapter_of_model
+from .core_samples import CoreSamples
+from .plain_lora import ExportError, PlainLora, PlainLoraLayer, config_of_layers, warn_of_scheduler
+from .to_lora import assembled
 
 SCHEDULE_FILE = "lora_bins.json"
-MOST = 64
+_MOST = 64
 _EXACT = 1e-6
 
 
@@ -133,22 +129,21 @@ def to_lora_bins(
         ValueError: as `to_lora`; the adapter can't be a sum of LoRAs (DoRA, biases, modules_to_save, an initialisation
             that changes the base); no `bins` where it is needed.
     """
-    if bins is not None and not (isinstance(bins, int) and not isinstance(bins, bool) and 1 <= bins <= MOST):
-        raise ValueError(f"bins is {bins!r}: pass a number of LoRAs, an int from 1 to {MOST}.")
-    with read_adapter(model, adapter_name) as adapter:
-        adapter.signals(0.5, mask_density)  # raises if λ or the mask density is missing
-        _check_summable(adapter)
-        samples = CoreSamples(adapter, mask_density)
-        blend = _blend(samples, bins, adapter_name)
-        cores = samples.mixed(blend.mixing)
-        loras = [_lora(adapter, cores, index) for index in range(len(blend.schedules))]
-        for lora in loras:
-            if lora.others:
-                raise ValueError(
-                    _refusal(adapter_name, f"'{next(iter(lora.others))}', which each LoRA would add again")
-                )
-        warn_of_scheduler(loras[0].scheduler)
-        return LoraBins(loras, blend.schedules, blend.noise_levels, blend.error)
+    with adapter_of_model(model, adapter_name) as adapter:
+        return bins_of(adapter, bins, mask_density)
+
+
+def bins_of(adapter: Adapter, bins: int | None, mask_density: Level | None = None) -> LoraBins:
+    """As `to_lora_bins`, of an adapter of a model or of a file."""
+    if bins is not None and not (isinstance(bins, int) and 1 <= bins <= _MOST):
+        raise ValueError(f"bins is {bins!r}: pass a number of LoRAs, an int from 1 to {_MOST}.")
+    _check_summable(adapter)
+    samples = CoreSamples(adapter, mask_density)
+    blend = _blend(samples, bins, adapter.name)
+    cores = samples.mixed(blend.mixing)
+    loras = [_lora(adapter, {name: C[index] for name, C in cores.items()}) for index in range(len(blend.schedules))]
+    warn_of_scheduler(loras[0].scheduler)
+    return LoraBins(loras, blend.schedules, blend.noise_levels, blend.error)
 
 
 # ---------------------------------------------------------------------- which strengths
@@ -166,30 +161,27 @@ class _Blend:
 
 def _blend(samples: CoreSamples, bins: int | None, adapter_name: str) -> _Blend:
     """The exact blend, if it has at most `bins` LoRAs; else the best of `bins` LoRAs that was found."""
-    exact = _sampled(samples, samples.breakpoints)
+    exact = _of_knots(samples, samples.breakpoints)
     if exact.error.worst_update <= _EXACT and (bins is None or len(exact.schedules) <= bins):
         return exact
     if bins is None:
         raise ValueError(
             f"Adapter '{adapter_name}' is not exactly a sum of {len(exact.schedules)} LoRAs: pass bins, their number."
         )
-    starts = [samples.breakpoints, [0, len(samples.levels) - 1]]
-    placements = [_uniform(samples, bins), *(_grown(samples, start, bins) for start in starts)]
-    blends = [_fitted(samples, knots) for knots in placements if knots is not None]
-    return min(blends, key=lambda blend: blend.error.mean_update)
+    placements = [_uniform(samples, bins), _grown(samples, samples.breakpoints, bins)]
+    fits = [_of_knots(samples, knots, fitted=True) for knots in placements if knots is not None]
+    return min(fits, key=lambda blend: blend.error.mean_update)
 
 
 def _uniform(samples: CoreSamples, number: int) -> list[int]:
-    wanted = (
-        torch.linspace(0, 1, number, dtype=torch.float32) if number > 1 else torch.full((1,), 0.5, dtype=torch.float32)
-    )
+    wanted = torch.linspace(0, 1, number, dtype=torch.float32) if number > 1 else torch.tensor([0.5])
     return (samples.levels[:, None] - wanted).abs().argmin(0).tolist()
 
 
 def _grown(samples: CoreSamples, knots: list[int], number: int) -> list[int] | None:
     """Add knots where the interpolation of C is farthest from C(λ), until they have `number` φ; None if they can't."""
     while len(_runs(samples, knots)) < number:
-        errors = torch.tensor(_sampled(samples, knots).error.update)
+        errors = torch.tensor(_of_knots(samples, knots).error.update)
         errors[knots] = 0
         if not errors.any():
             return None
@@ -197,29 +189,18 @@ def _grown(samples: CoreSamples, knots: list[int], number: int) -> list[int] | N
     return knots if len(_runs(samples, knots)) == number else None
 
 
-def _sampled(samples: CoreSamples, knots: list[int]) -> _Blend:
-    """The blend whose C_k is C at the first knot of each run."""
-    chosen, schedules, shares = _hats(samples, knots)
-    mixing = torch.zeros(len(chosen), len(samples.levels), dtype=torch.float64)
-    mixing[range(len(chosen)), chosen] = 1
-    return _Blend(samples.levels[chosen].tolist(), schedules, mixing, samples.error(shares, mixing))
-
-
-def _fitted(samples: CoreSamples, knots: list[int]) -> _Blend:
-    """The blend whose C_k are fitted by least squares."""
-    chosen, schedules, shares = _hats(samples, knots)
+def _of_knots(samples: CoreSamples, knots: list[int], fitted: bool = False) -> _Blend:
+    """The blend whose C_k are C at the first knot of each run of equal C, or fitted by least squares."""
+    levels, runs = samples.levels[knots].tolist(), _runs(samples, knots)
+    chosen, schedules = [knots[run[0]] for run in runs], [_hat(levels, run) for run in runs]
+    shares = torch.stack([schedule.at(samples.levels) for schedule in schedules], dim=1).double()  # Φ (n, K)
     root = samples.weights.sqrt()
-    mixing = torch.linalg.pinv(root[:, None] * shares) * root
+    if fitted:
+        mixing = torch.linalg.pinv(root[:, None] * shares) * root
+    else:
+        mixing = torch.zeros(len(chosen), len(samples.levels), dtype=torch.float64)
+        mixing[range(len(chosen)), chosen] = 1
     return _Blend(samples.levels[chosen].tolist(), schedules, mixing, samples.error(shares, mixing))
-
-
-def _hats(samples: CoreSamples, knots: list[int]) -> tuple[list[int], list[StrengthSchedule], Tensor]:
-    """The first point of each run of knots, the φ of each run, and Φ (n, K), their values on the grid."""
-    levels = samples.levels[knots].tolist()
-    runs = _runs(samples, knots)
-    schedules = [_hat(levels, run) for run in runs]
-    shares = torch.stack([schedule.at(samples.levels) for schedule in schedules], dim=1).double()
-    return [knots[run[0]] for run in runs], schedules, shares
 
 
 def _runs(samples: CoreSamples, knots: list[int]) -> list[list[int]]:
@@ -245,12 +226,12 @@ def _hat(levels: list[float], run: list[int]) -> StrengthSchedule:
 # ---------------------------------------------------------------------- the LoRAs
 
 
-def _lora(adapter: Adapter, cores: Mapping[CoreKey, Tensor], index: int) -> PlainLora:
-    lora = assembled(adapter, lambda layer: core_in(cores, layer, index))
+def _lora(adapter: Adapter, cores: dict[str, Tensor]) -> PlainLora:
+    lora = assembled(adapter, lambda name: cores[name])
     layers = {name: _without_unused(layer) for name, layer in lora.layers.items()}
     if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
         return lora
-    return replace(lora, config=with_ranks_of(lora.config, layers), layers=layers)
+    return replace(lora, config=config_of_layers(layers, lora.config), layers=layers)
 
 
 def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
@@ -265,21 +246,18 @@ def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
     )
 
 
-# ---------------------------------------------------------------------- refused
-
-
 def _check_summable(adapter: Adapter) -> None:
-    name, config = adapter.name, adapter.config
+    config, why = adapter.config, None
     if config.use_dora:
-        raise ValueError(_refusal(name, "DoRA, whose norm is not linear in the update"))
-    if config.lora_bias or config.bias != "none":
-        raise ValueError(_refusal(name, "biases, which each LoRA would add again"))
-    if changes_base(config.init_lora_weights):
-        raise ValueError(_refusal(name, f"init_lora_weights={config.init_lora_weights!r}, which has changed the base"))
-
-
-def _refusal(adapter_name: str, what: str) -> str:
-    return (
-        f"Adapter '{adapter_name}' can't be a sum of LoRAs, since it has {what}: use to_lora(model, noise_level=λ), "
-        "the LoRA of one λ."
-    )
+        why = "DoRA, whose norm is not linear in the update"
+    elif config.lora_bias or config.bias != "none":
+        why = "biases, which each LoRA would add again"
+    elif changes_base(config.init_lora_weights):
+        why = f"init_lora_weights={config.init_lora_weights!r}, which has changed the base"
+    elif adapter.others:
+        why = f"'{next(iter(adapter.others))}', which each LoRA would add again"
+    if why:
+        raise ValueError(
+            f"Adapter '{adapter.name}' can't be a sum of LoRAs, since it has {why}: use to_lora(model, noise_level=λ), "
+            "the LoRA of one λ."
+        )

@@ -13,10 +13,9 @@ from torch import nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.config import is_naras, read_config_file
-from nara_diffusion.export.lora.plain_lora import PlainLora
-from nara_diffusion.export.lora.sources import read_lora
-from nara_diffusion.export.lora.tensors import lora_of_tensors
-from nara_diffusion.export.lora_to_nara import check_identity, copy_tensors
+from nara_diffusion.export.from_lora import check_identity, copy_tensors
+from nara_diffusion.export.plain_lora import PlainLora
+from nara_diffusion.export.read_lora import lora_of_tensors, read_lora
 from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, AdapterPart, naming
 from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.schedulers.prediction import Prediction, prediction_in

@@ -17,17 +17,13 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.signals import Level, as_signals
 
-from .adapted_layers import AdaptedLayer, Adapter, read_adapter
-from .core_samples import CoreSamples, core_in
-from .lora.config import configured_scaling, plain_config
-from .lora.plain_lora import PlainLora, PlainLoraLayer
-from .lora.scheduler import warn_of_scheduler
+from .adapter_factors import Adapter, adapter_of_model
+from .core_samples import CoreSamples
+from .plain_lora import PlainLora, PlainLoraLayer, configured_scaling, warn_of_scheduler
 
 
 def to_lora(
@@ -63,76 +59,60 @@ def to_lora(
         raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
     if noise_level is not None and not isinstance(noise_level, str):
         as_signals(noise_level, mask_density)  # a λ out of range is an error for adapters that need none, too
-    with read_adapter(model, adapter_name) as adapter:
-        if isinstance(noise_level, str):
-            lora = _nearest(adapter, mask_density)
-        else:
-            signals = adapter.signals(noise_level, mask_density)
-            lora = assembled(adapter, lambda layer: adapter.core(layer, signals)[0])
+    with adapter_of_model(model, adapter_name) as adapter:
+        return lora_of(adapter, noise_level, mask_density)
+
+
+def lora_of(
+    adapter: Adapter, noise_level: Level | Literal["best"] | None, mask_density: Level | None = None
+) -> PlainLora:
+    """As `to_lora`, of an adapter of a model or of a file."""
+    if isinstance(noise_level, str):
+        lora = _nearest(adapter, mask_density)
+    else:
+        signals = adapter.signals_of(noise_level, mask_density)
+        lora = assembled(adapter, lambda name: adapter.core(name, signals)[0])
     warn_of_scheduler(lora.scheduler)
     return lora
 
 
 def _nearest(adapter: Adapter, mask_density: Level | None) -> PlainLora:
     """The LoRA of the mean of C over λ, with its error."""
-    adapter.signals(0.5, mask_density)  # raises if the mask density is missing
     samples = CoreSamples(adapter, mask_density)
     mean = samples.weights[None]  # T (1, n)
-    cores = samples.mixed(mean)
     error = samples.error(torch.ones_like(mean).T, mean)
-    return replace(assembled(adapter, lambda layer: core_in(cores, layer, 0)), error=error)
+    cores = samples.mixed(mean)
+    return replace(assembled(adapter, lambda name: cores[name][0]), error=error)
 
 
-def assembled(adapter: Adapter, core_of: Callable[[AdaptedLayer], Tensor]) -> PlainLora:
-    """The plain LoRA s · B · C · A with that C (r, r) in each layer."""
-    config = plain_config(adapter.root, adapter.config, {layer.name: layer.rank for layer in adapter.layers})
-    layers = {}
-    for layer in adapter.layers:
-        scaling = configured_scaling(config, layer.name, layer.rank)
-        layers[layer.name] = folded(layer, core_of(layer), scaling)
-    return PlainLora(config, layers, _others(adapter), scheduler=getattr(adapter.config, "scheduler", None))
+def assembled(adapter: Adapter, core_of: Callable[[str], Tensor]) -> PlainLora:
+    """The plain LoRA s · B · C · A with that C (r, r) of each module."""
+    config = adapter.plain_config
+    layers = {
+        name: _folded(name, layer, core_of(name), configured_scaling(config, name, layer.rank))
+        for name, layer in adapter.layers.items()
+    }
+    return PlainLora(config, layers, adapter.others, scheduler=getattr(adapter.config, "scheduler", None))
 
 
-def folded(layer: AdaptedLayer, core: Tensor, scaling: float) -> PlainLoraLayer:
+def _folded(name: str, layer: PlainLoraLayer, core: Tensor, scaling: float) -> PlainLoraLayer:
     """s · B · C · A of one layer as `scaling` · B' · A'."""
-    gain = _gain(layer, scaling)
-    plain = PlainLoraLayer(
-        layer.A, layer.B, scaling * layer.rank, layer.rank, layer.bias, layer.magnitude, layer.is_embedding
-    )
+    if scaling == 0 != layer.scaling:
+        raise ValueError(
+            f"Layer '{name}' has lora_alpha 0 in the configuration, but its scaling is {layer.scaling:g}: set "
+            "lora_alpha in the configuration to what it was in training."
+        )
+    gain = 1.0 if scaling == layer.scaling else layer.scaling / scaling
+    plain = replace(layer, alpha=scaling * layer.rank)
     if layer.bias is not None and gain != 1.0:
-        plain = replace(plain, bias=(layer.bias.double() * gain).to(_kept(layer.bias)))
+        plain = replace(plain, bias=_kept(layer.bias.double() * gain, layer.bias))
     if gain == 1.0 and torch.equal(core, torch.eye(layer.rank, dtype=core.dtype)):
         return plain
     core = gain * core.double()
-    if layer.groups > 1:
-        A = core @ layer.A.double().flatten(1)
-        return replace(plain, A=A.view(layer.A.shape).to(_kept(layer.A)))
-    B = layer.B.double().flatten(1) @ core
-    return replace(plain, B=B.view(layer.B.shape).to(_kept(layer.B)))
+    if layer.groups > 1 and not layer.is_embedding:
+        return replace(plain, A=_kept(core @ layer.A.double().flatten(1), layer.A))
+    return replace(plain, B=_kept(layer.B.double().flatten(1) @ core, layer.B))
 
 
-def _gain(layer: AdaptedLayer, scaling: float) -> float:
-    """s divided by the scale of the configuration. Raises ValueError if that scale is 0 and s is not."""
-    if scaling == layer.scaling:
-        return 1.0
-    if scaling == 0:
-        raise ValueError(
-            f"Layer '{layer.name}' has lora_alpha 0 in the configuration, but its scaling is {layer.scaling:g}: set "
-            "lora_alpha in the configuration to what it was in training."
-        )
-    return layer.scaling / scaling
-
-
-def _kept(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _others(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of the adapter that are not A, B, biases of B, magnitudes or cores, by PEFT's names."""
-    with torch.no_grad():
-        held = get_peft_model_state_dict(
-            adapter.root, adapter.root.state_dict(), adapter.name, save_embedding_layers=False
-        )
-    own = tuple(f"{layer.name}.lora_" for layer in adapter.layers)
-    rest = {key: tensor for key, tensor in held.items() if not key.startswith(own) and not is_core_key(key)}
-    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in rest.items()}
+def _kept(product: Tensor, like: Tensor) -> Tensor:
+    return product.view(like.shape).to(torch.promote_types(like.dtype, torch.float32))

@@ -4,44 +4,44 @@
     kohya       lora_unet_….lora_down.weight, .alpha, lora_te1_…       A1111, Forge, SD.Next, InvokeAI, ComfyUI
     comfyui     diffusion_model.….lora_A.weight                        ComfyUI, by the names of the original code
 
-What a form can't express raises an error that names it, so no part of an adapter is lost.
+What a form can't express raises an error that names it, so no part of an adapter is lost. The metadata has the
+scheduler that the LoRA needs, if its model predicts something else than its base: `from_lora` reads it.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nara_diffusion.export.lora.plain_lora import PlainLora
-from nara_diffusion.export.lora.tensors import with_text_model
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.utils.atomic_write import atomic_write
 
-from .factors import Factors, factors_of
-from .metadata import host_metadata
-from .transformers import flux, sd3, wan
-from .unet import SD15, SDXL, UNetLayout, check_attention, stability_name
+from .original_names import UNETS, Factors, original_names
+from .plain_lora import PlainLora, PlainLoraLayer
 
 BASES = ("sd15", "sdxl", "sd3", "flux", "wan")
 FORMS = ("diffusers", "kohya", "comfyui")
 DENOISERS = ("unet", "transformer")
-_TRANSFORMERS: dict[str, Callable[[Mapping[str, Factors]], dict[str, Factors]]] = {"flux": flux, "sd3": sd3, "wan": wan}
-LAYOUTS = {"sd15": SD15, "sdxl": SDXL}
+SCHEDULER_KEY = "nara_scheduler"
+"""The key of the scheduler's class and configuration, as JSON, in a file's metadata."""
 _ENCODERS = {
     "sd15": {"text_encoder": "lora_te"},
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "flux": {"text_encoder": "lora_te1"},
 }
 """{base: {component: kohya's name of it}}."""
+_IN_CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp)\.")
 
 
 def host_state_dict(
-    loras: Mapping[str, PlainLora], form: str, base: str, layout: UNetLayout | None = None
+    loras: Mapping[str, PlainLora], form: str, base: str, layers_per_block: int = 2
 ) -> dict[str, Tensor]:
     """The tensors of a file for another program. The scale α/r is multiplied into `up`, and alpha is the rank.
 
@@ -51,16 +51,16 @@ def host_state_dict(
     Args:
         loras: {component of the pipeline ("unet", "transformer", "text_encoder", …): its LoRA}.
         form: one of `FORMS`. base: one of `BASES`, the kind of model that the adapter is for.
-        layout: the layout of a UNet whose depth isn't that of `base`, such as a small one.
+        layers_per_block: of the UNet's configuration.
 
     Raises:
         ValueError: no such form or base; a component or a module for which the form has no key, or which `base` doesn't
             have; what a file for other programs can't express (see `factors_of`); DoRA in a form that isn't Diffusers'.
     """
-    if form not in FORMS:
-        raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}.")
-    if base not in BASES:
-        raise ValueError(f"base is {base!r}, expected one of {', '.join(BASES)}: the model that was adapted.")
+    if form not in FORMS or base not in BASES:
+        raise ValueError(
+            f"form is {form!r}, base is {base!r}: pass one of {', '.join(FORMS)}, one of {', '.join(BASES)}."
+        )
     found: dict[str, Tensor] = {}
     for component, lora in loras.items():
         if lora.others:
@@ -78,20 +78,14 @@ def host_state_dict(
                 f"The adapter of {component} is a DoRA, and what reads {form} files (ComfyUI, A1111, …) divides by "
                 "other norms than DoRA does: choose --form diffusers or --form peft, for these libraries alone."
             )
-        found |= _tensors(component, factors, form, base, layout)
+        found |= _hosts_keys(component, factors, form, base, layers_per_block)
     return found
 
 
 def save_host_file(
-    loras: Mapping[str, PlainLora],
-    path: str | os.PathLike[str],
-    form: str,
-    base: str,
-    layout: UNetLayout | None = None,
+    loras: Mapping[str, PlainLora], path: str | os.PathLike[str], form: str, base: str, layers_per_block: int = 2
 ) -> None:
     """Write the tensors of `host_state_dict` to a safetensors file, whole or not at all. Creates its folder.
-
-    Of LoRAs that need a scheduler the metadata says what they predict, in the words that hosts have for it.
 
     Raises:
         ValueError: `path` is a folder; see `host_state_dict`.
@@ -99,17 +93,47 @@ def save_host_file(
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"'{path}' is a folder: name a file, such as '{path / 'lora.safetensors'}'.")
-    tensors = {name: tensor.contiguous() for name, tensor in host_state_dict(loras, form, base, layout).items()}
+    found = host_state_dict(loras, form, base, layers_per_block)
+    metadata = {"format": "pt"}
+    for lora in loras.values():
+        if lora.scheduler is not None:
+            metadata[SCHEDULER_KEY] = json.dumps(lora.scheduler, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
-        save_file(tensors, partial, metadata=host_metadata(loras, form, base, path.stem))
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, metadata=metadata)
 
 
-def _tensors(
-    component: str, layers: Mapping[str, Factors], form: str, base: str, layout: UNetLayout | None
+def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
+    """The factors of one layer, in its own dtype; the product with the scale is computed in float64.
+
+    Raises:
+        ValueError: an embedding, a bias of B or a grouped convolution, which hosts' files can't express.
+    """
+    kinds = {
+        "is an embedding": layer.is_embedding,
+        "has a bias of B (lora_bias=True)": layer.bias is not None,
+        "is a grouped convolution": layer.groups > 1,
+    }
+    if unknown := [kind for kind, present in kinds.items() if present]:
+        raise ValueError(
+            f"Module '{name}' {unknown[0]}, which files for other programs can't express: save the adapter in PEFT's "
+            "format."
+        )
+    up = layer.B if layer.scaling == 1 else (layer.B.double() * layer.scaling).to(layer.B.dtype)
+    return Factors(layer.A, up, (name,))
+
+
+def with_text_model(name: str) -> str:
+    """The name in a text encoder with `text_model`, which transformers 5 leaves out of the names in CLIPTextModel."""
+    return f"text_model.{name}" if _IN_CLIP.match(name) else name
+
+
+def _hosts_keys(
+    component: str, layers: Mapping[str, Factors], form: str, base: str, layers_per_block: int
 ) -> dict[str, Tensor]:
     if component in DENOISERS:
-        named = denoiser_names(layers, form, base, layout)
+        has_diffusers_names = base == "sd15" and form == "kohya"  # kohya trains SD 1.5 on Diffusers' UNet
+        named = layers if has_diffusers_names else original_names(layers, base, layers_per_block)
         if form == "comfyui":
             return _peft_keys({f"diffusion_model.{name}": own for name, own in named.items()})
         return _kohya_keys("lora_unet", named, base)
@@ -118,24 +142,6 @@ def _tensors(
         known = ", ".join(["the denoiser", *encoders])
         raise ValueError(f"A {form} file of {base} has no keys for '{component}', expected {known}.")
     return _kohya_keys(encoders[component], {with_text_model(name): own for name, own in layers.items()}, base)
-
-
-def denoiser_names(
-    layers: Mapping[str, Factors], form: str, base: str, layout: UNetLayout | None
-) -> dict[str, Factors]:
-    """{name in the original code: factors} of a denoiser; Diffusers' names where kohya uses them.
-
-    Raises:
-        ValueError: a module that has no name there, or that the UNet of `base` doesn't have.
-    """
-    if base in _TRANSFORMERS:
-        return _TRANSFORMERS[base](layers)
-    layout = layout or LAYOUTS[base]
-    for name in layers:
-        check_attention(name, layout, base)
-    if base == "sd15" and form == "kohya":
-        return dict(layers)  # kohya trains SD 1.5 on Diffusers' UNet
-    return {stability_name(name, layout): own for name, own in layers.items()}
 
 
 def _diffusers_keys(
@@ -149,10 +155,8 @@ def _diffusers_keys(
 
 
 def _peft_keys(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, own in layers.items():
-        found |= {f"{name}.lora_A.weight": own.down, f"{name}.lora_B.weight": own.up}
-    return found
+    downs = {f"{name}.lora_A.weight": own.down for name, own in layers.items()}
+    return downs | {f"{name}.lora_B.weight": own.up for name, own in layers.items()}
 
 
 def _kohya_keys(prefix: str, layers: Mapping[str, Factors], base: str) -> dict[str, Tensor]:
@@ -161,7 +165,7 @@ def _kohya_keys(prefix: str, layers: Mapping[str, Factors], base: str) -> dict[s
     found: dict[str, Tensor] = {}
     for name, own in layers.items():
         key = f"{prefix}_{name.replace('.', '_')}"
-        alpha = smallest if base in LAYOUTS else own.rank
+        alpha = smallest if base in UNETS else own.rank
         up = own.up if alpha == own.rank else (own.up.double() * (own.rank / alpha)).to(own.up.dtype)
         found |= {f"{key}.lora_down.weight": own.down, f"{key}.lora_up.weight": up}
         found[f"{key}.alpha"] = torch.tensor(float(alpha))

@@ -34,11 +34,9 @@ from nara_diffusion.tuner.injection import LOADED_FLAG, rollback_on_error
 from nara_diffusion.tuner.strength.layers import layers_of
 from nara_diffusion.utils.listing import listed
 
-from .adapted_layers import read_adapter
-from .lora.config import check_has_modules, fitting_config
-from .lora.plain_lora import PlainLora
-from .lora.scheduler import flow_shift
-from .lora.sources import read_lora
+from .adapter_factors import adapter_of_model
+from .plain_lora import PlainLora, flow_shift
+from .read_lora import read_lora
 
 _DECIDED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
@@ -47,8 +45,6 @@ _DECIDED = {
 """Fields of NaraConfig that are taken from the LoRA, or with which the NaRA would not start as the LoRA."""
 _STARTS_ANYWAY = ("gaussian", "orthogonal", "eva", "mica")
 """Initialisations that don't change the base weights, so the LoRA's tensors may replace theirs."""
-_LEVELS = (0.0, 0.2, 0.5, 0.7, 1.0)
-_FLOW = "flow"  # the definition of λ in a rectified flow, see `nara_diffusion.noise.timesteps`
 
 
 def from_lora(
@@ -84,16 +80,14 @@ def from_lora(
     Raises:
         ValueError: `lora` can't be read as a LoRA; `model` lacks a layer of it, or has one of another shape; `core` has
             a field that is taken from the LoRA, or a core that doesn't start at C = I (core_init "kaiming", core_type
-            "rank_mask" or "bins"); an argument that this kind of `lora` has no use for. `model` is unchanged then.
+            "rank_mask" or "bins"). `model` is unchanged then.
     """
-    decided = sorted(_DECIDED & core.keys())
-    if decided:
+    if decided := sorted(_DECIDED & core.keys()):
         raise ValueError(f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out.")
     parts, origin = read_lora(lora, model, config=config, source_adapter=source_adapter)
     with ExitStack() as undo:
         if not isinstance(model, DiffusionPipeline):
-            inject = isinstance(model, PeftAdapterMixin)
-            return _insert(parts[""], model, adapter_name, core, origin, undo, inject=inject)
+            return _insert(parts[""], model, adapter_name, core, origin, undo, isinstance(model, PeftAdapterMixin))
         for component, part in parts.items():
             own = {"core_type": "identity"} if component.startswith(TEXT_ENCODER) else core
             _insert(part, getattr(model, component), adapter_name, own, origin, undo, inject=True)
@@ -104,55 +98,43 @@ def from_lora(
 
 
 def _insert(
-    lora: PlainLora,
-    model: Any,
-    adapter_name: str,
-    core: Mapping[str, Any],
-    origin: str,
-    undo: ExitStack,
-    *,
-    inject: bool,
+    lora: PlainLora, model: Any, name: str, core: Mapping[str, Any], origin: str, undo: ExitStack, inject: bool
 ) -> Any:
     """Add the adapter to `model`, until an error in `undo`. `inject`: without a PeftModel around it."""
     root = model.get_base_model() if isinstance(model, PeftModel) else model
-    if adapter_name in getattr(root, "peft_config", {}):
+    if name in getattr(root, "peft_config", {}):
+        raise ValueError(f"{type(root).__name__} has an adapter '{name}' already: choose another adapter_name.")
+    if unknown := sorted(lora.layers.keys() - {name for name, _ in root.named_modules()}):
         raise ValueError(
-            f"{type(root).__name__} has an adapter '{adapter_name}' already: choose another adapter_name, or remove "
-            "that one first (delete_adapter, or unload)."
+            f"{origin} adapts {len(lora.layers)} modules, of which {type(root).__name__} lacks {len(unknown)}: "
+            f"{listed(unknown)}. It was trained on another base model, or belongs to another component of the pipeline."
         )
-    check_has_modules(root, lora.layers.keys(), origin)
-    config = nara_config(lora, root, core)
-    undo.enter_context(rollback_on_error(root, adapter_name))
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-    elif inject:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
-            inject_adapter_in_model(config, model, adapter_name)
-    else:
-        model = get_peft_model(model, config, adapter_name)
-    copy_tensors(lora, root, adapter_name, origin)
-    _set_others(model, adapter_name, lora, origin)
-    check_identity(root, adapter_name, config)
+    config = _nara_config(lora, core)
+    undo.enter_context(rollback_on_error(root, name))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        elif inject:
+            inject_adapter_in_model(config, model, name)
+        else:
+            model = get_peft_model(model, config, name)
+    copy_tensors(lora, root, name, origin)
+    _set_others(model, name, lora, origin)
+    check_identity(root, name, config)
     if inject:
         setattr(root, LOADED_FLAG, True)
     elif isinstance(model, PeftModel):
-        model.set_adapter(adapter_name)
+        model.set_adapter(name)
     return model
 
 
-def nara_config(lora: PlainLora, root: nn.Module, core: Mapping[str, Any]) -> NaraConfig:
-    """The configuration of a NaRA on the layers of `lora`, with its ranks and scales.
-
-    Raises:
-        ValueError: see NaraConfig; or the LoRA has an initialisation that NaraConfig refuses.
-    """
-    plain = fitting_config(lora.config, root, {name: layer.rank for name, layer in lora.layers.items()})
-    given = {
-        field.name: copy.copy(getattr(plain, field.name))
-        for field in fields(LoraConfig)
-        if field.init and field.name not in ("peft_type", "auto_mapping", "inference_mode")
-    }
+def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
+    """The configuration of a NaRA on the layers of `lora`, with its ranks and scales."""
+    names = [field.name for field in fields(LoraConfig) if field.init]
+    given = {name: copy.copy(getattr(lora.config, name)) for name in names}
+    for name in ("peft_type", "auto_mapping", "inference_mode"):
+        del given[name]
     start = given["init_lora_weights"]
     if not isinstance(start, str) or start.lower() in _STARTS_ANYWAY:
         given["init_lora_weights"] = True
@@ -160,7 +142,7 @@ def nara_config(lora: PlainLora, root: nn.Module, core: Mapping[str, Any]) -> Na
         given["scheduler"] = dict(lora.scheduler)
     config = NaraConfig(**given | dict(core))
     if config.noise_convention is None and config.scheduler is not None and flow_shift(config.scheduler) is not None:
-        config.noise_convention = _FLOW
+        config.noise_convention = "flow"
     return config
 
 
@@ -176,12 +158,10 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
         ValueError: the layers, ranks, scales, shapes or kinds of tensors differ.
     """
     layers: dict[str, Any] = layers_of(root, adapter_name)
-    missing, surplus = sorted(lora.layers.keys() - layers.keys()), sorted(layers.keys() - lora.layers.keys())
-    if missing or surplus:
+    if different := sorted(lora.layers.keys() ^ layers.keys()):
         raise ValueError(
-            f"{origin} has {len(lora.layers)} layers, the adapter '{adapter_name}' {len(layers)}: "
-            f"{f'the adapter lacks {listed(missing)}' if missing else f'the LoRA lacks {listed(surplus)}'}. Set "
-            "target_modules to the layers of the LoRA."
+            f"{origin} has {len(lora.layers)} layers, the adapter '{adapter_name}' {len(layers)}: {listed(different)} "
+            "in one of them only. Set target_modules to the layers of the LoRA."
         )
     for name, layer in lora.layers.items():
         rank, scaling = layers[name].r[adapter_name], layers[name].scaling[adapter_name]
@@ -220,21 +200,17 @@ def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> 
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
     held = get_peft_model_state_dict(model, model.state_dict(), adapter_name, save_embedding_layers=False)
     others = {f"{prefix}{key}": tensor for key, tensor in lora.others.items()}
-    unknown = sorted(others.keys() - held.keys())
-    if unknown:
-        raise ValueError(
-            f"{origin} holds '{unknown[0]}', which an adapter with its configuration doesn't have: one of the two "
-            "belongs to another adapter."
-        )
+    if unknown := sorted(others.keys() - held.keys()):
+        raise ValueError(f"{origin} holds '{unknown[0]}', which an adapter with its configuration doesn't have.")
     set_peft_model_state_dict(model, held | others, adapter_name=adapter_name)
 
 
 def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> None:
     """Raises ValueError if C(λ) is not I."""
-    level = torch.tensor(_LEVELS, dtype=torch.float32)
-    with read_adapter(root, adapter_name) as adapter:
-        for layer in adapter.layers:
-            core = adapter.core(layer, NoiseSignals(level, level))
+    level = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
+    with adapter_of_model(root, adapter_name) as adapter:
+        for name, layer in adapter.layers.items():
+            core = adapter.core(name, NoiseSignals(level, level))
             if not torch.equal(core, torch.eye(layer.rank).expand(len(core), -1, -1)):
                 raise ValueError(
                     f"core_type {config.core_type!r} (core_init {config.core_init!r}) has a C that is not I at first, "

@@ -1,0 +1,216 @@
+"""Names of modules in the models' original code, which kohya's files and ComfyUI use, for Diffusers' names.
+
+FLUX and SD3 have q, k and v fused in one matrix there. Its LoRA is block-diagonal and exact:
+
+    [ΔW_q; ΔW_k; ΔW_v] = diag(up_q, up_k, up_v) · [down_q; down_k; down_v]
+
+Stability's UNets (SD 1.5, SDXL), with n = layers_per_block:
+
+    down_blocks.i.resnets.j       input_blocks.(1 + i(n+1) + j).0, and .1 for attentions
+    down_blocks.i.downsamplers.0  input_blocks.((i+1)(n+1)).0.op
+    mid_block                     middle_block.0, .1, .2
+    up_blocks.i.resnets.j         output_blocks.(i(n+1) + j).0, and .1 for attentions
+    up_blocks.i.upsamplers.0      output_blocks.(i(n+1) + n).1.conv, 2 in place of 1 behind an attention
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+MLP_RATIO = 4  # of FLUX: proj_mlp has four times the rows of q
+
+_FLUX = {
+    "transformer_blocks.*.attn.to_out.0": "double_blocks.*.img_attn.proj",
+    "transformer_blocks.*.attn.to_add_out": "double_blocks.*.txt_attn.proj",
+    "transformer_blocks.*.ff.net.0.proj": "double_blocks.*.img_mlp.0",
+    "transformer_blocks.*.ff.net.2": "double_blocks.*.img_mlp.2",
+    "transformer_blocks.*.ff_context.net.0.proj": "double_blocks.*.txt_mlp.0",
+    "transformer_blocks.*.ff_context.net.2": "double_blocks.*.txt_mlp.2",
+    "transformer_blocks.*.norm1.linear": "double_blocks.*.img_mod.lin",
+    "transformer_blocks.*.norm1_context.linear": "double_blocks.*.txt_mod.lin",
+    "single_transformer_blocks.*.proj_out": "single_blocks.*.linear2",
+    "single_transformer_blocks.*.norm.linear": "single_blocks.*.modulation.lin",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "proj_out": "final_layer.linear",
+}
+_SD3 = {
+    "transformer_blocks.*.attn.to_out.0": "joint_blocks.*.x_block.attn.proj",
+    "transformer_blocks.*.attn.to_add_out": "joint_blocks.*.context_block.attn.proj",
+    "transformer_blocks.*.attn2.to_out.0": "joint_blocks.*.x_block.attn2.proj",
+    "transformer_blocks.*.ff.net.0.proj": "joint_blocks.*.x_block.mlp.fc1",
+    "transformer_blocks.*.ff.net.2": "joint_blocks.*.x_block.mlp.fc2",
+    "transformer_blocks.*.ff_context.net.0.proj": "joint_blocks.*.context_block.mlp.fc1",
+    "transformer_blocks.*.ff_context.net.2": "joint_blocks.*.context_block.mlp.fc2",
+    "transformer_blocks.*.norm1.linear": "joint_blocks.*.x_block.adaLN_modulation.1",
+    "transformer_blocks.*.norm1_context.linear": "joint_blocks.*.context_block.adaLN_modulation.1",
+    "context_embedder": "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+}
+_WAN = {
+    **{f"blocks.*.attn1.to_{x}": f"blocks.*.self_attn.{x}" for x in "qkv"},
+    "blocks.*.attn1.to_out.0": "blocks.*.self_attn.o",
+    **{f"blocks.*.attn2.to_{x}": f"blocks.*.cross_attn.{x}" for x in "qkv"},
+    "blocks.*.attn2.to_out.0": "blocks.*.cross_attn.o",
+    **{f"blocks.*.attn2.add_{x}_proj": f"blocks.*.cross_attn.{x}_img" for x in "kv"},
+    "blocks.*.ffn.net.0.proj": "blocks.*.ffn.0",
+    "blocks.*.ffn.net.2": "blocks.*.ffn.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "proj_out": "head.head",
+}
+_TABLES = {"flux": _FLUX, "sd3": _SD3, "wan": _WAN}
+_FUSED = {
+    "flux": {
+        "double_blocks.*.img_attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
+        "double_blocks.*.txt_attn.qkv": [f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"],
+        "single_blocks.*.linear1": [
+            *(f"single_transformer_blocks.*.attn.to_{x}" for x in "qkv"),
+            "single_transformer_blocks.*.proj_mlp",
+        ],
+    },
+    "sd3": {
+        "joint_blocks.*.x_block.attn.qkv": [f"transformer_blocks.*.attn.to_{x}" for x in "qkv"],
+        "joint_blocks.*.context_block.attn.qkv": [f"transformer_blocks.*.attn.add_{x}_proj" for x in "qkv"],
+        "joint_blocks.*.x_block.attn2.qkv": [f"transformer_blocks.*.attn2.to_{x}" for x in "qkv"],
+    },
+}
+"""{base: {matrix of the original code: Diffusers' modules, from top to bottom}}."""
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_BLOCK = re.compile(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+UNETS = {"sd15": (1, 2, 3), "sdxl": (0, 1)}
+"""{base with a UNet: the up blocks that have attention}."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """up · down of one matrix in a host's file; the scale α/r is in `up`.
+
+    Attributes:
+        down: (r, d_in), in a convolution (r, d_in, *kernel).
+        up: (d_out, r), in a convolution (d_out, r, 1, …).
+        modules: the names of the modules in it, in the order of their rows in `down`.
+    """
+
+    down: Tensor
+    up: Tensor
+    modules: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The rows of `down`."""
+        return len(self.down)
+
+
+def original_names(layers: Mapping[str, Factors], base: str, layers_per_block: int = 2) -> dict[str, Factors]:
+    """{name in the original code: factors} of a denoiser's modules by Diffusers' names.
+
+    Args:
+        base: "sd15", "sdxl", "flux", "sd3" or "wan". layers_per_block: of a UNet's configuration.
+
+    Raises:
+        ValueError: a module that has no name there, or that the UNet of `base` doesn't have.
+    """
+    if base in UNETS:
+        return {_of_unet(name, base, layers_per_block): own for name, own in layers.items()}
+    found: dict[str, Factors] = {}
+    for name, own in layers.items():
+        pattern, block = _pattern(name), "".join(re.findall(r"blocks\.(\d+)\.", name)[:1])
+        matrix = next((key for key, parts in _FUSED.get(base, {}).items() if pattern in parts), None)
+        other = matrix or _TABLES[base].get(pattern)
+        if other is None:
+            raise ValueError(
+                f"'{name}' has no name in {base}'s original code: save the adapter for Diffusers or PEFT, or choose "
+                "the base that it is for."
+            )
+        other = other.replace("*", block)
+        if matrix is None:
+            found[other] = _shift_first(other, own) if base == "sd3" else own
+        elif other not in found:
+            parts = [part.replace("*", block) for part in _FUSED[base][matrix]]
+            found[other] = _fused([layers.get(part) for part in parts])
+    return found
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"blocks\.\d+\.", "blocks.*.", name, count=1)
+
+
+def _fused(parts: Sequence[Factors | None]) -> Factors:
+    """Stack the parts of one matrix from top to bottom; the ΔW of a part without a LoRA is zero."""
+    present = [part for part in parts if part is not None]
+    width = next((len(part.up) for part in parts[:3] if part is not None), 0)
+    width = width or len(present[0].up) // MLP_RATIO
+    sizes = [width] * 3 + [MLP_RATIO * width] * (len(parts) - 3)
+    up = present[0].up.new_zeros(sum(sizes), sum(part.rank for part in present))
+    row = column = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None:
+            up[row : row + size, column : column + part.rank] = part.up
+            column += part.rank
+        row += size
+    return Factors(
+        torch.cat([part.down for part in present]), up, tuple(name for part in present for name in part.modules)
+    )
+
+
+def _shift_first(name: str, own: Factors) -> Factors:
+    """Swap the halves of the last block's context modulation: scale and shift in Diffusers, shift and scale here."""
+    if not name.endswith("context_block.adaLN_modulation.1") or len(own.up) != 2 * own.down.shape[1]:
+        return own
+    return replace(own, up=torch.cat(own.up.chunk(2)[::-1]))
+
+
+def _of_unet(name: str, base: str, layers_per_block: int) -> str:
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    match = _BLOCK.fullmatch(name)
+    if match is None or (match[3] == "resnets" and match[5] not in _IN_RESNET):
+        raise ValueError(f"'{name}' is no module of Stable Diffusion's UNet: choose the base that the adapter is for.")
+    side, kind, layer = match[1], match[3], int(match[4])
+    block, size, with_attention = int(match[2] or 0), layers_per_block + 1, UNETS[base]
+    rest = _IN_RESNET[match[5]] if kind == "resnets" else match[5]
+    if side == "up" and kind == "attentions" and block not in with_attention:
+        raise ValueError(
+            f"'{name}' is adapted, but {base}'s UNet has attention in up blocks {', '.join(map(str, with_attention))} "
+            "alone: choose the base that the adapter is for."
+        )
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * layer}.{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks.{(block + 1) * size}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{block * size + layers_per_block}.{2 if block in with_attention else 1}.conv"
+    start, number = ("input", 1) if side == "down" else ("output", 0)
+    return f"{start}_blocks.{number + block * size + layer}.{1 if kind == 'attentions' else 0}.{rest}"

@@ -1,0 +1,224 @@
+"""A plain LoRA outside of any model: its factors by module, its LoraConfig, its error, and the scheduler it needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nara_diffusion.loaders.file import by_pattern
+from nara_diffusion.loaders.strict import PEFT_PREFIX
+from nara_diffusion.noise.schedulers.prediction import FLOW, how_to_set, prediction_in
+from nara_diffusion.utils.atomic_write import atomic_write_files
+
+logger = logging.getLogger(__name__)
+
+ERROR_FILE = "export_error.json"
+SCHEDULER = "scheduler"
+"""The folder of a LoRA's scheduler, as Diffusers writes and reads one: scheduler/scheduler_config.json."""
+
+
+@dataclass(frozen=True)
+class ExportError:
+    """Errors at several noise levels, relative to the size of the update.
+
+    Attributes:
+        noise_levels: λ (n,).
+        weights: how often each λ occurs (n,); they sum to 1.
+        update: ‖ΔW_exported(λ) − ΔW(λ)‖_F over all layers (n,), divided by the root mean square of ‖ΔW‖_F over λ.
+    """
+
+    noise_levels: list[float]
+    weights: list[float]
+    update: list[float]
+
+    @property
+    def worst_update(self) -> float:
+        """The largest of `update`."""
+        return max(self.update)
+
+    @property
+    def mean_update(self) -> float:
+        """The root mean square of `update`, weighted by `weights`."""
+        return math.sqrt(sum(weight * error**2 for weight, error in zip(self.weights, self.update, strict=True)))
+
+    def save(self, directory: Path) -> None:
+        """Write export_error.json."""
+        content = asdict(self) | {"worst_update": self.worst_update, "mean_update": self.mean_update}
+        (directory / ERROR_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class PlainLoraLayer:
+    """One layer of a plain LoRA: ΔW = alpha / rank · B · A.
+
+    Attributes:
+        A: (rank, d_in), in a convolution (rank, d_in, *kernel), in an embedding (rank, n).
+        B: (d_out, rank), in a convolution (d_out, rank / groups, 1, …).
+        alpha: alpha / rank is the scale, also with use_rslora in the configuration.
+        rank: the rank r.
+        bias: of B (d_out,), or None.
+        magnitude: DoRA's m, in PEFT's shape for the layer, or None.
+        is_embedding: True if the module is an embedding, to whose weight ΔWᵀ (n, d_out) is added.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    rank: int
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    is_embedding: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def groups(self) -> int:
+        """Of the convolution; 1 for any other layer."""
+        return self.rank // self.B.shape[1]
+
+
+@dataclass(frozen=True)
+class PlainLora:
+    """A LoRA or DoRA that any host can load.
+
+    Attributes:
+        config: PEFT's configuration.
+        layers: {name of the module in the adapted model: its factors}.
+        others: further tensors of the adapter, by PEFT's keys: trained biases, token embeddings, modules_to_save.
+        error: the error over λ of `to_lora(model, "best")`; None for a LoRA of one λ, which is exact there.
+        scheduler: class and configuration of the Diffusers scheduler that it needs, since it predicts something else
+            than its base; None where it predicts the same.
+    """
+
+    config: LoraConfig
+    layers: Mapping[str, PlainLoraLayer]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    error: ExportError | None = None
+    scheduler: Mapping[str, Any] | None = None
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors by PEFT's keys, as `peft.get_peft_model_state_dict` gives them, each with `prefix`."""
+        own = {f"{name}.{key}": tensor for name, layer in self.layers.items() for key, tensor in _named(layer)}
+        return {f"{prefix}{key}": tensor.contiguous() for key, tensor in {**own, **self.others}.items()}
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
+
+        With `error`, export_error.json is written too, and with `scheduler` the folder of one, for Diffusers'
+        `from_pretrained(directory, subfolder="scheduler")`. All files are written, or none.
+
+        Raises:
+            ValueError: `directory` is a file, or it has the scheduler of another model, which this LoRA doesn't need.
+        """
+        folder = Path(directory)
+        if folder.is_file():
+            raise ValueError(f"directory '{folder}' is a file: name a folder.")
+        if self.scheduler is None and (folder / SCHEDULER).exists():
+            raise ValueError(
+                f"directory '{folder}' has a '{SCHEDULER}' of something else, which from_lora would take for this "
+                "LoRA's: name another folder, or delete that."
+            )
+        with atomic_write_files(folder) as partial:
+            save_file(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            self.config.save_pretrained(str(partial))
+            if self.error is not None:
+                self.error.save(partial)
+            if self.scheduler is not None:
+                (partial / SCHEDULER).mkdir()
+                content = json.dumps(self.scheduler, indent=2, sort_keys=True)
+                (partial / SCHEDULER / "scheduler_config.json").write_text(content + "\n", encoding="utf-8")
+
+
+def _named(layer: PlainLoraLayer) -> Iterator[tuple[str, Tensor]]:
+    yield ("lora_embedding_A" if layer.is_embedding else "lora_A.weight"), layer.A
+    yield ("lora_embedding_B" if layer.is_embedding else "lora_B.weight"), layer.B
+    if layer.bias is not None:
+        yield "lora_B.bias", layer.bias
+    if layer.magnitude is not None:
+        yield "lora_magnitude_vector", layer.magnitude
+
+
+# ---------------------------------------------------------------------- configurations
+
+
+def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """α / r, or α / √r for rsLoRA, of the module of that name."""
+    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def config_of_layers(layers: Mapping[str, PlainLoraLayer], like: LoraConfig | None = None) -> LoraConfig:
+    """A LoraConfig that names each module in full, with its rank and α; its other fields are those of `like`."""
+    first = next(iter(layers.values()))
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    alphas = {name: layer.alpha for name, layer in layers.items()}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    given = {"use_dora": first.magnitude is not None, "lora_bias": first.bias is not None, "inference_mode": True}
+    if like is not None:
+        given |= {name: getattr(like, name) for name in ("base_model_name_or_path", "task_type", "auto_mapping")}
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules="|".join(map(re.escape, sorted(layers))),  # in a list, a name is the end of others too
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
+        **given,
+    )
+
+
+# ---------------------------------------------------------------------- schedulers
+
+
+def flow_shift(fields: Mapping[str, Any]) -> float | None:
+    """The shift of σ of a scheduler for a rectified flow; None if it isn't one."""
+    prediction = prediction_in(fields)
+    if prediction is None or prediction.kind != FLOW:
+        return None
+    return float(fields.get("flow_shift") or fields.get("shift") or 1.0)
+
+
+def comfyui_node(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """ComfyUI's node that makes a model sample so, and its inputs beside the model; None if none is known."""
+    shift, prediction = flow_shift(fields), prediction_in(fields)
+    if shift is not None:
+        return "ModelSamplingSD3", {"shift": shift}
+    if prediction is None or prediction.path == "rectified flow":
+        return None
+    sampling = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}[prediction.kind]
+    return "ModelSamplingDiscrete", {"sampling": sampling, "zsnr": prediction.path == "zero terminal SNR"}
+
+
+def comfyui_words(fields: Mapping[str, Any]) -> str:
+    """`comfyui_node` in words; empty if none is known."""
+    node = comfyui_node(fields)
+    return f"the node {node[0]} ({', '.join(f'{name} {value}' for name, value in node[1].items())})" if node else ""
+
+
+def warn_of_scheduler(fields: Mapping[str, Any] | None) -> None:
+    """Log which scheduler a LoRA needs, and how it is set; nothing without `fields`."""
+    if fields is None:
+        return
+    words = comfyui_words(fields)
+    logger.warning(
+        "The LoRA predicts %s, which its base doesn't, and no program sets a scheduler by a LoRA: with the base's own "
+        "it samples noise. Set it: in Diffusers, %s%s.",
+        prediction_in(fields) or f"what {fields['_class_name']} expects",
+        how_to_set(fields),
+        f"; in ComfyUI, {words}" if words else "",
+    )

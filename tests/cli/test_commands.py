@@ -1,0 +1,179 @@
+"""The command `nara`: a file alone, without its base model, gives what the adapted model gives; errors are one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nara_diffusion import StrengthSchedule, core_matrix, to_lora
+from nara_diffusion.cli.main import COMMANDS, main
+from nara_diffusion.cli.plot import core_curves
+from nara_diffusion.export.adapter_factors import adapter_of_part
+from nara_diffusion.export.to_lora import lora_of
+from nara_diffusion.loaders.file import AdapterFile
+from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
+from tests.helpers.small_pipelines import small_sdxl
+from tests.loaders.adapters import trained
+
+LEVEL = 0.37
+PREFIX = "base_model.model."
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file in some/base"),
+]
+
+
+class Mixed(nn.Module):
+    """Every kind of layer that has an adapter; no two sizes alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(7, 11)
+        self.conv1 = nn.Conv1d(3, 4, 2)
+        self.conv3 = nn.Conv3d(2, 3, (1, 2, 3))
+        self.grouped = nn.Conv2d(8, 6, 3, groups=2)
+        self.deeper = nn.ModuleDict({"embedding": nn.Embedding(13, 9)})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A PEFT folder of TwoLayers."""
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first", "second"], rank_pattern={"second": 3}))
+    disturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"core_type": "knots", "core_sharing": "layer"},
+        {"core_type": "bins", "core_bins": 2, "rank_pattern": {"linear": 6}},
+        {"strength": StrengthSchedule([(0, 1.0), (0.6, 0.2)]), "alpha_pattern": {"conv1": 9}, "use_rslora": True},
+        {"use_dora": True, "target_modules": ["linear", "conv3"]},
+    ],
+    ids=str,
+)
+def test_fold_of_a_file_is_that_of_the_adapted_model(tmp_path, changes):
+    targets = ["linear", "conv1", "conv3", "grouped", "embedding"]
+    model = get_peft_model(Mixed(), nara_config(**{"target_modules": targets, **changes}))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    wanted, found = to_lora(model, LEVEL), lora_of(adapter_of_part(AdapterFile.read(tmp_path).parts["model"]), LEVEL)
+    tensors, expected = found.state_dict(), wanted.state_dict()
+    assert tensors.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=0)
+    for name, layer in wanted.layers.items():
+        assert found.layers[name].scaling == pytest.approx(layer.scaling, rel=1e-12)
+
+
+def test_fold_counts_the_strength_of_the_file_and_says_so(tmp_path, capsys):
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"], strength=[[0.0, 1.0], [0.5, 0.25]]))
+    model.peft_config["default"].base_model_name_or_path = "some/base"
+    model.save_pretrained(tmp_path / "nara")
+    main(["fold", str(tmp_path / "nara"), str(tmp_path / "lora"), "--noise_level", "0.8", "--form", "peft"])
+    assert "at its strength of 0.25 there" in capsys.readouterr().out
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/base"
+    assert config["auto_mapping"]["base_model_class"] == "TwoLayers"
+
+
+def test_convert_there_and_back_gives_the_same_tensors(tmp_path, capsys):
+    trained(text=False, target_modules=["to_q", "conv1"]).save_nara_weights(tmp_path / "toy")
+    main(["convert", str(tmp_path / "toy"), str(tmp_path / "folder"), "--to", "peft"])
+    main(["convert", str(tmp_path / "folder"), str(tmp_path / "again"), "--to", "pipeline", "--component", "unet"])
+    one, other = (load_file(tmp_path / name / "pytorch_nara_weights.safetensors") for name in ("toy", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    PeftModel.from_pretrained(small_sdxl().unet, tmp_path / "folder")
+    small_sdxl().load_nara_weights(tmp_path / "again")
+
+
+@pytest.mark.parametrize("changes", [{"core_sharing": "layer"}, {"core_type": "bins", "core_bins": 2}], ids=str)
+def test_curves_are_those_of_the_adapted_model(tmp_path, changes):
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first", "second"], **changes))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    levels = torch.linspace(0, 1, 7)
+    distances, values = core_curves(AdapterFile.read(tmp_path).parts["model"], levels)
+    for index, module in enumerate(["first", "second"][: len(distances)]):
+        with torch.no_grad():
+            C = core_matrix(model, levels, module=module).expand(7, -1, -1).double()
+        I = torch.eye(C.shape[-1], dtype=torch.float64)  # noqa: E741
+        torch.testing.assert_close(distances[index], (C - I).flatten(1).norm(dim=1) / I.norm(), rtol=1e-6, atol=1e-9)
+        grams = torch.linalg.eigvalsh(C.mT @ C).clamp(min=0).sqrt().flip(-1)
+        torch.testing.assert_close(values[index], grams, rtol=1e-4, atol=1e-5)
+
+
+def ended(*words: Any) -> str:
+    """The one line in which a command ends."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(map(str, words)))
+    message = str(caught.value)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{PREFIX}first.lora_B.weight"), "'first' needs A and B, but B is missing"),
+        (lambda t: t.update({f"{PREFIX}first.lora_A.weight": torch.zeros(2, 7)}), "A (2, 7) and B (11, 4), expected"),
+        (lambda t: t.pop(next(key for key in t if "core" in key)), "its cores don't match its configuration"),
+    ],
+    ids=["half a layer", "another rank", "half a core"],
+)  # fmt: skip
+@pytest.mark.parametrize("words", [["inspect"], ["fold", "--noise_level", "0.5", "--form", "peft"]], ids=lambda w: w[0])
+def test_a_damaged_file_ends_in_one_line_and_writes_nothing(words, change, message, folder, tmp_path):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    command, *options = words
+    output = [] if command == "inspect" else [tmp_path / "out"]
+    found = ended(command, folder, *output, *options)
+    assert message in found
+    assert str(folder) in found
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_read_or_written_ends_in_one_line(folder, tmp_path):
+    lora = tmp_path / "lora"
+    get_peft_model(TwoLayers(), lora_config(target_modules=["first"])).save_pretrained(lora)
+    (tmp_path / "note.safetensors").write_text("nothing of the kind")
+    for path in (tmp_path / "missing", lora, tmp_path / "note.safetensors"):
+        assert str(path) in ended("inspect", path)
+    weights = folder / "adapter_model.safetensors"
+    assert "is the adapter itself" in ended("fold", folder, folder, "--noise_level", "0.5", "--form", "peft")
+    assert "names no component" in ended("fold", folder, tmp_path / "x.safetensors", "--noise_level", "0.5")
+    assert "is a file" in ended("convert", folder, weights, "--to", "pipeline", "--component", "unet")
+    assert "needs --component" in ended("convert", folder, tmp_path / "x", "--to", "pipeline")
+    assert "name of a PNG file" in ended("plot", folder, "--output", tmp_path)
+    assert "expected one of inspect, plot" in ended("draw", folder)
+
+
+def test_a_missing_package_ends_in_one_line(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("backends", "backends.backend_agg", "figure"):
+        monkeypatch.delitem(sys.modules, f"matplotlib.{module}", raising=False)
+    assert "nara plot needs the package matplotlib" in ended("plot", folder, "--output", tmp_path / "core.png")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_command_and_each_teaches(command, capsys):
+    main(["--help"])
+    assert f"nara {command} " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"nara {command}" in capsys.readouterr().out.replace("nara-", "nara ")
