@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.export.lora.scheduler import SCHEDULER
+from nara_diffusion.export.plain_lora import SCHEDULER
 from nara_diffusion.loaders.file import load_peft_adapter, load_whole_model
 from nara_diffusion.loaders.schedulers import build_scheduler
 from nara_diffusion.loaders.strict import check_loaded, check_tensors
