@@ -31,15 +31,15 @@ from shipped_task import fine_tune, load_rows, load_shipped_model, make_collator
 
 INDEPENDENT = "independent"
 WAYS = {
-    INDEPENDENT: {"stratified": False, "complementary": False},
-    "stratified": {"stratified": True, "complementary": False},
-    "complementary": {"stratified": False, "complementary": True},
-    "stratified and complementary": {"stratified": True, "complementary": True},
+    INDEPENDENT: {"group_size": 1, "complementary": False},
+    "stratified": {"group_size": None, "complementary": False},
+    "complementary": {"group_size": 1, "complementary": True},
+    "stratified and complementary": {"group_size": None, "complementary": True},
 }
 
 
 def draw(
-    model: PeftModel, batch: dict[str, torch.Tensor], way: dict[str, bool], seed: int
+    model: PeftModel, batch: dict[str, torch.Tensor], way: dict[str, Any], seed: int
 ) -> tuple[float, torch.Tensor]:
     """Loss, and gradient (p,) of all trainable parameters, for one draw of noise levels and masks."""
     if not way["complementary"]:
@@ -50,7 +50,7 @@ def draw(
     return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def measure(model: PeftModel, batch: dict[str, torch.Tensor], way: dict[str, bool], draws: int) -> dict[str, float]:
+def measure(model: PeftModel, batch: dict[str, torch.Tensor], way: dict[str, Any], draws: int) -> dict[str, float]:
     """Variance of loss and gradient over the draws, which have seeds 0, 1, …"""
     losses, total, squares = [], torch.zeros(()), 0.0
     for seed in tqdm(range(draws), leave=False):

@@ -41,7 +41,6 @@ class MaskedDiffusionLoss:
     masked: torch.Tensor
     token_loss: torch.Tensor
     answer: torch.Tensor
-    split: None = None
 
 
 def masked_diffusion_loss(
@@ -67,8 +66,8 @@ def masked_diffusion_loss(
             or can't be reached (`Backbone.head` is None) always take "all".
         chunk_size: positions whose logits exist at one time.
         **masking: of `mask_answers`: attention_mask (b, l) or answer_lengths (b,); noise_level, λ in (0, 1], (b,) or
-            one number, instead of drawing it; generator, or seed with sample_indices (b,); stratified and group_size;
-            complementary; window.
+            one number, instead of drawing it; generator, or seed with sample_indices (b,); group_size; complementary;
+            window.
 
     Raises:
         ValueError: see `mask_answers`; or an unknown `logits`; or no mask token; or an adapter that was trained with

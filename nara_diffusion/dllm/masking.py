@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,6 @@ def mask_answers(
     generator: torch.Generator | None = None,
     seed: int | None = None,
     sample_indices: Lengths | None = None,
-    stratified: bool = True,
     group_size: int | None = None,
     complementary: bool = False,
     window: NoiseWindow = EVERYTHING,
@@ -88,8 +88,8 @@ def mask_answers(
         generator: draws the seed if `seed` is None.
         seed: key of the random numbers, with `sample_indices`.
         sample_indices: (b,) indices of the samples in the training stream.
-        stratified: whether drawn λ are stratified over each `group_size` consecutive indices.
-        group_size: the number of samples of a stratified group; default: the batch.
+        group_size: the number of consecutive samples over which drawn λ are stratified; default: the batch; 1 draws
+            them independently.
         complementary: return 2b rows, the second half with the complementary masks.
         window: the window that λ is drawn from.
 
@@ -103,8 +103,8 @@ def mask_answers(
         attention_mask = (answer.flip(1).cumsum(1).flip(1) > 0).long()  # up to the end of the answer
     seed, indices = _key(seed, sample_indices, generator, b)
     if noise_level is None:
-        options = {"stratified": stratified, "group_size": group_size or b, "symmetric": complementary}
-        levels = draw_noise_levels(indices, seed=seed, window=window, **options).to(device)
+        options: dict[str, Any] = {"group_size": group_size or b, "symmetric": complementary, "window": window}
+        levels = draw_noise_levels(indices, seed=seed, **options).to(device)
     else:
         levels = torch.as_tensor(noise_level, dtype=torch.float32, device=device).expand(b)
         if not ((levels > 0) & (levels <= 1)).all() or (complementary and (levels == 1).any()):
@@ -159,7 +159,6 @@ def draw_noise_levels(
     sample_indices: Sequence[int],
     *,
     seed: int,
-    stratified: bool = True,
     group_size: int = 1,
     symmetric: bool = False,
     window: NoiseWindow = EVERYTHING,
@@ -170,7 +169,7 @@ def draw_noise_levels(
     """
     u = stratified_uniform(
         sample_indices,
-        group_size if stratified else 1,
+        group_size,
         shift=partial(_random, seed, _SHIFT_STREAM),
         value=partial(_random, seed, _LEVEL_STREAM),
     )

@@ -12,7 +12,6 @@ the model and a part of the requests.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from itertools import groupby
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import InitProcessGroupKwargs, gather
+from accelerate.utils import InitProcessGroupKwargs, gather, gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm.auto import tqdm
@@ -30,7 +29,7 @@ from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, text_befo
 from nara_diffusion.dllm.models.backbone import Backbone
 
 from .harness_text import ALPACA, SETTINGS, encode, encode_pair, read_gen_kwargs, templated
-from .load_model import default_device, load_model
+from .load_model import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +76,11 @@ class NaraDLLM(LM):
         if not str(batch_size).isdecimal() or max_batch_size is not None:
             raise ValueError(f"--batch_size {batch_size}: nara_dllm doesn't look for one, name it: --batch_size 8")
         self.batch_size, self.samples, self.seed, self.greedy = int(batch_size), int(samples), int(seed), bool(greedy)
-        place = default_device() if device in (None, "auto") else torch.device(str(device))
-        self.processes: PartialState | None = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            patience = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()  # for others' longer questions
-            self.processes = PartialState(cpu=place.type == "cpu", **patience)
-            self._rank, self._world_size = self.processes.process_index, self.processes.num_processes
-            place = self.processes.device
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()  # for others' longer questions
+        self.processes = PartialState(cpu=str(device) == "cpu", **patience)
+        self._rank, self._world_size = self.processes.process_index, self.processes.num_processes
+        is_own = self._world_size > 1 or device in (None, "auto")
+        place: Any = self.processes.device if is_own else device
         self.model, self.tokenizer = load_model(pretrained, peft, device=place, **loading)
         self.backbone = Backbone(self.model)
         self._device = self.backbone.device
@@ -246,18 +243,13 @@ class NaraDLLM(LM):
     # several processes
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.processes is None else gather(tensor)  # type: ignore[return-value]
+        return gather(tensor)  # type: ignore[return-value]
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        if self.processes is None:
-            return [obj]
-        values: list[Any] | None = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, values, dst=dst)
-        return values
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+        return gather_object([obj])
 
     def barrier(self) -> None:
-        if self.processes is not None:
-            self.processes.wait_for_everyone()
+        self.processes.wait_for_everyone()
 
 
 def _split(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:

@@ -37,50 +37,18 @@ _UNKNOWN = 0.01  # the share of unknown tokens from which on a warning is due
 class EncodedRecords:
     """Attributes:
     rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`.
-    lengths: (tokens of the prompt, tokens of the answer and its end) of every record, before cutting.
-    max_length: of both together.
+    total: the number of records before encoding.
+    truncated: of them, those whose answer was cut at `max_length`; these have no end token.
+    dropped: of them, those that were left out, since their prompt fills `max_length`.
+    longest, longest_prompt: the tokens of the longest row, and of the longest prompt among the rows.
     """
 
     rows: Dataset
-    lengths: list[tuple[int, int]]
-    max_length: int
-
-    @property
-    def total(self) -> int:
-        """The number of records before encoding."""
-        return len(self.lengths)
-
-    @property
-    def truncated(self) -> int:
-        """The number of records whose answer was cut at `max_length`; these have no end token."""
-        return sum(prompt < self.max_length < prompt + answer for prompt, answer in self.lengths)
-
-    @property
-    def dropped(self) -> int:
-        """The number of records that were left out, since their prompt fills `max_length`."""
-        return self.total - len(self.rows)
-
-    @property
-    def longest(self) -> int:
-        """The tokens of the longest row."""
-        return max(map(len, self.rows["input_ids"]))
-
-    @property
-    def longest_prompt(self) -> int:
-        """The tokens of the longest prompt among the rows."""
-        return max(self.rows["prompt_length"])
-
-    def summary(self) -> str:
-        """One line for a log."""
-        counts = f"{self.total} records: {len(self.rows)} kept, {self.truncated} of them cut, {self.dropped} dropped"
-        if not (self.truncated or self.dropped):
-            return counts
-        return f"{counts}; of 10 records 9 have {most_have(self.lengths)} tokens or fewer, max_length {self.max_length}"
-
-
-def most_have(lengths: Sequence[tuple[int, int]]) -> int:
-    """The length that nine of ten records don't exceed, prompt and answer together."""
-    return sorted(map(sum, lengths))[int(0.9 * (len(lengths) - 1))]
+    total: int
+    truncated: int
+    dropped: int
+    longest: int
+    longest_prompt: int
 
 
 def encode_records(
@@ -101,7 +69,7 @@ def encode_records(
     from datasets import Dataset
 
     rows: list[dict[str, Any]] = []
-    lengths: list[tuple[int, int]] = []
+    lengths: list[int] = []
     end, mask = end_token_id(tokenizer), tokenizer.mask_token_id
     _warn_of_ends_inside(records["output"][:], str(tokenizer.convert_ids_to_tokens(end)))
     starts = range(0, len(records), _BATCH)
@@ -114,20 +82,23 @@ def encode_records(
             whole = [*prompt, *answer] if answer[-1:] == [end] else [*prompt, *answer, end]
             if mask in whole:
                 raise ValueError(f"the record {record['instruction'][:100]!r} {mask_in_a_text(mask)}")  # type: ignore[arg-type]
-            lengths.append((len(prompt), len(whole) - len(prompt)))
+            lengths.append(len(whole))
             if len(prompt) < max_length:
                 row = {field: record[field] for field in ("instruction", "answer")}
-                rows.append({"input_ids": whole[:max_length], "prompt_length": len(prompt), **row})
+                rows.append({"input_ids": whole, "prompt_length": len(prompt), **row})
+    cut, dropped = sum(len(row["input_ids"]) > max_length for row in rows), len(lengths) - len(rows)
+    summary = f"{len(lengths)} records: {len(rows)} kept, {cut} of them cut, {dropped} dropped"
+    if cut or dropped:
+        most = sorted(lengths)[int(0.9 * (len(lengths) - 1))]
+        summary += f"; of 10 records 9 have {most} tokens or fewer, and max_length is {max_length}"
     if not rows:
-        raise ValueError(
-            f"none of {len(lengths)} records is left: their prompts alone have {max_length} tokens (max_length) or more"
-            + (f"; of 10 records 9 have {most_have(lengths)} tokens or fewer" if lengths else "")
-        )
+        raise ValueError(f"nothing is left to train on: the prompts alone fill max_length ({summary})")
+    logger.log(logging.WARNING if cut or dropped else logging.INFO, "%s", summary)
+    for row in rows:
+        row["input_ids"] = row["input_ids"][:max_length]
     _warn_of_unknown_tokens(rows, tokenizer)
-    encoded = EncodedRecords(Dataset.from_list(rows), lengths, max_length)
-    level = logging.WARNING if encoded.truncated or encoded.dropped else logging.INFO
-    logger.log(level, "%s", encoded.summary())
-    return encoded
+    longest, longest_prompt = max(len(row["input_ids"]) for row in rows), max(row["prompt_length"] for row in rows)
+    return EncodedRecords(Dataset.from_list(rows), len(lengths), cut, dropped, longest, longest_prompt)
 
 
 def _warn_of_ends_inside(outputs: Sequence[str], end: str) -> None:

@@ -20,8 +20,6 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -43,13 +41,6 @@ from .tokenizers import load_tokenizer, resolve_mask_token, set_special_tokens
 # Arguments of from_pretrained that say where files come from: the configuration and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-# Where trust_remote_code finds a model with an output head, best first.
-_REMOTE_CLASSES = {
-    "AutoModelForMaskedLM": AutoModelForMaskedLM,
-    "AutoModelForCausalLM": AutoModelForCausalLM,
-    "AutoModel": AutoModel,
-}
-
 # Heads that encoders are pre-trained with besides the one for masked tokens.
 _OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)\.")
 
@@ -61,7 +52,6 @@ def load_backbone(
     mask_token: str | None = None,
     shift_logits: bool | None = None,
     ignore_tensors: str | Sequence[str] = (),
-    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a masked-diffusion language model, or an encoder, and its tokenizer.
@@ -77,7 +67,6 @@ def load_backbone(
             otherwise.
         ignore_tensors: heads in the checkpoint that the model doesn't have and that are left out: names of tensors, or
             of modules with all that is in them. Those of BERT's and ALBERT's pre-training needn't be named.
-        trust_remote_code: for checkpoints of other kinds only; those of the table never need it.
         **kwargs: as for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation, revision,
             token, …
 
@@ -91,13 +80,11 @@ def load_backbone(
         fields, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if not fields:
             raise ValueError(f"it has no {CONFIG_NAME}")
-    model_class, config, is_renamed = _class_and_config(name, fields, shift_logits, trust_remote_code, hub)
-    tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), trust_remote_code=trust_remote_code, **hub)
+    model_class, config, is_renamed = _class_and_config(name, fields, shift_logits, hub)
+    tokenizer = load_tokenizer(name, family=fields.get("model_type", ""), **hub)
     mask = resolve_mask_token(name, tokenizer, fields, config.vocab_size, mask_token_id, mask_token)
     if is_renamed:
         kwargs["key_mapping"] = KEY_MAPPING
-    if model_class in _REMOTE_CLASSES.values():
-        kwargs["trust_remote_code"] = trust_remote_code  # unset, transformers would ask on the terminal
     try:
         model, loading = model_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -113,7 +100,7 @@ def load_backbone(
 
 
 def _class_and_config(
-    name: str, fields: dict[str, Any], shift_logits: bool | None, trust_remote_code: bool, hub: dict[str, Any]
+    name: str, fields: dict[str, Any], shift_logits: bool | None, hub: dict[str, Any]
 ) -> tuple[Any, PreTrainedConfig, bool]:
     """(class, configuration, whether the tensors have LLaDA's names) for the config.json `fields`."""
     family = fields.get("model_type", "").lower()
@@ -129,13 +116,9 @@ def _class_and_config(
         raise ValueError(f"shift_logits is for Llama and Qwen2 models, and {name} has model_type {family!r}")
     if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_encoder_decoder"):
         return AutoModelForMaskedLM, AutoConfig.from_pretrained(name, trust_remote_code=False, **hub), False
-    remote = [key for key in _REMOTE_CLASSES if key in fields.get("auto_map", {})]
-    if trust_remote_code and remote:
-        return _REMOTE_CLASSES[remote[0]], AutoConfig.from_pretrained(name, trust_remote_code=True, **hub), False
     raise ValueError(
         f"{name} has model_type {family!r}. load_backbone knows LLaDA, iLLaDA, Dream, Llama, Qwen2 and the encoders of "
-        "AutoModelForMaskedLM (BERT, RoBERTa, ModernBERT, …), and models with code of their own that is right under "
-        "trust_remote_code=True"
+        "AutoModelForMaskedLM (BERT, RoBERTa, ModernBERT, …), and runs no code of a checkpoint"
     )
 
 

@@ -14,45 +14,36 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 # Kinds of checkpoint whose tokenizer class may exist in their own code only: the stock class that reads their files.
-_STOCK_TOKENIZERS = {
-    "llada": PreTrainedTokenizerFast,
-    "illada": PreTrainedTokenizerFast,
-    "dream": Qwen2Tokenizer,
-}
+_STOCK_TOKENIZERS = {"llada": PreTrainedTokenizerFast, "illada": PreTrainedTokenizerFast, "dream": Qwen2Tokenizer}
 
 # The class that transformers 5 names where all of a tokenizer is in tokenizer.json.
 _WHOLE_IN_ITS_FILE = "TokenizersBackend"
 
 
-def load_tokenizer(name: str, *, family: str, trust_remote_code: bool = False, **hub: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, family: str, **hub: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, without running its code and without asking on the terminal.
 
     Args:
         name: folder or repository.
         family: the `model_type` of the checkpoint.
-        trust_remote_code: let the checkpoint's own tokenizer class run; not for the kinds known here.
         **hub: the arguments of `from_pretrained` that say where the files are.
 
     Raises:
         ValueError: it has none, or a damaged one.
     """
     try:
-        return _loaded(name, family, trust_remote_code, hub)
+        stock = _STOCK_TOKENIZERS.get(family.lower())
+        if stock is None and get_tokenizer_config(name, **hub).get("tokenizer_class") == _WHOLE_IN_ITS_FILE:
+            # AutoTokenizer would go by the model's type, and Qwen2's class brings rules of its own for splitting
+            stock = PreTrainedTokenizerFast
+        if stock is not None:
+            return stock.from_pretrained(name, **hub)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"The tokenizer of {name} can't be loaded: {reason} Are tokenizer.json and tokenizer_config.json there?"
         ) from error
-
-
-def _loaded(name: str, family: str, trust_remote_code: bool, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
-    stock = _STOCK_TOKENIZERS.get(family.lower())
-    if stock is not None:
-        return stock.from_pretrained(name, **hub)
-    if get_tokenizer_config(name, **hub).get("tokenizer_class") == _WHOLE_IN_ITS_FILE:
-        # AutoTokenizer would go by the model's type instead, and Qwen2's class brings rules of its own for splitting
-        return PreTrainedTokenizerFast.from_pretrained(name, **hub)
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
 
 
 def resolve_mask_token(
@@ -66,16 +57,12 @@ def resolve_mask_token(
     """The mask token's id: as given, or else as config.json or the tokenizer has it.
 
     Raises:
-        ValueError: nothing names one, the name isn't a token, the two given disagree, or the id is outside the
-            vocabulary.
+        ValueError: nothing names one, the name isn't a token, or the id is outside the vocabulary.
     """
     if mask_token is not None:
-        named = tokenizer.get_vocab().get(mask_token)
-        if named is None:
+        mask_token_id = tokenizer.get_vocab().get(mask_token)
+        if mask_token_id is None:
             raise ValueError(f"mask_token {mask_token!r} isn't a token of {name}: name one that its vocabulary has")
-        if mask_token_id not in (None, named):
-            raise ValueError(f"mask_token {mask_token!r} is {named}, mask_token_id {mask_token_id}: pass one of them")
-        mask_token_id = named
     candidates: tuple[Any, ...] = (mask_token_id, fields.get("mask_token_id"), tokenizer.mask_token_id)
     known = next((int(candidate) for candidate in candidates if candidate is not None), None)
     if known is None:
@@ -101,7 +88,8 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     if tokenizer.mask_token_id != mask_token_id:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
     # some configurations have none, and others one by default that this vocabulary doesn't have
-    configured = first_token_id(getattr(config, "eos_token_id", None))
+    given: Any = getattr(config, "eos_token_id", None)
+    configured = (given[0] if given else None) if isinstance(given, list) else given
     candidates: list[Any] = [configured, tokenizer.eos_token_id, tokenizer.sep_token_id]
     end = next((i for i in candidates if i is not None and tokenizer.convert_ids_to_tokens(i) is not None), None)
     if end is None or end != configured:
@@ -112,8 +100,3 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
-
-
-def first_token_id(token_ids: int | list[int] | None) -> int | None:
-    """The first id of a configuration's value, which is one id, a list, or None."""
-    return (token_ids[0] if token_ids else None) if isinstance(token_ids, list) else token_ids
