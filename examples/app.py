@@ -6,8 +6,8 @@
     python examples/app.py --model stabilityai/stable-diffusion-xl-base-1.0 --adapter my-toy
 
 A pipeline is a folder or a repository on the Hub, and so is an adapter, which may also be a file: a NaRA, or a LoRA
-that Diffusers or PEFT reads. The table holds points (λ, strength) of each adapter, between which its strength is
-linear; two points at one λ are a step. They become `pipe.set_adapters(names, adapter_weights=[StrengthSchedule(…)])`.
+that Diffusers reads. The table holds points (λ, strength) of each adapter, between which its strength is linear; two
+points at one λ are a step. They become `pipe.set_adapters(names, adapter_weights=[StrengthSchedule(…)])`.
 
 As a Space on Hugging Face: examples/space/README.md has the front matter, and says what to copy.
 """
@@ -15,17 +15,15 @@ As a Space on Hugging Face: examples/space/README.md has the front matter, and s
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from app_adapters import Adapter, read
-from app_curves import draw
-from app_sampling import Call, Sampler
-from app_table import COLUMNS, Row, points_of, rows_for, with_a_point
+from app_session import Adapter, Points, Session, draw_curves
+
+from nara_diffusion import StrengthSchedule
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL, ADAPTER = ASSETS / "sdxl-tiny", ASSETS / "toy-nara"
@@ -34,9 +32,11 @@ TITLE = "NaRA: before and after"
 ABOUT = f"""# {TITLE}
 A noise-aware adapter changes with the noise level λ: sampling starts at pure noise, λ = 1, and ends at λ = 0.
 Edit the adapter's strength over λ, and see what becomes of the same noise without and with it."""
-OTHER_TABLE = "Other adapters were named: these are the strengths that they bring. Edit the table, and sample again."
+COLUMNS = ["adapter", "λ", "strength"]
 CSS = ".sample img {width: 100%; height: 100%; object-fit: contain}"
 """Small images are shown large; Gradio would leave them as small as they are."""
+Row = Sequence[Any]
+"""The adapter's number, from 1 on; λ; its strength there. Empty cells are None or an empty text."""
 
 
 @contextmanager
@@ -49,54 +49,65 @@ def in_one_line() -> Iterator[None]:
         raise gr.Error(line, print_exception=False, duration=20) from error
 
 
-def read_all(text: str) -> list[Adapter]:
-    """The adapters that are named one a line.
+def rows_of(adapters: Sequence[Adapter]) -> list[Row]:
+    """The table with the strengths that the adapters bring."""
+    return [[number, *point] for number, adapter in enumerate(adapters, start=1) for point in adapter.points]
+
+
+def with_a_point(rows: Sequence[Row]) -> list[Row]:
+    """One row more, half-way from the last one's λ to 0, to be edited."""
+    number, level, strength = (1, 1.0, 1.0)
+    if rows and all(isinstance(cell, (int, float)) for cell in rows[-1]):
+        number, level, strength = rows[-1]
+    return [*rows, [number, level / 2, strength]]
+
+
+def points_of(rows: Sequence[Row], adapters: Sequence[Adapter]) -> list[Points]:
+    """The points of each adapter by ascending λ; those that it brings, where the table has none of it.
 
     Raises:
-        ValueError: see `app_adapters.read`.
+        ValueError: a row without its numbers, or of an adapter that isn't named; or see `StrengthSchedule`.
     """
-    return [read(line.strip()) for line in text.splitlines() if line.strip()]
-
-
-def describe(adapters: Sequence[Adapter]) -> str:
-    return "\n".join(f"{number}. `{one.source}`: {one.summary}" for number, one in enumerate(adapters, start=1))
-
-
-def on_adapters(text: str, shown: list[Adapter], rows: list[Row]) -> tuple[Any, ...]:
-    """Adapters were named: what they are, their table, and the curves."""
-    with in_one_line():
-        adapters = read_all(text)
-        rows = rows_for(adapters, shown, rows)
-        return adapters, describe(adapters), rows, draw(adapters, points_of(rows, adapters))
-
-
-def on_strengths(shown: list[Adapter], rows: list[Row]) -> Any:
-    """The table was edited: the curves."""
-    with in_one_line():
-        return draw(shown, points_of(rows, shown))
-
-
-def on_sample(sampler: Sampler, call: Call, text: str, shown: list[Adapter], rows: list[Row], progress: Any) -> Any:
-    """Images without and with the adapters, and what `on_adapters` shows, of the adapters as they are now."""
-    with in_one_line():
-        start = time.perf_counter()
-        adapters = read_all(text)
-        given, rows = list(rows), rows_for(adapters, shown, rows)
-        points = points_of(rows, adapters)
-        pairs = list(zip(adapters, points, strict=True))
-        before, after = sampler.before_and_after(call, pairs, lambda share, what: progress(share, desc=what))
-        about = f"{describe(adapters)}\n\nSampled in {time.perf_counter() - start:.1f} s."
-        if given and rows != given:
-            about += f"\n\n{OTHER_TABLE}"
-        return before, after, adapters, about, rows, draw(adapters, points)
+    found: list[list[tuple[float, float]]] = [[] for _ in adapters]
+    for place, row in enumerate(rows, start=1):
+        if any(cell not in (None, "") for cell in row):
+            try:
+                number, level, strength = map(float, row)
+                found[range(1, len(adapters) + 1).index(int(number))].append((level, strength))
+            except (TypeError, ValueError):
+                expected = f"adapter (1 to {len(adapters)}), λ, strength"
+                raise ValueError(f"Row {place} of the strengths is {list(row)}, expected {expected}.") from None
+    ordered = [sorted(own, key=lambda point: point[0]) for own in found]
+    return [StrengthSchedule(own or adapter.points).points for own, adapter in zip(ordered, adapters, strict=True)]
 
 
 def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), prompt: str = PROMPT) -> gr.Blocks:
-    """The page, with these values to start from; an adapter that can't be read is told of there."""
-    sampler = Sampler()
+    """The page, with these values to start from."""
+    session = Session()
+
+    def load(model: str, sources: str) -> list[Adapter]:
+        return session.load(model.strip(), [line.strip() for line in sources.splitlines() if line.strip()])
+
+    def on_adapters(model: str, sources: str) -> tuple[Any, ...]:
+        with in_one_line():
+            found = load(model, sources)
+            about = "\n".join(f"{number}. `{one.source}`: {one.summary}" for number, one in enumerate(found, start=1))
+            return about, rows_of(found), draw_curves(found, [one.points for one in found])
+
+    def on_strengths(model: str, sources: str, rows: list[Row]) -> Any:
+        with in_one_line():
+            found = load(model, sources)
+            return draw_curves(found, points_of(rows, found))
+
+    def on_sample(model, sources, rows, prompt, negative, seed, steps, guidance, progress=gr.Progress()):  # noqa: B008
+        with in_one_line():
+            call = {"seed": int(seed), "num_inference_steps": int(steps), "guidance_scale": float(guidance)}
+            call |= {"negative_prompt": negative} if negative.strip() else {}
+            points = points_of(rows, load(model, sources))
+            return session.sample(prompt, points, lambda share, what: progress(share, desc=what), **call)
+
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
-        shown = gr.State([])
         with gr.Row():
             with gr.Column():
                 pipeline = gr.Textbox(model, label="pipeline", info="a folder or a repository")
@@ -110,37 +121,23 @@ def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), pr
                     guidance = gr.Slider(0, 20, 4.0, step=0.5, label="guidance")
             with gr.Column():
                 what = "strength over λ: linear between points; two points at one λ are a step"
-                columns: dict[str, Any] = {
-                    "headers": COLUMNS,
-                    "datatype": "number",
-                    "column_count": len(COLUMNS),
-                    "type": "array",
-                }
+                columns: dict[str, Any] = {"headers": COLUMNS, "datatype": "number", "column_count": 3, "type": "array"}
                 table = gr.Dataframe(label=what, interactive=True, **columns)
                 add = gr.Button("Add a point", size="sm")
                 about = gr.Markdown()
                 button = gr.Button("Sample", variant="primary")
         with gr.Row():
             look: dict[str, Any] = {"interactive": False, "format": "png", "height": 400, "elem_classes": "sample"}
-            before = gr.Image(label="before: without adapters", **look)
-            after = gr.Image(label="after: with adapters", **look)
+            images = [gr.Image(label=f"{name} adapters", **look) for name in ("before: without", "after: with")]
         curves = gr.Plot(show_label=False)
-
-        def sample(model, sources, shown, rows, prompt, negative, seed, steps, guidance, progress=gr.Progress()):  # noqa: B008
-            if seed is None:
-                raise gr.Error("seed is empty: enter a number.", print_exception=False)
-            call = Call(model.strip(), prompt, negative.strip(), int(seed), int(steps), float(guidance))
-            return on_sample(sampler, call, sources, shown, rows, progress)
-
-        named, described = [sources, shown, table], [shown, about, table, curves]
-        page.load(on_adapters, named, described, api_visibility="private", show_progress="hidden")
-        sources.blur(on_adapters, named, described, api_name="adapters", show_progress="hidden")
-        table.input(on_strengths, [shown, table], curves, api_name="strengths", show_progress="hidden")
+        named = [pipeline, sources]
+        page.load(on_adapters, named, [about, table, curves], api_visibility="private", show_progress="hidden")
+        sources.blur(on_adapters, named, [about, table, curves], api_name="adapters", show_progress="hidden")
+        table.input(on_strengths, [*named, table], curves, api_name="strengths", show_progress="hidden")
         added = add.click(with_a_point, table, table, api_visibility="private")
-        added.then(on_strengths, [shown, table], curves, api_visibility="private", show_progress="hidden")
-        inputs = [pipeline, *named, text, negative, seed, steps, guidance]
-        images = [before, after]
-        button.click(sample, inputs, [*images, *described], api_name="sample", show_progress_on=images)
+        added.then(on_strengths, [*named, table], curves, api_visibility="private", show_progress="hidden")
+        given = [*named, table, text, negative, seed, steps, guidance]
+        button.click(on_sample, given, images, api_name="sample", show_progress_on=images)
     return page
 
 

@@ -58,7 +58,7 @@ from quality.regimes.text.corruption import REPLACED, noise_tokens
 from quality.regimes.text.data import CHARACTERS, open_data
 from quality.regimes.text.denoising import Denoising
 from quality.regimes.text.models import load
-from quality.report.markdown import NOTHING, table
+from quality.report.data import NOTHING, table
 from quality.running import RESULTS
 from torch import Tensor
 from tqdm.auto import tqdm

@@ -6,8 +6,7 @@ import pytest
 import report_quality
 from quality import results
 from quality.regimes.plan import PLAN
-from quality.regimes.report import report
-from quality.regimes.summary import summary
+from quality.regimes.report import report, summary
 
 
 @pytest.mark.parametrize("name", report_quality.PAGES)

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import benchmark_alternatives
-import benchmark_core_movement
 import benchmark_dreambooth_step
 import benchmark_export
 import benchmark_load
@@ -56,11 +55,6 @@ def test_benchmark_seen_noise_measures_each_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_seen_noise, "SUBJECTS", ("toy", "car"))
     pixels = benchmark_seen_noise.main(output_dir=tmp_path)["sdxl-tiny"]["self-attention"]
     assert max(pixels.values()) > 0.5
-
-
-def test_benchmark_core_movement_follows_a_core(tmp_path):
-    benchmark_core_movement.main(every=1, steps=2, output_dir=tmp_path)
-    assert (tmp_path / "benchmark_core_movement.json").exists()
 
 
 @pytest.mark.parametrize(

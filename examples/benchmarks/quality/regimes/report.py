@@ -6,18 +6,17 @@ intervals are Student's t over the seeds; see docs/results/regimes_plan.md for w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nara_diffusion.utils.statistics import Interval, interval
 from quality.images.held_out import bin_centres
-from quality.regimes import equal_similarity
 from quality.regimes.methods import MEAN_CORE
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned, is_deciding
 from quality.regimes.running import Record, cell_of
-from quality.report.data import below_zero
-from quality.report.markdown import change, spread, table
+from quality.report.data import NOTHING, Arm, below_zero, change, spread, table
+from quality.report.names import title
 
 PEERS = ("lora", "lora_params", "dora")
 ABLATIONS = ("nara_constant", "nara_shuffled")
@@ -158,7 +157,7 @@ def _samples(cell: Confirmed) -> list[str]:
 def _looks(cell: Confirmed) -> list[str]:
     """A table of what was seen in training, if anything was."""
     looks = {run: record["looks"] for run, record in cell.records.items() if "looks" in record}
-    return [equal_similarity.table(looks, cell.arms)] if looks else []
+    return [similarity_table(looks, cell.arms)] if looks else []
 
 
 def _drawn(cell: Confirmed, arm: str, measure: str) -> tuple[str, str]:
@@ -191,3 +190,75 @@ def _of_bin(regime: str, index: int) -> Value:
         return None if values is None else values[index]
 
     return value
+
+
+# ---------------------------------------------------------------------- one image
+
+Look = Mapping[str, float]
+"""step, similarity, alignment."""
+LEVELS = (0.36, 0.38, 0.44, 0.47, 0.5)
+"""Of similarity. The first two were chosen after the runs of rank 16, as such that nearly all of them reach."""
+FEWEST = 5
+"""Pairs of seeds of which a difference is shown."""
+
+
+def similarity_table(looks: Mapping[tuple[str, int], Sequence[Look]], arms: Sequence[str]) -> str:
+    """Of each arm and level: how many seeds reach it, and the best alignment there less LoRA's, over the seeds in which
+    both do. `looks` are those of {(arm, seed)}."""
+    header = ["alignment less LoRA (seeds), at a similarity of", *(f"{level:.2f}" for level in LEVELS)]
+    return table(header, [[arm, *(_cell(looks, arm, level) for level in LEVELS)] for arm in arms])
+
+
+def _cell(looks: Mapping[tuple[str, int], Sequence[Look]], arm: str, level: float) -> str:
+    own, peer = _reached(looks, arm, level), _reached(looks, "lora", level)
+    differences = [own[seed] - peer[seed] for seed in sorted(own.keys() & peer.keys())]
+    shown = change(interval(differences), 3) if arm != "lora" and len(differences) >= FEWEST else NOTHING
+    return f"{shown} ({len(own)})"
+
+
+def _reached(looks: Mapping[tuple[str, int], Sequence[Look]], arm: str, level: float) -> dict[int, float]:
+    """{seed: the best alignment of a look whose similarity is `level` or more}, of the seeds that have one."""
+    found = {}
+    for (name, seed), own in looks.items():
+        reached = [look["alignment"] for look in own if look["similarity"] >= level]
+        if name == arm and reached:
+            found[seed] = max(reached)
+    return found
+
+
+# ---------------------------------------------------------------------- the summary
+
+SHOWN = {
+    "lora": "LoRA",
+    "lora_params": "LoRA, NaRA's parameters",
+    "dora": "DoRA",
+    "nara": "NaRA",
+    "nara_constant": "NaRA told λ = 0.5",
+    "nara_knots": "NaRA-Knots",
+    "full": "all weights",
+}
+
+
+def summary(plan: Sequence[Planned], records: Sequence[Record]) -> str:
+    """As a table; in words that none is whole yet."""
+    cells = [cell for cell in (confirmed(planned, records) for planned in plan if not planned.label) if cell.is_whole]
+    if not cells:
+        return "No regime's confirmation is whole yet."
+    header = ["regime", *SHOWN.values(), "NaRA − LoRA", "won by"]
+    return table(header, [_summary_row(cell) for cell in cells])
+
+
+def _summary_row(cell: Confirmed) -> list[str]:
+    each = cell.planned.cell
+    name = each.regime if is_deciding(each) else f"{each.regime}, {each.targets}, rank {each.rank}, {each.steps} steps"
+    scores = [cell.score(arm) for arm in SHOWN]
+    means = [NOTHING if score is None else f"{score.mean:.3f}" for score in scores]
+    return [name, *means, change(cell.difference("nara", "lora"), DIGITS), winners(cell)]
+
+
+def winners(cell: Confirmed) -> str:
+    """The forms of NaRA that meet every condition of the plan; nothing where the cell doesn't decide its regime."""
+    if not is_deciding(cell.planned.cell):
+        return NOTHING
+    won = [arm for arm in CANDIDATES if arm in cell.arms and all(conditions(cell, arm).values())]
+    return ", ".join(title(Arm(arm)) for arm in won) or "none"

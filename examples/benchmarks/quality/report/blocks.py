@@ -18,7 +18,7 @@ from benchmark_alternatives import report as alternatives_table
 
 from quality.regimes.check.table import check_table
 from quality.regimes.plan import PLAN
-from quality.regimes.summary import summary
+from quality.regimes.report import summary
 from quality.report.data import Grid, Record, distinct, read_records, select
 from quality.report.names import FURTHER, Measure, loss_of
 from quality.report.tables import bins_table, controls_table, domains_table, quality_table, summary_table

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quality.report.data import Arm, Grid, Record, Value, distinct, select
-from quality.report.markdown import NOTHING, change, difference, percent, spread, table
+from quality.report.data import (
+    NOTHING,
+    Arm,
+    Grid,
+    Record,
+    Value,
+    change,
+    difference,
+    distinct,
+    percent,
+    select,
+    spread,
+    table,
+)
 from quality.report.names import (
     BASE,
     DORA,

@@ -10,8 +10,7 @@ from nara_diffusion.check.verdict import LIKELY, UNLIKELY
 from quality.regimes.check.rows import ROWS
 from quality.regimes.plan import PLAN
 from quality.regimes.report import Confirmed, confirmed
-from quality.report.data import below_zero
-from quality.report.markdown import table
+from quality.report.data import below_zero, table
 
 Record = Mapping[str, Any]
 RIGHT, WRONG, OPEN = "right", "**wrong**", "–"
