@@ -40,7 +40,7 @@ IMAGE_LAYERS = {
     "cross-attention, from words": ("attn2.to_k", "attn2.to_v"),
 }
 Forward = tuple[Callable[[], Tensor], Tensor]
-"""A forward, which returns λ (b,); and the place (b,) in [0, 1) of the token to look at, −1 of a sample to leave out."""
+"""A forward, which returns λ (b,); and the place (b,) in [0, 1) of the token to look at, −1 for none."""
 
 
 def probe(modules: Mapping[str, nn.Module], forwards: Iterable[Forward]) -> dict[str, float]:
