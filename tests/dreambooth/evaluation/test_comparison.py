@@ -19,7 +19,6 @@ from nara_diffusion.dreambooth.evaluation.fidelity import Encoder, image_similar
 from nara_diffusion.dreambooth.evaluation.samples import CELL, SampleSettings, sample_images, write_grid, write_images
 from nara_diffusion.dreambooth.objectives import build_objective
 from tests.dreambooth.data.pictures import folder_of
-from tests.dreambooth.evaluation.small_encoders import save_clip
 from tests.helpers.small_pipelines import small_sdxl
 
 CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
@@ -72,8 +71,8 @@ def test_the_curve_is_the_error_at_each_level(pipe, loss, accelerator) -> None:
     assert values["validation_loss_high"] == pytest.approx(expected[2].mean().item(), rel=1e-4)
 
 
-def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator, tmp_path) -> None:
-    encoder = Encoder(save_clip(tmp_path / "clip"), device="cpu")
+def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator) -> None:
+    encoder = Encoder(Path(__file__).parents[3] / "examples" / "assets" / "clip-tiny", device="cpu")
     references = [sample.image.load() for sample in loss.samples]
     settings = SampleSettings(["a sks cube"], 2, seed=7, batch_size=2, call=CALL)
     blind = measure(accelerator, pipe, None, settings, loss, Evaluator(references), name="before")

@@ -7,9 +7,18 @@ from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from nara_diffusion.cli.main import main
 from nara_diffusion.dreambooth.evaluation.fidelity import (
@@ -21,28 +30,39 @@ from nara_diffusion.dreambooth.evaluation.fidelity import (
     without_words,
 )
 from nara_diffusion.utils.statistics import interval
-from tests.dreambooth.evaluation.small_encoders import (
-    clip_model,
-    clip_processor,
-    dino_model,
-    dino_processor,
-    random_images,
-    save_clip,
-    save_dino,
-    tokenizer,
-)
+from tests.dreambooth.data.pictures import noise
 
-PROMPTS = ["a red cube", "a blue ball", "a photo of a ball"]
+CLIP_TINY = Path(__file__).parents[3] / "examples" / "assets" / "clip-tiny"
+PROMPTS = ["a photo of a red car", "a blue house in the snow", "a photo of a ball"]
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Of unlike colours, with some texture, in sizes that no model takes as they are."""
+    colours = np.random.default_rng(1).integers(0, 256, (count, 3)).tolist()
+    return [
+        Image.blend(Image.new("RGB", (70, 60 + number), tuple(colour)), noise(70, 60 + number, seed=number), 0.2)
+        for number, colour in enumerate(colours)
+    ]
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Encoder:
-    return Encoder(save_clip(tmp_path_factory.mktemp("clip")), device="cpu", batch_size=2)
+def clip() -> Encoder:
+    return Encoder(CLIP_TINY, device="cpu", batch_size=2)
 
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory) -> Encoder:
-    return Encoder(save_dino(tmp_path_factory.mktemp("dino")), device="cpu", batch_size=2)
+    """A small DINOv2 whose weights are as large as trained ones: to a fresh ViT all images look alike."""
+    folder = tmp_path_factory.mktemp("dino")
+    config = Dinov2Config(hidden_size=12, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=8)
+    model, generator = Dinov2Model(config), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    model.save_pretrained(folder)
+    processor = BitImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor.save_pretrained(folder)
+    return Encoder(folder, device="cpu", batch_size=2)
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -50,21 +70,21 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def clip_vectors(pictures: list[Image.Image]) -> list[torch.Tensor]:
-    model = clip_model()
-    pixels = [clip_processor()(picture, return_tensors="pt").pixel_values for picture in pictures]
+def clip_vectors(images: list[Image.Image]) -> list[torch.Tensor]:
+    model, processor = (
+        CLIPModel.from_pretrained(CLIP_TINY, dtype=torch.float32),
+        CLIPImageProcessorPil.from_pretrained(CLIP_TINY),
+    )
+    pixels = [processor(image, return_tensors="pt").pixel_values for image in images]
     return [model.visual_projection(model.vision_model(p).pooler_output)[0] for p in pixels]
 
 
-@torch.no_grad()
-def dino_vectors(pictures: list[Image.Image]) -> list[torch.Tensor]:
-    model = dino_model()
-    pixels = [dino_processor()(picture, return_tensors="pt").pixel_values for picture in pictures]
-    return [model(p).last_hidden_state[0, 0] for p in pixels]
-
-
 def test_similarity_is_the_mean_cosine_over_all_pairs(clip, dino) -> None:
-    generated, reference = random_images(5)[:3], random_images(5)[3:]
+    def dino_vectors(images: list[Image.Image]) -> list[torch.Tensor]:
+        pixels = [dino.processor(image, return_tensors="pt").pixel_values for image in images]
+        return [dino.model(p).last_hidden_state[0, 0] for p in pixels]
+
+    generated, reference = pictures(5)[:3], pictures(5)[3:]
     for encoder, vectors in ((clip, clip_vectors), (dino, dino_vectors)):
         cosines = [cosine(x, y) for x, y in product(vectors(generated), vectors(reference))]
         assert image_similarity(encoder, generated, reference) == pytest.approx(fmean(cosines), abs=1e-5)
@@ -73,20 +93,18 @@ def test_similarity_is_the_mean_cosine_over_all_pairs(clip, dino) -> None:
 
 @torch.no_grad()
 def test_alignment_is_the_mean_cosine_of_image_and_own_prompt(clip) -> None:
-    model, words, pictures = clip_model(), tokenizer(), random_images(3)
-    texts = [
-        model.text_projection(model.text_model(**words(prompt, return_tensors="pt")).pooler_output)[0]
-        for prompt in PROMPTS
-    ]
-    expected = fmean(cosine(x, t) for x, t in zip(clip_vectors(pictures), texts, strict=True))
-    given = ["a Sks red cube", "a sks, blue ball", "a photo of a ball"]
-    assert text_alignment(clip, pictures, given, ["sks"]) == pytest.approx(expected, abs=1e-5)
-    assert text_alignment(clip, pictures, PROMPTS[::-1]) != pytest.approx(expected, abs=1e-4)
+    model, words, images = clip.model, CLIPTokenizer.from_pretrained(CLIP_TINY), pictures(3)
+    tokens = [words(prompt, return_tensors="pt") for prompt in PROMPTS]
+    texts = [model.text_projection(model.text_model(**each).pooler_output)[0] for each in tokens]
+    expected = fmean(cosine(x, t) for x, t in zip(clip_vectors(images), texts, strict=True))
+    given = ["a photo of a Sks red car", "a sks, blue house in the snow", "a photo of a ball"]
+    assert text_alignment(clip, images, given, ["sks"]) == pytest.approx(expected, abs=1e-5)
+    assert text_alignment(clip, images, PROMPTS[::-1]) != pytest.approx(expected, abs=1e-4)
     assert without_words("a photo of SKS, toy.", ["sks"]) == "a photo of toy."
 
 
 def test_modes_of_images_do_not_matter(dino) -> None:
-    grey = random_images(1)[0].convert("L")
+    grey = pictures(1)[0].convert("L")
     expected = dino.images([grey.convert("RGB")])
     for mode in ("L", "RGBA", "P"):
         torch.testing.assert_close(dino.images([grey.convert(mode)]), expected)
@@ -95,12 +113,12 @@ def test_modes_of_images_do_not_matter(dino) -> None:
 def test_models_that_cannot_measure_are_refused(dino, tmp_path) -> None:
     with pytest.raises(ValueError, match="is a Dinov2Model, which has no text tower"):
         dino.texts(["a"])
-    model = dino_model()
+    model = dino.model
     tensors = {name: value for name, value in model.state_dict().items() if "layernorm.weight" not in name}
     model.save_pretrained(tmp_path / "part", state_dict=tensors)
     with pytest.raises(ValueError, match=r"the weights of .*part lack 1 tensors, such as layernorm.weight"):
         Encoder(tmp_path / "part")
-    clip_model().text_model.save_pretrained(tmp_path / "other")
+    CLIPModel.from_pretrained(CLIP_TINY).text_model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="is a CLIPTextModel, expected CLIP, DINO or DINOv2"):
         Encoder(tmp_path / "other")
 
@@ -108,7 +126,7 @@ def test_models_that_cannot_measure_are_refused(dino, tmp_path) -> None:
 def fill(folder: Path, n: int, first: int = 0, prompts: list[str] | None = None) -> Path:
     """n images, other ones for another `first`, named by their numbers, with prompts in a metadata.jsonl."""
     folder.mkdir(parents=True)
-    for number, image in enumerate(random_images(first + n)[first:]):
+    for number, image in enumerate(pictures(first + n)[first:]):
         image.save(folder / f"{number}.png")
     if prompts is not None:
         rows = [{"file_name": f"{i}.png", "text": prompt} for i, prompt in enumerate(prompts)]
@@ -145,7 +163,7 @@ def test_without_prompts_alignment_is_not_measured(tmp_path, clip) -> None:
     assert set(figures) == {"clip_similarity", "seeds", "reference"}
     assert "alignment" not in table(figures)
     assert "one seed, no interval" in table(figures)
-    (folder / "0.txt").write_text("a red cube")
+    (folder / "0.txt").write_text("a red car")
     with pytest.raises(ValueError, match="has prompts of 1 of its 2 images"):
         evaluate([folder], reference, clip=clip)
 
