@@ -49,11 +49,9 @@ from unittest.mock import patch
 
 import torch
 from quality import results
-from quality.regimes.images.objectives import CONVERSIONS
-from quality.regimes.images.reading import ReadConversion
-from quality.regimes.methods import MEAN_CORE
-from quality.regimes.running import cell_of, key_of, place_of
-from quality.regimes.runs import REGIMES, Cell, Run, record_of, rounded
+from quality.regimes.image_regimes import CONVERSIONS, ReadConversion
+from quality.regimes.plan import cell_of, key_of, place_of
+from quality.regimes.runs import MEAN_CORE, REGIMES, Cell, Run, record_of, rounded
 from quality.regimes.text.corruption import REPLACED, noise_tokens
 from quality.regimes.text.data import CHARACTERS, open_data
 from quality.regimes.text.denoising import Denoising

@@ -18,8 +18,7 @@ import sys
 from pathlib import Path
 
 from quality import results
-from quality.regimes.check.rows import ROWS, check_row, left_rows
-from quality.regimes.check.table import check_table
+from quality.regimes.checked import ROWS, check_row, check_table, left_rows
 from tqdm.auto import tqdm
 
 RESULTS = Path(__file__).parent / "results"

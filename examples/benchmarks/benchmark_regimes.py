@@ -33,10 +33,9 @@ from collections import Counter
 from pathlib import Path
 
 from quality import results
-from quality.regimes.methods import ARMS
-from quality.regimes.plan import NAMES, chosen
+from quality.regimes.plan import NAMES, chosen, make, runs_of
 from quality.regimes.report import report
-from quality.regimes.running import make, runs_of
+from quality.regimes.runs import ARMS
 
 RESULTS = Path(__file__).parent / "results" / "regimes.jsonl"
 

@@ -18,7 +18,7 @@ import benchmark_speed
 import measure_house
 import pytest
 from quality import results
-from quality.regimes.check.rows import check_row
+from quality.regimes.checked import check_row
 from quality.regimes.runs import REGIMES, Cell, Run, record_of
 
 from nara_diffusion.check.trials import CheckSettings

@@ -12,9 +12,8 @@ from typing import Any
 
 from nara_diffusion.utils.statistics import Interval, interval
 from quality.images.held_out import bin_centres
-from quality.regimes.methods import MEAN_CORE
-from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned, is_deciding
-from quality.regimes.running import Record, cell_of
+from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned, Record, cell_of, is_deciding
+from quality.regimes.runs import MEAN_CORE
 from quality.report.data import NOTHING, Arm, below_zero, change, spread, table
 from quality.report.names import title
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmark_alternatives import report as alternatives_table
 
-from quality.regimes.check.table import check_table
+from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
 from quality.regimes.report import summary
 from quality.report.data import Grid, Record, distinct, read_records, select

@@ -1,1 +1,0 @@
-"""nara-check on the regimes: trials, and verdicts beside what is known."""
