@@ -1,9 +1,8 @@
 """What a run on images says: its base and resolution, how SDXL is asked for, what the untrained base can do unaided."""
 
-import json
-import os
-import subprocess
-import sys
+import logging
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,10 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from nara_diffusion.dreambooth.draws import draw_noise
+from tests.acceptance import _commands
 
 ROOT = Path(__file__).parents[2]
-SDXL_TINY = os.path.join("examples", "assets", "sdxl-tiny")
+SDXL_TINY = ROOT / "examples" / "assets" / "sdxl-tiny"
 PROMPT = "a photo of sks toy"
 FEW = "--max_train_steps 1 --train_batch_size 1 --num_inference_steps 1 --num_validation_images 1 --curve_points 3 "
 FEW += "--similarity_model none --alignment_model none --validation_steps none --checkpointing_steps none"
@@ -39,15 +39,21 @@ def write_pictures(folder: Path, count: int, seed: int) -> Path:
 
 
 def run_script(script: str, folder: Path, *flags: str) -> Ran:
-    """The command as a user types it, on two own images, in a process of its own."""
+    """The command as a user types it, on two own images."""
     images = write_pictures(folder / "images", 2, seed=0)
     given = ["--instance_data_dir", str(images), "--instance_prompt", PROMPT, "--output_dir", str(folder / "run")]
-    command = [sys.executable, f"train_scripts/{script}.py", *given, *FEW.split(), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((folder / "run" / "results.json").read_text())
-    return Ran(results, done.stdout + done.stderr, (folder / "run" / "README.md").read_text())
+    log, root = StringIO(), logging.getLogger()
+    handler, level = logging.StreamHandler(log), root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        with redirect_stdout(log), redirect_stderr(log):
+            _commands.run(f"{script}.py", *given, *FEW.split(), *flags)
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+    card = (folder / "run" / "README.md").read_text()
+    return Ran(_commands.results(folder / "run"), log.getvalue(), card)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def flow(tmp_path_factory) -> Ran:
 
 def test_results_facts_and_card_name_base_and_resolution(converted, flow) -> None:
     for (results, log, card), name in ((converted[0], "sdxl-tiny"), (flow, "sd-tiny-flow")):
-        assert Path(results["base_model"]) == Path("examples/assets") / name
+        assert Path(results["base_model"]).resolve() == ROOT / "examples" / "assets" / name
         assert results["resolution"] == 64
         assert f"base: {results['base_model']} at 64 pixels" in log
         assert f"- base: {results['base_model']} at 64 pixels" in card
@@ -88,7 +94,7 @@ def test_own_images_without_a_model_are_told_how_sdxl_is_asked_for(converted, fl
 @torch.no_grad()
 def losses_by_hand(held_out: Path) -> tuple[float, float]:
     """Of v̂ = (ε̂ − √(1 − ᾱ) x_t) / √ᾱ, and of ε̂ taken for v, at the middles of three thirds of the timesteps."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(ROOT / SDXL_TINY, dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(SDXL_TINY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     encoded = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
     states, pooled = encoded[0], encoded[2]
