@@ -105,5 +105,5 @@ def validation_losses(
     def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
         return objective_losses(model, rows, indices, collator, seed=seed, batch_size=batch_size)  # type: ignore[arg-type]
 
-    pairs = torch.tensor(split_across_processes(accelerator, len(rows), losses), dtype=torch.float32)
-    return validation_means(*pairs.unbind(1), window)
+    per_sample, noise_levels = torch.tensor(split_across_processes(accelerator, len(rows), losses)).unbind(1)
+    return validation_means(per_sample, noise_levels, window)
