@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from nara_diffusion.loaders.file import AdapterPart, by_pattern
 from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength import StrengthSchedule
-from nara_diffusion.runtime.offloading import is_sharded, onloaded, onloaded_cores
+from nara_diffusion.runtime.offloading import onloaded, onloaded_cores
 from nara_diffusion.tuner.holder.core_holder import holder_of
 from nara_diffusion.tuner.holder.core_set import CoreSet, core_group, make_cores
 from nara_diffusion.tuner.strength.layers import layers_of, live_strengths
@@ -79,64 +80,51 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
         ValueError: no such adapter, or several models inside of `model` have it; another method than LoRA, or a LoRA
             variant that can't be a plain LoRA; the weights are offloaded or sharded.
     """
-    root = _root_of(model, adapter_name)
-    config, holder = root.peft_config[adapter_name], holder_of(root)
-    _check_config(config, adapter_name)
-    layers, keys = {}, {}
-    for name, layer in layers_of(root, adapter_name).items():
-        variant = _checked_variant(name, layer, adapter_name)
-        layers[name] = _read(name, layer, adapter_name)
-        keys[name] = variant.key if isinstance(variant, NaraVariant) else None
-    has_core = holder is not None and adapter_name in holder.cores
-    with onloaded_cores(model):
-        yield Adapter(
-            adapter_name,
-            config,
-            _plain_config(config, root),
-            layers,
-            keys,
-            holder.core_to_export if has_core else _none,
-            lambda level, density: holder.signals_to_export(adapter_name, level, density) if has_core else None,
-            set(live_strengths(root, adapter_name).values()),
-            _others(root, adapter_name, tuple(f"{name}.lora_" for name in layers)),
-        )
-
-
-def _none(*_: Any) -> Any:
-    return None
-
-
-def _root_of(model: nn.Module, adapter_name: str) -> Any:
-    roots = roots_of(model, adapter_name)
-    if len(roots) > 1:
-        raise ValueError(f"{len(roots)} models below {type(model).__name__} have '{adapter_name}': pass the one meant.")
-    return roots[0]
-
-
-def _check_config(config: Any, adapter_name: str) -> None:
+    root, *others = roots_of(model, adapter_name)
+    if others:
+        raise ValueError(f"Several models below {type(model).__name__} have '{adapter_name}': pass the one meant.")
+    config: Any = root.peft_config[adapter_name]
+    holder: Any = holder_of(root)
     if not isinstance(config, LoraConfig):
         raise ValueError(
             f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}: only a NaRA or a LoRA can "
             "be exported exactly. peft.convert_to_lora(model, rank=…) approximates other methods."
         )
-    for field in ("target_parameters", "layer_replication", "megatron_config"):
-        if getattr(config, field, None):
-            raise ValueError(_refusal(adapter_name, f"{field}={getattr(config, field)!r}"))
+    found = {name: _read(name, layer, adapter_name) for name, layer in layers_of(root, adapter_name).items()}
+    make: Any = _none
+    signals_of: Any = _none
+    if holder is not None and adapter_name in holder.cores:
+        make, signals_of = holder.core_to_export, partial(holder.signals_to_export, adapter_name)
+    with onloaded_cores(model):
+        yield Adapter(
+            adapter_name,
+            config,
+            _plain_config(config, root),
+            {name: layer for name, (layer, _) in found.items()},
+            {name: key for name, (_, key) in found.items()},
+            make,
+            signals_of,
+            set(live_strengths(root, adapter_name).values()),
+            _others(root, adapter_name, tuple(f"{name}.lora_" for name in found)),
+        )
 
 
-def _checked_variant(name: str, layer: Any, adapter_name: str) -> Any:
-    if is_sharded(layer):
-        raise ValueError(f"Layer '{name}' is sharded across processes: save the adapter, and export it in one process.")
-    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
-        raise ValueError(_refusal(adapter_name, f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"))
-    variant = layer.lora_variant.get(adapter_name)
-    if not isinstance(variant, (type(None), NaraVariant, DoraLinearVariant, _DoraConvNdVariant)):
-        raise ValueError(_refusal(adapter_name, f"layer '{name}', whose LoRA variant is {type(variant).__name__}"))
-    return variant
+def _none(*_: Any) -> None:
+    """Of an adapter without cores."""
 
 
-def _read(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:
-    rank, is_embedding = layer.r[adapter_name], isinstance(layer, Embedding)
+def _read(name: str, module: Any, adapter_name: str) -> tuple[PlainLoraLayer, Any]:
+    """The factors of a layer, and what its core is made by."""
+    layer: Any = module
+    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+    is_lora = isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+    if not is_lora or not isinstance(variant, (type(None), NaraVariant, DoraLinearVariant, _DoraConvNdVariant)):
+        raise ValueError(
+            f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since layer '{name}' is adapted by PEFT's "
+            f"{type(layer).__name__}{'' if variant is None else f' with {type(variant).__name__}'}: save it by "
+            "save_pretrained, for PEFT only."
+        )
+    rank, is_embedding = layer.r[adapter_name], isinstance(module, Embedding)
     vectors = layer.lora_magnitude_vector
     with onloaded(layer):
         magnitude = vectors[adapter_name].weight if adapter_name in vectors else None
@@ -145,10 +133,12 @@ def _read(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:
         else:
             A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
             bias = layer.lora_B[adapter_name].bias
-        found = [None if tensor is None else _copied(tensor, name) for tensor in (A, B, bias, magnitude)]
+        found: Any = [None if tensor is None else _copied(tensor, name) for tensor in (A, B, bias, magnitude)]
     groups = getattr(layer.get_base_layer(), "groups", 1)
     A, B = found[0][:rank].clone(), found[1][:, : rank // groups].clone()  # hotswap makes room for larger ranks
-    return PlainLoraLayer(A, B, float(layer.scaling[adapter_name]) * rank, rank, found[2], found[3], is_embedding)
+    alpha = float(layer.scaling[adapter_name]) * rank
+    key = variant.key if isinstance(variant, NaraVariant) else None
+    return PlainLoraLayer(A, B, alpha, rank, found[2], found[3], is_embedding), key
 
 
 def _copied(tensor: Tensor, name: str) -> Any:
@@ -172,13 +162,6 @@ def _plain_config(config: LoraConfig, root: Any = None) -> LoraConfig:
         if config.task_type is None and config.auto_mapping is None:  # as PEFT's save_pretrained, for AutoPeftModel
             given["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     return LoraConfig(**given)
-
-
-def _refusal(adapter_name: str, what: str) -> str:
-    return (
-        f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since it has {what}: save it by "
-        "save_pretrained, for PEFT only."
-    )
 
 
 # ---------------------------------------------------------------------- of a file
