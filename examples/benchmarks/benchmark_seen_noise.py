@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from benchmark_record import save_record
 from matplotlib.figure import Figure
-from quality.images.held_out import HeldOut, held_out_losses
-from quality.images.subjects import SUBJECTS
+from quality.images.held_out import SUBJECTS, HeldOut, held_out_losses
 from quality.images.task import load_task as load_subject
 from quality.text.runs import load_task
 from torch import Tensor, nn

@@ -4,27 +4,128 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from nara_diffusion.dllm import load_backbone
+from nara_diffusion.dllm import Generation, generate, load_backbone
+from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token_ids
+from nara_diffusion.dllm.loss import masked_cross_entropy
+from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.training.optimization import CORE_MARK
 from quality.assets import ASSETS
 from quality.running import Job, Settings, Suite, is_noise_aware
-from quality.text.answers import answered_right
 from quality.text.controls import EVALUATED, check_control, while_evaluating, while_training
-from quality.text.data import EncodedDomain, encode_domain
+from quality.text.data import EncodedDomain, Rows, encode_domain
 from quality.text.domains import DEFAULT_SIZES, DOMAINS, Sizes, build_domain, sizes_of
+from quality.text.families import is_right
 from quality.text.methods import BASE, adapted, adapter_arguments
 from quality.text.recipe import Recipe
-from quality.text.training import train
 from quality.text.validation import CENTRES, ValidationSet, binned_loss, validation_set
+
+# ---------------------------------------------------------------------- training
+
+
+def batches(rows: Rows, recipe: Recipe, seed: int, mask_token_id: int) -> Iterator[MaskedBatch]:
+    """The masked batches of a training. They follow from `seed` and the recipe's sizes alone."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-recipe.steps * recipe.batch_size // len(rows))
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)])
+    for step in range(recipe.steps):
+        indices = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)
+        yield mask_answers(
+            **rows.batch(order[indices.start : indices.stop]),
+            mask_token_id=mask_token_id,
+            seed=seed,
+            sample_indices=indices,
+        )
+
+
+def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[int], None] | None = None) -> list[float]:
+    """Trains what in `model` has requires_grad, in place; returns the loss of each step.
+
+    Args:
+        watch: called with the number of each step, from 1, when its gradients are there.
+
+    Raises:
+        ArithmeticError: the loss is no longer finite.
+    """
+    model.train()
+    optimizer, parameters = build_optimizer(model, recipe)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
+    losses = []
+    for step, batch in enumerate(batches(rows, recipe, seed, Backbone(model).mask_token_id()), start=1):
+        loss = objective(model, batch)
+        losses.append(loss.item())
+        if not loss.isfinite():
+            raise ArithmeticError(f"the loss became {losses[-1]} in step {step} of {recipe.steps}")
+        loss.backward()
+        if watch is not None:
+            watch(step)
+        nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    model.eval()
+    return losses
+
+
+def objective(model: nn.Module, batch: MaskedBatch) -> torch.Tensor:
+    """LLaDA's loss, weighted by λ."""
+    token_loss = masked_cross_entropy(model, batch, logits="all")  # (b, l)
+    return (token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)).mean()
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    """AdamW with a rate for the core and one for all else, and what it trains."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {
+            "name": "adapter",
+            "params": [p for name, p in trainable if CORE_MARK not in name],
+            "lr": recipe.learning_rate,
+        },
+        {"name": "core", "params": [p for name, p in trainable if CORE_MARK in name], "lr": recipe.core_learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    return optimizer, [p for _, p in trainable]
+
+
+# ---------------------------------------------------------------------- answers
+
+BATCH = 256  # questions
+TOKENS_A_STEP = 2
+
+
+def answered_right(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> float:
+    """The share of `rows` whose greedily generated answer its verifier accepts, in [0, 1]."""
+    ends = stop_token_ids(model, tokenizer)
+    right = 0
+    for chosen in rows.prompt_lengths.argsort(stable=True).split(BATCH):
+        lengths = rows.prompt_lengths[chosen]
+        result = generate(
+            model,
+            rows.input_ids[chosen, : int(lengths.max())],
+            prompt_lengths=lengths,
+            gen_length=rows.answer_length,
+            steps=-(-rows.answer_length // TOKENS_A_STEP),
+            eos_token_id=ends,
+            return_stats=True,
+        )
+        assert isinstance(result, Generation)
+        for index, answer in zip(chosen.tolist(), result.answers.tolist(), strict=True):
+            right += is_right(rows.questions[index], decode_answer(tokenizer, answer, ends))
+    return right / len(rows)
+
+
+# ---------------------------------------------------------------------- runs
 
 
 def text_records(
