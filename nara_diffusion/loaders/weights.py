@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.injection import rollback_on_error
-from nara_diffusion.tuner.strength.layers import live_strengths
 
 from .file import WEIGHTS_NAME, AdapterFile, AdapterPart, naming
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
@@ -22,8 +19,6 @@ from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, 
 from .insertion import TEXT_ENCODER, adapters_of, check_storable, insert, nara_adapters_of, part_of, remove
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters
 from .text_pipelines import COMPONENT, extend, text_pipeline
-
-logger = logging.getLogger(__name__)
 
 
 def load_nara_weights(
@@ -124,7 +119,7 @@ def save_nara_weights(
 
     Raises:
         ValueError: there is no such adapter; it is in a component that the file can't hold, such as a ControlNet;
-            `save_directory` is a file; or `weight_name` does not end in .safetensors.
+            or `weight_name` does not end in .safetensors.
     """
     if not safe_serialization:
         raise ValueError("NaRA adapters are saved as safetensors only: leave safe_serialization out.")
@@ -133,7 +128,8 @@ def save_nara_weights(
     check_none_left_out(self, models, name)
     weight_name = WEIGHTS_NAME if weight_name is None else weight_name
     folder = Path(save_directory)
-    _check_writable(folder, weight_name, save_function)
+    if not weight_name.endswith(".safetensors") or Path(weight_name).name != weight_name:
+        raise ValueError(f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder.")
     with offloading_suspended(self):
         file = AdapterFile({c: _part_to_save(m, c, name) for c, m in models.items() if name in adapters_of(m)})
         if not is_main_process:
@@ -259,23 +255,4 @@ def _part_to_save(model: nn.Module, component: str, name: str) -> AdapterPart:
             'NaraConfig(core_type="identity", …), which is the same.'
         )
     check_storable(config, component)
-    if config.strength is None and live_strengths(model, name):
-        logger.warning(
-            "'%s' of %s has strengths over λ by block, which no file can hold: it is saved without them.",
-            name,
-            component,
-        )
     return part_of(model, name)
-
-
-def _check_writable(folder: Path, weight_name: str, save_function: Callable[..., Any] | None) -> None:
-    if folder.is_file():
-        raise ValueError(f"save_directory '{folder}' is a file: name a folder.")
-    if not weight_name.endswith(".safetensors") or os.path.basename(weight_name) != weight_name:
-        raise ValueError(f"weight_name is {weight_name!r}: pass the name of a .safetensors file, without a folder.")
-    parameters = inspect.signature(save_function).parameters.values() if save_function else ()
-    if save_function and not any(p.name == "metadata" or p.kind is p.VAR_KEYWORD for p in parameters):
-        raise ValueError(
-            "save_function takes no metadata=, without which the file would lack its configuration: pass one like "
-            "safetensors.torch.save_file."
-        )
