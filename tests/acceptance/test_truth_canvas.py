@@ -80,16 +80,16 @@ def test_gen_length_trains_each_answer_to_gen_length_after_its_prompt() -> None:
 def test_longest_pads_over_the_global_batch_whatever_a_forward_holds(arguments, tmp_path: Path) -> None:
     """The losses of 1 x 4 samples are those of 4 x 1: both train the padding to the longest of the four."""
     runs = {}
-    for size, accumulation in ((1, 4), (4, 1), (2, 2)):
+    for size, accumulation in ((1, 4), (4, 1)):
         folder = str(tmp_path / f"{size}x{accumulation}")
         batches = {"train_batch_size": size, "gradient_accumulation_steps": accumulation, "eval_batch_size": size}
         main(arguments(trained_padding="longest", validation_steps=1, output_dir=folder, **batches))
         runs[size] = read_losses(folder)
-    for size in (1, 2):
-        for name in ("loss", "validation_loss"):
-            torch.testing.assert_close(runs[size][name], runs[4][name], rtol=1e-4, atol=1e-6, msg=f"{size} {name}")
+    for name in ("loss", "validation_loss"):
+        torch.testing.assert_close(runs[1][name], runs[4][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_more_training_of_what_the_base_knows_makes_it_no_worse(arguments) -> None:
     """At one sample a forward, as in the 8B configurations, and gen_length far beyond the answers."""
     folder = Path(arguments().output_dir).parent

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import encode_records, records_from_file
-from train_scripts.dllm import Arguments, main
+from nara_diffusion.dllm.data.records import load_records
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
 
@@ -23,26 +22,13 @@ def write_records(path: Path, outputs: list[str]) -> str:
     return str(path)
 
 
-@pytest.fixture
-def arguments(tmp_path: Path) -> Callable[..., Arguments]:
-    """A run of one step on so many records of its own, none of them named for validation."""
-
-    def build(records: int, **changes: Any) -> Arguments:
-        defaults: dict[str, Any] = {
-            "pretrained_model_name_or_path": MODEL,
-            "train_file": write_records(tmp_path / "own.jsonl", [f"W{number}" for number in range(records)]),
-            "output_dir": str(tmp_path / "run"),
-            "target_modules": ["all-linear"],
-            "rank": 2,
-            "core_hidden_dims": [8, 8],
-            "max_train_steps": 1,
-            "test_samples": 1,
-            "curve_points": 1,
-            "gen_length": 8,
-        }
-        return Arguments(**{**defaults, **changes})
-
-    return build
+def divided(folder: Path, records: int, validation_samples: int | None) -> tuple[Dataset, Dataset, Dataset]:
+    """What a run on so many records trains, validates and tests on, if it names a training file alone."""
+    names = {f"{what}_field": what for what in ("instruction", "input", "output", "answer")}
+    files = dict.fromkeys(("dataset_name", "validation_file", "test_file", "test_samples"))
+    train_file = write_records(folder / "own.jsonl", [f"W{number}" for number in range(records)])
+    options = {"train_file": train_file, "validation_samples": validation_samples, "seed": 0}
+    return load_records(SimpleNamespace(**names, **files, **options))
 
 
 @pytest.fixture
@@ -55,24 +41,21 @@ def tokenizer() -> PreTrainedTokenizerBase:
     [(130, None, 117, 13), (3, None, 2, 1), (1500, None, 1372, 128), (130, 65, 65, 65), (130, 20, 110, 20)],
 )
 def test_a_tenth_of_the_records_is_held_out_and_128_at_most(
-    arguments, caplog: pytest.LogCaptureFixture, records: int, given: int | None, trained: int, validated: int
+    tmp_path: Path, records: int, given: int | None, trained: int, validated: int
 ) -> None:
-    with caplog.at_level(logging.INFO):
-        main(arguments(records, **({} if given is None else {"validation_samples": given})))
-    (facts,) = [message for message in caplog.messages if message.startswith("adapter: ")]
-    assert f"from {trained} records" in facts
-    assert f"validation: {validated} records, held out of the training data" in facts
+    train, validation, test = divided(tmp_path, records, given)
+    assert (len(train), len(validation), len(test)) == (trained, validated, validated)
+    assert len({*train["output"], *validation["output"]}) == records  # none is in both
+    assert validation["output"][:] == test["output"][:]
 
 
 @pytest.mark.parametrize(("records", "given", "left"), [(130, 128, 2), (130, 66, 64), (20, 30, 0), (1, None, 0)])
 def test_holding_out_more_than_is_left_to_train_on_is_refused(
-    arguments, records: int, given: int | None, left: int
+    tmp_path: Path, records: int, given: int | None, left: int
 ) -> None:
-    args = arguments(records, validation_samples=given)
     message = rf"^{records} training records can't spare \d+ for validation, which leaves {left} to train on: lower val"
     with pytest.raises(ValueError, match=message):
-        main(args)
-    assert not Path(args.output_dir).exists()
+        divided(tmp_path, records, given)
 
 
 def test_an_end_token_inside_an_answer_is_warned_of(
