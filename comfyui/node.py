@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nara_diffusion.export.host_files import BASES, host_state_dict
 from nara_diffusion.export.plain_lora import comfyui_words
-from nara_diffusion.noise.schedulers.prediction import prediction_in
+from nara_diffusion.noise.prediction import prediction_in
 
 from .adapter import LiveAdapter
 

@@ -5,14 +5,14 @@ from .config import NaraConfig
 from .cores.factorization import shared_factors
 from .cores.registry import register_core
 from .export import from_lora, to_lora, to_lora_bins
-from .noise.context import noise_level
 from .noise.denoisers.lookup import register_denoiser
+from .noise.level import noise_level
 from .noise.sources import register_noise_source, set_noise_source
 from .noise.strength import StrengthSchedule
 from .noise.timesteps import TimestepNoise
 from .tuner.inspection import core_matrix
 from .tuner.model import NaraModel
-from .tuner.strength.set_strength import set_strength
+from .tuner.strength import set_strength
 
 __version__ = "0.1.0"
 __all__ = [

@@ -7,18 +7,16 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import NaraConfig, NaraPeftType
-from .loaders.patches import extend_diffusers_methods
 from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 from .tuner.model import NaraModel
-from .tuner.patches.adapter_files import extend_peft_methods
-from .tuner.patches.lora_model import extend_lora_methods
-from .tuner.patches.transformers_models import extend_transformers_models
+from .wraps import wrap_other_libraries
 
 
 def register() -> None:
     """Make NaRA a method that PEFT and Diffusers know."""
     _register_with_peft()
     _register_with_diffusers()
+    wrap_other_libraries()
 
 
 def _register_with_peft() -> None:
@@ -26,13 +24,9 @@ def _register_with_peft() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[NaraPeftType.NARA] = NaraConfig  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[NaraPeftType.NARA] = NaraModel  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[NaraPeftType.NARA] = NaraModel.prefix  # type: ignore[index]
-    extend_peft_methods()
-    extend_lora_methods()
-    extend_transformers_models()
 
 
 def _register_with_diffusers() -> None:
     for method in (load_nara_weights, save_nara_weights, unload_nara_weights):
         for kind in (DiffusionPipeline, ModularPipeline):
             setattr(kind, method.__name__, method)
-    extend_diffusers_methods()

@@ -55,8 +55,7 @@ class LLaDAPipelineOutput(BaseOutput):
 class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     """Answers questions and chats by unmasking tokens.
 
-    `set_adapters`, `delete_adapters`, `disable_lora`, `enable_lora`, … are Diffusers' own, and work on what
-    `load_nara_weights` loaded.
+    `delete_adapters`, `disable_lora`, `enable_lora`, … are Diffusers' own, and work on what `load_nara_weights` loaded.
 
     Args:
         transformer: a bidirectional language model whose configuration names a mask token, as `load_backbone` makes it.

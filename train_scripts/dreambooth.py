@@ -76,7 +76,7 @@ from nara_diffusion.dreambooth.setup import (
 )
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
-from nara_diffusion.noise.schedulers.prediction import prediction_by
+from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapters.build import adapter_config
 from nara_diffusion.training.adapters.init_adapter import start_from
 from nara_diffusion.training.adapters.method_arguments import without_unread

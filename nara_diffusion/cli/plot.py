@@ -35,7 +35,7 @@ def core_curves(part: AdapterPart, levels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("the core reads the mask density beside λ, so it can't be drawn over λ alone.")
     with torch.no_grad():
         signals = NoiseSignals(levels, None)
-        matrices = [cores.matrix(group, signals).expand(len(levels), -1, -1).double() for group in cores.groups]
+        matrices = [cores.matrix(group, signals).expand(len(levels), -1, -1).double() for group in cores]
     rank = max(C.shape[-1] for C in matrices)
     distances = [(C - torch.eye(C.shape[-1])).flatten(1).norm(dim=1) / C.shape[-1] ** 0.5 for C in matrices]
     values = [

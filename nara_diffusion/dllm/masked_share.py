@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nara_diffusion.noise.context import noise_level as noise_level_of
+from nara_diffusion.noise.level import core_holders, find_holders
+from nara_diffusion.noise.level import noise_level as noise_level_of
 from nara_diffusion.noise.needs import mask_density_radius
 from nara_diffusion.noise.signals import MASKED_SHARE, NoiseSignals
 from nara_diffusion.noise.sources import set_noise_source
-from nara_diffusion.runtime.modules import core_holders, find_holders
 
 from .models.backbone import Backbone
 
@@ -50,7 +50,7 @@ def conditioned(
         ValueError: an adapter that needs λ was trained with another definition of it.
     """
     holders = find_holders(model)
-    if not any(holder.needs_noise or holder.merged_level.is_binding for holder in holders):
+    if not any(holder.needs_noise or holder.binds_level for holder in holders):
         return nullcontext()
     for holder in holders:
         for name, other in holder.adopt_convention(MASKED_SHARE).items():
@@ -187,7 +187,7 @@ def read_noise_from_input_ids(
     Raises:
         ValueError: `model` has no NaRA adapter or no mask token, or see `InputIdsNoise`.
     """
-    before = [(holder, holder.conventions.source) for holder in core_holders(model)]
+    before = [(holder, holder.source, holder.source_is_default) for holder in core_holders(model)]
     source = InputIdsNoise(
         prompt_lengths,
         mask_token_id=Backbone(model).mask_token_id(mask_token_id),
@@ -198,8 +198,8 @@ def read_noise_from_input_ids(
     try:
         yield source
     finally:
-        for holder, former in before:
-            holder.conventions.set_source(former)
+        for holder, *former in before:
+            holder.restore_source(*former)
 
 
 _HIDDEN = -1e4

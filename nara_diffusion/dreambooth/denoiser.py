@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig
 from nara_diffusion.config import changes_base
 from nara_diffusion.loaders.insertion import check_storable
-from nara_diffusion.noise.timesteps import count_timesteps
+from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters.build import check_adaptable, recompute_activations
 
 from .families.family import TRANSFORMER_TARGETS, Embeddings, Family
@@ -76,7 +76,8 @@ class AdaptedDenoiser(nn.Module):
         if gradient_checkpointing:
             base.enable_gradient_checkpointing()
         setattr(self, self.family.denoiser, adapt(base, config))
-        count_timesteps(self.denoiser, scheduler or pipe.scheduler)
+        for holder in find_holders(self.denoiser):
+            holder.length = (scheduler or pipe.scheduler).config.get("num_train_timesteps")
         if train_text_encoder:
             self._adapt_text_encoders(text_config(config), gradient_checkpointing)
 

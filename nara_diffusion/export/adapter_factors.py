@@ -22,16 +22,15 @@ from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.file import AdapterPart, by_pattern
 from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength import StrengthSchedule
-from nara_diffusion.runtime.offloading import onloaded, onloaded_cores
-from nara_diffusion.tuner.holder.core_holder import holder_of
-from nara_diffusion.tuner.holder.core_set import CoreSet, core_group, make_cores
-from nara_diffusion.tuner.strength.layers import layers_of, live_strengths
-from nara_diffusion.tuner.strength.set_strength import roots_of
+from nara_diffusion.tuner.core_set import CoreSet, core_group, make_cores
+from nara_diffusion.tuner.holder import holder_of, onloaded_cores
+from nara_diffusion.tuner.strength import layers_of, live_strengths, roots_of
 
 from .plain_lora import PlainLoraLayer, configured_scaling
 
@@ -94,7 +93,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     make: Any = _none
     signals_of: Any = _none
     if holder is not None and adapter_name in holder.cores:
-        make, signals_of = holder.core_to_export, partial(holder.signals_to_export, adapter_name)
+        make, signals_of = holder.matrix, partial(holder.signals_to_export, adapter_name)
     with onloaded_cores(model):
         yield Adapter(
             adapter_name,

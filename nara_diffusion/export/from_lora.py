@@ -26,12 +26,12 @@ from torch import nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.loaders.file import AdapterPart
-from nara_diffusion.loaders.insertion import TEXT_ENCODER
+from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
 from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.signals import NoiseSignals
-from nara_diffusion.tuner.injection import LOADED_FLAG, rollback_on_error
-from nara_diffusion.tuner.strength.layers import layers_of
+from nara_diffusion.tuner.snapshot import restored_on_error
+from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.utils.listing import listed
 
 from .adapter_factors import adapter_of_model
@@ -110,7 +110,7 @@ def _insert(
             f"{listed(unknown)}. It was trained on another base model, or belongs to another component of the pipeline."
         )
     config = _nara_config(lora, core)
-    undo.enter_context(rollback_on_error(root, name))
+    undo.enter_context(restored_on_error(root))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
         if isinstance(model, PeftModel):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nara_diffusion.loaders.file import by_pattern
 from nara_diffusion.loaders.strict import PEFT_PREFIX
-from nara_diffusion.noise.schedulers.prediction import FLOW, how_to_set, prediction_in
+from nara_diffusion.noise.prediction import FLOW, how_to_set, prediction_in
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,8 @@ from peft.tuners.lora.layer import Embedding, _ConvNd
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from nara_diffusion.runtime.offloading import is_managed
-
 from .bnb import base_weight
+from .offloading import is_managed
 
 # PyTorch's own dictionaries, which are filled and emptied and stay the same objects.
 GLOBAL_HOOKS = tuple(

@@ -10,7 +10,6 @@ whose attributes are typed too loosely to check.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +17,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from nara_diffusion.runtime.batch_rows import Rows, check_rows
-from nara_diffusion.runtime.channel import CoreChannel
-from nara_diffusion.runtime.offloading import check_mergeable_here, is_managed, onloaded
-
 from .bnb import base_weight, check_mergeable
+from .channel import CoreChannel
 from .effective_weights import delta_weight, factors, may_read
 from .functional import (
     add_product,
@@ -31,36 +27,37 @@ from .functional import (
     times_core,
 )
 from .fused import can_fuse, fused_linear
+from .offloading import is_managed, onloaded
+from .rows import Rows, check_rows
 
 
 class NaraVariant(LoraVariant):
     """The base of all variants: reading C, the product B·C, and merging at one fixed C.
 
     Args:
-        channel: holds C(λ) during a forward of the model's root.
-        core_to_merge: (adapter name, group) → C (1, r, r) at the λ of merging.
+        channel: hands C(λ) to the layer: in a forward of the model's root, at the λ around a part alone, in merging.
         adapter_name, group: name the C of this layer.
         layer_name: for error messages. rows: the meaning of the rows of the layer's input.
 
     Attributes:
-        key: of C in the channel: (adapter_name, group), or another name if layers of the group differ in strength.
+        key: of C in the channel: (adapter_name, group), or another label if layers of the group differ in strength.
+        merged_at: the λ at which the layer is merged, if it depends on λ.
     """
 
     def __init__(
         self,
         channel: CoreChannel,
-        core_to_merge: Callable[[str, str], Tensor],
         adapter_name: str,
         group: str,
         layer_name: str,
         rows: Rows = "samples",
     ) -> None:
         self.channel = channel
-        self.core_to_merge = core_to_merge
         self.group = group
         self.key = (adapter_name, group)
         self.layer_name = layer_name
         self.rows: Rows = rows
+        self.merged_at: Any = None
 
     def supports_lora_conversion(self) -> bool:
         return False
@@ -70,15 +67,7 @@ class NaraVariant(LoraVariant):
 
     def read_core(self, rank: int) -> Tensor:
         """C (b, r, r) or (1, r, r), float32, of the running forward; outside of one, of the active `noise_level`."""
-        cores = self.channel.cores
-        if cores is None or self.key not in cores:
-            raise RuntimeError(
-                f"No C(λ) has reached layer '{self.layer_name}' for adapter '{self.key[0]}'. The forward of the whole "
-                "adapted model makes C: call that forward, or call a part of the model inside `with "
-                "noise_level(model, value):`, and do not recompute a part of it by a checkpoint other than the model's "
-                "own (`model.gradient_checkpointing_enable()`)."
-            )
-        core = cores[self.key]
+        core = self.channel.read(self.key)
         return core if core.shape[-1] == rank else core[:, :rank, :rank]
 
     def batch_core(self, rank: int, x: Tensor) -> Tensor:
@@ -135,14 +124,15 @@ class NaraVariant(LoraVariant):
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at one C."""
         check_mergeable(module, active_adapter, self.layer_name)
-        check_mergeable_here(module.get_base_layer(), self.layer_name)
         rank = module.r[active_adapter]
-        core = self.core_to_merge(*self.key)[:, :rank, :rank]
+        core, level = self.channel.to_merge(self.key)
+        core = core[:, :rank, :rank]
         A, B = factors(module, active_adapter)
         K = times_core(B, core)  # (1, d_out, r)
         scaling = module.scaling[active_adapter]
         factor = self.merge_factor(module, active_adapter, A, K)
         guard = module.register_forward_pre_hook(self._check_merged)
+        self.merged_at = level
         module._cache_store(f"{active_adapter}-nara", (A, K, scaling, factor, guard))
         # read again: finding DoRA's norm may have taken other merged adapters out and put them back
         weight = base_weight(module.get_base_layer()).data
@@ -150,8 +140,8 @@ class NaraVariant(LoraVariant):
 
     def _check_merged(self, module: Any, args: Any) -> None:
         """Check λ before the forward of a merged layer: its root may not run, and so not check it."""
-        if module.merged:
-            self.channel.check_merged()
+        if module.merged and self.merged_at is not None:
+            self.channel.check_merged(self.merged_at)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)
@@ -160,6 +150,7 @@ class NaraVariant(LoraVariant):
         check_mergeable(module, active_adapter, self.layer_name)
         A, K, scaling, factor, guard = module._cache_pop(f"{active_adapter}-nara")
         guard.remove()
+        self.merged_at = None
         return (orig_weight.data / factor - delta_weight(module, A, K[0], scaling)).to(orig_weight.dtype)
 
     def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor | float:

@@ -11,7 +11,7 @@ from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from peft import PeftModel
 from torch import nn
 
-from nara_diffusion.runtime.offloading import check_not_on_disk
+from nara_diffusion.layers.offloading import groups_of
 
 from .insertion import nara_adapters_of
 
@@ -25,7 +25,7 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
     """
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            check_not_on_disk(part, name)
+            _check_not_on_disk(part, name)
     model, sequential, grouped = _func_optionally_disable_offloading(pipe)
     device = {"device": pipe._offload_device} if hasattr(pipe, "_offload_device") else {}
     try:
@@ -56,15 +56,6 @@ def check_not_wrapped(model: nn.Module, component: str, method: str) -> None:
         )
 
 
-def check_none_wrapped(pipe: Any, components: list[str], method: str) -> None:
-    """Raises ValueError if one of `components` is a PeftModel with a NaRA, which Diffusers' `method` would ignore."""
-    for component in components:
-        model = getattr(pipe, component, None)
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
-        if isinstance(model, PeftModel) and nara_adapters_of(model):
-            check_not_wrapped(model, component, method)
-
-
 def check_none_left_out(pipe: Any, models: dict[str, nn.Module], name: str) -> None:
     """Raises ValueError if the adapter is in a component, as a ControlNet, that is not among the `models` of a file."""
     rest = {key: unwrapped(part) for key, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -74,3 +65,13 @@ def check_none_left_out(pipe: Any, models: dict[str, nn.Module], name: str) -> N
             f"Adapter '{name}' is in {', '.join(map(repr, others))} too, which a pipeline's file has no place for: "
             f"save that part by peft.PeftModel, or remove it first, e.g. pipe.{others[0]}.delete_adapters('{name}')."
         )
+
+
+def _check_not_on_disk(model: nn.Module, component: str) -> None:
+    for module in model.modules():
+        if any(group.offload_to_disk_path is not None for group in groups_of(module)):
+            raise ValueError(
+                f"Group offloading keeps the weights of {component} on disk, in files that do not follow a change of "
+                "adapters: load, save or unload adapters first, and call enable_group_offload(…, "
+                "offload_to_disk_path=…) after that."
+            )

@@ -16,14 +16,14 @@ from torch import nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import CustomCore, rebuild_core
-from nara_diffusion.tuner.holder.core_holder import holder_of
-from nara_diffusion.tuner.strength.conversions import warn_where_off
-from nara_diffusion.tuner.strength.layers import (
+from nara_diffusion.tuner.holder import holder_of
+from nara_diffusion.tuner.strength import (
     check_strength,
     default_strengths,
     give_strength,
     has_strength,
     layers_of,
+    warn_where_off,
 )
 
 from .file import AdapterPart, by_pattern
@@ -109,8 +109,8 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
             )
     holder = holder_of(model)
     assert holder is not None
-    holder.conventions.completed(adapter_name, part.config)
-    check_strength(model, part.config, adapter_name, default_strengths(model, part.config, adapter_name))
+    holder.complete(adapter_name, part.config)
+    check_strength(model, adapter_name, default_strengths(model, part.config, adapter_name))
     there = part_of(model, adapter_name).tensors
     if there.keys() != part.tensors.keys():
         different = sorted(there.keys() ^ part.tensors.keys())
@@ -140,10 +140,9 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     holder = holder_of(model)
     assert holder is not None
     _follow(holder.cores[adapter_name], config)
-    stated = config.noise_convention is not None
-    model.peft_config[adapter_name] = config = holder.conventions.completed(adapter_name, config)
-    holder.configure(adapter_name, config, stated)
-    give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
+    config = holder.complete(adapter_name, config)
+    holder.reconfigure(adapter_name, config)
+    give_strength(model, adapter_name, default_strengths(model, config, adapter_name))
     warn_where_off(model, adapter_name)
 
 

@@ -13,15 +13,23 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.dispatch import factor_dtype
-from nara_diffusion.tuner.activation import tuner_layers
-from nara_diffusion.tuner.injection import LOADED_FLAG, drop_idle_holder
-from nara_diffusion.tuner.strength.conversions import warn_where_off
+from nara_diffusion.tuner.holder import drop_idle_holder
+from nara_diffusion.tuner.strength import warn_where_off
 
 from .file import AdapterPart
 from .strict import held_tensors, is_core_key
 
 TEXT_ENCODER = "text_encoder"
 """The beginning of the names of the text encoders' components."""
+
+
+LOADED_FLAG = "_hf_peft_config_loaded"
+"""The attribute by which Diffusers and Transformers know that a model has adapters."""
+
+
+def tuner_layers(model: nn.Module) -> list[Any]:
+    """PEFT's layers of all kinds."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def check_storable(config: NaraConfig, component: str) -> None:
 
 
 def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_usage: bool = True) -> None:
-    """Add an adapter, inside `rollback_on_error`. It is active, also if the others were disabled.
+    """Add an adapter, inside `restored_on_error`. It is active, also if the others were disabled.
 
     A, B and magnitudes take the dtype of their base layer, like those of a LoRA, or float32 if layerwise casting stores
     the base as float8; the core stays in float32. Its dropout is at work only if `model` is in training mode.

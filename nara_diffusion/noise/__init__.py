@@ -6,7 +6,7 @@
 2. a source set once by `set_noise_source(model, source)`, asked at each forward.
 """
 
-from .context import noise_level
+from .level import noise_level
 from .needs import is_noise_aware, mask_density_radius, needs_mask_density
 from .signals import MASKED_SHARE, Level, NoiseSignals, NoiseSource, as_signals
 from .sources import register_noise_source, set_noise_source

@@ -5,36 +5,24 @@
     with changed_noise(model, shuffled_noise(generator)): …     … the λ of another sample of the batch
     with changed_noise(model, reversed_noise): …                … 1 − λ
 
-They work in evaluation and in training, and take precedence over every other λ: that of `noise_level`, which a loss or
-a sampler enters itself, and that of a source. They change neither the model's inputs (masks, noise) nor the result of
-`core_matrix`. Contexts nest; the innermost one applies. A forward inside your own checkpoint function (not the model's)
-runs again in backward: call backward inside the context too.
+They are hooks on the cores, in evaluation and in training, and change what those read or return, not the model's inputs
+(masks, noise). Contexts nest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.runtime.channel import CoreChannel
-from nara_diffusion.runtime.context_stack import entered, innermost
-from nara_diffusion.runtime.modules import core_holders
-
+from .level import core_holders
 from .signals import NoiseSignals, as_signals
 
 Change = Callable[[NoiseSignals], NoiseSignals]
 """From the signals of a batch, λ (b,) or (1,) and the mask density or None, to those that cores read, as many."""
-
-
-class Ablation(NamedTuple):
-    """Exactly one of two: a grid of λ over which C is averaged, or a change of the signals that cores read."""
-
-    grid: NoiseSignals | None = None
-    change: Change | None = None
 
 
 def mean_core(
@@ -43,7 +31,7 @@ def mean_core(
     *,
     mask_density: Tensor | Sequence[float] | None = None,
 ) -> AbstractContextManager[None]:
-    """Inside, every core of `model` is its mean over `noise_levels`; λ need not be known.
+    """Inside, every core of `model` is its mean over `noise_levels`. (λ has to be known, and changes nothing.)
 
     The mean is taken at each forward, from the parameters as they are then, and has their gradients.
 
@@ -52,18 +40,27 @@ def mean_core(
         mask_density: (n,) beside them, for `core_input` "mask_density" or "both".
 
     Raises:
-        ValueError: a value is out of range; `model` has no NaRA adapter, or a merged one.
+        ValueError: a value is out of range; `model` has no NaRA adapter.
     """
-    return _ablated(model, Ablation(grid=as_signals(noise_levels, mask_density)))
+    grid = as_signals(noise_levels, mask_density)
+
+    def mean(core: Any, args: Any, output: Tensor) -> Tensor:
+        return core.forward(*_beside(grid, output)).mean(0, keepdim=True)
+
+    return _hooked(model, lambda core: core.register_forward_hook(mean))
 
 
 def changed_noise(model: nn.Module, change: Change) -> AbstractContextManager[None]:
     """Inside, the cores of `model` read `change(signals)`: see `constant_noise`, `shuffled_noise`, `reversed_noise`.
 
     Raises:
-        ValueError: `model` has no NaRA adapter, or a merged one.
+        ValueError: `model` has no NaRA adapter.
     """
-    return _ablated(model, Ablation(change=change))
+
+    def changed(core: Any, args: Any) -> tuple[Tensor | None, ...]:
+        return tuple(change(NoiseSignals(*args)))
+
+    return _hooked(model, lambda core: core.register_forward_pre_hook(changed))
 
 
 def constant_noise(level: float) -> Change:
@@ -95,56 +92,21 @@ def reversed_noise(signals: NoiseSignals) -> NoiseSignals:
     return _map(signals, lambda signal: 1 - signal)
 
 
+def _beside(signals: NoiseSignals, like: Tensor) -> NoiseSignals:
+    return _map(signals, lambda signal: signal.to(like.device))
+
+
 def _map(signals: NoiseSignals, function: Callable[[Tensor], Tensor]) -> NoiseSignals:
     return NoiseSignals(*(None if signal is None else function(signal) for signal in signals))  # type: ignore[arg-type]
 
 
 @contextmanager
-def _ablated(model: nn.Module, ablation: Ablation) -> Iterator[None]:
-    holders = core_holders(model)
-    merged = sorted({name for holder in holders for name in holder.merged_adapters})
-    if merged:
-        raise ValueError(
-            f"Adapter(s) {', '.join(map(repr, merged))} are merged at one λ, which an ablation cannot change: call "
-            "unmerge_adapter() first."
-        )
-    with entered(frozenset(holder.channel for holder in holders), ablation):
+def _hooked(model: nn.Module, register: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, `register` has put a hook on each core that reads λ."""
+    cores = [core for holder in core_holders(model) for group in holder.cores.values() for core in group.values()]
+    handles = [register(core) for core in cores if core.needs_noise]
+    try:
         yield
-
-
-# ---------------------------------------------------------------------- for the holder of cores
-
-
-def _ablation(channel: CoreChannel) -> Ablation:
-    entry = innermost(channel, Ablation)
-    return Ablation() if entry is None else entry.value
-
-
-def grid_of(channel: CoreChannel) -> NoiseSignals | None:
-    """The λ over which cores are averaged here and now, if they are."""
-    return _ablation(channel).grid
-
-
-def is_noise_changed(channel: CoreChannel) -> bool:
-    """Whether `changed_noise` holds here and now."""
-    return _ablation(channel).change is not None
-
-
-def as_read(channel: CoreChannel, signals: NoiseSignals) -> NoiseSignals:
-    """`signals` as cores are to read them here and now."""
-    change = _ablation(channel).change
-    if change is None:
-        return signals
-    changed = as_signals(*change(signals))
-    if len(changed.noise_level) != len(signals.noise_level):
-        raise ValueError(
-            f"The change of noise returned {len(changed.noise_level)} values for {len(signals.noise_level)}: return "
-            "as many as it is given."
-        )
-    return changed
-
-
-def refuse_ablation(channel: CoreChannel) -> None:
-    """Raises ValueError inside `mean_core` or `changed_noise`."""
-    if innermost(channel, Ablation) is not None:
-        raise ValueError("An adapter cannot be merged inside mean_core() or changed_noise(): merge outside of it.")
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from nara_diffusion.runtime.modules import find_holders
+from .level import find_holders
 
 
 def is_noise_aware(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -30,6 +31,12 @@ class NoiseSource(Protocol):
 
 Level = float | Tensor | np.ndarray | Sequence[float]
 """One number in [0, 1], or one a sample."""
+
+
+def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a forward of `module`, by name, in the order of its signature."""
+    given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    return dict(list(given.items())[1:])
 
 
 def as_signal(value: Level, name: str = "noise_level") -> Tensor:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from nara_diffusion.runtime.modules import core_holders
-
 from .denoisers.denoiser import Denoiser
+from .level import core_holders
 from .signals import MASKED_SHARE, NoiseSource
 from .text_blocks import BLOCK_MASKED_SHARE, CORRUPTED_SHARE
 from .timesteps import CONVENTIONS
@@ -66,6 +65,6 @@ def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
     """
     holders = core_holders(model)
     for holder in holders:
-        holder.conventions.check_source(source)
+        holder.check_source(source)
     for holder in holders:
-        holder.conventions.set_source(source)
+        holder.set_source(source)

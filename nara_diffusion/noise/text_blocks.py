@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.runtime.modules import arguments_of
-
-from .signals import NoiseSignals
+from .signals import NoiseSignals, arguments_of
 
 BLOCK_MASKED_SHARE = "block_masked_share"
 CORRUPTED_SHARE = "corrupted_share"

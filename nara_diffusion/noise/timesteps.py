@@ -8,27 +8,28 @@
                                  much noise
 
 λ = 1 is pure noise in all of them. The convention's name is stored in an adapter (`noise_convention`) and checked when
-a source of λ is set or an adapter is loaded. N is that of a source that a user has set; else of the scheduler at work,
-in the calls around the forward; else of the pipeline that has loaded or activated an adapter; else 1000.
+a source of λ is set or an adapter is loaded. N is that of a source that a user has set; else of the present scheduler
+of the pipelines that loaded an adapter; else 1000.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.runtime.modules import arguments_of, find_holders
-
-from .schedulers.schedule_length import lengths_at_work
-from .schedulers.timestep_meaning import LARGEST_LOG_SIGMA, check_discrete
-from .signals import NoiseSignals, as_tensor, is_differentiated
+from .prediction import passes_log_sigma
+from .signals import NoiseSignals, arguments_of, as_tensor, is_differentiated
 
 NUM_TRAIN_TIMESTEPS = 1000
 """N of the schedules that the denoisers of Diffusers are trained with, where none is at hand; models do not hold it."""
+
+LARGEST_LOG_SIGMA = math.log(1e6)
+"""σ beyond 10⁶ is nobody's, but a timestep ¼ ln σ beyond 3.5 is a discrete schedule's."""
 
 
 def _of_angle(angle: Tensor) -> Tensor:
@@ -159,45 +160,50 @@ class TimestepNoise:
 class UndeclaredTimestep(TimestepNoise):
     """The default source of a class of denoisers, until a user declares the meaning of the timestep.
 
-    Its N is that of the scheduler at work. It refuses a small discrete timestep that might be ¼ ln σ: see
-    `check_discrete`.
+    Its N is that of the present schedulers. A small discrete timestep might be ¼ ln σ of an EDM schedule instead:
+
+        discrete   t in [0, N], N = 1000: whole, fractional with Karras' sigmas, below 3.5 in the last steps alone
+        EDM        t = ¼ ln σ: within ±3.5 throughout, and for σ from 80 to 1, the first steps, from 1.1 to 0
+
+    Confused with the other, the first steps of an EDM pipeline would run at λ = 0.001. So it is refused, unless a
+    present scheduler is discrete, or it is a whole number and there is none.
 
     Attributes:
-        is_counted: whether a pipeline has told N, for forwards with no scheduler, or several, in the calls around them.
+        schedulers: of the pipelines that loaded the adapters; see `under`.
     """
 
-    is_counted = False
+    schedulers: Sequence[Any] = ()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-        return super(UndeclaredTimestep, self._at_work()).__call__(module, args, kwargs)
+    def under(self, schedulers: Sequence[Any]) -> UndeclaredTimestep:
+        """The same source while these are the schedulers of the pipelines.
 
-    def check(self, timestep: float | Tensor) -> None:
-        if self.meaning == "discrete":
-            check_discrete(timestep, self.argument)
-
-    def of_length(self, length: int | None) -> UndeclaredTimestep:
-        """The same with N told; None leaves it as it is."""
+        Raises:
+            ValueError: λ depends on N, and their N differ.
+        """
         other = copy(self)
-        if length:
-            other.num_train_timesteps, other.is_counted = length, True
-        return other
-
-    def _at_work(self) -> UndeclaredTimestep:
-        lengths = lengths_at_work() if self.meaning in _COUNTED else []
-        if len(lengths) == 1:
-            return self.of_length(lengths[0])
-        if lengths and not self.is_counted:
+        other.schedulers = schedulers
+        if not schedulers or self.meaning not in _COUNTED:
+            return other
+        lengths = {length for one in schedulers if (length := one.config.get("num_train_timesteps"))}
+        if len(lengths) > 1:
             raise ValueError(
-                f"λ = {self.argument} / N can't be read: the schedulers around this forward have "
-                f"{' and '.join(f'N = {length}' for length in lengths)}: say which, "
+                f"λ = {self.argument} / N can't be read: the schedulers of the pipelines that loaded the adapters have "
+                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}: say which, "
                 f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
             )
-        return self
+        other.num_train_timesteps = next(iter(lengths), self.num_train_timesteps)
+        return other
 
-
-def count_timesteps(model: nn.Module, scheduler: Any) -> None:
-    """Set N of the adapters' default source to that of a Diffusers scheduler. A source that a user has set stays."""
-    for holder in find_holders(model):
-        if isinstance(holder.conventions.source, UndeclaredTimestep):
-            length = scheduler.config.get("num_train_timesteps")
-            holder.conventions.source = holder.conventions.source.of_length(length)
+    def check(self, timestep: float | Tensor) -> None:
+        t = as_tensor(timestep).detach()
+        is_large = 4 * t.float().abs() >= LARGEST_LOG_SIGMA
+        if self.meaning != "discrete" or not t.is_floating_point() or bool(is_large.any()):
+            return
+        continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
+        if not continuous and (self.schedulers or bool((t == t.round()).all())):
+            return
+        who = f"{continuous[0]} passes ¼ ln σ" if continuous else "it may be ¼ ln σ of an EDM schedule"
+        raise ValueError(
+            f"{self.argument} is {t.tolist()}, which as 'discrete' would be almost no noise, but {who}: say what this "
+            'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
+        )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nara_diffusion.loaders.strict import PEFT_PREFIX
+from nara_diffusion.noise.level import core_holders
 from nara_diffusion.noise.signals import as_signals
-from nara_diffusion.runtime.modules import core_holders
-from nara_diffusion.runtime.offloading import onloaded_cores
-from nara_diffusion.tuner.holder.core_set import CoreSet
+
+from .core_set import CoreSet
+from .holder import onloaded_cores
 
 
 def core_matrix(
@@ -30,7 +31,7 @@ def core_matrix(
         ValueError: no NaRA adapter of that name, or several; λ out of range, or `module` missing or not adapted.
     """
     cores = _cores_of(model, adapter_name)
-    groups = cores.groups
+    groups = list(cores)
     group = groups[0] if len(groups) == 1 and module is None else _group_of(model, module, adapter_name, groups)
     if cores.needs_density and mask_density is None:
         raise ValueError(f"Adapter '{adapter_name}' reads the mask density too: pass mask_density=….")

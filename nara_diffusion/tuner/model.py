@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from copy import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
@@ -17,25 +18,26 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN
-from nara_diffusion.layers.dispatch import check_convolution, check_target, keep_out_of_float8, variant_for
-from nara_diffusion.layers.initialisation import make_directions_orthonormal
-from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.layers.channel import CoreChannel
+from nara_diffusion.layers.dispatch import (
+    check_convolution,
+    check_target,
+    keep_out_of_float8,
+    make_directions_orthonormal,
+    variant_for,
+)
+from nara_diffusion.layers.offloading import is_dispatched_by_layers
+from nara_diffusion.layers.rows import rows_of
 from nara_diffusion.loaders.strict import PEFT_PREFIX, check_core_precision, check_tensors
-from nara_diffusion.noise.context import active_signals
-from nara_diffusion.noise.denoisers.lookup import denoiser_of
-from nara_diffusion.runtime.batch_rows import rows_of
-from nara_diffusion.runtime.modules import core_holders
-from nara_diffusion.runtime.offloading import check_addable
-from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, CoreHolder, holder_of
-from nara_diffusion.tuner.holder.core_set import SHARED, core_group, core_tensors
-from nara_diffusion.tuner.holder.noise_convention import check_not_static
-from nara_diffusion.tuner.strength.layers import default_strengths, give_strength
+from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.level import find_holders
 
-from .activation import deleting, tuner_layers
-from .forward_hook import attach_holder, detach_holder
-from .injection import Injection, check_name_is_free, drop_idle_holder, without_holder
+from .core_set import SHARED, core_group, core_tensors, make_cores
+from .holder import HOLDER_NAME, CoreHolder, drop_idle_holder, holder_of
 from .merging import MergesAtOneLevel
+from .snapshot import restored_on_error
 from .state_dict import refuse_name_in_key, with_current_names
+from .strength import default_strengths, give_strength
 
 _STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
 
@@ -51,7 +53,9 @@ class NaraModel(MergesAtOneLevel):
     (weighted sums, conversion of initialisations).
     """
 
-    tuner_layer_cls = (LoraLayer, CoreHolder)  # type: ignore[assignment]
+    _injected: dict[str, Any] | None = None
+    """Name → layer of the adapter that is being injected."""
+    _channel: CoreChannel | None = None
 
     def __init__(
         self,
@@ -61,10 +65,12 @@ class NaraModel(MergesAtOneLevel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        if adapter_name in getattr(model, "peft_config", {}):  # where the new configuration will stand in a moment
-            config = copy(peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config)
-            config = self._prepare_adapter_config(config, self.get_model_config(model))
-            check_name_is_free(model, adapter_name, config, state_dict)  # type: ignore[arg-type]
+        if adapter_name in getattr(model, "peft_config", {}):
+            raise ValueError(
+                f"{type(model).__name__} has an adapter '{adapter_name}', which would stay beside the new one of that "
+                "name: call unload() of the PeftModel that has it before, or give the new one a name of its own, "
+                "adapter_name=…."
+            )
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     # ------------------------------------------------------------------ injection
@@ -80,44 +86,57 @@ class NaraModel(MergesAtOneLevel):
         """As `peft.LoraModel.inject_adapter`; then the adapter's core is made at the root of `model`.
 
         If the adapters that `model` has are disabled, the new one is too, in new layers as in those that it shares.
+        After an error, `model` is as it was.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
         self._check_name(model, adapter_name, config)
-        check_not_static(model, config, adapter_name)
-        check_addable(model)
-        drop_idle_holder(model)  # its source of λ was set for adapters that are gone
-        holder = holder_of(model) or CoreHolder(denoiser_of(model), config.noise_convention)
-        convention_stated = config.noise_convention is not None
-        self.peft_config[adapter_name] = config = holder.conventions.completed(adapter_name, config)
-        self._injecting = Injection(holder, config.changes_base)
-        states = [layer.disable_adapters for layer in tuner_layers(model)]
+        if is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
+            raise ValueError(
+                f"{type(model).__name__} is offloaded layer by layer, so that a new adapter would have no values: load "
+                "it by pipe.load_nara_weights(), or add it before enable_sequential_cpu_offload()."
+            )
         layers_only = state_dict and {key: value for key, value in state_dict.items() if HOLDER_NAME not in key}
         try:
-            with without_holder(model):
-                super().inject_adapter(
-                    model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
-                )
-            # a custom core may have values that no file holds
-            with torch.device("meta") if low_cpu_mem_usage and config.core_type in BUILT_IN else nullcontext():
-                holder.add(adapter_name, config, self._injecting.ranks, convention_stated)
-        except Exception:
-            self._injecting.undo(adapter_name)
+            with restored_on_error(model):
+                drop_idle_holder(model)  # its source of λ was set for adapters that are gone
+                model.peft_config = self.peft_config  # as PEFT does afterwards
+                holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
+                self.peft_config[adapter_name] = config = holder.complete(adapter_name, config)
+                states = [module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)]
+                layers = self._injected = {}
+                self._channel = holder.channel
+                with _without_holder(model):
+                    super().inject_adapter(
+                        model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
+                    )
+                self._add_cores(holder, adapter_name, config, layers, low_cpu_mem_usage)
+                for layer in layers.values():
+                    layer._disable_adapters = bool(states) and all(states)
+                holder.attach()
+                holder.follow_factors()
+                give_strength(model, adapter_name, default_strengths(model, config, adapter_name))
+        except BaseException:
             getattr(model, "peft_config", {}).pop(adapter_name, None)
             raise
         finally:
-            injected, self._injecting = self._injecting, None
-        core = holder.cores[adapter_name]
-        if not any(p.is_meta for p in core.parameters()):
-            core.to(injected.device)
-        active = self.active_adapters
-        core.requires_grad_(adapter_name in active and not config.inference_mode)
-        holder._active_adapter = list(active)
-        for layer in (holder, *(layer for _, _, layer in injected.layers)):
-            layer._disable_adapters = bool(states) and all(states)
-        attach_holder(holder, model)
-        give_strength(model, config, adapter_name, default_strengths(model, config, adapter_name))
+            self._injected = self._channel = None
+
+    def _add_cores(
+        self, holder: CoreHolder, adapter_name: str, config: NaraConfig, layers: dict[str, Any], low_memory: bool
+    ) -> None:
+        ranks: dict[str, int] = {}
+        for name, layer in layers.items():
+            group = core_group(config, name, layer.r[adapter_name])  # by rank_pattern
+            ranks[group] = max(layer.r[adapter_name], ranks.get(group, 0))
+        # a custom core may have values that no file holds
+        with torch.device("meta") if low_memory and config.core_type in BUILT_IN else nullcontext():
+            cores = make_cores(config, ranks)
+        if not any(parameter.is_meta for parameter in cores.parameters()):
+            factors = (p for layer in layers.values() for p in layer.parameters() if p.device.type != "meta")
+            cores.to(next((p.device for p in factors), torch.device("cpu")))
+        holder.add(adapter_name, config, cores, list(layers.values()))
 
     def _create_and_replace(  # type: ignore[override]
         self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
@@ -132,18 +151,13 @@ class NaraModel(MergesAtOneLevel):
         )
         layer = getattr(parent, target_name)
         keep_out_of_float8(layer, adapter_name)
-        injecting = self._injecting
-        assert injecting is not None
-        injecting.layers.append((parent, target_name, layer))
-        rank = layer.r[adapter_name]  # by rank_pattern
-        group = core_group(lora_config, current_key, rank)
-        injecting.ranks[group] = max(rank, injecting.ranks.get(group, 0))
+        assert self._injected is not None
+        self._injected[current_key] = layer
         if lora_config.reads_core:
             variant_class = variant_for(layer, lora_config.use_dora, current_key)
-            holder = injecting.holder
+            group = core_group(lora_config, current_key, layer.r[adapter_name])  # by rank_pattern
             rows = rows_of(self.model, current_key)
-            variant = variant_class(holder.channel, holder.core_to_merge, adapter_name, group, current_key, rows)
-            layer.lora_variant[adapter_name] = variant
+            layer.lora_variant[adapter_name] = variant_class(self._channel, adapter_name, group, current_key, rows)
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
 
@@ -163,16 +177,37 @@ class NaraModel(MergesAtOneLevel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As `peft.LoraModel.delete_adapter`; with the last adapter, the holder of the cores is removed."""
-        with deleting([self.model], adapter_name):
-            super().delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
         drop_idle_holder(self.model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        has_holder = holder_of(self.model) is not None
+        holder = holder_of(self.model)
         base: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # PEFT's annotation says None
-        if has_holder:
-            detach_holder(self.model)
+        if holder is not None:
+            holder.detach()
         return base
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's, for `adapter_names`, the adapter of each sample; C is then made for the samples of each adapter."""
+        holder, names = holder_of(self.model), kwargs.get("adapter_names")
+        if names is None or holder is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        _check_mixed_batch(self.model, names)
+        failure, local = None, holder.channel.local
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            # as `generate` repeats the batch
+            local.adapter_names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+            try:
+                yield
+            except BaseException as error:  # PEFT takes its hooks away only if nothing is raised here
+                failure = error
+            finally:
+                del local.adapter_names
+        if failure is not None:
+            raise failure
 
     # ------------------------------------------------------------------ refused, or right only for some adapters
 
@@ -202,19 +237,13 @@ class NaraModel(MergesAtOneLevel):
         return super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is a single LoRA here and now: λ is told by `noise_level(…)`, or it needs none.
-
-        Then `peft.convert_to_lora` and `save_as_lora` give that LoRA (see `nara_diffusion.to_lora`).
-        """
+        """Whether `peft.convert_to_lora` may read ΔW: of adapters without a core. For others there is `to_lora`."""
         holder = holder_of(self.model)
-        if holder is not None and holder.depends_on_noise(adapter_name):
-            return active_signals(holder.channel) is not None
-        return all(
-            isinstance(layer.lora_variant.get(adapter_name), NaraVariant)
-            or layer.supports_lora_conversion(adapter_name)
-            for layer in self.modules()
-            if isinstance(layer, LoraLayer)
-        )
+        if self._core_type(adapter_name) != "identity" or (
+            holder is not None and holder.depends_on_noise(adapter_name)
+        ):
+            return False
+        return super().supports_lora_conversion(adapter_name)
 
     def _core_type(self, adapter_name: str) -> str:
         return getattr(self.peft_config[adapter_name], "core_type", "identity")
@@ -246,12 +275,14 @@ class NaraModel(MergesAtOneLevel):
         unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for holder in core_holders(model):
+        for holder in find_holders(model):
             core = holder.cores[adapter_name].state_dict() if adapter_name in holder.cores else {}
             for key, like in core.items():
                 ending = f"{HOLDER_NAME}.cores.{adapter_name}.{key}"
-                found = next((name for name in selected if name.endswith(ending)), None)
-                if found is None:
+                found = next((name for name in state_dict if name.endswith(ending)), None)
+                if found is not None:
+                    selected[found] = state_dict[found]
+                else:
                     raise ValueError(
                         f"'{key}' of the core of adapter '{adapter_name}' is missing from what would be saved. Is "
                         f"another adapter named like a part of it ({', '.join(unwanted_adapter_names)})? Rename that."
@@ -266,12 +297,40 @@ class NaraModel(MergesAtOneLevel):
         state_dict = with_current_names(state_dict)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         present = model.state_dict()
+        core = [key for key in present if f"{HOLDER_NAME}.cores.{adapter_name}." in key]
+        for key in core:
+            saved = cls._remove_adapter_name_from_key(key, adapter_name)
+            for name in (saved, f"{PEFT_PREFIX}{saved}"):
+                if name in mapped:
+                    mapped[key] = mapped.pop(name)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
         others = [name for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
-        expected = _filter_state_dict_by_key_prefixes(present, prefixes) | cls._get_learnable_bias_state_dict(
-            model, _filter_state_dict_for_adapter_name(present, others), config
-        )
+        expected = {
+            **_filter_state_dict_by_key_prefixes(present, prefixes),
+            **cls._get_learnable_bias_state_dict(model, _filter_state_dict_for_adapter_name(present, others), config),
+            **{key: present[key] for key in core},
+        }
         for key in [key for key in mapped if key not in present and key.removeprefix(PEFT_PREFIX) in present]:
             mapped[key.removeprefix(PEFT_PREFIX)] = mapped.pop(key)
         check_tensors(mapped, expected, present)
         return mapped
+
+
+@contextmanager
+def _without_holder(root: nn.Module) -> Iterator[None]:
+    """Hide the cores from PEFT: names of their modules ("embeddings", "layers") may match `target_modules`."""
+    holder = root._modules.pop(HOLDER_NAME, None)
+    try:
+        yield
+    finally:
+        if holder is not None:
+            root._modules[HOLDER_NAME] = holder
+
+
+def _check_mixed_batch(model: nn.Module, adapter_names: list[str]) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and set(layer.lora_embedding_A) & set(layer.lora_variant) & set(adapter_names):
+            raise ValueError(
+                f"adapter_names cannot be used while the embedding '{name}' is adapted with NaRA: PEFT would apply it "
+                "without its core. Use one adapter a batch."
+            )

@@ -57,8 +57,6 @@ def fold(source: Path, output: Path, *words: str) -> None:
 
 Save = Callable[[Path], Any]
 SAVES: dict[str, tuple[int, Callable[[], Save]]] = {
-    "save_pretrained": (8000, lambda: another_model().save_pretrained),
-    "save_pretrained, model card": (700, lambda: another_model().save_pretrained),
     "save_nara_weights": (3000, lambda: another_pipeline().save_nara_weights),
     "to_lora": (3000, lambda: to_lora(another_model(), 0.5, mask_density=0.5).save_pretrained),
     "nara fold": (3000, lambda: lambda folder: fold(PIPELINE, folder / "lora.safetensors")),
@@ -95,7 +93,7 @@ def test_save_on_a_full_disk_leaves_the_files_of_before(row: str, folder: Path, 
     assert content(folder) != before
 
 
-@pytest.mark.parametrize("row", ["save_pretrained", "save_nara_weights", "nara fold to PEFT", "nara convert"])
+@pytest.mark.parametrize("row", ["save_nara_weights", "nara fold to PEFT", "nara convert"])
 def test_save_on_a_full_disk_leaves_no_file_in_a_new_folder(row: str, tmp_path: Path, capsys) -> None:
     room, make = SAVES[row]
     save = make()
@@ -116,7 +114,7 @@ def without_privileges() -> Iterator[None]:
         os.seteuid(user)
 
 
-@pytest.mark.parametrize("row", ["save_pretrained", "save_nara_weights"])
+@pytest.mark.parametrize("row", ["save_nara_weights"])
 def test_save_into_a_folder_that_cannot_be_written_leaves_what_was_there(row: str, folder: Path) -> None:
     save, before = SAVES[row][1](), content(folder)
     with tempfile.TemporaryDirectory() as outer:  # pytest's own keeps other users out

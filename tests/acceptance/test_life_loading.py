@@ -180,7 +180,12 @@ def test_unloaded_pipeline_is_the_base_bit_for_bit(folder: Path, with_text: Path
     else:
         getattr(pipe, way)(*([["a", "b"]] if way == "delete_adapters" else []))
     assert torch.equal(pixels(pipe), image)
-    assert_is(pipe, modules, before)
+    if way.startswith("unload_") and way != "unload_lora":
+        assert_is(pipe, modules, before)
+    else:  # Diffusers leaves empty wrappers, as of a LoRA
+        after = {name.replace(".base_layer", ""): tensor for name, tensor in tensors(pipe).items()}
+        assert after.keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert not pipe.get_list_adapters()
     pipe.load_nara_weights(folder, adapter_name="a")
     assert (pixels(pipe) - image).abs().max() > 0.02
@@ -222,7 +227,8 @@ def test_calls_that_read_and_write_loras_refuse_a_nara_by_name(folder: Path, wit
     pipe: Any = frozen_sd()
     modules, before = structure(pipe), tensors(pipe)
     for source in (folder, folder / FILE, load_file(folder / FILE), with_text / FILE):  # whose α only the NaRA's has
-        with pytest.raises(ValueError, match="load_nara_weights"):
+        refusal = "all LoRA param names" if isinstance(source, dict) else "load_nara_weights"  # of Diffusers
+        with pytest.raises(ValueError, match=refusal):
             pipe.load_lora_weights(source, adapter_name="toy")
         assert_is(pipe, modules, before)
     pipe.load_nara_weights(folder, adapter_name="toy")

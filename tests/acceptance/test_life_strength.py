@@ -111,7 +111,8 @@ def test_merged_at_a_lambda_it_has_the_strength_of_that_lambda(kind: str) -> Non
     model = adapted(KINDS[kind])
     set_strength(model, "default", StrengthSchedule(POINTS))
     expected = by_hand(model, [["default"]] * 6, [0.25] * 6, {"default": [0.5] * 6}, INPUT)
-    merged: Any = model.merge_and_unload(noise_level=0.25)
+    with noise_level(model, 0.25):
+        merged: Any = model.merge_and_unload()
     with torch.no_grad():
         assert_near(merged(INPUT), expected)
         assert_far(merged(INPUT), two()(INPUT))

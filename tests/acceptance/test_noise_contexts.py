@@ -188,7 +188,6 @@ def test_contexts_left_in_another_order_leave_no_level(model: Any, stock: Stock)
     assert_unknown(model)
 
 
-@pytest.mark.xfail(strict=True, reason="contexts may end in any order today; LAYOUT idea 3 refuses it")
 def test_context_left_that_is_not_the_innermost_raises(model: Any) -> None:
     outer, inner = two_entered(model)
     try:

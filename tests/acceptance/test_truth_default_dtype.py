@@ -81,8 +81,8 @@ def folded(model: Any) -> Tensor:
 def ablated(model: Any) -> Tensor:
     with changed_noise(model, constant_noise(0.3)):
         one = in_context(model, 0.9)
-    with mean_core(model, [0.3, 0.7]), torch.no_grad():
-        return torch.cat([one, model(X)])
+    with mean_core(model, [0.3, 0.7]):
+        return torch.cat([one, in_context(model, 0.9)])
 
 
 WAYS: dict[str, Callable[[Any], Tensor]] = {

@@ -52,7 +52,8 @@ def test_a_source_that_tells_another_level_is_warned_of_once_a_merge(kind):
     source = Source([0.3, 0.3])
     set_noise_source(model, source)
     for _ in range(2):
-        model.merge_adapter(noise_level=0.3)
+        with noise_level(model, 0.3):
+            model.merge_adapter()
         source.levels = [0.3, 0.3]
         torch.testing.assert_close(run(model), expected)  # without a warning, which would be an error
         source.levels = [0.3, 0.7]

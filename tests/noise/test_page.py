@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import torch
+from nara_diffusion.runtime import batch_rows as samples
 from torch import nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.cores.registry import build_core
-from nara_diffusion.runtime import batch_rows as samples
 from tests.helpers.adapted import TwoLayers, adapted
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "noise.md").read_text(encoding="utf-8")

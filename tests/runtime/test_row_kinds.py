@@ -12,7 +12,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerMask
 from transformers.models.mlcd.modeling_mlcd import MLCDAttention
 from transformers.models.oneformer.modeling_oneformer import OneFormerTransformerDecoderFFNLayer
 
-from nara_diffusion.runtime.batch_rows import check_rows, rows_of
+from nara_diffusion.layers.rows import check_rows, rows_of
 
 SIZES: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "d_model": 16}
 SIZES |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import StrengthSchedule, noise_level, set_strength
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.adapted import TwoLayers, default_core, disturb, lora_config, nara_config
 
 POINTS = [(0.1, 1.5), (0.4, -0.5), (0.8, 0.2)]

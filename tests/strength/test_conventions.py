@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nara_diffusion import set_noise_source, set_strength
 from nara_diffusion.loaders import insertion
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import small_sdxl
 from tests.loaders.adapters import State, predict, trained
@@ -103,7 +103,7 @@ def test_the_number_of_timesteps_stays_where_the_definition_changes(folders, con
     lora_with_schedule(folders, pipes[0])
     pipes[0].unet.add_adapter(nara_config(target_modules=["to_q"], noise_convention="flow"), "nara")
     (holder,) = find_holders(pipes[0].unet)
-    assert (holder.conventions.source.convention, holder.conventions.source.num_train_timesteps) == ("flow", 1600)
+    assert (holder.source.convention, holder.source.num_train_timesteps) == ("flow", 1600)
 
 
 def test_a_source_that_was_removed_does_not_return_with_an_adapter(folders, conventions):

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from nara_diffusion import StrengthSchedule, set_strength
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.adapted import disturb, lora_config
 from tests.helpers.pipelines.wan import small_wan, wan_latents
 from tests.helpers.small_pipelines import pixels, small_flux, small_sd3, small_sdxl

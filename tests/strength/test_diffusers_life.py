@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from nara_diffusion import StrengthSchedule, noise_level, set_strength
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import FILE, State, predict, save_lora, trained
 from tests.strength.models import SCHEDULE

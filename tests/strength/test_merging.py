@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nara_diffusion import noise_level, set_strength
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config, relative_error
 from tests.strength.models import (
     BOTH,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.noise.schedulers.prediction import FLOW
+from nara_diffusion.noise.prediction import FLOW
 from nara_diffusion.training.arguments.checks import require
 from nara_diffusion.training.arguments.cli import option
 

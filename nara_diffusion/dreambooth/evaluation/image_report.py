@@ -12,7 +12,7 @@ from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.pipelines import absent_components
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.export.plain_lora import SCHEDULER
-from nara_diffusion.noise.schedulers.prediction import prediction_by
+from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapters.methods import method_of
 from nara_diffusion.training.arguments.window import schedule_of, window_of
 from nara_diffusion.training.output.model_card import format_table

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from nara_diffusion.noise.schedulers.prediction import FLOW, prediction_by
+from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.training.checkpoints.digests import local_folder
 
 from .family import Family

@@ -18,8 +18,8 @@ from nara_diffusion.export.plain_lora import PlainLora
 from nara_diffusion.export.read_lora import lora_of_tensors, read_lora
 from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, AdapterPart, naming
 from nara_diffusion.loaders.strict import is_core_key
-from nara_diffusion.noise.schedulers.prediction import Prediction, prediction_in
-from nara_diffusion.tuner.holder.core_holder import HOLDER_NAME, holder_of
+from nara_diffusion.noise.prediction import Prediction, prediction_in
+from nara_diffusion.tuner.holder import HOLDER_NAME, holder_of
 
 from .methods import CORE_FIELDS, METHODS, method_of
 from .pissa import takes_start_from_base

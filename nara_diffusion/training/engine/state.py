@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 
 DEEPSPEED_FOLDER = "deepspeed"
 T = TypeVar("T")

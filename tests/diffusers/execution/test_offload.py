@@ -13,11 +13,11 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from nara_diffusion.runtime.offloading import beside_inputs
 from peft import get_peft_model
 from torch import Tensor
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.runtime.offloading import beside_inputs
 from tests.diffusers.reference import UNET_TARGETS
 from tests.helpers.adapted import disturb, nara_config, relative_error
 from tests.helpers.core_types import TYPES

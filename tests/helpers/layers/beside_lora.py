@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.adapted import disturb, lora_config, nara_config
 
 TARGETS = ["first", "second"]

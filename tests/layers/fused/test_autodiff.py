@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nara_diffusion import noise_level
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.adapted import TwoLayers
 from tests.helpers.layers.beside_lora import assert_alike, beside_lora
 

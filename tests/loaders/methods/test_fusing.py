@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from nara_diffusion.tuner.activation import tuner_layers
 
 from nara_diffusion import noise_level
-from nara_diffusion.tuner.activation import tuner_layers
 from tests.helpers.adapted import relative_error
 from tests.loaders.adapters import predict, save_lora, trained
 

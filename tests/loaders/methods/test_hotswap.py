@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import TimestepNoise, register_core, set_noise_source
 from nara_diffusion.cores import registry as custom_cores
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import FILE, State, predict, save_lora, trained
 

@@ -17,8 +17,8 @@ from torch import nn
 
 import nara_diffusion
 from nara_diffusion import noise_level
+from nara_diffusion.noise.level import find_holders
 from nara_diffusion.noise.needs import is_noise_aware
-from nara_diffusion.runtime.modules import find_holders
 from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import FILE, State, alone, predict, trained
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import pixels, small_sdxl
 from tests.loaders.adapters import State, alone, predict, trained

@@ -9,7 +9,7 @@ import pytest
 from diffusers import DDIMScheduler
 
 from nara_diffusion.dreambooth.conversion import converted_scheduler
-from nara_diffusion.noise.schedulers.prediction import ZERO_SNR, Prediction, prediction_by
+from nara_diffusion.noise.prediction import ZERO_SNR, Prediction, prediction_by
 
 BASE = DDIMScheduler(
     beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False

@@ -15,10 +15,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     UNet2DConditionModel,
 )
+from nara_diffusion.noise.schedulers.timestep_meaning import check_discrete, passes_log_sigma, schedulers_at_work
 from torch import Tensor
 
 from nara_diffusion import TimestepNoise, noise_level, set_noise_source
-from nara_diffusion.noise.schedulers.timestep_meaning import check_discrete, passes_log_sigma, schedulers_at_work
 from tests.helpers.adapted import nara_config
 
 LOG_SIGMA = r"timestep is \[?0\.73.* say what this pipeline means by it.*TimestepNoise\(\"edm\"\)"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import core_matrix, noise_level
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config, relative_error
 from tests.helpers.two_layers import TARGETS
 from tests.runtime.channel_calls import at, expect_no_core

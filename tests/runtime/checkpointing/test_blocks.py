@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from nara_diffusion.tuner.forward_hook import detach_holder
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -21,7 +22,6 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from nara_diffusion import NaraConfig, noise_level
-from nara_diffusion.tuner.forward_hook import detach_holder
 from tests.helpers.adapted import TwoLayers, disturb, nara_config
 from tests.helpers.layers.recomputation import (
     EXACT,

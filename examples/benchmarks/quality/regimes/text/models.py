@@ -17,7 +17,7 @@ from nara_diffusion import noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.noise.ablations import changed_noise, constant_noise
-from nara_diffusion.runtime.modules import find_holders
+from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters.build import build_adapter
 from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments
 from quality.assets import ASSETS

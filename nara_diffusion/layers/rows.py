@@ -4,8 +4,7 @@ An adapted layer normally sees (b, …), and each row has its value of λ. Where
 show it, since their number may equal b by chance. So this file lists the modules for which it is known.
 
     "tokens"      (n, d) inside of what has experts: the tokens of all samples, or those that one expert gets
-    "positions"   (l, b, d): beside PyTorch's attention unless `batch_first`, and in these classes of Transformers; ids
-                  (l, l) of relative positions, and XLNet's (l, b)
+    "positions"   (l, b, d): beside PyTorch's attention unless `batch_first`; and ids (l, l) of relative positions
 """
 
 from __future__ import annotations
@@ -17,17 +16,6 @@ from torch import Tensor, nn
 
 Rows = Literal["samples", "tokens", "positions"]
 
-_LENGTH_FIRST = (
-    *(
-        "LongformerSelfAttention",
-        "LEDEncoderSelfAttention",
-        "FSMTEncoder",
-        "FSMTDecoder",
-        "XLNetModel",
-        "MLCDAttention",
-    ),
-    *("Mask2FormerMaskedAttentionDecoderLayer", "OneFormerTransformerDecoderFFNLayer"),
-)
 _RELATIVE = ("relative_attention_bias", "distance_embedding")
 
 
@@ -41,14 +29,11 @@ def rows_of(root: nn.Module, name: str) -> Rows:
     if any(hasattr(outer, "experts") or "Experts" in type(outer).__name__ for outer in around):
         return "tokens"
     if isinstance(module, (nn.Embedding, Embedding)):
-        is_relative = name.endswith(_RELATIVE) or any(type(outer).__name__ == "XLNetModel" for outer in around)
-        return "positions" if is_relative else "samples"
+        return "positions" if name.endswith(_RELATIVE) else "samples"
     return "positions" if any(map(_is_length_first, around)) else "samples"
 
 
 def _is_length_first(module: Any) -> bool:
-    if any(kind.__name__ in _LENGTH_FIRST for kind in type(module).__mro__):
-        return True
     attentions = (one for one in module._modules.values() if isinstance(one, nn.MultiheadAttention))
     return any(getattr(one, "batch_first", None) is False for one in (module, *attentions))
 

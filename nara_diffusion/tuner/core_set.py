@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import keyword
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import build_core, is_tied_to_rank
-from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.noise.signals import NoiseSignals
-
-from .batch_signals import on_device_of
 
 SHARED = "shared"
 """The group of all layers, and `nara_core.shared.…` in files."""
+
+_TAKEN_BEFORE = ("at", "groups")
+"""Names of groups that have an underscore in files, as names of `nn.ModuleDict`'s attributes have."""
 
 
 class CoreSet(nn.ModuleDict):
@@ -31,26 +30,15 @@ class CoreSet(nn.ModuleDict):
     def needs_density(self) -> bool:
         return any(bool(core.needs_density) for core in self.values())
 
-    def at(self, signals: NoiseSignals | None) -> dict[str, Tensor]:
-        """Group of layers → C (b or 1, r, r); identities are left out."""
-        found: dict[str, Tensor] = {}
-        for group, core in self.items():
-            if not isinstance(core, IdentityCore):
-                found[group] = _matrix(core, signals)
-        return found
-
     def matrix(self, group: str, signals: NoiseSignals | None) -> Tensor:
-        """C (b or 1, r, r) of one group."""
-        return _matrix(self[group], signals)
-
-    @property
-    def groups(self) -> list[str]:
-        """The groups, each of which has a core."""
-        return list(self)
-
-
-def _matrix(core: Any, signals: NoiseSignals | None) -> Tensor:
-    return core(*on_device_of(core, signals)) if core.needs_noise else core()
+        """C (b or 1, r, r), float32, of one group at `signals`, which a core without noise input doesn't read."""
+        core = self[group]
+        if not core.needs_noise:
+            return core()
+        assert signals is not None
+        tensors = (*core.parameters(), *core.buffers())
+        device = next((t.device for t in tensors if not t.is_meta), signals.noise_level.device)
+        return core(*(None if signal is None else signal.to(device) for signal in signals))
 
 
 def make_cores(config: NaraConfig, ranks: dict[str, int]) -> CoreSet:
@@ -72,7 +60,8 @@ def core_group(config: NaraConfig, module_name: str, rank: int) -> str:
         group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
     else:
         group = module_name.replace(".", "-")
-    return f"{group}_" if hasattr(CoreSet, group) or keyword.iskeyword(group) else group
+    taken = hasattr(CoreSet, group) or keyword.iskeyword(group) or group in _TAKEN_BEFORE
+    return f"{group}_" if taken else group
 
 
 def core_tensors(config: NaraConfig, ranks: dict[str, int]) -> dict[str, Tensor]:

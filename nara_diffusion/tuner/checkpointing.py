@@ -1,23 +1,23 @@
 """Gradient checkpointing whose recomputation sees the C(λ) of its own forward.
 
 Transformers, Diffusers and PyTorch's `CheckpointWrapper` (which FSDP uses) keep their checkpoint function as an
-attribute of the checkpointed module. Each is wrapped so that C goes in as explicit tensor inputs, which is right for
-reentrant and non-reentrant checkpoints alike, in whatever thread the backward pass recomputes, and lets gradients
-flow from the block to C. Under any other checkpoint function the recomputed layers find no C and raise.
+attribute of the checkpointed module, a block or an instance of it. Each is replaced by one that passes C as explicit
+tensor inputs, which is right for reentrant and non-reentrant checkpoints alike, in whatever thread the backward pass
+recomputes, and lets gradients flow from the block to C. Under any other checkpoint function the recomputed layers find
+no C and raise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .channel import CoreChannel
-from .modules import outer_modules
+from nara_diffusion.layers.channel import CoreChannel, Key
 
-CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Where Transformers and Diffusers, and where `CheckpointWrapper`, keep the function."""
 
 
@@ -29,9 +29,10 @@ class CheckpointWithCore:
         self.channel = channel
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        cores = self.channel.cores
-        if not cores:
+        pushed = self.channel.pushed()
+        if pushed is None or not pushed[2]:
             return self.checkpoint(function, *args, **kwargs)
+        cores = pushed[2]
         return self.checkpoint(_WithCores(function, tuple(cores), self.channel), *cores.values(), *args, **kwargs)
 
 
@@ -41,14 +42,14 @@ class _WithCores:
     An object, not a closure: Diffusers asks for its `__call__`, which a compiler cannot trace on a function.
     """
 
-    def __init__(self, function: Callable[..., Any], keys: tuple[tuple[str, str], ...], channel: CoreChannel) -> None:
+    def __init__(self, function: Callable[..., Any], keys: tuple[Key, ...], channel: CoreChannel) -> None:
         self.function = function
         self.keys = keys
         self.channel = channel
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         cores, args = inputs[: len(self.keys)], inputs[len(self.keys) :]
-        if torch.compiler.is_compiling() and self.channel.cores:
+        if torch.compiler.is_compiling() and self.channel.pushed() is not None:
             # traced as a part of the root's forward, whose C the graph itself hands to the recomputation
             return self.function(*args, **kwargs)
         with self.channel.using(dict(zip(self.keys, cores, strict=True))):
@@ -58,7 +59,7 @@ class _WithCores:
 def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
     """Wrap the checkpoint function of every checkpointed block below `root`. Harmless when repeated."""
     for module in outer_modules(root):
-        for name in CHECKPOINT_ATTRIBUTES:
+        for name in _ATTRIBUTES:
             checkpoint = module.__dict__.get(name)
             if callable(checkpoint) and channel not in _channels(checkpoint):
                 setattr(module, name, CheckpointWithCore(checkpoint, channel))
@@ -67,10 +68,23 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
 def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
     """Undo `checkpoint_with_core`."""
     for module in root.modules():
-        for name in CHECKPOINT_ATTRIBUTES:
+        for name in _ATTRIBUTES:
             checkpoint = module.__dict__.get(name)
             if isinstance(checkpoint, CheckpointWithCore):
                 setattr(module, name, _without(checkpoint, channel))
+
+
+def outer_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """`root` and the modules below it, without the insides of adapted layers: five sixths of an adapted SDXL UNet.
+
+    The order is arbitrary; a module that occurs twice is yielded twice.
+    """
+    left: list[nn.Module | None] = [root]
+    while left:
+        module = left.pop()
+        if module is not None and "lora_A" not in module._modules:
+            left.extend(module._modules.values())
+            yield module
 
 
 def _channels(checkpoint: Any) -> list[CoreChannel]:

@@ -1,4 +1,4 @@
-"""What a denoiser predicts, on which path from data to noise, and whether the running scheduler expects that.
+"""What a denoiser predicts, on which path from data to noise, and what a scheduler expects of it.
 
     path                  x_t                                prediction
     variance preserving   √ᾱ x + √(1 − ᾱ) ε, ᾱ_N > 0         ε, v = √ᾱ ε − √(1 − ᾱ) x, or x
@@ -6,7 +6,8 @@
     rectified flow        (1 − σ) x + σ ε                    ε − x
 
 An adapter that was trained to predict something else than its base carries its scheduler (`NaraConfig.scheduler`). A
-scheduler that expects another prediction gives noise without an error. So each forward inside a pipeline compares both.
+scheduler that expects another prediction gives noise without an error. So each forward compares it with the present
+scheduler of the pipelines that loaded the adapter.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-from nara_diffusion.utils.call_stack import local_variables
-
 FLOW = "flow_prediction"
 ZERO_SNR = "zero terminal SNR"
-_TOLD = ("prediction_type", "use_flow_sigmas", "flow_shift", "shift", "rescale_betas_zero_snr", "timestep_spacing")
+_NAMED = ("prediction_type", "use_flow_sigmas", "flow_shift", "shift", "rescale_betas_zero_snr", "timestep_spacing")
 """Fields in which a base's scheduler may differ from the one that an adapter needs."""
 _PATHS = frozenset({"use_flow_sigmas", "rescale_betas_zero_snr"})
 """Options that change the path; not every class has them."""
@@ -91,45 +90,17 @@ def carried_scheduler(configs: Mapping[str, Any], names: Iterable[str]) -> dict[
     return next(iter(carried.values()), None)
 
 
-def check_scheduler_at_work(configs: Mapping[str, Any], names: Iterable[str], base: Prediction | None) -> None:
-    """Refuse a forward inside a pipeline whose scheduler expects another prediction.
-
-    Args:
-        configs: of all adapters of the model, by name.
-        names: of the active adapters, and of those that are merged.
-        base: what the model predicts without adapters that carry a scheduler, if it is known.
-
-    Raises:
-        ValueError: the scheduler of the innermost running pipeline expects another prediction.
-    """
-    if not any(getattr(config, "scheduler", None) for config in configs.values()):
-        return
-    fields = carried_scheduler(configs, names)
-    wanted = base if fields is None else prediction_in(fields)
-    scheduler = scheduler_at_work()
-    taken = prediction_by(scheduler)
-    if wanted is None or taken is None or taken == wanted:
-        return
-    raise ValueError(
-        f"With its active adapters the denoiser predicts {wanted}, but the scheduler of this pipeline, "
-        f"{type(scheduler).__name__}, takes it for {taken}. pipe.set_adapters(names) sets the scheduler that belongs "
-        f"to them; by hand: {how_to_set(fields)}."
-    )
-
-
 def how_to_set(fields: Mapping[str, Any] | None) -> str:
     """The line that sets a scheduler with these fields."""
     if fields is None:
         return "pipe.scheduler = the one that the base model came with"
-    options = (f"{name}={fields[name]!r}" for name in _TOLD if fields.get(name) is not None)
+    options = (f"{name}={fields[name]!r}" for name in _NAMED if fields.get(name) is not None)
     given = ", ".join(("pipe.scheduler.config", *options))
     return f"pipe.scheduler = {fields['_class_name']}.from_config({given})"
 
 
-def scheduler_at_work() -> Any:
-    """The scheduler of the innermost running pipeline; None if no pipeline runs."""
-    for variables in local_variables():
-        pipe = variables.get("self")
-        if any(kind.__name__ == "DiffusionPipeline" for kind in type(pipe).__mro__):
-            return getattr(pipe, "scheduler", None)
-    return None
+def passes_log_sigma(scheduler: Any) -> bool:
+    """Whether a scheduler of Diffusers hands ¼ ln σ to the denoiser as its timestep."""
+    config = scheduler.config
+    continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    return type(scheduler).__name__.startswith("EDM") or continuous

@@ -1,0 +1,135 @@
+"""λ by `with noise_level(model, value)`: its unit, its contexts, and the models that they are for.
+
+λ is a float32 tensor (1,) or (b,) in [0, 1]; 1 is pure noise. It reaches a forward of an adapted model by
+
+1. `with noise_level(model, value): …`, which beats
+2. a source set once by `set_noise_source(model, source)`, asked at each forward.
+
+The contexts are entries of one `ContextVar`, each of which knows its parent. So threads don't see each other's λ (one
+that is started inside a context has none), async tasks have their own, and the body of a generator is treated as by
+`torch.no_grad`: a generator that is suspended inside the context leaves λ to its caller. A context that is left while
+another one is the innermost raises, and no λ remains.
+
+A part of the model that is called by itself, such as the encoder in `generate` of T5 and BART, has the λ of the context
+around the call. Only forwards of the whole model ask a source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from .signals import Level, NoiseSignals, as_signals
+
+
+class Entry:
+    """One entered context.
+
+    Attributes:
+        parent: the entry that it was entered in.
+        holders: the holders of cores that it is for.
+        signals: λ and the mask density; None once the context is left, as copies of the `ContextVar` may remain.
+        backward: `backward_pass()` when it was entered.
+    """
+
+    __slots__ = ("backward", "holders", "parent", "signals")
+
+    def __init__(self, parent: Entry | None, holders: frozenset[nn.Module], signals: NoiseSignals) -> None:
+        self.parent = parent
+        self.holders = holders
+        self.signals: NoiseSignals | None = signals
+        self.backward = backward_pass()
+
+
+present: ContextVar[Entry | None] = ContextVar("nara_noise_level", default=None)
+"""The innermost entered context, whatever model it is for."""
+
+
+@contextmanager
+def noise_level(model: nn.Module, value: Level, *, mask_density: Level | None = None) -> Iterator[None]:
+    """Inside the context, forwards of `model` and of its parts run at noise level λ = `value`, whatever its source.
+
+    Contexts nest. The previous value is restored on exit, also after an exception. Other threads and async tasks do not
+    see it. (`value` is copied; a tensor that requires a gradient receives one.)
+
+    Args:
+        model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
+        value: λ in [0, 1], 1 = pure noise: a float, or a tensor, array or list (b,) with one value a sample, where the
+            adapted layers see the batch first, (b, …): in a model that gives them (length, b, …), pass a float.
+        mask_density: for `core_input` "mask_density" or "both": a float or (b,), in [0, 1].
+
+    Raises:
+        ValueError: `value` is not in [0, 1], NaN or misshapen, or `model` holds no NaRA adapter.
+        RuntimeError: on exit, if another context is the innermost.
+    """
+    entry = Entry(present.get(), frozenset(core_holders(model)), as_signals(value, mask_density))
+    present.set(entry)
+    try:
+        yield
+    finally:
+        innermost = present.get()
+        entry.signals = None
+        present.set(entry.parent if innermost is entry else None)
+        if innermost is not entry:
+            raise RuntimeError(
+                "A noise_level(…) was left while another one is the innermost, so that no λ is known from here on: "
+                "leave contexts in the reverse order of entering them, as nested `with` blocks do (a generator that "
+                "is suspended inside of one, and closed later, does not)."
+            )
+
+
+def entry_for(holder: nn.Module) -> Entry | None:
+    """The innermost open context for the model of `holder`; None if there is none."""
+    entry = present.get()
+    while entry is not None and (entry.signals is None or holder not in entry.holders):
+        entry = entry.parent
+    return entry
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that runs in this thread; −1 outside of any, or while a compiler traces."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+# ---------------------------------------------------------------------- adapted models
+
+
+def find_holders(model: nn.Module) -> list[Any]:
+    """The holders of cores at or below `model`.
+
+    The insides of LoRA layers, three quarters of the modules of an adapted LLaDA-8B, hold none: samplers call this at
+    every step.
+    """
+    found, seen, left = [], set(), [model]
+    while left:
+        module = left.pop()
+        if id(module) in seen or "lora_A" in module._modules:
+            continue
+        seen.add(id(module))
+        for child in module._modules.values():
+            if getattr(type(child), "is_core_holder", False):
+                found.append(child)
+            elif child is not None:
+                left.append(child)
+    return found
+
+
+def core_holders(model: nn.Module) -> list[Any]:
+    """The holders of cores at or below `model`, of which there has to be one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
+    found = find_holders(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
+        )
+    return found

@@ -1,1 +1,0 @@
-"""One forward, safely: how C(λ) reaches the layers, in recomputation, offloading, threads and compiled graphs."""

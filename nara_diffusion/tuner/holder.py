@@ -1,0 +1,500 @@
+"""The holder of an adapted model's cores: a plain module at the model's root, which makes C(λ) before each forward.
+
+The layers alone know which adapters are active, merged, disabled or deleted, as PEFT and Diffusers leave them, and the
+holder asks them. Of its own it has the cores, their strengths over λ, and the source of λ. An adapter that has left
+`peft_config` loses its cores at the next forward, saving or adding; with the last one the holder and its hooks go. A
+core is trainable while the A of its adapter is, wherever parameters are listed.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from nara_diffusion.cores.simple import IdentityCore
+from nara_diffusion.layers.channel import CoreChannel, Key
+from nara_diffusion.layers.offloading import groups_of, is_offloaded
+from nara_diffusion.noise.denoisers import Denoiser
+from nara_diffusion.noise.level import backward_pass, entry_for, find_holders
+from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
+from nara_diffusion.noise.strength import StrengthSchedule
+
+from .batch_signals import check_known, check_rows_of_root, of_adapter, of_one_sample
+from .checkpointing import checkpoint_with_core, checkpoint_without_core
+from .conventions import REPLACED, HasSource
+from .core_set import CoreSet
+
+logger = logging.getLogger(__name__)
+
+HOLDER_NAME = "nara_core"
+"""The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
+
+
+class Reader(NamedTuple):
+    """What layers read by one label: the core of a group, times a strength over λ, if they have one."""
+
+    group: str
+    schedule: StrengthSchedule | None = None
+
+
+class MergedLevel(NamedTuple):
+    """λ and mask density (1,) at which a layer is merged."""
+
+    signals: NoiseSignals
+
+
+class CoreHolder(HasSource, nn.Module):
+    """Owns `cores[adapter][group]` of one adapted model.
+
+    It has each NaRA of the model, and a plain LoRA from the time on that its strength depends on λ.
+
+    Args:
+        root: the adapted model. denoiser: the entry of its class among Diffusers' denoisers.
+
+    Attributes:
+        configs: adapter → the configuration that its cores were made for.
+        layers: adapter → the layers that it adapts, as PEFT made them.
+        readers: adapter → label → what layers read by it.
+        channel: hands C(λ) to the layers.
+    """
+
+    is_core_holder = True
+
+    def __init__(self, root: nn.Module, denoiser: Denoiser | None = None) -> None:
+        super().__init__()
+        self.cores = nn.ModuleDict()
+        self.configs: dict[str, Any] = {}
+        self.layers: dict[str, list[Any]] = {}
+        self.readers: dict[str, dict[str, Reader]] = {}
+        self.channel = CoreChannel(
+            self.core_alone,
+            self.core_to_merge,
+            self.check_merged,
+            sample_major=denoiser is not None and denoiser.sample_major,
+            one_level=denoiser is not None and (denoiser.one_level or denoiser.packed),
+        )
+        self._root = (root,)  # in a tuple, so that it is no submodule
+        self._handles: tuple[Any, ...] = ()
+        self._warned_of: MergedLevel | None = None
+        self.init_source(denoiser)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pipelines": []}  # which are weak references, and not those of a copy
+
+    @property
+    def root(self) -> Any:
+        """The adapted model."""
+        return self._root[0]
+
+    def forward(self, x: Any) -> Any:
+        """Return `x`: a root such as `nn.Sequential` calls each of its children, and so the holder."""
+        return x
+
+    # ------------------------------------------------------------------ adapters
+
+    def add(self, name: str, config: Any, cores: CoreSet, layers: list[Any]) -> None:
+        """Add an adapter, or replace one. `layers`: those that it adapts."""
+        self.cores[name] = cores
+        self.configs[name], self.layers[name] = config, layers
+        self.readers[name] = {group: Reader(group) for group in cores}
+
+    def drop_deleted(self) -> None:
+        """Forget the adapters that have left `peft_config`, also if another one has come in their place."""
+        present = getattr(self.root, "peft_config", {})
+        for name in [name for name, config in self.configs.items() if present.get(name) is not config]:
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter. One that is merged stays in the base weights, and its scheduler with the pipelines."""
+        if name in self.merged_adapters() and getattr(self.configs[name], "scheduler", None):
+            for pipe in self.present_pipelines():
+                vars(pipe).pop(REPLACED, None)
+        del self.cores[name], self.configs[name], self.layers[name], self.readers[name]
+
+    def reconfigure(self, name: str, config: Any) -> None:
+        """Make `config` the configuration of an adapter that stays."""
+        self.root.peft_config[name] = self.configs[name] = config
+
+    def reading(self) -> list[str]:
+        """The adapters whose C some layer would read now."""
+        self.drop_deleted()
+        mixed = self.mixed_batch()
+        return [
+            name
+            for name, layers in self.layers.items()
+            if (name in mixed if mixed else any(_reads(layer, name) for layer in layers))
+        ]
+
+    def mixed_batch(self) -> list[str] | None:
+        """PEFT's `adapter_names`, the adapter of each sample, in this thread."""
+        return getattr(self.channel.local, "adapter_names", None)
+
+    def follow_factors(self) -> None:
+        """Make each core trainable if the A of its adapter is, unless its attribute `frozen` is set."""
+        for name, layers in self.layers.items():
+            cores: Any = self.cores[name]
+            trainable = bool(layers) and _is_trainable(layers[0], name) and not getattr(cores, "frozen", False)
+            for parameter in cores.parameters():
+                if parameter.requires_grad != trainable:
+                    parameter.requires_grad = trainable
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.Module.named_modules`, by which all parameters are listed, those of the root too."""
+        self.drop_deleted()
+        self.follow_factors()
+        return super().named_modules(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.drop_deleted()
+        return super().state_dict(*args, **kwargs)
+
+    # ------------------------------------------------------------------ what the adapters need
+
+    def depends_on_noise(self, name: str) -> bool:
+        """Whether the adapter has cores here, and one of them or a strength needs λ."""
+        if name not in self.cores:
+            return False
+        cores: Any = self.cores[name]
+        return cores.needs_noise or any(reader.schedule is not None for reader in self.readers[name].values())
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether a layer would read a C that depends on λ."""
+        return any(map(self.depends_on_noise, self.reading()))
+
+    @property
+    def density_radii(self) -> set[int]:
+        """The radii of the mask densities that are read."""
+        return {self.configs[name].mask_density_radius for name in self.reading() if self._needs_density(name)}
+
+    def _needs_density(self, name: str) -> bool:
+        cores: Any = self.cores[name]
+        return cores.needs_density
+
+    # ------------------------------------------------------------------ hooks of the root
+
+    def attach(self) -> None:
+        """Become a child of the root, and make C(λ) before each of its forwards. Harmless when repeated."""
+        if getattr(self.root, HOLDER_NAME, None) is self:
+            return
+        setattr(self.root, HOLDER_NAME, self)
+        self._handles = (
+            self.root.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            self.root.register_forward_hook(_after_forward, always_call=True),
+        )
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        for handle in self._handles:
+            handle.remove()
+        checkpoint_without_core(self.root, self.channel)
+        self.root._modules.pop(HOLDER_NAME, None)
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """Push C(λ) of what the layers will read in this forward of the root.
+
+        Raises:
+            ValueError: λ is needed and not known, or not that of merged layers; or a pipeline's scheduler expects
+                another prediction.
+        """
+        self.channel.take_away()
+        self.drop_deleted()
+        merged = self.merged_level()
+        names = self.reading()
+        self.check_prediction(names if merged is None else [*names, *self.merged_adapters()])
+        if not getattr(self.root, "peft_config", None):
+            self.detach()  # the adapters have been unloaded
+            return
+        self.follow_factors()
+        if merged is not None:
+            self.check_merged(merged)
+            self._warn_of(merged, args, kwargs)
+        if not names:
+            return
+        for group in groups_of(self.root):
+            group.onload_()
+        if torch.is_grad_enabled():
+            checkpoint_with_core(self.root, self.channel)
+        signals = self._signals(names, args, kwargs)
+        cores = self.make_cores(names, signals)
+        self.channel.push(entry_for(self), _beside_inputs(cores, args, kwargs))
+
+    def _signals(self, names: list[str], args: Any, kwargs: Any) -> NoiseSignals | None:
+        entry = entry_for(self)
+        if not any(map(self.depends_on_noise, names)):
+            return None
+        if entry is not None and entry.backward != backward_pass():
+            raise ValueError(
+                "A backward pass runs the whole adapted model again (a checkpoint function around it?), and the λ that "
+                "is active now may not be that of the first run: enter `with noise_level(model, value):` inside the "
+                "checkpointed function, or use the model's own `gradient_checkpointing_enable()`."
+            )
+        source = self.present_source() if entry is None else self.source
+        signals = entry.signals if entry is not None else None
+        if entry is None and source is not None:
+            signals = as_signals(*source(self.root, args, kwargs))
+        self._check_known(names, signals)
+        if signals is not None:
+            check_rows_of_root(self, signals, source, args, kwargs)
+        return signals
+
+    def _check_known(self, names: list[str], signals: NoiseSignals | None, remedy: str | None = None) -> None:
+        noisy, dense = ([n for n in names if needs(n)] for needs in (self.depends_on_noise, self._needs_density))
+        check_known(self.root, noisy, dense, signals, remedy)
+
+    def make_cores(self, names: list[str], signals: NoiseSignals | None) -> dict[Key, Tensor]:
+        """Key → C (b or 1, r, r) for these adapters; layers read no C where it is I."""
+        mixed, found = self.mixed_batch(), {}
+        for name in names:
+            own, made = of_adapter(name, signals, mixed), {}
+            cores: Any = self.cores[name]
+            for label, (group, schedule) in self.readers[name].items():
+                if schedule is None and isinstance(cores[group], IdentityCore):
+                    continue
+                if group not in made:
+                    made[group] = cores.matrix(group, own)
+                found[name, label] = _scaled(made[group], schedule, own)
+        return found
+
+    def matrix(self, key: Key, signals: NoiseSignals | None) -> Tensor:
+        """C (b or 1, r, r), times the strength, float32, of the layers that read by `key`."""
+        name, label = key
+        group, schedule = self.readers[name][label]
+        cores: Any = self.cores[name]
+        return _scaled(cores.matrix(group, signals), schedule, signals)
+
+    # ------------------------------------------------------------------ a part that is called by itself
+
+    @torch.compiler.disable(recursive=True)
+    def core_alone(self, key: Key) -> Tensor:
+        """C for a layer that finds none: of the running forward, or made at λ of the context around a part alone.
+
+        Raises:
+            RuntimeError: there is neither, or C was made for other samples than the part sees.
+        """
+        entry, pushed = entry_for(self), self.channel.pushed()
+        if pushed is not None and pushed[1] is entry and key in pushed[2]:
+            return pushed[2][key]  # a context of another model has been entered since
+        name, signals = key[0], None if entry is None else entry.signals
+        if self.depends_on_noise(name) and (entry is None or signals is None or entry.backward != backward_pass()):
+            raise RuntimeError(
+                f"No C(λ) has reached a layer for adapter '{name}'. The forward of the whole adapted model makes C: "
+                "call that forward, or call a part of the model inside `with noise_level(model, value):`, and do not "
+                "recompute a part of it by a checkpoint other than the model's own "
+                "(`model.gradient_checkpointing_enable()`)."
+            )
+        self._check_known([name], signals)
+        values = 1 if signals is None else len(signals.noise_level)
+        if values > 1 and (self.channel.sample_major or self.channel.one_level):
+            raise RuntimeError(
+                f"noise_level has {values} values, but a part of a model whose layers may see several rows a sample is "
+                "called by itself, so that its samples cannot be told apart: pass one value, or call the whole model."
+            )
+        with self.in_memory():
+            return self.matrix(key, of_adapter(name, signals, self.mixed_batch()))
+
+    @contextmanager
+    def in_memory(self) -> Iterator[None]:
+        """Inside the context, the cores are in memory, also if group offloading keeps them on disk."""
+        groups = groups_of(self.root)
+        for group in groups:
+            group.onload_()
+        try:
+            yield
+        finally:
+            for group in groups:
+                group.offload_()
+
+    # ------------------------------------------------------------------ merging and export
+
+    def merged_level(self) -> MergedLevel | None:
+        """The λ at which layers are merged; None if none is, at a C that depends on λ."""
+        firsts = ((name, layers[0]) for name, layers in self.layers.items() if layers)
+        levels = (getattr(layer.lora_variant.get(name), "merged_at", None) for name, layer in firsts)
+        return next((level for level in levels if level is not None), None)
+
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are merged into the base weights."""
+        return [name for name, layers in self.layers.items() if layers and name in layers[0].merged_adapters]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it was Diffusers' `fuse_lora`, which has said that every step runs at one λ, that merged."""
+        return "_safe_fusing" in vars(self.root)
+
+    @property
+    def binds_level(self) -> bool:
+        """Whether a sampler that has another λ than that of merged layers must not run."""
+        return self.merged_level() is not None and not self.is_fused
+
+    def signals_to_merge(self, names: list[str]) -> NoiseSignals | None:
+        """The signals, of one sample, at which these adapters are merged; None if they need none.
+
+        Raises:
+            ValueError: λ is not known, differs between samples, or is not that of what is merged already; or weights
+                are offloaded.
+        """
+        if is_offloaded(self.root):
+            raise ValueError(
+                f"Adapter {' and '.join(map(repr, names))} cannot be merged while weights of {type(self.root).__name__}"
+                " are offloaded, since they would come back without it: merge first, then offload."
+            )
+        if not any(map(self.depends_on_noise, names)):
+            return None
+        entry, merged = entry_for(self), self.merged_level()
+        signals = entry.signals if entry is not None else None if merged is None else merged.signals
+        remedy = "Pass noise_level=…, or merge inside `with noise_level(model, value):`"
+        self._check_known(names, signals, f"a λ-dependent update can only be merged at one λ. {remedy}.")
+        assert signals is not None
+        signals = of_one_sample(signals)
+        if merged is not None and signals.noise_level.item() != merged.signals.noise_level.item():
+            raise ValueError(
+                f"Adapters are merged at noise_level {merged.signals.noise_level.item():.6g}, not "
+                f"{signals.noise_level.item():.6g}: call unmerge_adapter() first."
+            )
+        return signals
+
+    @torch.no_grad()
+    def core_to_merge(self, key: Key) -> tuple[Tensor, MergedLevel | None]:
+        """C (1, r, r) for a layer that is being merged, and the only λ to run at until it is unmerged."""
+        first = key[0] not in self.merged_adapters()
+        merged = self.merged_level()
+        if not first and merged is not None:
+            return self.matrix(key, merged.signals), merged
+        signals = self.signals_to_merge([key[0]])
+        if signals is not None and first and self.is_fused:
+            logger.warning(
+                "%s: '%s' is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, "
+                "whatever its own is.",
+                type(self.root).__name__,
+                key[0],
+                signals.noise_level.item(),
+            )
+        return self.matrix(key, signals), None if signals is None else merged or MergedLevel(signals)
+
+    def check_merged(self, merged: MergedLevel) -> None:
+        """Raises ValueError if `noise_level(…)` gives another λ than `merged`; beside what is fused it may."""
+        entry = entry_for(self)
+        if entry is None or entry.signals is None or backward_pass() != -1 or (self.is_fused and self.needs_noise):
+            return
+        for name, given, fixed in zip(NoiseSignals._fields, entry.signals, merged.signals, strict=True):
+            if given is not None and fixed is not None and not bool((given == fixed.to(given.device)).all()):
+                raise ValueError(
+                    f"The adapter is merged at {name} {fixed.item():.6g}, but this forward asks for "
+                    f"{given.tolist()}: call unmerge_adapter() first."
+                )
+
+    def _warn_of(self, merged: MergedLevel, args: Any, kwargs: Any) -> None:
+        """Say once a merge if the source of λ gives this forward another λ than that of the merged adapters."""
+        if self._warned_of is merged or self.is_fused or entry_for(self) is not None:
+            return
+        try:
+            source = self.present_source()
+            found = None if source is None else as_signals(*source(self.root, args, kwargs)).noise_level
+        except ValueError:  # a source that can't tell λ here is needed by none
+            return
+        if found is None or bool((found == merged.signals.noise_level.to(found.device)).all()):
+            return
+        self._warned_of = merged
+        levels = ", ".join(f"{level:.6g}" for level in found.tolist())
+        warnings.warn(
+            f"The adapter is merged at noise_level {merged.signals.noise_level.item():.6g}, at which every forward "
+            f"runs, but the source tells [{levels}]: call unmerge_adapter() to run at that.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def signals_to_export(
+        self, name: str, noise_level: Level | None, mask_density: Level | None = None
+    ) -> NoiseSignals | None:
+        """The signals, of one sample, at which the adapter is exported; None if it needs none.
+
+        Args:
+            noise_level: λ in [0, 1]; None takes that of `noise_level(…)`, or of the merged adapters.
+
+        Raises:
+            ValueError: λ or the mask density is needed and not known, or differs between samples.
+        """
+        if not self.depends_on_noise(name):
+            return None
+        if noise_level is None:
+            entry, merged = entry_for(self), self.merged_level()
+            signals = entry.signals if entry is not None else None if merged is None else merged.signals
+        else:
+            signals = as_signals(noise_level, mask_density)
+        remedy = "Pass noise_level=…, or export inside `with noise_level(model, value):`."
+        self._check_known([name], signals, f"a plain LoRA is exact at one λ alone. {remedy}")
+        return of_one_sample(signals)  # type: ignore[arg-type]
+
+
+def holder_of(root: Any) -> CoreHolder | None:
+    """The holder of the adapted model `root`; None if it has none."""
+    holder = getattr(root, "_modules", {}).get(HOLDER_NAME)
+    return holder if isinstance(holder, CoreHolder) else None
+
+
+def drop_idle_holder(root: nn.Module) -> None:
+    """Remove the holder of `root`, with its hooks and its source of λ, if it has no adapter left."""
+    holder = holder_of(root)
+    if holder is not None:
+        holder.drop_deleted()
+        if not holder.cores:
+            holder.detach()
+
+
+@contextmanager
+def onloaded_cores(model: nn.Module) -> Iterator[None]:
+    """Inside the context, all cores at or below `model` are in memory."""
+    with ExitStack() as stack:
+        for holder in find_holders(model):
+            stack.enter_context(holder.in_memory())
+        yield
+
+
+@torch.compiler.disable(recursive=True)
+def _before_forward(root: nn.Module, args: Any, kwargs: Any) -> None:
+    holder = holder_of(root)
+    if holder is not None:
+        holder.begin(args, kwargs)
+
+
+@torch.compiler.disable(recursive=True)
+def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
+    holder = holder_of(root)
+    if holder is not None:
+        holder.channel.take_away()
+
+
+def _reads(layer: LoraLayer, name: str) -> bool:
+    return not layer.disable_adapters and not layer.merged and name in layer.active_adapters
+
+
+def _is_trainable(layer: Any, name: str) -> bool:
+    if name in layer.lora_A:
+        return any(parameter.requires_grad for parameter in layer.lora_A[name].parameters())
+    return name in layer.lora_embedding_A and layer.lora_embedding_A[name].requires_grad
+
+
+def _scaled(core: Tensor, schedule: StrengthSchedule | None, signals: NoiseSignals | None) -> Tensor:
+    """s(λ) C: (b or 1, r, r)."""
+    if schedule is None:
+        return core
+    assert signals is not None
+    level = signals.noise_level
+    core = core.to(level.device) if core.device.type == "cpu" else core  # an identity has no weights
+    return schedule.at(level.to(core.device))[:, None, None] * core
+
+
+def _beside_inputs(cores: dict[Key, Tensor], args: Any, kwargs: Any) -> dict[Key, Tensor]:
+    """Move cores that are on the CPU to the device of a forward's first tensor, once and not again in each layer."""
+    device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if device is None or device.type == "cpu":
+        return cores
+    return {key: core.to(device) if core.device.type == "cpu" else core for key, core in cores.items()}

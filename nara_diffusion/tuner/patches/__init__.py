@@ -1,1 +1,0 @@
-"""Wrappers around PEFT's methods; `nara_diffusion.registry` installs them."""

@@ -1,0 +1,335 @@
+"""`set_strength`: the strength of an adapter, as a number or as a function of λ.
+
+The layers read s(λ) · C(λ) as their core. The layers of a NaRA read a core anyway. The layers of a plain LoRA (PEFT's,
+or "identity") get NaRA's LoRA variant while they have such a strength, and the model's root gets a holder of cores if
+it has none. When the strength is removed, everything is as PEFT made it. A number is the scale of PEFT's layers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from copy import copy
+from numbers import Real
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from nara_diffusion.config import NaraConfig
+from nara_diffusion.cores.simple import IdentityCore
+from nara_diffusion.layers.dispatch import check_target, variant_for
+from nara_diffusion.layers.rows import rows_of
+from nara_diffusion.layers.variants import NaraVariant
+from nara_diffusion.noise.denoisers import denoiser_of
+from nara_diffusion.noise.prediction import prediction_in
+from nara_diffusion.noise.strength import StrengthSchedule
+
+from .core_set import SHARED, CoreSet, core_group
+from .holder import CoreHolder, Reader, drop_idle_holder, holder_of
+
+logger = logging.getLogger(__name__)
+
+_DORA = (DoraLinearVariant, _DoraConvNdVariant)
+_REMEDY = "give this adapter a float"
+
+
+def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule | float | None) -> None:
+    """Set the strength of one adapter of `model`, by which its update is multiplied, from the next forward on.
+
+        set_strength(model, "default", StrengthSchedule([(0, 1.0), (0.7, 0.3)]))
+
+    A schedule replaces the one that the adapter has, and any number. A number multiplies the schedule that the adapter
+    has, if any, in place of a former number. None removes both, and is the only way to be rid of a schedule.
+
+    The adapter may be a NaRA or any LoRA (DoRA too), of a PeftModel, of `inject_adapter_in_model` or loaded by
+    Diffusers. With a schedule, forwards have to know λ: from `noise_level(model, value)`, a source set by
+    `set_noise_source`, or, for a denoiser of Diffusers, its timestep. The weights of Diffusers' `set_adapters` mean the
+    same. It does not change which adapters are active. Deleting the adapter deletes it.
+
+    Args:
+        model: an adapted model, wrapped (PeftModel, DDP, `torch.compile`) or not.
+        adapter_name: e.g. "default".
+        strength: a schedule, which a NaRA keeps in its configuration, so that it is saved and loaded with it; a number,
+            which is not saved, as PEFT saves none; or None: 1 at every λ.
+
+    Raises:
+        ValueError: there is no such adapter; `strength` is none of these; or a schedule would scale only a part of the
+            adapter (see `check_strength`).
+    """
+    checked = _checked(strength)
+    roots = roots_of(model, adapter_name)
+    schedules = {}
+    for root in roots:
+        is_schedule = isinstance(checked, StrengthSchedule)
+        schedules[root] = dict.fromkeys(layers_of(root, adapter_name), checked) if is_schedule else {}
+        check_strength(root, adapter_name, schedules[root])
+    for root, by_layer in schedules.items():
+        if strength is None or by_layer:
+            replace_schedules(root, adapter_name, by_layer)
+        for layer in layers_of(root, adapter_name).values():
+            layer.set_scale(adapter_name, 1.0 if isinstance(checked, StrengthSchedule) else checked)
+        warn_where_off(root, adapter_name)
+
+
+def _checked(strength: Any) -> StrengthSchedule | float:
+    if strength is None:
+        return 1.0
+    if isinstance(strength, StrengthSchedule):
+        return strength
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not math.isfinite(strength):
+        raise ValueError(
+            f"strength is {strength!r}: pass StrengthSchedule([(λ, strength), …]), a finite number, or None for 1."
+        )
+    return float(strength)
+
+
+def roots_of(model: Any, adapter_name: str) -> list[Any]:
+    """The models at or below `model` that have the adapter, without PEFT's wrappers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
+    roots: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(vars(module).get("peft_config"), dict) and not isinstance(module, (PeftModel, BaseTuner))
+    ]
+    found = [root for root in roots if adapter_name in root.peft_config]
+    if not found:
+        names = sorted({name for root in roots for name in root.peft_config})
+        raise ValueError(
+            f"{type(model).__name__} has no adapter {adapter_name!r}: it has {', '.join(map(repr, names)) or 'none'}."
+        )
+    return found
+
+
+def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Name → layer, for all layers of `root` that the adapter adapts. The adapter may be of any kind."""
+    layers = {name: module for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer._all_available_adapter_names()}
+
+
+# ---------------------------------------------------------------------- what an adapter has
+
+
+def live_strengths(root: nn.Module, adapter_name: str) -> dict[str, StrengthSchedule]:
+    """Name of a layer → its strength as a function of λ, for the layers of the adapter that have one."""
+    if not has_strength(root, adapter_name):
+        return {}
+    readers = holder_of(root).readers[adapter_name]  # type: ignore[union-attr]
+    variants = {name: layer.lora_variant.get(adapter_name) for name, layer in layers_of(root, adapter_name).items()}
+    found = {name: readers[each.key[1]].schedule for name, each in variants.items() if isinstance(each, NaraVariant)}
+    return {name: schedule for name, schedule in found.items() if schedule is not None}
+
+
+def has_strength(root: nn.Module, adapter_name: str) -> bool:
+    """Whether the strength of the adapter depends on λ."""
+    holder = holder_of(root)
+    if holder is None:
+        return False
+    holder.drop_deleted()
+    return any(reader.schedule is not None for reader in holder.readers.get(adapter_name, {}).values())
+
+
+def shared_schedule(root: Any, adapter_name: str) -> StrengthSchedule | None:
+    """The schedule of an adapter, if it is one for all of its layers."""
+    live, layers = live_strengths(root, adapter_name), layers_of(root, adapter_name)
+    return next(iter(live.values())) if len(live) == len(layers) and len(set(live.values())) == 1 else None
+
+
+def default_strengths(root: nn.Module, config: Any, adapter_name: str) -> dict[str, StrengthSchedule]:
+    """The strengths of a new adapter for `give_strength`, from its configuration."""
+    points = getattr(config, "strength", None)
+    return dict.fromkeys(layers_of(root, adapter_name), StrengthSchedule(points)) if points else {}
+
+
+# ---------------------------------------------------------------------- giving and taking
+
+
+def replace_schedules(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
+    """Replace the schedules of all layers of the adapter; a NaRA's configuration has the one that all of them share.
+
+    Args:
+        by_layer: name of a layer of `root` → its schedule, checked by `check_strength`.
+    """
+    give_strength(root, adapter_name, by_layer)
+    config, holder = root.peft_config[adapter_name], holder_of(root)
+    if not isinstance(config, NaraConfig) or holder is None:
+        return
+    strength = shared_schedule(root, adapter_name)
+    config = copy(config)  # the caller's may serve several models
+    config.strength = None if strength is None else strength.as_lists()
+    holder.reconfigure(adapter_name, holder.complete(adapter_name, config))
+
+
+def give_strength(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
+    """Set the strengths of the layers of an adapter; they replace all previous ones.
+
+    Args:
+        by_layer: name of a layer of `root` → its strength, checked by `check_strength`.
+    """
+    _take_strength(root, adapter_name)
+    if not by_layer:
+        return
+    config, layers = root.peft_config[adapter_name], layers_of(root, adapter_name)
+    holder = _holder_with(root, adapter_name, layers)
+    variants: dict[str, NaraVariant] = {}
+    for name, layer in layers.items():
+        if name in by_layer and not isinstance(layer.lora_variant.get(adapter_name), NaraVariant):
+            layer.lora_variant[adapter_name] = _variant_for(root, config, holder, layer, name, adapter_name)
+        variant = layer.lora_variant.get(adapter_name)
+        if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
+            variants[name] = variant
+    wanted = {name: Reader(variant.group, by_layer.get(name)) for name, variant in variants.items()}
+    labels: dict[Reader, str] = {}
+    for reader in wanted.values():
+        same = sum(other.group == reader.group for other in labels)
+        labels.setdefault(reader, reader.group if not same else f"{reader.group} at strength {same}")
+    for name, variant in variants.items():
+        variant.key = (adapter_name, labels[wanted[name]])
+    holder.readers[adapter_name] = {label: reader for reader, label in labels.items()}
+
+
+def _take_strength(root: Any, adapter_name: str) -> None:
+    """Undo `give_strength`. Harmless when repeated."""
+    holder = holder_of(root)
+    if holder is None or not has_strength(root, adapter_name):
+        return
+    config, cores = root.peft_config[adapter_name], holder.cores[adapter_name]
+    is_plain = all(isinstance(core, IdentityCore) for core in cores.values())  # type: ignore[operator]
+    for layer in layers_of(root, adapter_name).values():
+        variant = layer.lora_variant.get(adapter_name)
+        if not isinstance(variant, NaraVariant) or variant.channel is not holder.channel:
+            continue
+        variant.key = (adapter_name, variant.group)
+        if is_plain:
+            del layer.lora_variant[adapter_name]
+            own = layer.resolve_lora_variant(config=config)
+            if own is not None:
+                layer.lora_variant[adapter_name] = own
+    holder.readers[adapter_name] = {group: Reader(group) for group in cores}  # type: ignore[union-attr]
+    if not isinstance(config, NaraConfig):
+        holder.remove(adapter_name)
+        if holder.source_is_default:  # a source that a user has set serves the next strength too
+            drop_idle_holder(root)
+
+
+def _holder_with(root: Any, adapter_name: str, layers: dict[str, Any]) -> CoreHolder:
+    """The holder of `root`, made if there is none, with the adapter in it."""
+    holder = holder_of(root)
+    if holder is None:
+        holder = CoreHolder(root, denoiser_of(root))
+        holder.attach()
+    if adapter_name not in holder.cores:
+        rank = max(layer.r[adapter_name] for layer in layers.values())
+        cores = CoreSet({SHARED: IdentityCore(rank)})
+        holder.add(adapter_name, root.peft_config[adapter_name], cores, list(layers.values()))
+    return holder
+
+
+def _variant_for(
+    root: nn.Module, config: Any, holder: CoreHolder, layer: Any, name: str, adapter_name: str
+) -> NaraVariant:
+    """NaRA's LoRA variant for a layer of a plain LoRA."""
+    cores: Any = holder.cores[adapter_name]
+    own = core_group(config, name, layer.r[adapter_name]) if isinstance(config, NaraConfig) else ""
+    group = own if own in cores else next(iter(cores))
+    variant_class = variant_for(layer, isinstance(layer.lora_variant.get(adapter_name), _DORA), name)
+    return variant_class(holder.channel, adapter_name, group, name, rows_of(root, name))
+
+
+# ---------------------------------------------------------------------- refused, warned of
+
+
+def check_strength(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
+    """Refuse strengths that would scale only a part of the adapter, or that come after merging.
+
+    Raises:
+        ValueError: the adapter is merged; or it has layers without LoRA variants, biases, or modules of its own.
+    """
+    layers = layers_of(root, adapter_name)
+    for name, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"Adapter '{adapter_name}' is merged into '{name}', at the strength that it had: call "
+                "pipe.unfuse_lora(), or unmerge_adapter() of the PeftModel, before you change its strength."
+            )
+    if not by_layer:
+        return
+    for name, module in root.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
+            raise ValueError(_refusal(adapter_name, f"'{name}', which is trained and saved as a whole"))
+    for name in by_layer:
+        _check_layer(layers[name], name, adapter_name)
+    bias = getattr(root.peft_config[adapter_name], "bias", "none")
+    if bias != "none":
+        raise ValueError(_refusal(adapter_name, f"the biases that it trains (bias={bias!r})"))
+
+
+def _check_layer(layer: Any, name: str, adapter_name: str) -> None:
+    kind = type(layer).__name__
+    if not isinstance(layer, LoraLayer):
+        raise ValueError(_refusal(adapter_name, f"layer '{name}', which is adapted by PEFT's {kind} and not by a LoRA"))
+    variant = layer.lora_variant.get(adapter_name)
+    if layer.lora_bias.get(adapter_name):
+        raise ValueError(_refusal(adapter_name, f"the bias of B (lora_bias=True) of layer '{name}'"))
+    if isinstance(variant, NaraVariant):
+        return
+    if variant is not None and not isinstance(variant, _DORA):
+        raise ValueError(_refusal(adapter_name, f"layer '{name}', whose LoRA variant is {type(variant).__name__}"))
+    try:
+        check_target(layer, variant is not None, name)
+        variant_for(layer, variant is not None, name)
+    except ValueError as error:
+        base = type(layer.get_base_layer()).__name__
+        raise ValueError(_refusal(adapter_name, f"layer '{name}' ({base}, adapted by PEFT's {kind})")) from error
+    A: Any = layer.lora_A[adapter_name].weight if adapter_name in layer.lora_A else None
+    if A is not None and len(A) != layer.r[adapter_name]:
+        raise ValueError(
+            f"Adapter '{adapter_name}' cannot have a strength that depends on λ: enable_lora_hotswap has made room in "
+            f"layer '{name}' for rank {len(A)} beside its own {layer.r[adapter_name]}. Load it without, or {_REMEDY}."
+        )
+
+
+def _refusal(adapter_name: str, what: str) -> str:
+    return (
+        f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {what}: {_REMEDY}."
+    )
+
+
+def warn_where_off(root: Any, adapter_name: str) -> None:
+    """Warn if the adapter carries a scheduler, and has strength 0 at all noise levels or at some.
+
+    There the model predicts what its base does, and the pipeline's scheduler, the adapter's, takes it for another.
+    """
+    fields = getattr(root.peft_config[adapter_name], "scheduler", None)
+    where = _where_off(root, adapter_name) if fields else None
+    if fields and where:
+        logger.warning(
+            "Adapter '%s' has strength 0 %s, where the model predicts what its base does, and not %s as the adapter's "
+            "scheduler expects: images go wrong. Give it another strength there, or activate other adapters instead.",
+            adapter_name,
+            where,
+            prediction_in(fields),
+        )
+
+
+def _where_off(root: Any, adapter_name: str) -> str | None:
+    on = {name for name, layer in layers_of(root, adapter_name).items() if layer.scaling[adapter_name]}
+    if not on:
+        return "at every noise level"
+    live = live_strengths(root, adapter_name)
+    if on - live.keys():
+        return None  # some layers have a number alone
+    schedules = {live[name] for name in on}
+    levels = sorted({0.0, 1.0, *(level for schedule in schedules for level, _ in schedule.points)})
+    off = [level for level in levels if not any(float(schedule(level)) for schedule in schedules)]
+    return f"at noise_level {', '.join(f'{level:g}' for level in off)}" if off else None

@@ -1,0 +1,251 @@
+"""The six functions of other libraries that are replaced. On a model, or for a file, without NaRA each calls its own.
+
+PEFT           PeftModel.from_pretrained       a NaRA that is refused would stay on the base model, half loaded
+               PeftModel.load_adapter          the same, beside other adapters
+transformers   PeftAdapterMixin.load_adapter   reads A and B by its own names, and leaves a core a fresh draw
+Diffusers      PeftAdapterMixin.set_adapters   takes numbers: a StrengthSchedule may be among the weights
+               …save_lora_adapter              would write a NaRA into a file that is described as a LoRA's
+               lora_base._get_model_file       finds the files of LoRAs: a NaRA's is refused by name
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from typing import Any
+
+import diffusers.loaders.lora_base as lora_base
+from diffusers.loaders.peft import PeftAdapterMixin
+from peft import PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin as TransformersAdapterMixin
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from nara_diffusion.config import NaraConfig, NaraPeftType
+from nara_diffusion.loaders.file import METADATA_KEY
+from nara_diffusion.loaders.schedulers import follow_adapters
+from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.tuner.holder import holder_of
+from nara_diffusion.tuner.model import NaraModel
+from nara_diffusion.tuner.snapshot import restored_on_error
+from nara_diffusion.tuner.strength import (
+    check_strength,
+    has_strength,
+    layers_of,
+    live_strengths,
+    replace_schedules,
+    warn_where_off,
+)
+
+_HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def wrap_other_libraries() -> None:
+    """Install the six. Harmless when repeated."""
+    _around(PeftModel, "from_pretrained", _from_pretrained)
+    _around(PeftModel, "load_adapter", _load_adapter)
+    _around(TransformersAdapterMixin, "load_adapter", _load_into_transformers)
+    _around(PeftAdapterMixin, "set_adapters", _set_adapters)
+    _around(PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter)
+    _around(lora_base, "_get_model_file", _find_lora_file)
+
+
+def _around(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Replace `owner.name`, once, by what calls `function(original, …)` with the arguments of the call."""
+    found = inspect.getattr_static(owner, name)
+    original = found.__func__ if isinstance(found, classmethod) else found
+    if getattr(original, "knows_cores", False):
+        return
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    wrapper.knows_cores = True  # type: ignore[attr-defined]
+    setattr(owner, name, classmethod(wrapper) if isinstance(found, classmethod) else wrapper)
+
+
+# ---------------------------------------------------------------------- PEFT
+
+
+def _from_pretrained(
+    original: Any, cls: type, model: nn.Module, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> PeftModel:
+    config = kwargs.get("config")
+    if not (isinstance(config, NaraConfig) if config is not None else _is_naras(model_id, kwargs)):
+        return original(cls, model, model_id, adapter_name, *args, **kwargs)
+    with _named(model_id, kwargs), restored_on_error(model):
+        return original(cls, model, model_id, adapter_name, *args, **kwargs)
+
+
+def _load_adapter(original: Any, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(self.base_model, NaraModel):
+        return original(self, model_id, adapter_name, *args, **kwargs)
+    with _named(model_id, kwargs), restored_on_error(self):
+        return original(self, model_id, adapter_name, *args, **kwargs)
+
+
+@contextmanager
+def _named(model_id: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, errors get the name of the adapter's folder or repository."""
+    where = "/".join(str(part) for part in (model_id, options.get("subfolder")) if part)
+    try:
+        yield
+    except (ValueError, KeyError, SafetensorError) as error:
+        if where in str(error):
+            raise
+        if isinstance(error, SafetensorError):
+            reason = f"its weights are no whole safetensors file ({error}): download or save it again."
+        else:
+            reason = f"it lacks {error}." if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"The adapter in '{where}' is refused: {reason}") from error
+
+
+def _is_naras(model_id: Any, options: Mapping[str, Any]) -> bool:
+    hub = {name: options[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in options}
+    try:
+        return PeftConfig._get_peft_type(model_id, **hub) == NaraPeftType.NARA.value
+    except Exception:  # it can't be asked: the error that is on its way says why
+        return False
+
+
+# ---------------------------------------------------------------------- transformers
+
+
+def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any) -> LoadStateDictInfo:
+    given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
+    given |= given.pop("kwargs", {})
+    load_config = given.get("load_config")
+    model_id = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
+    of_base = getattr(load_config, "download_kwargs", None) or {}
+    options = {**of_base, **given, **(given.get("adapter_kwargs") or {})}
+    hub = {name: options[name] for name in _HUB if options.get(name) is not None}
+    config = given.get("peft_config")
+    if not (isinstance(config, NaraConfig) if config is not None else model_id and _is_naras(model_id, hub)):
+        return original(self, *args, **kwargs)
+    name = given.get("adapter_name") or "default"
+    if name in getattr(self, "peft_config", {}):
+        raise ValueError(
+            f"The model has an adapter '{name}', and load_adapter swaps no NaRA into its place: pass another "
+            "adapter_name, or call delete_adapter of it before."
+        )
+    with nullcontext() if model_id is None else _named(model_id, hub), restored_on_error(self):
+        config = copy(config or PeftConfig.from_pretrained(model_id, **hub))  # type: ignore[arg-type]
+        config.inference_mode = not given.get("is_trainable", False)
+        tensors = given.get("adapter_state_dict") or load_peft_weights(model_id, device="cpu", **hub)  # type: ignore[arg-type]
+        inject_adapter_in_model(config, self, name)
+        set_peft_model_state_dict(self, tensors, name)
+        self._hf_peft_config_loaded = True
+    if config.inference_mode:
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.requires_grad_(False)
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}  # a report that nothing was left out
+    return LoadStateDictInfo(**{f.name: empty.get(f.name, set()) for f in dataclasses.fields(LoadStateDictInfo)})
+
+
+# ---------------------------------------------------------------------- Diffusers
+
+
+class _Carrier(float):
+    """The number 1, which keeps a schedule through Diffusers' way to a layer, and PEFT's `scale · α / r` in it."""
+
+    schedule: StrengthSchedule
+
+    @classmethod
+    def of(cls, schedule: StrengthSchedule, value: float = 1.0) -> _Carrier:
+        carrier = cls(value)
+        carrier.schedule = schedule
+        return carrier
+
+    def __mul__(self, other: float) -> _Carrier:
+        return self.of(self.schedule, float(self) * other)
+
+    def __truediv__(self, other: float) -> _Carrier:
+        return self.of(self.schedule, float(self) / other)
+
+
+def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, weights: Any = None) -> None:
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    given = weights if isinstance(weights, list) else [weights] * len(names)
+    for name, weight in zip(names, given, strict=False):  # Diffusers has an error where lengths differ
+        if name in getattr(model, "peft_config", {}) and (_schedules(weight) or has_strength(model, name)):
+            check_strength(model, name, dict.fromkeys(layers_of(model, name), *_schedules(weight)[:1] or [None]))
+    original(model, names, _carrying(weights))
+    for name, weight in zip(names, given, strict=False):
+        if name not in getattr(model, "peft_config", {}):
+            continue
+        if _schedules(weight):
+            _take_schedules(model, name, _schedules(weight))
+        warn_where_off(model, name)
+    holder = holder_of(model)
+    for pipe in [] if holder is None else holder.present_pipelines():
+        follow_adapters(pipe)
+
+
+def _take_schedules(model: Any, name: str, given: list[StrengthSchedule]) -> None:
+    """Give the layers the schedules that have reached them."""
+    found = {}
+    for layer_name, layer in layers_of(model, name).items():
+        scale = layer.scaling[name]
+        if isinstance(scale, _Carrier):
+            found[layer_name], layer.scaling[name] = scale.schedule, float(scale)
+    lost = [schedule for schedule in given if schedule not in found.values()]
+    if lost:
+        raise ValueError(
+            f"adapter_weights has {lost[0]} for a block of {type(model).__name__} in which adapter '{name}' adapts no "
+            "layer: name blocks as Diffusers' set_adapters does."
+        )
+    replace_schedules(model, name, live_strengths(model, name) | found)
+
+
+def _schedules(weights: Any) -> list[StrengthSchedule]:
+    if isinstance(weights, StrengthSchedule):
+        return [weights]
+    inner = weights.values() if isinstance(weights, Mapping) else weights if isinstance(weights, list) else ()
+    return [schedule for weight in inner for schedule in _schedules(weight)]
+
+
+def _carrying(weights: Any) -> Any:
+    if isinstance(weights, StrengthSchedule):
+        return _Carrier.of(weights)
+    if isinstance(weights, Mapping):
+        return {key: _carrying(weight) for key, weight in weights.items()}
+    return [_carrying(weight) for weight in weights] if isinstance(weights, list) else weights
+
+
+def _save_lora_adapter(
+    original: Any, model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> None:
+    if isinstance(getattr(model, "peft_config", {}).get(adapter_name), NaraConfig):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is a NaRA, which save_lora_adapter would write as a LoRA that nothing can load: "
+            "call pipe.save_nara_weights(save_directory, adapter_name=…). Without a pipeline, "
+            "peft.get_peft_model_state_dict(model, adapter_name=…) has its tensors."
+        )
+    original(model, save_directory, adapter_name, *args, **kwargs)
+
+
+def _find_lora_file(original: Any, *args: Any, **kwargs: Any) -> Any:
+    found = original(*args, **kwargs)
+    if not str(found).endswith(".safetensors"):
+        return found
+    try:
+        with safe_open(found, framework="pt", device="cpu") as file:
+            is_naras = METADATA_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):  # which Diffusers has an error for
+        return found
+    if is_naras:
+        raise ValueError(
+            f"'{found}' holds a NaRA adapter, of which loading as a LoRA would leave out the core: load it by "
+            "pipe.load_nara_weights(…)."
+        )
+    return found
