@@ -31,6 +31,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.loaders.file import METADATA_KEY
 from nara_diffusion.loaders.schedulers import follow_adapters
+from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.model import NaraModel
@@ -240,7 +241,7 @@ def _find_lora_file(original: Any, *args: Any, **kwargs: Any) -> Any:
         return found
     try:
         with safe_open(found, framework="pt", device="cpu") as file:
-            is_naras = METADATA_KEY in (file.metadata() or {})
+            is_naras = METADATA_KEY in (file.metadata() or {}) or any(map(is_core_key, file.keys()))
     except (OSError, SafetensorError):  # which Diffusers has an error for
         return found
     if is_naras:

@@ -130,7 +130,7 @@ def _carried(pipe: Any) -> dict[str, Any] | None:
     """The fields of the scheduler that the active or merged adapters were trained for."""
     for model in _denoisers(pipe):
         holder = holder_of(model)
-        names: Iterable[str] = () if holder is None else [*holder.reading(), *holder.merged_adapters()]
+        names: Iterable[str] = () if holder is None else [*holder.reading(), *holder.merged_names()]
         fields = carried_scheduler(getattr(model, "peft_config", {}), names)
         if fields is not None:
             return fields

@@ -113,7 +113,7 @@ class CoreHolder(HasSource, nn.Module):
 
     def remove(self, name: str) -> None:
         """Forget an adapter. One that is merged stays in the base weights, and its scheduler with the pipelines."""
-        if name in self.merged_adapters() and getattr(self.configs[name], "scheduler", None):
+        if name in self.merged_names() and getattr(self.configs[name], "scheduler", None):
             for pipe in self.present_pipelines():
                 vars(pipe).pop(REPLACED, None)
         del self.cores[name], self.configs[name], self.layers[name], self.readers[name]
@@ -208,7 +208,7 @@ class CoreHolder(HasSource, nn.Module):
         self.drop_deleted()
         merged = self.merged_level()
         names = self.reading()
-        self.check_prediction(names if merged is None else [*names, *self.merged_adapters()])
+        self.check_prediction(names if merged is None else [*names, *self.merged_names()])
         if not getattr(self.root, "peft_config", None):
             self.detach()  # the adapters have been unloaded
             return
@@ -320,7 +320,7 @@ class CoreHolder(HasSource, nn.Module):
         levels = (getattr(layer.lora_variant.get(name), "merged_at", None) for name, layer in firsts)
         return next((level for level in levels if level is not None), None)
 
-    def merged_adapters(self) -> list[str]:
+    def merged_names(self) -> list[str]:
         """The adapters that are merged into the base weights."""
         return [name for name, layers in self.layers.items() if layers and name in layers[0].merged_adapters]
 
@@ -364,7 +364,7 @@ class CoreHolder(HasSource, nn.Module):
     @torch.no_grad()
     def core_to_merge(self, key: Key) -> tuple[Tensor, MergedLevel | None]:
         """C (1, r, r) for a layer that is being merged, and the only λ to run at until it is unmerged."""
-        first = key[0] not in self.merged_adapters()
+        first = key[0] not in self.merged_names()
         merged = self.merged_level()
         if not first and merged is not None:
             return self.matrix(key, merged.signals), merged

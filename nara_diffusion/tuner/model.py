@@ -165,9 +165,9 @@ class NaraModel(MergesAtOneLevel):
         """Refuse names that PEFT would confuse when it saves; `_create_and_replace` looks at the names of layers."""
         others = set(self.peft_config) - {adapter_name}
         if others:
-            for key in _filter_state_dict_by_key_prefixes(
-                model.state_dict(), _get_tuner_state_dict_key_prefixes(model)
-            ):
+            own = model.state_dict()
+            adapted = _filter_state_dict_by_key_prefixes(own, _get_tuner_state_dict_key_prefixes(model))
+            for key in (*adapted, *(key for key in own if key.startswith(HOLDER_NAME))):
                 refuse_name_in_key(f"{PEFT_PREFIX}{key}", {adapter_name})
             core = core_tensors(config, {SHARED: config.r})
             parts = (HOLDER_NAME, "cores", *core, "lora_A", "lora_B", "weight", "bias")
