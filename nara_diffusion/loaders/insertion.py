@@ -70,6 +70,8 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
     Raises:
         ValueError: the tensors are not those that the configuration needs in this model: see `strict.check_tensors`.
     """
+    if any(parameter.dtype.is_floating_point and parameter.dtype.itemsize == 1 for parameter in model.parameters()):
+        low_cpu_mem_usage = False  # by which PEFT converts A and B to the dtype of the base layer, float8
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several are meant
         warnings.filterwarnings("ignore", message="The following .* keys did not match")  # the strict check says more
