@@ -86,6 +86,10 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         self.register_modules(transformer=transformer, tokenizer=tokenizer)
         self._interrupt = False
 
+    def set_adapters(self, adapter_names: str | list[str], adapter_weights: Any = None) -> None:
+        """Activate adapters at strengths: numbers or StrengthSchedules, one for all or one each; None is 1."""
+        activate(self.transformer, adapter_names, adapter_weights)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> LLaDAPipeline:
         """A saved pipeline, or a language model's own folder or repository (LLaDA, Dream, Llama, Qwen2, BERT, …).
