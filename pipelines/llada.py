@@ -30,6 +30,7 @@ from nara_diffusion.dllm.data.encoding import chat_text
 from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, decode_answer, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import HUB_ARGUMENTS
+from nara_diffusion.loaders.text_pipelines import activate
 from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 
 Message = Mapping[str, str]

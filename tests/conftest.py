@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nara_diffusion.noise.denoisers import _DENOISERS
+from nara_diffusion.noise.denoisers.lookup import _DENOISERS
 from tests.helpers.process_state import fail_if_left, process_state
 
 MASK_TOKEN_ID = 49
