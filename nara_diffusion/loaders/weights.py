@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.tuner.injection import rollback_on_error
+from nara_diffusion.tuner.snapshot import restored_on_error
 
 from .file import WEIGHTS_NAME, AdapterFile, AdapterPart, naming
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
@@ -193,7 +193,7 @@ def _insert_all(models: Any, fits: Mapping[str, tuple[nn.Module, AdapterPart]], 
     """Insert the parts into all components, or, after an error, into none."""
     with ExitStack() as undo:
         for model, part in fits.values():
-            undo.enter_context(rollback_on_error(model, name))
+            undo.enter_context(restored_on_error(model))
             insert(model, name, part, low_memory)
             prepare_for_hotswap(model)
 
