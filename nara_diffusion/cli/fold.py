@@ -22,7 +22,6 @@ import argparse
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part, strength_of
-from nara_diffusion.export.bins import SCHEDULE_FILE, LoraBins, bins_of, refuse_earlier_parts
+from nara_diffusion.export.bins import SCHEDULE_FILE, LoraBins, bins_of
 from nara_diffusion.export.comfyui_workflow import comfyui_workflow
 from nara_diffusion.export.host_files import BASES, DENOISERS, FORMS, save_host_file
 from nara_diffusion.export.plain_lora import PlainLora, comfyui_node, flow_shift
@@ -116,7 +115,6 @@ def _save_bins(
     names = [f"{stem}-{index}.safetensors" for index in range(len(bins.loras))]
     always = f"{stem}-text.safetensors" if others else None
     schedules = dict(zip(names, bins.schedules, strict=True))
-    refuse_earlier_parts(args.output, [*names, always], rf"{re.escape(stem)}-(\d+|text)\.safetensors")
     entries = [
         {"file": name, "noise_level": level, "strength": schedule.as_lists()}
         for (name, schedule), level in zip(schedules.items(), bins.noise_levels, strict=True)

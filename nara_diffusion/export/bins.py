@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +28,6 @@ from nara_diffusion.config import changes_base
 from nara_diffusion.noise.signals import Level
 from nara_diffusion.noise.strength import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
-from nara_diffusion.utils.listing import listed
 
 from .adapter_factors import Adapter, adapter_of_model
 from .plain_lora import ExportError, PlainLora, PlainLoraLayer, config_of_layers, warn_of_scheduler
@@ -60,20 +57,13 @@ class LoraBins:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write a folder in PEFT's format for each LoRA, lora_bins.json with the schedules, and the error.
 
-        All files are written, or none.
-
-        Raises:
-            ValueError: `directory` is a file, or has LoRAs of an earlier export that would stay.
+        All files are written, or none. What else is in the folder stays.
         """
-        folder = Path(directory)
-        if folder.is_file():
-            raise ValueError(f"directory '{folder}' is a file: name a folder.")
         content = [
             {"folder": f"lora-{index}", "noise_level": level, "strength": schedule.as_lists()}
             for index, (level, schedule) in enumerate(zip(self.noise_levels, self.schedules, strict=True))
         ]
-        refuse_earlier_parts(folder, [str(entry["folder"]) for entry in content], r"lora-\d+")
-        with atomic_write_files(folder) as partial:
+        with atomic_write_files(Path(directory)) as partial:
             for entry, lora in zip(content, self.loras, strict=True):
                 lora.save_pretrained(partial / str(entry["folder"]))
             (partial / SCHEDULE_FILE).write_text(json.dumps({"loras": content}, indent=2) + "\n", encoding="utf-8")
@@ -84,27 +74,13 @@ def read_lora_bins(directory: str | os.PathLike[str]) -> list[tuple[Path, Streng
     """Read what `LoraBins.save_pretrained` wrote: the folder and the strength of each LoRA.
 
     Raises:
-        ValueError: there is no lora_bins.json, or it is damaged.
+        ValueError: there is no lora_bins.json.
     """
     path = Path(directory) / SCHEDULE_FILE
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["loras"]
-        return [(path.parent / entry["folder"], StrengthSchedule(entry["strength"])) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{path}' can't be read ({error!r}): pass a folder that LoraBins.save_pretrained wrote."
-        ) from error
-
-
-def refuse_earlier_parts(folder: Path, names: Collection[str | None], pattern: str) -> None:
-    """Raises ValueError if `folder` has what is named by `pattern` and isn't in `names`, those that will be written."""
-    others = sorted(path.name for path in folder.glob("*") if re.fullmatch(pattern, path.name))
-    others = [name for name in others if name not in names]
-    if others:
-        raise ValueError(
-            f"'{folder}' has {listed(others)} of an earlier export, which would stay beside the new LoRAs: delete "
-            f"{'it' if len(others) == 1 else 'them'}, or name another folder."
-        )
+    if not path.is_file():
+        raise ValueError(f"There is no '{path}': pass a folder that LoraBins.save_pretrained wrote.")
+    entries = json.loads(path.read_text(encoding="utf-8"))["loras"]
+    return [(path.parent / entry["folder"], StrengthSchedule(entry["strength"])) for entry in entries]
 
 
 def to_lora_bins(

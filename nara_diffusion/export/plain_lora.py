@@ -122,19 +122,8 @@ class PlainLora:
 
         With `error`, export_error.json is written too, and with `scheduler` the folder of one, for Diffusers'
         `from_pretrained(directory, subfolder="scheduler")`. All files are written, or none.
-
-        Raises:
-            ValueError: `directory` is a file, or it has the scheduler of another model, which this LoRA doesn't need.
         """
-        folder = Path(directory)
-        if folder.is_file():
-            raise ValueError(f"directory '{folder}' is a file: name a folder.")
-        if self.scheduler is None and (folder / SCHEDULER).exists():
-            raise ValueError(
-                f"directory '{folder}' has a '{SCHEDULER}' of something else, which from_lora would take for this "
-                "LoRA's: name another folder, or delete that."
-            )
-        with atomic_write_files(folder) as partial:
+        with atomic_write_files(Path(directory)) as partial:
             save_file(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             self.config.save_pretrained(str(partial))
             if self.error is not None:

@@ -83,16 +83,13 @@ def test_strengths_with_points_and_steps_are_part_of_the_sum(points):
         assert relative_error(played(bins, name), schedule(LEVELS).double()[:, None, None] * own) < 1e-5
 
 
-def test_a_folder_that_has_more_loras_is_refused_and_stays(tmp_path):
-    model = adapted(base(), target_modules=TARGETS)
-    to_lora_bins(model, 3).save_pretrained(tmp_path)
-    before = (tmp_path / "lora_bins.json").read_bytes()
-    with pytest.raises(ValueError, match=r"has 'lora-2' of an earlier export, .* delete it, or name another folder"):
-        to_lora_bins(model, 2).save_pretrained(tmp_path)
-    assert (tmp_path / "lora_bins.json").read_bytes() == before
-    to_lora_bins(model, 4).save_pretrained(tmp_path)
-    assert [path.name for path, _ in read_lora_bins(tmp_path)] == ["lora-0", "lora-1", "lora-2", "lora-3"]
-    with pytest.raises(ValueError, match=r"pass a folder that LoraBins.save_pretrained wrote"):
+def test_the_folder_lists_the_loras_and_their_strengths(tmp_path):
+    bins = to_lora_bins(adapted(base(), target_modules=TARGETS), 4)
+    bins.save_pretrained(tmp_path)
+    found = read_lora_bins(tmp_path)
+    assert [path.name for path, _ in found] == ["lora-0", "lora-1", "lora-2", "lora-3"]
+    assert [schedule for _, schedule in found] == bins.schedules
+    with pytest.raises(ValueError, match=r"pass a folder that LoraBins\.save_pretrained wrote"):
         read_lora_bins(tmp_path / "lora-0")
 
 

@@ -65,8 +65,6 @@ def test_from_lora_brings_the_scheduler_along(form, tmp_path: Path):
     source = tmp_path / "lora.safetensors" if form == "kohya" else tmp_path
     if form == "peft":
         lora.save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="has a 'scheduler' of something else"):
-            to_lora(trained(text=False).unet, LEVEL).save_pretrained(tmp_path)
     elif form == "kohya":
         save_host_file({"unet": lora}, source, "kohya", "sdxl", 1)
     else:
