@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data.encoding import encode_prompts, end_token_id, prompt_text
-from quality.text.domains import PARTS, Domain
-from quality.text.families import Question
+from quality.text.domains import PARTS, Domain, Question
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from quality.assets import ASSETS
 from quality.running import Job, Settings, Suite, is_noise_aware
 from quality.text.controls import EVALUATED, check_control, while_evaluating, while_training
 from quality.text.data import EncodedDomain, Rows, encode_domain
-from quality.text.domains import DEFAULT_SIZES, DOMAINS, Sizes, build_domain, sizes_of
-from quality.text.families import is_right
+from quality.text.domains import DEFAULT_SIZES, DOMAINS, Sizes, build_domain, is_right, sizes_of
 from quality.text.methods import BASE, adapted, adapter_arguments
 from quality.text.recipe import Recipe
 from quality.text.validation import CENTRES, ValidationSet, binned_loss, validation_set

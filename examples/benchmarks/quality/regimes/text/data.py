@@ -12,8 +12,7 @@ from itertools import chain, islice
 from quality.images.held_out import BINS
 from quality.regimes.text.models import load
 from quality.text.data import Rows, encode_domain
-from quality.text.domains import DOMAINS, PARTS, Domain, Sizes, build_domain
-from quality.text.families import Question
+from quality.text.domains import DOMAINS, PARTS, Domain, Question, Sizes, build_domain
 
 EACH_BIN = 120  # held-out questions
 TRAIN = 6000
