@@ -9,19 +9,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "nara_diffusion"
 FLOORS = (
-    ("utils", "limits"),
-    ("cores", "runtime"),
+    ("utils",),
+    ("cores",),
     ("config", "layers", "noise"),
     ("tuner", "loaders"),
     ("export",),
     ("training",),
     ("dllm", "dreambooth"),
-    ("check", "harness", "lm_eval"),
+    ("check", "lm_eval"),
     ("cli",),
 )
 """From below: a room imports from its own floor and those below it."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ROOT = ("registry", "__init__", "controls")
+ROOT = ("registry", "wraps", "__init__", "controls")
 """Modules of the package itself, which name what the rooms have."""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from quality.report import blocks
 from quality.report.data import Grid, Record, distinct, read_records, select
 from quality.report.figures import controls_figure, loss_figure
-from quality.report.names import SUITES
+from quality.report.tables import SUITES
 from quality.running import SEEDS
 
 from nara_diffusion.utils.atomic_write import atomic_write

@@ -15,7 +15,7 @@ from quality.images.held_out import bin_centres
 from quality.regimes.plan import CONFIRM, CONFIRM_SEEDS, Planned, Record, cell_of, is_deciding
 from quality.regimes.runs import MEAN_CORE
 from quality.report.data import NOTHING, Arm, below_zero, change, spread, table
-from quality.report.names import title
+from quality.report.tables import title
 
 PEERS = ("lora", "lora_params", "dora")
 ABLATIONS = ("nara_constant", "nara_shuffled")

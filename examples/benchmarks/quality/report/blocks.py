@@ -20,8 +20,16 @@ from quality.regimes.checked import check_table
 from quality.regimes.plan import PLAN
 from quality.regimes.report import summary
 from quality.report.data import Grid, Record, distinct, read_records, select
-from quality.report.names import FURTHER, Measure, loss_of
-from quality.report.tables import bins_table, controls_table, domains_table, quality_table, summary_table
+from quality.report.tables import (
+    FURTHER,
+    Measure,
+    bins_table,
+    controls_table,
+    domains_table,
+    loss_of,
+    quality_table,
+    summary_table,
+)
 from quality.results import read
 from quality.running import SEEDS
 

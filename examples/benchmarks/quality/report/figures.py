@@ -14,8 +14,7 @@ from matplotlib.ticker import NullFormatter
 
 from nara_diffusion.utils.atomic_write import atomic_write
 from quality.report.data import Arm, Grid
-from quality.report.names import LORA, baseline_of, ordered, title
-from quality.report.tables import bin_value, noise_levels
+from quality.report.tables import LORA, baseline_of, bin_value, noise_levels, ordered, title
 from quality.running import is_noise_aware
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
