@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 
+from .cache import LatentCache, PromptCache
+from .data.dataset import TrainingSample
 from .draws import draw_indices, draw_noise, drawable_levels
 from .objectives import Corrupted, Objective, squared_errors, with_prior
 
@@ -52,8 +54,8 @@ class TrainingStep:
 
     model: nn.Module
     objective: Objective
-    latents: Any
-    prompts: Any
+    latents: LatentCache
+    prompts: PromptCache | None
     device: torch.device
     seed: int
     group_size: int = 1
@@ -85,7 +87,7 @@ class TrainingStep:
         embeddings = tuple(part.to(self.device) for part in self.prompts.get(batch["prompts"]))
         return self.model(*inputs, embeddings=embeddings)
 
-    def _corrupt(self, samples: Sequence[Any]) -> Corrupted:
+    def _corrupt(self, samples: Sequence[TrainingSample]) -> Corrupted:
         """Draws of one role have consecutive rows: all instances, then all class images."""
         latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
         indices, noise = [], []
