@@ -1,67 +1,61 @@
 """A metadata.jsonl whose captions aren't texts, or stand twice, is refused by file and line, and not trained on."""
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from tests.train_scripts.dreambooth_runs import fresh_accelerate, tiny_arguments, write_pictures
-from train_scripts.dreambooth_sdxl import main
+from tests.acceptance import _commands
 
-SDXL_TINY = Path(__file__).parents[2] / "examples" / "assets" / "sdxl-tiny"
 FIRST = '{"file_name": "0.png", "text": "a toy"}'
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    fresh_accelerate()
+FEW = "--max_train_steps 1 --train_batch_size 1 --num_inference_steps 1 --num_validation_images 1 --curve_points 1"
 
 
 @pytest.fixture
-def arguments(tmp_path) -> DreamBoothArguments:
-    pictures = write_pictures(tmp_path / "pictures", 2)
-    return tiny_arguments(SDXL_TINY, pictures, tmp_path / "run")
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
 
 
-def write_lines(args: DreamBoothArguments, *lines: str) -> Path:
-    path = Path(str(args.instance_data_dir)) / "metadata.jsonl"
+def write_lines(folder: Path, *lines: str) -> Path:
+    path = folder / "metadata.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize(
-    "value",
-    ['["a", "b"]', "0", "NaN", "false"],
-)
-def test_caption_that_is_no_text_is_refused_by_file_and_line(arguments, value: str) -> None:
-    path = write_lines(arguments, FIRST, "", f'{{"file_name": "1.png", "text": {value}}}')
-    message = re.escape(f"{path}, line 3: 'text' is {value}, expected a text in quotes")
-    with pytest.raises(ValueError, match=message):
-        main(arguments)
+def refusal(capsys: pytest.CaptureFixture[str], pictures: Path) -> str:
+    run = {"instance_data_dir": str(pictures), "output_dir": str(pictures.parent / "run")}
+    return _commands.refusal(capsys, "dreambooth_sdxl.py", **run)
 
 
-def test_two_lines_of_one_image_are_refused_with_both_numbers(arguments) -> None:
-    path = write_lines(arguments, FIRST, '{"file_name": "1.png", "text": "a cube"}', FIRST)
-    with pytest.raises(ValueError, match=re.escape(f"{path}, line 3: 0.png has a caption in line 1 already")):
-        main(arguments)
+@pytest.mark.parametrize("value", ['["a", "b"]', "0", "NaN", "false"])
+def test_caption_that_is_no_text_is_refused_by_file_and_line(pictures: Path, capsys, value: str) -> None:
+    path = write_lines(pictures, FIRST, "", f'{{"file_name": "1.png", "text": {value}}}')
+    assert f"{path}, line 3: 'text' is {value}, expected a text in quotes" in refusal(capsys, pictures)
+
+
+def test_two_lines_of_one_image_are_refused_with_both_numbers(pictures: Path, capsys) -> None:
+    path = write_lines(pictures, FIRST, '{"file_name": "1.png", "text": "a cube"}', FIRST)
+    assert f"{path}, line 3: 0.png has a caption in line 1 already" in refusal(capsys, pictures)
 
 
 @pytest.mark.parametrize(
     "line", [r'{"file_name": "1.png", "text": "a \ud83d toy"}', r'{"file_name": "1\udc00.png", "text": "a toy"}']
 )
-def test_half_a_character_is_refused_by_file_and_line(arguments, line: str) -> None:
-    path = write_lines(arguments, FIRST, line)
-    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2 holds half a character, \\ud")):
-        main(arguments)
+def test_half_a_character_is_refused_by_file_and_line(pictures: Path, capsys, line: str) -> None:
+    path = write_lines(pictures, FIRST, line)
+    assert f"{path}, line 2 holds half a character, \\ud" in refusal(capsys, pictures)
 
 
-def test_whole_characters_in_two_escapes_and_null_stay_captions(arguments) -> None:
-    write_lines(
-        arguments, r'{"file_name": "0.png", "text": "a \ud83d\ude00 toy"}', '{"file_name": "1.png", "text": null}'
-    )
-    arguments.max_train_steps, arguments.instance_prompt = 1, "a photo"
-    arguments.validation_prompts = None
-    assert main(arguments)["n"] == 2
+def test_whole_characters_in_two_escapes_and_null_stay_captions(pictures: Path) -> None:
+    whole = r'{"file_name": "0.png", "text": "a \ud83d\ude00 toy"}'
+    write_lines(pictures, whole, '{"file_name": "1.png", "text": null}')
+    words = ["--instance_data_dir", str(pictures), "--output_dir", str(pictures.parent / "run"), *FEW.split()]
+    words += ["--similarity_model", "none", "--alignment_model", "none", "--validation_steps", "none"]
+    _commands.run("dreambooth_sdxl.py", *words, "--instance_prompt", "a photo")
+    assert _commands.results(pictures.parent / "run")["n"] == 1

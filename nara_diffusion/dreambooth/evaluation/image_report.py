@@ -126,13 +126,19 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
     """The card's code, and what has to be known of it."""
     dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}.get(args.mixed_precision, "torch.float32")
     method, family, classes = method_of(args).family, family_of(pipe), [type(pipe).__name__]
-    names = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
-    lines = _loading_lines(method, load_from, dtype, names)
-    imports = _IMPORTS.get(method, "")
+    imports, ending = _IMPORTS.get(method, ""), _NOISE if reads_noise(args) or needs_schedule(args) else ""
     if needs_schedule(args):
         lines = [f"pipe.load_lora_weights({load_from!r}, adapter_name={_NAME!r})", _schedule_line(args, family)]
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
-    ending = _NOISE if reads_noise(args) or needs_schedule(args) else ""
+    elif method in ("nara", "lora"):
+        lines = [f"pipe.load_{method}_weights({load_from!r})"]
+    else:  # PEFT changes the component itself; one that was trained whole is exchanged
+        line = {
+            "other": "PeftModel.from_pretrained(pipe.{0}, {1!r}, subfolder={0!r})",
+            "full": "pipe.{0} = type(pipe.{0}).from_pretrained({1!r}, subfolder={0!r}, dtype={2})",
+        }[method]
+        trained = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
+        lines = [line.format(name, load_from, dtype) for name in trained]
     if converted is not None:
         kind = type(converted).__name__
         how = "`load_nara_weights` sets the scheduler that it needs, and `unload_nara_weights` brings the old one back"
@@ -164,17 +170,6 @@ def _schedule_line(args: Any, family: Family) -> str:
         parts = {family.denoiser: schedule, **dict.fromkeys(family.text_encoders, "1.0")}
         schedule = "{" + ", ".join(f"{name!r}: {value}" for name, value in parts.items()) + "}"
     return f"pipe.set_adapters({_NAME!r}, adapter_weights={schedule})"
-
-
-def _loading_lines(method: str, folder: str, dtype: str, names: Sequence[str]) -> list[str]:
-    if method in ("nara", "lora"):
-        return [f"pipe.load_{method}_weights({folder!r})"]
-    if method == "other":  # PEFT changes the component itself
-        return [f"PeftModel.from_pretrained(pipe.{name}, {folder!r}, subfolder={name!r})" for name in names]
-    return [
-        f"pipe.{name} = type(pipe.{name}).from_pretrained({folder!r}, subfolder={name!r}, dtype={dtype})"
-        for name in names
-    ]
 
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
