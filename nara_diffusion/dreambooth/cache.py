@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,8 @@ from .families.family import Embeddings, Family, stack_padded
 from .families.table import family_of
 from .seeding import seeded_normal
 
+logger = logging.getLogger(__name__)
+
 Entry = dict[str, Tensor]
 
 
@@ -38,10 +41,13 @@ class TensorCache:
         memory_mib: bound on what is kept in memory, in MiB; what comes after that is made, or read, at each use.
         folder: keep all entries there too, one file each, written by rename, so that several processes may share it.
         label: what makes entries of different models different.
+
+    Attributes:
+        full: whether an entry had no room in memory.
     """
 
     def __init__(self, memory_mib: float, folder: str | Path | None, label: str) -> None:
-        self.free = memory_mib * 2**20
+        self.free, self.full = memory_mib * 2**20, False
         self.folder = None if folder is None else Path(folder)
         self.label = label
         self._entries: dict[str, Entry] = {}
@@ -68,6 +74,8 @@ class TensorCache:
         size = sum(tensor.nbytes for tensor in entry.values())
         if size <= self.free:
             self._entries[key], self.free = entry, self.free - size
+        else:
+            self.full = True
         return entry
 
 
@@ -101,7 +109,8 @@ class LatentCache:
     def fill(self, samples: Iterable[TrainingSample], *, progress: bool = True) -> None:
         """Encodes all `samples` that aren't known; see `DreamBoothDataset.distinct_samples`."""
         for sample in tqdm(list(samples), desc="encode images", unit="crop", disable=not progress):
-            if self.cache.free <= 0 and self.cache.folder is None:
+            if self.cache.full and self.cache.folder is None:
+                logger.warning("the latents don't fit into memory: the rest is encoded at each use, or give a folder")
                 break
             self._posterior([sample])
 

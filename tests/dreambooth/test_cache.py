@@ -78,7 +78,7 @@ def test_neither_bounds_nor_disk_nor_batches_nor_a_resume_change_a_bit(data, tmp
     assert not LatentCache(vae()).sample(batch["samples"], seed=5).equal(expected[0])
 
 
-def test_after_filling_nothing_is_encoded(data, tmp_path, monkeypatch) -> None:
+def test_after_filling_nothing_is_encoded_while_there_is_room(data, tmp_path, monkeypatch, caplog) -> None:
     model, calls = vae(), []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
@@ -90,6 +90,10 @@ def test_after_filling_nothing_is_encoded(data, tmp_path, monkeypatch) -> None:
         cache.sample(batch["samples"], seed=0)
     LatentCache(model, folder=tmp_path, memory_mib=0).fill(needed, progress=False)
     assert len(calls) == len(needed)
+    room = 2 * 2 * 3 * 12 * 16 * 4 / 2**20  # two posteriors of (3, 12, 16)
+    LatentCache(model, memory_mib=room).fill(needed, progress=False)
+    assert len(calls) == len(needed) + 3
+    assert "the latents don't fit into memory" in caplog.text
 
 
 def test_another_model_finds_nothing_of_the_first_on_disk(data, tmp_path) -> None:
