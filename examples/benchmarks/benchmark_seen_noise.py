@@ -12,15 +12,17 @@ in cross-attention's keys and values, a word of the prompt.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_record import run_command, save_record
+from benchmark_record import save_record
 from matplotlib.figure import Figure
-from quality.images.held_out import SUBJECTS, HeldOut, held_out_losses
+from quality.images.held_out import HeldOut, held_out_losses
+from quality.images.subjects import SUBJECTS
 from quality.images.task import load_task as load_subject
 from quality.text.runs import load_task
 from torch import Tensor, nn
@@ -138,7 +140,7 @@ def draw(figures: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def main(domain: str = "commonsense", output_dir: str = "outputs/benchmarks") -> dict[str, Any]:
+def main(domain: str = "commonsense", output_dir: str | Path = "outputs/benchmarks") -> dict[str, Any]:
     """Probes both, prints the span of each kind, writes record and picture; returns the figures."""
     figures = {"llada-tiny": text_probe(domain), "sdxl-tiny": image_probe()}
     for name, kinds in figures.items():
@@ -151,4 +153,7 @@ def main(domain: str = "commonsense", output_dir: str = "outputs/benchmarks") ->
 
 
 if __name__ == "__main__":
-    run_command(main)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--domain", default="commonsense", help="of the text benchmark (default: commonsense)")
+    parser.add_argument("--output_dir", default="outputs/benchmarks", help="where record and picture go")
+    main(**vars(parser.parse_args()))

@@ -21,8 +21,7 @@ from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.setup import run_family
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.noise.signals import MASKED_SHARE
-from nara_diffusion.training.adapters.build import add_adapter
-from nara_diffusion.training.adapters.configs import adapter_config
+from nara_diffusion.training.adapters import adapter_config, add_adapter
 
 from .trials import CheckTask, published
 

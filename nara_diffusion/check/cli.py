@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 
 from nara_diffusion.dreambooth.conversion import CONVERSIONS
-from nara_diffusion.training.arguments.cli import option, parse_arguments
+from nara_diffusion.training.parser import option, parse_arguments
 from nara_diffusion.utils.devices import usable_device
 
 from .sources import image_source, text_source

@@ -11,16 +11,16 @@ import torch
 from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, records_from_file
 from nara_diffusion.dllm.canvas import check_positions
 from nara_diffusion.dllm.data.encoding import end_token_id
-from nara_diffusion.dreambooth.arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.cache import LatentCache
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from nara_diffusion.dreambooth.families.table import family_of_model
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.setup import load_instances, prompt_cache, target_scheduler, training_data
 from nara_diffusion.dreambooth.training_step import TrainingStep
-from nara_diffusion.training.adapters.configs import ALL_LINEAR
-from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments
+from nara_diffusion.training.adapters import ALL_LINEAR
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
 
 from .check_tasks import image_task, text_task
 from .trials import CheckTask

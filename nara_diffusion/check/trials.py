@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.cores.float32 import Core
 from nara_diffusion.noise.level import core_holders
-from nara_diffusion.training.adapters.methods import effective
 from nara_diffusion.training.loop import StepLoss
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
 from nara_diffusion.tuner.core_set import make_cores
@@ -88,9 +87,9 @@ class Repeat:
 def published(args: Any) -> Any:
     """A copy of the arguments of a train script, with the published NaRA of the same rank, scale and targets in place
     of their adapter, and with the schedule of a short training."""
-    own = {"adapter": "nara", "use_dora": False, "lora_dropout": 0.0, "adapter_options": None}
-    own |= {"use_rslora": effective(args, "use_rslora"), "core_type": "hypernetwork", "core_init": "zero_last"}
-    own |= {"core_input": "noise_level", "core_sharing": "global", "lora_a_init": "peft"}
+    kept = ("use_rslora", "core_hidden_dims", "noise_embedding", "noise_embedding_dim", "fourier_scale")
+    options = {name: value for name, value in args.adapter_options.items() if name in kept}
+    own = {"adapter": "nara", "core_type": "hypernetwork", "lora_dropout": 0.0, "adapter_options": options}
     schedule = {"core_start_step": 0, "lr_scheduler": "cosine", "lr_warmup_steps": WARMUP}
     return SimpleNamespace(**vars(args) | own | schedule)
 
@@ -148,7 +147,7 @@ def _one_level(model: nn.Module) -> Iterator[None]:
 
 def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str, bar: tqdm) -> None:
     parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(task.model, task.args, task.step_samples)
+    optimizer = build_optimizer(task.model, task.args)
     schedule = build_scheduler(optimizer, task.args, settings.steps)
     bar.set_postfix_str(arm)
     for group in _chunks(positions, task.step_samples):

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.training.output.model_card import format_table
-from nara_diffusion.training.output.output_dir import write_json
+from nara_diffusion.training.report import format_table, write_json
 from nara_diffusion.training.run import Run
 from nara_diffusion.utils.atomic_write import atomic_write
 from nara_diffusion.utils.statistics import Interval
@@ -33,6 +32,7 @@ def check_training(task: CheckTask, args: Any, run: Run) -> tuple[dict[str, Any]
         )
     names = ("rank", "target_modules", "learning_rate", "core_learning_rate", "seed")
     about = {"model": args.pretrained_model_name_or_path, **{name: getattr(args, name) for name in names}}
+    run.make_folder()
     return run_check(task, CheckSettings(), run.folder, about, run.is_main)
 
 

@@ -22,7 +22,7 @@ from nara_diffusion import NaraConfig
 from nara_diffusion.config import changes_base
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.level import find_holders
-from nara_diffusion.training.adapters.build import check_adaptable, recompute_activations
+from nara_diffusion.training.adapters import check_target_modules, recompute_activations
 
 from .families.family import TRANSFORMER_TARGETS, Embeddings, Family
 from .families.table import family_of
@@ -166,7 +166,7 @@ def adapt(model: Any, config: PeftConfig | None) -> Any:
             f"init_lora_weights={config.init_lora_weights!r} changes the base model, so that its file would fit no "
             "other copy of it: leave it out."
         )
-    check_adaptable(model, config)
+    check_target_modules(model, getattr(config, "target_modules", None))
     if isinstance(config, LoraConfig):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     else:

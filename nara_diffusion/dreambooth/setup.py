@@ -10,13 +10,9 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
-from nara_diffusion.training.adapters.build import check_adaptable
-from nara_diffusion.training.adapters.configs import adapter_config
-from nara_diffusion.training.arguments.window import window_of
-from nara_diffusion.training.stream import count_steps
+from nara_diffusion.training.adapters import adapter_config, check_target_modules
+from nara_diffusion.training.arguments import window_of
 
-from .arguments import DreamBoothArguments
-from .arguments.conditions import check_family
 from .cache import LatentCache, PromptCache
 from .conversion import converted_scheduler
 from .data.class_images import generate_class_images
@@ -26,9 +22,10 @@ from .draws import drawable_levels
 from .evaluation.samples import sample_call
 from .families.family import Family
 from .families.table import family_of, family_of_model
+from .image_arguments import DreamBoothArguments, check_family
 from .objectives import Objective, build_objective
 
-_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_CACHE_MEMORY = 1024  # MiB
 
 
 def load_instances(args: DreamBoothArguments, progress: bool) -> list[ImageRecord]:
@@ -40,7 +37,6 @@ def load_instances(args: DreamBoothArguments, progress: bool) -> list[ImageRecor
             image_column=args.image_column,
             caption_column=args.caption_column,
             prompt=args.instance_prompt,
-            cache_dir=args.cache_dir,
             progress=progress,
         )
     return records_from_folder(str(args.instance_data_dir), **_captions(args), progress=progress)
@@ -65,26 +61,19 @@ def record_texts(records: Sequence[ImageRecord]) -> list[str]:
     return [text for record in records for text in (record.key, record.prompt)]
 
 
-def epoch_size(args: DreamBoothArguments, instances: Sequence[ImageRecord]) -> int:
-    """Samples of an epoch: --repeats times all images."""
-    return args.repeats * len(instances)
-
-
 def load_class_images(
     args: DreamBoothArguments, accelerator: Accelerator, dtype: torch.dtype, load: Callable[..., Any], family: Family
 ) -> list[ImageRecord]:
     """The images of prior preservation, of which missing ones are generated; none without it.
 
     Args:
-        dtype: of the generation, where `--prior_generation_precision` doesn't say.
+        dtype: of the generation.
         load: `load_pipeline` with all but its dtypes given.
         family: of the model.
     """
     if not args.with_prior_preservation:
         return []
     folder, prompt = str(args.class_data_dir), str(args.class_prompt)
-    if args.prior_generation_precision is not None:
-        dtype = _DTYPES[args.prior_generation_precision]
     generate_class_images(
         lambda: load(dtype=dtype, vae_dtype=dtype).to(accelerator.device),
         folder,
@@ -110,11 +99,8 @@ def check_settings(args: DreamBoothArguments, pipe: Any) -> None:
     training_buckets(args, pipe)
     objective = run_objective(args, target_scheduler(args, pipe))
     drawable_levels(objective.noise_levels, window_of(args), **density_of(args))
-    config = adapter_config(
-        args, noise_convention=objective.source.convention, total_steps=args.max_train_steps or 1_000_000
-    )
-    if config is not None:
-        check_adaptable(getattr(pipe, family.denoiser), config)
+    config = adapter_config(args, noise_convention=objective.source.convention)
+    check_target_modules(getattr(pipe, family.denoiser), getattr(config, "target_modules", None))
 
 
 def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
@@ -123,7 +109,7 @@ def run_family(args: DreamBoothArguments, pipe: Any = None) -> Family:
     Raises:
         ValueError: the model is of no family, or the family can't express an argument.
     """
-    named = {"name": args.pretrained_model_name_or_path, "revision": args.revision, "cache_dir": args.cache_dir}
+    named = {"name": args.pretrained_model_name_or_path, "revision": args.revision}
     family = family_of_model(**named) if pipe is None else family_of(pipe)
     check_family(args, family)
     given = {"max_sequence_length": args.max_sequence_length, "guidance": args.training_guidance_scale}
@@ -199,7 +185,7 @@ def latent_cache(
     """
     if not args.cache_latents:
         return LatentCache(pipe.vae, memory_mib=0)
-    latents = LatentCache(pipe.vae, memory_mib=args.cache_memory, folder=args.cache_folder)
+    latents = LatentCache(pipe.vae, memory_mib=_CACHE_MEMORY, folder=args.cache_folder)
     latents.fill(dataset.distinct_samples(positions), progress=progress)
     return latents
 
@@ -208,14 +194,13 @@ def prompt_cache(args: DreamBoothArguments, pipe: Any) -> PromptCache | None:
     """Embeddings of the prompts; None where the text encoders are trained."""
     if args.train_text_encoder:
         return None
-    return PromptCache(pipe, run_family(args, pipe), memory_mib=args.cache_memory, folder=args.cache_folder)
+    return PromptCache(pipe, run_family(args, pipe), memory_mib=_CACHE_MEMORY, folder=args.cache_folder)
 
 
 def density_of(args: DreamBoothArguments) -> dict[str, Any]:
     """Return how often each noise level is drawn, as arguments of `drawable_levels`."""
-    defaults = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
-    given = {name: getattr(args, name) for name in defaults}
-    return {"scheme": args.weighting_scheme} | {n: defaults[n] if v is None else v for n, v in given.items()}
+    own = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
+    return {"scheme": args.weighting_scheme, **own}
 
 
 def step_options(args: DreamBoothArguments) -> dict[str, Any]:
@@ -228,12 +213,6 @@ def step_options(args: DreamBoothArguments) -> dict[str, Any]:
         "window": window_of(args),
         "density": density_of(args),
     }
-
-
-def count_validation_steps(args: DreamBoothArguments, images: int, global_batch: int) -> None:
-    """Convert --validation_epochs to --validation_steps; an epoch is `images` samples, repeats counted."""
-    if args.validation_epochs is not None:
-        args.validation_steps = count_steps(images, global_batch, None, args.validation_epochs)
 
 
 def validation_samples(

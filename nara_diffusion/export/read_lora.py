@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
@@ -181,10 +183,10 @@ def _of_diffusers(
 
 def _converted(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """{Diffusers' key, with the component: tensor}, and {Diffusers' key of an alpha: alpha}."""
-    kind: Any = type(model)
+    kind: Any = StableDiffusionXLPipeline if isinstance(model, UNet2DConditionModel) else type(model)
     if not hasattr(kind, "lora_state_dict"):
         return dict(tensors), {}
-    unet = getattr(model, "unet", None)
+    unet = model if isinstance(model, UNet2DConditionModel) else getattr(model, "unet", None)
     options = {} if unet is None else {"unet_config": unet.config}
     given = {_kohyas(key) if unet is not None else key: tensor for key, tensor in tensors.items()}
     try:
@@ -239,10 +241,7 @@ def _part(values: Mapping[str, tuple[Tensor, float | None]], config: LoraConfig 
             layers[name] = PlainLoraLayer(A, B, alpha or float(len(A)), len(A), magnitude=magnitude)
     known = {f"{name}.lora_{kind}" for name in layers for kind in ("A.weight", "B.weight", "magnitude_vector")}
     if unknown := [key for key in tensors if key.removesuffix("_vector.weight") not in known and key not in known]:
-        raise ValueError(
-            f"{origin} holds '{unknown[0]}', which is no key of a LoRA in PEFT's or Diffusers' format: for kohya's, "
-            "pass the pipeline instead of one of its models."
-        )
+        raise ValueError(f"{origin} holds '{unknown[0]}', which is no key of a LoRA.")
     if not layers:
         raise ValueError(f"{origin} holds no LoRA: its tensors are {listed(tensors) or 'none'}.")
     return PlainLora(config_of_layers(layers), layers)

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nara_diffusion.training.adapters.adalora import adalora_models, allocate_ranks, orthogonality
-from nara_diffusion.training.checkpoints.folders import newest_checkpoint, save_checkpoint
-
-from .base_hold import SplitLosses
-from .interrupt import InterruptRequest
-from .metrics import LossWindow, stacked
+from .checkpoints import last_checkpoint, save_checkpoint
+from .interrupts import InterruptRequest
+from .measures import LossWindow
 from .optimization import hold_core
 from .run import Run
 
@@ -32,16 +29,13 @@ _SHORT = {
     "loss_low": "low λ",
     "loss_mid": "mid λ",
     "loss_high": "high λ",
-    "loss_inside": "inside",
-    "distance_outside": "outside",
     "learning_rate": "lr",
     "core_learning_rate": "core lr",
 }
 
 
 class StepLoss(Protocol):
-    """The value of a loss function: the scalar to differentiate, the losses (b,) and λ (b,) of its samples, and, where
-    the base is held outside of a window, the loss's parts."""
+    """The value of a loss function: the scalar to differentiate, the losses (b,) and λ (b,) of its samples."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -49,8 +43,6 @@ class StepLoss(Protocol):
     def per_sample(self) -> Tensor: ...
     @property
     def noise_level(self) -> Tensor: ...
-    @property
-    def split(self) -> SplitLosses | None: ...
 
 
 class TrainingDiverged(ArithmeticError):
@@ -82,23 +74,18 @@ def train(
     """
     accelerator, args = run.accelerator, run.args
     window = LossWindow()
-    unwrapped: Any = accelerator.unwrap_model(model)  # whose type depends on whether DeepSpeed is installed
-    tuners = adalora_models(unwrapped)
-    bar = tqdm(total=total_steps, initial=run.step, desc="train", unit="step", disable=not accelerator.is_main_process)
+    bar = tqdm(total=total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main)
     model.train()
     with InterruptRequest() as interrupt, bar:
         for batch in loader:
             with accelerator.accumulate(model):
                 step = compute_loss(batch)
                 _collect(run, window, step)
-                accelerator.backward(step.loss + orthogonality(tuners))
+                accelerator.backward(step.loss)
                 if accelerator.sync_gradients:
                     _prepare_gradients(run, model, optimizer)
                 optimizer.step()
-                skipped = accelerator.optimizer_step_was_skipped
-                if accelerator.sync_gradients:
-                    allocate_ranks(tuners, run.step + 1, skipped)
-                if accelerator.sync_gradients and not skipped:
+                if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
                     on_step()
                 optimizer.zero_grad()
@@ -122,12 +109,7 @@ def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
     losses, levels = cast(Tensor, run.accelerator.gather(mine)).unbind(1)
     if not losses.isfinite().all():
         raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
-    window.add(losses, levels, _gathered(run, split) if (split := getattr(step, "split", None)) is not None else None)
-
-
-def _gathered(run: Run, split: SplitLosses) -> SplitLosses:
-    values, levels, held = cast(Tensor, run.accelerator.gather(stacked(split))).unbind(1)
-    return SplitLosses(values, levels, held == 1)
+    window.add(losses, levels)
 
 
 def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None:
@@ -152,22 +134,17 @@ def _report(run: Run, bar: tqdm, window: LossWindow, optimizer: Any) -> None:
 
 
 def _diverged(run: Run, what: str) -> TrainingDiverged:
-    newest = newest_checkpoint(run.folder)
-    last = "There is no checkpoint yet" if newest is None else f"The last good checkpoint is {newest}"
     return TrainingDiverged(
-        f"{what} in step {run.step + 1}; training stops and nothing is overwritten. {last}. Start again with a lower "
-        "--learning_rate or --core_learning_rate, a longer --lr_warmup_steps, or bf16 in place of fp16."
+        f"{what} in step {run.step + 1}; training stops and nothing is overwritten. {last_checkpoint(run.folder)}. "
+        "Start again with a lower --learning_rate or --core_learning_rate, a longer --lr_warmup_steps, or bf16 in "
+        "place of fp16."
     )
 
 
 def _stop(run: Run, number: int) -> None:
-    checkpoint = save_checkpoint(run.accelerator, run.args, run.folder, run.step, run.digests, run.write)
+    save_checkpoint(run.accelerator, run.args, run.folder, run.step, run.digests, run.write)
     if run.is_main:
-        logger.warning(
-            "stopped after step %d. To continue, run the same command with --resume_from_checkpoint %s",
-            run.step,
-            checkpoint,
-        )
+        logger.warning("stopped after step %d. %s", run.step, last_checkpoint(run.folder))
     run.close()
     raise SystemExit(128 + number)
 

@@ -4,46 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from filelock import FileLock, Timeout
+from huggingface_hub import HfApi
 
-from nara_diffusion.training.adapters.configs import adapter_config
-from nara_diffusion.training.adapters.methods import method_of
-from nara_diffusion.training.checkpoints.digests import digest_base, digest_texts
-from nara_diffusion.training.checkpoints.folders import (
+from nara_diffusion.utils.atomic_write import atomic_write
+
+from .adapters import method_of
+from .checkpoints import (
+    Writer,
+    check_random_states,
     check_same_content,
+    digest_base,
+    digest_texts,
     find_checkpoints,
-    locate_checkpoint,
     resolve_checkpoint,
     verify_checkpoint,
 )
-from nara_diffusion.training.checkpoints.random_states import check_random_states
-from nara_diffusion.training.engine.checks import check_engine, launched_processes
-from nara_diffusion.training.engine.state import engine_name, load_state
-from nara_diffusion.training.output.claim import FolderClaim, claim_together
-from nara_diffusion.training.output.endings import explain_ending
-from nara_diffusion.training.output.hub import create_hub_repo
-from nara_diffusion.training.output.output_dir import check_output_dir, numbered_dirs, write_yaml
-
-from .batches import accumulation_steps, check_accumulation
-from .formats import AdapterWriter, write_checkpoint
-from .metrics import MetricLog
-from .optimization import check_scheduler
+from .engines import accumulation_steps, check_accumulation, check_engine, launched_processes, load_state
+from .measures import MetricLog
+from .parser import given_arguments
 
 logger = logging.getLogger(__name__)
+
+OUTPUTS = Path("outputs")
+LOCK = ".lock"
 
 
 @dataclass
 class Run:
-    """State of a run.
+    """State of a run. Use it as `with start_run(…) as run`: leaving the block ends the run.
 
     Attributes:
         accelerator: accelerate's engine.
@@ -52,40 +53,35 @@ class Run:
         write: writes the adapter's files into a checkpoint.
         checkpoint: the folder that the run continues from, or None.
         step: optimizer steps done.
-        folder: where the run writes.
+        folder: where the run writes; made by `open`.
         log: metrics.jsonl and the trackers; set by `open`.
-        claim: the lock on `folder` that the main process has.
-        hub_id: the repository to push to, on the main process; else None.
+        hub_id: the repository to upload to, on the main process; else None.
         digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
     """
 
     accelerator: Accelerator
     args: Any
     name: str
-    write: AdapterWriter = write_checkpoint
+    write: Writer
     checkpoint: Path | None = None
     step: int = 0
     folder: Path = Path()
     hub_id: str | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     log: MetricLog = dataclasses.field(init=False)
-    claim: FolderClaim | None = None
+    _lock: FileLock | None = None
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the run, and release its folder. An error of writing, or a signal, says which checkpoint is kept."""
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            if error is None:
+            if kind is None:
                 self.close()
-            elif (explained := explain_ending(error, self.folder)) is not None:
-                raise explained from error
         finally:
-            if self.claim is not None:
-                self.claim.release()
+            if self._lock is not None:
+                (self.folder / LOCK).unlink(missing_ok=True)
+                self._lock.release()
 
     @property
     def is_main(self) -> bool:
@@ -126,8 +122,8 @@ class Run:
     def fuses_optimizer(self) -> bool:
         """Whether AdamW may be PyTorch's fused one, which takes a third of the time for an adapter's many tensors.
 
-        Not with fp16: there it would itself skip the steps that overflow, and accelerate, which tells a skipped step by
-        a call that wasn't made, would step the schedule. Not under DeepSpeed, which has an optimizer of its own.
+        Not with fp16: there it would itself skip the steps that overflow, and accelerate, which recognises a skipped
+        step by a call that wasn't made, would step the schedule. Not under DeepSpeed, which has its own optimizer.
         """
         accelerator = self.accelerator
         known = accelerator.device.type in ("cpu", "cuda")
@@ -163,30 +159,69 @@ class Run:
             check_same_content(self.checkpoint, self.args, what, digest)
 
     def open(self, facts: Mapping[str, str] | None = None) -> None:
-        """Save the configuration in the run's folder, and restore a checkpoint's optimizer and random states.
+        """Make the run's folder, save the configuration in it, and restore a checkpoint's optimizer and random states.
 
         Called when data and model have proved usable, and `accelerator.prepare` has seen what is to be restored.
         `facts` about the run are logged.
 
         Raises:
-            ValueError: preparing changed the accumulation, as DeepSpeed's configuration can; a random state can't be
-                restored.
+            ValueError: see `make_folder`; preparing changed the accumulation, as DeepSpeed's configuration can; a
+                random state can't be restored.
         """
         check_accumulation(self.accelerator, accumulation_steps(self.args, self.accelerator.num_processes))
+        self.make_folder()
         self.log = MetricLog(self.accelerator, self.folder, self.step)
-        if self.accelerator.is_main_process:
-            write_yaml(self.folder / "config.yaml", dataclasses.asdict(self.args) | {"output_dir": str(self.folder)})
+        settings = given_arguments(self.args)
+        if self.is_main:
+            with atomic_write(self.folder / "config.yaml") as partial:
+                content = settings | {"output_dir": str(self.folder)}
+                partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self.accelerator.project_configuration.set_directories(str(self.folder))
-        self.accelerator.project_configuration.logging_dir = str(self.folder / (self.args.logging_dir or ""))
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
         if self.args.report_to:
-            flat = {name: _flat(value) for name, value in dataclasses.asdict(self.args).items()}
-            self.accelerator.init_trackers(self.name, config=flat)
+            self.accelerator.init_trackers(self.name, {name: str(value) for name, value in settings.items()})
         if self.checkpoint is not None:
             load_state(self.accelerator, self.checkpoint)
             check_random_states(self.checkpoint, self.accelerator.process_index)
         if self.is_main:
             logger.info("%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items()))
             logger.info("output folder: %s", self.folder)
+
+    def make_folder(self) -> None:
+        """Make the run's folder on the main process, which locks it: only one run at a time writes to it.
+
+        Raises:
+            ValueError: another run has it, or has left something in it since `start_run` looked.
+        """
+        answer: list[Any] = [Path(), ""]
+        if self.is_main:
+            try:
+                answer[0] = _new_folder(self.name) if self.args.output_dir is None else Path(self.args.output_dir)
+                if self.args.output_dir is None and self.checkpoint is not None:  # it goes on in its own
+                    answer[0] = self.checkpoint.parent
+                answer[0].mkdir(parents=True, exist_ok=True)
+                self._lock = FileLock(answer[0] / LOCK)
+                self._lock.acquire(timeout=0)
+                check_output_dir(self.args, self.checkpoint)
+            except Timeout:
+                self._lock = None
+                answer[1] = f"--output_dir {answer[0]} is in use by another run: wait for it, or name another folder."
+            except ValueError as error:
+                answer[1] = str(error)
+        self.folder, refusal = broadcast_object_list(answer)
+        if refusal:
+            raise ValueError(refusal)
+
+    def upload(self) -> None:
+        """Upload the folder, without its checkpoints, to the repository of `--hub_model_id`, if there is one."""
+        if self.hub_id is not None:
+            ignored = ["checkpoint-*/**", ".partial-*", LOCK]
+            HfApi().upload_folder(
+                repo_id=self.hub_id,
+                folder_path=str(self.folder),
+                commit_message="End of training",
+                ignore_patterns=ignored,
+            )
 
     def close(self) -> None:
         """End the run on all processes together.
@@ -198,24 +233,23 @@ class Run:
         self.accelerator.end_training()
 
 
-def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> Run:
-    """Check what can be checked before anything is loaded, start accelerate, lock the run's folder, and seed every
-    generator. Use it as `with start_run(…) as run`: leaving the block ends the run.
+def start_run(args: Any, name: str, write: Writer) -> Run:
+    """Check what can be checked before anything is loaded, start accelerate, and seed every generator.
 
     Args:
         write: writes the adapter's files into a checkpoint.
 
     Raises:
-        ValueError: the output folder holds another run, is in use by one, or can't be written; there is nothing to
-            resume from, or it doesn't fit this run; the adapter's settings are impossible; a tracker isn't installed;
-            the schedule is unknown; accelerate accumulates otherwise than the arguments say; or see `check_engine`.
+        ValueError: the output folder holds another run, or can't be written; there is nothing to resume from, or it
+            doesn't fit this run; a tracker isn't installed; accelerate accumulates otherwise than the arguments say; or
+            see `check_engine`.
     """
-    check_scheduler(args.lr_scheduler, args.lr_warmup_steps)
-    adapter_config(args, total_steps=args.max_train_steps or 1_000_000)  # raises for impossible settings
-    _check_trackers(args.report_to)
-    resumed = _latest_run(args, name)
-    resume = locate_checkpoint(args.resume_from_checkpoint, resumed)
-    check_output_dir(args.output_dir, resume)
+    if unknown := set(args.report_to or []) - (known := {str(tracker) for tracker in get_available_trackers()}):
+        raise ValueError(f"report_to names {min(unknown)!r}, which isn't installed here (installed: {sorted(known)}).")
+    checkpoint = None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, _latest_run(args, name))
+    check_output_dir(args, checkpoint)
     steps = accumulation_steps(args, launched_processes())
     accelerator = Accelerator(
         gradient_accumulation_steps=steps,
@@ -226,24 +260,56 @@ def start_run(args: Any, name: str, write: AdapterWriter = write_checkpoint) -> 
     )
     check_engine(accelerator, args)
     check_accumulation(accelerator, steps)
-    run = Run(accelerator, args, name, write)
-    if resume is not None:
-        run.checkpoint = resolve_checkpoint(resume, resumed)
-        run.step = verify_checkpoint(run.checkpoint, args, accelerator.num_processes, engine_name(accelerator))
-    if args.push_to_hub and run.is_main:
-        run.hub_id = create_hub_repo(args.hub_model_id or Path(args.output_dir).name)
-    run.folder, run.claim = claim_together(accelerator, _output_dir(run), name, resume)
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
+    run = Run(accelerator, args, name, write, checkpoint)
+    if checkpoint is not None:
+        run.step = verify_checkpoint(checkpoint, args, accelerator)
+    if args.hub_model_id is not None and run.is_main:  # now, so that a missing login shows before the training
+        run.hub_id = HfApi().create_repo(args.hub_model_id, exist_ok=True).repo_id
     set_seed(args.seed)
     return run
 
 
-def _output_dir(run: Run) -> str | None:
-    """The folder of the run: a resumed run continues in its own one, unless another was named."""
-    if run.args.output_dir is None and run.checkpoint is not None:
-        return str(run.checkpoint.parent)
-    return run.args.output_dir
+def check_output_dir(args: Any, checkpoint: Path | None) -> None:
+    """Refuse a folder that can't be written, or that the user named and that holds something, unless it is the run in
+    it that is resumed from `checkpoint`.
+
+    Raises:
+        ValueError: naming what was found and the remedies.
+    """
+    folder = Path(args.output_dir or OUTPUTS)
+    present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {folder} can't be written ({present}: {error.strerror}): name another folder."
+        ) from error
+    if args.output_dir is None or (checkpoint is not None and checkpoint.resolve().parent == folder.resolve()):
+        return
+    found = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else []
+    if found:
+        raise ValueError(
+            f"--output_dir {folder} already holds another run or other files ({', '.join(found[:4])}). Name a fresh "
+            "folder, or continue the run in it with --resume_from_checkpoint latest."
+        )
+
+
+def _numbered(name: str) -> dict[int, Path]:
+    """{N: folder} of the folders `outputs/name-N`."""
+    found = {folder.name.removeprefix(f"{name}-"): folder for folder in OUTPUTS.glob(f"{name}-*") if folder.is_dir()}
+    return {int(number): folder for number, folder in sorted(found.items()) if number.isdecimal()}
+
+
+def _new_folder(name: str) -> Path:
+    """Make the first free `outputs/name-N`."""
+    for number in count(max(_numbered(name), default=0) + 1):
+        try:
+            (folder := OUTPUTS / f"{name}-{number}").mkdir(parents=True)
+        except FileExistsError:  # another run took the number a moment ago
+            continue
+        return folder
+    raise AssertionError
 
 
 def _latest_run(args: Any, name: str) -> Path | None:
@@ -251,17 +317,5 @@ def _latest_run(args: Any, name: str) -> Path | None:
     that holds a checkpoint."""
     if args.output_dir is not None:
         return Path(args.output_dir)
-    runs = numbered_dirs(name)
+    runs = _numbered(name)
     return next((runs[number] for number in sorted(runs, reverse=True) if find_checkpoints(runs[number])), None)
-
-
-def _check_trackers(report_to: list[str] | None) -> None:
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for tracker in report_to or []:
-        if tracker not in available:
-            installed = ", ".join(available) or "none"
-            raise ValueError(f"report_to names {tracker!r}, which isn't installed here (installed: {installed}).")
-
-
-def _flat(value: Any) -> Any:
-    return ",".join(map(str, value)) if isinstance(value, list) else value if value is not None else "none"

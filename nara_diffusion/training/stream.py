@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .interrupt import leave_signals_to_main_process
-
 
 class ShuffledStream(Dataset):
     """`stream[p]` is the dict at position p, with its position under the key "position"."""
@@ -39,25 +37,13 @@ class ShuffledStream(Dataset):
 
 
 def stream_loader(
-    stream: ShuffledStream,
-    collate: Callable[[list[dict]], Any],
-    *,
-    batch_size: int,
-    first: int,
-    stop: int,
-    num_workers: int = 0,
+    stream: Any, collate: Callable[[list[dict]], Any], *, batch_size: int, first: int, stop: int
 ) -> DataLoader:
     """Batches of consecutive positions from `first` to before `stop`; accelerate deals them out to the processes."""
-    return DataLoader(
-        stream,
-        batch_size=batch_size,
-        sampler=range(first, stop),
-        collate_fn=collate,
-        num_workers=num_workers,
-        # without one, the loader draws from the global generator when it starts, and a resumed run starts it twice
-        generator=torch.Generator().manual_seed(0),
-        worker_init_fn=leave_signals_to_main_process,
-    )
+    # without a generator, the loader draws from the global one when it starts, and a resumed run starts it twice
+    generator = torch.Generator().manual_seed(0)
+    positions: Any = range(first, stop)
+    return DataLoader(stream, batch_size=batch_size, sampler=positions, collate_fn=collate, generator=generator)
 
 
 def count_steps(samples: int, global_batch: int, max_train_steps: int | None, num_train_epochs: float) -> int:

@@ -30,10 +30,12 @@ LAST_RESORT = 300
 
 
 def words(**flags: Any) -> list[str]:
-    """{name: value} as a command line; lists are given word by word."""
+    """{name: value} as a command line; lists are given word by word, dicts as NAME=VALUE."""
     line: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            values = [f"{key}={json.dumps(one)}" for key, one in value.items()]
         line += [f"--{name}", *(str(one).lower() if one in (None, True, False) else str(one) for one in values)]
     return line
 
@@ -45,8 +47,13 @@ def run(script: str, *line: str, **flags: Any) -> None:
         try:
             runpy.run_path(str(ROOT / "train_scripts" / script), run_name="__main__")
         finally:
-            AcceleratorState._reset_state(True)  # a process has one accelerator; forget it
-            GradientState._reset_state()
+            fresh_accelerate()
+
+
+def fresh_accelerate() -> None:
+    """A process has one accelerator; forget it."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def refusal(capsys: pytest.CaptureFixture[str], script: str, *line: str, **flags: Any) -> str:

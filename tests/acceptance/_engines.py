@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -35,12 +38,13 @@ ZERO_3 = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
 
-
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 Command = tuple[str, str, dict[str, Any]]
 """(engine, script, flags)."""
 
 
-def in_two_processes(commands: Sequence[Command], folder: Path) -> None:
+def in_two_processes(commands: Sequence[Command], folder: Path, refused: bool = False) -> None:
     """Run them one after the other; of DeepSpeed, which keeps the groups of its first run's processes, one a call."""
     (folder / "zero-3.json").write_text(json.dumps(ZERO_3))
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
@@ -49,10 +53,18 @@ def in_two_processes(commands: Sequence[Command], folder: Path) -> None:
         for (engine, script, flags), store in zip(commands, stores, strict=True)
     ]
     forkserver()
-    mp.start_processes(_worker, args=(lines, folder), nprocs=2, start_method="forkserver")
+    mp.start_processes(_worker, args=(lines, folder, refused), nprocs=2, start_method="forkserver")
 
 
-def _worker(rank: int, lines: list[tuple[str, str, list[str], int]], folder: Path) -> None:
+def refused_in_two_processes(command: Command, folder: Path) -> str:
+    """The line in which both processes refuse the command."""
+    in_two_processes([command], folder, refused=True)
+    said = [(folder / f"refusal-{rank}").read_text() for rank in range(2)]
+    assert said[0].strip() == said[1].strip()
+    return said[0]
+
+
+def _worker(rank: int, lines: list[tuple[str, str, list[str], int]], folder: Path, refused: bool) -> None:
     plain, prepare_backend = dict(os.environ), PartialState._prepare_backend
     for engine, script, line, port in lines:
         os.environ.clear()
@@ -67,7 +79,13 @@ def _worker(rank: int, lines: list[tuple[str, str, list[str], int]], folder: Pat
             PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
         if engine.startswith("zero"):
             _use_deepspeed(engine, folder)
-        run(script, *line)
+        if not refused:
+            run(script, *line)
+            continue
+        try:
+            run(script, *line)
+        except SystemExit as stop:
+            (folder / f"refusal-{rank}").write_text(str(stop.code))
 
 
 def _use_deepspeed(engine: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Flags of runs of a few steps: the shipped language model on a few records, tiny image models on three pictures."""
+"""Arguments of runs of a few steps: the shipped language model on some records, tiny image models on three pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+from nara_diffusion.training.parser import gathered
 from tests.acceptance._commands import ROOT
 
 TEXT = "adapter_model.safetensors"
@@ -37,7 +40,7 @@ def text_flags(folder: Path) -> dict[str, Any]:
         "lora_alpha": 5.0,
         "lora_dropout": 0.2,
         "target_modules": ["q_proj", "v_proj", "down_proj"],
-        "core_hidden_dims": [8, 7],
+        "adapter_options": {"core_hidden_dims": [8, 7]},
         "train_batch_size": 4,
         "max_train_steps": 6,
         "max_length": 40,
@@ -50,7 +53,7 @@ def text_flags(folder: Path) -> dict[str, Any]:
         "eval_batch_size": 4,
         "gen_length": 8,
         "generation_steps": 4,
-        "curve_points": 2,
+        "evaluation_options": {"curve_points": 2},
     }
 
 
@@ -70,7 +73,7 @@ def image_flags(folder: Path, pipe: Any) -> dict[str, Any]:
         "random_flip": True,
         "rank": 3,
         "lora_alpha": 5.0,
-        "core_hidden_dims": [8, 7],
+        "adapter_options": {"core_hidden_dims": [8, 7]},
         "train_batch_size": 2,
         "max_train_steps": 6,
         "learning_rate": 1e-2,
@@ -78,10 +81,24 @@ def image_flags(folder: Path, pipe: Any) -> dict[str, Any]:
         "lr_scheduler": "cosine",
         "num_validation_images": 1,
         "num_inference_steps": 2,
-        "curve_points": 2,
+        "evaluation_options": {"curve_points": 2},
         "logging_steps": 1,
         "validation_steps": None,
         "checkpointing_steps": 2,
         "similarity_model": None,
         "alignment_model": None,
     }
+
+
+def text_arguments(folder: Path, **changes: Any) -> Arguments:
+    """Those of `text_flags`, for a run in `folder`/run."""
+    return _arguments(Arguments, text_flags(folder) | {"output_dir": folder / "run"} | changes)
+
+
+def image_arguments(flags: dict[str, Any], output_dir: Path, **changes: Any) -> DreamBoothArguments:
+    """Those of `image_flags`."""
+    return _arguments(DreamBoothArguments, flags | {"output_dir": output_dir} | changes)
+
+
+def _arguments(cls: type, values: dict[str, Any]) -> Any:
+    return cls(**gathered(cls, {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}))

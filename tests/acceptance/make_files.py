@@ -111,7 +111,7 @@ def save_peft(folder: Path) -> dict[str, torch.Tensor]:
 
 def save_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter of a checkpoint that a run of two steps left, on the shipped llada-tiny."""
-    from train_scripts.dllm import Arguments, main
+    from nara_diffusion.dllm.train import Arguments, main
 
     run = folder / "run"
     data = str(_files.ROOT / "examples/assets/two-step/train.jsonl")

@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import load_backbone
 from tests.acceptance._commands import LAST_RESORT, ROOT, metrics, results, run, tensors, words
-from tests.acceptance._engines import in_two_processes
+from tests.acceptance._engines import in_two_processes, needs_deepspeed, needs_gloo
 from tests.acceptance._runs import image_flags, text_flags
 from tests.helpers.small_pipelines import small_sdxl
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")]
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 TWO: dict[str, Any] = {"train_batch_size": 2}
 BF16: dict[str, Any] = {"mixed_precision": "bf16"}

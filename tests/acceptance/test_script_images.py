@@ -21,7 +21,7 @@ from tests.acceptance._runs import ASSETS, IMAGES, image_flags
 from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
-SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "curve_points": 1}
+SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "evaluation_options": {"curve_points": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,7 @@ def drawn(pipe: Any, folder: Path) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     args = settings(folder)
     call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": args["guidance_scale"]}
-    if args["max_sequence_length"] is not None:
-        call["max_sequence_length"] = args["max_sequence_length"]
+    call |= args["model_options"]
     generator = torch.Generator().manual_seed(args["seed"])
     return np.asarray(pipe(args["instance_prompt"], generator=[generator], **call).images[0])
 
@@ -108,7 +107,7 @@ def test_card_names_what_was_trained(finished: Path, sdxl: dict[str, Any]) -> No
 
 def test_run_of_dreambooth_goes_by_the_model_s_family(tmp_path: Path) -> None:
     flags = image_flags(tmp_path, small_sd3())
-    run("dreambooth.py", **{**flags, **SHORT, "max_sequence_length": 5}, output_dir=tmp_path / "out")
+    run("dreambooth.py", **{**flags, **SHORT, "model_options": {"max_sequence_length": 5}}, output_dir=tmp_path / "out")
     found = settings(tmp_path / "out")
     assert (found["target_modules"][0], found["guidance_scale"]) == ("attn.to_q", 7.0)
     pipe = by_the_card(tmp_path / "out", until="image = ")["pipe"]
@@ -128,12 +127,12 @@ def test_adapter_trained_with_dropout_draws_without_it(tmp_path: Path) -> None:
     torch.testing.assert_close(pixels(loaded), pixels(loaded))
 
 
-PLAIN: dict[str, Any] = {"core_learning_rate": None, "core_hidden_dims": [256, 512]}
+PLAIN: dict[str, Any] = {"core_learning_rate": None, "adapter_options": {}}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": PLAIN | {"train_text_encoder": True},
     "dora": PLAIN,
     "full": PLAIN | {"lora_alpha": None, "learning_rate": 1e-3},
-    "nara": {"train_text_encoder": True, "use_dora": True},
+    "nara_dora": {"train_text_encoder": True},
 }
 
 

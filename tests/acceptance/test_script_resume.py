@@ -90,8 +90,8 @@ IMAGES: dict[str, Any] = {"gradient_accumulation_steps": 2, "lora_dropout": 0.2,
     [
         ("dreambooth_sdxl.py", {"snr_gamma": 5.0, "train_text_encoder": True}, Moment("first file", 4)),
         ("dreambooth_sdxl.py", {"prediction_type": "v_prediction", "use_ema": True}, Moment("name", 4)),
-        ("dreambooth.py", {"max_sequence_length": 5, "adapter": "nara", "use_dora": True}, Moment("step", 3)),
-        ("dreambooth.py", {"max_sequence_length": 5}, Moment("step", 5, signal.SIGTERM)),
+        ("dreambooth.py", {"model_options": {"max_sequence_length": 5}, "adapter": "nara_dora"}, Moment("step", 3)),
+        ("dreambooth.py", {"model_options": {"max_sequence_length": 5}}, Moment("step", 5, signal.SIGTERM)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
@@ -121,7 +121,12 @@ def stopped(text: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
     folder = tmp_path_factory.mktemp("stopped")
     shutil.copytree(text["pretrained_model_name_or_path"], folder / "model")
     files = {name: shutil.copy(path, folder) for name, path in text.items() if name.endswith("_file")}
-    short = {"max_train_steps": 1, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
+    short = {
+        "max_train_steps": 1,
+        "checkpointing_steps": 1,
+        "test_samples": 1,
+        "evaluation_options": {"curve_points": 1},
+    }
     flags = text | files | short | {"pretrained_model_name_or_path": folder / "model", "output_dir": folder / "out"}
     run("dllm.py", **flags)
     return flags

@@ -25,7 +25,7 @@ from tests.acceptance._commands import by_the_card, metrics, names, results, run
 from tests.acceptance._runs import TEXT, text_flags
 
 IDS = torch.tensor([[65, 70, 283, 283, 80, 283]])
-SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "curve_points": 1}
+SHORT: dict[str, Any] = {"max_train_steps": 2, "checkpointing_steps": None, "evaluation_options": {"curve_points": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,10 @@ def test_card_s_code_runs_as_it_stands(finished: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("adapter", "changes", "kind"),
     [
-        ("lora", {"core_learning_rate": None, "core_hidden_dims": [256, 512]}, "LORA"),
-        ("dora", {"core_learning_rate": None, "core_hidden_dims": [256, 512]}, "LORA"),
-        ("nara", {"use_dora": True}, "NARA"),
-        ("full", {"core_learning_rate": None, "core_hidden_dims": [256, 512], "lora_alpha": None}, None),
+        ("lora", {"core_learning_rate": None, "adapter_options": {}}, "LORA"),
+        ("dora", {"core_learning_rate": None, "adapter_options": {}}, "LORA"),
+        ("nara_dora", {}, "NARA"),
+        ("full", {"core_learning_rate": None, "adapter_options": {}, "lora_alpha": None}, None),
     ],
 )
 def test_run_with_another_adapter_is_loaded_by_its_card(
@@ -147,7 +147,7 @@ def test_run_with_another_adapter_is_loaded_by_its_card(
         assert found["trainable_parameters"] == sum(parameter.numel() for parameter in base.parameters())
         return
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["use_dora"]) == (kind, adapter == "dora" or "use_dora" in changes)
+    assert (config["peft_type"], config["use_dora"]) == (kind, adapter in ("dora", "nara_dora"))
     assert any("magnitude" in name for name in tensors(out)) is config["use_dora"]
     with torch.no_grad():
         after = logits(model, 0.5) if kind == "NARA" else model.eval()(IDS).logits

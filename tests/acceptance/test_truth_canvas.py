@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from nara_diffusion.dllm import AnswerCollator
-from nara_diffusion.training.arguments.cli import parse_arguments
-from train_scripts.dllm import Arguments, main, shipped_run
+from nara_diffusion.dllm.text_arguments import Arguments
+from nara_diffusion.dllm.train import main, shipped_run
+from nara_diffusion.training.parser import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "examples" / "assets" / "llada-tiny")
@@ -42,12 +43,12 @@ def arguments(tmp_path: Path) -> Callable[..., Arguments]:
         "output_dir": str(tmp_path / "run"),
         "target_modules": ["all-linear"],
         "rank": 4,
-        "core_hidden_dims": [8, 8],
+        "adapter_options": {"core_hidden_dims": [8, 8]},
         "train_batch_size": 1,
         "gradient_accumulation_steps": 4,
         "max_train_steps": 2,
         "logging_steps": 1,
-        "curve_points": 2,
+        "evaluation_options": {"curve_points": 2},
         "gen_length": 12,
     }
     return lambda **changes: Arguments(**{**defaults, **changes})
@@ -147,7 +148,7 @@ def test_generating_beyond_the_trained_canvas_is_warned_of_before_training(
     def stop(*args: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr("train_scripts.dllm.train", stop)
+    monkeypatch.setattr("nara_diffusion.dllm.train.train", stop)
     with pytest.raises(Reached):
         main(arguments(trained_padding=padding, max_length=40))
     found = canvas_warnings(caplog)
@@ -174,7 +175,7 @@ def test_training_prompts_beyond_the_models_positions_are_refused(arguments, tmp
 
 def test_the_canvas_of_generation_is_the_default_everywhere() -> None:
     assert Arguments.trained_padding == "gen_length"
-    assert parse_arguments(Arguments, [], stand_in=shipped_run).trained_padding == "gen_length"
+    assert parse_arguments(Arguments, [], defaults=shipped_run).trained_padding == "gen_length"
     files = [*(ROOT / "train_scripts" / "configs").glob("llada_*.yaml")]
     files += (ROOT / "train_scripts" / "configs").glob("dream_*.yaml")
     assert len(files) == 7

@@ -18,7 +18,8 @@ from tests.acceptance import _commands
 ROOT = Path(__file__).parents[2]
 SDXL_TINY = ROOT / "examples" / "assets" / "sdxl-tiny"
 PROMPT = "a photo of sks toy"
-FEW = "--max_train_steps 1 --train_batch_size 1 --num_inference_steps 1 --num_validation_images 1 --curve_points 3 "
+FEW = "--max_train_steps 1 --train_batch_size 1 --num_inference_steps 1 --num_validation_images 1 "
+FEW += "--evaluation_options curve_points=3 "
 FEW += "--similarity_model none --alignment_model none --validation_steps none --checkpointing_steps none"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,31 @@ from torch import Tensor
 
 from nara_diffusion import StrengthSchedule, TimestepNoise, noise_level
 from nara_diffusion.dllm import load_backbone
+from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dllm.masking import draw_noise_levels
+from nara_diffusion.dreambooth import train as dreambooth
 from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.noise.window import NoiseWindow
-from tests.train_scripts.conftest import (  # noqa: F401 (fixtures)
-    _fresh_accelerate,
-    arguments,
-    data,
-    llada_folder,
-    pictures,
-    sdxl_folder,
-)
-from tests.train_scripts.dreambooth_runs import by_the_card, fresh_accelerate, loaded_pipeline, tiny_arguments
-from train_scripts import dllm, dreambooth_sdxl
+from tests.acceptance._commands import by_the_card, fresh_accelerate
+from tests.acceptance._runs import image_arguments, image_flags, text_arguments
+from tests.helpers.small_pipelines import small_sdxl
 
 WINDOWS = [(0.3, 0.8), (0.0, 0.7), (1 / 3, 1.0), (0.123456789, 0.999)]
 POINTS = [[0.3, 0.0], [0.3, 1.0], [0.8, 1.0], [0.8, 0.0]]
 WINDOW = {"min_noise_level": 0.3, "max_noise_level": 0.8}
 LINE = "StrengthSchedule([(0.3, 0.0), (0.3, 1.0), (0.8, 1.0), (0.8, 0.0)])"
 IDS = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    yield lambda **changes: text_arguments(tmp_path, **changes)
+    fresh_accelerate()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return image_flags(tmp_path_factory.mktemp("images"), small_sdxl())
 
 
 # ---------------------------------------------------------------------- which λ are inside
@@ -97,8 +104,8 @@ def logits(model: Any, level: float) -> Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("adapter", ["nara", "nara_c", "multi_lora"])
-def test_a_text_adapter_carries_its_window(arguments, tmp_path, adapter):  # noqa: F811
+@pytest.mark.parametrize("adapter", ["nara", "multi_lora"])
+def test_a_text_adapter_carries_its_window(arguments, tmp_path, adapter):
     dllm.main(arguments(**WINDOW, adapter=adapter))
     folder = tmp_path / "run"
     assert config_of(folder)["strength"] == POINTS
@@ -114,7 +121,7 @@ def test_a_text_adapter_carries_its_window(arguments, tmp_path, adapter):  # noq
         assert not torch.allclose(logits(model, level), expected, atol=1e-3)
 
 
-def test_the_window_changes_no_bit_of_what_is_trained_and_resumes(arguments, tmp_path):  # noqa: F811
+def test_the_window_changes_no_bit_of_what_is_trained_and_resumes(arguments, tmp_path):
     for name, options in (("open", {"open_window": True}), ("run", {})):
         dllm.main(arguments(**WINDOW, checkpointing_steps=2, output_dir=str(tmp_path / name), **options))
         fresh_accelerate()
@@ -124,19 +131,13 @@ def test_the_window_changes_no_bit_of_what_is_trained_and_resumes(arguments, tmp
     assert config_of(tmp_path / "open")["strength"] is None
     assert "the adapter is left on outside, where it was not trained" in card_of(tmp_path / "open")
     (tmp_path / "run" / "adapter_model.safetensors").unlink()
-    dllm.main(arguments(**WINDOW, checkpointing_steps=2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")))
+    dllm.main(arguments(**WINDOW, checkpointing_steps=2, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4")))
     resumed = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, gated[name]) for name, tensor in resumed.items())
     assert config_of(tmp_path / "run")["strength"] == POINTS
 
 
-def test_where_the_base_is_held_the_adapter_stays_on(arguments, tmp_path):  # noqa: F811
-    dllm.main(arguments(**WINDOW, hold_base_outside=1.0))
-    assert config_of(tmp_path / "run")["strength"] is None
-    assert "the base is held outside, the adapter is on everywhere" in card_of(tmp_path / "run")
-
-
-def test_a_run_starts_from_an_adapter_of_the_same_window_alone(arguments, tmp_path):  # noqa: F811
+def test_a_run_starts_from_an_adapter_of_the_same_window_alone(arguments, tmp_path):
     dllm.main(arguments(**WINDOW))
     fresh_accelerate()
     start = {"init_adapter": str(tmp_path / "run"), "output_dir": str(tmp_path / "second")}
@@ -158,7 +159,7 @@ def without_update(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_a_text_lora_says_what_it_must_be_told(arguments, tmp_path, capsys, adapter):  # noqa: F811
+def test_a_text_lora_says_what_it_must_be_told(arguments, tmp_path, capsys, adapter):
     dllm.main(arguments(**WINDOW, adapter=adapter))
     line = f'set_strength(model, "default", {LINE})'
     assert f"switch it off outside: {line}" in capsys.readouterr().out
@@ -174,16 +175,17 @@ def test_a_text_lora_says_what_it_must_be_told(arguments, tmp_path, capsys, adap
     assert not torch.allclose(inside, expected, atol=1e-3)
 
 
-def test_other_methods_say_that_they_stay_on(arguments, tmp_path, capsys):  # noqa: F811
-    dllm.main(arguments(**WINDOW, adapter="oft", rank=2))
-    assert "outside, OFT stays on, where it was not trained" in card_of(tmp_path / "run")
+def test_other_methods_say_that_they_stay_on(arguments, tmp_path, capsys):
+    options = {"r": 0, "oft_block_size": 8}
+    dllm.main(arguments(**WINDOW, adapter="oft", adapter_options=options))
+    assert "outside, oft stays on, where it was not trained" in card_of(tmp_path / "run")
     assert "switch it off" not in capsys.readouterr().out
 
 
-def test_an_adapter_that_can_have_no_schedule_is_refused_before_the_run(arguments):  # noqa: F811
+def test_an_adapter_that_can_have_no_schedule_is_refused_before_the_run(arguments):
     with pytest.raises(ValueError, match=r"would not reach .* --open_window leaves it out"):
-        arguments(**WINDOW, adapter_options=["bias=all"])
-    arguments(**WINDOW, adapter_options=["bias=all"], open_window=True)
+        arguments(**WINDOW, adapter_options={"bias": "all"})
+    arguments(**WINDOW, adapter_options={"bias": "all"}, open_window=True)
 
 
 # ---------------------------------------------------------------------- images
@@ -197,25 +199,20 @@ def predicted(pipe: Any, timestep: int) -> Tensor:
         return pipe.unet(sample, timestep, text, added_cond_kwargs=condition).sample
 
 
-@pytest.mark.parametrize("adapter", ["nara", "lora", "dora"])
-@pytest.mark.parametrize("train_text_encoder", [False, True])
+@pytest.mark.parametrize(
+    ("adapter", "train_text_encoder"),
+    [("nara", True), ("lora", False), pytest.param("dora", True, marks=pytest.mark.slow)],
+)
 def test_an_image_adapter_is_off_outside_as_its_card_loads_it(
-    adapter,
-    train_text_encoder,
-    sdxl_folder,  # noqa: F811
-    pictures,  # noqa: F811
-    tmp_path,
-    capsys,
-):
-    args = tiny_arguments(
-        sdxl_folder, pictures, tmp_path / "run", **WINDOW, adapter=adapter, train_text_encoder=train_text_encoder
-    )
+    adapter: str, train_text_encoder: bool, images: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = image_arguments(images, tmp_path / "run", **WINDOW, adapter=adapter, train_text_encoder=train_text_encoder)
     if adapter != "nara":
         args.core_learning_rate = None
-    dreambooth_sdxl.main(args)
+    dreambooth.main(args)
+    fresh_accelerate()
     told = capsys.readouterr().out
     if adapter == "nara":
-        assert loaded_pipeline(args).unet.peft_config["default_0"].strength == POINTS
         assert "the adapter is off outside, by the strength in its file" in card_of(tmp_path / "run")
         assert "switch it off" not in told
     else:
@@ -224,7 +221,9 @@ def test_an_image_adapter_is_off_outside_as_its_card_loads_it(
         line = f"pipe.set_adapters('subject', adapter_weights={weights})"
         assert line in card_of(tmp_path / "run")
         assert f"switch it off outside: {line}" in told
-    pipe = by_the_card(tmp_path / "run")
+    pipe = by_the_card(tmp_path / "run", until="image = ")["pipe"]
+    if adapter == "nara":
+        assert pipe.unet.peft_config["default_0"].strength == POINTS
     outputs = {timestep: predicted(pipe, timestep) for timestep in (0, 299, 300, 799, 800, 999)}
     without_update(pipe.unet)
     for timestep, output in outputs.items():

@@ -20,7 +20,7 @@ from nara_diffusion.check import Repeat, decide, judge, published, trials
 from nara_diffusion.check.cli import main
 from nara_diffusion.check.trials import CheckSettings, CheckTask, restart
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, after_steps, by_bins, relative_difference
-from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
 from tests.helpers.small_pipelines import small_sdxl
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"

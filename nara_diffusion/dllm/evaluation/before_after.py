@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data.collator import AnswerCollator
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.training.engine.distributed import split_across_processes
-from nara_diffusion.training.metrics import before_and_after, validation_means
+from nara_diffusion.training.engines import split_across_processes
+from nara_diffusion.training.measures import before_and_after, validation_means
 
 from .exact_match import exact_match
 from .noise_curve import noise_level_curve, objective_losses
@@ -105,5 +105,5 @@ def validation_losses(
     def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
         return objective_losses(model, rows, indices, collator, seed=seed, batch_size=batch_size)  # type: ignore[arg-type]
 
-    per_sample, noise_levels = torch.tensor(split_across_processes(accelerator, len(rows), losses)).unbind(1)
-    return validation_means(per_sample, noise_levels, window)
+    pairs = torch.tensor(split_across_processes(accelerator, len(rows), losses), dtype=torch.float32)
+    return validation_means(*pairs.unbind(1), window)

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nara_diffusion.training.arguments.window import schedule_of, window_of
-from nara_diffusion.training.output.model_card import format_table, write_samples
-from nara_diffusion.training.output.plots import plot_noise_level_curves
-from nara_diffusion.training.output.run_report import (
+from nara_diffusion.training.arguments import schedule_of, window_of
+from nara_diffusion.training.report import (
     core_import,
+    format_table,
     needs_schedule,
+    plot_noise_level_curves,
     reads_noise,
-    told_schedule,
+    schedule_note,
     write_run_card,
+    write_samples,
 )
 
 from .before_after import Measurement
@@ -122,7 +123,7 @@ def _schedule_line(args: Any) -> str:
 
 def window_note(args: Any) -> str:
     """What is said at the end of a LoRA's run in a window; nothing of other runs."""
-    return told_schedule(_schedule_line(args)) if needs_schedule(args) else ""
+    return schedule_note(_schedule_line(args)) if needs_schedule(args) else ""
 
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:

@@ -28,9 +28,9 @@ from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.objectives import Objective, squared_errors
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-from nara_diffusion.training.checkpoints.folders import save_adapter
-from nara_diffusion.training.engine.distributed import split_across_processes
-from nara_diffusion.training.metrics import before_and_after, validation_means
+from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.engines import split_across_processes
+from nara_diffusion.training.measures import before_and_after, validation_means
 from nara_diffusion.training.run import Run
 
 from .fidelity import Encoder, image_similarity, text_alignment

@@ -13,15 +13,15 @@ from nara_diffusion.dreambooth.families.pipelines import absent_components
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.export.plain_lora import SCHEDULER
 from nara_diffusion.noise.prediction import prediction_by
-from nara_diffusion.training.adapters.methods import method_of
-from nara_diffusion.training.arguments.window import schedule_of, window_of
-from nara_diffusion.training.output.model_card import format_table
-from nara_diffusion.training.output.plots import plot_noise_level_curves
-from nara_diffusion.training.output.run_report import (
+from nara_diffusion.training.adapters import method_of
+from nara_diffusion.training.arguments import schedule_of, window_of
+from nara_diffusion.training.report import (
     core_import,
+    format_table,
     needs_schedule,
+    plot_noise_level_curves,
     reads_noise,
-    told_schedule,
+    schedule_note,
     write_run_card,
 )
 
@@ -119,7 +119,7 @@ def write_run_report(
 
 def window_note(args: Any, family: Family) -> str:
     """What is said at the end of a LoRA's run in a window; nothing of other runs."""
-    return told_schedule(_schedule_line(args, family)) if needs_schedule(args) else ""
+    return schedule_note(_schedule_line(args, family)) if needs_schedule(args) else ""
 
 
 def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, converted: Any) -> str:

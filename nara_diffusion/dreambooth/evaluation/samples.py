@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.pipelines import render
-from nara_diffusion.training.engine.distributed import split_across_processes
+from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_folder
 
 CELL, GAP, TEXT = 128, 4, 15  # in pixels: side of the square that an image is shown in, space around it, a line of text

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
-from nara_diffusion.training.checkpoints.digests import local_folder
+from nara_diffusion.training.checkpoints import local_folder
 
 from .family import Family
 from .table import BY_PIPELINE, family_named, model_index
@@ -80,7 +80,6 @@ def loader_of(args: Any) -> Callable[..., Any]:
         vae_name=args.pretrained_vae_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
-        cache_dir=args.cache_dir,
     )
 
 
@@ -106,11 +105,11 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
 
 def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
     """{component: folder} of what was loaded with the arguments of a DreamBoothArguments: the models, the scheduler."""
-    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
+    hub = {"revision": args.revision}
     root = local_folder(args.pretrained_model_name_or_path, **hub)
     folders = {name: root / name for name in (*modules_of(pipe), "scheduler")}
     if args.pretrained_vae_model_name_or_path is not None:
-        folders["vae"] = local_folder(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+        folders["vae"] = local_folder(args.pretrained_vae_model_name_or_path)
     return folders
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nara_diffusion.training.formats import load_checkpoint
+from nara_diffusion.training.peft_files import load_checkpoint
 from tests.helpers.adapted import adapted, lora_config, nara_config
 from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
 

@@ -1,7 +1,7 @@
 """What the loss of images is measured on: pictures of a subject that no training sees, with noise of their own.
 
 Each bin of λ has its own, half of them in other poses before other walls, half in the ten places of the backbone's
-data. A gain on a picture goes through all of its noise levels, so that many pictures in one bin each show far more of
+data. A gain on a picture goes through all of its noise levels, so that many pictures in one bin each tell far more of
 the mean than few in all ten would, in the same time. It is at low noise that gains differ most between pictures: those
 bins have most of them.
 """
@@ -25,27 +25,7 @@ from nara_diffusion.dreambooth.families.unets import SDXL
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
 from quality.images import drawn
-
-# ---------------------------------------------------------------------- subjects
-
-BACKBONE = "sdxl-tiny"
-SUBJECTS = {"toy": "subject", "car": "subject-car", "cup": "subject-cup", "house": "subject-house"}
-"""{name, which is that of its kind: folder of its five pictures}."""
-IDENTIFIER = "sks"
-SIZE = (64, 64)
-
-
-def instance_prompt(subject: str) -> str:
-    return f"a photo of {IDENTIFIER} {subject}"
-
-
-def check_subject(subject: str) -> None:
-    """Raises ValueError if there is no such subject."""
-    if subject not in SUBJECTS:
-        raise ValueError(f"subject is {subject!r}, expected one of {', '.join(SUBJECTS)}.")
-
-
-# ---------------------------------------------------------------------- held out
+from quality.images.subjects import SIZE
 
 BINS = 10
 EACH_PLACE = (4, 4, 4, 2, 2, 2, 1, 1, 1, 1)

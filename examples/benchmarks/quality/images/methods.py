@@ -7,13 +7,11 @@ from typing import Any
 
 from peft import inject_adapter_in_model
 
-from nara_diffusion.training.adapters.build import check_target_modules
-from nara_diffusion.training.adapters.configs import adapter_config
-from nara_diffusion.training.adapters.methods import METHODS
+from nara_diffusion.training.adapters import NAMED, adapter_config, check_target_modules
 
 BASE = "base"
 """The backbone as it is."""
-NAMES = [BASE, *(name for name, method in METHODS.items() if method.family != "prompt")]
+NAMES = [BASE, *(name for name in NAMED if not name.endswith("_tuning")), "vera", "oft", "full"]
 """Of the methods that a UNet can have."""
 NOISE_AWARE = ("nara", "nara_dora", "nara_knots")
 
@@ -27,7 +25,7 @@ def adapted(pipe: Any, method: str, args: Any) -> Any:
     unet = copy.deepcopy(pipe.unet)
     if method == BASE:
         return unet
-    config = adapter_config(args, noise_convention="timestep", total_steps=args.max_train_steps)
+    config = adapter_config(args, noise_convention="timestep")
     if config is None:
         return unet.requires_grad_(True)
     check_target_modules(unet, config.target_modules)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from quality.images.controls import EVALUATED_CONTROLS, TRAINED_CONTROLS, while_evaluating
-from quality.images.held_out import BACKBONE, bin_centres
+from quality.images.held_out import bin_centres
+from quality.images.measurement import binned_losses, judged_samples
 from quality.images.methods import BASE, NAMES, NOISE_AWARE, adapted
 from quality.images.settings import arguments, settings
-from quality.images.task import ImageTask, binned_losses, judged_samples, load_task
+from quality.images.subjects import BACKBONE
+from quality.images.task import ImageTask, load_task
 from quality.images.training import train
 from quality.running import Job, Settings, Suite
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from nara_diffusion.dreambooth.arguments import DreamBoothArguments
-from nara_diffusion.training.adapters.method_arguments import without_unread
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+from nara_diffusion.training.adapters import without_unread
 from quality.assets import ASSETS
-from quality.images.held_out import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 from quality.images.methods import BASE
+from quality.images.subjects import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
+from quality.options import arguments_of
 from quality.running import RANK
 
 DEFAULTS: dict[str, Any] = {
@@ -39,12 +40,7 @@ def arguments(subject: str, method: str, seed: int, overrides: dict[str, Any]) -
     data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
     adapter = {} if method == BASE else {"adapter": method}
     values = without_unread(DEFAULTS, adapter) | data | overrides | adapter | {"seed": seed}
-    unknown = sorted(values.keys() - DreamBoothArguments.__dataclass_fields__.keys())
-    if unknown:
-        raise ValueError(
-            f"{', '.join(unknown)} is no argument of train_scripts/dreambooth_sdxl.py, which an image run has."
-        )
-    return DreamBoothArguments(**values)
+    return arguments_of(DreamBoothArguments, values)
 
 
 def settings(overrides: dict[str, Any]) -> dict[str, Any]:

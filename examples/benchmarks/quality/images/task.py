@@ -1,12 +1,13 @@
-"""One subject of the image benchmark: its pictures, prompts and evaluator, and what a run is measured by."""
+"""One subject of the image benchmark: its pictures, prompts and judge, all that its runs share, made once a process.
+
+The base model, latents of the five training pictures, embeddings of prompts, and the held-out pictures as noisy latents
+depend neither on the method nor on the seed, so that a run costs its steps, its samples, and nothing else.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean, variance
 from typing import Any
 
 import torch
@@ -15,24 +16,11 @@ from PIL.Image import Image
 from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.image_records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.evaluation.comparison import Evaluator
-from nara_diffusion.dreambooth.evaluation.fidelity import Encoder, text_alignment
-from nara_diffusion.dreambooth.evaluation.samples import SampleSettings, sample_images
+from nara_diffusion.dreambooth.evaluation.fidelity import Encoder
 from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from quality.assets import ASSETS
-from quality.images.held_out import (
-    BACKBONE,
-    BINS,
-    IDENTIFIER,
-    SUBJECTS,
-    HeldOut,
-    check_subject,
-    held_out_bin,
-    held_out_losses,
-    instance_prompt,
-    places_of,
-)
-
-# ---------------------------------------------------------------------- task
+from quality.images.held_out import BINS, HeldOut, held_out_bin, held_out_losses, places_of
+from quality.images.subjects import BACKBONE, IDENTIFIER, SUBJECTS, check_subject, instance_prompt
 
 SAMPLED_PLACES = (
     "on the beach",
@@ -113,91 +101,3 @@ def _base_model() -> Any:
 @cache
 def _encoder() -> Encoder:
     return Encoder(ASSETS / "clip-tiny", device="cpu")
-
-
-# ---------------------------------------------------------------------- measurement
-
-FIRST_SAMPLE_SEED = 1000  # samples of training seed s start from noise 1000 + 100 s, …
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Attributes:
-    means, errors: of each bin of λ, the mean over held-out pictures and its standard error.
-    gain_error: the standard error of the mean gain over the backbone as it is, of all bins together. Pictures differ
-        more than gains on them do, so that this is what tells one method from another.
-    """
-
-    means: list[float]
-    errors: list[float]
-    gain_error: float
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Attributes:
-    images: all of them.
-    similarity: to the five training pictures, mean cosine.
-    text_alignment: to their prompts, mean cosine.
-    place_similarity: of those in a place to the subject drawn in that place, mean cosine.
-    """
-
-    images: list[Image]
-    similarity: float
-    text_alignment: float
-    place_similarity: float
-
-
-def binned_losses(task: ImageTask, unet: Any) -> Losses:
-    """Of `unet` with whatever adapter and λ it has now."""
-    bins, errors, gain_errors = [], [], []
-    for held_out, before in zip(task.held_out, task.base_losses, strict=True):
-        losses = held_out_losses(unet, held_out)
-        gains = [base - own for base, own in zip(before, losses, strict=True)]
-        bins.append(fmean(losses))
-        errors.append(stratified_error(losses, held_out.kinds))
-        gain_errors.append(stratified_error(gains, held_out.kinds))
-    return Losses(bins, errors, math.hypot(*gain_errors) / len(bins))  # no picture is in two bins
-
-
-def stratified_error(values: Sequence[float], strata: Sequence[str]) -> float:
-    """The standard error of the mean of a stratified sample whose strata are as large as in what it is drawn from:
-    √(Σ_s n_s² σ_s² / n_s) / n, with σ_s within stratum s. Too large, if anything: that all places are in each bin
-    alike, and timesteps spread over it, isn't taken into account."""
-    groups: dict[str, list[float]] = {}
-    for value, stratum in zip(values, strata, strict=True):
-        groups.setdefault(stratum, []).append(value)
-    return math.sqrt(sum(len(group) * variance(group) for group in groups.values())) / len(values)
-
-
-def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
-    """What `unet` draws, with whatever adapter and λ it has now."""
-    settings = sample_settings(task, args)
-    scheduler = type(task.pipe.scheduler).from_config(task.pipe.scheduler.config)
-    images = sample_images(pipeline_of(task.pipe, unet, scheduler), settings)
-    prompts = [prompt for prompt, _ in settings.pairs]
-    encoder = task.judge.images
-    assert encoder is not None
-    similarities = encoder.images(images) @ encoder.images(task.judge.references).T  # (n, 5)
-    drawn = list(task.in_places)
-    to_places = encoder.images(images) @ encoder.images(list(task.in_places.values())).T  # (n, places)
-    own = [to_places[i, drawn.index(prompt)].item() for i, prompt in enumerate(prompts) if prompt in task.in_places]
-    alignment = text_alignment(encoder, images, prompts, task.judge.identifier)
-    assert alignment is not None
-    return Samples(images, similarities.mean().item(), alignment, fmean(own))
-
-
-def sample_settings(task: ImageTask, args: Any) -> SampleSettings:
-    """`num_validation_images` of each prompt, from noise that depends on the run's seed and on nothing else."""
-    call = {"height": args.resolution, "width": args.resolution}
-    call |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    seed = FIRST_SAMPLE_SEED + 100 * args.seed
-    return SampleSettings(task.sample_prompts, args.num_validation_images, seed, args.sample_batch_size, call)
-
-
-def pipeline_of(pipe: Any, unet: Any, scheduler: Any) -> Any:
-    """`pipe` with another UNet and scheduler; itself unchanged."""
-    options = {"force_zeros_for_empty_prompt": pipe.config.force_zeros_for_empty_prompt, "add_watermarker": False}
-    other = type(pipe)(**{**pipe.components, "unet": unet, "scheduler": scheduler}, **options)
-    other.set_progress_bar_config(disable=True)
-    return other

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nara_diffusion.training.adapters.methods import METHODS
+from nara_diffusion.training.adapters import NAMED
 from quality.report.data import (
     NOTHING,
     Arm,
@@ -33,7 +33,17 @@ CONTROLS = {
     "reversed": "evaluated with 1 − λ",
 }
 BASE = "base"
-_TITLES = {BASE: "the backbone as it is", "nara_centred": "NaRA-Knots, centred", "nara_knots_dora": "NaRA-Knots-DoRA"}
+_TITLES = {
+    BASE: "the backbone as it is",
+    "full": "full fine-tuning",
+    "rslora": "rsLoRA",
+    "pissa": "PiSSA",
+    "vera": "VeRA",
+    "adalora": "AdaLoRA",
+    "oft": "OFT",
+    "nara_centred": "NaRA-Knots, centred",
+    "nara_knots_dora": "NaRA-Knots-DoRA",
+}
 SUITES = {"text": "Text", "images": "Images"}
 _ORDER = (BASE, *MUST)
 
@@ -84,7 +94,7 @@ def title(arm: Arm) -> str:
 
 
 def _method_title(method: str) -> str:
-    return METHODS[method].title if method in METHODS else _TITLES.get(method, method)
+    return NAMED[method][2] if method in NAMED else _TITLES.get(method, method)
 
 
 def ordered(arms: Sequence[Arm]) -> list[Arm]:

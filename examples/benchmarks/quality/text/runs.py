@@ -18,7 +18,7 @@ from nara_diffusion.dllm.evaluation.exact_match import decode_answer, stop_token
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.training.optimization import CORE_MARK
+from nara_diffusion.training.optimization import is_core_parameter
 from quality.assets import ASSETS
 from quality.running import Job, Settings, Suite, is_noise_aware
 from quality.text.controls import EVALUATED, check_control, while_evaluating, while_training
@@ -87,10 +87,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optim
     groups = [
         {
             "name": "adapter",
-            "params": [p for name, p in trainable if CORE_MARK not in name],
+            "params": [p for name, p in trainable if not is_core_parameter(name)],
             "lr": recipe.learning_rate,
         },
-        {"name": "core", "params": [p for name, p in trainable if CORE_MARK in name], "lr": recipe.core_learning_rate},
+        {
+            "name": "core",
+            "params": [p for name, p in trainable if is_core_parameter(name)],
+            "lr": recipe.core_learning_rate,
+        },
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)

@@ -18,10 +18,12 @@ from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.noise.ablations import changed_noise, constant_noise
 from nara_diffusion.noise.level import find_holders
-from nara_diffusion.training.adapters.build import build_adapter
-from nara_diffusion.training.arguments.common import AdapterArguments, OptimizationArguments
+from nara_diffusion.training.adapters import build_adapter
+from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
+from nara_diffusion.training.parser import option
 from quality.assets import ASSETS
 from quality.images.methods import BASE
+from quality.options import arguments_of
 from quality.text.controls import CONSTANT, exchanged_noise
 
 DEFAULTS: dict[str, Any] = {"train_batch_size": 32, "lr_scheduler": "cosine", "lr_warmup_steps": 0.05}
@@ -31,7 +33,7 @@ DEFAULTS: dict[str, Any] = {"train_batch_size": 32, "lr_scheduler": "cosine", "l
 class TextArguments(AdapterArguments, OptimizationArguments):
     """Those of train_scripts/dllm.py that a run of a regime has."""
 
-    seed: int = 0
+    seed: int = option(0, "Of weights and data.")
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ class LanguageBackbone:
 
     def arguments(self, method: str, seed: int, options: Mapping[str, Any]) -> TextArguments:
         adapter = {} if method == BASE else {"adapter": method}
-        return TextArguments(**DEFAULTS | dict(options) | adapter, seed=seed)
+        return arguments_of(TextArguments, DEFAULTS | dict(options) | adapter | {"seed": seed})
 
     def adapted(self, method: str, args: Any) -> Any:
         model = copy.deepcopy(load(self.name)[0])
         if method == BASE:
             return model.requires_grad_(False)
-        return build_adapter(model, args, total_steps=args.max_train_steps, noise_convention=self.convention)
+        return build_adapter(model, args, noise_convention=self.convention)
 
     def controlled(self, model: Any, control: str | None, seed: int) -> ControlledLanguageModel:
         return ControlledLanguageModel(model, control, seed)

@@ -1,0 +1,127 @@
+"""The arguments of dllm/train.py."""
+
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nara_diffusion.dllm.masking import check_drawable
+from nara_diffusion.training.arguments import (
+    AdapterArguments,
+    OptimizationArguments,
+    RunArguments,
+    WindowArguments,
+    check_arguments,
+    check_schedule,
+    require,
+    window_of,
+)
+from nara_diffusion.training.parser import option, spread_options
+
+
+@dataclass
+class ModelArguments:
+    """Model and data"""
+
+    pretrained_model_name_or_path: str = option(
+        "", "Folder or Hub id of the model to adapt; none runs the shipped one.", content="base model"
+    )
+    model_options: dict[str, Any] = option({}, "How it is loaded:", rare=True)
+    revision: str | None = option(
+        None, "branch, tag or commit on the Hub", content="base model", within="model_options"
+    )
+    mask_token: str | None = option(
+        None, "text of the mask token, where the checkpoint doesn't name it", within="model_options"
+    )
+    ignore_tensors: list[str] | None = option(
+        None, "heads in the checkpoint to leave out, such as classifier", within="model_options"
+    )
+    dataset_name: str | None = option(
+        None,
+        "Data set on the Hub, or a folder that `datasets` reads, in place of files.",
+        content="training data",
+    )
+    train_file: str | None = option(None, "JSON list or JSON Lines, or gzip of one.", content="training data")
+    validation_file: str | None = option(
+        None, "Records for the validation loss; none holds out --validation_samples.", content="validation data"
+    )
+    test_file: str | None = option(
+        None, "Records for exact match, before and after; none takes the validation ones.", resumable=True
+    )
+    validation_samples: int | None = option(
+        None,
+        "Records held out of the training data, if there is no file; none takes a tenth of them, 128 at most.",
+        unit="records",
+        rare=True,
+    )
+    test_samples: int | None = option(
+        None, "Use the first so many test records; none uses all.", unit="records", rare=True
+    )
+    data_options: dict[str, Any] = option({}, "How data are read:", rare=True)
+    dataset_config_name: str | None = option(None, "configuration of --dataset_name", within="data_options")
+    instruction_field: str = option("instruction", "field of a record with the question", within="data_options")
+    input_field: str = option(
+        "input", "field with the question's second part; records may lack it", within="data_options"
+    )
+    output_field: str = option("output", "field with what the model learns to write", within="data_options")
+    answer_field: str = option("answer", "field with what a generation is compared with", within="data_options")
+    max_length: int = option(
+        512, "Length of prompt and answer together, without padding; longer answers are cut.", unit="tokens"
+    )
+
+
+@dataclass
+class ObjectiveArguments:
+    """Objective and evaluation"""
+
+    trained_padding: str = option(
+        "gen_length",
+        "How far end tokens after an answer are trained on: gen_length, as far as generation goes; longest, the "
+        "longest sample of the global batch; max_length; or a number of tokens.",
+        unit="tokens",
+        rare=True,
+    )
+    complementary: bool = option(False, "Train on each sample twice, with complementary masks.", rare=True)
+    eval_batch_size: int = option(16, "Samples of one forward in evaluation.", unit="samples")
+    gen_length: int = option(128, "Length of a generated answer.", unit="tokens")
+    generation_steps: int | None = option(None, "Denoising steps of an answer; none takes one a token.", unit="steps")
+    block_length: int | None = option(
+        None, "Block that is finished before the next is begun; none is one.", unit="tokens"
+    )
+    extract: str = option(
+        "text", "What is compared: text, the last number, choice.", choices=("text", "number", "choice")
+    )
+    evaluation_options: dict[str, Any] = option({}, "How answers are generated and losses measured:", rare=True)
+    temperature: float = option(0.0, "of sampling; 0 takes the likeliest token", within="evaluation_options")
+    cfg_scale: float = option(0.0, "classifier-free guidance; 0 disables it", within="evaluation_options")
+    remasking: str = option(
+        "low_confidence",
+        "which tokens stay masked, low_confidence or random",
+        choices=("low_confidence", "random"),
+        within="evaluation_options",
+    )
+    curve_points: int = option(
+        10, "noise levels at which the picture shows the loss", unit="points", within="evaluation_options"
+    )
+
+
+@dataclass
+class Arguments(
+    ModelArguments, AdapterArguments, OptimizationArguments, ObjectiveArguments, WindowArguments, RunArguments
+):
+    def __post_init__(self) -> None:
+        spread_options(self)
+        if not self.pretrained_model_name_or_path:
+            raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
+        check_arguments(self)
+        check_schedule(self)
+        check_drawable(window_of(self), self.complementary)
+        counts = ("max_length", "eval_batch_size", "gen_length", "curve_points", "validation_samples", "test_samples")
+        require(self, "at least 1", lambda value: value >= 1, *counts)
+        if (self.train_file is None) == (self.dataset_name is None):
+            got = "neither" if self.train_file is None else "both"
+            raise ValueError(f"training data come from train_file or from dataset_name: give one of them, got {got}.")
+        words = ("gen_length", "longest", "max_length")
+        if self.trained_padding not in words and not self.trained_padding.isdecimal():
+            raise ValueError(f"trained_padding is {self.trained_padding!r}, expected {', '.join(words)} or a number.")

@@ -1,0 +1,190 @@
+"""Fine-tune a masked-diffusion language model (LLaDA, Dream, …) with NaRA or another adapter, and measure the gain.
+
+The shipped model and task, offline, on CPU, in minutes:
+    accelerate launch train_scripts/dllm.py
+LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps of global_batch_size samples together:
+    accelerate launch train_scripts/dllm.py --config train_scripts/configs/llada_instruct_math14k.yaml
+
+Installed without a clone, as `accelerate launch -m nara_diffusion.dllm.train`. With --adapter lora, dora, …, full the
+same is done by another method. --init_adapter starts from a LoRA or NaRA. --min_noise_level and --max_noise_level train
+a part of the noise levels (docs/windows.md).
+
+Written to the output folder: adapter_config.json and adapter_model.safetensors (a model folder, for --adapter full),
+README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,
+noise_level_curve.png, samples.html, and checkpoint-N folders to resume from.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from nara_diffusion.check.check_tasks import text_task
+from nara_diffusion.check.verdict_report import check_training
+from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm.canvas import check_canvas, check_positions
+from nara_diffusion.dllm.data.collator import GlobalBatchStream, TrainedCanvas, with_longest
+from nara_diffusion.dllm.data.encoding import end_token_id
+from nara_diffusion.dllm.data.records import load_records
+from nara_diffusion.dllm.evaluation.before_after import compare, measure, validation_losses
+from nara_diffusion.dllm.evaluation.report import results_table, window_note, write_run_report
+from nara_diffusion.training.adapters import (
+    base_model,
+    build_adapter,
+    recompute_activations,
+    title_of,
+    without_unread,
+)
+from nara_diffusion.training.arguments import schedule_of, window_of
+from nara_diffusion.training.checkpoints import local_folder, save_adapter
+from nara_diffusion.training.command import ASSETS, run_command, shipped
+from nara_diffusion.training.engines import load_whole, loading_in, prepare
+from nara_diffusion.training.init_adapter import start_from
+from nara_diffusion.training.loop import train
+from nara_diffusion.training.optimization import build_optimizer, build_scheduler
+from nara_diffusion.training.peft_files import load_checkpoint, write_adapter, write_checkpoint
+from nara_diffusion.training.report import publish, window_facts
+from nara_diffusion.training.run import Run, start_run
+from nara_diffusion.training.stream import count_steps, stream_loader
+from nara_diffusion.utils.atomic_write import atomic_write_files
+
+from .text_arguments import Arguments
+
+logger = logging.getLogger(__name__)
+
+# Arguments that `exact_match` takes under the same name.
+SAMPLING = ("gen_length", "block_length", "temperature", "cfg_scale", "remasking", "extract")
+
+# What a run does where no model is named; the flags' own defaults suit models of some billion parameters.
+SHIPPED_DATA = {
+    f"{split}_file": str(ASSETS / "two-step" / f"{split}.jsonl") for split in ("train", "validation", "test")
+}
+SHIPPED_RUN = {
+    "pretrained_model_name_or_path": str(ASSETS / "llada-tiny"),
+    "target_modules": ["all-linear"],
+    "train_batch_size": 32,
+    "num_train_epochs": 3.2,  # 400 steps
+    "learning_rate": 1e-2,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "checkpointing_steps": 200,
+    "eval_batch_size": 64,
+    "gen_length": 12,
+}
+
+
+def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the shipped run, where no model was `given`; without its data, where other data were."""
+    if "pretrained_model_name_or_path" in given:
+        return {}
+    data = {} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA
+    return without_unread(shipped(SHIPPED_RUN | data), given)
+
+
+def main(args: Arguments) -> dict[str, Any]:
+    """Trains, measures before and after, saves; returns what results.json holds."""
+    with start_run(args, "dllm", write_checkpoint) as run:
+        return fine_tune(args, run)
+
+
+def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
+    """The run from its data to its report."""
+    started = time.perf_counter()
+
+    # Data
+    records = load_records(args)
+    for what, part in zip(("training data", "validation data"), records, strict=False):
+        run.record_data_digest(what, (text for column in part.column_names for text in part[column]))
+
+    # Model
+    options: dict[str, Any] = {"mask_token": args.mask_token, "ignore_tensors": args.ignore_tensors or ()}
+    options |= {} if args.revision is None else {"revision": args.revision}
+    load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
+    with loading_in(run.accelerator, run.weights_dtype):
+        backbone, tokenizer = load(dtype=run.weights_dtype)
+    run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
+    check_positions(backbone, args.max_length)
+    encoded = [encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main) for part in records]
+    train_rows, validation_rows, test_rows = (part.rows for part in encoded)
+    padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
+    collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length, args.gen_length)
+    validation_rows = with_longest(validation_rows, run.global_batch)
+    longest, longest_prompt = (max(getattr(part, name) for part in encoded) for name in ("longest", "longest_prompt"))
+    canvas_prompt = longest_prompt if padding == "gen_length" else encoded[-1].longest_prompt  # of the test records
+    check_canvas(backbone, canvas_prompt, args.gen_length)
+    if args.gradient_checkpointing:
+        recompute_activations(backbone)
+    objective: dict[str, Any] = {"seed": args.seed, "group_size": run.global_batch}
+    objective |= {"complementary": args.complementary, "window": window_of(args)}
+    if args.check:
+        device = run.accelerator.device
+        task = text_task(backbone, args, train_rows, validation_rows, collator, objective, device)
+        results, shown = check_training(task, args, run)
+        sys.stdout.write(f"{shown}\n")
+        return results
+    steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
+    model = build_adapter(backbone, args, strength=schedule_of(args))
+    check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
+    check_positions(model, args.max_length, longest=collator.padded_length(longest, longest_prompt))
+    if run.checkpoint is not None:
+        load_checkpoint(model, run.checkpoint)
+    elif args.init_adapter is not None:
+        start_from({"": backbone}, args.init_adapter, backbone)
+
+    # Train
+    optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
+    scheduler = build_scheduler(optimizer, args, steps)
+    stream = GlobalBatchStream(train_rows, args.seed, run.global_batch)
+    canvas = TrainedCanvas(stream, collator, args.gen_length, args.block_length)
+    if run.is_main and (warning := canvas.warning()):
+        logger.warning("%s", warning)
+    loader = stream_loader(stream, collator, **run.batches(steps))
+    model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
+    adapted = run.accelerator.unwrap_model(model)
+    sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
+    longest_prompt = max(test_rows, key=lambda row: row["prompt_length"])
+    exact_match(adapted, tokenizer, [longest_prompt], **sampling, progress=False)  # bad settings show now
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    facts = {
+        "adapter": title_of(args),
+        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
+        "validation": f"{len(validation_rows)} records, {args.validation_file or 'held out of the training data'}",
+        "canvas": canvas.fact(),
+        "trainable parameters": f"{trainable:,}",
+        "hardware": run.hardware,
+        **window_facts(args),
+    }
+    run.open(facts)
+    held_out: dict[str, Any] = {"collator": collator, "seed": args.seed, "batch_size": args.eval_batch_size}
+    loss = partial(masked_diffusion_loss, model, **objective)
+    validate = partial(
+        validation_losses, run.accelerator, adapted, validation_rows, **held_out, window=objective["window"]
+    )
+    train(run, model, optimizer, scheduler, loader, steps, lambda batch: loss(**batch), validate)
+
+    # Save
+    save_adapter(run.accelerator, model, run.folder, write_adapter)
+    if args.adapter == "full" and run.is_main:
+        with atomic_write_files(run.folder) as unfinished:
+            tokenizer.save_pretrained(unfinished)  # a model folder has one
+    parts = (tokenizer, validation_rows, test_rows)
+    options = {**held_out, "curve_points": args.curve_points, **sampling}
+    load_base = partial(load_whole, run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
+    with base_model(adapted, load_base) as base:
+        before = measure(run.accelerator, base, *parts, **options)
+    after = measure(run.accelerator, adapted, *parts, **options)
+    results = {"seconds": round(time.perf_counter() - started, 1), "n": len(test_rows), **compare(before, after)}
+    results |= {"adapter": args.adapter, "trainable_parameters": trainable}
+    if run.is_main:
+        facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
+        write_run_report(run.folder, args, facts, before, after, load_from=run.hub_id or str(run.folder))
+        publish(run, results, results_table(before, after), window_note(args))
+    return results
+
+
+if __name__ == "__main__":
+    run_command(main, Arguments, __doc__, shipped_run)

@@ -1,0 +1,328 @@
+"""The arguments of dreambooth/train.py, named as those of diffusers' own script where it has them."""
+
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nara_diffusion.dreambooth.conversion import CONVERSIONS, FLOW, check_conversion
+from nara_diffusion.dreambooth.data.captions import check_prompt
+from nara_diffusion.dreambooth.families.family import TRANSFORMER_TARGETS, Family
+from nara_diffusion.training.adapters import method_of
+from nara_diffusion.training.arguments import (
+    AdapterArguments,
+    OptimizationArguments,
+    RunArguments,
+    WindowArguments,
+    check_arguments,
+    check_schedule,
+    require,
+)
+from nara_diffusion.training.parser import option, spread_options
+
+UNET_TARGETS = list(TRANSFORMER_TARGETS)
+WEIGHTING = ("cosmap", "sigma_sqrt")
+SCHEMES = ("none", "logit_normal", "mode", *WEIGHTING)
+LARGEST_MODE_SCALE = 2 / (math.pi - 2)
+"""k beyond which, and below −1, the u of "mode" would not fall as v grows."""
+
+
+@dataclass
+class ModelArguments:
+    """Model"""
+
+    pretrained_model_name_or_path: str = option(
+        "", "Folder or Hub id of the model to adapt, which has a model_index.json.", content="base model"
+    )
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "Another autoencoder, such as madebyollin/sdxl-vae-fp16-fix.", content="base model", rare=True
+    )
+    model_options: dict[str, Any] = option({}, "How it is loaded and called:", rare=True)
+    revision: str | None = option(
+        None, "branch, tag or commit on the Hub", content="base model", within="model_options"
+    )
+    variant: str | None = option(
+        None, "variant of the weight files, such as fp16", content="base model", within="model_options"
+    )
+    max_sequence_length: int | None = option(
+        None,
+        "tokens of a prompt that are read, in families whose text encoders read more or fewer; none means what the "
+        "family's pipeline does",
+        unit="tokens",
+        within="model_options",
+    )
+    training_guidance_scale: float | None = option(
+        None,
+        "what a denoiser with distilled guidance (FLUX) reads in training; none means its samples' default",
+        within="model_options",
+    )
+
+
+@dataclass
+class DataArguments:
+    """Images and captions"""
+
+    instance_data_dir: str | None = option(
+        None, "Folder with images of the subject, or captioned ones.", content="training data"
+    )
+    instance_prompt: str | None = option(
+        None, "What they show, with a rare word for the subject: 'a photo of sks dog'. Images without caption get it."
+    )
+    dataset_name: str | None = option(
+        None, "Data set on the Hub, or a folder that `datasets` reads, in place of it.", content="training data"
+    )
+    data_options: dict[str, Any] = option({}, "How images are read:", rare=True)
+    dataset_config_name: str | None = option(None, "configuration of --dataset_name", within="data_options")
+    image_column: str = option("image", "column of that data set with the images", within="data_options")
+    caption_column: str | None = option(
+        None, "column with the captions, there or in metadata.jsonl", within="data_options"
+    )
+    crops_per_image: int | None = option(
+        4,
+        "places of random crops, to bound the cache of latents; none means anywhere, anew each time",
+        unit="places",
+        within="data_options",
+    )
+    cache_latents: bool = option(
+        True, "keep what the autoencoder says of each crop instead of running it each step", within="data_options"
+    )
+    resolution: int = option(1024, "Side of the square that images are scaled and cut to.", unit="pixels")
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Sizes height,width;height,width;… of which each image takes the nearest, or auto; none means the square.",
+        rare=True,
+    )
+    center_crop: bool = option(False, "Cut the middle; otherwise one of a few random places at each draw.", rare=True)
+    random_flip: bool = option(False, "Mirror half of the samples.", rare=True)
+    cache_folder: str | None = option(
+        None, "Keep the caches of latents and prompts in this folder too, for later runs.", resumable=True, rare=True
+    )
+    caption_dropout: float = option(
+        0.0,
+        "Probability that a sample has the empty prompt in place of its caption; class images keep theirs.",
+        unit="probability",
+        rare=True,
+    )
+
+
+@dataclass
+class PriorArguments:
+    """Prior preservation"""
+
+    class_data_dir: str | None = option(
+        None,
+        "Folder of images of the class, trained on too, lest the model forgets it; those that it lacks are generated.",
+        content="training data",
+        rare=True,
+    )
+    class_prompt: str | None = option(None, "What they show: 'a photo of a dog'.", rare=True)
+    num_class_images: int = option(100, "Class images that have to be there.", unit="images", rare=True)
+    prior_loss_weight: float = option(1.0, "What the loss on class images counts.", rare=True)
+
+    @property
+    def with_prior_preservation(self) -> bool:
+        """Whether class images are trained on."""
+        return self.class_prompt is not None
+
+
+@dataclass
+class ImageAdapterArguments(AdapterArguments):
+    """Adapter"""
+
+    target_modules: list[str] = option(UNET_TARGETS, "Names of the denoiser's modules to adapt, or all-linear.")
+    train_text_encoder: bool = option(
+        False,
+        "Also adapt the text encoders of Stable Diffusion 1, 2 and XL, with the same options; there C = I, since they "
+        "know no λ.",
+        rare=True,
+    )
+    text_encoder_lr: float | None = option(None, "Learning rate of those; none means --learning_rate.", rare=True)
+    use_ema: bool = option(
+        False,
+        "Save, sample and measure an exponential moving average of what is trained, by Diffusers' EMAModel, in place "
+        "of its last step.",
+        rare=True,
+    )
+
+
+@dataclass
+class ObjectiveArguments:
+    """Objective"""
+
+    prediction_type: str | None = option(
+        None,
+        "Teach the model to predict this in place of what it does: epsilon (the noise), v_prediction on the same "
+        "schedule, or flow_prediction (the velocity of a rectified flow); none leaves it. The adapter's file carries "
+        "the scheduler that then samples. Before training, the log says the loss of the base read by the identity.",
+        choices=CONVERSIONS,
+        rare=True,
+    )
+    stratified_timesteps: bool = option(
+        False, "Spread the timesteps of each optimizer step evenly over the schedule.", rare=True
+    )
+    snr_gamma: float | None = option(
+        None, "γ of min-SNR weights, 5 as a rule; none weights all timesteps alike.", rare=True
+    )
+    weighting_scheme: str = option(
+        "none",
+        "Of rectified flows: draw middle noise levels more often (logit_normal, mode) or weight their errors (cosmap, "
+        "sigma_sqrt).",
+        choices=SCHEMES,
+        rare=True,
+    )
+    objective_options: dict[str, Any] = option({}, "Further settings of the objective:", rare=True)
+    rescale_betas_zero_snr: bool = option(
+        False,
+        "a schedule that ends in pure noise, for dark and bright images; with --prediction_type v_prediction",
+        within="objective_options",
+    )
+    noise_offset: float = option(
+        0.0, "standard deviation of a shift of each channel's noise, 0.1 at most as a rule", within="objective_options"
+    )
+    logit_mean: float = option(
+        0.0, "mean of logit_normal; above 0 means less noise, as in Diffusers' scripts", within="objective_options"
+    )
+    logit_std: float = option(1.0, "standard deviation of logit_normal", within="objective_options")
+    mode_scale: float = option(1.29, "scale of mode", within="objective_options")
+    flow_shift: float | None = option(
+        None,
+        "s of σ → s σ / (1 + (s − 1) σ) of a rectified flow; none means what the scheduler says, 1 where it depends on "
+        "the size",
+        within="objective_options",
+    )
+
+
+@dataclass
+class ValidationArguments:
+    """Samples and measurement"""
+
+    validation_prompts: list[str] | None = option(
+        None,
+        "Quoted prompts to sample before, after, and every --validation_steps; none takes the instance prompt, or "
+        "without one the first four captions.",
+        sentences=True,
+    )
+    num_validation_images: int = option(
+        4, "Images for each of them, with the seeds --seed, --seed + 1, ….", unit="images", rare=True
+    )
+    num_inference_steps: int = option(30, "Denoising steps of a sample.", unit="steps")
+    guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
+    validation_data_dir: str | None = option(
+        None,
+        "Further images of the subject for the validation loss; none takes the training images, on other noise.",
+        content="validation data",
+        rare=True,
+    )
+    similarity_model: str | None = option(
+        None,
+        "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id; none doesn't.",
+        resumable=True,
+    )
+    alignment_model: str | None = option(
+        None, "CLIP that compares samples with their prompts: folder or Hub id; none doesn't.", resumable=True
+    )
+    identifier: list[str] | None = option(
+        None, "Words that it is not to read, such as sks, which it doesn't know.", rare=True
+    )
+    evaluation_options: dict[str, Any] = option({}, "How samples are made and losses measured:", rare=True)
+    sample_batch_size: int = option(4, "images that are sampled at once", unit="images", within="evaluation_options")
+    curve_points: int = option(
+        10, "noise levels at which the validation loss is measured", unit="points", within="evaluation_options"
+    )
+
+
+@dataclass
+class DreamBoothArguments(
+    ModelArguments,
+    DataArguments,
+    PriorArguments,
+    ImageAdapterArguments,
+    OptimizationArguments,
+    ObjectiveArguments,
+    WindowArguments,
+    ValidationArguments,
+    RunArguments,
+):
+    def __post_init__(self) -> None:
+        spread_options(self)
+        if not self.pretrained_model_name_or_path:
+            raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
+        check_arguments(self)
+        check_schedule(self)
+        _check_data(self)
+        _check_objective(self)
+        counts = ("num_validation_images", "num_inference_steps", "sample_batch_size", "curve_points")
+        require(self, "at least 1", lambda value: value >= 1, *counts, "crops_per_image", "num_class_images")
+        require(self, "at least 8", lambda value: value >= 8, "resolution")
+        require(self, "above 0", lambda value: value > 0, "text_encoder_lr", "snr_gamma", "logit_std", "flow_shift")
+        least_0 = ("prior_loss_weight", "guidance_scale", "noise_offset", "max_sequence_length")
+        require(self, "at least 0", lambda value: value >= 0, *least_0, "training_guidance_scale")
+        if method_of(self).family == "prompt":
+            raise ValueError(
+                f"adapter is {self.adapter!r}, whose virtual tokens stand before a language model's text, and a "
+                "denoiser reads none: choose another."
+            )
+        if self.adapter_options.get("core_input", "noise_level") != "noise_level":
+            raise ValueError("core_input is for text: images have no masks. Leave it out of adapter_options.")
+
+    @property
+    def prompts(self) -> list[str]:
+        """Return the prompts to sample, if any are named; otherwise the images' captions are sampled."""
+        return self.validation_prompts or ([] if self.instance_prompt is None else [self.instance_prompt])
+
+
+def _check_data(args: Any) -> None:
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        got = "neither" if args.instance_data_dir is None else "both"
+        raise ValueError(f"images come from instance_data_dir or from dataset_name: give one of them, got {got}.")
+    if (args.class_data_dir is None) != (args.class_prompt is None):
+        raise ValueError("prior preservation needs class_data_dir and class_prompt: give both, or neither.")
+    for prompt, name in ((args.instance_prompt, "instance_prompt"), (args.class_prompt, "class_prompt")):
+        if prompt is not None:
+            check_prompt(prompt, name)
+    for prompt in args.validation_prompts or []:
+        check_prompt(prompt, "a validation prompt")
+    require(args, "in [0, 1], a probability", lambda value: 0 <= value <= 1, "caption_dropout")
+    if args.text_encoder_lr is not None and not args.train_text_encoder:
+        raise ValueError("text_encoder_lr is set, but the text encoders aren't trained: add train_text_encoder.")
+
+
+def _check_objective(args: Any) -> None:
+    check_conversion(args.prediction_type, args.rescale_betas_zero_snr)
+    window = (args.min_noise_level, args.max_noise_level)
+    if (args.prediction_type is not None or args.rescale_betas_zero_snr) and window != (None, None):
+        raise ValueError(
+            "a model that is converted at some noise levels alone predicts something else at the others: leave "
+            "min_noise_level and max_noise_level out with prediction_type and rescale_betas_zero_snr."
+        )
+    bound = f"between -1 and {LARGEST_MODE_SCALE:.3f}"
+    require(args, bound, lambda value: -1 <= value <= LARGEST_MODE_SCALE, "mode_scale")
+    require(args, "a number", math.isfinite, "logit_mean", "logit_std", "noise_offset")
+    if args.snr_gamma is not None and args.weighting_scheme in WEIGHTING:
+        raise ValueError(
+            f"weighting_scheme {args.weighting_scheme!r} weights the errors, and so does snr_gamma: leave one out."
+        )
+
+
+def check_family(args: Any, family: Family) -> None:
+    """Raises ValueError for arguments that a family can't express, before its model is loaded."""
+    unread: list[tuple[str, Any, str]] = []  # (argument, its value where it isn't set, why it can't be set)
+    if not family.text_encoders:
+        unread.append(("train_text_encoder", False, "is trained with its text encoders as they are"))
+    if family.max_sequence_length is None:
+        unread.append(("max_sequence_length", None, "reads the tokens that its CLIP has places for"))
+    if family.guidance is None:
+        unread.append(("training_guidance_scale", None, "has no distilled guidance"))
+    if family.is_flow:
+        flow = "is a rectified flow"
+        unread.append(("prediction_type", None, f"{flow}, and predicts its velocity already"))
+        unread.append(("rescale_betas_zero_snr", False, f"{flow}, which ends in pure noise as it is"))
+        unread.append(("snr_gamma", None, f"{flow}, whose weights are --weighting_scheme's"))
+    elif args.prediction_type != FLOW:
+        why = f"is no rectified flow, unless --prediction_type is {FLOW}"
+        unread += [("weighting_scheme", "none", why), ("flow_shift", None, why)]
+    for name, unset, why in unread:
+        if getattr(args, name) != unset:
+            raise ValueError(f"{name} is {getattr(args, name)}, but {family.title} {why}: leave it out.")

@@ -1,1 +1,0 @@
-"""The methods of `--adapter`: from the arguments of a train script to an adapted model."""

@@ -1,0 +1,275 @@
+"""The arguments that both train scripts share, in groups; a script adds its own by inheriting from them."""
+
+# ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nara_diffusion.cores.registry import check_core_type
+from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.noise.window import NoiseWindow
+
+from .adapters import adapter_config, check_adapter, import_core_module, method_of
+from .optimization import OPTIMIZERS, SCHEDULES, check_optimizer
+from .parser import given_arguments, option
+
+
+@dataclass
+class AdapterArguments:
+    """Adapter"""
+
+    adapter: str = option(
+        "nara",
+        "How to fine-tune: nara, nara_dora, nara_c, lora, dora, another method of PEFT by its name (hira, vera, oft, "
+        "prompt_tuning, …), or full for all weights.",
+    )
+    rank: int = option(8, "Inner size r of A (r, d_in), C (r, r) and B (d_out, r).")
+    lora_alpha: float | None = option(
+        None, "The update is scaled by lora_alpha / rank; none means rank, so by 1 as in the paper."
+    )
+    lora_dropout: float = option(0.0, "Dropout on the input of A.", unit="probability")
+    target_modules: list[str] = option(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], "Names of the modules to adapt, or all-linear."
+    )
+    adapter_options: dict[str, Any] = option(
+        {},
+        "Further fields of the adapter's configuration, NaraConfig or PEFT's: core_init=kaiming, use_rslora=true, ….",
+    )
+    init_adapter: str | None = option(
+        None,
+        "Start from this adapter: a LoRA's file or folder (PEFT's, Diffusers', …), whose core starts as C = I, or a "
+        "NaRA of this package. Its layers, rank, lora_alpha and DoRA have to be those of the flags.",
+        resumable=True,
+    )
+    core_type: str = option(
+        "hypernetwork",
+        "What makes C(λ): hypernetwork, constant, identity, knots, rank_mask, bins, or the name that --core_module "
+        "registers.",
+        rare=True,
+    )
+    core_module: str | None = option(
+        None,
+        "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; docs/cores.md "
+        "has one.",
+        resumable=True,
+        rare=True,
+    )
+    core_scale: float = option(0.1, "η in C = I + η F(e(λ)).", rare=True)
+
+
+@dataclass
+class OptimizationArguments:
+    """Optimization"""
+
+    train_batch_size: int = option(4, "Samples of one forward on one process.", unit="samples")
+    gradient_accumulation_steps: int = option(1, "Forwards that make one optimizer step.", unit="forwards")
+    global_batch_size: int | None = option(
+        None,
+        "Samples of one optimizer step over all processes, however many there are; in place of "
+        "--gradient_accumulation_steps, which then follows from it.",
+        unit="samples",
+    )
+    max_train_steps: int | None = option(
+        None, "Optimizer steps to train; none leaves it to --num_train_epochs.", unit="optimizer steps"
+    )
+    num_train_epochs: float = option(
+        1.0, "Passes over the training data, where --max_train_steps is none.", unit="epochs"
+    )
+    learning_rate: float = option(1e-4, "Peak learning rate of A and B.")
+    core_learning_rate: float | None = option(None, "Peak learning rate of the core's F; none means --learning_rate.")
+    core_start_step: int = option(
+        0,
+        "Train A and B alone, with C = I, up to this step, then all: the paper's two stages.",
+        unit="optimizer steps",
+        rare=True,
+    )
+    lr_scheduler: str = option(
+        "linear", "Shape of the learning rate, by transformers.get_scheduler.", choices=SCHEDULES, rare=True
+    )
+    lr_warmup_steps: float = option(
+        0.0,
+        "Steps over which the learning rate rises from 0; below 1, a share of all steps.",
+        unit="optimizer steps",
+        rare=True,
+    )
+    optimizer: str = option(
+        "AdamW",
+        "AdamW; AdamW8bit, of bitsandbytes; prodigy, which finds its own rate: give it --learning_rate 1; or Adafactor "
+        "at the given rate, without momentum.",
+        choices=tuple(OPTIMIZERS),
+        rare=True,
+    )
+    optimizer_options: dict[str, Any] = option(
+        {}, "Further arguments of the optimizer's class: betas=[0.9,0.99], eps=1e-6, ….", rare=True
+    )
+    weight_decay: float = option(0.0, "The optimizer's decoupled weight decay.", rare=True)
+    max_grad_norm: float | None = option(1.0, "Norm to which gradients are clipped; none disables it.", rare=True)
+    mixed_precision: str | None = option(
+        None,
+        "Precision of the forward; none means what `accelerate config` says. fp16 is refused under DeepSpeed.",
+        choices=("no", "fp16", "bf16"),
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward: less memory, more time.")
+
+
+@dataclass
+class WindowArguments:
+    """Window of noise levels (docs/windows.md)"""
+
+    min_noise_level: float | None = option(
+        None,
+        "Train only where the noise level λ, 1 at pure noise, is at least this; none is 0.",
+        unit="λ",
+        rare=True,
+    )
+    max_noise_level: float | None = option(
+        None, "Train only where λ is below this; none means 1, which is included.", unit="λ", rare=True
+    )
+    open_window: bool = option(
+        False,
+        "Leave the adapter on outside of the window. By default a NaRA's file holds the window as its strength, which "
+        "is 0 outside; a LoRA's can't, and the run says how to give it the schedule.",
+        rare=True,
+    )
+
+
+@dataclass
+class RunArguments:
+    """Run, checkpoints and reports"""
+
+    output_dir: str | None = option(
+        None, "Folder of everything that is written; none makes a fresh numbered one under outputs/.", resumable=True
+    )
+    seed: int = option(0, "Seed of the weights, the order of the data, masks and dropout.")
+    check: bool = option(
+        False,
+        "Measure whether λ can help this training, write check.json and check.png, and stop before it; docs/check.md.",
+        resumable=True,
+    )
+    logging_steps: int = option(
+        10, "Write to metrics.jsonl every so often.", unit="optimizer steps", resumable=True, rare=True
+    )
+    validation_steps: int | None = option(
+        100, "Measure the validation loss every so often; none never.", unit="optimizer steps", resumable=True
+    )
+    checkpointing_steps: int | None = option(
+        500, "Write a checkpoint-N folder every so often; none never.", unit="optimizer steps", resumable=True
+    )
+    checkpoints_total_limit: int | None = option(
+        2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", resumable=True, rare=True
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Continue from this checkpoint-N, a folder or one of --output_dir; latest: the one there written last.",
+        resumable=True,
+    )
+    report_to: list[str] | None = option(
+        None,
+        "Trackers beside metrics.jsonl: tensorboard, which [train] installs, wandb, or others of accelerate.",
+        resumable=True,
+        rare=True,
+    )
+    hub_model_id: str | None = option(
+        None,
+        "Repository on the Hub to upload the output folder to, without checkpoints; none uploads nothing.",
+        resumable=True,
+        rare=True,
+    )
+
+
+def schedule_of(args: Any) -> StrengthSchedule | None:
+    """The strength that the trained adapter is meant to have; None where it is on at every λ."""
+    return None if args.open_window else window_of(args).as_schedule()
+
+
+def window_of(args: Any) -> NoiseWindow:
+    """The window of noise levels that `args` (a `WindowArguments`) describe; by default all of [0, 1]."""
+    low, high = args.min_noise_level, args.max_noise_level
+    return NoiseWindow(0.0 if low is None else low, 1.0 if high is None else high)
+
+
+def check_arguments(args: Any) -> None:
+    """Raises ValueError for values that no run can use. Each script's arguments call it in `__post_init__`."""
+    require(args, "at least 1", lambda value: value >= 1, "rank", "train_batch_size", "gradient_accumulation_steps")
+    require(args, "at least 1", lambda value: value >= 1, "global_batch_size", "max_train_steps", "logging_steps")
+    require(args, "at least 1", lambda value: value >= 1, "validation_steps", "checkpointing_steps")
+    require(args, "at least 1", lambda value: value >= 1, "checkpoints_total_limit")
+    require(args, "above 0", lambda value: value > 0, "learning_rate", "core_learning_rate", "num_train_epochs")
+    require(args, "above 0", lambda value: value > 0, "max_grad_norm")
+    require(args, "at least 0", lambda value: value >= 0, "core_start_step", "lr_warmup_steps", "weight_decay")
+    require(args, "from 0 to 4294967295, as NumPy's generator takes it", lambda value: 0 <= value < 2**32, "seed")
+    require(args, "in [0, 1)", lambda value: 0 <= value < 1, "lora_dropout")
+    levels = ("min_noise_level", "max_noise_level")
+    require(args, "in [0, 1], λ, for which timestep 700 of 1000 is 0.7", lambda value: 0 <= value <= 1, *levels)
+    if (args.min_noise_level or 0.0) >= (1.0 if args.max_noise_level is None else args.max_noise_level):
+        raise ValueError(
+            f"min_noise_level is {args.min_noise_level} and max_noise_level {args.max_noise_level}, so that no noise "
+            "level lies between: min_noise_level has to be the smaller one."
+        )
+    if args.global_batch_size is not None and args.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {args.gradient_accumulation_steps} and global_batch_size "
+            f"{args.global_batch_size}, from which the former follows: give one of the two."
+        )
+    if args.core_module is not None:
+        import_core_module(args.core_module)
+    check_core_type(args.core_type)
+    check_adapter(args)
+    check_optimizer(args)
+    if args.init_adapter is not None:
+        _check_start(args)
+    if args.check and (
+        method_of(args).family in ("prompt", "full")
+        or args.resume_from_checkpoint
+        or args.hub_model_id
+        or args.init_adapter
+    ):
+        raise ValueError(
+            "check measures what λ tells a low-rank adapter before its training: leave resume_from_checkpoint, "
+            "hub_model_id and init_adapter out, and give adapter nara or lora."
+        )
+
+
+def _check_start(args: Any) -> None:
+    if not Path(args.init_adapter).expanduser().exists():
+        raise ValueError(f"init_adapter is {args.init_adapter!r}: there is no such file or folder.")
+    if method_of(args).family not in ("nara", "lora"):
+        raise ValueError(f"init_adapter starts from a LoRA or a NaRA, which adapter {args.adapter} is not: give nara.")
+
+
+def require(args: Any, expected: str, holds: Any, *names: str) -> None:
+    """Raises ValueError with the argument's name, its value and what was `expected`, for the first of `names` of which
+    `holds(value)` is false; None is a value that isn't set."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} must be {expected}, got {value}.")
+
+
+def differences(
+    args: Any, saved: Mapping[str, Any], contents: Collection[str] = (), content: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """{name: (saved value, current value)} of the arguments that a resumed run may not change, and that differ.
+
+    Args:
+        saved: as `given_arguments` returned them.
+        contents: the contents that are compared by digests instead of by their names (see `option`).
+        content: the content whose names are compared, instead of all other arguments.
+    """
+    fields: Sequence[Any] = dataclasses.fields(args)
+    if content:
+        names = {field.name for field in fields if field.metadata["content"] == content}
+    else:
+        names = {f.name for f in fields if not f.metadata["resumable"] and f.metadata["content"] not in contents}
+    now = given_arguments(args)
+    return {name: (saved.get(name), now[name]) for name in sorted(names & now.keys()) if saved.get(name) != now[name]}
+
+
+def check_schedule(args: Any) -> None:
+    """Refuse a window whose strength the adapter's file can't hold. Raises ValueError."""
+    if schedule_of(args) is not None:
+        adapter_config(args, strength=schedule_of(args))

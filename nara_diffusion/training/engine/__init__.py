@@ -1,1 +1,0 @@
-"""accelerate's engines: one process, DDP, FSDP2 and DeepSpeed."""

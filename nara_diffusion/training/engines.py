@@ -1,0 +1,353 @@
+"""accelerate's engines (one process, DDP, FSDP2, DeepSpeed): checks, preparing a model, and its state.
+
+| engine           | weights                        | optimizer, in a checkpoint                          |
+|------------------|--------------------------------|-----------------------------------------------------|
+| one process, DDP | each process has them          | optimizer.bin                                       |
+| FSDP2            | gathered, frozen ones left out | optimizer_0/ (optimizer.bin with FULL_STATE_DICT)   |
+| DeepSpeed ZeRO   | gathered under stage 3         | deepspeed/: parts of it, float32 weights among them |
+
+`accelerator.save_state` would store the frozen base model too under FSDP, and hand no weights to hooks under either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.utils import DistributedType, gather_object, load_fsdp_optimizer, save_fsdp_optimizer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from nara_diffusion.noise.level import find_holders
+
+from .adapters import method_of
+
+DEEPSPEED_FOLDER = "deepspeed"
+T = TypeVar("T")
+_SHARDED = {  # engines whose forward runs on all processes or hangs
+    DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),
+    DistributedType.DEEPSPEED: ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+}
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_engine(accelerator: Accelerator, args: Any) -> None:
+    """Refuse an engine that isn't the one that was asked for, or that would train otherwise than `args` say.
+
+    Raises:
+        ValueError: accelerate sees fewer processes than were launched; FSDP or DeepSpeed was asked for and accelerate
+            gives another engine; FSDP1; an adapter, an optimizer, core_start_step or max_grad_norm that the engine
+            would ignore or compute otherwise; fp16 without a GPU or under DeepSpeed.
+    """
+    engine, launched = accelerator.distributed_type, launched_processes()
+    # what `accelerate launch --cpu --num_processes N` leaves behind when it starts one process after all
+    ignored = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if launched != accelerator.num_processes or (ignored and "WORLD_SIZE" not in os.environ):
+        raise ValueError(
+            f"{launched if launched > 1 else 'several'} processes were asked for, but accelerate sees "
+            f"{accelerator.num_processes}. On CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            "--num_processes N (--cpu starts one)."
+        )
+    for asked, (variable, name) in _SHARDED.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1") and engine != asked:
+            raise ValueError(
+                f"{name} was asked for ({variable} is set), but accelerate gives {engine.value} here: it has {name} on "
+                f"several GPUs or their like only, started by accelerate launch. Launch without {name}, or on GPUs."
+            )
+    if engine == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
+    if method_of(args).family == "prompt" and (engine == DistributedType.FSDP or zero_stage(accelerator) == 3):
+        raise ValueError(
+            f"adapter {args.adapter} is saved by running its own small network, whose weights {_SHARDED[engine][1]} "
+            "shards: launch with --multi_gpu, or choose another adapter."
+        )
+    if args.optimizer == "adafactor" and engine in _SHARDED:
+        raise ValueError(
+            "optimizer adafactor takes means over the rows and columns of whole matrices, which "
+            f"{_SHARDED[engine][1]} shards: launch with --multi_gpu, or use AdamW."
+        )
+    if engine == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator, args)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU, and accelerate found none: use bf16 or no.")
+
+
+def launched_processes() -> int:
+    """The number of processes that the launcher started, from the environment."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _check_deepspeed(accelerator: Accelerator, args: Any) -> None:
+    """Refuse settings that DeepSpeed's own configuration contradicts: it clips and steps within its backward."""
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision is fp16, in which DeepSpeed would round the trained weights and the core: give "
+            "--mixed_precision bf16, which keeps them in float32, or launch with --multi_gpu or FSDP."
+        )
+    if args.core_start_step:
+        raise ValueError(
+            f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients, the "
+            "core's included: leave it at 0, or launch with --multi_gpu or FSDP."
+        )
+    config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
+    limit, found = args.max_grad_norm or 0.0, config.get("gradient_clipping", "auto")  # 0 is DeepSpeed's none
+    if found not in ("auto", limit):
+        raise ValueError(
+            f"DeepSpeed's configuration says gradient_clipping {found}, and the arguments max_grad_norm "
+            f"{args.max_grad_norm}: make them equal, or set gradient_clipping to auto."
+        )
+    config["gradient_clipping"] = limit
+
+
+def accumulation_steps(args: Any, processes: int) -> int:
+    """Forwards of one process that make an optimizer step: --gradient_accumulation_steps, or what --global_batch_size
+    leaves to each of `processes`.
+
+    Raises:
+        ValueError: the global batch can't be divided evenly among processes and forwards.
+    """
+    if args.global_batch_size is None:
+        return args.gradient_accumulation_steps
+    together = args.train_batch_size * processes
+    steps, rest = divmod(args.global_batch_size, together)
+    if rest:
+        raise ValueError(
+            f"global_batch_size {args.global_batch_size} isn't a multiple of the {together} samples of one forward "
+            f"(train_batch_size {args.train_batch_size}, {processes} processes): launch another number of processes "
+            f"(--num_processes), or change one of the two."
+        )
+    return steps
+
+
+def check_accumulation(accelerator: Accelerator, steps: int) -> None:
+    """Refuse an engine that accumulates otherwise than the arguments say: its steps would be of other batches.
+
+    Raises:
+        ValueError: accelerate's configuration, or DeepSpeed's, names another number than `steps`.
+    """
+    found = accelerator.gradient_accumulation_steps
+    if found != steps:
+        raise ValueError(
+            f"accelerate's configuration (or ACCELERATE_GRADIENT_ACCUMULATION_STEPS, or DeepSpeed's) says "
+            f"gradient_accumulation_steps {found}, and the arguments {steps}: make them equal, as by "
+            f"accelerate launch --gradient_accumulation_steps {steps}."
+        )
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """The engine by the form in which it keeps the optimizer."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return f"FSDP2 with {accelerator.state.fsdp_plugin.state_dict_type.name}"  # type: ignore[union-attr]
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{zero_stage(accelerator)}"
+    return "one process or DDP"
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's ZeRO stage, 1 to 3; 0 under other engines."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return 0
+    return accelerator.state.deepspeed_plugin.zero_stage  # type: ignore[union-attr]
+
+
+def split_across_processes(
+    accelerator: Accelerator, count: int, work: Callable[[Sequence[int]], Sequence[Any]]
+) -> list[Any]:
+    """The results for 0 … count − 1, in order, on every process, of which each computes a share.
+
+    Args:
+        count: number of items.
+        work: indices → one picklable result for each of them.
+    """
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    if accelerator.distributed_type in _SHARDED:
+        mine = range(count)
+    results = dict(gather_object(list(zip(mine, work(mine) if mine else [], strict=True))))
+    return [results[i] for i in range(count)]
+
+
+# ---------------------------------------------------------------- preparing and loading
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, *others: Any) -> list[Any]:
+    """`accelerator.prepare` for a model with an adapter, also under FSDP2 and DeepSpeed.
+
+    Mixed precision is autocast, as under DDP, since that of the engines rounds the weights of the core, which are
+    float32 (C − I is some per cent off then), and DeepSpeed's the trained ones. Its `torch_autocast` would leave out
+    evaluation, which calls the model without DeepSpeed's wrapper.
+
+    With --fsdp_cpu_ram_efficient_loading accelerate gives all processes the weights of the main one, and expects
+    nothing but sharded tensors in a state dict: the core's frequencies are a buffer.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.mixed_precision == "bf16":
+            _autocast(accelerator, model, torch.bfloat16)
+        with _without_bf16(accelerator):
+            return list(accelerator.prepare(model, *others))
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return list(accelerator.prepare(model, *others))
+    plugin: Any = accelerator.state.fsdp_plugin
+    if find_holders(model) and (policy := plugin.mixed_precision_policy) is not None:
+        plugin.mixed_precision_policy = None
+        _autocast(accelerator, model, policy.param_dtype)
+    persistent = [(m, set(m._buffers) - m._non_persistent_buffers_set) for m in model.modules()]
+    for module, names in persistent:
+        module._non_persistent_buffers_set.update(names)
+    try:
+        prepared = accelerator.prepare(model, *others)
+    finally:
+        for module, names in persistent:
+            module._non_persistent_buffers_set.difference_update(names)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    return list(prepared)
+
+
+def _autocast(accelerator: Accelerator, model: nn.Module, dtype: torch.dtype) -> None:
+    model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
+
+
+@contextmanager
+def _without_bf16(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, DeepSpeed's configuration asks for no bf16 of its own, which casts all weights."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
+    own = config["bf16"]
+    config["bf16"] = {"enabled": False}
+    try:
+        yield
+    finally:
+        config["bf16"] = own  # `accelerator.mixed_precision` reads it
+
+
+@contextmanager
+def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `from_pretrained` gives float32 weights under ZeRO-3 too, if that is `dtype`: DeepSpeed's bf16 would cast
+    them as they are loaded."""
+    if dtype != torch.float32 or zero_stage(accelerator) != 3:
+        yield
+        return
+    plugin: Any = accelerator.state.deepspeed_plugin
+    try:
+        with _without_bf16(accelerator):
+            plugin.set_deepspeed_weakref()  # a copy of the configuration, for `from_pretrained`
+            yield
+    finally:
+        plugin.set_deepspeed_weakref()
+
+
+def load_whole(accelerator: Accelerator, load: Callable[[], T]) -> T:
+    """Call `load` so that `from_pretrained` gives each process the whole model, whatever the engine: no
+    parts of one (ZeRO-3), nor an empty one in all processes but the main (--fsdp_cpu_ram_efficient_loading)."""
+    variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(variable, None)
+    if zero_stage(accelerator) == 3:
+        unset_hf_deepspeed_config()
+    try:
+        return load()
+    finally:
+        if before is not None:
+            os.environ[variable] = before
+        if zero_stage(accelerator) == 3:
+            accelerator.state.deepspeed_plugin.set_deepspeed_weakref()  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- state
+
+
+def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """{name in the model without wrappers: whole tensor} of all that is trained, and of buffers; called by every
+    process. Frozen parameters are in it where that costs nothing.
+
+    Args:
+        model: as `accelerator.prepare` returned it.
+
+    Returns:
+        On the main process; others may get less under FSDP and ZeRO-3.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        _reshard(model)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
+    inner: Any = accelerator.unwrap_model(model)  # whose type depends on whether DeepSpeed is installed
+    state = dict(inner.state_dict())
+    if zero_stage(accelerator) == 3:
+        import deepspeed  # type: ignore[import-not-found]
+
+        for name, parameter in inner.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                state.pop(name, None)
+            elif name in state:
+                # one at a time, so that no device has to hold them all
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    if accelerator.is_main_process:
+                        state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write optimizer, schedule, scaler and random states, but no weights, to `folder`. Every process calls it."""
+    engine, optimizers = accelerator.distributed_type, accelerator._optimizers
+    if engine == DistributedType.FSDP:
+        plugin, (model,) = accelerator.state.fsdp_plugin, accelerator._models
+        _reshard(model)
+        for number, optimizer in enumerate(optimizers):
+            # without accelerate's wrapper, whose scaler would see the steps by which PyTorch makes room for states
+            save_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, model, str(folder), number)
+    elif engine == DistributedType.DEEPSPEED:
+        options: dict[str, Any] = {"save_latest": False, "exclude_frozen_parameters": True}
+        accelerator._models[0].save_checkpoint(str(folder), DEEPSPEED_FOLDER, **options)
+    save_accelerator_state(
+        str(folder),
+        [],
+        [] if engine in _SHARDED else optimizers,
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator.process_index,
+        accelerator.step,
+        accelerator.scaler,
+    )
+
+
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """Restore what `save_state` wrote, after `accelerator.prepare` was called. Every process calls it."""
+    engine, optimizers = accelerator.distributed_type, accelerator._optimizers
+    if engine == DistributedType.FSDP:
+        plugin, (model,) = accelerator.state.fsdp_plugin, accelerator._models
+        _reshard(model)
+        for number, optimizer in enumerate(optimizers):
+            load_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, model, str(folder), number)
+    elif engine == DistributedType.DEEPSPEED:
+        # its float32 weights with it; the frozen ones aren't there
+        accelerator._models[0].load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)
+    several_devices = accelerator.num_processes > 1 and accelerator.multi_device
+    restored = load_accelerator_state(
+        str(folder),
+        [],
+        [] if engine in _SHARDED else optimizers,
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator.process_index,
+        accelerator.scaler,
+        "on_device" if several_devices else "cpu",
+    )
+    accelerator.step = restored.get("step", accelerator.step)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Shard the outermost weights again, which FSDP leaves gathered after a forward without a backward: PyTorch
+    doesn't find gathered ones in the optimizer."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,227 @@
+"""What a run writes for people: a table on the screen, a page of samples, a plot over λ, model card, results.json."""
+
+from __future__ import annotations
+
+import html
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from nara_diffusion.cores.registry import BUILT_IN, needs_noise
+from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.utils.atomic_write import atomic_write
+from nara_diffusion.utils.hub_metadata import ADAPTER, FINETUNE, front_matter
+
+from .adapters import adapter_config, method_of, module_name, title_of
+from .arguments import schedule_of, window_of
+from .parser import given_arguments
+from .run import Run
+
+_STYLE = (
+    "body{font-family:system-ui,sans-serif;margin:2em}table{border-collapse:collapse}"
+    "td,th{border:1px solid #ccc;padding:.4em .7em;text-align:left;vertical-align:top}"
+    "td{white-space:pre-wrap;font-family:ui-monospace,monospace;max-width:40em}"
+    ".right{background:#e6f4ea}.wrong{background:#fce8e6}"
+)
+_WHAT_IT_IS = {
+    "nara": "A noise-aware low-rank adapter",
+    "lora": "A low-rank adapter",
+    "other": "An adapter",
+    "prompt": "Learned virtual tokens",
+    "full": "All weights, fine-tuned:",
+}
+_BESIDE_LORA = (
+    "The table says nothing of LoRA or DoRA. Models that read the noise level themselves, as most do, learnt as much "
+    "by those in this method's own comparisons: train one on the same data (`--adapter lora`, `--adapter dora`) before "
+    "you call this adapter better than either."
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text, the first column flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
+    return "\n".join(lines)
+
+
+def write_samples(
+    path: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[tuple[str, bool | None]]]
+) -> None:
+    """Write an HTML page with a table; each cell is (text, True for right, False for wrong, None for neither)."""
+    names = {True: ' class="right"', False: ' class="wrong"', None: ""}
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{names[right]}>{html.escape(text)}</td>" for text, right in row) + "</tr>" for row in rows
+    )
+    write_text(
+        path,
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
+        f"<table><tr>{head}</tr>\n{body}\n</table></body></html>\n",
+    )
+
+
+def plot_noise_level_curves(
+    path: Path,
+    noise_levels: Sequence[float],
+    base: Sequence[float],
+    adapted: Sequence[float],
+    title: str,
+    unit: str,
+    window: NoiseWindow = EVERYTHING,
+) -> None:
+    """Write a PNG, Figure 1 of the paper: on the left both losses over λ, on the right the adapter's gain, base −
+    adapted.
+
+    Args:
+        path: the file to write.
+        noise_levels: λ of each point, in [0, 1].
+        base, adapted: the losses there.
+        title: what was measured, on what.
+        unit: unit of the losses, for the axes.
+        window: that was trained, to be shaded.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.plot(noise_levels, base, marker="o", color="tab:gray", label="base model")
+    left.plot(noise_levels, adapted, marker="o", color="tab:blue", label="with the adapter")
+    left.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"loss ({unit})", xlim=(0, 1.02), yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(LogFormatter())
+    gains = [before - after for before, after in zip(base, adapted, strict=True)]
+    right.axhline(0, color="tab:gray", linewidth=1)
+    right.plot(noise_levels, gains, marker="o", color="tab:green")
+    right.set(xlabel="noise level λ (1 = pure noise)", ylabel=f"gain ({unit})", xlim=(0, 1.02))
+    right.set_title("base model − adapted model", fontsize="medium")
+    if not window.is_everything:
+        for axes in (left, right):
+            axes.axvspan(window.low, window.high, color="tab:blue", alpha=0.1, label="trained")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    figure.suptitle(title)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+def write_run_card(
+    folder: Path,
+    args: Any,
+    facts: Mapping[str, str],
+    *,
+    name: str,
+    about: str,
+    figures: Sequence[Sequence[str]],
+    how_good: tuple[str, str],
+    loading: str,
+    tags: Sequence[str],
+    library: str = "peft",
+    **others: Any,
+) -> None:
+    """Write the model card, README.md, into `folder`.
+
+    Args:
+        args: the run's arguments.
+        facts: {what: value} of the run, such as the number of trainable parameters.
+        name: what people call the base model.
+        about: the end of the card's first sentence: the purpose of the adapter, and its training data.
+        figures: rows of (what, before, after).
+        how_good: the texts before and after these rows.
+        loading: the code that loads the adapter.
+        tags, library, others: for the front matter that the Hub reads.
+    """
+    method, title = method_of(args), title_of(args)
+    relation = FINETUNE if method.family == "full" else ADAPTER
+    tags = ["nara" if method.family == "nara" else args.adapter.replace("_", "-"), *tags]
+    front = front_matter(library, tags, args.pretrained_model_name_or_path, relation, **others).strip()
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
+    table = f"| | before | after |\n|---|---|---|\n{rows}"
+    training = "\n".join(f"- {what}: {value}" for what, value in facts.items())
+    settings = yaml.safe_dump(given_arguments(args), sort_keys=False, allow_unicode=True).strip()
+    good = (how_good[0], table, how_good[1], _BESIDE_LORA if reads_noise(args) else "")
+    parts = [
+        f"---\n{front}\n---",
+        f"# {name} with {title}",
+        f"{_WHAT_IT_IS[method.family]} ({title}, {method.source}) {about}",
+        "## How good it is",
+        *filter(None, good),
+        f"## How to load it\n\n{loading}",
+        f"## How it was trained\n\n{training}\n\nAll arguments:\n\n```yaml\n{settings}\n```",
+    ]
+    write_text(folder / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def reads_noise(args: Any) -> bool:
+    """Whether the adapter that `args` describe depends on λ."""
+    config: Any = adapter_config(args, strength=schedule_of(args)) if method_of(args).family == "nara" else None
+    return config is not None and needs_noise(config)
+
+
+def needs_schedule(args: Any) -> bool:
+    """Whether the adapter is a LoRA that was trained in a window, which its file can't hold."""
+    return method_of(args).family == "lora" and schedule_of(args) is not None
+
+
+def window_facts(args: Any) -> dict[str, str]:
+    """What a run says of its window of noise levels; nothing without one."""
+    window, method = window_of(args), method_of(args)
+    if window.is_everything:
+        return {}
+    until = "≤ λ ≤ 1" if window.high == 1 else f"≤ λ < {window.high:g}"
+    if args.open_window:
+        outside = "the adapter is left on outside, where it was not trained"
+    elif method.family == "nara":
+        outside = "the adapter is off outside, by the strength in its file"
+    elif method.family == "lora":
+        outside = "its file can't hold that: give it its schedule as below"
+    else:
+        outside = f"outside, {method.title} stays on, where it was not trained: it takes no StrengthSchedule"
+    if schedule_of(args) is not None and getattr(adapter_config(args), "use_dora", False):
+        outside += " (but for DoRA's magnitudes, which hold at every λ)"
+    return {"noise levels": f"{window.low:g} {until}; {outside}"}
+
+
+def schedule_note(line: str) -> str:
+    """The end of a LoRA's run in a window; `line` is the code that gives it its schedule."""
+    return (
+        "This adapter was trained in a window of noise levels, which its file can't hold. Whenever it is loaded, "
+        f"switch it off outside: {line}"
+    )
+
+
+def core_import(args: Any) -> str:
+    """The line of a model card's code that registers a custom core; nothing for other adapters."""
+    if method_of(args).family != "nara" or args.core_type in BUILT_IN:
+        return ""
+    if args.core_module is None:
+        return f"# first import the module that registers core_type {args.core_type!r}\n"
+    return f"import {module_name(args.core_module)}  # registers core_type {args.core_type!r}\n"
+
+
+def publish(run: Run, results: Mapping[str, Any], table: str, note: str = "") -> None:
+    """Write results.json, upload the folder if asked to, and print `table` and `note`."""
+    write_json(run.folder / "results.json", dict(results))
+    run.upload()
+    lines = [f"\n{table}\n", f"{results['seconds']:.0f} s; everything is in {run.folder}"]
+    lines += [] if run.hub_id is None else [f"pushed to https://huggingface.co/{run.hub_id}"]
+    sys.stdout.write("\n".join([*lines, note] if note else lines) + "\n")
