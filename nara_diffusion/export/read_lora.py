@@ -152,33 +152,34 @@ def _of_diffusers(
             "doesn't read: convert it to PEFT's format with the program that wrote it, or start from another LoRA."
         )
     state, alphas = _converted(tensors, model, origin)
-    configs = _configs(metadata, origin)
-    parts: dict[str, PlainLora] = {}
-    components = list(dict.fromkeys(_component(key) for key in state))
+    components = list(dict.fromkeys(map(_component, state)))
     is_pipeline = isinstance(model, DiffusionPipeline)
+    fits = [isinstance(getattr(model, name or "?", None), nn.Module) for name in components]
+    if not all(fits) if is_pipeline else len(components) > 1:
+        raise ValueError(
+            f"{origin} is for {listed(components)}: pass the pipeline that it was trained on, which has them all, "
+            f"instead of {type(model).__name__}."
+        )
+    configs, parts = _configs(metadata, origin), {}
     for component in components:
-        has_it = isinstance(getattr(model, component or "?", None), nn.Module)
-        if not has_it if is_pipeline else len(components) > 1:
-            raise ValueError(
-                f"{origin} is for {listed(components)}: pass the pipeline that it was trained on, which has them all, "
-                f"instead of {type(model).__name__}."
-            )
         own = {key: tensor for key, tensor in state.items() if _component(key) == component}
-        values = _by_peft_names(own, alphas, component)
-        encoder = getattr(model, component, None) if component.startswith(TEXT_ENCODER) else None
-        if encoder is not None:
-            has_it = hasattr(encoder, "text_model")  # of transformers before 5
-            values = {
-                with_text_model(key) if has_it else key.removeprefix("text_model."): values[key] for key in values
-            }
-        config = configs.get(component, configs.get(""))
-        parts[component if is_pipeline else ""] = _part(values, config, origin)
-    if sum(len(part.layers) for part in parts.values()) < (count := _layers_in(tensors)):
+        values = _by_peft_names(own, alphas, component, model)
+        config = configs.get(component, configs.get("")) or _config_of(values, origin)
+        found = {key: tensor for key, (tensor, _) in values.items()}
+        parts[component if is_pipeline else ""] = lora_of_tensors(config, found, origin)
+    down = re.compile(r"(.+?)[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down|lora_embedding_A)(\.weight)?")
+    count = len({match[1] for key in tensors if (match := down.fullmatch(key))})
+    if sum(len(part.layers) for part in parts.values()) < count:
         raise ValueError(
             f"{origin} has {count} layers, of which Diffusers' converters keep fewer: convert it to PEFT's format with "
             "the program that wrote it."
         )
     return parts
+
+
+def _component(key: str) -> str:
+    first = key.partition(".")[0]
+    return first if first in DENOISERS or first.startswith(TEXT_ENCODER) else ""
 
 
 def _converted(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -205,46 +206,42 @@ def _kohyas(key: str) -> str:
     return f"lora_unet_{match[1].replace('.', '_')}.lora_{'down' if match[2] == 'A' else 'up'}.weight"
 
 
-def _component(key: str) -> str:
-    first = key.partition(".")[0]
-    return first if first in DENOISERS or first.startswith(TEXT_ENCODER) else ""
-
-
 def _by_peft_names(
-    own: Mapping[str, Tensor], alphas: Mapping[str, float], component: str
+    own: Mapping[str, Tensor], alphas: Mapping[str, float], component: str, model: Any
 ) -> dict[str, tuple[Tensor, float | None]]:
     """{PEFT's key without the component: (tensor, the alpha of its layer, or None)}."""
-    values: dict[str, Any] = {}
+    new: dict[str, Any] = {}
+    old: dict[str, Any] = {}
     for key, tensor in own.items():
         names = (f"{key.split('.lora.')[0]}.alpha", key.replace(".lora_A.weight", ".alpha"), f"{key}.alpha")
         alpha = next((alphas[name] for name in names if name in alphas), None)
-        values[key.removeprefix(f"{component}.")] = (tensor, alpha)
-    new = {key: value for key, value in values.items() if re.search(r"\.lora_(A|B|embedding|magnitude)", key)}
-    old: Any = {key: value for key, value in values.items() if key not in new}
+        is_pefts = re.search(r"\.lora_(A|B|embedding|magnitude)", key)
+        (new if is_pefts else old)[key.removeprefix(f"{component}.")] = (tensor, alpha)
+    is_text = component.startswith(TEXT_ENCODER)
     if old:
-        is_text = component.startswith(TEXT_ENCODER)
         new |= convert_state_dict_to_peft(old) if is_text else convert_unet_state_dict_to_peft(old)
-    return new
+    if not is_text:
+        return new
+    encoder = getattr(model, component, model)
+    rename = with_text_model if hasattr(encoder, "text_model") else lambda key: key.removeprefix("text_model.")
+    return {rename(key): value for key, value in new.items()}
 
 
-def _part(values: Mapping[str, tuple[Tensor, float | None]], config: LoraConfig | None, origin: str) -> PlainLora:
-    tensors = {key: tensor for key, (tensor, _) in values.items()}
-    if config is not None:
-        return lora_of_tensors(config, tensors, origin)
+def _config_of(values: Mapping[str, tuple[Tensor, float | None]], origin: str) -> LoraConfig:
+    """The configuration of a file that has none: ranks by A, α by its alphas, or the rank, which is a scale of 1."""
     layers = {}
     for key, (A, alpha) in values.items():
         name, is_a, _ = key.partition(".lora_A.")
         if is_a:
-            B, magnitude = tensors.get(f"{name}.lora_B.weight"), tensors.get(f"{name}.lora_magnitude_vector")
-            if B is None:
-                raise ValueError(f"{origin} has only A of '{name}': A and B are both needed, so it is damaged.")
-            layers[name] = PlainLoraLayer(A, B, alpha or float(len(A)), len(A), magnitude=magnitude)
-    known = {f"{name}.lora_{kind}" for name in layers for kind in ("A.weight", "B.weight", "magnitude_vector")}
-    if unknown := [key for key in tensors if key.removesuffix("_vector.weight") not in known and key not in known]:
-        raise ValueError(f"{origin} holds '{unknown[0]}', which is no key of a LoRA.")
+            vectors = (values.get(f"{name}.lora_magnitude_vector{ending}") for ending in ("", ".weight"))
+            magnitude = next((vector[0] for vector in vectors if vector), None)
+            layers[name] = PlainLoraLayer(A, A, alpha or float(len(A)), len(A), magnitude=magnitude)
     if not layers:
-        raise ValueError(f"{origin} holds no LoRA: its tensors are {listed(tensors) or 'none'}.")
-    return PlainLora(config_of_layers(layers), layers)
+        raise ValueError(
+            f"{origin} holds no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}: for kohya's, "
+            "pass the pipeline instead of one of its models."
+        )
+    return config_of_layers(layers)
 
 
 def _configs(metadata: Mapping[str, str], origin: str) -> dict[str, LoraConfig]:
@@ -257,8 +254,3 @@ def _configs(metadata: Mapping[str, str], origin: str) -> dict[str, LoraConfig]:
         return {component: LoraConfig(**own) for component, own in split.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"The configuration in the metadata of {origin} can't be read: {error}") from error
-
-
-def _layers_in(tensors: Mapping[str, Tensor]) -> int:
-    down = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.down|lora_embedding_A)(?:\.weight)?")
-    return len({match[1] for key in tensors if (match := down.fullmatch(key))})
