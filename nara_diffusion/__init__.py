@@ -5,7 +5,7 @@ from .config import NaraConfig
 from .cores.factorization import shared_factors
 from .cores.registry import register_core
 from .export import from_lora, to_lora, to_lora_bins
-from .noise.denoisers.lookup import register_denoiser
+from .noise.denoisers import register_denoiser
 from .noise.level import noise_level
 from .noise.sources import register_noise_source, set_noise_source
 from .noise.strength import StrengthSchedule

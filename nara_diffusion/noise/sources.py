@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .denoisers.denoiser import Denoiser
+from .denoisers import Denoiser
 from .level import core_holders
 from .signals import MASKED_SHARE, NoiseSource
 from .text_blocks import BLOCK_MASKED_SHARE, CORRUPTED_SHARE

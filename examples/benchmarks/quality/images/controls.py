@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import noise_level
 from nara_diffusion.dreambooth.draws import draw_indices
-from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core, reversed_noise
+from quality.wrong_noise import changed_noise, constant_noise, mean_core, reversed_noise
 
 TRAINED_CONTROLS = ("constant", "shuffled")
 EVALUATED_CONTROLS = ("mean_core", "reversed")

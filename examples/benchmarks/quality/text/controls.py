@@ -13,11 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.noise.ablations import Change, changed_noise, constant_noise, mean_core, reversed_noise
-from nara_diffusion.noise.needs import needs_mask_density
-from nara_diffusion.noise.signals import NoiseSignals
 from quality.running import is_noise_aware
 from quality.text.validation import CENTRES
+from quality.wrong_noise import Change, changed_noise, constant_noise, mean_core, reversed_noise
 
 TRAINED, EVALUATED = ("constant", "shuffled"), ("mean_core", "reversed")
 CONSTANT = 0.5
@@ -49,21 +47,17 @@ def while_evaluating(model: nn.Module, control: str | None) -> AbstractContextMa
     if control == "reversed":
         return changed_noise(model, reversed_noise)
     if control == "mean_core":
-        return mean_core(model, CENTRES, mask_density=CENTRES if needs_mask_density(model) else None)
+        return mean_core(model, CENTRES)
     return nullcontext()
 
 
 def exchanged_noise(generator: torch.Generator) -> Change:
-    """Each sample has the signals of another one than itself, by a random cycle through the batch for each forward."""
+    """Each sample has the λ of another one than itself, by a random cycle through the batch for each core's call."""
 
-    def change(signals: NoiseSignals) -> NoiseSignals:
-        cycle = torch.randperm(len(signals.noise_level), generator=generator)
-
-        def exchanged(signal: Tensor) -> Tensor:
-            result = torch.empty_like(signal)
-            result[cycle] = signal[cycle.roll(1)]
-            return result
-
-        return NoiseSignals(*(None if signal is None else exchanged(signal) for signal in signals))  # type: ignore[arg-type]
+    def change(signal: Tensor) -> Tensor:
+        cycle = torch.randperm(len(signal), generator=generator)
+        result = torch.empty_like(signal)
+        result[cycle] = signal[cycle.roll(1)]
+        return result
 
     return change

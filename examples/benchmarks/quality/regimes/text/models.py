@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nara_diffusion import noise_level
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.dllm.masking import MaskedBatch
-from nara_diffusion.noise.ablations import changed_noise, constant_noise
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters import build_adapter
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
@@ -25,6 +24,7 @@ from quality.assets import ASSETS
 from quality.images.methods import BASE
 from quality.options import arguments_of
 from quality.text.controls import CONSTANT, exchanged_noise
+from quality.wrong_noise import changed_noise, constant_noise
 
 DEFAULTS: dict[str, Any] = {"train_batch_size": 32, "lr_scheduler": "cosine", "lr_warmup_steps": 0.05}
 

@@ -1,0 +1,151 @@
+"""What the pipelines of Diffusers pass to each class of denoisers as its timestep, read off their sources.
+
+A class is looked up by its name, then by those of its base classes; `register_denoiser` adds one. Where layers see
+b · k rows, k consecutive ones a sample, while the model sees b samples, the class is declared so (`sample_major`):
+frames of a video, timesteps of tokens or frames, tokens of a text inside an embedder. It is never guessed from sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .timesteps import TimestepNoise, UndeclaredTimestep
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """How the forwards of a class of denoisers tell λ, and how its layers see the batch.
+
+    Attributes:
+        meaning, argument, scale, also, packed, pinned: see `TimestepNoise`.
+        sample_major: whether layers may see b · k rows, k consecutive ones a sample, where the model sees b. Otherwise
+            another number of rows than the batch's is an error.
+        one_level: whether the first axis that layers see is not the samples': a batch of unequal λ is refused.
+    """
+
+    meaning: str = "discrete"
+    argument: str = "timestep"
+    sample_major: bool = False
+    scale: float = 1.0
+    also: tuple[str, ...] = ()
+    packed: bool = False
+    one_level: bool = False
+    pinned: tuple[str, Any, float] | None = None
+
+    def source(self, convention: str | None = None) -> TimestepNoise:
+        """The source that reads λ from its timestep, for adapters with this `convention` (None: that of the class).
+
+        Models of discrete schedules are trained in EDM's terms too, or converted to a rectified flow: an adapter that
+        says so is read so.
+        """
+        meaning = self.meaning
+        if meaning == "discrete":
+            meaning = {"edm": "edm", "flow": "sigma_1000"}.get(convention or "", meaning)
+        return UndeclaredTimestep(
+            meaning,
+            argument=self.argument,
+            scale=self.scale,
+            also=self.also,
+            packed=self.packed,
+            pinned=self.pinned,
+        )
+
+
+_PLAIN = {
+    "discrete": """UNet2DConditionModel AudioLDM2UNet2DConditionModel Kandinsky3UNet UNetControlNetXSModel
+        CogView3PlusTransformer2DModel CogView4Transformer2DModel DiTTransformer2DModel GlmImageTransformer2DModel
+        PixArtTransformer2DModel PriorTransformer""",
+    "sigma_1000": """BriaFiboTransformer2DModel BriaTransformer2DModel ChronoEditTransformer3DModel DreamLiteUNetModel
+        HeliosTransformer3DModel HunyuanImageTransformer2DModel HunyuanVideo15Transformer3DModel
+        HunyuanVideoFramepackTransformer3DModel HunyuanVideoTransformer3DModel JoyImageEditTransformer3DModel
+        Kandinsky5Transformer3DModel Kandinsky6SRTransformer3DModel Kandinsky6Transformer3DModel
+        MotifVideoTransformer3DModel SD3Transformer2DModel SanaTransformer2DModel WanVACETransformer3DModel""",
+    "sigma": """AceStepTransformer1DModel AuraFlowTransformer2DModel BriaFibo2Transformer2DModel
+        ChromaTransformer2DModel Flux2Transformer2DModel Flux3Transformer2DModel FluxTransformer2DModel
+        LongCatAudioDiTTransformer LongCatImageTransformer2DModel NucleusMoEImageTransformer2DModel
+        OvisImageTransformer2DModel PRXTransformer2DModel QwenImage21Transformer2DModel QwenImageTransformer2DModel
+        StableAudio3DiTModel""",
+    "data": """Ideogram4Transformer2DModel Lumina2Transformer2DModel LuminaNextDiT2DModel
+        MiniMaxMusic3Transformer1DModel OmniGenTransformer2DModel""",
+    "angle": "StableAudioDiTModel",
+}
+"""Meaning of `timestep` → classes whose layers see one row a sample."""
+
+_SAMPLE_MAJOR = {
+    "discrete": """UNetMotionModel UNet3DConditionModel I2VGenXLUNet AllegroTransformer3DModel
+        CogVideoXTransformer3DModel ConsisIDTransformer3DModel HunyuanDiT2DModel LatteTransformer3DModel""",
+    "sigma_1000": """AnyFlowFARTransformer3DModel AnyFlowTransformer3DModel EasyAnimateTransformer3DModel
+        JoyImageEditPlusTransformer3DModel LTXVideoTransformer3DModel SanaVideoTransformer3DModel
+        SanaWMTransformer3DModel SkyReelsV2Transformer3DModel WanAnimateTransformer3DModel WanTransformer3DModel""",
+    "sigma": "CosmosTransformer3DModel Krea2Transformer2DModel SanaWMLTX2RefinerTransformer3DModel",
+    "data_1000": "MochiTransformer3DModel",
+    "edm": "UNetSpatioTemporalConditionModel",
+}
+"""Meaning of `timestep` → classes whose layers may see k rows a sample."""
+
+_DENOISERS: dict[str, Denoiser] = {
+    **{name: Denoiser(meaning) for meaning, names in _PLAIN.items() for name in names.split()},
+    **{
+        name: Denoiser(meaning, sample_major=True) for meaning, names in _SAMPLE_MAJOR.items() for name in names.split()
+    },
+    "StableCascadeUNet": Denoiser("ratio", argument="timestep_ratio"),
+    "WuerstchenDiffNeXt": Denoiser("ratio", argument="r"),
+    "WuerstchenPrior": Denoiser("ratio", argument="r"),
+    "Cosmos3OmniTransformer": Denoiser(
+        "sigma_1000", argument="vision_timesteps", also=("sound_timesteps", "action_timesteps"), packed=True
+    ),
+    "ErnieImageTransformer2DModel": Denoiser("sigma_1000", one_level=True),  # tokens first, then samples
+    "HiDreamImageTransformer2DModel": Denoiser("sigma_1000", argument="timesteps"),
+    "LTX2VideoTransformer3DModel": Denoiser("sigma_1000", sample_major=True, also=("audio_timestep",)),
+    "WanAnimate2Transformer3DModel": Denoiser("sigma_1000", pinned=("kv_cache_mode", "extract", 1.0)),
+    "MiniMaxH3Transformer3DModel": Denoiser("data", packed=True),  # the distinct timesteps of its tokens
+    "RFD4ProteinaTransformer": Denoiser("data", argument="bb_ca_time", also=("local_latents_time",)),
+    "ZImageTransformer2DModel": Denoiser("data", argument="t"),
+}
+
+
+def register_denoiser(
+    class_name: str, meaning: str = "discrete", *, argument: str = "timestep", sample_major: bool = False
+) -> None:
+    """Declare what the timestep of a class of denoisers means, before adapters are added to one.
+
+        register_denoiser("MyTransformer2DModel", "sigma")
+
+    Args: see `TimestepNoise` for its shapes and units, and `Denoiser`.
+
+    Raises:
+        ValueError: an unknown meaning, or the class is declared otherwise already.
+    """
+    TimestepNoise(meaning)
+    denoiser = Denoiser(meaning, argument, sample_major)
+    if _DENOISERS.setdefault(class_name, denoiser) != denoiser:
+        raise ValueError(
+            f"{class_name} is declared already, as {_DENOISERS[class_name]}: give a model that means something else a "
+            "source of its own, set_noise_source(model, TimestepNoise(meaning))."
+        )
+
+
+def denoiser_of(model: nn.Module) -> Denoiser | None:
+    """The entry of the class of `model`; None if no such denoiser was declared."""
+    name = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None)
+    return None if name is None else _for_config(name, _DENOISERS[name], getattr(model, "config", None))
+
+
+def _for_config(name: str, denoiser: Denoiser, config: Any) -> Denoiser:
+    """Some classes serve models that mean different things, which their configuration tells apart."""
+    if name == "SanaTransformer2DModel":  # SanaSprint, which alone is conditioned on guidance, is given σ
+        return (
+            replace(denoiser, meaning="sigma") if config.guidance_embeds else _scaled(denoiser, config.timestep_scale)
+        )
+    if name == "CosmosTransformer3DModel":  # Cosmos 1, which alone learns positions, is given ¼ ln σ of EDM
+        return replace(denoiser, meaning="edm") if config.extra_pos_embed_type == "learnable" else denoiser
+    if name == "SanaWMLTX2RefinerTransformer3DModel":  # it is given σ · timestep_scale_multiplier
+        return _scaled(denoiser, config.timestep_scale_multiplier)
+    return denoiser
+
+
+def _scaled(denoiser: Denoiser, scale: float) -> Denoiser:
+    return replace(denoiser, scale=scale)

@@ -1,1 +1,0 @@
-"""What each class of Diffusers' denoisers tells of the noise, and the classes that tell none."""

@@ -1,0 +1,178 @@
+"""The table of Diffusers' denoisers: which classes it has, what their pipelines' timesteps mean, which rows they have."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SCMScheduler
+from torch import nn
+
+from nara_diffusion import TimestepNoise
+from nara_diffusion.noise.denoisers import _DENOISERS, denoiser_of
+from tests.helpers.diffusers_sources import classes, is_a, told_the_time
+
+DISCRETE = {0: 0.0, 250: 0.25, 1000: 1.0}
+RATIO = SIGMA = {0.0: 0.0, 0.25: 0.25, 1.0: 1.0}
+SIGMA_1000 = {0.0: 0.0, 250.0: 0.25, 1000.0: 1.0}
+DATA = {1.0: 0.0, 0.75: 0.25, 0.0: 1.0}
+DATA_1000 = {1000.0: 0.0, 750.0: 0.25, 0.0: 1.0}
+ANGLE = {0.0: 0.0, 2 / math.pi * math.atan(1 / 3): 0.25, 0.5: 0.5, 1.0: 1.0}
+LOG_SIGMA = {-3.4: 1 / (1 + math.exp(13.6)), math.log(1 / 3) / 4: 0.25, 0.0: 0.5, 3.4: 1 / (1 + math.exp(-13.6))}
+EXPECTED: list[tuple[str, dict[Any, float], str]] = [
+    ("timestep", DISCRETE, """
+        UNet2DConditionModel UNetMotionModel* UNet3DConditionModel* PixArtTransformer2DModel HunyuanDiT2DModel*
+        CogVideoXTransformer3DModel* CogView4Transformer2DModel AllegroTransformer3DModel* Kandinsky3UNet
+        AudioLDM2UNet2DConditionModel CogView3PlusTransformer2DModel ConsisIDTransformer3DModel* PriorTransformer
+        DiTTransformer2DModel GlmImageTransformer2DModel I2VGenXLUNet* LatteTransformer3DModel* UNetControlNetXSModel
+    """),
+    ("timestep", RATIO, "StableCascadeUNet WuerstchenDiffNeXt WuerstchenPrior"),
+    ("flow", SIGMA_1000, """
+        SD3Transformer2DModel SanaTransformer2DModel HunyuanVideoTransformer3DModel WanTransformer3DModel*
+        LTXVideoTransformer3DModel* HiDreamImageTransformer2DModel AnyFlowFARTransformer3DModel*
+        AnyFlowTransformer3DModel* BriaFiboTransformer2DModel BriaTransformer2DModel ChronoEditTransformer3DModel
+        Cosmos3OmniTransformer DreamLiteUNetModel EasyAnimateTransformer3DModel* ErnieImageTransformer2DModel
+        HeliosTransformer3DModel HunyuanImageTransformer2DModel HunyuanVideo15Transformer3DModel
+        HunyuanVideoFramepackTransformer3DModel JoyImageEditPlusTransformer3DModel* JoyImageEditTransformer3DModel
+        Kandinsky5Transformer3DModel Kandinsky6SRTransformer3DModel Kandinsky6Transformer3DModel
+        LTX2VideoTransformer3DModel* MotifVideoTransformer3DModel SanaVideoTransformer3DModel*
+        SanaWMTransformer3DModel* SkyReelsV2Transformer3DModel* WanAnimate2Transformer3DModel
+        WanAnimateTransformer3DModel* WanVACETransformer3DModel
+    """),
+    ("flow", SIGMA, """
+        FluxTransformer2DModel Flux2Transformer2DModel ChromaTransformer2DModel QwenImageTransformer2DModel
+        Krea2Transformer2DModel* AuraFlowTransformer2DModel CosmosTransformer3DModel* AceStepTransformer1DModel
+        BriaFibo2Transformer2DModel Flux3Transformer2DModel LongCatAudioDiTTransformer LongCatImageTransformer2DModel
+        NucleusMoEImageTransformer2DModel OvisImageTransformer2DModel PRXTransformer2DModel
+        QwenImage21Transformer2DModel StableAudio3DiTModel SanaWMLTX2RefinerTransformer3DModel*
+    """),
+    ("flow", DATA, """
+        LuminaNextDiT2DModel Lumina2Transformer2DModel ZImageTransformer2DModel Ideogram4Transformer2DModel
+        MiniMaxH3Transformer3DModel MiniMaxMusic3Transformer1DModel OmniGenTransformer2DModel RFD4ProteinaTransformer
+    """),
+    ("flow", DATA_1000, "MochiTransformer3DModel*"),
+    ("edm", ANGLE, "StableAudioDiTModel"),
+    ("edm", LOG_SIGMA, "UNetSpatioTemporalConditionModel*"),
+]  # fmt: skip
+"""Convention, timestep → λ with both ends, and classes; * where layers may see several rows a sample."""
+NAMES = {name.rstrip("*"): (row, name.endswith("*")) for row in EXPECTED for name in row[2].split()}
+UNDECLARED = {
+    # pipelines run them outside of the denoising loop
+    "AutoencoderKL", "AutoencoderKLFlux2", "AnimaTextConditioner", "LTX2TextConnectors",
+    # what they are told is that of the denoiser that they run beside
+    "ControlNetModel", "ControlNetUnionModel", "CosmosControlNetModel", "FluxControlNetModel",
+    "FluxMultiControlNetModel", "HunyuanDiT2DControlNetModel", "HunyuanDiT2DMultiControlNetModel",
+    "MultiControlNetModel", "MultiControlNetUnionModel", "QwenImageControlNetModel", "QwenImageMultiControlNetModel",
+    "SD3ControlNetModel", "SD3MultiControlNetModel", "SanaControlNetModel", "SparseControlNetModel",
+    "ZImageControlNetModel",
+    # parts of others, or told the noise in a way that their class doesn't fix
+    "DreamLiteTransformer2DModel", "TransformerTemporalModel", "UTransformer2DModel", "UNet1DModel", "UNet2DModel",
+    "UVit2DModel", "Transformer2DModel", "T5FilmDecoder", "UniDiffuserModel", "UNetFlatConditionModel",
+}  # fmt: skip
+
+
+def test_every_class_of_diffusers_that_is_told_the_time_is_declared_or_known() -> None:
+    """If this fails after an update of Diffusers: read what the new class's pipelines pass, and declare it."""
+    adapted = {name for name in classes() if is_a(name, "PeftAdapterMixin") and name != "PeftAdapterMixin"}
+    told = {name for name in classes() if is_a(name, "ModelMixin") and told_the_time(name)}
+    assert len(adapted) > 60
+    assert sorted((adapted | told) - _DENOISERS.keys() - UNDECLARED) == []
+    assert sorted({*_DENOISERS, *UNDECLARED} - classes().keys()) == []
+    assert not _DENOISERS.keys() & UNDECLARED
+
+
+def test_denoisers_read_arguments_that_their_forwards_have() -> None:
+    for name, denoiser in _DENOISERS.items():
+        lineage = [name]
+        for base in lineage:
+            lineage.extend(classes()[base].bases if base in classes() else ())
+        own = next(classes()[base].forward for base in lineage if base in classes() and classes()[base].forward)
+        pinned = [] if denoiser.pinned is None else [denoiser.pinned[0]]
+        assert {denoiser.argument, *denoiser.also, *pinned} <= set(own), name
+
+
+def test_denoisers_timesteps_have_the_level_that_their_pipelines_mean() -> None:
+    assert NAMES.keys() == _DENOISERS.keys()
+    for name, ((convention, expected, _), sample_major) in NAMES.items():
+        source, denoiser = _DENOISERS[name].source(), _DENOISERS[name]
+        assert (source.convention, denoiser.sample_major) == (convention, sample_major), name
+        levels = [source.noise_level(timestep).item() for timestep in expected]
+        assert levels == pytest.approx(list(expected.values()), abs=1e-6), name
+
+
+def test_discrete_denoiser_is_read_by_the_convention_that_an_adapter_names() -> None:
+    denoiser = _DENOISERS["UNet2DConditionModel"]
+    assert denoiser.source("edm").meaning == "edm"
+    assert denoiser.source("flow").meaning == "sigma_1000"
+    assert denoiser.source("timestep").meaning == denoiser.source().meaning == "discrete"
+
+
+def model(name: str, **config: Any) -> nn.Module:
+    """A model of a class of this name, or of one derived from it."""
+    kind = type(name, (nn.Module,), {})
+    found = type("Derived", (kind,), {})()
+    found.config = SimpleNamespace(**config)
+    return found
+
+
+def test_configuration_tells_apart_what_one_class_serves() -> None:
+    sana = denoiser_of(model("SanaTransformer2DModel", guidance_embeds=False, timestep_scale=0.001)).source()
+    assert sana.noise_level(torch.tensor([0.25, 1.0])).tolist() == [0.25, 1.0]
+    with pytest.raises(ValueError, match="is no λ"):
+        sana.noise_level(250.0)
+    sprint = denoiser_of(model("SanaTransformer2DModel", guidance_embeds=True, timestep_scale=0.001)).source()
+    scheduler = SCMScheduler()
+    scheduler.set_timesteps(2)
+    sigma = torch.sin(scheduler.timesteps) / (torch.cos(scheduler.timesteps) + torch.sin(scheduler.timesteps))
+    assert sigma[0] > 1  # by rounding: the scheduler starts a little beyond π / 2
+    assert sprint.noise_level(sigma[:-1]).tolist() == pytest.approx(sigma[:-1].tolist(), abs=1e-5)
+    first = denoiser_of(model("CosmosTransformer3DModel", extra_pos_embed_type="learnable")).source()
+    second = denoiser_of(model("CosmosTransformer3DModel", extra_pos_embed_type=None)).source()
+    assert (first.meaning, second.meaning) == ("edm", "sigma")
+    refiner = denoiser_of(model("SanaWMLTX2RefinerTransformer3DModel", timestep_scale_multiplier=1000)).source()
+    assert refiner.noise_level(250.0).item() == 0.25
+    assert denoiser_of(model("ControlNetModel")) is None
+
+
+class Omni(nn.Module):
+    """It has the timesteps of a video, of its sound, and a mode in which it reads none."""
+
+    def forward(self, x: Any, timestep: Any = None, sound: Any = None, mode: str = "") -> None: ...
+
+
+def told(source: TimestepNoise, **given: Any) -> list[float]:
+    return source(Omni(), (None,), given).noise_level.tolist()
+
+
+def test_noisiest_of_several_timesteps_counts_and_a_pinned_one_beats_all() -> None:
+    source = TimestepNoise("sigma", also=("sound",), pinned=("mode", "extract", 0.125))
+    frames = torch.tensor([[0.0, 0.75], [0.25, 0.25]])
+    assert told(source, timestep=frames) == [0.75, 0.25]
+    assert told(source, timestep=frames, sound=torch.tensor([0.125, 0.5])) == [0.75, 0.5]
+    assert told(source, timestep=torch.zeros(0), sound=0.5) == [0.5]  # a video that is given has no timesteps
+    assert told(source, timestep=frames, mode="extract") == [0.125]
+    with pytest.raises(ValueError, match="got no timestep and no sound"):
+        told(source)
+
+
+def test_packed_timesteps_are_of_one_sample_and_equal_ones_share_a_level() -> None:
+    assert told(TimestepNoise("data", packed=True), timestep=torch.tensor([0.25, 0.75, 1.0])) == [0.75]
+    assert told(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.5, 0.5])) == [0.5]
+    assert told(TimestepNoise("sigma"), timestep=torch.tensor([0.5, 0.25])) == [0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"meaning": "noise"}, "meaning is 'noise': choose one of 'discrete'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+        ({"scale": 0.0}, "scale is 0.0"),
+    ],
+    ids=str,
+)
+def test_timestep_noise_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TimestepNoise(**options)
