@@ -1,0 +1,164 @@
+"""Large linear layers as one function: outputs and gradients of their parts, and when the parts are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nara_diffusion import noise_level
+from nara_diffusion.layers import dora, fused, variants
+from tests.helpers.adapted import OneLayer, adapted, nara_config, relative_error
+
+LEVELS = torch.tensor([0.05, 0.5, 0.93])
+DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The outputs of layers that were fused, which small ones are too."""
+    found: list[Tensor] = []
+
+    def counted(*args: Any) -> Tensor:
+        found.append(fused.fused_linear(*args))
+        return found[-1]
+
+    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
+    for room in (variants, dora):
+        monkeypatch.setattr(room, "fused_linear", counted)
+    return found
+
+
+def one_layer(use_dora: bool, bias: bool = True) -> Any:
+    return adapted(OneLayer(nn.Linear(7, 5, bias=bias)), target_modules=["layer"], use_dora=use_dora)
+
+
+def gradients(model: Any, x: Tensor, level: Any = LEVELS) -> dict[str, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    with noise_level(model, level):
+        output = model(x)
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, "x": x.grad, "output": output.detach()}  # type: ignore[dict-item]
+
+
+@DORA
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("level", [LEVELS, 0.4], ids=["a level per sample", "one level"])
+@pytest.mark.parametrize("shape", [(3, 7), (3, 4, 7), (3, 2, 4, 7)], ids=str)
+def test_fused_layer_has_the_outputs_and_gradients_of_its_parts(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Tensor], shape: Any, level: Any, bias: bool, use_dora: bool
+) -> None:
+    model, x = one_layer(use_dora, bias), torch.randn(shape)
+    actual = gradients(model, x, level)
+    assert len(calls) == 1
+    monkeypatch.setattr(fused, "MIN_ELEMENTS", 2**17)
+    expected = gradients(model, x, level)
+    assert len(calls) == 1
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@DORA
+def test_fused_layer_gives_no_gradient_to_what_is_frozen(calls: list[Tensor], use_dora: bool) -> None:
+    model, x = one_layer(use_dora), torch.randn(3, 4, 7)
+    expected = gradients(model, x)
+    for frozen in (("lora_A", "core"), ("lora_B",), ("magnitude",)):  # a core is trained where A is
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in ("base_layer", *frozen)))
+        found = gradients(model, x)
+        assert found.keys() == {name for name in expected if not any(part in name for part in frozen)}
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert len(calls) == 4
+
+
+@DORA
+def test_second_derivatives_of_a_fused_layer_are_those_of_its_parts(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Tensor], use_dora: bool
+) -> None:
+    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for smallest in (0, 2**17):
+        monkeypatch.setattr(fused, "MIN_ELEMENTS", smallest)
+        leaf = x.clone().requires_grad_()
+        with noise_level(model, LEVELS):
+            slope = torch.autograd.grad(model(leaf).pow(3).sum(), leaf, create_graph=True)[0]
+        found.append(torch.autograd.grad(slope.square().sum(), [leaf, *parameters], allow_unused=True))
+    assert len(calls) == 1
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert relative_error(one, other) < 1e-4
+
+
+def _two_active(model: Any) -> None:
+    model.add_adapter("other", nara_config(target_modules=["layer"]))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def _pruned(model: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.base_model.model.layer.lora_B["default"])
+
+
+def _layer(model: Any) -> Any:
+    return model.base_model.model.layer
+
+
+def _base(model: Any) -> Any:
+    return _layer(model).get_base_layer()
+
+
+UNFUSED: dict[str, Callable[[Any], Any]] = {
+    "a hook on the base layer": lambda model: _base(model).register_forward_hook(lambda *_: None),
+    "a hook on B": lambda model: model.base_model.model.layer.lora_B["default"].register_forward_pre_hook(
+        lambda *_: None
+    ),
+    "a trained base": lambda model: _base(model).weight.requires_grad_(),
+    "two active adapters": _two_active,
+    "a weight that is remade": _pruned,
+    "a forward of one's own": lambda model: setattr(_base(model), "forward", _base(model).forward),
+    "adapters of another dtype": lambda model: _base(model).bfloat16(),
+}
+
+
+@DORA
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("change", UNFUSED.values(), ids=UNFUSED)
+def test_layer_that_something_watches_or_changes_is_computed_in_parts(change: Any, calls: Any, use_dora: bool) -> None:
+    if change is _pruned and use_dora:
+        return
+    model = one_layer(use_dora)
+    change(model)
+    x = torch.randn(3, 4, 7, dtype=_base(model).weight.dtype)
+    with noise_level(model, LEVELS):
+        output = model.eval()(x)
+    assert not calls
+    assert output.dtype == x.dtype
+
+
+def test_layer_with_dropout_is_fused_in_evaluation_alone(calls: list[Tensor]) -> None:
+    model = adapted(OneLayer(nn.Linear(7, 5)), target_modules=["layer"], lora_dropout=0.5)
+    with noise_level(model, 0.5):
+        model.train()(torch.randn(3, 7))
+        assert not calls
+        model.eval()(torch.randn(3, 7))
+    assert len(calls) == 1
+
+
+def test_small_layers_and_those_under_autocast_and_torch_func_are_computed_in_parts(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Tensor]
+) -> None:
+    model, x = one_layer(False), torch.randn(3, 7)
+    with noise_level(model, 0.5):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        model.requires_grad_(False)
+        torch.func.vmap(model)(x)
+        monkeypatch.setattr(fused, "MIN_ELEMENTS", 16)
+        model(x)
+    assert not calls
