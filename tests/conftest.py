@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nara_diffusion.noise.denoisers.lookup import _DENOISERS
+from nara_diffusion.noise.denoisers import _DENOISERS
 from tests.helpers.process_state import fail_if_left, process_state
 
 MASK_TOKEN_ID = 49
@@ -37,14 +37,6 @@ def _same_draws_in_every_test() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (libraries under test read the legacy global state)
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _small_layers_are_fused() -> Iterator[None]:
-    """As the large ones of real models are, in what a fixture computes too: tests have small ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
-        yield
 
 
 @pytest.fixture

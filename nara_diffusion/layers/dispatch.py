@@ -1,16 +1,20 @@
-"""Which LoRA variant an adapted layer gets, and which modules can have none."""
+"""Which LoRA variant an adapted layer gets, which modules can have none, and what PEFT's new layers need changed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
+from peft.tuners import lora
+from peft.tuners.lora.layer import Embedding, LoraLayer, _ConvNd
 from torch import Tensor, nn
 
 from .dora import NaraDoraConv, NaraDoraLinear
 from .variants import NaraConv, NaraEmbedding, NaraLinear, NaraVariant
+
+_FORWARDS = (lora.Linear.forward, Embedding.forward, _ConvNd.forward)
+_QUANTISED = ("Linear8bitLt", "Linear4bit", "GPTQLoraLinear", "HqqLoraLinear")
+"""Of PEFT's layers, those that call LoRA variants: by their forward, and by name where a library may be absent."""
 
 
 def check_target(target: Any, use_dora: bool, name: str) -> None:
@@ -20,27 +24,22 @@ def check_target(target: Any, use_dora: bool, name: str) -> None:
         ValueError: `target` is an attention module, or NaRA-DoRA's norm cannot be had for it.
     """
     base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-    kind = type(base).__name__
+    weight, why = getattr(base, "weight", None), ""
     if isinstance(base, nn.MultiheadAttention):
         raise ValueError(
-            f"NaRA cannot adapt '{name}' ({kind}): PEFT merges its update before each forward, at no λ. Leave it out "
-            'by `exclude_modules`, or use core_type="identity".'
+            f"NaRA cannot adapt '{name}' (MultiheadAttention): PEFT merges its update before each forward, at no λ. "
+            'Leave it out by `exclude_modules`, or use core_type="identity".'
         )
-    if use_dora and isinstance(base, nn.Embedding):
+    if isinstance(base, nn.Embedding):
+        why = "an embedding, of which the norm of a whole vocabulary would be needed for each sample"
+    elif isinstance(weight, Tensor) and _is_float8(weight.dtype):
+        why = f"stored as {weight.dtype}, and its norm is needed: add the adapter before enable_layerwise_casting()"
+    elif isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
+        why = "a convolution with groups"
+    if use_dora and why:
         raise ValueError(
-            f"NaRA-DoRA cannot adapt '{name}' ({kind}): the norm of a whole vocabulary would be needed for each "
-            "sample. Leave it out by `exclude_modules`, or set use_dora=False."
-        )
-    weight = getattr(base, "weight", None)
-    if use_dora and isinstance(weight, Tensor) and _is_float8(weight.dtype):
-        raise ValueError(
-            f"NaRA-DoRA cannot adapt '{name}' ({kind}), whose weight is stored as {weight.dtype}: its norm is needed. "
-            "Add the adapter before enable_layerwise_casting()."
-        )
-    if use_dora and isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1:
-        raise ValueError(
-            f"NaRA-DoRA cannot adapt '{name}' ({kind} with groups > 1): leave it out by `exclude_modules`, "
-            "or set use_dora=False."
+            f"NaRA-DoRA cannot adapt '{name}' ({type(base).__name__}), which is {why}. Leave it out by "
+            "`exclude_modules`, or set use_dora=False."
         )
 
 
@@ -70,7 +69,7 @@ def variant_for(layer: Any, use_dora: bool, name: str) -> type[NaraVariant]:
     Raises:
         ValueError: PEFT's class of this layer does not call LoRA variants.
     """
-    if isinstance(layer, ParamWrapper) or "lora_variant" not in type(layer).forward.__code__.co_names:
+    if type(layer).forward not in _FORWARDS and type(layer).__name__ not in _QUANTISED:
         raise ValueError(
             f"NaRA cannot adapt '{name}' ({type(layer.get_base_layer()).__name__}, adapted by PEFT's "
             f"{type(layer).__name__}): that class skips λ-dependent updates. Leave it out by `exclude_modules`, or use "
@@ -103,3 +102,17 @@ def factor_dtype(weight_dtype: torch.dtype | None) -> torch.dtype | None:
 
 def _is_float8(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize == 1
+
+
+@torch.no_grad()
+def make_directions_orthonormal(layer: Any, adapter_name: str) -> None:
+    """Replace the r directions of PEFT's layer: the rows of A (r, d_in …), or the columns of an embedding's B (d_out,
+    r); with more directions than features, the features are orthonormal instead. The other factor stays zero.
+
+    T-LoRA (arXiv 2507.05964) starts A and B as singular vectors of a random matrix, so that the directions do not
+    overlap, and subtracts their product from each forward by frozen copies. Here B is zero, and no copies are needed.
+    """
+    embeds = isinstance(layer, Embedding)
+    factor = layer.lora_embedding_B[adapter_name] if embeds else layer.lora_A[adapter_name].weight
+    if not factor.is_meta:
+        factor.copy_(nn.init.orthogonal_(torch.empty(factor.shape, dtype=torch.float32)))

@@ -1,8 +1,8 @@
 """NaRA-DoRA's LoRA variants on linear layers (quantised or not) and convolutions.
 
-    y = m / ‖W0 + s B C A‖_row ⊙ (W0 x + s B C A x) + b        (paper, appendix M; the norm is a constant)
+    y = g ⊙ (W0 x + s B C A x) + b,   g = m / ‖W0 + s B C A‖_row        (paper, appendix M; the norm is a constant)
 
-The letters are those of `variants`; `dora_scale` is m / ‖W0 + s B C A‖_row (b or 1, d_out).
+The letters are those of `variants`; g is (b or 1, d_out).
 """
 
 from __future__ import annotations
@@ -13,47 +13,63 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import _ConvNd
 from peft.utils.other import transpose
-from torch import Tensor, nn
+from torch import Tensor
 
-from .effective_weights import base_matrix, factors, may_read
-from .functional import add_scaled_product, apply_core, factored_row_norm, times_core
+from .functional import apply_core, apply_core_to_channels, factored_row_norm, times_core
 from .fused import can_fuse, fused_linear
-from .variants import NaraVariant, conv_update, is_dropout_free
+from .offloading import is_managed, onloaded
+from .variants import NaraVariant, is_dropout_free
+from .weights import base_matrix, factors
 
 
 class NaraDoraLinear(NaraVariant):
-    """y = m / ‖W0 + s K A‖ ⊙ (W0 x + s K A x) + b, the norm from its factors.
+    """y = g ⊙ (W0 x + s B C A x) + b, the norm from its factors.
 
     With dropout, the dropped input is also used for the base product that the magnitude scales, as in PEFT.
     """
 
-    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        return A, B, module.get_base_layer(), module.lora_magnitude_vector[active_adapter]
+        read = (A, B, module.get_base_layer(), module.lora_magnitude_vector[active_adapter])
+        if not any(map(is_managed, read)):
+            return super().forward(module, active_adapter, x, result)
+        with onloaded(*read):  # whose weights are read for the norm
+            return super().forward(module, active_adapter, x, result)
 
-    def dora_scale(self, module: Any, active_adapter: str, weight: Tensor, core: Tensor) -> Tensor:
-        """m / ‖W0 + s B C A‖ for W0 (d_out, k) and C (b or 1, r, r): (b or 1, d_out)."""
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
+        core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
+        weight = base_matrix(module)
+        gain = self._gain(module, active_adapter, weight, core).to(x.dtype)
+        dropout_free = is_dropout_free(module, active_adapter)
+        if dropout_free and can_fuse(module, base_layer, A, B, x, result):
+            return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling, gain)
+        gain, bias = self._aligned(gain, result), base_layer.bias
+        bias = None if bias is None else self._aligned(bias[None], result)
+        if dropout_free:
+            z = torch.add(result, self._rise(core, A, B, x), alpha=scaling)  # W0 x + b + s B C A x
+            return z * gain if bias is None else torch.addcmul((1 - gain) * bias, z, gain)
+        dropped = module.lora_dropout[active_adapter](x)
+        base = self._base(base_layer, weight, dropped)
+        return result + (gain - 1) * base + scaling * gain * self._rise(core, A, B, dropped)
+
+    def _gain(self, module: Any, active_adapter: str, weight: Tensor, core: Tensor) -> Tensor:
+        """g (b or 1, d_out) for W0 (d_out, k) and C (b or 1, r, r), float32 at least."""
         A, B = factors(module, active_adapter)
         norm = factored_row_norm(weight, A, times_core(B, core), module.scaling[active_adapter])
         return module.lora_magnitude_vector[active_adapter].weight.view(1, -1) / norm
 
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
-        scaling = module.scaling[active_adapter]
-        core = self.batch_core(module.r[active_adapter], x)
-        weight = base_matrix(module)
-        dora_scale = self.dora_scale(module, active_adapter, weight, core).to(x.dtype)  # (b or 1, d_out)
-        bias = base_layer.bias
-        if is_dropout_free(module, active_adapter):
-            base = result if bias is None else result - bias
-            if x.dtype == dora_scale.dtype != torch.float16 and can_fuse(module, base_layer, A, B, x, result):
-                result = fused_linear(x, base, weight, A.weight, core, B.weight, scaling, dora_scale)
-            else:
-                result = _add_and_scale(base, apply_core(core, A(x)), B, dora_scale, scaling)
-            return result if bias is None else result + bias
-        dropped = module.lora_dropout[active_adapter](x)
-        base = F.linear(dropped, weight.to(dropped.dtype))
-        return result - base + _add_and_scale(base, apply_core(core, A(dropped)), B, dora_scale, scaling)
+    def _rise(self, core: Tensor, A: Any, B: Any, x: Tensor) -> Tensor:
+        """B C A x (b, …, d_out)."""
+        return B(apply_core(core, A(x)))
+
+    def _base(self, base_layer: Any, weight: Tensor, x: Tensor) -> Tensor:
+        """W0 x (b, …, d_out)."""
+        return F.linear(x, weight.to(x.dtype))
+
+    def _aligned(self, rows: Tensor, result: Tensor) -> Tensor:
+        """(b or 1, d_out) in the axes of `result` (b, …, d_out)."""
+        return rows.view(rows.shape[0], *(1,) * (result.dim() - 2), rows.shape[1])
 
     def merge_factor(self, module: Any, active_adapter: str, A: Tensor, K: Tensor) -> Tensor:
         with module._unmerged_base_weight(safe_merge=True) as weight:
@@ -71,28 +87,12 @@ class NaraDoraConv(NaraDoraLinear):
     def batched_dims(self, module: Any) -> int:
         return module._kernel_dim
 
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        base_layer = module.get_base_layer()
-        axes = (1,) * (result.dim() - 2)
-        core = self.batch_core(module.r[active_adapter], x)
-        scaling = module.scaling[active_adapter]
-        dora_scale = self.dora_scale(module, active_adapter, base_matrix(module), core).to(x.dtype)
-        dora_scale = dora_scale.view(*dora_scale.shape, *axes)  # (b or 1, d_out, 1, …)
-        dropped = module.lora_dropout[active_adapter](x)
-        if is_dropout_free(module, active_adapter):
-            base = result if base_layer.bias is None else result - base_layer.bias.view(1, -1, *axes)
-        else:
-            base = base_layer._conv_forward(dropped, base_layer.weight, None)
-        return (
-            result + (dora_scale - 1) * base + dora_scale * scaling * conv_update(module, active_adapter, dropped, core)
-        )
+    def _rise(self, core: Tensor, A: Any, B: Any, x: Tensor) -> Tensor:
+        return B(apply_core_to_channels(core, A(x)))
 
+    def _base(self, base_layer: Any, weight: Tensor, x: Tensor) -> Tensor:
+        return base_layer._conv_forward(x, base_layer.weight, None)
 
-def _add_and_scale(base: Tensor, h: Tensor, B: Any, dora_scale: Tensor, scaling: float) -> Tensor:
-    """dora_scale ⊙ (base + s B(h)): base (b, …, d_out), h (b, …, r), dora_scale (b or 1, d_out)."""
-    if not base.is_nested and may_read(B):
-        return add_scaled_product(base, h, B.weight, dora_scale, scaling)
-    rows = dora_scale.view(dora_scale.shape[0], *(1,) * (base.dim() - 2), dora_scale.shape[1])  # (b or 1, 1, …, d_out)
-    if base.is_nested:  # a gradient can be summed over the ragged axis, but not over that and another one
-        rows = rows.expand(-1, 1, *base.shape[2:])
-    return rows * (base + scaling * B(h))
+    def _aligned(self, rows: Tensor, result: Tensor) -> Tensor:
+        """(b or 1, d_out) in the axes of `result` (b, d_out, …)."""
+        return rows.view(*rows.shape, *(1,) * (result.dim() - 2))

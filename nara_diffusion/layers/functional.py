@@ -1,4 +1,4 @@
-"""y = s · B · C · A · x on rows, channels and weights, and DoRA's norms; with torch alone.
+"""C h on rows and channels, B·C, and DoRA's norm; with torch alone.
 
 Shapes: A (r, d_in), C (b, r, r), or (1, r, r) where the batch shares it, B (d_out, r).
 """
@@ -16,25 +16,18 @@ def apply_core(core: Tensor, h: Tensor) -> Tensor:
     It is computed in float32 at least, also under autocast, so that C − I is not rounded. (B·C first would be the
     same, but turns every large product of the layer, and of its backward, into a batched one.)
     """
-    with torch.autocast(h.device.type, enabled=False):
-        return apply_core_to_rows(core, h)
-
-
-def apply_core_to_rows(core: Tensor, h: Tensor) -> Tensor:
-    """`apply_core` where autocast is known to be off."""
-    if core.dtype == h.dtype and core.device == h.device:
-        return _apply_core_alike(core, h)
+    if core.dtype == h.dtype and core.device == h.device and not torch.is_autocast_enabled(h.device.type):
+        return _apply(core, h)
     dtype = torch.promote_types(h.dtype, torch.float32)
-    return _apply_core_alike(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
+    with torch.autocast(h.device.type, enabled=False):
+        return _apply(core.to(h.device, dtype), h.to(dtype)).to(h.dtype)
 
 
-def _apply_core_alike(core: Tensor, h: Tensor) -> Tensor:
+def _apply(core: Tensor, h: Tensor) -> Tensor:
     if core.shape[0] == 1:
         return F.linear(h, core[0])
     if h.dim() == 3:
         return torch.bmm(h, core.mT)
-    if h.is_nested:
-        return torch.matmul(h, core.mT.reshape(core.shape[0], *(1,) * (h.dim() - 3), *core.shape[1:]))
     return torch.bmm(h.reshape(h.shape[0], -1, h.shape[-1]), core.mT).view(h.shape)
 
 
@@ -44,27 +37,6 @@ def apply_core_to_channels(core: Tensor, h: Tensor) -> Tensor:
     with torch.autocast(h.device.type, enabled=False):
         mixed = torch.matmul(core.to(h.device, dtype), h.to(dtype).flatten(2))
     return mixed.view(h.shape).to(h.dtype)
-
-
-def add_product(base: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """base + s · h Bᵀ by one product: base (…, d_out), h (…, r), B (d_out, r)."""
-    dtype = torch.promote_types(base.dtype, h.dtype)
-    rows = base.to(dtype).reshape(-1, base.shape[-1])
-    return torch.addmm(rows, h.to(dtype).reshape(-1, h.shape[-1]), B.to(dtype).T, alpha=scaling).view(base.shape)
-
-
-def add_scaled_product(base: Tensor, h: Tensor, B: Tensor, dora_scale: Tensor, scaling: float) -> Tensor:
-    """dora_scale ⊙ (base + s · h Bᵀ): base (b, …, d_out), h (b, …, r), B (d_out, r), dora_scale (b or 1, d_out).
-
-    It goes onto `base` and onto B, so that the product is added in place: one large tensor instead of two.
-    """
-    batch, width = dora_scale.shape
-    scaled = base.reshape(batch, -1, width) * dora_scale[:, None]  # (b, n, d_out), or (1, b n, d_out)
-    rows = h.reshape(batch, -1, h.shape[-1])
-    rising = (dora_scale[..., None] * B).transpose(1, 2)  # (b, r, d_out)
-    if scaled.dtype == rows.dtype:
-        return scaled.baddbmm_(rows, rising.to(rows.dtype), alpha=scaling).view(base.shape)
-    return (scaled + scaling * torch.bmm(rows, rising.to(rows.dtype))).view(base.shape)
 
 
 def times_core(B: Tensor, core: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
     y = W0 x + b + s B C A x                              (paper, equation 4)
 
-with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r), K = B C (b, d_out, r). PEFT's own layers hold
-A and B and call `forward` of the variant. A variant reads its C from the model's channel; it knows neither the core
-that made C nor the modality. A layer whose rank r is below that of its core reads C[:r, :r]. (`module` is PEFT's layer,
-whose attributes are typed too loosely to check.)
+with x (b, …), A (r, d_in), C (b, r, r) or (1, r, r), B (d_out, r). PEFT's own layers hold A and B and call `forward` of
+the variant. A variant reads its C from the model's channel; it knows neither the core that made C nor the modality. A
+layer whose rank r is below that of its core reads C[:r, :r]. (`module` is PEFT's layer, whose attributes are typed too
+loosely to check.)
 """
 
 from __future__ import annotations
@@ -17,22 +17,16 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from .bnb import base_weight, check_mergeable
 from .channel import CoreChannel
-from .effective_weights import delta_weight, factors, may_read
-from .functional import (
-    add_product,
-    apply_core,
-    apply_core_to_channels,
-    times_core,
-)
+from .functional import apply_core, apply_core_to_channels, times_core
 from .fused import can_fuse, fused_linear
 from .offloading import is_managed, onloaded
 from .rows import Rows, check_rows
+from .weights import base_weight, check_mergeable, delta_weight, factors
 
 
 class NaraVariant(LoraVariant):
-    """The base of all variants: reading C, the product B·C, and merging at one fixed C.
+    """The base of all variants: reading C, and merging at one fixed C.
 
     Args:
         channel: hands C(λ) to the layer: in a forward of the model's root, at the λ around a part alone, in merging.
@@ -65,14 +59,33 @@ class NaraVariant(LoraVariant):
     def init(self, module: Any, adapter_name: str, **kwargs: Any) -> None:
         """Do nothing: PEFT has made A, B and the magnitude, and the core belongs to the root."""
 
-    def read_core(self, rank: int) -> Tensor:
-        """C (b, r, r) or (1, r, r), float32, of the running forward; outside of one, of the active `noise_level`."""
-        core = self.channel.read(self.key)
-        return core if core.shape[-1] == rank else core[:, :rank, :rank]
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Return `result` plus the update of `x`; PEFT calls it. A sample without batch axis is a batch of one.
+
+        Raises:
+            ValueError: `x` has another number of samples than λ.
+        """
+        if not getattr(module, "cast_input_dtype_enabled", True) and x.is_floating_point():
+            A = module.lora_A[active_adapter]  # layerwise casting has turned off PEFT's own conversion
+            x = x if is_managed(A) else x.to(A.weight.dtype)
+        if x.dim() < self.batched_dims(module):
+            return self.update(module, active_adapter, x[None], result[None])[0]
+        return self.update(module, active_adapter, x, result)
+
+    def batched_dims(self, module: Any) -> int:
+        """The least number of axes of an input with a batch axis."""
+        return 2
+
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """`forward` for x (b, …)."""
+        raise NotImplementedError
 
     def batch_core(self, rank: int, x: Tensor) -> Tensor:
-        """`read_core` for the input `x` (b, …): one matrix, or one for each row."""
-        core = self.read_core(rank)
+        """C of the running forward for the input `x` (b, …), float32: (1, r, r), or (b, r, r) for its rows."""
+        core = self.channel.read(self.key)
+        core = core if core.shape[-1] == rank else core[:, :rank, :rank]
         samples, batch = core.shape[0], x.shape[0]
         check_rows(self.rows, x, samples, self.layer_name)
         if samples in (1, batch):
@@ -86,49 +99,15 @@ class NaraVariant(LoraVariant):
             "pass one value, or one a sample of the batch as the layer sees it, (b, …), after beams, repeats or CFG."
         )
 
-    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """Return `result` plus the update of `x`; PEFT calls it. A sample without batch axis is a batch of one.
-
-        Raises:
-            ValueError: `x` is a nested tensor of the strided layout, or has another number of samples than λ.
-        """
-        if x.is_nested and x.layout is not torch.jagged:
-            raise ValueError(
-                f"The input of layer '{self.layer_name}' is a nested tensor of layout {x.layout}: make it with "
-                "torch.nested.nested_tensor(samples, layout=torch.jagged)."
-            )
-        x = _in_dtype_of_factors(module, active_adapter, x)
-        read = self.reads(module, active_adapter)
-        if any(map(is_managed, read)):
-            with onloaded(*read):
-                return self._update_any(module, active_adapter, x, result)
-        return self._update_any(module, active_adapter, x, result)
-
-    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
-        """The modules whose weights `update` reads without calling them."""
-        return ()
-
-    def _update_any(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        if x.dim() < self.batched_dims(module):
-            return self.update(module, active_adapter, x[None], result[None])[0]
-        return self.update(module, active_adapter, x, result)
-
-    def batched_dims(self, module: Any) -> int:
-        """The least number of axes of an input with a batch axis."""
-        return 2
-
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        """`forward` for x (b, …)."""
-        raise NotImplementedError
+    # ------------------------------------------------------------------ merging
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The base weight with this adapter merged at one C."""
         check_mergeable(module, active_adapter, self.layer_name)
         rank = module.r[active_adapter]
         core, level = self.channel.to_merge(self.key)
-        core = core[:, :rank, :rank]
         A, B = factors(module, active_adapter)
-        K = times_core(B, core)  # (1, d_out, r)
+        K = times_core(B, core[:, :rank, :rank])  # (1, d_out, r)
         scaling = module.scaling[active_adapter]
         factor = self.merge_factor(module, active_adapter, A, K)
         guard = module.register_forward_pre_hook(self._check_merged)
@@ -161,41 +140,13 @@ class NaraVariant(LoraVariant):
 class NaraLinear(NaraVariant):
     """y = W0 x + b + s B C A x; the update is added to the base layer's output."""
 
-    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
-        return (module.lora_B[active_adapter],)
-
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        A, B, base_layer = module.lora_A[active_adapter], module.lora_B[active_adapter], module.get_base_layer()
-        core = self.batch_core(module.r[active_adapter], x)
-        scaling = module.scaling[active_adapter]
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
+        base_layer = module.get_base_layer()
         if is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
-            return fused_linear(x, result, base_layer.weight, A.weight, core, B.weight, scaling)
-        mixed = apply_core(core, A(module.lora_dropout[active_adapter](x)))  # (b, …, r)
-        if result.is_nested or not may_read(B):
-            return result + scaling * B(mixed)
-        result = add_product(result, mixed, B.weight, scaling)
-        return result if B.bias is None else result + scaling * B.bias
-
-
-class NaraEmbedding(NaraVariant):
-    """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout.
-
-    Ids (n,), such as the positions `arange(n)`, are one sample.
-    """
-
-    def reads(self, module: Any, active_adapter: str) -> tuple[nn.Module, ...]:
-        return module.lora_embedding_A, module.lora_embedding_B
-
-    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        core = self.batch_core(module.r[active_adapter], x)
-        h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
-        embed_scale = module._get_embed_scale()
-        if embed_scale is not None:
-            h = h * embed_scale.to(h.dtype)
-        B, scaling = module.lora_embedding_B[active_adapter], module.scaling[active_adapter]
-        if result.is_nested:
-            return result + scaling * F.linear(apply_core(core, h), B)
-        return add_product(result, apply_core(core, h), B, scaling)
+            return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling)
+        return torch.add(result, B(apply_core(core, A(module.lora_dropout[active_adapter](x)))), alpha=scaling)
 
 
 class NaraConv(NaraVariant):
@@ -205,22 +156,27 @@ class NaraConv(NaraVariant):
         return module._kernel_dim
 
     def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         core = self.batch_core(module.r[active_adapter], x)
-        dropped = module.lora_dropout[active_adapter](x)
-        return result + module.scaling[active_adapter] * conv_update(module, active_adapter, dropped, core)
+        mixed = apply_core_to_channels(core, A(module.lora_dropout[active_adapter](x)))  # (b, r, …)
+        return torch.add(result, B(mixed), alpha=module.scaling[active_adapter])
 
 
-def _in_dtype_of_factors(module: Any, adapter_name: str, x: Tensor) -> Tensor:
-    """`x` in A's dtype, if layerwise casting of the base weights has turned off PEFT's own conversion."""
-    if getattr(module, "cast_input_dtype_enabled", True) or not x.is_floating_point():
-        return x
-    A = module.lora_A[adapter_name]
-    return x if is_managed(A) else x.to(A.weight.dtype)
+class NaraEmbedding(NaraVariant):
+    """y = W0[x] + s A[:, x] Cᵀ Bᵀ: PEFT looks A up and maps up by B, so that ΔW = s (B C A)ᵀ in the weight's layout.
 
+    Ids (n,), such as the positions `arange(n)`, are one sample.
+    """
 
-def conv_update(module: Any, adapter_name: str, x: Tensor, core: Tensor) -> Tensor:
-    """B(C A(x)), with B's bias: x (b, d_in, …) → (b, d_out, …)."""
-    return module.lora_B[adapter_name](apply_core_to_channels(core, module.lora_A[adapter_name](x)))
+    def update(self, module: Any, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        core = self.batch_core(module.r[active_adapter], x)
+        with onloaded(module.lora_embedding_A, module.lora_embedding_B):
+            h = module._embed(x, module.lora_embedding_A[active_adapter].T)  # (b, l, r)
+            embed_scale = module._get_embed_scale()
+            if embed_scale is not None:
+                h = h * embed_scale.to(h.dtype)
+            update = F.linear(apply_core(core, h), module.lora_embedding_B[active_adapter])
+            return torch.add(result, update, alpha=module.scaling[active_adapter])
 
 
 def is_dropout_free(module: Any, adapter_name: str) -> bool:

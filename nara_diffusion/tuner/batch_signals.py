@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nara_diffusion.noise.denoisers.lookup import why_undeclared
 from nara_diffusion.noise.signals import NoiseSignals, NoiseSource, arguments_of
 
 from .checkpointing import outer_modules
@@ -105,5 +104,4 @@ def _how_to_declare(root: nn.Module) -> str:
     kinds = [kind.__name__ for kind in type(root).__mro__]
     if "ModelMixin" not in kinds:  # of Diffusers
         return ""
-    declare = f" To have it read its timestep, declare register_denoiser('{kinds[0]}', meaning) before adding adapters."
-    return declare + why_undeclared(root)
+    return f" To have it read its timestep, declare register_denoiser('{kinds[0]}', meaning) before adding adapters."

@@ -13,11 +13,8 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any
 
-from torch import nn
-
 from nara_diffusion.cores.registry import needs_noise
-from nara_diffusion.noise.denoisers.denoiser import Denoiser
-from nara_diffusion.noise.denoisers.lookup import why_static
+from nara_diffusion.noise.denoisers import Denoiser
 from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
 from nara_diffusion.noise.signals import NoiseSource
 from nara_diffusion.noise.sources import first_source
@@ -209,15 +206,4 @@ def _check(source: NoiseSource | None, adapter_name: str, convention: str | None
         raise ValueError(
             f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
             f"{told!r}, {remedy}"
-        )
-
-
-def check_not_static(model: nn.Module, config: Any, adapter_name: str) -> None:
-    """Raises ValueError if `config` needs λ, names no definition of it, and `model` is of a class that has none."""
-    why = why_static(model)
-    if why and config.noise_convention is None and needs_noise(config):
-        raise ValueError(
-            f"Adapter '{adapter_name}' has core_type={config.core_type!r}, whose update depends on λ.{why} If you run "
-            'it on noisy inputs yourself, name what λ is there, NaraConfig(noise_convention="…"), and tell it by '
-            "noise_level(model, value)."
         )

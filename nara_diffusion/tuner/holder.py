@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of, is_offloaded
-from nara_diffusion.noise.denoisers.denoiser import Denoiser
+from nara_diffusion.noise.denoisers import Denoiser
 from nara_diffusion.noise.level import backward_pass, entry_for, find_holders
 from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength import StrengthSchedule

@@ -19,15 +19,19 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN
 from nara_diffusion.layers.channel import CoreChannel
-from nara_diffusion.layers.dispatch import check_convolution, check_target, keep_out_of_float8, variant_for
-from nara_diffusion.layers.initialisation import make_directions_orthonormal
+from nara_diffusion.layers.dispatch import (
+    check_convolution,
+    check_target,
+    keep_out_of_float8,
+    make_directions_orthonormal,
+    variant_for,
+)
 from nara_diffusion.layers.offloading import is_dispatched_by_layers
 from nara_diffusion.layers.rows import rows_of
 from nara_diffusion.loaders.strict import PEFT_PREFIX, check_core_precision, check_tensors
-from nara_diffusion.noise.denoisers.lookup import denoiser_of
+from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import find_holders
 
-from .conventions import check_not_static
 from .core_set import SHARED, core_group, core_tensors, make_cores
 from .holder import HOLDER_NAME, CoreHolder, drop_idle_holder, holder_of
 from .merging import MergesAtOneLevel
@@ -88,7 +92,6 @@ class NaraModel(MergesAtOneLevel):
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
         self._check_name(model, adapter_name, config)
-        check_not_static(model, config, adapter_name)
         if is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
             raise ValueError(
                 f"{type(model).__name__} is offloaded layer by layer, so that a new adapter would have no values: load "

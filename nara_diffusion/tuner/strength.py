@@ -26,7 +26,7 @@ from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import check_target, variant_for
 from nara_diffusion.layers.rows import rows_of
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.noise.denoisers.lookup import denoiser_of
+from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.prediction import prediction_in
 from nara_diffusion.noise.strength import StrengthSchedule
 

@@ -39,6 +39,14 @@ pytestmark = [
 ]
 HALVES = [torch.bfloat16, torch.float16]
 dora = pytest.mark.parametrize("use_dora", [False, True], ids=["NaRA", "NaRA-DoRA"])
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large ones are; those whose base is trained are computed in parts."""
+    monkeypatch.setattr("nara_diffusion.layers.fused.MIN_ELEMENTS", 0)
+
+
 half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 
 

@@ -24,7 +24,6 @@ from nara_diffusion import (
     to_lora_bins,
 )
 from nara_diffusion.dllm import masked_diffusion_loss, read_noise_from_input_ids
-from nara_diffusion.noise.ablations import changed_noise, constant_noise, mean_core
 from nara_diffusion.noise.signals import NoiseSignals
 from tests.helpers.adapted import TwoLayers, adapted
 
@@ -78,13 +77,6 @@ def folded(model: Any) -> Tensor:
     return layer.B @ layer.A
 
 
-def ablated(model: Any) -> Tensor:
-    with changed_noise(model, constant_noise(0.3)):
-        one = in_context(model, 0.9)
-    with mean_core(model, [0.3, 0.7]):
-        return torch.cat([one, in_context(model, 0.9)])
-
-
 WAYS: dict[str, Callable[[Any], Tensor]] = {
     "a number": in_context,
     "a list": lambda model: in_context(model, [0.3, 0.7, 0.1]),
@@ -94,7 +86,6 @@ WAYS: dict[str, Callable[[Any], Tensor]] = {
     "core_matrix": lambda model: core_matrix(model, 0.3),
     "merging": merged,
     "to_lora": folded,
-    "ablations": ablated,
 }
 
 

@@ -1,4 +1,4 @@
-"""The table of Diffusers' denoisers: which classes it has, what their pipelines' timesteps mean, which rows they have."""
+"""The table of Diffusers' denoisers: its classes, what their pipelines' timesteps mean, and which rows they have."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nara_diffusion import noise_level
-from nara_diffusion.noise.denoisers.lookup import _DENOISERS, register_denoiser
+from nara_diffusion.noise.denoisers import _DENOISERS, register_denoiser
 from nara_diffusion.noise.needs import is_noise_aware, mask_density_radius, needs_mask_density
 from tests.helpers.adapted import TwoLayers, adapted, core_by_hand, nara_config, relative_error
 from tests.helpers.two_layers import LEVELS, TARGETS, by_hand, expect, run

@@ -1,0 +1,91 @@
+"""The matrices of adapted layers: A, B, W0 and ΔW = s B C A, quantised or not.
+
+They are read for DoRA's norm and for merging, in the cases too in which PEFT reads bitsandbytes' weights wrongly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Embedding, _ConvNd
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+
+def factors(module: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A (r, k) and B (d_out, r) of any adapted layer, kernels flattened and groups written out; detached."""
+    if isinstance(module, Embedding):
+        return module.lora_embedding_A[adapter_name].detach(), module.lora_embedding_B[adapter_name].detach()
+    A, B = (layers[adapter_name].weight.detach().flatten(1) for layers in (module.lora_A, module.lora_B))
+    groups = getattr(module.get_base_layer(), "groups", 1)
+    return A, B if groups == 1 else torch.block_diag(*B.chunk(groups))
+
+
+def base_matrix(module: Any) -> Tensor:
+    """W0 (d_out, k) of a linear layer, dequantised if need be, or of a convolution."""
+    weight = base_weight(module.get_base_layer())
+    return transpose(weight, getattr(module, "fan_in_fan_out", False)).flatten(1)
+
+
+def delta_weight(module: Any, A: Tensor, K: Tensor, scaling: float) -> Tensor:
+    """s K A for A (r, k) and K = B C (d_out, r), in the layout of the base layer's weight."""
+    delta = scaling * (K @ A.to(K.dtype))  # (d_out, k)
+    if isinstance(module, Embedding):
+        return delta.T
+    if isinstance(module, _ConvNd):
+        return delta.view(module.get_base_layer().weight.shape)
+    return transpose(delta, getattr(module, "fan_in_fan_out", False))
+
+
+def base_weight(base_layer: Any) -> Tensor:
+    """W0 of a layer, dequantised if need be.
+
+    On a CPU, bitsandbytes reorders 4-bit weights at the first inference, after which they dequantise wrongly: then
+    W0ᵀ = layer(I) − b. PEFT's function for 8-bit weights breaks later forwards, so that they are dequantised here.
+    """
+    weight = getattr(base_layer, "weight", None)
+    if type(weight) is nn.Parameter and not hasattr(base_layer, "W_q"):
+        return weight  # PEFT's function would break a compiled graph
+    if type(weight).__name__ == "Int8Params":
+        return _int8_weight(base_layer)
+    if not _is_packed(base_layer):
+        return dequantize_module_weight(base_layer)
+    with torch.no_grad():
+        identity = torch.eye(base_layer.in_features, dtype=torch.float32, device=base_layer.weight.device)
+        product = base_layer(identity)
+        return (product if base_layer.bias is None else product - base_layer.bias).T
+
+
+def _int8_weight(base_layer: Any) -> Tensor:
+    """W0 from int8 codes and the largest value of each row; the first forward moves both from weight to state."""
+    weight, state = base_layer.weight, base_layer.state
+    codes, largest = (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
+    return codes.float() * (largest.float()[:, None] / 127)
+
+
+def _is_packed(base_layer: Any) -> bool:
+    weight = getattr(base_layer, "weight", None)
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def check_mergeable(layer: Any, adapter_name: str, layer_name: str) -> None:
+    """Refuse layers that PEFT would merge wrongly, before anything is changed.
+
+    Raises:
+        ValueError: a bias of B without a bias to add it to, or on a quantised layer, where PEFT forgets its scale; or
+            a 4-bit weight that bitsandbytes has reordered.
+    """
+    base_layer = layer.get_base_layer()
+    is_quantised = type(base_layer.weight).__name__ in ("Params4bit", "Int8Params")
+    if layer.lora_bias[adapter_name] and (base_layer.bias is None or is_quantised):
+        raise ValueError(
+            f"The bias of B (lora_bias=True) cannot be merged into layer '{layer_name}', which is quantised or has no "
+            "bias of its own."
+        )
+    if _is_packed(base_layer):
+        raise ValueError(
+            f"The 4-bit weight of layer '{layer_name}' cannot be merged: bitsandbytes has reordered it for inference "
+            "on a CPU. Load the model again and merge before the first forward."
+        )
