@@ -25,9 +25,8 @@ from torch import nn
 
 from nara_diffusion.noise.level import core_holders, find_holders
 from nara_diffusion.noise.level import noise_level as noise_level_of
-from nara_diffusion.noise.needs import mask_density_radius
 from nara_diffusion.noise.signals import MASKED_SHARE, NoiseSignals
-from nara_diffusion.noise.sources import set_noise_source
+from nara_diffusion.noise.sources import mask_density_radius, set_noise_source
 
 from .models.backbone import Backbone
 

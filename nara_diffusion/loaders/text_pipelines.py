@@ -2,7 +2,7 @@
 
 LLaDA2Pipeline and DiffusionGemmaPipeline have their model as component `model`, and no LoRA methods. As the first
 adapter is loaded, the class gets them. λ is told by the user: `noise_level(pipe.model, …)`, or once by
-`set_noise_source(pipe.model, source)`, for which `noise.text_blocks` has sources.
+`set_noise_source(pipe.model, source)`, for which `noise.sources.BlockMasks` is one.
 """
 
 from __future__ import annotations

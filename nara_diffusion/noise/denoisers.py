@@ -7,50 +7,78 @@ frames of a video, timesteps of tokens or frames, tokens of a text inside an emb
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .timesteps import TimestepNoise, UndeclaredTimestep
+from .prediction import passes_log_sigma
+from .signals import as_tensor
+from .timesteps import COUNTED, LARGEST_LOG_SIGMA, TimestepNoise
 
 
-@dataclass(frozen=True)
-class Denoiser:
-    """How the forwards of a class of denoisers tell λ, and how its layers see the batch.
+@dataclass
+class Denoiser(TimestepNoise):
+    """The default source of λ of a class of denoisers, until a user sets one; and how its layers see the batch.
+
+    N is that of the present schedulers. A small discrete timestep might be ¼ ln σ of an EDM schedule instead:
+
+        discrete   t in [0, N], N = 1000: whole, fractional with Karras' sigmas, below 3.5 in the last steps alone
+        EDM        t = ¼ ln σ: within ±3.5 throughout, and for σ from 80 to 1, the first steps, from 1.1 to 0
+
+    Confused with the other, the first steps of an EDM pipeline would run at λ = 0.001. So it is refused, unless a
+    present scheduler is discrete, or it is a whole number and there is none.
 
     Attributes:
-        meaning, argument, scale, also, packed, pinned: see `TimestepNoise`.
         sample_major: whether layers may see b · k rows, k consecutive ones a sample, where the model sees b. Otherwise
             another number of rows than the batch's is an error.
         one_level: whether the first axis that layers see is not the samples': a batch of unequal λ is refused.
+        schedulers: of the pipelines that loaded the adapters; see `under`.
     """
 
-    meaning: str = "discrete"
-    argument: str = "timestep"
     sample_major: bool = False
-    scale: float = 1.0
-    also: tuple[str, ...] = ()
-    packed: bool = False
     one_level: bool = False
-    pinned: tuple[str, Any, float] | None = None
+    schedulers: Sequence[Any] = ()
 
-    def source(self, convention: str | None = None) -> TimestepNoise:
-        """The source that reads λ from its timestep, for adapters with this `convention` (None: that of the class).
+    def read_as(self, convention: str | None) -> Denoiser:
+        """The same for adapters with this `convention`; None is that of the class.
 
         Models of discrete schedules are trained in EDM's terms too, or converted to a rectified flow: an adapter that
         says so is read so.
         """
-        meaning = self.meaning
-        if meaning == "discrete":
-            meaning = {"edm": "edm", "flow": "sigma_1000"}.get(convention or "", meaning)
-        return UndeclaredTimestep(
-            meaning,
-            argument=self.argument,
-            scale=self.scale,
-            also=self.also,
-            packed=self.packed,
-            pinned=self.pinned,
+        meanings = {"edm": "edm", "flow": "sigma_1000"} if self.meaning == "discrete" else {}
+        return replace(self, meaning=meanings.get(convention or "", self.meaning))
+
+    def under(self, schedulers: Sequence[Any]) -> Denoiser:
+        """The same while these are the schedulers of the pipelines.
+
+        Raises:
+            ValueError: λ depends on N, and their N differ.
+        """
+        lengths = {length for one in schedulers if (length := one.config.get("num_train_timesteps"))}
+        if self.meaning not in COUNTED or not lengths:
+            return replace(self, schedulers=schedulers)
+        if len(lengths) > 1:
+            raise ValueError(
+                f"λ = {self.argument} / N can't be read: the schedulers of the pipelines that loaded the adapters have "
+                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}: say which, "
+                f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
+            )
+        return replace(self, schedulers=schedulers, num_train_timesteps=lengths.pop())
+
+    def check(self, timestep: float | Tensor) -> None:
+        t = as_tensor(timestep).detach()
+        is_large = 4 * t.float().abs() >= LARGEST_LOG_SIGMA
+        if self.meaning != "discrete" or not t.is_floating_point() or bool(is_large.any()):
+            return
+        continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
+        if not continuous and (self.schedulers or bool((t == t.round()).all())):
+            return
+        who = f"{continuous[0]} passes ¼ ln σ" if continuous else "it may be ¼ ln σ of an EDM schedule"
+        raise ValueError(
+            f"{self.argument} is {t.tolist()}, which as 'discrete' would be almost no noise, but {who}: say what this "
+            'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
         )
 
 
@@ -119,8 +147,7 @@ def register_denoiser(
     Raises:
         ValueError: an unknown meaning, or the class is declared otherwise already.
     """
-    TimestepNoise(meaning)
-    denoiser = Denoiser(meaning, argument, sample_major)
+    denoiser = Denoiser(meaning, argument=argument, sample_major=sample_major)
     if _DENOISERS.setdefault(class_name, denoiser) != denoiser:
         raise ValueError(
             f"{class_name} is declared already, as {_DENOISERS[class_name]}: give a model that means something else a "

@@ -1,4 +1,4 @@
-"""Sources of λ: setting one on a model, and registering one for a custom definition of λ.
+"""Sources of λ: setting one on a model, registering one for a custom definition of λ, and what adapters need of it.
 
 An adapter is saved with the name of the definition that it was trained with (`noise_convention`), and is refused by a
 model whose source has another. Registering a source under that name says how to read λ for such an adapter.
@@ -6,15 +6,18 @@ model whose source has another. Registering a source under that name says how to
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from .denoisers import Denoiser
-from .level import core_holders
-from .signals import MASKED_SHARE, NoiseSource
-from .text_blocks import BLOCK_MASKED_SHARE, CORRUPTED_SHARE
+from .level import core_holders, find_holders
+from .signals import MASKED_SHARE, NoiseSignals, NoiseSource, arguments_of
 from .timesteps import CONVENTIONS
 
-_KNOWN = (*CONVENTIONS, MASKED_SHARE, BLOCK_MASKED_SHARE, CORRUPTED_SHARE)
+BLOCK_MASKED_SHARE = "block_masked_share"
+_KNOWN = (*CONVENTIONS, MASKED_SHARE, BLOCK_MASKED_SHARE)
 _sources: dict[str, NoiseSource] = {}
 
 
@@ -24,8 +27,8 @@ def register_noise_source(source: NoiseSource) -> None:
         register_noise_source(ShareOfFrames())  # whose `convention` is "share_of_frames"
         pipe.load_nara_weights("adapter")       # trained with NaraConfig(noise_convention="share_of_frames")
 
-    It holds for models that are adapted afterwards, and takes precedence over the default of their class. All of them
-    share the one source.
+    It is a callable (module, args, kwargs) → NoiseSignals, λ (1,) or (b,) in [0, 1]. It holds for models that are
+    adapted afterwards, and takes precedence over the default of their class. All of them share the one source.
 
     Raises:
         ValueError: the source names no convention, one that this package defines, or one that another source tells.
@@ -54,11 +57,11 @@ def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSour
     """
     if convention in _sources:
         return _sources[convention]
-    return None if denoiser is None else denoiser.source(convention)
+    return None if denoiser is None else denoiser.read_as(convention)
 
 
 def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
-    """Read λ from `source` at each forward of `model` outside of `noise_level(…)`. None removes the source.
+    """Read λ (1,) or (b,) from `source` at each forward of `model` outside of `noise_level(…)`; None removes it.
 
     Raises:
         ValueError: `model` holds no NaRA adapter, or one was trained with another convention of λ.
@@ -68,3 +71,66 @@ def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
         holder.check_source(source)
     for holder in holders:
         holder.set_source(source)
+
+
+class BlockMasks:
+    """A source of λ for language models that denoise a text block by block, as Diffusers' LLaDA2Pipeline does.
+
+    λ = masks of the active block / masks with which it began, of each sample: "block_masked_share". The active block is
+    the last `block_length` tokens of `input_ids`; tokens that a scheduler edits later are no masks, and count as text.
+
+    Args:
+        mask_token_id: the token that counts. block_length: tokens of a block.
+    """
+
+    convention = BLOCK_MASKED_SHARE
+
+    def __init__(self, mask_token_id: int, block_length: int) -> None:
+        self.mask_token_id = mask_token_id
+        self.block_length = block_length
+        self._before: Tensor | None = None  # the tokens (b, l) of the last forward
+        self._first = torch.zeros(0)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
+        """λ (b,). Raises ValueError: the forward has no `input_ids` (b, l) of at least a block."""
+        tokens = arguments_of(module, args, kwargs).get("input_ids")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] < self.block_length:
+            raise ValueError(
+                f"λ can't be counted: this forward of {type(module).__name__} has no input_ids (batch, length) of "
+                f"{self.block_length} tokens or more."
+            )
+        masks, before = self._count(tokens), self._before
+        if (
+            before is None
+            or before.shape != tokens.shape
+            or not torch.equal(before[:, : -self.block_length], tokens[:, : -self.block_length])
+            or bool((masks > self._count(before)).any())
+        ):  # a block begins, behind what is written, or in another call of the pipeline
+            self._first = masks
+        self._before = tokens.clone()
+        return NoiseSignals(masks.float() / self._first.clamp(min=1))
+
+    def _count(self, tokens: Tensor) -> Tensor:
+        return (tokens[:, -self.block_length :] == self.mask_token_id).sum(1)
+
+
+# ---------------------------------------------------------------------- what the active adapters of a model need
+
+
+def is_noise_aware(model: nn.Module) -> bool:
+    """Whether an enabled, active adapter of `model` needs λ."""
+    return any(holder.needs_noise for holder in find_holders(model))
+
+
+def mask_density_radius(model: nn.Module) -> int | None:
+    """The radius R, in tokens, of the mask density that the active adapters of `model` read; None if they don't.
+
+    Raises:
+        ValueError: active adapters read densities of different radii.
+    """
+    radii = {radius for holder in find_holders(model) for radius in holder.density_radii}
+    if len(radii) > 1:
+        raise ValueError(
+            f"Active adapters read mask densities of different radii, {sorted(radii)}: activate one at a time."
+        )
+    return radii.pop() if radii else None

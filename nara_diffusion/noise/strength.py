@@ -8,7 +8,6 @@ s is piecewise linear between points (λ, strength), and constant before the fir
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from numbers import Real
@@ -41,7 +40,7 @@ class StrengthSchedule:
 
     def __init__(self, points: Iterable[Sequence[float]]) -> None:
         self.points: tuple[tuple[float, float], ...] = tuple(_pairs(points))
-        _check_order([_as_kept(level) for level, _ in self.points])
+        _check_order(torch.tensor([level for level, _ in self.points], dtype=torch.float32).tolist())
 
     def __call__(self, noise_level: Level) -> Tensor:
         """s(λ) (b,), float32, of λ (b,), or (1,) of a number.
@@ -75,39 +74,29 @@ class StrengthSchedule:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite real number, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a real number that float32 can reckon with, also squared, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and -1e9 <= float(value) <= 1e9
 
 
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:
-    if isinstance(points, (str, bytes, dict)) or not isinstance(points, Iterable):
-        raise ValueError(f"points is {points!r}: pass pairs (λ, strength), e.g. {_EXAMPLE}.")
-    points = list(points)
-    if not points:
-        raise ValueError(f"points is empty: pass at least one pair (λ, strength), e.g. {_EXAMPLE}.")
-    for point in points:
+    """Each point as numbers. Raises ValueError: see `StrengthSchedule`."""
+    given = list(points) if isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict)) else []
+    if not given:
+        raise ValueError(f"points is {points!r}: pass at least one pair (λ, strength), e.g. {_EXAMPLE}.")
+    for point in given:
         if not isinstance(point, (tuple, list)) or len(point) != 2 or not all(map(is_number, point)):
             raise ValueError(f"points holds {point!r}: pass pairs (λ, strength) of finite numbers, e.g. {_EXAMPLE}.")
-        level, strength = map(float, point)
-        if not 0 <= level <= 1:
+        if not 0 <= point[0] <= 1:
             raise ValueError(
-                f"points holds {point!r}, whose λ is {level:g}: λ lies in [0, 1], where 1 is pure noise; a timestep t "
-                "out of 1000 is λ = t / 1000."
+                f"points holds {point!r}, whose λ is {point[0]:g}: λ lies in [0, 1], where 1 is pure noise; a timestep "
+                "t out of 1000 is λ = t / 1000."
             )
-        yield level, strength
-
-
-def _as_kept(level: float) -> float:
-    return torch.tensor(level, dtype=torch.float32).item()
+        yield float(point[0]), float(point[1])
 
 
 def _check_order(levels: list[float]) -> None:
     for before, after in pairwise(levels):
         if after < before:
             raise ValueError(f"points has λ {after:g} after λ {before:g}: pass the points by ascending λ.")
-    for first, last in zip(levels, levels[2:], strict=False):
-        if first == last:
-            raise ValueError(
-                f"points has three points at λ {first:g}, of which the middle one would never count: pass two, the "
-                "strength below that λ and the strength from it on."
-            )
+    if any(first == last for first, last in zip(levels, levels[2:], strict=False)):
+        raise ValueError("points has three points at one λ, of which the middle one would never count: pass two.")

@@ -15,18 +15,14 @@ of the pipelines that loaded an adapter; else 1000.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from copy import copy
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .prediction import passes_log_sigma
-from .signals import NoiseSignals, arguments_of, as_tensor, is_differentiated
-
-NUM_TRAIN_TIMESTEPS = 1000
-"""N of the schedules that the denoisers of Diffusers are trained with, where none is at hand; models do not hold it."""
+from .signals import NoiseSignals, arguments_of, as_tensor
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """σ beyond 10⁶ is nobody's, but a timestep ¼ ln σ beyond 3.5 is a discrete schedule's."""
@@ -49,7 +45,7 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     # σ / (1 + σ) for σ = exp 4t
     "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
 }
-_COUNTED = ("discrete", "sigma_1000", "data_1000")
+COUNTED = ("discrete", "sigma_1000", "data_1000")
 """The meanings of which λ depends on N."""
 
 CONVENTIONS = tuple(dict.fromkeys(convention for convention, _ in _MEANINGS.values()))
@@ -59,6 +55,7 @@ _ROUNDING = 1e-4
 """How far λ may lie outside [0, 1]: SanaSprint's first σ is 1 + 4e-6."""
 
 
+@dataclass(eq=False)
 class TimestepNoise:
     """A source of λ (`nara_diffusion.set_noise_source`) that reads a denoiser's own timestep.
 
@@ -73,39 +70,31 @@ class TimestepNoise:
         scale: what the pipeline multiplies the timestep with before it calls the denoiser (Sana's `timestep_scale`).
         also: names of further arguments of the same meaning, each of which may be missing: timesteps of sound or of
             actions beside those of a video. The noisiest of all counts.
+        packed: whether a timestep (n,) has one value a token or a distinct value of a sequence that is no batch.
         pinned: (argument, value, t): where this other argument of the forward has this value, the denoiser runs at t,
             whatever its timestep is.
-        packed: whether a timestep (n,) has one value a token or a distinct value of a sequence that is no batch.
+
+    Attributes:
+        convention: the name of λ's definition, "timestep", "flow" or "edm".
 
     Raises:
-        ValueError: an unknown meaning, N below 1, or a scale that is not positive.
+        ValueError: an unknown meaning.
     """
 
-    def __init__(
-        self,
-        meaning: str = "discrete",
-        *,
-        argument: str = "timestep",
-        num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
-        scale: float = 1.0,
-        also: tuple[str, ...] = (),
-        packed: bool = False,
-        pinned: tuple[str, Any, float] | None = None,
-    ) -> None:
-        if meaning not in _MEANINGS:
-            raise ValueError(f"meaning is {meaning!r}: choose one of {', '.join(map(repr, _MEANINGS))}.")
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps is {num_train_timesteps}: pass a positive number.")
-        if not scale > 0:
-            raise ValueError(f"scale is {scale}: pass a positive number.")
-        self.meaning = meaning
-        self.convention = _MEANINGS[meaning][0]
-        self.argument = argument
-        self.num_train_timesteps = num_train_timesteps
-        self.scale = scale
-        self.also = also
-        self.packed = packed
-        self.pinned = pinned
+    meaning: str = "discrete"
+    _: KW_ONLY
+    argument: str = "timestep"
+    num_train_timesteps: int = 1000
+    scale: float = 1.0
+    also: tuple[str, ...] = ()
+    packed: bool = False
+    pinned: tuple[str, Any, float] | None = None
+    convention: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.meaning not in _MEANINGS:
+            raise ValueError(f"meaning is {self.meaning!r}: choose one of {', '.join(map(repr, _MEANINGS))}.")
+        self.convention = _MEANINGS[self.meaning][0]
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
         """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes.
@@ -116,13 +105,12 @@ class TimestepNoise:
         t = as_tensor(timestep).float()
         if t.numel() == 0:
             raise ValueError(f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …).")
-        _, to_noise_level = _MEANINGS[self.meaning]
-        level = to_noise_level(t / self.scale, self.num_train_timesteps)
+        level = _MEANINGS[self.meaning][1](t / self.scale, self.num_train_timesteps)
         if self.packed:
-            level = level.max().reshape(1)
+            level = level.max()
         level = level.flatten(1).amax(1) if level.dim() > 1 else level.reshape(-1)
         if not bool(((level >= -_ROUNDING) & (level <= 1 + _ROUNDING)).all()):
-            counted = f" with N = {self.num_train_timesteps}" if self.meaning in _COUNTED else ""
+            counted = f" with N = {self.num_train_timesteps}" if self.meaning in COUNTED else ""
             raise ValueError(
                 f"{self.argument} is {t.tolist()}, which as {self.meaning!r} is no λ in [0, 1]{counted}. If this "
                 "pipeline means something else by it, say so: set_noise_source(model, TimestepNoise(meaning)), e.g. "
@@ -131,7 +119,7 @@ class TimestepNoise:
         return level.clamp(0, 1)
 
     def check(self, timestep: float | Tensor) -> None:
-        """Accept any timestep: the user has declared its meaning. `UndeclaredTimestep` refuses ambiguous ones."""
+        """Accept any timestep: the user has declared its meaning. `Denoiser` refuses ambiguous ones."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
         """λ of one forward of `module`: (b,), or (1,) if all samples have the same.
@@ -140,70 +128,18 @@ class TimestepNoise:
             ValueError: the forward has no such argument, or see `noise_level` and `check`.
         """
         arguments = arguments_of(module, args, kwargs)
-        told = [t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None]
-        filled = [t for t in told if not isinstance(t, Tensor) or t.numel()]
-        told = filled or told  # a video that is given, without noise, has no timesteps beside those of its sound
+        given = [t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None]
+        # a video that is given, without noise, has no timesteps beside those of its sound
+        given = [t for t in given if not isinstance(t, Tensor) or t.numel()] or given
         if self.pinned is not None and arguments.get(self.pinned[0]) == self.pinned[1]:
-            told = [self.pinned[2]]
-        if not told:
+            given = [self.pinned[2]]
+        if not given:
             names = " and no ".join((self.argument, *self.also))
             raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {names}.")
-        level = self.noise_level(told[0])
-        for other in told[1:]:
+        level = self.noise_level(given[0])
+        for other in given[1:]:
             level = torch.maximum(level, self.noise_level(other))
-        self.check(told[0])
+        self.check(given[0])
         # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
-        shared = not is_differentiated(level) and bool((level == level[0]).all())
-        return NoiseSignals(level[:1] if shared else level)
-
-
-class UndeclaredTimestep(TimestepNoise):
-    """The default source of a class of denoisers, until a user declares the meaning of the timestep.
-
-    Its N is that of the present schedulers. A small discrete timestep might be ¼ ln σ of an EDM schedule instead:
-
-        discrete   t in [0, N], N = 1000: whole, fractional with Karras' sigmas, below 3.5 in the last steps alone
-        EDM        t = ¼ ln σ: within ±3.5 throughout, and for σ from 80 to 1, the first steps, from 1.1 to 0
-
-    Confused with the other, the first steps of an EDM pipeline would run at λ = 0.001. So it is refused, unless a
-    present scheduler is discrete, or it is a whole number and there is none.
-
-    Attributes:
-        schedulers: of the pipelines that loaded the adapters; see `under`.
-    """
-
-    schedulers: Sequence[Any] = ()
-
-    def under(self, schedulers: Sequence[Any]) -> UndeclaredTimestep:
-        """The same source while these are the schedulers of the pipelines.
-
-        Raises:
-            ValueError: λ depends on N, and their N differ.
-        """
-        other = copy(self)
-        other.schedulers = schedulers
-        if not schedulers or self.meaning not in _COUNTED:
-            return other
-        lengths = {length for one in schedulers if (length := one.config.get("num_train_timesteps"))}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"λ = {self.argument} / N can't be read: the schedulers of the pipelines that loaded the adapters have "
-                f"{' and '.join(f'N = {length}' for length in sorted(lengths))}: say which, "
-                f"set_noise_source(model, TimestepNoise({self.meaning!r}, num_train_timesteps=N))."
-            )
-        other.num_train_timesteps = next(iter(lengths), self.num_train_timesteps)
-        return other
-
-    def check(self, timestep: float | Tensor) -> None:
-        t = as_tensor(timestep).detach()
-        is_large = 4 * t.float().abs() >= LARGEST_LOG_SIGMA
-        if self.meaning != "discrete" or not t.is_floating_point() or bool(is_large.any()):
-            return
-        continuous = [type(one).__name__ for one in self.schedulers if passes_log_sigma(one)]
-        if not continuous and (self.schedulers or bool((t == t.round()).all())):
-            return
-        who = f"{continuous[0]} passes ¼ ln σ" if continuous else "it may be ¼ ln σ of an EDM schedule"
-        raise ValueError(
-            f"{self.argument} is {t.tolist()}, which as 'discrete' would be almost no noise, but {who}: say what this "
-            'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
-        )
+        is_shared = not level.requires_grad and bool((level == level[0]).all())
+        return NoiseSignals(level[:1] if is_shared else level)

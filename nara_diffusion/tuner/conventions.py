@@ -18,7 +18,6 @@ from nara_diffusion.noise.denoisers import Denoiser
 from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
 from nara_diffusion.noise.signals import NoiseSource
 from nara_diffusion.noise.sources import first_source
-from nara_diffusion.noise.timesteps import UndeclaredTimestep
 
 REPLACED = "_nara_replaced_scheduler"
 """The attribute of a pipeline with the scheduler that it had before an adapter's was set."""
@@ -65,7 +64,7 @@ class HasSource:
         Where the pipelines have gone, N stays the last one.
         """
         source = self.source
-        if not isinstance(source, UndeclaredTimestep):
+        if not isinstance(source, Denoiser):
             return source
         schedulers = self.schedulers()
         source = source.under(schedulers)

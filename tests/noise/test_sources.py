@@ -1,7 +1,8 @@
-"""Sources that tell λ from the inputs of each forward, and the conventions that they and adapters state."""
+"""Sources of λ: of one's own, of an adapter's definition, of a text's blocks; and the values that they give."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,114 +10,178 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from nara_diffusion import noise_level, set_noise_source
-from nara_diffusion.noise.signals import NoiseSignals
-from tests.helpers.adapted import TwoLayers, disturb, nara_config, relative_error
-from tests.helpers.two_layers import TARGETS, expect, run
+from nara_diffusion import StrengthSchedule, noise_level, register_noise_source, set_noise_source
+from nara_diffusion.noise import sources
+from nara_diffusion.noise.signals import NoiseSignals, as_signals
+from nara_diffusion.noise.sources import BlockMasks, is_noise_aware, mask_density_radius
+from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
+from tests.helpers.two_layers import LEVELS, TARGETS, expect, run
 
 
 class Share:
-    """Tells λ from the inputs, as a source does: here the share of positive entries."""
+    """λ is the share of positive inputs, or what it is told to give."""
 
-    def __init__(self, convention: str | None = "positive_share") -> None:
+    def __init__(self, convention: str | None = "positive_share", gives: Any = None) -> None:
         self.convention = convention
-        self.asked: list[nn.Module] = []
+        self.gives = gives
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-        self.asked.append(module)
-        x = args[0] if args else kwargs["x"]
-        return NoiseSignals((x > 0).float().mean(1))
+        return NoiseSignals((args[0] > 0).float().mean(1) if self.gives is None else self.gives)
 
 
-def test_a_source_tells_the_level_of_each_forward(model: PeftModel, x: Tensor) -> None:
-    source = Share()
-    set_noise_source(model, source)
-    share = [(inputs > 0).float().mean(1) for inputs in (x, -x)]
-    assert relative_error(run(model, x), expect(model, x, share[0])) < 2e-6
-    assert relative_error(run(model, -x), expect(model, -x, share[1])) < 2e-6
-    with torch.no_grad():
-        assert relative_error(model.base_model.model(x=x), expect(model, x, share[0])) < 2e-6
-    assert source.asked == [model.base_model.model] * 3
-    with noise_level(model, 0.3):
-        assert relative_error(run(model, x), expect(model, x, 0.3)) < 2e-6
-    assert len(source.asked) == 3
-    with model.disable_adapter():
-        model(x)
-    assert len(source.asked) == 3
-    set_noise_source(model, None)
-    with pytest.raises(ValueError, match="λ is not known"):
-        model(x)
+@pytest.fixture(autouse=True)
+def _nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_sources", {})
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    return adapted(TwoLayers(), target_modules=TARGETS)
 
 
 @pytest.mark.parametrize(
-    ("told", "said"),
+    ("gives", "message"),
     [
         (torch.tensor([0.1, float("nan"), 0.2]), r"nan.*\[0, 1\]"),
         (torch.tensor([0.1, 500.0, 0.2]), r"500.0.*\[0, 1\]"),
         (torch.rand(3, 1), r"shape \(3, 1\)"),
         (torch.rand(2), "2 values.* is 3"),
-        (None, "noise_level is None"),
+        ("half", "noise_level is 'half'"),
     ],
+    ids=["NaN", "a timestep", "a column", "too few", "a text"],
 )
-def test_what_a_source_tells_is_checked(model: PeftModel, x: Tensor, told: Any, said: str) -> None:
-    class Wrong(Share):
-        def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-            return NoiseSignals(told)
-
-    set_noise_source(model, Wrong())
-    with pytest.raises(ValueError, match=said):
-        model(x)
+def test_value_of_a_source_is_checked(model: PeftModel, gives: Any, message: str) -> None:
+    set_noise_source(model, Share(gives=gives))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(3, 7))
 
 
-def test_what_a_source_raises_is_not_replaced(model: PeftModel, x: Tensor) -> None:
-    class Cannot(Share):
-        def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-            raise ValueError("this forward has no input_ids")
-
-    set_noise_source(model, Cannot())
-    with pytest.raises(ValueError, match="this forward has no input_ids"):
-        model(x)
-
-
-def test_a_source_of_another_convention_is_refused() -> None:
-    def make(convention: str | None) -> PeftModel:
-        return get_peft_model(TwoLayers(), nara_config(target_modules=TARGETS, noise_convention=convention))
-
-    message = r"'{}' was trained with λ defined as 'masked_share', but the source of λ tells {}"
-    model = make("masked_share")
-    with pytest.raises(ValueError, match=message.format("default", "'positive_share'")):
-        set_noise_source(model, Share())
-    with pytest.raises(ValueError, match=message.format("default", "None")):
-        set_noise_source(model, Share(None))
-    with pytest.raises(ValueError, match=message.format("default", "None")):
-        set_noise_source(model, lambda module, args, kwargs: NoiseSignals(args[0][:, 0]))  # type: ignore[arg-type]
-    assert model.base_model.model.nara_core.conventions.source is None
-    set_noise_source(model, Share("masked_share"))
-
-    model = make(None)
-    set_noise_source(model, Share())
-    refused = nara_config(target_modules=TARGETS, noise_convention="masked_share")
-    with pytest.raises(ValueError, match=message.format("other", "'positive_share'")):
-        model.add_adapter("other", refused)
-    assert "other" not in model.base_model.model.first.lora_A
-    x = torch.randn(3, 7)
-    disturb(model)
-    assert relative_error(run(model, x), expect(model, x, (x > 0).float().mean(1))) < 2e-6
-
-
-def test_a_source_may_be_a_plain_function_where_no_convention_is_known(model: PeftModel, x: Tensor) -> None:
-    set_noise_source(model, lambda module, args, kwargs: NoiseSignals(args[0].abs().amax(1).clamp(max=1)))  # type: ignore[arg-type]
-    model.add_adapter("other", nara_config(target_modules=TARGETS))
-    model.base_model.set_adapter(["default", "other"])
-    assert model.peft_config["other"].noise_convention is None
-    assert relative_error(run(model, x), expect(model, x, x.abs().amax(1).clamp(max=1))) < 2e-6  # the other's B is zero
-
-
-def test_a_source_is_set_on_all_models_or_on_none() -> None:
+def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None:
     pair = nn.ModuleList(
         get_peft_model(TwoLayers(), nara_config(target_modules=TARGETS, noise_convention=convention))
         for convention in (None, "masked_share")
     )
-    with pytest.raises(ValueError, match="masked_share"):
-        set_noise_source(pair, Share())
-    assert pair[0].base_model.model.nara_core.conventions.source is None
+    for source in (Share(), Share(None), lambda module, args, kwargs: NoiseSignals(args[0][:, 0])):
+        with pytest.raises(ValueError, match=r"'default' was trained with λ defined as 'masked_share', but the source"):
+            set_noise_source(pair, source)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"set_noise_source\(model"):  # neither has one
+        pair[0](torch.randn(3, 7))
+    set_noise_source(pair[0], Share())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'other' was trained with λ defined as 'masked_share'"):
+        pair[0].add_adapter("other", nara_config(target_modules=TARGETS, noise_convention="masked_share"))
+    assert "other" not in pair[0].base_model.model.first.lora_A
+
+
+def test_adapter_of_a_registered_definition_is_read_by_its_source_where_it_loads(tmp_path: Path) -> None:
+    source = Share()
+    register_noise_source(source)  # type: ignore[arg-type]
+    register_noise_source(source)  # type: ignore[arg-type]
+    base = TwoLayers()
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, nara_config(target_modules=TARGETS, noise_convention="positive_share"))
+    disturb(model)
+    model.save_pretrained(str(tmp_path))
+    again, x = TwoLayers(), torch.randn(3, 7)
+    again.load_state_dict(state)
+    loaded = PeftModel.from_pretrained(again, tmp_path)
+    assert relative_error(run(loaded, x), expect(model, x, (x > 0).float().mean(1))) < 2e-6
+    with pytest.raises(ValueError, match="'positive_share' has a source already"):
+        register_noise_source(Share())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "source", [*map(Share, ("timestep", "flow", "edm", "masked_share")), lambda *_: None, "λ", None]
+)
+def test_source_without_a_definition_of_its_own_is_not_registered(source: Any) -> None:
+    with pytest.raises(ValueError, match=r"is defined by this package|is no source of λ: expected a callable"):
+        register_noise_source(source)
+
+
+class Reader(nn.Module):
+    def forward(self, input_ids: Tensor) -> None: ...
+
+
+def test_block_masks_count_the_active_block_of_each_sample_over_calls() -> None:
+    source, M = BlockMasks(mask_token_id=9, block_length=4), 9
+
+    def level(*rows: list[int]) -> list[float]:
+        return source(Reader(), (torch.tensor(rows),), {}).noise_level.tolist()
+
+    assert level([1, 2, 3, 4, M, M, M, M], [1, 2, 3, 4, 5, 6, M, M]) == [1, 1]
+    assert level([1, 2, 3, 4, M, 7, M, M], [1, 2, 3, 4, 5, 6, M, 8]) == [0.75, 0.5]
+    assert level([1, 2, 3, 4, 5, 7, 6, M], [1, 2, 3, 4, 5, 6, 7, 8]) == [0.25, 0]
+    assert level([1, 2, 3, 4, 5, 7, 6, 8, M, M, M, M]) == [1]  # the next block
+    assert level([1, 2, 3, 4, 5, 6, M, M]) == [1]  # another call, which begins inside of a block
+    assert level([1, 2, 3, 4, 5, 6, M, 7]) == [0.5]
+    assert level([1, 2, 8, 4, 5, 6, 7, M]) == [1]  # another prompt of the same length
+    with pytest.raises(ValueError, match=r"no input_ids .* of 4 tokens"):
+        level([1, 2])
+
+
+# ---------------------------------------------------------------------- values
+
+
+def test_level_and_density_may_each_be_shared_by_the_batch_and_are_copies() -> None:
+    level, density = LEVELS.clone(), LEVELS.flip(0)
+    found = as_signals(level, 0.25)
+    level.fill_(7.0)
+    assert torch.equal(found.noise_level, LEVELS)
+    assert found.mask_density is not None
+    assert found.mask_density.tolist() == [0.25] * 3
+    found = as_signals(0.5, density)
+    assert found.noise_level.tolist() == [0.5] * 3
+    with pytest.raises(ValueError, match="mask_density has 2 values, noise_level 3"):
+        as_signals(LEVELS, torch.rand(2))
+    with pytest.raises(ValueError, match=r"mask_density is \[1.5\]"):
+        as_signals(0.3, 1.5)
+
+
+def test_level_that_requires_a_gradient_gets_that_of_finite_differences(model: PeftModel) -> None:
+    x = torch.randn(3, 7)
+
+    def loss(levels: Tensor) -> Tensor:
+        with noise_level(model, levels):
+            return model(x).square().sum()
+
+    leaf, step = LEVELS.clone().requires_grad_(), 1e-3
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    with torch.no_grad():
+        moved = [(loss(LEVELS + step * row) - loss(LEVELS - step * row)) / (2 * step) for row in torch.eye(3)]
+    assert relative_error(leaf.grad, torch.stack(moved)) < 1e-2
+
+
+def test_model_says_what_its_active_adapters_read() -> None:
+    assert not is_noise_aware(TwoLayers())
+    assert not is_noise_aware(adapted(TwoLayers(), target_modules=TARGETS, core_type="constant"))
+    model = adapted(TwoLayers(), target_modules=TARGETS, core_input="both", mask_density_radius=3)
+    assert is_noise_aware(model)
+    assert mask_density_radius(model) == 3
+    with model.disable_adapter():
+        assert not is_noise_aware(model)
+        assert mask_density_radius(model) is None
+    model.add_adapter("far", nara_config(target_modules=TARGETS, core_input="both", mask_density_radius=9))
+    model.base_model.set_adapter(["default", "far"])
+    with pytest.raises(ValueError, match=r"different radii, \[3, 9\]"):
+        mask_density_radius(model)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([], r"points is \[\]: pass at least one pair"),
+        ("0:1", "points is '0:1': pass"),
+        ({0: 1.0}, r"points is \{0: 1.0\}: pass"),
+        ([0.3], "points holds 0.3: pass pairs"),
+        ([(0.3, "1")], r"points holds \(0.3, '1'\): pass pairs .* of finite numbers"),
+        ([(0.3, float("nan"))], "of finite numbers"),
+        ([(0.3, 1e39)], "of finite numbers"),
+        ([(0, 1.0), (700, 0.3)], r"points holds \(700, 0.3\), whose λ is 700: .* λ = t / 1000"),
+        ([(0.5, 1.0), (0.2, 2.0)], "λ 0.2 after λ 0.5: pass the points by ascending λ"),
+        ([(0.5, 1.0), (0.5, 2.0), (0.5, 3.0)], "three points at one λ"),
+    ],
+    ids=str,
+)
+def test_schedule_of_wrong_points_is_refused(points: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StrengthSchedule(points)
