@@ -14,8 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nara_diffusion import noise_level, set_noise_source
-from nara_diffusion.noise.needs import is_noise_aware
 from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.noise.sources import is_noise_aware
 from tests.helpers.adapted import (
     OneLayer,
     TwoLayers,

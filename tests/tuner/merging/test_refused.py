@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nara_diffusion.noise.needs import is_noise_aware
+from nara_diffusion.noise.sources import is_noise_aware
 from tests.helpers.adapted import (
     OneLayer,
     TwoLayers,
