@@ -37,7 +37,7 @@ def test_a_factor_that_overflows_float16_is_refused_and_loads_in_bfloat16(tmp_pa
     name = saved(tmp_path, where, value)
     pipe = small_sdxl().to(torch.float16)
     before = weights(pipe)
-    with pytest.raises(ValueError, match=rf"{name} .*{abs(value):g}, .*float16, .*65504: .* bfloat16 or float32"):
+    with pytest.raises(ValueError, match=rf"{name}.* too large for its layer: .* bfloat16 or float32"):
         pipe.load_nara_weights(tmp_path, adapter_name="toy")
     after = weights(pipe)
     assert after.keys() == before.keys()
@@ -62,6 +62,6 @@ def test_hotswap_of_such_an_adapter_is_refused_and_keeps_the_old_one(tmp_path):
     pipe = small_sdxl().to(torch.float16)
     pipe.load_nara_weights(tmp_path / "old", adapter_name="toy")
     before = weights(pipe)
-    with pytest.raises(ValueError, match=r"lora_A\.weight .*float16"):
+    with pytest.raises(ValueError, match=r"lora_A\.weight.* too large for its layer"):
         pipe.load_nara_weights(tmp_path / "new", adapter_name="toy", hotswap=True)
     assert all(torch.equal(tensor, before[key]) for key, tensor in weights(pipe).items())

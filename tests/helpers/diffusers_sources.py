@@ -30,7 +30,8 @@ def classes() -> dict[str, SourceClass]:
     found: dict[str, SourceClass] = {}
     for folder in ("models", "pipelines", "modular_pipelines"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            text = path.read_text(encoding="utf-8")
+            for node in ast.parse(text).body if "ModelMixin" in text or "PeftAdapterMixin" in text else ():
                 if isinstance(node, ast.ClassDef):
                     bases = (ast.unparse(base).split(".")[-1] for base in node.bases)
                     own = tuple(base for base in bases if base != node.name)
@@ -59,21 +60,3 @@ def told_the_time(name: str) -> bool:
     if known.forward:
         return any(_TIME.fullmatch(argument) for argument in known.forward)
     return any(told_the_time(base) for base in known.bases)
-
-
-def families(name: str) -> tuple[str, ...]:
-    """The folders of pipelines whose sources name the class, those of modular pipelines with a prefix."""
-    return tuple(sorted({family for family, names in _names_in_pipelines() if name in names}))
-
-
-@functools.cache
-def _names_in_pipelines() -> tuple[tuple[str, frozenset[str]], ...]:
-    """(family, the words that begin with a capital) of each source."""
-    sources = []
-    for folder, prefix in (("pipelines", ""), ("modular_pipelines", "modular ")):
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = [part for part in path.relative_to(ROOT / folder).parts[:-1] if part != "deprecated"]
-            if parts:
-                words = frozenset(re.findall(r"\b[A-Z]\w+", path.read_text(encoding="utf-8")))
-                sources.append((prefix + parts[0], words))
-    return tuple(sources)
