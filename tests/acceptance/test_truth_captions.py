@@ -9,7 +9,8 @@ from PIL import Image
 from tests.acceptance import _commands
 
 FIRST = '{"file_name": "0.png", "text": "a toy"}'
-FEW = "--max_train_steps 1 --train_batch_size 1 --num_inference_steps 1 --num_validation_images 1 --curve_points 1"
+FEW = "--max_train_steps 1 --train_batch_size 1 --num_inference_steps 1 --num_validation_images 1 "
+FEW += "--evaluation_options curve_points=1 --similarity_model none --alignment_model none --validation_steps none"
 
 
 @pytest.fixture
@@ -56,6 +57,5 @@ def test_whole_characters_in_two_escapes_and_null_stay_captions(pictures: Path) 
     whole = r'{"file_name": "0.png", "text": "a \ud83d\ude00 toy"}'
     write_lines(pictures, whole, '{"file_name": "1.png", "text": null}')
     words = ["--instance_data_dir", str(pictures), "--output_dir", str(pictures.parent / "run"), *FEW.split()]
-    words += ["--similarity_model", "none", "--alignment_model", "none", "--validation_steps", "none"]
     _commands.run("dreambooth_sdxl.py", *words, "--instance_prompt", "a photo")
     assert _commands.results(pictures.parent / "run")["n"] == 1
