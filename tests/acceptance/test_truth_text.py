@@ -79,7 +79,7 @@ def test_a_template_that_adds_text_with_the_generation_prompt_alone_is_refused(
     kept = tokenizer.chat_template
     tokenizer.chat_template = str(kept) + "{% if add_generation_prompt %}<think>\n\n</think>{% endif %}"
     message = (
-        r"begins an answer with '.*<think>\\n\\n</think>' as generation prompt.* the end of the turn can't be told"
+        r"begins an answer with '.*<think>\\n\\n</think>' as generation prompt.* the end of the turn can't be found"
     )
     with pytest.raises(ValueError, match=message):
         encode_records(records, tokenizer, max_length=64)

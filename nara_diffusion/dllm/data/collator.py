@@ -18,7 +18,7 @@ from nara_diffusion.training.stream import ShuffledStream
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SAMPLE = 1000  # samples of the training stream that the canvas is told of
+_SAMPLE = 1000  # samples of the training stream that `TrainedCanvas` looks at
 _WORDS = ("gen_length", "longest", "max_length")
 
 

@@ -156,7 +156,7 @@ def _answer_text(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, str], 
         raise ValueError(
             f"the tokenizer's chat template begins an answer with {prompt.removeprefix(asked)!r} as generation prompt, "
             f"and a turn with an answer otherwise, {whole.removeprefix(asked)[:60]!r}: the end of the turn can't be "
-            "told; change the tokenizer's chat_template to begin both alike"
+            "found; change the tokenizer's chat_template to begin both alike"
         )
     return whole.removeprefix(prompt)
 
