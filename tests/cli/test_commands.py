@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,8 +20,6 @@ from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import AdapterFile
 from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
-from tests.helpers.small_pipelines import small_sdxl
-from tests.loaders.adapters import trained
 
 LEVEL = 0.37
 PREFIX = "base_model.model."
@@ -85,17 +83,6 @@ def test_fold_counts_the_strength_of_the_file_and_says_so(tmp_path, capsys):
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/base"
     assert config["auto_mapping"]["base_model_class"] == "TwoLayers"
-
-
-def test_convert_there_and_back_gives_the_same_tensors(tmp_path, capsys):
-    trained(text=False, target_modules=["to_q", "conv1"]).save_nara_weights(tmp_path / "toy")
-    main(["convert", str(tmp_path / "toy"), str(tmp_path / "folder"), "--to", "peft"])
-    main(["convert", str(tmp_path / "folder"), str(tmp_path / "again"), "--to", "pipeline", "--component", "unet"])
-    one, other = (load_file(tmp_path / name / "pytorch_nara_weights.safetensors") for name in ("toy", "again"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
-    PeftModel.from_pretrained(small_sdxl().unet, tmp_path / "folder")
-    small_sdxl().load_nara_weights(tmp_path / "again")
 
 
 @pytest.mark.parametrize("changes", [{"core_sharing": "layer"}, {"core_type": "bins", "core_bins": 2}], ids=str)
