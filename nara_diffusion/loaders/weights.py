@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.tuner.snapshot import restored_on_error
+from nara_diffusion.tuner.strength import has_strength
 
 from .file import WEIGHTS_NAME, AdapterFile, AdapterPart, naming
 from .guards import check_none_left_out, check_not_wrapped, offloading_suspended, unwrapped
@@ -19,6 +21,8 @@ from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, 
 from .insertion import TEXT_ENCODER, adapters_of, check_storable, insert, nara_adapters_of, part_of, remove
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters
 from .text_pipelines import COMPONENT, extend, text_pipeline
+
+logger = logging.getLogger(__name__)
 
 
 def load_nara_weights(
@@ -255,4 +259,8 @@ def _part_to_save(model: nn.Module, component: str, name: str) -> AdapterPart:
             'NaraConfig(core_type="identity", …), which is the same.'
         )
     check_storable(config, component)
+    if config.strength is None and has_strength(model, name):
+        logger.warning(
+            "'%s' of %s has strengths over λ by block, which no file can hold: it is saved without.", name, component
+        )
     return part_of(model, name)
