@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nara_diffusion.training.peft_files import load_checkpoint
-from tests.helpers.adapted import adapted, lora_config, nara_config
-from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base, saved
+from tests.helpers.adapted import adapted, nara_config
+from tests.helpers.files.saved_adapters import TARGETS, WEIGHTS, base_model, output, reseeded_base
 
 CORE = "base_model.model.nara_core.shared."
 A_KEY = "base_model.model.first.lora_A.weight"
@@ -67,46 +64,6 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(path / WEIGHTS)
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / WEIGHTS)
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
-@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_file_is_refused_by_key(tmp_path, change, message, low_cpu_mem_usage):
-    saved(tmp_path)
-    rewrite(tmp_path, change)
-    with pytest.raises(ValueError, match=message):
-        PeftModel.from_pretrained(reseeded_base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-
-
-@pytest.mark.parametrize("change", [{"core_type": "constant"}, {"noise_embedding": "mlp"}, {"core_input": "both"}])
-@pytest.mark.parametrize("swap", [False, True])
-def test_weights_of_another_kind_of_core_are_refused(tmp_path, change, swap):
-    written, read = ({}, change) if not swap else (change, {})
-    saved(tmp_path, **written)
-    nara_config(target_modules=TARGETS, **read).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"(lacks|holds) '.*nara_core.*core_type, core_sharing, core_input"):
-        PeftModel.from_pretrained(reseeded_base(), tmp_path)
-
-
-def test_weights_of_a_plain_lora_are_refused_as_nara(tmp_path):
-    saved(tmp_path, core_type="identity")
-    nara_config(target_modules=TARGETS).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks '.*nara_core"):
-        PeftModel.from_pretrained(reseeded_base(), tmp_path)
-
-
-def test_a_refused_file_changes_no_tensor_of_a_model_that_has_adapters_already(tmp_path):
-    saved(tmp_path)
-    rewrite(tmp_path, BROKEN["no frequencies"][0])
-    model = adapted(base_model(), target_modules=TARGETS)
-    x = torch.randn(3, 7)
-    before, expected = {n: t.clone() for n, t in model.state_dict().items()}, output(model, x)
-    with pytest.raises(ValueError, match="frequencies"):
-        model.load_adapter(tmp_path, adapter_name="other")
-    with pytest.raises(ValueError, match="frequencies"):
-        model.load_adapter(tmp_path, adapter_name="default")  # over the one that is there
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
-    assert torch.equal(output(model, x), expected)
 
 
 BESIDE: dict[str, dict[str, Any]] = {
@@ -178,50 +135,6 @@ def test_a_model_with_adapters_is_as_it_was_after_a_refused_file(tmp_path, held,
     assert model.active_adapters == ["default"]
 
 
-def test_a_file_cut_off_and_one_in_another_format_are_refused_by_name(tmp_path):
-    saved(tmp_path / "inner")
-    good = (tmp_path / "inner" / WEIGHTS).read_bytes()
-    for content in (good[:-9], good[: len(good) // 2], good[:40], b"", b"no tensors here"):
-        (tmp_path / "inner" / WEIGHTS).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"weights in '{re.escape(str(tmp_path))}.inner' are no whole file"):
-            PeftModel.from_pretrained(reseeded_base(), str(tmp_path), subfolder="inner")
-
-
-def test_a_file_without_a_trained_module_is_refused_by_name(tmp_path):
-    model = adapted(base_model(), target_modules=["first"], modules_to_save=["second"])
-    model.save_pretrained(tmp_path)
-    rewrite(tmp_path, lambda tensors: tensors.pop("base_model.model.second.bias"))
-    with pytest.raises(ValueError, match=rf"The checkpoint in '{re.escape(str(tmp_path))}' lacks '.*second\.bias'"):
-        PeftModel.from_pretrained(reseeded_base(), tmp_path)
-
-
-@pytest.mark.parametrize("targets", [None, []])
-def test_a_configuration_that_names_no_module_is_refused_by_name(targets, tmp_path):
-    saved(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
-    base = reseeded_base()
-    before = _frozen(base)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
-        PeftModel.from_pretrained(base, tmp_path)
-    _assert_same(before, _frozen(base))
-
-
-@pytest.mark.parametrize("core_type", ["hypernetwork", "identity"])
-def test_an_adapter_is_not_saved_as_a_lora(tmp_path, core_type):
-    from tests.helpers.pipelines.unet import tiny_unet
-
-    unet = tiny_unet()
-    unet.add_adapter(nara_config(target_modules=["to_q"], core_type=core_type))
-    with pytest.raises(ValueError, match=r"'default' is a NaRA, .* pipe.save_nara_weights"):
-        unet.save_lora_adapter(tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
-    plain = tiny_unet()
-    plain.add_adapter(lora_config(target_modules=["to_q"]))
-    plain.save_lora_adapter(tmp_path)
-    tiny_unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
-
-
 def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
     from tests.helpers.pipelines.unet import tiny_unet
 
@@ -236,52 +149,6 @@ def test_the_tensors_of_an_adapter_are_not_taken_for_a_lora(tmp_path):
 
 
 KINDS = [torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64]
-
-
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
-@pytest.mark.parametrize("key", [A_KEY, CORE + "layers.1.weight", "base_model.model.first.lora_magnitude_vector"])
-def test_a_tensor_of_no_real_numbers_is_refused_by_name(key, dtype, tmp_path):
-    saved(tmp_path, use_dora=True)
-    rewrite(tmp_path, lambda tensors: tensors.update({key: torch.ones_like(tensors[key]).to(dtype)}))
-    model = adapted(base_model(), target_modules=TARGETS, use_dora=True)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    message = rf"is {dtype} in the checkpoint, where the model has torch\.float32"
-    for load in (
-        lambda: PeftModel.from_pretrained(reseeded_base(), tmp_path),
-        lambda: model.load_adapter(tmp_path, "default"),
-        lambda: load_checkpoint(model, tmp_path),  # as a run resumes
-    ):
-        with pytest.raises(ValueError, match=message):
-            load()
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn], ids=str)
-def test_factors_of_another_precision_are_converted(dtype, tmp_path):
-    saved(tmp_path)
-    factors = {name: tensor for name, tensor in load_file(tmp_path / WEIGHTS).items() if "lora_" in name}
-    rewrite(tmp_path, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in factors.items()}))
-    loaded = PeftModel.from_pretrained(reseeded_base(), tmp_path).state_dict()
-    for name, tensor in factors.items():
-        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor.to(dtype).float())
-
-
-def test_a_core_of_integers_and_a_module_to_save_with_integers_are_told_apart(tmp_path):
-    """A buffer that counts, as a batch norm's, is of integers in the model and stays so in the file."""
-
-    def base():
-        torch.manual_seed(7)
-        return nn.Sequential(OrderedDict(first=nn.Linear(7, 11), norm=nn.BatchNorm1d(11)))
-
-    model = adapted(base(), target_modules=["first"], modules_to_save=["norm"])
-    model.save_pretrained(tmp_path)
-    key = "base_model.model.norm.num_batches_tracked"
-    rewrite(tmp_path, lambda tensors: tensors[key].fill_(5))
-    loaded = PeftModel.from_pretrained(base(), tmp_path).state_dict()
-    assert loaded["base_model.model.norm.modules_to_save.default.num_batches_tracked"] == 5
-    rewrite(tmp_path, lambda tensors: tensors.update({key: torch.tensor(5.0)}))
-    with pytest.raises(ValueError, match=r"num_batches_tracked' is torch\.float32 .* the model has torch\.int64"):
-        PeftModel.from_pretrained(base(), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8], ids=str)

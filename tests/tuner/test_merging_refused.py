@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from nara_diffusion import noise_level
 from nara_diffusion.noise.sources import is_noise_aware
 from tests.helpers.adapted import (
     OneLayer,
     TwoLayers,
     adapted,
 )
-from tests.tuner.merging.merged import tensors_of_base, unmerged_output
+
+
+def tensors_of_base(model: Any) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n and "nara_core" not in n}
+
+
+def unmerged_output(model: Any, x: torch.Tensor, level: float) -> torch.Tensor:
+    with noise_level(model, level), torch.no_grad():
+        return model(x)
 
 
 class LinearThenGrouped(nn.Module):
