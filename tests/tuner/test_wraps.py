@@ -58,7 +58,7 @@ def test_peft_and_transformers_load_a_lora_as_ever(tmp_path: Path, tiny_llama: A
     model.save_pretrained(tmp_path / "lora")
     loaded: Any = PeftModel.from_pretrained(TwoLayers(), tmp_path / "lora")
     loaded.load_adapter(tmp_path / "lora", "again")
-    with pytest.raises(ValueError, match="adapter_config.json"):
+    with pytest.raises(ValueError, match="adapter_config"):
         loaded.load_adapter(tmp_path / "none", "again and again")
     tiny_llama.save_pretrained(tmp_path / "base")
     text: Any = get_peft_model(tiny_llama, lora_config(target_modules=["q_proj"]))
