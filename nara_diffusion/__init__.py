@@ -1,18 +1,23 @@
 """NaRA, noise-aware LoRA, as a PEFT and Diffusers plugin (arXiv 2605.29716)."""
 
-from . import registry
-from .config import NaraConfig
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from .config import NaraConfig, NaraPeftType
 from .cores.factorization import shared_factors
 from .cores.registry import register_core
 from .export import from_lora, to_lora, to_lora_bins
+from .loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 from .noise.denoisers import register_denoiser
 from .noise.level import noise_level
 from .noise.sources import register_noise_source, set_noise_source
-from .noise.strength import StrengthSchedule
+from .noise.strength_schedule import StrengthSchedule
 from .noise.timesteps import TimestepNoise
 from .tuner.inspection import core_matrix
 from .tuner.model import NaraModel
 from .tuner.strength import set_strength
+from .wraps import wrap_other_libraries
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,4 +39,11 @@ __all__ = [
     "to_lora_bins",
 ]
 
-registry.register()
+# `peft.utils.register_peft_method` takes names of PEFT's own enum only
+PEFT_TYPE_TO_CONFIG_MAPPING[NaraPeftType.NARA] = NaraConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[NaraPeftType.NARA] = NaraModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[NaraPeftType.NARA] = NaraModel.prefix  # type: ignore[index]
+for _method in (load_nara_weights, save_nara_weights, unload_nara_weights):
+    for _kind in (DiffusionPipeline, ModularPipeline):
+        setattr(_kind, _method.__name__, _method)
+wrap_other_libraries()

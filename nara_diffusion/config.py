@@ -15,7 +15,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 
 from nara_diffusion.cores.registry import BUILT_IN, check_core_type
-from nara_diffusion.noise.strength import StrengthSchedule, is_number
+from nara_diffusion.noise.strength_schedule import StrengthSchedule, is_number
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -32,7 +32,7 @@ from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.loaders.file import METADATA_KEY
 from nara_diffusion.loaders.schedulers import follow_adapters
 from nara_diffusion.loaders.strict import is_core_key
-from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.snapshot import restored_on_error

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import changes_base
 from nara_diffusion.noise.signals import Level
-from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapter_factors import Adapter, adapter_of_model

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 LEVELS = 1000
 KEYFRAMES = 50

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .functional import apply_core, apply_core_to_channels, factored_row_norm, times_core
 from .fused import can_fuse, fused_linear
+from .matrices import base_matrix, factors
 from .offloading import is_managed, onloaded
 from .variants import NaraVariant, is_dropout_free
-from .weights import base_matrix, factors
 
 
 class NaraDoraLinear(NaraVariant):

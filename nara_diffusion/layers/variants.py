@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from .channel import CoreChannel
 from .functional import apply_core, apply_core_to_channels, times_core
 from .fused import can_fuse, fused_linear
+from .matrices import base_weight, check_mergeable, delta_weight, factors
 from .offloading import is_managed, onloaded
 from .rows import Rows, check_rows
-from .weights import base_weight, check_mergeable, delta_weight, factors
 
 
 class NaraVariant(LoraVariant):

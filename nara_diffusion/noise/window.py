@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .strength import StrengthSchedule
+from .strength_schedule import StrengthSchedule
 
 _BELOW_ONE = 1 - 2**-53
 

@@ -24,7 +24,7 @@ from nara_diffusion.layers.offloading import groups_of, is_offloaded
 from nara_diffusion.noise.denoisers import Denoiser
 from nara_diffusion.noise.level import backward_pass, entry_for, find_holders
 from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
-from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .batch_signals import check_known, check_rows_of_root, of_adapter, of_one_sample
 from .checkpointing import checkpoint_with_core, checkpoint_without_core

@@ -28,7 +28,7 @@ from nara_diffusion.layers.rows import rows_of
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.prediction import prediction_in
-from nara_diffusion.noise.strength import StrengthSchedule
+from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .core_set import SHARED, CoreSet, core_group
 from .holder import CoreHolder, Reader, drop_idle_holder, holder_of

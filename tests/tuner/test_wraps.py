@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 from transformers.integrations.peft import PeftAdapterMixin as TransformersMixin
 
-from nara_diffusion import registry, wraps
+from nara_diffusion import wraps
 from tests.acceptance._lives import frozen_sd, predict, save_lora
 from tests.helpers.adapted import TwoLayers, disturb, lora_config
 
@@ -36,7 +36,7 @@ def of(owner: Any, name: str) -> Any:
 def test_wraps_are_these_six_once() -> None:
     before = [of(*each) for each in WRAPPED]
     assert all(function.knows_cores and not hasattr(function.__wrapped__, "knows_cores") for function in before)
-    registry.register()
+    wraps.wrap_other_libraries()
     assert [of(*each) for each in WRAPPED] == before
 
 
