@@ -273,7 +273,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     if identity is not None:
         facts["base read by the identity"] = f"{measured} {identity:.3f}, without training"
     settings = sample_settings(args, [record.prompt for record in instances], family)
-    validate = Validation(run, denoiser, sampler, settings, held_out, evaluator.references)
+    validate = Validation(run, denoiser, sampler, settings, held_out, evaluator)
     loss = replace(step, model=denoiser)
     train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)
 

@@ -149,11 +149,6 @@ class ValidationLoss:
 
         return torch.tensor(split_across_processes(accelerator, self.points, work))
 
-    def means(self, pipe: Any, accelerator: Accelerator) -> dict[str, float]:
-        """{"validation_loss", "validation_loss_low", …}; with a window the means of both of its sides too."""
-        losses = self.curve(pipe, accelerator)
-        return validation_means(losses.flatten(), self.levels().repeat_interleave(losses.shape[1]), self.window)
-
     def _batches(self) -> list[list[TrainingSample]]:
         """Samples of one size each."""
         sizes = sorted({sample.crop.target for sample in self.samples})
@@ -163,15 +158,14 @@ class ValidationLoss:
 
 @dataclass(frozen=True)
 class Validation:
-    """`validation()` is what `train` calls: the losses to log, after a sheet of samples was written and logged.
+    """`validation()` is what `train` calls: the figures to log, after a sheet of samples was written and logged.
 
     Attributes:
         run: of the training, opened.
         model: that is trained, as accelerate wrapped it.
         sampler: a pipeline without adapters.
         settings: of the samples.
-        loss: what is measured.
-        references: images of the subject.
+        loss, evaluator: what is measured.
     """
 
     run: Run
@@ -179,7 +173,7 @@ class Validation:
     sampler: Any
     settings: SampleSettings
     loss: ValidationLoss
-    references: Sequence[Image]
+    evaluator: Evaluator
 
     def __call__(self) -> dict[str, float]:
         accelerator = self.run.accelerator
@@ -188,22 +182,24 @@ class Validation:
         folder.mkdir(exist_ok=True)
         try:
             save_adapter(accelerator, self.model, folder, write_adapter)
-            with torch.random.fork_rng(devices), adapter_loaded(self.sampler, folder):
-                losses = self.loss.means(self.sampler, accelerator)
-                images = sample_images(self.sampler, self.settings, accelerator, desc="validation samples")
+            with torch.random.fork_rng(devices):
+                parts = (self.settings, self.loss, self.evaluator)
+                found = measure(accelerator, self.sampler, folder, *parts, name="for validation")
             accelerator.wait_for_everyone()
         finally:
             if accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
         if accelerator.is_main_process:
-            self._write(images)
-        return losses
+            self._write(found.images)
+        figures = {"similarity": found.similarity, "text_alignment": found.text_alignment}
+        means = validation_means(torch.tensor(found.curve), torch.tensor(found.noise_levels), self.loss.window)
+        return means | {name: value for name, value in figures.items() if value is not None}
 
     def _write(self, images: Sequence[Image]) -> None:
         step, prompts = self.run.step, self.settings.prompts
         path = self.run.folder / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
-        write_grid(path, prompts, {f"step {step}": images}, self.references)
+        write_grid(path, prompts, {f"step {step}": images}, self.evaluator.references)
         galleries = np.split(np.stack([np.asarray(image) for image in images]), len(prompts))  # (n, h, w, 3) each
         shown = {f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)}
         for tracker in self.run.accelerator.trackers:
