@@ -14,17 +14,14 @@ a small batch the Python around this tiny model's layers takes much of the time,
 
 from __future__ import annotations
 
-import argparse
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark_record import save_record
+from benchmark_record import median_ratio, one_thread, run_command, save_record, summarize, times_in_turn
 from diffusers import DDPMScheduler
 from peft import LoraConfig
 
@@ -38,7 +35,6 @@ from nara_diffusion.training.stream import stream_loader
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PROMPT = "a photo of sks toy"
-TARGET = 0.8  # the most that ours may take of the other's time
 
 
 class DiffusersStep:
@@ -121,80 +117,27 @@ class Finish:
 STEPS: dict[str, Callable[..., Any]] = {"diffusers' script": DiffusersStep, "ours": CachedStep}
 
 
-def seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def measure(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each arm's step in each round, in a random order within a round."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    shuffler = random.Random(0)
-    for step in arms.values():
-        step()  # the first one allocates
-    for _ in range(rounds):
-        for name in shuffler.sample(sorted(arms), k=len(arms)):
-            times[name].append(seconds(arms[name]))
-    return times
-
-
 def main(
-    rounds: int = 30,
-    batches: Sequence[int] = (4, 8),
-    rank: int = 8,
-    resolution: int = 64,
-    model: str | Path = ASSETS / "sdxl-tiny",
-    images: str | Path = ASSETS / "subject",
-    output_dir: str | Path = "outputs/benchmarks",
+    rounds: int = 30, batches: Sequence[int] = (4, 8), rank: int = 8, output_dir: str = "outputs/benchmarks"
 ) -> dict[str, Any]:
     """Time both steps `rounds` times at each batch; print a table, save it as JSON, return the figures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        torch.manual_seed(0)
-        records = records_from_folder(images, prompt=PROMPT, progress=False)
-        seconds_of: dict[str, dict[str, dict[str, float]]] = {}
-        ratios: dict[str, float] = {}
-        for batch in batches:
-            arms = {}
-            for name, make in STEPS.items():
-                dataset = DreamBoothDataset(records, [(resolution,) * 2], batch_size=batch, seed=0, crop="random")
-                arms[name] = make(load_pipeline(str(model), dtype=torch.float32), dataset, batch, rank)
-            times = measure(arms, rounds)
-            seconds_of[str(batch)] = {name: summarize(values) for name, values in times.items()}
-            pairs = zip(times["ours"], times["diffusers' script"], strict=True)
-            ratios[str(batch)] = statistics.median(ours / theirs for ours, theirs in pairs)
-        figures = {
-            "model": Path(model).name,
-            "rank": rank,
-            "resolution": resolution,
-            "rounds": rounds,
-            "seconds_by_batch": seconds_of,
-            "ratio_by_batch": ratios,
-        }
-        file = save_record("benchmark_dreambooth_step", figures, output_dir)
-    finally:
-        torch.set_num_threads(threads)
-    for batch, summaries in seconds_of.items():
-        for name, summary in summaries.items():
-            spread = f"{1e3 * summary['quartile_low']:.1f} to {1e3 * summary['quartile_high']:.1f}"
-            print(f"batch {batch}  {name:18s} {1e3 * summary['median']:8.1f} ms   (half of them {spread})")
-        ratio = ratios[batch]
-        verdict = "within" if ratio <= TARGET else "ABOVE"
-        print(f"batch {batch}  ours / diffusers' script: {ratio:.3f}, {verdict} {TARGET}")
-    print(f"saved to {file}")
+    torch.manual_seed(0)
+    records = records_from_folder(ASSETS / "subject", prompt=PROMPT, progress=False)
+    seconds, ratios = {}, {}
+    for batch in batches:
+        arms = {}
+        for name, make in STEPS.items():
+            dataset = DreamBoothDataset(records, [(64, 64)], batch_size=batch, seed=0, crop="random")
+            arms[name] = make(load_pipeline(str(ASSETS / "sdxl-tiny"), dtype=torch.float32), dataset, batch, rank)
+        with one_thread():
+            times = times_in_turn(arms, rounds)
+        seconds[str(batch)] = {name: summarize(values) for name, values in times.items()}
+        ratios[str(batch)] = median_ratio(times["ours"], times["diffusers' script"])
+        print(f"batch {batch}: ours / diffusers' script {ratios[str(batch)]:.3f}")
+    figures = {"rank": rank, "rounds": rounds, "seconds_by_batch": seconds, "ratio_by_batch": ratios}
+    print(f"saved to {save_record('benchmark_dreambooth_step', figures, output_dir)}")
     return figures
 
 
-def summarize(times: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"median": median, "quartile_low": low, "quartile_high": high}
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time a DreamBooth step beside that of diffusers' own script.")
-    parser.add_argument("--rounds", type=int, default=30, help="steps of each (default: 30)")
-    parser.add_argument("--output_dir", default="outputs/benchmarks", help="where the JSON record goes")
-    arguments = parser.parse_args()
-    main(rounds=arguments.rounds, output_dir=arguments.output_dir)
+    run_command(main)

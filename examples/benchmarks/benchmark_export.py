@@ -10,13 +10,12 @@ at the same λ. Errors of ΔW are in units of its root mean square over λ.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_record import save_record
+from benchmark_record import run_command, save_record
 from diffusers import StableDiffusionXLPipeline
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
@@ -137,7 +136,7 @@ def measure(model: nn.Module, counts: Sequence[int]) -> dict[str, Any]:
 
 
 def main(
-    counts: Sequence[int] = (2, 4, 8, 16), cores: Sequence[str] = tuple(CORES), output_dir: str | Path = "outputs"
+    counts: Sequence[int] = (2, 4, 8, 16), cores: Sequence[str] = tuple(CORES), output_dir: str = "outputs"
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     cases = [
@@ -158,6 +157,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="outputs")
-    main(output_dir=parser.parse_args().output_dir)
+    run_command(main)

@@ -9,18 +9,14 @@ other's place, and tensors and resident memory are counted.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import random
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_record import save_record
+from benchmark_record import median_ratio, run_command, save_record, times_in_turn
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from peft import LoraConfig
@@ -28,9 +24,6 @@ from peft.utils import get_peft_model_state_dict
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nara_diffusion import NaraConfig
-
-TARGET = 1.1
-"""The most that loading a NaRA may take of the time of a LoRA."""
 
 SDXL: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -78,28 +71,18 @@ def save_adapters(folder: Path, rank: int, **unet: Any) -> dict[str, Path]:
     return files
 
 
-def seconds(step: Callable[[], Any]) -> float:
-    gc.collect()  # what the step before has left
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 def measure(pipe: StableDiffusionXLPipeline, files: dict[str, Path], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each load in each round; in a round the two come in a random order."""
-    load = {
-        "LoRA": lambda: pipe.load_lora_weights(files["LoRA"].parent, weight_name=files["LoRA"].name),
-        "NaRA": lambda: pipe.load_nara_weights(files["NaRA"]),
-    }
-    times: dict[str, list[float]] = {name: [] for name in load}
-    shuffler = random.Random(0)
-    for number in range(rounds + 1):
-        for name in shuffler.sample(sorted(load), k=len(load)):
-            taken = seconds(load[name])
-            pipe.unload_lora_weights()
-            if number:  # the first round fills caches
-                times[name].append(taken)
-    return times
+    """Seconds of each load and of the unload after it."""
+
+    def load_lora() -> None:
+        pipe.load_lora_weights(files["LoRA"].parent, weight_name=files["LoRA"].name)
+        pipe.unload_lora_weights()
+
+    def load_nara() -> None:
+        pipe.load_nara_weights(files["NaRA"])
+        pipe.unload_lora_weights()
+
+    return times_in_turn({"LoRA": load_lora, "NaRA": load_nara}, rounds)
 
 
 def memory() -> dict[str, int]:
@@ -127,7 +110,7 @@ def swap(pipe: StableDiffusionXLPipeline, files: dict[str, Path], swaps: int) ->
 
 
 def main(
-    rounds: int = 15, rank: int = 16, swaps: int = 50, output_dir: str | Path = "outputs/benchmarks", **unet: Any
+    rounds: int = 15, rank: int = 16, swaps: int = 50, output_dir: str = "outputs/benchmarks", **unet: Any
 ) -> dict[str, Any]:
     """Time both loads `rounds` times and swap `swaps` times; print the figures, save them as JSON, return them."""
     logging.set_verbosity_error()  # Diffusers warns at every load that a LoRA has nothing for absent text encoders
@@ -136,23 +119,17 @@ def main(
         pipe = pipeline(**unet)
         times = measure(pipe, files, rounds)
         states = swap(pipe, files, swaps)
-    ratio = statistics.median(ours / theirs for ours, theirs in zip(times["NaRA"], times["LoRA"], strict=True))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    figures = {"rank": rank, "rounds": rounds, "seconds": medians, "ratio": ratio, "swaps": swaps, "memory": states}
-    file = save_record("benchmark_load", figures, output_dir)
+    figures = {"rank": rank, "rounds": rounds, "seconds": medians, "swaps": swaps, "memory": states}
+    figures["ratio"] = median_ratio(times["NaRA"], times["LoRA"])
     for name, median in medians.items():
-        print(f"{name}: {1e3 * median:.0f} ms a load")
-    print(f"NaRA / LoRA: {ratio:.3f}, {'within' if ratio <= TARGET else 'ABOVE'} {TARGET}")
+        print(f"{name}: {1e3 * median:.0f} ms a load and unload")
     for kind, before in states["before"].items():
         print(f"{kind} before and after {swaps} swaps: {before:,} and {states['after'][kind]:,}")
-    print(f"saved to {file}")
+    print(f"NaRA / LoRA: {figures['ratio']:.3f}")
+    print(f"saved to {save_record('benchmark_load', figures, output_dir)}")
     return figures
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time loading a NaRA beside a LoRA; count memory over swaps.")
-    parser.add_argument("--rounds", type=int, default=15, help="loads of each kind (default: 15)")
-    parser.add_argument("--swaps", type=int, default=50, help="adapters put in each other's place (default: 50)")
-    parser.add_argument("--output_dir", default="outputs/benchmarks", help="where the JSON record goes")
-    arguments = parser.parse_args()
-    main(rounds=arguments.rounds, swaps=arguments.swaps, output_dir=arguments.output_dir)
+    run_command(main)

@@ -11,14 +11,13 @@ the shipped one with an adapter after a few steps of training, so that the gradi
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_record import save_record
+from benchmark_record import run_command, save_record
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 
@@ -63,7 +62,7 @@ def measure(model: PeftModel, batch: dict[str, torch.Tensor], way: dict[str, Any
 
 
 def main(
-    questions: int = 16, draws: int = 200, steps: int = 50, output_dir: str | Path = "outputs/benchmarks"
+    questions: int = 16, draws: int = 200, steps: int = 50, output_dir: str = "outputs/benchmarks"
 ) -> dict[str, Any]:
     """Measure the four ways on a batch of `questions`; print them, save them as JSON, return the figures."""
     torch.manual_seed(0)
@@ -86,8 +85,4 @@ def main(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure the variance that stratified levels and paired masks save.")
-    parser.add_argument("--draws", type=int, default=200, help="draws of masks for each way (default: 200)")
-    parser.add_argument("--output_dir", default="outputs/benchmarks", help="where the JSON record goes")
-    arguments = parser.parse_args()
-    main(draws=arguments.draws, output_dir=arguments.output_dir)
+    run_command(main)

@@ -1,13 +1,20 @@
-"""Where a benchmark ran: command, hardware, versions and commit, written beside its figures as JSON."""
+"""What the benchmarks share: timing in turns, records with command, hardware, versions and commit, the command line."""
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import os
 import platform
+import random
 import shlex
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -59,3 +66,50 @@ def save_record(name: str, figures: dict[str, Any], output_dir: str | Path) -> P
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return file
+
+
+def times_in_turn(arms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm in each round, in a random order within a round, so that whatever else the machine does meets
+    all of them. A round before the first one allocates and fills caches."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    shuffler = random.Random(0)
+    for number in range(rounds + 1):
+        for name in shuffler.sample(sorted(arms), k=len(arms)):
+            start = time.perf_counter()
+            arms[name]()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
+
+
+def summarize(times: list[float]) -> dict[str, float]:
+    """Median and quartiles, in seconds."""
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"median": median, "quartile_low": low, "quartile_high": high}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_command(main: Callable[..., Any]) -> None:
+    """Call `main` with the flags of its numbers and texts, whose help is their default."""
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for name, parameter in inspect.signature(main).parameters.items():
+        if isinstance(parameter.default, int | float | str):
+            parser.add_argument(f"--{name}", type=type(parameter.default), default=parameter.default, help=" ")
+    main(**vars(parser.parse_args()))

@@ -12,17 +12,15 @@ in cross-attention's keys and values, a word of the prompt.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_record import save_record
+from benchmark_record import run_command, save_record
 from matplotlib.figure import Figure
-from quality.images.held_out import HeldOut, held_out_losses
-from quality.images.subjects import SUBJECTS
+from quality.images.held_out import SUBJECTS, HeldOut, held_out_losses
 from quality.images.task import load_task as load_subject
 from quality.text.runs import load_task
 from torch import Tensor, nn
@@ -110,8 +108,8 @@ def image_probe() -> dict[str, dict[str, float]]:
 
     def forwards() -> Iterator[Forward]:
         for whole in tqdm([each for task in tasks for each in task.held_out], desc="sdxl-tiny", unit="batch"):
-            rows = whole.rows(slice(None, None, len(whole.kinds) // A_BIN))
-            yield partial(forward, rows), torch.rand(len(rows.kinds), generator=generator)
+            rows = whole.rows(slice(None, None, len(whole.time_ids) // A_BIN))
+            yield partial(forward, rows), torch.rand(len(rows.time_ids), generator=generator)
 
     ends = tuple(end for each in IMAGE_LAYERS.values() for end in each)
     found = probe({name: layer for name, layer in _linears(unet).items() if name.endswith(ends)}, forwards())
@@ -140,7 +138,7 @@ def draw(figures: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def main(domain: str = "commonsense", output_dir: str | Path = "outputs/benchmarks") -> dict[str, Any]:
+def main(domain: str = "commonsense", output_dir: str = "outputs/benchmarks") -> dict[str, Any]:
     """Probes both, prints the span of each kind, writes record and picture; returns the figures."""
     figures = {"llada-tiny": text_probe(domain), "sdxl-tiny": image_probe()}
     for name, kinds in figures.items():
@@ -153,7 +151,4 @@ def main(domain: str = "commonsense", output_dir: str | Path = "outputs/benchmar
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--domain", default="commonsense", help="of the text benchmark (default: commonsense)")
-    parser.add_argument("--output_dir", default="outputs/benchmarks", help="where record and picture go")
-    main(**vars(parser.parse_args()))
+    run_command(main)

@@ -1,29 +1,28 @@
-"""How long a step with NaRA takes beside PEFT's LoRA, and with NaRA-DoRA beside PEFT's DoRA.
+"""How long a step with NaRA takes beside PEFT's LoRA, NaRA-DoRA beside PEFT's DoRA, and both without `layers.fused`.
 
     python examples/benchmarks/benchmark_speed.py
 
 Four square projections (q, k, v, o) of one attention layer, adapted by each method, with a batch whose samples have
-different noise levels. The methods take turns within each round, so that whatever else the machine does meets all of
-them; a ratio is the median of the rounds' ratios. A train step is forward, backward and AdamW. One thread.
+different noise levels. The methods take turns within each round; a ratio is the median of the rounds' ratios. A train
+step is forward, backward and AdamW. "from parts" computes NaRA's layers step by step in place of one autograd function.
+One thread.
 """
 
 from __future__ import annotations
 
-import argparse
-import random
-import statistics
-import time
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from benchmark_record import save_record
+from benchmark_record import median_ratio, one_thread, run_command, save_record, summarize, times_in_turn
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from nara_diffusion import NaraConfig, noise_level
+from nara_diffusion.layers import fused
 
 METHODS: dict[str, Callable[..., LoraConfig]] = {
     "LoRA": LoraConfig,
@@ -31,11 +30,8 @@ METHODS: dict[str, Callable[..., LoraConfig]] = {
     "DoRA": lambda **kwargs: LoraConfig(use_dora=True, **kwargs),
     "NaRA-DoRA": lambda **kwargs: NaraConfig(use_dora=True, **kwargs),
 }
-# the most that NaRA may take of its counterpart's time
-TARGETS = {
-    ("NaRA", "LoRA"): {"train": 1.0, "inference": 1.0},
-    ("NaRA-DoRA", "DoRA"): {"train": 0.75, "inference": 0.80},
-}
+PARTS = " from parts"
+RATIOS = (("NaRA", "LoRA"), ("NaRA-DoRA", "DoRA"), ("NaRA", f"NaRA{PARTS}"), ("NaRA-DoRA", f"NaRA-DoRA{PARTS}"))
 
 
 class Projections(nn.Module):
@@ -54,7 +50,8 @@ class Arm:
 
     def __init__(self, method: str, shape: tuple[int, int, int], rank: int) -> None:
         torch.manual_seed(0)
-        config = METHODS[method](r=rank, lora_alpha=rank, target_modules=["q", "k", "v", "o"])
+        self.min_elements = sys.maxsize if method.endswith(PARTS) else fused.MIN_ELEMENTS
+        config = METHODS[method.removesuffix(PARTS)](r=rank, lora_alpha=rank, target_modules=["q", "k", "v", "o"])
         self.model: PeftModel = get_peft_model(Projections(shape[-1]), config)
         # as after training: an adapter whose B or C - I is zero would not be a fair load
         with torch.no_grad():
@@ -70,7 +67,8 @@ class Arm:
         return nullcontext() if self.noise_levels is None else noise_level(self.model, self.noise_levels)
 
     def train(self) -> None:
-        with self._noise():
+        self.model.train()
+        with self._noise(), patch.object(fused, "MIN_ELEMENTS", self.min_elements):
             self.model(self.x).square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -78,81 +76,39 @@ class Arm:
 
     @torch.inference_mode()
     def inference(self) -> None:
-        with self._noise():
+        self.model.eval()
+        with self._noise(), patch.object(fused, "MIN_ELEMENTS", self.min_elements):
             self.model(self.x)
-
-
-def seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def measure(arms: dict[str, Arm], kind: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds that a step of each arm took in each round; in a round the arms come in a random order."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    shuffler = random.Random(0)
-    for arm in arms.values():
-        arm.model.train(kind == "train")
-        # a first step allocates and fills caches
-        getattr(arm, kind)()
-    for _ in range(rounds):
-        for name in shuffler.sample(sorted(arms), k=len(arms)):
-            times[name].append(seconds(getattr(arms[name], kind)))
-    return times
-
-
-def summarize(times: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"median": median, "quartile_low": low, "quartile_high": high}
-
-
-def median_ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(our / their for our, their in zip(ours, theirs, strict=True))
 
 
 def main(
     rounds: int = 30,
     shape: tuple[int, int, int] = (4, 256, 1280),
     rank: int = 16,
-    output_dir: str | Path = "outputs/benchmarks",
+    output_dir: str = "outputs/benchmarks",
 ) -> dict[str, Any]:
     """Time every method `rounds` times; print a table, save it as JSON, return the figures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        arms = {method: Arm(method, shape, rank) for method in METHODS}
-        times = {kind: measure(arms, kind, rounds) for kind in ("train", "inference")}
-        results = {
-            kind: {name: summarize(values) for name, values in of_arms.items()} for kind, of_arms in times.items()
+    with one_thread():
+        arms = {method: Arm(method, shape, rank) for method in (*METHODS, f"NaRA{PARTS}", f"NaRA-DoRA{PARTS}")}
+        times = {
+            kind: times_in_turn({name: getattr(arm, kind) for name, arm in arms.items()}, rounds)
+            for kind in ("train", "inference")
         }
-        ratios = {
-            f"{ours} / {theirs}": {kind: median_ratio(times[kind][ours], times[kind][theirs]) for kind in times}
-            for ours, theirs in TARGETS
-        }
-        figures = {"shape": shape, "rank": rank, "rounds": rounds, "seconds": results, "ratios": ratios}
-        file = save_record("benchmark_speed", figures, output_dir)
-    finally:
-        torch.set_num_threads(threads)
-    report(results, ratios)
-    print(f"saved to {file}")
+    results = {kind: {name: summarize(values) for name, values in of.items()} for kind, of in times.items()}
+    ratios = {
+        f"{ours} / {theirs}": {kind: median_ratio(times[kind][ours], times[kind][theirs]) for kind in times}
+        for ours, theirs in RATIOS
+    }
+    for kind, methods in results.items():
+        for method, each in methods.items():
+            spread = f"{1e3 * each['quartile_low']:.1f} to {1e3 * each['quartile_high']:.1f}"
+            print(f"{kind:10s} {method:20s} {1e3 * each['median']:8.1f} ms   (half of them {spread})")
+    for name, ratio in ratios.items():
+        print(f"{name}: train {ratio['train']:.3f}, inference {ratio['inference']:.3f}")
+    figures = {"shape": shape, "rank": rank, "rounds": rounds, "seconds": results, "ratios": ratios}
+    print(f"saved to {save_record('benchmark_speed', figures, output_dir)}")
     return figures
 
 
-def report(results: dict[str, dict[str, dict[str, float]]], ratios: dict[str, dict[str, float]]) -> None:
-    for kind, methods in results.items():
-        for method, summary in methods.items():
-            spread = f"{1e3 * summary['quartile_low']:.1f} to {1e3 * summary['quartile_high']:.1f}"
-            print(f"{kind:10s} {method:10s} {1e3 * summary['median']:8.1f} ms   (half of them {spread})")
-    for (ours, theirs), targets in TARGETS.items():
-        for kind, target in targets.items():
-            ratio = ratios[f"{ours} / {theirs}"][kind]
-            print(f"{ours} / {theirs}, {kind}: {ratio:.3f}, {'within' if ratio <= target else 'ABOVE'} {target}")
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time NaRA beside LoRA and NaRA-DoRA beside DoRA.")
-    parser.add_argument("--rounds", type=int, default=30, help="steps of each method and kind (default: 30)")
-    parser.add_argument("--output_dir", default="outputs/benchmarks", help="where the JSON record goes")
-    arguments = parser.parse_args()
-    main(rounds=arguments.rounds, output_dir=arguments.output_dir)
+    run_command(main)

@@ -118,16 +118,12 @@ def check_positions(model: nn.Module, max_length: int, *, longest: int = 0) -> N
     if limit is None:
         return
     if backbone.position_table is not None and max_length > limit:
-        virtual = backbone.virtual_tokens
-        taken = f" ({virtual} more are the adapter's virtual tokens)" if virtual else ""
         raise ValueError(
-            f"max_length is {max_length}, and the model has a table of {limit} positions{taken}: lower it to that, "
-            f"--max_length {limit}"
+            f"max_length is {max_length}, and the model has a table of {limit} positions: give --max_length {limit}"
         )
     if longest > limit:
         logger.warning(
             "samples have up to %d tokens, and the model knows %d positions: what it makes of those beyond is worse, "
-            "and neither `generate` nor nara-eval goes there. --max_length %d cuts the samples; to train on them "
-            "whole, raise max_position_embeddings, and the rope parameters with it, in the model's config.json",
+            "and `generate` doesn't go there. --max_length %d cuts the samples",
             *(longest, limit, limit),
         )

@@ -212,15 +212,15 @@ class _State:
         self.sequences, self.starts = canvas.sequences, canvas.starts
         self.ends = self.starts.new_empty(0)  # the tokens that end an answer
         self.attention_mask = None if canvas.real.all() else canvas.real.long()  # (b, l)
-        device = canvas.sequences.device
-        self.positions = canvas.starts[:, None] + torch.arange(sampling.gen_length, device=device)  # (b, g)
+        self.columns = torch.arange(sampling.gen_length, device=self.starts.device)  # (g,)
+        self.positions = self.starts[:, None] + self.columns  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
         self.answer = torch.zeros_like(canvas.real).scatter(1, self.positions, True)  # (b, l)
-        source = "cpu" if generator is None else generator.device
-        seeds: list[int] = []
+        self.streams: list[torch.Generator] = []  # one a row
         if sampling.temperature > 0 or sampling.remasking == "random":
+            source = "cpu" if generator is None else generator.device
             seeds = torch.randint(2**62, (len(self.starts),), generator=generator, device=source).tolist()
-        self.streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]  # one a row
+            self.streams = [torch.Generator(self.starts.device).manual_seed(seed) for seed in seeds]
         self.forwards = 0
 
     @property
@@ -249,23 +249,41 @@ class _State:
     def _step(self, columns: slice, count: int | None) -> None:
         rows = self.masked[:, columns].any(1).nonzero()[:, 0]  # (a,); rows that are done with the block sit out
         positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
-        logits = self._guided_logits(rows, positions)  # (a, k, v)
+        logits = self._logits(rows, positions)  # (a, k, v)
         logits[..., self.mask_token_id] = float("-inf")
         tokens = self._sampled(logits, rows)
         if self.sampling.remasking == "random":
             rank = self._uniform(rows, masked.shape[1], dtype=torch.float32)
         else:
-            rank = confidence_of(logits, tokens)
-        best = torch.zeros_like(masked)
-        hidden = rank.masked_fill(~masked, float("-inf"))
-        best.scatter_(1, hidden.topk(min(count or 1, hidden.shape[1]), dim=1).indices, True)
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            rank = (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()  # the probability of each
+        best = rank.masked_fill(~masked, float("-inf")).topk(min(count or 1, masked.shape[1]), dim=1).indices
+        chosen = torch.zeros_like(masked).scatter(1, best, True)
         if count is None:
-            best |= rank > (self.sampling.confidence_threshold or 0.0)
-        chosen = best & masked
-        current = self.sequences[rows].gather(1, positions)
-        placed = self.sequences[rows].scatter(1, positions, torch.where(chosen, tokens, current))
+            chosen |= rank > (self.sampling.confidence_threshold or 0.0)
+        chosen &= masked
+        sequences = self.sequences[rows]
+        placed = sequences.scatter(1, positions, torch.where(chosen, tokens, sequences.gather(1, positions)))
         self.sequences = self.sequences.index_copy(0, rows, placed)
         self.masked[rows, columns] = masked & ~chosen
+
+    def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The guided logits (a, k, v) of `rows` (a,) at `positions` (a, k), each row at its own λ."""
+        w, sequences = self.sampling.cfg_scale, self.sequences[rows]  # (a, l)
+        self.forwards += 1
+        if w > 0:
+            prompt = torch.arange(sequences.shape[1], device=rows.device) < self.starts[rows, None]
+            sequences = torch.cat([sequences, sequences.masked_fill(prompt, self.mask_token_id)])  # (2a, l)
+            rows, positions = rows.repeat(2), positions.repeat(2, 1)
+        answer = self.answer[rows]
+        masked = torch.zeros_like(answer).scatter(1, self.positions[rows], self.masked[rows])
+        padding = None if self.attention_mask is None else self.attention_mask[rows]
+        with conditioned(self.backbone.model, self.masked[rows].float().mean(1), masked=masked, answer=answer):
+            logits = self.backbone.logits(sequences, padding, at=positions).clone()
+        if w > 0:
+            conditional, unconditional = logits.chunk(2)
+            return unconditional + (w + 1) * (conditional - unconditional)
+        return logits
 
     def _sampled(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Tokens (a, k) of `rows` (a,) from logits (a, k, v): the argmax at temperature 0, else from softmax(logits/T).
@@ -284,40 +302,13 @@ class _State:
         streams = [self.streams[row] for row in rows.tolist()]
         return torch.stack([torch.rand(shape, dtype=dtype, device=s.device, generator=s) for s in streams])
 
-    def _guided_logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits (a, k, v) of `rows` (a,) at `positions` (a, k)."""
-        w = self.sampling.cfg_scale
-        sequences = self.sequences[rows]  # (a, l)
-        self.forwards += 1
-        if w == 0:
-            return self._logits(rows, sequences, positions)
-        prompt = torch.arange(sequences.shape[1], device=rows.device) < self.starts[rows, None]
-        both = torch.cat([sequences, sequences.masked_fill(prompt, self.mask_token_id)])  # (2a, l)
-        conditional, unconditional = self._logits(rows.repeat(2), both, positions.repeat(2, 1)).chunk(2)
-        return unconditional + (w + 1) * (conditional - unconditional)
-
-    def _logits(self, rows: torch.Tensor, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The logits of `sequences`, which are `rows` with or without their prompts, at the λ of these rows."""
-        masked = torch.zeros_like(self.answer[rows]).scatter(1, self.positions[rows], self.masked[rows])
-        share = self.masked[rows].float().mean(1)  # λ of each
-        padding = None if self.attention_mask is None else self.attention_mask[rows]
-        with conditioned(self.backbone.model, share, masked=masked, answer=self.answer[rows]):
-            return self.backbone.logits(sequences, padding, at=positions).clone()
-
     def _finish_rows(self) -> None:
         """Fill the rest of each row whose first end token has no mask before it."""
         answers = self.answers
         is_end = torch.isin(answers, self.ends) & ~self.masked  # (b, g)
-        first = torch.where(is_end.any(1), is_end.int().argmax(1), self.sampling.gen_length)  # (b,)
-        columns = torch.arange(self.sampling.gen_length, device=answers.device)
-        done = is_end.any(1) & ~(self.masked & (columns < first[:, None])).any(1)  # (b,)
-        rest = done[:, None] & (columns > first[:, None])  # (b, g)
-        end = answers.gather(1, first.clamp(max=self.sampling.gen_length - 1)[:, None])  # (b, 1)
-        self.sequences = self.sequences.scatter(1, self.positions, torch.where(rest, end, answers))
+        first = torch.where(is_end.any(1), is_end.int().argmax(1), len(self.columns) - 1)[:, None]  # (b, 1)
+        done = is_end.any(1, keepdim=True) & ~(self.masked & (self.columns < first)).any(1, keepdim=True)
+        rest = done & (self.columns > first)  # (b, g)
+        filled = torch.where(rest, answers.gather(1, first), answers)
+        self.sequences = self.sequences.scatter(1, self.positions, filled)
         self.masked = self.masked & ~rest
-
-
-def confidence_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """softmax(logits) at `tokens`: (b, k, v), (b, k) → (b, k), in float32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)).exp()

@@ -36,7 +36,7 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], dic
     unknown = sorted(given.keys() - set(SETTINGS))
     if unknown:
         raise ValueError(f"gen_kwargs has {', '.join(unknown)}; the sampler's settings are {', '.join(SETTINGS)}")
-    sampling = {"gen_length": (lengths or [_DEFAULT_LENGTH])[0], **given}
+    sampling: dict[str, Any] = {"gen_length": (lengths or [_DEFAULT_LENGTH])[0], **given}
     try:
         sampling = {n: int(v) if n in _WHOLE else v if n == "remasking" else float(v) for n, v in sampling.items()}
     except (TypeError, ValueError) as error:

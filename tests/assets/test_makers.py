@@ -30,9 +30,9 @@ def test_make_llada_tiny_stopped_and_resumed_gives_the_same_weights(family, tmp_
         make.main(make.Arguments(output_dir=tmp_path / name, family=family, max_train_steps=5, **sizes, **changes))
 
     run("whole")
-    step_loss = make.step_loss
+    step_loss = make.PreTraining.step_loss
     with monkeypatch.context() as patch:
-        patch.setattr(make, "step_loss", lambda now, rows: _stop() if now.step == 3 else step_loss(now, rows))
+        patch.setattr(make.PreTraining, "step_loss", lambda run, now: _stop() if now.step == 3 else step_loss(run, now))
         with pytest.raises(KeyboardInterrupt):
             run("stopped")
     with pytest.raises(ValueError, match="add --resume"):

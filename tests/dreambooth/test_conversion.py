@@ -29,8 +29,10 @@ def alphas_of(zero_snr: bool) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2 if zero_snr else root**2
 
 
-@pytest.mark.parametrize("base", [EulerDiscreteScheduler(**BETAS), DDIMScheduler(**BETAS, timestep_spacing="leading")])
-@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize(
+    ("base", "zero_snr"),
+    [(EulerDiscreteScheduler(**BETAS), True), (DDIMScheduler(**BETAS, timestep_spacing="leading"), False)],
+)
 def test_conversion_to_v_keeps_class_and_betas(base, zero_snr: bool) -> None:
     scheduler = converted_scheduler(base, "v_prediction", zero_snr)
     assert type(scheduler) is type(base)
@@ -125,8 +127,15 @@ def column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("target", ["epsilon", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("epsilon", "flow_prediction"),
+        ("v_prediction", "epsilon"),
+        ("v_prediction", "flow_prediction"),
+        ("sample", "v_prediction"),
+    ],
+)
 def test_identity_of_exact_predictions_is_exact(kind: str, target: str) -> None:
     """Whatever form the base's knowledge of x and ε has, the reading is the objective's own target."""
     base = base_scheduler(kind)

@@ -82,17 +82,14 @@ def test_text_encoders_have_the_options_of_the_unet_but_those_of_a_core(core: di
     assert nara.target_modules == set(TEXT_TARGETS)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_text_encoders_one_block_of_multi_lora_has_its_share_of_the_patterns(rslora: bool) -> None:
+def test_text_encoders_one_block_of_multi_lora_has_its_share_of_the_patterns() -> None:
     patterns: dict[str, Any] = {"rank_pattern": {"v_proj": 20}, "alpha_pattern": {"v_proj": 60.0}}
-    alpha = 6.0 * (math.sqrt(5) if rslora else 5)
-    unet = NaraConfig(
-        **NARA | {"r": 10}, core_type="bins", core_bins=5, lora_alpha=alpha, use_rslora=rslora, **patterns
-    )
+    alpha = 6.0 * math.sqrt(5)
+    unet = NaraConfig(**NARA | {"r": 10}, core_type="bins", core_bins=5, lora_alpha=alpha, use_rslora=True, **patterns)
     config: Any = text_config(unet)
     assert (config.core_type, config.r, config.lora_alpha) == ("identity", 2, pytest.approx(6.0))
     assert config.rank_pattern == {"v_proj": 4}
-    assert config.alpha_pattern == {"v_proj": pytest.approx(60.0 / (math.sqrt(5) if rslora else 5))}
+    assert config.alpha_pattern == {"v_proj": pytest.approx(60.0 / math.sqrt(5))}
 
 
 @pytest.mark.parametrize(

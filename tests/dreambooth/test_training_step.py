@@ -41,8 +41,7 @@ def batch_of(folder: Path, prior: bool) -> dict[str, Any]:
     return collate_samples([dataset[6], dataset[7]])
 
 
-@pytest.mark.parametrize("prior", [False, True])
-@pytest.mark.parametrize("train_text_encoder", [False, True])
+@pytest.mark.parametrize(("prior", "train_text_encoder"), [(False, True), (True, False)])
 def test_step_is_the_one_that_is_written_out(folder: Path, prior: bool, train_text_encoder: bool) -> None:
     pipe = small_sdxl()
     model = disturbed(pipe, NaraConfig(**CONFIG), train_text_encoder=train_text_encoder)

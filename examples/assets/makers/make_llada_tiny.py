@@ -21,17 +21,24 @@ training_state.pt, which --resume reads and nobody else needs.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_text.backbones import BACKBONES
 from tiny_text.data import LONGEST_TAIL, MAX_TOKENS, Rows, encode, training_and_validation
-from tiny_text.evaluation import exact_match_by_family, validation_loss
+from tiny_text.evaluation import exact_match_by_family
 from tiny_text.tokenizer import build_tokenizer
 from tiny_training import Plan, Training, option, parse, write_results
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from nara_diffusion.dllm import masked_diffusion_loss
+
+VALIDATION_BATCH = 256  # questions
+Losses = Callable[..., Tensor]
 
 
 @dataclass
@@ -55,60 +62,84 @@ class Arguments:
     resume: bool = option(False, "go on from the state in --output_dir")
 
 
-def step_loss(training: Training, rows: Rows) -> dict[str, torch.Tensor]:
-    """Of the present step, whose questions, noise levels and masks follow from the seed and the step's number alone."""
-    generator = training.generator()
-    indices = torch.randint(len(rows.ends), (training.batch,), generator=generator)
-    tail = int(torch.randint(LONGEST_TAIL + 1, (), generator=generator))
-    input_ids, prompt_lengths = (tensor.to(training.device) for tensor in rows.batch(indices, tail))
-    first = training.step * training.batch
-    samples = range(first, first + training.batch)
-    options = {"seed": training.seed, "sample_indices": samples, "logits": "all"}
-    return {"loss": masked_diffusion_loss(training.model, input_ids, prompt_lengths, **options).loss}
+def masked_losses(model: PreTrainedModel, input_ids: Tensor, prompt_lengths: Tensor, **key: Any) -> Tensor:
+    """LLaDA's loss (b,) of each row; ``key`` is of `masked_diffusion_loss`: seed, sample_indices, noise_level."""
+    return masked_diffusion_loss(model, input_ids, prompt_lengths, logits="all", **key).per_sample
+
+
+class PreTraining:
+    """The training of a model on the questions of tiny_text/tasks.py, and its loss on held-out ones.
+
+    ``losses`` gives the loss (b,) of each row, ``save`` writes a usable model.
+    """
+
+    def __init__(
+        self, args: Arguments, model: PreTrainedModel, tokenizer: Any, losses: Losses, save: Callable[[], None]
+    ) -> None:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        self.args, self.model, self.losses = args, model.to(args.device), losses
+        learned, self.held_out = training_and_validation(args.train_size, args.validation_size, args.seed)
+        self.rows = encode(learned, tokenizer)
+        self.validation = encode([item for items in self.held_out.values() for item in items], tokenizer)
+        plan = Plan(
+            steps=args.max_train_steps,
+            batch=args.train_batch_size,
+            learning_rate=args.learning_rate,
+            warmup=args.lr_warmup_steps,
+            decay=args.decay_share,
+            weight_decay=args.weight_decay,
+            row_steps=args.validation_steps,
+            save_steps=args.checkpointing_steps,
+            bf16=False,
+        )
+        state = args.output_dir / "training_state.pt"
+        self.training = Training(self.model, plan, state, args.seed, args.device, args.resume)
+        self.training.run("training", self.step_loss, lambda: {"validation_loss": self.validation_loss()}, save)
+        self.model.eval()
+
+    def step_loss(self, now: Training) -> dict[str, Tensor]:
+        """Of the present step, whose questions, noise levels and noise follow from the seed and the step's number."""
+        generator = now.generator()
+        indices = torch.randint(len(self.rows.ends), (now.batch,), generator=generator)
+        tail = int(torch.randint(LONGEST_TAIL + 1, (), generator=generator))
+        first = now.step * now.batch
+        return {"loss": self._losses(self.rows, indices, tail, now.seed, range(first, first + now.batch)).mean()}
+
+    @torch.no_grad()
+    def validation_loss(self, level: float | None = None) -> float:
+        """Over the held-out questions, on noise that is the same at every call; of λ in (0, 1), or of one λ."""
+        rows, seed = self.validation, self.args.seed + 1
+        parts = torch.arange(len(rows.ends)).split(VALIDATION_BATCH)
+        return torch.cat([self._losses(rows, part, 0, seed, part.tolist(), level) for part in parts]).mean().item()
+
+    def results(self) -> dict[str, Any]:
+        """What results.json holds of any of these models."""
+        return {
+            "steps": self.training.step,
+            "minutes": round(self.training.seconds / 60, 1),
+            "seed": self.args.seed,
+            "parameters": self.model.num_parameters(),
+            "validation_loss": self.training.curve[-1]["validation_loss"],
+        }
+
+    def _losses(
+        self, rows: Rows, indices: Tensor, tail: int, seed: int, samples: Sequence[int], level: float | None = None
+    ) -> Tensor:
+        batch = (tensor.to(self.model.device) for tensor in rows.batch(indices, tail))
+        return self.losses(self.model, *batch, seed=seed, sample_indices=samples, noise_level=level)
 
 
 def main(args: Arguments) -> dict:
     """Pre-trains, evaluates, writes the folder; returns what results.json holds."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    train_questions, validation_questions = training_and_validation(args.train_size, args.validation_size, args.seed)
-    rows = encode(train_questions, tokenizer)
-    validation = encode([item for items in validation_questions.values() for item in items], tokenizer)
-    backbone = BACKBONES[args.family]
+    tokenizer, backbone = build_tokenizer(), BACKBONES[args.family]
     model = backbone.build(len(tokenizer))
     model.config.mask_token_id = tokenizer.mask_token_id
-    plan = Plan(
-        steps=args.max_train_steps,
-        batch=args.train_batch_size,
-        learning_rate=args.learning_rate,
-        warmup=args.lr_warmup_steps,
-        decay=args.decay_share,
-        weight_decay=args.weight_decay,
-        row_steps=args.validation_steps,
-        save_steps=args.checkpointing_steps,
-        bf16=False,
-    )
-    state = args.output_dir / "training_state.pt"
-    training = Training(model.to(args.device), plan, state, args.seed, args.device, args.resume)
-    training.run(
-        "pre-training",
-        lambda now: step_loss(now, rows),
-        lambda: {"validation_loss": validation_loss(model, validation, seed=args.seed)},
-        lambda: backbone.save(model, tokenizer, args.output_dir),
-    )
-    model.eval()
-    results = {
-        "steps": training.step,
-        "minutes": round(training.seconds / 60, 1),
-        "seed": args.seed,
-        "parameters": model.num_parameters(),
-        "rows": len(rows.ends),
-        "max_tokens": MAX_TOKENS,
-        "validation_loss": training.curve[-1]["validation_loss"],
-        "exact_match": exact_match_by_family(model, tokenizer, validation_questions),
-    }
-    return write_results(args.output_dir, results, training=training.curve)
+    done = PreTraining(args, model, tokenizer, masked_losses, lambda: backbone.save(model, tokenizer, args.output_dir))
+    exact = exact_match_by_family(model, tokenizer, done.held_out)
+    sizes = {"rows": len(done.rows.ends), "max_tokens": MAX_TOKENS}
+    results = {**done.results(), **sizes, "exact_match": exact}
+    return write_results(args.output_dir, results, training=done.training.curve)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ _ALPACA = (
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 _BATCH = 1000  # records tokenised at once
-_UNKNOWN = 0.01  # the share of unknown tokens from which on a warning is due
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,6 @@ def encode_records(
     logger.log(logging.WARNING if cut or dropped else logging.INFO, "%s", summary)
     for row in rows:
         row["input_ids"] = row["input_ids"][:max_length]
-    _warn_of_unknown_tokens(rows, tokenizer)
     longest, longest_prompt = max(len(row["input_ids"]) for row in rows), max(row["prompt_length"] for row in rows)
     return EncodedRecords(Dataset.from_list(rows), len(lengths), cut, dropped, longest, longest_prompt)
 
@@ -110,20 +108,6 @@ def _warn_of_ends_inside(outputs: Sequence[str], end: str) -> None:
             "%d of %d records have the end token %r inside their output: an answer ends there, and the model learns no "
             "more than that of it; take the token out, or write it otherwise. The first of them is %r",
             *(len(inside), len(outputs), end, inside[0][:100]),
-        )
-
-
-def _warn_of_unknown_tokens(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn where the vocabulary lacks words of the records: a model can't tell them apart, nor write them."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return
-    share = sum(row["input_ids"].count(unknown) for row in rows) / sum(len(row["input_ids"]) for row in rows)
-    if share >= _UNKNOWN:
-        logger.warning(
-            "%.0f %% of the records' tokens are %s, which stands for what the vocabulary lacks, such as in %r: choose "
-            "a model that knows their language",
-            *(100 * share, tokenizer.unk_token, max(rows, key=lambda r: r["input_ids"].count(unknown))["instruction"]),
         )
 
 

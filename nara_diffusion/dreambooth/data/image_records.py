@@ -89,8 +89,8 @@ def image_files(folder: str | Path) -> list[Path]:
         raise ValueError(f"the image folder {folder} doesn't exist: name a folder of .png or .jpg files.")
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES]
-    captions = {folder / METADATA_FILE, *(image.with_suffix(".txt") for image in images)}
-    others = [entry.name for entry in entries if entry not in images and entry not in captions]
+    known = {folder / METADATA_FILE, folder / "README.md", *(image.with_suffix(".txt") for image in images)}
+    others = [entry.name for entry in entries if entry not in images and entry not in known]
     for name in others:
         if re.match(r"\d+_", name) and (folder / name).is_dir():
             raise ValueError(

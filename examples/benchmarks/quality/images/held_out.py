@@ -1,7 +1,7 @@
 """What the loss of images is measured on: pictures of a subject that no training sees, with noise of their own.
 
 Each bin of λ has its own, half of them in other poses before other walls, half in the ten places of the backbone's
-data. A gain on a picture goes through all of its noise levels, so that many pictures in one bin each tell far more of
+data. A gain on a picture goes through all of its noise levels, so that many pictures in one bin each show far more of
 the mean than few in all ten would, in the same time. It is at low noise that gains differ most between pictures: those
 bins have most of them.
 """
@@ -25,7 +25,27 @@ from nara_diffusion.dreambooth.families.unets import SDXL
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
 from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal
 from quality.images import drawn
-from quality.images.subjects import SIZE
+
+# ---------------------------------------------------------------------- subjects
+
+BACKBONE = "sdxl-tiny"
+SUBJECTS = {"toy": "subject", "car": "subject-car", "cup": "subject-cup", "house": "subject-house"}
+"""{name, which is that of its kind: folder of its five pictures}."""
+IDENTIFIER = "sks"
+SIZE = (64, 64)
+
+
+def instance_prompt(subject: str) -> str:
+    return f"a photo of {IDENTIFIER} {subject}"
+
+
+def check_subject(subject: str) -> None:
+    """Raises ValueError if there is no such subject."""
+    if subject not in SUBJECTS:
+        raise ValueError(f"subject is {subject!r}, expected one of {', '.join(SUBJECTS)}.")
+
+
+# ---------------------------------------------------------------------- held out
 
 BINS = 10
 EACH_PLACE = (4, 4, 4, 2, 2, 2, 1, 1, 1, 1)
@@ -40,19 +60,17 @@ class HeldOut:
         batch: of b samples.
         time_ids: (b, 6).
         embeddings: (b, l, d) and (b, p).
-        kinds: of each picture, whether it shows another "pose" or a "place".
     """
 
     batch: Corrupted
     time_ids: Tensor
     embeddings: tuple[Tensor, Tensor]
-    kinds: list[str]
 
     def rows(self, chosen: slice) -> HeldOut:
         """Some of its pictures."""
         batch = Corrupted(**{name: tensor[chosen] for name, tensor in vars(self.batch).items()})
         hidden, pooled = self.embeddings
-        return HeldOut(batch, self.time_ids[chosen], (hidden[chosen], pooled[chosen]), self.kinds[chosen])
+        return HeldOut(batch, self.time_ids[chosen], (hidden[chosen], pooled[chosen]))
 
 
 def held_out_losses(unet: Any, held_out: HeldOut) -> list[float]:
@@ -74,7 +92,7 @@ class CleanBin:
     Attributes:
         clean, noise: (b, c, h, w).
         indices: (b,), noise levels of [0, N), spread over the bin.
-        time_ids, embeddings, kinds: as `HeldOut` has them.
+        time_ids, embeddings: as `HeldOut` has them.
     """
 
     clean: Tensor
@@ -82,12 +100,11 @@ class CleanBin:
     indices: Tensor
     time_ids: Tensor
     embeddings: tuple[Tensor, Tensor]
-    kinds: list[str]
 
     def corrupted(self, objective: Objective) -> HeldOut:
         """As `objective` shows them to a denoiser."""
         batch = objective.corrupt(self.clean, self.noise, self.indices)
-        return HeldOut(batch, self.time_ids, self.embeddings, self.kinds)
+        return HeldOut(batch, self.time_ids, self.embeddings)
 
 
 def held_out_bin(pipe: Any, latents: LatentCache, prompts: PromptCache, subject: str, index: int) -> HeldOut:
@@ -111,7 +128,6 @@ def clean_bin(latents: LatentCache, prompts: PromptCache, subject: str, index: i
         torch.tensor(bin_timesteps(index, len(samples), levels)),
         torch.tensor([sample.crop.time_ids for sample in samples], dtype=torch.float32),
         prompts.get([sample.prompt for sample in samples]),
-        ["pose"] * len(poses) + ["place"] * len(places),
     )
 
 

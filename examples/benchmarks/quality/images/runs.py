@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from quality.images.controls import EVALUATED_CONTROLS, TRAINED_CONTROLS, while_evaluating
-from quality.images.held_out import bin_centres
-from quality.images.measurement import binned_losses, judged_samples
-from quality.images.methods import BASE, NAMES, NOISE_AWARE, adapted
+from quality.images.controls import EVALUATED_CONTROLS, while_evaluating
+from quality.images.held_out import BACKBONE, bin_centres
+from quality.images.methods import BASE, NOISE_AWARE, adapted
 from quality.images.settings import arguments, settings
-from quality.images.subjects import BACKBONE
-from quality.images.task import ImageTask, load_task
+from quality.images.task import ImageTask, binned_losses, judged_samples, load_task
 from quality.images.training import train
 from quality.running import Job, Settings, Suite
 
@@ -37,10 +35,9 @@ def image_records(
         overrides: arguments of train_scripts/dreambooth_sdxl.py.
 
     Raises:
-        ValueError: an unknown subject, method, control or argument; or a control of a method that knows no λ.
+        ValueError: an unknown subject, method or argument.
         ArithmeticError: training diverged.
     """
-    check(method, control)
     args = arguments(subject, method, seed, overrides)
     started = time.perf_counter()
     task = load_task(subject)
@@ -58,16 +55,6 @@ def image_records(
         seconds = round(time.perf_counter() - started, 2)  # with the records before it
         records.append({**common, "control": name, **figures, "seconds": seconds})
     return records
-
-
-def check(method: str, control: str | None) -> None:
-    """Refuses what can't be run, before anything is loaded."""
-    if method not in NAMES:
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(NAMES)}.")
-    if control is not None and control not in TRAINED_CONTROLS:
-        raise ValueError(f"control is {control!r}, expected none or one of {', '.join(TRAINED_CONTROLS)}.")
-    if control is not None and method not in NOISE_AWARE:
-        raise ValueError(f"method {method!r} knows no λ that control {control!r} could replace.")
 
 
 def description(subject: str, method: str, seed: int, args: Any, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -92,10 +79,8 @@ def _measure(task: ImageTask, unet: Any, args: Any) -> dict[str, Any]:
     losses = binned_losses(task, unet)
     figures: dict[str, Any] = {
         "noise_levels": bin_centres(),
-        "losses": losses.means,
-        "loss_errors": losses.errors,
-        "validation_loss": sum(losses.means) / len(losses.means),
-        "validation_error": losses.gain_error,
+        "losses": losses,
+        "validation_loss": sum(losses) / len(losses),
     }
     samples = judged_samples(task, unet, args)
     names = ("similarity", "text_alignment", "place_similarity")

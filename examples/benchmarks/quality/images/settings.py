@@ -7,8 +7,8 @@ from typing import Any
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.adapters import without_unread
 from quality.assets import ASSETS
+from quality.images.held_out import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 from quality.images.methods import BASE
-from quality.images.subjects import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 from quality.options import arguments_of
 from quality.running import RANK
 

@@ -1,13 +1,10 @@
-"""One subject of the image benchmark: its pictures, prompts and judge, all that its runs share, made once a process.
-
-The base model, latents of the five training pictures, embeddings of prompts, and the held-out pictures as noisy latents
-depend neither on the method nor on the seed, so that a run costs its steps, its samples, and nothing else.
-"""
+"""One subject of the image benchmark: its pictures, prompts and evaluator, and what a run is measured by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,11 +13,24 @@ from PIL.Image import Image
 from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.image_records import ImageRecord, records_from_folder
 from nara_diffusion.dreambooth.evaluation.comparison import Evaluator
-from nara_diffusion.dreambooth.evaluation.fidelity import Encoder
+from nara_diffusion.dreambooth.evaluation.fidelity import Encoder, text_alignment
+from nara_diffusion.dreambooth.evaluation.samples import SampleSettings, sample_images
 from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from quality.assets import ASSETS
-from quality.images.held_out import BINS, HeldOut, held_out_bin, held_out_losses, places_of
-from quality.images.subjects import BACKBONE, IDENTIFIER, SUBJECTS, check_subject, instance_prompt
+from quality.images.held_out import (
+    BACKBONE,
+    BINS,
+    IDENTIFIER,
+    SUBJECTS,
+    HeldOut,
+    check_subject,
+    held_out_bin,
+    held_out_losses,
+    instance_prompt,
+    places_of,
+)
+
+# ---------------------------------------------------------------------- task
 
 SAMPLED_PLACES = (
     "on the beach",
@@ -42,7 +52,6 @@ class ImageTask:
     latents, prompts: caches.
     instances: the five training pictures.
     held_out: one batch a bin of λ.
-    base_losses: of the backbone as it is, (bins, pictures of one).
     judge: of samples.
     in_places: what `judge` compares samples in a place with: the subject drawn there, {prompt: picture}.
     """
@@ -53,7 +62,6 @@ class ImageTask:
     prompts: PromptCache
     instances: list[ImageRecord]
     held_out: list[HeldOut]
-    base_losses: list[list[float]]
     judge: Evaluator
     in_places: dict[str, Image]
 
@@ -87,7 +95,6 @@ def load_task(subject: str) -> ImageTask:
         prompts,
         instances,
         held_out,
-        [held_out_losses(pipe.unet, batch) for batch in held_out],
         Evaluator([record.load() for record in instances], judge, judge, [IDENTIFIER]),
         places_of(subject),
     )
@@ -101,3 +108,61 @@ def _base_model() -> Any:
 @cache
 def _encoder() -> Encoder:
     return Encoder(ASSETS / "clip-tiny", device="cpu")
+
+
+# ---------------------------------------------------------------------- measurement
+
+FIRST_SAMPLE_SEED = 1000  # samples of training seed s start from noise 1000 + 100 s, …
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Attributes:
+    images: all of them.
+    similarity: to the five training pictures, mean cosine.
+    text_alignment: to their prompts, mean cosine.
+    place_similarity: of those in a place to the subject drawn in that place, mean cosine.
+    """
+
+    images: list[Image]
+    similarity: float
+    text_alignment: float
+    place_similarity: float
+
+
+def binned_losses(task: ImageTask, unet: Any) -> list[float]:
+    """The mean loss in each bin of λ, of `unet` with whatever adapter and λ it has now."""
+    return [fmean(held_out_losses(unet, held_out)) for held_out in task.held_out]
+
+
+def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
+    """What `unet` draws, with whatever adapter and λ it has now."""
+    settings = sample_settings(task, args)
+    scheduler = type(task.pipe.scheduler).from_config(task.pipe.scheduler.config)
+    images = sample_images(pipeline_of(task.pipe, unet, scheduler), settings)
+    prompts = [prompt for prompt, _ in settings.pairs]
+    encoder = task.judge.images
+    assert encoder is not None
+    similarities = encoder.images(images) @ encoder.images(task.judge.references).T  # (n, 5)
+    drawn = list(task.in_places)
+    to_places = encoder.images(images) @ encoder.images(list(task.in_places.values())).T  # (n, places)
+    own = [to_places[i, drawn.index(prompt)].item() for i, prompt in enumerate(prompts) if prompt in task.in_places]
+    alignment = text_alignment(encoder, images, prompts, task.judge.identifier)
+    assert alignment is not None
+    return Samples(images, similarities.mean().item(), alignment, fmean(own))
+
+
+def sample_settings(task: ImageTask, args: Any) -> SampleSettings:
+    """`num_validation_images` of each prompt, from noise that depends on the run's seed and on nothing else."""
+    call = {"height": args.resolution, "width": args.resolution}
+    call |= {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    seed = FIRST_SAMPLE_SEED + 100 * args.seed
+    return SampleSettings(task.sample_prompts, args.num_validation_images, seed, args.sample_batch_size, call)
+
+
+def pipeline_of(pipe: Any, unet: Any, scheduler: Any) -> Any:
+    """`pipe` with another UNet and scheduler; itself unchanged."""
+    options = {"force_zeros_for_empty_prompt": pipe.config.force_zeros_for_empty_prompt, "add_watermarker": False}
+    other = type(pipe)(**{**pipe.components, "unet": unet, "scheduler": scheduler}, **options)
+    other.set_progress_bar_config(disable=True)
+    return other

@@ -16,7 +16,7 @@ from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from quality.images.controls import shuffled_noise_levels, while_training
-from quality.images.subjects import SIZE
+from quality.images.held_out import SIZE
 from quality.images.task import ImageTask
 
 

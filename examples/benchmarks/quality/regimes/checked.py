@@ -77,7 +77,7 @@ def _measured(name: str, size: int) -> list[Iterator[Measured]]:
 
 
 def _image_parts(regime: Any, batch: HeldOut, size: int) -> Iterator[Measured]:
-    count = max(1, len(batch.kinds) // size)
+    count = max(1, len(batch.time_ids) // size)
     for first in range(count):
         yield partial(_errors, batch.rows(slice(first, None, count)))
 

@@ -38,10 +38,22 @@ from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_obj
 from quality.assets import ASSETS
 from quality.images import drawn
 from quality.images.controls import shuffled_noise_levels
-from quality.images.held_out import BINS, CleanBin, HeldOut, clean_bin, held_out_losses, predicted, records_of
+from quality.images.held_out import (
+    BACKBONE,
+    BINS,
+    SIZE,
+    SUBJECTS,
+    CleanBin,
+    HeldOut,
+    check_subject,
+    clean_bin,
+    held_out_losses,
+    instance_prompt,
+    predicted,
+    records_of,
+)
 from quality.images.methods import adapted
 from quality.images.settings import arguments
-from quality.images.subjects import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 from quality.images.training import ControlledDenoiser
 
 # ---------------------------------------------------------------------- objectives

@@ -26,7 +26,7 @@ from quality.text.data import EncodedDomain, Rows, encode_domain
 from quality.text.domains import DEFAULT_SIZES, DOMAINS, Sizes, build_domain, is_right, sizes_of
 from quality.text.methods import BASE, adapted, adapter_arguments
 from quality.text.recipe import Recipe
-from quality.text.validation import CENTRES, ValidationSet, binned_loss, validation_set
+from quality.text.validation import CENTRES, ValidationSet, binned_losses, validation_set
 
 # ---------------------------------------------------------------------- training
 
@@ -84,18 +84,9 @@ def objective(model: nn.Module, batch: MaskedBatch) -> torch.Tensor:
 def build_optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
     """AdamW with a rate for the core and one for all else, and what it trains."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {
-            "name": "adapter",
-            "params": [p for name, p in trainable if not is_core_parameter(name)],
-            "lr": recipe.learning_rate,
-        },
-        {
-            "name": "core",
-            "params": [p for name, p in trainable if is_core_parameter(name)],
-            "lr": recipe.core_learning_rate,
-        },
-    ]
+    core = [p for name, p in trainable if is_core_parameter(name)]
+    factors = [p for name, p in trainable if not is_core_parameter(name)]
+    groups = [{"params": factors, "lr": recipe.learning_rate}, {"params": core, "lr": recipe.core_learning_rate}]
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     return optimizer, [p for _, p in trainable]
@@ -227,14 +218,12 @@ def description(backbone: str, domain: str, method: str, seed: int, recipe: Reci
 def _measure(model: nn.Module, task: Task, control: str | None) -> dict[str, Any]:
     """Loss in each bin, and the share of right answers, of a model under an evaluation's control."""
     with while_evaluating(model, control):
-        loss = binned_loss(model, task.validation)
+        losses = binned_losses(model, task.validation)
         right = answered_right(model, task.tokenizer, task.data.test)
     return {
         "noise_levels": CENTRES,
-        "losses": [round(value, 6) for value in loss.losses],
-        "loss_errors": [round(value, 6) for value in loss.errors],
-        "validation_loss": round(loss.mean, 6),
-        "validation_error": round(loss.mean_error, 6),
+        "losses": [round(value, 6) for value in losses],
+        "validation_loss": round(sum(losses) / len(losses), 6),
         "exact_match": right,
         "n": len(task.data.validation),
         "n_exact_match": len(task.data.test),

@@ -9,8 +9,7 @@ that its mask isn't empty, w = 1 − (1 − λ)^a. In bin k, over its rows i,
 
     loss_k = Σ_i w_i Σ_{j masked} − log p(x_ij | masked x_i)  /  Σ_i w_i |masked_i|         nats a masked token
 
-with w = 1 from λ = 1/2 on, and its standard error is that of a ratio, over questions. The validation loss is the mean
-of the ten.
+with w = 1 from λ = 1/2 on. The validation loss is the mean of the ten.
 """
 
 from __future__ import annotations
@@ -37,24 +36,12 @@ class ValidationSet:
     """Attributes:
     batches: masked rows, sorted by width.
     bins: (2n,) the bin of each row, in the batches' order.
-    questions: (2n,) its question.
     weights: (2n,) w, how much it counts.
     """
 
     batches: list[MaskedBatch]
     bins: torch.Tensor
-    questions: torch.Tensor
     weights: torch.Tensor
-
-
-@dataclass(frozen=True)
-class BinnedLoss:
-    """Attributes: `losses` and their standard `errors`, ten each; `mean` of the losses; `mean_error` of that."""
-
-    losses: list[float]
-    errors: list[float]
-    mean: float
-    mean_error: float
 
 
 def validation_set(rows: Rows, mask_token_id: int) -> ValidationSet:
@@ -64,7 +51,7 @@ def validation_set(rows: Rows, mask_token_id: int) -> ValidationSet:
     order = rows.prompt_lengths[source].argsort(stable=True)
     batches = [_masked(rows, source[c], levels[c], masks[c], mask_token_id) for c in order.split(BATCH)]
     bins = (levels[order] * BINS).long().clamp(max=BINS - 1)
-    return ValidationSet(batches, bins, source[order], weights[order])
+    return ValidationSet(batches, bins, weights[order])
 
 
 def _draw(n: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -97,7 +84,7 @@ def _masked(rows: Rows, source: torch.Tensor, level: torch.Tensor, mask: torch.T
 
 
 @torch.no_grad()
-def binned_loss(model: nn.Module, validation: ValidationSet) -> BinnedLoss:
+def binned_losses(model: nn.Module, validation: ValidationSet) -> list[float]:
     """The loss of `model` in each bin."""
     sums, counts = [], []
     with evaluating(model):
@@ -106,18 +93,5 @@ def binned_loss(model: nn.Module, validation: ValidationSet) -> BinnedLoss:
             counts.append(batch.masked.sum(1).double())
     weights = validation.weights.double()
     total, count = weights * torch.cat(sums), weights * torch.cat(counts)
-    return summarise(total, count, validation.bins, validation.questions)
-
-
-def summarise(total: torch.Tensor, count: torch.Tensor, bins: torch.Tensor, questions: torch.Tensor) -> BinnedLoss:
-    """Losses and standard errors from each row's summed loss and number of masked tokens, both times w; all (2n,)."""
-    losses, errors = [], []
-    influence = torch.zeros(int(questions.max()) + 1, dtype=torch.float64)  # of each question on the mean of the ten
-    for k in range(BINS):
-        chosen = bins == k
-        ratio = total[chosen].sum() / count[chosen].sum()
-        share = (total[chosen] - ratio * count[chosen]) / count[chosen].sum()  # of each row in the ratio's error
-        losses.append(ratio.item())
-        errors.append(share.square().sum().sqrt().item())
-        influence.index_add_(0, questions[chosen], share / BINS)
-    return BinnedLoss(losses, errors, sum(losses) / BINS, influence.square().sum().sqrt().item())
+    bins = [validation.bins == k for k in range(BINS)]
+    return [(total[chosen].sum() / count[chosen].sum()).item() for chosen in bins]

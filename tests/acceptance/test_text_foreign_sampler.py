@@ -1,0 +1,128 @@
+"""Other people's samplers know nothing of λ: it is read from the masks in their `input_ids`.
+
+The reference is the adapted model by hand, a row at a time, at the masked share of its answer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nara_diffusion import noise_level
+from nara_diffusion.dllm import InputIdsNoise, generate, mask_density, read_noise_from_input_ids
+from tests.acceptance._text import ByHand, backbone, nara
+
+VOCABULARY = 40
+MASK = VOCABULARY - 1
+IDS = torch.randint(6, MASK, (3, 14), generator=torch.Generator().manual_seed(0))
+PROMPTS, ENDS = [3, 6, 1], [14, 9, 12]
+REAL = (torch.arange(14) < torch.tensor(ENDS)[:, None]).long()
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, ByHand]:
+    base = backbone(VOCABULARY)
+    before = copy.deepcopy(base)
+    adapted = nara(base)
+    return adapted, ByHand(before, adapted)
+
+
+def test_level_is_the_masked_share_without_prompt_and_padding(pair: Any) -> None:
+    model, by_hand = pair
+    masked = torch.zeros(3, 14, dtype=torch.bool)
+    for row, columns in enumerate([[3, 4, 9], [6], [2, 3, 5, 8, 11]]):
+        masked[row, columns] = True
+    seen = IDS.masked_fill(masked, MASK)
+    seen[1, 9:] = MASK  # padding, which a sampler may fill with anything
+    blind = seen.clone()
+    for row, start in enumerate(PROMPTS):
+        blind[row, :start] = MASK  # as guidance does
+    with read_noise_from_input_ids(model, prompt_lengths=PROMPTS, repeated="tiled"), torch.no_grad():
+        output = model(torch.cat([seen, blind]), attention_mask=REAL.repeat(2, 1)).logits.double()
+    for half, ids in enumerate((seen, blind)):
+        for row, (end, level) in enumerate(zip(ENDS, (3 / 11, 1 / 3, 5 / 11), strict=True)):
+            expected = by_hand([ids[row, :end].tolist()], level)[0]
+            torch.testing.assert_close(output[3 * half + row, :end], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="λ is not known"):
+        model(seen)
+
+
+def published_loop(model: Any, prompt: Tensor, gen_length: int, cfg_scale: float) -> Tensor:
+    """LLaDA's published loop in its shortest form: one token a step, guidance by torch.cat."""
+    b, p = prompt.shape
+    x = torch.cat([prompt, torch.full((b, gen_length), MASK)], 1)
+    for _ in range(gen_length):
+        free = x.clone()
+        free[:, :p] = MASK
+        logits, free_logits = model(torch.cat([x, free])).logits.chunk(2)
+        logits = free_logits + (cfg_scale + 1) * (logits - free_logits)
+        logits[..., MASK] = -torch.inf
+        confidence = logits.softmax(-1).amax(-1).masked_fill(x != MASK, -1)
+        place = confidence[:, p:].argmax(1) + p
+        x[torch.arange(b), place] = logits.argmax(-1)[torch.arange(b), place]
+    return x
+
+
+@torch.no_grad()
+def test_llada_s_published_loop_writes_what_generate_writes(pair: Any) -> None:
+    model, _ = pair
+    expected = generate(model, IDS[:, :6], gen_length=7, cfg_scale=0.8, stop_at_eos=False)
+    with read_noise_from_input_ids(model, 6):
+        assert torch.equal(published_loop(model, IDS[:, :6], 7, 0.8), expected)
+
+
+def test_context_beats_the_source_and_an_inner_source_ends(pair: Any) -> None:
+    model, _ = pair
+    ids = IDS.masked_fill(torch.arange(14) > 9, MASK)
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(ids).logits
+
+    with noise_level(model, 0.9):
+        at_the_end = logits()
+    with read_noise_from_input_ids(model, 4):
+        outer = logits()
+        with read_noise_from_input_ids(model, 9):
+            assert not torch.equal(logits(), outer)
+        assert torch.equal(logits(), outer)
+        with noise_level(model, 0.9):
+            assert torch.equal(logits(), at_the_end)
+
+
+@torch.no_grad()
+def test_mask_density_is_read_too() -> None:
+    model = nara(backbone(VOCABULARY), core_input="both", mask_density_radius=2)
+    answer = (torch.arange(14) >= torch.tensor(PROMPTS)[:, None]) & REAL.bool()
+    masked = answer & (torch.rand(3, 14, generator=torch.Generator().manual_seed(1)) < 0.5)
+    ids = IDS.masked_fill(masked, MASK)
+    density = mask_density(masked, answer, 2)
+    neighbours = [j for j in range(14) if answer[0, j]]  # by hand, of the first row
+    shares = [
+        sum(bool(masked[0, k]) for k in near) / len(near)
+        for j in range(14)
+        if masked[0, j] and (near := [k for k in neighbours if 0 < abs(k - j) <= 2])
+    ]
+    assert float(density[0]) == pytest.approx(sum(shares) / len(shares))
+    with noise_level(model, masked.sum(1) / answer.sum(1), mask_density=density):
+        expected = model(ids, attention_mask=REAL).logits
+    with read_noise_from_input_ids(model, PROMPTS):
+        assert torch.equal(model(ids, attention_mask=REAL).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "kwargs", "message"),
+    [
+        ((), {"inputs_embeds": torch.ones(1, 2, 3)}, "no input_ids"),
+        ((IDS[:1],), {}, "prompt_lengths has 3 values and this forward 1 rows"),
+        ((IDS.repeat(2, 1),), {}, "repeated='tiled'"),
+        ((IDS[:, :5],), {}, "row 1 of input_ids has 5 tokens, and none of an answer"),
+    ],
+)
+def test_what_cannot_be_known_is_an_error(given: tuple, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InputIdsNoise(PROMPTS, mask_token_id=MASK)(torch.nn.Identity(), given, kwargs)
