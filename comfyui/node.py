@@ -1,4 +1,4 @@
-"""The node: it tells the adapter λ by the sampler's sigma, at each call of the model.
+"""The node: the adapter gets λ by the sampler's sigma, at each call of the model.
 
 convention   λ                                                         samplings
 timestep     timestep(σ) / num_timesteps, as Diffusers' t / N          discrete ones, that of LCM too
@@ -94,7 +94,7 @@ def noise_level(convention: str | None, sampling: Any, sigma: Tensor) -> Tensor:
     """λ (b,) of ComfyUI's σ (b,).
 
     Raises:
-        ValueError: the model samples in another way than the adapter was trained for, so that its σ tells no λ.
+        ValueError: the model samples in another way than the adapter was trained for, so that its σ gives no λ.
     """
     is_flow = _taken(sampling) == "flow_prediction"
     if convention == "timestep" and not _is_discrete(sampling):

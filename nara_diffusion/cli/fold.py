@@ -87,7 +87,7 @@ def _save(loras: Mapping[str, PlainLora], output: Path, args: argparse.Namespace
 def _check_workflow(args: argparse.Namespace, config: NaraConfig) -> None:
     """Raises ValueError unless a ComfyUI workflow can be written for this definition of λ.
 
-    An adapter that carries a scheduler may have made its base a flow, so `--base` doesn't tell, and `--shift` is known.
+    An adapter that carries a scheduler may have made its base a flow, so `--base` does not say, and `--shift` is known.
     """
     convention, is_converted = config.noise_convention, config.scheduler is not None
     is_flow = convention == "flow"
@@ -189,5 +189,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     _check(file, args)
     args.checkpoint = args.checkpoint or "sd_xl_base_1.0.safetensors"
-    told = (fold_bins if args.noise_level is None else fold)(file, adapters, args)
-    sys.stdout.write(f"{args.output}: {told}{_not_for_comfyui(file) if args.form == 'diffusers' else ''}\n")
+    text = (fold_bins if args.noise_level is None else fold)(file, adapters, args)
+    sys.stdout.write(f"{args.output}: {text}{_not_for_comfyui(file) if args.form == 'diffusers' else ''}\n")
