@@ -196,9 +196,12 @@ def _check_parts(pipe: Any, models: Mapping[str, nn.Module], parts: Mapping[str,
 def _insert_all(models: Any, fits: Mapping[str, tuple[nn.Module, AdapterPart]], name: str, low_memory: bool) -> None:
     """Insert the parts into all components, or, after an error, into none."""
     with ExitStack() as undo:
-        for model, part in fits.values():
+        for component, (model, part) in fits.items():
             undo.enter_context(restored_on_error(model))
-            insert(model, name, part, low_memory)
+            try:
+                insert(model, name, part, low_memory)
+            except ValueError as error:
+                raise ValueError(f"{component}: {error}") from error
             prepare_for_hotswap(model)
 
 

@@ -23,7 +23,7 @@ def saved(folder, where, value):
     with torch.no_grad():
         getattr(layer, f"lora_{factor}")["toy"].weight.view(-1)[3] = value
     pipe.save_nara_weights(folder, adapter_name="toy")
-    return rf"{name}\.lora_{factor}\..*weight"
+    return rf"{component}: .*{name}\.lora_{factor}\.(toy\.)?weight"
 
 
 def weights(pipe):
