@@ -11,14 +11,12 @@ import torch
 from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, records_from_file
 from nara_diffusion.dllm.canvas import check_positions
 from nara_diffusion.dllm.data.encoding import end_token_id
-from nara_diffusion.dreambooth.cache import LatentCache
+from nara_diffusion.dreambooth.conversion import converted_scheduler
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from nara_diffusion.dreambooth.families.table import family_of_model
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.setup import load_instances, prompt_cache, target_scheduler, training_data
-from nara_diffusion.dreambooth.training_step import TrainingStep
+from nara_diffusion.dreambooth.setup import load_images, run_family, training_data, training_step
 from nara_diffusion.training.adapters import ALL_LINEAR
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
 
@@ -61,7 +59,7 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
         args: a CheckArguments.
 
     Raises:
-        ValueError: see `load_instances`, `load_pipeline`, `target_scheduler`, `training_data` and `image_task`.
+        ValueError: see `load_images`, `load_pipeline`, `converted_scheduler`, `training_data` and `image_task`.
     """
     family = family_of_model(args.model)
     own = DreamBoothArguments(
@@ -71,23 +69,16 @@ def image_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTa
         rank=args.rank,
         target_modules=args.target_modules or list(family.targets),
         prediction_type=args.prediction_type,
+        stratified_timesteps=True,
         seed=args.seed,
         **_rates(args),
     )
-    images = load_instances(own, progress=False)
+    images, _ = load_images(own, progress=False)
     pipe = load_pipeline(args.model, dtype=dtype).to(device)
     denoiser = getattr(pipe, family.denoiser)
     own.resolution = args.resolution or _native_resolution(pipe, denoiser, family)
-    step = TrainingStep(
-        model=denoiser,
-        objective=build_objective(target_scheduler(own, pipe)),
-        latents=LatentCache(pipe.vae),
-        prompts=prompt_cache(own, pipe),
-        device=device,
-        seed=args.seed,
-        group_size=args.batch_size,
-        stratified=True,
-    )
+    scheduler = converted_scheduler(pipe.scheduler, args.prediction_type, False)
+    step = training_step(own, pipe, run_family(own, pipe), scheduler, device, args.batch_size)
     return image_task(pipe, own, step, *(training_data(own, part, [], pipe) for part in divide(images)))
 
 

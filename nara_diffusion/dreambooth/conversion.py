@@ -40,23 +40,6 @@ from .objectives import Objective, build_objective
 CONVERSIONS = ("epsilon", "v_prediction", FLOW)
 
 
-def check_conversion(prediction_type: str | None, rescale_betas_zero_snr: bool) -> None:
-    """Raises ValueError for what makes no sense, whatever the base."""
-    if rescale_betas_zero_snr and prediction_type == FLOW:
-        raise ValueError(
-            "rescale_betas_zero_snr is for schedules of betas, and a rectified flow ends in pure noise as it is: leave "
-            f"it out with prediction_type {FLOW!r}."
-        )
-    if rescale_betas_zero_snr and prediction_type == "epsilon":
-        raise ValueError(f"rescale_betas_zero_snr with prediction_type 'epsilon': {_EPSILON_AT_ZERO}.")
-
-
-_EPSILON_AT_ZERO = (
-    "at zero terminal SNR the last step shows the model pure noise, of which ε says nothing about the image: add "
-    "--prediction_type v_prediction"
-)
-
-
 def converted_scheduler(scheduler: Any, prediction_type: str | None, rescale_betas_zero_snr: bool) -> Any:
     """The scheduler of the converted model; `scheduler` itself where it does all that is asked for.
 
@@ -70,8 +53,8 @@ def converted_scheduler(scheduler: Any, prediction_type: str | None, rescale_bet
     """
     own = prediction_by(scheduler)
     kind = (own.kind if own else "epsilon") if prediction_type is None else prediction_type
-    zero_snr = own is not None and own.path == ZERO_SNR
-    if own is not None and own.kind == kind and (zero_snr or not rescale_betas_zero_snr):
+    has_zero_snr = own is not None and own.path == ZERO_SNR
+    if own is not None and own.kind == kind and (has_zero_snr or not rescale_betas_zero_snr):
         return scheduler
     has_betas = "beta_schedule" in scheduler.config and own is not None and own.path != "rectified flow"
     if passes_log_sigma(scheduler) or not has_betas:
@@ -79,21 +62,24 @@ def converted_scheduler(scheduler: Any, prediction_type: str | None, rescale_bet
             f"{type(scheduler).__name__} has no betas to convert the model to: leave prediction_type and "
             "rescale_betas_zero_snr out, or give the base model's folder a scheduler with betas."
         )
+    zero_snr = rescale_betas_zero_snr or (has_zero_snr and kind != FLOW)
+    if zero_snr and kind in ("epsilon", FLOW):
+        raise ValueError(
+            f"rescale_betas_zero_snr is for a model that predicts v, not {kind!r}: at zero terminal SNR the last step "
+            "shows pure noise, of which ε says nothing about the image, and a rectified flow ends so as it is. Add "
+            "--prediction_type v_prediction."
+        )
     if kind == FLOW:
         return DPMSolverMultistepScheduler(
             num_train_timesteps=scheduler.config.num_train_timesteps, prediction_type=FLOW, use_flow_sigmas=True
         )
     changes: dict[str, Any] = {"prediction_type": kind}
-    if rescale_betas_zero_snr or zero_snr:
-        if kind == "epsilon":
-            raise ValueError(
-                f"The converted model would have rescale_betas_zero_snr and predict ε: {_EPSILON_AT_ZERO}."
-            )
+    if zero_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     # where the base's class lacks one of the options, Euler's has them all
     has_options = changes.keys() <= inspect.signature(type(scheduler)).parameters.keys()
-    kind_of_scheduler: Any = type(scheduler) if has_options else EulerDiscreteScheduler
-    return kind_of_scheduler.from_config(scheduler.config, **changes)
+    kept: Any = type(scheduler) if has_options else EulerDiscreteScheduler
+    return kept.from_config(scheduler.config, **changes)
 
 
 class IdentityReading:

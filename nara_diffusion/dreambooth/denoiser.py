@@ -24,11 +24,10 @@ from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters import check_target_modules, recompute_activations
 
-from .families.family import TRANSFORMER_TARGETS, Embeddings, Family
+from .families.family import Embeddings, Family
 from .families.table import family_of
 
 ADAPTER = "default"
-UNET_TARGETS = list(TRANSFORMER_TARGETS)
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 

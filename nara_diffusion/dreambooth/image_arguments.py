@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nara_diffusion.dreambooth.conversion import CONVERSIONS, FLOW, check_conversion
+from nara_diffusion.dreambooth.conversion import CONVERSIONS, FLOW
 from nara_diffusion.dreambooth.data.captions import check_prompt
 from nara_diffusion.dreambooth.families.family import TRANSFORMER_TARGETS, Family
 from nara_diffusion.training.adapters import method_of
@@ -290,7 +290,6 @@ def _check_data(args: Any) -> None:
 
 
 def _check_objective(args: Any) -> None:
-    check_conversion(args.prediction_type, args.rescale_betas_zero_snr)
     window = (args.min_noise_level, args.max_noise_level)
     if (args.prediction_type is not None or args.rescale_betas_zero_snr) and window != (None, None):
         raise ValueError(

@@ -19,7 +19,7 @@ is e and the input is what it is, that of x is q e / (α q − β p), so w = min
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,11 @@ class Objective:
     def noise_levels(self) -> Tensor:
         """λ (N,) float32."""
         return self.source.noise_level(self.timestep)
+
+    @property
+    def unweighted(self) -> Objective:
+        """The same with w = 1, for a validation loss."""
+        return replace(self, weight=torch.ones_like(self.weight))
 
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
         """`latents` and `noise` (b, c, h, w) at the noise levels of `indices` (b,), least noise first."""

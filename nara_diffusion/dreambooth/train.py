@@ -37,6 +37,7 @@ from nara_diffusion.check.check_tasks import image_task
 from nara_diffusion.check.verdict_report import check_training
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.conversion import converted_scheduler
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.evaluation.comparison import (
     Evaluator,
@@ -54,26 +55,18 @@ from nara_diffusion.dreambooth.families.flows import SD3
 from nara_diffusion.dreambooth.families.pipelines import folders_of, loader_of, sampling_pipeline
 from nara_diffusion.dreambooth.families.table import family_of_model
 from nara_diffusion.dreambooth.setup import (
-    check_settings,
-    latent_cache,
     load_class_images,
-    load_held_out,
-    load_instances,
-    prompt_cache,
+    load_images,
     record_texts,
     run_family,
-    run_objective,
-    step_options,
-    target_scheduler,
+    training_buckets,
     training_data,
-    validation_objective,
-    validation_samples,
+    training_step,
 )
-from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.prediction import prediction_by
-from nara_diffusion.training.adapters import adapter_config, title_of, without_unread
-from nara_diffusion.training.arguments import schedule_of
+from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of, without_unread
+from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import ASSETS, run_command, shipped
 from nara_diffusion.training.init_adapter import start_from
@@ -182,8 +175,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     family = run_family(args)
 
     # Data
-    instances = load_instances(args, show)
-    held_out_images = load_held_out(args, show)
+    instances, held_out_images = load_images(args, show)
     run.record_data_digest("validation data", record_texts(held_out_images))
     evaluator = Evaluator.of_run(args, [record.load() for record in instances], device)
     load = loader_of(args)
@@ -192,7 +184,18 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32)
     run.record_base_digests(folders_of(args, pipe), args.variant)
     family = run_family(args, pipe)
-    check_settings(args, pipe)
+    target = converted_scheduler(pipe.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
+    converted = None if target is pipe.scheduler else target
+    step = training_step(args, pipe, family, target, device, run.global_batch)
+    config = adapter_config(
+        args,
+        noise_convention=step.objective.source.convention,
+        scheduler=None if converted is None else scheduler_fields(converted),
+        strength=schedule_of(args),
+    )
+    # what shows only with the model at hand is refused before hours go into class images
+    training_buckets(args, pipe)
+    check_target_modules(step.model, getattr(config, "target_modules", None))
     # before `pipe` takes the device's memory; a check leaves them out
     class_images = [] if args.check else load_class_images(args, run.accelerator, run.dtype, load, family)
     run.record_data_digest("training data", record_texts([*instances, *class_images]))
@@ -200,41 +203,25 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     dataset = training_data(args, instances, class_images, pipe)
     steps = count_steps(len(instances), run.global_batch, args.max_train_steps, args.num_train_epochs)
     batches = run.batches(steps)
-    needed = range(0) if args.check else range(batches["first"], batches["stop"])
-    latents = latent_cache(args, pipe, dataset, needed, show)
-    prompts = prompt_cache(args, pipe)
-    target = target_scheduler(args, pipe)
-    converted = None if target is pipe.scheduler else target
-    step = TrainingStep(
-        model=getattr(pipe, family.denoiser),
-        objective=run_objective(args, target),
-        latents=latents,
-        prompts=prompts,
-        device=device,
-        group_size=run.global_batch,
-        **step_options(args),
-    )
+    measured_on = training_data(args, held_out_images, [], pipe) if held_out_images else dataset
     if args.check:
-        held_out_data = training_data(args, held_out_images, [], pipe) if held_out_images else dataset
-        results, shown = check_training(image_task(pipe, args, step, dataset, held_out_data), args, run)
+        results, shown = check_training(image_task(pipe, args, step, dataset, measured_on), args, run)
         sys.stdout.write(f"{shown}\n")
         return results
-    samples = validation_samples(args, dataset, pipe, held_out_images)
-    latents.fill(samples, progress=False)
+    samples = measured_on.plain_samples()
+    if args.cache_latents:
+        drawn = dataset.distinct_samples(range(batches["first"], batches["stop"]))
+        step.latents.fill([*drawn, *samples], progress=show)
     held_out = ValidationLoss(
-        validation_objective(args, target),
-        latents,
+        step.objective.unweighted,
+        step.latents,
         samples,
         args.seed,
         args.curve_points,
         args.train_batch_size,
-        step.window,
+        window_of(args),
         family,
     )
-    carried = None if converted is None else scheduler_fields(converted)
-    convention = step.objective.source.convention
-    schedule = schedule_of(args)
-    config = adapter_config(args, noise_convention=convention, scheduler=carried, strength=schedule)
     sampler = sampling_pipeline(pipe, config, run.dtype, load)
     model = AdaptedDenoiser(
         pipe,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
-
 from .cache import LatentCache, PromptCache
 from .data.dataset import TrainingSample
-from .draws import draw_indices, draw_noise, drawable_levels
+from .draws import draw_indices, draw_noise
 from .objectives import Corrupted, Objective, squared_errors, with_prior
 
 
@@ -48,8 +45,7 @@ class TrainingStep:
         stratified: spread the noise levels of each optimizer step evenly.
         noise_offset: κ, see `draw_noise`.
         prior_loss_weight: what class images count.
-        window: of λ; class images are drawn from it as well.
-        density: `scheme`, `logit_mean`, … of `drawable_levels`.
+        drawable: the noise levels to draw from, of class images too, (k,) of `drawable_levels`; None draws from all.
     """
 
     model: nn.Module
@@ -62,13 +58,7 @@ class TrainingStep:
     stratified: bool = False
     noise_offset: float = 0.0
     prior_loss_weight: float = 1.0
-    window: NoiseWindow = EVERYTHING
-    density: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def drawable(self) -> Tensor:
-        """The noise levels to draw from (k,); raises as `drawable_levels`."""
-        return drawable_levels(self.objective.noise_levels, self.window, **self.density)
+    drawable: Tensor | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> DreamBoothLoss:
         samples = batch["samples"]
@@ -90,10 +80,11 @@ class TrainingStep:
     def _corrupt(self, samples: Sequence[TrainingSample]) -> Corrupted:
         """Draws of one role have consecutive rows: all instances, then all class images."""
         latents = self.latents.sample(samples, seed=self.seed)  # (b, c, h, w)
+        levels = torch.arange(self.objective.levels) if self.drawable is None else self.drawable
         indices, noise = [], []
         for role in dict.fromkeys(sample.role for sample in samples):
             positions = [sample.position for sample in samples if sample.role == role]
             spread: dict[str, Any] = {"stratified": self.stratified, "group_size": self.group_size}
-            indices.append(draw_indices(positions, self.drawable, seed=self.seed, role=role, **spread))
+            indices.append(draw_indices(positions, levels, seed=self.seed, role=role, **spread))
             noise.append(draw_noise(positions, latents.shape[1:], seed=self.seed, offset=self.noise_offset, role=role))
         return self.objective.corrupt(latents.to(self.device), torch.cat(noise).to(self.device), torch.cat(indices))

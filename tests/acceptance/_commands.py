@@ -33,6 +33,8 @@ def words(**flags: Any) -> list[str]:
     """{name: value} as a command line; lists are given word by word, dicts as NAME=VALUE."""
     line: list[str] = []
     for name, value in flags.items():
+        if value == {}:
+            continue
         values = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
             values = [f"{key}={json.dumps(one)}" for key, one in value.items()]

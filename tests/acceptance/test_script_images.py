@@ -16,8 +16,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from nara_diffusion import NaraConfig, core_matrix
+from nara_diffusion.dreambooth.families.pipelines import render
 from tests.acceptance._commands import by_the_card, metrics, names, results, run, tensors
 from tests.acceptance._runs import ASSETS, IMAGES, image_flags
+from tests.helpers.pipelines.families import FAMILY_PIPELINES
 from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*")
@@ -116,6 +118,33 @@ def test_run_of_dreambooth_goes_by_the_model_s_family(tmp_path: Path) -> None:
     after = drawn(pipe, tmp_path / "out")
     np.testing.assert_array_equal(after, written(tmp_path / "out" / "samples-after")[0])
     assert (after != written(tmp_path / "out" / "samples-before")[0]).any()
+
+
+LENGTHS = {"flux": 12, "flux2": 64, "z_image": 64, "qwen_image": 300, "wan": 20}
+SIDES = {"qwen_image": 32, "wan": 32}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*(guidance|max_sequence_length).*")
+@pytest.mark.parametrize("name", ["sd", *LENGTHS])
+def test_run_of_each_other_family_resumes_and_is_loaded_by_its_card(name: str, tmp_path: Path) -> None:
+    lengths = {"max_sequence_length": LENGTHS[name]} if name in LENGTHS else {}
+    flags = image_flags(tmp_path, FAMILY_PIPELINES[name]()) | {"max_train_steps": 3, "model_options": lengths}
+    flags["resolution"] = SIDES.get(name, 16)
+    run("dreambooth.py", **flags, output_dir=tmp_path / "out")
+    again = {"output_dir": tmp_path / "again", "resume_from_checkpoint": tmp_path / "out" / "checkpoint-2"}
+    run("dreambooth.py", **flags, **again)
+    one, other = tensors(tmp_path / "out"), tensors(tmp_path / "again")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    (before,), (after,) = (written(tmp_path / "out" / f"samples-{when}") for when in ("before", "after"))
+    assert (before != after).any()
+    args, pipe = settings(tmp_path / "out"), by_the_card(tmp_path / "out", until="image = ")["pipe"]
+    call = {"height": args["resolution"], "width": args["resolution"], "num_inference_steps": 2}
+    call |= {"guidance_scale": args["guidance_scale"], **lengths}
+    pipe.set_progress_bar_config(disable=True)
+    image = render(pipe, [args["instance_prompt"]], [torch.Generator().manual_seed(args["seed"])], call)[0]
+    assert np.abs(image * 255 - after).max() <= 1
 
 
 def test_adapter_trained_with_dropout_draws_without_it(tmp_path: Path) -> None:

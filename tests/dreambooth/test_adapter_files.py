@@ -23,7 +23,8 @@ from nara_diffusion.dreambooth.adapter_files import (
     write_adapter,
     write_checkpoint,
 )
-from nara_diffusion.dreambooth.denoiser import UNET_TARGETS, AdaptedDenoiser
+from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.image_arguments import UNET_TARGETS
 from tests.helpers.small_pipelines import TEXT_WIDTHS, pixels, small_sdxl
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

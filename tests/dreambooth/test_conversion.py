@@ -13,7 +13,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from nara_diffusion.dreambooth.conversion import IdentityReading, check_conversion, converted_scheduler
+from nara_diffusion.dreambooth.conversion import IdentityReading, converted_scheduler
 from nara_diffusion.dreambooth.objectives import build_objective
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -83,7 +83,8 @@ def test_base_that_does_it_already_keeps_its_scheduler(base, prediction_type, ze
 @pytest.mark.parametrize(
     ("base", "prediction_type", "zero_snr", "message"),
     [
-        (EulerDiscreteScheduler(**BETAS), None, True, "predict ε: .* add --prediction_type v_pred"),
+        (EulerDiscreteScheduler(**BETAS), None, True, "not 'epsilon': .* Add --prediction_type v_pred"),
+        (EulerDiscreteScheduler(**BETAS), "flow_prediction", True, "not 'flow_prediction'"),
         (EDMEulerScheduler(), "v_prediction", False, "EDMEulerScheduler has no betas"),
         (FlowMatchEulerDiscreteScheduler(), "epsilon", False, "FlowMatchEulerDiscreteScheduler has no betas"),
         (FLOW, "v_prediction", False, "DPMSolverMultistepScheduler has no betas to convert the model to: leave pre"),
@@ -92,12 +93,6 @@ def test_base_that_does_it_already_keeps_its_scheduler(base, prediction_type, ze
 def test_base_that_cannot_be_converted_is_refused(base, prediction_type, zero_snr: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         converted_scheduler(base, prediction_type, zero_snr)
-
-
-@pytest.mark.parametrize("prediction_type", ["flow_prediction", "epsilon"])
-def test_zero_terminal_snr_is_refused_where_it_makes_no_sense(prediction_type: str) -> None:
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
-        check_conversion(prediction_type, True)
 
 
 # ------------------------------------------------------------------ the identity

@@ -12,7 +12,7 @@ from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.data.image_records import records_from_folder
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.draws import draw_indices, draw_noise
+from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, drawable_levels
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
@@ -57,7 +57,7 @@ def test_step_is_the_one_that_is_written_out(folder: Path, prior: bool, train_te
         stratified=True,
         noise_offset=0.1,
         prior_loss_weight=0.4,
-        window=NoiseWindow(0.2, 0.9),
+        drawable=drawable_levels(torch.arange(1000) / 1000, NoiseWindow(0.2, 0.9)),
     )
     results: list[Any] = []
     levels = told(model.unet, lambda: results.append(step(batch)))
