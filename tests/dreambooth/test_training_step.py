@@ -72,7 +72,7 @@ def test_step_is_the_one_that_is_written_out(folder: Path, prior: bool, train_te
         latents = step.latents.sample([sample], seed=11)
         noise = draw_noise([sample.position], latents.shape[1:], offset=0.1, **options)
         embeds, _, pooled, _ = pipe.encode_prompt(sample.prompt, device="cpu", do_classifier_free_guidance=False)
-        time_ids = torch.tensor([[22, 26, sample.crop.top, sample.crop.left, 16, 16]])
+        time_ids = torch.tensor([[22, 26, sample.top, sample.left, 16, 16]])
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
         noisy = scheduler.add_noise(latents, noise, t)
         prediction = model.unet(noisy, t, encoder_hidden_states=embeds, added_cond_kwargs=conditions).sample

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.training_utils import find_nearest_bucket
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from nara_diffusion.dreambooth.seeding import numpy_generator
@@ -33,83 +33,53 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Crop:
-    """One way to cut `target` out of an image of `original` size.
-
-    Attributes:
-        original: (H, W) of the upright image.
-        target: (h, w).
-        top, left: where the cut begins, in the scaled and mirrored image.
-        flip: whether the image is mirrored.
-    """
-
-    original: Size
-    target: Size
-    top: int
-    left: int
-    flip: bool = False
-
-    @property
-    def time_ids(self) -> tuple[int, int, int, int, int, int]:
-        """(H, W, top, left, h, w), which SDXL's UNet reads."""
-        return (*self.original, self.top, self.left, *self.target)
-
-    def of(self, image: Image.Image) -> Image.Image:
-        """The cut of `image`, of size `target`. Scaling and cutting are one resampling."""
-        (height, width), (h, w) = scaled_size(self.original, self.target), self.target
-        left = width - w - self.left if self.flip else self.left  # in the image as it is
-        x, y = image.width / width, image.height / height
-        box = (left * x, self.top * y, min((left + w) * x, image.width), min((self.top + h) * y, image.height))
-        cut = image.resize((w, h), Image.Resampling.LANCZOS, box=box)
-        return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else cut
-
-
-def scaled_size(original: Size, target: Size) -> Size:
-    """(H', W'): `original` scaled so that it just covers `target`."""
-    scale = max(target[0] / original[0], target[1] / original[1])
-    return max(target[0], round(original[0] * scale)), max(target[1], round(original[1] * scale))
-
-
-def center_crop(original: Size, target: Size, flip: bool = False) -> Crop:
-    """The middle of the image."""
-    height, width = scaled_size(original, target)
-    return Crop(original, target, (height - target[0]) // 2, (width - target[1]) // 2, flip)
-
-
-def random_crop(original: Size, target: Size, generator: np.random.Generator, flip: bool = False) -> Crop:
-    """Uniform over all positions."""
-    height, width = scaled_size(original, target)
-    top = int(generator.integers(height - target[0] + 1))
-    return Crop(original, target, top, int(generator.integers(width - target[1] + 1)), flip)
-
-
-@dataclass(frozen=True)
 class TrainingSample:
     """One training sample, without its pixels.
 
     Attributes:
         image: the record that it is cut from.
-        crop: how.
+        target: (h, w).
+        top, left: where the cut begins, in the scaled and mirrored image.
+        flip: whether the image is mirrored.
         position: in the training stream; with `role`, the key of its random numbers.
         role: "instance" or "class".
         prompt: its caption, or "" where that is dropped.
     """
 
     image: ImageRecord
-    crop: Crop
+    target: Size
+    top: int
+    left: int
+    flip: bool
     position: int
     role: str
     prompt: str
 
     @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """(H, W, top, left, h, w), which SDXL's UNet reads."""
+        return (*self.image.size, self.top, self.left, *self.target)
+
+    @property
     def key(self) -> str:
         """A name for the pixels: content, scaling, cut and flip."""
-        return f"{self.image.key} {self.crop.target} {self.crop.top} {self.crop.left} {self.crop.flip}"
+        return f"{self.image.key} {self.target} {self.top} {self.left} {self.flip}"
 
     def pixel_values(self) -> torch.Tensor:
-        """(3, h, w) float32 in [−1, 1]."""
-        values = np.array(self.crop.of(self.image.load()), dtype=np.float32)  # (h, w, 3) in 0 … 255
+        """(3, h, w) float32 in [−1, 1]. Scaling and cutting are one resampling."""
+        image, (height, width), (h, w) = self.image.load(), scaled_size(self.image.size, self.target), self.target
+        left = width - w - self.left if self.flip else self.left  # in the image as it is
+        x, y = image.width / width, image.height / height
+        box = (left * x, self.top * y, min((left + w) * x, image.width), min((self.top + h) * y, image.height))
+        cut = image.resize((w, h), Image.Resampling.LANCZOS, box=box)
+        values = np.array(ImageOps.mirror(cut) if self.flip else cut, dtype=np.float32)  # (h, w, 3) in 0 … 255
         return (torch.from_numpy(values) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def scaled_size(original: Size, target: Size) -> Size:
+    """(H', W'): `original` scaled so that it just covers `target`."""
+    scale = max(target[0] / original[0], target[1] / original[1])
+    return max(target[0], round(original[0] * scale)), max(target[1], round(original[1] * scale))
 
 
 class BucketOrder:
@@ -197,7 +167,7 @@ class DreamBoothDataset(Dataset):
     def plain_samples(self) -> list[TrainingSample]:
         """Each instance image once, its middle, as it is: for a validation loss. `position` counts them."""
         return [
-            TrainingSample(image, center_crop(image.size, target), number, "instance", image.prompt)
+            TrainingSample(image, target, *_middle(image, target), False, number, "instance", image.prompt)
             for number, (image, target) in enumerate(zip(self.instances, self.targets, strict=True))
         ]
 
@@ -213,14 +183,20 @@ class DreamBoothDataset(Dataset):
     def _sample(self, image: ImageRecord, target: Size, position: int, role: str, prompt: str) -> TrainingSample:
         generator = numpy_generator(self.seed, f"crop {role}", position)
         flip = bool(generator.random() < 0.5) and self.flip
-        if self.crop == "center":
-            crop = center_crop(image.size, target, flip)
-        else:
+        top, left = _middle(image, target)
+        if self.crop == "random":
             if self.crops_per_image is not None:  # one of the places that the image's content decides
                 choice = int(generator.integers(self.crops_per_image))
                 generator = numpy_generator(self.seed, f"position {image.key} {target} {flip}", choice)
-            crop = random_crop(image.size, target, generator, flip)
-        return TrainingSample(image, crop, position, role, prompt)
+            height, width = scaled_size(image.size, target)
+            top, left = int(generator.integers(height - target[0] + 1)), int(generator.integers(width - target[1] + 1))
+        return TrainingSample(image, target, top, left, flip, position, role, prompt)
+
+
+def _middle(image: ImageRecord, target: Size) -> tuple[int, int]:
+    """(top, left) of the cut in the middle."""
+    height, width = scaled_size(image.size, target)
+    return (height - target[0]) // 2, (width - target[1]) // 2
 
 
 def collate_samples(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -235,5 +211,5 @@ def collate_samples(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "samples": samples,
         "prompts": [sample.prompt for sample in samples],
-        "time_ids": torch.tensor([sample.crop.time_ids for sample in samples], dtype=torch.float32),
+        "time_ids": torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
     }

@@ -129,7 +129,7 @@ class ValidationLoss:
             corrupted = self.objective.corrupt(latents.to(device), noise.to(device), indices)
             seen = corrupted.model_input, corrupted.timestep
             embeddings = tuple(part.to(device) for part in family.encode(pipe, [sample.prompt for sample in batch]))
-            time_ids = torch.tensor([sample.crop.time_ids for sample in batch], device=device)
+            time_ids = torch.tensor([sample.time_ids for sample in batch], device=device)
             inputs = seen if reading is None else reading.base_inputs(seen[0], indices)
             prediction = family.predict(denoiser, *inputs, time_ids, embeddings)
             if reading is not None:
@@ -156,8 +156,8 @@ class ValidationLoss:
 
     def _batches(self) -> list[list[TrainingSample]]:
         """Samples of one size each."""
-        sizes = sorted({sample.crop.target for sample in self.samples})
-        of_size = [[sample for sample in self.samples if sample.crop.target == size] for size in sizes]
+        sizes = sorted({sample.target for sample in self.samples})
+        of_size = [[sample for sample in self.samples if sample.target == size] for size in sizes]
         return [part[i : i + self.batch_size] for part in of_size for i in range(0, len(part), self.batch_size)]
 
 

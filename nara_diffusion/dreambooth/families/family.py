@@ -28,7 +28,7 @@ class Call:
         sample: x_λ (b, c, h, w), in the denoiser's dtype.
         timestep: (b,).
         embeddings: of the prompts, each (b, …); those that are floating point in the denoiser's dtype.
-        time_ids: (b, 6), the (H, W, top, left, h, w) of each `Crop`, in pixels.
+        time_ids: (b, 6), the (H, W, top, left, h, w) of each `TrainingSample`, in pixels.
         family: with the settings of the run.
     """
 

@@ -1,5 +1,6 @@
 """Samples: crops, what a position holds, how often, and that neither workers, processes nor a resume change it."""
 
+import io
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -8,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nara_diffusion.dreambooth.data.dataset import (
     BucketOrder,
-    Crop,
     DreamBoothDataset,
-    center_crop,
+    TrainingSample,
     collate_samples,
-    random_crop,
     scaled_size,
 )
 from nara_diffusion.dreambooth.data.image_records import ImageRecord, class_records, records_from_folder
@@ -46,14 +45,15 @@ def dataset(instances: list[ImageRecord], **changes: Any) -> DreamBoothDataset:
     return DreamBoothDataset(instances, **{"buckets": BUCKETS, **options, **changes})
 
 
-def by_three_steps(image: Image.Image, crop: Crop) -> np.ndarray:
-    """Scale the whole image, mirror it, cut."""
-    height, width = scaled_size(crop.original, crop.target)
-    whole = image.resize((width, height), Image.Resampling.LANCZOS)
-    if crop.flip:
-        whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    h, w = crop.target
-    return np.asarray(whole.crop((crop.left, crop.top, crop.left + w, crop.top + h))).astype(int)
+def cut(picture: Image.Image, target: tuple[int, int], top: int, left: int, flip: bool) -> np.ndarray:
+    """What a sample cuts out of `picture`, (h, w, 3) in 0 … 255."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    record = ImageRecord("picture", file.getvalue, (picture.height, picture.width), "a toy", "key")
+    pixels = TrainingSample(record, target, top, left, flip, 0, "instance", "a toy").pixel_values()
+    assert pixels.shape == (3, *target)
+    assert pixels.dtype == torch.float32
+    return (pixels.permute(1, 2, 0).numpy() + 1) * 127.5
 
 
 @pytest.mark.parametrize(
@@ -61,20 +61,19 @@ def by_three_steps(image: Image.Image, crop: Crop) -> np.ndarray:
     [((97, 61), (48, 32), True), ((61, 97), (48, 32), False), ((20, 33), (64, 64), True), ((64, 64), (64, 64), False)],
 )
 def test_one_resampling_gives_the_pixels_of_three_steps(original, target, flip: bool) -> None:
-    image, generator = noise(original[1], original[0]), np.random.default_rng(0)
-    assert 0 in np.subtract(scaled_size(original, target), target)  # it covers, and no more
-    for crop in [center_crop(original, target, flip), *(random_crop(original, target, generator, flip) for _ in "abc")]:
-        cut = crop.of(image)
-        assert cut.size == (target[1], target[0])
-        assert np.abs(np.asarray(cut).astype(int) - by_three_steps(image, crop)).max() <= 1
+    picture, (height, width), (h, w) = noise(original[1], original[0]), scaled_size(original, target), target
+    assert 0 in (height - h, width - w)  # it covers, and no more
+    whole = picture.resize((width, height), Image.Resampling.LANCZOS)
+    whole = ImageOps.mirror(whole) if flip else whole
+    for top, left in [(0, 0), ((height - h) // 2, (width - w) // 3), (height - h, width - w)]:
+        expected = np.asarray(whole.crop((left, top, left + w, top + h))).astype(float)
+        assert np.abs(cut(picture, target, top, left, flip) - expected).max() <= 1.01
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_time_ids_say_where_the_cut_lies(flip: bool) -> None:
+def test_top_and_left_say_where_the_cut_lies(flip: bool) -> None:
     """In a gradient, a pixel's colour is its place: the cut's first pixel has to be the one that top and left name."""
-    crop = Crop((100, 200), (40, 50), top=0, left=21, flip=flip)  # scaled to 40 × 80
-    assert crop.time_ids == (100, 200, 0, 21, 40, 50)
-    red = np.asarray(crop.of(gradient(200, 100))).astype(float)[..., 0]
+    red = cut(gradient(200, 100), (40, 50), top=0, left=21, flip=flip)[..., 0]  # scaled to 40 × 80
     whole = ((np.arange(80) + 0.5) / 80 * 200 - 0.5) / 199 * 255
     assert np.abs(red - (whole[::-1] if flip else whole)[21:71]).max() < 4
 
@@ -83,8 +82,8 @@ def test_random_crops_reach_every_position_and_no_other(instances) -> None:
     data = dataset(instances, buckets=[(32, 32)], crops_per_image=None)
     wide = instances[3].key  # 90 × 50, scaled to 58 × 32
     samples = [data.samples_at(position)[0] for position in range(1500)]
-    assert {sample.crop.left for sample in samples if sample.image.key == wide} == set(range(27))
-    assert {sample.crop.top for sample in samples if sample.image.key == wide} == {0}
+    assert {sample.left for sample in samples if sample.image.key == wide} == set(range(27))
+    assert {sample.top for sample in samples if sample.image.key == wide} == {0}
 
 
 def test_a_bound_on_crops_holds_for_each_image_and_flip(instances) -> None:
@@ -92,20 +91,20 @@ def test_a_bound_on_crops_holds_for_each_image_and_flip(instances) -> None:
     seen: dict[str, Counter] = {}
     for position in range(600):
         (sample,) = data.samples_at(position)
-        seen.setdefault(sample.image.key, Counter())[sample.crop] += 1
+        seen.setdefault(sample.image.key, Counter())[sample.key, sample.flip] += 1
     wide = seen[instances[3].key]
     assert wide.total() == 120
     assert len(wide) == 6  # three positions, each mirrored or not
     assert min(wide.values()) > 8
-    assert abs(sum(count for crop, count in wide.items() if crop.flip) - 60) < 20
+    assert abs(sum(count for (_, flip), count in wide.items() if flip) - 60) < 20
 
 
 def test_no_flip_and_the_middle_where_they_are_asked_for(instances) -> None:
     data = dataset(instances, buckets=[(32, 32)], crop="center", flip=False)
-    crops = {sample.image.key: sample.crop for position in range(50) for sample in data.samples_at(position)}
-    assert crops[instances[3].key].time_ids == (50, 90, 0, 13, 32, 32)
-    assert not any(crop.flip for crop in crops.values())
-    assert [sample.crop for sample in data.plain_samples()] == [crops[image.key] for image in instances]
+    samples = {sample.image.key: sample for position in range(50) for sample in data.samples_at(position)}
+    assert samples[instances[3].key].time_ids == (50, 90, 0, 13, 32, 32)
+    assert not any(sample.flip for sample in samples.values())
+    assert [sample.key for sample in data.plain_samples()] == [samples[image.key].key for image in instances]
 
 
 def test_a_batch_holds_one_bucket_and_its_class_images(instances, class_images) -> None:
@@ -118,12 +117,9 @@ def test_a_batch_holds_one_bucket_and_its_class_images(instances, class_images) 
             ("instance", start), ("instance", start + 1), ("class", start), ("class", start + 1),
         ]  # fmt: skip
         assert batch["prompts"] == [sample.image.prompt for sample in samples]
-        assert len({sample.crop.target for sample in samples}) == 1
+        assert len({sample.target for sample in samples}) == 1
         assert batch["time_ids"].dtype == torch.float32
-        assert batch["time_ids"].tolist() == [list(sample.crop.time_ids) for sample in samples]
-        pixels = samples[0].pixel_values().permute(1, 2, 0).numpy()
-        expected = np.asarray(samples[0].crop.of(samples[0].image.load())).astype(np.float32) / 255 * 2 - 1
-        np.testing.assert_allclose(pixels, expected, atol=1e-6)
+        assert batch["time_ids"].tolist() == [list(sample.time_ids) for sample in samples]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -157,7 +153,7 @@ def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instanc
     assert sum(one.prompt == "" for (one, _), _ in pairs) / 1000 == pytest.approx(0.3, abs=0.05)
     for (one, other), (expected, beside) in pairs:
         assert one.prompt in ("", expected.prompt)
-        assert (one.crop, one.image, other) == (expected.crop, expected.image, beside)
+        assert (one.key, other) == (expected.key, beside)
     assert all(sample.prompt for sample in data.plain_samples())
 
 

@@ -52,12 +52,12 @@ def test_the_curve_is_the_error_at_each_level(pipe, loss, accelerator) -> None:
     curve = loss.curve(pipe, accelerator)
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     expected = torch.zeros(3, 3)
-    by_size = sorted(loss.samples, key=lambda sample: sample.crop.target)  # the order of the columns
+    by_size = sorted(loss.samples, key=lambda sample: sample.target)  # the order of the columns
     for column, sample in enumerate(by_size):
         latents = loss.latents.mode([sample])
         noise = draw_noise([sample.position], latents.shape[1:], seed=4, role="validation")
         embeds, _, pooled, _ = pipe.encode_prompt(sample.prompt, do_classifier_free_guidance=False)
-        conditions = {"text_embeds": pooled, "time_ids": torch.tensor([sample.crop.time_ids])}
+        conditions = {"text_embeds": pooled, "time_ids": torch.tensor([sample.time_ids])}
         for row, t in enumerate(loss.indices):
             noisy = scheduler.add_noise(latents, noise, torch.tensor([t]))
             with torch.no_grad():

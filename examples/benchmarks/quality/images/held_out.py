@@ -126,7 +126,7 @@ def clean_bin(latents: LatentCache, prompts: PromptCache, subject: str, index: i
         clean,
         noise,
         torch.tensor(bin_timesteps(index, len(samples), levels)),
-        torch.tensor([sample.crop.time_ids for sample in samples], dtype=torch.float32),
+        torch.tensor([sample.time_ids for sample in samples], dtype=torch.float32),
         prompts.get([sample.prompt for sample in samples]),
     )
 
