@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from numbers import Integral
 from pathlib import Path
@@ -47,11 +47,6 @@ _OF_ONE_MACHINE = {
 """Fields that describe where a configuration was made or runs; the other fields describe the adapter."""
 
 
-def _option(default: Any, text: str) -> Any:
-    """A field of `NaraConfig`, with a help text for command lines."""
-    return field(default=default, metadata={"help": text})
-
-
 class NaraPeftType(str, Enum):
     """NaRA's entry among PEFT's types. PEFT prints it in its error about mixed types, so `str` gives the remedy."""
 
@@ -73,62 +68,54 @@ class NaraConfig(LoraConfig):
     All fields of `peft.LoraConfig` keep their meaning (`use_dora=True` is NaRA-DoRA). With `rank_pattern`, one core of
     the largest rank serves all: a layer of rank r' reads the leading block C(λ)[:r', :r'].
 
+    Args:
+        core_type: what makes C. "hypernetwork" is NaRA; "constant" NaRA-C (one learnable C, no noise input); "identity"
+            plain LoRA (C = I, no λ needed, may be merged); "rank_mask" T-LoRA (fewer of the r directions the noisier);
+            "bins" Multi-LoRA (r / core_bins directions of their own for each bin of λ); "knots" interpolates between
+            learned matrices at core_knots values of λ (best with core_sharing "layer"); or a registered name.
+        core_scale: η in C = I + η F(e(λ)), greater than 0.
+        core_hidden_dims: widths of the hidden layers of the hypernetwork F.
+        core_init: of F. "zero_last" (last layer zero, so that C = I at step 0), "zero_all" (all zero: only the last
+            bias receives a gradient at first), "kaiming" (C is not I at step 0).
+        core_input: what F reads: λ, the mask density around masked tokens (masked LMs only), or both.
+        core_sharing: which adapted modules share one F: all, those of one name such as q_proj, or none ("layer").
+        noise_embedding: e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself.
+        noise_embedding_dim: width of e(λ); even for "fourier", unused by "raw".
+        fourier_scale: standard deviation of the Fourier frequencies, in radians per unit of λ.
+        rank_mask_min: for "rank_mask": directions that stay in pure noise, at most r; None means half of r.
+        lora_a_init: how A starts: as init_lora_weights says, or with orthonormal rows while B is zero, so that no
+            direction repeats what a masked one knows (T-LoRA's idea).
+        core_knots: for "knots": how many, at equal distances from λ = 0 to λ = 1; 2 or more.
+        core_bins: for "bins": the number K of equal bins of λ; r is the rank of all together, a multiple of K.
+        mask_density_radius: radius R, in tokens, of the neighbourhood whose masked share is the mask density.
+        noise_convention: name of λ's definition in training, e.g. "masked_share"; a source of λ with another name is
+            refused. None is unknown.
+        scheduler: class (`_class_name`) and configuration of the Diffusers scheduler that an adapter was trained for
+            which predicts something else than its base. None: whatever samples the base.
+        strength: of the update as a function of λ: StrengthSchedule([(λ, strength), …]), or its points. None is 1.
+
     Raises:
         ValueError: a field or choice that does not exist, a number out of range, or a LoRA option that has no meaning
             for an update that depends on λ; the message names the field.
     """
 
-    core_type: str = _option(
-        "hypernetwork",
-        "What makes C: 'hypernetwork' is NaRA, 'constant' is NaRA-C (one learnable C, no noise input), 'identity' is "
-        "plain LoRA (C = I; no λ needed, may be merged), 'rank_mask' is T-LoRA (fewer of the r directions the "
-        "noisier), 'bins' is Multi-LoRA (r / core_bins directions of their own for each bin of λ), 'knots' "
-        "interpolates between learned matrices at core_knots values of λ (best with core_sharing 'layer').",
-    )
-    core_scale: float = _option(0.1, "η in C = I + η F(e(λ)); greater than 0.")
-    core_hidden_dims: tuple[int, ...] = _option((256, 512), "Widths of the hidden layers of the hypernetwork F.")
-    core_init: Literal["zero_last", "kaiming", "zero_all"] = _option(
-        "zero_last",
-        "Initialisation of F: 'zero_last' (last layer zero, so that C = I at step 0), 'zero_all' (all zero: only the "
-        "last bias receives a gradient at first), 'kaiming' (C is not I at step 0).",
-    )
-    core_input: Literal["noise_level", "mask_density", "both"] = _option(
-        "noise_level", "What F reads: λ, the mask density around masked tokens (masked LMs only), or both."
-    )
-    core_sharing: Literal["global", "module_type", "layer"] = _option(
-        "global",
-        "Which adapted modules share one F: all of them, those of one name such as q_proj, or none ('layer': each "
-        "adapted module has its own).",
-    )
-    noise_embedding: Literal["fourier", "mlp", "raw"] = _option(
-        "fourier", "e(λ): frozen Gaussian Fourier features, a learnable Linear and SiLU, or λ itself."
-    )
-    noise_embedding_dim: int = _option(64, "Width of e(λ); even for 'fourier', unused by 'raw'.")
-    fourier_scale: float = _option(16.0, "Standard deviation of the Fourier frequencies, in radians per unit of λ.")
-    rank_mask_min: int | None = _option(
-        None, "For 'rank_mask': directions that stay in pure noise, at most r; none means half of r."
-    )
-    lora_a_init: Literal["peft", "orthogonal"] = _option(
-        "peft",
-        "How A starts: as init_lora_weights says, or with orthonormal rows while B is zero, so that no direction "
-        "repeats what a masked one knows (T-LoRA's idea).",
-    )
-    core_knots: int = _option(5, "For 'knots': how many, at equal distances from λ = 0 to λ = 1; 2 or more.")
-    core_bins: int = _option(5, "For 'bins': the number K of equal bins of λ; r is the rank of all, a multiple of K.")
-    mask_density_radius: int = _option(
-        4, "Radius R, in tokens, of the neighbourhood whose masked share is the mask density."
-    )
-    noise_convention: str | None = _option(
-        None, "Name of λ's definition in training, e.g. 'masked_share'; a source of λ with another name is refused."
-    )
-    scheduler: dict[str, Any] | None = _option(  # noqa: RUF009
-        None,
-        "Class (`_class_name`) and configuration of the Diffusers scheduler that an adapter was trained for which "
-        "predicts something else than its base. None: whatever samples the base.",
-    )
-    strength: StrengthSchedule | list[list[float]] | None = _option(  # noqa: RUF009
-        None, "The strength as a function of λ: StrengthSchedule([(λ, strength), …]), or its points. None is 1."
-    )
+    core_type: str = "hypernetwork"
+    core_scale: float = 0.1
+    core_hidden_dims: tuple[int, ...] = (256, 512)
+    core_init: Literal["zero_last", "kaiming", "zero_all"] = "zero_last"
+    core_input: Literal["noise_level", "mask_density", "both"] = "noise_level"
+    core_sharing: Literal["global", "module_type", "layer"] = "global"
+    noise_embedding: Literal["fourier", "mlp", "raw"] = "fourier"
+    noise_embedding_dim: int = 64
+    fourier_scale: float = 16.0
+    rank_mask_min: int | None = None
+    lora_a_init: Literal["peft", "orthogonal"] = "peft"
+    core_knots: int = 5
+    core_bins: int = 5
+    mask_density_radius: int = 4
+    noise_convention: str | None = None
+    scheduler: dict[str, Any] | None = None
+    strength: StrengthSchedule | list[list[float]] | None = None
 
     def __new__(cls, *args: Any, **given: Any) -> NaraConfig:
         # PEFT leaves unknown fields of a file out with a warning: another adapter than the one that was saved
@@ -172,11 +159,6 @@ class NaraConfig(LoraConfig):
     def reads_core(self) -> bool:
         """Whether its layers read a C: one that is not I, or that is scaled by a strength."""
         return self.core_type != "identity" or self.strength is not None
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether the initialisation changes the base weights: it subtracts s·B·A from them, or quantises them."""
-        return changes_base(self.init_lora_weights)
 
     def _check_numbers(self) -> None:
         widths = self.core_hidden_dims if isinstance(self.core_hidden_dims, (list, tuple)) else ()
@@ -237,7 +219,7 @@ class NaraConfig(LoraConfig):
         except ValueError as error:
             raise ValueError(f"strength is {given!r}: {error}") from None
         unscaled = [name for name in _UNSCALED if getattr(self, name) not in (None, False, "none")]
-        if unscaled or self.changes_base:
+        if unscaled or changes_base(self.init_lora_weights):
             name = unscaled[0] if unscaled else "init_lora_weights"
             raise ValueError(
                 f"strength depends on λ, but would not reach what {name}={getattr(self, name)!r} changes in the model: "

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from nara_diffusion.config import NaraConfig
+from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.tuner.holder import drop_idle_holder
@@ -51,7 +51,7 @@ def check_storable(config: NaraConfig, component: str) -> None:
         )
     fields = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None}
     wrong = [name for name, default in fields.items() if (getattr(config, name, None) or default) != default]
-    if config.changes_base:
+    if changes_base(config.init_lora_weights):
         wrong.append("init_lora_weights")
     if wrong:
         raise ValueError(
