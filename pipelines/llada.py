@@ -140,7 +140,9 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         Raises:
             ValueError: prompts or arguments that can't be; each by name.
         """
-        prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)) else list(prompt)
+        prompts: list[Any] = (
+            [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)) else list(prompt)
+        )
         texts = [self.prompt_text(one, apply_template) for one in prompts for _ in range(num_answers_per_prompt)]
         if not texts:
             raise ValueError(f"prompt is {prompt!r}, expected a text, a list of texts, a chat, or a list of chats")

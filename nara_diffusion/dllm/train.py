@@ -30,8 +30,14 @@ from nara_diffusion.dllm.canvas import check_canvas, check_positions
 from nara_diffusion.dllm.data.collator import GlobalBatchStream, TrainedCanvas, with_longest
 from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.data.records import load_records
-from nara_diffusion.dllm.evaluation.before_after import compare, measure, validation_losses
-from nara_diffusion.dllm.evaluation.report import results_table, window_note, write_run_report
+from nara_diffusion.dllm.evaluation.before_after import (
+    compare,
+    measure,
+    results_table,
+    validation_losses,
+    window_note,
+    write_run_report,
+)
 from nara_diffusion.training.adapters import (
     base_model,
     build_adapter,

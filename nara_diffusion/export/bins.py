@@ -30,9 +30,8 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapter_factors import Adapter, adapter_of_model
-from .core_samples import CoreSamples
 from .plain_lora import ExportError, PlainLora, PlainLoraLayer, config_of_layers, warn_of_scheduler
-from .to_lora import assembled
+from .to_lora import CoreSamples, assembled
 
 SCHEDULE_FILE = "lora_bins.json"
 _MOST = 64

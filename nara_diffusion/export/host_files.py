@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
-from nara_diffusion.utils.atomic_write import atomic_write
 
 from .original_names import UNETS, Factors, original_names
 from .plain_lora import PlainLora, PlainLoraLayer
@@ -99,8 +98,7 @@ def save_host_file(
         if lora.scheduler is not None:
             metadata[SCHEDULER_KEY] = json.dumps(lora.scheduler, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in found.items()}, partial, metadata=metadata)
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, path, metadata=metadata)
 
 
 def factors_of(name: str, layer: PlainLoraLayer) -> Factors:

@@ -157,13 +157,15 @@ def config_of_layers(layers: Mapping[str, PlainLoraLayer], like: LoraConfig | No
     first = next(iter(layers.values()))
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.alpha for name, layer in layers.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    given = {"use_dora": first.magnitude is not None, "lora_bias": first.bias is not None, "inference_mode": True}
-    if like is not None:
-        given |= {name: getattr(like, name) for name in ("base_model_name_or_path", "task_type", "auto_mapping")}
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    kept = ("base_model_name_or_path", "task_type", "auto_mapping")
+    given: dict[str, Any] = {} if like is None else {name: getattr(like, name) for name in kept}
     return LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        use_dora=first.magnitude is not None,
+        lora_bias=first.bias is not None,
+        inference_mode=True,
         target_modules="|".join(map(re.escape, sorted(layers))),  # in a list, a name is the end of others too
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},

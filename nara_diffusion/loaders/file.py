@@ -37,7 +37,7 @@ from nara_diffusion.config import (
     read_config_file,
 )
 from nara_diffusion.tuner.state_dict import with_current_names
-from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_files
+from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.listing import listed
 from nara_diffusion.utils.named_source import naming_source
 
@@ -113,7 +113,7 @@ class AdapterFile:
         return cls(_unpacked(tensors, metadata, f"'{path}'"), path)
 
     def save(self, path: Path, save_function: Callable[..., Any] | None = None) -> None:
-        """Write a pipeline's file, whole or not at all.
+        """Write a pipeline's file, whole or not at all, as `save_file` of safetensors does.
 
         Args:
             save_function: called as safetensors' `save_file`, in its place.
@@ -123,8 +123,7 @@ class AdapterFile:
         }
         components = {name: config_to_fields(part.config) for name, part in self.parts.items()}
         content = json.dumps({"format_version": FORMAT_VERSION, "components": components}, indent=2, sort_keys=True)
-        with atomic_write(path) as partial:
-            (save_function or save_file)(tensors, str(partial), metadata={"format": "pt", METADATA_KEY: content})
+        (save_function or save_file)(tensors, str(path), metadata={"format": "pt", METADATA_KEY: content})
 
     def save_peft(self, folder: Path) -> None:
         """Write a PEFT folder of the only part: adapter_config.json and adapter_model.safetensors, both or none."""

@@ -110,7 +110,7 @@ def test_a_text_adapter_carries_its_window(arguments, tmp_path, adapter):
     folder = tmp_path / "run"
     assert config_of(folder)["strength"] == POINTS
     assert "noise levels: 0.3 ≤ λ < 0.8; the adapter is off outside, by the strength in its file" in card_of(folder)
-    assert "`generate` tells the adapter λ" in card_of(folder)
+    assert "In `generate` the adapter runs at λ" in card_of(folder)
     base, _ = load_backbone(arguments().pretrained_model_name_or_path)
     with torch.no_grad():
         expected = base(IDS).logits

@@ -1,9 +1,10 @@
-"""Measurements before and after a training, split over processes: exact match, and the loss over λ."""
+"""A run's measurements before and after training, split over processes, and its report: table, plot, samples, card."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,43 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data.collator import AnswerCollator
+from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.measures import before_and_after, validation_means
+from nara_diffusion.training.report import (
+    core_import,
+    format_table,
+    needs_schedule,
+    plot_noise_level_curves,
+    reads_noise,
+    schedule_note,
+    write_run_card,
+    write_samples,
+)
+from nara_diffusion.utils.eval_mode import evaluating
 
 from .exact_match import exact_match
-from .noise_curve import noise_level_curve, objective_losses
+from .noise_curve import noise_level_curve
+
+_SAMPLES = 40  # generations on the page
+
+_LOADING = """\
+```python
+import torch
+{imports}
+from nara_diffusion.dllm import encode_prompts, generate, load_backbone, prompt_text
+
+{loading}
+prompt = torch.tensor(encode_prompts(tokenizer, [prompt_text(tokenizer, {instruction!r})]))
+tokens = generate(model, prompt, gen_length={gen_length}, steps={steps}, block_length={block_length})
+print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
+```"""
+_ENDING = """\
+Exact match compares generated answers. [Samples](samples.html). The loss at each noise level:
+
+![loss over the noise level](noise_level_curve.png)"""
 
 
 @dataclass(frozen=True)
@@ -57,36 +89,26 @@ def measure(
         curve_points: the number of λ, equally spaced up to 1.
         **generation: further arguments of `exact_match`.
     """
-    progress = accelerator.is_main_process
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": accelerator.is_main_process}
     levels = [(i + 1) / curve_points for i in range(curve_points)]
 
     def generate(indices: Sequence[int]) -> list[dict[str, Any]]:
         generator = torch.Generator(accelerator.device).manual_seed(seed)
-        rows = test_rows.select(indices)
-        options = {"batch_size": batch_size, "progress": progress, "generator": generator}
-        return exact_match(model, tokenizer, rows, **options, **generation).generations  # type: ignore[arg-type]
+        rows: Any = test_rows.select(indices)
+        return exact_match(model, tokenizer, rows, generator=generator, **options, **generation).generations
 
     def losses(indices: Sequence[int]) -> list[float]:
-        chosen = [levels[i] for i in indices]
-        options = {"collator": collator, "batch_size": batch_size, "seed": seed, "progress": progress}
-        return noise_level_curve(model, validation_rows, chosen, **options)  # type: ignore[arg-type]
+        rows: Any = validation_rows
+        return noise_level_curve(model, rows, [levels[i] for i in indices], collator=collator, seed=seed, **options)
 
     generations = split_across_processes(accelerator, len(test_rows), generate)
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size}
-    return Measurement(
-        exact_match=sum(generation["correct"] for generation in generations) / len(generations),
-        generations=generations,
-        noise_levels=levels,
-        curve=split_across_processes(accelerator, len(levels), losses),
-        validation_loss=validation_losses(accelerator, model, validation_rows, collator, **options)["validation_loss"],
-    )
+    curve = split_across_processes(accelerator, len(levels), losses)
+    validation = validation_losses(accelerator, model, validation_rows, collator, seed=seed, batch_size=batch_size)
+    share = sum(generation["correct"] for generation in generations) / len(generations)
+    return Measurement(share, generations, levels, curve, validation["validation_loss"])
 
 
-def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
-    """The content of results.json: both measurements, without the generations."""
-    return before_and_after(before, after, ("exact_match", "validation_loss", "curve"))
-
-
+@torch.no_grad()
 def validation_losses(
     accelerator: Accelerator,
     model: nn.Module,
@@ -99,11 +121,111 @@ def validation_losses(
 ) -> dict[str, float]:
     """{"validation_loss", "validation_loss_low", …}: the training objective, at the same λ and masks at each call.
 
-    λ is spread over all of (0, 1]; with a `window` the means inside and outside of it are there too.
+    λ is stratified over all `rows`; with a `window` the means inside and outside of it are there too.
     """
 
     def losses(indices: Sequence[int]) -> list[tuple[float, float]]:
-        return objective_losses(model, rows, indices, collator, seed=seed, batch_size=batch_size)  # type: ignore[arg-type]
+        pairs: list[tuple[float, float]] = []
+        for start in range(0, len(indices), batch_size):
+            batch = collator([{**rows[i], "position": i} for i in indices[start : start + batch_size]])
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            # another seed than that of training, whose draws have the same indices
+            loss = masked_diffusion_loss(model, **batch, seed=seed + 1, group_size=len(rows))
+            pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
+        return pairs
 
-    pairs = torch.tensor(split_across_processes(accelerator, len(rows), losses), dtype=torch.float32)
-    return validation_means(*pairs.unbind(1), window)
+    with evaluating(model):
+        pairs = torch.tensor(split_across_processes(accelerator, len(rows), losses), dtype=torch.float32)
+    return validation_means(pairs[:, 0], pairs[:, 1], window)
+
+
+def compare(before: Measurement, after: Measurement) -> dict[str, Any]:
+    """The content of results.json: both measurements, without the generations."""
+    return before_and_after(before, after, ("exact_match", "validation_loss", "curve"))
+
+
+def results_table(before: Measurement, after: Measurement) -> str:
+    """Exact match and validation loss, before and after, as text."""
+    return format_table(["", "before", "after"], _figures(before, after))
+
+
+def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
+    shares, losses = (
+        [format_.format(getattr(one, name)) for one in (before, after)]
+        for name, format_ in (("exact_match", "{:.1%}"), ("validation_loss", "{:.3f}"))
+    )
+    return [[f"exact match (n = {len(after.generations)})", *shares], ["validation loss", *losses]]
+
+
+def write_run_report(
+    folder: Path, args: Any, facts: Mapping[str, str], before: Measurement, after: Measurement, load_from: str
+) -> None:
+    """Write noise_level_curve.png, samples.html and README.md into `folder`.
+
+    Args:
+        args: the run's arguments.
+        facts: {what: value} of the run for the card, such as the number of trainable parameters.
+        before, after: the measurements of the base model and of the trained one.
+        load_from: the path or the repository in the card's code.
+    """
+    base = args.pretrained_model_name_or_path
+    name = Path(base).name
+    title, unit = f"{name}: loss over the noise level, held-out records", "nats per masked token"
+    curves = (after.noise_levels, before.curve, after.curve)
+    plot_noise_level_curves(folder / "noise_level_curve.png", *curves, title, unit, window_of(args))
+    pairs = list(zip(before.generations, after.generations, strict=True))[:_SAMPLES]
+    rows = [
+        [
+            (old["instruction"], None),
+            (old["answer"], None),
+            *((one["generation"], one["correct"]) for one in (old, new)),
+        ]
+        for old, new in pairs
+    ]
+    write_samples(folder / "samples.html", f"{name}: samples", ["question", "answer", "before", "after"], rows)
+    write_run_card(
+        folder,
+        args,
+        facts,
+        name=name,
+        about=f"for the masked-diffusion language model `{base}`, trained on `{args.dataset_name or args.train_file}`.",
+        figures=_figures(before, after),
+        how_good=("", _ENDING),
+        loading=_loading(args, after.generations[0]["instruction"], load_from),
+        tags=["masked-diffusion", "text-generation"],
+        library="transformers" if args.adapter == "full" else "peft",
+    )
+
+
+def _loading(args: Any, instruction: str, folder: str) -> str:
+    """The code in the card that loads the adapter."""
+    is_whole = args.adapter == "full"
+    names = ("mask_token",) if is_whole else ("mask_token", "revision", "ignore_tensors")
+    options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name))
+    base = folder if is_whole else args.pretrained_model_name_or_path
+    lines = [f"model, tokenizer = load_backbone({base!r}{options})"]
+    lines += [] if is_whole else [f"model = PeftModel.from_pretrained(model, {folder!r})"]
+    imports = "" if is_whole else "from peft import PeftModel\n"
+    if needs_schedule(args):
+        imports += "\nfrom nara_diffusion import StrengthSchedule, set_strength"
+        lines.append(_schedule_line(args))
+    code = _LOADING.format(
+        imports=imports,
+        loading=core_import(args) + "\n".join(lines),
+        instruction=instruction,
+        gen_length=args.gen_length,
+        steps=args.generation_steps,
+        block_length=args.block_length,
+    )
+    if reads_noise(args) or needs_schedule(args):
+        code += "\n\nIn `generate` the adapter runs at λ, the masked share of the answer, at each step."
+    return code
+
+
+def window_note(args: Any) -> str:
+    """What is said at the end of a LoRA's run in a window; nothing of other runs."""
+    return schedule_note(_schedule_line(args)) if needs_schedule(args) else ""
+
+
+def _schedule_line(args: Any) -> str:
+    return f'set_strength(model, "default", {schedule_of(args)!r})'

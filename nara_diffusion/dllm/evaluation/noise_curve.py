@@ -1,4 +1,4 @@
-"""The loss of a masked language model over its noise levels: at chosen ones, and the training objective."""
+"""The loss of a masked language model at chosen noise levels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm.data.collator import AnswerCollator
-from nara_diffusion.dllm.loss import masked_cross_entropy, masked_diffusion_loss
+from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import mask_answers
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.utils.eval_mode import evaluating, without_ddp
@@ -73,27 +73,3 @@ def noise_level_curve(
                     bar.update()
             losses.append(total / count if count else float("nan"))
     return losses
-
-
-@torch.no_grad()
-def objective_losses(
-    model: nn.Module,
-    rows: Sequence[Mapping[str, Any]],
-    indices: Sequence[int],
-    collator: AnswerCollator,
-    *,
-    seed: int,
-    batch_size: int,
-) -> list[tuple[float, float]]:
-    """(the training objective, λ) of the rows `indices`, at the same λ and masks at each call.
-
-    λ is stratified over all of `rows`; the draws are others than those of training with that seed.
-    """
-    pairs: list[tuple[float, float]] = []
-    with evaluating(model):
-        for start in range(0, len(indices), batch_size):
-            batch = collator([{**rows[i], "position": i} for i in indices[start : start + batch_size]])
-            batch = {name: value.to(Backbone(model).device) for name, value in batch.items()}
-            loss = masked_diffusion_loss(model, **batch, seed=seed + 1, group_size=len(rows))
-            pairs += zip(loss.per_sample.tolist(), loss.noise_level.tolist(), strict=True)
-    return pairs

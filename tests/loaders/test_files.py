@@ -1,0 +1,166 @@
+"""`load_nara_weights` and `save_nara_weights`: where files are found, and what is refused as a whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nara_diffusion.loaders import file as files
+from nara_diffusion.loaders.file import AdapterFile, load_whole_model
+from nara_diffusion.loaders.strict import check_loaded
+from tests.helpers.adapted import TwoLayers, disturb, lora_config
+from tests.helpers.small_pipelines import small_sdxl
+from tests.loaders.adapters import FILE, State, trained
+
+
+@pytest.fixture
+def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nara_folder: Path) -> dict[str, Path]:
+    """{repository: its folder}, in place of the Hub."""
+    peft = tmp_path / "peft"
+    AdapterFile({"unet": AdapterFile.read(nara_folder).parts["unet"]}).save_peft(peft)
+    found = {"me/toy": nara_folder, "me/peft": peft}
+
+    def download(repository: str, *, weights_name: str, subfolder: str | None, **options: Any) -> str:
+        path = found.get(repository, Path("nowhere")) / weights_name
+        if not path.is_file():
+            raise OSError(f"{repository} does not appear to have a file named {weights_name}.")
+        return str(path)
+
+    monkeypatch.setattr(files, "_get_model_file", download)
+    return found
+
+
+@pytest.mark.parametrize("name", ["me/toy", "me/peft"])
+def test_a_repository_of_either_format_is_loaded(name: str, repositories: dict[str, Path]) -> None:
+    pipe: Any = small_sdxl()
+    pipe.load_nara_weights(name)
+    assert set(pipe.get_list_adapters()) == {"unet"} | (
+        {"text_encoder", "text_encoder_2"} if name == "me/toy" else set()
+    )
+
+
+def test_what_is_nowhere_is_named(repositories: dict[str, Path], tmp_path: Path, nara_folder: Path) -> None:
+    pipe: Any = small_sdxl()
+    with pytest.raises(OSError, match=r"me/other .*pytorch_nara_weights\.safetensors"):
+        pipe.load_nara_weights("me/other")
+    for source in ("./nowhere", tmp_path / "nowhere", "toy.safetensors"):
+        with pytest.raises(ValueError, match=f"There is no file or folder '{source}'"):
+            pipe.load_nara_weights(source)
+    with pytest.raises(ValueError, match=r"There is no 'other\.safetensors' in .*pass weight_name, one of 'pyt"):
+        pipe.load_nara_weights(nara_folder, weight_name="other.safetensors")
+    with pytest.raises(ValueError, match="it has no safetensors file"):
+        pipe.load_nara_weights(tmp_path)
+    with pytest.raises(ValueError, match="safetensors files only"):
+        pipe.load_nara_weights(nara_folder, use_safetensors=False)
+
+
+@pytest.mark.parametrize("subfolder", [None, "deeper"])
+def test_a_file_of_another_name_is_found(subfolder: str | None, tmp_path: Path, nara_folder: Path) -> None:
+    folder = tmp_path / subfolder if subfolder else tmp_path
+    folder.mkdir(exist_ok=True)
+    shutil.copy(nara_folder / FILE, folder / "style.safetensors")
+    pipe: Any = small_sdxl()
+    pipe.load_nara_weights(tmp_path, subfolder=subfolder)
+    assert pipe.get_active_adapters() == ["default_0"]
+
+
+def broken(folder: Path, target: Path, change: Any) -> Path:
+    """A copy of the file whose parts are changed."""
+    file = AdapterFile.read(folder)
+    change(file.parts)
+    file.save(target / FILE)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts["text_encoder_2"].tensors.popitem(), "The checkpoint lacks '.*Was it trained on another"),
+        (lambda parts: parts["text_encoder"].tensors.clear(), "The checkpoint lacks|lora_"),
+        (lambda parts: parts.update(vae=parts.pop("text_encoder")), "has a part for 'vae', but this"),
+    ],
+    ids=["last tensor of the last part", "a part without tensors", "a part for no denoiser"],
+)
+def test_a_part_that_does_not_fit_leaves_no_component_changed(change, message, nara_folder, tmp_path) -> None:
+    pipe: Any = small_sdxl()
+    before = State(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe.load_nara_weights(broken(nara_folder, tmp_path, change))
+    assert before == State(pipe)
+
+
+def test_values_that_are_too_large_for_half_precision_are_refused(nara_folder, tmp_path) -> None:
+    def enlarge(parts: Any) -> None:
+        tensors = parts["unet"].tensors
+        key = next(key for key in tensors if "lora_B" in key)
+        tensors[key] = tensors[key] * 0 + 1e6
+
+    folder = broken(nara_folder, tmp_path, enlarge)
+    small_sdxl().load_nara_weights(folder)
+    pipe: Any = small_sdxl()
+    pipe.unet.half()
+    before = State(pipe)
+    with pytest.raises(ValueError, match=r"lora_B.*too large for its layer.*bfloat16 or float32"):
+        pipe.load_nara_weights(folder)
+    assert before == State(pipe)
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    pipe = trained(text=False)
+    with pytest.raises(ValueError, match=r"pass the name of a \.safetensors file"):
+        pipe.save_nara_weights(tmp_path, weight_name="toy.bin")
+    with pytest.raises(ValueError, match="There is no NaRA adapter 'other' to save: the pipeline has 'default'"):
+        pipe.save_nara_weights(tmp_path, "other")
+    inject_adapter_in_model(lora_config(target_modules=["q_proj"]), pipe.text_encoder, "default")
+    with pytest.raises(ValueError, match="is a plain LoRA, which a NaRA's file cannot hold"):
+        pipe.save_nara_weights(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------- after a load
+
+
+def test_check_loaded_names_the_layers_that_are_not_as_in_the_file(tmp_path: Path) -> None:
+    model = get_peft_model(TwoLayers(), lora_config(target_modules=["first", "second"]))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    check_loaded(model, "default", tensors, "the file")
+    changed = {key: tensor + ("second.lora_B" in key) for key, tensor in tensors.items()}
+    with pytest.raises(ValueError, match="1 of the 2 layers in the file did not load into PeftModel: 'second'"):
+        check_loaded(model, "default", changed, "the file")
+    fewer = {key: tensor for key, tensor in tensors.items() if "first" not in key}
+    with pytest.raises(ValueError, match="1 adapted layers of which there is nothing in the file: 'first'"):
+        check_loaded(model, "default", fewer, "the file")
+
+
+def test_load_peft_adapter_refuses_a_file_whose_names_peft_ignores(tmp_path: Path) -> None:
+    model: Any = get_peft_model(TwoLayers(), lora_config(target_modules=["first"]))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    assert isinstance(files.load_peft_adapter(TwoLayers(), tmp_path), PeftModel)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace("first", "block.first"): t for key, t in load_file(file).items()}, file)
+    with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(ValueError, match=r"block\.first"):
+        files.load_peft_adapter(TwoLayers(), tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"There is no 'adapter_model\.safetensors' beside"):
+        files.load_peft_adapter(TwoLayers(), tmp_path)
+
+
+def test_load_whole_model_refuses_missing_weights(tmp_path: Path) -> None:
+    unet: nn.Module = small_sdxl().unet
+    unet.save_pretrained(tmp_path)  # type: ignore[operator]
+    load_whole_model(type(unet), tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["more"] = tensors.pop("conv_in.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 'conv_in\.weight' of UNet2DConditionModel and holds 'more'"):
+        load_whole_model(type(unet), tmp_path, low_cpu_mem_usage=False)
