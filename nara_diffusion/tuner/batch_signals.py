@@ -11,19 +11,6 @@ from nara_diffusion.noise.signals import NoiseSignals, NoiseSource, arguments_of
 from .checkpointing import outer_modules
 
 
-def of_one_sample(signals: NoiseSignals) -> NoiseSignals:
-    """The signals (1,) of a batch whose samples all have the same.
-
-    Raises:
-        ValueError: they differ.
-    """
-    for name, signal in zip(NoiseSignals._fields, signals, strict=True):
-        if signal is not None and signal.unique().numel() > 1:
-            raise ValueError(f"{name} is {signal.tolist()}: merging needs a single value.")
-    level, density = signals
-    return NoiseSignals(level[:1].detach(), None if density is None else density[:1].detach())
-
-
 def of_adapter(adapter_name: str, signals: NoiseSignals | None, names: list[str] | None) -> NoiseSignals | None:
     """The signals of the samples whose adapter this is. `names`: PEFT's `adapter_names`, one for each sample."""
     if names is None or signals is None:
@@ -71,7 +58,7 @@ def check_rows_of_root(holder: Any, signals: NoiseSignals, source: NoiseSource |
             row of the root's first tensor, or blocks run on slices of the batch.
     """
     root, channel, values = holder.root, holder.channel, len(signals.noise_level)
-    if values == 1 or not (channel.one_level or channel.sample_major):
+    if not (channel.one_level or channel.sample_major):
         return
     if channel.one_level:
         raise ValueError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from nara_diffusion.cores.registry import needs_noise
@@ -44,6 +45,7 @@ class HasSource:
         self._denoiser = denoiser
         self._source: Any = _DEFAULT
         self.length: int | None = None
+        self._made: tuple[Any, NoiseSource | None] | None = None
         self.pipelines: list[weakref.ref[Any]] = []
 
     # ------------------------------------------------------------------ the source
@@ -63,15 +65,22 @@ class HasSource:
 
         Where the pipelines have gone, N stays the last one.
         """
-        source = self.source
-        if not isinstance(source, Denoiser):
-            return source
+        if not self.source_is_default:
+            return self._source
+        convention = next(iter(self._defined().values()), None)
         schedulers = self.schedulers()
-        source = source.under(schedulers)
-        if schedulers:
-            self.length = source.num_train_timesteps
-        elif self.length is not None:
-            source.num_train_timesteps = self.length
+        lengths = [scheduler.config.get("num_train_timesteps") for scheduler in schedulers]
+        state = (convention, [*map(id, schedulers)], lengths, self.length)
+        if self._made is not None and self._made[0] == state:  # as in the forward before
+            return self._made[1]
+        source = first_source(self._denoiser, convention)
+        if isinstance(source, Denoiser):
+            if schedulers:
+                source = source.under(schedulers)
+                self.length = source.num_train_timesteps
+            elif self.length is not None:
+                source = replace(source, num_train_timesteps=self.length)
+        self._made = ((*state[:3], self.length), source)
         return source
 
     def set_source(self, source: NoiseSource | None) -> None:
@@ -139,12 +148,7 @@ class HasSource:
     def _remedy(self, name: str, convention: str | None, others: list[str]) -> str:
         """What to do where the source tells λ otherwise than an adapter to be added needs."""
         if others:
-            names = " and ".join(map(repr, others))
-            return (
-                f"as {names} of this model needs, and one model reads λ by one definition. Remove {names} first, "
-                f"pipe.delete_adapters({others!r}) or delete_adapter(name) of a PeftModel, or add '{name}' to "
-                "another pipeline or model."
-            )
+            return f"as {' and '.join(map(repr, others))} of this model needs: remove that first, or use another model."
         if not self.source_is_default:
             return f"which set_noise_source has set. Set one of {convention!r} before, set_noise_source(model, source)."
         return (
@@ -178,8 +182,12 @@ class HasSource:
         """
         if not self.pipelines:
             return
-        fields = carried_scheduler(getattr(self.root, "peft_config", {}), names)
-        for pipe in self.present_pipelines():
+        configs, pipes = getattr(self.root, "peft_config", {}), self.present_pipelines()
+        carries = any(getattr(config, "scheduler", None) for config in configs.values())
+        if not carries and not any(REPLACED in vars(pipe) for pipe in pipes):
+            return
+        fields = carried_scheduler(configs, names)
+        for pipe in pipes:
             own = vars(pipe).get(REPLACED)
             wanted = prediction_by(own) if fields is None else prediction_in(fields)
             scheduler = getattr(pipe, "scheduler", None)

@@ -8,8 +8,6 @@ core is trainable while the A of its adapter is, wherever parameters are listed.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -20,18 +18,17 @@ from torch import Tensor, nn
 
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.channel import CoreChannel, Key
-from nara_diffusion.layers.offloading import groups_of, is_offloaded
+from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.noise.denoisers import Denoiser
 from nara_diffusion.noise.level import backward_pass, entry_for, find_holders
-from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
+from nara_diffusion.noise.signals import NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
-from .batch_signals import check_known, check_rows_of_root, of_adapter, of_one_sample
+from .batch_signals import check_known, check_rows_of_root, of_adapter
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
 from .conventions import REPLACED, HasSource
 from .core_set import CoreSet
-
-logger = logging.getLogger(__name__)
+from .merging import MergesCores
 
 HOLDER_NAME = "nara_core"
 """The attribute of the root that holds the cores: parameters are `nara_core.cores.{adapter}.{group}.…`."""
@@ -44,13 +41,7 @@ class Reader(NamedTuple):
     schedule: StrengthSchedule | None = None
 
 
-class MergedLevel(NamedTuple):
-    """λ and mask density (1,) at which a layer is merged."""
-
-    signals: NoiseSignals
-
-
-class CoreHolder(HasSource, nn.Module):
+class CoreHolder(HasSource, MergesCores, nn.Module):
     """Owns `cores[adapter][group]` of one adapted model.
 
     It has each NaRA of the model, and a plain LoRA from the time on that its strength depends on λ.
@@ -82,11 +73,10 @@ class CoreHolder(HasSource, nn.Module):
         )
         self._root = (root,)  # in a tuple, so that it is no submodule
         self._handles: tuple[Any, ...] = ()
-        self._warned_of: MergedLevel | None = None
         self.init_source(denoiser)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pipelines": []}  # which are weak references, and not those of a copy
+        return {**self.__dict__, "pipelines": [], "_made": None}  # which are not those of a copy
 
     @property
     def root(self) -> Any:
@@ -206,7 +196,7 @@ class CoreHolder(HasSource, nn.Module):
         """
         self.channel.take_away()
         self.drop_deleted()
-        merged = self.merged_level()
+        merged = self.merged_at()
         names = self.reading()
         self.check_prediction(names if merged is None else [*names, *self.merged_names()])
         if not getattr(self.root, "peft_config", None):
@@ -215,11 +205,12 @@ class CoreHolder(HasSource, nn.Module):
         self.follow_factors()
         if merged is not None:
             self.check_merged(merged)
-            self._warn_of(merged, args, kwargs)
+            self.warn_of_merged(merged, args, kwargs)
         if not names:
             return
-        for group in groups_of(self.root):
-            group.onload_()
+        if "_diffusers_hook" in vars(self.root):
+            for group in groups_of(self.root):
+                group.onload_()
         if torch.is_grad_enabled():
             checkpoint_with_core(self.root, self.channel)
         signals = self._signals(names, args, kwargs)
@@ -240,12 +231,15 @@ class CoreHolder(HasSource, nn.Module):
         signals = entry.signals if entry is not None else None
         if entry is None and source is not None:
             signals = as_signals(*source(self.root, args, kwargs))
-        self._check_known(names, signals)
-        if signals is not None:
+        self.check_known(names, signals)
+        if signals is not None and len(signals.noise_level) > 1:
             check_rows_of_root(self, signals, source, args, kwargs)
         return signals
 
-    def _check_known(self, names: list[str], signals: NoiseSignals | None, remedy: str | None = None) -> None:
+    def check_known(self, names: list[str], signals: NoiseSignals | None, remedy: str | None = None) -> None:
+        """Raises ValueError if λ or the mask density is not known, and these adapters need it."""
+        if signals is not None and (signals.mask_density is not None or not any(map(self._needs_density, names))):
+            return
         noisy, dense = ([n for n in names if needs(n)] for needs in (self.depends_on_noise, self._needs_density))
         check_known(self.root, noisy, dense, signals, remedy)
 
@@ -253,7 +247,7 @@ class CoreHolder(HasSource, nn.Module):
         """Key → C (b or 1, r, r) for these adapters; layers read no C where it is I."""
         mixed, found = self.mixed_batch(), {}
         for name in names:
-            own, made = of_adapter(name, signals, mixed), {}
+            own, made = signals if mixed is None else of_adapter(name, signals, mixed), {}
             cores: Any = self.cores[name]
             for label, (group, schedule) in self.readers[name].items():
                 if schedule is None and isinstance(cores[group], IdentityCore):
@@ -290,7 +284,7 @@ class CoreHolder(HasSource, nn.Module):
                 "recompute a part of it by a checkpoint other than the model's own "
                 "(`model.gradient_checkpointing_enable()`)."
             )
-        self._check_known([name], signals)
+        self.check_known([name], signals)
         values = 1 if signals is None else len(signals.noise_level)
         if values > 1 and (self.channel.sample_major or self.channel.one_level):
             raise RuntimeError(
@@ -311,127 +305,6 @@ class CoreHolder(HasSource, nn.Module):
         finally:
             for group in groups:
                 group.offload_()
-
-    # ------------------------------------------------------------------ merging and export
-
-    def merged_level(self) -> MergedLevel | None:
-        """The λ at which layers are merged; None if none is, at a C that depends on λ."""
-        firsts = ((name, layers[0]) for name, layers in self.layers.items() if layers)
-        levels = (getattr(layer.lora_variant.get(name), "merged_at", None) for name, layer in firsts)
-        return next((level for level in levels if level is not None), None)
-
-    def merged_names(self) -> list[str]:
-        """The adapters that are merged into the base weights."""
-        return [name for name, layers in self.layers.items() if layers and name in layers[0].merged_adapters]
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether it was Diffusers' `fuse_lora`, which has said that every step runs at one λ, that merged."""
-        return "_safe_fusing" in vars(self.root)
-
-    @property
-    def binds_level(self) -> bool:
-        """Whether a sampler that has another λ than that of merged layers must not run."""
-        return self.merged_level() is not None and not self.is_fused
-
-    def signals_to_merge(self, names: list[str]) -> NoiseSignals | None:
-        """The signals, of one sample, at which these adapters are merged; None if they need none.
-
-        Raises:
-            ValueError: λ is not known, differs between samples, or is not that of what is merged already; or weights
-                are offloaded.
-        """
-        if is_offloaded(self.root):
-            raise ValueError(
-                f"Adapter {' and '.join(map(repr, names))} cannot be merged while weights of {type(self.root).__name__}"
-                " are offloaded, since they would come back without it: merge first, then offload."
-            )
-        if not any(map(self.depends_on_noise, names)):
-            return None
-        entry, merged = entry_for(self), self.merged_level()
-        signals = entry.signals if entry is not None else None if merged is None else merged.signals
-        remedy = "Pass noise_level=…, or merge inside `with noise_level(model, value):`"
-        self._check_known(names, signals, f"a λ-dependent update can only be merged at one λ. {remedy}.")
-        assert signals is not None
-        signals = of_one_sample(signals)
-        if merged is not None and signals.noise_level.item() != merged.signals.noise_level.item():
-            raise ValueError(
-                f"Adapters are merged at noise_level {merged.signals.noise_level.item():.6g}, not "
-                f"{signals.noise_level.item():.6g}: call unmerge_adapter() first."
-            )
-        return signals
-
-    @torch.no_grad()
-    def core_to_merge(self, key: Key) -> tuple[Tensor, MergedLevel | None]:
-        """C (1, r, r) for a layer that is being merged, and the only λ to run at until it is unmerged."""
-        first = key[0] not in self.merged_names()
-        merged = self.merged_level()
-        if not first and merged is not None:
-            return self.matrix(key, merged.signals), merged
-        signals = self.signals_to_merge([key[0]])
-        if signals is not None and first and self.is_fused:
-            logger.warning(
-                "%s: '%s' is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, "
-                "whatever its own is.",
-                type(self.root).__name__,
-                key[0],
-                signals.noise_level.item(),
-            )
-        return self.matrix(key, signals), None if signals is None else merged or MergedLevel(signals)
-
-    def check_merged(self, merged: MergedLevel) -> None:
-        """Raises ValueError if `noise_level(…)` gives another λ than `merged`; beside what is fused it may."""
-        entry = entry_for(self)
-        if entry is None or entry.signals is None or backward_pass() != -1 or (self.is_fused and self.needs_noise):
-            return
-        for name, given, fixed in zip(NoiseSignals._fields, entry.signals, merged.signals, strict=True):
-            if given is not None and fixed is not None and not bool((given == fixed.to(given.device)).all()):
-                raise ValueError(
-                    f"The adapter is merged at {name} {fixed.item():.6g}, but this forward asks for "
-                    f"{given.tolist()}: call unmerge_adapter() first."
-                )
-
-    def _warn_of(self, merged: MergedLevel, args: Any, kwargs: Any) -> None:
-        """Say once a merge if the source of λ gives this forward another λ than that of the merged adapters."""
-        if self._warned_of is merged or self.is_fused or entry_for(self) is not None:
-            return
-        try:
-            source = self.present_source()
-            found = None if source is None else as_signals(*source(self.root, args, kwargs)).noise_level
-        except ValueError:  # a source that can't tell λ here is needed by none
-            return
-        if found is None or bool((found == merged.signals.noise_level.to(found.device)).all()):
-            return
-        self._warned_of = merged
-        levels = ", ".join(f"{level:.6g}" for level in found.tolist())
-        warnings.warn(
-            f"The adapter is merged at noise_level {merged.signals.noise_level.item():.6g}, at which every forward "
-            f"runs, but the source tells [{levels}]: call unmerge_adapter() to run at that.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-    def signals_to_export(
-        self, name: str, noise_level: Level | None, mask_density: Level | None = None
-    ) -> NoiseSignals | None:
-        """The signals, of one sample, at which the adapter is exported; None if it needs none.
-
-        Args:
-            noise_level: λ in [0, 1]; None takes that of `noise_level(…)`, or of the merged adapters.
-
-        Raises:
-            ValueError: λ or the mask density is needed and not known, or differs between samples.
-        """
-        if not self.depends_on_noise(name):
-            return None
-        if noise_level is None:
-            entry, merged = entry_for(self), self.merged_level()
-            signals = entry.signals if entry is not None else None if merged is None else merged.signals
-        else:
-            signals = as_signals(noise_level, mask_density)
-        remedy = "Pass noise_level=…, or export inside `with noise_level(model, value):`."
-        self._check_known([name], signals, f"a plain LoRA is exact at one λ alone. {remedy}")
-        return of_one_sample(signals)  # type: ignore[arg-type]
 
 
 def holder_of(root: Any) -> CoreHolder | None:

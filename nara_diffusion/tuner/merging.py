@@ -1,19 +1,165 @@
-"""Merging an update that depends on λ: at one λ. Until it is unmerged, the model refuses to run at another λ."""
+"""Merging an update that depends on λ: at one λ. Until it is unmerged, the model refuses to run at another λ.
+
+The layers alone know what is merged into them: a merged layer's LoRA variant keeps the λ of that as `merged_at`.
+"""
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
+from nara_diffusion.layers.channel import Key
+from nara_diffusion.layers.offloading import is_offloaded
+from nara_diffusion.noise.level import backward_pass, entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
+from nara_diffusion.noise.signals import Level, NoiseSignals, NoiseSource, as_signals
 
-from .holder import holder_of
+logger = logging.getLogger(__name__)
+
+
+class MergesCores:
+    """What the holder of cores does for merging and export: C at one λ, and the refusal of another."""
+
+    root: Any
+    layers: dict[str, list[Any]]
+    needs_noise: bool
+    matrix: Callable[[Key, NoiseSignals | None], Tensor]
+    depends_on_noise: Callable[[str], bool]
+    check_known: Callable[..., None]
+    present_source: Callable[[], NoiseSource | None]
+    _warned_of: NoiseSignals | None = None
+
+    def merged_at(self) -> NoiseSignals | None:
+        """λ and mask density (1,) of merged layers; None if none is merged at a C that depends on λ."""
+        variants = (layers[0].lora_variant.get(name) for name, layers in self.layers.items() if layers)
+        levels = (getattr(variant, "merged_at", None) for variant in variants)
+        return next((level for level in levels if level is not None), None)
+
+    def merged_names(self) -> list[str]:
+        """The adapters that are merged into the base weights."""
+        return [name for name, layers in self.layers.items() if layers and name in layers[0].merged_adapters]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it was Diffusers' `fuse_lora`, which has said that every step runs at one λ, that merged."""
+        return "_safe_fusing" in vars(self.root)
+
+    @property
+    def binds_level(self) -> bool:
+        """Whether a sampler that has another λ than that of merged layers must not run."""
+        return self.merged_at() is not None and not self.is_fused
+
+    def one_level(self, names: list[str], signals: NoiseSignals | None, purpose: str) -> NoiseSignals | None:
+        """The signals (1,) at which these adapters are merged or exported; None if they need none.
+
+        Args:
+            signals: None takes those of `noise_level(…)`, or of merged layers.
+            purpose: the end of the error if λ is not known.
+
+        Raises:
+            ValueError: λ or the mask density is not known, or differs between samples.
+        """
+        if not any(map(self.depends_on_noise, names)):
+            return None
+        entry = entry_for(self)  # type: ignore[arg-type]
+        if signals is None:
+            signals = self.merged_at() if entry is None else entry.signals
+        self.check_known(names, signals, purpose)
+        assert signals is not None
+        for name, signal in zip(NoiseSignals._fields, signals, strict=True):
+            if signal is not None and signal.unique().numel() > 1:
+                raise ValueError(f"{name} is {signal.tolist()}: pass a single value to merge or export.")
+        level, density = signals
+        return NoiseSignals(level[:1].detach(), None if density is None else density[:1].detach())
+
+    def signals_to_export(
+        self, name: str, noise_level: Level | None, mask_density: Level | None = None
+    ) -> NoiseSignals | None:
+        """The signals of one sample at which the adapter is exported; see `one_level`.
+
+        Args:
+            noise_level: λ in [0, 1]; None takes that of `noise_level(…)`, or of merged layers.
+        """
+        purpose = "a plain LoRA is exact at one λ alone. Pass noise_level=…, or export inside `with noise_level(…):`."
+        return self.one_level([name], None if noise_level is None else as_signals(noise_level, mask_density), purpose)
+
+    def signals_to_merge(self, names: list[str]) -> NoiseSignals | None:
+        """The signals of one sample at which these adapters are merged; see `one_level`.
+
+        Raises:
+            ValueError: besides, another λ than that of what is merged already; or weights are offloaded.
+        """
+        if is_offloaded(self.root):
+            raise ValueError(
+                f"Adapters cannot be merged while weights of {type(self.root).__name__} are offloaded, since they "
+                "would come back without them: merge first, then offload."
+            )
+        remedy = "Pass noise_level=…, or merge inside `with noise_level(model, value):`."
+        purpose = f"a λ-dependent update can only be merged at one λ. {remedy}"
+        signals, merged = self.one_level(names, None, purpose), self.merged_at()
+        if signals is not None and merged is not None and signals.noise_level.item() != merged.noise_level.item():
+            raise ValueError(
+                f"Adapters are merged at noise_level {merged.noise_level.item():.6g}, not "
+                f"{signals.noise_level.item():.6g}: call unmerge_adapter() first."
+            )
+        return signals
+
+    @torch.no_grad()
+    def core_to_merge(self, key: Key) -> tuple[Tensor, NoiseSignals | None]:
+        """C (1, r, r) for a layer that is being merged, and the only λ to run at until it is unmerged."""
+        merged = self.merged_at()
+        if key[0] in self.merged_names() and merged is not None:  # into layers before this one
+            return self.matrix(key, merged), merged
+        signals = self.signals_to_merge([key[0]])
+        if signals is not None and self.is_fused:
+            logger.warning(
+                "%s: '%s' is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, "
+                "whatever its own is.",
+                type(self.root).__name__,
+                key[0],
+                signals.noise_level.item(),
+            )
+        return self.matrix(key, signals), None if signals is None else merged or signals
+
+    def check_merged(self, merged: NoiseSignals) -> None:
+        """Raises ValueError if `noise_level(…)` gives another λ than `merged`; beside what is fused it may."""
+        entry = entry_for(self)  # type: ignore[arg-type]
+        if entry is None or entry.signals is None or backward_pass() != -1 or (self.is_fused and self.needs_noise):
+            return
+        for name, given, fixed in zip(NoiseSignals._fields, entry.signals, merged, strict=True):
+            if given is not None and fixed is not None and not bool((given == fixed.to(given.device)).all()):
+                raise ValueError(
+                    f"The adapter is merged at {name} {fixed.item():.6g}, but this forward asks for "
+                    f"{given.tolist()}: call unmerge_adapter() first."
+                )
+
+    def warn_of_merged(self, merged: NoiseSignals, args: Any, kwargs: Any) -> None:
+        """Say once a merge if the source of λ gives this forward another λ than that of merged layers."""
+        if self._warned_of is merged or self.is_fused or entry_for(self) is not None:  # type: ignore[arg-type]
+            return
+        try:
+            source = self.present_source()
+            found = merged if source is None else as_signals(*source(self.root, args, kwargs))
+        except ValueError:  # a source that can't tell λ here is needed by none
+            return
+        if bool((found.noise_level == merged.noise_level.to(found.noise_level.device)).all()):
+            return
+        self._warned_of = merged
+        levels = ", ".join(f"{level:.6g}" for level in found.noise_level.tolist())
+        warnings.warn(
+            f"The adapter is merged at noise_level {merged.noise_level.item():.6g}, at which every forward runs, but "
+            f"the source tells [{levels}]: call unmerge_adapter() to run at that.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 class MergesAtOneLevel(LoraModel):
@@ -35,7 +181,7 @@ class MergesAtOneLevel(LoraModel):
             ValueError: an adapter depends on λ, and λ is not known or differs between samples; or weights are
                 offloaded, which would come back without the adapter.
         """
-        holder = holder_of(self.model)
+        holder: Any = self.model._modules.get("nara_core")
         if holder is None:  # no adapter is left: PEFT merges nothing and raises nothing
             super().merge_adapter(adapter_names, safe_merge)
             return
@@ -53,20 +199,12 @@ class MergesAtOneLevel(LoraModel):
         noise_level: float | None = None,
     ) -> nn.Module:
         """The base model with the update of one λ in its weights; see `merge_adapter` for arguments and errors."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if not any(self._reads_core(name) for name in names):
-            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
         self.merge_adapter(adapter_names, safe_merge, noise_level=noise_level)
         with warnings.catch_warnings():  # the layers are merged; PEFT does more than that when it merges and unloads
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             return self._unload_and_optionally_merge(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-
-    def _reads_core(self, adapter_name: str) -> bool:
-        holder = holder_of(self.model)
-        has_core = getattr(self.peft_config.get(adapter_name), "core_type", "identity") != "identity"
-        return has_core or (holder is not None and holder.depends_on_noise(adapter_name))
 
 
 @contextmanager
