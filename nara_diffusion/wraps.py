@@ -42,7 +42,6 @@ from nara_diffusion.tuner.strength import (
     layers_of,
     live_strengths,
     replace_schedules,
-    warn_where_off,
 )
 
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -182,11 +181,8 @@ def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, wei
             check_strength(model, name, dict.fromkeys(layers_of(model, name), *_schedules(weight)[:1] or [None]))
     original(model, names, _carrying(weights))
     for name, weight in zip(names, given, strict=False):
-        if name not in getattr(model, "peft_config", {}):
-            continue
-        if _schedules(weight):
+        if name in getattr(model, "peft_config", {}) and _schedules(weight):
             _take_schedules(model, name, _schedules(weight))
-        warn_where_off(model, name)
     holder = holder_of(model)
     for pipe in [] if holder is None else holder.present_pipelines():
         follow_adapters(pipe)

@@ -40,6 +40,15 @@ class Core(Float32Module):
         super().__init__()
         self.rank = rank
 
+    def at(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
+        """C (b or 1, r, r), float32, at λ and mask density on any device; a core without noise input reads neither."""
+        if not self.needs_noise:
+            return self()
+        assert noise_level is not None
+        tensors = (*self.parameters(), *self.buffers())
+        device = next((tensor.device for tensor in tensors if not tensor.is_meta), noise_level.device)
+        return self(noise_level.to(device), None if mask_density is None else mask_density.to(device))
+
 
 class Dense(Float32Module):
     """y = x Wᵀ + b in float32, zero until `reset`.

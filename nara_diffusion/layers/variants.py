@@ -87,8 +87,11 @@ class NaraVariant(LoraVariant):
         core = self.channel.read(self.key)
         core = core if core.shape[-1] == rank else core[:, :rank, :rank]
         samples, batch = core.shape[0], x.shape[0]
-        check_rows(self.rows, x, samples, self.layer_name)
-        if samples in (1, batch):
+        if samples == 1:
+            return core
+        if self.rows != "samples":
+            check_rows(self.rows, x, samples, self.layer_name)
+        if samples == batch:
             return core
         if batch == 0:  # an expert without tokens: A and B get gradients of zero
             return core[:1]

@@ -24,8 +24,12 @@ def offloading_suspended(pipe: Any) -> Iterator[None]:
         ValueError: group offloading keeps weights on disk.
     """
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module):
-            _check_not_on_disk(part, name)
+        modules = part.modules() if isinstance(part, nn.Module) else ()
+        if any(group.offload_to_disk_path is not None for module in modules for group in groups_of(module)):
+            raise ValueError(
+                f"Group offloading keeps the weights of {name} on disk, in files that do not follow a change of "
+                "adapters: load, save or unload adapters first, then call enable_group_offload(…)."
+            )
     model, sequential, grouped = _func_optionally_disable_offloading(pipe)
     device = {"device": pipe._offload_device} if hasattr(pipe, "_offload_device") else {}
     try:
@@ -65,13 +69,3 @@ def check_none_left_out(pipe: Any, models: dict[str, nn.Module], name: str) -> N
             f"Adapter '{name}' is in {', '.join(map(repr, others))} too, which a pipeline's file has no place for: "
             f"save that part by peft.PeftModel, or remove it first, e.g. pipe.{others[0]}.delete_adapters('{name}')."
         )
-
-
-def _check_not_on_disk(model: nn.Module, component: str) -> None:
-    for module in model.modules():
-        if any(group.offload_to_disk_path is not None for group in groups_of(module)):
-            raise ValueError(
-                f"Group offloading keeps the weights of {component} on disk, in files that do not follow a change of "
-                "adapters: load, save or unload adapters first, and call enable_group_offload(…, "
-                "offload_to_disk_path=…) after that."
-            )

@@ -23,7 +23,6 @@ from nara_diffusion.tuner.strength import (
     give_strength,
     has_strength,
     layers_of,
-    warn_where_off,
 )
 
 from .file import AdapterPart, by_pattern
@@ -34,22 +33,10 @@ REQUEST = "_prepare_lora_hotswap_kwargs"
 """The attribute in which `enable_lora_hotswap` stores its arguments until the next load."""
 
 _HAS_TO_AGREE = (
-    "r",
-    "rank_pattern",
-    "core_type",
-    "core_hidden_dims",
-    "core_input",
-    "core_sharing",
-    "rank_mask_min",
-    "core_bins",
-    "core_knots",
-    "noise_embedding",
-    "noise_embedding_dim",
-    "mask_density_radius",
-    "use_dora",
-    "lora_bias",
+    "r", "rank_pattern", "core_type", "core_hidden_dims", "core_input", "core_sharing", "rank_mask_min", "core_bins",
+    "core_knots", "noise_embedding", "noise_embedding_dim", "mask_density_radius", "use_dora", "lora_bias",
     "lora_dropout",
-)
+)  # fmt: skip
 """Fields that define the modules, which hotswap keeps. All else of an adapter is tensors, scales and η."""
 
 _REMEDY = "load it without hotswap under another name, and delete the old one."
@@ -143,7 +130,6 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     config = holder.complete(adapter_name, config)
     holder.reconfigure(adapter_name, config)
     give_strength(model, adapter_name, default_strengths(model, config, adapter_name))
-    warn_where_off(model, adapter_name)
 
 
 def _follow(cores: Any, config: NaraConfig) -> None:

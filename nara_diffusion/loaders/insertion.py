@@ -14,7 +14,6 @@ from nara_diffusion.config import NaraConfig, changes_base
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.layers.dispatch import factor_dtype
 from nara_diffusion.tuner.holder import drop_idle_holder
-from nara_diffusion.tuner.strength import warn_where_off
 
 from .file import AdapterPart
 from .strict import held_tensors, is_core_key
@@ -83,7 +82,6 @@ def insert(model: nn.Module, adapter_name: str, part: AdapterPart, low_cpu_mem_u
         if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:  # a new module is in training mode
             layer.lora_dropout[adapter_name].train(model.training)
     setattr(model, LOADED_FLAG, True)
-    warn_where_off(model, adapter_name)
 
 
 def _in_dtypes_of_layers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -66,12 +66,12 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
 
 
 def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
-    """Undo `checkpoint_with_core`."""
-    for module in root.modules():
+    """Undo `checkpoint_with_core`. (A wrapper inside of another model's stays, and passes nothing on.)"""
+    for module in outer_modules(root):
         for name in _ATTRIBUTES:
             checkpoint = module.__dict__.get(name)
-            if isinstance(checkpoint, CheckpointWithCore):
-                setattr(module, name, _without(checkpoint, channel))
+            if isinstance(checkpoint, CheckpointWithCore) and checkpoint.channel is channel:
+                setattr(module, name, checkpoint.checkpoint)
 
 
 def outer_modules(root: nn.Module) -> Iterator[nn.Module]:
@@ -92,10 +92,3 @@ def _channels(checkpoint: Any) -> list[CoreChannel]:
     if not isinstance(checkpoint, CheckpointWithCore):
         return []
     return [checkpoint.channel, *_channels(checkpoint.checkpoint)]
-
-
-def _without(checkpoint: Any, channel: CoreChannel) -> Any:
-    if not isinstance(checkpoint, CheckpointWithCore):
-        return checkpoint
-    inner = _without(checkpoint.checkpoint, channel)
-    return inner if checkpoint.channel is channel else CheckpointWithCore(inner, checkpoint.channel)

@@ -32,13 +32,7 @@ class CoreSet(nn.ModuleDict):
 
     def matrix(self, group: str, signals: NoiseSignals | None) -> Tensor:
         """C (b or 1, r, r), float32, of one group at `signals`, which a core without noise input doesn't read."""
-        core = self[group]
-        if not core.needs_noise:
-            return core()
-        assert signals is not None
-        tensors = (*core.parameters(), *core.buffers())
-        device = next((t.device for t in tensors if not t.is_meta), signals.noise_level.device)
-        return core(*(None if signal is None else signal.to(device) for signal in signals))
+        return self[group].at(*(signals or ()))  # type: ignore[operator]
 
 
 def make_cores(config: NaraConfig, ranks: dict[str, int]) -> CoreSet:

@@ -122,6 +122,16 @@ class CoreHolder(HasSource, MergesCores, nn.Module):
             if (name in mixed if mixed else any(_reads(layer, name) for layer in layers))
         ]
 
+    def merged_at(self) -> NoiseSignals | None:
+        """λ and mask density (1,) of merged layers; None if none is merged at a C that depends on λ."""
+        variants = (layers[0].lora_variant.get(name) for name, layers in self.layers.items() if layers)
+        levels = (getattr(variant, "merged_at", None) for variant in variants)
+        return next((level for level in levels if level is not None), None)
+
+    def merged_names(self) -> list[str]:
+        """The adapters that are merged into the base weights."""
+        return [name for name, layers in self.layers.items() if layers and name in layers[0].merged_adapters]
+
     def mixed_batch(self) -> list[str] | None:
         """PEFT's `adapter_names`, the adapter of each sample, in this thread."""
         return getattr(self.channel.local, "adapter_names", None)
@@ -152,7 +162,9 @@ class CoreHolder(HasSource, MergesCores, nn.Module):
         if name not in self.cores:
             return False
         cores: Any = self.cores[name]
-        return cores.needs_noise or any(reader.schedule is not None for reader in self.readers[name].values())
+        return any(core.needs_noise for core in cores.values()) or any(
+            reader.schedule is not None for reader in self.readers[name].values()
+        )
 
     @property
     def needs_noise(self) -> bool:
@@ -166,7 +178,7 @@ class CoreHolder(HasSource, MergesCores, nn.Module):
 
     def _needs_density(self, name: str) -> bool:
         cores: Any = self.cores[name]
-        return cores.needs_density
+        return any(core.needs_density for core in cores.values())
 
     # ------------------------------------------------------------------ hooks of the root
 
@@ -253,7 +265,7 @@ class CoreHolder(HasSource, MergesCores, nn.Module):
                 if schedule is None and isinstance(cores[group], IdentityCore):
                     continue
                 if group not in made:
-                    made[group] = cores.matrix(group, own)
+                    made[group] = cores[group].at(*(own or ()))
                 found[name, label] = _scaled(made[group], schedule, own)
         return found
 
@@ -262,7 +274,7 @@ class CoreHolder(HasSource, MergesCores, nn.Module):
         name, label = key
         group, schedule = self.readers[name][label]
         cores: Any = self.cores[name]
-        return _scaled(cores.matrix(group, signals), schedule, signals)
+        return _scaled(cores[group].at(*(signals or ())), schedule, signals)
 
     # ------------------------------------------------------------------ a part that is called by itself
 

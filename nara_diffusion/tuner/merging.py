@@ -29,23 +29,14 @@ class MergesCores:
     """What the holder of cores does for merging and export: C at one λ, and the refusal of another."""
 
     root: Any
-    layers: dict[str, list[Any]]
     needs_noise: bool
+    merged_at: Callable[[], NoiseSignals | None]
+    merged_names: Callable[[], list[str]]
     matrix: Callable[[Key, NoiseSignals | None], Tensor]
     depends_on_noise: Callable[[str], bool]
     check_known: Callable[..., None]
     present_source: Callable[[], NoiseSource | None]
     _warned_of: NoiseSignals | None = None
-
-    def merged_at(self) -> NoiseSignals | None:
-        """λ and mask density (1,) of merged layers; None if none is merged at a C that depends on λ."""
-        variants = (layers[0].lora_variant.get(name) for name, layers in self.layers.items() if layers)
-        levels = (getattr(variant, "merged_at", None) for variant in variants)
-        return next((level for level in levels if level is not None), None)
-
-    def merged_names(self) -> list[str]:
-        """The adapters that are merged into the base weights."""
-        return [name for name, layers in self.layers.items() if layers and name in layers[0].merged_adapters]
 
     @property
     def is_fused(self) -> bool:

@@ -217,44 +217,13 @@ class NaraModel(MergesAtOneLevel):
         Raises:
             ValueError: one of `adapters` has a core, whose update no weighted sum of A's and B's can express.
         """
-        self._refuse_cores("add_weighted_adapter", adapters)
-        super().add_weighted_adapter(adapters, *args, **kwargs)
-
-    def subtract_mutated_init(self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None) -> Any:
-        """PEFT's, for adapters with `core_type="identity"` alone; the others raise ValueError."""
-        self._refuse_cores("subtract_mutated_init", [adapter_name])
-        return super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
-
-    @classmethod
-    def _convert_state_dict_for_initial_model(  # type: ignore[override]
-        cls, peft_model: Any, peft_config: NaraConfig, path: str, output_state_dict: dict[str, Tensor], kwargs: Any
-    ) -> dict[str, Tensor]:
-        if peft_config.core_type != "identity":
-            raise ValueError(
-                "path_initial_model_for_weight_conversion would write the difference of two static updates, which "
-                "NaRA's is not: save without it, and load the adapter on the base model that it was trained on."
-            )
-        return super()._convert_state_dict_for_initial_model(peft_model, peft_config, path, output_state_dict, kwargs)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `peft.convert_to_lora` may read ΔW: of adapters without a core. For others there is `to_lora`."""
-        holder = holder_of(self.model)
-        if self._core_type(adapter_name) != "identity" or (
-            holder is not None and holder.depends_on_noise(adapter_name)
-        ):
-            return False
-        return super().supports_lora_conversion(adapter_name)
-
-    def _core_type(self, adapter_name: str) -> str:
-        return getattr(self.peft_config[adapter_name], "core_type", "identity")
-
-    def _refuse_cores(self, what: str, adapter_names: list[str]) -> None:
-        for name in adapter_names:
-            if name in self.peft_config and self._core_type(name) != "identity":
+        for name in adapters:
+            if getattr(self.peft_config.get(name), "core_type", "identity") != "identity":
                 raise ValueError(
-                    f"{what} would ignore the core of adapter '{name}', whose update depends on λ. Activate several "
-                    "adapters together instead: model.base_model.set_adapter([…])."
+                    f"add_weighted_adapter would ignore the core of adapter '{name}', whose update depends on λ. "
+                    "Activate several adapters together instead: model.base_model.set_adapter([…])."
                 )
+        super().add_weighted_adapter(adapters, *args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
 

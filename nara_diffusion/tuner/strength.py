@@ -7,7 +7,6 @@ it has none. When the strength is removed, everything is as PEFT made it. A numb
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from copy import copy
@@ -27,16 +26,12 @@ from nara_diffusion.layers.dispatch import check_target, variant_for
 from nara_diffusion.layers.rows import rows_of
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.denoisers import denoiser_of
-from nara_diffusion.noise.prediction import prediction_in
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .core_set import SHARED, CoreSet, core_group
 from .holder import CoreHolder, Reader, drop_idle_holder, holder_of
 
-logger = logging.getLogger(__name__)
-
 _DORA = (DoraLinearVariant, _DoraConvNdVariant)
-_REMEDY = "give this adapter a float"
 
 
 def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule | float | None) -> None:
@@ -74,7 +69,6 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
             replace_schedules(root, adapter_name, by_layer)
         for layer in layers_of(root, adapter_name).values():
             layer.set_scale(adapter_name, 1.0 if isinstance(checked, StrengthSchedule) else checked)
-        warn_where_off(root, adapter_name)
 
 
 def _checked(strength: Any) -> StrengthSchedule | float:
@@ -246,7 +240,7 @@ def _variant_for(
     return variant_class(holder.channel, adapter_name, group, name, rows_of(root, name))
 
 
-# ---------------------------------------------------------------------- refused, warned of
+# ---------------------------------------------------------------------- refused
 
 
 def check_strength(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
@@ -256,80 +250,36 @@ def check_strength(root: Any, adapter_name: str, by_layer: Mapping[str, Strength
         ValueError: the adapter is merged; or it has layers without LoRA variants, biases, or modules of its own.
     """
     layers = layers_of(root, adapter_name)
-    for name, layer in layers.items():
-        if adapter_name in layer.merged_adapters:
-            raise ValueError(
-                f"Adapter '{adapter_name}' is merged into '{name}', at the strength that it had: call "
-                "pipe.unfuse_lora(), or unmerge_adapter() of the PeftModel, before you change its strength."
-            )
-    if not by_layer:
-        return
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is merged, at the strength that it had: call pipe.unfuse_lora(), or "
+            "unmerge_adapter() of the PeftModel, before you change its strength."
+        )
+    missed = _missed(root, adapter_name, {name: layers[name] for name in by_layer}) if by_layer else None
+    if missed is not None:
+        raise ValueError(
+            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed}: give "
+            "this adapter a float."
+        )
+
+
+def _missed(root: Any, adapter_name: str, layers: Mapping[str, Any]) -> str | None:
+    """A part of the adapter that a strength in the place of C would not scale."""
     for name, module in root.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            raise ValueError(_refusal(adapter_name, f"'{name}', which is trained and saved as a whole"))
-    for name in by_layer:
-        _check_layer(layers[name], name, adapter_name)
-    bias = getattr(root.peft_config[adapter_name], "bias", "none")
-    if bias != "none":
-        raise ValueError(_refusal(adapter_name, f"the biases that it trains (bias={bias!r})"))
-
-
-def _check_layer(layer: Any, name: str, adapter_name: str) -> None:
-    kind = type(layer).__name__
-    if not isinstance(layer, LoraLayer):
-        raise ValueError(_refusal(adapter_name, f"layer '{name}', which is adapted by PEFT's {kind} and not by a LoRA"))
-    variant = layer.lora_variant.get(adapter_name)
-    if layer.lora_bias.get(adapter_name):
-        raise ValueError(_refusal(adapter_name, f"the bias of B (lora_bias=True) of layer '{name}'"))
-    if isinstance(variant, NaraVariant):
-        return
-    if variant is not None and not isinstance(variant, _DORA):
-        raise ValueError(_refusal(adapter_name, f"layer '{name}', whose LoRA variant is {type(variant).__name__}"))
-    try:
-        check_target(layer, variant is not None, name)
-        variant_for(layer, variant is not None, name)
-    except ValueError as error:
-        base = type(layer.get_base_layer()).__name__
-        raise ValueError(_refusal(adapter_name, f"layer '{name}' ({base}, adapted by PEFT's {kind})")) from error
-    A: Any = layer.lora_A[adapter_name].weight if adapter_name in layer.lora_A else None
-    if A is not None and len(A) != layer.r[adapter_name]:
-        raise ValueError(
-            f"Adapter '{adapter_name}' cannot have a strength that depends on λ: enable_lora_hotswap has made room in "
-            f"layer '{name}' for rank {len(A)} beside its own {layer.r[adapter_name]}. Load it without, or {_REMEDY}."
-        )
-
-
-def _refusal(adapter_name: str, what: str) -> str:
-    return (
-        f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {what}: {_REMEDY}."
-    )
-
-
-def warn_where_off(root: Any, adapter_name: str) -> None:
-    """Warn if the adapter carries a scheduler, and has strength 0 at all noise levels or at some.
-
-    There the model predicts what its base does, and the pipeline's scheduler, the adapter's, takes it for another.
-    """
-    fields = getattr(root.peft_config[adapter_name], "scheduler", None)
-    where = _where_off(root, adapter_name) if fields else None
-    if fields and where:
-        logger.warning(
-            "Adapter '%s' has strength 0 %s, where the model predicts what its base does, and not %s as the adapter's "
-            "scheduler expects: images go wrong. Give it another strength there, or activate other adapters instead.",
-            adapter_name,
-            where,
-            prediction_in(fields),
-        )
-
-
-def _where_off(root: Any, adapter_name: str) -> str | None:
-    on = {name for name, layer in layers_of(root, adapter_name).items() if layer.scaling[adapter_name]}
-    if not on:
-        return "at every noise level"
-    live = live_strengths(root, adapter_name)
-    if on - live.keys():
-        return None  # some layers have a number alone
-    schedules = {live[name] for name in on}
-    levels = sorted({0.0, 1.0, *(level for schedule in schedules for level, _ in schedule.points)})
-    off = [level for level in levels if not any(float(schedule(level)) for schedule in schedules)]
-    return f"at noise_level {', '.join(f'{level:g}' for level in off)}" if off else None
+            return f"'{name}', which is trained and saved as a whole"
+    if getattr(root.peft_config[adapter_name], "bias", "none") != "none":
+        return "the biases that it trains"
+    for name, layer in layers.items():
+        variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+        if not isinstance(layer, LoraLayer) or not isinstance(variant, (NaraVariant, *_DORA, type(None))):
+            return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
+        if layer.lora_bias.get(adapter_name):
+            return f"the bias of B (lora_bias=True) of layer '{name}'"
+        if not isinstance(variant, NaraVariant):
+            check_target(layer, variant is not None, name)
+            variant_for(layer, variant is not None, name)
+            A: Any = layer.lora_A[adapter_name].weight if adapter_name in layer.lora_A else None
+            if A is not None and len(A) != layer.r[adapter_name]:
+                return f"layer '{name}', in which enable_lora_hotswap has made room for rank {len(A)}"
+    return None
