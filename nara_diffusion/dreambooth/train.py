@@ -40,12 +40,11 @@ from nara_diffusion.dreambooth.adapter_files import read_average, read_checkpoin
 from nara_diffusion.dreambooth.conversion import converted_scheduler
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.evaluation.comparison import (
+    Evaluation,
     Evaluator,
     Validation,
     ValidationLoss,
     compare,
-    identity_loss,
-    measure,
     refuse_sharding,
     report_better_identity,
 )
@@ -256,19 +255,19 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     }
     run.open(facts)
     measured = "held-out loss" if held_out_images else "loss on the training images"
-    identity = None if converted is None else identity_loss(run.accelerator, sampler, held_out, measured)
+    settings = sample_settings(args, [record.prompt for record in instances], family)
+    evaluation = Evaluation(run.accelerator, sampler, settings, held_out, evaluator)
+    identity = None if converted is None else evaluation.identity_loss(measured)
     if identity is not None:
         facts["base read by the identity"] = f"{measured} {identity:.3f}, without training"
-    settings = sample_settings(args, [record.prompt for record in instances], family)
-    validate = Validation(run, denoiser, sampler, settings, held_out, evaluator.references)
+    validate = Validation(run, denoiser, evaluation)
     loss = replace(step, model=denoiser)
     train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)
 
     # Save
     save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
-    parts = (settings, held_out, evaluator)
-    before = measure(run.accelerator, sampler, None, *parts, name="before")
-    after = measure(run.accelerator, sampler, run.folder, *parts, name="after")
+    before = evaluation.measure(None, "before")
+    after = evaluation.measure(run.folder, "after")
     results = {"seconds": round(time.perf_counter() - started, 1), "n": len(after.images), **compare(before, after)}
     results |= {"adapter": args.adapter, "trainable_parameters": trainable}
     results |= {"base_model": args.pretrained_model_name_or_path, "resolution": args.resolution}

@@ -149,11 +149,6 @@ class ValidationLoss:
 
         return torch.tensor(split_across_processes(accelerator, self.points, work))
 
-    def means(self, pipe: Any, accelerator: Accelerator) -> dict[str, float]:
-        """{"validation_loss", "validation_loss_low", …}; with a window the means of both of its sides too."""
-        losses = self.curve(pipe, accelerator)
-        return validation_means(losses.flatten(), self.levels().repeat_interleave(losses.shape[1]), self.window)
-
     def _batches(self) -> list[list[TrainingSample]]:
         """Samples of one size each."""
         sizes = sorted({sample.target for sample in self.samples})
@@ -162,24 +157,63 @@ class ValidationLoss:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Measures `pipe`, which has no adapters, with those of a folder.
+
+    Attributes:
+        accelerator: accelerate's; all processes share the work.
+        pipe: the base model's pipeline, which samples.
+        settings: of the samples.
+        loss, evaluator: what is measured.
+    """
+
+    accelerator: Accelerator
+    pipe: Any
+    settings: SampleSettings
+    loss: ValidationLoss
+    evaluator: Evaluator
+
+    def measure(self, folder: Path | None, name: str) -> Measurement:
+        """With the adapter in `folder`, loaded as a user loads it, or without one; `name` is for the progress bar."""
+        with adapter_loaded(self.pipe, folder):
+            images = sample_images(self.pipe, self.settings, self.accelerator, desc=f"sample {name}")
+            curve = self.loss.curve(self.pipe, self.accelerator).mean(1)
+        by, prompts = self.evaluator, [prompt for prompt, _ in self.settings.pairs]
+        return Measurement(
+            images=images,
+            similarity=by.images and image_similarity(by.images, images, by.references),
+            text_alignment=by.texts and text_alignment(by.texts, images, prompts, by.identifier),
+            noise_levels=self.loss.levels().tolist(),
+            curve=curve.tolist(),
+            validation_loss=curve.mean().item(),
+        )
+
+    def identity_loss(self, loss: str) -> float:
+        """The validation loss of a conversion's base, read by the identity; logged with that of the base as it is.
+
+        Args:
+            loss: what the log calls it, which says of which images it is.
+        """
+        read = replace(self.loss, reading=IdentityReading(self.pipe.scheduler, self.loss.objective))
+        identity, as_it_is = (each.curve(self.pipe, self.accelerator).mean().item() for each in (read, self.loss))
+        what = f"{loss} {identity:.3f}; as it is, where a new adapter starts: {as_it_is:.3f}"
+        logger.info("the base, read by the identity (no training): %s", what)
+        return identity
+
+
+@dataclass(frozen=True)
 class Validation:
-    """`validation()` is what `train` calls: the losses to log, after a sheet of samples was written and logged.
+    """`validation()` is what `train` calls: the figures to log, after a sheet of samples was written and logged.
 
     Attributes:
         run: of the training, opened.
         model: that is trained, as accelerate wrapped it.
-        sampler: a pipeline without adapters.
-        settings: of the samples.
-        loss: what is measured.
-        references: images of the subject.
+        evaluation: of its adapters.
     """
 
     run: Run
     model: torch.nn.Module
-    sampler: Any
-    settings: SampleSettings
-    loss: ValidationLoss
-    references: Sequence[Image]
+    evaluation: Evaluation
 
     def __call__(self) -> dict[str, float]:
         accelerator = self.run.accelerator
@@ -188,22 +222,25 @@ class Validation:
         folder.mkdir(exist_ok=True)
         try:
             save_adapter(accelerator, self.model, folder, write_adapter)
-            with torch.random.fork_rng(devices), adapter_loaded(self.sampler, folder):
-                losses = self.loss.means(self.sampler, accelerator)
-                images = sample_images(self.sampler, self.settings, accelerator, desc="validation samples")
+            with torch.random.fork_rng(devices):
+                found = self.evaluation.measure(folder, "for validation")
             accelerator.wait_for_everyone()
         finally:
             if accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
         if accelerator.is_main_process:
-            self._write(images)
-        return losses
+            self._write(found.images)
+        figures = {"similarity": found.similarity, "text_alignment": found.text_alignment}
+        means = validation_means(
+            torch.tensor(found.curve), torch.tensor(found.noise_levels), self.evaluation.loss.window
+        )
+        return means | {name: value for name, value in figures.items() if value is not None}
 
     def _write(self, images: Sequence[Image]) -> None:
-        step, prompts = self.run.step, self.settings.prompts
+        step, prompts = self.run.step, self.evaluation.settings.prompts
         path = self.run.folder / "validation" / f"step-{step}.png"
         path.parent.mkdir(exist_ok=True)
-        write_grid(path, prompts, {f"step {step}": images}, self.references)
+        write_grid(path, prompts, {f"step {step}": images}, self.evaluation.evaluator.references)
         galleries = np.split(np.stack([np.asarray(image) for image in images]), len(prompts))  # (n, h, w, 3) each
         shown = {f"validation: {prompt}": part for prompt, part in zip(prompts, galleries, strict=True)}
         for tracker in self.run.accelerator.trackers:
@@ -220,43 +257,6 @@ def refuse_sharding(run: Run) -> None:
             f"this script trains where each device holds the whole model, and not with {kind.value}: launch it with "
             "--multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
         )
-
-
-def measure(
-    accelerator: Accelerator,
-    pipe: Any,
-    folder: Path | None,
-    settings: SampleSettings,
-    validation: ValidationLoss,
-    evaluator: Evaluator,
-    name: str,
-) -> Measurement:
-    """Samples and losses of `pipe` with the adapter in `folder`, or without one; `name` is for the progress bar."""
-    with adapter_loaded(pipe, folder):
-        images = sample_images(pipe, settings, accelerator, desc=f"sample {name}")
-        curve = validation.curve(pipe, accelerator).mean(1)
-    pictures, texts, prompts = evaluator.images, evaluator.texts, [prompt for prompt, _ in settings.pairs]
-    return Measurement(
-        images=images,
-        similarity=pictures and image_similarity(pictures, images, evaluator.references),
-        text_alignment=texts and text_alignment(texts, images, prompts, evaluator.identifier),
-        noise_levels=validation.levels().tolist(),
-        curve=curve.tolist(),
-        validation_loss=curve.mean().item(),
-    )
-
-
-def identity_loss(accelerator: Accelerator, pipe: Any, validation: ValidationLoss, loss: str) -> float:
-    """The validation loss of a conversion's base, `pipe`, read by the identity; logged with that of the base as it is.
-
-    Args:
-        loss: what the log calls it, which says of which images it is.
-    """
-    read = replace(validation, reading=IdentityReading(pipe.scheduler, validation.objective))
-    identity, as_it_is = (each.curve(pipe, accelerator).mean().item() for each in (read, validation))
-    what = f"{loss} {identity:.3f}; as it is, where a new adapter starts: {as_it_is:.3f}"
-    logger.info("the base, read by the identity (no training): %s", what)
-    return identity
 
 
 def report_better_identity(identity: float, after: Measurement) -> None:
