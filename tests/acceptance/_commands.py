@@ -74,8 +74,8 @@ def refusal(capsys: pytest.CaptureFixture[str], script: str, *line: str, **flags
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Of the one file of weights in `folder`."""
-    (file,) = folder.glob("*.safetensors")
+    """Of the one file of weights in `folder`, beside what a checkpoint trains on from."""
+    (file,) = (path for path in folder.glob("*.safetensors") if path.name != "trainable.safetensors")
     return load_file(file)
 
 

@@ -44,12 +44,13 @@ def resumed(values: dict[str, Any], step: int = 1) -> dict[str, Any]:
 @needs_gloo
 @needs_deepspeed
 def test_zero_2_in_bf16_writes_the_adapter_in_float32(tmp_path: Path) -> None:
-    in_two_processes([("zero-2", "dllm.py", flags(tmp_path, mixed_precision="bf16"))], tmp_path)
+    values = flags(tmp_path, mixed_precision="bf16", max_train_steps=4)
+    in_two_processes([("zero-2", "dllm.py", values)], tmp_path)
     for folder in ("checkpoint-1", "."):
         saved = load_file(tmp_path / "run" / folder / TEXT)
         assert {str(value.dtype) for value in saved.values()} == {"torch.float32"}
-        for name, value in saved.items():
-            assert "frequencies" in name or (value != value.bfloat16()).any(), f"{name} was rounded to bfloat16"
+    for name, value in saved.items():  # of the last step: a core moves whole from its third on
+        assert "frequencies" in name or (value != value.bfloat16()).any(), f"{name} was rounded to bfloat16"
 
 
 @pytest.mark.slow

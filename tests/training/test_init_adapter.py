@@ -60,7 +60,7 @@ def test_run_begins_where_the_file_ends(flags: dict[str, Any], start: Path, tmp_
             {"adapter_options": {"core_hidden_dims": [8, 7], "core_sharing": "layer"}},
             "has core_sharing 'global', this run 'layer'",
         ),
-        ({"rank": 2}, "has rank 3 and scale"),
+        ({"rank": 2}, "has r 3, this run 2: give --rank"),
         ({"train_text_encoder": False}, "but this run trains unet"),
         ({"adapter": "lora"}, "is a NaRA with core_type 'hypernetwork'"),
         ({"prediction_type": "v_prediction"}, "was trained for what the base predicts, this run is for v_prediction"),
