@@ -207,6 +207,7 @@ def adapter_config(
             options[name] = tuple(value) if name == "core_hidden_dims" else value
     if method.config is None:
         return None
+    _check_start(options.get("init_lora_weights", True))
     values = _fields_of(args, method, options)
     if method.family == "nara":
         values |= {"noise_convention": noise_convention, "scheduler": scheduler, "strength": strength}
@@ -216,7 +217,6 @@ def adapter_config(
     except (TypeError, ValueError) as error:
         window = " The strength is that of the window: --open_window leaves it out."
         raise ValueError(f"{error}{window if str(error).startswith('strength') else ''}") from error
-    _check_start(getattr(config, "init_lora_weights", True))
     return config
 
 

@@ -135,9 +135,9 @@ def _report(run: Run, bar: tqdm, window: LossWindow, optimizer: Any) -> None:
 
 def _diverged(run: Run, what: str) -> TrainingDiverged:
     return TrainingDiverged(
-        f"{what} in step {run.step + 1}; training stops and nothing is overwritten. {last_checkpoint(run.folder)}. "
-        "Start again with a lower --learning_rate or --core_learning_rate, a longer --lr_warmup_steps, or bf16 in "
-        "place of fp16."
+        f"{what} in step {run.step + 1}; training stops and nothing is overwritten. Lower --learning_rate or "
+        "--core_learning_rate, lengthen --lr_warmup_steps, or take bf16 in place of fp16. "
+        f"{last_checkpoint(run.folder)}"
     )
 
 

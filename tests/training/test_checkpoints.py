@@ -1,0 +1,192 @@
+"""What a checkpoint holds, which one is taken, when one is deleted, and whose folder a run may write to."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from filelock import FileLock
+
+from nara_diffusion.dllm import train as dllm
+from nara_diffusion.training.checkpoints import (
+    check_random_states,
+    digest_base,
+    digest_texts,
+    last_checkpoint,
+    read_manifest,
+    resolve_checkpoint,
+    save_adapter,
+)
+from nara_diffusion.training.engines import accumulation_steps, split_across_processes
+from nara_diffusion.training.interrupts import InterruptRequest
+from nara_diffusion.training.loop import TrainingDiverged
+from nara_diffusion.training.run import check_output_dir
+from tests.acceptance._commands import fresh_accelerate, metrics, names
+from tests.acceptance._runs import TEXT, text_arguments
+
+SHORT: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 1, "test_samples": 1, "curve_points": 1}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    fresh_accelerate()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    dllm.main(text_arguments(folder, **SHORT))
+    fresh_accelerate()
+    return folder / "run"
+
+
+def test_checkpoint_has_a_manifest_of_files_and_digests(run: Path) -> None:
+    assert {name for name in names(run) if name.startswith("checkpoint")} == {"checkpoint-3", "checkpoint-4"}
+    manifest = json.loads((run / "checkpoint-4" / "checkpoint.json").read_text())
+    assert manifest["files"].keys() == names(run / "checkpoint-4") - {"checkpoint.json"}
+    assert {TEXT, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"} <= manifest["files"].keys()
+    assert all((run / "checkpoint-4" / name).stat().st_size == size for name, (size, _) in manifest["files"].items())
+    assert {"training data", "validation data", "base model", "base model configuration config.json"} == set(
+        manifest["digests"]
+    )
+    assert (manifest["step"], manifest["processes"], manifest["engine"]) == (4, 1, "one process or DDP")
+    assert manifest["arguments"]["adapter_options"] == {"core_hidden_dims": [8, 7]}
+
+
+def test_latest_is_the_one_written_last(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_checkpoint("latest", run) == run / "checkpoint-4"
+    assert resolve_checkpoint("checkpoint-3", run) == run / "checkpoint-3"
+    assert last_checkpoint(run).endswith(f"--resume_from_checkpoint {run / 'checkpoint-4'}")
+    manifest = run / "checkpoint-3" / "checkpoint.json"
+    before = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(before) | {"written": 1e12}))
+    assert resolve_checkpoint("latest", run) == run / "checkpoint-3"
+    manifest.write_text(before)
+    for name, message in {
+        "latest": "holds no checkpoint-N folder",
+        str(run / "checkpoint-9"): r"is no checkpoint: .* has checkpoint-3, checkpoint-4",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            resolve_checkpoint(name, tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "checkpoint.json").write_text("{")
+    with pytest.raises(ValueError, match="missing or corrupt"):
+        read_manifest(tmp_path / "checkpoint-1")
+
+
+def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"random_states_0.pkl doesn't give the random states back \(.*torch_manual"):
+        check_random_states(run / "checkpoint-4", 0)  # nothing was loaded
+    with pytest.raises(ValueError, match=r"random_states_1.pkl can't be read"):
+        check_random_states(run / "checkpoint-4", 1)
+
+
+def test_full_disk_leaves_earlier_checkpoints_and_no_part_of_a_new_one(tmp_path: Path) -> None:
+    def write(model: Any, folder: Path, state: Any) -> None:
+        (folder / TEXT).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    args = text_arguments(tmp_path, **SHORT, validation_steps=None)
+    with dllm.start_run(args, "dllm", dllm.write_checkpoint) as run, pytest.MonkeyPatch.context() as patch:
+        steps: list[int] = []
+
+        def full(*parts: Any) -> None:
+            steps.append(1)
+            (dllm.write_checkpoint if len(steps) < 3 else write)(*parts)
+
+        patch.setattr(run, "write", full)
+        with pytest.raises(OSError, match=r"checkpoint-3 could not be written .* --resume_from_checkpoint .*-2$"):
+            dllm.fine_tune(args, run)
+    assert names(tmp_path / "run") == {"checkpoint-1", "checkpoint-2", "config.yaml", "metrics.jsonl"}
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(OSError, match="the adapter could not be written"):
+        save_adapter(Accelerator(), model, tmp_path / "run", write)
+    assert TEXT not in names(tmp_path / "run")
+
+
+def test_divergence_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    args = text_arguments(tmp_path, **SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        loss = dllm.masked_diffusion_loss
+        steps: list[int] = []
+
+        def diverging(*parts: Any, **options: Any) -> Any:
+            steps.append(1)
+            value = loss(*parts, **options)
+            value.per_sample[0] *= float("nan") if len(steps) == 3 else 1.0
+            return value
+
+        patch.setattr(dllm, "masked_diffusion_loss", diverging)
+        with pytest.raises(TrainingDiverged, match=r"loss became nan in step 3; .*checkpoint-2$"):
+            dllm.main(args)
+
+
+def test_folder_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
+    args = SimpleNamespace(output_dir=str(run))
+    with pytest.raises(ValueError, match="already holds another run or other files"):
+        check_output_dir(args, None)
+    check_output_dir(args, run / "checkpoint-4")  # which is resumed
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="can't be written"):
+        check_output_dir(SimpleNamespace(output_dir=str(tmp_path / "file" / "out")), None)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="in use by another run"):
+        dllm.main(text_arguments(tmp_path, **SHORT))
+    assert names(tmp_path / "run") <= {".lock"}
+
+
+def test_resumed_log_forgets_the_steps_that_are_taken_again(run: Path, tmp_path: Path) -> None:
+    dllm.main(text_arguments(tmp_path, **SHORT))
+    fresh_accelerate()
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 4, "lo')
+    dllm.main(text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3")))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
+    assert digest_texts(["a", "b"]) == digest_texts(iter(["a", "b"])) != digest_texts(["ab"])
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"2")
+    own, half = digest_base({"": tmp_path}), digest_base({"": tmp_path}, "fp16")
+    assert own.keys() == {"base model", "base model configuration config.json"}
+    assert own["base model"] != half["base model"]
+    (tmp_path / "model.safetensors").unlink()
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"3")
+    assert digest_base({"": tmp_path})["base model"] not in (own["base model"], half["base model"])
+
+
+@pytest.mark.parametrize(("batch", "processes", "steps"), [(32, 2, 4), (8, 2, 1)])
+def test_global_batch_is_divided_among_processes(batch: int, processes: int, steps: int) -> None:
+    args = SimpleNamespace(global_batch_size=batch, train_batch_size=4, gradient_accumulation_steps=1)
+    assert accumulation_steps(args, processes) == steps
+    with pytest.raises(ValueError, match="isn't a multiple of the 12 samples"):
+        accumulation_steps(args, 3)
+
+
+def test_work_is_split_and_comes_back_in_order() -> None:
+    assert split_across_processes(Accelerator(), 5, lambda indices: [index**2 for index in indices]) == [0, 1, 4, 9, 16]
+
+
+def test_second_ctrl_c_stops_at_once_and_the_launcher_s_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0])
+    monkeypatch.setattr("nara_diffusion.training.interrupts.time.monotonic", lambda: next(clock))
+    before = signal.getsignal(signal.SIGINT)
+    with InterruptRequest() as request:
+        for _ in range(2):  # the second within a second, which is the launcher's
+            signal.raise_signal(signal.SIGINT)
+        assert request.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
