@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ _CORE_FIELDS = {
     "identity": (),
 }
 """{core_type: the fields that describe such a core}."""
-_LABEL_WIDTH = 12
 
 
 def described(file: AdapterFile) -> dict[str, Any]:
@@ -47,13 +47,17 @@ def described(file: AdapterFile) -> dict[str, Any]:
 def _described_part(part: AdapterPart) -> dict[str, Any]:
     adapter_of_part(part)  # raises if it is damaged
     config, modules, core = part.config, part.modules, part.core
+
+    def last_word(name: str) -> str:  # that is no number
+        return [word for word in name.split(".") if not word.isdigit()][-1]
+
     factors = sum(tensor.numel() for key, tensor in part.tensors.items() if not is_core_key(key))
     fields = _CORE_FIELDS.get(config.core_type, ("core_sharing",))
     return {
         "method": "NaRA-DoRA" if config.use_dora else "NaRA",
         "base_model": config.base_model_name_or_path,
         "modules": len(modules),
-        "module_kinds": _kinds(modules),
+        "module_kinds": dict(Counter(last_word(name) for name in modules)),
         "ranks": sorted(set(modules.values())),
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
@@ -67,44 +71,22 @@ def _described_part(part: AdapterPart) -> dict[str, Any]:
     }
 
 
-def _kinds(modules: dict[str, int]) -> dict[str, int]:
-    """{last word of the modules' names that is no number: how many modules have it}."""
-    found: dict[str, int] = {}
-    for name in modules:
-        words = [word for word in name.split(".") if not word.isdigit()]
-        found[words[-1]] = found.get(words[-1], 0) + 1
-    return found
-
-
 def text_of(found: dict[str, Any]) -> str:
     """The text of a description, as `nara inspect` prints it."""
-    lines = [found["file"], _line("size", f"{found['bytes']:,} bytes"), _line("sha256", found["sha256"])]
+    lines = [f"{found['file']}: {found['bytes']:,} bytes, sha256 {found['sha256']}"]
     for name, part in found["components"].items():
-        lines += ["", f"{name}: {part['method']}", *(_line(*row) for row in _rows(part))]
+        sizes = part["parameters"]
+        total = f"{sum(sizes.values()):,}: A and B {sizes['factors']:,}, core {sizes['core']:,}"
+        rows = {**part, "parameters": total, "noise_convention": part["noise_convention"] or "not stated"}
+        lines += ["", f"{name}: {part['method']}"]
+        lines += [f"  {label:<17} {_words(value)}" for label, value in rows.items() if value and label != "method"]
     return "\n".join(lines)
 
 
-def _rows(part: dict[str, Any]) -> list[tuple[str, str]]:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in part["module_kinds"].items())
-    ranks = ", ".join(map(str, part["ranks"]))
-    core = ", ".join(f"{name} {value}" for name, value in part["core"].items())
-    sizes = part["parameters"]
-    rows = [
-        ("base model", part["base_model"]),
-        ("modules", f"{part['modules']}: {kinds}"),
-        ("rank", f"{ranks}; lora_alpha {part['lora_alpha']}{', rsLoRA' if part['use_rslora'] else ''}"),
-        ("core", f"{part['core_type']}{': ' if core else ''}{core}"),
-        ("λ", part["noise_convention"] or ("not stated" if part["core_type"] != "identity" else None)),
-        ("strength", part["strength"] and f"over λ: {part['strength']}"),
-        ("scheduler", part["scheduler"] and json.dumps(part["scheduler"])),
-        ("parameters", f"{sizes['factors'] + sizes['core']:,}: A and B {sizes['factors']:,}, core {sizes['core']:,}"),
-        ("dtype", ", ".join(part["dtypes"])),
-    ]
-    return [(label, str(value)) for label, value in rows if value]
-
-
-def _line(label: str, value: str) -> str:
-    return f"  {label:<{_LABEL_WIDTH}}{value}"
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each}" for name, each in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

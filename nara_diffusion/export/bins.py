@@ -143,7 +143,8 @@ def _blend(samples: CoreSamples, bins: int | None, adapter_name: str) -> _Blend:
         raise ValueError(
             f"Adapter '{adapter_name}' is not exactly a sum of {len(exact.schedules)} LoRAs: pass bins, their number."
         )
-    placements = [_uniform(samples, bins), _grown(samples, samples.breakpoints, bins)]
+    starts = (samples.breakpoints, [0, len(samples.levels) - 1])
+    placements = [_uniform(samples, bins), *(_grown(samples, start, bins) for start in starts)]
     fits = [_of_knots(samples, knots, fitted=True) for knots in placements if knots is not None]
     return min(fits, key=lambda blend: blend.error.mean_update)
 
