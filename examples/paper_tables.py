@@ -101,7 +101,7 @@ def commands(args: argparse.Namespace, run: Run) -> Iterator[list[str]]:
             ]
     if evaluated(evaluation, domain) is None:
         yield [
-            *(*launch, "-m", "nara_diffusion.lm_eval.command", "run", "--model", "nara_dllm"),
+            *(*launch, "-m", "nara_diffusion.lm_eval", "run", "--model", "nara_dllm"),
             *("--model_args", json.dumps(model), "--tasks", ",".join(TASKS[domain])),
             *("--apply_chat_template", "--batch_size", "16", "--output_path", str(evaluation)),
             *("--use_cache", str(evaluation / "answers")),  # answers that a stopped evaluation has

@@ -41,8 +41,9 @@ def text_source(args: Any, device: torch.device, dtype: torch.dtype) -> CheckTas
     """
     records = records_from_file(args.data)
     model, tokenizer = load_backbone(args.model, dtype=dtype)
-    check_positions(model, args.max_length)
-    rows = encode_records(records, tokenizer, max_length=args.max_length, progress=False).rows
+    encoded = encode_records(records, tokenizer, max_length=args.max_length, progress=False)
+    check_positions(model, encoded.longest)
+    rows = encoded.rows
     adapter = AdapterArguments(rank=args.rank, target_modules=args.target_modules or [ALL_LINEAR])
     own = SimpleNamespace(**vars(adapter), **vars(OptimizationArguments(**_rates(args))), seed=args.seed)
     longest = max(len(row["input_ids"]) - row["prompt_length"] for row in rows)  # of an answer and its end

@@ -24,7 +24,7 @@ COMMANDS = {
     "fold": "nara_diffusion.cli.fold",
     "convert": "nara_diffusion.cli.convert",
     "check": "nara_diffusion.check.cli",
-    "eval": "nara_diffusion.lm_eval.command",
+    "eval": "nara_diffusion.lm_eval.__main__",
     "metrics": "nara_diffusion.dreambooth.evaluation.fidelity",
 }
 """{command: the module that has its `main`}. The module is imported when the command is called."""

@@ -103,27 +103,19 @@ def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int) -> None
         )
 
 
-def check_positions(model: nn.Module, max_length: int, *, longest: int = 0) -> None:
-    """Refuse a `max_length` beyond a table of learned positions, and warn of samples beyond rotary positions.
-
-    Args:
-        max_length: the most tokens of a sample.
-        longest: the tokens of the longest sample.
+def check_positions(model: nn.Module, longest: int) -> None:
+    """Refuse samples of up to `longest` tokens beyond a table of learned positions; warn of those beyond rotary ones.
 
     Raises:
         ValueError: with what was given, the limit and the remedy.
     """
     backbone = Backbone(model)
     limit = backbone.position_limit
-    if limit is None:
+    if limit is None or longest <= limit:
         return
-    if backbone.position_table is not None and max_length > limit:
-        raise ValueError(
-            f"max_length is {max_length}, and the model has a table of {limit} positions: give --max_length {limit}"
-        )
-    if longest > limit:
-        logger.warning(
-            "samples have up to %d tokens, and the model knows %d positions: what it makes of those beyond is worse, "
-            "and `generate` doesn't go there. --max_length %d cuts the samples",
-            *(longest, limit, limit),
-        )
+    message = (
+        f"samples have up to {longest} tokens, and the model knows {limit} positions: --max_length {limit} cuts them"
+    )
+    if backbone.position_table is not None:
+        raise ValueError(message)
+    logger.warning("%s; what it makes of tokens beyond is worse, and `generate` doesn't go there", message)

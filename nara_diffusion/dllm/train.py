@@ -113,7 +113,6 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     with loading_in(run.accelerator, run.weights_dtype):
         backbone, tokenizer = load(dtype=run.weights_dtype)
     run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
-    check_positions(backbone, args.max_length)
     encoded = [encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main) for part in records]
     train_rows, validation_rows, test_rows = (part.rows for part in encoded)
     padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
@@ -135,7 +134,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
     model = build_adapter(backbone, args, strength=schedule_of(args))
     check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
-    check_positions(model, args.max_length, longest=collator.padded_length(longest, longest_prompt))
+    check_positions(model, collator.padded_length(longest, longest_prompt))
     if run.checkpoint is not None:
         load_checkpoint(model, run.checkpoint)
     elif args.init_adapter is not None:

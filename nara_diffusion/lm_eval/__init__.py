@@ -4,7 +4,7 @@
 
 | module         | what is in it                                                                      |
 |----------------|------------------------------------------------------------------------------------|
-| `command`      | the command: registers the model class and this package's tasks, then runs lm-eval |
+| `__main__`     | the command: registers the model class and this package's tasks, then runs lm-eval |
 | `harness_model`| `NaraDLLM`, lm-eval's interface: generation and likelihood, λ set at each forward  |
 | `harness_text` | texts → token ids, as in training; gen_kwargs → arguments of `generate`            |
 | `load_model`   | --model_args → model, tokenizer, adapter                                           |

@@ -168,16 +168,16 @@ def test_table_of_positions_ends_where_the_model_does(model: Any) -> None:
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((2, 20), 7))
     check_positions(model, 19)
-    with pytest.raises(ValueError, match=r"max_length is 20, .* table of 19 positions: give --max_length 19"):
+    with pytest.raises(ValueError, match=r"up to 20 tokens, and the model knows 19 positions: --max_length 19"):
         check_positions(model, 20)
 
 
 def test_rotary_positions_are_warned_of_where_samples_are_longer(caplog: pytest.LogCaptureFixture) -> None:
     model = backbone(VOCABULARY)
     with caplog.at_level(logging.WARNING):
-        check_positions(model, 512, longest=64)
+        check_positions(model, 64)
         assert caplog.messages == []
-        check_positions(model, 512, longest=65)
+        check_positions(model, 65)
     assert "samples have up to 65 tokens, and the model knows 64 positions" in caplog.text
 
 

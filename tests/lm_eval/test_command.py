@@ -17,7 +17,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 
-from nara_diffusion.lm_eval.command import TASKS, adjusted, main, with_defaults
+from nara_diffusion.lm_eval.__main__ import TASKS, adjusted, main, with_defaults
 
 from .conftest import LLADA_TINY, ROWS
 

@@ -12,7 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from nara_diffusion.lm_eval.command import TASKS
+from nara_diffusion.lm_eval.__main__ import TASKS
 from nara_diffusion.lm_eval.tasks.code import code_of
 
 SETS: dict[str, tuple[str, list[tuple[str, Any, str]]]] = {

@@ -5,7 +5,7 @@ and that of the subcommand is run:
 
     nara-eval --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,peft=outputs/dllm-1 --tasks llm_adapters_gsm8k
     nara-eval ls tasks
-    accelerate launch -m nara_diffusion.lm_eval.command --model_args … --tasks …     # all GPUs
+    accelerate launch -m nara_diffusion.lm_eval --model_args … --tasks …     # all GPUs
     nara-eval run --help                                                             # all flags
 
 docs/evaluation.md describes the paper's test sets, the settings of the sampler, and code benchmarks.
