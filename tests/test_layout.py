@@ -15,8 +15,8 @@ FLOORS = (
     ("tuner", "loaders"),
     ("export",),
     ("training",),
-    ("dllm", "dreambooth"),
-    ("check", "lm_eval"),
+    ("dllm", "dreambooth", "check"),
+    ("lm_eval",),
     ("cli",),
 )
 """From below: a room imports from its own floor and those below it."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -91,7 +91,9 @@ def published(args: Any) -> Any:
     options = {name: value for name, value in args.adapter_options.items() if name in kept}
     own = {"adapter": "nara", "core_type": "hypernetwork", "lora_dropout": 0.0, "adapter_options": options}
     schedule = {"core_start_step": 0, "lr_scheduler": "cosine", "lr_warmup_steps": WARMUP}
-    return SimpleNamespace(**vars(args) | own | schedule)
+    changed = copy(args)
+    vars(changed).update(own | schedule)
+    return changed
 
 
 def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> Iterator[Repeat]:

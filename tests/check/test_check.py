@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from nara_diffusion.check import Repeat, decide, judge, published, trials
+from nara_diffusion.check import Repeat, decide, judge, published, trials, verdict_report
 from nara_diffusion.check.cli import main
 from nara_diffusion.check.trials import CheckSettings, CheckTask, restart
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, after_steps, by_bins, relative_difference
@@ -152,19 +153,19 @@ def test_relative_difference_counts_each_bin_alike():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "text"])
-def test_command_writes_numbers_and_a_picture(kind, tmp_path, capsys):
+def test_command_writes_numbers_and_a_picture(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verdict_report, "CheckSettings", partial(CheckSettings, steps=2, samples=20, repeats=3))
     if kind == "images":
         small_sdxl().save_pretrained(tmp_path / "sdxl")
         words = [str(tmp_path / "sdxl"), str(ASSETS / "subject"), "--resolution", "16"]
     else:
         lines = (ASSETS / "two-step" / "validation.jsonl").read_text().splitlines()[:24]
         (tmp_path / "train.jsonl").write_text("\n".join(lines))
-        words = [str(ASSETS / "llada-tiny"), str(tmp_path / "train.jsonl"), "--max_length", "60"]
+        words = [str(ASSETS / "llada-tiny"), str(tmp_path / "train.jsonl"), "--max_length", "60", "--gen_length", "12"]
         words += ["--target_modules", "q_proj"]
-    short = ["--samples", "20", "--steps", "2", "--batch_size", "5", "--repeats", "3", "--rank", "2"]
-    main([*words, *short, "--output_dir", str(tmp_path / "out")])
+    main([*words, "--rank", "2", "--output_dir", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "check.json").read_text())
-    assert found["settings"] == {"steps": 2, "samples": 20, "repeats": 3}
+    assert (found["rank"], found["learning_rate"], found["core_learning_rate"]) == (2, 1e-2, 2.5e-3)
     assert 0 < found["losses"]["nara"] != found["losses"]["lora"] > 0
     assert f"{found['verdict']}: {found['reason']}" in capsys.readouterr().out
     assert (tmp_path / "out" / "check.png").read_bytes().startswith(b"\x89PNG")
@@ -173,10 +174,10 @@ def test_command_writes_numbers_and_a_picture(kind, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "MODEL and DATA are needed"),
+        ([], "takes MODEL and DATA before its flags, got 0"),
         (["model", "nowhere"], "DATA nowhere doesn't exist"),
         (["model", str(ASSETS), "more"], "takes MODEL and DATA before its flags, got 3"),
-        (["model", str(ASSETS), "--repeats", "2"], "repeats is 2, expected at least 3"),
+        ([str(ASSETS / "llada-tiny"), __file__, "--rank", "0"], "rank must be at least 1, got 0"),
     ],
 )
 def test_command_refuses_in_one_line(words, message, capsys):

@@ -1,17 +1,18 @@
-"""Ablations: the same adapter without its λ, by hooks on its cores, to measure what λ is worth.
+"""Ablations: wrong λ on purpose. What is left of an adapter's gain then doesn't come from knowing the noise.
 
-    with changed_noise(model, constant_noise(0.5)): …     cores read one λ whatever the noise is
-    with changed_noise(model, reversed_noise): …          … 1 − λ
-    with mean_core(model, grid): …                        C(λ) is replaced by its mean over a grid of λ
+constant   trained and evaluated with λ = 0.5
+shuffled   trained with the λ of other samples, evaluated with the true one
+reversed   the trained adapter, evaluated with 1 − λ
+mean_core  the trained adapter, evaluated with the mean of C(λ) over a grid of λ
 
-They work in evaluation and in training. The model's inputs (masks, noise) and the λ that has to be known stay as they
-are. Leave a context before another core is added.
+They hook the cores, in evaluation and in training: the model's inputs (masks, noise) stay as they are. Leave a context
+before another core is added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from nara_diffusion.cores.float32 import Core
 
+EVALUATED = ("mean_core", "reversed")
+"""Ablations of the trained adapter."""
+GRID = (torch.arange(100) + 0.5) / 100
 Change = Callable[[Tensor], Tensor]
 """From a signal of a batch, λ (b,) or the mask density (b,), to what cores read in its place."""
 
@@ -66,11 +70,31 @@ def mean_core(model: nn.Module, noise_levels: Tensor) -> Iterator[None]:
             handle.remove()
 
 
-def constant_noise(level: float) -> Change:
-    """λ, and the mask density, are `level` for every sample."""
-    return lambda signal: torch.full_like(signal, level)
+def constant_noise(signal: Tensor) -> Tensor:
+    """λ, and the mask density, are 0.5 for every sample."""
+    return torch.full_like(signal, 0.5)
 
 
 def reversed_noise(signal: Tensor) -> Tensor:
     """1 − λ, and one minus the mask density."""
     return 1 - signal
+
+
+def exchanged_noise(generator: torch.Generator) -> Change:
+    """Each sample has the λ of another one than itself, by a random cycle through the batch for each core's call."""
+
+    def change(signal: Tensor) -> Tensor:
+        cycle = torch.randperm(len(signal), generator=generator)
+        result = torch.empty_like(signal)
+        result[cycle] = signal[cycle.roll(1)]
+        return result
+
+    return change
+
+
+def while_evaluating(model: nn.Module, control: str | None, grid: Tensor = GRID) -> AbstractContextManager[None]:
+    """Inside, the cores of `model` are what a control makes of them in evaluation; of "shuffled", as they are."""
+    changes = {"constant": constant_noise, "reversed": reversed_noise}
+    if control == "mean_core":
+        return mean_core(model, grid)
+    return changed_noise(model, changes[control]) if control in changes else nullcontext()

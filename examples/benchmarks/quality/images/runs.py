@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from quality.images.controls import EVALUATED_CONTROLS, while_evaluating
 from quality.images.held_out import BACKBONE, bin_centres
-from quality.images.methods import BASE, NOISE_AWARE, adapted
-from quality.images.settings import arguments, settings
+from quality.images.settings import BASE, NOISE_AWARE, adapted, arguments, settings
 from quality.images.task import ImageTask, binned_losses, judged_samples, load_task
 from quality.images.training import train
 from quality.running import Job, Settings, Suite
+from quality.wrong_noise import EVALUATED, while_evaluating
 
 
 def image_records(
@@ -47,7 +46,7 @@ def image_records(
         train(task, unet, args, control, progress)
     common = description(subject, method, seed, args, overrides)
     common["trainable_parameters"] = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    evaluated = EVALUATED_CONTROLS if method in NOISE_AWARE and control is None else ()
+    evaluated = EVALUATED if method in NOISE_AWARE and control is None else ()
     records = []
     for name in (control, *evaluated):
         with while_evaluating(unet, name):

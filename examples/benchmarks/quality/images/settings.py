@@ -1,16 +1,45 @@
-"""What an image run does: the arguments of train_scripts/dreambooth_sdxl.py, from defaults, method and overrides."""
+"""What an image run does: the arguments of train_scripts/dreambooth_sdxl.py, and the UNet that a method trains."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+from peft import inject_adapter_in_model
+
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.adapters import without_unread
+from nara_diffusion.training.adapters import NAMED, adapter_config, check_target_modules, without_unread
 from quality.assets import ASSETS
 from quality.images.held_out import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
-from quality.images.methods import BASE
 from quality.options import arguments_of
 from quality.running import RANK
+
+# ---------------------------------------------------------------------- methods
+
+BASE = "base"
+"""The backbone as it is."""
+NAMES = [BASE, *(name for name in NAMED if not name.endswith("_tuning")), "vera", "oft", "full"]
+"""Of the methods that a UNet can have."""
+NOISE_AWARE = ("nara", "nara_dora", "nara_knots")
+
+
+def adapted(pipe: Any, method: str, args: Any) -> Any:
+    """A copy of the UNet of `pipe`, in which what `method` trains requires a gradient, and nothing else.
+
+    Raises:
+        ValueError: a name in `target_modules` matches nothing, or a module that the method can't adapt.
+    """
+    unet = copy.deepcopy(pipe.unet)
+    if method == BASE:
+        return unet
+    config = adapter_config(args, noise_convention="timestep")
+    if config is None:
+        return unet.requires_grad_(True)
+    check_target_modules(unet, config.target_modules)
+    return inject_adapter_in_model(config, unet)
+
+
+# ---------------------------------------------------------------------- settings
 
 DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": str(ASSETS / BACKBONE),

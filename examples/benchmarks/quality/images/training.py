@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nara_diffusion import noise_level
 from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset
+from nara_diffusion.dreambooth.draws import draw_indices
 from nara_diffusion.dreambooth.families.unets import SDXL
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from quality.images.controls import shuffled_noise_levels, while_training
 from quality.images.held_out import SIZE
 from quality.images.task import ImageTask
+from quality.wrong_noise import while_evaluating
+
+
+def shuffled_noise_levels(positions: Sequence[int], seed: int, levels: int, group_size: int) -> Tensor:
+    """λ (b,) of samples at `positions`: drawn as the true ones are, and independent of them.
+
+    A permutation within a batch of five would leave one sample in five its own λ.
+    """
+    options: dict[str, Any] = {"stratified": True, "group_size": group_size, "role": "shuffled"}
+    return draw_indices(positions, torch.arange(levels), seed=seed, **options) / levels
 
 
 class ControlledDenoiser(nn.Module):
@@ -29,7 +40,8 @@ class ControlledDenoiser(nn.Module):
         self.shuffled: Tensor | None = None  # λ of the next forward, for the control of that name
 
     def forward(self, sample: Tensor, timestep: Tensor, time_ids: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        with while_training(self.unet, self.control, self.shuffled):
+        shuffled = self.control == "shuffled"
+        with noise_level(self.unet, self.shuffled) if shuffled else while_evaluating(self.unet, self.control):
             return SDXL.predict(self.unet, sample, timestep, time_ids, embeddings)
 
 

@@ -37,7 +37,6 @@ from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from nara_diffusion.dreambooth.objectives import Corrupted, Objective, build_objective, squared_errors
 from quality.assets import ASSETS
 from quality.images import drawn
-from quality.images.controls import shuffled_noise_levels
 from quality.images.held_out import (
     BACKBONE,
     BINS,
@@ -52,9 +51,8 @@ from quality.images.held_out import (
     predicted,
     records_of,
 )
-from quality.images.methods import adapted
-from quality.images.settings import arguments
-from quality.images.training import ControlledDenoiser
+from quality.images.settings import adapted, arguments
+from quality.images.training import ControlledDenoiser, shuffled_noise_levels
 
 # ---------------------------------------------------------------------- objectives
 

@@ -20,13 +20,13 @@ from typing import Any, Protocol
 import torch
 
 from quality import results
-from quality.images.controls import while_evaluating
-from quality.images.methods import BASE
+from quality.images.settings import BASE
 from quality.images.training import optimize
 from quality.regimes.image_regimes import CONVERSIONS, UNET, Backbone, Conversion, subject_data
 from quality.regimes.text.corruption import MASKED, REPLACED
 from quality.regimes.text.data import determined_data, open_data
 from quality.regimes.text.denoising import Denoising
+from quality.wrong_noise import while_evaluating
 
 # ---------------------------------------------------------------------- methods
 

@@ -1,11 +1,19 @@
-"""What a run of the text benchmark is trained with, beside its method: what all methods of a comparison share."""
+"""What a run of the text benchmark trains: its recipe, and the model of a method, as in train_scripts/dllm.py."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from nara_diffusion.training.adapters import build_adapter
+from nara_diffusion.training.arguments import AdapterArguments
+from quality.options import arguments_of
 from quality.running import RANK
+
+# ---------------------------------------------------------------------- recipe
 
 
 @dataclass(frozen=True)
@@ -41,3 +49,24 @@ class Recipe:
         named = ("rank", "steps", "learning_rate", "core_learning_rate", "adapter")
         values = {key: value for key, value in asdict(self).items() if key not in named}
         return values | {"target_modules": list(self.target_modules)} | self.adapter
+
+
+# ---------------------------------------------------------------------- methods
+
+BASE = "base"
+"""The backbone as it is."""
+
+
+def adapted(model: PreTrainedModel, method: str, recipe: Recipe) -> Any:
+    """`model` with what `method` trains, which requires a gradient; the model itself for "full" and "base".
+
+    Raises:
+        ValueError: unknown method or argument.
+    """
+    if method == BASE:
+        return model.requires_grad_(False)
+    values: dict[str, Any] = {"rank": recipe.rank, "target_modules": list(recipe.target_modules), **recipe.adapter}
+    args = arguments_of(AdapterArguments, values | {"adapter": method})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        return build_adapter(model, args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,12 +22,11 @@ from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.training.optimization import is_core_parameter
 from quality.assets import ASSETS
 from quality.running import Job, Settings, Suite, is_noise_aware
-from quality.text.controls import EVALUATED, check_control, while_evaluating, while_training
 from quality.text.data import EncodedDomain, Rows, encode_domain
 from quality.text.domains import DEFAULT_SIZES, DOMAINS, Sizes, build_domain, is_right, sizes_of
-from quality.text.methods import BASE, adapted, adapter_arguments
-from quality.text.recipe import Recipe
+from quality.text.recipe import BASE, Recipe, adapted
 from quality.text.validation import CENTRES, ValidationSet, binned_losses, validation_set
+from quality.wrong_noise import EVALUATED, changed_noise, constant_noise, exchanged_noise, while_evaluating
 
 # ---------------------------------------------------------------------- training
 
@@ -148,16 +148,15 @@ def text_records(
         ArithmeticError: training diverged.
     """
     recipe = Recipe.of(**settings)
-    check_control(method, control)
-    if method != BASE:
-        adapter_arguments(method, recipe)  # refuses what is wrong before anything is loaded
     started = time.perf_counter()
     task = load_task(backbone, domain, sizes_of(sizes))
     torch.manual_seed(seed)
     model = adapted(copy.deepcopy(task.model), method, recipe)
     losses: list[float] = []
     if method != BASE:
-        with while_training(model, control, seed):
+        exchange = exchanged_noise(torch.Generator().manual_seed(seed))
+        changes = {"constant": constant_noise, "shuffled": exchange}
+        with nullcontext() if control is None else changed_noise(model, changes[control]):
             losses = train(model, task.data.train, recipe, seed)
     common = description(backbone, domain, method, seed, recipe)
     last = losses[-max(1, recipe.steps // 10) :]
@@ -217,7 +216,7 @@ def description(backbone: str, domain: str, method: str, seed: int, recipe: Reci
 
 def _measure(model: nn.Module, task: Task, control: str | None) -> dict[str, Any]:
     """Loss in each bin, and the share of right answers, of a model under an evaluation's control."""
-    with while_evaluating(model, control):
+    with while_evaluating(model, control, torch.tensor(CENTRES)):
         losses = binned_losses(model, task.validation)
         right = answered_right(model, task.tokenizer, task.data.test)
     return {

@@ -21,10 +21,9 @@ from nara_diffusion.training.adapters import build_adapter
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
 from nara_diffusion.training.parser import option
 from quality.assets import ASSETS
-from quality.images.methods import BASE
+from quality.images.settings import BASE
 from quality.options import arguments_of
-from quality.text.controls import CONSTANT, exchanged_noise
-from quality.wrong_noise import changed_noise, constant_noise
+from quality.wrong_noise import changed_noise, constant_noise, exchanged_noise
 
 DEFAULTS: dict[str, Any] = {"train_batch_size": 32, "lr_scheduler": "cosine", "lr_warmup_steps": 0.05}
 
@@ -71,7 +70,7 @@ class ControlledLanguageModel(nn.Module):
         super().__init__()
         self.model = model
         changes = {
-            "constant": constant_noise(CONSTANT),
+            "constant": constant_noise,
             "shuffled": exchanged_noise(torch.Generator().manual_seed(seed)),
         }
         self.change = None if control is None else changes[control]
