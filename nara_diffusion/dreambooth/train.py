@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ from nara_diffusion.dreambooth.evaluation.comparison import (
 from nara_diffusion.dreambooth.evaluation.image_report import results_table, window_note, write_run_report
 from nara_diffusion.dreambooth.evaluation.samples import sample_settings
 from nara_diffusion.dreambooth.families.flows import SD3
-from nara_diffusion.dreambooth.families.pipelines import folders_of, loader_of, sampling_pipeline
+from nara_diffusion.dreambooth.families.pipelines import folders_of, load_pipeline, sharing_pipeline
 from nara_diffusion.dreambooth.families.table import family_of_model
 from nara_diffusion.dreambooth.setup import (
     load_class_images,
@@ -177,7 +178,13 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     instances, held_out_images = load_images(args, show)
     run.record_data_digest("validation data", record_texts(held_out_images))
     evaluator = Evaluator.of_run(args, [record.load() for record in instances], device)
-    load = loader_of(args)
+    load = partial(
+        load_pipeline,
+        args.pretrained_model_name_or_path,
+        vae_name=args.pretrained_vae_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+    )
 
     # Model
     pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32)
@@ -221,7 +228,11 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         window_of(args),
         family,
     )
-    sampler = sampling_pipeline(pipe, config, run.dtype, load)
+    # the base's weights are shared, unless they are trained
+    if config is None:
+        sampler = load(dtype=run.dtype, vae_dtype=run.dtype).to(device)
+    else:
+        sampler = sharing_pipeline(pipe, run.dtype)
     model = AdaptedDenoiser(
         pipe,
         config,

@@ -1,6 +1,7 @@
 """Transformers that are rectified flows: Stable Diffusion 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image and Wan.
 
-σ is the timestep divided by 1000 in their pipelines, whatever the scheduler's configuration says.
+σ is the timestep divided by 1000 in their pipelines, whatever the scheduler's configuration says. The pipelines' own
+functions make tokens of latents and latents of tokens, as in Diffusers' training scripts.
 """
 
 from __future__ import annotations
@@ -9,33 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import Flux2Pipeline, FluxPipeline
 from torch import Tensor
 
 from .family import Call, Embeddings, Family, stack_padded
 
 N = 1000
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(b, c, h, w) → (b, h w / 4, 4 c): a token has the 2 × 2 values of each channel of a patch, row by row."""
-    b, c, h, w = latents.shape
-    patches = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)  # (b, h / 2, w / 2, c, 2, 2)
-    return patches.reshape(b, h * w // 4, 4 * c)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`, for latents of this height and width."""
-    b, _, c = tokens.shape
-    patches = tokens.view(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(b, c // 4, height, width)
-
-
-def grid_ids(height: int, width: int, dimensions: int, device: torch.device) -> Tensor:
-    """Positions (h w, dimensions): the row in column 1, the column in column 2, and else 0."""
-    ids = torch.zeros(height, width, dimensions, device=device)
-    ids[..., 1] = torch.arange(height, device=device)[:, None]
-    ids[..., 2] = torch.arange(width, device=device)
-    return ids.view(height * width, dimensions)
 
 
 def _guidance(call: Call) -> Tensor | None:
@@ -90,19 +70,19 @@ SD3 = Family(
 
 def _call_flux(transformer: Any, call: Call) -> Tensor:
     states, pooled = call.embeddings
-    height, width = call.sample.shape[2:]
+    b, c, h, w = call.sample.shape
     device, dtype = call.sample.device, call.sample.dtype
     tokens = transformer(
-        hidden_states=pack(call.sample),
+        hidden_states=FluxPipeline._pack_latents(call.sample, b, c, h, w),
         timestep=call.timestep.float() / N,
         guidance=_guidance(call),
         pooled_projections=pooled,
         encoder_hidden_states=states,
         txt_ids=torch.zeros(states.shape[1], 3, device=device, dtype=dtype),
-        img_ids=grid_ids(height // 2, width // 2, 3, device).to(dtype),
+        img_ids=FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, device, dtype),
         return_dict=False,
     )[0]
-    return unpack(tokens, height, width)
+    return FluxPipeline._unpack_latents(tokens, h, w, 1)
 
 
 FLUX = Family(
@@ -123,17 +103,14 @@ FLUX = Family(
 
 def _call_flux2(transformer: Any, call: Call) -> Tensor:
     (states,) = call.embeddings
-    b, _, height, width = call.sample.shape  # of patches
     device = call.sample.device
-    text_ids = torch.zeros(b, states.shape[1], 4, dtype=torch.int64, device=device)
-    text_ids[..., 3] = torch.arange(states.shape[1], device=device)
     tokens = transformer(
-        hidden_states=call.sample.flatten(2).transpose(1, 2),  # (b, h w, c)
+        hidden_states=Flux2Pipeline._pack_latents(call.sample),  # (b, h w, c), latents are of patches
         timestep=call.timestep.float() / N,
         guidance=_guidance(call),
         encoder_hidden_states=states,
-        txt_ids=text_ids,
-        img_ids=grid_ids(height, width, 4, device).long().expand(b, -1, -1),
+        txt_ids=Flux2Pipeline._prepare_text_ids(states).to(device),
+        img_ids=Flux2Pipeline._prepare_latent_ids(call.sample).to(device),
         return_dict=False,
     )[0]
     return tokens.transpose(1, 2).reshape(call.sample.shape)
@@ -192,16 +169,16 @@ def _encode_qwen_image(pipe: Any, prompts: list[str], length: int | None) -> Emb
 
 def _call_qwen_image(transformer: Any, call: Call) -> Tensor:
     states, mask = call.embeddings
-    b, _, height, width = call.sample.shape
+    b, c, h, w = call.sample.shape
     tokens = transformer(
-        hidden_states=pack(call.sample),
+        hidden_states=FluxPipeline._pack_latents(call.sample, b, c, h, w),
         timestep=call.timestep.float() / N,
         encoder_hidden_states=states,
         encoder_hidden_states_mask=None if mask.all() else mask,
-        img_shapes=[[(1, height // 2, width // 2)]] * b,
+        img_shapes=[[(1, h // 2, w // 2)]] * b,
         return_dict=False,
     )[0]
-    return unpack(tokens, height, width)
+    return FluxPipeline._unpack_latents(tokens, h, w, 1)
 
 
 def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ def load_pipeline(
     vae_dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
-    cache_dir: str | None = None,
 ) -> Any:
     """Load a pipeline of the class that its `model_index.json` names: frozen, on the CPU.
 
@@ -45,15 +43,14 @@ def load_pipeline(
         vae_name: folder or id of another autoencoder; None takes the pipeline's own.
         vae_dtype: of the autoencoder.
         revision, variant: of the pipeline, and of its own autoencoder; variant is for example "fp16".
-        cache_dir: where downloads are kept.
 
     Raises:
         ValueError: there is no such pipeline or autoencoder, or its family can't be trained.
     """
-    index = model_index(name, revision=revision, cache_dir=cache_dir)
+    index = model_index(name, revision=revision)
     family = family_named(str(index.get("_class_name")))
-    hub = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
-    vae_source = {"subfolder": "vae", **hub} if vae_name is None else {"cache_dir": cache_dir}
+    hub = {"revision": revision, "variant": variant}
+    vae_source = {"subfolder": "vae", **hub} if vae_name is None else {}
     # Diffusers fails for missing components unless they are passed as None
     absent: dict[str, Any] = {part: None for part, classes in index.items() if classes == [None, None]}
     if "safety_checker" in index:  # it replaces images that it takes for unsafe by black ones
@@ -62,7 +59,7 @@ def load_pipeline(
         vae = getattr(diffusers, index["vae"][1]).from_pretrained(vae_name or name, dtype=vae_dtype, **vae_source)
         kind = getattr(diffusers, index["_class_name"])
         pipe: Any = kind.from_pretrained(name, vae=vae, dtype=dtype, **hub, **absent)
-        check_scheduler(family.fit(pipe, family), pipe.scheduler)
+        _check_scheduler(family.fit(pipe, family), pipe.scheduler)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         what = f"pretrained_model_name_or_path {name}" + (f" with the autoencoder {vae_name}" if vae_name else "")
         raise ValueError(f"{what} can't be loaded as {family.title}: {error}") from error
@@ -72,26 +69,10 @@ def load_pipeline(
     return pipe
 
 
-def loader_of(args: Any) -> Callable[..., Any]:
-    """`load_pipeline` with the arguments of a DreamBoothArguments, all but the dtypes."""
-    return partial(
-        load_pipeline,
-        args.pretrained_model_name_or_path,
-        vae_name=args.pretrained_vae_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-    )
-
-
-def check_scheduler(family: Family, scheduler: Any) -> None:
-    """Raises ValueError for a scheduler of another kind than the family is trained with."""
+def _check_scheduler(family: Family, scheduler: Any) -> None:
     prediction = prediction_by(scheduler)
-    fits = (
-        prediction is not None and prediction.kind == FLOW
-        if family.is_flow
-        else hasattr(scheduler, "scale_model_input")
-    )
-    if not fits:
+    is_flow = prediction is not None and prediction.kind == FLOW
+    if not (is_flow if family.is_flow else hasattr(scheduler, "scale_model_input")):
         raise ValueError(
             f"{type(scheduler).__name__} is no scheduler that {family.title} is trained with: put the one that the "
             "model came with into its folder."
@@ -138,17 +119,6 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     other = type(pipe)(**{**pipe.components, **modules, "scheduler": scheduler}, **options)
     other.set_progress_bar_config(disable=True)
     return other
-
-
-def sampling_pipeline(pipe: Any, config: Any, dtype: torch.dtype, load: Callable[..., Any]) -> Any:
-    """The pipeline that samples while `pipe` is trained with an adapter of `config`, or, if that is None, in full.
-
-    Call it before the adapter is added. It shares the parameters of `pipe`, unless these are trained; then `load` loads
-    another pipeline.
-    """
-    if config is None:
-        return load(dtype=dtype, vae_dtype=dtype).to(pipe.device)
-    return sharing_pipeline(pipe, dtype)
 
 
 def render(pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]) -> Any:

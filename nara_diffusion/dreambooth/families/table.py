@@ -37,7 +37,7 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
     """The `model_index.json` of a folder, or of a repository on the Hub: classes of the pipeline and its components.
 
     Args:
-        hub: revision, cache_dir, ….
+        hub: revision, token, ….
 
     Raises:
         ValueError: there is none.
