@@ -7,12 +7,11 @@ and `check_loaded` any method's adapter with its file afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor
 
 from nara_diffusion.utils.listing import listed
@@ -101,24 +100,21 @@ def check_loaded(model: Any, adapter_name: str, tensors: Mapping[str, Tensor], o
         tensors: by PEFT's names, with or without its prefix.
 
     Raises:
-        ValueError: a tensor is not in the model, or the model has an adapted layer without tensors; the message names
-            the layers.
+        ValueError: a tensor is not in the model, or the model has one of which there is nothing in the file.
     """
     there, given = _by_plain_name(held_tensors(model, adapter_name)), _by_plain_name(tensors)
     lost = [key for key, tensor in given.items() if key not in there or not _equal(there[key], tensor)]
     surplus = [key for key in there if key not in given]
-    if not lost and not surplus:
-        return
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[adapter_name].peft_type, "lora_")
-    wrong, layers = _layers(lost or surplus, prefix), _layers(given, prefix)
-    what = f"{len(wrong)} of the {len(layers)} layers in {origin} did not load into {type(model).__name__}"
-    if not lost:
-        what = f"{type(model).__name__} has {len(wrong)} adapted layers of which there is nothing in {origin}"
-    raise ValueError(
-        f"{what}: {listed(wrong)}. The file's names, or its configuration, are not those that the installed PEFT, "
-        "Diffusers and Transformers expect of this model: save the adapter again with these versions, or load it into "
-        "the model that it was trained on."
-    )
+    if lost or surplus:
+        kind = type(model).__name__
+        what = f"{len(lost)} of the {len(given)} tensors of {origin} did not load into {kind}: {listed(lost)}"
+        if not lost:
+            what = f"{kind} has {len(surplus)} tensors of which there is nothing in {origin}: {listed(surplus)}"
+        raise ValueError(
+            f"{what}. The file's names, or its configuration, are not those that the installed PEFT, Diffusers and "
+            "Transformers expect of this model: save the adapter again with these versions, or load it into the model "
+            "that it was trained on."
+        )
 
 
 def held_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
@@ -135,13 +131,3 @@ def _equal(held: Tensor, given: Tensor) -> bool:
     if held.is_meta or held.shape != given.shape:  # on meta: it waits on disk
         return held.shape == given.shape
     return torch.allclose(held, given.to(held.device, held.dtype), rtol=0, atol=0, equal_nan=True)
-
-
-def _layers(keys: Iterable[str], prefix: str) -> list[str]:
-    """The layers to which the tensors of these keys belong. `prefix`: how the method's own names begin (lora_, …)."""
-    names = []
-    for key in keys:
-        parts = key.split(".")
-        own = [i for i, part in enumerate(parts) if part.startswith((prefix, prefix.rstrip("_")))]
-        names.append(".".join(parts[: own[0]]) if own and own[0] else key)
-    return list(dict.fromkeys(names))

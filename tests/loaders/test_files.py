@@ -133,10 +133,10 @@ def test_check_loaded_names_the_layers_that_are_not_as_in_the_file(tmp_path: Pat
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     check_loaded(model, "default", tensors, "the file")
     changed = {key: tensor + ("second.lora_B" in key) for key, tensor in tensors.items()}
-    with pytest.raises(ValueError, match="1 of the 2 layers in the file did not load into PeftModel: 'second'"):
+    with pytest.raises(ValueError, match="1 of the 4 tensors of the file did not load into PeftModel: 'second"):
         check_loaded(model, "default", changed, "the file")
     fewer = {key: tensor for key, tensor in tensors.items() if "first" not in key}
-    with pytest.raises(ValueError, match="1 adapted layers of which there is nothing in the file: 'first'"):
+    with pytest.raises(ValueError, match="2 tensors of which there is nothing in the file: 'first"):
         check_loaded(model, "default", fewer, "the file")
 
 
