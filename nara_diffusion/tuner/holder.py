@@ -137,10 +137,10 @@ class CoreHolder(HasSource, MergesCores, nn.Module):
         return getattr(self.channel.local, "adapter_names", None)
 
     def follow_factors(self) -> None:
-        """Make each core trainable if the A of its adapter is, unless its attribute `frozen` is set."""
+        """Make each core trainable if the A of its adapter is."""
         for name, layers in self.layers.items():
             cores: Any = self.cores[name]
-            trainable = bool(layers) and _is_trainable(layers[0], name) and not getattr(cores, "frozen", False)
+            trainable = bool(layers) and _is_trainable(layers[0], name)
             for parameter in cores.parameters():
                 if parameter.requires_grad != trainable:
                     parameter.requires_grad = trainable
