@@ -21,7 +21,7 @@ from nara_diffusion.export.plain_lora import flow_shift
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import AdapterFile
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
-from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.noise.level import NoiseSignals
 
 CONVENTIONS = {"sd15": ("timestep", "edm"), "sdxl": ("timestep", "edm")}
 """{base: definitions of λ that it can have}; "flow" for all others."""

@@ -20,7 +20,7 @@ from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_sa
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.setup import run_family
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
-from nara_diffusion.noise.signals import MASKED_SHARE
+from nara_diffusion.noise.level import MASKED_SHARE
 from nara_diffusion.training.adapters import adapter_config, add_adapter
 
 from .trials import CheckTask, published

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nara_diffusion.export.adapter_factors import cores_of, strength_of
 from nara_diffusion.loaders.file import AdapterFile, AdapterPart, naming
-from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.utils.atomic_write import atomic_write
 
 

@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nara_diffusion.noise.level import core_holders, find_holders
+from nara_diffusion.noise.level import MASKED_SHARE, NoiseSignals, core_holders, find_holders
 from nara_diffusion.noise.level import noise_level as noise_level_of
-from nara_diffusion.noise.signals import MASKED_SHARE, NoiseSignals
 from nara_diffusion.noise.sources import mask_density_radius, set_noise_source
 
 from .models.backbone import Backbone

@@ -33,7 +33,8 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
-from nara_diffusion.noise.prediction import FLOW, ZERO_SNR, passes_log_sigma, prediction_by
+from nara_diffusion.noise.denoisers import passes_log_sigma
+from nara_diffusion.noise.prediction import FLOW, ZERO_SNR, prediction_by
 
 from .objectives import Objective, build_objective
 

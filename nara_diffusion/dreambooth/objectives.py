@@ -29,7 +29,8 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
-from nara_diffusion.noise.prediction import FLOW, passes_log_sigma, prediction_by
+from nara_diffusion.noise.denoisers import passes_log_sigma
+from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.noise.timesteps import TimestepNoise
 
 

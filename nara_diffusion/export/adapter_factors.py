@@ -26,7 +26,7 @@ from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.file import AdapterPart, by_pattern
 from nara_diffusion.loaders.strict import is_core_key
-from nara_diffusion.noise.signals import Level, NoiseSignals, as_signals
+from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.core_set import CoreSet, core_group, make_cores
 from nara_diffusion.tuner.holder import holder_of, onloaded_cores

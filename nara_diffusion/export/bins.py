@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.config import changes_base
-from nara_diffusion.noise.signals import Level
+from nara_diffusion.noise.level import Level
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 

@@ -29,7 +29,7 @@ from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
 from nara_diffusion.loaders.strict import PEFT_PREFIX
-from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
 from nara_diffusion.utils.listing import listed

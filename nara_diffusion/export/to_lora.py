@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nara_diffusion.noise.signals import Level, NoiseSignals, as_signal, as_signals
+from nara_diffusion.noise.level import Level, NoiseSignals, as_signal, as_signals
 
 from .adapter_factors import Adapter, adapter_of_model
 from .plain_lora import ExportError, PlainLora, PlainLoraLayer, configured_scaling, warn_of_scheduler

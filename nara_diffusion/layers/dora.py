@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import _ConvNd
 from peft.utils.other import transpose
 from torch import Tensor
 
+from . import fused
 from .functional import apply_core, apply_core_to_channels, factored_row_norm, times_core
 from .fused import can_fuse, fused_linear
 from .matrices import base_matrix, factors
@@ -42,7 +43,7 @@ class NaraDoraLinear(NaraVariant):
         weight = base_matrix(module)
         gain = self._gain(module, active_adapter, weight, core).to(x.dtype)
         dropout_free = is_dropout_free(module, active_adapter)
-        if dropout_free and can_fuse(module, base_layer, A, B, x, result):
+        if dropout_free and result.numel() >= fused.MIN_ELEMENTS and can_fuse(module, base_layer, A, B, x, result):
             return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling, gain)
         gain, bias = self._aligned(gain, result), base_layer.bias
         bias = None if bias is None else self._aligned(bias[None], result)

@@ -29,7 +29,7 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
     The base layer has to be a frozen W0, with no other tuner or adapter between, and no hook that sees a call. A
     compiler fuses by itself, and functions such as `vmap` have rules for the parts alone.
     """
-    if result.numel() < MIN_ELEMENTS or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
     if torch._C._are_functorch_transforms_active() or len(module.active_adapters) != 1:
         return False

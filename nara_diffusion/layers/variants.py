@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from . import fused
 from .channel import CoreChannel
 from .functional import apply_core, apply_core_to_channels, times_core
 from .fused import can_fuse, fused_linear
@@ -147,7 +148,8 @@ class NaraLinear(NaraVariant):
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         core, scaling = self.batch_core(module.r[active_adapter], x), module.scaling[active_adapter]
         base_layer = module.get_base_layer()
-        if is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
+        is_large = result.numel() >= fused.MIN_ELEMENTS
+        if is_large and is_dropout_free(module, active_adapter) and can_fuse(module, base_layer, A, B, x, result):
             return fused_linear(x, result, base_layer, A.weight, core, B.weight, scaling)
         return torch.add(result, B(apply_core(core, A(module.lora_dropout[active_adapter](x)))), alpha=scaling)
 

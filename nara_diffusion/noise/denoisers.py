@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .prediction import passes_log_sigma
-from .signals import as_tensor
+from .level import as_tensor
 from .timesteps import COUNTED, LARGEST_LOG_SIGMA, TimestepNoise
 
 
@@ -80,6 +79,13 @@ class Denoiser(TimestepNoise):
             f"{self.argument} is {t.tolist()}, which as 'discrete' would be almost no noise, but {who}: say what this "
             'pipeline means by it, once, set_noise_source(model, TimestepNoise("edm")) or TimestepNoise("discrete").'
         )
+
+
+def passes_log_sigma(scheduler: Any) -> bool:
+    """Whether a scheduler of Diffusers hands ¼ ln σ to the denoiser as its timestep."""
+    config = scheduler.config
+    continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    return type(scheduler).__name__.startswith("EDM") or continuous
 
 
 _PLAIN = {

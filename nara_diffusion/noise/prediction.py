@@ -97,10 +97,3 @@ def how_to_set(fields: Mapping[str, Any] | None) -> str:
     options = (f"{name}={fields[name]!r}" for name in _NAMED if fields.get(name) is not None)
     given = ", ".join(("pipe.scheduler.config", *options))
     return f"pipe.scheduler = {fields['_class_name']}.from_config({given})"
-
-
-def passes_log_sigma(scheduler: Any) -> bool:
-    """Whether a scheduler of Diffusers hands ¼ ln σ to the denoiser as its timestep."""
-    config = scheduler.config
-    continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
-    return type(scheduler).__name__.startswith("EDM") or continuous

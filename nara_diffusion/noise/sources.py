@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoisers import Denoiser
-from .level import core_holders, find_holders
-from .signals import MASKED_SHARE, NoiseSignals, NoiseSource, arguments_of
+from .level import MASKED_SHARE, NoiseSignals, NoiseSource, arguments_of, core_holders, find_holders
 from .timesteps import CONVENTIONS
 
 BLOCK_MASKED_SHARE = "block_masked_share"

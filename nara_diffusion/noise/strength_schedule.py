@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .signals import Level, as_signal
+from .level import Level, as_signal
 
 _EXAMPLE = "StrengthSchedule([(0, 1.0), (0.7, 0.3)])"
 

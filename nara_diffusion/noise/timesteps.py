@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .signals import NoiseSignals, arguments_of, as_tensor
+from .level import NoiseSignals, arguments_of, as_tensor
 
 LARGEST_LOG_SIGMA = math.log(1e6)
 """σ beyond 10⁶ is nobody's, but a timestep ¼ ln σ beyond 3.5 is a discrete schedule's."""

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from nara_diffusion import NaraConfig, StrengthSchedule
 from nara_diffusion.config import changes_base
 from nara_diffusion.cores.registry import registered_cores
-from nara_diffusion.noise.signals import MASKED_SHARE
+from nara_diffusion.noise.level import MASKED_SHARE
 
 from .parser import hint
 

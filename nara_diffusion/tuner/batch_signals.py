@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nara_diffusion.noise.signals import NoiseSignals, NoiseSource, arguments_of
+from nara_diffusion.noise.level import NoiseSignals, NoiseSource, arguments_of
 
 from .checkpointing import outer_modules
 

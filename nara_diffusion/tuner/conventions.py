@@ -16,8 +16,8 @@ from typing import Any
 
 from nara_diffusion.cores.registry import needs_noise
 from nara_diffusion.noise.denoisers import Denoiser
+from nara_diffusion.noise.level import NoiseSource
 from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
-from nara_diffusion.noise.signals import NoiseSource
 from nara_diffusion.noise.sources import first_source
 
 REPLACED = "_nara_replaced_scheduler"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import build_core, is_tied_to_rank
-from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.noise.level import NoiseSignals
 
 SHARED = "shared"
 """The group of all layers, and `nara_core.shared.…` in files."""

@@ -20,8 +20,7 @@ from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.noise.denoisers import Denoiser
-from nara_diffusion.noise.level import backward_pass, entry_for, find_holders
-from nara_diffusion.noise.signals import NoiseSignals, as_signals
+from nara_diffusion.noise.level import NoiseSignals, as_signals, backward_pass, entry_for, find_holders
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .batch_signals import check_known, check_rows_of_root, of_adapter

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nara_diffusion.loaders.strict import PEFT_PREFIX
-from nara_diffusion.noise.level import core_holders
-from nara_diffusion.noise.signals import as_signals
+from nara_diffusion.noise.level import as_signals, core_holders
 
 from .core_set import CoreSet
 from .holder import onloaded_cores

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from nara_diffusion.layers.channel import Key
 from nara_diffusion.layers.offloading import is_offloaded
-from nara_diffusion.noise.level import backward_pass, entry_for
+from nara_diffusion.noise.level import Level, NoiseSignals, NoiseSource, as_signals, backward_pass, entry_for
 from nara_diffusion.noise.level import noise_level as at_noise_level
-from nara_diffusion.noise.signals import Level, NoiseSignals, NoiseSource, as_signals
 
 logger = logging.getLogger(__name__)
 

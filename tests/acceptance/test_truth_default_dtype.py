@@ -24,7 +24,7 @@ from nara_diffusion import (
     to_lora_bins,
 )
 from nara_diffusion.dllm import masked_diffusion_loss, read_noise_from_input_ids
-from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.noise.level import NoiseSignals
 from tests.helpers.adapted import TwoLayers, adapted
 
 OTHERS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

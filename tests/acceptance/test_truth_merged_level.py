@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nara_diffusion import noise_level, set_noise_source, set_strength
 from nara_diffusion.dllm import read_noise_from_input_ids
-from nara_diffusion.noise.signals import NoiseSignals
+from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config
 from tests.helpers.small_pipelines import small_sdxl

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nara_diffusion import StrengthSchedule, noise_level, register_noise_source, set_noise_source
 from nara_diffusion.noise import sources
-from nara_diffusion.noise.signals import NoiseSignals, as_signals
+from nara_diffusion.noise.level import NoiseSignals, as_signals
 from nara_diffusion.noise.sources import BlockMasks, is_noise_aware, mask_density_radius
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
 from tests.helpers.two_layers import LEVELS, TARGETS, expect, run

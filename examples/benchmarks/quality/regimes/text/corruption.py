@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nara_diffusion.dllm.masking import MaskedBatch, mask_answers
-from nara_diffusion.noise.signals import MASKED_SHARE
+from nara_diffusion.noise.level import MASKED_SHARE
 from quality.assets import MAKERS
 from quality.regimes.text.models import load
 
