@@ -77,7 +77,8 @@ class NaraDLLM(LM):
             raise ValueError(f"--batch_size {batch_size}: nara_dllm doesn't look for one, name it: --batch_size 8")
         self.batch_size, self.samples, self.seed, self.greedy = int(batch_size), int(samples), int(seed), bool(greedy)
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()  # for others' longer questions
-        self.processes = PartialState(cpu=str(device) == "cpu", **patience)
+        is_cpu = str(device) == "cpu" or not torch.accelerator.is_available()
+        self.processes = PartialState(cpu=is_cpu, **patience)
         self._rank, self._world_size = self.processes.process_index, self.processes.num_processes
         is_own = self._world_size > 1 or device in (None, "auto")
         place: Any = self.processes.device if is_own else device
