@@ -90,7 +90,6 @@ class InputIdsNoise:
     Args:
         prompt_lengths: columns before each answer, padding on the left included: one number for all rows, or (b,).
         mask_token_id: the token that counts.
-        answer_lengths: columns of each answer; default: to the end of the row.
         repeated: how a sampler repeats the b rows where it passes m · b of them: "tiled", all rows and then all
             again, as guidance does by torch.cat; "interleaved", each row m times in a row. Needed only if lengths
             differ.
@@ -102,17 +101,11 @@ class InputIdsNoise:
     convention = MASKED_SHARE
 
     def __init__(
-        self,
-        prompt_lengths: int | Sequence[int] | torch.Tensor,
-        *,
-        mask_token_id: int,
-        answer_lengths: int | Sequence[int] | torch.Tensor | None = None,
-        repeated: str | None = None,
+        self, prompt_lengths: int | Sequence[int] | torch.Tensor, *, mask_token_id: int, repeated: str | None = None
     ) -> None:
-        if repeated is not None and repeated not in REPETITIONS:
+        if repeated not in (None, *REPETITIONS):
             raise ValueError(f"repeated is {repeated!r}, expected one of {', '.join(map(repr, REPETITIONS))}, or None")
         self.prompt_lengths = torch.as_tensor(prompt_lengths).reshape(-1)
-        self.answer_lengths = None if answer_lengths is None else torch.as_tensor(answer_lengths).reshape(-1)
         self.mask_token_id = mask_token_id
         self.repeated = repeated
 
@@ -134,38 +127,29 @@ class InputIdsNoise:
                 "λ can't be read from input_ids that continue a cache, since they are a part of the sequence only: "
                 "use noise_level(model, masked share of the whole answer)"
             )
-        answer = self._answer(input_ids, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))  # (B, l)
-        masked = answer & (input_ids == self.mask_token_id)
-        radius = mask_density_radius(module)
-        density = None if radius is None else mask_density(masked, answer, radius)
-        return NoiseSignals(masked.sum(1).float() / answer.sum(1), density)
-
-    def _answer(self, input_ids: torch.Tensor, attention_mask: Any) -> torch.Tensor:
         rows, width = input_ids.shape
-        columns = torch.arange(width, device=input_ids.device)
-        starts = self._for_rows("prompt_lengths", self.prompt_lengths, rows).to(input_ids.device)[:, None]
-        answer = columns >= starts
-        if self.answer_lengths is not None:
-            lengths = self._for_rows("answer_lengths", self.answer_lengths, rows).to(input_ids.device)[:, None]
-            answer = answer & (columns < starts + lengths)
+        starts = self._starts(rows).to(input_ids.device)[:, None]
+        answer = torch.arange(width, device=input_ids.device) >= starts  # (B, l)
+        attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if attention_mask is not None:
             answer = answer & _tokens_that_count(attention_mask, rows, width)
         if not answer.any(1).all():
             row = int((~answer.any(1)).nonzero()[0])
             raise ValueError(f"λ can't be read: row {row} of input_ids has {width} tokens, and none of an answer")
-        return answer
+        masked = answer & (input_ids == self.mask_token_id)
+        radius = mask_density_radius(module)
+        density = None if radius is None else mask_density(masked, answer, radius)
+        return NoiseSignals(masked.sum(1).float() / answer.sum(1), density)
 
-    def _for_rows(self, name: str, lengths: torch.Tensor, rows: int) -> torch.Tensor:
-        known = len(lengths)
-        if rows % known == 0:
-            if known == rows or bool((lengths == lengths[0]).all()) or self.repeated == "interleaved":
-                return lengths.repeat_interleave(rows // known)
-            if self.repeated == "tiled":
-                return lengths.repeat(rows // known)
+    def _starts(self, rows: int) -> torch.Tensor:
+        lengths = self.prompt_lengths
+        times, rest = divmod(rows, len(lengths))
+        if rest == 0 and (times == 1 or bool((lengths == lengths[0]).all()) or self.repeated is not None):
+            return lengths.repeat(times) if self.repeated == "tiled" else lengths.repeat_interleave(times)
         raise ValueError(
-            f"λ can't be read: {name} has {known} values and this forward {rows} rows. Say how the sampler repeats "
-            "rows, repeated='tiled' (all, then all again, as in classifier-free guidance) or 'interleaved' (each "
-            "several times), or give one value a row"
+            f"λ can't be read: prompt_lengths has {len(lengths)} values and this forward {rows} rows. Say how the "
+            "sampler repeats rows, repeated='tiled' (all, then all again, as in classifier-free guidance) or "
+            "'interleaved' (each several times), or give one value a row"
         )
 
 
@@ -175,7 +159,6 @@ def read_noise_from_input_ids(
     prompt_lengths: int | Sequence[int] | torch.Tensor,
     *,
     mask_token_id: int | None = None,
-    answer_lengths: int | Sequence[int] | torch.Tensor | None = None,
     repeated: str | None = None,
 ) -> Iterator[InputIdsNoise]:
     """Inside, `model` reads λ from the masks in its input; afterwards from its former source, if it had one.
@@ -186,12 +169,8 @@ def read_noise_from_input_ids(
         ValueError: `model` has no NaRA adapter or no mask token, or see `InputIdsNoise`.
     """
     before = [(holder, holder.source, holder.source_is_default) for holder in core_holders(model)]
-    source = InputIdsNoise(
-        prompt_lengths,
-        mask_token_id=Backbone(model).mask_token_id(mask_token_id),
-        answer_lengths=answer_lengths,
-        repeated=repeated,
-    )
+    mask = Backbone(model).mask_token_id(mask_token_id)
+    source = InputIdsNoise(prompt_lengths, mask_token_id=mask, repeated=repeated)
     set_noise_source(model, source)
     try:
         yield source
