@@ -7,7 +7,7 @@ LLaDA-8B on all GPUs of the machine (--num_processes N: on N of them), in steps 
 
 Installed without a clone, as `accelerate launch -m nara_diffusion.dllm.train`. With --adapter lora, dora, …, full the
 same is done by another method. --init_adapter starts from a LoRA or NaRA. --min_noise_level and --max_noise_level train
-a part of the noise levels (docs/windows.md).
+a part of the noise levels (docs/strength.md).
 
 Written to the output folder: adapter_config.json and adapter_model.safetensors (a model folder, for --adapter full),
 README.md (the model card, which says how to load them), config.yaml, results.json, metrics.jsonl,

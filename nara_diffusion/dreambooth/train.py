@@ -14,7 +14,7 @@ With a file of settings for the model from train_scripts/configs; flags win over
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
 With --adapter lora, dora, …, full the same is done by another method; --help lists them. --init_adapter starts from
-a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/windows.md).
+a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/strength.md).
 
 Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; the files of other methods
 stand in nara_diffusion/dreambooth/adapter_files.py), README.md (the model card, which says how to load them),

@@ -53,7 +53,7 @@ class AdapterArguments:
     )
     core_module: str | None = option(
         None,
-        "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; docs/cores.md "
+        "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; docs/adapters.md "
         "has one.",
         resumable=True,
         rare=True,
@@ -118,7 +118,7 @@ class OptimizationArguments:
 
 @dataclass
 class WindowArguments:
-    """Window of noise levels (docs/windows.md)"""
+    """Window of noise levels (docs/strength.md)"""
 
     min_noise_level: float | None = option(
         None,
