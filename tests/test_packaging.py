@@ -26,8 +26,10 @@ OTHERS_FLAGS = {
     "num_processes",
     "model_args",
     "log_samples",
-    "huber_schedule",
-    "max_token_length",
+    "caption_dropout_rate",
+    "proportion_empty_prompts",
+    "min_timestep",
+    "max_timestep",
 }
 """Flags of other programs that pages name."""
 FORMER = ("CHANGELOG.md", "regimes_plan.md")
