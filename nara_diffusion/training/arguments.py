@@ -53,8 +53,8 @@ class AdapterArguments:
     )
     core_module: str | None = option(
         None,
-        "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; docs/adapters.md "
-        "has one.",
+        "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; "
+        "docs/adapters.md has one.",
         resumable=True,
         rare=True,
     )
