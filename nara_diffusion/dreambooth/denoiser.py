@@ -19,7 +19,6 @@ from peft import LoraConfig, PeftConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from nara_diffusion.config import changes_base
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters import check_target_modules, recompute_activations
@@ -105,7 +104,7 @@ class AdaptedDenoiser(nn.Module):
         """The parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def start_average(self, decay: float) -> None:
+    def start_average(self, decay: float = 0.9999) -> None:
         """Keep an average of what is trained from here on, w̄ ← d w̄ + (1 − d) w with d = min(decay, n / (n + 9)) after
         step n. Called when accelerate has put the weights where they stay.
         """
@@ -160,11 +159,6 @@ def adapt(model: Any, config: PeftConfig | None) -> Any:
     """
     if config is None:
         return model.requires_grad_(True)
-    if isinstance(config, LoraConfig) and changes_base(config.init_lora_weights):
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base model, so that its file would fit no "
-            "other copy of it: leave it out."
-        )
     check_target_modules(model, getattr(config, "target_modules", None))
     if isinstance(config, LoraConfig):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)

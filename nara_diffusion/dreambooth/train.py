@@ -252,7 +252,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
     loader = stream_loader(dataset, collate_samples, **batches)
     denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
     if args.use_ema:
-        model.start_average(0.9999)
+        model.start_average()
         if run.checkpoint is not None:
             read_average(model, run.checkpoint)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

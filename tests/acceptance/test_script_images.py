@@ -198,11 +198,15 @@ def conversion(sdxl: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prediction", ["v_prediction", "flow_prediction"])
+@pytest.mark.parametrize(
+    ("prediction", "options"),
+    [("v_prediction", {}), ("v_prediction", {"rescale_betas_zero_snr": True}), ("flow_prediction", {})],
+    ids=["v", "zero SNR", "flow"],
+)
 def test_conversion_learns_and_brings_its_scheduler(
-    sdxl: dict[str, Any], conversion: Callable[..., Path], prediction: str
+    sdxl: dict[str, Any], conversion: Callable[..., Path], prediction: str, options: dict[str, Any]
 ) -> None:
-    out = conversion(prediction_type=prediction, checkpointing_steps=None)
+    out = conversion(prediction_type=prediction, objective_options=options, checkpointing_steps=None)
     found = results(out)
     assert found["validation_loss_after"] < found["validation_loss_before"]
     assert found["identity_loss"] > 0

@@ -92,20 +92,12 @@ def test_text_encoders_one_block_of_multi_lora_has_its_share_of_the_patterns() -
     assert config.alpha_pattern == {"v_proj": pytest.approx(60.0 / math.sqrt(5))}
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        NaraConfig(**NARA, init_lora_weights="pissa"),
-        NaraConfig(**NARA, bias="all"),
-        LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="pissa"),
-    ],
-    ids=["nara pissa", "nara bias", "lora pissa"],
-)
-def test_adapter_that_no_other_copy_of_the_base_could_load_is_refused(config: LoraConfig) -> None:
+@pytest.mark.parametrize("option", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+def test_adapter_that_no_other_copy_of_the_base_could_load_is_refused(option: dict[str, Any]) -> None:
     pipe = small_sdxl()
     names = {name for name, _ in pipe.unet.named_modules()}
     with pytest.raises(ValueError, match="changes the base model"):
-        AdaptedDenoiser(pipe, config)
+        AdaptedDenoiser(pipe, NaraConfig(**NARA, **option))
     assert {name for name, _ in pipe.unet.named_modules()} == names
 
 
