@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from make_clip_tiny import retrieval
+from make_clip_tiny import retrieval, words
 from PIL import Image
 from tiny_drawings.subjects import SUBJECTS
 from tiny_images.evaluation import GUIDANCE
-from tiny_vocabulary import words
 from transformers import CLIPModel, CLIPProcessor
 
 from nara_diffusion.dllm import generate, load_backbone

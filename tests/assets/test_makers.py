@@ -93,8 +93,7 @@ def test_make_sdxl_tiny_writes_a_pipeline(tmp_path, clips):
     assert DiffusionPipeline.from_pretrained(tmp_path).text_encoder_2.config.hidden_size == 48
 
 
-def test_make_sd_tiny_flow_writes_a_pipeline(tmp_path, monkeypatch):
-    monkeypatch.setattr("tiny_images.evaluation.SHEET_PROMPTS", ("a photo of a red car",))
+def test_make_sd_tiny_flow_writes_a_pipeline(tmp_path):
     sizes = {"layers": 2, "heads": 1, "steps": 4, "decay_steps": 2, "batch_size": 2, "late_batch_size": 3}
     results = make_sd_tiny_flow.main(make_sd_tiny_flow.Arguments(output_dir=tmp_path, **sizes, **LESS))
     assert results["validation_loss"] > 0

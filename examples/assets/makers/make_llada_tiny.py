@@ -28,8 +28,7 @@ from typing import Any
 
 import torch
 from tiny_text.backbones import BACKBONES
-from tiny_text.data import LONGEST_TAIL, MAX_TOKENS, Rows, encode, training_and_validation
-from tiny_text.evaluation import exact_match_by_family
+from tiny_text.data import LONGEST_TAIL, MAX_TOKENS, Rows, encode, exact_match_by_family, training_and_validation
 from tiny_text.tokenizer import build_tokenizer
 from tiny_training import Plan, Training, option, parse, write_results
 from torch import Tensor

@@ -6,7 +6,7 @@ Autoencoder, text encoders and tokenizers are those of sdxl-tiny; what is traine
 stopped goes on with --resume; until the learning rate begins to fall, its number of steps may change too.
 
 Written to --output_dir: the folder that StableDiffusion3Pipeline.from_pretrained loads, results.json,
-samples.png and the curve; and training/, which --resume reads and nobody else needs.
+and the curve; and training/, which --resume reads and nobody else needs.
 """
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from make_sdxl_tiny import cached_scenes, parameters, save_pipeline
-from tiny_images.evaluation import evaluate, write_samples
+from tiny_images.evaluation import evaluate
 from tiny_images.transformer import (
     SPLIT,
     FlowLatents,
@@ -116,11 +116,12 @@ def train_transformer(args: Arguments, pipe: StableDiffusion3Pipeline) -> Traini
     )
     training = Training(pipe.transformer, plan, folder / "transformer.pt", args.seed, args.device, args.resume)
 
-    def export() -> None:
-        save_pipeline(pipe, args.output_dir)
-        write_samples(pipe, args.output_dir, 1, args.inference_steps, **WITHOUT_T5)
-
-    training.run("transformer", objective.loss, lambda: objective.validation(training), export)
+    training.run(
+        "transformer",
+        objective.loss,
+        lambda: objective.validation(training),
+        lambda: save_pipeline(pipe, args.output_dir),
+    )
     training.finish()
     return training
 
@@ -134,7 +135,6 @@ def main(args: Arguments) -> dict:
     absent = {"text_encoder_3": None, "tokenizer_3": None}  # Diffusers has to be told that there is no T5
     shipped = StableDiffusion3Pipeline.from_pretrained(args.output_dir, **absent).to(args.device)
     shipped.set_progress_bar_config(disable=True)
-    write_samples(shipped, args.output_dir, 4, args.inference_steps, **WITHOUT_T5)
     results = {
         "minutes": round(training.seconds / 60, 1),
         "steps": training.step,

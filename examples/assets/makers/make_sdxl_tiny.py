@@ -6,8 +6,8 @@ Two CLIPs of make_clip_tiny.py come first; that file has the commands. Then the 
 hour of one CPU core), then the UNet (an hour). A run that was stopped goes on with --resume; until the learning rate of
 a part begins to fall, its number of steps may change too.
 
-Written to --output_dir: the folder that StableDiffusionXLPipeline.from_pretrained loads, results.json,
-samples.png and the curves; and training/, which --resume reads and nobody else needs.
+Written to --output_dir: the folder that StableDiffusionXLPipeline.from_pretrained loads, results.json
+and the curves; and training/, which --resume reads and nobody else needs.
 """
 
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
@@ -17,16 +17,17 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from tiny_images.evaluation import evaluate, write_samples
+from make_clip_tiny import save_tokenizer
+from tiny_images.evaluation import evaluate
 from tiny_images.unet import SPLIT, Latents, NoisePrediction, build_scheduler, build_unet, encode_scenes
 from tiny_images.vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
 from tiny_training import Plan, Training, load_as_float32, option, parse, write_results
-from tiny_vocabulary import save_tokenizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 
@@ -110,11 +111,8 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
     )
     training = Training(pipe.unet, plan, state_file(args, "unet"), args.seed, args.device, args.resume)
 
-    def export() -> None:
-        save_pipeline(pipe, args.output_dir, add_watermarker=False)
-        write_samples(pipe, args.output_dir, 1, args.inference_steps)
-
-    training.run("unet", objective.loss, lambda: objective.validation(training), export)
+    save = partial(save_pipeline, pipe, args.output_dir, add_watermarker=False)
+    training.run("unet", objective.loss, lambda: objective.validation(training), save)
     training.finish()
     return training
 
@@ -160,7 +158,6 @@ def main(args: Arguments) -> dict:
     trained["unet"] = train_unet(args, pipe)
 
     save_pipeline(pipe, args.output_dir, add_watermarker=False)
-    write_samples(pipe, args.output_dir, 4, args.inference_steps)
     shipped = StableDiffusionXLPipeline.from_pretrained(args.output_dir).to(args.device)
     shipped.set_progress_bar_config(disable=True)
     results = {

@@ -136,17 +136,6 @@ def jittered(colour: Colour, rng: random.Random, by: int = 10) -> Colour:
     return tuple(max(0, min(255, value + rng.randint(-by, by))) for value in colour)
 
 
-def contact_sheet(images: list[Image.Image], columns: int, zoom: int = 1) -> Image.Image:
-    """The images in rows, each enlarged ``zoom`` times without smoothing."""
-    width, height = images[0].size[0] * zoom, images[0].size[1] * zoom
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), (255, 255, 255))
-    for number, image in enumerate(images):
-        tile = image.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(tile, (number % columns * width, number // columns * height))
-    return sheet
-
-
 def crop_of(shown: Scene, size: int, top: int, left: int) -> Image.Image:
     """The SIZE × SIZE window at (top, left) of the scene rendered at ``size``."""
     return render(shown, size).crop((left, top, left + SIZE, top + SIZE))

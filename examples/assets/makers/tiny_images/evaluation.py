@@ -1,4 +1,4 @@
-"""Whether sdxl-tiny or sd-tiny-flow draws what its prompts say, as clip-tiny sees it; and a sheet of samples."""
+"""Whether sdxl-tiny or sd-tiny-flow draws what its prompts say, as clip-tiny sees it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tiny_drawings.scenes import contact_sheet, distinct_scenes, render
+from tiny_drawings.scenes import distinct_scenes, render
 from transformers import CLIPModel, CLIPProcessor
 
 SPLIT, SEED = "evaluation", 3
 GUIDANCE = 4.0
 BATCH = 16
-SHEET_PROMPTS = (
-    "a photo of a red car on the beach",
-    "a photo of a blue house in the snow",
-    "a photo of a large yellow balloon in the desert",
-    "a photo of a purple flower on the grass",
-    "a photo of a green and yellow toy in a room",
-    "a photo of an orange toy in the forest",
-    "a photo of a small red mushroom in the forest",
-    "a photo of a white and blue boat at night",
-    "a photo of a blue cup on a tiled floor",
-    "a photo of a yellow star in space",
-    "a photo of an orange fish on the left in the city",
-    "a photo of a toy on the beach",
-)
 
 
 def sample(pipe: Any, prompts: list[str], seed: int, steps: int, **options: Any) -> list[Image.Image]:
@@ -35,13 +21,6 @@ def sample(pipe: Any, prompts: list[str], seed: int, steps: int, **options: Any)
     generators = [torch.Generator().manual_seed(seed * 1000 + number) for number in range(len(prompts))]
     output = pipe(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators, **options)
     return output.images
-
-
-def write_samples(pipe: DiffusionPipeline, folder: Path, per_prompt: int, steps: int, **options: Any) -> None:
-    """samples.png: so many pictures of each of SHEET_PROMPTS, beside each other, twelve a row."""
-    images = [sample(pipe, list(SHEET_PROMPTS), seed, steps, **options) for seed in range(per_prompt)]
-    by_prompt = [picture for pictures in zip(*images, strict=True) for picture in pictures]
-    contact_sheet(by_prompt, columns=12).save(folder / "samples.png")
 
 
 @torch.no_grad()

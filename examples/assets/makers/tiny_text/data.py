@@ -9,14 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from nara_diffusion.dllm.data.encoding import prompt_text
+from nara_diffusion.dllm.data.encoding import encode_records, prompt_text
+from nara_diffusion.dllm.data.records import normalized
+from nara_diffusion.dllm.evaluation.exact_match import exact_match
 
 from .tasks import FAMILIES, Question, questions
 from .tokenizer import EOT
 
 MAX_TOKENS = 36
+GEN_LENGTH = 12  # tokens; the longest answer has 9 and its <|eot_id|>
+BATCH = 256  # questions of one generation
 LONGEST_TAIL = 3  # EOS tokens after the longest answer of a batch, at most
 
 
@@ -77,3 +81,17 @@ def training_and_validation(
         validation[name] = [fresh[i] for i in chosen]
         train += learned
     return train, validation
+
+
+def exact_match_by_family(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, held_out: dict[str, list[Question]]
+) -> dict[str, float]:
+    """The share of each family's questions that greedy generation, one token a step, answers to the letter."""
+    scores = {}
+    for name, items in tqdm(held_out.items(), desc="exact match", unit="family"):
+        records = [{"instruction": question, "output": answer} for question, answer in items]
+        rows = encode_records(normalized(records, source=name), tokenizer, max_length=MAX_TOKENS, progress=False).rows
+        scores[name] = exact_match(
+            model, tokenizer, rows, gen_length=GEN_LENGTH, batch_size=BATCH, progress=False
+        ).score
+    return scores
