@@ -93,7 +93,8 @@ def _in_dtypes_of_layers(model: nn.Module, tensors: dict[str, Tensor]) -> dict[s
     for key, tensor in tensors.items():
         layer = layers.get(key.partition(".lora_")[0])
         if layer is not None and not is_core_key(key) and tensor.is_floating_point():
-            dtype = factor_dtype(getattr(layer.get_base_layer().weight, "dtype", None))
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            dtype = factor_dtype(getattr(weight, "dtype", None))
             found[key] = tensor if dtype is None else tensor.to(dtype)
     return found
 
