@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from make_sdxl_tiny import cached_scenes, parameters, save_pipeline
 from tiny_images.evaluation import evaluate
 from tiny_images.transformer import (
     SPLIT,
+    TRAIN_TIMESTEPS,
     FlowLatents,
     FlowMatching,
-    build_flow_scheduler,
     build_transformer,
     encode_flow_scenes,
 )
@@ -62,17 +63,11 @@ class Arguments:
     resume: bool = option(False, "go on from the state in --output_dir")
 
 
-def first_text_encoder(folder: Path) -> CLIPTextModelWithProjection:
-    """sdxl-tiny's first text encoder; SD3's pipeline wants a projection, which it lacks: the identity."""
-    encoder = CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32)
-    torch.nn.init.eye_(encoder.text_projection.weight)
-    return encoder
-
-
 def assemble(args: Arguments) -> StableDiffusion3Pipeline:
     """The pipeline with sdxl-tiny's parts and a fresh transformer, in float32."""
     logging.set_verbosity_error()
-    first = first_text_encoder(args.sdxl / "text_encoder")
+    first = CLIPTextModelWithProjection.from_pretrained(args.sdxl / "text_encoder", dtype=torch.float32)
+    torch.nn.init.eye_(first.text_projection.weight)  # SD3's pipeline wants a projection, which sdxl-tiny's lacks
     second = CLIPTextModelWithProjection.from_pretrained(args.sdxl / "text_encoder_2", dtype=torch.float32)
     vae = AutoencoderKL.from_pretrained(args.sdxl / "vae").eval()
     mean, deviation = latent_moments(vae, min(512, args.scenes))
@@ -86,7 +81,7 @@ def assemble(args: Arguments) -> StableDiffusion3Pipeline:
     )
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=build_flow_scheduler(args.shift),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=args.shift),
         vae=vae,
         text_encoder=first,
         tokenizer=CLIPTokenizer.from_pretrained(args.sdxl / "tokenizer"),
@@ -115,13 +110,8 @@ def train_transformer(args: Arguments, pipe: StableDiffusion3Pipeline) -> Traini
         save_steps=args.save_steps,
     )
     training = Training(pipe.transformer, plan, folder / "transformer.pt", args.seed, args.device, args.resume)
-
-    training.run(
-        "transformer",
-        objective.loss,
-        lambda: objective.validation(training),
-        lambda: save_pipeline(pipe, args.output_dir),
-    )
+    save = partial(save_pipeline, pipe, args.output_dir)
+    training.run("transformer", objective.loss, lambda: objective.validation(training), save)
     training.finish()
     return training
 

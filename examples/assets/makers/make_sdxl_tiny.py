@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from make_clip_tiny import save_tokenizer
 from tiny_images.evaluation import evaluate
 from tiny_images.unet import SPLIT, Latents, NoisePrediction, build_scheduler, build_unet, encode_scenes
-from tiny_images.vae import build_vae, measured_scaling_factor, reconstruction, vae_loss
+from tiny_images.vae import build_vae, latent_moments, reconstruction, vae_loss
 from tiny_training import Plan, Training, load_as_float32, option, parse, write_results
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
@@ -63,14 +63,10 @@ class Arguments:
 def train_vae(args: Arguments, vae: AutoencoderKL, name: str, steps: int, learning_rate: float, seed: int) -> Training:
     """The autoencoder, trained or loaded from its finished state."""
     plan = Plan(steps, args.vae_batch_size, learning_rate, ema=0.998, save_steps=args.save_steps)
-    training = Training(vae, plan, state_file(args, name), seed, args.device, args.resume)
+    training = Training(vae, plan, args.output_dir / "training" / f"{name}.pt", seed, args.device, args.resume)
     training.run(name, vae_loss, lambda: reconstruction(vae, args.held_out))
     training.finish()
     return training
-
-
-def state_file(args: Arguments, name: str) -> Path:
-    return args.output_dir / "training" / f"{name}.pt"
 
 
 def assemble(args: Arguments, vae: AutoencoderKL) -> StableDiffusionXLPipeline:
@@ -109,8 +105,7 @@ def train_unet(args: Arguments, pipe: StableDiffusionXLPipeline) -> Training:
         ema=0.999,
         save_steps=args.save_steps,
     )
-    training = Training(pipe.unet, plan, state_file(args, "unet"), args.seed, args.device, args.resume)
-
+    training = Training(pipe.unet, plan, folder / "unet.pt", args.seed, args.device, args.resume)
     save = partial(save_pipeline, pipe, args.output_dir, add_watermarker=False)
     training.run("unet", objective.loss, lambda: objective.validation(training), save)
     training.finish()
@@ -149,7 +144,7 @@ def main(args: Arguments) -> dict:
     torch.manual_seed(args.seed)
     vae = build_vae().to(args.device)
     trained = {"vae": train_vae(args, vae, "vae", args.vae_steps, args.vae_learning_rate, args.seed)}
-    vae.register_to_config(scaling_factor=measured_scaling_factor(vae, min(512, args.scenes)))
+    vae.register_to_config(scaling_factor=round(1 / latent_moments(vae, min(512, args.scenes))[1], 5))
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)  # latents no longer change
     rate = args.vae_learning_rate / 2
@@ -174,10 +169,8 @@ def main(args: Arguments) -> dict:
     return write_results(args.output_dir, results, **{name: training.curve for name, training in trained.items()})
 
 
-def parameters(pipe: StableDiffusionXLPipeline) -> dict[str, int]:
-    parts: dict[str, torch.nn.Module] = {
-        name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
-    }
+def parameters(pipe: Any) -> dict[str, int]:
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
 
 

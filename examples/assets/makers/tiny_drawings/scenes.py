@@ -134,8 +134,3 @@ def smoothed(image: Image.Image, size: int) -> Image.Image:
 
 def jittered(colour: Colour, rng: random.Random, by: int = 10) -> Colour:
     return tuple(max(0, min(255, value + rng.randint(-by, by))) for value in colour)
-
-
-def crop_of(shown: Scene, size: int, top: int, left: int) -> Image.Image:
-    """The SIZE × SIZE window at (top, left) of the scene rendered at ``size``."""
-    return render(shown, size).crop((left, top, left + SIZE, top + SIZE))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_drawings.scenes import distinct_scenes, render
 from transformers import CLIPModel, CLIPProcessor
@@ -16,15 +15,8 @@ GUIDANCE = 4.0
 BATCH = 16
 
 
-def sample(pipe: Any, prompts: list[str], seed: int, steps: int, **options: Any) -> list[Image.Image]:
-    """One picture a prompt, each from its own seed; ``options`` are further ones of the pipeline's call."""
-    generators = [torch.Generator().manual_seed(seed * 1000 + number) for number in range(len(prompts))]
-    output = pipe(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generators, **options)
-    return output.images
-
-
 @torch.no_grad()
-def evaluate(pipe: DiffusionPipeline, clip_folder: Path, batches: int, steps: int, **options: Any) -> dict[str, float]:
+def evaluate(pipe: Any, clip_folder: Path, batches: int, steps: int, **options: Any) -> dict[str, float]:
     """Cosine of a sample and its prompt, beside that of the renderer's own picture of it (what a perfect model could
     reach) and of a sample and another's prompt; and how often a sample's own prompt is the nearest of all."""
     model = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).eval()
@@ -32,8 +24,10 @@ def evaluate(pipe: DiffusionPipeline, clip_folder: Path, batches: int, steps: in
     scenes = distinct_scenes(SPLIT, SEED, BATCH * batches)
     captions = [scene.caption for scene in scenes]
     images = []
+    options |= {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
     for number in range(batches):
-        images += sample(pipe, captions[number * BATCH : (number + 1) * BATCH], number, steps, **options)
+        generators = [torch.Generator().manual_seed(number * 1000 + each) for each in range(BATCH)]
+        images += pipe(captions[number * BATCH : (number + 1) * BATCH], generator=generators, **options).images
     sampled = _cosines(model, processor, images, captions)
     rendered = _cosines(model, processor, [render(scene) for scene in scenes], captions)
     own = torch.arange(len(scenes))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from tiny_drawings.scenes import render, scenes, training_caption
 from tiny_training import Training
 from torch import Tensor, nn
@@ -101,10 +101,6 @@ def build_transformer(prompt_width: int, pooled_width: int, layers: int = 4, hea
     for linear in (*gates, model.norm_out.linear, model.proj_out):
         nn.init.zeros_(linear.weight)
     return model
-
-
-def build_flow_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=shift)
 
 
 class FlowMatching:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
-from tiny_drawings.scenes import SIZE, crop_of, scenes, training_caption
+from tiny_drawings.scenes import SIZE, render, scenes, training_caption
 from tiny_training import Training
 from torch import Tensor
 from tqdm import tqdm
@@ -57,7 +57,10 @@ def encode_scenes(pipe: StableDiffusionXLPipeline, split: str, seed: int, count:
     for start in tqdm(range(0, count, CHUNK), desc="latents"):
         shown = scenes(split, seed, min(CHUNK, count - start), start)
         cuts = [_cut(scene.details) for scene in shown]
-        images = [crop_of(scene, *cut) for scene, cut in zip(shown, cuts, strict=True)]
+        images = [
+            render(scene, size).crop((left, top, left + SIZE, top + SIZE))
+            for scene, (size, top, left) in zip(shown, cuts, strict=True)
+        ]
         with torch.autocast(pipe.device.type, torch.bfloat16):
             posterior = pipe.vae.encode(pixels(images).to(pipe.device)).latent_dist
         prompts, _, pooled, _ = pipe.encode_prompt(

@@ -86,8 +86,3 @@ def latent_moments(vae: AutoencoderKL, count: int) -> tuple[float, float]:
     means = torch.cat([posterior.mean for posterior in posteriors])
     variance = means.var() + torch.cat([posterior.var for posterior in posteriors]).mean()
     return means.mean().item(), variance.sqrt().item()
-
-
-def measured_scaling_factor(vae: AutoencoderKL, count: int) -> float:
-    """1 / standard deviation of the latents, so that a UNet sees unit variance."""
-    return round(1 / latent_moments(vae, count)[1], 5)
