@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nara_diffusion.utils.eval_mode import evaluating, without_ddp
+from nara_diffusion.dllm.eval_mode import evaluating, without_ddp
 
 from .canvas import Canvas, place_prompts
 from .masked_share import conditioned

@@ -32,7 +32,7 @@ from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
-from nara_diffusion.utils.listing import listed
+from nara_diffusion.utils.naming import listed
 
 from .adapter_factors import adapter_of_model
 from .plain_lora import PlainLora, flow_shift

@@ -28,7 +28,7 @@ from nara_diffusion.loaders.file import read_peft_tensors, read_tensors
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import DENOISERS
 from nara_diffusion.loaders.strict import PEFT_PREFIX
-from nara_diffusion.utils.listing import listed
+from nara_diffusion.utils.naming import listed
 
 from .adapter_factors import adapter_of_model, layers_of_tensors
 from .host_files import SCHEDULER_KEY, with_text_model

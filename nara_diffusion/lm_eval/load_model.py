@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone
 from nara_diffusion.loaders.file import load_peft_adapter
-from nara_diffusion.utils.named_source import naming_source
+from nara_diffusion.utils.naming import naming_source
 
 
 def load_model(

@@ -38,8 +38,7 @@ from nara_diffusion.config import (
 )
 from nara_diffusion.tuner.state_dict import with_current_names
 from nara_diffusion.utils.atomic_write import atomic_write_files
-from nara_diffusion.utils.listing import listed
-from nara_diffusion.utils.named_source import naming_source
+from nara_diffusion.utils.naming import listed, naming_source
 
 from .strict import CORE, PEFT_PREFIX, check_loaded, is_core_key
 

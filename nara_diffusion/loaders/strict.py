@@ -14,7 +14,7 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from nara_diffusion.utils.listing import listed
+from nara_diffusion.utils.naming import listed
 
 PEFT_PREFIX = "base_model.model."
 """The beginning of each module's name in PEFT's files."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
@@ -17,7 +18,6 @@ from matplotlib.ticker import LogFormatter
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
-from nara_diffusion.utils.hub_metadata import ADAPTER, FINETUNE, front_matter
 
 from .adapters import adapter_config, method_of, module_name, title_of
 from .arguments import schedule_of, window_of
@@ -42,6 +42,25 @@ _BESIDE_LORA = (
     "by those in this method's own comparisons: train one on the same data (`--adapter lora`, `--adapter dora`) before "
     "you call this adapter better than either."
 )
+
+
+ADAPTER, FINETUNE = "adapter", "finetune"
+"""What the Hub calls the relation to a base model: of an adapter, and of a whole model."""
+
+
+def front_matter(library: str, tags: Sequence[str], base_model: str | None, relation: str, **others: Any) -> str:
+    """The YAML between the card's two lines of dashes.
+
+    Args:
+        library: the library that loads it.
+        base_model: an id of the Hub; a path of this disk is left out, and its relation with it.
+        relation: `ADAPTER` or `FINETUNE`.
+        others: further keys, such as `instance_prompt` and `widget`; those that are None are left out.
+    """
+    known = {name: value for name, value in others.items() if value is not None}
+    if base_model is not None and not Path(base_model).exists():
+        known |= {"base_model": base_model, "base_model_relation": relation}
+    return ModelCardData(library_name=library, tags=list(tags), **known).to_yaml()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,26 +21,19 @@ class Interval(NamedTuple):
     high: float
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean, sample standard deviation, and the interval that holds the true mean with `confidence`.
+def interval(values: Sequence[float]) -> Interval:
+    """Mean, sample standard deviation, and the interval that holds the true mean with 95 % confidence.
 
     Raises:
-        ValueError: no value, one that isn't finite, or a confidence outside (0, 1).
+        ValueError: no value, or one that isn't finite.
     """
+    from scipy.special import stdtrit
+
     if not values or not all(math.isfinite(value) for value in values):
         raise ValueError(f"values are {list(values)}, expected one finite number or more")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, expected a probability between 0 and 1")
     mean = fmean(values)
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan, math.nan)
     std = stdev(values)
-    half = student_t(confidence, len(values) - 1) * std / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * std / math.sqrt(len(values))
     return Interval(mean, std, mean - half, mean + half)
-
-
-def student_t(confidence: float, degrees: int) -> float:
-    """The t for which |T| < t with probability `confidence`, T of Student's distribution; `degrees` of freedom, ≥ 1."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, (1 + confidence) / 2))

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data.collator import AnswerCollator
+from nara_diffusion.dllm.eval_mode import evaluating
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.training.arguments import schedule_of, window_of
@@ -29,7 +30,6 @@ from nara_diffusion.training.report import (
     write_run_card,
     write_samples,
 )
-from nara_diffusion.utils.eval_mode import evaluating
 
 from .exact_match import exact_match
 from .noise_curve import noise_level_curve

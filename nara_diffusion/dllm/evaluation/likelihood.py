@@ -19,10 +19,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm.canvas import mask_in_a_text
+from nara_diffusion.dllm.eval_mode import evaluating, without_ddp
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, answer_positions
 from nara_diffusion.dllm.models.backbone import Backbone
-from nara_diffusion.utils.eval_mode import evaluating, without_ddp
 
 
 @torch.no_grad()

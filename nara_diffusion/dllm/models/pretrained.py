@@ -32,7 +32,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from nara_diffusion.utils.named_source import naming_source
+from nara_diffusion.utils.naming import naming_source
 
 from .llada_format import KEY_MAPPING, checkpoint_name, llama_config
 from .shifted_logits import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nara_diffusion.dllm.eval_mode import evaluating
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch, answer_positions
-from nara_diffusion.utils.eval_mode import evaluating
 from quality.text.data import Rows
 
 BINS = 10

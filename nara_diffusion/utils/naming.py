@@ -1,10 +1,16 @@
-"""A folder or repository that is not there is told by its name, which errors of the Hub leave out when offline."""
+"""Names in messages: lists of them, and the folder or repository that a user gave."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def listed(names: Collection[str], kind: str = "") -> str:
+    """The first three of `names`, quoted, and the number of the others, which are of this `kind`."""
+    shown = ", ".join(f"'{name}'" for name in list(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more {kind}".rstrip()
 
 
 @contextmanager

@@ -1,10 +1,9 @@
-"""How a model is run outside training."""
+"""How a model runs outside of training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,19 +19,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def disabled(layers: Sequence[Any]) -> Iterator[None]:
-    """PEFT's `layers` have their adapters disabled within, and nothing else is changed."""
-    before = [layer.disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, was_disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = was_disabled
 
 
 def without_ddp(model: nn.Module) -> nn.Module:

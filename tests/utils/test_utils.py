@@ -1,0 +1,76 @@
+"""Files that are whole or absent, and the interval of a few values."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_files, atomic_write_folder, delete_folder
+from nara_diffusion.utils.statistics import interval
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_atomic_write_files_replaces_files_of_the_same_name_alone(tmp_path):
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "b").write_text("stays")
+    with atomic_write_files(tmp_path) as partial:
+        (partial / "a").write_text("new")
+        (partial / "inner").mkdir()
+        (partial / "inner" / "c").write_text("too")
+        assert (tmp_path / "a").read_text() == "old"
+    assert content(tmp_path) == {"a": "new", "b": "stays", "inner/c": "too"}
+
+
+@pytest.mark.parametrize("write", [atomic_write, atomic_write_files, atomic_write_folder])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_atomic_write_that_fails_leaves_what_was_there(write, is_there, tmp_path):
+    place = tmp_path / "place"
+    if is_there and write is atomic_write:
+        place.write_text("old")
+    elif is_there:
+        place.mkdir()
+        (place / "a").write_text("old")
+    before = content(tmp_path)
+
+    def fill() -> None:
+        with write(place) as partial:
+            (partial if write is atomic_write else partial / "a").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fill()
+    assert content(tmp_path) == before
+    assert place.exists() == is_there
+
+
+def test_atomic_write_folder_replaces_the_whole_folder(tmp_path):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "old").write_text("old")
+    with atomic_write_folder(tmp_path / "place") as partial:
+        (partial / "new").write_text("new")
+    assert content(tmp_path) == {"place/new": "new"}
+    delete_folder(tmp_path / "place")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("count", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045)])
+def test_interval_is_students(count, t):
+    """t of Abramowitz & Stegun, table 26.10."""
+    values = [float(i % 3) for i in range(count)]
+    mean, std, low, high = interval(values)
+    assert mean == pytest.approx(sum(values) / count)
+    assert std == pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1)))
+    assert high - mean == pytest.approx(mean - low) == pytest.approx(t * std / math.sqrt(count), rel=2e-4)
+
+
+def test_interval_of_one_value_has_no_spread():
+    mean, *rest = interval([0.25])
+    assert mean == 0.25
+    assert all(math.isnan(value) for value in rest)
+    with pytest.raises(ValueError, match="expected one finite number or more"):
+        interval([0.1, math.nan])
