@@ -136,7 +136,6 @@ def test_a_run_says_what_canvas_it_trains_and_generates_on(arguments, caplog: py
         ("longest", r"gen_length is 12, and \d+ of 40 samples end before that"),
         ("7", None),
         ("gen_length", None),
-        ("max_length", None),
     ],
 )
 def test_generating_beyond_the_trained_canvas_is_warned_of_before_training(
@@ -158,17 +157,14 @@ def test_generating_beyond_the_trained_canvas_is_warned_of_before_training(
         assert found[0].endswith("give --trained_padding gen_length")
 
 
-def test_a_canvas_beyond_the_models_positions_is_refused_before_training(arguments) -> None:
-    args = arguments(gen_length=60)
-    message = r"the longest prompt has \d+ tokens and gen_length is 60, together \d+, and the model has 64 positions"
+@pytest.mark.parametrize(("gen_length", "lengths"), [(60, (3, 7)), (30, (33, 36))])
+def test_a_canvas_beyond_the_models_positions_is_refused_before_training(
+    arguments, tmp_path: Path, gen_length: int, lengths: tuple[int, int]
+) -> None:
+    train_file = write_reversals(tmp_path / "own.jsonl", 9, lengths)
+    args = arguments(gen_length=gen_length, train_file=train_file, max_length=100)
+    message = rf"the longest prompt has \d+ tokens and gen_length is {gen_length}, together \d+, and the model has 64"
     with pytest.raises(ValueError, match=message):
-        main(args)
-    assert not Path(args.output_dir).exists()
-
-
-def test_training_prompts_beyond_the_models_positions_are_refused(arguments, tmp_path: Path) -> None:
-    args = arguments(gen_length=30, train_file=write_reversals(tmp_path / "long.jsonl", 9, (33, 36)), max_length=100)
-    with pytest.raises(ValueError, match=r"gen_length is 30, together \d+, and the model has 64 positions"):
         main(args)
     assert not Path(args.output_dir).exists()
 

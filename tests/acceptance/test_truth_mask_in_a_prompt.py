@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nara_diffusion.dllm import encode_records, generate, load_backbone
+from nara_diffusion.dllm import encode_records, generate, load_backbone, log_likelihood
 from nara_diffusion.dllm.data.records import normalized
 from pipelines.llada import LLaDAPipeline
 
@@ -32,3 +32,11 @@ def test_the_pipeline_refuses_it_as_training_does() -> None:
         with pytest.raises(ValueError, match="the prompt holds the mask token") as inference:
             pipe(prompt, gen_length=2)
         assert str(inference.value).partition(" holds ")[2] == str(training.value).partition(" holds ")[2]
+
+
+def test_a_likelihood_refuses_a_mask_in_a_text_and_takes_one_in_padding() -> None:
+    model, _ = load_backbone(str(LLADA_TINY))
+    rows = torch.tensor([[9, 8, 7, MASK], [9, MASK, 7, 5]])
+    assert log_likelihood(model, rows[:1], [2], answer_lengths=[1]).isfinite().all()
+    with pytest.raises(ValueError, match=r"row 1 holds the mask token \(283\)"):
+        log_likelihood(model, rows, [2, 2], answer_lengths=[1, 2])
