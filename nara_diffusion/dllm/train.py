@@ -46,8 +46,9 @@ from nara_diffusion.training.adapters import (
     without_unread,
 )
 from nara_diffusion.training.arguments import schedule_of, window_of
-from nara_diffusion.training.checkpoints import local_folder, save_adapter
+from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import ASSETS, run_command, shipped
+from nara_diffusion.training.digests import local_folder
 from nara_diffusion.training.engines import load_whole, loading_in, prepare
 from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import train
@@ -149,10 +150,10 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         logger.warning("%s", warning)
     loader = stream_loader(stream, collator, **run.batches(steps))
     model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
-    adapted = run.accelerator.unwrap_model(model)
+    adapted: Any = run.accelerator.unwrap_model(model)
     sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
-    longest_prompt = max(test_rows, key=lambda row: row["prompt_length"])
-    exact_match(adapted, tokenizer, [longest_prompt], **sampling, progress=False)  # bad settings show now
+    hardest: Any = max(test_rows, key=lambda row: row["prompt_length"])  # type: ignore[index]
+    exact_match(adapted, tokenizer, [hardest], **sampling, progress=False)  # bad settings show now
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     facts = {
         "adapter": title_of(args),

@@ -14,26 +14,23 @@ written under another name and renamed when it is complete; older ones are delet
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load
-from huggingface_hub import snapshot_download
 
 from nara_diffusion.utils.atomic_write import delete_folder, partial_name, put_in_place
 
 from .arguments import differences
+from .digests import digest_file
 from .engines import engine_name, save_state, trained_state
 from .parser import given_arguments
 
@@ -43,9 +40,6 @@ MANIFEST = "checkpoint.json"
 FORMAT = 2
 Writer = Callable[[Any, Path, dict[str, Any]], None]
 """Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""
-
-_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of Diffusers and transformers
-_CONFIGURATIONS = ("config.json", "scheduler_config.json")
 
 
 # ---------------------------------------------------------------- writing
@@ -269,8 +263,8 @@ def check_same_content(checkpoint: Path, args: Any, what: str, digest: str) -> N
 
 
 def check_random_states(checkpoint: Path, process: int) -> None:
-    """Compare the generators with the states that `load_state` should have restored: accelerate silently skips those
-    that it can't load.
+    """Refuse to go on unless `load_state` has restored the generators: accelerate silently skips what it can't load.
+    It restores Python's, NumPy's, PyTorch's and CUDA's in this order, so that the last one tells of all.
 
     Args:
         process: index of this process, which has a file of its own.
@@ -279,83 +273,20 @@ def check_random_states(checkpoint: Path, process: int) -> None:
         ValueError: the file can't be read, or holds other states than the generators have now.
     """
     file = checkpoint / f"random_states_{process}.pkl"
-    states: dict[str, Any] = {"random_state": random.getstate(), "torch_manual_seed": torch.get_rng_state().tolist()}
-    states["numpy_random_seed"] = [np.asarray(part).tolist() for part in np.random.get_state()]  # noqa: NPY002
-    if torch.cuda.is_available():
-        states["torch_cuda_manual_seed"] = [state.tolist() for state in torch.cuda.get_rng_state_all()]
     try:
         saved = load(file)
-        saved["torch_manual_seed"] = saved["torch_manual_seed"].tolist()
-        saved["numpy_random_seed"] = [np.asarray(part).tolist() for part in saved["numpy_random_seed"]]
+        pairs = [(saved["torch_manual_seed"], torch.get_rng_state())]
         if torch.cuda.is_available():
-            saved["torch_cuda_manual_seed"] = [state.tolist() for state in saved["torch_cuda_manual_seed"]]
-        wrong = [name for name, state in states.items() if saved[name] != state]
+            pairs += zip(saved["torch_cuda_manual_seed"], torch.cuda.get_rng_state_all(), strict=True)
+        restored = all(torch.equal(then.cpu(), now.cpu()) for then, now in pairs)
     except Exception as error:  # whatever unpickling raises
         raise ValueError(f"{file} can't be read ({error}): resume from another checkpoint.") from error
-    if wrong:
+    if not restored:
         raise ValueError(
-            f"{file} doesn't give the random states back ({', '.join(wrong)}, on other devices say), and dropout would "
-            "be another one than in an uninterrupted run. Resume from another checkpoint."
+            f"{file} doesn't give the random states back, on other devices say, and dropout would be another one than "
+            "in an uninterrupted run. Resume from another checkpoint."
         )
 
 
 def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
-
-
-# ---------------------------------------------------------------- digests
-
-
-def digest_texts(texts: Iterable[str]) -> str:
-    """SHA-256 of texts in their order."""
-    found = hashlib.sha256()
-    for text in texts:
-        content = text.encode("utf-8", errors="surrogatepass")
-        found.update(len(content).to_bytes(8, "big") + content)
-    return found.hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """{what: its digest} of a model's files: one digest of all weights, and one of each configuration.
-
-    The files are the same whatever the engine, under which a process may hold a part of each tensor, or none.
-
-    Args:
-        folders: {component: its folder}; the component is "" where the model has no others.
-        variant: of the weight files, such as fp16.
-    """
-    weights = [(name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)]
-    found = {"base model": digest_texts(text for name, file in weights for text in (name, digest_file(file)))}
-    for name, folder in folders.items():
-        for file in (folder / config for config in _CONFIGURATIONS):
-            if file.is_file():
-                found[f"base model configuration {Path(name, file.name).as_posix()}"] = digest_file(file)
-    return found
-
-
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files that `from_pretrained` reads weights from: those of `variant`, else those of none."""
-    for part in dict.fromkeys((f".{variant}" if variant else "", "")):
-        for ending in ("safetensors", "bin"):
-            for stem in _WEIGHTS:
-                files = {*folder.glob(f"{stem}{part}.{ending}"), *folder.glob(f"{stem}{part}-*-of-*.{ending}")}
-                files |= set(folder.glob(f"{stem}-*-of-*{part}.{ending}"))
-                if files:
-                    return sorted(files)
-    return []
-
-
-def local_folder(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The folder of a model that `from_pretrained` has loaded: `name` itself, or the Hub's copy on this machine."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))

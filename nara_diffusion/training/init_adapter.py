@@ -45,10 +45,9 @@ def start_from(
     """
     file, origin = Path(path).expanduser(), f"init_adapter '{path}'"
     naras = _is_naras(file)
-    if naras:
-        with naming(path):
-            parts: Mapping[str, Any] = AdapterFile.read(file, next(iter(components))).parts
-    else:
+    with naming(path):
+        parts: Any = AdapterFile.read(file, next(iter(components))).parts if naras else None
+    if not naras:
         parts = read_lora(file, source_model)[0]
     if parts.keys() != components.keys():
         names = [", ".join(name or "a single model" for name in each) for each in (parts, components)]
@@ -108,6 +107,5 @@ def _check_same(config: Any, given: NaraConfig, origin: str) -> None:
             f"{origin} has the strength {given.strength} over λ, and this run {config.strength}: give the same "
             "--min_noise_level and --max_noise_level, or take the strength away first, set_strength(model, …, None)."
         )
-    conventions = {config.noise_convention, given.noise_convention} - {None}
-    if len(conventions) > 1:
-        raise ValueError(f"{origin} was trained with another λ than this run's: {' and '.join(sorted(conventions))}.")
+    if None not in (here := config.noise_convention, there := given.noise_convention) and here != there:
+        raise ValueError(f"{origin} was trained with λ as {there!r}, this run's is {here!r}.")

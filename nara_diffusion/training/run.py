@@ -26,13 +26,13 @@ from .checkpoints import (
     Writer,
     check_random_states,
     check_same_content,
-    digest_base,
-    digest_texts,
     find_checkpoints,
     resolve_checkpoint,
     verify_checkpoint,
 )
-from .engines import accumulation_steps, check_accumulation, check_engine, launched_processes, load_state
+from .digests import digest_base, digest_texts
+from .engine_checks import accumulation_steps, check_accumulation, check_engine, launched_processes
+from .engines import load_state
 from .measures import MetricLog
 from .parser import given_arguments
 

@@ -18,14 +18,14 @@ from filelock import FileLock
 from nara_diffusion.dllm import train as dllm
 from nara_diffusion.training.checkpoints import (
     check_random_states,
-    digest_base,
-    digest_texts,
     last_checkpoint,
     read_manifest,
     resolve_checkpoint,
     save_adapter,
 )
-from nara_diffusion.training.engines import accumulation_steps, split_across_processes
+from nara_diffusion.training.digests import digest_base, digest_texts
+from nara_diffusion.training.engine_checks import accumulation_steps
+from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.interrupts import InterruptRequest
 from nara_diffusion.training.loop import TrainingDiverged
 from nara_diffusion.training.run import check_output_dir
@@ -84,7 +84,7 @@ def test_latest_is_the_one_written_last(run: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"random_states_0.pkl doesn't give the random states back \(.*torch_manual"):
+    with pytest.raises(ValueError, match=r"random_states_0.pkl doesn't give the random states back"):
         check_random_states(run / "checkpoint-4", 0)  # nothing was loaded
     with pytest.raises(ValueError, match=r"random_states_1.pkl can't be read"):
         check_random_states(run / "checkpoint-4", 1)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
-from nara_diffusion.training.checkpoints import local_folder
+from nara_diffusion.training.digests import local_folder
 
 from .family import Family
 from .table import BY_PIPELINE, family_named, model_index
