@@ -30,6 +30,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from nara_diffusion.config import NaraConfig, NaraPeftType
 from nara_diffusion.loaders.file import METADATA_KEY
+from nara_diffusion.loaders.insertion import adapters_of
 from nara_diffusion.loaders.schedulers import follow_adapters
 from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -145,9 +146,8 @@ def _load_into_transformers(original: Any, self: Any, *args: Any, **kwargs: Any)
         self._hf_peft_config_loaded = True
     if config.inference_mode:
         self.eval()
-        for module in self.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.requires_grad_(False)
+        for module in (module for module in self.modules() if isinstance(module, BaseTunerLayer)):
+            nn.Module.requires_grad_(module, False)  # type: ignore[arg-type]
     empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}  # a report that nothing was left out
     return LoadStateDictInfo(**{f.name: empty.get(f.name, set()) for f in dataclasses.fields(LoadStateDictInfo)})
 
@@ -176,12 +176,14 @@ class _Carrier(float):
 def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, weights: Any = None) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     given = weights if isinstance(weights, list) else [weights] * len(names)
-    for name, weight in zip(names, given, strict=False):  # Diffusers has an error where lengths differ
-        if name in getattr(model, "peft_config", {}) and (_schedules(weight) or has_strength(model, name)):
-            check_strength(model, name, dict.fromkeys(layers_of(model, name), *_schedules(weight)[:1] or [None]))
+    own = [(name, weight) for name, weight in zip(names, given, strict=False) if name in adapters_of(model)]
+    for name, weight in own:  # where lengths differ, Diffusers has an error
+        found = _schedules(weight)
+        if found or has_strength(model, name):
+            check_strength(model, name, dict.fromkeys(layers_of(model, name), found[0]) if found else {})
     original(model, names, _carrying(weights))
-    for name, weight in zip(names, given, strict=False):
-        if name in getattr(model, "peft_config", {}) and _schedules(weight):
+    for name, weight in own:
+        if _schedules(weight):
             _take_schedules(model, name, _schedules(weight))
     holder = holder_of(model)
     for pipe in [] if holder is None else holder.present_pipelines():
@@ -222,7 +224,7 @@ def _carrying(weights: Any) -> Any:
 def _save_lora_adapter(
     original: Any, model: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
 ) -> None:
-    if isinstance(getattr(model, "peft_config", {}).get(adapter_name), NaraConfig):
+    if isinstance(adapters_of(model).get(adapter_name), NaraConfig):
         raise ValueError(
             f"Adapter '{adapter_name}' is a NaRA, which save_lora_adapter would write as a LoRA that nothing can load: "
             "call pipe.save_nara_weights(save_directory, adapter_name=…). Without a pipeline, "

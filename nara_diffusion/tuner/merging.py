@@ -192,9 +192,10 @@ class MergesAtOneLevel(LoraModel):
         self.merge_adapter(adapter_names, safe_merge, noise_level=noise_level)
         with warnings.catch_warnings():  # the layers are merged; PEFT does more than that when it merges and unloads
             warnings.filterwarnings("ignore", message="All adapters are already merged")
-            return self._unload_and_optionally_merge(
+            merged: Any = self._unload_and_optionally_merge(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
+        return merged
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.cores.registry import BUILT_IN
-from nara_diffusion.layers.channel import CoreChannel
 from nara_diffusion.layers.dispatch import (
     check_convolution,
     check_target,
@@ -55,7 +54,7 @@ class NaraModel(MergesAtOneLevel):
 
     _injected: dict[str, Any] | None = None
     """Name → layer of the adapter that is being injected."""
-    _channel: CoreChannel | None = None
+    _channel: Any = None
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class NaraModel(MergesAtOneLevel):
         try:
             with restored_on_error(model):
                 drop_idle_holder(model)  # its source of λ was set for adapters that are gone
-                model.peft_config = self.peft_config  # as PEFT does afterwards
+                vars(model)["peft_config"] = self.peft_config  # as PEFT does afterwards
                 holder = holder_of(model) or CoreHolder(model, denoiser_of(model))
                 self.peft_config[adapter_name] = config = holder.complete(adapter_name, config)
                 states = [module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -75,7 +75,9 @@ KINDS = {
     "llada2": Kind(llada2, "model", ["q_proj", "v_proj"], lambda pipe: logits(pipe.model)),
 }
 EVERY = pytest.mark.parametrize("kind", KINDS)
-EITHER = pytest.mark.parametrize("method", ["NaRA", "LoRA"])
+PAIRS = pytest.mark.parametrize(
+    ("kind", "method"), [("sdxl", "NaRA"), ("sdxl", "LoRA"), ("llada", "LoRA"), ("llada2", "NaRA")]
+)
 
 
 class Loaded:
@@ -127,8 +129,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@EVERY
-@EITHER
+@PAIRS
 def test_a_number_multiplies_the_live_schedule_and_none_is_1(kind, method, load):
     one, other = load(kind, method), load(kind, method)
     live, half, plain = (other.by_hand(each) for each in (SCHEDULE, times(SCHEDULE, 0.5), None))
@@ -153,8 +154,7 @@ def test_a_number_multiplies_the_live_schedule_and_none_is_1(kind, method, load)
     assert_near(one.output(), plain)
 
 
-@EVERY
-@EITHER
+@PAIRS
 def test_switching_away_and_back_keeps_the_live_schedule(kind, method, load):
     one = load(kind, method)
     one.pipe.set_adapters("toy", SCHEDULE)
@@ -169,8 +169,7 @@ def test_switching_away_and_back_keeps_the_live_schedule(kind, method, load):
     assert torch.equal(one.output(), expected)
 
 
-@EVERY
-@EITHER
+@PAIRS
 def test_a_new_schedule_replaces_the_live_one_and_its_number(kind, method, load):
     one = load(kind, method)
     expected = one.by_hand(OTHER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,14 @@ def _assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 
         torch.testing.assert_close(others[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("options", BESIDE.values(), ids=BESIDE)
-@pytest.mark.parametrize("broken", ["no core", "cut off", "no file", "a missing A"])
-def test_a_base_model_is_as_it_was_after_a_refused_file_and_takes_a_good_one(tmp_path, broken, options):
+WRONG = ["no core", "cut off", "no file", "a missing A"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "broken"), [*[("alone", each) for each in WRONG], *zip(BESIDE, cycle(WRONG), strict=False)]
+)
+def test_a_base_model_is_as_it_was_after_a_refused_file_and_takes_a_good_one(tmp_path, broken, beside):
+    options = BESIDE[beside]
     model = adapted(base_model(), **{"target_modules": TARGETS, **options})
     model.save_pretrained(tmp_path)
     good = (tmp_path / WEIGHTS).read_bytes()
