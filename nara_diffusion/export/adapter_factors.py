@@ -29,7 +29,8 @@ from nara_diffusion.loaders.strict import is_core_key
 from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.core_set import CoreSet, core_group, make_cores
-from nara_diffusion.tuner.holder import holder_of, onloaded_cores
+from nara_diffusion.tuner.holder import holder_of
+from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, live_strengths, roots_of
 
 from .plain_lora import PlainLoraLayer, configured_scaling

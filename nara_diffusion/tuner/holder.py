@@ -9,7 +9,6 @@ core is trainable while the A of its adapter is, wherever parameters are listed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +19,14 @@ from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.noise.denoisers import Denoiser
-from nara_diffusion.noise.level import NoiseSignals, as_signals, backward_pass, entry_for, find_holders
+from nara_diffusion.noise.level import NoiseSignals, as_signals, backward_pass, entry_for
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
 from .batch_signals import check_known, check_rows_of_root, of_adapter
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
 from .conventions import REPLACED, HasSource
 from .core_set import CoreSet
+from .inspection import ReadOutsideForwards
 from .merging import MergesCores
 
 HOLDER_NAME = "nara_core"
@@ -40,7 +40,7 @@ class Reader(NamedTuple):
     schedule: StrengthSchedule | None = None
 
 
-class CoreHolder(HasSource, MergesCores, nn.Module):
+class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     """Owns `cores[adapter][group]` of one adapted model.
 
     It has each NaRA of the model, and a plain LoRA from the time on that its strength depends on λ.
@@ -275,48 +275,6 @@ class CoreHolder(HasSource, MergesCores, nn.Module):
         cores: Any = self.cores[name]
         return _scaled(cores[group].at(*(signals or ())), schedule, signals)
 
-    # ------------------------------------------------------------------ a part that is called by itself
-
-    @torch.compiler.disable(recursive=True)
-    def core_alone(self, key: Key) -> Tensor:
-        """C for a layer that finds none: of the running forward, or made at λ of the context around a part alone.
-
-        Raises:
-            RuntimeError: there is neither, or C was made for other samples than the part sees.
-        """
-        entry, pushed = entry_for(self), self.channel.pushed()
-        if pushed is not None and pushed[1] is entry and key in pushed[2]:
-            return pushed[2][key]  # a context of another model has been entered since
-        name, signals = key[0], None if entry is None else entry.signals
-        if self.depends_on_noise(name) and (entry is None or signals is None or entry.backward != backward_pass()):
-            raise RuntimeError(
-                f"No C(λ) has reached a layer for adapter '{name}'. The forward of the whole adapted model makes C: "
-                "call that forward, or call a part of the model inside `with noise_level(model, value):`, and do not "
-                "recompute a part of it by a checkpoint other than the model's own "
-                "(`model.gradient_checkpointing_enable()`)."
-            )
-        self.check_known([name], signals)
-        values = 1 if signals is None else len(signals.noise_level)
-        if values > 1 and (self.channel.sample_major or self.channel.one_level):
-            raise RuntimeError(
-                f"noise_level has {values} values, but a part of a model whose layers may see several rows a sample is "
-                "called by itself, so that its samples cannot be told apart: pass one value, or call the whole model."
-            )
-        with self.in_memory():
-            return self.matrix(key, of_adapter(name, signals, self.mixed_batch()))
-
-    @contextmanager
-    def in_memory(self) -> Iterator[None]:
-        """Inside the context, the cores are in memory, also if group offloading keeps them on disk."""
-        groups = groups_of(self.root)
-        for group in groups:
-            group.onload_()
-        try:
-            yield
-        finally:
-            for group in groups:
-                group.offload_()
-
 
 def holder_of(root: Any) -> CoreHolder | None:
     """The holder of the adapted model `root`; None if it has none."""
@@ -331,15 +289,6 @@ def drop_idle_holder(root: nn.Module) -> None:
         holder.drop_deleted()
         if not holder.cores:
             holder.detach()
-
-
-@contextmanager
-def onloaded_cores(model: nn.Module) -> Iterator[None]:
-    """Inside the context, all cores at or below `model` are in memory."""
-    with ExitStack() as stack:
-        for holder in find_holders(model):
-            stack.enter_context(holder.in_memory())
-        yield
 
 
 @torch.compiler.disable(recursive=True)
