@@ -20,7 +20,6 @@ from .guards import check_none_left_out, check_not_wrapped, offloading_suspended
 from .hotswap import check_no_part_stays, check_swappable, prepare_for_hotswap, swap
 from .insertion import TEXT_ENCODER, adapters_of, check_storable, insert, nara_adapters_of, part_of, remove
 from .schedulers import DENOISERS, adopt_schedulers, check_schedulers, removing_adapters
-from .text_pipelines import COMPONENT, extend, text_pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +93,6 @@ def load_nara_weights(
         with offloading_suspended(self):
             (_swap_all if hotswap else _insert_all)(models, fits, adapter_name, low_cpu_mem_usage)
     adopt_schedulers(self, carrying)
-    kind = text_pipeline(self)
-    if kind is not None:
-        extend(kind)
 
 
 def save_nara_weights(
@@ -164,20 +160,19 @@ def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
     Raises:
         ValueError: the pipeline has no denoiser.
     """
-    denoisers = (*DENOISERS, _denoiser_name(pipe))
-    names = [name for name in pipe.components if name in denoisers or name.startswith(TEXT_ENCODER)]
-    found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in denoisers)}
+    _denoiser_name(pipe)
+    names = [name for name in pipe.components if name in DENOISERS or name.startswith(TEXT_ENCODER)]
+    found = {name: getattr(pipe, name) for name in sorted(names, key=lambda name: name not in DENOISERS)}
     originals = {name: getattr(model, "_orig_mod", model) for name, model in found.items()}  # of torch.compile
     return {name: model for name, model in originals.items() if isinstance(model, nn.Module)}
 
 
 def _denoiser_name(pipe: Any) -> str:
-    names = [*DENOISERS, *([COMPONENT] if text_pipeline(pipe) is not None else [])]
-    for name in names:
+    for name in DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise ValueError(
-        f"{type(pipe).__name__} has none of {', '.join(names)}, one of which a NaRA adapts: its components are "
+        f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, one of which a NaRA adapts: its components are "
         f"{', '.join(map(repr, pipe.components))}."
     )
 

@@ -6,17 +6,13 @@ model whose source has another. Registering a source under that name says how to
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .denoisers import Denoiser
-from .level import MASKED_SHARE, NoiseSignals, NoiseSource, arguments_of, core_holders, find_holders
+from .level import MASKED_SHARE, NoiseSource, core_holders, find_holders
 from .timesteps import CONVENTIONS
 
-BLOCK_MASKED_SHARE = "block_masked_share"
-_KNOWN = (*CONVENTIONS, MASKED_SHARE, BLOCK_MASKED_SHARE)
+_KNOWN = (*CONVENTIONS, MASKED_SHARE)
 _sources: dict[str, NoiseSource] = {}
 
 
@@ -70,47 +66,6 @@ def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
         holder.check_source(source)
     for holder in holders:
         holder.set_source(source)
-
-
-class BlockMasks:
-    """A source of λ for language models that denoise a text block by block, as Diffusers' LLaDA2Pipeline does.
-
-    λ = masks of the active block / masks with which it began, of each sample: "block_masked_share". The active block is
-    the last `block_length` tokens of `input_ids`; tokens that a scheduler edits later are no masks, and count as text.
-
-    Args:
-        mask_token_id: the token that counts. block_length: tokens of a block.
-    """
-
-    convention = BLOCK_MASKED_SHARE
-
-    def __init__(self, mask_token_id: int, block_length: int) -> None:
-        self.mask_token_id = mask_token_id
-        self.block_length = block_length
-        self._before: Tensor | None = None  # the tokens (b, l) of the last forward
-        self._first = torch.zeros(0)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-        """λ (b,). Raises ValueError: the forward has no `input_ids` (b, l) of at least a block."""
-        tokens = arguments_of(module, args, kwargs).get("input_ids")
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] < self.block_length:
-            raise ValueError(
-                f"λ can't be counted: this forward of {type(module).__name__} has no input_ids (batch, length) of "
-                f"{self.block_length} tokens or more."
-            )
-        masks, before = self._count(tokens), self._before
-        if (
-            before is None
-            or before.shape != tokens.shape
-            or not torch.equal(before[:, : -self.block_length], tokens[:, : -self.block_length])
-            or bool((masks > self._count(before)).any())
-        ):  # a block begins, behind what is written, or in another call of the pipeline
-            self._first = masks
-        self._before = tokens.clone()
-        return NoiseSignals(masks.float() / self._first.clamp(min=1))
-
-    def _count(self, tokens: Tensor) -> Tensor:
-        return (tokens[:, -self.block_length :] == self.mask_token_id).sum(1)
 
 
 # ---------------------------------------------------------------------- what the active adapters of a model need

@@ -1,18 +1,17 @@
 """The strength over λ that an adapter has is live: activation keeps it, a number multiplies it, files hold it.
 
-Each rule is checked by whole outputs, in a pipeline for images and in both kinds for text, of a NaRA and a plain LoRA.
+Each rule is checked by whole outputs, in a pipeline for images and in one for text, of a NaRA and a plain LoRA.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import BlockRefinementScheduler, LLaDA2Pipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from peft import inject_adapter_in_model
 from torch import Tensor
 
@@ -39,13 +38,13 @@ def times(schedule: StrengthSchedule, number: float) -> StrengthSchedule:
 class Kind(NamedTuple):
     """A pipeline without adapters, the component that is adapted, the layers, and what an adapter can change."""
 
-    make: Callable[[Any], Any]
+    make: Callable[[], Any]
     component: str
     targets: list[str]
     output: Callable[[Any], Tensor]
 
 
-def sdxl(llama: Any) -> Any:
+def sdxl() -> Any:
     return StableDiffusionXLPipeline.from_pretrained(ASSETS / "sdxl-tiny")
 
 
@@ -53,10 +52,6 @@ def latents(pipe: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     return pipe("a red car", generator=torch.Generator().manual_seed(2), **options).images
-
-
-def llada2(llama: Any) -> Any:
-    return LLaDA2Pipeline(copy.deepcopy(llama), BlockRefinementScheduler(), None)
 
 
 def logits(model: Any) -> Tensor:
@@ -67,28 +62,27 @@ def logits(model: Any) -> Tensor:
 KINDS = {
     "sdxl": Kind(sdxl, "unet", ["to_q", "to_out.0"], latents),
     "llada": Kind(
-        lambda llama: LLaDAPipeline.from_pretrained(ASSETS / "llada-tiny"),
+        lambda: LLaDAPipeline.from_pretrained(ASSETS / "llada-tiny"),
         "transformer",
         ["q_proj", "v_proj"],
         lambda pipe: logits(pipe.transformer),
     ),
-    "llada2": Kind(llada2, "model", ["q_proj", "v_proj"], lambda pipe: logits(pipe.model)),
 }
 EVERY = pytest.mark.parametrize("kind", KINDS)
 PAIRS = pytest.mark.parametrize(
-    ("kind", "method"), [("sdxl", "NaRA"), ("sdxl", "LoRA"), ("llada", "LoRA"), ("llada2", "NaRA")]
+    ("kind", "method"), [("sdxl", "NaRA"), ("sdxl", "LoRA"), ("llada", "LoRA"), ("llada", "NaRA")]
 )
 
 
 class Loaded:
     """A pipeline with two adapters: "toy", a NaRA or a plain LoRA, and "style", a NaRA of another rank."""
 
-    def __init__(self, kind: str, method: str, llama: Any, folder: Path) -> None:
+    def __init__(self, kind: str, method: str, folder: Path) -> None:
         self.kind, self.folder = KINDS[kind], folder
-        self.pipe = self.kind.make(llama)
+        self.pipe = self.kind.make()
         self.model = getattr(self.pipe, self.kind.component)
         if not (folder / "style").exists():
-            self._write(llama)
+            self._write()
         self.pipe.load_nara_weights(folder / "style", adapter_name="style")
         if method == "NaRA":
             self.pipe.load_nara_weights(folder / "toy", adapter_name="toy")
@@ -97,8 +91,8 @@ class Loaded:
             disturb(self.model, seed=5)
         self.pipe.set_adapters("toy")
 
-    def _write(self, llama: Any) -> None:
-        pipe = self.kind.make(llama)
+    def _write(self) -> None:
+        pipe = self.kind.make()
         for name, rank in (("toy", 4), ("style", 3)):
             config = nara_config(target_modules=self.kind.targets, r=rank)
             inject_adapter_in_model(config, getattr(pipe, self.kind.component), name)
@@ -118,9 +112,9 @@ class Loaded:
 
 
 @pytest.fixture
-def load(tiny_llama: Any, tmp_path: Path) -> Callable[..., Loaded]:
+def load(tmp_path: Path) -> Callable[..., Loaded]:
     def loaded(kind: str, method: str) -> Loaded:
-        return Loaded(kind, method, tiny_llama, tmp_path)
+        return Loaded(kind, method, tmp_path)
 
     return loaded
 

@@ -5,24 +5,20 @@ Its weights are W0 + s·B·C(λ)·A, written anew at the λ of each timestep.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
-    BlockRefinementScheduler,
     ControlNetModel,
-    LLaDA2Pipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPAGPipeline,
 )
 from torch import Tensor
 
-from nara_diffusion import register_denoiser, set_noise_source
-from nara_diffusion.noise.sources import BlockMasks
+from nara_diffusion import register_denoiser
 from tests.acceptance._noise_models import UNET_TARGETS, Stock, adapt, distance, run, tensor_of
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import small_sd, small_sdxl
@@ -125,42 +121,3 @@ def test_controlnet_with_an_adapter_of_its_own_reads_its_timestep_once_it_is_reg
         with torch.no_grad():
             expected = stock.at(level)(*(each[i : i + 1] for each in inputs))[1]
         assert distance(found[i : i + 1], expected) < rounding_of(model)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-def test_llada2_runs_each_sample_at_the_masked_share_of_its_block(tiny_llama: Any) -> None:
-    """LLaDA 2 itself is remote code; a bidirectional Llama has its forward."""
-    pipe = LLaDA2Pipeline(copy.deepcopy(tiny_llama), BlockRefinementScheduler(), None)
-    pipe.mask_token_id, pipe.eos_token_id = 49, None
-    pipe.set_progress_bar_config(disable=True)
-    pipe.model, stock = adapt(pipe.model, ["q_proj", "down_proj"])
-    set_noise_source(pipe.model, BlockMasks(49, block_length=4))
-    errors, seen = [], set()
-
-    def compare(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-        for row, tokens in enumerate(args[0]):
-            first = max(5, len(tokens) - 4)  # of the answer in the block
-            level = float((tokens[first:] == 49).sum()) / (len(tokens) - first)
-            own = {name: kwargs[name][row : row + 1] for name in ("attention_mask", "position_ids")}
-            errors.append(distance(output.logits[row : row + 1], run(stock.at(level), tokens[None], **own)))
-            seen.add(level)
-
-    pipe.model.register_forward_hook(compare, with_kwargs=True)
-    prompts = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 14, 15]])
-    for _ in range(2):  # the second call begins anew
-        pipe(
-            input_ids=prompts,
-            generator=torch.Generator().manual_seed(4),
-            gen_length=11,
-            block_length=4,
-            num_inference_steps=3,
-            threshold=0.05,
-            editing_threshold=0.02,
-            max_post_steps=3,
-            temperature=1.0,
-            output_type="seq",
-        )
-    assert len(errors) > 24
-    assert {0.0, 1.0} < seen
-    assert max(errors) < rounding_of(pipe.model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nara_diffusion import StrengthSchedule, noise_level, register_noise_source, set_noise_source
 from nara_diffusion.noise import sources
 from nara_diffusion.noise.level import NoiseSignals, as_signals
-from nara_diffusion.noise.sources import BlockMasks, is_noise_aware, mask_density_radius
+from nara_diffusion.noise.sources import is_noise_aware, mask_density_radius
 from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
 from tests.helpers.two_layers import LEVELS, TARGETS, expect, run
 
@@ -95,27 +95,6 @@ def test_adapter_of_a_registered_definition_is_read_by_its_source_where_it_loads
 def test_source_without_a_definition_of_its_own_is_not_registered(source: Any) -> None:
     with pytest.raises(ValueError, match=r"is defined by this package|is no source of λ: expected a callable"):
         register_noise_source(source)
-
-
-class Reader(nn.Module):
-    def forward(self, input_ids: Tensor) -> None: ...
-
-
-def test_block_masks_count_the_active_block_of_each_sample_over_calls() -> None:
-    source, M = BlockMasks(mask_token_id=9, block_length=4), 9
-
-    def level(*rows: list[int]) -> list[float]:
-        return source(Reader(), (torch.tensor(rows),), {}).noise_level.tolist()
-
-    assert level([1, 2, 3, 4, M, M, M, M], [1, 2, 3, 4, 5, 6, M, M]) == [1, 1]
-    assert level([1, 2, 3, 4, M, 7, M, M], [1, 2, 3, 4, 5, 6, M, 8]) == [0.75, 0.5]
-    assert level([1, 2, 3, 4, 5, 7, 6, M], [1, 2, 3, 4, 5, 6, 7, 8]) == [0.25, 0]
-    assert level([1, 2, 3, 4, 5, 7, 6, 8, M, M, M, M]) == [1]  # the next block
-    assert level([1, 2, 3, 4, 5, 6, M, M]) == [1]  # another call, which begins inside of a block
-    assert level([1, 2, 3, 4, 5, 6, M, 7]) == [0.5]
-    assert level([1, 2, 8, 4, 5, 6, 7, M]) == [1]  # another prompt of the same length
-    with pytest.raises(ValueError, match=r"no input_ids .* of 4 tokens"):
-        level([1, 2])
 
 
 # ---------------------------------------------------------------------- values
