@@ -39,7 +39,7 @@ def start(flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("name", ["", IMAGES])
+@pytest.mark.parametrize("name", [IMAGES, pytest.param("", marks=pytest.mark.slow)])
 def test_run_begins_where_the_file_ends(flags: dict[str, Any], start: Path, tmp_path: Path, name: str) -> None:
     given = load_file(start / IMAGES)
     for run, init in (("again", str(start / name)), ("fresh", None)):
