@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from shipped_images import ASSETS, LAYERS, load_pipeline, optimizer_of, sample
 from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
@@ -25,20 +25,9 @@ from nara_diffusion.dreambooth import load_image
 from nara_diffusion.dreambooth.evaluation.samples import write_grid
 from nara_diffusion.dreambooth.objectives import build_objective, squared_errors
 
-ASSETS = Path(__file__).parent / "assets"
 INSTANCE_PROMPT = "a photo of sks toy"
 PROMPTS = [INSTANCE_PROMPT, "a photo of sks toy in the snow", "a photo of sks toy on the beach"]
-# attention alone is what one adapts in the large SDXL; so small a model learns a new shape better with all its layers
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
 STRENGTHS = [0.0, 0.5, 1.0]
-SEEDS = [0, 1]
-
-
-def load_pipeline(model: str | Path) -> StableDiffusionXLPipeline:
-    """The shipped model, stored in float16, in the float32 that CPUs are fast in."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def subject_images() -> list[Image.Image]:
@@ -65,11 +54,7 @@ def train(pipe: Any, steps: int, folder: Path) -> None:
     config = NaraConfig(r=8, lora_alpha=8, target_modules=LAYERS, core_hidden_dims=(64, 64))
     pipe.unet.requires_grad_(False)
     pipe.unet.add_adapter(config, adapter_name="default")
-    trained = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
-    core = [p for name, p in trained.items() if "nara_core." in name]
-    factors = [p for name, p in trained.items() if "nara_core." not in name]
-    optimizer = torch.optim.AdamW([{"params": factors, "lr": 3e-3}, {"params": core, "lr": 1e-3}])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    optimizer, schedule = optimizer_of(pipe.unet, 3e-3, 1e-3, steps)
     pipe.unet.train()
     for _ in (bar := tqdm(range(steps), desc="train")):
         timesteps = torch.randint(objective.levels, (len(latents),))  # one λ for each image
@@ -83,16 +68,6 @@ def train(pipe: Any, steps: int, folder: Path) -> None:
         bar.set_postfix(loss=f"{loss.item():.3f}")
     pipe.unet.eval()
     pipe.save_nara_weights(folder, adapter_name="default")
-
-
-def sample(pipe: Any, steps: int) -> list[Image.Image]:
-    """An image of each prompt and seed, those of one prompt after those of another."""
-    images = []
-    for prompt in PROMPTS:
-        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        call = {"num_images_per_prompt": len(SEEDS), "num_inference_steps": steps, "guidance_scale": 4.0}
-        images += pipe(prompt, generator=generators, **call).images
-    return images
 
 
 def main(
@@ -110,15 +85,15 @@ def main(
         weights = folder
 
     pipe = load_pipeline(model)
-    base = sample(pipe, sample_steps)
+    base = sample(pipe, PROMPTS, sample_steps, guidance=4.0)
     pipe.load_nara_weights(weights, adapter_name="subject")  # a file, a folder, or a repository on the Hub
     print(f"active adapters: {pipe.get_active_adapters()}")
     columns = {}
     for strength in tqdm(STRENGTHS, desc="sample"):
         pipe.set_adapters("subject", strength)
-        columns[strength] = sample(pipe, sample_steps)
+        columns[strength] = sample(pipe, PROMPTS, sample_steps, guidance=4.0)
     pipe.unload_nara_weights()
-    unloaded = sample(pipe, sample_steps)
+    unloaded = sample(pipe, PROMPTS, sample_steps, guidance=4.0)
     same = all(before.tobytes() == after.tobytes() for before, after in zip(base, unloaded, strict=True))
     print(f"unloaded, it gives the base's pixels again: {same}")
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
-from PIL import Image
+from shipped_images import ASSETS, LAYERS, load_pipeline, optimizer_of, sample
 from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
@@ -28,26 +27,15 @@ from nara_diffusion.dreambooth.evaluation.samples import write_grid
 from nara_diffusion.dreambooth.objectives import Objective, build_objective, squared_errors
 from nara_diffusion.loaders.schedulers import scheduler_fields
 
-ASSETS = Path(__file__).parent / "assets"
 sys.path.insert(0, str(ASSETS / "makers"))
-from tiny_images.unet import Latents, encode_scenes  # noqa: E402
+from tiny_images.unet import Latents, encode_scenes
 
 PROMPTS = [
     "a photo of a red car on the beach",
     "a photo of a blue cup in the snow",
     "a photo of a yellow star at night",
 ]
-SEEDS = [0, 1]
-# attention alone is what one adapts in the large SDXL; so small a model learns more with all its layers
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
 BATCH = 8
-
-
-def load_pipeline(model: str | Path) -> StableDiffusionXLPipeline:
-    """The shipped model, stored in float16, in the float32 that CPUs are fast in."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def loss_of(pipe: Any, objective: Objective, scenes: Latents, rows: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -71,11 +59,7 @@ def train(pipe: Any, objective: Objective, config: NaraConfig, scenes: Latents, 
     """A plain loop: scenes at random noise levels, the UNet's error, AdamW."""
     pipe.unet.requires_grad_(False)
     pipe.unet.add_adapter(config, adapter_name="default")
-    trained = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
-    core = [p for name, p in trained.items() if "nara_core." in name]
-    factors = [p for name, p in trained.items() if "nara_core." not in name]
-    optimizer = torch.optim.AdamW([{"params": factors, "lr": 5e-3}, {"params": core, "lr": 2.5e-3}])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    optimizer, schedule = optimizer_of(pipe.unet, 5e-3, 2.5e-3, steps)
     pipe.unet.train()
     for _ in (bar := tqdm(range(steps), desc="train")):
         spread = (torch.randperm(BATCH) + torch.rand(BATCH)) / BATCH  # λ over the whole path in each batch
@@ -88,16 +72,6 @@ def train(pipe: Any, objective: Objective, config: NaraConfig, scenes: Latents, 
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     pipe.unet.eval()
-
-
-def sample(pipe: Any, steps: int) -> list[Image.Image]:
-    """An image of each prompt and seed, those of one prompt after those of another."""
-    images = []
-    for prompt in PROMPTS:
-        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        call = {"num_images_per_prompt": len(SEEDS), "num_inference_steps": steps, "guidance_scale": 2.5}
-        images += pipe(prompt, generator=generators, **call).images
-    return images
 
 
 def main(
@@ -115,9 +89,9 @@ def main(
     objective = build_objective(flow)
     scenes, held_out = encode_scenes(pipe, "convert", 0, n), encode_scenes(pipe, "convert held out", 0, min(n, 64))
 
-    columns = {"base, as it is": sample(pipe, sample_steps)}
+    columns = {"base, as it is": sample(pipe, PROMPTS, sample_steps, guidance=2.5)}
     own, pipe.scheduler = pipe.scheduler, flow
-    columns["base, read as a flow"] = sample(pipe, sample_steps)
+    columns["base, read as a flow"] = sample(pipe, PROMPTS, sample_steps, guidance=2.5)
     pipe.scheduler = own
 
     config = NaraConfig(
@@ -137,11 +111,10 @@ def main(
     pipe = load_pipeline(model)  # as somebody else would use it
     pipe.load_nara_weights(folder)
     print(f"loaded, it samples by {type(pipe.scheduler).__name__}, prediction: {pipe.scheduler.config.prediction_type}")
-    columns["converted"] = sample(pipe, sample_steps)
+    columns["converted"] = sample(pipe, PROMPTS, sample_steps, guidance=2.5)
     pipe.unload_nara_weights()
-    same = all(
-        a.tobytes() == b.tobytes() for a, b in zip(columns["base, as it is"], sample(pipe, sample_steps), strict=True)
-    )
+    unloaded = sample(pipe, PROMPTS, sample_steps, guidance=2.5)
+    same = all(a.tobytes() == b.tobytes() for a, b in zip(columns["base, as it is"], unloaded, strict=True))
     print(f"unloaded, it samples by {type(pipe.scheduler).__name__} and gives the base's pixels again: {same}")
 
     write_grid(folder.with_suffix(".png"), PROMPTS, columns)
