@@ -166,7 +166,7 @@ def noise_level(model: nn.Module, value: Level, *, mask_density: Level | None = 
             )
 
 
-def entry_for(holder: nn.Module) -> Entry | None:
+def entry_for(holder: Any) -> Entry | None:
     """The innermost open context for the model of `holder`; None if there is none."""
     entry = present.get()
     while entry is not None and (entry.signals is None or holder not in entry.holders):

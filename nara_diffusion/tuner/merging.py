@@ -59,7 +59,7 @@ class MergesCores:
         """
         if not any(map(self.depends_on_noise, names)):
             return None
-        entry = entry_for(self)  # type: ignore[arg-type]
+        entry = entry_for(self)
         if signals is None:
             signals = self.merged_at() if entry is None else entry.signals
         self.check_known(names, signals, purpose)
@@ -121,7 +121,7 @@ class MergesCores:
 
     def check_merged(self, merged: NoiseSignals) -> None:
         """Raises ValueError if `noise_level(…)` gives another λ than `merged`; beside what is fused it may."""
-        entry = entry_for(self)  # type: ignore[arg-type]
+        entry = entry_for(self)
         if entry is None or entry.signals is None or backward_pass() != -1 or (self.is_fused and self.needs_noise):
             return
         for name, given, fixed in zip(NoiseSignals._fields, entry.signals, merged, strict=True):
@@ -133,7 +133,7 @@ class MergesCores:
 
     def warn_of_merged(self, merged: NoiseSignals, args: Any, kwargs: Any) -> None:
         """Say once a merge if the source of λ gives this forward another λ than that of merged layers."""
-        if self._warned_of is merged or self.is_fused or entry_for(self) is not None:  # type: ignore[arg-type]
+        if self._warned_of is merged or self.is_fused or entry_for(self) is not None:
             return
         try:
             source = self.present_source()
