@@ -34,8 +34,6 @@ from nara_diffusion.loaders.insertion import tuner_layers
 from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 from nara_diffusion.tuner.strength import set_strength
 
-Message = Mapping[str, str]
-
 
 @dataclass
 class LLaDAPipelineOutput(BaseOutput):
@@ -101,10 +99,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> LLaDAPipeline:
         """A saved pipeline, or a language model's own folder or repository (LLaDA, Dream, Llama, Qwen2, BERT, …).
 
-        Args:
-            pretrained_model_name_or_path: a folder, or a repository on the Hub.
-            **kwargs: for a pipeline, of `DiffusionPipeline.from_pretrained`; for a language model, of `load_backbone`:
-                dtype, quantization_config, mask_token, revision, token, ….
+        Arguments are those of `DiffusionPipeline.from_pretrained`, or for a language model of `load_backbone`.
         """
         name = str(pretrained_model_name_or_path)
         try:
@@ -116,7 +111,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]],
+        prompt: str | Sequence[str] | Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
         *,
         gen_length: int = 128,
         num_answers_per_prompt: int = 1,
@@ -174,7 +169,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
             return answers, result.sequences
         return LLaDAPipelineOutput(answers, result.sequences, result.answers, result.prompt_lengths, result.forwards)
 
-    def prompt_text(self, prompt: str | Sequence[Message], apply_template: bool = True) -> str:
+    def prompt_text(self, prompt: str | Sequence[Mapping[str, str]], apply_template: bool = True) -> str:
         """Return the text that the model reads before its answer to one question or chat.
 
         Raises:
