@@ -270,7 +270,7 @@ class ArgumentParser(HfArgumentParser):
         elif kind not in (list, dict):
             flag.type = _reader(kind, optional, own["choices"])
         flag.option_strings = [f"--{field.name}"]  # HfArgumentParser's with hyphens works, too
-        flag.default = argparse.SUPPRESS  # so that what was given can be told from what wasn't
+        flag.default = argparse.SUPPRESS  # so that only what was given is returned
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", dict: "NAME=VALUE"}

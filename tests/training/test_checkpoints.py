@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from filelock import FileLock
 
 from nara_diffusion.dllm import train as dllm
+from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
     check_random_states,
     last_checkpoint,
@@ -28,6 +30,7 @@ from nara_diffusion.training.engine_checks import accumulation_steps
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.interrupts import InterruptRequest
 from nara_diffusion.training.loop import TrainingDiverged
+from nara_diffusion.training.parser import given_arguments, parse_arguments
 from nara_diffusion.training.run import check_output_dir
 from tests.acceptance._commands import fresh_accelerate, metrics, names
 from tests.acceptance._runs import TEXT, text_arguments
@@ -151,6 +154,14 @@ def test_resumed_log_forgets_the_steps_that_are_taken_again(run: Path, tmp_path:
     log.write_text(log.read_text() + '{"step": 4, "lo')
     dllm.main(text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3")))
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_settings_of_a_run_are_a_file_of_arguments(run: Path) -> None:
+    args = parse_arguments(dllm.Arguments, ["--config", str(run / "config.yaml")])
+    assert given_arguments(args) == yaml.safe_load((run / "config.yaml").read_text())
+    again = parse_arguments(DreamBoothArguments, ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y"])
+    (run.parent / "image.yaml").write_text(yaml.safe_dump(given_arguments(again)))
+    assert parse_arguments(DreamBoothArguments, ["--config", str(run.parent / "image.yaml")]) == again
 
 
 def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
