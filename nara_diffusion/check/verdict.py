@@ -24,8 +24,6 @@ from .trials import ARMS, CheckSettings, CheckTask, Repeat, trials
 
 BINS = 10  # equal parts of [0, 1], where λ is
 ROUNDING = 1e-10  # losses up to this are float32 rounding
-MEASURED_STEPS = 100
-"""The steps of the short trainings by which the rules are measured."""
 LIKELY, UNLIKELY, UNKNOWN = "λ is likely to pay", "λ is unlikely to pay", "can't say"
 CHEAPER = (
     "NaRA isn't the only way of telling λ: try first, since this check doesn't, LoRA or DoRA on the time layers too, "
@@ -99,15 +97,6 @@ def judge(repeats: Sequence[Repeat], thresholds: Thresholds = THRESHOLDS) -> Ver
     if any(_is_nothing(difference, thresholds) for difference in differences):
         return Verdict(UNLIKELY, f"{found}: one interval is above {pays} and not below zero.")
     return Verdict(UNKNOWN, f"{found}: the intervals allow both {pays} and no gain: take more repeats.")
-
-
-def after_steps(verdict: Verdict, steps: int) -> Verdict:
-    """The verdict of trainings of so many steps: fewer than the rules were measured with leave "unlikely" open, since
-    C(λ) starts at I, where NaRA is LoRA."""
-    if verdict.answer != UNLIKELY or steps >= MEASURED_STEPS:
-        return verdict
-    few = f"{steps} steps are fewer than the {MEASURED_STEPS} that this rule is measured with, and C(λ) starts at I"
-    return Verdict(UNKNOWN, f"{verdict.reason.rstrip('.')}; but {few}: take {MEASURED_STEPS}.")
 
 
 def _is_nothing(difference: Interval, thresholds: Thresholds) -> bool:

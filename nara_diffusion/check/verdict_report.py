@@ -14,7 +14,7 @@ from nara_diffusion.utils.atomic_write import atomic_write
 from nara_diffusion.utils.statistics import Interval
 
 from .trials import CheckSettings, CheckTask, Repeat
-from .verdict import BinLosses, Verdict, after_steps, by_bins, decide, described, mean_losses, relative_difference
+from .verdict import BinLosses, Verdict, by_bins, decide, described, mean_losses, relative_difference
 
 _TITLES = {"base": "base", "lora": "LoRA", "untold": "without λ", "nara": "NaRA"}
 
@@ -52,7 +52,7 @@ def run_check(
         ValueError: see `trials`.
     """
     repeats, verdict = decide(task, settings, progress)
-    verdict, bins = after_steps(verdict, settings.steps), by_bins(repeats)
+    bins = by_bins(repeats)
     content = {
         **verdict.as_dict(),
         **about,
