@@ -140,7 +140,7 @@ class NaraConfig(LoraConfig):
             self._check_lora_fields()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: Any = None, **kwargs: Any) -> NaraConfig:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: Any = None, **kwargs: Any) -> Any:
         """As PEFT's; a refused file is named."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -260,7 +260,7 @@ def changes_base(start: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
 
 # ---------------------------------------------------------------------- files

@@ -31,11 +31,12 @@ def base_matrix(module: Any) -> Tensor:
 
 def delta_weight(module: Any, A: Tensor, K: Tensor, scaling: float) -> Tensor:
     """s K A for A (r, k) and K = B C (d_out, r), in the layout of the base layer's weight."""
+    base_layer: Any = module.get_base_layer()
     delta = scaling * (K @ A.to(K.dtype))  # (d_out, k)
     if isinstance(module, Embedding):
         return delta.T
     if isinstance(module, _ConvNd):
-        return delta.view(module.get_base_layer().weight.shape)
+        return delta.view(base_layer.weight.shape)
     return transpose(delta, getattr(module, "fan_in_fan_out", False))
 
 
