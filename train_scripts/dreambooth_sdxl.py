@@ -19,7 +19,8 @@ What is written to the output folder stands in nara_diffusion/dreambooth/train.p
 
 from functools import partial
 
-from nara_diffusion.dreambooth.train import SHIPPED_SDXL, DreamBoothArguments, main, shipped_run
+from nara_diffusion.dreambooth.shipped import SHIPPED_SDXL, shipped_run
+from nara_diffusion.dreambooth.train import DreamBoothArguments, main
 from nara_diffusion.training.command import run_command
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_diffusion_loss
 from nara_diffusion.dreambooth.cache import PromptCache
 from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.setup import run_family
+from nara_diffusion.dreambooth.image_arguments import run_family
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep
 from nara_diffusion.noise.level import MASKED_SHARE
 from nara_diffusion.training.adapters import adapter_config, add_adapter

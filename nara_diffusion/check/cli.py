@@ -59,7 +59,8 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
         run, arguments, place = main, Arguments, {"train_file": data}
         own: dict[str, Any] = {"target_modules": [ALL_LINEAR]}
     else:
-        from nara_diffusion.dreambooth.train import DreamBoothArguments, family_defaults
+        from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+        from nara_diffusion.dreambooth.shipped import family_defaults
         from nara_diffusion.dreambooth.train import main as train_images
 
         run, arguments, place = train_images, DreamBoothArguments, {"instance_data_dir": data}

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nara_diffusion.dreambooth.conversion import CONVERSIONS, FLOW
 from nara_diffusion.dreambooth.data.captions import check_prompt
 from nara_diffusion.dreambooth.families.family import TRANSFORMER_TARGETS, Family
+from nara_diffusion.dreambooth.families.table import family_of, family_of_model
 from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import (
     AdapterArguments,
@@ -305,7 +306,7 @@ def _check_objective(args: Any) -> None:
         )
 
 
-def check_family(args: Any, family: Family) -> None:
+def _check_family(args: Any, family: Family) -> None:
     """Raises ValueError for arguments that a family can't express, before its model is loaded."""
     unread: list[tuple[str, Any, str]] = []  # (argument, its value where it isn't set, why it can't be set)
     if not family.text_encoders:
@@ -325,3 +326,16 @@ def check_family(args: Any, family: Family) -> None:
     for name, unset, why in unread:
         if getattr(args, name) != unset:
             raise ValueError(f"{name} is {getattr(args, name)}, but {family.title} {why}: leave it out.")
+
+
+def run_family(args: Any, pipe: Any = None) -> Family:
+    """The family of `pipe`, or before that is loaded of the model's name, with the settings of `args`.
+
+    Raises:
+        ValueError: the model is of no family, or the family can't express an argument.
+    """
+    named = {"name": args.pretrained_model_name_or_path, "revision": args.revision}
+    family = family_of_model(**named) if pipe is None else family_of(pipe)
+    _check_family(args, family)
+    given = {"max_sequence_length": args.max_sequence_length, "guidance": args.training_guidance_scale}
+    return replace(family, **{name: value for name, value in given.items() if value is not None})

@@ -27,19 +27,30 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
 from nara_diffusion.check.check_tasks import image_task
 from nara_diffusion.check.verdict_report import check_training
-from nara_diffusion.dreambooth import collate_samples
 from nara_diffusion.dreambooth.adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.conversion import converted_scheduler
+from nara_diffusion.dreambooth.data.class_images import generate_class_images
+from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
+from nara_diffusion.dreambooth.data.image_records import (
+    ImageRecord,
+    Size,
+    class_records,
+    records_from_dataset,
+    records_from_folder,
+)
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
+from nara_diffusion.dreambooth.draws import drawable_levels
 from nara_diffusion.dreambooth.evaluation.comparison import (
     Evaluation,
     Evaluator,
@@ -50,25 +61,17 @@ from nara_diffusion.dreambooth.evaluation.comparison import (
     report_better_identity,
 )
 from nara_diffusion.dreambooth.evaluation.image_report import results_table, window_note, write_run_report
-from nara_diffusion.dreambooth.evaluation.samples import sample_settings
-from nara_diffusion.dreambooth.families.flows import SD3
+from nara_diffusion.dreambooth.evaluation.samples import sample_call, sample_settings
+from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.pipelines import folders_of, load_pipeline, sharing_pipeline
-from nara_diffusion.dreambooth.families.table import family_of_model
-from nara_diffusion.dreambooth.setup import (
-    load_class_images,
-    load_images,
-    record_texts,
-    run_family,
-    training_buckets,
-    training_data,
-    training_step,
-)
+from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.prediction import prediction_by
-from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of, without_unread
+from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
-from nara_diffusion.training.command import ASSETS, run_command, shipped
+from nara_diffusion.training.command import run_command
 from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
@@ -76,89 +79,10 @@ from nara_diffusion.training.report import publish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import count_steps, stream_loader
 
-from .image_arguments import UNET_TARGETS, DreamBoothArguments
+from .image_arguments import DreamBoothArguments, run_family
+from .shipped import shipped_run
 
 logger = logging.getLogger(__name__)
-
-# What a run does where no images are named, and where no model is.
-SHIPPED_DATA: dict[str, Any] = {
-    "instance_data_dir": str(ASSETS / "subject"),
-    "instance_prompt": "a photo of sks toy",
-    "validation_prompts": [
-        "a photo of sks toy",
-        "a photo of sks toy on the beach",
-        "a photo of sks toy in the snow",
-        "a photo of sks toy in the city",
-    ],
-    "identifier": ["sks"],
-}
-SHIPPED_RUN: dict[str, Any] = {
-    "pretrained_model_name_or_path": str(ASSETS / "sd-tiny-flow"),
-    "similarity_model": str(ASSETS / "clip-tiny"),
-    "alignment_model": str(ASSETS / "clip-tiny"),
-    "resolution": 64,
-    "max_sequence_length": 0,
-    "weighting_scheme": "logit_normal",
-    "rank": 16,
-    "target_modules": [*SD3.targets, "ff.net.0.proj", "ff.net.2"],
-    "train_batch_size": 5,
-    "max_train_steps": 500,
-    "learning_rate": 2e-3,
-    "core_learning_rate": 1e-3,
-    "lr_scheduler": "cosine",
-    "stratified_timesteps": True,
-    "num_inference_steps": 25,
-    "guidance_scale": 2.5,
-    "sample_batch_size": 8,
-    "validation_steps": 250,
-    "checkpointing_steps": 250,
-}
-
-# The same of dreambooth_sdxl.py.
-SHIPPED_SDXL: dict[str, Any] = {
-    "pretrained_model_name_or_path": str(ASSETS / "sdxl-tiny"),
-    "similarity_model": str(ASSETS / "clip-tiny"),
-    "alignment_model": str(ASSETS / "clip-tiny"),
-    "resolution": 64,
-    "rank": 16,
-    "target_modules": [*UNET_TARGETS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"],
-    "train_batch_size": 5,
-    "max_train_steps": 700,
-    "learning_rate": 2e-3,
-    "core_learning_rate": 1e-3,
-    "lr_scheduler": "cosine",
-    "stratified_timesteps": True,
-    "num_inference_steps": 20,
-    "guidance_scale": 2.5,
-    "sample_batch_size": 8,
-    "validation_steps": 350,
-    "checkpointing_steps": 350,
-}
-
-
-def shipped_run(given: Mapping[str, Any], values: Mapping[str, Any] = SHIPPED_RUN) -> dict[str, Any]:
-    """The arguments of the shipped run, or what suits the family of the model that was `given`."""
-    if "pretrained_model_name_or_path" in given:
-        return family_defaults(given)
-    if {"instance_data_dir", "dataset_name"} & given.keys():
-        logger.info(
-            "no model was named: your images teach %s, a toy of %d pixels; for SDXL at 1024 add "
-            "--config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
-            "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
-            values["pretrained_model_name_or_path"],
-            values["resolution"],
-        )
-        return without_unread(shipped(values), given)
-    return without_unread(shipped({**values, **SHIPPED_DATA}), given)
-
-
-def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that suit the family of the model that was `given`, in place of the script's own defaults."""
-    name = given["pretrained_model_name_or_path"]
-    if not name:
-        return {}  # which the arguments refuse
-    family = family_of_model(name, revision=given.get("model_options", {}).get("revision"))
-    return {"target_modules": list(family.targets), **family.defaults}
 
 
 def main(args: DreamBoothArguments) -> dict[str, Any]:
@@ -176,7 +100,7 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
 
     # Data
     instances, held_out_images = load_images(args, show)
-    run.record_data_digest("validation data", record_texts(held_out_images))
+    run.record_data_digest("validation data", digested(held_out_images))
     evaluator = Evaluator.of_run(args, [record.load() for record in instances], device)
     load = partial(
         load_pipeline,
@@ -200,16 +124,26 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         strength=schedule_of(args),
     )
     # what shows only with the model at hand is refused before hours go into class images
-    training_buckets(args, pipe)
+    buckets = training_buckets(args, family.divisor(pipe))
     check_target_modules(step.model, getattr(config, "target_modules", None))
     # before `pipe` takes the device's memory; a check leaves them out
-    class_images = [] if args.check else load_class_images(args, run.accelerator, run.dtype, load, family)
-    run.record_data_digest("training data", record_texts([*instances, *class_images]))
+    class_images = [] if args.check else load_class_images(args, run, load, family)
+    run.record_data_digest("training data", digested([*instances, *class_images]))
     pipe.to(device)
-    dataset = training_data(args, instances, class_images, pipe)
+    samples_of = partial(
+        DreamBoothDataset,
+        buckets=buckets,
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        crop="center" if args.center_crop else "random",
+        crops_per_image=args.crops_per_image,
+        flip=args.random_flip,
+        caption_dropout=args.caption_dropout,
+    )
+    dataset = samples_of(instances, class_images=class_images)
     steps = count_steps(len(instances), run.global_batch, args.max_train_steps, args.num_train_epochs)
     batches = run.batches(steps)
-    measured_on = training_data(args, held_out_images, [], pipe) if held_out_images else dataset
+    measured_on = samples_of(held_out_images) if held_out_images else dataset
     if args.check:
         results, shown = check_training(image_task(pipe, args, step, dataset, measured_on), args, run)
         sys.stdout.write(f"{shown}\n")
@@ -292,6 +226,100 @@ def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
         write_run_report(run.folder, args, facts, settings, before, after, references, load_from, pipe, converted)
         publish(run, results, results_table(before, after), window_note(args, family))
     return results
+
+
+def load_images(args: DreamBoothArguments, progress: bool) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """The captioned images of the subject and of `--validation_data_dir`; raises ValueError for bad ones."""
+    captions: dict[str, Any] = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
+    if args.dataset_name is not None:
+        instances = records_from_dataset(
+            args.dataset_name,
+            config_name=args.dataset_config_name,
+            image_column=args.image_column,
+            progress=progress,
+            **captions,
+        )
+    else:
+        instances = records_from_folder(str(args.instance_data_dir), progress=progress, **captions)
+    if args.validation_data_dir is None:
+        return instances, []
+    return instances, records_from_folder(args.validation_data_dir, progress=progress, **captions)
+
+
+def digested(records: Sequence[ImageRecord]) -> list[str]:
+    """All that a sample depends on."""
+    return [text for record in records for text in (record.key, record.prompt)]
+
+
+def load_class_images(
+    args: DreamBoothArguments, run: Run, load: Callable[..., Any], family: Family
+) -> list[ImageRecord]:
+    """The images of prior preservation, of which missing ones are generated; none without it."""
+    if not args.with_prior_preservation:
+        return []
+    folder, prompt = str(args.class_data_dir), str(args.class_prompt)
+    generate_class_images(
+        lambda: load(dtype=run.dtype, vae_dtype=run.dtype).to(run.accelerator.device),
+        folder,
+        prompt,
+        args.num_class_images,
+        seed=args.seed,
+        batch_size=args.sample_batch_size,
+        accelerator=run.accelerator,
+        progress=run.is_main,
+        **sample_call(args, family),
+    )
+    return class_records(folder, prompt=prompt, progress=run.is_main)
+
+
+def training_buckets(args: DreamBoothArguments, divisor: int) -> list[Size]:
+    """The sizes to train at. Raises ValueError for one that isn't a multiple of `divisor`."""
+    if args.aspect_ratio_buckets == "auto":
+        return generate_aspect_ratio_buckets(args.resolution, max(divisor, min(64, args.resolution // 4)))
+    sizes = [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets is not None:
+        sizes = parse_buckets_string(args.aspect_ratio_buckets)
+    for height, width in sizes:
+        if height % divisor or width % divisor:
+            raise ValueError(
+                f"a training size of {height} x {width} pixels doesn't fit this model: both sides have to be multiples "
+                f"of {divisor}."
+            )
+    return sizes
+
+
+def training_step(
+    args: DreamBoothArguments, pipe: Any, family: Family, scheduler: Any, device: torch.device, group_size: int
+) -> TrainingStep:
+    """The loss of the run, of the denoiser of `pipe`.
+
+    Args:
+        scheduler: of the model as it is trained (`converted_scheduler`).
+        group_size: samples of an optimizer step.
+
+    Raises:
+        ValueError: an objective that doesn't fit the scheduler, or a window without one of its noise levels.
+    """
+    weights = {"snr_gamma": args.snr_gamma, "shift": args.flow_shift, "weighting_scheme": args.weighting_scheme}
+    objective = build_objective(scheduler, **weights)
+    density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
+    prompts = None if args.train_text_encoder else PromptCache(pipe, family, folder=args.cache_folder)
+    latents = LatentCache(pipe.vae, memory_mib=0)
+    if args.cache_latents:
+        latents = LatentCache(pipe.vae, folder=args.cache_folder)
+    return TrainingStep(
+        model=getattr(pipe, family.denoiser),
+        objective=objective,
+        latents=latents,
+        prompts=prompts,
+        device=device,
+        seed=args.seed,
+        group_size=group_size,
+        stratified=args.stratified_timesteps,
+        noise_offset=args.noise_offset,
+        prior_loss_weight=args.prior_loss_weight,
+        drawable=drawable_levels(objective.noise_levels, window_of(args), args.weighting_scheme, **density),
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What dreambooth.py and dreambooth_sdxl.py do where no images or no model are named, and the defaults of families."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from nara_diffusion.training.adapters import without_unread
+from nara_diffusion.training.command import ASSETS, shipped
+
+from .families.flows import SD3
+from .families.table import family_of_model
+from .image_arguments import UNET_TARGETS
+
+logger = logging.getLogger(__name__)
+
+# What a run does where no images are named, and where no model is.
+SHIPPED_DATA: dict[str, Any] = {
+    "instance_data_dir": str(ASSETS / "subject"),
+    "instance_prompt": "a photo of sks toy",
+    "validation_prompts": [
+        "a photo of sks toy",
+        "a photo of sks toy on the beach",
+        "a photo of sks toy in the snow",
+        "a photo of sks toy in the city",
+    ],
+    "identifier": ["sks"],
+}
+SHIPPED_RUN: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(ASSETS / "sd-tiny-flow"),
+    "similarity_model": str(ASSETS / "clip-tiny"),
+    "alignment_model": str(ASSETS / "clip-tiny"),
+    "resolution": 64,
+    "max_sequence_length": 0,
+    "weighting_scheme": "logit_normal",
+    "rank": 16,
+    "target_modules": [*SD3.targets, "ff.net.0.proj", "ff.net.2"],
+    "train_batch_size": 5,
+    "max_train_steps": 500,
+    "learning_rate": 2e-3,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "stratified_timesteps": True,
+    "num_inference_steps": 25,
+    "guidance_scale": 2.5,
+    "sample_batch_size": 8,
+    "validation_steps": 250,
+    "checkpointing_steps": 250,
+}
+
+# The same of dreambooth_sdxl.py.
+SHIPPED_SDXL: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(ASSETS / "sdxl-tiny"),
+    "similarity_model": str(ASSETS / "clip-tiny"),
+    "alignment_model": str(ASSETS / "clip-tiny"),
+    "resolution": 64,
+    "rank": 16,
+    "target_modules": [*UNET_TARGETS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"],
+    "train_batch_size": 5,
+    "max_train_steps": 700,
+    "learning_rate": 2e-3,
+    "core_learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "stratified_timesteps": True,
+    "num_inference_steps": 20,
+    "guidance_scale": 2.5,
+    "sample_batch_size": 8,
+    "validation_steps": 350,
+    "checkpointing_steps": 350,
+}
+
+
+def shipped_run(given: Mapping[str, Any], values: Mapping[str, Any] = SHIPPED_RUN) -> dict[str, Any]:
+    """The arguments of the shipped run, or what suits the family of the model that was `given`."""
+    if "pretrained_model_name_or_path" in given:
+        return family_defaults(given)
+    if {"instance_data_dir", "dataset_name"} & given.keys():
+        logger.info(
+            "no model was named: your images teach %s, a toy of %d pixels; for SDXL at 1024 add "
+            "--config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "
+            "--pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0",
+            values["pretrained_model_name_or_path"],
+            values["resolution"],
+        )
+        return without_unread(shipped(values), given)
+    return without_unread(shipped({**values, **SHIPPED_DATA}), given)
+
+
+def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that suit the family of the model that was `given`, in place of the script's own defaults."""
+    name = given["pretrained_model_name_or_path"]
+    if not name:
+        return {}  # which the arguments refuse
+    family = family_of_model(name, revision=given.get("model_options", {}).get("revision"))
+    return {"target_modules": list(family.targets), **family.defaults}
