@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraConfig, LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
@@ -25,7 +24,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.file import AdapterPart, by_pattern
-from nara_diffusion.loaders.strict import is_core_key
+from nara_diffusion.loaders.strict import held_tensors, is_core_key
 from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.core_set import CoreSet, core_group, make_cores
@@ -105,7 +104,7 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
             make,
             signals_of,
             set(live_strengths(root, adapter_name).values()),
-            _others(root, adapter_name, tuple(f"{name}.lora_" for name in found)),
+            {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()},
         )
 
 
@@ -129,16 +128,15 @@ def _read(name: str, module: Any, adapter_name: str) -> tuple[PlainLoraLayer, An
     with onloaded(layer):
         magnitude = vectors[adapter_name].weight if adapter_name in vectors else None
         if is_embedding:
-            A, B, bias = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name], None
+            A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
         else:
             A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-            bias = layer.lora_B[adapter_name].bias
-        found: Any = [None if tensor is None else _copied(tensor, name) for tensor in (A, B, bias, magnitude)]
+        found: Any = [None if tensor is None else _copied(tensor, name) for tensor in (A, B, magnitude)]
     groups = getattr(layer.get_base_layer(), "groups", 1)
     A, B = found[0][:rank].clone(), found[1][:, : rank // groups].clone()  # hotswap makes room for larger ranks
     alpha = float(layer.scaling[adapter_name]) * rank
     key = variant.key if isinstance(variant, NaraVariant) else None
-    return PlainLoraLayer(A, B, alpha, rank, found[2], found[3], is_embedding), key
+    return PlainLoraLayer(A, B, alpha, rank, found[2], is_embedding), key
 
 
 def _copied(tensor: Tensor, name: str) -> Any:
@@ -147,10 +145,9 @@ def _copied(tensor: Tensor, name: str) -> Any:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _others(root: nn.Module, adapter_name: str, own: tuple[str, ...]) -> dict[str, Tensor]:
-    held = get_peft_model_state_dict(root, root.state_dict(), adapter_name, save_embedding_layers=False)
-    rest = {key: tensor for key, tensor in held.items() if not key.startswith(own) and not is_core_key(key)}
-    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in rest.items()}
+def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is no factor and no core's: trained biases, tokens, modules."""
+    return {key: tensor for key, tensor in tensors.items() if ".lora_" not in key and not is_core_key(key)}
 
 
 def _plain_config(config: LoraConfig, root: Any = None) -> LoraConfig:
@@ -191,9 +188,10 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
             raise ValueError(f"the adapter depends on {'λ' if level is None else 'the mask density'}: name it.")
         return as_signals(level, density)
 
-    others = {key: t for key, t in part.tensors.items() if ".lora_" not in key and not is_core_key(key)}
     schedules = set() if schedule is None else {schedule}
-    return Adapter("default", config, _plain_config(config), layers, keys, make, signals_of, schedules, others)
+    return Adapter(
+        "default", config, _plain_config(config), layers, keys, make, signals_of, schedules, others_of(part.tensors)
+    )
 
 
 def strength_of(config: NaraConfig, noise_level: Tensor) -> Tensor:
@@ -244,11 +242,13 @@ def layers_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict
         fits = A.dim() >= 2 and B.dim() >= 2 and len(A) == rank and B.shape[1] > 0 and not rank % B.shape[1]
         if not fits:  # the groups of a convolution divide r
             raise ValueError(f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}: damaged.")
-        if ("magnitude_vector" in own) != bool(config.use_dora) or own.keys() - _KINDS:
+        if ("magnitude_vector" in own) != bool(config.use_dora) or own.keys() - _KINDS - (
+            {"B.bias"} if config.lora_bias else set()
+        ):
             raise ValueError(f"'{name}' has {', '.join(sorted(own))}, but use_dora={config.use_dora}: damaged.")
         alpha = configured_scaling(config, name, rank) * rank
-        layers[name] = PlainLoraLayer(A, B, alpha, rank, own.get("B.bias"), own.get("magnitude_vector"), is_embedding)
+        layers[name] = PlainLoraLayer(A, B, alpha, rank, own.get("magnitude_vector"), is_embedding)
     return layers
 
 
-_KINDS = {"A", "B", "B.bias", "embedding_A", "embedding_B", "magnitude_vector"}
+_KINDS = {"A", "B", "embedding_A", "embedding_B", "magnitude_vector"}

@@ -101,8 +101,8 @@ def to_lora_bins(
         mask_density: for `core_input` "mask_density" or "both": one value in [0, 1], the same at each λ.
 
     Raises:
-        ValueError: as `to_lora`; the adapter can't be a sum of LoRAs (DoRA, biases, modules_to_save, an initialisation
-            that changes the base); no `bins` where it is needed.
+        ValueError: as `to_lora`; the adapter can't be a sum of LoRAs (DoRA, modules_to_save, an
+            initialisation that changes the base); no `bins` where it is needed.
     """
     with adapter_of_model(model, adapter_name) as adapter:
         return bins_of(adapter, bins, mask_density)
@@ -226,8 +226,6 @@ def _check_summable(adapter: Adapter) -> None:
     config, why = adapter.config, None
     if config.use_dora:
         why = "DoRA, whose norm is not linear in the update"
-    elif config.lora_bias or config.bias != "none":
-        why = "biases, which each LoRA would add again"
     elif changes_base(config.init_lora_weights):
         why = f"init_lora_weights={config.init_lora_weights!r}, which has changed the base"
     elif adapter.others:

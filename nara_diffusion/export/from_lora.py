@@ -18,9 +18,7 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
     inject_adapter_in_model,
-    set_peft_model_state_dict,
 )
 from torch import nn
 
@@ -28,7 +26,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.loaders.insertion import LOADED_FLAG, TEXT_ENCODER
 from nara_diffusion.loaders.schedulers import adopt_schedulers, check_schedulers
-from nara_diffusion.loaders.strict import PEFT_PREFIX
+from nara_diffusion.loaders.strict import check_tensors
 from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import layers_of
@@ -78,9 +76,9 @@ def from_lora(
         A PeftModel, or the Diffusers model or pipeline itself. The adapter is active and trainable.
 
     Raises:
-        ValueError: `lora` can't be read as a LoRA; `model` lacks a layer of it, or has one of another shape; `core` has
-            a field that is taken from the LoRA, or a core that doesn't start at C = I (core_init "kaiming", core_type
-            "rank_mask" or "bins"). `model` is unchanged then.
+        ValueError: `lora` can't be read as a LoRA, or has trained biases, tokens or modules; `model` lacks a layer of
+            it, or has one of another shape; `core` has a field that is taken from the LoRA, or a core that doesn't
+            start at C = I (core_init "kaiming", core_type "rank_mask" or "bins"). `model` is unchanged then.
     """
     if decided := sorted(_DECIDED & core.keys()):
         raise ValueError(f"{', '.join(decided)} can't be given, but come from the LoRA: leave them out.")
@@ -120,7 +118,6 @@ def _insert(
         else:
             model = get_peft_model(model, config, name)
     copy_tensors(lora, root, name, origin)
-    _set_others(model, name, lora, origin)
     check_identity(root, name, config)
     if inject:
         setattr(root, LOADED_FLAG, True)
@@ -147,7 +144,7 @@ def _nara_config(lora: PlainLora, core: Mapping[str, Any]) -> NaraConfig:
 
 
 def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: str) -> None:
-    """Copy A, B, biases of B and magnitudes of `lora` into an adapter of `root`: all, or none. Cores stay as they are.
+    """Copy A, B and magnitudes of `lora` into an adapter of `root`: all, or none. Cores stay as they are.
 
     Values are kept bit by bit: a parameter with a coarser dtype takes the dtype of the tensor.
 
@@ -174,35 +171,18 @@ def copy_tensors(lora: PlainLora, root: nn.Module, adapter_name: str, origin: st
     found = ((own.fullmatch(name), parameter) for name, parameter in root.named_parameters())
     held = {f"{match[1]}{match[2] or ''}": parameter for match, parameter in found if match}
     held = {key.removesuffix(".weight") if "_magnitude_" in key else key: held[key] for key in held}
-    given = {key: tensor for key, tensor in lora.state_dict().items() if key not in lora.others}
-    if odd := sorted(held.keys() ^ given.keys()):
-        raise ValueError(
-            f"{'The adapter' if odd[0] in held else origin} alone has '{odd[0]}': set use_dora (magnitude) and "
-            "lora_bias (bias) as in the LoRA."
-        )
-    for key, tensor in given.items():
-        # one-by-one kernels and magnitudes are written with and without their axes of length 1
-        if held[key].squeeze().shape != tensor.squeeze().shape:
-            raise ValueError(
-                f"'{key}' has shape {tuple(tensor.shape)} in {origin}, this layer needs {tuple(held[key].shape)}: it "
-                "was trained on another base model."
-            )
+    given = lora.state_dict()
+    for key in held.keys() & given.keys():  # one-by-one kernels and magnitudes are written with and without axes of 1
+        if given[key].squeeze().shape == held[key].squeeze().shape:
+            given[key] = given[key].reshape(held[key].shape)
+    try:
+        check_tensors(given, held)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
     for key, tensor in given.items():
         parameter = held[key]
         dtype = torch.promote_types(parameter.dtype, tensor.dtype)
-        parameter.data = tensor.detach().reshape(parameter.shape).to(parameter.device, dtype, copy=True)
-
-
-def _set_others(model: Any, adapter_name: str, lora: PlainLora, origin: str) -> None:
-    """Load trained biases, token embeddings and modules_to_save, by PEFT's own function."""
-    if not lora.others:
-        return
-    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
-    held = get_peft_model_state_dict(model, model.state_dict(), adapter_name, save_embedding_layers=False)
-    others = {f"{prefix}{key}": tensor for key, tensor in lora.others.items()}
-    if unknown := sorted(others.keys() - held.keys()):
-        raise ValueError(f"{origin} holds '{unknown[0]}', which an adapter with its configuration doesn't have.")
-    set_peft_model_state_dict(model, held | others, adapter_name=adapter_name)
+        parameter.data = tensor.detach().to(parameter.device, dtype, copy=True)
 
 
 def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> None:

@@ -105,17 +105,12 @@ def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
     """The factors of one layer, in its own dtype; the product with the scale is computed in float64.
 
     Raises:
-        ValueError: an embedding, a bias of B or a grouped convolution, which hosts' files can't express.
+        ValueError: an embedding or a grouped convolution, which hosts' files can't express.
     """
-    kinds = {
-        "is an embedding": layer.is_embedding,
-        "has a bias of B (lora_bias=True)": layer.bias is not None,
-        "is a grouped convolution": layer.groups > 1,
-    }
-    if unknown := [kind for kind, present in kinds.items() if present]:
+    if layer.is_embedding or layer.groups > 1:
+        kind = "an embedding" if layer.is_embedding else "a grouped convolution"
         raise ValueError(
-            f"Module '{name}' {unknown[0]}, which files for other programs can't express: save the adapter in PEFT's "
-            "format."
+            f"Module '{name}' is {kind}, which files for other programs can't express: save it in PEFT's format."
         )
     up = layer.B if layer.scaling == 1 else (layer.B.double() * layer.scaling).to(layer.B.dtype)
     return Factors(layer.A, up, (name,))

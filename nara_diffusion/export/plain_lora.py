@@ -69,7 +69,6 @@ class PlainLoraLayer:
         B: (d_out, rank), in a convolution (d_out, rank / groups, 1, …).
         alpha: alpha / rank is the scale, also with use_rslora in the configuration.
         rank: the rank r.
-        bias: of B (d_out,), or None.
         magnitude: DoRA's m, in PEFT's shape for the layer, or None.
         is_embedding: True if the module is an embedding, to whose weight ΔWᵀ (n, d_out) is added.
     """
@@ -78,7 +77,6 @@ class PlainLoraLayer:
     B: Tensor
     alpha: float
     rank: int
-    bias: Tensor | None = None
     magnitude: Tensor | None = None
     is_embedding: bool = False
 
@@ -137,8 +135,6 @@ class PlainLora:
 def _named(layer: PlainLoraLayer) -> Iterator[tuple[str, Tensor]]:
     yield ("lora_embedding_A" if layer.is_embedding else "lora_A.weight"), layer.A
     yield ("lora_embedding_B" if layer.is_embedding else "lora_B.weight"), layer.B
-    if layer.bias is not None:
-        yield "lora_B.bias", layer.bias
     if layer.magnitude is not None:
         yield "lora_magnitude_vector", layer.magnitude
 
@@ -164,7 +160,6 @@ def config_of_layers(layers: Mapping[str, PlainLoraLayer], like: LoraConfig | No
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
         use_dora=first.magnitude is not None,
-        lora_bias=first.bias is not None,
         inference_mode=True,
         target_modules="|".join(map(re.escape, sorted(layers))),  # in a list, a name is the end of others too
         rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},

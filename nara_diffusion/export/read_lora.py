@@ -30,7 +30,7 @@ from nara_diffusion.loaders.schedulers import DENOISERS
 from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.utils.naming import listed
 
-from .adapter_factors import adapter_of_model, layers_of_tensors
+from .adapter_factors import adapter_of_model, layers_of_tensors, others_of
 from .host_files import SCHEDULER_KEY, with_text_model
 from .plain_lora import SCHEDULER, PlainLora, PlainLoraLayer, config_of_layers
 from .to_lora import assembled
@@ -46,43 +46,53 @@ def read_lora(
     """
     if not isinstance(model, (nn.Module, DiffusionPipeline)):
         raise ValueError(f"model is a {type(model).__name__}: pass a torch.nn.Module or a Diffusers pipeline.")
+    origin = f"'{lora}'" if isinstance(lora, (str, os.PathLike)) else f"The {type(lora).__name__}"
+    try:
+        parts = _read(lora, model, config, source_adapter)
+        for part in parts.values():
+            if part.others or part.config.lora_bias:
+                extra = next(iter(part.others), "biases of B")
+                raise ValueError(f"it has trained '{extra}' beside a LoRA's factors, which a NaRA can't start from.")
+        return parts, origin
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
+def _read(lora: Any, model: Any, config: LoraConfig | None, source_adapter: str) -> dict[str, PlainLora]:
     if isinstance(lora, PlainLora):
-        return _of_denoiser(lora, model), "The LoRA"
+        return _of_denoiser(lora, model)
     if isinstance(lora, nn.Module):
-        return _of_denoiser(_of_model(lora, source_adapter), model), f"The LoRA of {type(lora).__name__}"
+        return _of_denoiser(_of_model(lora, source_adapter), model)
     if isinstance(lora, Mapping):
         if config is not None:
-            return _of_denoiser(lora_of_tensors(config, lora, "The dict"), model), "The dict"
+            return _of_denoiser(lora_of_tensors(config, lora), model)
         if any(key.startswith(PEFT_PREFIX) for key in lora):
-            raise ValueError("The dict has PEFT's keys, but no lora_alpha: pass config=, its LoraConfig.")
-        return _of_diffusers(lora, {}, model, "The dict"), "The dict"
+            raise ValueError("the dict has PEFT's keys, but no lora_alpha: pass config=, its LoraConfig.")
+        return _of_diffusers(lora, {}, model)
     if not isinstance(lora, (str, os.PathLike)):
-        raise ValueError(f"lora is a {type(lora).__name__}: pass a path, a dict of tensors, a model or a PlainLora.")
+        raise ValueError("this is no LoRA: pass a path, a dict of tensors, a model or a PlainLora.")
     path = Path(lora).expanduser()
     if (path / CONFIG_NAME).is_file():
-        return _of_denoiser(_of_folder(path), model), f"'{path}'"
+        return _of_denoiser(_of_folder(path), model)
     file = _file(path)
     tensors, metadata = read_tensors(file)
-    parts = _of_diffusers(tensors, metadata or {}, model, f"'{file}'")
+    parts = _of_diffusers(tensors, metadata or {}, model)
     scheduler = _scheduler(file.parent, (metadata or {}).get(SCHEDULER_KEY))
     own = {name: part for name, part in parts.items() if name in ("", *DENOISERS)}
-    return parts | {name: replace(part, scheduler=scheduler) for name, part in own.items()}, f"'{file}'"
+    return parts | {name: replace(part, scheduler=scheduler) for name, part in own.items()}
 
 
-def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], origin: str) -> PlainLora:
-    """The LoRA that PEFT makes of `config` and `tensors`, by PEFT's keys. `origin` names the file in messages.
+def lora_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> PlainLora:
+    """The LoRA that PEFT makes of `config` and `tensors`, by PEFT's keys.
 
     Raises:
         ValueError: A and B are not both there, or the configuration contradicts the rank or DoRA.
     """
     own = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-    try:
-        layers = layers_of_tensors(config, own)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
+    layers = layers_of_tensors(config, own)
     if not layers:
-        raise ValueError(f"{origin} holds no LoRA in PEFT's format: it holds {listed(own) or 'no tensors'}.")
-    return PlainLora(config, layers, {key: tensor for key, tensor in own.items() if ".lora_" not in key})
+        raise ValueError(f"no LoRA in PEFT's format: it holds {listed(own) or 'no tensors'}.")
+    return PlainLora(config, layers, others_of(own))
 
 
 def _of_denoiser(lora: PlainLora, model: Any) -> dict[str, PlainLora]:
@@ -107,13 +117,13 @@ def _of_model(model: nn.Module, adapter_name: str) -> PlainLora:
 def _of_folder(folder: Path) -> PlainLora:
     if is_naras(read_config_file(folder / CONFIG_NAME)):
         raise ValueError(
-            f"'{folder}' is a NaRA already: load it by PeftModel.from_pretrained(model, folder) or "
+            "it is a NaRA already: load it by PeftModel.from_pretrained(model, folder) or "
             "pipe.load_nara_weights(folder)."
         )
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
-        raise ValueError(f"'{folder}' is a {type(config).__name__.removesuffix('Config')}, which is no LoRA.")
-    lora = lora_of_tensors(config, read_peft_tensors(folder), f"'{folder}'")
+        raise ValueError(f"it is a {type(config).__name__.removesuffix('Config')}, which is no LoRA.")
+    lora = lora_of_tensors(config, read_peft_tensors(folder))
     return replace(lora, scheduler=_scheduler(folder, None))
 
 
@@ -142,36 +152,34 @@ def _scheduler(folder: Path, text: str | None) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------- by Diffusers' converters
 
 
-def _of_diffusers(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: Any, origin: str
-) -> dict[str, PlainLora]:
+def _of_diffusers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: Any) -> dict[str, PlainLora]:
     """{component: its LoRA} of a file; {"": the LoRA} if `model` is no pipeline."""
     if odd := [key for key in tensors if re.search(r"dora_scale|hada_|lokr_|oft_|lora_mid|glora|\.diff(_b)?$", key)]:
         raise ValueError(
-            f"{origin} holds '{odd[0]}', a key of a DoRA in kohya's format or of a LyCORIS method, which Diffusers "
+            f"it holds '{odd[0]}', a key of a DoRA in kohya's format or of a LyCORIS method, which Diffusers "
             "doesn't read: convert it to PEFT's format with the program that wrote it, or start from another LoRA."
         )
-    state, alphas = _converted(tensors, model, origin)
+    state, alphas = _converted(tensors, model)
     components = list(dict.fromkeys(map(_component, state)))
     is_pipeline = isinstance(model, DiffusionPipeline)
     fits = [isinstance(getattr(model, name or "?", None), nn.Module) for name in components]
     if not all(fits) if is_pipeline else len(components) > 1:
         raise ValueError(
-            f"{origin} is for {listed(components)}: pass the pipeline that it was trained on, which has them all, "
+            f"it is for {listed(components)}: pass the pipeline that it was trained on, which has them all, "
             f"instead of {type(model).__name__}."
         )
-    configs, parts = _configs(metadata, origin), {}
+    configs, parts = _configs(metadata), {}
     for component in components:
         own = {key: tensor for key, tensor in state.items() if _component(key) == component}
         values = _by_peft_names(own, alphas, component, model)
-        config = configs.get(component, configs.get("")) or _config_of(values, origin)
+        config = configs.get(component, configs.get("")) or _config_of(values)
         found = {key: tensor for key, (tensor, _) in values.items()}
-        parts[component if is_pipeline else ""] = lora_of_tensors(config, found, origin)
+        parts[component if is_pipeline else ""] = lora_of_tensors(config, found)
     down = re.compile(r"(.+?)[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down|lora_embedding_A)(\.weight)?")
     count = len({match[1] for key in tensors if (match := down.fullmatch(key))})
     if sum(len(part.layers) for part in parts.values()) < count:
         raise ValueError(
-            f"{origin} has {count} layers, of which Diffusers' converters keep fewer: convert it to PEFT's format with "
+            f"it has {count} layers, of which Diffusers' converters keep fewer: convert it to PEFT's format with "
             "the program that wrote it."
         )
     return parts
@@ -182,7 +190,7 @@ def _component(key: str) -> str:
     return first if first in DENOISERS or first.startswith(TEXT_ENCODER) else ""
 
 
-def _converted(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _converted(tensors: Mapping[str, Tensor], model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """{Diffusers' key, with the component: tensor}, and {Diffusers' key of an alpha: alpha}."""
     kind: Any = StableDiffusionXLPipeline if isinstance(model, UNet2DConditionModel) else type(model)
     if not hasattr(kind, "lora_state_dict"):
@@ -193,7 +201,7 @@ def _converted(tensors: Mapping[str, Tensor], model: Any, origin: str) -> tuple[
     try:
         found = kind.lora_state_dict(given, **options)
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise ValueError(f"{origin} is no LoRA that Diffusers reads for {kind.__name__}: {error}") from error
+        raise ValueError(f"no LoRA that Diffusers reads for {kind.__name__}: {error}") from error
     state, alphas = found if isinstance(found, tuple) else (found, None)
     return dict(state), {key: float(alpha) for key, alpha in (alphas or {}).items()}
 
@@ -227,7 +235,7 @@ def _by_peft_names(
     return {rename(key): value for key, value in new.items()}
 
 
-def _config_of(values: Mapping[str, tuple[Tensor, float | None]], origin: str) -> LoraConfig:
+def _config_of(values: Mapping[str, tuple[Tensor, float | None]]) -> LoraConfig:
     """The configuration of a file that has none: ranks by A, α by its alphas, or the rank, which is a scale of 1."""
     layers = {}
     for key, (A, alpha) in values.items():
@@ -238,13 +246,13 @@ def _config_of(values: Mapping[str, tuple[Tensor, float | None]], origin: str) -
             layers[name] = PlainLoraLayer(A, A, alpha or float(len(A)), len(A), magnitude=magnitude)
     if not layers:
         raise ValueError(
-            f"{origin} holds no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}: for kohya's, "
+            f"no LoRA in PEFT's or Diffusers' format, but {listed(values) or 'nothing'}: for kohya's, "
             "pass the pipeline instead of one of its models."
         )
     return config_of_layers(layers)
 
 
-def _configs(metadata: Mapping[str, str], origin: str) -> dict[str, LoraConfig]:
+def _configs(metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
     """{component: its configuration}, from the metadata that `save_lora_weights` writes."""
     split: dict[str, dict[str, Any]] = {}
     try:
@@ -253,4 +261,4 @@ def _configs(metadata: Mapping[str, str], origin: str) -> dict[str, LoraConfig]:
             split.setdefault(component, {})[name] = value
         return {component: LoraConfig(**own) for component, own in split.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"The configuration in the metadata of {origin} can't be read: {error}") from error
+        raise ValueError(f"the configuration in its metadata can't be read: {error}") from error

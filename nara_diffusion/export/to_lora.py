@@ -62,7 +62,7 @@ def to_lora(
 
     Raises:
         ValueError: there is no such adapter; λ is missing, or differs between samples; the adapter can't be a plain
-            LoRA (a LoRA variant such as aLoRA, or another method than LoRA); its weights are offloaded or sharded.
+            LoRA (a variant such as aLoRA, another method than LoRA, biases of B); its weights are offloaded or sharded.
     """
     if isinstance(noise_level, str) and noise_level != "best":
         raise ValueError(f'noise_level is {noise_level!r}: pass a number in [0, 1], or "best".')
@@ -96,6 +96,8 @@ def _nearest(adapter: Adapter, mask_density: Level | None) -> PlainLora:
 
 def assembled(adapter: Adapter, core_of: Callable[[str], Tensor]) -> PlainLora:
     """The plain LoRA s · B · C · A with that C (r, r) of each module."""
+    if adapter.config.lora_bias:
+        raise ValueError(f"Adapter '{adapter.name}' has biases of B (lora_bias=True): save it by save_pretrained.")
     config = adapter.plain_config
     layers = {
         name: _folded(name, layer, core_of(name), configured_scaling(config, name, layer.rank))
@@ -113,8 +115,6 @@ def _folded(name: str, layer: PlainLoraLayer, core: Tensor, scaling: float) -> P
         )
     gain = 1.0 if scaling == layer.scaling else layer.scaling / scaling
     plain = replace(layer, alpha=scaling * layer.rank)
-    if layer.bias is not None and gain != 1.0:
-        plain = replace(plain, bias=_kept(layer.bias.double() * gain, layer.bias))
     if gain == 1.0 and torch.equal(core, torch.eye(layer.rank, dtype=core.dtype)):
         return plain
     core = gain * core.double()

@@ -85,8 +85,6 @@ def _is_naras(path: Path) -> bool:
 
 
 def _check_lora(root: Any, config: Any, lora: Any, origin: str) -> None:
-    if lora.others:
-        raise ValueError(f"{origin} has trained '{next(iter(lora.others))}' beside a LoRA, which this run doesn't.")
     if changes_base(lora.config.init_lora_weights):
         raise ValueError(f"{origin} took its start out of the base weights, which this run's base still has.")
     if isinstance(config, NaraConfig) and config.core_type != "identity":

@@ -99,7 +99,6 @@ def test_the_folder_lists_the_loras_and_their_strengths(tmp_path):
         ({}, {}, "is not exactly a sum of 2 LoRAs: pass bins, their number"),
         ({}, {"bins": 65}, "bins is 65: pass a number of LoRAs, an int from 1 to 64"),
         ({"use_dora": True}, {"bins": 3}, "it has DoRA, whose norm"),
-        ({"lora_bias": True}, {"bins": 3}, "it has biases"),
         ({"init_lora_weights": "pissa"}, {"bins": 3}, "which has changed the base"),
         ({"target_modules": ["first"], "modules_to_save": ["second"]}, {"bins": 3}, "which each LoRA would add again"),
     ],

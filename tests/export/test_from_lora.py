@@ -50,15 +50,13 @@ def run(model: nn.Module, x: torch.Tensor, level: float | None = None) -> torch.
             return model(x)
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor")  # PEFT of any bias of B
 @pytest.mark.parametrize(
     ("options", "core"),
     [
         ({"use_dora": True}, {"core_type": "constant"}),
         ({"use_rslora": True}, {"core_type": "knots", "core_sharing": "layer"}),
-        ({"lora_bias": True}, {"core_input": "both"}),
+        ({}, {"core_input": "both"}),
         ({"init_lora_weights": "pissa"}, {}),
-        ({"target_modules": ["first"], "modules_to_save": ["second"], "rank_pattern": {}, "alpha_pattern": {}}, {}),
     ],
     ids=str,
 )
@@ -122,6 +120,7 @@ class Other(nn.Module):
         ({"r": 4}, base, "can't be given, but come from the LoRA"),
         ({"core_init": "kaiming"}, base, "has a C that is not I"),
         ({"core_type": "bins", "core_bins": 2}, base, "has a C that is not I"),
+        ({"lora": trained_lora(bias="lora_only")}, base, "beside a LoRA's factors"),
         ({}, Other, "lacks 2: 'first', 'second'"),
         ({"lora": "nowhere"}, base, "There is no LoRA file"),
         ({"lora": {"first.lora_A.weight": torch.zeros(4, 7)}, "config": lora_config()}, base, "B is missing"),

@@ -192,9 +192,3 @@ def test_what_a_file_cannot_express_is_refused_by_name(component, targets, form,
         lora = replace(lora, layers={"mid_block.resnets.0.norm1": layer})
     with pytest.raises(ValueError, match=message):
         host_state_dict({component: lora}, form, base, 1)
-
-
-def test_a_bias_of_b_is_refused():
-    lora = to_lora(adapted(small_sdxl().unet, ["ff.net.2"], lora_bias=True), LEVEL, "toy")
-    with pytest.raises(ValueError, match=r"ff.net.2' has a bias of B"):
-        host_state_dict({"unet": lora}, "kohya", "sdxl", 1)

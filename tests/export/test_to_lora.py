@@ -45,7 +45,7 @@ def assert_same_forward(plain: nn.Module, model: nn.Module) -> None:
         {"core_sharing": "module_type", "use_rslora": True},
         {"core_type": "knots", "core_sharing": "layer"},
         {"core_type": "rank_mask", "rank_mask_min": 1},
-        {"core_type": "constant", "lora_bias": True},
+        {"core_type": "constant"},
     ],
     ids=str,
 )
@@ -128,8 +128,9 @@ def test_the_level_of_the_context_and_that_of_a_merge_count():
         ({}, {"noise_level": "mean"}, "best"),
         ({}, {"noise_level": LEVEL, "adapter_name": "other"}, "has no adapter 'other'"),
         ({"core_input": "both"}, {"noise_level": LEVEL}, "mask density"),
+        ({"lora_bias": True}, {"noise_level": LEVEL}, "biases of B"),
     ],
 )
 def test_what_is_no_lora_of_one_level_is_refused(options, arguments, message):
     with pytest.raises(ValueError, match=message):
-        to_lora(adapted(base(), target_modules=TARGETS, **options), **arguments)
+        to_lora(adapted(base(), **{"target_modules": TARGETS, **options}), **arguments)
