@@ -27,45 +27,36 @@ SHIPPED_DATA: dict[str, Any] = {
     ],
     "identifier": ["sks"],
 }
-SHIPPED_RUN: dict[str, Any] = {
-    "pretrained_model_name_or_path": str(ASSETS / "sd-tiny-flow"),
+_TOY: dict[str, Any] = {
     "similarity_model": str(ASSETS / "clip-tiny"),
     "alignment_model": str(ASSETS / "clip-tiny"),
     "resolution": 64,
-    "max_sequence_length": 0,
-    "weighting_scheme": "logit_normal",
     "rank": 16,
-    "target_modules": [*SD3.targets, "ff.net.0.proj", "ff.net.2"],
     "train_batch_size": 5,
-    "max_train_steps": 500,
     "learning_rate": 2e-3,
     "core_learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "stratified_timesteps": True,
-    "num_inference_steps": 25,
     "guidance_scale": 2.5,
     "sample_batch_size": 8,
+}
+SHIPPED_RUN: dict[str, Any] = {
+    **_TOY,
+    "pretrained_model_name_or_path": str(ASSETS / "sd-tiny-flow"),
+    "max_sequence_length": 0,
+    "weighting_scheme": "logit_normal",
+    "target_modules": [*SD3.targets, "ff.net.0.proj", "ff.net.2"],
+    "max_train_steps": 500,
+    "num_inference_steps": 25,
     "validation_steps": 250,
     "checkpointing_steps": 250,
 }
-
-# The same of dreambooth_sdxl.py.
 SHIPPED_SDXL: dict[str, Any] = {
+    **_TOY,
     "pretrained_model_name_or_path": str(ASSETS / "sdxl-tiny"),
-    "similarity_model": str(ASSETS / "clip-tiny"),
-    "alignment_model": str(ASSETS / "clip-tiny"),
-    "resolution": 64,
-    "rank": 16,
     "target_modules": [*UNET_TARGETS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"],
-    "train_batch_size": 5,
     "max_train_steps": 700,
-    "learning_rate": 2e-3,
-    "core_learning_rate": 1e-3,
-    "lr_scheduler": "cosine",
-    "stratified_timesteps": True,
     "num_inference_steps": 20,
-    "guidance_scale": 2.5,
-    "sample_batch_size": 8,
     "validation_steps": 350,
     "checkpointing_steps": 350,
 }

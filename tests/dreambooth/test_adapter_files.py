@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ def test_file_that_lacks_a_tensor_is_refused_and_the_base_stays(method: str, fil
     torch.testing.assert_close(pixels(sampler), pixels(small_sdxl()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", ["nara", "dora", "full"])
 def test_checkpoint_gives_every_tensor_back(method: str, tmp_path: Path) -> None:
     model, other = trained(method), trained(method, seed=5)
     write_checkpoint(model, tmp_path, {})
@@ -181,9 +180,3 @@ def test_average_is_what_is_written_and_goes_on_from_a_checkpoint(tmp_path: Path
         key = next(name for name in by_hand if "lora_B" in name and name.startswith("unet"))
         stored = found[key.removeprefix("unet.").replace(".default.", f".{sampler.get_active_adapters()[0]}.")]
         torch.testing.assert_close(stored, by_hand[key], rtol=1e-5, atol=1e-6)
-
-
-def test_scheduler_of_a_converted_lora_lies_beside_it(tmp_path: Path) -> None:
-    write_adapter(trained("lora", scheduler=DDIMScheduler(prediction_type="v_prediction")), tmp_path, {})
-    saved = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
-    assert (saved["_class_name"], saved["prediction_type"]) == ("DDIMScheduler", "v_prediction")

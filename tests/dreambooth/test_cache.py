@@ -122,13 +122,6 @@ def test_threads_and_processes_share_a_folder(tmp_path) -> None:
     assert len(list(tmp_path.iterdir())) == 30  # and nothing partial
 
 
-def test_bfloat16_is_encoded_in_bfloat16_and_given_in_float32(data) -> None:
-    samples = data.plain_samples()[:1]
-    latents = LatentCache(vae().to(torch.bfloat16)).sample(samples, seed=0)
-    assert latents.dtype == torch.float32
-    torch.testing.assert_close(latents, LatentCache(vae()).sample(samples, seed=0), atol=0.05, rtol=0.05)
-
-
 def test_embeddings_are_those_of_the_pipeline_each_encoded_once(monkeypatch, tmp_path) -> None:
     pipe, calls = small_sdxl(), []
     forward = pipe.text_encoder.forward

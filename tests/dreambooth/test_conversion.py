@@ -157,24 +157,6 @@ def test_identity_of_exact_predictions_is_exact(kind: str, target: str) -> None:
     torch.testing.assert_close(read, batch.target, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_v_of_an_epsilon_base_is_the_formula_for_any_prediction(dtype: torch.dtype) -> None:
-    """v̂ = (ε̂ − √(1 − ᾱ) x_t) / √ᾱ in float32, and its gradient in ε̂ is 1 / √ᾱ."""
-    base = base_scheduler()
-    objective = build_objective(converted_scheduler(base, "v_prediction", False))
-    indices = torch.tensor([59, 0, 31, 8, 31])
-    seen = objective.corrupt(*clean_and_noise(len(indices)), indices).model_input
-    answer = torch.randn(len(indices), *SHAPE).to(dtype).requires_grad_()
-    alphas = column(base_alphas()[indices])
-    expected = (answer.double() - (1 - alphas).sqrt() * seen.double()) / alphas.sqrt()
-    read = IdentityReading(base, objective).prediction(seen, answer, indices)
-    assert read.dtype == torch.float32
-    torch.testing.assert_close(read.double(), expected, rtol=1e-5, atol=1e-5)
-    (gradient,) = torch.autograd.grad(read.sum(), answer)
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
-    torch.testing.assert_close(gradient.double(), alphas.rsqrt().expand_as(gradient), rtol=tolerance, atol=1e-5)
-
-
 def test_zero_terminal_snr_takes_the_timestep_of_as_much_noise_and_is_clamped_at_the_end() -> None:
     base = base_scheduler()
     objective = build_objective(converted_scheduler(base, "v_prediction", True))

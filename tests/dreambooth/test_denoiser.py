@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import HiraConfig, LoraConfig, OFTConfig, PeftModel
+from peft import HiraConfig, LoraConfig, PeftModel
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.denoiser import TEXT_TARGETS, AdaptedDenoiser, text_config
@@ -16,12 +16,8 @@ TARGETS = ["to_q", "to_v"]
 NARA: dict[str, Any] = {"r": 2, "target_modules": TARGETS, "core_hidden_dims": (4, 4), "noise_convention": "timestep"}
 CONFIGS: dict[str, Any] = {
     "nara": lambda: NaraConfig(**NARA),
-    "nara_dora": lambda: NaraConfig(**NARA, use_dora=True),
-    "bins": lambda: NaraConfig(**NARA | {"r": 4}, core_type="bins", core_bins=2),
-    "lora": lambda: LoraConfig(r=2, target_modules=TARGETS),
     "dora": lambda: LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
     "hira": lambda: HiraConfig(r=2, target_modules=TARGETS),
-    "oft": lambda: OFTConfig(oft_block_size=4, r=0, target_modules=TARGETS),
     "full": lambda: None,
 }
 
@@ -43,10 +39,11 @@ def test_everything_that_is_trained_gets_a_gradient_in_float32(kind: str) -> Non
     prediction = model(sample, torch.tensor([100, 700]), ids, prompts=["a photo of a toy", "a toy"])
     prediction.float().square().mean().backward()
     assert {p.dtype for p in model.trained.values()} == {torch.float32}
-    assert [name for name, parameter in model.trained.items() if parameter.grad is None] == []
+    # DistributedDataParallel waits for ever for one that never gets a gradient
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == model.trained.keys()
     assert {name.partition(".")[0] for name in model.trained} == {"unet", "text_encoder", "text_encoder_2"}
     assert any(id(p) in base for p in model.trained.values()) is (kind == "full")
-    assert isinstance(model.unet, PeftModel) is (kind in ("hira", "oft"))
+    assert isinstance(model.unet, PeftModel) is (kind == "hira")
 
 
 OPTIONS: dict[str, Any] = {
@@ -61,10 +58,8 @@ OPTIONS: dict[str, Any] = {
 @pytest.mark.parametrize(
     "core",
     [
-        {"core_input": "noise_level", "core_init": "kaiming"},
         {"core_sharing": "layer", "noise_embedding": "raw", "use_dora": True},
         {"core_type": "knots", "use_rslora": True},
-        {"core_type": "rank_mask"},
     ],
     ids=str,
 )

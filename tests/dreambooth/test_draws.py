@@ -48,13 +48,6 @@ def test_stratified_indices_take_one_stratum_of_the_window_each(low: float, high
         assert sorted(((group - first) * n // count).tolist()) == list(range(n))
 
 
-def test_independent_indices_of_a_window_are_uniform_in_it() -> None:
-    levels = drawable_levels(build_objective(DDPMScheduler()).noise_levels, NoiseWindow(0.25, 0.5))
-    counts = torch.bincount(draw_indices(range(4000), levels, seed=2) // 50, minlength=20)
-    assert counts.nonzero().flatten().tolist() == [5, 6, 7, 8, 9]
-    assert counts[5:10].min() > 700
-
-
 def test_window_of_an_edm_schedule_is_of_its_own_noise_level() -> None:
     objective = build_objective(EDMEulerScheduler())
     sigma = objective.q / objective.p

@@ -61,17 +61,6 @@ def test_an_interrupted_set_is_completed_to_the_same_files_at_any_batch_size(tmp
     assert not set(contents(tmp_path / "other").values()) & set(whole.values())
 
 
-def test_an_interruption_while_writing_leaves_no_half_file(tmp_path, monkeypatch) -> None:
-    def half(self: Image.Image, path: Path, **_: Any) -> None:
-        Path(path).write_bytes(b"\x89PNG")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        generate(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_enough_images_of_the_user_s_own_need_no_pipeline(tmp_path) -> None:
     folder = folder_of(tmp_path / "class", [(8, 8)] * 3)
 

@@ -19,7 +19,7 @@ from nara_diffusion.dreambooth.data.dataset import (
     scaled_size,
 )
 from nara_diffusion.dreambooth.data.image_records import ImageRecord, class_records, records_from_folder
-from nara_diffusion.training.stream import ShuffledStream, stream_loader
+from nara_diffusion.training.stream import stream_loader
 from tests.dreambooth.data.pictures import folder_of, gradient, noise
 
 SIZES = [(80, 60), (60, 80), (70, 70), (90, 50), (66, 64)]  # (width, height)
@@ -139,11 +139,6 @@ def test_a_round_shows_every_image_equally_often_in_batches_of_one_bucket(batch_
     assert any(one != other for one, other in pairwise(rounds))
     later = BucketOrder(buckets, batch_size, seed=3)
     assert [later[position] for position in range(30, 40)] == [order[position] for position in range(30, 40)]
-
-
-def test_with_one_bucket_the_order_is_that_of_the_plain_stream() -> None:
-    stream, order = ShuffledStream([{"image": number} for number in range(5)], seed=9), BucketOrder([(8, 8)] * 5, 3, 9)
-    assert [order[position] for position in range(40)] == [stream[position]["image"] for position in range(40)]
 
 
 def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(instances, class_images) -> None:

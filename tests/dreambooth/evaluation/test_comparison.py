@@ -119,12 +119,3 @@ def test_each_image_is_on_the_sheet_where_its_prompt_and_seed_say(tmp_path) -> N
     assert seen["references", 0][1] < seen["before", 0][1] < seen["before", 2][1] < seen["before", 4][1]
     assert (sheet.astype(int).sum(-1)[: seen["before", 0][1]] < 300).sum() > 20  # letters above the images
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
-
-
-def test_images_of_other_shapes_fit_their_cell_and_keep_their_pixels(tmp_path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 200, (16, 8, 3), dtype=np.uint8)
-    write_grid(tmp_path / "sheet.png", ["a"], {"after": [Image.fromarray(pixels)]})
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    cell = sheet[-CELL - 4 : -4, 8 : 8 + CELL]
-    np.testing.assert_array_equal(cell[4::8, 36:92:8], pixels[:, :7])
-    assert (cell[:, :30] == 255).all()

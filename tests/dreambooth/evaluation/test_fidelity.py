@@ -103,13 +103,6 @@ def test_alignment_is_the_mean_cosine_of_image_and_own_prompt(clip) -> None:
     assert without_words("a photo of SKS, toy.", ["sks"]) == "a photo of toy."
 
 
-def test_modes_of_images_do_not_matter(dino) -> None:
-    grey = pictures(1)[0].convert("L")
-    expected = dino.images([grey.convert("RGB")])
-    for mode in ("L", "RGBA", "P"):
-        torch.testing.assert_close(dino.images([grey.convert(mode)]), expected)
-
-
 def test_models_that_cannot_measure_are_refused(dino, tmp_path) -> None:
     with pytest.raises(ValueError, match="is a Dinov2Model, which has no text tower"):
         dino.texts(["a"])
