@@ -30,7 +30,7 @@ from nara_diffusion.dllm.data.encoding import chat_text
 from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, decode_answer, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.pretrained import HUB_ARGUMENTS
-from nara_diffusion.loaders.insertion import tuner_layers
+from nara_diffusion.loaders.insertion import adapters_of, tuner_layers
 from nara_diffusion.loaders.weights import load_nara_weights, save_nara_weights, unload_nara_weights
 from nara_diffusion.tuner.strength import set_strength
 
@@ -90,7 +90,12 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         """Activate adapters at strengths: numbers or StrengthSchedules, one for all or one each; None is 1."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-        for name, weight in list(zip(names, weights, strict=True)):
+        pairs = list(zip(names, weights, strict=True))
+        if unknown := [name for name in names if name not in adapters_of(self.transformer)]:
+            raise ValueError(
+                f"There is no adapter {unknown[0]!r}: expected one of {list(adapters_of(self.transformer))}."
+            )
+        for name, weight in pairs:
             set_strength(self.transformer, name, 1.0 if weight is None else weight)
         for layer in tuner_layers(self.transformer):
             layer.set_adapter(names)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.loaders.file import AdapterPart, by_pattern
+from nara_diffusion.loaders.file import AdapterPart, by_pattern, configured_scaling
 from nara_diffusion.loaders.strict import held_tensors, is_core_key
 from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
@@ -32,7 +32,7 @@ from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, live_strengths, roots_of
 
-from .plain_lora import PlainLoraLayer, configured_scaling
+from .plain_lora import PlainLoraLayer
 
 
 @dataclass(frozen=True)

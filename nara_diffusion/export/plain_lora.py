@@ -18,7 +18,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nara_diffusion.loaders.file import by_pattern
 from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.prediction import FLOW, how_to_set, prediction_in
 from nara_diffusion.utils.atomic_write import atomic_write_files
@@ -140,12 +139,6 @@ def _named(layer: PlainLoraLayer) -> Iterator[tuple[str, Tensor]]:
 
 
 # ---------------------------------------------------------------------- configurations
-
-
-def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
-    """α / r, or α / √r for rsLoRA, of the module of that name."""
-    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def config_of_layers(layers: Mapping[str, PlainLoraLayer], like: LoraConfig | None = None) -> LoraConfig:

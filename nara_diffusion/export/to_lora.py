@@ -29,10 +29,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.loaders.file import configured_scaling
 from nara_diffusion.noise.level import Level, NoiseSignals, as_signal, as_signals
 
 from .adapter_factors import Adapter, adapter_of_model
-from .plain_lora import ExportError, PlainLora, PlainLoraLayer, configured_scaling, warn_of_scheduler
+from .plain_lora import ExportError, PlainLora, PlainLoraLayer, warn_of_scheduler
 
 
 def to_lora(

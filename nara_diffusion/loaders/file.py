@@ -14,6 +14,7 @@ PEFT's folder holds one component: adapter_config.json and adapter_model.safeten
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils.hub_utils import _get_model_file
-from peft import PeftModel, load_peft_weights
+from peft import LoraConfig, PeftModel, load_peft_weights
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
@@ -149,6 +150,12 @@ def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> An
     """The value of PEFT's rank_pattern or alpha_pattern for a module."""
     pattern = pattern or {}
     return pattern.get(get_pattern_key(list(pattern), name), default)  # type: ignore[arg-type]
+
+
+def configured_scaling(config: LoraConfig, name: str, rank: int) -> float:
+    """α / r, or α / √r for rsLoRA, of the module of that name."""
+    alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 # ---------------------------------------------------------------------- where the tensors are

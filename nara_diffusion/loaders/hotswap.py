@@ -6,7 +6,6 @@ makes the scales tensors, so that adapters with other lora_alpha don't recompile
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,7 +24,7 @@ from nara_diffusion.tuner.strength import (
     layers_of,
 )
 
-from .file import AdapterPart, by_pattern
+from .file import AdapterPart, by_pattern, configured_scaling
 from .insertion import adapters_of, nara_adapters_of, part_of
 from .strict import check_tensors
 
@@ -120,10 +119,8 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     for name, layer in layers_of(model, adapter_name).items():
         layer.use_rslora[adapter_name] = config.use_rslora
         rank = by_pattern(config.rank_pattern, name, config.r)
-        alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        _update_scaling(layer, adapter_name=adapter_name, scaling=scaling)
-        layer.lora_alpha[adapter_name] = alpha
+        _update_scaling(layer, adapter_name=adapter_name, scaling=configured_scaling(config, name, rank))
+        layer.lora_alpha[adapter_name] = by_pattern(config.alpha_pattern, name, config.lora_alpha)
     holder = holder_of(model)
     assert holder is not None
     _follow(holder.cores[adapter_name], config)

@@ -1,4 +1,4 @@
-"""Sources of λ: of one's own, of an adapter's definition, of a text's blocks; and the values that they give."""
+"""Sources of λ: of one's own, of an adapter's definition; and the values that they give."""
 
 from __future__ import annotations
 
