@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from tests.helpers.adapted import lora_config, nara_config
+from tests.helpers.adapted import nara_config
 from tests.helpers.small_pipelines import small_sdxl
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "time_emb_proj"]
@@ -57,27 +54,6 @@ def predict(pipe: Any) -> Tensor:
     }
     with torch.no_grad():
         return pipe.unet(sample, torch.tensor([33, 870]), text, added_cond_kwargs=condition).sample
-
-
-def save_lora(folder: Path, *, seed: int = 5, **changes: Any) -> None:
-    """A plain LoRA of SDXL's UNet, in Diffusers' own file."""
-    pipe = small_sdxl()
-    config = lora_config(**{"target_modules": ["to_q", "to_v", "proj_in"], "lora_alpha": 3, **changes})
-    pipe.unet.add_adapter(config)
-    shake(pipe.unet, seed)
-    metadata = {key: value for key, value in config.to_dict().items() if value is not None}
-    StableDiffusionXLPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
-        unet_lora_adapter_metadata=metadata,
-    )
-
-
-def alone(folder: Path, *, lora: bool = False) -> Any:
-    """A pipeline with what is in `folder`, called "x", and nothing else."""
-    pipe = small_sdxl()
-    (pipe.load_lora_weights if lora else pipe.load_nara_weights)(folder, adapter_name="x")
-    return pipe
 
 
 class State:

@@ -19,6 +19,14 @@ from tests.helpers.small_pipelines import small_sdxl
 from tests.loaders.adapters import FILE, State, trained
 
 
+@pytest.fixture(scope="module")
+def nara_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A NaRA of SDXL's UNet and both text encoders."""
+    folder = tmp_path_factory.mktemp("nara")
+    trained().save_nara_weights(folder)
+    return folder
+
+
 @pytest.fixture
 def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nara_folder: Path) -> dict[str, Path]:
     """{repository: its folder}, in place of the Hub."""
