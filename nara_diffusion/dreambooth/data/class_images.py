@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
@@ -57,12 +56,14 @@ def generate_class_images(
         accelerator.wait_for_everyone()  # all have counted, before anyone adds
     mine = missing if accelerator is None else missing[accelerator.process_index :: accelerator.num_processes]
     if mine:
-        pipe = make_pipe()
+        pipe, made_for = make_pipe(), PngImagePlugin.PngInfo()
+        made_for.add_itxt(PROMPT_KEY, prompt)
         batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
         for batch in tqdm(batches, desc="class images", unit="batch", disable=not progress):
             generators = [torch_generator(seed, "class image", number) for number in batch]
             for number, image in zip(batch, render(pipe, [prompt] * len(batch), generators, call), strict=True):
-                _save(folder / _file_name(seed, number), image, prompt)
+                with atomic_write(folder / _file_name(seed, number)) as partial:
+                    image.save(partial, pnginfo=made_for)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return len(missing)
@@ -85,11 +86,3 @@ def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
 
 def _file_name(seed: int, number: int) -> str:
     return f"class-{seed}-{number:05d}.png"
-
-
-def _save(path: Path, image: np.ndarray, prompt: str) -> None:
-    """Write an image (h, w, 3) in [0, 1], whole or not at all."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(PROMPT_KEY, prompt)
-    with atomic_write(path) as partial:
-        Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).save(partial, pnginfo=info)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.image_processor import VaeImageProcessor
 from PIL import ImageDraw, ImageFont, ImageOps
 from PIL.Image import Image, Resampling, new
 from tqdm.auto import tqdm
@@ -77,21 +76,19 @@ def sample_images(
     """One image for each of `settings.pairs`, made by all processes together."""
     show = accelerator is None or accelerator.is_main_process
 
+    def sample_batch(pairs: Sequence[tuple[str, int]]) -> list[Image]:
+        # seeds count on the CPU, so they mean the same on any device
+        generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
+        return render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
+
     def work(indices: Sequence[int]) -> list[Image]:
         starts = range(0, len(indices), settings.batch_size)
         batches = [[settings.pairs[i] for i in indices[start : start + settings.batch_size]] for start in starts]
         bar = tqdm(batches, desc=desc, unit="batch", leave=False, disable=not show)
-        return [image for pairs in bar for image in sample_batch(pipe, pairs, settings.call)]
+        return [image for pairs in bar for image in sample_batch(pairs)]
 
     count = len(settings.pairs)
     return work(range(count)) if accelerator is None else split_across_processes(accelerator, count, work)
-
-
-def sample_batch(pipe: Any, pairs: Sequence[tuple[str, int]], call: dict[str, Any]) -> list[Image]:
-    """The images of (prompt, seed) pairs, in one call; seeds count on the CPU, so they mean the same on any device."""
-    generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
-    images = render(pipe, [prompt for prompt, _ in pairs], generators, call)  # (b, h, w, 3)
-    return VaeImageProcessor.numpy_to_pil(images)
 
 
 def write_images(folder: Path, images: Sequence[Image], settings: SampleSettings) -> None:

@@ -58,7 +58,7 @@ class Family:
         is_flow: whether the model is a rectified flow; its scheduler has to be one too.
         fit: (pipe, family) → the family with the settings of this pipeline; raises ValueError if it can't be trained.
         sampling: (arguments, number of images) → arguments of the pipeline's call.
-        images_of: output of the pipeline's call → images (b, h, w, 3).
+        images_of: output of the pipeline's call → b PIL images.
         picked: the code that takes the first image from that output, for model cards.
         max_sequence_length: a setting, the tokens of a prompt; None where CLIP's own length is all that there is.
         guidance: a setting, what a denoiser with distilled guidance is given; None for others.

@@ -235,8 +235,8 @@ WAN = Family(
     divisor=lambda pipe: pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1],
     defaults={"resolution": 512, "guidance_scale": 5.0, "num_inference_steps": 30},
     fit=_fit_wan,
-    sampling=lambda call, count: call | {"num_frames": 1},
-    images_of=lambda output: output.frames[:, 0],
-    picked=".frames[0, 0]",
+    sampling=lambda call, count: call | {"num_frames": 1, "output_type": "pil"},
+    images_of=lambda output: [frames[0] for frames in output.frames],
+    picked=".frames[0][0]",
     max_sequence_length=512,
 )

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
+from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import nn
 
@@ -121,8 +121,10 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     return other
 
 
-def render(pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]) -> Any:
-    """Images (b, h, w, 3) in [0, 1], a NumPy array.
+def render(
+    pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]
+) -> list[Image]:
+    """An image for each prompt.
 
     Args:
         pipe: a pipeline of a family; any other callable gets `call` unchanged.
@@ -131,5 +133,5 @@ def render(pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generat
     """
     family = BY_PIPELINE.get(type(pipe).__name__)
     options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
-    output = pipe(prompt=list(prompts), generator=list(generators), output_type="np", **options)
-    return np.asarray(output.images if family is None else family.images_of(output))
+    output = pipe(prompt=list(prompts), generator=list(generators), **options)
+    return output.images if family is None else family.images_of(output)

@@ -18,6 +18,10 @@ from tests.helpers.small_pipelines import small_sdxl
 PROMPT = "ein Spielzeug, größer ✓"
 
 
+def noise_of(generator: torch.Generator) -> np.ndarray:
+    return torch.randint(0, 256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+
+
 class Painter:
     """Stands for a pipeline: each image is noise of its generator. Remembers the sizes of its batches."""
 
@@ -25,13 +29,12 @@ class Painter:
         self.batches: list[int] = []
         self.fail_after = fail_after
 
-    def __call__(self, prompt: list[str], generator: list[torch.Generator], output_type: str, **call: Any) -> Any:
-        assert output_type == "np"
+    def __call__(self, prompt: list[str], generator: list[torch.Generator], **call: Any) -> Any:
         if len(self.batches) == self.fail_after:
             raise KeyboardInterrupt
         self.batches.append(len(prompt))
         self.call = call
-        return SimpleNamespace(images=np.stack([torch.rand(8, 8, 3, generator=g).numpy() for g in generator]))
+        return SimpleNamespace(images=[Image.fromarray(noise_of(g)) for g in generator])
 
 
 def generate(folder: Path, count: int = 5, painter: Painter | None = None, **options: Any) -> int:
