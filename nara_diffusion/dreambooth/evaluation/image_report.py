@@ -38,7 +38,7 @@ from diffusers import {classes}
 pipe = {pipeline}.from_pretrained({base!r}, dtype={dtype}{absent})
 {loading}
 image = pipe(
-    {prompt!r},
+    prompt={prompt!r},
     generator=torch.Generator().manual_seed({seed}),
     {call},
 ){picked}
