@@ -19,7 +19,7 @@ from .tuner.model import NaraModel
 from .tuner.strength import set_strength
 from .wraps import wrap_other_libraries
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "NaraConfig",
     "NaraModel",
