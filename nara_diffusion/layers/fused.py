@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
@@ -28,11 +29,13 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
     """Whether `fused_linear` may compute PEFT's layer `module`, whose base layer has computed `result` from `x`.
 
     The base layer has to be a frozen W0, with no other tuner or adapter between, and no hook that sees a call. A
-    compiler fuses by itself, and functions such as `vmap` have rules for the parts alone.
+    compiler fuses by itself, and `vmap`, `jvp` and TorchScript know the parts alone.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch._C._are_functorch_transforms_active() or len(module.active_adapters) != 1:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return False
+    if len(module.active_adapters) != 1:
         return False
     if module._modules["base_layer"] is not base_layer or not all(map(_is_plain, (base_layer, A, B))):
         return False
@@ -94,7 +97,7 @@ class _FusedLinear(Function):
         ctx.scaling = s
         ctx.save_for_backward(x, weight, bias, A, core, B, h, mixed, None if g is None else result, g)
         if g is not None:
-            return _scaled(result, g, bias)
+            return _scaled(result, g, bias, out=torch.empty_like(result))  # a view could not be changed in place
         ctx.mark_dirty(result)
         return result
 
@@ -138,13 +141,14 @@ def _raise(result: Tensor, mixed: Tensor, B: Tensor, scaling: float) -> None:
     result.view(-1, B.shape[0]).addmm_(mixed.view(-1, B.shape[1]), B.T, alpha=scaling)
 
 
-def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """g ⊙ z + (1 − g) ⊙ b (b, …, d_out), into `out` if it is given."""
+def _scaled(z: Tensor, gain: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """g ⊙ z + (1 − g) ⊙ b (b, …, d_out), written into `out`."""
     rows, gain = z.view(gain.shape[0], -1, gain.shape[1]), gain[:, None]  # (b or 1, n, d_out), (b or 1, 1, d_out)
-    space = None if out is None else out.view(rows.shape)
     if bias is None:
-        return torch.mul(rows, gain, out=space).view(z.shape)
-    return torch.addcmul((1 - gain) * bias, rows, gain, out=space).view(z.shape)
+        torch.mul(rows, gain, out=out.view(rows.shape))
+    else:
+        torch.addcmul((1 - gain) * bias, rows, gain, out=out.view(rows.shape))
+    return out
 
 
 def _summed(rows: Tensor) -> Tensor:

@@ -96,6 +96,19 @@ def test_second_derivatives_of_a_fused_layer_are_those_of_its_parts(
             assert relative_error(one, other) < 1e-4
 
 
+@DORA
+def test_output_of_a_fused_layer_may_be_changed_in_place(calls: list[Tensor], use_dora: bool) -> None:
+    model, x, found = one_layer(use_dora), torch.randn(3, 4, 7), []
+    for change in (lambda y: y * 2 + 1, lambda y: y.mul_(2).add_(1)):
+        model.zero_grad()
+        with noise_level(model, LEVELS):
+            change(model(x)).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(calls) == 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def _two_active(model: Any) -> None:
     model.add_adapter("other", nara_config(target_modules=["layer"]))
     model.base_model.set_adapter(["default", "other"])
