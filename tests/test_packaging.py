@@ -8,8 +8,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -60,8 +58,14 @@ def test_continuous_integration_runs_the_test_command_of_the_readme():
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_paths_and_flags_of_a_page_exist(page, identifiers):
+def test_links_paths_and_flags_of_the_pages_exist():
+    files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
+    identifiers = {name for path in files for name in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    assert {str(page.relative_to(ROOT)): found for page in PAGES if (found := missing_of(page, identifiers))} == {}
+
+
+def missing_of(page: Path, identifiers: set[str]) -> list[str]:
+    """Links, paths and flags of a page that aren't there; `identifiers` are all names in the project's sources."""
     text = page.read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     missing = [link for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose) if not (page.parent / link).exists()]
@@ -71,11 +75,4 @@ def test_links_paths_and_flags_of_a_page_exist(page, identifiers):
         missing += [path for path in paths if not (ROOT / path).exists()]
         flags = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9]*(?:_[a-z0-9]+)+)", code)) - OTHERS_FLAGS
         missing += sorted(flags - identifiers)
-    assert missing == []
-
-
-@pytest.fixture(scope="module")
-def identifiers() -> set[str]:
-    """All names in the project's sources, fields of dataclasses among them."""
-    files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
-    return {name for path in files for name in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    return missing

@@ -138,16 +138,13 @@ def test_generate_draws_by_the_generator_alone(few: Any) -> None:
     assert not torch.equal(counted(model, [3, 5], 200, seed=8, **options), first)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
+def test_generate_refuses_impossible_settings_by_name(pair: Any) -> None:
+    for options, named in [
         ({"gen_length": 8, "block_length": 3}, "block_length"),
         ({"gen_length": 8, "block_length": 4, "steps": 3}, "steps"),
         ({"gen_length": 8, "remasking": "low_confidense"}, "remasking"),
         ({"gen_length": 8, "temperature": -1.0}, "temperature"),
         ({"gen_length": 62}, "positions"),
-    ],
-)
-def test_generate_refuses_impossible_settings_by_name(pair: Any, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        generate(pair[0], torch.tensor([[5, 9, END]]), **options)
+    ]:
+        with pytest.raises(ValueError, match=named):
+            generate(pair[0], torch.tensor([[5, 9, END]]), **options)

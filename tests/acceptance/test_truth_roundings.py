@@ -127,9 +127,8 @@ def test_prose_has_the_digits_of_the_tables_on_its_page(page):
         assert agrees or all(gap > 1.5 * unit for gap, _ in gaps), each
 
 
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
+def test_a_wrong_rounding_is_found(figures):
+    for text, wrong in [
         ("**zero_snr.** LoRA 0.425, DoRA 0.437", set()),
         ("**zero_snr.** LoRA 0.426, DoRA 0.437", {("0.426", ""), ("0.426", "lora")}),
         ("v at zero terminal SNR.\n\nThere, NaRA 0.195 is below LoRA (.202).", {(".202", ""), (".202", "lora")}),
@@ -137,10 +136,8 @@ def test_prose_has_the_digits_of_the_tables_on_its_page(page):
         ("| λ ≥ 0.5 | DoRA 0.872 |", {("0.872", "dora")}),  # another method's figure
         ("ε → flow: a LoRA of as many parameters 0.677, 0.0047 lower than NaRA", {("0.0047", "−")}),
         ("ε → v: NaRA 0.326.\n\n# Something else\n\nNaRA 0.327", set()),
-    ],
-)
-def test_a_wrong_rounding_is_found(text, wrong, figures):
-    assert mistakes(text, figures) == wrong
+    ]:
+        assert mistakes(text, figures) == wrong
 
 
 def test_the_records_have_the_figures_that_the_pages_are_compared_with(figures):

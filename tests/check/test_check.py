@@ -118,21 +118,18 @@ def repeats_of(nara: Sequence[float], untold: Sequence[float], lora: float = 1.0
     return [Repeat(levels, {arm: torch.full((2,), float(value)) for arm, value in each.items()}) for each in means]
 
 
-@pytest.mark.parametrize(
-    ("nara", "untold", "base", "answer", "reason"),
-    [
+def test_judge_takes_the_first_rule_that_holds():
+    for nara, untold, base, answer, reason in [
         ([0.8, 0.81, 0.82], [1, 1, 1], 2, LIKELY, "both means are −2.0 % or lower"),
         ([0.99, 0.99, 0.991], [1, 1, 1], 2, UNKNOWN, "take more steps"),
         ([1, 1.001, 0.999], [1, 1, 1], 2, UNLIKELY, "one interval is above −2.0 % and not below zero"),
         ([0.8, 0.81, 0.82], [0.8, 0.81, 0.82], 2, UNLIKELY, "in 3 repeats"),  # a core that hastens without λ
         ([0.9, 1.1, 1], [1, 1, 1], 2, UNKNOWN, "take more repeats"),
         ([0.8, 0.8, 0.8], [1, 1, 1], 0.81, UNKNOWN, "raise the learning rate or the steps"),
-    ],
-)
-def test_judge_takes_the_first_rule_that_holds(nara, untold, base, answer, reason):
-    verdict = judge(repeats_of(nara, untold, base=base))
-    assert verdict.answer == answer
-    assert reason in verdict.reason
+    ]:
+        verdict = judge(repeats_of(nara, untold, base=base))
+        assert verdict.answer == answer
+        assert reason in verdict.reason
 
 
 def test_relative_difference_counts_each_bin_alike():
@@ -169,17 +166,14 @@ def test_command_writes_numbers_and_a_picture(kind, tmp_path, capsys, monkeypatc
     assert (tmp_path / "out" / "check.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_command_refuses_in_one_line(capsys):
+    for words, message in [
         ([], "takes MODEL and DATA before its flags, got 0"),
         (["model", "nowhere"], "DATA nowhere doesn't exist"),
         (["model", str(ASSETS), "more"], "takes MODEL and DATA before its flags, got 3"),
         ([str(ASSETS / "llada-tiny"), __file__, "--rank", "0"], "rank must be at least 1, got 0"),
-    ],
-)
-def test_command_refuses_in_one_line(words, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    shown = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-    assert message in shown
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        shown = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+        assert message in shown

@@ -87,19 +87,16 @@ def test_shipped_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in names if f"|{name}" not in listed] == []
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
+def test_what_is_left_out_is_filled_in() -> None:
+    for given, expected in [
         (["--tasks", "x"], ["run", "--model", "nara_dllm", "--tasks", "x"]),
         (["run", "--tasks", "x"], ["run", "--model", "nara_dllm", "--tasks", "x"]),
         (["--model=hf", "--tasks", "x"], ["run", "--model=hf", "--tasks", "x"]),
         (["run", "--help"], ["run", "--help"]),
         (["ls", "tasks"], ["ls", "tasks"]),
         ([], []),
-    ],
-)
-def test_what_is_left_out_is_filled_in(given: list[str], expected: list[str]) -> None:
-    assert with_defaults(given) == expected
+    ]:
+        assert with_defaults(given) == expected
 
 
 @pytest.mark.parametrize(

@@ -39,21 +39,17 @@ def model() -> PeftModel:
     return adapted(TwoLayers(), target_modules=TARGETS)
 
 
-@pytest.mark.parametrize(
-    ("gives", "message"),
-    [
+def test_value_of_a_source_is_checked(model: PeftModel) -> None:
+    for gives, message in [
         (torch.tensor([0.1, float("nan"), 0.2]), r"nan.*\[0, 1\]"),
         (torch.tensor([0.1, 500.0, 0.2]), r"500.0.*\[0, 1\]"),
         (torch.rand(3, 1), r"shape \(3, 1\)"),
         (torch.rand(2), "2 values.* is 3"),
         ("half", "noise_level is 'half'"),
-    ],
-    ids=["NaN", "a timestep", "a column", "too few", "a text"],
-)
-def test_value_of_a_source_is_checked(model: PeftModel, gives: Any, message: str) -> None:
-    set_noise_source(model, Share(gives=gives))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=message):
-        model(torch.randn(3, 7))
+    ]:
+        set_noise_source(model, Share(gives=gives))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            model(torch.randn(3, 7))
 
 
 def test_source_of_another_convention_is_refused_on_all_models_at_once() -> None:
@@ -89,12 +85,10 @@ def test_adapter_of_a_registered_definition_is_read_by_its_source_where_it_loads
         register_noise_source(Share())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "source", [*map(Share, ("timestep", "flow", "edm", "masked_share")), lambda *_: None, "λ", None]
-)
-def test_source_without_a_definition_of_its_own_is_not_registered(source: Any) -> None:
-    with pytest.raises(ValueError, match=r"is defined by this package|is no source of λ: expected a callable"):
-        register_noise_source(source)
+def test_source_without_a_definition_of_its_own_is_not_registered() -> None:
+    for source in [*map(Share, ("timestep", "flow", "edm", "masked_share")), lambda *_: None, "λ", None]:
+        with pytest.raises(ValueError, match=r"is defined by this package|is no source of λ: expected a callable"):
+            register_noise_source(source)
 
 
 # ---------------------------------------------------------------------- values
@@ -145,9 +139,8 @@ def test_model_says_what_its_active_adapters_read() -> None:
         mask_density_radius(model)
 
 
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
+def test_schedule_of_wrong_points_is_refused() -> None:
+    for points, message in [
         ([], r"points is \[\]: pass at least one pair"),
         ("0:1", "points is '0:1': pass"),
         ({0: 1.0}, r"points is \{0: 1.0\}: pass"),
@@ -158,9 +151,6 @@ def test_model_says_what_its_active_adapters_read() -> None:
         ([(0, 1.0), (700, 0.3)], r"points holds \(700, 0.3\), whose λ is 700: .* λ = t / 1000"),
         ([(0.5, 1.0), (0.2, 2.0)], "λ 0.2 after λ 0.5: pass the points by ascending λ"),
         ([(0.5, 1.0), (0.5, 2.0), (0.5, 3.0)], "three points at one λ"),
-    ],
-    ids=str,
-)
-def test_schedule_of_wrong_points_is_refused(points: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        StrengthSchedule(points)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            StrengthSchedule(points)

@@ -78,20 +78,17 @@ def test_without_a_chat_template_the_prompt_is_that_of_training() -> None:
         other([USER], **LENGTH)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "arguments", "message"),
-    [
+def test_prompts_and_arguments_are_refused(pipe: LLaDAPipeline) -> None:
+    for prompt, arguments, message in [
         ([], {}, r"prompt is \[\], expected a text"),
         (["a", " \n"], {}, r"prompt ' \\n' is empty"),
         ([{"role": "assistant", "content": "a"}], {}, "doesn't end with the user's turn"),
         ([USER], {"apply_template": False}, "without a chat template"),
         ("a", {"block_length": 5}, "block_length 5 doesn't divide gen_length 12"),
         ("a" * 100, {}, r"the longest prompt has \d+ tokens and gen_length is 12, .* and the model has 64 positions"),
-    ],
-)
-def test_prompts_and_arguments_are_refused(pipe: LLaDAPipeline, prompt: Any, arguments: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        pipe(prompt, **{**LENGTH, **arguments})
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe(prompt, **{**LENGTH, **arguments})
 
 
 def test_models_that_cannot_unmask_are_refused(pipe: LLaDAPipeline, tmp_path: Path) -> None:
