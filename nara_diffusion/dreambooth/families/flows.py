@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import Flux2Pipeline, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from torch import Tensor
 
 from .family import Call, Embeddings, Family, stack_padded
