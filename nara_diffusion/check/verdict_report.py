@@ -32,7 +32,6 @@ def check_training(task: CheckTask, args: Any, run: Run) -> tuple[dict[str, Any]
         )
     names = ("rank", "target_modules", "learning_rate", "core_learning_rate", "seed")
     about = {"model": args.pretrained_model_name_or_path, **{name: getattr(args, name) for name in names}}
-    run.make_folder()
     return run_check(task, CheckSettings(), run.folder, about, run.is_main)
 
 

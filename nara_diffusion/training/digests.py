@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils.sha import sha_fileobj
 
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of Diffusers and transformers
 _CONFIGURATIONS = ("config.json", "scheduler_config.json")
@@ -23,17 +25,12 @@ def digest_texts(texts: Iterable[str]) -> str:
 
 def digest_file(path: Path) -> str:
     """SHA-256 of a file."""
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """{what: its digest} of a model's files: one digest of all weights, and one of each configuration.
-
-    The files are the same whatever the engine, under which a process may hold a part of each tensor, or none.
+    """{what: its digest} of a model's files, which don't depend on the engine: of all weights, of each configuration.
 
     Args:
         folders: {component: its folder}; the component is "" where the model has no others.
@@ -50,18 +47,15 @@ def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The files that `from_pretrained` reads weights from: those of `variant`, else those of none."""
-    for part in dict.fromkeys((f".{variant}" if variant else "", "")):
-        for ending in ("safetensors", "bin"):
-            for stem in _WEIGHTS:
-                files = {*folder.glob(f"{stem}{part}.{ending}"), *folder.glob(f"{stem}{part}-*-of-*.{ending}")}
-                files |= set(folder.glob(f"{stem}-*-of-*{part}.{ending}"))
-                if files:
-                    return sorted(files)
+    for part, ending, stem in product((f".{variant}" if variant else "", ""), ("safetensors", "bin"), _WEIGHTS):
+        names = (f"{stem}{part}", f"{stem}{part}-*-of-*", f"{stem}-*-of-*{part}")
+        if files := {file for name in names for file in folder.glob(f"{name}.{ending}")}:
+            return sorted(files)
     return []
 
 
-def local_folder(name: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
+def local_folder(name: str, *, revision: str | None = None) -> Path:
     """The folder of a model that `from_pretrained` has loaded: `name` itself, or the Hub's copy on this machine."""
     if Path(name).is_dir():
         return Path(name)
-    return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    return Path(snapshot_download(name, revision=revision, local_files_only=True))

@@ -1,4 +1,4 @@
-"""Arguments by transformers' HfArgumentParser: a dataclass is read from flags, from a YAML file, or from both.
+"""Arguments of a script: a dataclass is read from flags, from a YAML file, or from both.
 
 Each field is declared with `option(default, help, …)`. Flags win over the file given as `--config`, the file wins over
 the defaults. A file is read as the flags that it stands for, so that both have the same checks:
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from .renamed import RENAMED
@@ -167,14 +166,16 @@ def _read_value(text: str) -> Any:
         return None if text.lower() == "none" else yaml.safe_load(text)
 
 
-class ArgumentParser(HfArgumentParser):
-    """HfArgumentParser for a dataclass of `option` fields, of which it returns those that were given."""
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser for a dataclass of `option` fields, of which it returns those that were given."""
 
     def __init__(self, cls: type, description: str | None, show_all: bool) -> None:
         self._show_all, self._origin = show_all, ""
+        self._within = {field.name: field.metadata["within"] for field in dataclasses.fields(cls) if not field.init}
         usage = f"%(prog)s {getattr(cls, 'positional', '')}[--config FILE.yaml] [--FLAG VALUE …]"
         raw: Any = argparse.RawDescriptionHelpFormatter
-        super().__init__(cls, usage=usage, description=description, formatter_class=raw, allow_abbrev=False)  # type: ignore[arg-type]
+        super().__init__(usage=usage, description=description, formatter_class=raw, allow_abbrev=False)
+        self._add_options(cls)
         about = "Arguments as YAML, over which flags win. A core_module in it is code that runs: use files you trust."
         self.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help=about)
         self.add_argument("--help_all", action="help", help="Show all options and exit; --help shows the common ones.")
@@ -201,7 +202,10 @@ class ArgumentParser(HfArgumentParser):
 
     def _advice(self, word: str) -> str:
         name = word[2:].partition("=")[0].replace("-", "_")
-        if (old := name.removeprefix("no_")) in RENAMED:
+        old = name.removeprefix("no_")
+        if old in self._within:
+            return f"--{old}: give --{self._within[old]} {old}=VALUE."
+        if old in RENAMED:
             return f"--{old}: {RENAMED[old]}"
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         near = difflib.get_close_matches(name, flags, n=1)
@@ -230,47 +234,43 @@ class ArgumentParser(HfArgumentParser):
                 words += [f"--{key}={str(value).lower() if value in (None, True, False) else value}"]
         return words
 
-    def _add_dataclass_arguments(self, dtype: Any) -> None:
-        hints = typing.get_type_hints(dtype)
-        fields = {field.name: field for field in dataclasses.fields(dtype)}
-        for owner in dtype.__mro__:
+    def _add_options(self, cls: type) -> None:
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        inner = [field for field in fields.values() if not field.init]
+        groups: dict[str, Any] = {}
+        for owner in cls.__mro__:
             own = [fields[name] for name in inspect.get_annotations(owner) if name in fields]
-            group: Any = self.add_argument_group((owner.__doc__ or "").strip().partition("\n")[0]) if own else None
+            title = (owner.__doc__ or "").strip().partition("\n")[0]
             for field in own:
+                group = groups[title] if title in groups else groups.setdefault(title, self.add_argument_group(title))
                 fields.pop(field.name)  # a class may declare an inherited one anew
                 if field.init:
-                    within = [each for each in dataclasses.fields(dtype) if each.metadata["within"] == field.name]
+                    within = [each for each in inner if each.metadata["within"] == field.name]
                     self._add_option(group, field, hints[field.name], within)
 
     def _add_option(self, group: Any, field: dataclasses.Field, hint: Any, within: Sequence[dataclasses.Field]) -> None:
-        own = field.metadata
-        kind, optional = _kind_of(hint)
+        own, (kind, optional) = field.metadata, _kind_of(hint)
         names = "\n".join(f"{each.name}: {_help_of(each)}" for each in within)
         shown = self._show_all or not own["rare"]
-        plain = copy(field)
-        plain.type = list[str] if kind in (list, dict) else kind
-        settings: dict[str, Any] = {"help": f"{_help_of(field)} {names}".strip() if shown else argparse.SUPPRESS}
-        if kind in (list, dict):
-            item = str if kind is dict else typing.get_args(_without_none(hint))[0]
-            settings |= {
-                "action": _action(kind, optional, own["sentences"], item),
-                "metavar": _METAVARS.get(kind, "TEXT"),
-            }
-        elif kind is not bool:
-            settings["metavar"] = "{" + ",".join(own["choices"]) + "}" if own["choices"] else _METAVARS[kind]
-        plain.metadata = settings  # type: ignore[assignment]
-        HfArgumentParser._parse_dataclass_field(group, plain)
-        flag = self._option_string_actions[f"--{field.name}"]
+        # without a default, so that only what was given is returned
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS}
+        settings["help"] = f"{_help_of(field)} {names}".strip() if shown else argparse.SUPPRESS
         if kind is bool:
-            off = self._option_string_actions.get(f"--no_{field.name}")
-            if off is None:
-                off = group.add_argument(f"--no_{field.name}", action="store_false", dest=field.name)
-            off.default, off.help = argparse.SUPPRESS, argparse.SUPPRESS
-            self._option_string_actions[f"--no-{field.name}"] = off
-        elif kind not in (list, dict):
-            flag.type = _reader(kind, optional, own["choices"])
-        flag.option_strings = [f"--{field.name}"]  # HfArgumentParser's with hyphens works, too
-        flag.default = argparse.SUPPRESS  # so that only what was given is returned
+            settings |= {"type": string_to_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+            off = {"dest": field.name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(f"--no_{field.name}", f"--no-{field.name}", action="store_false", **off)
+        elif kind in (list, dict):
+            item = str if kind is dict else typing.get_args(_without_none(hint))[0]
+            action = _action(kind, optional, own["sentences"], item)
+            settings |= {"action": action, "nargs": "+", "metavar": _METAVARS.get(kind, "TEXT")}
+        else:
+            choices = own["choices"]
+            settings |= {"type": _reader(kind, optional, choices)}
+            settings["metavar"] = "{" + ",".join(choices) + "}" if choices else _METAVARS[kind]
+        flag = f"--{field.name}"
+        added = group.add_argument(*dict.fromkeys((flag, flag.replace("_", "-"))), **settings)
+        added.option_strings = [flag]  # the one with hyphens works, and isn't shown
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", dict: "NAME=VALUE"}

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 _ADAPTER = "use_rslora num_virtual_tokens core_hidden_dims core_init core_input core_sharing lora_a_init rank_mask_min"
 _ADAPTER += " core_bins core_knots noise_embedding noise_embedding_dim fourier_scale mask_density_radius"
-_WITHIN = {
-    "adapter_options": _ADAPTER,
-    "optimizer_options": "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
-    "model_options": "mask_token ignore_tensors revision variant max_sequence_length clip_skip training_guidance_scale",
-    "data_options": "dataset_config_name instruction_field input_field output_field answer_field image_column "
-    "caption_column crops_per_image cache_latents",
-    "objective_options": "rescale_betas_zero_snr noise_offset do_edm_style_training loss_type huber_c logit_mean "
-    "logit_std mode_scale flow_shift",
-    "evaluation_options": "temperature cfg_scale remasking curve_points sample_batch_size",
-}
+_PRODIGY = "beta3 decouple use_bias_correction safeguard_warmup"
 _GONE = "has gone"
 
 RENAMED: dict[str, str] = {
-    **{
-        name: f"give --{where} {name.removeprefix('prodigy_')}=VALUE."
-        for where, names in _WITHIN.items()
-        for name in names.split()
-    },
+    **{name: f"give --adapter_options {name}=VALUE." for name in _ADAPTER.split()},
+    **{f"prodigy_{name}": f"give --optimizer_options {name}=VALUE." for name in _PRODIGY.split()},
     "use_dora": "give --adapter nara_dora or dora, or --adapter_options use_dora=true.",
     "adam_beta1": "give --optimizer_options betas=[0.9,0.999].",
     "adam_beta2": "give --optimizer_options betas=[0.9,0.999].",
@@ -54,6 +42,10 @@ RENAMED: dict[str, str] = {
     "cache_dir": f"{_GONE}: set the environment variable HF_HOME.",
     "validation_epochs": "give --validation_steps.",
     "validation_prompt": "give --validation_prompts.",
+    "do_edm_style_training": f"{_GONE}: the model's scheduler decides, and an EDM one is trained so.",
+    "loss_type": f"{_GONE}: the error is squared.",
+    "huber_c": f"{_GONE}, with --loss_type: the error is squared.",
+    "clip_skip": f"{_GONE}: prompts are encoded as the model's pipeline does.",
     "ema_decay": f"{_GONE}: --use_ema averages with Diffusers' decay.",
 }
-"""{name: what to do now}."""
+"""{name: what to do now}. Those that are declared `within` another (see `option`) the parser knows by itself."""

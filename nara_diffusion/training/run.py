@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
-from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 
 from nara_diffusion.utils.atomic_write import atomic_write
@@ -26,7 +24,6 @@ from .checkpoints import (
     Writer,
     check_random_states,
     check_same_content,
-    find_checkpoints,
     resolve_checkpoint,
     verify_checkpoint,
 )
@@ -35,16 +32,14 @@ from .engine_checks import accumulation_steps, check_accumulation, check_engine,
 from .engines import load_state
 from .measures import MetricLog
 from .parser import given_arguments
+from .run_folder import LOCK, claimed_folder, latest_run
 
 logger = logging.getLogger(__name__)
-
-OUTPUTS = Path("outputs")
-LOCK = ".lock"
 
 
 @dataclass
 class Run:
-    """State of a run. Use it as `with start_run(…) as run`: leaving the block ends the run.
+    """State of a run, which `start_run` gives.
 
     Attributes:
         accelerator: accelerate's engine.
@@ -52,8 +47,8 @@ class Run:
         name: names numbered output folders and trackers' projects.
         write: writes the adapter's files into a checkpoint.
         checkpoint: the folder that the run continues from, or None.
+        folder: where the run writes.
         step: optimizer steps done.
-        folder: where the run writes; made by `open`.
         log: metrics.jsonl and the trackers; set by `open`.
         hub_id: the repository to upload to, on the main process; else None.
         digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
@@ -63,25 +58,12 @@ class Run:
     args: Any
     name: str
     write: Writer
-    checkpoint: Path | None = None
+    checkpoint: Path | None
+    folder: Path
     step: int = 0
-    folder: Path = Path()
     hub_id: str | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     log: MetricLog = dataclasses.field(init=False)
-    _lock: FileLock | None = None
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            if self._lock is not None:
-                (self.folder / LOCK).unlink(missing_ok=True)
-                self._lock.release()
 
     @property
     def is_main(self) -> bool:
@@ -159,17 +141,16 @@ class Run:
             check_same_content(self.checkpoint, self.args, what, digest)
 
     def open(self, facts: Mapping[str, str] | None = None) -> None:
-        """Make the run's folder, save the configuration in it, and restore a checkpoint's optimizer and random states.
+        """Save the configuration in the run's folder, and restore a checkpoint's optimizer and random states.
 
         Called when data and model have proved usable, and `accelerator.prepare` has seen what is to be restored.
         `facts` about the run are logged.
 
         Raises:
-            ValueError: see `make_folder`; preparing changed the accumulation, as DeepSpeed's configuration can; a
-                random state can't be restored.
+            ValueError: preparing changed the accumulation, as DeepSpeed's configuration can; a random state can't be
+                restored.
         """
         check_accumulation(self.accelerator, accumulation_steps(self.args, self.accelerator.num_processes))
-        self.make_folder()
         self.log = MetricLog(self.accelerator, self.folder, self.step)
         settings = given_arguments(self.args)
         if self.is_main:
@@ -186,31 +167,6 @@ class Run:
         if self.is_main:
             logger.info("%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items()))
             logger.info("output folder: %s", self.folder)
-
-    def make_folder(self) -> None:
-        """Make the run's folder on the main process, which locks it: only one run at a time writes to it.
-
-        Raises:
-            ValueError: another run has it, or has left something in it since `start_run` looked.
-        """
-        answer: list[Any] = [Path(), ""]
-        if self.is_main:
-            try:
-                answer[0] = _new_folder(self.name) if self.args.output_dir is None else Path(self.args.output_dir)
-                if self.args.output_dir is None and self.checkpoint is not None:  # it goes on in its own
-                    answer[0] = self.checkpoint.parent
-                answer[0].mkdir(parents=True, exist_ok=True)
-                self._lock = FileLock(answer[0] / LOCK)
-                self._lock.acquire(timeout=0)
-                check_output_dir(self.args, self.checkpoint)
-            except Timeout:
-                self._lock = None
-                answer[1] = f"--output_dir {answer[0]} is in use by another run: wait for it, or name another folder."
-            except ValueError as error:
-                answer[1] = str(error)
-        self.folder, refusal = broadcast_object_list(answer)
-        if refusal:
-            raise ValueError(refusal)
 
     def upload(self) -> None:
         """Upload the folder, without its checkpoints, to the repository of `--hub_model_id`, if there is one."""
@@ -233,23 +189,25 @@ class Run:
         self.accelerator.end_training()
 
 
-def start_run(args: Any, name: str, write: Writer) -> Run:
+@contextmanager
+def start_run(args: Any, name: str, write: Writer) -> Iterator[Run]:
     """Check what can be checked before anything is loaded, start accelerate, and seed every generator.
+
+    Use it as `with start_run(…) as run`: the folder is this run's inside of the block.
 
     Args:
         write: writes the adapter's files into a checkpoint.
 
     Raises:
-        ValueError: the output folder holds another run, or can't be written; there is nothing to resume from, or it
-            doesn't fit this run; a tracker isn't installed; accelerate accumulates otherwise than the arguments say; or
-            see `check_engine`.
+        ValueError: the output folder is or holds another run's, or can't be written; there is nothing to resume from,
+            or it doesn't fit this run; a tracker isn't installed; accelerate accumulates otherwise than the arguments
+            say; or see `check_engine`.
     """
     if unknown := set(args.report_to or []) - (known := {str(tracker) for tracker in get_available_trackers()}):
         raise ValueError(f"report_to names {min(unknown)!r}, which isn't installed here (installed: {sorted(known)}).")
     checkpoint = None
     if args.resume_from_checkpoint is not None:
-        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, _latest_run(args, name))
-    check_output_dir(args, checkpoint)
+        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, latest_run(args, name))
     steps = accumulation_steps(args, launched_processes())
     accelerator = Accelerator(
         gradient_accumulation_steps=steps,
@@ -260,62 +218,12 @@ def start_run(args: Any, name: str, write: Writer) -> Run:
     )
     check_engine(accelerator, args)
     check_accumulation(accelerator, steps)
-    run = Run(accelerator, args, name, write, checkpoint)
-    if checkpoint is not None:
-        run.step = verify_checkpoint(checkpoint, args, accelerator)
-    if args.hub_model_id is not None and run.is_main:  # now, so that a missing login shows before the training
-        run.hub_id = HfApi().create_repo(args.hub_model_id, exist_ok=True).repo_id
-    set_seed(args.seed)
-    return run
-
-
-def check_output_dir(args: Any, checkpoint: Path | None) -> None:
-    """Refuse a folder that can't be written, or that the user named and that holds something, unless it is the run in
-    it that is resumed from `checkpoint`.
-
-    Raises:
-        ValueError: naming what was found and the remedies.
-    """
-    folder = Path(args.output_dir or OUTPUTS)
-    present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=present):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--output_dir {folder} can't be written ({present}: {error.strerror}): name another folder."
-        ) from error
-    if args.output_dir is None or (checkpoint is not None and checkpoint.resolve().parent == folder.resolve()):
-        return
-    found = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else []
-    if found:
-        raise ValueError(
-            f"--output_dir {folder} already holds another run or other files ({', '.join(found[:4])}). Name a fresh "
-            "folder, or continue the run in it with --resume_from_checkpoint latest."
-        )
-
-
-def _numbered(name: str) -> dict[int, Path]:
-    """{N: folder} of the folders `outputs/name-N`."""
-    found = {folder.name.removeprefix(f"{name}-"): folder for folder in OUTPUTS.glob(f"{name}-*") if folder.is_dir()}
-    return {int(number): folder for number, folder in sorted(found.items()) if number.isdecimal()}
-
-
-def _new_folder(name: str) -> Path:
-    """Make the first free `outputs/name-N`."""
-    for number in count(max(_numbered(name), default=0) + 1):
-        try:
-            (folder := OUTPUTS / f"{name}-{number}").mkdir(parents=True)
-        except FileExistsError:  # another run took the number a moment ago
-            continue
-        return folder
-    raise AssertionError
-
-
-def _latest_run(args: Any, name: str) -> Path | None:
-    """The folder in which `latest` or a bare `checkpoint-N` is looked for: --output_dir, or the newest numbered one
-    that holds a checkpoint."""
-    if args.output_dir is not None:
-        return Path(args.output_dir)
-    runs = _numbered(name)
-    return next((runs[number] for number in sorted(runs, reverse=True) if find_checkpoints(runs[number])), None)
+    with claimed_folder(args, name, checkpoint, accelerator.is_main_process) as folder:
+        run = Run(accelerator, args, name, write, checkpoint, folder)
+        if checkpoint is not None:
+            run.step = verify_checkpoint(checkpoint, args, accelerator)
+        if args.hub_model_id is not None and run.is_main:  # now, so that a missing login shows before the training
+            run.hub_id = HfApi().create_repo(args.hub_model_id, exist_ok=True).repo_id
+        set_seed(args.seed)
+        yield run
+        run.close()

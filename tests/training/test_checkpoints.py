@@ -31,7 +31,7 @@ from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.interrupts import InterruptRequest
 from nara_diffusion.training.loop import TrainingDiverged
 from nara_diffusion.training.parser import given_arguments, parse_arguments
-from nara_diffusion.training.run import check_output_dir
+from nara_diffusion.training.run_folder import check_output_dir
 from tests.acceptance._commands import fresh_accelerate, metrics, names
 from tests.acceptance._runs import TEXT, text_arguments
 
@@ -133,18 +133,28 @@ def test_divergence_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:
             dllm.main(args)
 
 
-def test_folder_of_another_run_is_refused(run: Path, tmp_path: Path) -> None:
-    args = SimpleNamespace(output_dir=str(run))
+def test_folder_of_another_run_is_refused_before_anything_is_loaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dllm, "load_records", None)
     with pytest.raises(ValueError, match="already holds another run or other files"):
-        check_output_dir(args, None)
-    check_output_dir(args, run / "checkpoint-4")  # which is resumed
+        dllm.main(text_arguments(run.parent, **SHORT))
+    check_output_dir(run, run / "checkpoint-4")  # which is resumed
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be written"):
-        check_output_dir(SimpleNamespace(output_dir=str(tmp_path / "file" / "out")), None)
+        dllm.main(text_arguments(tmp_path, **SHORT | {"output_dir": tmp_path / "file" / "out"}))
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="in use by another run"):
         dllm.main(text_arguments(tmp_path, **SHORT))
     assert names(tmp_path / "run") <= {".lock"}
+
+
+def test_run_that_wrote_nothing_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dllm, "load_records", None)
+    args = text_arguments(tmp_path, **SHORT | {"output_dir": tmp_path / "deep" / "run"})
+    with pytest.raises(TypeError):
+        dllm.main(args)
+    assert not (tmp_path / "deep").exists()
 
 
 def test_resumed_log_forgets_the_steps_that_are_taken_again(run: Path, tmp_path: Path) -> None:
