@@ -56,6 +56,4 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 def local_folder(name: str, *, revision: str | None = None) -> Path:
     """The folder of a model that `from_pretrained` has loaded: `name` itself, or the Hub's copy on this machine."""
-    if Path(name).is_dir():
-        return Path(name)
-    return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    return Path(name if Path(name).is_dir() else snapshot_download(name, revision=revision, local_files_only=True))
