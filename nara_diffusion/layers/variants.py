@@ -123,7 +123,7 @@ class NaraVariant(LoraVariant):
 
     def _check_merged(self, module: Any, args: Any) -> None:
         """Check λ before the forward of a merged layer: its root may not run, and so not check it."""
-        if module.merged and self.merged_at is not None:
+        if module.merged and not module.disable_adapters and self.merged_at is not None:
             self.channel.check_merged(self.merged_at)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:

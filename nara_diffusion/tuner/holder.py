@@ -207,7 +207,8 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         """
         self.channel.take_away()
         self.drop_deleted()
-        merged = self.merged_at()
+        is_disabled = all(layer.disable_adapters for layers in self.layers.values() for layer in layers[:1])
+        merged = None if is_disabled else self.merged_at()  # PEFT takes disabled ones out in this forward
         names = self.reading()
         self.check_prediction(names if merged is None else [*names, *self.merged_names()])
         if not getattr(self.root, "peft_config", None):

@@ -96,3 +96,12 @@ def test_fusing_has_said_so_and_says_no_more(caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         predict(pipe)
+
+
+def test_merged_adapter_that_is_disabled_runs_as_the_base_at_every_level() -> None:
+    model = adapted(TwoLayers(), target_modules=["first", "second"])
+    expected = model.base_model.model.first.base_layer(X)
+    model.merge_adapter(noise_level=0.3)
+    with model.disable_adapter(), noise_level(model, 0.9):
+        run(model)
+        torch.testing.assert_close(model.base_model.model.first(X), expected)
