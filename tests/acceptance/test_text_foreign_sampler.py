@@ -114,15 +114,12 @@ def test_mask_density_is_read_too() -> None:
         assert torch.equal(model(ids, attention_mask=REAL).logits, expected)
 
 
-@pytest.mark.parametrize(
-    ("given", "kwargs", "message"),
-    [
+def test_what_cannot_be_known_is_an_error() -> None:
+    for given, kwargs, message in [
         ((), {"inputs_embeds": torch.ones(1, 2, 3)}, "no input_ids"),
         ((IDS[:1],), {}, "prompt_lengths has 3 values and this forward 1 rows"),
         ((IDS.repeat(2, 1),), {}, "repeated='tiled'"),
         ((IDS[:, :5],), {}, "row 1 of input_ids has 5 tokens, and none of an answer"),
-    ],
-)
-def test_what_cannot_be_known_is_an_error(given: tuple, kwargs: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        InputIdsNoise(PROMPTS, mask_token_id=MASK)(torch.nn.Identity(), given, kwargs)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            InputIdsNoise(PROMPTS, mask_token_id=MASK)(torch.nn.Identity(), given, kwargs)

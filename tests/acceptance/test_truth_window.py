@@ -53,35 +53,35 @@ def is_inside(level: float, low: float, high: float) -> bool:
     return bool(np.float32(low) <= value and (value < np.float32(high) or high == 1.0))
 
 
-@pytest.mark.parametrize(("low", "high"), WINDOWS)
-def test_training_and_the_schedule_have_the_same_levels_inside(low, high):
-    window = NoiseWindow(low, high)
-    schedule = window.as_schedule()
-    assert schedule is not None
-    edges = [np.float32(edge) for edge in (low, high)]
-    near = [np.nextafter(edge, np.float32(to)) for edge in edges for to in (0, 1)]
-    levels = torch.tensor([0.0, 0.5, 1.0, *map(float, edges), *map(float, near)], dtype=torch.float32)
-    expected = torch.tensor([float(is_inside(level, low, high)) for level in levels.tolist()])
-    assert torch.equal(schedule(levels), expected)
-    assert torch.equal(window.contains(levels).float(), expected)
+def test_training_and_the_schedule_have_the_same_levels_inside():
+    for low, high in WINDOWS:
+        window = NoiseWindow(low, high)
+        schedule = window.as_schedule()
+        assert schedule is not None
+        edges = [np.float32(edge) for edge in (low, high)]
+        near = [np.nextafter(edge, np.float32(to)) for edge in edges for to in (0, 1)]
+        levels = torch.tensor([0.0, 0.5, 1.0, *map(float, edges), *map(float, near)], dtype=torch.float32)
+        expected = torch.tensor([float(is_inside(level, low, high)) for level in levels.tolist()])
+        assert torch.equal(schedule(levels), expected)
+        assert torch.equal(window.contains(levels).float(), expected)
 
 
-@pytest.mark.parametrize(("low", "high"), WINDOWS)
-def test_the_timesteps_that_are_drawn_are_those_at_strength_1(low, high):
-    window, timesteps = NoiseWindow(low, high), torch.arange(1000)
-    levels = TimestepNoise().noise_level(timesteps)
-    schedule: Any = window.as_schedule()
-    drawn = drawable_levels(levels, window)
-    assert torch.equal(drawn, timesteps[schedule(levels) == 1])
+def test_the_timesteps_that_are_drawn_are_those_at_strength_1():
+    for low, high in WINDOWS:
+        window, timesteps = NoiseWindow(low, high), torch.arange(1000)
+        levels = TimestepNoise().noise_level(timesteps)
+        schedule: Any = window.as_schedule()
+        drawn = drawable_levels(levels, window)
+        assert torch.equal(drawn, timesteps[schedule(levels) == 1])
 
 
-@pytest.mark.parametrize(("low", "high"), WINDOWS)
-def test_every_masked_share_that_is_drawn_is_at_strength_1(low, high, monkeypatch):
+def test_every_masked_share_that_is_drawn_is_at_strength_1(monkeypatch):
     name = "nara_diffusion.dllm.masking.stratified_uniform"
     uniform = torch.tensor([0.0, 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
     monkeypatch.setattr(name, lambda indices, *args, **kwargs: uniform)
-    schedule: Any = NoiseWindow(low, high).as_schedule()
-    assert schedule(draw_noise_levels([0, 1, 2, 3], seed=0, window=NoiseWindow(low, high))).tolist() == [1.0] * 4
+    for low, high in WINDOWS:
+        schedule: Any = NoiseWindow(low, high).as_schedule()
+        assert schedule(draw_noise_levels([0, 1, 2, 3], seed=0, window=NoiseWindow(low, high))).tolist() == [1.0] * 4
 
 
 def test_all_noise_levels_are_no_schedule():

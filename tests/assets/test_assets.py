@@ -89,13 +89,13 @@ def test_pictures_show_what_their_prompts_say(name, options, clip):
     assert (cosines.argmax(1) == torch.arange(len(PROMPTS))).sum() >= len(PROMPTS) - 1
 
 
-@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS.keys())
-def test_subject_is_what_its_maker_draws(subject, tmp_path):
-    make_subject.main(tmp_path, subject.kind)
-    shipped = ASSETS / ("subject" if subject.kind == "toy" else f"subject-{subject.kind}")
-    for number in range(1, 6):
-        drawn, file = (np.asarray(Image.open(folder / f"{number}.png")) for folder in (tmp_path, shipped))
-        assert (drawn == file).all()
+def test_subject_is_what_its_maker_draws(tmp_path):
+    for subject in SUBJECTS.values():
+        make_subject.main(tmp_path, subject.kind)
+        shipped = ASSETS / ("subject" if subject.kind == "toy" else f"subject-{subject.kind}")
+        for number in range(1, 6):
+            drawn, file = (np.asarray(Image.open(folder / f"{number}.png")) for folder in (tmp_path, shipped))
+            assert (drawn == file).all()
 
 
 def test_two_step_is_what_its_maker_makes(tmp_path):

@@ -151,45 +151,36 @@ def test_encode_pair_is_the_whole_text_divided() -> None:
     assert prompt[len(opening) :] + answer == tokenizer("ab cd", add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize(
-    ("given", "until", "sampling"),
-    [
+def test_read_gen_kwargs() -> None:
+    for given, until, sampling in [
         ({}, (), {"gen_length": 256}),
         ({"max_gen_toks": 8, "until": "x", "temperature": 0.7, "do_sample": False}, ("x",), {"gen_length": 8}),
         ({"gen_length": 6, "max_gen_toks": 8, "steps": 3.0, "top_p": 0.9}, (), {"gen_length": 6, "steps": 3}),
         ({"max_tokens": 4, "temperature": 0.5}, (), {"gen_length": 4, "temperature": 0.5}),
-    ],
-)
-def test_read_gen_kwargs(given: dict[str, Any], until: tuple[str, ...], sampling: dict[str, Any]) -> None:
-    assert read_gen_kwargs(given) == (until, sampling)
+    ]:
+        assert read_gen_kwargs(given) == (until, sampling)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_read_gen_kwargs_refuses_what_the_sampler_lacks() -> None:
+    for given, message in [
         ({"top_p": 0.9, "temperature": 1}, "gen_kwargs has top_p; the sampler's settings are"),
         ({"beams": 3}, "gen_kwargs has beams"),
         ({"steps": "many"}, "no number"),
         ({"gen_length": 8, "block_length": 4, "steps": 5}, "steps is 5 and there are 2 blocks"),
-    ],
-)
-def test_read_gen_kwargs_refuses_what_the_sampler_lacks(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_gen_kwargs(given)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_gen_kwargs(given)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_impossible_arguments_are_refused_by_name() -> None:
+    for arguments, message in [
         ({}, "names no model"),
         ({"pretrained": LLADA_TINY, "gen_length": 12}, "gen_length in --model_args: .* belong to --gen_kwargs"),
         ({"pretrained": LLADA_TINY, "batch_size": "auto"}, "--batch_size auto: .* name it"),
         ({"peft": "outputs/dllm-9"}, "There is no folder 'outputs/dllm-9', and an adapter of PEFT's .* not reached"),
-    ],
-)
-def test_impossible_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        NaraDLLM(**{"device": "cpu", **arguments})
+    ]:
+        with pytest.raises(ValueError, match=message):
+            NaraDLLM(**{"device": "cpu", **arguments})
 
 
 def test_adapter_with_another_noise_level_is_refused(tmp_path: Any) -> None:
