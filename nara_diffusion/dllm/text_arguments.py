@@ -17,7 +17,8 @@ from nara_diffusion.training.arguments import (
     require,
     window_of,
 )
-from nara_diffusion.training.parser import option, spread_options
+from nara_diffusion.training.options import option
+from nara_diffusion.training.parser import spread_options
 
 
 @dataclass

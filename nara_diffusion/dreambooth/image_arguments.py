@@ -11,7 +11,6 @@ from nara_diffusion.dreambooth.conversion import CONVERSIONS, FLOW
 from nara_diffusion.dreambooth.data.captions import check_prompt
 from nara_diffusion.dreambooth.families.family import TRANSFORMER_TARGETS, Family
 from nara_diffusion.dreambooth.families.table import family_of, family_of_model
-from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -21,7 +20,9 @@ from nara_diffusion.training.arguments import (
     check_schedule,
     require,
 )
-from nara_diffusion.training.parser import option, spread_options
+from nara_diffusion.training.methods import method_of
+from nara_diffusion.training.options import option
+from nara_diffusion.training.parser import spread_options
 
 UNET_TARGETS = list(TRANSFORMER_TARGETS)
 WEIGHTING = ("cosmap", "sigma_sqrt")

@@ -13,9 +13,10 @@ from nara_diffusion.cores.registry import check_core_type
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.noise.window import NoiseWindow
 
-from .adapters import adapter_config, check_adapter, import_core_module, method_of
+from .adapters import adapter_config, check_adapter, import_core_module
+from .methods import method_of
 from .optimization import OPTIMIZERS, SCHEDULES, check_optimizer
-from .parser import given_arguments, option
+from .options import given_arguments, option
 
 
 @dataclass

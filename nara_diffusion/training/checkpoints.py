@@ -32,7 +32,7 @@ from nara_diffusion.utils.atomic_write import delete_folder, partial_name, put_i
 from .arguments import differences
 from .digests import digest_file
 from .engines import engine_name, save_state, trained_state
-from .parser import given_arguments
+from .options import given_arguments
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from .adapters import method_of
 from .engines import SHARDED, zero_stage
+from .methods import method_of
 
 
 def check_engine(accelerator: Accelerator, args: Any) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nara_diffusion.loaders.file import load_whole_model
-from nara_diffusion.loaders.strict import check_loaded
+from nara_diffusion.loaders.strict import check_loaded, check_tensors
 
 TRAINABLE = "trainable.safetensors"
 
@@ -34,42 +34,24 @@ def write_checkpoint(model: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write what `load_checkpoint` reads. It is a `checkpoints.Writer`."""
     write_adapter(model, folder, state)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        write_trainable(model, folder, state)
+        tensors = {name: state[name].detach().cpu().contiguous() for name in _trainable(model)}
+        save_file(tensors, folder / TRAINABLE)
 
 
 def load_checkpoint(model: Any, checkpoint: Path) -> None:
     """Load the weights of a checkpoint into `model`, before accelerate wraps it."""
     if (checkpoint / TRAINABLE).is_file():
-        read_trainable(model, checkpoint)
+        tensors, trainable = load_file(checkpoint / TRAINABLE), _trainable(model)
+        check_tensors(tensors, trainable)
+        for name, parameter in trainable.items():
+            parameter.data.copy_(tensors[name])
     elif isinstance(model, PeftModel):
         tensors = load_peft_weights(str(checkpoint), device="cpu")
         set_peft_model_state_dict(model, tensors)
         check_loaded(model, "default", tensors, str(checkpoint))
     else:
-        read_all_weights(model, checkpoint)
+        model.load_state_dict(load_whole_model(type(model), checkpoint, dtype=model.dtype).state_dict())
 
 
-def write_trainable(model: nn.Module, folder: Path, state: dict[str, Any]) -> None:
-    """trainable.safetensors: the trainable parameters by their names in `model`."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if name in names}
-    save_file(tensors, folder / TRAINABLE)
-
-
-def read_trainable(model: nn.Module, folder: Path) -> None:
-    """Load what `write_trainable` wrote into `model`.
-
-    Raises:
-        ValueError: the file has other tensors than `model` trains.
-    """
-    tensors = load_file(folder / TRAINABLE)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if {name: value.shape for name, value in tensors.items()} != {name: p.shape for name, p in trainable.items()}:
-        raise ValueError(f"{folder / TRAINABLE} holds other tensors than the {len(trainable)} that this run trains.")
-    for name, parameter in trainable.items():
-        parameter.data.copy_(tensors[name])
-
-
-def read_all_weights(model: Any, folder: Path) -> None:
-    """Copy the weights of the model in `folder`, of `model`'s class, into `model`. Raises as `load_whole_model`."""
-    model.load_state_dict(load_whole_model(type(model), folder, dtype=model.dtype).state_dict())
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -19,9 +19,10 @@ from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
 
-from .adapters import adapter_config, method_of, module_name, title_of
+from .adapters import adapter_config, module_name, title_of
 from .arguments import schedule_of, window_of
-from .parser import given_arguments
+from .methods import method_of
+from .options import given_arguments
 from .run import Run
 
 _STYLE = (
@@ -42,25 +43,6 @@ _BESIDE_LORA = (
     "by those in this method's own comparisons: train one on the same data (`--adapter lora`, `--adapter dora`) before "
     "you call this adapter better than either."
 )
-
-
-ADAPTER, FINETUNE = "adapter", "finetune"
-"""What the Hub calls the relation to a base model: of an adapter, and of a whole model."""
-
-
-def front_matter(library: str, tags: Sequence[str], base_model: str | None, relation: str, **others: Any) -> str:
-    """The YAML between the card's two lines of dashes.
-
-    Args:
-        library: the library that loads it.
-        base_model: an id of the Hub; a path of this disk is left out, and its relation with it.
-        relation: `ADAPTER` or `FINETUNE`.
-        others: further keys, such as `instance_prompt` and `widget`; those that are None are left out.
-    """
-    known = {name: value for name, value in others.items() if value is not None}
-    if base_model is not None and not Path(base_model).exists():
-        known |= {"base_model": base_model, "base_model_relation": relation}
-    return ModelCardData(library_name=library, tags=list(tags), **known).to_yaml()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -167,12 +149,16 @@ def write_run_card(
         figures: rows of (what, before, after).
         how_good: the texts before and after these rows.
         loading: the code that loads the adapter.
-        tags, library, others: for the front matter that the Hub reads.
+        tags, library, others: for the front matter that the Hub reads, such as `instance_prompt` and `widget`; those
+            that are None are left out.
     """
     method, title = method_of(args), title_of(args)
-    relation = FINETUNE if method.family == "full" else ADAPTER
     tags = ["nara" if method.family == "nara" else args.adapter.replace("_", "-"), *tags]
-    front = front_matter(library, tags, args.pretrained_model_name_or_path, relation, **others).strip()
+    known = {name: value for name, value in others.items() if value is not None}
+    if not Path(args.pretrained_model_name_or_path).exists():  # an id of the Hub, and no path of this disk
+        known["base_model"] = args.pretrained_model_name_or_path
+        known["base_model_relation"] = "finetune" if method.family == "full" else "adapter"
+    front = ModelCardData(library_name=library, tags=tags, **known).to_yaml().strip()
     rows = "\n".join(f"| {' | '.join(row)} |" for row in figures)
     table = f"| | before | after |\n|---|---|---|\n{rows}"
     training = "\n".join(f"- {what}: {value}" for what, value in facts.items())

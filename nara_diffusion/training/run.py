@@ -19,7 +19,6 @@ from huggingface_hub import HfApi
 
 from nara_diffusion.utils.atomic_write import atomic_write
 
-from .adapters import method_of
 from .checkpoints import (
     Writer,
     check_random_states,
@@ -31,7 +30,8 @@ from .digests import digest_base, digest_texts
 from .engine_checks import accumulation_steps, check_accumulation, check_engine, launched_processes
 from .engines import load_state
 from .measures import MetricLog
-from .parser import given_arguments
+from .methods import method_of
+from .options import given_arguments
 from .run_folder import LOCK, claimed_folder, latest_run
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,8 @@ from nara_diffusion.training.engine_checks import accumulation_steps
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.interrupts import InterruptRequest
 from nara_diffusion.training.loop import TrainingDiverged
-from nara_diffusion.training.parser import given_arguments, parse_arguments
+from nara_diffusion.training.options import given_arguments
+from nara_diffusion.training.parser import parse_arguments
 from nara_diffusion.training.run_folder import check_output_dir
 from tests.acceptance._commands import fresh_accelerate, metrics, names
 from tests.acceptance._runs import TEXT, text_arguments

@@ -13,14 +13,8 @@ import yaml
 
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.parser import (
-    build_parser,
-    gathered,
-    given_arguments,
-    option,
-    parse_arguments,
-    spread_options,
-)
+from nara_diffusion.training.options import gathered, given_arguments, option
+from nara_diffusion.training.parser import build_parser, parse_arguments, spread_options
 from nara_diffusion.training.renamed import RENAMED
 
 

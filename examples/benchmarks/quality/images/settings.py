@@ -8,7 +8,8 @@ from typing import Any
 from peft import inject_adapter_in_model
 
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.adapters import NAMED, adapter_config, check_target_modules, without_unread
+from nara_diffusion.training.adapters import adapter_config, check_target_modules, without_unread
+from nara_diffusion.training.methods import NAMED
 from quality.assets import ASSETS
 from quality.images.held_out import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 from quality.options import arguments_of
