@@ -1,0 +1,45 @@
+"""One pass over Diffusers' denoisers: each sample of a batch gets the λ of its own timestep, and no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nara_diffusion import noise_level
+from nara_diffusion.noise.denoisers import _DENOISERS
+from tests.helpers.adapted import relative_error
+from tests.helpers.denoisers.adapted import WARNINGS_OF_DIFFUSERS, adapted_denoiser, run, told
+from tests.helpers.denoisers.models import DENOISERS, inputs_of, sample_of
+from tests.noise.test_denoisers import NAMES
+
+pytestmark = [pytest.mark.slow, *WARNINGS_OF_DIFFUSERS]
+ONE_LEVEL = {"Cosmos3OmniTransformer", "ErnieImageTransformer2DModel", "MiniMaxH3Transformer3DModel"}
+"""Their layers see the tokens of all samples, or one sample alone."""
+
+
+def test_every_declared_class_has_a_model() -> None:
+    assert set(DENOISERS) == set(_DENOISERS)
+
+
+@pytest.mark.parametrize("name", [name for name in DENOISERS if name not in ONE_LEVEL])
+def test_each_sample_of_a_batch_has_the_level_of_its_timestep(name: str) -> None:
+    argument, (row, _) = _DENOISERS[name].argument, NAMES[name]
+    unit = 1000 if name == "SanaWMLTX2RefinerTransformer3DModel" else 1  # by the configuration of its model
+    timesteps, levels = unit * torch.tensor(list(row[1])[:3]).float(), list(row[1].values())[:3]
+    model, inputs = adapted_denoiser(name), inputs_of(name, 3)
+    assert told(model, lambda: run(model, inputs, timesteps, argument)) == pytest.approx(levels, abs=1e-6)
+    together = run(model, inputs, timesteps, argument)
+    alone = [run(model, sample_of(inputs, i, 3), timesteps[i : i + 1], argument) for i in range(3)]
+    assert relative_error(together, torch.cat(alone)) < 2e-4
+    with noise_level(model, 0.5):
+        assert relative_error(run(model, inputs, timesteps, argument), together) > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(ONE_LEVEL))
+def test_layers_that_see_tokens_of_all_samples_have_one_level(name: str) -> None:
+    argument, model, inputs = _DENOISERS[name].argument, adapted_denoiser(name), inputs_of(name)
+    for timestep, level in list(NAMES[name][0][1].items())[:3]:
+        timesteps = torch.tensor([float(timestep)] * (1 if name.startswith("MiniMax") else 2))
+        assert told(model, lambda given=timesteps: run(model, inputs, given, argument)) == pytest.approx([level])
+    with noise_level(model, torch.tensor([0.2, 0.7])), pytest.raises(ValueError, match="noise_level has 2 values, but"):
+        run(model, inputs, timesteps, argument)
