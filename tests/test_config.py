@@ -99,16 +99,7 @@ def test_plain_lora_keeps_every_initialisation_of_peft() -> None:
     assert NaraConfig(core_type="identity", init_lora_weights="eva", eva_config=EvaConfig()).init_lora_weights == "eva"
 
 
-@pytest.mark.parametrize(
-    ("init", "use_dora"),
-    list(
-        zip(
-            [True, False, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"],
-            cycle([False, True]),
-            strict=False,
-        )
-    ),
-)
+@pytest.mark.parametrize(("init", "use_dora"), list(zip(INITS, cycle([False, True]), strict=False)))
 def test_supported_initialisation_draws_what_peft_draws_and_starts_as_the_base(init: Any, use_dora: bool) -> None:
     states, x = [], torch.randn(3, 4, 7)
     for kind in (LoraConfig, NaraConfig):

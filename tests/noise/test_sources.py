@@ -14,8 +14,33 @@ from nara_diffusion import StrengthSchedule, noise_level, register_noise_source,
 from nara_diffusion.noise import sources
 from nara_diffusion.noise.level import NoiseSignals, as_signals
 from nara_diffusion.noise.sources import is_noise_aware, mask_density_radius
-from tests.helpers.adapted import TwoLayers, adapted, disturb, nara_config, relative_error
-from tests.helpers.two_layers import LEVELS, TARGETS, expect, run
+from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
+
+TARGETS = ["first", "second"]
+LEVELS = torch.tensor([0.05, 0.5, 0.93])
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def by_hand(model: PeftModel, x: Tensor, core: Tensor) -> Tensor:
+    """The output of a TwoLayers in float64, from its state dict and C (b, r, r)."""
+    state = {name.removeprefix("base_model.model."): t.double() for name, t in model.state_dict().items()}
+    scaling = 6 / 4
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        A, B = (state[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
+        base = x @ state[f"{name}.base_layer.weight"].T + state[f"{name}.base_layer.bias"]
+        return base + scaling * torch.einsum("or,brs,si,bi->bo", B, core, A, x)
+
+    return layer("second", torch.tanh(layer("first", x.double())))
+
+
+def expect(model: PeftModel, x: Tensor, level: float | Tensor) -> Tensor:
+    levels = torch.as_tensor(level, dtype=torch.float32).expand(len(x))
+    return by_hand(model, x, default_core(model, levels))
 
 
 class Share:
