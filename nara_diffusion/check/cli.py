@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif len(places) != 2:
             raise ValueError(f"nara-check takes MODEL and DATA before its flags, got {len(places)}; see --help.")
         else:
-            check(*places, words[2:])
+            check(places[0], places[1], words[2:])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -53,6 +53,7 @@ def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
     if not Path(data).exists():
         raise ValueError(f"DATA {data} doesn't exist: name a folder of images, or a file of records.")
     run: Callable[[Any], dict[str, Any]]
+    arguments: Any
     if Path(data).is_file():
         from nara_diffusion.dllm.train import Arguments, main
 

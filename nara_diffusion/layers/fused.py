@@ -33,7 +33,7 @@ def can_fuse(module: Any, base_layer: Any, A: Any, B: Any, x: Tensor, result: Te
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
         return False
     if len(module.active_adapters) != 1:
         return False
