@@ -6,6 +6,8 @@ Its weights are W0 + s·B·C(λ)·A, written anew at the λ of each timestep.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +20,12 @@ from diffusers import (
 )
 from torch import Tensor
 
-from nara_diffusion import register_denoiser
+from nara_diffusion import TimestepNoise, register_denoiser, set_noise_source
 from tests.acceptance._noise_models import UNET_TARGETS, Stock, adapt, distance, run, tensor_of
+from tests.helpers.adapted import disturb, nara_config
+from tests.helpers.denoisers.adapted import told
 from tests.helpers.rounding import rounding_of
-from tests.helpers.small_pipelines import small_sd, small_sdxl
+from tests.helpers.small_pipelines import pixels, small_sd, small_sdxl
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*PAG.*deprecated:FutureWarning")
 IMAGE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -121,3 +125,19 @@ def test_controlnet_with_an_adapter_of_its_own_reads_its_timestep_once_it_is_reg
         with torch.no_grad():
             expected = stock.at(level)(*(each[i : i + 1] for each in inputs))[1]
         assert distance(found[i : i + 1], expected) < rounding_of(model)
+
+
+def test_adapter_trained_in_edm_terms_is_read_in_them_after_loading(tmp_path: Path) -> None:
+    pipe: Any = small_sdxl()
+    pipe.unet.add_adapter(nara_config(target_modules=["to_q"], noise_convention="edm"))
+    disturb(pipe.unet)
+    pipe.save_nara_weights(tmp_path)
+    loaded: Any = small_sdxl()
+    loaded.load_nara_weights(tmp_path, adapter_name="default")
+    added = {"text_embeds": torch.randn(1, 24), "time_ids": torch.ones(1, 6)}
+    call = partial(run, loaded.unet, torch.randn(1, 4, 8, 8), encoder_hidden_states=torch.randn(1, 5, 40))
+    assert told(loaded.unet, lambda: call(timestep=0.0, added_cond_kwargs=added)) == [0.5]  # σ = 1
+    with pytest.raises(ValueError, match=r"timestep is 999.* as 'edm' is no λ"):
+        pixels(loaded)
+    with pytest.raises(ValueError, match="trained with λ defined as 'edm', but the source of λ tells 'timestep'"):
+        set_noise_source(loaded.unet, TimestepNoise())

@@ -11,19 +11,6 @@ from tests.helpers.adapted import OneLayer, TwoLayers, adapted, disturb, nara_co
 from tests.tuner.three_adapters import LEVELS, TARGETS, by_hand, three_adapters
 
 
-def test_each_sample_of_a_mixed_batch_gets_its_adapter_at_its_own_level():
-    model = three_adapters()
-    names = ["other", "__base__", "default", "plain", "default", "other"]
-    levels = torch.tensor([0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
-    x = torch.randn(6, 7)
-    expected = by_hand(model, x, [[] if name == "__base__" else [name] for name in names], levels)
-    with noise_level(model, levels):
-        assert relative_error(model(x, adapter_names=names), expected) < 5e-6
-    with noise_level(model, 0.4):
-        shared = by_hand(model, x, [[] if n == "__base__" else [n] for n in names], torch.full((6,), 0.4))
-        assert relative_error(model(x, adapter_names=names), shared) < 5e-6
-
-
 def test_a_mixed_batch_needs_a_level_only_if_one_of_its_adapters_does():
     model = three_adapters()
     x = torch.randn(2, 7)

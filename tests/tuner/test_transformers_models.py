@@ -72,14 +72,6 @@ def test_a_loaded_adapter_is_the_one_that_peft_loads(base, tmp_path, name, dtype
     assert not model.training
 
 
-def test_from_pretrained_of_an_adapters_folder(base, tmp_path):
-    folder = save_adapter(base, tmp_path / "nara")
-    assert PeftConfig.from_pretrained(folder).base_model_name_or_path == str(base)
-    model, report = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert torch.equal(output(model), peft_output(base, folder))
-    assert not any(report.values())
-
-
 def test_tensors_and_a_configuration_to_be_trained_further(base, tmp_path):
     folder = save_adapter(base, tmp_path / "nara")
     model = LlamaForCausalLM.from_pretrained(base)
