@@ -130,18 +130,18 @@ def answer_positions(
     """The positions of the answers: (b, l) bool.
 
     Raises:
-        ValueError: padding on the left, two lengths that disagree, an answer that is empty or longer than the row.
+        ValueError: lengths that are not one whole number a row or disagree, padding on the left, an answer that is empty or longer than the row.
     """
-    b, width = input_ids.shape
+    width = input_ids.shape[1]
     positions = torch.arange(width, device=input_ids.device)
-    starts = torch.as_tensor(prompt_lengths, device=input_ids.device).expand(b)
+    starts = _lengths("prompt_lengths", prompt_lengths, input_ids)
     ends = torch.full_like(starts, width)
     if attention_mask is not None:
         ends = attention_mask.bool().sum(1)
         if not torch.equal(attention_mask.bool(), positions < ends[:, None]):
             raise ValueError("attention_mask has padding on the left or within a row: pad sequences on the right")
     if answer_lengths is not None:
-        stated = starts + torch.as_tensor(answer_lengths, device=input_ids.device)
+        stated = starts + _lengths("answer_lengths", answer_lengths, input_ids)
         if attention_mask is not None and not torch.equal(stated, ends):
             raise ValueError("prompt_lengths + answer_lengths isn't what attention_mask counts: pass one of the two")
         ends = stated
@@ -153,6 +153,13 @@ def answer_positions(
             f"{width}; an answer needs one token at least, and has to end within its row"
         )
     return (positions >= starts[:, None]) & (positions < ends[:, None])
+
+
+def _lengths(name: str, lengths: Lengths, input_ids: torch.Tensor) -> torch.Tensor:
+    found = torch.as_tensor(lengths, device=input_ids.device)
+    if found.is_floating_point() or found.shape != (len(input_ids),):
+        raise ValueError(f"{name} is {lengths!r}: pass a whole number for each of the {len(input_ids)} rows")
+    return found
 
 
 def draw_noise_levels(

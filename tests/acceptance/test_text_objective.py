@@ -196,3 +196,9 @@ def test_curve_of_two_models_is_on_the_same_masks(pair: Any) -> None:
             noise_level_curve(one, rows, [0.5], seed=1, progress=False)
         drawn.append(torch.tensor(seen))
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 4, 5], [3.0, 4.0], 3])
+def test_loss_refuses_lengths_that_are_not_one_a_row(pair: Any, lengths: Any) -> None:
+    with pytest.raises(ValueError, match=r"prompt_lengths is .*: pass a whole number for each of the 2 rows"):
+        masked_diffusion_loss(pair[0], torch.ones(2, 9, dtype=torch.long), lengths)
