@@ -130,8 +130,8 @@ def answer_positions(
     """The positions of the answers: (b, l) bool.
 
     Raises:
-        ValueError: lengths that are not one whole number a row or disagree, padding on the left, an answer that is empty or
-            longer than the row.
+        ValueError: lengths that are not one whole number a row, or disagree; padding on the left; an answer that is
+            empty or longer than the row.
     """
     width = input_ids.shape[1]
     positions = torch.arange(width, device=input_ids.device)
