@@ -174,8 +174,12 @@ def test_magnitudes_of_zero_or_nearly_zero_give_right_outputs_and_gradients(dtyp
             assert_near(gradient, tensors[name].grad, f"gradient of {name}", terms=2, sums=8, dtype=dtype)
 
 
-@pytest.mark.parametrize(("trained", "units"), [(False, 0.5), (True, 2.0)], ids=["base frozen", "base trained"])
-def test_magnitudes_gradient_in_bfloat16_is_summed_in_float32(trained, units):
+@pytest.mark.parametrize(
+    ("trained", "units", "bias"),
+    [(False, 0.5, 0), (False, 0.5, 64), (True, 2.0, 0)],
+    ids=["base frozen", "base frozen with a bias that is taken off again", "base trained"],
+)
+def test_magnitudes_gradient_in_bfloat16_is_summed_in_float32(trained, units, bias):
     """The sum is rounded once, or a part at a time where W0 is trained too.
 
     All products are integers that bfloat16 has, m / ‖W‖ is 1.25, and the sums need more than its 8 bits.
@@ -189,18 +193,20 @@ def test_magnitudes_gradient_in_bfloat16_is_summed_in_float32(trained, units):
     x = 4 * (torch.eye(8)[torch.randint(8, (1, 300), generator=generator)])  # (1, 300, 8)
     W = W0 + B @ A
     model = get_peft_model(
-        nn.Sequential(nn.Linear(8, 512, bias=False)),
+        nn.Sequential(nn.Linear(8, 512, bias=bias > 0)),
         NaraConfig(r=2, lora_alpha=2, target_modules=["0"], use_dora=True),
     )
     base = model.base_model.model[0].get_base_layer().requires_grad_(trained)
     base.weight.data.copy_(W0)
+    if bias:
+        base.bias.data.fill_(bias)
     write(model, {"0.lora_A.weight": A, "0.lora_B.weight": B})
     model.to(torch.bfloat16)
     magnitude = next(p for name, p in model.named_parameters() if "magnitude" in name)
     magnitude.data = 1.25 * W.norm(dim=1)  # in float32, so that its gradient is rounded no further
     with noise_level(model, 0.5):
         output = model(x.bfloat16())
-    assert torch.equal(output.float(), 1.25 * x @ W.T)
+    assert torch.equal(output.float(), 1.25 * x @ W.T + bias)
     output.backward(torch.ones_like(output))
     exact = (x.double() @ W.double().T).sum((0, 1))
     unit = 2.0 ** (torch.floor(torch.log2(exact)) - 7)  # in the last place

@@ -186,6 +186,7 @@ def test_context_left_that_is_not_the_innermost_raises(model: Any) -> None:
     try:
         with pytest.raises((ValueError, RuntimeError)):
             outer.close()
+        assert_unknown(model)
     finally:
         with suppress(ValueError, RuntimeError):
             inner.close()
