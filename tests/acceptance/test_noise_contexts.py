@@ -164,6 +164,22 @@ def test_contexts_of_two_models_do_not_meet(model: Any, stock: Stock) -> None:
     assert_unknown(other)
 
 
+def test_forward_that_ctrl_c_ended_leaves_no_core_to_a_part_at_another_level(model: Any, stock: Stock) -> None:
+    inner = model.base_model.model
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = inner.second.register_forward_pre_hook(stop)
+    with suppress(KeyboardInterrupt), noise_level(model, 0.2):  # no hook of the forward runs after this
+        run(model, X)
+    handle.remove()
+    with noise_level(model, 0.8):
+        part = run(inner.first, X)
+    with torch.no_grad():
+        assert_near(part, stock.at(0.8).first(X.double()), model)
+
+
 def two_entered(model: Any) -> tuple[ExitStack, ExitStack]:
     outer, inner = ExitStack(), ExitStack()
     outer.enter_context(noise_level(model, 0.1))
