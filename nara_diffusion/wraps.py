@@ -181,10 +181,11 @@ def _set_adapters(original: Any, model: Any, adapter_names: list[str] | str, wei
         found = _schedules(weight)
         if found or has_strength(model, name):
             check_strength(model, name, dict.fromkeys(layers_of(model, name), found[0]) if found else {})
-    original(model, names, _carrying(weights))
-    for name, weight in own:
-        if _schedules(weight):
-            _take_schedules(model, name, _schedules(weight))
+    with restored_on_error(model) if _schedules(weights) else nullcontext():
+        original(model, names, _carrying(weights))
+        for name, weight in own:
+            if _schedules(weight):
+                _take_schedules(model, name, _schedules(weight))
     holder = holder_of(model)
     for pipe in [] if holder is None else holder.present_pipelines():
         follow_adapters(pipe)

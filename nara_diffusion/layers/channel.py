@@ -29,7 +29,7 @@ class CoreChannel:
 
     Args:
         alone: makes C (b or 1, r, r) of a key for a layer outside of any forward of the root, or raises.
-        to_merge: gives C (1, r, r) of a key for a layer that is being merged, and the λ of that.
+        to_merge: gives C (1, r, r) of a key for a layer that is being merged, which it gets too, and the λ of that.
         check_merged: raises if λ is known and is another than that of a merged layer.
         sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
         one_level: whether layers see something else than samples first, so that a batch must share its λ.
@@ -42,7 +42,7 @@ class CoreChannel:
     def __init__(
         self,
         alone: Callable[[Key], Tensor],
-        to_merge: Callable[[Key], tuple[Tensor, Any]],
+        to_merge: Callable[[Key, Any], tuple[Tensor, Any]],
         check_merged: Callable[[Any], None],
         sample_major: bool = False,
         one_level: bool = False,

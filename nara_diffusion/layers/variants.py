@@ -109,7 +109,7 @@ class NaraVariant(LoraVariant):
         """The base weight with this adapter merged at one C."""
         check_mergeable(module, active_adapter, self.layer_name)
         rank = module.r[active_adapter]
-        core, level = self.channel.to_merge(self.key)
+        core, level = self.channel.to_merge(self.key, module)
         A, B = factors(module, active_adapter)
         K = times_core(B, core[:, :rank, :rank])  # (1, d_out, r)
         scaling = module.scaling[active_adapter]

@@ -103,12 +103,17 @@ class MergesCores:
         return signals
 
     @torch.no_grad()
-    def core_to_merge(self, key: Key) -> tuple[Tensor, NoiseSignals | None]:
-        """C (1, r, r) for a layer that is being merged, and the only λ to run at until it is unmerged."""
+    def core_to_merge(self, key: Key, layer: Any) -> tuple[Tensor, NoiseSignals | None]:
+        """C (1, r, r) for a `layer` that is being merged, and the only λ to run at until it is unmerged."""
         merged = self.merged_at()
         if key[0] in self.merged_names() and merged is not None:  # into layers before this one
             return self.matrix(key, merged), merged
-        signals = self.signals_to_merge([key[0]])
+        try:
+            signals = self.signals_to_merge([key[0]])
+        except ValueError:
+            if self.is_fused:  # Diffusers has multiplied the layer by this before it merges
+                layer.unscale_layer(self.root.lora_scale)
+            raise
         if signals is not None and self.is_fused:
             logger.warning(
                 "%s: '%s' is fused at noise_level %.6g: until unfuse_lora() every step runs at the C of that λ, "

@@ -211,3 +211,12 @@ def test_blocks_with_a_number_keep_their_schedule(load):
     one.pipe.set_adapters("toy", SCHEDULE)
     one.pipe.set_adapters("toy", {"unet": {"down": 0.5, "mid": OTHER}})
     assert_near(one.output(), other.output())
+
+
+def test_a_schedule_for_a_block_without_layers_is_refused_and_changes_nothing(load):
+    one = load("sdxl", "LoRA")
+    one.pipe.set_adapters("toy", 0.7)
+    before = one.output()
+    with pytest.raises(ValueError, match="adapts no layer"):
+        one.pipe.set_adapters("toy", {"unet": {"down": {"block_0": SCHEDULE}, "mid": 0.3}})
+    assert torch.equal(one.output(), before)
