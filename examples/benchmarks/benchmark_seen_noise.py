@@ -83,7 +83,7 @@ def text_probe(domain: str) -> dict[str, dict[str, float]]:
 
     @torch.no_grad()
     def forward(batch: MaskedBatch) -> Tensor:
-        masked_cross_entropy(task.model, batch, logits="all")
+        masked_cross_entropy(task.model, batch, chunk_size=None)
         return batch.noise_level
 
     def forwards() -> Iterator[Forward]:

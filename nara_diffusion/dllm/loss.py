@@ -19,8 +19,6 @@ from .masked_share import conditioned
 from .masking import MaskedBatch, mask_answers
 from .models.backbone import Backbone
 
-LOGITS = ("masked", "all")
-
 
 @dataclass(frozen=True)
 class MaskedDiffusionLoss:
@@ -49,8 +47,7 @@ def masked_diffusion_loss(
     prompt_lengths: torch.Tensor | Sequence[int],
     *,
     mask_token_id: int | None = None,
-    logits: str = "masked",
-    chunk_size: int = 256,
+    chunk_size: int | None = 256,
     **masking: Any,
 ) -> MaskedDiffusionLoss:
     """Mask the answers at random, and score how well `model` fills them in.
@@ -61,21 +58,20 @@ def masked_diffusion_loss(
         input_ids: (b, l) clean tokens: prompt, answer, padding on the right.
         prompt_lengths: (b,) tokens before the answer.
         mask_token_id: default `model.config.mask_token_id`.
-        logits: "masked" computes logits at masked positions, `chunk_size` at a time, and again in backward; "all"
-            computes them everywhere at once, as most trainers do. The values are the same. Models whose head is adapted
-            or can't be reached (`Backbone.head` is None) always take "all".
-        chunk_size: positions whose logits exist at one time.
+        chunk_size: masked positions whose logits exist at one time, made again in backward; None makes them everywhere
+            at once, as most trainers do. The values are the same. Models whose head is adapted or can't be reached
+            (`Backbone.head` is None) always do the latter.
         **masking: of `mask_answers`: attention_mask (b, l) or answer_lengths (b,); noise_level, λ in (0, 1], (b,) or
             one number, instead of drawing it; generator, or seed with sample_indices (b,); group_size; complementary;
             window.
 
     Raises:
-        ValueError: see `mask_answers`; or an unknown `logits`; or no mask token; or an adapter that was trained with
+        ValueError: see `mask_answers`; or no mask token; or an adapter that was trained with
             another λ than the masked share; or an answer without a prompt, for a model that predicts the next token.
     """
     mask = Backbone(model).mask_token_id(mask_token_id)
     batch = mask_answers(input_ids, prompt_lengths, mask_token_id=mask, **masking)
-    token_loss = masked_cross_entropy(model, batch, logits=logits, chunk_size=chunk_size)  # (b', l)
+    token_loss = masked_cross_entropy(model, batch, chunk_size=chunk_size)  # (b', l)
     per_sample = token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)
     return MaskedDiffusionLoss(
         loss=per_sample.mean(),
@@ -88,22 +84,33 @@ def masked_diffusion_loss(
 
 
 def masked_cross_entropy(
-    model: nn.Module, batch: MaskedBatch, *, logits: str = "masked", chunk_size: int = 256
+    model: nn.Module,
+    batch: MaskedBatch,
+    *,
+    chunk_size: int | None = 256,
+    cfg_scale: float = 0.0,
+    mask_token_id: int | None = None,
 ) -> torch.Tensor:
-    """− log p of the clean token at each masked position, zero elsewhere: (b, l), float32 or wider."""
-    if logits not in LOGITS:
-        raise ValueError(f"logits is {logits!r}, expected one of {', '.join(map(repr, LOGITS))}")
+    """− log p of the clean token at each masked position, zero elsewhere: (b, l), float32 or wider.
+
+    Args:
+        cfg_scale: w of classifier-free guidance (`backbone.guided`), whose other half has its prompt masked and the λ
+            of its sample; 0 turns it off.
+        mask_token_id: for guidance; default `model.config.mask_token_id`.
+    """
     backbone = Backbone(model)
     if backbone.is_shifted and batch.answer[:, 0].any():
         raise ValueError(
             "an answer begins its row, and this model predicts the next token, so that nothing predicts the first: "
             "begin the row with a BOS token, and count it in prompt_lengths"
         )
-    with conditioned(model, batch.noise_level, masked=batch.masked, answer=batch.answer):
+    rows, copies = batch.input_ids, 1
+    if cfg_scale > 0:
+        prompt = batch.answer.cumsum(1) == 0  # (b, l)
+        rows, copies = torch.cat([rows, rows.masked_fill(prompt, backbone.mask_token_id(mask_token_id))]), 2
+    levels, masked, answer = (torch.cat([own] * copies) for own in (batch.noise_level, batch.masked, batch.answer))
+    padding = None if batch.attention_mask is None else torch.cat([batch.attention_mask] * copies)
+    with conditioned(model, levels, masked=masked, answer=answer):
         return backbone.token_losses(
-            batch.input_ids,
-            batch.targets,
-            batch.masked,
-            batch.attention_mask,
-            chunk_size=chunk_size if logits == "masked" else None,
+            rows, batch.targets, batch.masked, padding, chunk_size=chunk_size, cfg_scale=cfg_scale
         )

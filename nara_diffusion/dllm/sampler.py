@@ -31,11 +31,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nara_diffusion.dllm.eval_mode import evaluating, without_ddp
-
 from .canvas import Canvas, place_prompts
 from .masked_share import conditioned
-from .models.backbone import Backbone
+from .models.backbone import Backbone, evaluating, without_ddp
 
 REMASKING = ("low_confidence", "random")
 

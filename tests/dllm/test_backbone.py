@@ -76,7 +76,7 @@ def test_loss_in_the_head_has_the_values_and_gradients_of_all_logits(kind: str) 
     model = MODELS[kind]().double().eval()
     Backbone(model).language_model.config.mask_token_id = MASK  # type: ignore[union-attr]
     found = []
-    for options in ({"chunk_size": 4}, {"logits": "all"}):
+    for options in ({"chunk_size": 4}, {"chunk_size": None}):
         result = masked_diffusion_loss(model, **BATCH, **options)
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(result.loss, trained, allow_unused=True)
@@ -89,7 +89,7 @@ def test_head_runs_at_the_masked_positions_alone_and_where_nothing_is_masked_it_
     model = backbone(VOCABULARY)
     rows: list[int] = []
     forward = model.lm_head.forward
-    model.lm_head.forward = lambda hidden: (rows.append(hidden.shape[0]), forward(hidden))[1]
+    model.lm_head.forward = lambda hidden: (rows.append(hidden.shape[:-1].numel()), forward(hidden))[1]
     result = masked_diffusion_loss(model, **BATCH, chunk_size=5)
     assert sum(rows[1:]) == int(result.masked.sum())  # the first is one position of each row, for the hooks of others
     assert max(rows[1:]) <= 5
@@ -128,7 +128,7 @@ def test_models_that_change_or_pack_their_logits_are_refused() -> None:
             return CausalLMOutputWithPast(logits=self.lm_head(hidden.flatten(0, 1)).unflatten(0, input_ids.shape))
 
     config = backbone(VOCABULARY).config
-    with pytest.raises(ValueError, match=r'Doubled changes what its output head returns.*pass logits="all"'):
+    with pytest.raises(ValueError, match=r"Doubled changes what its output head returns.*pass chunk_size=None"):
         masked_diffusion_loss(Doubled(config), **BATCH)
     with pytest.raises(ValueError, match=r"shape \(42, 24\), expected \(3, 14, width\).* attn_implementation"):
         masked_diffusion_loss(Packed(config), **BATCH)
@@ -144,7 +144,7 @@ def test_answer_at_the_start_of_a_row_is_refused_where_nothing_predicts_it() -> 
 def test_virtual_tokens_change_neither_positions_nor_shapes() -> None:
     base = backbone(VOCABULARY)
     model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    losses = [masked_diffusion_loss(model, **BATCH, **how) for how in ({}, {"logits": "all"})]
+    losses = [masked_diffusion_loss(model, **BATCH, **how) for how in ({}, {"chunk_size": None})]
     torch.testing.assert_close(losses[0].token_loss, losses[1].token_loss)
     assert losses[0].token_loss.shape == IDS.shape
     assert generate(model, IDS, gen_length=2).shape == (3, 16)

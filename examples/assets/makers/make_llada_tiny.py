@@ -63,7 +63,7 @@ class Arguments:
 
 def masked_losses(model: PreTrainedModel, input_ids: Tensor, prompt_lengths: Tensor, **key: Any) -> Tensor:
     """LLaDA's loss (b,) of each row; ``key`` is of `masked_diffusion_loss`: seed, sample_indices, noise_level."""
-    return masked_diffusion_loss(model, input_ids, prompt_lengths, logits="all", **key).per_sample
+    return masked_diffusion_loss(model, input_ids, prompt_lengths, chunk_size=None, **key).per_sample
 
 
 class PreTraining:

@@ -10,7 +10,9 @@ each by its weight 1 / (n · C(n, k)): no randomness is left. The model runs at 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import comb
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +21,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm.canvas import mask_in_a_text
-from nara_diffusion.dllm.eval_mode import evaluating, without_ddp
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MaskedBatch, answer_positions
-from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.models.backbone import Backbone, evaluating, without_ddp
 
 
-@torch.no_grad()
 def log_likelihood(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -37,7 +37,9 @@ def log_likelihood(
     batch_size: int = 16,
     seed: int = 0,
     sample_indices: Sequence[int] | None = None,
+    cfg_scale: float = 0.0,
     mask_token_id: int | None = None,
+    differentiable: bool = False,
     progress: bool = False,
 ) -> torch.Tensor:
     """The lower bound above, in nats, for each answer: (b,) float64.
@@ -54,11 +56,14 @@ def log_likelihood(
         seed: the seed of the masks.
         sample_indices: (b,). The masks of row i depend on (seed, sample_indices[i]) and on the answer's length alone;
             by default on (seed, i). Rows with the same index and length are compared on the same masks.
+        cfg_scale: w of classifier-free guidance, as in `generate`; 0 turns it off.
+        differentiable: keep the graph of all samples × rows, for a loss such as that of preferences; a few samples do
+            then, with another seed at each step. The model stays in its mode of training, and in DDP.
 
     Raises:
         ValueError: see `answer_positions`; or a text that holds the mask token.
     """
-    model = without_ddp(model)
+    model = model if differentiable else without_ddp(model)
     backbone = Backbone(model)
     mask = backbone.mask_token_id(mask_token_id)
     answers = answer_positions(input_ids, prompt_lengths, attention_mask=attention_mask, answer_lengths=answer_lengths)
@@ -72,7 +77,13 @@ def log_likelihood(
         tasks += [(row, masked, weight) for masked, weight in zip(masks, weights.tolist(), strict=True)]
     bounds = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
     total = sum(map(len, by_length.values()))
-    with evaluating(model), tqdm(total=total, desc="likelihood", unit="mask", disable=not progress) as bar:
+    mode = nullcontext() if differentiable else evaluating(model)
+    guidance: dict[str, Any] = {"cfg_scale": cfg_scale, "mask_token_id": mask}
+    with (
+        torch.set_grad_enabled(differentiable),
+        mode,
+        tqdm(total=total, desc="likelihood", unit="mask", disable=not progress) as bar,
+    ):
         for width, tasks in by_length.items():
             for start in range(0, len(tasks), batch_size):
                 rows, masks, weights = zip(*tasks[start : start + batch_size], strict=True)
@@ -81,7 +92,7 @@ def log_likelihood(
                 share = masked.sum(1).float() / answer.sum(1)  # λ
                 seen = targets.masked_fill(masked, mask)
                 batch = MaskedBatch(seen, targets, masked, answer, share, None)
-                loss = masked_cross_entropy(model, batch).double().sum(1)  # (s,)
+                loss = masked_cross_entropy(model, batch, **guidance).double().sum(1)  # (s,)
                 bounds.index_add_(0, rows, -loss * loss.new_tensor(weights) / share.double())
                 bar.update(len(rows))
     return bounds

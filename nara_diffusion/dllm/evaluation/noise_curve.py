@@ -10,10 +10,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.dllm.data.collator import AnswerCollator
-from nara_diffusion.dllm.eval_mode import evaluating, without_ddp
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import mask_answers
-from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.dllm.models.backbone import Backbone, evaluating, without_ddp
 
 
 @torch.no_grad()

@@ -6,20 +6,27 @@ Prompt tuning and P-tuning put n virtual tokens before a text, and the model has
 
 Positions are counted in the text, so the first n are dropped here.
 
-A table of learned positions has no row for a position beyond its end. Rotary positions have no end, but a model that
-never saw positions beyond `max_position_embeddings` predicts badly there.
+A vocabulary of 126 464 makes logits the largest tensor of a step, and both uses need few of them: the loss (masked
+positions) and the sampler (one block). The output head does less *inside the model's own forward*, by hooks that act in
+the thread that set them alone: the model is still entered through its outermost `__call__`, so that DDP, FSDP, offload
+and autocast do their part.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .output_head import cross_entropy_in_head, inputs_at, token_cross_entropy
 from .shifted_logits import ShiftedLogits
 
 # Configuration fields of transformers under which a model changes its logits after the head.
@@ -106,45 +113,65 @@ class Backbone:
 
     # forwards
 
-    def logits(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, at: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Logits (b, l, v) of a text (b, l), or (b, k, v) at its positions `at` (b, k), which costs less."""
-        if at is None:
-            return self._of_text(self._forward(input_ids, attention_mask), input_ids)
-        head = self.head
-        if head is None:
-            logits = self.logits(input_ids, attention_mask)
-            return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
-        with inputs_at(head, at, lambda hidden: self._of_text(hidden, input_ids)):
+        head = None if at is None else self.head
+        if at is None or head is None:
+            logits = self._of_text(self._forward(input_ids, attention_mask), input_ids)
+            return logits if at is None else _at(logits, at)
+        with _hooked(head, lambda hidden: _at(self._of_text(hidden, input_ids), at)):
             return self._forward(input_ids, attention_mask)
 
     def token_losses(
         self,
-        input_ids: torch.Tensor,
-        targets: torch.Tensor,
-        masked: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        input_ids: Tensor,
+        targets: Tensor,
+        masked: Tensor,
+        attention_mask: Tensor | None = None,
         *,
         chunk_size: int | None = 256,
-    ) -> torch.Tensor:
+        cfg_scale: float = 0.0,
+    ) -> Tensor:
         """−log p of `targets` (b, l) where `masked` (b, l), else zero: (b, l), float32 or wider.
 
         Args:
-            chunk_size: positions whose logits exist at one time; None computes all logits at once.
+            input_ids: (b, l); for classifier-free guidance (2b, l), the conditional rows first.
+            attention_mask: as `input_ids`.
+            chunk_size: positions whose logits exist at one time, made anew in backward; None makes all at once.
+            cfg_scale: w of `guided`.
         """
-        head = None if chunk_size is None else self.head
+        head, b = None if chunk_size is None else self.head, len(targets)
         if (
             head is None or chunk_size is None or hasattr(head, "lora_A")
         ):  # an adapted head sees whole rows, for their λ
-            return token_cross_entropy(self.logits(input_ids, attention_mask), targets) * masked
-        only_text = lambda hidden: self._of_text(hidden, input_ids)  # noqa: E731
-        with cross_entropy_in_head(head, targets, masked, chunk_size, only_text):
+            logits = self.logits(input_ids, attention_mask).unflatten(0, (-1, b))
+            return token_cross_entropy(guided(logits, cfg_scale), targets) * masked
+        kept: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            kept.append(self._of_text(hidden, input_ids).unflatten(0, (-1, b)))
+            return hidden[:, :1]  # the head's own call is for the sake of other hooks: let it cost nothing
+
+        def losses_for_logits(_: Tensor) -> Tensor:
+            places = masked.flatten().nonzero()[:, 0]  # (m,)
+            # with nothing masked, one place that counts zero: every parameter has to get a gradient
+            counts = masked.new_ones(len(places)) if len(places) else masked.new_zeros(1)
+            places = places if len(places) else places.new_zeros(1)
+            hidden, wanted = kept.pop().flatten(1, 2)[:, places], targets.flatten()[places]  # (1 or 2, m, d), (m,)
+            loss = lambda hidden, wanted: token_cross_entropy(guided(head.forward(hidden), cfg_scale), wanted)  # noqa: E731
+            chunks = [
+                checkpoint(loss, *chunk, use_reentrant=False) if torch.is_grad_enabled() else loss(*chunk)
+                for chunk in zip(hidden.split(chunk_size, 1), wanted.split(chunk_size), strict=True)
+            ]
+            losses = torch.cat(chunks) * counts  # type: ignore[arg-type]
+            return losses.new_zeros(masked.numel()).scatter(0, places, losses).view(*masked.shape, 1)
+
+        with _hooked(head, keep, losses_for_logits):
             losses = self._forward(input_ids, attention_mask)  # (b, l, 1)
         if losses.shape != (*masked.shape, 1):
             raise ValueError(
                 f"{type(self.language_model).__name__} changes what its output head returns, so that the loss can't be "
-                'computed within it: pass logits="all"'
+                "computed within it: pass chunk_size=None"
             )
         return losses.squeeze(-1)
 
@@ -165,11 +192,11 @@ class Backbone:
         is_compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in parents)
         return None if is_compiled else head
 
-    def _forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         output = self.model(input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
-        return output if isinstance(output, torch.Tensor) else output.logits
+        return output if isinstance(output, Tensor) else output.logits
 
-    def _of_text(self, states: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    def _of_text(self, states: Tensor, input_ids: Tensor) -> Tensor:
         """The part (b, l, …) of `states` (b, n + l, …) that belongs to the text; n is 0 where its adapter is off."""
         b, length = input_ids.shape
         extra = states.shape[1] - length if states.ndim == 3 and len(states) == b else -1
@@ -180,3 +207,65 @@ class Backbone:
                 "attn_implementation"
             )
         return states[:, extra:]
+
+
+@contextmanager
+def _hooked(
+    head: nn.Module, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[None]:
+    """Inside, in this thread, `head` gets `before(hidden states)`, and `after(its output)` leaves it."""
+    thread = threading.get_ident()
+
+    def pre(_: nn.Module, args: tuple) -> tuple | None:
+        return (before(args[0]), *args[1:]) if threading.get_ident() == thread else None
+
+    def post(_: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
+        return after(output) if after is not None and threading.get_ident() == thread else None
+
+    # The inner pair of hooks: after FSDP and DeepSpeed have gathered the weights, before they let go of them.
+    handles = [head.register_forward_pre_hook(pre), head.register_forward_hook(post, prepend=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _at(states: Tensor, positions: Tensor) -> Tensor:
+    """(b, l, d) at positions (b, k): (b, k, d)."""
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def guided(logits: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, (1 + w) · l − w · l̃ of l and l̃ = `logits` (2, …), l̃ with the prompt masked; of one
+    set of logits (1, …) those."""
+    if len(logits) == 1:
+        return logits[0]
+    conditional, unconditional = logits
+    return unconditional + (scale + 1) * (conditional - unconditional)
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """−log p(target), computed in float32 at least: (…, v), (…) → (…)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` within; afterwards each module is in the mode it had, also where modules differ."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The module inside a DistributedDataParallel, which has the same weights.
+
+    DDP's own forward synchronises buffers, so it waits for ever if processes run different numbers of forwards.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model

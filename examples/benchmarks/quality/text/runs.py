@@ -77,7 +77,7 @@ def train(model: Any, rows: Rows, recipe: Recipe, seed: int, watch: Callable[[in
 
 def objective(model: nn.Module, batch: MaskedBatch) -> torch.Tensor:
     """LLaDA's loss, weighted by λ."""
-    token_loss = masked_cross_entropy(model, batch, logits="all")  # (b, l)
+    token_loss = masked_cross_entropy(model, batch, chunk_size=None)  # (b, l)
     return (token_loss.sum(1) / batch.noise_level / batch.answer.sum(1)).mean()
 
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nara_diffusion.dllm.eval_mode import evaluating
 from nara_diffusion.dllm.loss import masked_cross_entropy
 from nara_diffusion.dllm.masking import MIN_NOISE_LEVEL, MaskedBatch, answer_positions
+from nara_diffusion.dllm.models.backbone import evaluating
 from quality.text.data import Rows
 
 BINS = 10
@@ -89,7 +89,7 @@ def binned_losses(model: nn.Module, validation: ValidationSet) -> list[float]:
     sums, counts = [], []
     with evaluating(model):
         for batch in validation.batches:
-            sums.append(masked_cross_entropy(model, batch, logits="all").sum(1).double())
+            sums.append(masked_cross_entropy(model, batch, chunk_size=None).sum(1).double())
             counts.append(batch.masked.sum(1).double())
     weights = validation.weights.double()
     total, count = weights * torch.cat(sums), weights * torch.cat(counts)
