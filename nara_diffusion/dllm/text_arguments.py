@@ -35,9 +35,6 @@ class ModelArguments:
     mask_token: str | None = option(
         None, "text of the mask token, where the checkpoint doesn't name it", within="model_options"
     )
-    ignore_tensors: list[str] | None = option(
-        None, "heads in the checkpoint to leave out, such as classifier", within="model_options"
-    )
     dataset_name: str | None = option(
         None,
         "Data set on the Hub, or a folder that `datasets` reads, in place of files.",

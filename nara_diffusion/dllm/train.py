@@ -108,7 +108,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         run.record_data_digest(what, (text for column in part.column_names for text in part[column]))
 
     # Model
-    options: dict[str, Any] = {"mask_token": args.mask_token, "ignore_tensors": args.ignore_tensors or ()}
+    options: dict[str, Any] = {"mask_token": args.mask_token}
     options |= {} if args.revision is None else {"revision": args.revision}
     load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
     with loading_in(run.accelerator, run.weights_dtype):

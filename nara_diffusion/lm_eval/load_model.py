@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
 from nara_diffusion.dllm import load_backbone
@@ -49,15 +49,9 @@ def load_model(
     if not pretrained:
         raise ValueError(f"the adapter {peft} doesn't name the model it belongs to: add pretrained=… to --model_args")
     if load_in_8bit or load_in_4bit:
-        backbone["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=load_in_8bit,
-            load_in_4bit=load_in_4bit,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-        )
         backbone.setdefault("device_map", {"": str(device)})  # quantised weights can't be moved later
-    model, tokenizer = load_backbone(pretrained, dtype=dtype, **backbone)
+    bits = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
+    model, tokenizer = load_backbone(pretrained, dtype=dtype, **bits, **backbone)
     if "device_map" not in backbone:
         model.to(device)  # type: ignore[arg-type]
     if peft is None:

@@ -6,50 +6,41 @@ and its configuration is translated. What the translation can't express is refus
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import LlamaConfig
 
-# (in a LLaDA checkpoint, in LlamaForCausalLM); {n} is a layer's number
-_TENSORS = (
-    ("model.transformer.wte", "model.embed_tokens"),
-    ("model.transformer.ln_f", "model.norm"),
-    ("model.transformer.ff_out", "lm_head"),
-    ("model.transformer.blocks.{n}.attn_norm", "model.layers.{n}.input_layernorm"),
-    ("model.transformer.blocks.{n}.ff_norm", "model.layers.{n}.post_attention_layernorm"),
-    ("model.transformer.blocks.{n}.q_proj", "model.layers.{n}.self_attn.q_proj"),
-    ("model.transformer.blocks.{n}.k_proj", "model.layers.{n}.self_attn.k_proj"),
-    ("model.transformer.blocks.{n}.v_proj", "model.layers.{n}.self_attn.v_proj"),
-    ("model.transformer.blocks.{n}.attn_out", "model.layers.{n}.self_attn.o_proj"),
-    ("model.transformer.blocks.{n}.ff_proj", "model.layers.{n}.mlp.gate_proj"),
-    ("model.transformer.blocks.{n}.up_proj", "model.layers.{n}.mlp.up_proj"),
-    ("model.transformer.blocks.{n}.ff_out", "model.layers.{n}.mlp.down_proj"),
+# (in a LLaDA checkpoint, in LlamaForCausalLM), of the whole model and of a layer
+_MODEL = (("wte", "model.embed_tokens"), ("ln_f", "model.norm"), ("ff_out", "lm_head"))
+_LAYER = (
+    ("attn_norm", "input_layernorm"),
+    ("ff_norm", "post_attention_layernorm"),
+    ("q_proj", "self_attn.q_proj"),
+    ("k_proj", "self_attn.k_proj"),
+    ("v_proj", "self_attn.v_proj"),
+    ("attn_out", "self_attn.o_proj"),
+    ("ff_proj", "mlp.gate_proj"),
+    ("up_proj", "mlp.up_proj"),
+    ("ff_out", "mlp.down_proj"),
 )
+_TENSORS = [(f"model.transformer.{theirs}.", f"{ours}.") for theirs, ours in _MODEL] + [
+    (f"model.transformer.blocks.(\\d+).{theirs}.", f"model.layers.(\\d+).{ours}.") for theirs, ours in _LAYER
+]
 
-KEY_MAPPING = {
-    "^" + source.replace(".", r"\.").replace("{n}", r"(\d+)") + r"\.": target.replace("{n}", r"\1") + "."
-    for source, target in _TENSORS
-}
+KEY_MAPPING = {"^" + theirs.replace(".", r"\."): ours.replace(r"(\d+)", r"\1") for theirs, ours in _TENSORS}
 """For `from_pretrained(key_mapping=…)`. Each pattern has one capture group at most: transformers takes no more."""
 
 # Field: the values under which a LLaDA block is a Llama block.
 _EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu",),
-    "alibi": (False,),
-    "attention_layer_norm": (False,),
-    "bias_for_layer_norm": (False, None),
     "block_type": ("llama",),
-    "clip_qkv": (None,),
-    "embedding_dropout": (0.0,),
-    "include_bias": (False,),
-    "include_qkv_bias": (False, None),
-    "input_emb_norm": (False,),
     "layer_norm_type": ("rms",),
-    "layer_norm_with_affine": (True,),
-    "residual_dropout": (0.0,),
-    "rope": (True,),
-    "scale_logits": (False,),
-    "sliding_window": (None,),
+    **dict.fromkeys(("rope", "layer_norm_with_affine"), (True,)),
+    **dict.fromkeys(("alibi", "attention_layer_norm", "include_bias", "input_emb_norm", "scale_logits"), (False,)),
+    **dict.fromkeys(("bias_for_layer_norm", "include_qkv_bias"), (False, None)),
+    **dict.fromkeys(("clip_qkv", "sliding_window"), (None,)),
+    **dict.fromkeys(("embedding_dropout", "residual_dropout"), (0.0,)),
 }
 
 
@@ -93,10 +84,7 @@ def llama_config(fields: dict[str, Any]) -> LlamaConfig:
 
 def checkpoint_name(name: str) -> str:
     """The LLaDA checkpoint's name of a LlamaForCausalLM tensor."""
-    parts = name.split(".")
-    number = parts[2] if parts[1:2] == ["layers"] else ""
-    for source, target in _TENSORS:
-        stem = target.replace("{n}", number) + "."
-        if name.startswith(stem):
-            return source.replace("{n}", number) + "." + name.removeprefix(stem)
+    for theirs, ours in _TENSORS:
+        if found := re.match(ours, name):
+            return theirs.replace(r"(\d+)", "".join(found.groups())) + name[found.end() :]
     return name

@@ -13,14 +13,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -41,8 +43,8 @@ from .tokenizers import load_tokenizer, resolve_mask_token, set_special_tokens
 # Arguments of from_pretrained that say where files come from: the configuration and the tokenizer need them too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-# Heads that encoders are pre-trained with besides the one for masked tokens.
-_OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)\.")
+# Heads that encoders are pre-trained with, or fine-tuned with for another task, besides the one for masked tokens.
+_OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)\.|^(classifier|score|qa_outputs)\.")
 
 
 def load_backbone(
@@ -51,7 +53,8 @@ def load_backbone(
     mask_token_id: int | None = None,
     mask_token: str | None = None,
     shift_logits: bool | None = None,
-    ignore_tensors: str | Sequence[str] = (),
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a masked-diffusion language model, or an encoder, and its tokenizer.
@@ -65,8 +68,8 @@ def load_backbone(
         mask_token: the same by its text.
         shift_logits: whether position i of the checkpoint predicts token i + 1. Default: known for Dream, False
             otherwise.
-        ignore_tensors: heads in the checkpoint that the model doesn't have and that are left out: names of tensors, or
-            of modules with all that is in them. Those of BERT's and ALBERT's pre-training needn't be named.
+        load_in_4bit, load_in_8bit: quantise the weights of the linear layers by bitsandbytes. 4 bits are NF4 with
+            double quantisation, computed in `dtype`; further settings are those of a `quantization_config`.
         **kwargs: as for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation, revision,
             token, …
 
@@ -85,14 +88,15 @@ def load_backbone(
     mask = resolve_mask_token(name, tokenizer, fields, config.vocab_size, mask_token_id, mask_token)
     if is_renamed:
         kwargs["key_mapping"] = KEY_MAPPING
+    if load_in_4bit or load_in_8bit:
+        kwargs["quantization_config"] = _quantization(load_in_4bit, load_in_8bit, kwargs.get("dtype"))
     try:
         model, loading = model_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except SafetensorError as error:
         raise ValueError(f"The weights of {name} are cut off or damaged ({error}): download them again.") from None
-    ignored = [ignore_tensors] if isinstance(ignore_tensors, str) else ignore_tensors
-    _check_tensors(name, loading, checkpoint_name if is_renamed else str, ignored)
+    _check_tensors(name, loading, checkpoint_name if is_renamed else str)
     if is_renamed:
         del model._weight_conversions  # saved under the names of its class, which is what its configuration says
     set_special_tokens(model, tokenizer, mask)
@@ -138,26 +142,28 @@ def _bidirectional(config: PreTrainedConfig, shifted: bool) -> PreTrainedConfig:
     return config
 
 
-def _check_tensors(name: str, loading: dict[str, Any], original: Any, ignored: Sequence[str]) -> None:
+def _quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: Any) -> BitsAndBytesConfig:
+    if not isinstance(dtype, torch.dtype):  # None and "auto" leave it to the file
+        dtype = torch.bfloat16 if dtype in (None, "auto") else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_tensors(name: str, loading: dict[str, Any], original: Callable[[str], str]) -> None:
     """Refuse a checkpoint whose tensors don't fit the model: what transformers only logs is an error here.
 
     Args:
-        name: the name of the checkpoint.
         loading: the information of `from_pretrained(output_loading_info=True)`.
         original: the function from a tensor's name in the model to that in the checkpoint.
-        ignored: names of tensors, or of modules with all that is in them, that the model may lack.
     """
-    surplus = sorted(original(key) for key in loading["unexpected_keys"] if not _OTHER_HEADS.search(key))
-    unused = [entry for entry in ignored if not any(f"{key}.".startswith(f"{entry}.") for key in surplus)]
-    if unused:
-        raise ValueError(
-            f"ignore_tensors names {unused[0]!r}, and it is none of those tensors of {name} that the model doesn't "
-            f"have: {', '.join(surplus[:8]) or 'there are none'}"
-        )
-    unknown = [key for key in surplus if not any(f"{key}.".startswith(f"{entry}.") for entry in ignored)]
     problems = {
-        "missing": sorted(original(key) for key in loading["missing_keys"]),
-        "not known to the model": unknown,
+        "missing": sorted(map(original, loading["missing_keys"])),
+        "not known to the model": sorted(original(k) for k in loading["unexpected_keys"] if not _OTHER_HEADS.search(k)),
         "of another shape": [
             f"{original(key)} {tuple(found)} instead of {tuple(expected)}"
             for key, found, expected in sorted(loading["mismatched_keys"])
@@ -165,5 +171,4 @@ def _check_tensors(name: str, loading: dict[str, Any], original: Any, ignored: S
     }
     lists = [f"{len(keys)} {kind}: {', '.join(keys[:8])}" for kind, keys in problems.items() if keys]
     if lists:
-        remedy = ". Heads that masked language modelling doesn't use are left out by ignore_tensors" if unknown else ""
-        raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}{remedy}")
+        raise ValueError(f"the tensors of {name} don't fit its configuration; {'; '.join(lists)}")

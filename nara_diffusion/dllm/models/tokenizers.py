@@ -21,24 +21,22 @@ _WHOLE_IN_ITS_FILE = "TokenizersBackend"
 
 
 def load_tokenizer(name: str, *, family: str, **hub: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, without running its code and without asking on the terminal.
-
-    Args:
-        name: folder or repository.
-        family: the `model_type` of the checkpoint.
-        **hub: the arguments of `from_pretrained` that say where the files are.
+    """The tokenizer of a checkpoint of the model_type `family`, without running its code and without asking on the
+    terminal; `hub` are the arguments of `from_pretrained` that say where the files are.
 
     Raises:
         ValueError: it has none, or a damaged one.
     """
     try:
-        stock = _STOCK_TOKENIZERS.get(family.lower())
+        stock: Any = _STOCK_TOKENIZERS.get(family.lower())
         if stock is None and get_tokenizer_config(name, **hub).get("tokenizer_class") == _WHOLE_IN_ITS_FILE:
             # AutoTokenizer would go by the model's type, and Qwen2's class brings rules of its own for splitting
             stock = PreTrainedTokenizerFast
-        if stock is not None:
-            return stock.from_pretrained(name, **hub)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
+        return (
+            stock.from_pretrained(name, **hub)
+            if stock
+            else AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -82,21 +80,21 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     The beginning is the tokenizer's: that of Dream's configuration is its end.
     """
     config: Any = model.config
+    text: Any = tokenizer.convert_ids_to_tokens
     config.mask_token_id = mask_token_id
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
     if tokenizer.mask_token_id != mask_token_id:
-        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
-    # some configurations have none, and others one by default that this vocabulary doesn't have
+        tokenizer.mask_token = text(mask_token_id)
+    # some configurations have no end, and others one by default that this vocabulary doesn't have
     given: Any = getattr(config, "eos_token_id", None)
     configured = (given[0] if given else None) if isinstance(given, list) else given
-    candidates: list[Any] = [configured, tokenizer.eos_token_id, tokenizer.sep_token_id]
-    end = next((i for i in candidates if i is not None and tokenizer.convert_ids_to_tokens(i) is not None), None)
+    candidates = (configured, tokenizer.eos_token_id, tokenizer.sep_token_id)
+    end = next((i for i in candidates if i is not None and text(i) is not None), None)
     if end is None or end != configured:
         config.eos_token_id = end
-    if tokenizer.eos_token is None and end is not None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    if tokenizer.pad_token is None and end is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None and end is not None:
+            setattr(tokenizer, name, text(end))
     config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
