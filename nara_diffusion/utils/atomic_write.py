@@ -7,19 +7,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 @contextmanager
-def atomic_write_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `folder` that becomes `folder` at the end, or vanishes on any error."""
-    partial = partial_name(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, for a file or a folder; it becomes `path`, or vanishes on any error."""
+    partial = partial_name(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         yield partial
-        put_in_place(partial, folder)
+        put_in_place(partial, path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         raise
 
 
@@ -30,34 +30,31 @@ def atomic_write_files(folder: Path) -> Iterator[Path]:
     What else is in `folder` stays. It is made if need be, and then is there only if all went well.
     """
     made = not folder.exists()
-    partial = partial_name(folder / f"files-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
-        for file in [path for path in partial.rglob("*") if path.is_file()]:
-            target = folder / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+        with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+            yield Path(partial)
+            for file in [path for path in Path(partial).rglob("*") if path.is_file()]:
+                target = folder / file.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
     except BaseException:
         if made:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Let `partial` become `folder`. What was there is deleted last, and comes back on an error."""
-    aside = partial_name(folder.with_name(f"old-{folder.name}"))
+def put_in_place(partial: Path, path: Path) -> None:
+    """Let `partial` become `path`. A folder that was there is deleted last, and comes back on an error."""
+    aside = partial_name(path.with_name(f"old-{path.name}"))
     try:
-        if folder.exists():
+        if path.is_dir():
             shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed while it deleted it
-            os.replace(folder, aside)
-        os.replace(partial, folder)
+            os.replace(path, aside)
+        os.replace(partial, path)
     except BaseException:
-        if aside.exists() and not folder.exists():
-            os.replace(aside, folder)
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -68,18 +65,6 @@ def delete_folder(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     os.replace(folder, aside)
     shutil.rmtree(aside)
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` that becomes `path` at the end, or vanishes on any error."""
-    partial = partial_name(path)
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def partial_name(path: Path) -> Path:

@@ -15,12 +15,7 @@ def listed(names: Collection[str], kind: str = "") -> str:
 
 @contextmanager
 def naming_source(source: str | Path, file: str, kind: str) -> Iterator[None]:
-    """Inside, `file` is fetched from a folder or repository; an error says what `source` lacks.
-
-    Args:
-        source: as the user named it.
-        file: what tells that it is the kind of thing that is looked for.
-        kind: that kind, such as "a model".
+    """Inside, `file` of `kind` ("a model") is fetched from a folder or repository, `source` as the user named it.
 
     Raises:
         ValueError: a folder has no such file; or there is no folder, and no repository was reached.

@@ -15,25 +15,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+Generators = Callable[[int], np.random.Generator]
 
-def stratified_uniform(
-    indices: Sequence[int],
-    group_size: int,
-    shift: Callable[[int], np.random.Generator],
-    value: Callable[[int], np.random.Generator],
-) -> torch.Tensor:
+
+def stratified_uniform(indices: Sequence[int], group_size: int, shift: Generators, value: Generators) -> torch.Tensor:
     """u (b,), float64 in [0, 1), for each index; a group of 1 is independent draws.
 
     Args:
-        indices: of the samples in the training stream.
-        group_size: n, the samples of a global batch.
+        indices: of the samples in the training stream. group_size: n, the samples of a global batch, 1 or more.
         shift, value: the generators of a group's shift and of a sample's v, by number.
-
-    Raises:
-        ValueError: `group_size` is below 1.
     """
     n = group_size
-    if n < 1:
-        raise ValueError(f"group_size is {n}: it counts the samples of a global batch, so 1 at least")
     shifts = {group: int(shift(group).integers(n)) for group in {i // n for i in indices}}
     return torch.tensor([((i + shifts[i // n]) % n + value(i).random()) / n for i in indices], dtype=torch.float64)

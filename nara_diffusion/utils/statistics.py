@@ -22,18 +22,10 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean, sample standard deviation, and the interval that holds the true mean with 95 % confidence.
-
-    Raises:
-        ValueError: no value, or one that isn't finite.
-    """
+    """Mean, sample standard deviation, and the interval that holds the true mean with 95 % confidence."""
     from scipy.special import stdtrit
 
-    if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"values are {list(values)}, expected one finite number or more")
-    mean = fmean(values)
-    if len(values) == 1:
-        return Interval(mean, math.nan, math.nan, math.nan)
-    std = stdev(values)
-    half = float(stdtrit(len(values) - 1, 0.975)) * std / math.sqrt(len(values))
+    mean, n = fmean(values), len(values)
+    std = stdev(values) if n > 1 else math.nan
+    half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
     return Interval(mean, std, mean - half, mean + half)

@@ -23,7 +23,7 @@ from torch import Tensor
 from nara_diffusion import TimestepNoise, register_denoiser, set_noise_source
 from tests.acceptance._noise_models import UNET_TARGETS, Stock, adapt, distance, run, tensor_of
 from tests.helpers.adapted import disturb, nara_config
-from tests.helpers.denoisers.adapted import told
+from tests.helpers.denoisers import told
 from tests.helpers.rounding import rounding_of
 from tests.helpers.small_pipelines import pixels, small_sd, small_sdxl
 

@@ -19,7 +19,7 @@ from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.dreambooth.objectives import build_objective
-from tests.helpers.denoisers.adapted import told
+from tests.helpers.denoisers import told
 from tests.helpers.pipelines.families import FAMILY_PIPELINES, small_flux2_dev, small_wan_images
 from tests.helpers.rounding import rounding_of
 

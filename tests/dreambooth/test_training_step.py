@@ -17,7 +17,7 @@ from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.window import NoiseWindow
-from tests.helpers.denoisers.adapted import told
+from tests.helpers.denoisers import told
 from tests.helpers.small_pipelines import small_sdxl
 
 CONFIG: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["to_q", "to_v"], "core_hidden_dims": (7, 6)}

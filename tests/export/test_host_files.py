@@ -18,7 +18,7 @@ from nara_diffusion.export import save_host_file
 from nara_diffusion.export.host_files import host_state_dict
 from nara_diffusion.export.original_names import Factors, original_names
 from tests.helpers.adapted import disturb, lora_config, nara_config
-from tests.helpers.denoisers.models import denoiser
+from tests.helpers.denoisers import denoiser
 from tests.helpers.small_pipelines import pixels, small_sd, small_sd3, small_sdxl
 
 LEVEL = 0.37

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_files, atomic_write_folder, delete_folder
+from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_files, delete_folder
 from nara_diffusion.utils.statistics import interval
 
 
@@ -26,32 +27,40 @@ def test_atomic_write_files_replaces_files_of_the_same_name_alone(tmp_path):
     assert content(tmp_path) == {"a": "new", "b": "stays", "inner/c": "too"}
 
 
-@pytest.mark.parametrize("write", [atomic_write, atomic_write_files, atomic_write_folder])
+def fill_folder(folder: Path, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "a").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("write", "fill"),
+    [(atomic_write, Path.write_text), (atomic_write, fill_folder), (atomic_write_files, fill_folder)],
+    ids=["file", "folder", "files"],
+)
 @pytest.mark.parametrize("is_there", [True, False])
-def test_atomic_write_that_fails_leaves_what_was_there(write, is_there, tmp_path):
+def test_atomic_write_that_fails_leaves_what_was_there(
+    write: Callable, fill: Callable, is_there: bool, tmp_path: Path
+) -> None:
     place = tmp_path / "place"
-    if is_there and write is atomic_write:
-        place.write_text("old")
-    elif is_there:
-        place.mkdir()
-        (place / "a").write_text("old")
+    if is_there:
+        fill(place, "old")
     before = content(tmp_path)
 
-    def fill() -> None:
+    def write_half() -> None:
         with write(place) as partial:
-            (partial if write is atomic_write else partial / "a").write_text("half")
+            fill(partial, "half")
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        fill()
+        write_half()
     assert content(tmp_path) == before
     assert place.exists() == is_there
 
 
-def test_atomic_write_folder_replaces_the_whole_folder(tmp_path):
-    (tmp_path / "place").mkdir()
-    (tmp_path / "place" / "old").write_text("old")
-    with atomic_write_folder(tmp_path / "place") as partial:
+def test_atomic_write_replaces_a_whole_folder(tmp_path):
+    fill_folder(tmp_path / "place", "old")
+    with atomic_write(tmp_path / "place") as partial:
+        partial.mkdir()
         (partial / "new").write_text("new")
     assert content(tmp_path) == {"place/new": "new"}
     delete_folder(tmp_path / "place")
@@ -72,5 +81,3 @@ def test_interval_of_one_value_has_no_spread():
     mean, *rest = interval([0.25])
     assert mean == 0.25
     assert all(math.isnan(value) for value in rest)
-    with pytest.raises(ValueError, match="expected one finite number or more"):
-        interval([0.1, math.nan])

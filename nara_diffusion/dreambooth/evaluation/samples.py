@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from nara_diffusion.dreambooth.families.family import Family
 from nara_diffusion.dreambooth.families.pipelines import render
 from nara_diffusion.training.engines import split_across_processes
-from nara_diffusion.utils.atomic_write import atomic_write, atomic_write_folder
+from nara_diffusion.utils.atomic_write import atomic_write
 
 CELL, GAP, TEXT = 128, 4, 15  # in pixels: side of the square that an image is shown in, space around it, a line of text
 
@@ -94,7 +94,8 @@ def sample_images(
 def write_images(folder: Path, images: Sequence[Image], settings: SampleSettings) -> None:
     """PNG files named by prompt and seed, with a metadata.jsonl of their prompts, as `nara-metrics` reads them."""
     lines = []
-    with atomic_write_folder(folder) as partial:
+    with atomic_write(folder) as partial:
+        partial.mkdir(parents=True)
         for name, image, (prompt, seed) in zip(settings.names, images, settings.pairs, strict=True):
             image.save(partial / name)
             lines.append(json.dumps({"file_name": name, "text": prompt, "seed": seed}, ensure_ascii=False) + "\n")

@@ -34,7 +34,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.helpers.denoisers.models import class_of
+from tests.helpers.denoisers import class_of
 from tests.helpers.small_pipelines import small_flux, small_sd, small_sd3, small_sdxl, small_vae
 
 _CHAT = (

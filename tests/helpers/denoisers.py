@@ -1,0 +1,411 @@
+"""Tiny random denoisers of Diffusers with a NaRA adapter: what they predict, and the λ that their core is told.
+
+`DENOISERS` has each class whose layers may see several rows a sample, or samples on another axis, or which is told the
+noise by another argument than `timestep`: there a wrong entry in the package's table could give a sample the λ of
+another. A wrong number of rows is an error everywhere else. One class stands for those whose entries are alike.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from tests.helpers.adapted import disturb, nara_config
+
+Inputs = dict[str, Any]
+OPTIONS: dict[str, Any] = {
+    "attention_head_dim": 8,
+    "cap_feat_dim": 8,
+    "caption_channels": 8,
+    "in_channels": 4,
+    "num_attention_heads": 2,
+    "num_layers": 1,
+    "out_channels": 4,
+    "text_dim": 8,
+    "text_embed_dim": 8,
+    "time_embed_dim": 4,
+}
+"""Arguments of the constructors that have them, unless `DENOISERS` says otherwise."""
+TEXT = (5, 8)
+"""The shape of a sample's `encoder_hidden_states`, where a class takes them, unless `DENOISERS` says otherwise."""
+
+
+def _unet(kind: str, **changes: Any) -> dict[str, Any]:
+    blocks = {
+        "down_block_types": (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"),
+        "up_block_types": (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"),
+    }
+    options = {"sample_size": 8, "block_out_channels": (4, 8), "layers_per_block": 1, "cross_attention_dim": 8}
+    if kind in ("2D", "3D"):
+        options |= {"norm_num_groups": 2, "attention_head_dim": 2, "num_attention_heads": None}
+    return {**options, **blocks, **changes}
+
+
+WAN = {"attention_head_dim": 12, "freq_dim": 8, "ffn_dim": 16, "rope_max_seq_len": 16}
+LTX = {
+    "cross_attention_dim": 16,
+    **{"audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 4},
+    **{"audio_cross_attention_dim": 8, "rope_double_precision": False},
+}
+COGVIDEO = {"sample_width": 4, "sample_height": 4, "sample_frames": 5, "max_text_seq_length": 5}
+VIDEO = {"hidden_states": (4, 2, 4, 4)}
+FRAMES = {"hidden_states": (2, 4, 4, 4)}
+SIZE = {"num_frames": 2, "height": 2, "width": 2}
+
+
+class Reference(WanAnimate2KVCache):
+    """Keys and values (b, 8, heads, d) of what is given, which have no λ."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__(1)
+        self.get(0).store(key, value)
+
+    def __len__(self) -> int:
+        return len(self.get(0).key)
+
+    def __getitem__(self, rows: slice) -> Reference:
+        return Reference(*(part[rows] for part in self.get(0).get()))
+
+
+def _listed(*shape: int) -> Callable[[int], list[Tensor]]:
+    return lambda b: [torch.randn(shape) for _ in range(b)]
+
+
+DENOISERS: dict[str, tuple[dict[str, Any], Inputs]] = {
+    # of one row a sample
+    "UNet2DConditionModel": (_unet("2D"), {"sample": (4, 8, 8)}),
+    "SD3Transformer2DModel": (
+        {"sample_size": 8, "caption_projection_dim": 16, "joint_attention_dim": 8, "pooled_projection_dim": 10},
+        {"hidden_states": (4, 8, 8), "pooled_projections": (10,)},
+    ),
+    "FluxTransformer2DModel": (
+        {"num_single_layers": 1, "attention_head_dim": 16, "joint_attention_dim": 8, "pooled_projection_dim": 10}
+        | {"axes_dims_rope": (4, 4, 8)},
+        {"hidden_states": (8, 4), "pooled_projections": (10,)}
+        | {"img_ids": lambda b: torch.arange(24.0).view(8, 3), "txt_ids": lambda b: torch.zeros(5, 3)},
+    ),
+    "Lumina2Transformer2DModel": (
+        {"sample_size": 4, "hidden_size": 24, "num_refiner_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1}
+        | {"multiple_of": 2, "axes_dim_rope": (4, 2, 2), "axes_lens": (16, 16, 16)},
+        {"hidden_states": (4, 4, 4), "encoder_attention_mask": torch.ones(5, dtype=torch.bool)},
+    ),
+    "StableAudioDiTModel": (
+        {"sample_size": 6, "num_key_value_attention_heads": 1, "cross_attention_dim": 10, "time_proj_dim": 8}
+        | {"global_states_input_dim": 5, "cross_attention_input_dim": 8},
+        {"hidden_states": (4, 6), "global_hidden_states": (1, 5)}
+        | {"rotary_embedding": lambda b: (torch.ones(7, 4), torch.zeros(7, 4))},
+    ),
+    # told the noise by another argument
+    "StableCascadeUNet": (
+        {"timestep_ratio_embedding_dim": 8, "conditioning_dim": 8, "block_out_channels": (8, 16)}
+        | {"num_attention_heads": (2, 2), "down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1)}
+        | {"clip_text_in_channels": 6, "clip_text_pooled_in_channels": 5, "clip_image_in_channels": 5, "clip_seq": 2}
+        | {"switch_level": (False,)},
+        {"sample": (4, 4, 4), "clip_text_pooled": (1, 5), "clip_text": (3, 6), "clip_img": (1, 5)},
+    ),
+    "WuerstchenPrior": (
+        {"c_in": 4, "c": 8, "c_cond": 6, "c_r": 8, "depth": 1, "nhead": 2},
+        {"x": (4, 4, 4), "c": (3, 6)},
+    ),
+    "HiDreamImageTransformer2DModel": (
+        {"patch_size": 2, "num_single_layers": 1, "caption_channels": [8, 6], "text_emb_dim": 10}
+        | {"num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (4, 2, 2), "max_resolution": (8, 8)}
+        | {"llama_layers": (0, 1), "force_inference_output": True},
+        {"hidden_states": (4, 8, 8), "encoder_hidden_states_t5": TEXT, "pooled_embeds": (10,)}
+        | {"encoder_hidden_states": None, "encoder_hidden_states_llama3": lambda b: torch.randn(2, b, 5, 6)},
+    ),
+    "ZImageTransformer2DModel": (
+        {"dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+        | {"axes_dims": [4, 2, 2], "axes_lens": [128, 16, 16]},
+        {"x": _listed(4, 1, 4, 4), "cap_feats": _listed(5, 8)},
+    ),
+    "RFD4ProteinaTransformer": (
+        {"nlayers": 1, "token_dim": 16, "nheads": 2, "dim_cond": 8, "pair_repr_dim": 8, "latent_dim": 4}
+        | {"t_emb_dim": 6, "xt_pair_dist_dim": 5, "tri_mult_c": 4, "update_pair_repr_every_n": 1}
+        | {"feats_seq": ("xt_bb_ca", "xt_local_latents"), "feats_pair_repr": ("xt_bb_ca_pair_dists",)}
+        | {"feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents")},
+        {"bb_ca": (5, 3), "local_latents": (5, 4), "local_latents_time": torch.tensor(1.0)}
+        | {"padding_mask": torch.ones(5, dtype=torch.bool)}
+        | {
+            "conditioning": lambda b: {
+                "is_in_context_conditioning": torch.zeros(b, 5),
+                "supports_local_latent": torch.ones(b, 5),
+            }
+        },
+    ),
+    "WanAnimate2Transformer3DModel": (
+        {"text_len": 5, "in_dim": 6, "dim": 24, "ffn_dim": 16, "freq_dim": 8, "out_dim": 4, "num_heads": 2}
+        | {"use_img_emb": False},
+        {"hidden_states": _listed(4, 2, 4, 4), "encoder_hidden_states": _listed(*TEXT)}
+        | {"condition_latents": _listed(2, 2, 4, 4), "kv_cache_mode": "cached", "seq_len": 8, "origin_len": 5}
+        | {"kv_cache": lambda b: Reference(torch.randn(b, 8, 2, 12), torch.randn(b, 8, 2, 12))}
+        | {"reference_grid_sizes": torch.tensor([2, 2, 2]), "origin_area": [32, 32]},
+    ),
+    # of several rows a sample
+    "UNet3DConditionModel": (_unet("3D"), {"sample": (4, 4, 8, 8)}),
+    "UNetMotionModel": (
+        _unet("Motion", norm_num_groups=2, motion_num_attention_heads=2),
+        {"sample": (4, 4, 8, 8), "encoder_hidden_states": lambda b: torch.randn(b, 5, 8).repeat_interleave(4, dim=0)},
+    ),  # the text is repeated for each frame, as the pipeline does
+    "I2VGenXLUNet": (
+        _unet("3D"),
+        {"sample": (4, 4, 8, 8), "fps": torch.tensor(7), "image_latents": (4, 4, 8, 8), "image_embeddings": (8,)},
+    ),
+    "UNetSpatioTemporalConditionModel": (
+        _unet("SpatioTemporal", in_channels=8, block_out_channels=(32, 64), num_frames=4)
+        | {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 12},
+        {"sample": (4, 8, 8, 8), "encoder_hidden_states": (1, 8), "added_time_ids": torch.ones(3)},
+    ),
+    "HunyuanDiT2DModel": (
+        {"sample_size": 8, "patch_size": 2, "cross_attention_dim": 8, "cross_attention_dim_t5": 8, "hidden_size": 16}
+        | {"pooled_projection_dim": 4, "text_len": 5, "text_len_t5": 4},
+        {"hidden_states": (4, 8, 8), "text_embedding_mask": torch.ones(5), "encoder_hidden_states_t5": (4, 8)}
+        | {"text_embedding_mask_t5": torch.ones(4), "image_meta_size": torch.ones(6), "style": torch.tensor(0)}
+        | {"image_rotary_emb": lambda b: (torch.ones(16, 8), torch.zeros(16, 8))},
+    ),
+    "CogVideoXTransformer3DModel": (COGVIDEO, FRAMES),
+    "ConsisIDTransformer3DModel": ({**COGVIDEO, "use_rotary_positional_embeddings": False}, FRAMES),
+    "AllegroTransformer3DModel": (
+        {"attention_head_dim": 12, "patch_size": 2, "cross_attention_dim": 24}
+        | {"sample_height": 4, "sample_width": 4, "sample_frames": 2},
+        {**VIDEO, "attention_mask": torch.ones(2, 4, 4), "encoder_attention_mask": torch.ones(1, 5)}
+        | {
+            "image_rotary_emb": lambda b: (
+                ((torch.ones(8, 4), torch.zeros(8, 4)),) * 3,
+                (torch.zeros(1, 8, dtype=torch.long),) * 3,
+            )
+        },
+    ),
+    "LatteTransformer3DModel": (
+        {"attention_head_dim": 12, "patch_size": 2, "cross_attention_dim": 24, "sample_size": 4, "video_length": 2}
+        | {"norm_type": "ada_norm_single", "num_embeds_ada_norm": 9, "norm_elementwise_affine": False}
+        | {"attention_bias": True},
+        VIDEO,
+    ),
+    "WanTransformer3DModel": (WAN, VIDEO),
+    "SkyReelsV2Transformer3DModel": (WAN, VIDEO),
+    "WanAnimateTransformer3DModel": (
+        {**WAN, "in_channels": 12, "latent_channels": 4, "image_dim": 6, "added_kv_proj_dim": 24}
+        | {"motion_encoder_channel_sizes": {"4": 4, "8": 4, "16": 4}, "motion_encoder_size": 16}
+        | {"motion_style_dim": 8, "motion_dim": 3, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 8}
+        | {"face_encoder_num_heads": 2, "inject_face_latents_blocks": 1},
+        {"hidden_states": (12, 3, 4, 4), "encoder_hidden_states_image": (3, 6), "pose_hidden_states": (4, 2, 4, 4)}
+        | {"face_pixel_values": (3, 5, 16, 16)},
+    ),
+    "AnyFlowTransformer3DModel": (WAN, {**FRAMES, "r_timestep": torch.full((2,), 10.0)}),
+    "AnyFlowFARTransformer3DModel": (
+        {**WAN, "chunk_partition": (1, 1)},
+        {**FRAMES, "r_timestep": torch.full((2,), 10.0), "chunk_partition": [1, 1]},
+    ),
+    "EasyAnimateTransformer3DModel": (
+        {"patch_size": 2, "attention_head_dim": 16, "num_layers": 2, "mmdit_layers": 1},
+        VIDEO,
+    ),
+    "JoyImageEditPlusTransformer3DModel": (
+        {"hidden_size": 20, "mlp_width_ratio": 2.0, "rope_dim_list": [2, 4, 4]},
+        {"hidden_states": (8, 4, 1, 2, 2), "shape_list": lambda b: [[(1, 2, 2), (1, 2, 2)]] * b},
+    ),
+    "LTXVideoTransformer3DModel": (
+        {"cross_attention_dim": 16},
+        {"hidden_states": (8, 4), "encoder_attention_mask": torch.ones(5), **SIZE},
+    ),
+    "LTX2VideoTransformer3DModel": (
+        LTX,
+        {"hidden_states": (8, 4), "audio_hidden_states": (3, 4), "audio_encoder_hidden_states": TEXT}
+        | {**SIZE, "audio_num_frames": 3},
+    ),
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        LTX,
+        {"hidden_states": (8, 4), "video_rotary_emb": lambda b: (torch.ones(b, 8, 16), torch.zeros(b, 8, 16))},
+    ),
+    "SanaVideoTransformer3DModel": (
+        {"attention_head_dim": 12, "patch_size": (1, 2, 2), "num_cross_attention_heads": 2, "sample_size": 4}
+        | {"cross_attention_head_dim": 12, "cross_attention_dim": 24, "rope_max_seq_len": 16},
+        VIDEO,
+    ),
+    "SanaWMTransformer3DModel": (
+        {"num_layers": 2, "hidden_size": 24, "softmax_every_n": 2, "linear_head_dim": 12, "image_size": 4}
+        | {"chunk_plucker_channels": 3, "chunk_plucker_post_attn_blocks": 1, "mlp_ratio": 2.0},
+        {**VIDEO, "encoder_hidden_states": (1, *TEXT), "mask": torch.ones(5)},
+    ),
+    "Krea2Transformer2DModel": (
+        {"attention_head_dim": 16, "num_key_value_heads": 1, "intermediate_size": 16, "timestep_embed_dim": 8}
+        | {"text_hidden_dim": 8, "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 1}
+        | {"text_intermediate_size": 8, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
+        | {"axes_dims_rope": (4, 4, 8)},
+        {"hidden_states": (8, 4), "encoder_hidden_states": (5, 2, 8)}
+        | {"position_ids": lambda b: torch.arange(39).view(13, 3)},
+    ),
+    "CosmosTransformer3DModel": (
+        {"attention_head_dim": 12, "mlp_ratio": 2, "adaln_lora_dim": 4, "max_size": (2, 4, 4)}
+        | {"extra_pos_embed_type": None},
+        {**VIDEO, "padding_mask": lambda b: torch.zeros(1, 1, 4, 4)},
+    ),
+    "MochiTransformer3DModel": (
+        {"num_layers": 2, "pooled_projection_dim": 16, "max_sequence_length": 5},  # the last doesn't update the text
+        {**VIDEO, "encoder_attention_mask": torch.ones(5, dtype=torch.bool)},
+    ),
+    # of layers that see tokens of all samples, or one sample alone
+    "Cosmos3OmniTransformer": (
+        {"dtype": "float32", "head_dim": 12, "hidden_size": 24, "intermediate_size": 16, "latent_channel": 4}
+        | {"num_hidden_layers": 1, "num_key_value_heads": 1, "patch_latent_dim": 16, "vocab_size": 9}
+        | {"rope_scaling": {"mrope_section": [2, 2, 2]}, "sound_dim": 3, "sound_gen": True},
+        {"und_len": 3, "sequence_length": 9, "vision_token_shapes": [(2, 2, 1)], "sound_token_shapes": [(2, 1, 1)]}
+        | {
+            "input_ids": lambda b: torch.arange(1, 4),
+            "text_indexes": lambda b: torch.arange(3),
+            "position_ids": lambda b: torch.arange(27).view(3, 9),
+            "vision_tokens": lambda b: [torch.randn(1, 4, 2, 4, 2)],
+            "vision_sequence_indexes": lambda b: torch.arange(3, 7),
+            "vision_mse_loss_indexes": lambda b: torch.arange(5, 7),
+            "vision_noisy_frame_indexes": lambda b: [torch.tensor([1])],
+            "sound_tokens": lambda b: [torch.randn(3, 2)],
+            "sound_sequence_indexes": lambda b: torch.arange(7, 9),
+            "sound_mse_loss_indexes": lambda b: torch.arange(7, 9),
+            "sound_timesteps": lambda b: torch.zeros(2),
+            "sound_noisy_frame_indexes": lambda b: [torch.arange(2)],
+        },
+    ),
+    "ErnieImageTransformer2DModel": (
+        {"hidden_size": 24, "ffn_hidden_size": 20, "text_in_dim": 8, "rope_axes_dim": (4, 4, 4)},
+        {"hidden_states": (4, 4, 4), "text_bth": TEXT, "text_lens": torch.tensor(5)},
+    ),
+    "MiniMaxH3Transformer3DModel": (
+        {"attention_head_dim": 16, "hidden_size": 24, "num_refiner_layers": 1, "ffn_dim": 12, "in_channels": 2}
+        | {"audio_in_channels": 3, "freq_dim": 8, "time_embed_hidden_dim": 10, "time_embed_dim": 12}
+        | {"rope_freq_dim": 2},
+        {"hidden_states": (4, 8), "audio_hidden_states": (3, 3)}
+        | {
+            "timestep_indices": lambda b: torch.zeros(12, dtype=torch.long),
+            "token_tags": lambda b: torch.tensor([0] * 4 + [2] * 3 + [1] * 5),
+            "position_ids": lambda b: torch.arange(36).view(12, 3),
+            "video_indices": lambda b: torch.arange(4),
+            "audio_indices": lambda b: torch.arange(4, 7),
+            "text_indices": lambda b: torch.arange(7, 12),
+        },
+    ),
+}
+"""Class → (arguments of its constructor, inputs without the timestep): the shape of a sample, drawn at random; a
+sample's tensor; what makes the input of b samples; or what all share."""
+
+TARGETS = {
+    "JoyImageEditPlusTransformer3DModel": ["img_attn_qkv", "img_attn_proj"],
+    "SanaWMTransformer3DModel": ["qkv", "q_linear"],
+    "UNetSpatioTemporalConditionModel": ["to_v", "conv1", "conv2"],
+}
+"""Of classes whose attention has other names than to_q, to_v and to_out.0, or too little influence."""
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "AnyFlowFARTransformer3DModel": lambda t: t[:, None].expand(-1, 2),
+    "AnyFlowTransformer3DModel": lambda t: t[:, None].expand(-1, 2),
+    "Cosmos3OmniTransformer": lambda t: t[:1].expand(2),
+    "SanaWMLTX2RefinerTransformer3DModel": lambda t: t[:, None].expand(-1, 8),
+    "SanaWMTransformer3DModel": lambda t: t[:, None, None].expand(-1, 1, 2),
+}
+"""Timesteps (b,) → what a class takes, where it takes no (b,)."""
+WARNINGS_OF_DIFFUSERS = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype:UserWarning"),  # Mochi
+    pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning"),  # Stable Audio
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),  # AnyFlow
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # Wan Animate 2
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # Karras sigmas
+]
+"""The `pytestmark` of files that run these models."""
+
+
+def class_of(name: str) -> Any:
+    """Of Diffusers, which has no name of its own for Würstchen's."""
+    home = "diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior"
+    return getattr(importlib.import_module(home if name == "WuerstchenPrior" else "diffusers"), name)
+
+
+def denoiser(name: str, **changes: Any) -> nn.Module:
+    """A random model of the Diffusers class `name`, in evaluation mode; no parameter is zero."""
+    if name.startswith("Cosmos"):
+        pytest.importorskip("torchvision", reason="Diffusers' Cosmos resizes its padding mask with torchvision")
+    torch.manual_seed(3)
+    kind = class_of(name)
+    given = inspect.signature(kind.__init__).parameters
+    common = {key: value for key, value in OPTIONS.items() if key in given}
+    model = kind(**{**common, **DENOISERS[name][0], **changes}).eval()
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():  # gates and last layers start at zero, which hides adapters
+        scale = 0.3 if parameter.dim() > 1 else 0.1
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def adapted_denoiser(name: str) -> nn.Module:
+    """A tiny denoiser with a NaRA adapter on its attention projections, far from C = I."""
+    model = denoiser(name)
+    inject_adapter_in_model(nara_config(target_modules=TARGETS.get(name, ["to_q", "to_v", "to_out.0"])), model)
+    disturb(model)
+    return model
+
+
+def inputs_of(name: str, batch: int = 2) -> Inputs:
+    """What `denoiser(name)` takes beside its timestep."""
+    torch.manual_seed(5)
+    takes_text = "encoder_hidden_states" in inspect.signature(class_of(name).forward).parameters
+    inputs = {**({"encoder_hidden_states": TEXT} if takes_text else {}), **DENOISERS[name][1]}
+    return {key: _input(value, batch) for key, value in inputs.items() if value is not None}
+
+
+def _input(value: Any, batch: int) -> Any:
+    if isinstance(value, tuple):
+        return torch.randn(batch, *value)
+    if isinstance(value, Tensor):
+        return value.expand(batch, *value.shape).clone()
+    return value(batch) if callable(value) else value
+
+
+def sample_of(inputs: Inputs, index: int, batch: int) -> Inputs:
+    """The inputs of one sample of a batch; an input may have several rows a sample.
+
+    What a batch shares has another number of rows than a multiple of `batch`, or is about positions.
+    """
+
+    def part(key: str, value: Any) -> Any:
+        if key == "encoder_hidden_states_llama3":  # (layers, b, l, d)
+            return value[:, index : index + 1]
+        if key == "video_rotary_emb":
+            return tuple(part("", own) for own in value)
+        if isinstance(value, dict):
+            return {name: part(name, own) for name, own in value.items()}
+        if key == "image_rotary_emb" or not isinstance(value, (Tensor, list, Reference)) or len(value) % batch:
+            return value
+        rows = len(value) // batch
+        return value[index * rows : (index + 1) * rows]
+
+    return {key: part(key, value) for key, value in inputs.items()}
+
+
+def run(model: nn.Module, inputs: Inputs, timestep: Any, argument: str = "timestep") -> Tensor:
+    """The prediction: most classes give an object, some a list with one tensor a sample."""
+    shape = SHAPES.get(type(model).__name__)
+    timestep = shape(timestep) if shape is not None and isinstance(timestep, Tensor) else timestep
+    with torch.no_grad():
+        output = model(**inputs, **{argument: timestep})
+    sample = output if isinstance(output, Tensor) else output[0]
+    return torch.stack(sample) if isinstance(sample, list) else sample
+
+
+def told(model: nn.Module, call: Callable[[], Any]) -> list[float]:
+    """λ as the model's core gets it while `call` runs."""
+    levels: list[Tensor] = []
+    core = model.get_submodule("nara_core.cores.default.shared")
+    handle = core.register_forward_pre_hook(lambda _, args: levels.append(args[0]))
+    try:
+        call()
+    finally:
+        handle.remove()
+    assert len(levels) == 1  # once a forward
+    return levels[0].tolist()
