@@ -49,7 +49,7 @@ def text_task(
     """
     args = published(args)
     config = adapter_config(args, noise_convention=MASKED_SHARE)
-    adapted = add_adapter(model.to(device), config)  # type: ignore[arg-type]
+    adapted = add_adapter(model, config).to(device)
 
     def loss_of(part: Any) -> Callable[[Sequence[int]], MaskedDiffusionLoss]:
         loss = partial(masked_diffusion_loss, adapted, **objective)

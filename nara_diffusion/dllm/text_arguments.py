@@ -28,6 +28,10 @@ class ModelArguments:
     pretrained_model_name_or_path: str = option(
         "", "Folder or Hub id of the model to adapt; none runs the shipped one.", content="base model"
     )
+    load_in_4bit: bool = option(
+        False, "Round the frozen weights to 4 bits, NF4 with double quantisation, by bitsandbytes.", rare=True
+    )
+    load_in_8bit: bool = option(False, "Round the frozen weights to 8 bits, by bitsandbytes.", rare=True)
     model_options: dict[str, Any] = option({}, "How it is loaded:", rare=True)
     revision: str | None = option(
         None, "branch, tag or commit on the Hub", content="base model", within="model_options"
@@ -120,6 +124,16 @@ class Arguments(
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"
             raise ValueError(f"training data come from train_file or from dataset_name: give one of them, got {got}.")
+        if self.is_quantised and (self.adapter == "full" or (self.load_in_4bit and self.load_in_8bit)):
+            raise ValueError(
+                "load_in_4bit and load_in_8bit round the weights beside which an adapter is trained: give one of them, "
+                f"and an adapter, not {self.adapter}."
+            )
         words = ("gen_length", "longest", "max_length")
         if self.trained_padding not in words and not self.trained_padding.isdecimal():
             raise ValueError(f"trained_padding is {self.trained_padding!r}, expected {', '.join(words)} or a number.")
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the frozen weights are loaded in 4 or 8 bits."""
+        return self.load_in_4bit or self.load_in_8bit

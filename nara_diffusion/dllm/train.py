@@ -38,6 +38,7 @@ from nara_diffusion.dllm.evaluation.before_after import (
     window_note,
     write_run_report,
 )
+from nara_diffusion.dllm.models.pretrained import prepare_quantised
 from nara_diffusion.training.adapters import (
     base_model,
     build_adapter,
@@ -110,9 +111,14 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     # Model
     options: dict[str, Any] = {"mask_token": args.mask_token}
     options |= {} if args.revision is None else {"revision": args.revision}
+    if args.is_quantised:
+        bits = {"load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit}
+        options |= {**bits, "device_map": {"": str(run.accelerator.device)}}
     load = partial(load_backbone, args.pretrained_model_name_or_path, **options)
     with loading_in(run.accelerator, run.weights_dtype):
         backbone, tokenizer = load(dtype=run.weights_dtype)
+    if args.is_quantised:
+        prepare_quantised(backbone)
     run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
     encoded = [encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main) for part in records]
     train_rows, validation_rows, test_rows = (part.rows for part in encoded)

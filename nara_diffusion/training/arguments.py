@@ -99,8 +99,8 @@ class OptimizationArguments:
     )
     optimizer: str = option(
         "AdamW",
-        "AdamW; AdamW8bit, of bitsandbytes; prodigy, which finds its own rate: give it --learning_rate 1; or Adafactor "
-        "at the given rate, without momentum.",
+        "AdamW; AdamW8bit or PagedAdamW, of bitsandbytes; prodigy, which finds its own rate: give it --learning_rate "
+        "1; or Adafactor at the given rate, without momentum.",
         choices=tuple(OPTIMIZERS),
         rare=True,
     )

@@ -47,6 +47,11 @@ def check_engine(accelerator: Accelerator, args: Any) -> None:
             "optimizer adafactor takes means over the rows and columns of whole matrices, which "
             f"{SHARDED[engine][1]} shards: launch with --multi_gpu, or use AdamW."
         )
+    if engine in SHARDED and getattr(args, "is_quantised", False):
+        raise ValueError(
+            f"load_in_4bit and load_in_8bit aren't trained under {SHARDED[engine][1]}, which shards weights or casts "
+            "them: launch with --multi_gpu, with the model whole on each GPU."
+        )
     if engine == DistributedType.DEEPSPEED:
         _check_deepspeed(accelerator, args)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":

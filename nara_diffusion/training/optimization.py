@@ -21,6 +21,7 @@ TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
 OPTIMIZERS = {
     "AdamW": ("torch.optim", "AdamW"),
     "AdamW8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "PagedAdamW": ("bitsandbytes.optim", "PagedAdamW"),
     "prodigy": ("prodigyopt", "Prodigy"),
     "adafactor": ("transformers", "Adafactor"),
 }
@@ -64,6 +65,8 @@ def build_optimizer(model: nn.Module, args: Any, *, fused: bool = False) -> torc
     groups = _parameter_groups(model, args)
     options = {"weight_decay": args.weight_decay, **_DEFAULTS.get(args.optimizer, {}), **args.optimizer_options}
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    if _is_unpaged(args.optimizer):
+        logger.warning("PagedAdamW moves its states between the memory of GPU and CPU, and there is no GPU: as AdamW")
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
     if args.optimizer == "prodigy":
@@ -78,8 +81,12 @@ def build_optimizer(model: nn.Module, args: Any, *, fused: bool = False) -> torc
     return _class_of(args.optimizer)(groups, **options)
 
 
+def _is_unpaged(optimizer: str) -> bool:
+    return optimizer == "PagedAdamW" and not torch.accelerator.is_available()
+
+
 def _class_of(optimizer: str) -> Any:
-    module, name = OPTIMIZERS[optimizer]
+    module, name = OPTIMIZERS["AdamW" if _is_unpaged(optimizer) else optimizer]
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:

@@ -200,7 +200,7 @@ def write_run_report(
 def _loading(args: Any, instruction: str, folder: str) -> str:
     """The code in the card that loads the adapter."""
     is_whole = args.adapter == "full"
-    names = ("mask_token",) if is_whole else ("mask_token", "revision")
+    names = ("mask_token",) if is_whole else ("mask_token", "revision", "load_in_4bit", "load_in_8bit")
     options = "".join(f", {name}={getattr(args, name)!r}" for name in names if getattr(args, name))
     base = folder if is_whole else args.pretrained_model_name_or_path
     lines = [f"model, tokenizer = load_backbone({base!r}{options})"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -152,6 +153,14 @@ def _quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: Any) -> BitsAnd
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def prepare_quantised(model: PreTrainedModel) -> None:
+    """Make a model that was loaded in 4 or 8 bits ready for an adapter: all else in float32, by PEFT."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # packed in evaluation, weights have no gradient in training
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def _check_tensors(name: str, loading: dict[str, Any], original: Callable[[str], str]) -> None:

@@ -1,0 +1,96 @@
+"""Training beside weights of 4 and 8 bits: gradients, a run that is killed and resumed, and what is refused."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
+
+from nara_diffusion import NaraConfig
+from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
+from nara_diffusion.dllm.models.pretrained import prepare_quantised
+from nara_diffusion.training.adapters import add_adapter
+from nara_diffusion.training.engine_checks import check_engine
+from tests.acceptance._commands import Moment, assert_same_bits, by_the_card, ended_early, metrics, results, run
+from tests.acceptance._runs import ASSETS, text_arguments, text_flags
+
+functional = pytest.importorskip("bitsandbytes.functional")
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
+LLADA_TINY = str(ASSETS / "llada-tiny")
+IDS = torch.randint(4, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+def whole_weight(layer: Any) -> torch.Tensor:
+    weight = layer.weight
+    if type(weight).__name__ == "Int8Params":
+        return weight.CB.float() * weight.SCB.float()[:, None] / 127
+    return functional.dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def adapted(model: Any) -> PeftModel:
+    torch.manual_seed(1)
+    model = add_adapter(model, NaraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    return model.train()
+
+
+@pytest.mark.parametrize(("bits", "precision"), [(4, 1e-4), (8, 3e-2)])
+def test_gradients_are_those_of_the_rounded_weights_also_after_an_evaluation(bits: int, precision: float) -> None:
+    """On a CPU bitsandbytes packs 4-bit weights at the first evaluation, and gives packed ones no gradient."""
+    small, _ = load_backbone(LLADA_TINY, dtype=torch.float32, **{f"load_in_{bits}bit": True})
+    whole, _ = load_backbone(LLADA_TINY)
+    for name, layer in small.named_modules():
+        if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
+            whole.get_submodule(name).weight.data = whole_weight(layer)
+    prepare_quantised(small)
+    found = []
+    for model in (adapted(small), adapted(whole)):
+        with torch.no_grad():
+            masked_diffusion_loss(model.eval(), IDS, [4] * 3, seed=1)
+        loss = masked_diffusion_loss(model.train(), IDS, [4] * 3, seed=1, noise_level=0.5).loss
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found.append((loss, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))))
+    (mine, gradients), (expected, references) = found
+    torch.testing.assert_close(mine, expected, rtol=precision, atol=0)
+    for name, reference in references.items():
+        torch.testing.assert_close(gradients[name], reference, rtol=0, atol=precision * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("bits", "precision"),
+    [pytest.param(4, {"mixed_precision": "bf16"}, marks=pytest.mark.slow), (8, {"gradient_checkpointing": True})],
+)
+def test_run_that_is_killed_goes_on_to_the_same_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bits: int, precision: dict[str, Any]
+) -> None:
+    flags = text_flags(tmp_path) | {f"load_in_{bits}bit": True, "optimizer": "PagedAdamW", **precision}
+    flags |= {"validation_steps": 2}
+    run("dllm.py", **flags, output_dir=tmp_path / "whole")
+    assert "PagedAdamW moves its states between the memory of GPU and CPU, and there is no GPU" in caplog.text
+    out, log = tmp_path / "out", tmp_path / "log"
+    assert ended_early("dllm.py", Moment("step", 3), log, **flags, output_dir=out) == -signal.SIGKILL, log.read_text()
+    run("dllm.py", **flags, output_dir=out, resume_from_checkpoint="latest")
+    assert_same_bits(out, tmp_path / "whole")
+    found, expected = results(out) | {"seconds": 0}, results(tmp_path / "whole") | {"seconds": 0}
+    assert found == expected
+    losses = [line["validation_loss"] for line in metrics(out) if "validation_loss" in line]
+    assert losses[-1] < losses[0]
+    model = by_the_card(out, until="prompt =")["model"]
+    assert getattr(model.get_base_model(), f"is_loaded_in_{bits}bit")
+
+
+def test_both_widths_full_training_and_sharded_engines_are_refused(tmp_path: Path) -> None:
+    for changes in ({"load_in_8bit": True}, {"adapter": "full"}):
+        with pytest.raises(ValueError, match="give one of them, and an adapter"):
+            text_arguments(tmp_path, load_in_4bit=True, **changes)
+    args = text_arguments(tmp_path, load_in_4bit=True)
+
+    class Engine:
+        distributed_type, num_processes, is_fsdp2 = DistributedType.FSDP, 1, True
+
+    with pytest.raises(ValueError, match=r"aren't trained under FSDP.*launch with --multi_gpu"):
+        check_engine(Engine(), args)  # type: ignore[arg-type]
