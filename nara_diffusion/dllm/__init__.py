@@ -8,6 +8,7 @@ from nara_diffusion.dllm.evaluation.likelihood import log_likelihood
 from nara_diffusion.dllm.evaluation.noise_curve import noise_level_curve
 from nara_diffusion.dllm.models.pretrained import load_backbone
 
+from .decoding import Sampling
 from .loss import MaskedDiffusionLoss, masked_cross_entropy, masked_diffusion_loss
 from .masked_share import InputIdsNoise, mask_density, read_noise_from_input_ids
 from .masking import MaskedBatch, mask_answers
@@ -23,6 +24,7 @@ __all__ = [
     "InputIdsNoise",
     "MaskedBatch",
     "MaskedDiffusionLoss",
+    "Sampling",
     "encode_prompts",
     "encode_records",
     "exact_match",

@@ -36,9 +36,9 @@ def place_prompts(
     backbone: Backbone,
     input_ids: torch.Tensor,
     gen_length: int,
-    *,
     mask_token_id: int,
     pad_token_id: int,
+    *,
     prompt_lengths: torch.Tensor | Sequence[int] | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> Canvas:

@@ -1,17 +1,12 @@
 """LLaDA's semi-autoregressive sampler (arXiv 2502.09992, algorithms 4 and 5).
 
 The answer starts as `gen_length` masks and is filled block by block, the later blocks' masks in sight. At each step the
-model predicts every mask of the block, and those that the remasking rule ranks highest are kept:
-
-    low_confidence   rank by the probability of the predicted token
-    random           rank by a uniform random number
-
-either `steps` in all, spread evenly over the blocks and their tokens, or, with `confidence_threshold`, every token
-whose probability exceeds it and one at least a step (parallel decoding, arXiv 2505.22618). Tokens are argmax(logits
-/ T + Gumbel noise); classifier-free guidance combines logits as (1 + w) · l(x) − w · l(x with its prompt masked).
+model predicts every mask of the block, and some get their tokens: `decoding` has the rules. Classifier-free guidance
+combines logits as (1 + w) · l(x) − w · l(x with its prompt masked).
 
 A noise-aware model runs at λ = masked share of the answer, per sample, at each step, over all blocks, so it goes from
-1 to 0; the guided half of a batch has the λ of its sample. What differs from LLaDA's own generate():
+1 to 0; the guided half of a batch has the λ of its sample. There is no cache of keys and values: with k or v adapted,
+what it holds would belong to the λ of an older step. What differs from LLaDA's own generate():
 
 - an empty prompt becomes a BOS token where position i predicts token i + 1 (Dream), so that something predicts the
   first token of the answer;
@@ -27,15 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from .canvas import Canvas, place_prompts
+from .decoding import Sampling, chat_settings
 from .masked_share import conditioned
 from .models.backbone import Backbone, evaluating, without_ddp
-
-REMASKING = ("low_confidence", "random")
 
 
 @dataclass(frozen=True)
@@ -72,70 +68,14 @@ class GenerationStep:
     stop: bool = False
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The settings of `generate`.
-
-    Raises:
-        ValueError: a value is out of its range, or two settings contradict each other.
-    """
-
-    gen_length: int
-    steps: int | None = None
-    block_length: int | None = None
-    temperature: float = 0.0
-    cfg_scale: float = 0.0
-    remasking: str = "low_confidence"
-    confidence_threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.block < 1 or self.gen_length < 1 or self.gen_length % self.block:
-            raise ValueError(f"block_length {self.block} doesn't divide gen_length {self.gen_length}, as it has to")
-        blocks = self.gen_length // self.block
-        if self.steps is not None and (self.steps < blocks or self.steps % blocks):
-            raise ValueError(
-                f"steps is {self.steps} and there are {blocks} blocks: pass a multiple of {blocks}, e.g. {blocks} or "
-                f"{self.gen_length}"
-            )
-        for name in ("temperature", "cfg_scale"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if self.remasking not in REMASKING:
-            raise ValueError(f"remasking is {self.remasking!r}, expected one of {', '.join(map(repr, REMASKING))}")
-        if self.confidence_threshold is not None and (self.steps is not None or self.remasking != "low_confidence"):
-            raise ValueError(
-                "confidence_threshold decides itself how many tokens a step places, by their confidence: leave out "
-                "steps, and use remasking='low_confidence'"
-            )
-
-    @property
-    def block(self) -> int:
-        """The number of tokens of a block."""
-        return self.gen_length if self.block_length is None else self.block_length
-
-    def tokens_per_step(self) -> list[int | None]:
-        """The number of tokens that each step of a block fills, in descending order; None if confidence decides."""
-        if self.confidence_threshold is not None:
-            return [None] * self.block
-        steps = (self.steps or self.gen_length) // (self.gen_length // self.block)
-        whole, rest = divmod(self.block, steps)
-        return [whole + (step < rest) for step in range(steps)]
-
-
 @torch.no_grad()
 def generate(
     model: nn.Module,
     input_ids: torch.Tensor,
     *,
-    gen_length: int = 128,
-    steps: int | None = None,
-    block_length: int | None = None,
-    temperature: float = 0.0,
-    cfg_scale: float = 0.0,
-    remasking: str = "low_confidence",
-    confidence_threshold: float | None = None,
     prompt_lengths: torch.Tensor | Sequence[int] | None = None,
     attention_mask: torch.Tensor | None = None,
+    chat: bool = False,
     generator: torch.Generator | None = None,
     mask_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
@@ -143,23 +83,19 @@ def generate(
     pad_token_id: int | None = None,
     return_stats: bool = False,
     on_step_end: Callable[[GenerationStep], None] | None = None,
+    **settings: Any,
 ) -> torch.Tensor | Generation:
     """Answer the prompts in `input_ids`.
 
     Args:
         model: the outermost module. Of a DistributedDataParallel its `.module` runs, since processes may need different
             numbers of steps; under FSDP and DeepSpeed ZeRO-3 give every process the same number (stop_at_eos=False
-            and no confidence_threshold).
+            and `steps`).
         input_ids: (b, p) prompts, of any integer type.
-        gen_length: the number of tokens of each answer.
-        steps: the number of forwards; default: one for each token.
-        block_length: the number of tokens of a block; default: gen_length.
-        temperature: T; 0 is greedy.
-        cfg_scale: w, the scale of classifier-free guidance; 0 turns it off.
-        remasking: "low_confidence" or "random".
-        confidence_threshold: place every token above it, instead of counting `steps`.
         prompt_lengths: (b,) of prompts padded on the right.
         attention_mask: (b, p), instead of `prompt_lengths`; padding may stand on either side.
+        chat: whether the prompts come from the chat template: `block_length` is then by default that of the model's own
+            chat (LLaDA: 32), if it divides `gen_length`.
         generator: seeds a stream of random numbers a row, for Gumbel noise and random remasking: what a row draws
             doesn't depend on the rows beside it, but for its place among them.
         mask_token_id: by default that of the model's configuration.
@@ -168,6 +104,8 @@ def generate(
         stop_at_eos: finish a row at its first eos token.
         return_stats: return a `Generation`, with the number of forwards, in place of the sequences.
         on_step_end: called after each step with a `GenerationStep`, which it may change.
+        **settings: of `nara_diffusion.dllm.Sampling`: gen_length (128), steps, block_length, temperature, top_p,
+            cfg_scale, remasking, confidence_threshold, factor, entropy_bound, logits_eos_inf, confidence_eos_eot_inf.
 
     Returns:
         (b, longest prompt + gen_length) int64 token ids: prompt, answer, and padding on the right of shorter rows. An
@@ -177,23 +115,26 @@ def generate(
         ValueError: impossible arguments, a prompt that holds the mask token, more positions than the model has, or an
             adapter that was trained with another λ than the masked share.
     """
-    sampling = Sampling(gen_length, steps, block_length, temperature, cfg_scale, remasking, confidence_threshold)
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids is a {type(input_ids).__name__}, expected a tensor (b, p) of token ids: a text becomes one by "
+            "torch.tensor(encode_prompts(tokenizer, [text])), and LLaDAPipeline takes it as it is"
+        )
     backbone = Backbone(without_ddp(model))
-    mask = backbone.mask_token_id(mask_token_id)
+    sampling = Sampling(**(chat_settings(backbone.model, settings) if chat else settings))
+    mask, eos = backbone.mask_token_id(mask_token_id), backbone.configured("eos_token_id")
     padding = pad_token_id if pad_token_id is not None else backbone.configured("pad_token_id")
-    ends = eos_token_id if eos_token_id is not None else backbone.configured("eos_token_id")
-    canvas = place_prompts(
-        backbone,
-        input_ids,
-        gen_length,
-        mask_token_id=mask,
-        pad_token_id=mask if padding is None else padding,
-        prompt_lengths=prompt_lengths,
-        attention_mask=attention_mask,
+    lengths: dict[str, Any] = {"prompt_lengths": prompt_lengths, "attention_mask": attention_mask}
+    padding = mask if padding is None else padding
+    canvas = place_prompts(backbone, input_ids, sampling.gen_length, mask, padding, **lengths)
+    eos, ends = (
+        torch.as_tensor([] if ids is None else ids, dtype=torch.long, device=input_ids.device).reshape(-1)
+        for ids in (eos, eos if eos_token_id is None else eos_token_id)
     )
     state = _State(backbone, canvas, sampling, mask, generator)
-    if stop_at_eos and ends is not None:
-        state.ends = torch.as_tensor(ends, device=input_ids.device).reshape(-1)
+    state.ends = ends if stop_at_eos else ends[:0]
+    state.last = ends if sampling.confidence_eos_eot_inf else ends[:0]
+    state.never = torch.cat([eos if sampling.logits_eos_inf else eos[:0], eos.new_tensor([mask])])
     with evaluating(backbone.model):
         state.fill(on_step_end)
     result = Generation(state.sequences, state.answers, state.starts, state.forwards)
@@ -201,21 +142,29 @@ def generate(
 
 
 class _State:
-    """The state of the sampler: the sequences, and the step that fills some of their masks."""
+    """The state of the sampler: the sequences, and the step that fills some of their masks.
+
+    Attributes:
+        ends: (e,) the tokens that end an answer.
+        last, never: the tokens that are placed after all others, and those that are never predicted.
+    """
+
+    ends: torch.Tensor
+    last: torch.Tensor
+    never: torch.Tensor
 
     def __init__(
         self, backbone: Backbone, canvas: Canvas, sampling: Sampling, mask: int, generator: torch.Generator | None
     ) -> None:
         self.backbone, self.sampling, self.mask_token_id = backbone, sampling, mask
         self.sequences, self.starts = canvas.sequences, canvas.starts
-        self.ends = self.starts.new_empty(0)  # the tokens that end an answer
         self.attention_mask = None if canvas.real.all() else canvas.real.long()  # (b, l)
         self.columns = torch.arange(sampling.gen_length, device=self.starts.device)  # (g,)
         self.positions = self.starts[:, None] + self.columns  # (b, g)
         self.masked = torch.ones_like(self.positions, dtype=torch.bool)  # (b, g)
         self.answer = torch.zeros_like(canvas.real).scatter(1, self.positions, True)  # (b, l)
         self.streams: list[torch.Generator] = []  # one a row
-        if sampling.temperature > 0 or sampling.remasking == "random":
+        if sampling.is_random:
             source = "cpu" if generator is None else generator.device
             seeds = torch.randint(2**62, (len(self.starts),), generator=generator, device=source).tolist()
             self.streams = [torch.Generator(self.starts.device).manual_seed(seed) for seed in seeds]
@@ -244,22 +193,11 @@ class _State:
                     if step.stop:
                         return
 
-    def _step(self, columns: slice, count: int | None) -> None:
+    def _step(self, columns: slice, count: int) -> None:
         rows = self.masked[:, columns].any(1).nonzero()[:, 0]  # (a,); rows that are done with the block sit out
         positions, masked = self.positions[rows, columns], self.masked[rows, columns]  # (a, k)
-        logits = self._logits(rows, positions)  # (a, k, v)
-        logits[..., self.mask_token_id] = float("-inf")
-        tokens = self._sampled(logits, rows)
-        if self.sampling.remasking == "random":
-            rank = self._uniform(rows, masked.shape[1], dtype=torch.float32)
-        else:
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            rank = (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()  # the probability of each
-        best = rank.masked_fill(~masked, float("-inf")).topk(min(count or 1, masked.shape[1]), dim=1).indices
-        chosen = torch.zeros_like(masked).scatter(1, best, True)
-        if count is None:
-            chosen |= rank > (self.sampling.confidence_threshold or 0.0)
-        chosen &= masked
+        logits = self._logits(rows, positions).index_fill_(-1, self.never, float("-inf"))  # (a, k, v)
+        tokens, chosen = self.sampling.place(logits, masked, count, self.last, partial(self._uniform, rows))
         sequences = self.sequences[rows]
         placed = sequences.scatter(1, positions, torch.where(chosen, tokens, sequences.gather(1, positions)))
         self.sequences = self.sequences.index_copy(0, rows, placed)
@@ -282,18 +220,6 @@ class _State:
             conditional, unconditional = logits.chunk(2)
             return unconditional + (w + 1) * (conditional - unconditional)
         return logits
-
-    def _sampled(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Tokens (a, k) of `rows` (a,) from logits (a, k, v): the argmax at temperature 0, else from softmax(logits/T).
-
-        The draw is the argmax of logits / T + Gumbel noise, in float64: in lower precision the noise has too few
-        values, and samples get visibly worse (arXiv 2409.02908).
-        """
-        if self.sampling.temperature == 0:
-            return logits.argmax(-1)
-        uniform = self._uniform(rows, *logits.shape[1:], dtype=torch.float64)
-        gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float64).tiny)))
-        return (logits.double() / self.sampling.temperature + gumbel).argmax(-1)
 
     def _uniform(self, rows: torch.Tensor, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """The next random numbers of `rows` (a,), each from its own stream: (a, *shape)."""

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data.encoding import chat_text, prompt_text
-from nara_diffusion.dllm.sampler import Sampling
+from nara_diffusion.dllm.decoding import Sampling
 
 ALPACA = "alpaca"  # lm-eval's name for the template of a tokenizer that has none
 SETTINGS = ("gen_length", "steps", "block_length", "temperature", "cfg_scale", "remasking", "confidence_threshold")
