@@ -34,13 +34,14 @@ FORMER = ("CHANGELOG.md", "regimes_plan.md")
 """Pages that name what was."""
 
 
-def test_wheel_has_the_package_and_nothing_else(tmp_path):
+def test_wheel_has_the_package_the_command_and_nothing_else(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         names = set(archive.namelist())
     files = [path for path in (ROOT / "nara_diffusion").rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    assert {name for name in names if ".dist-info/" not in name} == {str(path.relative_to(ROOT)) for path in files}
+    expected = {str(path.relative_to(ROOT)) for path in files} | {"nara_command.py"}
+    assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "nara_diffusion/py.typed" in names
 

@@ -9,10 +9,8 @@ To plain LoRAs: nara fold. From a LoRA to a NaRA: nara_diffusion.from_lora, or -
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.loaders.file import MODEL, WEIGHTS_NAME, AdapterFile, naming
@@ -52,15 +50,7 @@ def convert(source: str, output: Path, form: str, component: str | None) -> None
         file.save(output / WEIGHTS_NAME)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: Any) -> str:
     """The command `nara convert`."""
-    parser = argparse.ArgumentParser(
-        "nara convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
-    parser.add_argument("--to", choices=FORMS, required=True, help="the format to write")
-    parser.add_argument("--component", help="the part of a pipeline: unet, transformer, text_encoder, …")
-    args = parser.parse_args(argv)
     convert(args.file, args.output, args.to, args.component)
-    sys.stdout.write(f"{args.output}: as {args.to}\n")
+    return f"{args.output}: as {args.to}"

@@ -18,13 +18,12 @@ workflow with hooks. LoRAs of text encoders are in a file of their own, always o
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
@@ -33,7 +32,7 @@ from nara_diffusion.config import NaraConfig
 from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part, strength_of
 from nara_diffusion.export.bins import SCHEDULE_FILE, LoraBins, bins_of
 from nara_diffusion.export.comfyui_workflow import comfyui_workflow
-from nara_diffusion.export.host_files import BASES, DENOISERS, FORMS, save_host_file
+from nara_diffusion.export.host_files import BASES, DENOISERS, save_host_file
 from nara_diffusion.export.plain_lora import PlainLora, comfyui_node, flow_shift
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import MODEL, AdapterFile, naming
@@ -44,7 +43,7 @@ _FLOWS, _VIDEOS = ("sd3", "flux", "wan"), ("wan",)
 _WORKFLOW_FILE = "comfyui_workflow.json"
 
 
-def fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: argparse.Namespace) -> str:
+def fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
     """Write one LoRA, and return what to print."""
     if args.form != PEFT and args.output.suffix != ".safetensors":
         raise ValueError(f"OUTPUT {args.output} is no .safetensors file, and programs find no other: name one.")
@@ -63,7 +62,7 @@ def fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: argparse.Name
     return f"{modules} modules, λ = {args.noise_level:g}{f', at its strength of {own} there' if own else ''}"
 
 
-def fold_bins(file: AdapterFile, adapters: Mapping[str, Adapter], args: argparse.Namespace) -> str:
+def fold_bins(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
     """Write a folder of several LoRAs, all files or none, and return what to print."""
     name = next((name for name in (*DENOISERS, MODEL) if name in file.parts), None)
     if name is None:
@@ -80,11 +79,11 @@ def fold_bins(file: AdapterFile, adapters: Mapping[str, Adapter], args: argparse
     return f"{len(bins.loras)} LoRAs, the largest relative error of ΔW is {bins.error.worst_update:.2%}"
 
 
-def _save(loras: Mapping[str, PlainLora], output: Path, args: argparse.Namespace) -> None:
+def _save(loras: Mapping[str, PlainLora], output: Path, args: Any) -> None:
     save_host_file(loras, output, args.form, args.base or BASES[0], args.layers_per_block)  # Diffusers' keys need none
 
 
-def _check_workflow(args: argparse.Namespace, config: NaraConfig) -> None:
+def _check_workflow(args: Any, config: NaraConfig) -> None:
     """Raises ValueError unless a ComfyUI workflow can be written for this definition of λ.
 
     An adapter that carries a scheduler may have made its base a flow, so `--base` does not say, and `--shift` is known.
@@ -105,9 +104,7 @@ def _check_workflow(args: argparse.Namespace, config: NaraConfig) -> None:
         raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more, and finite.")
 
 
-def _save_bins(
-    bins: LoraBins, component: str, others: Mapping[str, PlainLora], args: argparse.Namespace, config: NaraConfig
-) -> None:
+def _save_bins(bins: LoraBins, component: str, others: Mapping[str, PlainLora], args: Any, config: NaraConfig) -> None:
     shift, patch, stem = args.shift, None, args.output.name
     if config.scheduler is not None:
         shift = flow_shift(config.scheduler) if shift is None else shift
@@ -140,7 +137,7 @@ def _not_for_comfyui(file: AdapterFile) -> str:
     return ""
 
 
-def _check(file: AdapterFile, args: argparse.Namespace) -> None:
+def _check(file: AdapterFile, args: Any) -> None:
     given = [name for name in ("shift", "checkpoint") if getattr(args, name) is not None]
     if args.noise_level is not None and given:
         raise ValueError(f"--{given[0]}: for --bins alone, leave it out with --noise_level.")
@@ -160,34 +157,13 @@ def _check(file: AdapterFile, args: argparse.Namespace) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: Any) -> str:
     """The command `nara fold`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
-    parser = argparse.ArgumentParser(
-        "nara fold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("file", metavar="FILE", help="the adapter: a file, or a folder")
-    add("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins or --form peft")
-    amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--noise_level", type=float, help="one LoRA, of this λ in [0, 1], 1 = pure noise")
-    amount.add_argument("--bins", type=int, help="several LoRAs: their largest number, 1 to 64")
-    add(
-        "--form",
-        choices=(*FORMS, PEFT),
-        default="diffusers",
-        help="format of the files (default: %(default)s); "
-        "in ComfyUI diffusers is for FLUX and SD3 alone, and DoRA is for diffusers and peft alone",
-    )
-    add("--base", choices=BASES, help="the model that the adapter was trained on, for kohya and comfyui")
-    add("--layers_per_block", type=int, default=2, help="of the UNet's configuration (default: %(default)s)")
-    add("--shift", type=float, help="of a flow model's scheduler, for ComfyUI's workflow (SD3 3, FLUX e^1.15 = 3.16)")
-    add("--checkpoint", help="the file in models/checkpoints that ComfyUI's workflow loads (default: SDXL's)")
-    args = parser.parse_args(argv)
     file = AdapterFile.read(Path(args.file))
     with naming(args.file):
         adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
     _check(file, args)
     args.checkpoint = args.checkpoint or "sd_xl_base_1.0.safetensors"
     text = (fold_bins if args.noise_level is None else fold)(file, adapters, args)
-    sys.stdout.write(f"{args.output}: {text}{_not_for_comfyui(file) if args.form == 'diffusers' else ''}\n")
+    return f"{args.output}: {text}{_not_for_comfyui(file) if args.form == 'diffusers' else ''}"

@@ -9,12 +9,9 @@ language model's answer; timestep, t / N; flow, σ; …
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +86,8 @@ def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: Any) -> str:
     """The command `nara inspect`."""
-    parser = argparse.ArgumentParser(
-        "nara inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
     with naming(args.file):
         found = described(AdapterFile.read(Path(args.file)))
-    sys.stdout.write(f"{json.dumps(found, indent=2, default=list) if args.json else text_of(found)}\n")
+    return json.dumps(found, indent=2, default=list) if args.json else text_of(found)

@@ -10,10 +10,8 @@ of their own, lines are the mean over the cores, and the shaded range is from th
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,20 +69,11 @@ def draw(file: AdapterFile, path: Path, points: int) -> None:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(args: Any) -> str:
     """The command `nara plot`."""
-    parser = argparse.ArgumentParser(
-        "nara plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
-    parser.add_argument("--output", type=Path, help="the PNG file (default: FILE's name with .png, in this folder)")
-    parser.add_argument(
-        "--points", type=int, default=101, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
     output = args.output or Path(f"{Path(args.file).resolve().stem}.png")
     if args.points < 2 or output.is_dir():
         raise ValueError(f"--points is {args.points}, --output {output}: pass 2 or more, and the name of a PNG file.")
     with naming(args.file):
         draw(AdapterFile.read(Path(args.file)), output, args.points)
-    sys.stdout.write(f"{output}\n")
+    return str(output)

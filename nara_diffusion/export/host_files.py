@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from nara_diffusion.loaders.file import save_tensors
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 
 from .original_names import UNETS, Factors, original_names
@@ -93,12 +93,12 @@ def save_host_file(
     if path.is_dir():
         raise ValueError(f"'{path}' is a folder: name a file, such as '{path / 'lora.safetensors'}'.")
     found = host_state_dict(loras, form, base, layers_per_block)
-    metadata = {"format": "pt"}
+    metadata = {}
     for lora in loras.values():
         if lora.scheduler is not None:
             metadata[SCHEDULER_KEY] = json.dumps(lora.scheduler, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, path, metadata=metadata)
+    save_tensors(found, path, metadata)
 
 
 def factors_of(name: str, layer: PlainLoraLayer) -> Factors:

@@ -15,9 +15,9 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 
+from nara_diffusion.loaders.file import save_tensors
 from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.prediction import FLOW, how_to_set, prediction_in
 from nara_diffusion.utils.atomic_write import atomic_write_files
@@ -121,7 +121,7 @@ class PlainLora:
         `from_pretrained(directory, subfolder="scheduler")`. All files are written, or none.
         """
         with atomic_write_files(Path(directory)) as partial:
-            save_file(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            save_tensors(self.state_dict(PEFT_PREFIX), partial / SAFETENSORS_WEIGHTS_NAME)
             self.config.save_pretrained(str(partial))
             if self.error is not None:
                 self.error.save(partial)

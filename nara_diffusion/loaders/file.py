@@ -39,7 +39,7 @@ from nara_diffusion.config import (
 )
 from nara_diffusion.tuner.state_dict import with_current_names
 from nara_diffusion.utils.atomic_write import atomic_write_files
-from nara_diffusion.utils.naming import listed, naming_source
+from nara_diffusion.utils.naming import is_out_of_reach, listed, naming_source
 
 from .strict import CORE, PEFT_PREFIX, check_loaded, is_core_key
 
@@ -48,6 +48,10 @@ METADATA_KEY = "nara_adapter_metadata"
 FORMAT_VERSION = 1
 MODEL = "model"
 """The name of the component of a PEFT folder, where no other is given."""
+_PICKLE = (
+    "a pickle of torch.save, which may run code when it is read, and isn't read here: get the adapter as "
+    "safetensors, or write it as such by safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
+)
 _HUB = {"user_agent": {"file_type": "nara_weights", "framework": "pytorch"}}
 
 
@@ -118,19 +122,17 @@ class AdapterFile:
         Args:
             save_function: called as safetensors' `save_file`, in its place.
         """
-        tensors = {
-            f"{name}.{key}": t.contiguous() for name, part in self.parts.items() for key, t in part.tensors.items()
-        }
+        tensors = {f"{name}.{key}": t for name, part in self.parts.items() for key, t in part.tensors.items()}
         components = {name: config_to_fields(part.config) for name, part in self.parts.items()}
         content = json.dumps({"format_version": FORMAT_VERSION, "components": components}, indent=2, sort_keys=True)
-        (save_function or save_file)(tensors, str(path), metadata={"format": "pt", METADATA_KEY: content})
+        save_tensors(tensors, path, {METADATA_KEY: content}, save_function)
 
     def save_peft(self, folder: Path) -> None:
         """Write a PEFT folder of the only part: adapter_config.json and adapter_model.safetensors, both or none."""
         (part,) = self.parts.values()
-        tensors = {f"{PEFT_PREFIX}{key}": tensor.contiguous() for key, tensor in part.tensors.items()}
+        tensors = {f"{PEFT_PREFIX}{key}": tensor for key, tensor in part.tensors.items()}
         with atomic_write_files(folder) as partial:
-            save_file(tensors, partial / PEFT_WEIGHTS_NAME, metadata={"format": "pt"})
+            save_tensors(tensors, partial / PEFT_WEIGHTS_NAME)
             part.config.save_pretrained(str(partial))
 
 
@@ -170,19 +172,28 @@ def _locate(source: Any, weight_name: str | None, subfolder: str | None, hub: Ma
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or path.suffix == ".safetensors":
         raise ValueError(f"There is no file or folder '{source}': pass what save_nara_weights or PEFT wrote.")
 
-    def download(name: str) -> Path:
-        return Path(_get_model_file(str(source), weights_name=name, subfolder=subfolder, **_HUB, **hub))
-
     try:
-        return download(weight_name or WEIGHTS_NAME)
+        return _download(source, weight_name or WEIGHTS_NAME, subfolder, hub)
     except OSError as error:
         if weight_name is not None:
             raise
         try:
-            download(PEFT_CONFIG_NAME)
-            return download(PEFT_WEIGHTS_NAME)
+            _download(source, PEFT_CONFIG_NAME, subfolder, hub)
+            return _download(source, PEFT_WEIGHTS_NAME, subfolder, hub)
         except OSError:
             raise error from None  # that of the name which was meant
+
+
+def _download(repository: Any, name: str, subfolder: str | None, hub: Mapping[str, Any]) -> Path:
+    try:
+        return Path(_get_model_file(str(repository), weights_name=name, subfolder=subfolder, **_HUB, **hub))
+    except OSError as error:
+        if not is_out_of_reach(error):
+            raise
+        raise OSError(
+            f"There is no folder '{repository}', and the Hub, for a repository of that name, can't be reached: look at "
+            "the connection, or name a file or folder."
+        ) from error
 
 
 def _in_folder(folder: Path, weight_name: str | None) -> Path:
@@ -191,7 +202,10 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
     for name in names if weight_name is None else [weight_name]:
         if (folder / name).is_file():
             return folder / name
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     found = f"pass weight_name, one of {listed(others)}" if others else "it has no safetensors file"
+    if pickles and not others:
+        found += f", but {listed(pickles)}, {_PICKLE}"
     raise ValueError(f"There is no '{weight_name or WEIGHTS_NAME}' in '{folder}': {found}.")
 
 
@@ -208,6 +222,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: _copy(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
+        if path.read_bytes()[:2] in (b"PK", *(b"\x80" + bytes([version]) for version in range(6))):  # a zip, or bare
+            raise ValueError(f"'{path}' is {_PICKLE}.") from None
         raise ValueError(
             f"'{path}' is no whole safetensors file ({error}): download or save it again if it was cut off; other "
             "formats are not read."
@@ -228,8 +244,29 @@ def read_peft_tensors(source: str | Path, **options: Any) -> dict[str, Tensor]:
         return read_tensors(folder / PEFT_WEIGHTS_NAME)[0]
     if (folder / PEFT_CONFIG_NAME).is_file() and not (folder / "adapter_model.bin").is_file():
         raise ValueError(f"There is no '{PEFT_WEIGHTS_NAME}' beside '{PEFT_CONFIG_NAME}' in '{folder}': copy both.")
+    if not folder.is_dir():
+        return read_tensors(_download(source, PEFT_WEIGHTS_NAME, options.pop("subfolder", None), options))[0]
     with naming_source(folder, PEFT_CONFIG_NAME, "an adapter of PEFT's"):
         return load_peft_weights(str(source), device="cpu", **options)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    save_function: Callable[..., Any] | None = None,
+) -> None:
+    """Write a safetensors file, whole or not at all, as `save_file` of safetensors does.
+
+    Raises:
+        OSError: the target is full or can't be written; the message names both.
+    """
+    try:
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        (save_function or save_file)(whole, str(path), metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        target = Path(*(part for part in path.parts if not part.startswith(".partial-")))
+        raise OSError(f"'{target}' can't be written: {error}") from error
 
 
 def _copy(tensor: Any) -> Any:

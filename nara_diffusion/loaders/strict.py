@@ -25,6 +25,10 @@ _HINT = (
     "Was it trained on another base model, or saved with another core_type, core_sharing, core_input, noise_embedding, "
     "rank or target_modules?"
 )
+_OTHER_BASE = (
+    "The rank is right, so most likely the adapter was trained on another base model, with layers of other sizes: "
+    "load it into that one (`nara inspect FILE` names it where the file does)."
+)
 
 
 def check_tensors(
@@ -61,7 +65,7 @@ def _check_tensor(key: str, tensor: Any, like: Tensor, has_shape: bool) -> None:
     if has_shape and tensor.shape != like.shape:
         raise ValueError(
             f"'{key}' has shape {tuple(tensor.shape)} in the checkpoint, but this adapter needs {tuple(like.shape)}. "
-            f"{_HINT}"
+            f"{_OTHER_BASE if _is_size_of_base(key, tensor, like) else _HINT}"
         )
     if is_core_key(key):
         check_core_precision(key, tensor, like, "in the checkpoint", "save it again without converting it")
@@ -70,6 +74,13 @@ def _check_tensor(key: str, tensor: Any, like: Tensor, has_shape: bool) -> None:
             f"'{key}' holds NaN or infinity in the checkpoint, or a value too large for its layer: it was saved from a "
             "broken run, or needs the model in bfloat16 or float32."
         )
+
+
+def _is_size_of_base(key: str, tensor: Tensor, like: Tensor) -> bool:
+    """Whether a factor's rank is right, so that a layer of the model has another size than the file's."""
+    kind = key.partition(".lora_")[2]
+    axis = 0 if "A" in kind else 1  # of r
+    return bool(kind) and tensor.dim() == like.dim() > 1 and tensor.shape[axis] == like.shape[axis]
 
 
 def check_core_precision(key: str, tensor: Tensor, like: Tensor, where: str, remedy: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import LocalEntryNotFoundError
+
 
 def listed(names: Collection[str], kind: str = "") -> str:
     """The first three of `names`, quoted, and the number of the others, which are of this `kind`."""
@@ -31,3 +33,10 @@ def naming_source(source: str | Path, file: str, kind: str) -> Iterator[None]:
         raise ValueError(
             f"There is no folder '{source}', and {kind} in a repository of that name was not reached: {reason}"
         ) from error
+
+
+def is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether a download failed since the Hub wasn't reached, which Diffusers words as a file that isn't there."""
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -5,8 +5,8 @@ import torch
 from peft import inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
+from nara_command import main
 from nara_diffusion import from_lora, noise_level
-from nara_diffusion.cli.main import main
 from tests.helpers.adapted import disturb, nara_config
 from tests.helpers.small_pipelines import pixels, small_flux, small_sdxl
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nara_command import COMMANDS, OWN, main
 from nara_diffusion import StrengthSchedule, core_matrix, to_lora
-from nara_diffusion.cli.main import COMMANDS, main
 from nara_diffusion.cli.plot import core_curves
 from nara_diffusion.export.adapter_factors import adapter_of_part
 from nara_diffusion.export.to_lora import lora_of
@@ -24,6 +27,8 @@ from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 
 LEVEL = 0.37
 PREFIX = "base_model.model."
+ROOT = Path(__file__).parents[2]
+FILES = ROOT / "tests" / "acceptance" / "files"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
     pytest.mark.filterwarnings("ignore:Could not find a config file in some/base"),
@@ -157,6 +162,48 @@ def test_a_missing_package_ends_in_one_line(tmp_path, folder, monkeypatch):
     assert "nara plot needs the package matplotlib" in ended("plot", folder, "--output", tmp_path / "core.png")
 
 
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WRITES = {
+    "convert": ["--to", "pipeline", "--component", "unet"],
+    "fold": ["--noise_level", "0.5", "--form", "peft"],
+    "fold --bins": ["--bins", "2", "--form", "peft"],
+}
+
+
+@pytest.mark.parametrize(("command", "size"), [*((name, 600) for name in WRITES), ("fold", 1100)])
+def test_a_full_target_ends_in_one_line_with_its_name_and_leaves_no_file(command, size, folder, tmp_path):
+    """1100 bytes take the LoRA's tensors, and not its configuration."""
+    with limited(size):
+        found = ended(command.split()[0], folder, tmp_path / "out", *WRITES[command])
+    assert str(tmp_path / "out") in found
+    assert "File too large" in found
+    assert ".partial" not in found
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != folder]
+
+
+def test_an_unwritable_target_ends_in_one_line_with_its_name(tmp_path):
+    pipe = FILES / "pipelines" / "sdxl_float32"
+    found = ended("fold", pipe, "/proc/lora.safetensors", "--noise_level", "0.5")
+    assert "'/proc/lora.safetensors' can't be written" in found
+    note = tmp_path / "note"
+    note.write_text("a file where a folder would be")
+    assert str(note) in ended("fold", pipe, note / "lora.safetensors", "--noise_level", "0.5")
+    assert str(note) in ended("convert", pipe, note / "out", "--to", "peft", "--component", "unet")
+
+
+# ---------------------------------------------------------------------- help
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_command_and_each_teaches(command, capsys):
     main(["--help"])
@@ -164,3 +211,19 @@ def test_help_names_every_command_and_each_teaches(command, capsys):
     with suppress(SystemExit):
         main([command, "--help"])
     assert f"nara {command}" in capsys.readouterr().out.replace("nara-", "nara ")
+
+
+def test_help_and_wrong_flags_import_none_of_the_libraries():
+    """(They take seconds. A process of its own, since this one has imported them.)"""
+    program = f"""if True:
+        import contextlib, sys
+        import nara_command
+        for words in [["-h"], ["nonsense"], ["fold", "a", "b"], *([name, "-h"] for name in {list(COMMANDS)})]:
+            with contextlib.suppress(SystemExit):
+                nara_command.main(words)
+        print(sorted({{"torch", "peft", "diffusers", "transformers", "numpy", "nara_diffusion"}} & sys.modules.keys()))
+    """
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.splitlines()[-1] == "[]"
+    assert "--layers_per_block" in found.stdout
+    assert found.stdout.count("usage: nara") == len(OWN)

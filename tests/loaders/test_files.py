@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nara_diffusion.dreambooth.families.table import model_index
 from nara_diffusion.loaders import file as files
 from nara_diffusion.loaders.file import AdapterFile, load_whole_model
 from nara_diffusion.loaders.strict import check_loaded
-from tests.helpers.adapted import TwoLayers, disturb, lora_config
+from tests.helpers.adapted import TwoLayers, disturb, lora_config, nara_config
 from tests.helpers.small_pipelines import small_sdxl
 from tests.loaders.adapters import FILE, State, trained
 
@@ -66,6 +70,46 @@ def test_what_is_nowhere_is_named(repositories: dict[str, Path], tmp_path: Path,
         pipe.load_nara_weights(tmp_path)
     with pytest.raises(ValueError, match="safetensors files only"):
         pipe.load_nara_weights(nara_folder, use_safetensors=False)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # which Diffusers passes
+def test_a_hub_that_cannot_be_reached_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers says then: "does not appear to have a file named …"."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OfflineModeIsEnabled("as without a network")
+
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", fail)
+    pipe: Any = small_sdxl()
+    for call in (pipe.load_nara_weights, model_index, files.read_peft_tensors):
+        with pytest.raises((OSError, ValueError), match=r"no.* folder.* the Hub, .* can't be reached") as caught:
+            call("me/toy")
+        assert "me/toy" in str(caught.value)
+
+
+def test_a_pickle_is_called_one(tmp_path: Path) -> None:
+    pipe: Any = small_sdxl()
+    torch.save({"unet.to_q.lora_A.weight": torch.zeros(2)}, tmp_path / "toy.bin")
+    with open(tmp_path / "old.safetensors", "wb") as file:
+        pickle.dump({}, file)
+    for source in (tmp_path / "toy.bin", tmp_path / "old.safetensors"):
+        with pytest.raises(ValueError, match=f"'{source}' is a pickle .*torch.load\\(path, weights_only=True"):
+            pipe.load_nara_weights(source)
+    (tmp_path / "old.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no safetensors file, but 'toy\.bin', a pickle"):
+        pipe.load_nara_weights(tmp_path)
+
+
+def test_layers_of_another_size_are_told_as_those_of_another_base(nara_folder: Path, tmp_path: Path) -> None:
+    pipe: Any = small_sdxl(block_out_channels=(8, 24))
+    with pytest.raises(ValueError, match=r"^The adapter in .* unet: .*most likely .* trained on another base model"):
+        pipe.load_nara_weights(nara_folder)
+    model = get_peft_model(TwoLayers(), nara_config(target_modules=["first"]))
+    model.save_pretrained(tmp_path)
+    base = TwoLayers()
+    base.first = nn.Linear(9, 11)
+    with pytest.raises(ValueError, match="most likely the adapter was trained on another base model"):
+        PeftModel.from_pretrained(base, tmp_path)
 
 
 @pytest.mark.parametrize("subfolder", [None, "deeper"])

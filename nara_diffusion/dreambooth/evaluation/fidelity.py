@@ -3,7 +3,7 @@
 Three seeds of one method, measured with the encoders of DreamBooth's paper (arXiv 2208.12242, section 4.1):
     nara-metrics --generated out-seed-0/samples-after out-seed-1/samples-after out-seed-2/samples-after \\
         --reference dog_images --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16 --identifier sks \\
-        --output results.json
+        --output results.json --device cuda
 
 What is measured:
     DINO image similarity   mean cosine between generated images and those of the subject: subject fidelity

@@ -6,6 +6,8 @@ from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from nara_diffusion.utils.naming import is_out_of_reach
+
 from .family import Family
 from .flows import FLUX, FLUX2, QWEN_IMAGE, SD3, WAN, Z_IMAGE
 from .unets import SD, SDXL
@@ -40,11 +42,16 @@ def model_index(name: str, **hub: Any) -> dict[str, Any]:
         hub: revision, token, ….
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the Hub can't be reached.
     """
     try:
         return dict(DiffusionPipeline.load_config(name, **hub))  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
+        if is_out_of_reach(error):
+            raise ValueError(
+                f"pretrained_model_name_or_path {name}: there is no such folder, and the Hub, for a repository of that "
+                "name, can't be reached: look at the connection, or name a folder."
+            ) from error
         raise ValueError(
             f"pretrained_model_name_or_path {name} can't be loaded, since it has no model_index.json, which names the "
             f"family: {str(error).rstrip('.')}. Name a folder that has one, as pipe.save_pretrained(folder) writes it, "

@@ -20,7 +20,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from nara_diffusion.cli.main import main
+from nara_command import main
 from nara_diffusion.dreambooth.evaluation.fidelity import (
     Encoder,
     evaluate,

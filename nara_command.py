@@ -1,0 +1,127 @@
+"""The command `nara`: inspects, converts and evaluates NaRA adapters. λ is the noise level, 1 = pure noise.
+
+    nara inspect FILE            base model, definition of λ, core, rank, modules, parameters, hash
+    nara plot FILE               a PNG: distance of C(λ) from I, its singular values, strength over λ
+    nara fold FILE OUTPUT        export to plain LoRAs for Diffusers, PEFT, kohya, A1111, ComfyUI
+    nara convert FILE OUTPUT     from a pipeline's file to PEFT's folder, or back
+    nara check MODEL DATA        whether an adapter that knows λ is likely to beat LoRA, before training
+    nara eval …                  lm-eval for masked-diffusion language models
+    nara metrics …               subject fidelity and prompt fidelity of images
+
+FILE is a file or a folder of pipe.save_nara_weights (pytorch_nara_weights.safetensors), or a folder of PEFT's
+save_pretrained (adapter_config.json). `nara COMMAND --help` says more about each command.
+"""
+
+# Outside of the package, whose import takes seconds (torch, peft, diffusers): help and wrong flags need none of it.
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+OWN = ("inspect", "plot", "fold", "convert")
+"""The commands whose flags are defined here; `nara_diffusion.cli.COMMAND.run(args)` returns what they print."""
+COMMANDS = {name: f"nara_diffusion.cli.{name}" for name in OWN} | {
+    "check": "nara_diffusion.check.cli",
+    "eval": "nara_diffusion.lm_eval.__main__",
+    "metrics": "nara_diffusion.dreambooth.evaluation.fidelity",
+}
+"""{command: its module, whose docstring is its help}. The module is imported when the command runs."""
+HELP = ("-h", "--help")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `nara`. An error in what the user gave ends it with one line and status 1, without a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in HELP:
+        sys.stdout.write(f"{__doc__}\n")
+        return
+    command, *rest = words
+    if command not in COMMANDS:
+        sys.exit(f"error: nara has no command {command!r}, expected one of {', '.join(COMMANDS)}; nara --help.")
+    try:
+        if command in OWN:
+            args = parser_of(command).parse_args(rest)
+            sys.stdout.write(f"{import_module(COMMANDS[command]).run(args)}\n")
+        elif rest and rest[0] in HELP:
+            sys.stdout.write(f"{help_of(command)}\n")
+        else:
+            import_module(COMMANDS[command]).main(rest)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "nara_diffusion"):
+            raise
+        how = "pip install -e '.[train,eval]', in a clone of the project"
+        sys.exit(f"error: nara {command} needs the package {package}: {how}")
+    except (ValueError, OSError) as error:
+        if command not in OWN:
+            raise
+        output, nameless = (
+            getattr(args, "output", None),
+            isinstance(error, OSError) and error.errno and not error.filename,
+        )
+        sys.exit(f"error: OUTPUT {output}: {error}" if output and nameless else f"error: {error}")
+
+
+check, evaluate, metrics = (partial(lambda name: main([name, *sys.argv[1:]]), name) for name in list(COMMANDS)[-3:])
+"""The commands nara-check, nara-eval, nara-metrics."""
+
+
+def help_of(command: str) -> str:
+    """The docstring of a command's module, which isn't imported."""
+    package = Path(str(find_spec("nara_diffusion").origin)).parent  # type: ignore[union-attr]
+    source = package.joinpath(*COMMANDS[command].split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The flags of one of `OWN`."""
+    parser = argparse.ArgumentParser(
+        f"nara {command}",
+        description=help_of(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", metavar="FILE", help="the adapter: a file, or a folder")
+    {"inspect": _inspect, "plot": _plot, "fold": _fold, "convert": _convert}[command](parser.add_argument, parser)
+    return parser
+
+
+def _inspect(add, parser) -> None:
+    add("--json", action="store_true", help="print JSON")
+
+
+def _plot(add, parser) -> None:
+    add("--output", type=Path, help="the PNG file (default: FILE's name with .png, in this folder)")
+    add("--points", type=int, default=101, help="number of λ, evenly from 0 to 1, at least 2 (default: %(default)s)")
+
+
+def _fold(add, parser) -> None:
+    add("output", metavar="OUTPUT", type=Path, help="a .safetensors file; a folder with --bins or --form peft")
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--noise_level", type=float, help="one LoRA, of this λ in [0, 1], 1 = pure noise")
+    amount.add_argument("--bins", type=int, help="several LoRAs: their largest number, 1 to 64")
+    add(
+        "--form",
+        choices=("diffusers", "kohya", "comfyui", "peft"),
+        default="diffusers",
+        help="format of the files (default: %(default)s); "
+        "in ComfyUI diffusers is for FLUX and SD3 alone, and DoRA is for diffusers and peft alone",
+    )
+    bases = ("sd15", "sdxl", "sd3", "flux", "wan")
+    add("--base", choices=bases, help="the model that the adapter was trained on, for kohya and comfyui")
+    add("--layers_per_block", type=int, default=2, help="of the UNet's configuration (default: %(default)s)")
+    add("--shift", type=float, help="of a flow model's scheduler, for ComfyUI's workflow (SD3 3, FLUX e^1.15 = 3.16)")
+    add("--checkpoint", help="the file in models/checkpoints that ComfyUI's workflow loads (default: SDXL's)")
+
+
+def _convert(add, parser) -> None:
+    add("output", metavar="OUTPUT", type=Path, help="the folder to write")
+    add("--to", choices=("peft", "pipeline"), required=True, help="the format to write")
+    add("--component", help="the part of a pipeline: unet, transformer, text_encoder, …")
