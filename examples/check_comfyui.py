@@ -101,7 +101,7 @@ def small_pipeline() -> Any:
 def write_adapters(pipe: Any, folder: Path) -> None:
     """A NaRA with random weights and a LoRA made of it, as ComfyUI takes them; `pipe` is left without."""
     import nara_diffusion
-    from nara_diffusion.cli.main import main as nara
+    from nara_command import main as nara
 
     layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "time_emb_proj"]
     pipe.unet.add_adapter(nara_diffusion.NaraConfig(r=4, lora_alpha=8, target_modules=layers))
