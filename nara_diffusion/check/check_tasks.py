@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,30 +34,24 @@ def text_task(
     objective: Mapping[str, Any],
     device: torch.device,
 ) -> CheckTask:
-    """A training of a masked-diffusion language model, which has no adapter yet.
+    """The training of a masked-diffusion language model, which has no adapter yet, on encoded `rows`.
 
     Args:
-        args: the fields of AdapterArguments and OptimizationArguments.
-        rows: the encoded training rows.
         held_out: the rows to measure on; `rows`, which then get other masks, if there are too few.
-        collator: makes a batch of rows.
         objective: the arguments of `masked_diffusion_loss` in training, beside model and batch.
-
-    Raises:
-        ValueError: see `add_adapter`.
     """
     args = published(args)
     config = adapter_config(args, noise_convention=MASKED_SHARE)
-    adapted = add_adapter(model, config).to(device)
+    adapted = add_adapter(model, config).to(device)  # type: ignore[arg-type]
 
     def loss_of(part: Any) -> Callable[[Sequence[int]], MaskedDiffusionLoss]:
-        loss = partial(masked_diffusion_loss, adapted, **objective)
         stream = GlobalBatchStream(part, args.seed, objective["group_size"])
 
-        def positioned(positions: Sequence[int]) -> MaskedDiffusionLoss:
-            return loss(**{name: value.to(device) for name, value in collator([stream[p] for p in positions]).items()})
+        def loss(positions: Sequence[int]) -> MaskedDiffusionLoss:
+            batch = {name: value.to(device) for name, value in collator([stream[p] for p in positions]).items()}
+            return masked_diffusion_loss(adapted, **batch, **objective)
 
-        return positioned
+        return loss
 
     sizes = (args.train_batch_size, objective["group_size"])
     return CheckTask(adapted.train(), config, args, loss_of(rows), loss_of(held_out), *sizes)
@@ -67,16 +60,10 @@ def text_task(
 def image_task(
     pipe: Any, args: Any, step: TrainingStep, dataset: DreamBoothDataset, held_out: DreamBoothDataset
 ) -> CheckTask:
-    """A training of the denoiser of `pipe`, which has no adapter yet.
+    """The training of the denoiser of `pipe`, which has no adapter yet, by the loss of `step`, on `dataset`.
 
     Args:
-        args: a DreamBoothArguments.
-        step: the loss of the training; its model is replaced.
-        dataset: the training data.
         held_out: the data to measure on; `dataset`, which then gets other noise, if there are too few images.
-
-    Raises:
-        ValueError: see `AdaptedDenoiser`.
     """
     args = published(args)
     config = adapter_config(args, noise_convention=step.objective.source.convention)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ from typing import Any
 from nara_diffusion.training.parser import parse_arguments
 
 SHORT = {"rank": 4, "train_batch_size": 5, "learning_rate": 1e-2, "output_dir": "outputs/check", "check": True}
-PROMPT = "a photo"
-ALL_LINEAR = "all-linear"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,34 +43,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(model: str, data: str, flags: Sequence[str]) -> dict[str, Any]:
-    """Run the check of the train script that `data` is for, and return what check.json holds.
-
-    Raises:
-        ValueError: there is no such data; see the train script's `main`.
-    """
-    if not Path(data).exists():
-        raise ValueError(f"DATA {data} doesn't exist: name a folder of images, or a file of records.")
-    run: Callable[[Any], dict[str, Any]]
+    """Run the check of the train script that `data` is for, and return what check.json holds."""
+    own: dict[str, Any] = {**SHORT, "pretrained_model_name_or_path": model}
     arguments: Any
     if Path(data).is_file():
-        from nara_diffusion.dllm.train import Arguments, main
+        from nara_diffusion.dllm.train import Arguments as arguments
+        from nara_diffusion.dllm.train import main as run
 
-        run, arguments, place = main, Arguments, {"train_file": data}
-        own: dict[str, Any] = {"target_modules": [ALL_LINEAR]}
-    else:
-        from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
+        own |= {"train_file": data, "target_modules": ["all-linear"]}
+    elif Path(data).is_dir():
+        from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments as arguments
         from nara_diffusion.dreambooth.shipped import family_defaults
-        from nara_diffusion.dreambooth.train import main as train_images
+        from nara_diffusion.dreambooth.train import main as run
 
-        run, arguments, place = train_images, DreamBoothArguments, {"instance_data_dir": data}
-        own = {"instance_prompt": PROMPT, **family_defaults({"pretrained_model_name_or_path": model})}
+        own = {"instance_data_dir": data, "instance_prompt": "a photo", **family_defaults(own), **own}
+    else:
+        raise ValueError(f"DATA {data} doesn't exist: name a folder of images, or a file of records.")
 
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-        rate = given.get("learning_rate", SHORT["learning_rate"])
-        return {**own, **SHORT, "core_learning_rate": rate / 4, "pretrained_model_name_or_path": model, **place}
+        return own | {"core_learning_rate": given.get("learning_rate", own["learning_rate"]) / 4}
 
     return run(parse_arguments(arguments, flags, description=__doc__, defaults=defaults))
-
-
-if __name__ == "__main__":
-    main()

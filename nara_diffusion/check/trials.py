@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -62,11 +62,7 @@ class CheckTask:
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """Attributes:
-    steps: the optimizer steps of each short training.
-    samples: the held-out samples of each repeat, rounded up to whole batches.
-    repeats: the largest number of repeats.
-    """
+    """Optimizer steps of a short training, held-out samples of a repeat (rounded up to batches), most repeats."""
 
     steps: int = 100
     samples: int = 100
@@ -75,10 +71,7 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class Repeat:
-    """Attributes:
-    noise_level: (n,), λ of the held-out samples.
-    losses: {"base" or a name of `ARMS`: the losses (n,) of the held-out samples}.
-    """
+    """λ (n,) of the held-out samples, and {"base" or one of `ARMS`: their losses (n,)}."""
 
     noise_level: Tensor
     losses: dict[str, Tensor]
@@ -89,10 +82,9 @@ def published(args: Any) -> Any:
     of their adapter, and with the schedule of a short training."""
     kept = ("use_rslora", "core_hidden_dims", "noise_embedding", "noise_embedding_dim", "fourier_scale")
     options = {name: value for name, value in args.adapter_options.items() if name in kept}
-    own = {"adapter": "nara", "core_type": "hypernetwork", "lora_dropout": 0.0, "adapter_options": options}
-    schedule = {"core_start_step": 0, "lr_scheduler": "cosine", "lr_warmup_steps": WARMUP}
     changed = copy(args)
-    vars(changed).update(own | schedule)
+    vars(changed).update(adapter="nara", core_type="hypernetwork", lora_dropout=0.0, adapter_options=options)
+    vars(changed).update(core_start_step=0, lr_scheduler="cosine", lr_warmup_steps=WARMUP)
     return changed
 
 
@@ -108,16 +100,14 @@ def trials(task: CheckTask, settings: CheckSettings, progress: bool = True) -> I
     for number in range(settings.repeats):
         training = range(number * trained, (number + 1) * trained)
         first = settings.repeats * trained + number * measured
-        held_out = range(first, first + measured)
+        losses: dict[str, Tensor] = {}
         with tqdm(total=total, desc=f"repeat {number + 1}", unit="sample", disable=not progress) as bar:
-            restart(task, number)
-            noise_level, base = _measure(task, held_out, bar)
-            losses = {"base": base}
-            for arm in ARMS:
+            for arm in ("base", *ARMS):
                 restart(task, number)
                 with _one_level(task.model) if arm == "untold" else nullcontext():
-                    _train(task, settings, training, arm, bar)
-                    losses[arm] = _measure(task, held_out, bar)[1]
+                    if arm != "base":
+                        _train(task, settings, training, arm, bar)
+                    noise_level, losses[arm] = _measure(task, range(first, first + measured), bar)
         yield Repeat(noise_level, losses)
 
 
@@ -132,19 +122,17 @@ def restart(task: CheckTask, number: int) -> None:
         cores.load_state_dict(make_cores(task.config, {group: core.rank for group, core in cores.items()}).state_dict())
 
 
-@contextmanager
-def _one_level(model: nn.Module) -> Iterator[None]:
-    """Inside, the cores read λ = 0.5 whatever the noise is."""
+def _one_level(model: nn.Module) -> ExitStack:
+    """Inside this context, the cores read λ = 0.5 whatever the noise is."""
 
     def replaced(core: nn.Module, signals: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(None if signal is None else torch.full_like(signal, 0.5) for signal in signals)
 
-    handles = [core.register_forward_pre_hook(replaced) for core in model.modules() if isinstance(core, Core)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    stack = ExitStack()
+    for core in model.modules():
+        if isinstance(core, Core):
+            stack.enter_context(core.register_forward_pre_hook(replaced))
+    return stack
 
 
 def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str, bar: tqdm) -> None:
@@ -154,9 +142,7 @@ def _train(task: CheckTask, settings: CheckSettings, positions: range, arm: str,
     bar.set_postfix_str(arm)
     for group in _chunks(positions, task.step_samples):
         for chosen in _chunks(group, task.batch_size):
-            loss = task.loss(chosen).loss
-            _check_finite(loss)
-            (loss * len(chosen) / len(group)).backward()
+            (task.loss(chosen).loss * len(chosen) / len(group)).backward()
             bar.update(len(chosen))
         if arm == "lora":
             hold_core(optimizer)
@@ -177,15 +163,11 @@ def _measure(task: CheckTask, positions: range, bar: tqdm) -> tuple[Tensor, Tens
         bar.update(len(chosen))
     task.model.train()
     losses = torch.cat([step.per_sample for step in steps]).double().cpu()
-    _check_finite(losses)
-    return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
-
-
-def _check_finite(losses: Tensor) -> None:
     if not losses.isfinite().all():
         raise ValueError(
             "the loss is no longer a finite number: lower the learning rate, or use bfloat16 or float32, not float16."
         )
+    return torch.cat([step.noise_level for step in steps]).float().cpu(), losses
 
 
 def _chunks(positions: range, size: int) -> list[range]:

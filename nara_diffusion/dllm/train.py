@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 from nara_diffusion.check.check_tasks import text_task
-from nara_diffusion.check.verdict_report import check_training
+from nara_diffusion.check.verdict import check_training
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.canvas import check_canvas, check_positions
 from nara_diffusion.dllm.data.collator import GlobalBatchStream, TrainedCanvas, with_longest

@@ -36,7 +36,7 @@ import torch
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
 from nara_diffusion.check.check_tasks import image_task
-from nara_diffusion.check.verdict_report import check_training
+from nara_diffusion.check.verdict import check_training
 from nara_diffusion.dreambooth.adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
 from nara_diffusion.dreambooth.conversion import converted_scheduler

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from nara_diffusion import NaraConfig, core_matrix, noise_level
-from nara_diffusion.check import Repeat, decide, judge, published, trials, verdict_report
+from nara_diffusion.check import Repeat, decide, judge, published, trials, verdict
 from nara_diffusion.check.cli import main
 from nara_diffusion.check.trials import CheckSettings, CheckTask, restart
 from nara_diffusion.check.verdict import LIKELY, UNKNOWN, UNLIKELY, by_bins, relative_difference
@@ -149,7 +149,7 @@ def test_relative_difference_counts_each_bin_alike():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "text"])
 def test_command_writes_numbers_and_a_picture(kind, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verdict_report, "CheckSettings", partial(CheckSettings, steps=2, samples=20, repeats=3))
+    monkeypatch.setattr(verdict, "CheckSettings", partial(CheckSettings, steps=2, samples=20, repeats=3))
     if kind == "images":
         small_sdxl().save_pretrained(tmp_path / "sdxl")
         words = [str(tmp_path / "sdxl"), str(ASSETS / "subject"), "--resolution", "16"]
