@@ -6,9 +6,11 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import SCMScheduler
+from packaging.version import Version
 from torch import nn
 
 from nara_diffusion import TimestepNoise
@@ -80,13 +82,14 @@ def test_every_class_of_diffusers_that_is_told_the_time_is_declared_or_known() -
     told = {name for name in classes() if is_a(name, "ModelMixin") and told_the_time(name)}
     assert len(adapted) > 60
     assert sorted((adapted | told) - _DENOISERS.keys() - UNDECLARED) == []
-    assert sorted({*_DENOISERS, *UNDECLARED} - classes().keys()) == []
+    if Version(diffusers.__version__) >= Version("0.42"):  # 0.41 lacks seven of them
+        assert sorted({*_DENOISERS, *UNDECLARED} - classes().keys()) == []
     assert not _DENOISERS.keys() & UNDECLARED
 
 
 def test_denoisers_read_arguments_that_their_forwards_have() -> None:
-    for name, denoiser in _DENOISERS.items():
-        lineage = [name]
+    for name in sorted(_DENOISERS.keys() & classes().keys()):
+        denoiser, lineage = _DENOISERS[name], [name]
         for base in lineage:
             lineage.extend(classes()[base].bases if base in classes() else ())
         own = next(classes()[base].forward for base in lineage if base in classes() and classes()[base].forward)
