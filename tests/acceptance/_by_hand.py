@@ -154,7 +154,7 @@ def core_by_hand(
 ) -> Tensor:
     """C (b, r, r) in float64 from the tensors of one core, by their names below its own; λ and the density are (b,)."""
     identity, level = torch.eye(rank, dtype=torch.float64), level.double()
-    if config.core_type == "identity":
+    if getattr(config, "core_type", "identity") == "identity":  # as of a LoRA
         return identity.expand(len(level), -1, -1)
     if config.core_type in ("rank_mask", "bins"):
         return torch.stack([torch.diag(torch.tensor(_served(config, rank, x))).double() for x in level.tolist()])
@@ -230,7 +230,7 @@ class ByHand:
         A = A.flatten(1)
         B = torch.block_diag(*B.flatten(1).chunk(getattr(layer, "split", 1)))
         if core is None:
-            own_prefix = f"nara_core.{group_of(config, name)}."
+            own_prefix = f"nara_core.{group_of(config, name)}." if hasattr(config, "core_type") else "none of a LoRA"
             own = {n.removeprefix(own_prefix): t for n, t in tensors.items() if n.startswith(own_prefix)}
             core = core_by_hand(config, own, level, rank=len(A))
         rows = _as_rows(layer, layer.weight) + scaling * torch.einsum("or,brq,qk->bok", B, core, A)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.helpers.rounding import rounding_of
+from tests.helpers.rounding import assert_near as assert_near
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,12 +55,6 @@ def adapted_layers(model: nn.Module, adapter_name: str = "default") -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in {*module.lora_A, *module.lora_embedding_A}
     }
-
-
-def assert_near(actual: Tensor, wanted: Tensor, model: nn.Module) -> None:
-    """Equal up to the rounding of one forward."""
-    wanted = wanted.to(actual.dtype)
-    torch.testing.assert_close(actual, wanted, rtol=0, atol=rounding_of(model) * wanted.abs().max().item())
 
 
 def assert_same_tensors(actual: Path, wanted: Path) -> None:

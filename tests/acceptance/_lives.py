@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from nara_diffusion import NaraConfig
-from tests.helpers.rounding import rounding_of
+from tests.acceptance._by_hand import core_by_hand
+from tests.acceptance._by_hand import nara_config as small_config
+from tests.acceptance._noise_models import disturb
+from tests.helpers.rounding import assert_far, assert_near
 from tests.helpers.small_pipelines import pixels, small_sd
 
+__all__ = ["Lives", "add_nara", "assert_far", "assert_near", "fill", "frozen_sd", "pixels", "predict", "save_lora"]
 TARGETS = ["to_q", "to_k", "to_out.0", "proj_in", "conv1", "time_emb_proj"]
 FEW_TARGETS = ["to_q", "to_v", "proj_out"]
 TEXT_TARGETS = ["q_proj", "fc1"]
@@ -34,19 +39,12 @@ Call = Callable[[Any], Any]
 
 
 def nara_config(**changes: Any) -> NaraConfig:
-    """A small hypernetwork with α ≠ r, far from C = I once it is filled."""
-    options = {"r": 4, "lora_alpha": 6, "core_scale": 0.7, "core_hidden_dims": (9, 10), "noise_embedding_dim": 8}
-    return NaraConfig(**{**options, "fourier_scale": 2.0, "target_modules": TARGETS, **changes})
+    return small_config(**{"target_modules": TARGETS, **changes})
 
 
-def fill(model: nn.Module, seed: int, scale: float = 0.3) -> None:
+def fill(model: nn.Module, seed: int) -> None:
     """Give all that trains other values, so that no zero and no identity hides."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                noise = scale * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise.abs() + 0.5 if "magnitude" in name else noise)
+    disturb(model, seed, scale=0.3)
 
 
 def frozen_sd() -> StableDiffusionPipeline:
@@ -85,19 +83,6 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         return tensors, json.loads(file.metadata()["nara_adapter_metadata"])["components"]
 
 
-def core_by_hand(config: dict[str, Any], own: dict[str, Tensor], level: float) -> Tensor:
-    """C (r, r) at λ: of the hypernetwork with Fourier features (paper, equation 5), or I."""
-    identity = torch.eye(config["r"], dtype=torch.float64)
-    if config["core_type"] == "identity":
-        return identity
-    angle = level * own["embeddings.noise_level.frequencies"]  # (w,)
-    h = torch.cat([angle.sin(), angle.cos()])
-    for i in range(len(config["core_hidden_dims"]) + 1):
-        h = h * torch.sigmoid(h) if i else h
-        h = torch.einsum("oi,i->o", own[f"layers.{i}.weight"], h) + own[f"layers.{i}.bias"]
-    return identity + config["core_scale"] * h.reshape(identity.shape)
-
-
 def as_lora(folder: Path, level: float) -> dict[str, Tensor]:
     """The tensors of the LoRA that the NaRA in `folder` is at λ = `level`, at α = r."""
     tensors, configs = read(folder)
@@ -105,7 +90,8 @@ def as_lora(folder: Path, level: float) -> dict[str, Tensor]:
     for component, config in configs.items():
         prefix = f"{component}.nara_core.shared."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        scaled = config["lora_alpha"] / config["r"] * core_by_hand(config, own, level)
+        core = core_by_hand(SimpleNamespace(**config), own, torch.tensor([level]), config["r"])  # type: ignore[arg-type]
+        scaled = config["lora_alpha"] / config["r"] * core[0]
         for name, tensor in tensors.items():
             if name.startswith(f"{component}.") and "nara_core" not in name:
                 folded = torch.einsum("or...,rq->oq...", tensor, scaled) if "lora_B" in name else tensor
@@ -122,19 +108,6 @@ def predict(pipe: Any, timesteps: Tensor = TIMESTEPS, *, dtype: Any = torch.floa
     sample, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, 16, generator=generator)
     with torch.no_grad():
         return pipe.unet(sample.to(dtype), timesteps, text.to(dtype), **options).sample
-
-
-def assert_near(actual: Tensor, expected: Tensor, model: nn.Module) -> None:
-    """Equal but for the rounding of a forward through `model` in float32."""
-    assert actual.shape == expected.shape
-    error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
-    assert error <= rounding_of(model), f"off by {error:.3g}, {rounding_of(model):.3g} is allowed"
-
-
-def assert_far(actual: Tensor, other: Tensor) -> None:
-    """Each row differs by far more than rounding."""
-    for one, another in zip(actual, other, strict=True):
-        assert (one - another).abs().max() > 1e-2 * another.abs().max()
 
 
 class Lives:

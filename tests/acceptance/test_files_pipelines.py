@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.acceptance import _bases, _files
@@ -30,11 +29,6 @@ def say(pipe: Any, name: str) -> dict[str, torch.Tensor]:
     return _bases.PIPELINES[name.rpartition("_")[0]][1](pipe)
 
 
-def assert_stored(pipe: Any, name: str, outputs: dict[str, torch.Tensor]) -> None:
-    for part, value in say(pipe, name).items():
-        _files.assert_near(value, outputs[f"{name}.{part}"], getattr(pipe, part))
-
-
 def in_dtype(name: str) -> Any:
     """The pipeline in the dtype in which the file was written."""
     pipe = base(name)
@@ -50,9 +44,9 @@ def test_pipeline_file_of_0_1_computes_the_stored_outputs(name: str, outputs) ->
     pipe = base(name)
     torch.manual_seed(4321)
     pipe.load_nara_weights(FOLDER / name, adapter_name="mine")
-    assert_stored(pipe, name, outputs)
     tensors = load_file(FOLDER / name / _files.PIPELINE_WEIGHTS)
-    for part in say(pipe, name):
+    for part, value in say(pipe, name).items():
+        _files.assert_near(value, outputs[f"{name}.{part}"], getattr(pipe, part))
         assert _files.adapted_layers(getattr(pipe, part), "mine") == _files.layers_of(tensors, f"{part}.")
 
 
@@ -82,39 +76,6 @@ def test_file_in_bfloat16_keeps_its_core_in_float32_in_a_pipeline_in_bfloat16(na
         held = {n: p.dtype for n, p in getattr(pipe, part).named_parameters()}
         assert {dtype for n, dtype in held.items() if "core" not in n} == {torch.bfloat16}
         assert {dtype for n, dtype in held.items() if "core" in n} <= {torch.float32}
-
-
-@pytest.mark.parametrize("form", ["path", "dict"])
-def test_file_loads_by_its_path_and_as_a_dict(form: str, outputs) -> None:
-    pipe, file = _bases.sdxl(), FOLDER / "sdxl_float32" / _files.PIPELINE_WEIGHTS
-    if form == "dict":
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        pipe.load_nara_weights(load_file(file), metadata=metadata)
-    else:
-        pipe.load_nara_weights(str(file))
-    assert_stored(pipe, "sdxl_float32", outputs)
-    assert pipe.get_active_adapters() == ["default_0"]
-
-
-def test_adapters_of_two_files_stay_apart_in_one_pipeline(outputs) -> None:
-    pipe = _bases.sdxl()
-    pipe.load_nara_weights(FOLDER / "sdxl_float32", adapter_name="a")
-    pipe.load_nara_weights(FOLDER / "sdxl_unet_float32", adapter_name="b")
-    for active, name in (("a", "sdxl_float32"), ("b", "sdxl_unet_float32"), ("a", "sdxl_float32")):
-        pipe.set_adapters(active)
-        _files.assert_near(_bases.sdxl_outputs(pipe)["unet"], outputs[f"{name}.unet"], pipe.unet)
-
-
-@pytest.mark.parametrize("name", ["sdxl_float32", "flux_float32"])
-def test_unloaded_pipeline_computes_what_its_base_did(name: str, outputs) -> None:
-    pipe = base(name)
-    keys = {part: set(getattr(pipe, part).state_dict()) for part in say(pipe, name)}
-    pipe.load_nara_weights(FOLDER / name)
-    pipe.unload_nara_weights()
-    for part, value in say(pipe, name).items():
-        _files.assert_near(value, outputs[f"base.{name.rpartition('_')[0]}.{part}"], getattr(pipe, part))
-        assert set(getattr(pipe, part).state_dict()) == keys[part]
 
 
 def test_convert_to_peft_and_back_keeps_each_tensor_of_a_component(tmp_path: Path, outputs, capsys) -> None:

@@ -42,7 +42,6 @@ CASES = [
     ("bins", "layer", True),
     ("custom", "module_type", False),
 ]
-cases = pytest.mark.parametrize(("core", "sharing", "use_dora"), CASES, ids=str)
 
 
 def make(core: str, sharing: str, use_dora: bool) -> tuple[Kinds, list[str], PeftModel]:
@@ -71,11 +70,13 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in model.state_dict().items() if "lora_" not in n and "nara_core" not in n}
 
 
-@cases
-def test_merging_at_a_level_gives_the_forward_at_that_level_and_unmerging_restores(core, sharing, use_dora):
-    _, kinds, model = make(core, sharing, use_dora)
+@pytest.mark.parametrize(("core", "sharing", "use_dora"), CASES, ids=str)
+def test_merging_and_to_lora_give_the_forward_at_that_level_and_unmerging_restores(tmp_path, core, sharing, use_dora):
+    clean, kinds, model = make(core, sharing, use_dora)
     inputs, before = draw_inputs(kinds), base_weights(model)
     expected, other = run(model, inputs, LEVEL), run(model, inputs, 0.8)
+    to_lora(model, LEVEL).save_pretrained(tmp_path)
+    assert_all_near(run(PeftModel.from_pretrained(clean, tmp_path).eval(), inputs), expected)
     model.merge_adapter(noise_level=LEVEL)
     assert_all_near(run(model, inputs), expected)
     model.unmerge_adapter()
@@ -108,33 +109,6 @@ def test_merging_without_a_level_or_running_at_another_one_is_refused():
         x = inputs if part is model else inputs["linear"]
         with noise_level(model, 0.36), pytest.raises(ValueError, match=r"merged at noise_level 0\.35"):
             part(x)
-
-
-@cases
-def test_to_lora_gives_peft_the_forward_at_that_level(tmp_path, core, sharing, use_dora):
-    clean, kinds, model = make(core, sharing, use_dora)
-    inputs = draw_inputs(kinds)
-    expected = run(model, inputs, LEVEL)
-    to_lora(model, LEVEL).save_pretrained(tmp_path)
-    assert_all_near(run(PeftModel.from_pretrained(clean, tmp_path).eval(), inputs), expected)
-    assert_all_near(run(model, inputs, LEVEL), expected)  # which stays as it was
-
-
-def test_to_lora_keeps_the_scales_and_ranks_of_each_layer(tmp_path):
-    base = Kinds(["linear", "conv2d"])
-    clean = copy.deepcopy(base)
-    patterns = {"rank_pattern": {"one.linear": 2}, "alpha_pattern": {"two.conv2d": 3}, "use_rslora": True}
-    model, inputs = adapted(base, target_modules=["linear", "conv2d"], **patterns), draw_inputs(["linear", "conv2d"])
-    to_lora(model, LEVEL).save_pretrained(tmp_path)
-    plain = PeftModel.from_pretrained(clean, tmp_path).eval()
-    assert_all_near(run(plain, inputs), run(model, inputs, LEVEL))
-
-
-def test_to_lora_of_a_convolution_with_groups_gives_peft_the_forward_at_that_level(tmp_path):
-    base = Kinds(["grouped"])
-    clean, inputs, model = copy.deepcopy(base), draw_inputs(["grouped"]), adapted(base, target_modules=["grouped"])
-    to_lora(model, LEVEL).save_pretrained(tmp_path)
-    assert_all_near(run(PeftModel.from_pretrained(clean, tmp_path).eval(), inputs), run(model, inputs, LEVEL))
 
 
 def test_merging_one_of_two_adapters_leaves_the_other_to_be_merged_beside_it():

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from nara_diffusion import NaraConfig, core_matrix, noise_level, to_lora
+from nara_diffusion import NaraConfig, core_matrix, noise_level
 from tests.acceptance._by_hand import (
     CORES,
     LEVELS,
@@ -24,14 +24,11 @@ from tests.acceptance._by_hand import (
     Kinds,
     adapted,
     assert_near,
-    disturb,
     draw_inputs,
     leaves,
-    nara_config,
     tensors_of,
     write,
 )
-from tests.helpers.small_pipelines import small_unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
@@ -235,27 +232,3 @@ def test_core_of_a_converted_model_keeps_its_bits(core, convert):
             assert torch.equal(tensor, before[name]), name
         else:
             assert tensor.dtype in HALVES, name
-
-
-@pytest.mark.parametrize("casting_first", [False, True], ids=["adapter first", "casting first"])
-def test_unet_under_layerwise_casting_gives_what_the_lora_of_that_level_gives(tmp_path, casting_first):
-    unet, twin = small_unet(12), small_unet(12)
-
-    def cast(model: Any) -> None:
-        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-
-    if casting_first:
-        cast(unet)
-    unet.add_adapter(nara_config(target_modules=["to_q", "to_v", "conv1"]))
-    disturb(unet)
-    exact = core_matrix(unet, LEVELS)
-    to_lora(unet, 0.37).save_pretrained(tmp_path)
-    if not casting_first:
-        cast(unet)
-    assert torch.equal(core_matrix(unet, LEVELS), exact)
-    plain = PeftModel.from_pretrained(twin, tmp_path)
-    cast(twin)
-    sample, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
-    with torch.no_grad():
-        actual, expected = unet(sample, 370, context).sample, plain(sample, 370, context).sample
-    assert_near(actual, expected, terms=144, sums=40)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from nara_diffusion import core_matrix, noise_level
 from tests.acceptance._lives import (
@@ -83,30 +85,35 @@ def two(loaded: Lives) -> Lives:
 @pytest.mark.parametrize("calls", LIVES.values(), ids=LIVES)
 def test_adapters_after_set_adapters_equal_the_loras(two: Lives, calls: tuple[Call, ...]) -> None:
     before = two.check()
+    assert_far(before, predict(two.loras[0], torch.tensor([900, 370, 900])))  # the λ of another sample is seen
     assert_far(two.call(*calls).check(), before)
-
-
-def test_the_other_adapter_after_delete_adapters_equals_the_lora(root: Path) -> None:
-    lives = Lives().load(root / "b", "b").load(root / "a", "a")
-    both = lives.call(lambda pipe: pipe.set_adapters(["a", "b"])).check()
-    assert_far(lives.call(lambda pipe: pipe.delete_adapters("b")).check(), both)
-    assert_far(lives.call(lambda pipe: pipe.set_adapters("a", 0.7)).check(), both)
-
-
-def test_dora_and_nara_weighted_disabled_and_enabled_equal_the_loras(root: Path) -> None:
-    lives = Lives()
-    base = predict(lives.nara)
-    lives.load(root / "a", "a").load(root / "dora", "dora")
-    lives.call(lambda pipe: pipe.set_adapters(["dora", "a"], [0.6, 0.5]))
-    both = lives.check()
-    assert_near(lives.call(lambda pipe: pipe.disable_lora()).check(), base, lives.nara.unet)
-    assert_near(lives.call(lambda pipe: pipe.enable_lora()).check(), both, lives.nara.unet)
 
 
 def test_scale_of_one_call_multiplies_the_update_of_that_call(two: Lives) -> None:
     whole = two.check()
     assert_far(two.check(**HALF), whole)
     assert_near(two.check(), whole, two.nara.unet)
+
+
+def test_dora_disabled_enabled_and_left_alone_equals_the_lora(root: Path) -> None:
+    lives = Lives()
+    base = predict(lives.nara)
+    lives.load(root / "dora", "dora").load(root / "a", "a")
+    lives.call(lambda pipe: pipe.set_adapters(["dora", "a"], [0.6, 0.5]))
+    both = lives.check()
+    assert_near(lives.call(lambda pipe: pipe.disable_lora()).check(), base, lives.nara.unet)
+    assert_near(lives.call(lambda pipe: pipe.enable_lora()).check(), both, lives.nara.unet)
+    assert_far(lives.call(lambda pipe: pipe.delete_adapters("a")).check(), both)
+    assert_far(lives.call(lambda pipe: pipe.set_adapters("dora", 0.7)).check(), both)
+
+
+def test_nara_beside_a_lora_equals_two_loras(root: Path, tmp_path: Path) -> None:
+    plain = save_lora(tmp_path)
+    lives = Lives().call(lambda pipe: pipe.load_lora_weights(plain, adapter_name="plain")).load(root / "a", "a")
+    alone = lives.check()
+    for names, weights in ((["plain", "a"], [0.7, 0.4]), ("plain", None)):
+        assert_far(lives.call(lambda pipe, n=names, w=weights: pipe.set_adapters(n, w)).check(), alone)
+    lives.call(lambda pipe: pipe.delete_adapters("a")).check()
 
 
 def test_pixels_over_a_life_equal_the_lora(root: Path) -> None:
@@ -116,10 +123,10 @@ def test_pixels_over_a_life_equal_the_lora(root: Path) -> None:
     found = lives.check_pixels()
     assert (found - base).abs().max() > 0.02
     assert (lives.check_pixels(**HALF) - found).abs().max() > 0.01
-    weights = {"unet": {"mid": 0.2, "up": 1.5}, "text_encoder": 0.4}
     for call in (
         lambda pipe: pipe.set_adapters("toy", 0.5),
-        lambda pipe: pipe.set_adapters("toy", weights),
+        lambda pipe: pipe.set_adapters("toy", {"unet": {"mid": 0.2, "up": 1.5}, "text_encoder": 0.4}),
+        lambda pipe: pipe.set_adapters("toy", {"unet": 0.6, "text_encoder": 0.0}),
         lambda pipe: pipe.disable_lora(),
     ):
         assert (lives.call(call).check_pixels() - found).abs().max() > 0.01
@@ -127,33 +134,7 @@ def test_pixels_over_a_life_equal_the_lora(root: Path) -> None:
     torch.testing.assert_close(lives.check_pixels(), found, rtol=0, atol=1e-4)
     lives.call(lambda pipe: pipe.fuse_lora(components=["unet", "text_encoder"], lora_scale=0.8))
     assert (lives.check_pixels() - found).abs().max() > 0.005
-    lives.call(lambda pipe: pipe.unfuse_lora(components=["unet", "text_encoder"]))
-    lives.check_pixels()
-
-
-def test_a_copied_unet_reads_its_own_timesteps_and_has_its_own_weights(root: Path) -> None:
-    lives = Lives().load(root / "a", "a")
-    expected = lives.check()
-    sibling: Any = copy.copy(lives.nara)
-    sibling.unet = copy.deepcopy(lives.nara.unet)
-    assert_near(predict(sibling), expected, sibling.unet)
-    with noise_level(lives.nara.unet, 0.5):
-        assert_near(predict(sibling), expected, sibling.unet)
-    fill(sibling.unet, seed=9)
-    assert_far(predict(sibling), expected)
-    lives.check()
-
-
-def test_nara_beside_a_lora_equals_two_loras(root: Path, tmp_path: Path) -> None:
-    plain = save_lora(tmp_path)
-    lives = Lives().call(lambda pipe: pipe.load_lora_weights(plain, adapter_name="plain")).load(root / "a", "a")
-    alone = lives.check()
-    lives.call(lambda pipe: pipe.set_adapters(["plain", "a"], [0.7, 0.4]))
-    assert_far(lives.check(), alone)
-    lives.call(lambda pipe: pipe.set_adapters("plain"))
-    assert_far(lives.check(), alone)
-    lives.call(lambda pipe: pipe.delete_adapters("a"))
-    lives.check()
+    lives.call(lambda pipe: pipe.unfuse_lora(components=["unet", "text_encoder"])).check_pixels()
 
 
 def test_fused_at_a_lambda_is_the_lora_of_that_lambda_at_every_timestep_until_unfused(root: Path) -> None:
@@ -170,6 +151,87 @@ def test_fused_at_a_lambda_is_the_lora_of_that_lambda_at_every_timestep_until_un
     assert_far(lives.check(), free)  # Diffusers leaves its scale of .6
 
 
+def test_a_copied_unet_reads_its_own_timesteps_and_has_its_own_weights(root: Path) -> None:
+    lives = Lives().load(root / "a", "a")
+    expected = lives.check()
+    sibling: Any = copy.copy(lives.nara)
+    sibling.unet = copy.deepcopy(lives.nara.unet)
+    with noise_level(lives.nara.unet, 0.5):
+        assert_near(predict(sibling), expected, sibling.unet)
+    fill(sibling.unet, seed=9)
+    assert_far(predict(sibling), expected)
+    lives.check()
+
+
+def test_a_sibling_by_from_pipe_shares_the_adapters_and_their_end(root: Path) -> None:
+    image = torch.rand(1, 3, 16, 16)
+
+    def edited(sibling: Any) -> Tensor:
+        sibling.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        options = {"strength": 0.7, "num_inference_steps": 4, "output_type": "np", "generator": generator}
+        return torch.from_numpy(sibling("a photo", image=image, **options).images)
+
+    lives = Lives()
+    base = edited(StableDiffusionImg2ImgPipeline.from_pipe(lives.nara))
+    lives.load(root / "static", "toy").call(lambda pipe: pipe.set_adapters("toy", 0.8))
+    siblings: list[Any] = [StableDiffusionImg2ImgPipeline.from_pipe(pipe) for pipe in (lives.nara, lives.loras[0])]
+    found, expected = map(edited, siblings)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (found - base).abs().max() > 0.01
+    for sibling in siblings:
+        sibling.set_adapters("toy", 0.2)
+    lives.check_pixels()
+    siblings[0].unload_nara_weights()
+    assert torch.equal(edited(siblings[0]), base)
+    assert torch.equal(predict(lives.nara), predict(frozen_sd()))
+
+
+def test_hotswap_at_equal_rank_gives_the_adapter_that_came(root: Path) -> None:
+    lives = Lives().load(root / "a", "toy")
+    before = lives.check()
+    assert_far(lives.load(root / "swapped", "toy", hotswap=True).check(), before)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_hotswap_at_equal_rank_compiles_nothing_again(tmp_path: Path) -> None:
+    shallow = {"block_out_channels": (8,), "attention_head_dim": 4}
+    shallow |= {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        source: Any = add_nara(small_sd(**shallow), seed=seed)
+        source.save_nara_weights(tmp_path / str(seed))
+        outputs.append(predict(source))
+    pipe: Any = small_sd(**shallow)
+    pipe.load_nara_weights(tmp_path / "1", adapter_name="toy")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    pipe.unet.compile(backend=counter)
+    assert_near(predict(pipe), outputs[0], pipe.unet)
+    predict(pipe, torch.tensor([1, 20, 300]))
+    graphs = counter.frame_count
+    assert graphs
+    pipe.load_nara_weights(tmp_path / "2", adapter_name="toy", hotswap=True)
+    assert_near(predict(pipe), outputs[1], pipe.unet)
+    assert counter.frame_count == graphs
+    torch._dynamo.reset()
+
+
+def test_set_lora_device_moves_an_adapter_without_its_core_and_no_other(root: Path) -> None:
+    lives = Lives().load(root / "b", "b").load(root / "a", "a")
+
+    def on_meta(pipe: Any) -> set[str]:
+        return {name for name, tensor in pipe.unet.state_dict().items() if tensor.device.type == "meta"}
+
+    lives.call(lambda pipe: pipe.set_lora_device(["a"], "meta"))
+    moved = on_meta(lives.nara)
+    assert moved == {name for name in lives.nara.unet.state_dict() if ".a." in name and "core" not in name}
+    assert len([name for name in moved if "lora_A" in name]) == len(on_meta(lives.loras[0])) // 2
+    lives.call(lambda pipe: pipe.set_adapters("b")).check()
+
+
 # ---------------------------------------------------------------- deleted, added, trained
 
 
@@ -177,11 +239,6 @@ def two_naras() -> Any:
     """A UNet with adapters "a" and "b", of which "b" is active."""
     pipe = add_nara(frozen_sd(), "a")
     return add_nara(pipe, "b", seed=2, r=3, target_modules=FEW_TARGETS).unet
-
-
-@pytest.fixture(scope="module")
-def unet_of_two() -> Any:
-    return two_naras()
 
 
 LISTS: dict[str, Callable[[Any], Iterable[torch.nn.Parameter]]] = {
@@ -194,11 +251,6 @@ LISTS: dict[str, Callable[[Any], Iterable[torch.nn.Parameter]]] = {
 """The ways by which programs list the parameters of a model."""
 
 
-def trainable(unet: Any, listed: str = "parameters") -> set[int]:
-    """Ids of the trainable parameters."""
-    return {id(parameter) for parameter in LISTS[listed](unet) if parameter.requires_grad}
-
-
 def content(unet: Any, tmp: Path) -> dict[str, dict[str, Tensor]]:
     """{adapter: {name: tensor}} as each is saved."""
     pipe: Any = frozen_sd()
@@ -208,29 +260,19 @@ def content(unet: Any, tmp: Path) -> dict[str, dict[str, Tensor]]:
     return {name: load_file(tmp / f"{name}.safetensors") for name in unet.peft_config}
 
 
-def test_a_new_adapter_trains_with_its_core_and_nothing_else_does(tmp_path: Path) -> None:
-    unet: Any = small_sd().unet
-    unet.add_adapter(nara_config(), "a")
-    names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
-    assert len(names) == sum("freq" not in name for name in content(unet, tmp_path)["a"])
-    assert all("lora" in name or "core" in name for name in names)
-    of_core = [name for name in names if "core." in name]
-    assert len(of_core) == 6  # three layers of F
-
-
-@pytest.mark.parametrize("listed", LISTS)
-def test_what_trains_after_set_adapter_is_the_same_however_it_is_listed(unet_of_two: Any, listed: str) -> None:
-    unet_of_two.set_adapter("b")
-    of_b = trainable(unet_of_two, listed)
-    unet_of_two.set_adapter("a")
-    of_a = trainable(unet_of_two, listed)
-    unet_of_two.set_adapter(["a", "b"])
-    both = trainable(unet_of_two, listed)
-    assert both == of_a | of_b
-    assert not of_a & of_b
-    names = [name for name, parameter in unet_of_two.named_parameters() if id(parameter) in of_a]
-    assert len([name for name in names if "core." in name]) == 6  # three layers of F
-    assert len([name for name in names if "lora_" in name]) == len(names) - 6 > 30
+def test_what_trains_after_set_adapter_is_the_same_however_it_is_listed() -> None:
+    unet = two_naras()
+    for listed, parameters in LISTS.items():
+        found = []
+        for active in ("b", "a", ["a", "b"]):
+            unet.set_adapter(active)
+            found.append({id(parameter) for parameter in parameters(unet) if parameter.requires_grad})
+        of_b, of_a, both = found
+        assert both == of_a | of_b, listed
+        assert not of_a & of_b
+        names = [name for name, parameter in unet.named_parameters() if id(parameter) in of_a]
+        assert len([name for name in names if "core." in name]) == 6  # three layers of F
+        assert len([name for name in names if "lora_" in name]) == len(names) - 6 > 30
 
 
 @pytest.mark.parametrize("how", ["set_adapter", "set_adapters"])
@@ -241,8 +283,7 @@ def test_an_optimiser_after_set_adapter_trains_that_adapter_and_its_core_alone(h
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     assert len(trained) == sum("freq" not in name for name in before["a"])
     optimizer = torch.optim.SGD(trained, lr=1e-2)
-    sample = torch.randn(3, 4, 8, 8)
-    unet(sample, TIMESTEPS, torch.randn(3, 5, 16)).sample.square().mean().backward()
+    unet(torch.randn(3, 4, 8, 8), TIMESTEPS, torch.randn(3, 5, 16)).sample.square().mean().backward()
     optimizer.step()
     after = content(unet, tmp_path)
     for adapter, tensors in before.items():
@@ -267,23 +308,3 @@ def test_a_name_that_was_deleted_and_is_added_again_gets_a_fresh_core(root: Path
     pipe.set_adapters("keep")
     lives.call(lambda pipe: pipe.set_adapters("keep"))
     assert_near(predict(pipe), lives.check(), pipe.unet)
-
-
-def test_hotswap_at_equal_rank_gives_the_adapter_that_came(root: Path) -> None:
-    lives = Lives().load(root / "a", "toy")
-    before = lives.check()
-    assert_far(lives.load(root / "swapped", "toy", hotswap=True).check(), before)
-
-
-def test_set_lora_device_moves_an_adapter_without_its_core_and_no_other(root: Path) -> None:
-    lives = Lives().load(root / "b", "b").load(root / "a", "a")
-
-    def on_meta(pipe: Any) -> set[str]:
-        return {name for name, tensor in pipe.unet.state_dict().items() if tensor.device.type == "meta"}
-
-    lives.call(lambda pipe: pipe.set_lora_device(["a"], "meta"))
-    moved = on_meta(lives.nara)
-    assert moved == {name for name in lives.nara.unet.state_dict() if ".a." in name and "core" not in name}
-    assert len([name for name in moved if "lora_A" in name]) == len(on_meta(lives.loras[0])) // 2
-    lives.call(lambda pipe: pipe.set_adapters("b"))
-    lives.check()

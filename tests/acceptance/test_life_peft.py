@@ -1,4 +1,4 @@
-"""What PEFT and transformers do with adapters does to a NaRA what it does to a LoRA, at each sample's λ."""
+"""What PEFT does with adapters does to a NaRA what it does to a LoRA, at each sample's λ."""
 
 from __future__ import annotations
 
@@ -11,31 +11,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import nn
 
 from nara_diffusion import core_matrix, noise_level
-from tests.acceptance._twins import (
-    LEVELS,
-    X,
-    adapted,
-    assert_far,
-    assert_near,
-    by_hand,
-    fill,
-    lora_config,
-    nara_config,
-    run,
-    two,
-    with_second,
-)
+from tests.acceptance._by_hand import LEVELS, assert_near, disturb
+from tests.acceptance._twins import X, adapted, by_hand, lora_config, nara_config, run, two, with_second
+from tests.helpers.rounding import assert_far
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already unmerged"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
 ]
+DEFAULT = [["default"]] * 3
 
 
 def ids_of_trainable(model: nn.Module) -> set[str]:
@@ -58,26 +47,25 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 
 def test_core_of_identity_is_peft_s_lora_over_a_life() -> None:
     second = {"r": 3, "target_modules": ["first"]}
-    nara = get_peft_model(two(), nara_config(core_type="identity"))
+    nara, lora = get_peft_model(two(), nara_config(core_type="identity")), get_peft_model(two(), lora_config())
     nara.add_adapter("other", nara_config(core_type="identity", **second))
-    lora = get_peft_model(two(), lora_config())
     lora.add_adapter("other", lora_config(**second))
     for model in (nara, lora):
-        fill(model, "default", seed=1)
-        fill(model, "other", seed=2)
+        disturb(model, "default", seed=1)
+        disturb(model, "other", seed=2)
     assert_near(nara(X), lora(X))
     for name, step in STEPS.items():
         results = [step(model) for model in (nara, lora)]
         if name == "merge_and_unload":
             nara, lora = results
-        assert_near(nara(X), lora(X))
+        assert_near(nara(X), lora(X), name)
         assert ids_of_trainable(nara) == ids_of_trainable(lora), name
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["NaRA", "NaRA-DoRA"])
 def test_saved_and_loaded_into_another_model_it_is_the_same_adapter(tmp_path: Path, options: dict[str, Any]) -> None:
     model = adapted(nara_config(**options))
-    expected = by_hand(model, [["default"]] * 3)
+    expected = by_hand(model, DEFAULT)
     assert_near(run(model), expected)
     model.save_pretrained(tmp_path)
     base = two()
@@ -95,23 +83,22 @@ def test_saved_and_loaded_into_another_model_it_is_the_same_adapter(tmp_path: Pa
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
-# ---------------------------------------------------------------- several adapters
-
-
-def test_of_two_adapters_the_active_ones_count(tmp_path: Path) -> None:
+def test_of_two_adapters_the_active_ones_count_each_sample_of_a_mixed_batch_has_its_own() -> None:
     model = with_second()
-    assert_near(run(model), by_hand(model, [["default"]] * 3))
+    assert_near(run(model), by_hand(model, DEFAULT))
     model.set_adapter("other")
     assert_near(run(model), by_hand(model, [["other"]] * 3))
+    names, each = ["other", "__base__", "default"], [["other"], [], ["default"]]
+    assert_near(run(model, adapter_names=names), by_hand(model, each))
+    assert_near(run(model, 0.4, adapter_names=names), by_hand(model, each, [0.4] * 3))
     model.base_model.set_adapter(["default", "other"])
     assert_near(run(model), by_hand(model, [["default", "other"]] * 3))
 
 
 def test_a_new_adapter_trains_with_its_core_and_nothing_else_does() -> None:
     model = get_peft_model(two(), nara_config())
-    names = {name for name, _ in model.named_parameters()}
     trained = ids_of_trainable(model)
-    assert trained == {name for name in names if ".default." in name}
+    assert trained == {name for name, _ in model.named_parameters() if ".default." in name}
     assert len([name for name in trained if "core." in name]) == 6  # three layers of F
 
 
@@ -134,28 +121,17 @@ def test_an_optimiser_after_set_adapter_trains_that_adapter_with_its_core() -> N
     assert not ids_of_trainable(model)
 
 
-def test_each_sample_of_a_mixed_batch_has_its_adapter_at_its_lambda() -> None:
-    model = with_second()
-    names = ["other", "__base__", "default"]
-    expected = by_hand(model, [["other"], [], ["default"]])
-    assert_near(run(model, adapter_names=names), expected)
-    assert_near(run(model, 0.4, adapter_names=names), by_hand(model, [["other"], [], ["default"]], [0.4] * 3))
-
-
 def test_a_name_that_was_deleted_and_is_added_again_has_a_fresh_core() -> None:
     model = with_second()
     assert not torch.allclose(core_matrix(model, 0.3, "other"), torch.eye(3), atol=0.1)
     model.delete_adapter("other")
-    assert_near(run(model), by_hand(model, [["default"]] * 3))
+    assert_near(run(model), by_hand(model, DEFAULT))
     assert not [name for name in model.state_dict() if "other" in name]
     model.add_adapter("other", nara_config(r=3, target_modules=["second"]))
     assert torch.equal(core_matrix(model, 0.3, "other")[0], torch.eye(3))
-    fill(model, "other", seed=9)
+    disturb(model, "other", seed=9)
     model.set_adapter("other")
     assert_near(run(model), by_hand(model, [["other"]] * 3))
-
-
-# ---------------------------------------------------------------- without the adapter
 
 
 def test_disabled_it_is_the_base_and_needs_no_lambda() -> None:
@@ -178,26 +154,6 @@ def test_unload_gives_the_base_bit_for_bit() -> None:
     assert_near(unloaded(X), base(X))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["NaRA", "NaRA-DoRA"])
-def test_merged_at_a_lambda_it_is_the_forward_of_that_lambda_until_unmerged(options: dict[str, Any]) -> None:
-    model = adapted(nara_config(**options))
-    free, expected = run(model), by_hand(model, [["default"]] * 3, [0.3] * 3)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="noise_level"):
-            merge()
-    assert_near(run(model), free)
-    model.merge_adapter(noise_level=0.3)
-    with torch.no_grad():
-        assert_near(model(X), expected)
-    model.unmerge_adapter()
-    assert_near(run(model), free)
-    merged: Any = model.merge_and_unload(noise_level=0.3)
-    assert {name: type(module) for name, module in merged.named_modules()} == {
-        name: type(module) for name, module in two().named_modules()
-    }
-    assert_near(merged(X), expected)
-
-
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "add_weighted_adapter": (
         lambda model: model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum", combination_type="svd"),
@@ -205,6 +161,8 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "convert_to_lora": (lambda model: peft.convert_to_lora(model, rank=2), "LoRA conversion"),
     "save_as_lora": (lambda model: peft.save_as_lora("somewhere", model, rank=2), "LoRA conversion"),
+    "merge_adapter": (lambda model: model.merge_adapter(), "noise_level"),
+    "merge_and_unload": (lambda model: model.merge_and_unload(), "noise_level"),
 }
 
 
@@ -217,10 +175,7 @@ def test_what_would_lose_lambda_is_refused_by_name(name: str, tmp_path: Path, mo
         call(model)
     assert list(model.peft_config) == ["default", "other"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert_near(run(model), by_hand(model, [["default"]] * 3))
-
-
-# ---------------------------------------------------------------- copies
+    assert_near(run(model), by_hand(model, DEFAULT))
 
 
 def through_pickle(model: nn.Module) -> Any:
@@ -240,54 +195,8 @@ def test_a_copy_shares_neither_weights_nor_lambda(copied: Callable[[Any], Any]) 
             clone(X)
         with noise_level(clone, LEVELS.flip(0)), torch.no_grad():
             assert_near(model(X), expected)
-            assert_near(clone(X), by_hand(model, [["default"]] * 3, LEVELS.flip(0)))
-    fill(clone, "default", seed=12)
+            assert_near(clone(X), by_hand(model, DEFAULT, LEVELS.flip(0)))
+    disturb(clone, seed=12)
     assert_near(run(model), expected)
-    assert_near(run(clone), by_hand(clone, [["default"]] * 3))
+    assert_near(run(clone), by_hand(clone, DEFAULT))
     assert_far(run(clone), expected)
-
-
-# ---------------------------------------------------------------- transformers
-
-
-IDS = torch.randint(1, 49, (3, 6), generator=torch.Generator().manual_seed(0))
-
-
-def logits(model: Any) -> Tensor:
-    return run_ids(model, LEVELS)
-
-
-def run_ids(model: Any, levels: Any) -> Tensor:
-    with noise_level(model, levels), torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def by_load_adapter(base: Path, adapter: Path) -> Any:
-    model = LlamaForCausalLM.from_pretrained(base)
-    model.load_adapter(adapter, adapter_name="mine")
-    return model
-
-
-WAYS: dict[str, Callable[[Path, Path], Any]] = {
-    "AutoPeftModel": lambda base, adapter: AutoPeftModelForCausalLM.from_pretrained(adapter),
-    "load_adapter": by_load_adapter,
-    "from_pretrained": lambda base, adapter: LlamaForCausalLM.from_pretrained(adapter),
-    "PeftModel": lambda base, adapter: PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_transformers_and_auto_classes_load_what_peft_saved(way: str, tiny_llama: Any, tmp_path: Path) -> None:
-    tiny_llama.save_pretrained(tmp_path / "base")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    without = base(input_ids=IDS).logits.detach()
-    config = nara_config(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    fill(model, "default", seed=6)
-    expected = logits(model.eval())
-    model.save_pretrained(tmp_path / "nara")
-    torch.manual_seed(77)
-    loaded = WAYS[way](tmp_path / "base", tmp_path / "nara").eval()
-    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
-    assert_far(expected, without)
-    assert_far(expected, run_ids(loaded, 0.7))

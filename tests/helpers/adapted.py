@@ -24,14 +24,14 @@ class OneLayer(nn.Module):
 
 
 class TwoLayers(nn.Module):
-    """Linear, tanh, Linear: (…, 7) → (…, 11) → (…, 5)."""
+    """Linear, tanh, Linear: (…, 7) → (…, 11) → (…, 5), with a timestep that it does not read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(7, 11)
         self.second = nn.Linear(11, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timestep: Any = None) -> Tensor:
         return self.second(torch.tanh(self.first(x)))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def rounding(terms: int, sums: int, dtype: torch.dtype = torch.float32) -> float:
@@ -24,3 +24,18 @@ def rounding_of(model: nn.Module) -> float:
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     dtype = max((weight.dtype for weight in weights), key=lambda dtype: torch.finfo(dtype).eps)
     return rounding(max(weight[0].numel() for weight in weights), len(weights), dtype)
+
+
+def assert_near(actual: Tensor, expected: Tensor, model: nn.Module, roundings: float = 1) -> None:
+    """Full tensors are equal but for the rounding of one forward of `model`, or of so many."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error, bound = float((actual - expected).abs().max() / expected.abs().max()), roundings * rounding_of(model)
+    assert error <= bound, f"off by {error:.3g}, {bound:.3g} is rounding"
+
+
+def assert_far(actual: Tensor, other: Tensor) -> None:
+    """Each row differs by far more than rounding."""
+    assert actual.shape == other.shape
+    for one, another in zip(actual.detach(), other.detach(), strict=True):
+        assert (one - another).abs().max() > 1e-2 * another.abs().max()
