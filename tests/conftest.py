@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,16 @@ def _test_leaves_the_process_as_it_was() -> Iterator[None]:
     before = process_state()
     yield
     fail_if_left(before, workers_may_stay=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _data_sets_in_a_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `datasets` caches isn't put among the user's; programs that tests start find the folder too."""
+    folder = str(tmp_path_factory.mktemp("datasets"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", folder)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", Path(folder))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -40,11 +40,19 @@ class ModelArguments:
         None, "text of the mask token, where the checkpoint doesn't name it", within="model_options"
     )
     dataset_name: str | None = option(
-        None,
-        "Data set on the Hub, or a folder that `datasets` reads, in place of files.",
-        content="training data",
+        None, "Data set on the Hub, or NAME:SPLIT, in place of a file.", content="training data"
     )
-    train_file: str | None = option(None, "JSON list or JSON Lines, or gzip of one.", content="training data")
+    train_file: str | None = option(
+        None, "File of records: JSON list, JSON Lines, gzip of one, or parquet.", content="training data"
+    )
+    max_train_samples: int | None = option(
+        None, "Take the first so many training records; none takes all.", unit="records", content="training data"
+    )
+    train_on: str = option(
+        "last",
+        "Answers of a conversation that are trained on: its last, or all, of which each pass draws one.",
+        choices=("last", "all"),
+    )
     validation_file: str | None = option(
         None, "Records for the validation loss; none holds out --validation_samples.", content="validation data"
     )
@@ -61,13 +69,13 @@ class ModelArguments:
         None, "Use the first so many test records; none uses all.", unit="records", rare=True
     )
     data_options: dict[str, Any] = option({}, "How data are read:", rare=True)
-    dataset_config_name: str | None = option(None, "configuration of --dataset_name", within="data_options")
-    instruction_field: str = option("instruction", "field of a record with the question", within="data_options")
-    input_field: str = option(
-        "input", "field with the question's second part; records may lack it", within="data_options"
-    )
-    output_field: str = option("output", "field with what the model learns to write", within="data_options")
-    answer_field: str = option("answer", "field with what a generation is compared with", within="data_options")
+    dataset_config_name: str | None = option(None, "configuration of data sets on the Hub", within="data_options")
+    messages_field: str | None = option(None, "field of a record with a conversation", within="data_options")
+    instruction_field: str | None = option(None, "field with the question", within="data_options")
+    input_field: str | None = option(None, "field with its second part; records may lack it", within="data_options")
+    output_field: str | None = option(None, "field with what the model learns to write", within="data_options")
+    text_field: str | None = option(None, "field with a text that has no prompt", within="data_options")
+    answer_field: str | None = option(None, "field that a generation is compared with", within="data_options")
     max_length: int = option(
         512, "Length of prompt and answer together, without padding; longer answers are cut.", unit="tokens"
     )
@@ -119,7 +127,8 @@ class Arguments(
         check_arguments(self)
         check_schedule(self)
         check_drawable(window_of(self), self.complementary)
-        counts = ("max_length", "eval_batch_size", "gen_length", "curve_points", "validation_samples", "test_samples")
+        counts = ("max_length", "eval_batch_size", "gen_length", "curve_points", "validation_samples")
+        counts += ("test_samples", "max_train_samples")
         require(self, "at least 1", lambda value: value >= 1, *counts)
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"

@@ -104,9 +104,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     started = time.perf_counter()
 
     # Data
-    records = load_records(args)
-    for what, part in zip(("training data", "validation data"), records, strict=False):
-        run.record_data_digest(what, (text for column in part.column_names for text in part[column]))
+    with run.accelerator.main_process_first():  # the others read its cache
+        records = load_records(args)
 
     # Model
     options: dict[str, Any] = {"mask_token": args.mask_token}
@@ -120,7 +119,11 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     if args.is_quantised:
         prepare_quantised(backbone)
     run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
-    encoded = [encode_records(part, tokenizer, max_length=args.max_length, progress=run.is_main) for part in records]
+    with run.accelerator.main_process_first():
+        encode = partial(encode_records, tokenizer=tokenizer, max_length=args.max_length, train_on=args.train_on)
+        encoded = [encode(part) for part in records]
+    for what, part in zip(("training data", "validation data"), encoded, strict=False):
+        run.record_data_digest(what, [part.digest()])
     train_rows, validation_rows, test_rows = (part.rows for part in encoded)
     padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
     collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length, args.gen_length)
@@ -138,7 +141,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         results, shown = check_training(task, args, run)
         sys.stdout.write(f"{shown}\n")
         return results
-    steps = count_steps(len(train_rows), run.global_batch, args.max_train_steps, args.num_train_epochs)
+    stream = GlobalBatchStream(train_rows, args.seed, run.global_batch)
+    steps = count_steps(len(stream.samples), run.global_batch, args.max_train_steps, args.num_train_epochs)
     model = build_adapter(backbone, args, strength=schedule_of(args))
     check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
     check_positions(model, collator.padded_length(longest, longest_prompt))
@@ -150,7 +154,6 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     # Train
     optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
-    stream = GlobalBatchStream(train_rows, args.seed, run.global_batch)
     canvas = TrainedCanvas(stream, collator, args.gen_length, args.block_length)
     if run.is_main and (warning := canvas.warning()):
         logger.warning("%s", warning)
@@ -163,8 +166,9 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     facts = {
         "adapter": title_of(args),
-        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(train_rows)} records",
-        "validation": f"{len(validation_rows)} records, {args.validation_file or 'held out of the training data'}",
+        "optimizer steps": f"{steps} of {run.global_batch} samples",
+        "training data": f"{len(stream.samples)} records of {records[0].info.description} (train_on {args.train_on})",
+        "validation data": f"{len(validation_rows)} rows of {records[1].info.description}",
         "canvas": canvas.fact(),
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,

@@ -27,13 +27,17 @@ class ShuffledStream(Dataset):
         self._epoch = -1
         self._order: list[int] = []
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def sample_at(self, position: int) -> int:
+        """The index of the sample at a position."""
         epoch, offset = divmod(position, len(self.samples))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(len(self.samples), generator=generator).tolist()
             self._epoch = epoch
-        return {**self.samples[self._order[offset]], "position": position}
+        return self._order[offset]
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {**self.samples[self.sample_at(position)], "position": position}
 
 
 def stream_loader(

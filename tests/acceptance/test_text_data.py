@@ -76,7 +76,7 @@ def records(tmp_path: Path, *pairs: tuple[str, str]):
 def test_chat_template_frames_prompt_and_answer(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(40, chat=True)
     (tmp_path / "data.jsonl").write_text(LINES)
-    rows = encode_records(records_from_file(tmp_path / "data.jsonl"), tokenizer, max_length=64, progress=False).rows
+    rows = encode_records(records_from_file(tmp_path / "data.jsonl"), tokenizer, max_length=64).rows
     prompts = [[USER, 7, 8, 9, TURN, BOT], [USER, 12, TURN, BOT]]
     answers = [[10, 11, TURN, END], [13, 14, 15, TURN, END]]  # the turn as the template closes it
     assert [row["input_ids"] for row in rows] == [p + a for p, a in zip(prompts, answers, strict=True)]
@@ -99,7 +99,7 @@ def test_without_a_chat_template_an_answer_follows_alpaca_s_prompt_and_ends_once
     words = [f"w{i}" for i in range(7, 37)]  # most words have to be known
     tokenizer = word_tokenizer(40, chat=False)
     texts = [(" ".join(words), "w10 w11"), (" ".join(words), " ".join([*words, "<end>"]))]
-    rows = encode_records(records(tmp_path, *texts), tokenizer, max_length=99, progress=False).rows
+    rows = encode_records(records(tmp_path, *texts), tokenizer, max_length=99).rows
     prompt = tokenizer(prompt_text(tokenizer, " ".join(words)), add_special_tokens=False)["input_ids"]
     answers = [[10, 11, END], [*range(7, 37), END]]
     assert [row["input_ids"] for row in rows] == [prompt + answer for answer in answers]
@@ -111,7 +111,7 @@ def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(
 ) -> None:
     pairs = [("w7", "w8 w9"), ("w7", "w8 w9 w10 w11 w12"), ("w7 w7 w7 w7 w7", "w8")]
     with caplog.at_level(logging.WARNING):
-        encoded = encode_records(records(tmp_path, *pairs), word_tokenizer(40, chat=True), max_length=8, progress=False)
+        encoded = encode_records(records(tmp_path, *pairs), word_tokenizer(40, chat=True), max_length=8)
     rows = [row["input_ids"] for row in encoded.rows]
     assert rows == [[USER, 7, TURN, BOT, 8, 9, TURN, END], [USER, 7, TURN, BOT, 8, 9, 10, 11]]
     assert (encoded.total, encoded.truncated, encoded.dropped) == (3, 1, 1)

@@ -27,7 +27,7 @@ def test_the_pipeline_refuses_it_as_training_does() -> None:
     pipe = LLaDAPipeline.from_pretrained(str(LLADA_TINY))
     records = normalized([{"instruction": f"upper: {TYPED}", "output": "A", "answer": "A"}], source="test")
     with pytest.raises(ValueError, match="holds the mask token") as training:
-        encode_records(records, pipe.tokenizer, max_length=64, progress=False)
+        encode_records(records, pipe.tokenizer, max_length=64)
     for prompt in (f"upper: {TYPED}", [{"role": "user", "content": f"upper: {TYPED}"}]):
         with pytest.raises(ValueError, match="the prompt holds the mask token") as inference:
             pipe(prompt, gen_length=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import encode_records, records_from_file
 from nara_diffusion.dllm.data.records import load_records
+from nara_diffusion.dllm.text_arguments import Arguments
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "assets" / "llada-tiny")
 
@@ -24,11 +24,9 @@ def write_records(path: Path, outputs: list[str]) -> str:
 
 def divided(folder: Path, records: int, validation_samples: int | None) -> tuple[Dataset, Dataset, Dataset]:
     """What a run on so many records trains, validates and tests on, if it names a training file alone."""
-    names = {f"{what}_field": what for what in ("instruction", "input", "output", "answer")}
-    files = dict.fromkeys(("dataset_name", "validation_file", "test_file", "test_samples"))
     train_file = write_records(folder / "own.jsonl", [f"W{number}" for number in range(records)])
-    options = {"train_file": train_file, "validation_samples": validation_samples, "seed": 0}
-    return load_records(SimpleNamespace(**names, **files, **options))
+    data = {"train_file": train_file, "validation_samples": validation_samples}
+    return load_records(Arguments(pretrained_model_name_or_path=MODEL, **data))
 
 
 @pytest.fixture
@@ -67,7 +65,7 @@ def test_an_end_token_inside_an_answer_is_warned_of(
         tokenizer.chat_template = template
         encode_records(records_from_file(write_records(tmp_path / "own.jsonl", outputs)), tokenizer, max_length=500)
         (message,) = [message for message in caplog.messages if "the end token" in message]
-        assert "2 of 4 records have the end token '<|endoftext|>' inside their output" in message
+        assert "2 of 4 outputs have the end token '<|endoftext|>' inside them" in message
         assert "'AB<|endoftext|>CD'" in message
 
 

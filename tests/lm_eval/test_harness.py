@@ -127,7 +127,7 @@ def test_template_makes_prompt_and_answer_of_training(
         monkeypatch.setattr(harness.tokenizer, "chat_template", None)
     assert harness.chat_template(True) == (harness.tokenizer.chat_template or "alpaca")
     records = normalized([{"instruction": "reverse: ab", "output": "ba", "answer": "ba"}], source="test")
-    row = encode_records(records, harness.tokenizer, max_length=512, progress=False).rows[0]
+    row = encode_records(records, harness.tokenizer, max_length=512).rows[0]
     prompt, closed = row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]
     context = harness.apply_chat_template([{"role": "user", "content": "reverse: ab"}])
     assert encode(harness.tokenizer, context, has_template=True) == prompt

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from nara_diffusion.training.stream import ShuffledStream
@@ -100,20 +102,31 @@ class AnswerCollator:
 
 
 class GlobalBatchStream(ShuffledStream):
-    """A stream of encoded rows. Each has under "longest" the number of tokens of the longest row of its global batch,
-    which may lie in other forwards and other processes."""
+    """A stream of encoded rows, a record at a position: of a conversation's rows, one that (seed, position) draws.
 
-    def __init__(self, rows: Any, seed: int, global_batch: int):
-        super().__init__(rows, seed)
-        self.global_batch = global_batch
+    Each has under "longest" the number of tokens of the longest row of its global batch, which may lie in other
+    forwards and other processes.
+    """
+
+    def __init__(self, rows: Dataset, seed: int, global_batch: int):
+        starts = np.flatnonzero(np.diff(rows.with_format("numpy")["record"][:], prepend=-1))
+        super().__init__(range(len(starts)), seed)
+        self.rows, self.global_batch = rows, global_batch
+        self._starts = [*starts.tolist(), len(rows)]
         self._first, self._longest = -1, 0
+
+    def _row(self, position: int) -> Any:
+        """The row at a position."""
+        record = self.sample_at(position)
+        of_record = range(self._starts[record], self._starts[record + 1])
+        return self.rows[of_record[0] if len(of_record) == 1 else Random(f"{self.seed} {position}").choice(of_record)]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         first = position - position % self.global_batch
         if first != self._first:
-            batch = map(super().__getitem__, range(first, first + self.global_batch))
+            batch = map(self._row, range(first, first + self.global_batch))
             self._first, self._longest = first, max(len(row["input_ids"]) for row in batch)
-        return super().__getitem__(position) | {"longest": self._longest}
+        return self._row(position) | {"position": position, "longest": self._longest}
 
 
 def with_longest(rows: Dataset, global_batch: int) -> Dataset:

@@ -1,13 +1,16 @@
 """Encoding of records as token ids: prompt, answer, end of sequence.
 
-With a chat template in the tokenizer, the prompt is the user's turn and what opens the assistant's, and the answer
-is the assistant's turn as the template closes it. Without one, the prompt is Alpaca's, which LLM-Adapters uses too.
-The answer ends with one end-of-sequence token, and the `collator` lengthens rows by more of them, which are trained
-on: that is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
+With a chat template in the tokenizer, the prompt is the turns before an answer and what opens the assistant's, and the
+answer is the assistant's turn as the template closes it. Attention is bidirectional, so that a later turn would show an
+earlier answer: a conversation is the pairs (everything before, next answer), each of which ends with its answer.
+Without a chat template, the prompt is Alpaca's, which LLM-Adapters uses too. A text that no prompt stands before begins
+with BOS, if the tokenizer has one. The answer ends with one end-of-sequence token, and the `collator` lengthens rows by
+more of them, which are trained on: that is how LLaDA learns where to stop (arXiv 2502.09992, appendix B.1).
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -15,10 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.canvas import mask_in_a_text
+
+from .records import BATCH, mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,16 +33,17 @@ _ALPACA = (
     "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-_BATCH = 1000  # records tokenised at once
+_NUMBERS = ("prompt_length", "record", "length", "ends_inside")
 
 
 @dataclass(frozen=True)
 class EncodedRecords:
     """Attributes:
-    rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`.
+    rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`; and `record`, the
+        number of the record, which the pairs of a conversation share.
     total: the number of records before encoding.
-    truncated: of them, those whose answer was cut at `max_length`; these have no end token.
-    dropped: of them, those that were left out, since their prompt fills `max_length`.
+    truncated: the rows whose answer was cut at `max_length`; these have no end token.
+    dropped: the records that were left out, since their prompt fills `max_length`.
     longest, longest_prompt: the tokens of the longest row, and of the longest prompt among the rows.
     """
 
@@ -49,66 +54,126 @@ class EncodedRecords:
     longest: int
     longest_prompt: int
 
+    def digest(self) -> str:
+        """SHA-256 of the tokens of all rows, and of where rows, answers and records begin."""
+        found = [hashlib.sha256() for _ in range(4)]
+        for table in self.rows.with_format("arrow").iter(BATCH):
+            ids: Any = table["input_ids"].combine_chunks()  # type: ignore[index]
+            columns = (ids.flatten(), ids.value_lengths(), table["prompt_length"], table["record"])  # type: ignore[index]
+            for digest, column in zip(found, columns, strict=True):
+                digest.update(column.to_numpy().tobytes())
+        return hashlib.sha256(b"".join(digest.digest() for digest in found)).hexdigest()
+
 
 def encode_records(
-    records: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, progress: bool = True
+    records: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, train_on: str = "last"
 ) -> EncodedRecords:
-    """Tokenise what `records_from_file` or `records_from_hub` returned.
+    """Tokenise what `records_from_file` or `records_from_hub` returned; `datasets` caches the rows.
 
     Args:
-        records: with `instruction`, `input`, `output`, `answer`.
+        records: with `instruction`, `input`, `output`, `answer`, and `turns` of conversations.
         max_length: tokens of prompt, answer and end together. A longer answer is cut, a prompt that fills
             `max_length` by itself drops its record; both are counted and logged.
-        progress: show a bar.
+        train_on: the answers of a conversation that become rows, "last" or "all".
 
     Raises:
-        ValueError: no record is left; a text holds the mask token; the chat template begins an answer otherwise in a
-            conversation than as a generation prompt.
+        ValueError: no record is left; a text holds the mask token; the chat template refuses a conversation, or begins
+            an answer otherwise in one than as a generation prompt; a conversation without a chat template.
     """
-    from datasets import Dataset
+    from datasets import Features, List, Value
 
-    rows: list[dict[str, Any]] = []
-    lengths: list[int] = []
-    end, mask = end_token_id(tokenizer), tokenizer.mask_token_id
-    _warn_of_ends_inside(records["output"][:], str(tokenizer.convert_ids_to_tokens(end)))
-    starts = range(0, len(records), _BATCH)
-    for start in tqdm(starts, desc="tokenise", unit="batch", disable=not progress or len(starts) < 2):
-        batch: list[Any] = [records[i] for i in range(start, min(start + _BATCH, len(records)))]
-        prompts = [prompt_text(tokenizer, record["instruction"], record["input"]) for record in batch]
-        answers = [_answer_text(tokenizer, *pair) for pair in zip(batch, prompts, strict=True)]
-        answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
-        for record, prompt, answer in zip(batch, encode_prompts(tokenizer, prompts), answer_ids, strict=True):
-            whole = [*prompt, *answer] if answer[-1:] == [end] else [*prompt, *answer, end]
-            if mask in whole:
-                raise ValueError(f"the record {record['instruction'][:100]!r} {mask_in_a_text(mask)}")  # type: ignore[arg-type]
-            lengths.append(len(whole))
-            if len(prompt) < max_length:
-                row = {field: record[field] for field in ("instruction", "answer")}
-                rows.append({"input_ids": whole, "prompt_length": len(prompt), **row})
-    cut, dropped = sum(len(row["input_ids"]) > max_length for row in rows), len(lengths) - len(rows)
-    summary = f"{len(lengths)} records: {len(rows)} kept, {cut} of them cut, {dropped} dropped"
+    features = {name: Value("int32") for name in _NUMBERS} | {"input_ids": List(Value("int32"))}
+    features |= {name: Value("string") for name in ("instruction", "answer")}
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer  # type: ignore[attr-defined]
+    key = [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, max_length, train_on]
+    encoder = _Encoder(tokenizer, max_length, train_on)
+    rows = mapped(records, encoder, key, Features(features), batch_size=BATCH, desc="tokenise")
+    prompts, numbers, lengths, inside = (rows.with_format("numpy")[name][:] for name in _NUMBERS)
+    cut, dropped = int((lengths > max_length).sum()), len(records) - len(set(numbers))
+    summary = f"records: {len(records)}; rows: {len(rows)}, {cut} of them cut, {dropped} dropped"
+    if not len(rows):
+        raise ValueError(f"nothing is left to train on: the prompts alone fill max_length, {max_length} ({summary})")
     if cut or dropped:
         most = sorted(lengths)[int(0.9 * (len(lengths) - 1))]
-        summary += f"; of 10 records 9 have {most} tokens or fewer, and max_length is {max_length}"
-    if not rows:
-        raise ValueError(f"nothing is left to train on: the prompts alone fill max_length ({summary})")
+        summary += f"; of 10 rows 9 have {most} tokens or fewer, and max_length is {max_length}"
     logger.log(logging.WARNING if cut or dropped else logging.INFO, "%s", summary)
-    for row in rows:
-        row["input_ids"] = row["input_ids"][:max_length]
-    longest, longest_prompt = max(len(row["input_ids"]) for row in rows), max(row["prompt_length"] for row in rows)
-    return EncodedRecords(Dataset.from_list(rows), len(lengths), cut, dropped, longest, longest_prompt)
-
-
-def _warn_of_ends_inside(outputs: Sequence[str], end: str) -> None:
-    """Warn of outputs that go on after the end token as text, which ends an answer wherever it stands."""
-    at_the_end = re.compile(rf"(\s*{re.escape(end)})+\s*$")
-    inside = [output for output in outputs if end in output and end in at_the_end.sub("", output)]
-    if inside:
+    if inside.any():
+        first = rows[int(inside.argmax())]
         logger.warning(
-            "%d of %d records have the end token %r inside their output: an answer ends there, and the model learns no "
-            "more than that of it; take the token out, or write it otherwise. The first of them is %r",
-            *(len(inside), len(outputs), end, inside[0][:100]),
+            "%d of %d outputs have the end token %r inside them: an answer ends there, and the model learns no "
+            "more than that of it; take the token out, or write it otherwise. The first of them answers %r with %r",
+            *(inside.sum(), len(rows), encoder.end_text, first["instruction"][:100], first["answer"][:100]),
         )
+    longest = int(lengths.clip(max=max_length).max())
+    rows = rows.remove_columns(["length", "ends_inside"])
+    return EncodedRecords(rows, len(records), cut, dropped, longest, int(prompts.max()))
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Batches of records to batches of rows."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    train_on: str
+
+    @property
+    def end_text(self) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(end_token_id(self.tokenizer)))
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        tokenizer, end = self.tokenizer, end_token_id(self.tokenizer)
+        inside = re.compile(rf"{re.escape(self.end_text)}(?!(\s|{re.escape(self.end_text)})*$)")
+        records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        pairs = [
+            pair | {"record": i} for i, record in zip(indices, records, strict=True) for pair in self.pairs(record)
+        ]
+        prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
+        answers = _ids(tokenizer, [pair["closed"] for pair in pairs], add_special_tokens=False)
+        rows: list[dict[str, Any]] = []
+        for pair, prompt, answer in zip(pairs, prompts, answers, strict=True):
+            opening = prompt or [token for token in [tokenizer.bos_token_id] if token is not None]
+            whole = [*opening, *answer] if answer[-1:] == [end] else [*opening, *answer, end]
+            if tokenizer.mask_token_id in whole:
+                raise ValueError(f"the record {pair['instruction'][:100]!r} {mask_in_a_text(tokenizer.mask_token_id)}")
+            pair |= {"length": len(whole), "ends_inside": inside.search(pair["output"]) is not None}
+            if len(opening) < self.max_length:
+                rows.append(pair | {"input_ids": whole[: self.max_length], "prompt_length": len(opening)})
+        return {name: [row[name] for row in rows] for name in ("input_ids", "instruction", "answer", *_NUMBERS)}
+
+    def pairs(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The {prompt, output, closed, instruction, answer} of a record; `closed`: the output and its turn's end."""
+        asked = {name: record[name] for name in ("instruction", "output", "answer")}
+        turns, question = record.get("turns"), (record["instruction"], record["input"])
+        if turns and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"the conversation that asks {record['instruction'][:60]!r} needs a tokenizer with a chat template: "
+                "take an instruct model, or set the tokenizer's chat_template"
+            )
+        if not self.tokenizer.chat_template or not record["instruction"]:
+            prompt = prompt_text(self.tokenizer, *question) if record["instruction"] else ""
+            return [asked | {"prompt": prompt, "closed": record["output"]}]
+        pairs = [(turns or _turn(*question), asked)]
+        for i, turn in enumerate(turns or [] if self.train_on == "all" else []):
+            questions = [one["content"] for one in turns[:i] if one["role"] == "user"]
+            if turn["role"] == "assistant" and questions:
+                text = turn["content"]
+                pairs.insert(-1, (turns[:i], {"instruction": questions[-1], "output": text, "answer": text}))
+        return [pair | self.in_template(before, pair["output"]) for before, pair in pairs]
+
+    def in_template(self, turns: Sequence[Mapping[str, str]], output: str) -> dict[str, str]:
+        """The {prompt, closed} of an output after its turns: the assistant's turn, as the template ends it."""
+        prompt = chat_text(self.tokenizer, turns)
+        answered = [*turns, {"role": "assistant", "content": output}]
+        whole = chat_text(self.tokenizer, answered, add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            asked = chat_text(self.tokenizer, turns, add_generation_prompt=False)
+            raise ValueError(
+                f"the tokenizer's chat template begins an answer with {prompt.removeprefix(asked)!r} as generation "
+                f"prompt, and a turn with an answer otherwise, {whole.removeprefix(asked)[:60]!r}: the end of the turn "
+                "can't be found; change the tokenizer's chat_template to begin both alike"
+            )
+        return {"prompt": prompt, "closed": whole.removeprefix(prompt)}
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str = "") -> str:
@@ -122,27 +187,15 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str, input: str
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of prompts. A chat template has its special tokens; else the tokenizer adds those that open a text."""
     if tokenizer.chat_template:
-        return tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        return _ids(tokenizer, prompts, add_special_tokens=False)
     closing = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    encoded = tokenizer(list(prompts))["input_ids"]
+    encoded = _ids(tokenizer, prompts, add_special_tokens=True)
     return [ids[:-1] if ids and ids[-1] in closing else ids for ids in encoded]
 
 
-def _answer_text(tokenizer: PreTrainedTokenizerBase, record: Mapping[str, str], prompt: str) -> str:
-    """The assistant's turn after its `prompt`: the output, and what the template ends the turn with."""
-    if not tokenizer.chat_template:
-        return record["output"]
-    question = _turn(record["instruction"], record["input"])
-    turns = [*question, {"role": "assistant", "content": record["output"]}]
-    whole = chat_text(tokenizer, turns, add_generation_prompt=False)
-    if not whole.startswith(prompt):
-        asked = chat_text(tokenizer, question, add_generation_prompt=False)
-        raise ValueError(
-            f"the tokenizer's chat template begins an answer with {prompt.removeprefix(asked)!r} as generation prompt, "
-            f"and a turn with an answer otherwise, {whole.removeprefix(asked)[:60]!r}: the end of the turn can't be "
-            "found; change the tokenizer's chat_template to begin both alike"
-        )
-    return whole.removeprefix(prompt)
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(list(texts), add_special_tokens=add_special_tokens, **options)["input_ids"] if texts else []
 
 
 def _turn(instruction: str, input: str) -> list[dict[str, str]]:

@@ -1,21 +1,24 @@
-"""Questions and answers in the form of the LLM-Adapters data sets, from files or by `datasets`.
+"""Questions and answers of many forms, from files or the Hub, as one: Datasets of texts that `encoding` tokenises.
 
-A JSON file is a list of objects or JSON Lines, one object a line, gzipped or not, each like
+The first record shows the form, by the usual names of its fields or by those that `FieldNames` gives:
 
-    {"instruction": "What is 2 + 3?", "output": "2 + 3 = 5. The answer is 5.", "answer": "5"}
+    {"messages": [{"role": "user", "content": …}, …]}    a conversation; also "conversations", "from" and "value"
+    {"instruction": …, "input": …, "output": …, "answer": …}    as Alpaca and LLM-Adapters have it
+    {"prompt": …, "completion": …}    also "question"; "response" or "answer"
+    {"text": …}    a text that no prompt stands before
 
-`instruction` is the question, with an optional `input` as its second part, `output` what the model learns to write, and
-`answer` what a generation is compared with. Files without any `answer` are compared by their whole `output`. These
-fields hold texts, numbers, true or false; other fields are not read.
-
-JSON files are read here and not by `datasets`, which makes 1.5 of "1.50" and doesn't name the line that is broken.
+`answer` is what a generation is compared with, and is the whole output where there is none. Fields hold texts, numbers,
+true or false. `datasets` loads and caches all of it. JSON it loads as lines of text, which are parsed here: its own
+JSON reader makes a date of the text "2024-01-02" and 1.5 of 1.50, and names neither file nor line of what is broken.
 """
 
 from __future__ import annotations
 
-import gzip
+import glob
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,56 +27,116 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _MOST_HELD_OUT = 128  # records for validation, of which a tenth is taken where no number is given
+BATCH = 1000  # records of one call
+_JSON = json.JSONDecoder(parse_float=str)  # fractions stay as the file writes them
+_USUAL = {
+    "messages": ("messages", "conversations"),
+    "instruction": ("instruction", "prompt", "question"),
+    "input": ("input", "context"),
+    "output": ("output", "completion", "response", "answer"),
+    "text": ("text",),
+    "answer": ("answer",),
+}
+_FORMS = {("messages",): ("answer",), ("instruction", "output"): ("input", "answer"), ("text",): ()}  # needed: may be
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_TEXTS = ("instruction", "input", "output", "answer")
 
 
 @dataclass(frozen=True)
 class FieldNames:
-    """The names of the four fields in a file."""
+    """The names of fields in a file; None takes the first usual name that the first record has."""
 
-    instruction: str = "instruction"
-    input: str = "input"
-    output: str = "output"
-    answer: str = "answer"
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    answer: str | None = None
+    messages: str | None = None
+    text: str | None = None
+
+    def found_in(self, record: Any, where: str) -> dict[str, str]:
+        """{what: the name of its field}, of the form that `record` has.
+
+        Raises:
+            ValueError: it has none.
+        """
+        present = list(record) if isinstance(record, Mapping) else []
+        given = {what: name for what, name in vars(self).items() if name is not None}
+        usual = {what: next((name for name in names if name in present), None) for what, names in _USUAL.items()}
+        for needed, more in _FORMS.items():
+            names = {what: given.get(what, usual[what]) for what in (*needed, *more)}
+            if given.keys() <= names.keys() and all(names[what] in present for what in needed):
+                return {what: name for what, name in names.items() if name is not None}
+        raise ValueError(
+            f"{where} has the fields {', '.join(map(str, present)) or f'none, it is {repr(record)[:60]}'}; expected "
+            f"{given or 'messages, or prompt and completion, or instruction and output, or text'}: name them by "
+            "--data_options messages_field=NAME, or instruction_field=NAME output_field=NAME, or text_field=NAME"
+        )
 
 
-def records_from_file(path: str | Path, fields: FieldNames = FieldNames()) -> Dataset:
-    """The records of a JSON or JSON Lines file: a Dataset of strings `instruction`, `input`, `output`, `answer`.
+def records_from_file(path: str | Path, fields: FieldNames = FieldNames(), *, limit: int | None = None) -> Dataset:
+    """The records of a JSON list, of JSON Lines (both may be gzipped), of a parquet file, or of a folder of such.
+
+    A Dataset of texts `instruction`, `input`, `output`, `answer`; those of conversations have `turns` too, what stands
+    before the output as {role, content}, empty where that is the instruction alone. Its `info.description` names the
+    source and the form.
+
+    Args:
+        limit: take the first so many records.
 
     Raises:
-        ValueError: no such file, an empty or broken one (with the line), a record that lacks instruction, output or
-            answer, or has something there that is no text (with its number).
+        ValueError: no such file, an empty or broken one (with the line); a record that has another form than the first,
+            or holds something there that is no text (with its number, or its line).
     """
-    return normalized(_json_objects(Path(path)), fields, source=str(path))
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return records_from_hub(str(path), fields=fields, limit=limit)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    table = path.suffix == ".parquet"
+    rows = _load(str(path), "parquet" if table else "text", data_files=glob.escape(str(path.absolute())), split="train")
+    return _records(rows, fields, str(path), limit, "table" if table else _kind_of(rows))
 
 
-def records_from_hub(path: str, *, split: str = "train", fields: FieldNames = FieldNames(), **kwargs: Any) -> Dataset:
-    """Read the records of a data set on the Hub, or of a folder; keyword arguments go to `datasets.load_dataset`.
+def records_from_hub(
+    path: str, *, split: str = "train", fields: FieldNames = FieldNames(), limit: int | None = None, **kwargs: Any
+) -> Dataset:
+    """The records of a data set on the Hub, or of a folder; keyword arguments go to `datasets.load_dataset`.
 
     Raises:
         ValueError: it can't be loaded; a record as `records_from_file` refuses it.
     """
+    source = f"{path if Path(path).is_dir() else f'the Hub, {path}'} ({split})"
+    return _records(_load(source, path, split=split, **kwargs), fields, source, limit, "table")
+
+
+def _load(source: str, path: str, **kwargs: Any) -> Any:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(path, split=split, **kwargs)
+        return load_dataset(path, **kwargs)
     except Exception as error:  # whatever `datasets` raises: it has a dozen classes for "not found" alone
-        raise ValueError(f"the data set {path} ({split}) can't be loaded: {error}") from error
-    return normalized(rows, fields, source=f"{path} ({split})")
+        raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
 
 
 def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
-    """The (training, validation, test) records that a run's arguments name, in files or on the Hub.
+    """The (training, validation, test) records that a run's arguments name.
+
+    What has a suffix, or begins as a path, is a file; any other name is one on the Hub, and may end in :SPLIT.
 
     Raises:
         ValueError: see `records_from_file`; or fewer training records would be left than are held out for validation.
     """
-    fields = FieldNames(args.instruction_field, args.input_field, args.output_field, args.answer_field)
-    if args.dataset_name is not None:
-        records = records_from_hub(args.dataset_name, name=args.dataset_config_name, fields=fields)
-    else:
-        records = records_from_file(args.train_file, fields)
+    fields = FieldNames(**{what: getattr(args, f"{what}_field") for what in _USUAL})
+
+    def load(name: str, limit: int | None = None) -> Dataset:
+        if name.startswith((".", "/", "~")) or re.match(r"\.[A-Za-z]", Path(name).suffix):
+            return records_from_file(name, fields, limit=limit)
+        hub, _, split = name.partition(":")
+        return records_from_hub(hub, split=split or "train", fields=fields, limit=limit, name=args.dataset_config_name)
+
+    records = load(args.dataset_name or args.train_file, args.max_train_samples)
     if args.validation_file is not None:
-        validation = records_from_file(args.validation_file, fields)
+        validation = load(args.validation_file)
     else:
         held_out = args.validation_samples or max(1, min(_MOST_HELD_OUT, len(records) // 10))
         if len(records) - held_out < held_out:
@@ -83,62 +146,155 @@ def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
             )
         parts = records.train_test_split(test_size=held_out, seed=args.seed)
         records, validation = parts["train"], parts["test"]
-    test = validation if args.test_file is None else records_from_file(args.test_file, fields)
+    test = validation if args.test_file is None else load(args.test_file)
     return records, validation, test.select(range(min(len(test), args.test_samples or len(test))))
 
 
 def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldNames(), *, source: str) -> Dataset:
-    """Check `records`, and rename their fields to those of this module. Messages call them `source`.
-
-    Raises:
-        ValueError: there are none, or see `records_from_file`.
-    """
+    """`records` as those of a file, which messages call `source`. Raises ValueError as `records_from_file`."""
     from datasets import Dataset
 
-    rows = [
-        {what: _text(record, what, name, f"record {n} of {source}") for what, name in vars(fields).items()}
-        for n, record in enumerate(records, 1)
-    ]
-    if not rows:
+    return _records(Dataset.from_dict({"text": [json.dumps(one) for one in records]}), fields, source, None, "lines")
+
+
+def _kind_of(rows: Dataset) -> str:
+    """Whether lines of text are one JSON list, or an object each."""
+    return "list" if "".join(rows[:BATCH]["text"]).lstrip("\ufeff \t").startswith("[") else "lines"
+
+
+def _records(rows: Dataset, fields: FieldNames, source: str, limit: int | None, kind: str) -> Dataset:
+    """What `datasets` has loaded as records; for `kind`, see `_Reader`."""
+    from datasets import Features, List, Value
+
+    head = rows if kind == "list" else rows.select(range(min(BATCH, len(rows))))
+    first = next(_Reader(source, kind, {}).numbered(head[:], range(len(head))), None)  # type: ignore[arg-type]
+    if first is None:
         raise ValueError(f"{source} holds no records")
-    answered = any(row["answer"].strip() for row in rows)
-    for n, row in enumerate(rows, 1):
-        row["answer"] = row["answer"].strip() if answered else row["output"]
-        for what in ("instruction", "output", "answer"):
-            if not row[what].strip():
-                name = getattr(fields, what)
-                raise ValueError(f"record {n} of {source}: its {what}, field {name!r}, is missing or empty")
-    return Dataset.from_list(rows)
+    reader = _Reader(source, kind, fields.found_in(first[1], first[0]), limit)
+    if kind != "list" and limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    features: dict[str, Any] = dict.fromkeys(_TEXTS, Value("string"))
+    if "messages" in reader.names:
+        features["turns"] = List({"role": Value("string"), "content": Value("string")})
+    size = len(rows) if kind == "list" else BATCH
+    records = mapped(rows, reader, vars(reader), Features(features), batch_size=size, desc="read")
+    records.info.description = f"{source}, fields {reader.form}"
+    return records
 
 
-def _text(record: Any, what: str, name: str, where: str) -> str:
-    """The text of a field, unchanged: white space at the start of an output can be Python's. "" if there is none."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: expected an object, found {repr(record)[:60]}")
-    value = record.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: its {what}, field {name!r}, is {repr(value)[:60]}: expected a text or a number")
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def mapped(
+    rows: Dataset, function: Callable[..., Any], key: Any, features: Any, *, batch_size: int, desc: str
+) -> Dataset:
+    """`rows.map` of batches and their indices, in as many processes as pay.
+
+    Its result is cached on disk under what the rows are, `key`, and the code of this folder: `datasets` itself wouldn't
+    see a change in the code of an installed package, and sees one in a tokenizer that was only used.
+    """
+    from datasets.fingerprint import Hasher
+
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    workers = min(os.cpu_count() or 1, len(rows) // max(batch_size, 10 * BATCH))
+    return rows.map(
+        function,
+        with_indices=True,
+        batched=True,
+        batch_size=batch_size,
+        features=features,
+        remove_columns=rows.column_names,
+        new_fingerprint=Hasher.hash([rows._fingerprint, key, code]),
+        num_proc=workers if workers > 1 else None,
+        desc=desc,
+    )
 
 
-def _json_objects(path: Path) -> list[Any]:
-    """The objects of a JSON list or of JSON Lines; fractions stay texts, as the file writes them."""
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    # only a line feed ends a line: JSON's texts may hold the other line separators
-    parts = [(1, text)] if text.lstrip().startswith("[") else list(enumerate(text.split("\n"), 1))
-    found = []
-    for line, part in parts:
+@dataclass(frozen=True)
+class _Reader:
+    """Batches of what `datasets` has loaded to batches of records.
+
+    Attributes:
+        kind: "table" of the fields; "lines" of text with an object of JSON each; "list", which its lines are together.
+        names: {what: the name of its field}, see `FieldNames.found_in`.
+        limit: the number of records to take of a list.
+    """
+
+    source: str
+    kind: str
+    names: Mapping[str, str]
+    limit: int | None = None
+
+    @property
+    def form(self) -> str:
+        return ", ".join(name if name == what else f"{name} (as {what})" for what, name in self.names.items())
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        rows = [self.row(record, where) for where, record in self.numbered(batch, indices)]
+        return {what: [row[what] for row in rows] for what in (*_TEXTS, *["turns"] * ("messages" in self.names))}
+
+    def numbered(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        """(what messages call it, record); the number of a record is that of its line."""
+        if self.kind == "list":
+            found = enumerate(self.parsed("\n".join(batch["text"]), 1)[: self.limit])
+        elif self.kind == "lines":
+            lines = zip(indices, batch["text"], strict=True)
+            found = ((i, self.parsed(line, i + 1)) for i, line in lines if line.strip("\ufeff \t"))
+        else:
+            columns = zip(*batch.values(), strict=True)
+            found = ((i, dict(zip(batch, row, strict=True))) for i, row in zip(indices, columns, strict=True))
+        yield from ((f"record {i + 1} of {self.source}", record) for i, record in found)
+
+    def parsed(self, text: str, line: int) -> Any:
+        """The JSON of a text that begins in this line."""
         try:
-            found += [json.loads(part, parse_float=str)] if part.strip() else []
+            return _JSON.decode(text.lstrip("\ufeff"))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path} breaks at line {line + error.lineno - 1}, column {error.colno}: {error.msg}. Each line has to "
-                "hold one whole object; a list over several lines has to start with ["
+                f"{self.source} breaks at line {line + error.lineno - 1}, column {error.colno}: {error.msg}. Each line "
+                "has to hold one whole object; a list over several lines has to start with ["
             ) from None
-    return found[0] if len(parts) == 1 and found and isinstance(found[0], list) else found
+
+    def row(self, record: Any, where: str) -> dict[str, Any]:
+        """A record as one of `records_from_file`."""
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{where}: expected an object, found {repr(record)[:60]}")
+        if "messages" in self.names:
+            row = _conversation(record.get(self.names["messages"]), f"{where}, field {self.names['messages']!r}")
+        elif "text" in self.names:
+            row = {"instruction": "", "input": "", "output": self.text(record, "text", where)}
+        else:
+            row = {what: self.text(record, what, where) for what in ("instruction", "input", "output")}
+        return row | {"answer": self.text(record, "answer", where).strip() if "answer" in self.names else row["output"]}
+
+    def text(self, record: Mapping[str, Any], what: str, where: str) -> str:
+        """The text of a field, unchanged: white space at the start of an output can be Python's."""
+        name = self.names.get(what)
+        value = None if name is None else record.get(name)
+        if value is not None and not isinstance(value, str | int | float):
+            raise ValueError(f"{where}: its {what}, field {name!r}, is {repr(value)[:60]}: expected a text or a number")
+        text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        if not text.strip() and what != "input":
+            raise ValueError(
+                f"{where}: its {what}, field {name!r}, is missing or empty; it has {', '.join(record)}: "
+                f"--data_options {what}_field=NAME gives another name"
+            )
+        return text
+
+
+def _conversation(messages: Any, where: str) -> dict[str, Any]:
+    """The record of a list of messages; those after the assistant's last are left out."""
+    turns = []
+    for message in messages if isinstance(messages, Sequence) and not isinstance(messages, str) else [messages]:
+        known = message if isinstance(message, Mapping) else {}
+        role, content = known.get("role", known.get("from")), known.get("content", known.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"{where}: expected a list of {{role, content}} or {{from, value}}, found {message!r:.60}")
+        turns.append({"role": _ROLES.get(role, role), "content": content})
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+    if not questions or not turns[-1]["content"].strip():
+        raise ValueError(
+            f"{where}: expected a message of a user and an answer of the assistant, found {messages!r:.100}"
+        )
+    *before, answer = turns
+    before = [] if len(before) == 1 and questions == [before[0]["content"]] else before
+    return {"turns": before, "instruction": questions[-1], "input": "", "output": answer["content"]}

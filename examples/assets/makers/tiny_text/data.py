@@ -90,7 +90,7 @@ def exact_match_by_family(
     scores = {}
     for name, items in tqdm(held_out.items(), desc="exact match", unit="family"):
         records = [{"instruction": question, "output": answer} for question, answer in items]
-        rows = encode_records(normalized(records, source=name), tokenizer, max_length=MAX_TOKENS, progress=False).rows
+        rows = encode_records(normalized(records, source=name), tokenizer, max_length=MAX_TOKENS).rows
         scores[name] = exact_match(
             model, tokenizer, rows, gen_length=GEN_LENGTH, batch_size=BATCH, progress=False
         ).score
