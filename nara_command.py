@@ -6,7 +6,6 @@
     nara convert FILE OUTPUT     from a pipeline's file to PEFT's folder, or back
     nara check MODEL DATA        whether an adapter that knows λ is likely to beat LoRA, before training
     nara eval …                  lm-eval for masked-diffusion language models
-    nara metrics …               subject fidelity and prompt fidelity of images
 
 FILE is a file or a folder of pipe.save_nara_weights (pytorch_nara_weights.safetensors), or a folder of PEFT's
 save_pretrained (adapter_config.json). `nara COMMAND --help` says more about each command.
@@ -30,7 +29,6 @@ OWN = ("inspect", "plot", "fold", "convert")
 COMMANDS = {name: f"nara_diffusion.cli.{name}" for name in OWN} | {
     "check": "nara_diffusion.check.cli",
     "eval": "nara_diffusion.lm_eval.__main__",
-    "metrics": "nara_diffusion.dreambooth.evaluation.fidelity",
 }
 """{command: its module, whose docstring is its help}. The module is imported when the command runs."""
 HELP = ("-h", "--help")
@@ -69,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: OUTPUT {output}: {error}" if output and nameless else f"error: {error}")
 
 
-check, evaluate, metrics = (partial(lambda name: main([name, *sys.argv[1:]]), name) for name in list(COMMANDS)[-3:])
-"""The commands nara-check, nara-eval, nara-metrics."""
+check, evaluate = (partial(lambda name: main([name, *sys.argv[1:]]), name) for name in ("check", "eval"))
+"""The commands nara-check and nara-eval."""
 
 
 def help_of(command: str) -> str:

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import load_image
-from nara_diffusion.dreambooth.evaluation.samples import write_grid
 from nara_diffusion.dreambooth.objectives import build_objective, squared_errors
+from nara_diffusion.dreambooth.samples import write_grid
 
 INSTANCE_PROMPT = "a photo of sks toy"
 PROMPTS = [INSTANCE_PROMPT, "a photo of sks toy in the snow", "a photo of sks toy on the beach"]

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.conversion import converted_scheduler
-from nara_diffusion.dreambooth.evaluation.samples import write_grid
 from nara_diffusion.dreambooth.objectives import Objective, build_objective, squared_errors
+from nara_diffusion.dreambooth.samples import write_grid
 from nara_diffusion.loaders.schedulers import scheduler_fields
 
 sys.path.insert(0, str(ASSETS / "makers"))

@@ -28,9 +28,9 @@ from peft import LoraConfig
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, PromptCache, collate_samples, records_from_folder
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.families.pipelines import load_pipeline
 from nara_diffusion.dreambooth.image_arguments import UNET_TARGETS
 from nara_diffusion.dreambooth.objectives import build_objective
+from nara_diffusion.dreambooth.pipelines import load_pipeline
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.training.stream import stream_loader
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from nara_diffusion.dllm.data.collator import AnswerCollator, GlobalBatchStream
 from nara_diffusion.dllm.loss import MaskedDiffusionLoss, masked_diffusion_loss
 from nara_diffusion.dreambooth.cache import PromptCache
-from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
 from nara_diffusion.dreambooth.image_arguments import run_family
 from nara_diffusion.dreambooth.training_step import DreamBoothLoss, TrainingStep

@@ -3,14 +3,13 @@
     NaRA's family           pytorch_nara_weights.safetensors     pipe.load_nara_weights(folder)
     lora, dora, rslora      pytorch_lora_weights.safetensors     pipe.load_lora_weights(folder)
     other adapters of PEFT  COMPONENT/adapter_config.json, …     PeftModel.from_pretrained(pipe.unet, "folder/unet")
-    all weights             COMPONENT/config.json, …             type(pipe.unet).from_pretrained("folder/unet")
     of a converted model,   scheduler/scheduler_config.json      type(…).from_pretrained(folder, subfolder="scheduler")
       all but NaRA's family, whose file carries it
 
 A COMPONENT is what was trained, by its name in the pipeline: unet, transformer, text_encoder, …. Of an average
-of the weights, it is what these files hold. A checkpoint of an adapter has the same, and every checkpoint has, for
-training to go on, trainable.safetensors, what is trained and the adapters' buffers by their names in the model, and
-ema.safetensors, the average likewise.
+of the weights, it is what these files hold. A checkpoint has the same, and, for training to go on,
+trainable.safetensors, what is trained and the adapters' buffers by their names in the model, and ema.safetensors, the
+average likewise.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from torch import Tensor
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.export.plain_lora import SCHEDULER
-from nara_diffusion.loaders.file import load_peft_adapter, load_whole_model
+from nara_diffusion.loaders.file import load_peft_adapter
 from nara_diffusion.loaders.schedulers import build_scheduler
 from nara_diffusion.loaders.strict import check_loaded, check_tensors
 
 from .denoiser import ADAPTER, AdaptedDenoiser
-from .families.table import family_of
+from .families import family_of
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TRAINABLE = "trainable.safetensors"
@@ -72,8 +71,7 @@ def _write_lora(model: AdaptedDenoiser, folder: Path) -> None:
 
 def write_checkpoint(model: AdaptedDenoiser, folder: Path, state: dict[str, Any]) -> None:
     """An `AdapterWriter`: what `read_checkpoint` reads."""
-    if model.config is not None:
-        write_adapter(model, folder, state)
+    write_adapter(model, folder, state)
     _save(_training_state(model), folder / TRAINABLE)
     if model.average is not None:
         average = dict(zip(model.trained, model.average.shadow_params, strict=True))
@@ -127,8 +125,7 @@ def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
         return
     family = family_of(pipe)
     with ExitStack() as stack:
-        for name in ("scheduler", family.denoiser, *family.text_encoders):
-            stack.callback(setattr, pipe, name, getattr(pipe, name))
+        stack.callback(setattr, pipe, "scheduler", pipe.scheduler)
         if (folder / SCHEDULER).is_dir():
             fields = (folder / SCHEDULER / "scheduler_config.json").read_text(encoding="utf-8")
             pipe.scheduler = build_scheduler(json.loads(fields))
@@ -139,12 +136,8 @@ def adapter_loaded(pipe: Any, folder: Path | None) -> Iterator[None]:
             pipe.load_nara_weights(folder)
             stack.callback(pipe.unload_nara_weights)
         for name in (family.denoiser, *family.text_encoders):
-            component = getattr(pipe, name)
-            if (folder / name / "adapter_config.json").is_file():
-                stack.callback(load_peft_adapter(component, folder / name).unload)
-            elif (folder / name).is_dir():
-                whole = load_whole_model(type(component), folder / name, dtype=component.dtype)
-                setattr(pipe, name, whole.to(component.device))
+            if (folder / name).is_dir():
+                stack.callback(load_peft_adapter(getattr(pipe, name), folder / name).unload)
         yield
 
 

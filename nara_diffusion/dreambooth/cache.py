@@ -1,4 +1,4 @@
-"""Latents and prompt embeddings, computed once, in memory and, if wanted, in a folder that later runs share.
+"""Latents and prompt embeddings, computed once.
 
     q(z | x) = N(μ(x), σ(x)²),    z = μ + σ ε,  ε ~ N(0, I) of (seed, position),    latents = `scale_latents` of z
 
@@ -9,25 +9,19 @@ to get the same.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data.dataset import TrainingSample
-from .families.family import Embeddings, Family, stack_padded
-from .families.table import family_of
-from .seeding import seeded_normal
+from .dataset import TrainingSample
+from .draws import seeded_normal
+from .families import family_of
+from .family import Embeddings, Family, stack_padded
 
 logger = logging.getLogger(__name__)
 
@@ -38,44 +32,27 @@ class TensorCache:
     """`cache.get(key, make)` returns the entry of `key`, on the CPU, and calls `make()` only if it isn't known.
 
     Args:
-        memory_mib: bound on what is kept in memory, in MiB; what comes after that is made, or read, at each use.
-        folder: keep all entries there too, one file each, written by rename, so that several processes may share it.
-        label: what makes entries of different models different.
+        memory_mib: bound on what is kept, in MiB; what comes after that is made at each use.
 
     Attributes:
-        full: whether an entry had no room in memory.
+        full: whether an entry had no room.
     """
 
-    def __init__(self, memory_mib: float, folder: str | Path | None, label: str) -> None:
+    def __init__(self, memory_mib: float) -> None:
         self.free, self.full = memory_mib * 2**20, False
-        self.folder = None if folder is None else Path(folder)
-        self.label = label
         self._entries: dict[str, Entry] = {}
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
+    @torch.no_grad()
     def get(self, key: str, make: Callable[[], Entry]) -> Entry:
-        """The entry of `key`: from memory, else from disk, else made."""
+        """The entry of `key`: from memory, else made."""
         if key in self._entries:
             return self._entries[key]
-        path = None
-        if self.folder is not None:
-            name = hashlib.blake2b(f"{self.label}\n{key}".encode(), digest_size=16).hexdigest()
-            path = self.folder / f"{name}.safetensors"
-        if path is not None and path.is_file():
-            entry = load_file(path)
-        else:
-            with torch.no_grad():
-                entry = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-            if path is not None:
-                unfinished = path.with_name(f".partial-{uuid.uuid4().hex}")  # of this process alone
-                save_file(entry, unfinished)
-                os.replace(unfinished, path)
+        entry = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
         size = sum(tensor.nbytes for tensor in entry.values())
-        if size <= self.free:
-            self._entries[key], self.free = entry, self.free - size
-        else:
+        if size > self.free:
             self.full = True
+        else:
+            self._entries[key], self.free = entry, self.free - size
         return entry
 
 
@@ -85,12 +62,10 @@ class LatentCache:
     Args:
         vae: frozen, in its own dtype and on its own device; it may be moved to the CPU when `fill` is done.
         memory_mib: bound on memory; 0 encodes each time. An SDXL latent at 1024² takes 512 KiB in float32.
-        folder: a disk cache that later runs share; entries of another autoencoder stay apart.
     """
 
-    def __init__(self, vae: Any, *, memory_mib: float = 1024.0, folder: str | Path | None = None) -> None:
-        self.vae = vae
-        self.cache = TensorCache(memory_mib, folder, fingerprint(vae) if folder is not None else "")
+    def __init__(self, vae: Any, *, memory_mib: float = 1024.0) -> None:
+        self.vae, self.cache = vae, TensorCache(memory_mib)
 
     def sample(self, samples: Sequence[TrainingSample], *, seed: int) -> Tensor:
         """Latents (b, c, h / f, w / f) of samples of one size, float32 on the CPU.
@@ -109,8 +84,8 @@ class LatentCache:
     def fill(self, samples: Iterable[TrainingSample], *, progress: bool = True) -> None:
         """Encodes all `samples` that aren't known; see `DreamBoothDataset.distinct_samples`."""
         for sample in tqdm(list(samples), desc="encode images", unit="crop", disable=not progress):
-            if self.cache.full and self.cache.folder is None:
-                logger.warning("the latents don't fit into memory: the rest is encoded at each use, or give a folder")
+            if self.cache.full:
+                logger.warning("the latents don't fit into memory: the rest is encoded at each use")
                 break
             self._posterior([sample])
 
@@ -133,22 +108,10 @@ class PromptCache:
         pipe: with its tokenizers and text encoders.
         family: how they are read, with the conditions of the run; None takes the pipeline's family.
         memory_mib: bound on memory; a prompt of SDXL takes 620 KiB in float32.
-        folder: a disk cache that later runs share.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        family: Family | None = None,
-        *,
-        memory_mib: float = 1024.0,
-        folder: str | Path | None = None,
-    ) -> None:
-        self.pipe, self.family = pipe, family or family_of(pipe)
-        parts = [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder")]
-        encoders = [part for part in parts if part is not None]
-        label = "" if folder is None else f"{fingerprint(*encoders)} {self.family.max_sequence_length}"
-        self.cache = TensorCache(memory_mib, folder, label)
+    def __init__(self, pipe: Any, family: Family | None = None, *, memory_mib: float = 1024.0) -> None:
+        self.pipe, self.family, self.cache = pipe, family or family_of(pipe), TensorCache(memory_mib)
 
     def get(self, prompts: Sequence[str]) -> Embeddings:
         """What the family makes of b prompts, each part (b, …), on the CPU, in the encoders' dtype."""
@@ -158,19 +121,6 @@ class PromptCache:
     def _encode(self, prompt: str) -> Entry:
         embeddings = self.family.encode(self.pipe, [prompt])
         return {str(number): part[0] for number, part in enumerate(embeddings)}
-
-
-def fingerprint(*modules: nn.Module) -> str:
-    """A digest of what modules compute: their configuration, weights and dtypes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        config: Any = module.config
-        described = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def posterior_of(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:

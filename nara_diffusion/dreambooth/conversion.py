@@ -36,7 +36,7 @@ from torch import Tensor
 from nara_diffusion.noise.denoisers import passes_log_sigma
 from nara_diffusion.noise.prediction import FLOW, ZERO_SNR, prediction_by
 
-from .objectives import Objective, build_objective
+from .objectives import Objective, build_objective, rows
 
 CONVERSIONS = ("epsilon", "v_prediction", FLOW)
 
@@ -121,9 +121,8 @@ class IdentityReading:
             model_input: x_i (b, c, h, w), as `objective.corrupt` makes it.
             indices: (b,), as `objective.corrupt` takes them.
         """
-        return self._column(self._scale, indices, model_input) * model_input, self.timesteps[indices.cpu()].to(
-            model_input.device
-        )
+        timestep = self.timesteps[indices.cpu()].to(model_input.device)
+        return rows(self._scale, indices, model_input) * model_input, timestep
 
     def prediction(self, model_input: Tensor, base_prediction: Tensor, indices: Tensor) -> Tensor:
         """α x̂ + β ε̂ (b, c, h, w) float32, differentiable in the base's prediction.
@@ -133,10 +132,8 @@ class IdentityReading:
             base_prediction: (b, c, h, w), what the base says of `base_inputs`, in any dtype.
         """
         z, said = self.base_inputs(model_input, indices)[0].float(), base_prediction.float()
-        cos, sin, alpha, beta = (
-            self._column(values, indices, model_input)
-            for values in (self.angles.cos(), self.angles.sin(), self.objective.alpha, self.objective.beta)
-        )
+        values = (self.angles.cos(), self.angles.sin(), self.objective.alpha, self.objective.beta)
+        cos, sin, alpha, beta = (rows(each, indices, model_input) for each in values)
         if self.kind == "epsilon":
             clean, noise = (z - sin * said) / cos, said
         elif self.kind == "v_prediction":
@@ -144,7 +141,3 @@ class IdentityReading:
         else:
             clean, noise = said, (z - cos * said) / sin
         return alpha * clean + beta * noise
-
-    def _column(self, values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
-        """(N,) float64 → (b, 1, 1, 1) float32 on the device of `like`."""
-        return values[indices.cpu()].float()[:, None, None, None].to(like.device)

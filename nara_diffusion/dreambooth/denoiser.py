@@ -7,7 +7,6 @@ adapters have C = I.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 from nara_diffusion import NaraConfig
 from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.level import find_holders
-from nara_diffusion.training.adapters import check_target_modules, recompute_activations
+from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules, recompute_activations
 
-from .families.family import Embeddings, Family
-from .families.table import family_of
+from .families import family_of
+from .family import Embeddings, Family
 
 ADAPTER = "default"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -33,12 +32,11 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 class AdaptedDenoiser(nn.Module):
     """The denoiser of `pipe` as it is fine-tuned, and its text encoders if `train_text_encoder`.
 
-    What is trained is float32 where adapters are added, all else stays as it is. The modules are those of `pipe`.
+    What is trained is float32, all else stays as it is. The modules are those of `pipe`.
 
     Args:
         pipe: a pipeline of a known family with frozen weights.
-        config: of the denoiser's adapter, PEFT's or NaRA's; that of the text encoders has the same options but those of
-            a core, and is static. None trains all weights.
+        config: of the denoiser's adapter, PEFT's or NaRA's; see `text_config` for that of the text encoders.
         train_text_encoder: also train the text encoders, in families where they can be.
         gradient_checkpointing: recompute activations in the backward.
         scheduler: of the model that it is converted to; None where it isn't.
@@ -55,7 +53,7 @@ class AdaptedDenoiser(nn.Module):
     def __init__(
         self,
         pipe: Any,
-        config: PeftConfig | None,
+        config: PeftConfig,
         *,
         train_text_encoder: bool = False,
         gradient_checkpointing: bool = False,
@@ -66,27 +64,22 @@ class AdaptedDenoiser(nn.Module):
         self.family = family_of(pipe) if family is None else family
         if isinstance(config, NaraConfig):
             check_storable(config, self.family.denoiser)
-        base = getattr(pipe, self.family.denoiser)
         self.pipe = pipe  # not a module: it saves the adapter, and holds the tokenizers
-        self.config = config
-        self.scheduler = scheduler
+        self.config, self.scheduler = config, scheduler
         self.average: EMAModel | None = None
+        base = getattr(pipe, self.family.denoiser)
         if gradient_checkpointing:
             base.enable_gradient_checkpointing()
         setattr(self, self.family.denoiser, adapt(base, config))
         for holder in find_holders(self.denoiser):
             holder.length = (scheduler or pipe.scheduler).config.get("num_train_timesteps")
-        if train_text_encoder:
-            self._adapt_text_encoders(text_config(config), gradient_checkpointing)
-
-    def _adapt_text_encoders(self, config: PeftConfig | None, gradient_checkpointing: bool) -> None:
-        for name in self.family.text_encoders:
-            encoder = getattr(self.pipe, name)
+        for name in self.family.text_encoders if train_text_encoder else ():
+            encoder = getattr(pipe, name)
             if gradient_checkpointing:
                 recompute_activations(encoder)
-            setattr(self, name, adapt(encoder, deepcopy(config)))  # PEFT writes into it
-        for name in self.family.cut_short:
-            _freeze_last_layer(getattr(self.pipe, name))
+            setattr(self, name, adapt(encoder, deepcopy(text_config(config))))  # PEFT writes into it
+            if name in self.family.cut_short:
+                _freeze_last_layer(encoder)
 
     @property
     def denoiser(self) -> Any:
@@ -152,13 +145,11 @@ class AdaptedDenoiser(nn.Module):
         return self.family.predict(self.denoiser, sample, timestep, time_ids, embeddings)
 
 
-def adapt(model: Any, config: PeftConfig | None) -> Any:
-    """`model` with the adapter, or with all weights trainable; itself changed; wrapped where PEFT keeps state.
+def adapt(model: Any, config: PeftConfig) -> Any:
+    """`model` with the adapter; itself changed; wrapped where PEFT keeps state.
 
     Adapters are float32: what PEFT injects has the dtype of its base layer, in which small steps are lost.
     """
-    if config is None:
-        return model.requires_grad_(True)
     check_target_modules(model, getattr(config, "target_modules", None))
     if isinstance(config, LoraConfig):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
@@ -170,27 +161,14 @@ def adapt(model: Any, config: PeftConfig | None) -> Any:
     return model
 
 
-def text_config(config: PeftConfig | None) -> PeftConfig | None:
-    """The configuration for text encoders that belongs to the denoiser's: its own with other targets, and, since text
-    encoders run before there is a λ, with C = I.
-
-    Of Multi-LoRA they have one block, of the same scale.
-    """
-    if not isinstance(config, NaraConfig):
-        return None if config is None else replace(config, target_modules=TEXT_TARGETS)
-    plain = {field.name for field in fields(LoraConfig)}
-    own = {field.name: field.default for field in fields(NaraConfig) if field.name not in plain}
-    blocks = config.core_bins if config.core_type == "bins" else 1
-    alphas = math.sqrt(blocks) if config.use_rslora else blocks
-    return replace(
-        config,
-        **own | {"core_type": "identity"},
-        target_modules=TEXT_TARGETS,
-        r=config.r // blocks,
-        lora_alpha=config.lora_alpha / alphas,
-        rank_pattern={name: rank // blocks for name, rank in (config.rank_pattern or {}).items()},
-        alpha_pattern={name: alpha / alphas for name, alpha in (config.alpha_pattern or {}).items()},
-    )
+def text_config(config: PeftConfig) -> PeftConfig:
+    """The configuration for text encoders: the denoiser's own with other targets, and, since they run before there is
+    a λ, with C = I."""
+    own: dict[str, Any] = {}
+    if isinstance(config, NaraConfig):
+        own = {field.name: field.default for field in fields(NaraConfig) if field.name in CORE_FIELDS}
+        own["core_type"] = "identity"
+    return replace(config, **own, target_modules=TEXT_TARGETS)
 
 
 def _freeze_last_layer(encoder: nn.Module) -> None:

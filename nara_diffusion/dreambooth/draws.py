@@ -1,4 +1,8 @@
-"""Which noise level and which noise a training sample meets: a function of (seed, role, position in the stream) alone.
+"""Random numbers as a function of (seed, stream, index) alone, and by them the noise level and noise of a sample.
+
+A sample gets the same crop, latent and noise in any process, at any batch size and in any order, and a resumed run
+needs no random state. `stream` names what the numbers are for, so that two uses never share theirs; `index` is the
+sample's position in the training stream. Normal numbers are drawn on the CPU, so they don't depend on the device.
 
     u ~ U[0, 1),  i = I[⌊u · k⌋],  with I (k,) the noise levels inside of the window, each as often as it is to be drawn
     ε ~ N(0, 1) (c, h, w);  with offset noise  ε + κ δ,  δ ~ N(0, 1) (c, 1, 1)
@@ -9,10 +13,12 @@ The class image of prior preservation has its instance's position and another ro
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
@@ -20,9 +26,23 @@ from torch import Tensor
 from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.random import stratified_uniform
 
-from .seeding import numpy_generator, seeded_normal
-
 _DRAWS = 2**20
+
+
+def numpy_generator(seed: int, stream: str, index: int) -> np.random.Generator:
+    """NumPy's generator for (seed, stream, index)."""
+    return np.random.default_rng((seed, zlib.crc32(stream.encode()), index))
+
+
+def torch_generator(seed: int, stream: str, index: int) -> torch.Generator:
+    """A CPU generator for (seed, stream, index)."""
+    state = np.random.SeedSequence((seed, zlib.crc32(stream.encode()), index)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+def seeded_normal(shape: Sequence[int], *, seed: int, stream: str, indices: Sequence[int]) -> Tensor:
+    """Standard normal float32 numbers (b, *shape) on the CPU: row i depends on (seed, stream, indices[i]) alone."""
+    return torch.stack([torch.randn(*shape, generator=torch_generator(seed, stream, int(i))) for i in indices])
 
 
 def drawable_levels(

@@ -3,14 +3,9 @@
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nara_diffusion.dreambooth.conversion import CONVERSIONS, FLOW
-from nara_diffusion.dreambooth.data.captions import check_prompt
-from nara_diffusion.dreambooth.families.family import TRANSFORMER_TARGETS, Family
-from nara_diffusion.dreambooth.families.table import family_of, family_of_model
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -24,11 +19,15 @@ from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.options import option
 from nara_diffusion.training.parser import spread_options
 
+from .conversion import CONVERSIONS, FLOW
+from .families import family_of
+from .family import TRANSFORMER_TARGETS, Family
+from .image_records import check_prompt
+from .pipelines import family_of_model
+
 UNET_TARGETS = list(TRANSFORMER_TARGETS)
 WEIGHTING = ("cosmap", "sigma_sqrt")
 SCHEMES = ("none", "logit_normal", "mode", *WEIGHTING)
-LARGEST_MODE_SCALE = 2 / (math.pi - 2)
-"""k beyond which, and below −1, the u of "mode" would not fall as v grows."""
 
 
 @dataclass
@@ -70,17 +69,12 @@ class DataArguments:
         None, "Folder with images of the subject, or captioned ones.", content="training data"
     )
     instance_prompt: str | None = option(
-        None, "What they show, with a rare word for the subject: 'a photo of sks dog'. Images without caption get it."
+        None,
+        "What they show, with a rare word for the subject: 'a photo of sks dog'. Images without caption get it.",
+        resumable=True,
     )
-    dataset_name: str | None = option(
-        None, "Data set on the Hub, or a folder that `datasets` reads, in place of it.", content="training data"
-    )
-    data_options: dict[str, Any] = option({}, "How images are read:", rare=True)
-    dataset_config_name: str | None = option(None, "configuration of --dataset_name", within="data_options")
-    image_column: str = option("image", "column of that data set with the images", within="data_options")
-    caption_column: str | None = option(
-        None, "column with the captions, there or in metadata.jsonl", within="data_options"
-    )
+    data_options: dict[str, Any] = option({}, "How images are read:", resumable=True, rare=True)
+    caption_column: str | None = option(None, "key of the captions in metadata.jsonl", within="data_options")
     crops_per_image: int | None = option(
         4,
         "places of random crops, to bound the cache of latents; none means anywhere, anew each time",
@@ -98,9 +92,6 @@ class DataArguments:
     )
     center_crop: bool = option(False, "Cut the middle; otherwise one of a few random places at each draw.", rare=True)
     random_flip: bool = option(False, "Mirror half of the samples.", rare=True)
-    cache_folder: str | None = option(
-        None, "Keep the caches of latents and prompts in this folder too, for later runs.", resumable=True, rare=True
-    )
     caption_dropout: float = option(
         0.0,
         "Probability that a sample has the empty prompt in place of its caption; class images keep theirs.",
@@ -120,13 +111,8 @@ class PriorArguments:
         rare=True,
     )
     class_prompt: str | None = option(None, "What they show: 'a photo of a dog'.", rare=True)
-    num_class_images: int = option(100, "Class images that have to be there.", unit="images", rare=True)
+    num_class_images: int = option(100, "Class images that have to be there.", unit="images", resumable=True, rare=True)
     prior_loss_weight: float = option(1.0, "What the loss on class images counts.", rare=True)
-
-    @property
-    def with_prior_preservation(self) -> bool:
-        """Whether class images are trained on."""
-        return self.class_prompt is not None
 
 
 @dataclass
@@ -205,12 +191,17 @@ class ValidationArguments:
         "Quoted prompts to sample before, after, and every --validation_steps; none takes the instance prompt, or "
         "without one the first four captions.",
         sentences=True,
+        resumable=True,
     )
     num_validation_images: int = option(
-        4, "Images for each of them, with the seeds --seed, --seed + 1, ….", unit="images", rare=True
+        4,
+        "Images for each of them, with the seeds --seed, --seed + 1, ….",
+        unit="images",
+        resumable=True,
+        rare=True,
     )
-    num_inference_steps: int = option(30, "Denoising steps of a sample.", unit="steps")
-    guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
+    num_inference_steps: int = option(30, "Denoising steps of a sample.", unit="steps", resumable=True)
+    guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.", resumable=True)
     validation_data_dir: str | None = option(
         None,
         "Further images of the subject for the validation loss; none takes the training images, on other noise.",
@@ -226,9 +217,11 @@ class ValidationArguments:
         None, "CLIP that compares samples with their prompts: folder or Hub id; none doesn't.", resumable=True
     )
     identifier: list[str] | None = option(
-        None, "Words that it is not to read, such as sks, which it doesn't know.", rare=True
+        None, "Words that it is not to read, such as sks, which it doesn't know.", resumable=True, rare=True
     )
-    evaluation_options: dict[str, Any] = option({}, "How samples are made and losses measured:", rare=True)
+    evaluation_options: dict[str, Any] = option(
+        {}, "How samples are made and losses measured:", resumable=True, rare=True
+    )
     sample_batch_size: int = option(4, "images that are sampled at once", unit="images", within="evaluation_options")
     curve_points: int = option(
         10, "noise levels at which the validation loss is measured", unit="points", within="evaluation_options"
@@ -253,21 +246,21 @@ class DreamBoothArguments(
             raise ValueError("pretrained_model_name_or_path is empty: name the model to adapt.")
         check_arguments(self)
         check_schedule(self)
-        _check_data(self)
-        _check_objective(self)
         counts = ("num_validation_images", "num_inference_steps", "sample_batch_size", "curve_points")
         require(self, "at least 1", lambda value: value >= 1, *counts, "crops_per_image", "num_class_images")
         require(self, "at least 8", lambda value: value >= 8, "resolution")
         require(self, "above 0", lambda value: value > 0, "text_encoder_lr", "snr_gamma", "logit_std", "flow_shift")
         least_0 = ("prior_loss_weight", "guidance_scale", "noise_offset", "max_sequence_length")
         require(self, "at least 0", lambda value: value >= 0, *least_0, "training_guidance_scale")
-        if method_of(self).family == "prompt":
-            raise ValueError(
-                f"adapter is {self.adapter!r}, whose virtual tokens stand before a language model's text, and a "
-                "denoiser reads none: choose another."
-            )
-        if self.adapter_options.get("core_input", "noise_level") != "noise_level":
-            raise ValueError("core_input is for text: images have no masks. Leave it out of adapter_options.")
+        require(self, "in [0, 1], a probability", lambda value: 0 <= value <= 1, "caption_dropout")
+        if self.instance_data_dir is None:
+            raise ValueError("instance_data_dir is missing: name the folder of images to learn from.")
+        for name in ("instance_prompt", "class_prompt"):
+            if (prompt := getattr(self, name)) is not None:
+                check_prompt(prompt, name)
+        for prompt in self.validation_prompts or []:
+            check_prompt(prompt, "a validation prompt")
+        _check_combinations(self)
 
     @property
     def prompts(self) -> list[str]:
@@ -275,58 +268,36 @@ class DreamBoothArguments(
         return self.validation_prompts or ([] if self.instance_prompt is None else [self.instance_prompt])
 
 
-def _check_data(args: Any) -> None:
-    if (args.instance_data_dir is None) == (args.dataset_name is None):
-        got = "neither" if args.instance_data_dir is None else "both"
-        raise ValueError(f"images come from instance_data_dir or from dataset_name: give one of them, got {got}.")
-    if (args.class_data_dir is None) != (args.class_prompt is None):
-        raise ValueError("prior preservation needs class_data_dir and class_prompt: give both, or neither.")
-    for prompt, name in ((args.instance_prompt, "instance_prompt"), (args.class_prompt, "class_prompt")):
-        if prompt is not None:
-            check_prompt(prompt, name)
-    for prompt in args.validation_prompts or []:
-        check_prompt(prompt, "a validation prompt")
-    require(args, "in [0, 1], a probability", lambda value: 0 <= value <= 1, "caption_dropout")
-    if args.text_encoder_lr is not None and not args.train_text_encoder:
-        raise ValueError("text_encoder_lr is set, but the text encoders aren't trained: add train_text_encoder.")
-
-
-def _check_objective(args: Any) -> None:
-    window = (args.min_noise_level, args.max_noise_level)
-    if (args.prediction_type is not None or args.rescale_betas_zero_snr) and window != (None, None):
-        raise ValueError(
-            "a model that is converted at some noise levels alone predicts something else at the others: leave "
-            "min_noise_level and max_noise_level out with prediction_type and rescale_betas_zero_snr."
-        )
-    bound = f"between -1 and {LARGEST_MODE_SCALE:.3f}"
-    require(args, bound, lambda value: -1 <= value <= LARGEST_MODE_SCALE, "mode_scale")
-    require(args, "a number", math.isfinite, "logit_mean", "logit_std", "noise_offset")
-    if args.snr_gamma is not None and args.weighting_scheme in WEIGHTING:
-        raise ValueError(
-            f"weighting_scheme {args.weighting_scheme!r} weights the errors, and so does snr_gamma: leave one out."
-        )
-
-
-def _check_family(args: Any, family: Family) -> None:
-    """Raises ValueError for arguments that a family can't express, before its model is loaded."""
-    unread: list[tuple[str, Any, str]] = []  # (argument, its value where it isn't set, why it can't be set)
-    if not family.text_encoders:
-        unread.append(("train_text_encoder", False, "is trained with its text encoders as they are"))
-    if family.max_sequence_length is None:
-        unread.append(("max_sequence_length", None, "reads the tokens that its CLIP has places for"))
-    if family.guidance is None:
-        unread.append(("training_guidance_scale", None, "has no distilled guidance"))
-    if family.is_flow:
-        flow = "is a rectified flow"
-        unread.append(("prediction_type", None, f"{flow}, and predicts its velocity already"))
-        unread.append(("rescale_betas_zero_snr", False, f"{flow}, which ends in pure noise as it is"))
-        unread.append(("snr_gamma", None, f"{flow}, whose weights are --weighting_scheme's"))
-    elif args.prediction_type != FLOW:
-        why = f"is no rectified flow, unless --prediction_type is {FLOW}"
-        unread += [("weighting_scheme", "none", why), ("flow_shift", None, why)]
-    for name, unset, why in unread:
-        if getattr(args, name) != unset:
-            raise ValueError(f"{name} is {getattr(args, name)}, but {family.title} {why}: leave it out.")
+def _check_combinations(args: Any) -> None:
+    method = method_of(args).family
+    is_converted = args.prediction_type is not None or args.rescale_betas_zero_snr
+    mistakes = {
+        f"adapter {args.adapter} puts virtual tokens before a language model's text: choose another.": (
+            method == "prompt"
+        ),
+        f"adapter {args.adapter} trains all weights, which Diffusers' scripts do for images: choose another.": (
+            method == "full"
+        ),
+        "core_input is for text: images have no masks. Leave it out of adapter_options.": (
+            args.adapter_options.get("core_input", "noise_level") != "noise_level"
+        ),
+        "prior preservation needs class_data_dir and class_prompt: give both, or neither.": (
+            (args.class_data_dir is None) != (args.class_prompt is None)
+        ),
+        "text_encoder_lr is set, but the text encoders aren't trained: add train_text_encoder.": (
+            args.text_encoder_lr is not None and not args.train_text_encoder
+        ),
+        "a model that is converted at some noise levels alone predicts something else at the others: leave "
+        "min_noise_level and max_noise_level out with prediction_type and rescale_betas_zero_snr.": (
+            is_converted and (args.min_noise_level, args.max_noise_level) != (None, None)
+        ),
+        f"weighting_scheme {args.weighting_scheme!r} weights the errors, and so does snr_gamma: leave one out.": (
+            args.snr_gamma is not None and args.weighting_scheme in WEIGHTING
+        ),
+    }
+    for mistake, is_made in mistakes.items():
+        if is_made:
+            raise ValueError(mistake)
 
 
 def run_family(args: Any, pipe: Any = None) -> Family:
@@ -337,6 +308,19 @@ def run_family(args: Any, pipe: Any = None) -> Family:
     """
     named = {"name": args.pretrained_model_name_or_path, "revision": args.revision}
     family = family_of_model(**named) if pipe is None else family_of(pipe)
-    _check_family(args, family)
+    no_flow = not family.is_flow and args.prediction_type != FLOW
+    unread = {  # argument: (whether the family can't express it, why)
+        "train_text_encoder": (not family.text_encoders, "is trained with its text encoders as they are"),
+        "max_sequence_length": (family.max_sequence_length is None, "reads the tokens that its CLIP has places for"),
+        "training_guidance_scale": (family.guidance is None, "has no distilled guidance"),
+        "prediction_type": (family.is_flow, "is a rectified flow, and predicts its velocity already"),
+        "rescale_betas_zero_snr": (family.is_flow, "is a rectified flow, which ends in pure noise as it is"),
+        "snr_gamma": (family.is_flow, "is a rectified flow, whose weights are --weighting_scheme's"),
+        "weighting_scheme": (no_flow, f"is no rectified flow, unless --prediction_type is {FLOW}"),
+        "flow_shift": (no_flow, f"is no rectified flow, unless --prediction_type is {FLOW}"),
+    }
+    for name, (is_unread, why) in unread.items():
+        if is_unread and getattr(args, name) not in (None, False, "none"):
+            raise ValueError(f"{name} is {getattr(args, name)}, but {family.title} {why}: leave it out.")
     given = {"max_sequence_length": args.max_sequence_length, "guidance": args.training_guidance_scale}
     return replace(family, **{name: value for name, value in given.items() if value is not None})

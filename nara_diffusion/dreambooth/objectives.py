@@ -90,16 +90,18 @@ class Objective:
     def corrupt(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Corrupted:
         """`latents` and `noise` (b, c, h, w) at the noise levels of `indices` (b,), least noise first."""
         indices = indices.cpu()
-
-        def of(values: Tensor) -> Tensor:
-            return values[indices].float()[:, None, None, None].to(latents.device)  # (b, 1, 1, 1)
-
+        p, q, alpha, beta = (rows(values, indices, latents) for values in (self.p, self.q, self.alpha, self.beta))
         return Corrupted(
-            model_input=of(self.p) * latents + of(self.q) * noise,
+            model_input=p * latents + q * noise,
             timestep=self.timestep[indices].to(latents.device),
-            target=of(self.alpha) * latents + of(self.beta) * noise,
+            target=alpha * latents + beta * noise,
             weight=self.weight[indices].to(latents.device),
         )
+
+
+def rows(values: Tensor, indices: Tensor, like: Tensor) -> Tensor:
+    """(N,) float64 at `indices` (b,) → (b, 1, 1, 1) float32 on the device of `like`."""
+    return values[indices.cpu()].float()[:, None, None, None].to(like.device)
 
 
 def build_objective(
@@ -190,12 +192,3 @@ def squared_errors(prediction: Tensor, batch: Corrupted) -> Tensor:
     """The weighted mean squared error of each sample, (b,) float32."""
     errors = (prediction.float() - batch.target.float()) ** 2  # (b, c, h, w)
     return batch.weight * errors.flatten(1).mean(1)
-
-
-def with_prior(losses: Tensor, prior_loss_weight: float) -> Tensor:
-    """ℓ_i + w ℓ'_i (b,) of the losses (2b,) of b instance images, then of as many class images.
-
-    The losses carry their samples' own weights already, so that min-SNR and the prior go together.
-    """
-    instance, prior = losses.chunk(2)
-    return instance + prior_loss_weight * prior

@@ -9,9 +9,9 @@ from typing import Any
 from nara_diffusion.training.adapters import without_unread
 from nara_diffusion.training.command import ASSETS, shipped
 
-from .families.flows import SD3
-from .families.table import family_of_model
+from .families import SD3
 from .image_arguments import UNET_TARGETS
+from .pipelines import family_of_model
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def shipped_run(given: Mapping[str, Any], values: Mapping[str, Any] = SHIPPED_RU
     """The arguments of the shipped run, or what suits the family of the model that was `given`."""
     if "pretrained_model_name_or_path" in given:
         return family_defaults(given)
-    if {"instance_data_dir", "dataset_name"} & given.keys():
+    if "instance_data_dir" in given:
         logger.info(
             "no model was named: your images teach %s, a toy of %d pixels; for SDXL at 1024 add "
             "--config train_scripts/configs/sdxl_dreambooth.yaml, or with settings of your own "

@@ -13,7 +13,7 @@ With a file of settings for the model from train_scripts/configs; flags win over
     accelerate launch train_scripts/dreambooth.py --config train_scripts/configs/sdxl_dreambooth.yaml \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-With --adapter lora, dora, …, full the same is done by another method; --help lists them. --init_adapter starts from
+With --adapter lora, dora, … the same is done by another method; --help lists them. --init_adapter starts from
 a LoRA or NaRA. --min_noise_level and --max_noise_level train a part of the noise levels (docs/strength.md).
 
 Written to the output folder: pytorch_nara_weights.safetensors (for pipe.load_nara_weights; the files of other methods
@@ -27,45 +27,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from diffusers.training_utils import generate_aspect_ratio_buckets, parse_buckets_string
 
 from nara_diffusion.check.check_tasks import image_task
 from nara_diffusion.check.verdict import check_training
-from nara_diffusion.dreambooth.adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
-from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
-from nara_diffusion.dreambooth.conversion import converted_scheduler
-from nara_diffusion.dreambooth.data.class_images import generate_class_images
-from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
-from nara_diffusion.dreambooth.data.image_records import (
-    ImageRecord,
-    Size,
-    class_records,
-    records_from_dataset,
-    records_from_folder,
-)
-from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.draws import drawable_levels
-from nara_diffusion.dreambooth.evaluation.comparison import (
-    Evaluation,
-    Evaluator,
-    Validation,
-    ValidationLoss,
-    compare,
-    refuse_sharding,
-    report_better_identity,
-)
-from nara_diffusion.dreambooth.evaluation.image_report import results_table, window_note, write_run_report
-from nara_diffusion.dreambooth.evaluation.samples import sample_call, sample_settings
-from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.dreambooth.families.pipelines import folders_of, load_pipeline, sharing_pipeline
-from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
@@ -74,13 +45,27 @@ from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
 from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import train
+from nara_diffusion.training.measures import before_and_after
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.report import publish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import count_steps, stream_loader
 
+from .adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
+from .cache import LatentCache, PromptCache
+from .comparison import Evaluation, ValidationLoss, load_encoders
+from .conversion import converted_scheduler
+from .dataset import DreamBoothDataset, collate_samples
+from .denoiser import AdaptedDenoiser
+from .draws import drawable_levels
 from .image_arguments import DreamBoothArguments, run_family
+from .image_records import ImageRecord, Size, class_records, records_from_folder
+from .image_report import counted, results_table, window_note, write_run_report
+from .objectives import build_objective
+from .pipelines import folders_of, load_pipeline, sharing_pipeline
+from .samples import SampleSettings, generate_class_images, sample_call
 from .shipped import shipped_run
+from .training_step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -88,238 +73,242 @@ logger = logging.getLogger(__name__)
 def main(args: DreamBoothArguments) -> dict[str, Any]:
     """Trains, measures before and after, saves; returns what results.json holds."""
     with start_run(args, "dreambooth", write_checkpoint) as run:
-        return fine_tune(args, run)
+        tuning = FineTuning(args, run)
+        if args.check:
+            return tuning.check()
+        tuning.train()
+        return tuning.report()
 
 
-def fine_tune(args: DreamBoothArguments, run: Run) -> dict[str, Any]:
-    """The run from its data to its report."""
-    started = time.perf_counter()
-    refuse_sharding(run)
-    device, show = run.accelerator.device, run.is_main
-    family = run_family(args)
+class FineTuning:
+    """One run. Made, it has its data, the base model and the loss, and whatever can be refused has been; then `check`,
+    or `train` and `report`."""
 
-    # Data
-    instances, held_out_images = load_images(args, show)
-    run.record_data_digest("validation data", digested(held_out_images))
-    evaluator = Evaluator.of_run(args, [record.load() for record in instances], device)
-    load = partial(
-        load_pipeline,
-        args.pretrained_model_name_or_path,
-        vae_name=args.pretrained_vae_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-    )
+    def __init__(self, args: DreamBoothArguments, run: Run) -> None:
+        self.args, self.run, self.started = args, run, time.perf_counter()
+        self._refuse_sharding()
+        run_family(args)  # before the model is loaded
+        captions: dict[str, Any] = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
+        self.instances = records_from_folder(str(args.instance_data_dir), progress=run.is_main, **captions)
+        held_out = args.validation_data_dir and records_from_folder(args.validation_data_dir, **captions)
+        run.record_data_digest("validation data", digested(held_out or []))
+        self.encoders = load_encoders(args, run.accelerator.device)
 
-    # Model
-    pipe = load(dtype=run.weights_dtype, vae_dtype=torch.float32)
-    run.record_base_digests(folders_of(args, pipe), args.variant)
-    family = run_family(args, pipe)
-    target = converted_scheduler(pipe.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
-    converted = None if target is pipe.scheduler else target
-    step = training_step(args, pipe, family, target, device, run.global_batch)
-    config = adapter_config(
-        args,
-        noise_convention=step.objective.source.convention,
-        scheduler=None if converted is None else scheduler_fields(converted),
-        strength=schedule_of(args),
-    )
-    # what shows only with the model at hand is refused before hours go into class images
-    buckets = training_buckets(args, family.divisor(pipe))
-    check_target_modules(step.model, getattr(config, "target_modules", None))
-    # before `pipe` takes the device's memory; a check leaves them out
-    class_images = [] if args.check else load_class_images(args, run, load, family)
-    run.record_data_digest("training data", digested([*instances, *class_images]))
-    pipe.to(device)
-    samples_of = partial(
-        DreamBoothDataset,
-        buckets=buckets,
-        batch_size=args.train_batch_size,
-        seed=args.seed,
-        crop="center" if args.center_crop else "random",
-        crops_per_image=args.crops_per_image,
-        flip=args.random_flip,
-        caption_dropout=args.caption_dropout,
-    )
-    dataset = samples_of(instances, class_images=class_images)
-    steps = count_steps(len(instances), run.global_batch, args.max_train_steps, args.num_train_epochs)
-    batches = run.batches(steps)
-    measured_on = samples_of(held_out_images) if held_out_images else dataset
-    if args.check:
-        results, shown = check_training(image_task(pipe, args, step, dataset, measured_on), args, run)
+        self.pipe = self._load(run.dtype, vae_dtype=torch.float32)
+        run.record_base_digests(folders_of(args, self.pipe), args.variant)
+        self.family = run_family(args, self.pipe)
+        target = converted_scheduler(self.pipe.scheduler, args.prediction_type, args.rescale_betas_zero_snr)
+        self.converted = None if target is self.pipe.scheduler else target
+        self.step = self._training_step(target)
+        self.config: Any = adapter_config(
+            args,
+            noise_convention=self.step.objective.source.convention,
+            scheduler=None if self.converted is None else scheduler_fields(self.converted),
+            strength=schedule_of(args),
+        )
+        # what shows only with the model at hand is refused before hours go into class images
+        buckets = self._buckets()
+        check_target_modules(self.step.model, getattr(self.config, "target_modules", None))
+        class_images = self._class_images()
+        run.record_data_digest("training data", digested([*self.instances, *class_images]))
+        self.pipe.to(run.accelerator.device)
+        self.dataset = self._dataset(self.instances, buckets, class_images)
+        self.measured_on = self._dataset(held_out, buckets) if held_out else self.dataset
+
+    def _refuse_sharding(self) -> None:
+        """Sampling during training needs the whole model on each process."""
+        kind = self.run.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise ValueError(
+                f"this script trains where each device holds the whole model, and not with {kind.value}: launch it "
+                "with --multi_gpu, and turn on gradient_checkpointing and mixed_precision bf16 if memory is short."
+            )
+
+    def _load(self, dtype: torch.dtype, vae_dtype: torch.dtype) -> Any:
+        args = self.args
+        hub = {"revision": args.revision, "variant": args.variant}
+        vae = {"vae_name": args.pretrained_vae_model_name_or_path, "vae_dtype": vae_dtype}
+        return load_pipeline(args.pretrained_model_name_or_path, dtype=dtype, **vae, **hub)
+
+    def _training_step(self, scheduler: Any) -> TrainingStep:
+        """The loss, of a model that is sampled by `scheduler`."""
+        args = self.args
+        weights = {"snr_gamma": args.snr_gamma, "shift": args.flow_shift, "weighting_scheme": args.weighting_scheme}
+        objective = build_objective(scheduler, **weights)
+        density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
+        return TrainingStep(
+            model=getattr(self.pipe, self.family.denoiser),
+            objective=objective,
+            latents=LatentCache(self.pipe.vae, **({} if args.cache_latents else {"memory_mib": 0})),
+            prompts=None if args.train_text_encoder else PromptCache(self.pipe, self.family),
+            device=self.run.accelerator.device,
+            seed=args.seed,
+            group_size=self.run.global_batch,
+            stratified=args.stratified_timesteps,
+            noise_offset=args.noise_offset,
+            prior_loss_weight=args.prior_loss_weight,
+            drawable=drawable_levels(objective.noise_levels, window_of(args), args.weighting_scheme, **density),
+        )
+
+    def _buckets(self) -> list[Size]:
+        """The sizes to train at. Raises ValueError for one that doesn't fit the model."""
+        args, divisor = self.args, self.family.divisor(self.pipe)
+        if args.aspect_ratio_buckets == "auto":
+            return generate_aspect_ratio_buckets(args.resolution, max(divisor, min(64, args.resolution // 4)))
+        sizes = [(args.resolution, args.resolution)]
+        if args.aspect_ratio_buckets is not None:
+            sizes = parse_buckets_string(args.aspect_ratio_buckets)
+        for height, width in sizes:
+            if height % divisor or width % divisor:
+                raise ValueError(
+                    f"a training size of {height} x {width} pixels doesn't fit this model: both sides have to be "
+                    f"multiples of {divisor}."
+                )
+        return sizes
+
+    def _class_images(self) -> list[ImageRecord]:
+        """The images of prior preservation, of which missing ones are generated; none without it, or in a check."""
+        args, run = self.args, self.run
+        if args.class_prompt is None or args.check:
+            return []
+        folder = str(args.class_data_dir)
+        generate_class_images(
+            lambda: self._load(run.dtype, run.dtype).to(run.accelerator.device),
+            folder,
+            args.class_prompt,
+            args.num_class_images,
+            seed=args.seed,
+            batch_size=args.sample_batch_size,
+            accelerator=run.accelerator,
+            progress=run.is_main,
+            **sample_call(args, self.family),
+        )
+        return class_records(folder, prompt=args.class_prompt, progress=run.is_main)
+
+    def _dataset(
+        self, images: Sequence[ImageRecord], buckets: list[Size], class_images: Sequence[ImageRecord] = ()
+    ) -> DreamBoothDataset:
+        args = self.args
+        return DreamBoothDataset(
+            images,
+            buckets,
+            batch_size=args.train_batch_size,
+            seed=args.seed,
+            class_images=class_images,
+            crop="center" if args.center_crop else "random",
+            crops_per_image=args.crops_per_image,
+            flip=args.random_flip,
+            caption_dropout=args.caption_dropout,
+        )
+
+    def check(self) -> dict[str, Any]:
+        """What check.json holds (docs/check.md)."""
+        task = image_task(self.pipe, self.args, self.step, self.dataset, self.measured_on)
+        results, shown = check_training(task, self.args, self.run)
         sys.stdout.write(f"{shown}\n")
         return results
-    samples = measured_on.plain_samples()
-    if args.cache_latents:
-        drawn = dataset.distinct_samples(range(batches["first"], batches["stop"]))
-        step.latents.fill([*drawn, *samples], progress=show)
-    held_out = ValidationLoss(
-        step.objective.unweighted,
-        step.latents,
-        samples,
-        args.seed,
-        args.curve_points,
-        args.train_batch_size,
-        window_of(args),
-        family,
-    )
-    # the base's weights are shared, unless they are trained
-    if config is None:
-        sampler = load(dtype=run.dtype, vae_dtype=run.dtype).to(device)
-    else:
-        sampler = sharing_pipeline(pipe, run.dtype)
-    model = AdaptedDenoiser(
-        pipe,
-        config,
-        train_text_encoder=args.train_text_encoder,
-        gradient_checkpointing=args.gradient_checkpointing,
-        scheduler=converted,
-        family=family,
-    )
-    if run.checkpoint is not None:
-        read_checkpoint(model, run.checkpoint)
-    elif args.init_adapter is not None:
-        start_from(model.components, args.init_adapter, pipe, prediction=prediction_by(converted))
 
-    # Train
-    optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
-    scheduler = build_scheduler(optimizer, args, steps)
-    loader = stream_loader(dataset, collate_samples, **batches)
-    denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
-    if args.use_ema:
-        model.start_average()
-        if run.checkpoint is not None:
-            read_average(model, run.checkpoint)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts = {
-        "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
-        "adapter": title_of(args),
-        "optimizer steps": f"{steps} of {run.global_batch} samples, from {len(instances)} images",
-        "trainable parameters": f"{trainable:,}",
-        "hardware": run.hardware,
-        **window_facts(args),
-    }
-    run.open(facts)
-    measured = "held-out loss" if held_out_images else "loss on the training images"
-    settings = sample_settings(args, [record.prompt for record in instances], family)
-    evaluation = Evaluation(run.accelerator, sampler, settings, held_out, evaluator)
-    identity = None if converted is None else evaluation.identity_loss(measured)
-    if identity is not None:
-        facts["base read by the identity"] = f"{measured} {identity:.3f}, without training"
-    validate = Validation(run, denoiser, evaluation)
-    loss = replace(step, model=denoiser)
-    train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)
+    def train(self) -> None:
+        """From the start or a checkpoint to the last step; the adapter is written to the run's folder."""
+        args, run = self.args, self.run
+        steps = count_steps(len(self.instances), run.global_batch, args.max_train_steps, args.num_train_epochs)
+        batches = run.batches(steps)
+        self.evaluation = self._evaluation(range(batches["first"], batches["stop"]))
+        model = self._model()
+        optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
+        scheduler = build_scheduler(optimizer, args, steps)
+        loader = stream_loader(self.dataset, collate_samples, **batches)
+        denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
+        if args.use_ema:
+            model.start_average()
+            if run.checkpoint is not None:
+                read_average(model, run.checkpoint)
+        self.trainable = sum(parameter.numel() for parameter in model.trained.values())
+        images = counted(len(self.instances), "image")
+        self.facts = {
+            "base": f"{args.pretrained_model_name_or_path} at {args.resolution} pixels",
+            "adapter": title_of(args),
+            "optimizer steps": f"{steps} of {counted(run.global_batch, 'sample')}, from {images}",
+            "trainable parameters": f"{self.trainable:,}",
+            "hardware": run.hardware,
+            **window_facts(args),
+        }
+        run.open(self.facts)
+        self.identity = self._identity_loss()
+        loss = replace(self.step, model=denoiser)
 
-    # Save
-    save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
-    before = evaluation.measure(None, "before")
-    after = evaluation.measure(run.folder, "after")
-    results = {"seconds": round(time.perf_counter() - started, 1), "n": len(after.images), **compare(before, after)}
-    results |= {"adapter": args.adapter, "trainable_parameters": trainable}
-    results |= {"base_model": args.pretrained_model_name_or_path, "resolution": args.resolution}
-    if identity is not None:
-        results["identity_loss"] = identity
-        report_better_identity(identity, after)
-    if run.is_main:
-        facts |= {"time": f"{results['seconds']:.0f} s, evaluation included"}
-        references = evaluator.references
-        load_from = run.hub_id or str(run.folder)
-        write_run_report(run.folder, args, facts, settings, before, after, references, load_from, pipe, converted)
-        publish(run, results, results_table(before, after), window_note(args, family))
-    return results
+        def validate() -> dict[str, float]:
+            return self.evaluation.validate(denoiser)
 
+        train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)
+        save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
-def load_images(args: DreamBoothArguments, progress: bool) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """The captioned images of the subject and of `--validation_data_dir`; raises ValueError for bad ones."""
-    captions: dict[str, Any] = {"prompt": args.instance_prompt, "caption_column": args.caption_column}
-    if args.dataset_name is not None:
-        instances = records_from_dataset(
-            args.dataset_name,
-            config_name=args.dataset_config_name,
-            image_column=args.image_column,
-            progress=progress,
-            **captions,
+    def _evaluation(self, positions: range) -> Evaluation:
+        """Of the base's pipeline; called before it has an adapter. Fills the cache of latents for `positions`, too."""
+        args, samples = self.args, self.measured_on.plain_samples()
+        if args.cache_latents:
+            drawn = self.dataset.distinct_samples(positions)
+            self.step.latents.fill([*drawn, *samples], progress=self.run.is_main)
+        points = {"seed": args.seed, "points": args.curve_points, "batch_size": args.train_batch_size}
+        loss = ValidationLoss(self.step.objective.unweighted, self.step.latents, samples, self.family, **points)
+        prompts = args.prompts or list(dict.fromkeys(record.prompt for record in self.instances))[:4]
+        call = sample_call(args, self.family)
+        settings = SampleSettings(prompts, args.num_validation_images, args.seed, args.sample_batch_size, call)
+        references = [record.load() for record in self.instances]
+        return Evaluation(
+            self.run, sharing_pipeline(self.pipe, self.run.dtype), settings, loss, references, **self.encoders
         )
-    else:
-        instances = records_from_folder(str(args.instance_data_dir), progress=progress, **captions)
-    if args.validation_data_dir is None:
-        return instances, []
-    return instances, records_from_folder(args.validation_data_dir, progress=progress, **captions)
+
+    def _model(self) -> AdaptedDenoiser:
+        """With the weights to go on from."""
+        args, checkpoint = self.args, self.run.checkpoint
+        model = AdaptedDenoiser(
+            self.pipe,
+            self.config,
+            train_text_encoder=args.train_text_encoder,
+            gradient_checkpointing=args.gradient_checkpointing,
+            scheduler=self.converted,
+            family=self.family,
+        )
+        if checkpoint is not None:
+            read_checkpoint(model, checkpoint)
+        elif args.init_adapter is not None:
+            start_from(model.components, args.init_adapter, self.pipe, prediction=prediction_by(self.converted))
+        return model
+
+    def _identity_loss(self) -> float | None:
+        """Of a conversion: what its base can do untrained."""
+        if self.converted is None:
+            return None
+        measured = "loss on the training images" if self.measured_on is self.dataset else "held-out loss"
+        identity = self.evaluation.identity_loss(measured)
+        self.facts["base read by the identity"] = f"{measured} {identity:.3f}, without training"
+        return identity
+
+    def report(self) -> dict[str, Any]:
+        """Measures, and writes the report; what results.json holds."""
+        args, run = self.args, self.run
+        before, after = self.evaluation.measure(None, "before"), self.evaluation.measure(run.folder, "after")
+        results = {"seconds": round(time.perf_counter() - self.started, 1), "n": len(after.images)}
+        results |= before_and_after(before, after, ("similarity", "text_alignment", "validation_loss", "curve"))
+        results |= {"adapter": args.adapter, "trainable_parameters": self.trainable}
+        results |= {"base_model": args.pretrained_model_name_or_path, "resolution": args.resolution}
+        if self.identity is not None:
+            results["identity_loss"] = self.identity
+            if self.identity < after.validation_loss:
+                what = f"{self.identity:.3f}, is better than what the training reached, {after.validation_loss:.3f}"
+                advice = "where no host needs the new form, read the base so and leave the adapter out"
+                logger.info("the base read by the identity, %s: %s (docs/conversion.md)", what, advice)
+        if run.is_main:
+            self.facts["time"] = f"{results['seconds']:.0f} s, evaluation included"
+            write_run_report(self.evaluation, self.facts, before, after, self.pipe, self.converted)
+            publish(run, results, results_table(before, after), window_note(args, self.family))
+        return results
 
 
 def digested(records: Sequence[ImageRecord]) -> list[str]:
     """All that a sample depends on."""
     return [text for record in records for text in (record.key, record.prompt)]
-
-
-def load_class_images(
-    args: DreamBoothArguments, run: Run, load: Callable[..., Any], family: Family
-) -> list[ImageRecord]:
-    """The images of prior preservation, of which missing ones are generated; none without it."""
-    if not args.with_prior_preservation:
-        return []
-    folder, prompt = str(args.class_data_dir), str(args.class_prompt)
-    generate_class_images(
-        lambda: load(dtype=run.dtype, vae_dtype=run.dtype).to(run.accelerator.device),
-        folder,
-        prompt,
-        args.num_class_images,
-        seed=args.seed,
-        batch_size=args.sample_batch_size,
-        accelerator=run.accelerator,
-        progress=run.is_main,
-        **sample_call(args, family),
-    )
-    return class_records(folder, prompt=prompt, progress=run.is_main)
-
-
-def training_buckets(args: DreamBoothArguments, divisor: int) -> list[Size]:
-    """The sizes to train at. Raises ValueError for one that isn't a multiple of `divisor`."""
-    if args.aspect_ratio_buckets == "auto":
-        return generate_aspect_ratio_buckets(args.resolution, max(divisor, min(64, args.resolution // 4)))
-    sizes = [(args.resolution, args.resolution)]
-    if args.aspect_ratio_buckets is not None:
-        sizes = parse_buckets_string(args.aspect_ratio_buckets)
-    for height, width in sizes:
-        if height % divisor or width % divisor:
-            raise ValueError(
-                f"a training size of {height} x {width} pixels doesn't fit this model: both sides have to be multiples "
-                f"of {divisor}."
-            )
-    return sizes
-
-
-def training_step(
-    args: DreamBoothArguments, pipe: Any, family: Family, scheduler: Any, device: torch.device, group_size: int
-) -> TrainingStep:
-    """The loss of the run, of the denoiser of `pipe`.
-
-    Args:
-        scheduler: of the model as it is trained (`converted_scheduler`).
-        group_size: samples of an optimizer step.
-
-    Raises:
-        ValueError: an objective that doesn't fit the scheduler, or a window without one of its noise levels.
-    """
-    weights = {"snr_gamma": args.snr_gamma, "shift": args.flow_shift, "weighting_scheme": args.weighting_scheme}
-    objective = build_objective(scheduler, **weights)
-    density = {name: getattr(args, name) for name in ("logit_mean", "logit_std", "mode_scale")}
-    prompts = None if args.train_text_encoder else PromptCache(pipe, family, folder=args.cache_folder)
-    latents = LatentCache(pipe.vae, memory_mib=0)
-    if args.cache_latents:
-        latents = LatentCache(pipe.vae, folder=args.cache_folder)
-    return TrainingStep(
-        model=getattr(pipe, family.denoiser),
-        objective=objective,
-        latents=latents,
-        prompts=prompts,
-        device=device,
-        seed=args.seed,
-        group_size=group_size,
-        stratified=args.stratified_timesteps,
-        noise_offset=args.noise_offset,
-        prior_loss_weight=args.prior_loss_weight,
-        drawable=drawable_levels(objective.noise_levels, window_of(args), args.weighting_scheme, **density),
-    )
 
 
 if __name__ == "__main__":

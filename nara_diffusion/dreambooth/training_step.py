@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .cache import LatentCache, PromptCache
-from .data.dataset import TrainingSample
+from .dataset import TrainingSample
 from .draws import draw_indices, draw_noise
-from .objectives import Corrupted, Objective, squared_errors, with_prior
+from .objectives import Corrupted, Objective, squared_errors
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class TrainingStep:
         corrupted = self._corrupt(samples)
         losses = squared_errors(self._predict(corrupted, batch), corrupted)
         levels = self.objective.source.noise_level(corrupted.timestep)
-        if samples[-1].role == "class":
-            losses, levels = with_prior(losses, self.prior_loss_weight), levels.chunk(2)[0]
+        if samples[-1].role == "class":  # each loss has its own sample's min-SNR weight
+            instance, prior = losses.chunk(2)
+            losses, levels = instance + self.prior_loss_weight * prior, levels.chunk(2)[0]
         return DreamBoothLoss(losses.mean(), losses, levels)
 
     def _predict(self, corrupted: Corrupted, batch: Mapping[str, Any]) -> Tensor:

@@ -29,10 +29,12 @@ def naming_source(source: str | Path, file: str, kind: str) -> Iterator[None]:
             raise
         if Path(source).is_dir():
             raise ValueError(f"There is no '{file}' in the folder '{source}': name a folder of {kind}.") from error
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"There is no folder '{source}', and {kind} in a repository of that name was not reached: {reason}"
-        ) from error
+        reason = f"{kind} in a repository of that name was not reached: {str(error).strip().partition(chr(10))[0]}"
+        if is_out_of_reach(error):
+            reason = (
+                "the Hub, for a repository of that name, can't be reached: look at the connection, or name a folder."
+            )
+        raise ValueError(f"There is no folder '{source}', and {reason}") from error
 
 
 def is_out_of_reach(error: BaseException | None) -> bool:

@@ -156,7 +156,6 @@ PLAIN: dict[str, Any] = {"core_learning_rate": None, "adapter_options": {}}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": PLAIN | {"train_text_encoder": True},
     "dora": PLAIN,
-    "full": PLAIN | {"lora_alpha": None, "learning_rate": 1e-3},
     "nara_dora": {"train_text_encoder": True},
 }
 

@@ -1,18 +1,17 @@
 """Caches against the autoencoder's own posterior and the pipeline's own embeddings; a cache changes no bit."""
 
-import threading
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from nara_diffusion.dreambooth.cache import LatentCache, PromptCache, TensorCache, fingerprint, scale_latents
-from nara_diffusion.dreambooth.data.dataset import DreamBoothDataset, collate_samples
-from nara_diffusion.dreambooth.data.image_records import records_from_folder
-from nara_diffusion.dreambooth.seeding import torch_generator
+from nara_diffusion.dreambooth.cache import LatentCache, PromptCache, scale_latents
+from nara_diffusion.dreambooth.dataset import DreamBoothDataset, collate_samples
+from nara_diffusion.dreambooth.draws import torch_generator
+from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.training.stream import stream_loader
-from tests.dreambooth.data.pictures import folder_of
+from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
 SHIFTED = {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3], "latents_std": [0.5, 2.0, 1.5]}
@@ -65,10 +64,10 @@ def test_latents_are_drawn_from_the_posterior_and_scaled(data, config: dict[str,
     assert cache.mode(samples).equal(scale_latents(model, mode))
 
 
-def test_neither_bounds_nor_disk_nor_batches_nor_a_resume_change_a_bit(data, tmp_path) -> None:
+def test_neither_bounds_nor_batches_nor_a_resume_change_a_bit(data) -> None:
     expected = [LatentCache(vae(), memory_mib=0).sample(batch["samples"], seed=4) for batch in batches(data)]
-    for options in ({}, {"memory_mib": 0.01}, {"folder": tmp_path}, {"folder": tmp_path, "memory_mib": 0.0}):
-        cache = LatentCache(vae(), **options)
+    for bound in (1024.0, 0.01):
+        cache = LatentCache(vae(), memory_mib=bound)
         found = [cache.sample(batch["samples"], seed=4) for batch in batches(data)]
         assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
         resumed = LatentCache(vae()).sample(batches(data, first=10)[0]["samples"], seed=4)
@@ -78,17 +77,16 @@ def test_neither_bounds_nor_disk_nor_batches_nor_a_resume_change_a_bit(data, tmp
     assert not LatentCache(vae()).sample(batch["samples"], seed=5).equal(expected[0])
 
 
-def test_after_filling_nothing_is_encoded_while_there_is_room(data, tmp_path, monkeypatch, caplog) -> None:
+def test_after_filling_nothing_is_encoded_while_there_is_room(data, monkeypatch, caplog) -> None:
     model, calls = vae(), []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda pixels: calls.append(len(pixels)) or encode(pixels))
     needed = list(data.distinct_samples(range(40)))
-    cache = LatentCache(model, folder=tmp_path)
+    cache = LatentCache(model)
     cache.fill(needed, progress=False)
     assert calls == [1] * len(needed)
     for batch in batches(data, stop=40):
         cache.sample(batch["samples"], seed=0)
-    LatentCache(model, folder=tmp_path, memory_mib=0).fill(needed, progress=False)
     assert len(calls) == len(needed)
     room = 2 * 2 * 3 * 12 * 16 * 4 / 2**20  # two posteriors of (3, 12, 16)
     LatentCache(model, memory_mib=room).fill(needed, progress=False)
@@ -96,39 +94,13 @@ def test_after_filling_nothing_is_encoded_while_there_is_room(data, tmp_path, mo
     assert "the latents don't fit into memory" in caplog.text
 
 
-def test_another_model_finds_nothing_of_the_first_on_disk(data, tmp_path) -> None:
-    samples = data.plain_samples()[:1]
-    first = LatentCache(vae(1), folder=tmp_path).mode(samples)
-    assert LatentCache(vae(2), folder=tmp_path).mode(samples).equal(LatentCache(vae(2)).mode(samples))
-    assert LatentCache(vae(1), folder=tmp_path).mode(samples).equal(first)
-    prints = [fingerprint(model) for model in (vae(1), vae(1), vae(2), vae(1).bfloat16(), vae(1, scaling_factor=0.5))]
-    assert len(set(prints)) == 4
-
-
-def test_threads_and_processes_share_a_folder(tmp_path) -> None:
-    def work() -> None:
-        for number in range(30):
-            entry = TensorCache(0, tmp_path, "label").get(str(number), lambda n=number: {"a": torch.full((9,), n)})
-            assert entry["a"].eq(number).all()
-            found.append(number)
-
-    found: list[int] = []
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 120
-    assert len(list(tmp_path.iterdir())) == 30  # and nothing partial
-
-
-def test_embeddings_are_those_of_the_pipeline_each_encoded_once(monkeypatch, tmp_path) -> None:
+def test_embeddings_are_those_of_the_pipeline_each_encoded_once(monkeypatch) -> None:
     pipe, calls = small_sdxl(), []
     forward = pipe.text_encoder.forward
     monkeypatch.setattr(pipe.text_encoder, "forward", lambda ids, **o: calls.append(len(ids)) or forward(ids, **o))
-    cache = PromptCache(pipe, folder=tmp_path)
+    cache = PromptCache(pipe)
     embeds, pooled = cache.get(PROMPTS)
-    PromptCache(pipe, folder=tmp_path, memory_mib=0).get(PROMPTS)
+    cache.get(PROMPTS)
     assert calls == [1, 1]
     for row, prompt in enumerate(PROMPTS):
         expected, _, pooled_alone, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)

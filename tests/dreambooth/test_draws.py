@@ -7,9 +7,15 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from nara_diffusion.dreambooth.draws import draw_indices, draw_noise, drawable_levels
+from nara_diffusion.dreambooth.draws import (
+    draw_indices,
+    draw_noise,
+    drawable_levels,
+    numpy_generator,
+    seeded_normal,
+    torch_generator,
+)
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.dreambooth.seeding import numpy_generator, seeded_normal, torch_generator
 from nara_diffusion.noise.window import NoiseWindow
 
 LEVELS = torch.arange(1000)

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dreambooth.denoiser import AdaptedDenoiser
-from nara_diffusion.dreambooth.families.pipelines import load_pipeline, sharing_pipeline
+from nara_diffusion.dreambooth.pipelines import load_pipeline, sharing_pipeline
 from tests.helpers.small_pipelines import pixels, small_sd3, small_sdxl
 
 CONFIG = NaraConfig(r=2, target_modules=["to_q"], core_hidden_dims=(4, 4), noise_convention="timestep")
@@ -72,7 +72,7 @@ def test_model_that_cannot_be_trained_is_refused(folder: Path, tmp_path: Path) -
     wrong.register_modules(scheduler=DDPMScheduler())
     wrong.save_pretrained(tmp_path / "wrong")
     messages = {
-        "nothing": r"pretrained_model_name_or_path .*nothing can't be loaded, since it has no model_index.json",
+        "nothing": r"There is no folder '.*nothing', and a model of Diffusers in a repository",
         "refiner": "name SDXL's base model, not its refiner",
         "wrong": r"wrong can't be loaded as .*: DDPMScheduler is no scheduler that Stable Diffusion 3 and 3.5 is",
     }

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nara_diffusion.dreambooth.families.table import model_index
+from nara_diffusion.dreambooth.pipelines import model_index
 from nara_diffusion.loaders import file as files
 from nara_diffusion.loaders.file import AdapterFile, load_whole_model
 from nara_diffusion.loaders.strict import check_loaded

@@ -33,9 +33,9 @@ def adapted(pipe: Any, method: str, args: Any) -> Any:
     unet = copy.deepcopy(pipe.unet)
     if method == BASE:
         return unet
-    config = adapter_config(args, noise_convention="timestep")
-    if config is None:
+    if method == "full":
         return unet.requires_grad_(True)
+    config: Any = adapter_config(args, noise_convention="timestep")
     check_target_modules(unet, config.target_modules)
     return inject_adapter_in_model(config, unet)
 
@@ -68,7 +68,7 @@ def arguments(subject: str, method: str, seed: int, overrides: dict[str, Any]) -
     """
     check_subject(subject)
     data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
-    adapter = {} if method == BASE else {"adapter": method}
+    adapter = {} if method in (BASE, "full") else {"adapter": method}
     values = without_unread(DEFAULTS, adapter) | data | overrides | adapter | {"seed": seed}
     return arguments_of(DreamBoothArguments, values)
 

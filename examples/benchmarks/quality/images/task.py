@@ -11,11 +11,10 @@ import torch
 from PIL.Image import Image
 
 from nara_diffusion.dreambooth.cache import LatentCache, PromptCache
-from nara_diffusion.dreambooth.data.image_records import ImageRecord, records_from_folder
-from nara_diffusion.dreambooth.evaluation.comparison import Evaluator
-from nara_diffusion.dreambooth.evaluation.fidelity import Encoder, text_alignment
-from nara_diffusion.dreambooth.evaluation.samples import SampleSettings, sample_images
-from nara_diffusion.dreambooth.families.pipelines import load_pipeline
+from nara_diffusion.dreambooth.fidelity import Encoder, text_alignment
+from nara_diffusion.dreambooth.image_records import ImageRecord, records_from_folder
+from nara_diffusion.dreambooth.pipelines import load_pipeline
+from nara_diffusion.dreambooth.samples import SampleSettings, sample_images
 from quality.assets import ASSETS
 from quality.images.held_out import (
     BACKBONE,
@@ -52,8 +51,9 @@ class ImageTask:
     latents, prompts: caches.
     instances: the five training pictures.
     held_out: one batch a bin of λ.
-    judge: of samples.
-    in_places: what `judge` compares samples in a place with: the subject drawn there, {prompt: picture}.
+    references: the five pictures, decoded.
+    encoder: judges samples.
+    in_places: what `encoder` compares samples in a place with: the subject drawn there, {prompt: picture}.
     """
 
     subject: str
@@ -62,7 +62,8 @@ class ImageTask:
     prompts: PromptCache
     instances: list[ImageRecord]
     held_out: list[HeldOut]
-    judge: Evaluator
+    references: list[Image]
+    encoder: Encoder
     in_places: dict[str, Image]
 
     @property
@@ -83,7 +84,7 @@ def load_task(subject: str) -> ImageTask:
         ValueError: there is no such subject.
     """
     check_subject(subject)
-    pipe, judge = _base_model(), _encoder()
+    pipe = _base_model()
     latents = LatentCache(pipe.vae)
     prompts = PromptCache(pipe)
     instances = records_from_folder(ASSETS / SUBJECTS[subject], prompt=instance_prompt(subject), progress=False)
@@ -95,7 +96,8 @@ def load_task(subject: str) -> ImageTask:
         prompts,
         instances,
         held_out,
-        Evaluator([record.load() for record in instances], judge, judge, [IDENTIFIER]),
+        [record.load() for record in instances],
+        _encoder(),
         places_of(subject),
     )
 
@@ -141,14 +143,12 @@ def judged_samples(task: ImageTask, unet: Any, args: Any) -> Samples:
     scheduler = type(task.pipe.scheduler).from_config(task.pipe.scheduler.config)
     images = sample_images(pipeline_of(task.pipe, unet, scheduler), settings)
     prompts = [prompt for prompt, _ in settings.pairs]
-    encoder = task.judge.images
-    assert encoder is not None
-    similarities = encoder.images(images) @ encoder.images(task.judge.references).T  # (n, 5)
+    encoder = task.encoder
+    similarities = encoder.images(images) @ encoder.images(task.references).T  # (n, 5)
     drawn = list(task.in_places)
     to_places = encoder.images(images) @ encoder.images(list(task.in_places.values())).T  # (n, places)
     own = [to_places[i, drawn.index(prompt)].item() for i, prompt in enumerate(prompts) if prompt in task.in_places]
-    alignment = text_alignment(encoder, images, prompts, task.judge.identifier)
-    assert alignment is not None
+    alignment = text_alignment(encoder, images, prompts, [IDENTIFIER])
     return Samples(images, similarities.mean().item(), alignment, fmean(own))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nara_diffusion.check.trials import CheckSettings, CheckTask, published
 from nara_diffusion.check.verdict import LIKELY, UNLIKELY, decide, mean_losses, relative_difference
 from nara_diffusion.dllm.masking import MaskedBatch
-from nara_diffusion.dreambooth.families.unets import SDXL
+from nara_diffusion.dreambooth.families import SDXL
 from nara_diffusion.dreambooth.objectives import squared_errors
 from nara_diffusion.utils.statistics import Interval
 from quality import results

@@ -1,32 +1,37 @@
-"""Image files and data sets of the Hub as records: upright RGB images with a caption each.
+"""A folder of images as records: upright RGB images with a caption each.
 
 EXIF rotation is applied, what is transparent becomes white, of an animation the first frame is taken. All images are
 decoded once before training starts, so that a broken one shows at once and not at step 3 000. Pixels aren't kept: they
 are read again when a crop of them is needed, most often once for the latent cache.
+
+Captions come from a metadata.jsonl in the folder, {"file_name": "dog.png", "text": "a photo of …"} a line, else from
+text files beside the images, dog.txt of dog.png. An image without a caption of its own gets the instance prompt, and
+the log says so; without an instance prompt it is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
-
-from .captions import METADATA_FILE, check_prompt, fill_captions, own_captions
 
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
 IMAGE_SUFFIXES = frozenset([".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"])
+METADATA_FILE = "metadata.jsonl"
+
+
+# ---------------------------------------------------------------------- images
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def image_files(folder: str | Path) -> list[Path]:
 def records_from_folder(
     folder: str | Path, *, prompt: str | None = None, caption_column: str | None = None, progress: bool = True
 ) -> list[ImageRecord]:
-    """The images of a folder, by name, with their captions (see `captions`).
+    """The images of a folder, by name, with their captions.
 
     Args:
         prompt: of images without a caption of their own.
@@ -127,36 +132,6 @@ def class_records(folder: str | Path, *, prompt: str, progress: bool = True) -> 
     """The class images of prior preservation; all have the class prompt. Raises as `records_from_folder`."""
     sources = [(str(path), path.read_bytes) for path in image_files(folder)]
     return make_records(sources, [check_prompt(prompt, "class_prompt")] * len(sources), progress=progress)
-
-
-def records_from_dataset(
-    name: str,
-    *,
-    config_name: str | None = None,
-    image_column: str = "image",
-    caption_column: str | None = None,
-    prompt: str | None = None,
-    cache_dir: str | None = None,
-    progress: bool = True,
-) -> list[ImageRecord]:
-    """The "train" split of a data set on the Hub, or of a folder that `datasets` reads, such as its imagefolder.
-
-    Raises:
-        ValueError: a column is missing; a broken image; a missing caption.
-        Exception: as `datasets.load_dataset`.
-    """
-    from datasets import Image as ImageColumn
-    from datasets import load_dataset
-
-    rows: Any = load_dataset(name, config_name, cache_dir=cache_dir, split="train")
-    for column, flag in ((image_column, "image_column"), (caption_column, "caption_column")):
-        if column is not None and column not in rows.column_names:
-            raise ValueError(f"dataset_name {name} has no {flag} {column!r}, only {', '.join(rows.column_names)}.")
-    encoded = rows.cast_column(image_column, ImageColumn(decode=False))
-    names = [f"image {number} of {name}" for number in range(1, len(rows) + 1)]
-    captions = [None] * len(rows) if caption_column is None else list(rows[caption_column])
-    sources = [(label, partial(_read_row, encoded, image_column, number)) for number, label in enumerate(names)]
-    return make_records(sources, fill_captions(captions, names, prompt), progress=progress)
 
 
 def make_records(
@@ -183,7 +158,80 @@ def make_records(
     return records
 
 
-def _read_row(rows: Any, column: str, number: int) -> bytes:
-    """The bytes of an image that `datasets` keeps, in the data set itself or in a file."""
-    image = rows[number][column]
-    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+# ---------------------------------------------------------------------- captions
+
+
+def check_prompt(prompt: str, name: str) -> str:
+    """`prompt` without white space around it. Raises ValueError if nothing is left."""
+    if not prompt.strip():
+        raise ValueError(f"{name} is empty: say what the images show, as in 'a photo of sks dog'.")
+    return prompt.strip()
+
+
+def own_captions(images: Sequence[Path], column: str | None = None) -> list[str]:
+    """The caption of each image file of one folder, from metadata.jsonl or text files; "" for those without one.
+
+    Args:
+        column: the key in metadata.jsonl; None takes "text".
+
+    Raises:
+        ValueError: a metadata.jsonl that is broken, has other values than texts, or two lines for one image (with the
+            file and the line); a file that isn't UTF-8; `column` without a metadata.jsonl.
+    """
+    metadata = images[0].parent / METADATA_FILE
+    if metadata.exists():
+        found = _read_metadata(metadata, column or "text")
+        return [found.get(image.name, "") for image in images]
+    if column is not None:
+        raise ValueError(f"caption_column {column!r} is a key of {METADATA_FILE}, which {metadata.parent} lacks.")
+    files = [image.with_suffix(".txt") for image in images]
+    return [" ".join(_read(file).split()) if file.is_file() else "" for file in files]
+
+
+def _read_metadata(path: Path, column: str) -> dict[str, str]:
+    """{file_name: caption}; null is an empty caption."""
+    captions: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+            name, caption = row["file_name"], row[column]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            expected = f'{{"file_name": …, "{column}": …}}'
+            raise ValueError(f"{where}: expected {expected}, found {line[:60]} ({error}).") from None
+        if not isinstance(caption, str | None):
+            raise ValueError(f"{where}: {column!r} is {json.dumps(caption)[:60]}, expected a text in quotes.")
+        try:
+            f"{name}{caption}".encode()  # JSON may spell one half of a surrogate pair, which no tokenizer takes
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"{where} holds half a character, {half}: write the character itself.") from None
+        if name in lines:
+            raise ValueError(f"{where}: {name} has a caption in line {lines[name]} already: remove one of them.")
+        captions[name], lines[name] = caption or "", number
+    return captions
+
+
+def fill_captions(captions: Sequence[str], names: Sequence[str], prompt: str | None) -> list[str]:
+    """`captions` with the instance prompt where one is empty. Raises ValueError if there is no prompt for those."""
+    captions = [caption.strip() for caption in captions]
+    missing = [name for name, caption in zip(names, captions, strict=True) if not caption]
+    which = f"{len(missing)} of {len(names)} images ({', '.join(missing[:4])}) have no caption"
+    if missing and prompt is None:
+        raise ValueError(
+            f"{which}: give --instance_prompt 'a photo of sks dog', or write a caption for each, in a .txt file beside "
+            f"it or in {METADATA_FILE}."
+        )
+    if 0 < len(missing) < len(names):
+        logger.warning("%s: they get %r", which, prompt)
+    return [caption or check_prompt(str(prompt), "instance_prompt") for caption in captions]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} isn't UTF-8 text: {error}") from None

@@ -24,9 +24,9 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from nara_diffusion.dreambooth.seeding import numpy_generator
 from nara_diffusion.training.stream import ShuffledStream
 
+from .draws import numpy_generator
 from .image_records import ImageRecord, Size
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
 """Subject fidelity and prompt fidelity, measured over several training seeds.
 
 Three seeds of one method, measured with the encoders of DreamBooth's paper (arXiv 2208.12242, section 4.1):
-    nara-metrics --generated out-seed-0/samples-after out-seed-1/samples-after out-seed-2/samples-after \\
-        --reference dog_images --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16 --identifier sks \\
-        --output results.json --device cuda
+    python examples/subject_metrics.py --generated out-seed-0/samples-after out-seed-1/samples-after \\
+        out-seed-2/samples-after --reference dog_images --clip openai/clip-vit-base-patch32 \\
+        --dino facebook/dino-vits16 --identifier sks --output results.json
 
 What is measured:
     DINO image similarity   mean cosine between generated images and those of the subject: subject fidelity
@@ -22,18 +22,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL.Image import Image
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from nara_diffusion.dreambooth.data.captions import own_captions
-from nara_diffusion.dreambooth.data.image_records import image_files, load_image, to_rgb
+from nara_diffusion.dreambooth.fidelity import Encoder, text_alignment
+from nara_diffusion.dreambooth.image_records import image_files, own_captions
 from nara_diffusion.utils.statistics import interval
 
 MEASURES = {
@@ -42,110 +38,6 @@ MEASURES = {
     "text_alignment": "CLIP text alignment",
 }
 """Keys of the figures, and their names for people."""
-
-Images = Sequence[Image | str | Path]
-"""PIL images, or files of images."""
-
-
-class Encoder:
-    """Pictures and texts as unit vectors, by CLIP (projected features) or DINO and DINOv2 (the last layer's CLS token).
-
-    Images are prepared by the model's own image processor, in its PIL form: figures don't depend on whether torchvision
-    is installed, whose resizing differs in the last bits.
-
-    Args:
-        model_path: a folder, or a repository on the Hub, with the model and its processor.
-        device: where it runs; None is CUDA if there is one, else the CPU.
-        batch_size: images or texts of one forward.
-
-    Raises:
-        ValueError: a model of another type, or weights that don't fill the model.
-        OSError: as `from_pretrained`.
-    """
-
-    def __init__(
-        self,
-        model_path: str | Path,
-        *,
-        device: str | torch.device | None = None,
-        batch_size: int = 32,
-    ) -> None:
-        self.name, self.batch_size = str(model_path), batch_size
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, loading = AutoModel.from_pretrained(self.name, dtype=torch.float32, output_loading_info=True)
-        self.kind = model.config.model_type
-        if self.kind not in ("clip", "vit", "dinov2"):
-            raise ValueError(f"{self.name} is a {type(model).__name__}, expected CLIP, DINO or DINOv2")
-        # DINO's checkpoints lack the pooling layer of the class that reads them, which isn't used here
-        missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key)
-        if missing:
-            raise ValueError(f"the weights of {self.name} lack {len(missing)} tensors, such as {missing[0]}")
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        self.processor = AutoImageProcessor.from_pretrained(self.name, backend="pil")
-
-    def images(self, images: Images) -> torch.Tensor:
-        """(n, d) float32 on the CPU, each row of length 1; files are opened batch by batch."""
-
-        def embed(batch: list[Image | str | Path]) -> torch.Tensor:
-            loaded = [to_rgb(image) if isinstance(image, Image) else load_image(image) for image in batch]
-            inputs = self.processor(images=loaded, return_tensors="pt").to(self.device)
-            if self.kind == "clip":
-                return self.model.get_image_features(**inputs).pooler_output  # (b, d)
-            return self.model(**inputs).last_hidden_state[:, 0]  # (b, l, d) → (b, d)
-
-        return self._embed(images, embed)
-
-    def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """(n, d) float32 on the CPU, each row of length 1, to be compared with those of images.
-
-        Raises:
-            ValueError: the model has no text tower.
-        """
-        self.check_text()
-        tokenizer = AutoTokenizer.from_pretrained(self.name)
-        length = self.model.config.text_config.max_position_embeddings
-
-        def embed(batch: list[str]) -> torch.Tensor:
-            inputs = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            return self.model.get_text_features(**inputs.to(self.device)).pooler_output  # (b, d)
-
-        return self._embed(texts, embed)
-
-    def check_text(self) -> None:
-        """Raises ValueError if the model has no text tower."""
-        if self.kind != "clip":
-            raise ValueError(f"{self.name} is a {type(self.model).__name__}, which has no text tower: give CLIP")
-
-    @torch.no_grad()
-    def _embed(self, items: Sequence[Any], forward: Callable[[list[Any]], torch.Tensor]) -> torch.Tensor:
-        batches = [list(items[i : i + self.batch_size]) for i in range(0, len(items), self.batch_size)]
-        found = torch.cat([forward(batch).cpu() for batch in batches])  # (n, d)
-        return F.normalize(found, dim=1)
-
-
-def image_similarity(encoder: Encoder, generated: Images, reference: Images) -> float:
-    """Subject fidelity: the mean cosine over all pairs of a generated image and an image of the subject, in [−1, 1]."""
-    return (encoder.images(generated) @ encoder.images(reference).T).mean().item()
-
-
-def text_alignment(encoder: Encoder, images: Images, prompts: Sequence[str], identifier: Iterable[str] = ()) -> float:
-    """Prompt fidelity: the mean cosine of each image and its own prompt, in [−1, 1].
-
-    Args:
-        encoder: a CLIP.
-        identifier: words left out of the prompts, such as the subject's rare token, which CLIP doesn't know.
-
-    Raises:
-        ValueError: `encoder` has no text tower.
-    """
-    texts = encoder.texts([without_words(prompt, identifier) for prompt in prompts])
-    return (encoder.images(images) * texts).sum(1).mean().item()
-
-
-def without_words(prompt: str, words: Iterable[str]) -> str:
-    """`prompt` without `words`, whatever their case and the commas and full stops after them."""
-    dropped = {word.lower() for word in words}
-    return " ".join(word for word in prompt.split() if word.strip(",.").lower() not in dropped)
 
 
 def evaluate(
@@ -218,7 +110,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `nara-metrics`."""
+    """Measure what the command line names; print the table."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generated", nargs="+", required=True, help="folders of images, one for each training seed")
@@ -239,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.output.write_text(json.dumps({**figures, "arguments": vars(args)}, indent=2, default=str) + "\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    sys.stdout.write(table(figures) + "\n")
+    print(table(figures))
 
 
 if __name__ == "__main__":

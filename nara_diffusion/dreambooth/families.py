@@ -1,7 +1,7 @@
-"""Transformers that are rectified flows: Stable Diffusion 3, FLUX.1, FLUX.2, Z-Image, Qwen-Image and Wan.
+"""The families that can be trained: Stable Diffusion 1, 2 and XL, with a UNet, and six whose transformer is a flow.
 
-σ is the timestep divided by 1000 in their pipelines, whatever the scheduler's configuration says. The pipelines' own
-functions make tokens of latents and latents of tokens, as in Diffusers' training scripts.
+Of the flows, σ is the timestep divided by 1000 in their pipelines, whatever the scheduler's configuration says. The
+pipelines' own functions make tokens of latents and latents of tokens, as in Diffusers' training scripts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,67 @@ from torch import Tensor
 from .family import Call, Embeddings, Family, stack_padded
 
 N = 1000
+
+
+# ---------------------------------------------------------------------- UNets
+
+
+def _unet_divisor(pipe: Any) -> int:
+    """The factor by which autoencoder and UNet together reduce the sides of an image."""
+    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+
+SD = Family(
+    name="stable-diffusion",
+    title="Stable Diffusion 1 and 2",
+    pipelines=("StableDiffusionPipeline",),
+    # states (b, 77, d)
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[:1],
+    caller=lambda unet, call: unet(call.sample, call.timestep, call.embeddings[0], return_dict=False)[0],
+    divisor=_unet_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder",),
+    defaults={"resolution": 512, "guidance_scale": 7.5},
+    is_flow=False,
+)
+
+
+def _call_sdxl(unet: Any, call: Call) -> Tensor:
+    states, pooled = call.embeddings
+    # bf16 doesn't hold all whole numbers above 256, which sizes and crop positions are
+    conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
+    return unet(call.sample, call.timestep, states, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def _fit_sdxl(pipe: Any, family: Family) -> Family:
+    kind = pipe.unet.config.addition_embed_type
+    if kind != "text_time" or pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        raise ValueError(
+            f"its UNet has addition_embed_type {kind!r}, expected 'text_time' and two text encoders: name SDXL's base "
+            "model, not its refiner."
+        )
+    return family
+
+
+SDXL = Family(
+    name="stable-diffusion-xl",
+    title="Stable Diffusion XL",
+    pipelines=("StableDiffusionXLPipeline",),
+    # states of two CLIPs (b, 77, d_1 + d_2), and the pooled state of the second (b, p)
+    encoder=lambda pipe, prompts, length: pipe.encode_prompt(
+        prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False
+    )[::2],
+    caller=_call_sdxl,
+    divisor=_unet_divisor,
+    denoiser="unet",
+    text_encoders=("text_encoder", "text_encoder_2"),
+    cut_short=("text_encoder",),
+    is_flow=False,
+    fit=_fit_sdxl,
+)
+
+
+# ---------------------------------------------------------------------- rectified flows
 
 
 def _guidance(call: Call) -> Tensor | None:
@@ -241,3 +302,21 @@ WAN = Family(
     picked=".frames[0][0]",
     max_sequence_length=512,
 )
+
+
+FAMILIES = (SD, SDXL, SD3, FLUX, FLUX2, Z_IMAGE, QWEN_IMAGE, WAN)
+BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
+
+
+def family_named(pipeline: str) -> Family:
+    """The family of a pipeline's class name. Raises ValueError if no family has it."""
+    if pipeline not in BY_PIPELINE:
+        known = ", ".join(f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES)
+        raise ValueError(f"{pipeline} is no class of pipelines that can be trained here: expected {known}.")
+    return BY_PIPELINE[pipeline]
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a pipeline, with its settings. Raises ValueError if none has its class or can train it."""
+    family = family_named(type(pipe).__name__)
+    return family.fit(pipe, family)

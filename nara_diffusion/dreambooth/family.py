@@ -5,7 +5,7 @@
 
 x_λ, the timestep and the prediction are those of the objective; for a rectified flow x_σ = (1 − σ) x + σ ε, N σ and
 ε − x. Only the family's `caller` converts them to what the denoiser takes: σ, 1 − σ, tokens in place of a grid, the
-negative. `table` lists the families.
+negative. `families` lists them.
 """
 
 from __future__ import annotations

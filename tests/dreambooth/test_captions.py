@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nara_diffusion.dreambooth.data.captions import check_prompt, fill_captions, own_captions
+from nara_diffusion.dreambooth.image_records import check_prompt, fill_captions, own_captions
 
 PROMPT = "a photo of sks toy"
 

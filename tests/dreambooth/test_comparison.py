@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from nara_diffusion.dreambooth import DreamBoothDataset, LatentCache, records_from_folder
+from nara_diffusion.dreambooth.comparison import Evaluation, ValidationLoss
 from nara_diffusion.dreambooth.draws import draw_noise
-from nara_diffusion.dreambooth.evaluation.comparison import Evaluation, Evaluator, ValidationLoss, compare
-from nara_diffusion.dreambooth.evaluation.fidelity import Encoder, image_similarity, text_alignment
-from nara_diffusion.dreambooth.evaluation.samples import CELL, SampleSettings, sample_images, write_grid, write_images
+from nara_diffusion.dreambooth.families import SDXL
+from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, text_alignment
 from nara_diffusion.dreambooth.objectives import build_objective
-from tests.dreambooth.data.pictures import folder_of
+from nara_diffusion.dreambooth.samples import CELL, SampleSettings, sample_images, write_grid, write_images
+from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
 CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
@@ -42,9 +44,8 @@ def loss(pipe, tmp_path: Path) -> ValidationLoss:
     folder = folder_of(tmp_path / "images", [(20, 20), (18, 30), (22, 22)])
     records = records_from_folder(folder, prompt="a photo of a toy", progress=False)
     samples = DreamBoothDataset(records, [(16, 16), (24, 12)], batch_size=1, seed=0).plain_samples()
-    return ValidationLoss(
-        build_objective(pipe.scheduler), LatentCache(pipe.vae), samples, seed=4, points=3, batch_size=2
-    )
+    settings = {"seed": 4, "points": 3, "batch_size": 2}
+    return ValidationLoss(build_objective(pipe.scheduler), LatentCache(pipe.vae), samples, SDXL, **settings)
 
 
 def test_the_curve_is_the_error_at_each_level(pipe, loss, accelerator) -> None:
@@ -64,25 +65,22 @@ def test_the_curve_is_the_error_at_each_level(pipe, loss, accelerator) -> None:
                 prediction = pipe.unet(noisy, t, embeds, added_cond_kwargs=conditions).sample
             expected[row, column] = (prediction - noise).square().mean()
     torch.testing.assert_close(curve, expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(loss.levels(), torch.tensor([0.166, 0.5, 0.833]))
+    torch.testing.assert_close(loss.noise_levels, torch.tensor([0.166, 0.5, 0.833]))
     torch.testing.assert_close(loss.curve(pipe, accelerator), curve, rtol=0, atol=0)
 
 
 def test_a_measurement_holds_samples_losses_and_figures(pipe, loss, accelerator) -> None:
-    encoder = Encoder(Path(__file__).parents[3] / "examples" / "assets" / "clip-tiny", device="cpu")
+    encoder = Encoder(Path(__file__).parents[2] / "examples" / "assets" / "clip-tiny", device="cpu")
     references = [sample.image.load() for sample in loss.samples]
     settings = SampleSettings(["a sks cube"], 2, seed=7, batch_size=2, call=CALL)
-    blind = Evaluation(accelerator, pipe, settings, loss, Evaluator(references)).measure(None, "before")
+    run: Any = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(identifier=["sks"]))
+    blind = Evaluation(run, pipe, settings, loss, references).measure(None, "before")
     assert (blind.similarity, blind.text_alignment) == (None, None)
-    seeing = Evaluator(references, encoder, encoder, ["sks"])
-    found = Evaluation(accelerator, pipe, settings, loss, seeing).measure(None, "after")
+    found = Evaluation(run, pipe, settings, loss, references, encoder, encoder).measure(None, "after")
     assert found.similarity == pytest.approx(image_similarity(encoder, found.images, references))
     assert found.text_alignment == pytest.approx(text_alignment(encoder, found.images, ["a cube"] * 2))
-    results = compare(blind, found)
-    assert results["similarity_before"] is None
-    assert results["similarity_after"] == found.similarity
-    assert results["curve_after"] == results["curve_before"] == found.curve
-    assert results["validation_loss_after"] == pytest.approx(sum(found.curve) / 3)
+    assert found.curve == blind.curve
+    assert found.validation_loss == pytest.approx(sum(found.curve) / 3)
 
 
 def test_samples_are_those_of_the_pipeline_s_own_call(pipe, tmp_path) -> None:

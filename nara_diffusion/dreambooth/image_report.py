@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
-
-from nara_diffusion.dreambooth.families.family import Family
-from nara_diffusion.dreambooth.families.pipelines import absent_components
-from nara_diffusion.dreambooth.families.table import family_of
 from nara_diffusion.export.plain_lora import SCHEDULER
 from nara_diffusion.noise.prediction import prediction_by
 from nara_diffusion.training.arguments import schedule_of, window_of
@@ -25,7 +20,9 @@ from nara_diffusion.training.report import (
     write_run_card,
 )
 
-from .comparison import Measurement
+from .comparison import Evaluation, Measurement
+from .families import family_of
+from .family import Family
 from .samples import SampleSettings, write_grid, write_images
 
 GRID = "samples.png"
@@ -50,6 +47,11 @@ _IMPORTS = {
     "other": "from peft import PeftModel\n",
 }
 _NOISE = "\n\nThe adapter reads the noise level λ from the timestep of each step."
+_MEASURES = {
+    "similarity": "similarity to the subject",
+    "text_alignment": "alignment with the prompt",
+    "validation_loss": "validation loss",
+}
 
 
 def results_table(before: Measurement, after: Measurement) -> str:
@@ -58,32 +60,28 @@ def results_table(before: Measurement, after: Measurement) -> str:
 
 
 def write_run_report(
-    folder: Path,
-    args: Any,
+    evaluation: Evaluation,
     facts: Mapping[str, str],
-    settings: SampleSettings,
     before: Measurement,
     after: Measurement,
-    references: Sequence[Image],
-    load_from: str,
     pipe: Any,
     converted: Any = None,
 ) -> None:
-    """Writes samples.png, samples-before, samples-after, noise_level_curve.png and README.md into `folder`.
+    """Writes samples.png, samples-before, samples-after, noise_level_curve.png and README.md into the run's folder.
 
     Args:
-        args: the run's arguments.
+        evaluation: of the run.
         facts: {what: value} of the run for the card, such as the number of trainable parameters.
-        settings: what was sampled.
         before, after: of the base model, and of the same after training.
-        references: images of the subject.
-        load_from: where the card says to load from, a path or a repository.
         pipe: the base model's pipeline.
         converted: the scheduler of the model that the base was converted to, if it was.
     """
-    write_grid(folder / GRID, settings.prompts, {"before": before.images, "after": after.images}, references)
-    for when, measured in (("before", before), ("after", after)):
-        write_images(folder / f"samples-{when}", measured.images, settings)
+    run, settings = evaluation.run, evaluation.settings
+    folder, args = run.folder, run.args
+    columns = {"before": before.images, "after": after.images}
+    write_grid(folder / GRID, settings.prompts, columns, evaluation.references)
+    for when, images in columns.items():
+        write_images(folder / f"samples-{when}", images, settings)
     name, prompt = Path(args.pretrained_model_name_or_path).name, args.instance_prompt
     images = "training" if args.validation_data_dir is None else "held-out"
     plot_noise_level_curves(
@@ -96,9 +94,10 @@ def write_run_report(
         window_of(args),
     )
     ending = (
-        f"Over {len(after.images)} samples of {len(settings.prompts)} prompts. Similarity is the mean cosine of "
-        "samples and images of the subject, alignment that of samples and their prompts; figures of other encoders "
-        "can't be compared. The loss at each noise level:\n\n![loss over the noise level](noise_level_curve.png)"
+        f"Over {counted(len(after.images), 'sample')} of {counted(len(settings.prompts), 'prompt')}. Similarity is "
+        "the mean cosine of samples and images of the subject, alignment that of samples and their prompts; figures of "
+        "other encoders can't be compared. The loss at each noise level:\n\n"
+        "![loss over the noise level](noise_level_curve.png)"
     )
     shown = zip(settings.prompts, settings.names[:: settings.images_per_prompt], strict=True)
     write_run_card(
@@ -109,7 +108,7 @@ def write_run_report(
         about=f"for `{args.pretrained_model_name_or_path}`{f', trained on images of “{prompt}”' if prompt else ''}.",
         figures=_figures(before, after),
         how_good=(f"![training images, and samples before and after]({GRID})", ending),
-        loading=_loading(args, settings, load_from, pipe, converted),
+        loading=_loading(args, settings, run.hub_id or str(folder), pipe, converted),
         tags=["text-to-image", family_of(pipe).name, "diffusers", "dreambooth"],
         library="diffusers",
         instance_prompt=prompt,
@@ -132,13 +131,9 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
         imports += "\nfrom nara_diffusion import StrengthSchedule\n"
     elif method in ("nara", "lora"):
         lines = [f"pipe.load_{method}_weights({load_from!r})"]
-    else:  # PEFT changes the component itself; one that was trained whole is exchanged
-        line = {
-            "other": "PeftModel.from_pretrained(pipe.{0}, {1!r}, subfolder={0!r})",
-            "full": "pipe.{0} = type(pipe.{0}).from_pretrained({1!r}, subfolder={0!r}, dtype={2})",
-        }[method]
+    else:  # PEFT changes the component itself
         trained = [family.denoiser, *(family.text_encoders if args.train_text_encoder else [])]
-        lines = [line.format(name, load_from, dtype) for name in trained]
+        lines = [f"PeftModel.from_pretrained(pipe.{name}, {load_from!r}, subfolder={name!r})" for name in trained]
     if converted is not None:
         kind = type(converted).__name__
         how = "`load_nara_weights` sets the scheduler that it needs, and `unload_nara_weights` brings the old one back"
@@ -147,11 +142,13 @@ def _loading(args: Any, settings: SampleSettings, load_from: str, pipe: Any, con
             lines.append(f"pipe.scheduler = {kind}.from_pretrained({load_from!r}, subfolder={SCHEDULER!r})")
             how = "set the scheduler, as above, whenever the weights are loaded"
         ending += f"\n\nThe model now predicts {prediction_by(converted)} and is sampled by {kind}: {how}."
+    # components that are None and have to be passed as None
+    absent = {name for name, part in pipe.components.items() if part is None} - set(pipe._optional_components)
     call = family.sampling(dict(settings.call), 1)
     code = _LOADING.format(
         classes=", ".join(classes),
         pipeline=classes[0],
-        absent="".join(f", {name}=None" for name in absent_components(pipe)),
+        absent="".join(f", {name}=None" for name in sorted(absent)),
         imports=imports,
         base=args.pretrained_model_name_or_path,
         dtype=dtype,
@@ -173,9 +170,13 @@ def _schedule_line(args: Any, family: Family) -> str:
 
 
 def _figures(before: Measurement, after: Measurement) -> list[list[str]]:
-    rows: list[tuple[str, float | None, float | None]] = [
-        ("similarity to the subject", before.similarity, after.similarity),
-        ("alignment with the prompt", before.text_alignment, after.text_alignment),
-        ("validation loss", before.validation_loss, after.validation_loss),
+    sides = {name: (getattr(before, name), getattr(after, name)) for name in _MEASURES}
+    return [
+        [_MEASURES[name], *("not measured" if value is None else f"{value:.3f}" for value in values)]
+        for name, values in sides.items()
     ]
-    return [[name, *("not measured" if n is None else f"{n:.3f}" for n in numbers)] for name, *numbers in rows]
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 image", "5 images"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

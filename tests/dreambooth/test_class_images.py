@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nara_diffusion.dreambooth.data.class_images import generate_class_images
-from nara_diffusion.dreambooth.seeding import torch_generator
-from tests.dreambooth.data.pictures import folder_of
+from nara_diffusion.dreambooth.draws import torch_generator
+from nara_diffusion.dreambooth.samples import generate_class_images
+from tests.dreambooth.pictures import folder_of
 from tests.helpers.small_pipelines import small_sdxl
 
 PROMPT = "ein Spielzeug, größer ✓"

@@ -11,16 +11,16 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image, ImageOps
 
-from nara_diffusion.dreambooth.data.dataset import (
+from nara_diffusion.dreambooth.dataset import (
     BucketOrder,
     DreamBoothDataset,
     TrainingSample,
     collate_samples,
     scaled_size,
 )
-from nara_diffusion.dreambooth.data.image_records import ImageRecord, class_records, records_from_folder
+from nara_diffusion.dreambooth.image_records import ImageRecord, class_records, records_from_folder
 from nara_diffusion.training.stream import stream_loader
-from tests.dreambooth.data.pictures import folder_of, gradient, noise
+from tests.dreambooth.pictures import folder_of, gradient, noise
 
 SIZES = [(80, 60), (60, 80), (70, 70), (90, 50), (66, 64)]  # (width, height)
 BUCKETS = [(24, 40), (32, 32), (40, 24)]

@@ -1,4 +1,4 @@
-"""The pipeline that is trained, the one that samples with the same frozen weights, and images by a pipeline's call.
+"""The pipeline that is trained, and the one that samples with the same frozen weights.
 
 The sampling pipeline has its own modules around the parameters of the trained one, so adapters and gradient
 checkpointing affect only one of them. `load_nara_weights` on it does what it does on a freshly loaded pipeline, without
@@ -9,21 +9,38 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.training.digests import local_folder
+from nara_diffusion.utils.naming import naming_source
 
+from .families import family_named
 from .family import Family
-from .table import BY_PIPELINE, family_named, model_index
+
+
+def family_of_model(name: str, **hub: Any) -> Family:
+    """The family of a folder or repository; raises ValueError as `model_index` and `family_named`."""
+    return family_named(str(model_index(name, **hub).get("_class_name")))
+
+
+def model_index(name: str, **hub: Any) -> dict[str, Any]:
+    """The `model_index.json` of a folder, or of a repository on the Hub: classes of the pipeline and its components.
+
+    Args:
+        hub: revision, token, ….
+
+    Raises:
+        ValueError: there is none, or the Hub can't be reached.
+    """
+    with naming_source(name, "model_index.json", "a model of Diffusers"):
+        return dict(diffusers.DiffusionPipeline.load_config(name, **hub))  # type: ignore[arg-type]
 
 
 def load_pipeline(
@@ -86,19 +103,11 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
 
 def folders_of(args: Any, pipe: Any) -> dict[str, Path]:
     """{component: folder} of what was loaded with the arguments of a DreamBoothArguments: the models, the scheduler."""
-    hub = {"revision": args.revision}
-    root = local_folder(args.pretrained_model_name_or_path, **hub)
+    root = local_folder(args.pretrained_model_name_or_path, revision=args.revision)
     folders = {name: root / name for name in (*modules_of(pipe), "scheduler")}
     if args.pretrained_vae_model_name_or_path is not None:
         folders["vae"] = local_folder(args.pretrained_vae_model_name_or_path)
     return folders
-
-
-def absent_components(pipe: Any) -> list[str]:
-    """The components that are None and have to be passed as None: `from_pretrained(…, text_encoder_3=None)`."""
-    return sorted(
-        name for name, part in pipe.components.items() if part is None and name not in pipe._optional_components
-    )
 
 
 def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
@@ -119,19 +128,3 @@ def sharing_pipeline(pipe: Any, dtype: torch.dtype) -> Any:
     other = type(pipe)(**{**pipe.components, **modules, "scheduler": scheduler}, **options)
     other.set_progress_bar_config(disable=True)
     return other
-
-
-def render(
-    pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]
-) -> list[Image]:
-    """An image for each prompt.
-
-    Args:
-        pipe: a pipeline of a family; any other callable gets `call` unchanged.
-        prompts: (b). generators: one for each image.
-        call: height, width, num_inference_steps, guidance_scale, …, by these names for every family.
-    """
-    family = BY_PIPELINE.get(type(pipe).__name__)
-    options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
-    output = pipe(prompt=list(prompts), generator=list(generators), **options)
-    return output.images if family is None else family.images_of(output)

@@ -1,21 +1,18 @@
 """Folders and data sets as records: every kind of image is read right or refused by name."""
 
-import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nara_diffusion.dreambooth.data.image_records import (
+from nara_diffusion.dreambooth.image_records import (
     class_records,
     load_image,
-    records_from_dataset,
     records_from_folder,
 )
-from tests.dreambooth.data.pictures import folder_of, gradient, noise
+from tests.dreambooth.pictures import folder_of, gradient, noise
 
 PROMPT = "a photo of sks toy"
 
@@ -113,52 +110,3 @@ def test_class_images_all_have_the_class_prompt(tmp_path) -> None:
     folder = folder_of(tmp_path, [(8, 8)] * 3)
     (folder / "00.txt").write_text("not for class images")
     assert [record.prompt for record in class_records(folder, prompt=" a toy ")] == ["a toy"] * 3
-
-
-@pytest.fixture
-def image_folder(tmp_path) -> Path:
-    """What `datasets` calls an image folder, with a rotated photo in it."""
-    folder = folder_of(tmp_path / "data", [(30, 20), (11, 12)])
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    noise(40, 25, seed=9).save(folder / "aa.jpg", exif=exif)
-    said = {"00.png": "one", "01.png": "", "aa.jpg": "three"}
-    lines = [json.dumps({"file_name": name, "said": text}) for name, text in said.items()]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def load(folder: Path, **options: Any) -> list:
-    return records_from_dataset(str(folder), cache_dir=str(folder.parent / "cache"), **options)
-
-
-def test_a_data_set_gives_the_same_records_as_its_folder(image_folder) -> None:
-    records = load(image_folder, caption_column="said", prompt=PROMPT)
-    expected = records_from_folder(image_folder, caption_column="said", prompt=PROMPT)
-    assert [record.prompt for record in records] == ["one", PROMPT, "three"]
-    assert [(r.size, r.prompt, r.key) for r in records] == [(r.size, r.prompt, r.key) for r in expected]
-    for record, other in zip(records, expected, strict=True):
-        assert np.array_equal(pixels(record.load()), pixels(other.load()))
-
-
-def test_a_parquet_file_keeps_its_images_inside(image_folder) -> None:
-    from datasets import load_dataset
-
-    rows = load_dataset(str(image_folder), split="train", cache_dir=str(image_folder.parent / "cache"))
-    (image_folder.parent / "packed").mkdir()
-    rows.to_parquet(str(image_folder.parent / "packed" / "train.parquet"))
-    records = load(image_folder.parent / "packed", prompt=PROMPT)
-    assert [record.size for record in records] == [(20, 30), (12, 11), (40, 25)]
-    assert np.array_equal(pixels(pickle.loads(pickle.dumps(records[1])).load()), pixels(noise(11, 12, seed=1)))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_column": "picture"}, "has no image_column 'picture', only image, said"),
-        ({"caption_column": "said"}, r"1 of 3 images \(image 2 of .*\) have no caption"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(image_folder, options: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load(image_folder, **options)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from subject_metrics import evaluate, main, table
 from transformers import (
     BitImageProcessorPil,
     CLIPImageProcessorPil,
@@ -20,19 +21,11 @@ from transformers import (
     Dinov2Model,
 )
 
-from nara_command import main
-from nara_diffusion.dreambooth.evaluation.fidelity import (
-    Encoder,
-    evaluate,
-    image_similarity,
-    table,
-    text_alignment,
-    without_words,
-)
+from nara_diffusion.dreambooth.fidelity import Encoder, image_similarity, text_alignment, without_words
 from nara_diffusion.utils.statistics import interval
-from tests.dreambooth.data.pictures import noise
+from tests.dreambooth.pictures import noise
 
-CLIP_TINY = Path(__file__).parents[3] / "examples" / "assets" / "clip-tiny"
+CLIP_TINY = Path(__file__).parents[2] / "examples" / "assets" / "clip-tiny"
 PROMPTS = ["a photo of a red car", "a blue house in the snow", "a photo of a ball"]
 
 
@@ -165,7 +158,7 @@ def test_the_command_writes_its_figures_and_shows_them(tmp_path, clip, dino, cap
     seeds = [str(fill(tmp_path / f"seed-{seed}", 3, 5 * seed, PROMPTS)) for seed in range(2)]
     reference, output = fill(tmp_path / "subject", 2, 20), tmp_path / "results.json"
     words = ["--generated", *seeds, "--reference", str(reference), "--clip", clip.name, "--dino", dino.name]
-    main(["metrics", *words, "--device", "cpu", "--output", str(output)])
+    main([*words, "--device", "cpu", "--output", str(output)])
     written, expected = json.loads(output.read_text()), evaluate(seeds, reference, clip=clip, dino=dino)
     for key in ("dino_similarity", "clip_similarity", "text_alignment"):
         assert written[key]["mean"] == pytest.approx(expected[key]["mean"], abs=1e-6)
@@ -184,6 +177,6 @@ def test_the_command_writes_its_figures_and_shows_them(tmp_path, clip, dino, cap
 )
 def test_the_command_refuses_in_one_line(words, message, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["metrics", *words])
+        main([*words])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err

@@ -1,1 +1,0 @@
-"""Images, captions and the training samples made of them."""

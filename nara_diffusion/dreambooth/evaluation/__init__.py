@@ -1,1 +1,0 @@
-"""Samples, and what is measured on them."""

@@ -1,0 +1,227 @@
+"""Images that a pipeline makes: samples, their files and a sheet of them, and class images for prior preservation."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from tqdm.auto import tqdm
+
+from nara_diffusion.training.engines import split_across_processes
+from nara_diffusion.utils.atomic_write import atomic_write
+
+from .draws import torch_generator
+from .families import BY_PIPELINE
+from .family import Family
+from .image_records import IMAGE_SUFFIXES, check_prompt
+
+CELL, GAP, TEXT = 128, 4, 15  # in pixels: side of the square that an image is shown in, space around it, a line of text
+PROMPT_KEY = "class_prompt"  # of a class image's metadata
+
+
+# ---------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What is sampled.
+
+    Attributes:
+        prompts: the texts.
+        images_per_prompt: image j of each prompt has the seed `seed` + j.
+        batch_size: images at once.
+        call: further arguments of the pipeline's call: height, width, num_inference_steps, guidance_scale, …, by these
+            names in every family.
+    """
+
+    prompts: Sequence[str]
+    images_per_prompt: int
+    seed: int
+    batch_size: int
+    call: dict[str, Any]
+
+    @property
+    def pairs(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of each image, all of one prompt after those of another."""
+        return [(prompt, self.seed + j) for prompt in self.prompts for j in range(self.images_per_prompt)]
+
+    @property
+    def names(self) -> list[str]:
+        """The file's name of each image."""
+        return [f"{i // self.images_per_prompt:02d}-seed-{seed}.png" for i, (_, seed) in enumerate(self.pairs)]
+
+
+def sample_call(args: Any, family: Family) -> dict[str, Any]:
+    """`SampleSettings.call` of a run's arguments: at the training resolution."""
+    size = {"height": args.resolution, "width": args.resolution}
+    steps = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    return {**size, **steps, **family.sample_call}
+
+
+def render(
+    pipe: Any, prompts: Sequence[str], generators: Sequence[torch.Generator], call: Mapping[str, Any]
+) -> list[Image.Image]:
+    """An image for each prompt.
+
+    Args:
+        pipe: a pipeline of a family; any other callable gets `call` unchanged.
+        prompts: (b). generators: one for each image.
+        call: see `SampleSettings`.
+    """
+    family = BY_PIPELINE.get(type(pipe).__name__)
+    options = dict(call) if family is None else family.sampling(dict(call), len(prompts))
+    output = pipe(prompt=list(prompts), generator=list(generators), **options)
+    return output.images if family is None else family.images_of(output)
+
+
+def sample_images(
+    pipe: Any, settings: SampleSettings, accelerator: Accelerator | None = None, desc: str = "sample"
+) -> list[Image.Image]:
+    """One image for each of `settings.pairs`, made by all processes together."""
+    show = accelerator is None or accelerator.is_main_process
+
+    def work(indices: Sequence[int]) -> list[Image.Image]:
+        starts = range(0, len(indices), settings.batch_size)
+        images = []
+        for start in tqdm(starts, desc=desc, unit="batch", leave=False, disable=not show):
+            pairs = [settings.pairs[i] for i in indices[start : start + settings.batch_size]]
+            # seeds count on the CPU, so they mean the same on any device
+            generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
+            images += render(pipe, [prompt for prompt, _ in pairs], generators, settings.call)
+        return images
+
+    count = len(settings.pairs)
+    return work(range(count)) if accelerator is None else split_across_processes(accelerator, count, work)
+
+
+def write_images(folder: Path, images: Sequence[Image.Image], settings: SampleSettings) -> None:
+    """PNG files named by prompt and seed, with a metadata.jsonl of their prompts."""
+    lines = []
+    with atomic_write(folder) as partial:
+        partial.mkdir(parents=True)
+        for name, image, (prompt, seed) in zip(settings.names, images, settings.pairs, strict=True):
+            image.save(partial / name)
+            lines.append(json.dumps({"file_name": name, "text": prompt, "seed": seed}, ensure_ascii=False) + "\n")
+        (partial / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def write_grid(
+    path: Path,
+    prompts: Sequence[str],
+    columns: dict[str, Sequence[Image.Image]],
+    references: Sequence[Image.Image] = (),
+) -> None:
+    """Writes a PNG: images of the subject, then for each prompt its images of each column, beside each other.
+
+    Args:
+        path: the file.
+        prompts: one for each row, drawn above it with the titles of the columns.
+        columns: {title: images}, such as before and after: all of one prompt after those of another, equally many each.
+        references: images of the subject, for the row on top.
+    """
+    rows: list[tuple[str, list[Sequence[Image.Image]]]] = []
+    if references:
+        rows.append(("training images", [references[:8]]))
+    for number, prompt in enumerate(prompts):
+        each = {title: len(images) // len(prompts) for title, images in columns.items()}
+        parts = [images[number * each[title] : (number + 1) * each[title]] for title, images in columns.items()]
+        rows.append((f"{prompt} ({' | '.join(columns)})", parts))
+    step = CELL + GAP
+    width = max(sum(map(len, parts)) * step + len(parts) * 4 * GAP for _, parts in rows)
+    labels = [textwrap.wrap(label, max(20, width // 8)) for label, _ in rows]
+    sheet = Image.new("RGB", (width, sum(len(label) * (TEXT + GAP) + step for label in labels)), "white")
+    pen, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT), 0
+    for label, (_, parts) in zip(labels, rows, strict=True):
+        for line in label:
+            pen.text((GAP, y), line, fill="black", font=font)
+            y += TEXT + GAP
+        x = 2 * GAP
+        for images in parts:
+            for image in images:
+                # small images are enlarged without smoothing, so that their own pixels can be seen
+                how = Image.Resampling.NEAREST if max(image.size) <= CELL else Image.Resampling.LANCZOS
+                sheet.paste(ImageOps.pad(image.convert("RGB"), (CELL, CELL), how, color="white"), (x, y))
+                x += step
+            x += 4 * GAP
+        y += step
+    with atomic_write(path) as partial:
+        sheet.save(partial)
+
+
+# ---------------------------------------------------------------------- class images
+
+
+def generate_class_images(
+    make_pipe: Callable[[], Any],
+    folder: str | Path,
+    prompt: str,
+    count: int,
+    *,
+    seed: int,
+    batch_size: int = 4,
+    accelerator: Any = None,
+    progress: bool = True,
+    **call: Any,
+) -> int:
+    """Makes the class images that `folder` lacks; returns how many that were, over all processes.
+
+    Image i is made from its own generator, seeded by (seed, i), and lies in `class-{seed}-{i}.png`, with the prompt in
+    its metadata. So an interrupted set is completed by what is missing, several processes share the work, and the same
+    command makes the same images. A folder that holds enough images already, of whatever origin, is taken as it is.
+
+    Args:
+        make_pipe: loads a text-to-image pipeline onto its device; called only if images are missing.
+        count: images that are to be there.
+        batch_size: images at once.
+        accelerator: accelerate's, if several processes share the work; all of them call this, and leave together.
+        call: arguments of the pipeline's call, such as height, width, num_inference_steps.
+
+    Raises:
+        ValueError: an empty prompt, or a folder with images made for another prompt.
+        OSError: the folder can't be written.
+    """
+    prompt, folder = check_prompt(prompt, "class_prompt"), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = mine = _missing(folder, prompt, count, seed)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()  # all have counted, before anyone adds
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+    if mine:
+        pipe, made_for = make_pipe(), PngImagePlugin.PngInfo()
+        made_for.add_itxt(PROMPT_KEY, prompt)
+        starts = range(0, len(mine), batch_size)
+        for start in tqdm(starts, desc="class images", unit="batch", disable=not progress):
+            batch = mine[start : start + batch_size]
+            generators = [torch_generator(seed, "class image", number) for number in batch]
+            for number, image in zip(batch, render(pipe, [prompt] * len(batch), generators, call), strict=True):
+                with atomic_write(folder / _file_name(seed, number)) as partial:
+                    image.save(partial, pnginfo=made_for)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return len(missing)
+
+
+def _missing(folder: Path, prompt: str, count: int, seed: int) -> list[int]:
+    """The numbers of the images that are to be made."""
+    present = {path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    for name in sorted(name for name in present if name.startswith("class-")):
+        with Image.open(folder / name) as image:
+            made_for = image.info.get(PROMPT_KEY, prompt)
+        if made_for != prompt:
+            raise ValueError(
+                f"class_data_dir {folder} holds images made for another prompt: {name} shows {made_for!r}, but "
+                f"class_prompt is {prompt!r}. Name another folder, or remove them."
+            )
+    free = [number for number in range(count + len(present)) if _file_name(seed, number) not in present]
+    return free[: max(0, count - len(present))]
+
+
+def _file_name(seed: int, number: int) -> str:
+    return f"class-{seed}-{number:05d}.png"
