@@ -2,11 +2,13 @@
 
     M(λ) = diag(C(λ) of each module that the matrix holds), (b, r, r)
 
-ComfyUI keeps some of Diffusers' modules as one matrix, such as FLUX's q, k and v; there M is block-diagonal.
+ComfyUI keeps some of Diffusers' modules as one matrix, such as FLUX's q, k and v; there M is block-diagonal. Hooks are
+put on the modules once, and `up` and `down` stay where a module has computed; M alone is made at each call.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nara_diffusion.export.adapter_factors import adapter_of_part
-from nara_diffusion.export.host_files import DENOISERS, factors_of
-from nara_diffusion.export.original_names import Factors, original_names
+from nara_diffusion.export.host_files import DENOISERS, with_scale_1
+from nara_diffusion.export.original_names import original_layers, parts_of
 from nara_diffusion.export.plain_lora import flow_shift
 from nara_diffusion.export.to_lora import lora_of
 from nara_diffusion.loaders.file import AdapterFile
@@ -58,11 +60,17 @@ class LiveAdapter:
         self.adapter = adapter_of_part(parts.pop(component))
         self.scheduler = self.config.scheduler
         self.convention = self._convention(base, path)
-        factors = {name: factors_of(name, layer) for name, layer in self.adapter.layers.items()}
-        self.factors = original_names(factors, base, layers_per_block)
+        layers = {name: with_scale_1(name, layer) for name, layer in self.adapter.lora.layers.items()}
+        self.factors = original_layers(layers, base, layers_per_block)
+        self.parts = parts_of(layers, base, layers_per_block)
         if unknown := [name for name in parts if not name.startswith(TEXT_ENCODER)]:
             raise ValueError(f"'{path}' has a part for {', '.join(unknown)}, which this node can't apply.")
         self.encoders = {name: lora_of(adapter_of_part(part), None) for name, part in parts.items()}
+        self._hooked: dict[str, nn.Module] = {}
+        self._handles: list[Any] = []
+        self._matrices: dict[str, Tensor] = {}
+        self._placed: dict[str, tuple[Tensor, Tensor]] = {}
+        weakref.finalize(self, _remove, self._handles)
 
     def _convention(self, base: str, path: str) -> str | None:
         config = self.config
@@ -84,13 +92,12 @@ class LiveAdapter:
         """Raises ValueError if a module is missing in ComfyUI's `model`, or has another size."""
         modules = self._modules(model)
         for name, own in self.factors.items():
-            wanted, found = (len(own.up), *own.down.shape[1:]), tuple(modules[name].weight.shape)  # type: ignore[arg-type]
+            wanted, found = (len(own.B), *own.A.shape[1:]), tuple(modules[name].weight.shape)  # type: ignore[arg-type]
             if wanted != found:
                 raise ValueError(f"{name} has a weight {found} in this model, the adapter was trained on {wanted}.")
 
     def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Those of `model` by name, of which none is missing, and none compiled: compiled code doesn't call hooks that
-        are new, and would keep the λ of another step."""
+        """The adapted modules of `model`, of which none may be missing, or compiled, by which λ would be kept."""
         modules = dict(model.named_modules())
         missing = [name for name in self.factors if name not in modules]
         if missing:
@@ -103,35 +110,67 @@ class LiveAdapter:
                 raise ValueError(
                     f"{name or 'the model'} is compiled, by which λ would stay that of one step: don't compile it."
                 )
-        return modules
+        return {name: modules[name] for name in self.factors}
 
-    def matrices(self, level: Tensor) -> dict[str, Tensor]:
-        """{module: M(λ) (b, r, r)} of λ (b,)."""
-        signals, adapter = NoiseSignals(level.float().cpu()), self.adapter
+    def matrices(self, level: Tensor, strength: float) -> dict[str, Tensor]:
+        """{module: strength · M(λ) (b, r, r)} of λ (b,), on its device."""
+        signals, adapter, layers = NoiseSignals(level.float().cpu()), self.adapter, self.adapter.lora.layers
         with torch.no_grad():
             cores = {key: adapter.make(key, signals) for key in set(adapter.keys.values()) if key is not None}
+        cores[None] = torch.eye(max(layer.rank for layer in layers.values()))[None]
+        cores = {key: (strength * core).to(level.device) for key, core in cores.items()}
 
         def of_module(name: str) -> Tensor:
-            key, rank = adapter.keys[name], adapter.layers[name].rank
-            return torch.eye(rank)[None] if key is None else cores[key][:, :rank, :rank]
+            return cores[adapter.keys[name]][:, : layers[name].rank, : layers[name].rank]
 
-        return {name: _block_diagonal([of_module(each) for each in own.modules]) for name, own in self.factors.items()}
+        return {name: _block_diagonal([of_module(part) for part in own if part]) for name, own in self.parts.items()}
 
     @contextmanager
     def applied(self, model: nn.Module, level: Tensor, strength: float) -> Iterator[None]:
         """Inside, forwards of ComfyUI's `model` have the adapter at λ (b,), with one value a row of the batch."""
         if bool((level == level[0]).all()):
             level = level[:1]  # also for layers that don't see the batch first
-        matrices, modules = self.matrices(level), self._modules(model)
-        handles = [
-            modules[name].register_forward_hook(_hook(own, strength * matrices[name]))
-            for name, own in self.factors.items()
-        ]
+        if (modules := self._modules(model)) != self._hooked:
+            _remove(self._handles)
+            own = weakref.ref(self)  # the hooks, which the model holds, go with this adapter
+            self._handles += [module.register_forward_hook(_hook(own, name)) for name, module in modules.items()]
+            self._hooked = modules
+        self._matrices = self.matrices(level, strength)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self._matrices = {}
+
+    def update(self, name: str, module: nn.Module, x: Tensor) -> Tensor | None:
+        """up · M · down · x, of x (b, …, d_in) or (b, d_in, h, w); None outside of `applied`."""
+        if name not in self._matrices:
+            return None
+        M = self._matrices[name].to(x.device, x.dtype)
+        if len(M) not in (1, len(x)):
+            raise ValueError(f"λ has {len(M)} values, and a layer sees a batch of {len(x)}: sample at one λ at a time.")
+        down, up = self._placed.get(name) or (self.factors[name].A, self.factors[name].B)
+        if (down.device, down.dtype) != (x.device, x.dtype):
+            down, up = self._placed[name] = down.to(x.device, x.dtype), up.to(x.device, x.dtype)
+        if down.dim() == 2:
+            hidden = torch.einsum("brs,b...s->b...r", M.expand(len(x), -1, -1), nn.functional.linear(x, down))
+            return nn.functional.linear(hidden, up)
+        options: Mapping[str, Any] = {key: getattr(module, key) for key in ("stride", "padding", "dilation")}
+        hidden = torch.einsum("brs,bs...->br...", M.expand(len(x), -1, -1), nn.functional.conv2d(x, down, **options))
+        return nn.functional.conv2d(hidden, up)
+
+
+def _hook(adapter: weakref.ref[LiveAdapter], name: str) -> Any:
+    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        live = adapter()
+        update = None if live is None else live.update(name, module, args[0])
+        return output if update is None else output + update.to(output.dtype)
+
+    return add
+
+
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def _block_diagonal(blocks: list[Tensor]) -> Tensor:
@@ -139,28 +178,5 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
     if len(blocks) == 1:
         return blocks[0]
     rows = max(len(block) for block in blocks)
-    return torch.stack(
-        [torch.block_diag(*(block.expand(rows, -1, -1)[row] for block in blocks)) for row in range(rows)]
-    )
-
-
-def _hook(own: Factors, matrix: Tensor) -> Any:
-    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + _update(module, own, matrix, args[0]).to(output.dtype)
-
-    return add
-
-
-def _update(module: nn.Module, own: Factors, matrix: Tensor, x: Tensor) -> Tensor:
-    """up · M · down · x, of x (b, …, d_in) or (b, d_in, h, w)."""
-    if len(matrix) not in (1, len(x)):
-        raise ValueError(
-            f"λ has {len(matrix)} values, and a layer sees a batch of {len(x)}: sample at one λ at a time."
-        )
-    down, up, M = (tensor.to(x.device, x.dtype) for tensor in (own.down, own.up, matrix))
-    if own.down.dim() == 2:
-        hidden = torch.einsum("brs,b...s->b...r", M.expand(len(x), -1, -1), nn.functional.linear(x, down))
-        return nn.functional.linear(hidden, up)
-    options: Mapping[str, Any] = {name: getattr(module, name) for name in ("stride", "padding", "dilation")}
-    hidden = torch.einsum("brs,bs...->br...", M.expand(len(x), -1, -1), nn.functional.conv2d(x, down, **options))
-    return nn.functional.conv2d(hidden, up)
+    expanded = [block.expand(rows, -1, -1) for block in blocks]
+    return torch.stack([torch.block_diag(*(block[row] for block in expanded)) for row in range(rows)])

@@ -29,8 +29,8 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part, strength_of
-from nara_diffusion.export.bins import SCHEDULE_FILE, LoraBins, bins_of
+from nara_diffusion.export.adapter_factors import Adapter, adapter_of_part
+from nara_diffusion.export.bins import LoraBins, bins_of
 from nara_diffusion.export.comfyui_workflow import comfyui_workflow
 from nara_diffusion.export.host_files import BASES, DENOISERS, save_host_file
 from nara_diffusion.export.plain_lora import PlainLora, comfyui_node, flow_shift
@@ -40,11 +40,20 @@ from nara_diffusion.utils.atomic_write import atomic_write_files
 
 PEFT = "peft"
 _FLOWS, _VIDEOS = ("sd3", "flux", "wan"), ("wan",)
-_WORKFLOW_FILE = "comfyui_workflow.json"
 
 
-def fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
-    """Write one LoRA, and return what to print."""
+def run(args: Any) -> str:
+    """The command `nara fold`: writes the files, and returns what to print."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
+    file = AdapterFile.read(Path(args.file))
+    with naming(args.file):
+        adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
+    _check(file, args)
+    text = (_fold_bins if args.noise_level is None else _fold)(file, adapters, args)
+    return f"{args.output}: {text}{_not_for_comfyui(file) if args.form == 'diffusers' else ''}"
+
+
+def _fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
     if args.form != PEFT and args.output.suffix != ".safetensors":
         raise ValueError(f"OUTPUT {args.output} is no .safetensors file, and programs find no other: name one.")
     written = args.output / PEFT_WEIGHTS_NAME if args.form == PEFT else args.output
@@ -56,14 +65,13 @@ def fold(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
     else:
         _save(loras, args.output, args)
     level = torch.tensor([args.noise_level])
-    strengths = [part.config for part in file.parts.values() if part.config.strength is not None]
-    own = ", ".join(f"{strength_of(config, level).item():g}" for config in strengths)
+    own = ", ".join(f"{each.at(level).item():g}" for adapter in adapters.values() for each in adapter.schedules)
     modules = sum(len(lora.layers) for lora in loras.values())
     return f"{modules} modules, λ = {args.noise_level:g}{f', at its strength of {own} there' if own else ''}"
 
 
-def fold_bins(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
-    """Write a folder of several LoRAs, all files or none, and return what to print."""
+def _fold_bins(file: AdapterFile, adapters: Mapping[str, Adapter], args: Any) -> str:
+    """Write a folder of several LoRAs, all files or none."""
     name = next((name for name in (*DENOISERS, MODEL) if name in file.parts), None)
     if name is None:
         raise ValueError(f"'{file.path}' adapts {', '.join(file.parts)} alone, which need no λ: use --noise_level.")
@@ -83,27 +91,6 @@ def _save(loras: Mapping[str, PlainLora], output: Path, args: Any) -> None:
     save_host_file(loras, output, args.form, args.base or BASES[0], args.layers_per_block)  # Diffusers' keys need none
 
 
-def _check_workflow(args: Any, config: NaraConfig) -> None:
-    """Raises ValueError unless a ComfyUI workflow can be written for this definition of λ.
-
-    An adapter that carries a scheduler may have made its base a flow, so `--base` does not say, and `--shift` is known.
-    """
-    convention, is_converted = config.noise_convention, config.scheduler is not None
-    is_flow = convention == "flow"
-    if convention not in (None, "flow", "timestep"):
-        raise ValueError(
-            f"λ is {convention!r}, for which no workflow can be written: use --noise_level or --form peft."
-        )
-    if not is_converted and None not in (convention, args.base) and is_flow != (args.base in _FLOWS):
-        raise ValueError(
-            f"--base {args.base} doesn't go with λ as {convention!r}: choose the base that it was trained on."
-        )
-    if is_flow and args.shift is None and not is_converted and args.base not in _VIDEOS:
-        raise ValueError("the adapter is for a flow model: give --shift, that of its scheduler, 1 if it has none.")
-    if args.shift is not None and not (is_flow and 1 <= args.shift < math.inf):
-        raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more, and finite.")
-
-
 def _save_bins(bins: LoraBins, component: str, others: Mapping[str, PlainLora], args: Any, config: NaraConfig) -> None:
     shift, patch, stem = args.shift, None, args.output.name
     if config.scheduler is not None:
@@ -111,21 +98,17 @@ def _save_bins(bins: LoraBins, component: str, others: Mapping[str, PlainLora], 
         patch = comfyui_node({**config.scheduler, "flow_shift": shift})
     names = [f"{stem}-{index}.safetensors" for index in range(len(bins.loras))]
     always = f"{stem}-text.safetensors" if others else None
-    schedules = dict(zip(names, bins.schedules, strict=True))
-    entries = [
-        {"file": name, "noise_level": level, "strength": schedule.as_lists()}
-        for (name, schedule), level in zip(schedules.items(), bins.noise_levels, strict=True)
-    ]
     with atomic_write_files(args.output) as partial:
         for name, lora in zip(names, bins.loras, strict=True):
             _save({component: lora}, partial / name, args)
         if always is not None:
             _save(others, partial / always, args)
         if args.base not in _VIDEOS:  # the workflow is one of text to image
-            workflow = comfyui_workflow(schedules, args.checkpoint, shift, always, patch)
-            (partial / _WORKFLOW_FILE).write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
-        (partial / SCHEDULE_FILE).write_text(json.dumps({"loras": entries}, indent=2) + "\n", encoding="utf-8")
-        bins.error.save(partial)
+            checkpoint = args.checkpoint or "sd_xl_base_1.0.safetensors"
+            schedules = dict(zip(names, bins.schedules, strict=True))
+            workflow = comfyui_workflow(schedules, checkpoint, shift, always, patch)
+            (partial / "comfyui_workflow.json").write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
+        bins.save_strengths(partial, "file", names)
 
 
 def _not_for_comfyui(file: AdapterFile) -> str:
@@ -135,6 +118,9 @@ def _not_for_comfyui(file: AdapterFile) -> str:
     if "unet" in file.parts:
         return "; not for ComfyUI, which reads no attention of a UNet in this form: use --form kohya there"
     return ""
+
+
+# ---------------------------------------------------------------------- refused
 
 
 def _check(file: AdapterFile, args: Any) -> None:
@@ -157,13 +143,22 @@ def _check(file: AdapterFile, args: Any) -> None:
         )
 
 
-def run(args: Any) -> str:
-    """The command `nara fold`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # of the scheduler that the result needs
-    file = AdapterFile.read(Path(args.file))
-    with naming(args.file):
-        adapters = {name: adapter_of_part(part) for name, part in file.parts.items()}
-    _check(file, args)
-    args.checkpoint = args.checkpoint or "sd_xl_base_1.0.safetensors"
-    text = (fold_bins if args.noise_level is None else fold)(file, adapters, args)
-    return f"{args.output}: {text}{_not_for_comfyui(file) if args.form == 'diffusers' else ''}"
+def _check_workflow(args: Any, config: NaraConfig) -> None:
+    """Raises ValueError unless a ComfyUI workflow can be written for this definition of λ.
+
+    An adapter that carries a scheduler may have made its base a flow, so `--base` does not say, and `--shift` is known.
+    """
+    convention, is_converted = config.noise_convention, config.scheduler is not None
+    is_flow = convention == "flow"
+    if convention not in (None, "flow", "timestep"):
+        raise ValueError(
+            f"λ is {convention!r}, for which no workflow can be written: use --noise_level or --form peft."
+        )
+    if not is_converted and None not in (convention, args.base) and is_flow != (args.base in _FLOWS):
+        raise ValueError(
+            f"--base {args.base} doesn't go with λ as {convention!r}: choose the base that it was trained on."
+        )
+    if is_flow and args.shift is None and not is_converted and args.base not in _VIDEOS:
+        raise ValueError("the adapter is for a flow model: give --shift, that of its scheduler, 1 if it has none.")
+    if args.shift is not None and not (is_flow and 1 <= args.shift < math.inf):
+        raise ValueError(f"--shift is {args.shift:g}: it is for adapters of flow models, 1 or more, and finite.")

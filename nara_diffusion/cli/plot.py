@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nara_diffusion.export.adapter_factors import cores_of, strength_of
+from nara_diffusion.export.adapter_factors import cores_of, schedule_of
 from nara_diffusion.loaders.file import AdapterFile, AdapterPart, naming
 from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.utils.atomic_write import atomic_write
@@ -54,7 +54,9 @@ def draw(file: AdapterFile, path: Path, points: int) -> None:
     for row, (name, (distances, values)) in zip(
         figure.subplots(len(curves), 3, squeeze=False), curves.items(), strict=True
     ):
-        config, strength = file.parts[name].config, strength_of(file.parts[name].config, levels)
+        config = file.parts[name].config
+        schedule = schedule_of(config)
+        strength = torch.ones_like(levels) if schedule is None else schedule.at(levels)
         row[0].plot(levels, distances.mean(0))
         row[0].fill_between(levels, distances.amin(0), distances.amax(0), alpha=0.2)
         row[0].set(ylabel="‖C(λ) − I‖ / ‖I‖", title=f"{name}: {config.core_type}", ylim=(0, None))

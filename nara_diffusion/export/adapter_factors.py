@@ -1,4 +1,4 @@
-"""The factors of one adapter, of a model or of a file: A, B, s and the magnitude of each layer, and C(λ).
+"""One adapter of a model or of a file: the factors A, B, s and the magnitude of each layer, and C(λ).
 
     ΔW(λ) = s · B · C(λ) · A          A (r, d_in …), B (d_out, r …), C (b, r, r), s a number
 
@@ -8,7 +8,7 @@ C includes a strength that depends on λ. It is I in a layer that reads no core.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from nara_diffusion.config import NaraConfig
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
-from nara_diffusion.loaders.file import AdapterPart, by_pattern, configured_scaling
-from nara_diffusion.loaders.strict import held_tensors, is_core_key
+from nara_diffusion.loaders.file import AdapterPart
+from nara_diffusion.loaders.strict import held_tensors
 from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.tuner.core_set import CoreSet, core_group, make_cores
@@ -32,7 +32,7 @@ from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, live_strengths, roots_of
 
-from .plain_lora import PlainLoraLayer
+from .plain_lora import PlainLora, PlainLoraLayer, layers_of_tensors, others_of
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,28 @@ class Adapter:
     """One adapter, with copies of its factors on the CPU.
 
     Attributes:
-        name: in its model. config: its configuration. plain_config: that of a LoRA with its modules and ranks.
-        layers: {module: A, B, s and so on}; alpha / rank is s.
+        config: its configuration.
+        lora: its modules, ranks, factors and further tensors as those of a LoRA, without C.
         keys: {module: what its core is made by}; None for layers that read no core.
         make: (key, signals of b samples) → C (b or 1, r, r), float32.
         signals_of: (λ, mask density) → the signals that the cores need, None if they need none.
         schedules: the strengths over λ that are part of C.
-        others: tensors that are no factors and no core's, by PEFT's keys.
     """
 
-    name: str
     config: LoraConfig
-    plain_config: LoraConfig
-    layers: dict[str, PlainLoraLayer]
+    lora: PlainLora
     keys: dict[str, Any]
     make: Callable[[Any, NoiseSignals | None], Tensor]
     signals_of: Callable[[Level | None, Level | None], NoiseSignals | None]
     schedules: set[StrengthSchedule]
-    others: dict[str, Tensor]
 
-    def core(self, module: str, signals: NoiseSignals | None) -> Tensor:
-        """C (b or 1, r, r) of a layer at λ (b,), float32, on the CPU."""
-        rank = self.layers[module].rank
-        if self.keys[module] is None:
-            return torch.eye(rank)[None]
+    def cores(self, signals: NoiseSignals | None) -> dict[str, Tensor]:
+        """{module: C (b or 1, r, r)} at λ (b,), float32, on the CPU. Layers that share a core share its memory."""
         with torch.no_grad():
-            return self.make(self.keys[module], signals)[:, :rank, :rank].cpu()
+            made = {key: self.make(key, signals).cpu() for key in dict.fromkeys(self.keys.values()) if key is not None}
+        ranks = {name: layer.rank for name, layer in self.lora.layers.items()}
+        made[None] = torch.eye(max(ranks.values(), default=0))[None]
+        return {name: made[self.keys[name]][:, :rank, :rank] for name, rank in ranks.items()}
 
 
 # ---------------------------------------------------------------------- of a model
@@ -89,65 +85,45 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
             f"Adapter '{adapter_name}' is a {type(config).__name__.removesuffix('Config')}: only a NaRA or a LoRA can "
             "be exported exactly. peft.convert_to_lora(model, rank=…) approximates other methods."
         )
-    found = {name: _read(name, layer, adapter_name) for name, layer in layers_of(root, adapter_name).items()}
-    make: Any = _none
-    signals_of: Any = _none
-    if holder is not None and adapter_name in holder.cores:
-        make, signals_of = holder.matrix, partial(holder.signals_to_export, adapter_name)
+    layers = layers_of(root, adapter_name)
+    factors = {name: _factors(name, layer, adapter_name) for name, layer in layers.items()}
+    variants = {name: layer.lora_variant.get(adapter_name) for name, layer in layers.items()}
+    keys = {name: each.key if isinstance(each, NaraVariant) else None for name, each in variants.items()}
+    has_cores = holder is not None and adapter_name in holder.cores
+    make: Any = holder.matrix if has_cores else None
+    signals_of: Any = partial(holder.signals_to_export, adapter_name) if has_cores else lambda *_: None
+    extra = {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()}
+    lora = PlainLora(_plain_config(config, root), factors, extra, scheduler=getattr(config, "scheduler", None))
     with onloaded_cores(model):
-        yield Adapter(
-            adapter_name,
-            config,
-            _plain_config(config, root),
-            {name: layer for name, (layer, _) in found.items()},
-            {name: key for name, (_, key) in found.items()},
-            make,
-            signals_of,
-            set(live_strengths(root, adapter_name).values()),
-            {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()},
-        )
+        yield Adapter(config, lora, keys, make, signals_of, set(live_strengths(root, adapter_name).values()))
 
 
-def _none(*_: Any) -> None:
-    """Of an adapter without cores."""
-
-
-def _read(name: str, module: Any, adapter_name: str) -> tuple[PlainLoraLayer, Any]:
-    """The factors of a layer, and what its core is made by."""
-    layer: Any = module
-    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
-    is_lora = isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+def _factors(name: str, layer: Any, adapter_name: str) -> PlainLoraLayer:
+    variant, kind = getattr(layer, "lora_variant", {}).get(adapter_name), type(layer)
+    is_lora = issubclass(kind, LoraLayer) and not issubclass(kind, ParamWrapper)
     if not is_lora or not isinstance(variant, (type(None), NaraVariant, DoraLinearVariant, _DoraConvNdVariant)):
         raise ValueError(
             f"Adapter '{adapter_name}' can't be exported as a plain LoRA, since layer '{name}' is adapted by PEFT's "
-            f"{type(layer).__name__}{'' if variant is None else f' with {type(variant).__name__}'}: save it by "
+            f"{kind.__name__}{'' if variant is None else f' with {type(variant).__name__}'}: save it by "
             "save_pretrained, for PEFT only."
         )
-    rank, is_embedding = layer.r[adapter_name], isinstance(module, Embedding)
-    vectors = layer.lora_magnitude_vector
+    rank, is_embedding, vectors = layer.r[adapter_name], issubclass(kind, Embedding), layer.lora_magnitude_vector
     with onloaded(layer):
-        magnitude = vectors[adapter_name].weight if adapter_name in vectors else None
         if is_embedding:
             A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
         else:
             A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        found: Any = [None if tensor is None else _copied(tensor, name) for tensor in (A, B, magnitude)]
+        A, B = _copied(A, name), _copied(B, name)
+        magnitude = _copied(vectors[adapter_name].weight, name) if adapter_name in vectors else None
     groups = getattr(layer.get_base_layer(), "groups", 1)
-    A, B = found[0][:rank].clone(), found[1][:, : rank // groups].clone()  # hotswap makes room for larger ranks
-    alpha = float(layer.scaling[adapter_name]) * rank
-    key = variant.key if isinstance(variant, NaraVariant) else None
-    return PlainLoraLayer(A, B, alpha, rank, found[2], is_embedding), key
+    A, B = A[:rank].clone(), B[:, : rank // groups].clone()  # hotswap makes room for larger ranks
+    return PlainLoraLayer(A, B, float(layer.scaling[adapter_name]) * rank, rank, magnitude, is_embedding)
 
 
-def _copied(tensor: Tensor, name: str) -> Any:
+def _copied(tensor: Tensor, name: str) -> Tensor:
     if tensor.is_meta:
         raise ValueError(f"The adapter's weights of layer '{name}' are offloaded: export before offloading.")
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is no factor and no core's: trained biases, tokens, modules."""
-    return {key: tensor for key, tensor in tensors.items() if ".lora_" not in key and not is_core_key(key)}
 
 
 def _plain_config(config: LoraConfig, root: Any = None) -> LoraConfig:
@@ -171,15 +147,14 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
         ValueError: A and B of a module are not both there, or not of the configuration's rank, or the core's tensors
             are not those that it describes: damaged.
     """
-    kept = {key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in part.tensors.items()}
-    config, layers = part.config, layers_of_tensors(part.config, kept)
-    cores = cores_of(part)
-    schedule = None if config.strength is None else StrengthSchedule(config.strength)  # type: ignore[arg-type]
+    config, cores, schedule = part.config, cores_of(part), schedule_of(part.config)
+    tensors = {key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in part.tensors.items()}
+    layers = layers_of_tensors(config, tensors)
     keys = {name: core_group(config, name, layer.rank) if config.reads_core else None for name, layer in layers.items()}
 
     def make(group: str, signals: NoiseSignals | None) -> Tensor:
         C = cores.matrix(group, signals)
-        return C if signals is None else strength_of(config, signals.noise_level)[:, None, None] * C
+        return C if schedule is None or signals is None else schedule.at(signals.noise_level)[:, None, None] * C
 
     def signals_of(level: Level | None, density: Level | None) -> NoiseSignals | None:
         if not cores.needs_noise and schedule is None:
@@ -188,17 +163,13 @@ def adapter_of_part(part: AdapterPart) -> Adapter:
             raise ValueError(f"the adapter depends on {'λ' if level is None else 'the mask density'}: name it.")
         return as_signals(level, density)
 
-    schedules = set() if schedule is None else {schedule}
-    return Adapter(
-        "default", config, _plain_config(config), layers, keys, make, signals_of, schedules, others_of(part.tensors)
-    )
+    lora = PlainLora(_plain_config(config), layers, others_of(part.tensors), scheduler=config.scheduler)
+    return Adapter(config, lora, keys, make, signals_of, set() if schedule is None else {schedule})
 
 
-def strength_of(config: NaraConfig, noise_level: Tensor) -> Tensor:
-    """The strength (b,) at λ (b,) that a configuration sets."""
-    if config.strength is None:
-        return torch.ones_like(noise_level)
-    return StrengthSchedule(config.strength).at(noise_level)  # type: ignore[arg-type]
+def schedule_of(config: NaraConfig) -> StrengthSchedule | None:
+    """The strength over λ that a configuration sets."""
+    return None if config.strength is None else StrengthSchedule(config.strength)  # type: ignore[arg-type]
 
 
 def cores_of(part: AdapterPart) -> CoreSet:
@@ -218,37 +189,3 @@ def cores_of(part: AdapterPart) -> CoreSet:
         text = " ".join(str(error).split())
         raise ValueError(f"its cores don't match its configuration, so the file is damaged: {text}") from None
     return cores
-
-
-def layers_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, PlainLoraLayer]:
-    """{module: its factors} of tensors by PEFT's keys; those that are no factors are left out.
-
-    Raises:
-        ValueError: A and B of a module are not both there, not of the configuration's rank, or have a magnitude where
-            use_dora says none.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, is_factor, kind = key.partition(".lora_")
-        if is_factor:
-            found.setdefault(name, {})[kind.removesuffix(".weight")] = tensor
-    layers = {}
-    for name, own in found.items():
-        is_embedding = "embedding_A" in own or "embedding_B" in own
-        A, B = (own.get(f"embedding_{letter}" if is_embedding else letter) for letter in "AB")
-        rank = by_pattern(config.rank_pattern, name, config.r)
-        if A is None or B is None:
-            raise ValueError(f"'{name}' needs A and B, but {'A' if A is None else 'B'} is missing: damaged.")
-        fits = A.dim() >= 2 and B.dim() >= 2 and len(A) == rank and B.shape[1] > 0 and not rank % B.shape[1]
-        if not fits:  # the groups of a convolution divide r
-            raise ValueError(f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}: damaged.")
-        if ("magnitude_vector" in own) != bool(config.use_dora) or own.keys() - _KINDS - (
-            {"B.bias"} if config.lora_bias else set()
-        ):
-            raise ValueError(f"'{name}' has {', '.join(sorted(own))}, but use_dora={config.use_dora}: damaged.")
-        alpha = configured_scaling(config, name, rank) * rank
-        layers[name] = PlainLoraLayer(A, B, alpha, rank, own.get("magnitude_vector"), is_embedding)
-    return layers
-
-
-_KINDS = {"A", "B", "embedding_A", "embedding_B", "magnitude_vector"}

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -30,8 +32,9 @@ from nara_diffusion.noise.strength_schedule import StrengthSchedule
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .adapter_factors import Adapter, adapter_of_model
+from .core_samples import CoreSamples
 from .plain_lora import ExportError, PlainLora, PlainLoraLayer, config_of_layers, warn_of_scheduler
-from .to_lora import CoreSamples, assembled
+from .to_lora import assembled
 
 SCHEDULE_FILE = "lora_bins.json"
 _MOST = 64
@@ -59,15 +62,19 @@ class LoraBins:
 
         All files are written, or none. What else is in the folder stays.
         """
-        content = [
-            {"folder": f"lora-{index}", "noise_level": level, "strength": schedule.as_lists()}
-            for index, (level, schedule) in enumerate(zip(self.noise_levels, self.schedules, strict=True))
-        ]
+        folders = [f"lora-{index}" for index in range(len(self.loras))]
         with atomic_write_files(Path(directory)) as partial:
-            for entry, lora in zip(content, self.loras, strict=True):
-                lora.save_pretrained(partial / str(entry["folder"]))
-            (partial / SCHEDULE_FILE).write_text(json.dumps({"loras": content}, indent=2) + "\n", encoding="utf-8")
-            self.error.save(partial)
+            for folder, lora in zip(folders, self.loras, strict=True):
+                lora.save_pretrained(partial / folder)
+            self.save_strengths(partial, "folder", folders)
+
+    def save_strengths(self, directory: Path, kind: str, names: Sequence[str]) -> None:
+        """Write lora_bins.json, the strength of each LoRA, by its "file" or "folder" (`kind`); and the error."""
+        rows = zip(names, self.noise_levels, self.schedules, strict=True)
+        content = [{kind: name, "noise_level": level, "strength": each.as_lists()} for name, level, each in rows]
+        text = json.dumps({"loras": content}, indent=2) + "\n"
+        (directory / SCHEDULE_FILE).write_text(text, encoding="utf-8")
+        self.error.save(directory)
 
 
 def read_lora_bins(directory: str | os.PathLike[str]) -> list[tuple[Path, StrengthSchedule]]:
@@ -114,11 +121,43 @@ def bins_of(adapter: Adapter, bins: int | None, mask_density: Level | None = Non
         raise ValueError(f"bins is {bins!r}: pass a number of LoRAs, an int from 1 to {_MOST}.")
     _check_summable(adapter)
     samples = CoreSamples(adapter, mask_density)
-    blend = _blend(samples, bins, adapter.name)
+    blend = _blend(samples, bins)
     cores = samples.mixed(blend.mixing)
     loras = [_lora(adapter, {name: C[index] for name, C in cores.items()}) for index in range(len(blend.schedules))]
-    warn_of_scheduler(loras[0].scheduler)
+    warn_of_scheduler(adapter.lora.scheduler)
     return LoraBins(loras, blend.schedules, blend.noise_levels, blend.error)
+
+
+def _check_summable(adapter: Adapter) -> None:
+    config, others, why = adapter.config, adapter.lora.others, None
+    if config.use_dora:
+        why = "DoRA, whose norm is not linear in the update"
+    elif changes_base(config.init_lora_weights):
+        why = f"init_lora_weights={config.init_lora_weights!r}, which has changed the base"
+    elif others:
+        why = f"'{next(iter(others))}', which each LoRA would add again"
+    if why:
+        raise ValueError(
+            f"The adapter can't be a sum of LoRAs, since it has {why}: use to_lora(model, noise_level=λ), the LoRA of "
+            "one λ."
+        )
+
+
+def _lora(adapter: Adapter, cores: Mapping[str, Tensor]) -> PlainLora:
+    lora = assembled(adapter, cores)
+    layers = {name: _without_unused(layer) for name, layer in lora.layers.items()}
+    if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
+        return lora
+    return replace(lora, config=config_of_layers(layers, lora.config), layers=layers)
+
+
+def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
+    """Remove the directions whose columns of B are zero, since a mask has switched them off; at least one stays."""
+    used = layer.B.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
+    if layer.groups > 1 or len(used) in (0, layer.rank):
+        return layer
+    A, B = layer.A[used], layer.B[:, used].contiguous()
+    return replace(layer, A=A, B=B, alpha=layer.scaling * len(used), rank=len(used))
 
 
 # ---------------------------------------------------------------------- which strengths
@@ -134,24 +173,19 @@ class _Blend:
     error: ExportError
 
 
-def _blend(samples: CoreSamples, bins: int | None, adapter_name: str) -> _Blend:
+def _blend(samples: CoreSamples, bins: int | None) -> _Blend:
     """The exact blend, if it has at most `bins` LoRAs; else the best of `bins` LoRAs that was found."""
     exact = _of_knots(samples, samples.breakpoints)
     if exact.error.worst_update <= _EXACT and (bins is None or len(exact.schedules) <= bins):
         return exact
     if bins is None:
-        raise ValueError(
-            f"Adapter '{adapter_name}' is not exactly a sum of {len(exact.schedules)} LoRAs: pass bins, their number."
-        )
+        raise ValueError(f"The adapter is not exactly a sum of {len(exact.schedules)} LoRAs: pass bins, their number.")
+    wanted = torch.linspace(0, 1, bins, dtype=torch.float32) if bins > 1 else torch.tensor([0.5])
+    uniform = (samples.levels[:, None] - wanted).abs().argmin(0).tolist()
     starts = (samples.breakpoints, [0, len(samples.levels) - 1])
-    placements = [_uniform(samples, bins), *(_grown(samples, start, bins) for start in starts)]
+    placements = [uniform, *(_grown(samples, start, bins) for start in starts)]
     fits = [_of_knots(samples, knots, fitted=True) for knots in placements if knots is not None]
     return min(fits, key=lambda blend: blend.error.mean_update)
-
-
-def _uniform(samples: CoreSamples, number: int) -> list[int]:
-    wanted = torch.linspace(0, 1, number, dtype=torch.float32) if number > 1 else torch.tensor([0.5])
-    return (samples.levels[:, None] - wanted).abs().argmin(0).tolist()
 
 
 def _grown(samples: CoreSamples, knots: list[int], number: int) -> list[int] | None:
@@ -174,64 +208,18 @@ def _of_knots(samples: CoreSamples, knots: list[int], fitted: bool = False) -> _
     if fitted:
         mixing = torch.linalg.pinv(root[:, None] * shares) * root
     else:
-        mixing = torch.zeros(len(chosen), len(samples.levels), dtype=torch.float64)
-        mixing[range(len(chosen)), chosen] = 1
+        mixing = torch.eye(len(samples.levels), dtype=torch.float64)[chosen]
     return _Blend(samples.levels[chosen].tolist(), schedules, mixing, samples.error(shares, mixing))
 
 
 def _runs(samples: CoreSamples, knots: list[int]) -> list[list[int]]:
     """The indices of the knots, grouped into runs of equal C."""
-    runs = [[0]]
-    for index in range(1, len(knots)):
-        if samples.same(knots[index - 1], knots[index]):
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return runs
+    number = [0, *accumulate(not samples.same(*pair) for pair in pairwise(knots))]
+    return [[index for index, own in enumerate(number) if own == run] for run in range(number[-1] + 1)]
 
 
 def _hat(levels: list[float], run: list[int]) -> StrengthSchedule:
     """The schedule that is 1 on the run, and 0 up to the λ before it and from the λ after it."""
     first, last = run[0], run[-1]
-    before = [(levels[first - 1], 0.0)] if first > 0 else []
-    inside = [(levels[index], 1.0) for index in dict.fromkeys((first, last))]
-    after = [(levels[last + 1], 0.0)] if last + 1 < len(levels) else []
-    return StrengthSchedule([*before, *inside, *after])
-
-
-# ---------------------------------------------------------------------- the LoRAs
-
-
-def _lora(adapter: Adapter, cores: dict[str, Tensor]) -> PlainLora:
-    lora = assembled(adapter, lambda name: cores[name])
-    layers = {name: _without_unused(layer) for name, layer in lora.layers.items()}
-    if all(layer.rank == lora.layers[name].rank for name, layer in layers.items()):
-        return lora
-    return replace(lora, config=config_of_layers(layers, lora.config), layers=layers)
-
-
-def _without_unused(layer: PlainLoraLayer) -> PlainLoraLayer:
-    """Remove the directions whose columns of B are zero, since a mask has switched them off; at least one stays."""
-    if layer.B.shape[1] != layer.rank:  # a convolution with groups
-        return layer
-    used = layer.B.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
-    if len(used) in (0, layer.rank):
-        return layer
-    return replace(
-        layer, A=layer.A[used], B=layer.B[:, used].contiguous(), alpha=layer.scaling * len(used), rank=len(used)
-    )
-
-
-def _check_summable(adapter: Adapter) -> None:
-    config, why = adapter.config, None
-    if config.use_dora:
-        why = "DoRA, whose norm is not linear in the update"
-    elif changes_base(config.init_lora_weights):
-        why = f"init_lora_weights={config.init_lora_weights!r}, which has changed the base"
-    elif adapter.others:
-        why = f"'{next(iter(adapter.others))}', which each LoRA would add again"
-    if why:
-        raise ValueError(
-            f"Adapter '{adapter.name}' can't be a sum of LoRAs, since it has {why}: use to_lora(model, noise_level=λ), "
-            "the LoRA of one λ."
-        )
+    corners = sorted({max(first - 1, 0), first, last, min(last + 1, len(levels) - 1)})
+    return StrengthSchedule([(levels[index], float(first <= index <= last)) for index in corners])

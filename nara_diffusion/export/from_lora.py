@@ -189,9 +189,8 @@ def check_identity(root: nn.Module, adapter_name: str, config: NaraConfig) -> No
     """Raises ValueError if C(λ) is not I."""
     level = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
     with adapter_of_model(root, adapter_name) as adapter:
-        for name, layer in adapter.layers.items():
-            core = adapter.core(name, NoiseSignals(level, level))
-            if not torch.equal(core, torch.eye(layer.rank).expand(len(core), -1, -1)):
+        for core in adapter.cores(NoiseSignals(level, level)).values():
+            if not torch.equal(core, torch.eye(core.shape[-1]).expand_as(core)):
                 raise ValueError(
                     f"core_type {config.core_type!r} (core_init {config.core_init!r}) has a C that is not I at first, "
                     'so the NaRA would not start as the LoRA: choose core_type "hypernetwork", "constant" or "knots" '

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 from nara_diffusion.loaders.file import save_tensors
 from nara_diffusion.loaders.insertion import TEXT_ENCODER
 
-from .original_names import UNETS, Factors, original_names
-from .plain_lora import PlainLora, PlainLoraLayer
+from .original_names import UNETS, original_layers
+from .plain_lora import PlainLora, PlainLoraLayer, tensors_of_layers
 
 BASES = ("sd15", "sdxl", "sd3", "flux", "wan")
 FORMS = ("diffusers", "kohya", "comfyui")
@@ -54,7 +55,8 @@ def host_state_dict(
 
     Raises:
         ValueError: no such form or base; a component or a module for which the form has no key, or which `base` doesn't
-            have; what a file for other programs can't express (see `factors_of`); DoRA in a form that isn't Diffusers'.
+            have; what a file for other programs can't express (see `with_scale_1`); DoRA in a form that isn't
+            Diffusers'.
     """
     if form not in FORMS or base not in BASES:
         raise ValueError(
@@ -67,17 +69,15 @@ def host_state_dict(
                 f"The adapter of {component} has more than LoRA factors ({next(iter(lora.others))}), which files for "
                 "other programs can't express: save it in PEFT's format."
             )
-        factors = {name: factors_of(name, layer) for name, layer in lora.layers.items()}
-        magnitudes = {name: layer.magnitude for name, layer in lora.layers.items() if layer.magnitude is not None}
-        if form == "diffusers":
-            found |= _diffusers_keys(component, factors, magnitudes)
-            continue
-        if magnitudes:
+        if form != "diffusers" and any(layer.magnitude is not None for layer in lora.layers.values()):
             raise ValueError(
                 f"The adapter of {component} is a DoRA, and what reads {form} files (ComfyUI, A1111, …) divides by "
                 "other norms than DoRA does: choose --form diffusers or --form peft, for these libraries alone."
             )
-        found |= _hosts_keys(component, factors, form, base, layers_per_block)
+        layers = {name: with_scale_1(name, layer) for name, layer in lora.layers.items()}
+        if component.startswith(TEXT_ENCODER):
+            layers = {with_text_model(name): layer for name, layer in layers.items()}
+        found |= _named(component, layers, form, base, layers_per_block)
     return found
 
 
@@ -87,22 +87,19 @@ def save_host_file(
     """Write the tensors of `host_state_dict` to a safetensors file, whole or not at all. Creates its folder.
 
     Raises:
-        ValueError: `path` is a folder; see `host_state_dict`.
+        ValueError: `path` is a folder; see `host_state_dict`. OSError: the target is full, or can't be written.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"'{path}' is a folder: name a file, such as '{path / 'lora.safetensors'}'.")
     found = host_state_dict(loras, form, base, layers_per_block)
-    metadata = {}
-    for lora in loras.values():
-        if lora.scheduler is not None:
-            metadata[SCHEDULER_KEY] = json.dumps(lora.scheduler, sort_keys=True)
+    carried = [lora.scheduler for lora in loras.values() if lora.scheduler is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(found, path, metadata)
+    save_tensors(found, path, {SCHEDULER_KEY: json.dumps(carried[-1], sort_keys=True)} if carried else None)
 
 
-def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
-    """The factors of one layer, in its own dtype; the product with the scale is computed in float64.
+def with_scale_1(name: str, layer: PlainLoraLayer) -> PlainLoraLayer:
+    """The layer with its scale in B, in its own dtype; the product is computed in float64.
 
     Raises:
         ValueError: an embedding or a grouped convolution, which hosts' files can't express.
@@ -112,8 +109,12 @@ def factors_of(name: str, layer: PlainLoraLayer) -> Factors:
         raise ValueError(
             f"Module '{name}' is {kind}, which files for other programs can't express: save it in PEFT's format."
         )
-    up = layer.B if layer.scaling == 1 else (layer.B.double() * layer.scaling).to(layer.B.dtype)
-    return Factors(layer.A, up, (name,))
+    return _with_alpha(layer, layer.rank)
+
+
+def _with_alpha(layer: PlainLoraLayer, alpha: float) -> PlainLoraLayer:
+    gain = layer.alpha / alpha
+    return replace(layer, alpha=alpha, B=layer.B if gain == 1 else (layer.B.double() * gain).to(layer.B.dtype))
 
 
 def with_text_model(name: str) -> str:
@@ -121,45 +122,31 @@ def with_text_model(name: str) -> str:
     return f"text_model.{name}" if _IN_CLIP.match(name) else name
 
 
-def _hosts_keys(
-    component: str, layers: Mapping[str, Factors], form: str, base: str, layers_per_block: int
+def _named(
+    component: str, layers: Mapping[str, PlainLoraLayer], form: str, base: str, layers_per_block: int
 ) -> dict[str, Tensor]:
+    """The tensors of one component by the form's keys."""
+    if form == "diffusers":
+        return tensors_of_layers(layers, f"{component}.")
     if component in DENOISERS:
         has_diffusers_names = base == "sd15" and form == "kohya"  # kohya trains SD 1.5 on Diffusers' UNet
-        named = layers if has_diffusers_names else original_names(layers, base, layers_per_block)
+        layers = layers if has_diffusers_names else original_layers(layers, base, layers_per_block)
         if form == "comfyui":
-            return _peft_keys({f"diffusion_model.{name}": own for name, own in named.items()})
-        return _kohya_keys("lora_unet", named, base)
+            return tensors_of_layers(layers, "diffusion_model.")
+        return _kohyas("lora_unet", layers, base)
     encoders = _ENCODERS.get(base, {})
     if component not in encoders:
         known = ", ".join(["the denoiser", *encoders])
         raise ValueError(f"A {form} file of {base} has no keys for '{component}', expected {known}.")
-    return _kohya_keys(encoders[component], {with_text_model(name): own for name, own in layers.items()}, base)
+    return _kohyas(encoders[component], layers, base)
 
 
-def _diffusers_keys(
-    component: str, layers: Mapping[str, Factors], magnitudes: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    def full(name: str) -> str:
-        return f"{component}.{with_text_model(name) if component.startswith(TEXT_ENCODER) else name}"
-
-    vectors = {f"{full(name)}.lora_magnitude_vector": magnitude for name, magnitude in magnitudes.items()}
-    return _peft_keys({full(name): own for name, own in layers.items()}) | vectors
-
-
-def _peft_keys(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
-    downs = {f"{name}.lora_A.weight": own.down for name, own in layers.items()}
-    return downs | {f"{name}.lora_B.weight": own.up for name, own in layers.items()}
-
-
-def _kohya_keys(prefix: str, layers: Mapping[str, Factors], base: str) -> dict[str, Tensor]:
+def _kohyas(prefix: str, layers: Mapping[str, PlainLoraLayer], base: str) -> dict[str, Tensor]:
     # With the smallest rank as alpha `up` grows; with a larger one it would shrink, and float16 lose small values.
-    smallest = min((own.rank for own in layers.values()), default=0)
+    smallest = min((layer.rank for layer in layers.values()), default=0)
     found: dict[str, Tensor] = {}
-    for name, own in layers.items():
-        key = f"{prefix}_{name.replace('.', '_')}"
-        alpha = smallest if base in UNETS else own.rank
-        up = own.up if alpha == own.rank else (own.up.double() * (own.rank / alpha)).to(own.up.dtype)
-        found |= {f"{key}.lora_down.weight": own.down, f"{key}.lora_up.weight": up}
-        found[f"{key}.alpha"] = torch.tensor(float(alpha))
+    for name, layer in layers.items():
+        key, own = f"{prefix}_{name.replace('.', '_')}", _with_alpha(layer, smallest if base in UNETS else layer.rank)
+        found |= {f"{key}.lora_down.weight": own.A, f"{key}.lora_up.weight": own.B}
+        found[f"{key}.alpha"] = torch.tensor(float(own.alpha))
     return found

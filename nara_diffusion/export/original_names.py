@@ -16,11 +16,12 @@ Stability's UNets (SD 1.5, SDXL), with n = layers_per_block:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+
+from .plain_lora import PlainLoraLayer
 
 MLP_RATIO = 4  # of FLUX: proj_mlp has four times the rows of q
 
@@ -113,40 +114,21 @@ UNETS = {"sd15": (1, 2, 3), "sdxl": (0, 1)}
 """{base with a UNet: the up blocks that have attention}."""
 
 
-@dataclass(frozen=True)
-class Factors:
-    """up · down of one matrix in a host's file; the scale α/r is in `up`.
-
-    Attributes:
-        down: (r, d_in), in a convolution (r, d_in, *kernel).
-        up: (d_out, r), in a convolution (d_out, r, 1, …).
-        modules: the names of the modules in it, in the order of their rows in `down`.
-    """
-
-    down: Tensor
-    up: Tensor
-    modules: tuple[str, ...] = ()
-
-    @property
-    def rank(self) -> int:
-        """The rows of `down`."""
-        return len(self.down)
-
-
-def original_names(layers: Mapping[str, Factors], base: str, layers_per_block: int = 2) -> dict[str, Factors]:
-    """{name in the original code: factors} of a denoiser's modules by Diffusers' names.
+def parts_of(names: Collection[str], base: str, layers_per_block: int = 2) -> dict[str, list[str | None]]:
+    """{name in the original code: the modules that the matrix holds, from top to bottom, None for one not in `names`}.
 
     Args:
-        base: "sd15", "sdxl", "flux", "sd3" or "wan". layers_per_block: of a UNet's configuration.
+        names: of a denoiser's modules in Diffusers. base: "sd15", "sdxl", "flux", "sd3" or "wan".
+        layers_per_block: of a UNet's configuration.
 
     Raises:
         ValueError: a module that has no name there, or that the UNet of `base` doesn't have.
     """
     if base in UNETS:
-        return {_of_unet(name, base, layers_per_block): own for name, own in layers.items()}
-    found: dict[str, Factors] = {}
-    for name, own in layers.items():
-        pattern, block = _pattern(name), "".join(re.findall(r"blocks\.(\d+)\.", name)[:1])
+        return {_of_unet(name, base, layers_per_block): [name] for name in names}
+    found: dict[str, list[str | None]] = {}
+    for name in names:
+        pattern, block = re.sub(r"blocks\.\d+\.", "blocks.*.", name, count=1), re.search(r"blocks\.(\d+)\.", name)
         matrix = next((key for key, parts in _FUSED.get(base, {}).items() if pattern in parts), None)
         other = matrix or _TABLES[base].get(pattern)
         if other is None:
@@ -154,42 +136,40 @@ def original_names(layers: Mapping[str, Factors], base: str, layers_per_block: i
                 f"'{name}' has no name in {base}'s original code: save the adapter for Diffusers or PEFT, or choose "
                 "the base that it is for."
             )
-        other = other.replace("*", block)
-        if matrix is None:
-            found[other] = _shift_first(other, own) if base == "sd3" else own
-        elif other not in found:
-            parts = [part.replace("*", block) for part in _FUSED[base][matrix]]
-            found[other] = _fused([layers.get(part) for part in parts])
+        own = [part.replace("*", block[1]) for part in _FUSED[base][matrix]] if matrix and block else [name]
+        found[other.replace("*", block[1] if block else "")] = [part if part in names else None for part in own]
     return found
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"blocks\.\d+\.", "blocks.*.", name, count=1)
+def original_layers(
+    layers: Mapping[str, PlainLoraLayer], base: str, layers_per_block: int = 2
+) -> dict[str, PlainLoraLayer]:
+    """{name in the original code: factors} of layers by Diffusers' names whose scale is 1; see `parts_of`."""
+    found = {}
+    for other, parts in parts_of(layers, base, layers_per_block).items():
+        own = _fused([None if part is None else layers[part] for part in parts])
+        if base == "sd3" and other.endswith("context_block.adaLN_modulation.1") and len(own.B) == 2 * own.A.shape[1]:
+            # of the last block: scale and shift in Diffusers, shift and scale here
+            own = replace(own, B=torch.cat(own.B.chunk(2)[::-1]))
+        found[other] = own
+    return found
 
 
-def _fused(parts: Sequence[Factors | None]) -> Factors:
+def _fused(parts: Sequence[PlainLoraLayer | None]) -> PlainLoraLayer:
     """Stack the parts of one matrix from top to bottom; the ΔW of a part without a LoRA is zero."""
     present = [part for part in parts if part is not None]
-    width = next((len(part.up) for part in parts[:3] if part is not None), 0)
-    width = width or len(present[0].up) // MLP_RATIO
-    sizes = [width] * 3 + [MLP_RATIO * width] * (len(parts) - 3)
-    up = present[0].up.new_zeros(sum(sizes), sum(part.rank for part in present))
+    if len(parts) == 1:
+        return present[0]
+    width = next((len(part.B) for part in parts[:3] if part is not None), 0) or len(present[0].B) // MLP_RATIO
+    sizes, rank = [width] * 3 + [MLP_RATIO * width] * (len(parts) - 3), sum(part.rank for part in present)
+    B = present[0].B.new_zeros(sum(sizes), rank)
     row = column = 0
     for part, size in zip(parts, sizes, strict=True):
         if part is not None:
-            up[row : row + size, column : column + part.rank] = part.up
+            B[row : row + size, column : column + part.rank] = part.B
             column += part.rank
         row += size
-    return Factors(
-        torch.cat([part.down for part in present]), up, tuple(name for part in present for name in part.modules)
-    )
-
-
-def _shift_first(name: str, own: Factors) -> Factors:
-    """Swap the halves of the last block's context modulation: scale and shift in Diffusers, shift and scale here."""
-    if not name.endswith("context_block.adaLN_modulation.1") or len(own.up) != 2 * own.down.shape[1]:
-        return own
-    return replace(own, up=torch.cat(own.up.chunk(2)[::-1]))
+    return PlainLoraLayer(torch.cat([part.A for part in present]), B, rank, rank)
 
 
 def _of_unet(name: str, base: str, layers_per_block: int) -> str:

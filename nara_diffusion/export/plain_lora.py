@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from nara_diffusion.loaders.file import save_tensors
-from nara_diffusion.loaders.strict import PEFT_PREFIX
+from nara_diffusion.loaders.file import by_pattern, configured_scaling, save_tensors
+from nara_diffusion.loaders.strict import PEFT_PREFIX, is_core_key
 from nara_diffusion.noise.prediction import FLOW, how_to_set, prediction_in
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
@@ -89,6 +89,12 @@ class PlainLoraLayer:
         """Of the convolution; 1 for any other layer."""
         return self.rank // self.B.shape[1]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """A, B and the magnitude by PEFT's names in a module."""
+        names = ("lora_embedding_A", "lora_embedding_B") if self.is_embedding else ("lora_A.weight", "lora_B.weight")
+        vectors = {} if self.magnitude is None else {"lora_magnitude_vector": self.magnitude}
+        return dict(zip(names, (self.A, self.B), strict=True)) | vectors
+
 
 @dataclass(frozen=True)
 class PlainLora:
@@ -111,8 +117,8 @@ class PlainLora:
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """The tensors by PEFT's keys, as `peft.get_peft_model_state_dict` gives them, each with `prefix`."""
-        own = {f"{name}.{key}": tensor for name, layer in self.layers.items() for key, tensor in _named(layer)}
-        return {f"{prefix}{key}": tensor.contiguous() for key, tensor in {**own, **self.others}.items()}
+        others = {f"{prefix}{key}": tensor.contiguous() for key, tensor in self.others.items()}
+        return tensors_of_layers(self.layers, prefix) | others
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained`.
@@ -131,14 +137,49 @@ class PlainLora:
                 (partial / SCHEDULER / "scheduler_config.json").write_text(content + "\n", encoding="utf-8")
 
 
-def _named(layer: PlainLoraLayer) -> Iterator[tuple[str, Tensor]]:
-    yield ("lora_embedding_A" if layer.is_embedding else "lora_A.weight"), layer.A
-    yield ("lora_embedding_B" if layer.is_embedding else "lora_B.weight"), layer.B
-    if layer.magnitude is not None:
-        yield "lora_magnitude_vector", layer.magnitude
+# ---------------------------------------------------------------------- tensors and configurations
 
 
-# ---------------------------------------------------------------------- configurations
+def tensors_of_layers(layers: Mapping[str, PlainLoraLayer], prefix: str = "") -> dict[str, Tensor]:
+    """The factors of layers by PEFT's keys, each with `prefix`."""
+    found = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors().items()}
+    return {f"{prefix}{key}": tensor.contiguous() for key, tensor in found.items()}
+
+
+def layers_of_tensors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, PlainLoraLayer]:
+    """{module: its factors} of tensors by PEFT's keys; those that are no factors are left out.
+
+    Raises:
+        ValueError: A and B of a module are not both there, or not of the configuration's rank; or it has tensors that
+            use_dora and lora_bias deny.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, is_factor, kind = key.partition(".lora_")
+        if is_factor:
+            found.setdefault(name, {})[kind.removesuffix(".weight")] = tensor
+    layers = {}
+    for name, own in found.items():
+        rank, letters = by_pattern(config.rank_pattern, name, config.r), ["A", "B"]
+        if is_embedding := any(kind.startswith("embedding") for kind in own):
+            letters = ["embedding_A", "embedding_B"]
+        if missing := [letter[-1] for letter in letters if letter not in own]:
+            raise ValueError(f"'{name}' needs A and B, but {missing[0]} is missing: damaged.")
+        A, B = (own[letter] for letter in letters)
+        # the groups of a convolution divide r
+        if min(A.dim(), B.dim()) < 2 or len(A) != rank or not B.shape[1] or rank % B.shape[1]:
+            raise ValueError(f"'{name}' has A {tuple(A.shape)} and B {tuple(B.shape)}, expected rank {rank}: damaged.")
+        wanted = {*letters, *(["magnitude_vector"] if config.use_dora else [])}
+        if own.keys() - ({"B.bias"} if config.lora_bias else set()) != wanted:
+            raise ValueError(f"'{name}' has {', '.join(sorted(own))}, but use_dora={config.use_dora}: damaged.")
+        alpha = configured_scaling(config, name, rank) * rank
+        layers[name] = PlainLoraLayer(A, B, alpha, rank, own.get("magnitude_vector"), is_embedding)
+    return layers
+
+
+def others_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is no factor and no core's: trained biases, tokens, modules."""
+    return {key: tensor for key, tensor in tensors.items() if ".lora_" not in key and not is_core_key(key)}
 
 
 def config_of_layers(layers: Mapping[str, PlainLoraLayer], like: LoraConfig | None = None) -> LoraConfig:
@@ -191,13 +232,12 @@ def comfyui_words(fields: Mapping[str, Any]) -> str:
 
 def warn_of_scheduler(fields: Mapping[str, Any] | None) -> None:
     """Log which scheduler a LoRA needs, and how it is set; nothing without `fields`."""
-    if fields is None:
-        return
-    words = comfyui_words(fields)
-    logger.warning(
-        "The LoRA predicts %s, which its base doesn't, and no program sets a scheduler by a LoRA: with the base's own "
-        "it samples noise. Set it: in Diffusers, %s%s.",
-        prediction_in(fields) or f"what {fields['_class_name']} expects",
-        how_to_set(fields),
-        f"; in ComfyUI, {words}" if words else "",
-    )
+    if fields is not None:
+        words = comfyui_words(fields)
+        logger.warning(
+            "The LoRA predicts %s, which its base doesn't, and no program sets a scheduler by a LoRA: with the base's "
+            "own it samples noise. Set it: in Diffusers, %s%s.",
+            prediction_in(fields) or f"what {fields['_class_name']} expects",
+            how_to_set(fields),
+            f"; in ComfyUI, {words}" if words else "",
+        )

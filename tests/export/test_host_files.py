@@ -16,7 +16,7 @@ from torch import nn
 from nara_diffusion import core_matrix, noise_level, to_lora
 from nara_diffusion.export import save_host_file
 from nara_diffusion.export.host_files import host_state_dict
-from nara_diffusion.export.original_names import Factors, original_names
+from nara_diffusion.export.original_names import parts_of
 from tests.helpers.adapted import disturb, lora_config, nara_config
 from tests.helpers.denoisers import denoiser
 from tests.helpers.small_pipelines import pixels, small_sd, small_sd3, small_sdxl
@@ -148,8 +148,7 @@ def test_diffusers_reads_the_names_of_sdxls_unet_back():
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and "blocks" in name + "." and "_block" in name
     ]
-    empty = Factors(torch.zeros(1, 1), torch.zeros(1, 1))
-    originals = list(original_names(dict.fromkeys(names, empty), "sdxl"))
+    originals = list(parts_of(names, "sdxl"))
     assert len(originals) == len(names) > 300 // 4
     keys = [f"lora_unet_{other.replace('.', '_')}.lora_down.weight" for other in originals]
     numbered = {key: torch.tensor(float(index)) for index, key in enumerate(keys)}
@@ -171,7 +170,7 @@ def test_diffusers_reads_the_names_of_sdxls_unet_back():
     ],
 )
 def test_names_of_files_that_kohya_has_written_for_sdxl(kohya, name):
-    assert list(original_names({name: Factors(torch.zeros(1, 1), torch.zeros(1, 1))}, "sdxl")) == [kohya]
+    assert parts_of([name], "sdxl") == {kohya: [name]}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""C over all λ, and the error of exports that have fixed cores in its place.
+
+The one LoRA that is nearest over all λ has the mean of C(λ) in place of C(λ): of all X it minimises
+∫ ‖s B (C(λ) − X) A‖² dλ, whatever A and B are. Its error, and that of K fixed cores with strengths φ_k over λ,
+
+    ΔW(λ) ≈ Σ_k φ_k(λ) s B C_k A,        C_k = Σ_i T_ki C(λ_i),
+
+follows from the inner products M_ij = ⟨ΔW(λ_i), ΔW(λ_j)⟩ alone: with Φ_ik = φ_k(λ_i) and E = 1 − Φ T, the squared error
+at λ_i is (E M Eᵀ)_ii. M is computed from r × r matrices, so the dense ΔW (d_out, d_in) is never made:
+
+    ⟨s B C A, s B C' A⟩ = Σ (Bᵀ B C s² A Aᵀ) ⊙ C'
+
+The grid of λ_i has 257 equal steps, and all points between which the cores are linear in λ, or constant: the knots of
+"knots"; both sides of each step of a mask, neighbouring float32 numbers; the points of a strength.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nara_diffusion.noise.level import Level, NoiseSignals, as_signal
+
+from .adapter_factors import Adapter
+from .plain_lora import ExportError
+
+_GRID, _SCAN = 257, 4097
+
+
+class CoreSamples:
+    """C at λ (n,), in ascending order: a grid, and the breakpoints.
+
+    Attributes:
+        levels: (n,) float32. breakpoints: the indices of the breakpoints in it.
+        cores: {module: C (n or 1, r, r)}. weights: (n,), by the trapezoidal rule; they sum to 1.
+        products: M (n, n), over all layers, float64.
+    """
+
+    def __init__(self, adapter: Adapter, mask_density: Level | None) -> None:
+        adapter.signals_of(0.5, mask_density)  # raises if the mask density is missing
+        points = _breakpoints(adapter)
+        self.levels = torch.cat([torch.linspace(0, 1, _GRID, dtype=torch.float32), points]).unique()
+        self.breakpoints: list[int] = torch.searchsorted(self.levels, points).tolist()
+        density = None if mask_density is None else as_signal(mask_density, "mask_density").expand_as(self.levels)
+        self.cores = adapter.cores(NoiseSignals(self.levels, density))
+        half, zero = self.levels.double().diff() / 2, torch.zeros(1, dtype=torch.float64)
+        self.weights = torch.cat([half, zero]) + torch.cat([zero, half])
+        self.products = torch.zeros(len(self.levels), len(self.levels), dtype=torch.float64)
+        for name, layer in adapter.lora.layers.items():
+            A, B = layer.A.double().flatten(1), layer.B.double().flatten(1)
+            if B.shape[1] != layer.rank:
+                B = torch.block_diag(*B.chunk(layer.groups))
+            C = self._doubled(name)
+            self.products += (B.T @ B @ C @ (layer.scaling**2 * A @ A.T)).flatten(1) @ C.flatten(1).T
+
+    def _doubled(self, name: str) -> Tensor:
+        return self.cores[name].double().expand(len(self.levels), -1, -1)
+
+    def same(self, one: int, other: int) -> bool:
+        """Whether all cores are equal at two points of the grid."""
+        return all(len(core) == 1 or torch.equal(core[one], core[other]) for core in self.cores.values())
+
+    def mixed(self, mixing: Tensor) -> dict[str, Tensor]:
+        """C_k of T (K, n), whose rows sum to 1: {module: (K, r, r)}, float64."""
+        return {name: torch.einsum("kn,nrs->krs", mixing, self._doubled(name)) for name in self.cores}
+
+    def error(self, shares: Tensor, mixing: Tensor) -> ExportError:
+        """The error over λ of Φ (n, K) and T (K, n)."""
+        E = torch.eye(len(self.levels), dtype=torch.float64) - shares @ mixing
+        errors = ((E @ self.products) * E).sum(1).clamp(min=0).sqrt()
+        unit = (self.weights * self.products.diagonal().clamp(min=0)).sum().sqrt()
+        relative = errors / unit if unit else torch.zeros_like(errors)
+        return ExportError(self.levels.tolist(), self.weights.tolist(), relative.tolist())
+
+
+def _breakpoints(adapter: Adapter) -> Tensor:
+    """The breakpoints of the adapter in ascending order, 0 and 1 included: (p,) float32."""
+    config: Any = adapter.config
+    found = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
+    for schedule in adapter.schedules:
+        levels = torch.tensor([level for level, _ in schedule.points], dtype=torch.float32)
+        steps = levels[1:][levels.diff() == 0]
+        found += [levels, steps.nextafter(torch.zeros_like(steps))]
+    kind = getattr(config, "core_type", None)
+    if kind == "knots":
+        found.append(torch.arange(config.core_knots, dtype=torch.float32) / (config.core_knots - 1))
+    if kind in ("rank_mask", "bins"):
+        found.append(_steps_of_masks(adapter))
+    return torch.cat(found).unique()
+
+
+def _steps_of_masks(adapter: Adapter) -> Tensor:
+    """Both sides of each λ at which a mask changes, by bisection."""
+
+    def differ(one: Tensor, other: Tensor) -> Tensor:
+        pairs = (adapter.cores(NoiseSignals(levels)).values() for levels in (one, other))
+        zeros = ((mine == 0) != (theirs == 0) for mine, theirs in zip(*pairs, strict=True))
+        return torch.stack([changed.flatten(1).any(1) for changed in zeros]).any(0)
+
+    scan = torch.linspace(0, 1, _SCAN, dtype=torch.float32)
+    changes = differ(scan[:-1], scan[1:])
+    low, high = scan[:-1][changes], scan[1:][changes]
+    while bool(((middle := (low + high) / 2) != low).logical_and(middle != high).any()):
+        above = differ(low, middle)
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return torch.cat([low, high])
