@@ -89,9 +89,10 @@ def adapter_of_model(model: nn.Module, adapter_name: str) -> Iterator[Adapter]:
     factors = {name: _factors(name, layer, adapter_name) for name, layer in layers.items()}
     variants = {name: layer.lora_variant.get(adapter_name) for name, layer in layers.items()}
     keys = {name: each.key if isinstance(each, NaraVariant) else None for name, each in variants.items()}
-    has_cores = holder is not None and adapter_name in holder.cores
-    make: Any = holder.matrix if has_cores else None
-    signals_of: Any = partial(holder.signals_to_export, adapter_name) if has_cores else lambda *_: None
+    make: Any = None
+    signals_of: Any = lambda *_: None  # noqa: E731
+    if holder is not None and adapter_name in holder.cores:
+        make, signals_of = holder.matrix, partial(holder.signals_to_export, adapter_name)
     extra = {key: _copied(t, key) for key, t in others_of(held_tensors(root, adapter_name)).items()}
     lora = PlainLora(_plain_config(config, root), factors, extra, scheduler=getattr(config, "scheduler", None))
     with onloaded_cores(model):
