@@ -1,37 +1,46 @@
-"""Samples before and after an adapter in the browser, with the adapter's strength as a curve over λ.
+"""An adapter in the browser: the base, the adapter held at one λ, and the adapter with λ, from the same noise.
 
     pip install -e '.[app]'                                     # once
     python examples/app.py                                      # the small SDXL and adapter of this project, on a CPU
     python examples/app.py --adapter outputs/dreambooth-1       # yours; --adapter again for another one beside it
     python examples/app.py --model stabilityai/stable-diffusion-xl-base-1.0 --adapter my-toy
+    python examples/app.py --host 0.0.0.0 --login ann:secret    # for others too, who have to log in
 
 A pipeline is a folder or a repository on the Hub, and so is an adapter, which may also be a file: a NaRA, or a LoRA
 that Diffusers reads. The table holds points (λ, strength) of each adapter, between which its strength is linear; two
 points at one λ are a step. They become `pipe.set_adapters(names, adapter_weights=[StrengthSchedule(…)])`.
 
-As a Space on Hugging Face: examples/space/README.md has the front matter, and says what to copy.
+A page that others can open (--share, or --host other than this machine) asks for a login, by default `nara` with a
+password that is drawn at the start and shown in the terminal; it opens what was named here and repositories, no other
+files. As a Space on Hugging Face: examples/space/README.md has the front matter, and says what to copy.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from app_session import Adapter, Points, Session, draw_curves
+from app_session import PRESETS, Adapter, Points, Session, draw_curves
 
 from nara_diffusion import StrengthSchedule
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL, ADAPTER = ASSETS / "sdxl-tiny", ASSETS / "toy-nara"
 PROMPT = "a photo of sks toy in the snow"
-TITLE = "NaRA: before and after"
+TITLE = "NaRA: an adapter that knows the noise level"
 ABOUT = f"""# {TITLE}
-A noise-aware adapter changes with the noise level λ: sampling starts at pure noise, λ = 1, and ends at λ = 0.
-Edit the adapter's strength over λ, and see what becomes of the same noise without and with it."""
+Sampling starts at pure noise, λ = 1, and ends at λ = 0. A NaRA changes with λ; held at one λ it is a plain LoRA. Both
+are shown beside the base, from the same noise. Edit the adapter's strength over λ, or take a preset, and sample."""
+OWN = "as it comes"
+SAMPLES = ("base", "adapter held at the constant λ", "adapter with λ")
 COLUMNS = ["adapter", "λ", "strength"]
 CSS = ".sample img {width: 100%; height: 100%; object-fit: contain}"
 """Small images are shown large; Gradio would leave them as small as they are."""
@@ -39,19 +48,30 @@ Row = Sequence[Any]
 """The adapter's number, from 1 on; λ; its strength there. Empty cells are None or an empty text."""
 
 
-@contextmanager
-def in_one_line() -> Iterator[None]:
-    """What a user can mend is shown in one line, without a traceback in the page or the terminal."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, RuntimeError) as error:  # a RuntimeError is torch's, e.g. out of memory
-        line = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise gr.Error(line, print_exception=False, duration=20) from error
+def or_blank(handler: Callable[..., tuple[Any, ...]], blank: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+    """`handler`; of an error that a user can mend, its first line is the first output, and `blank` are the others, so
+    that nothing of what was there before stays."""
+
+    @wraps(handler)
+    def call(*given: Any) -> tuple[Any, ...]:
+        try:
+            return handler(*given)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:  # a RuntimeError is torch's, e.g. no memory
+            logging.getLogger(__name__).warning("%s", error)
+            is_ours = type(error) is ValueError
+            line = str(error).partition("\n")[0] if is_ours else f"{type(error).__name__}: the terminal says more."
+            return f"**Not done.** {line}", *blank
+
+    return call
 
 
-def rows_of(adapters: Sequence[Adapter]) -> list[Row]:
-    """The table with the strengths that the adapters bring."""
-    return [[number, *point] for number, adapter in enumerate(adapters, start=1) for point in adapter.points]
+def about(adapters: Sequence[Adapter]) -> str:
+    return "\n".join(f"{n}. `{Path(one.source).name}`: {one.summary}" for n, one in enumerate(adapters, start=1))
+
+
+def rows_of(points: Sequence[Points]) -> list[Row]:
+    """The table of these strengths, one for each adapter."""
+    return [[number, *point] for number, own in enumerate(points, start=1) for point in own]
 
 
 def with_a_point(rows: Sequence[Row]) -> list[Row]:
@@ -81,64 +101,126 @@ def points_of(rows: Sequence[Row], adapters: Sequence[Adapter]) -> list[Points]:
     return [StrengthSchedule(own or adapter.points).points for own, adapter in zip(ordered, adapters, strict=True)]
 
 
-def build(model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), prompt: str = PROMPT) -> gr.Blocks:
+def named(places: Sequence[str]) -> dict[str, str]:
+    """{what the page shows: place}: the names of folders and files here, and repositories as they are."""
+    found: dict[str, str] = {}
+    for place in dict.fromkeys(places):
+        path = Path(place).expanduser()
+        parts = path.resolve().parts[1:] if path.exists() else (place,)
+        depth = next(n for n in range(1, len(parts) + 1) if "/".join(parts[-n:]) not in found)
+        found["/".join(parts[-depth:])] = place
+    return found
+
+
+def build(
+    model: str = str(MODEL), adapters: Sequence[str] = (str(ADAPTER),), prompt: str = PROMPT, is_public: bool = False
+) -> gr.Blocks:
     """The page, with these values to start from."""
-    session = Session()
+    places = named([model, *adapters])
+    names = {place: name for name, place in places.items()}
+    session = Session(places, is_public)
 
     def load(model: str, sources: str) -> list[Adapter]:
         return session.load(model.strip(), [line.strip() for line in sources.splitlines() if line.strip()])
 
-    def on_adapters(model: str, sources: str) -> tuple[Any, ...]:
-        with in_one_line():
-            found = load(model, sources)
-            about = "\n".join(f"{number}. `{one.source}`: {one.summary}" for number, one in enumerate(found, start=1))
-            return about, rows_of(found), draw_curves(found, [one.points for one in found])
+    def on_adapters(model: str, sources: str, constant: float, before: Any) -> Any:
+        if [model, sources] == before:  # a field that was left as it was
+            return gr.skip()
+        found = load(model, sources)
+        own = [one.points for one in found]
+        return about(found), rows_of(own), draw_curves(found, own, constant), [model, sources], OWN, None, None, None
 
-    def on_strengths(model: str, sources: str, rows: list[Row]) -> Any:
-        with in_one_line():
-            found = load(model, sources)
-            return draw_curves(found, points_of(rows, found))
+    def on_preset(model: str, sources: str, constant: float, preset: str) -> tuple[Any, ...]:
+        found = load(model, sources)
+        points = [PRESETS.get(preset, one.points) for one in found]
+        return about(found), rows_of(points), draw_curves(found, points, constant)
 
-    def on_sample(model, sources, rows, prompt, negative, seed, steps, guidance, progress=gr.Progress()):  # noqa: B008
-        with in_one_line():
-            call = {"seed": int(seed), "num_inference_steps": int(steps), "guidance_scale": float(guidance)}
-            call |= {"negative_prompt": negative} if negative.strip() else {}
-            points = points_of(rows, load(model, sources))
-            return session.sample(prompt, points, lambda share, what: progress(share, desc=what), **call)
+    def on_strengths(model: str, sources: str, constant: float, rows: list[Row]) -> tuple[Any, ...]:
+        found = load(model, sources)
+        return about(found), draw_curves(found, points_of(rows, found), constant)
+
+    def on_sample(
+        model,
+        sources,
+        constant,
+        rows,
+        prompt,
+        negative,
+        seed,
+        steps,
+        guidance,
+        progress=gr.Progress(),  # noqa: B008
+    ):
+        call = {"seed": int(seed), "num_inference_steps": int(steps), "guidance_scale": float(guidance)}
+        call |= {"negative_prompt": negative} if negative.strip() else {}
+        found = load(model, sources)
+        show = lambda share, what: progress(share, desc=what)  # noqa: E731
+        return about(found), *session.sample(prompt, points_of(rows, found), float(constant), show, **call)
 
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
         with gr.Row():
-            with gr.Column():
-                pipeline = gr.Textbox(model, label="pipeline", info="a folder or a repository")
-                what = "NaRA or LoRA, one a line: a file, a folder or a repository"
-                sources = gr.Textbox("\n".join(adapters), lines=2, label="adapters", info=what)
+            look: dict[str, Any] = {"interactive": False, "format": "png", "height": 340, "elem_classes": "sample"}
+            images = [gr.Image(label=label, min_width=240, **look) for label in SAMPLES]
+        with gr.Row():
+            button = gr.Button("Sample", variant="primary")
+        state = gr.Markdown()
+        with gr.Row():
+            with gr.Column(min_width=320):
                 text = gr.Textbox(prompt, label="prompt")
                 negative = gr.Textbox("", label="negative prompt")
                 with gr.Row():
-                    seed = gr.Number(1, label="seed", precision=0, minimum=0)
-                    steps = gr.Slider(1, 100, 25, step=1, label="steps")
-                    guidance = gr.Slider(0, 20, 4.0, step=0.5, label="guidance")
-            with gr.Column():
-                what = "strength over λ: linear between points; two points at one λ are a step"
+                    seed = gr.Number(1, label="seed", precision=0, minimum=0, min_width=80)
+                    steps = gr.Slider(1, 100, 25, step=1, label="steps", min_width=160)
+                guidance = gr.Slider(0, 20, 4.0, step=0.5, label="guidance")
+                pipeline = gr.Textbox(names[model], label="pipeline", info="a folder or a repository")
+                what = "NaRA or LoRA, one a line: a file, a folder or a repository"
+                shown = "\n".join(names[adapter] for adapter in dict.fromkeys(adapters))
+                sources = gr.Textbox(shown, lines=2, label="adapters", info=what)
+            with gr.Column(min_width=320):
+                preset = gr.Radio([OWN, *PRESETS], value=OWN, label="strength over λ")
+                constant = gr.Slider(0, 1, 0.5, step=0.05, label="constant λ, of the sample in the middle")
                 columns: dict[str, Any] = {"headers": COLUMNS, "datatype": "number", "column_count": 3, "type": "array"}
+                what = "points: linear between them; two at one λ are a step"
                 table = gr.Dataframe(label=what, interactive=True, **columns)
                 add = gr.Button("Add a point", size="sm")
-                about = gr.Markdown()
-                button = gr.Button("Sample", variant="primary")
-        with gr.Row():
-            look: dict[str, Any] = {"interactive": False, "format": "png", "height": 400, "elem_classes": "sample"}
-            images = [gr.Image(label=f"{name} adapters", **look) for name in ("before: without", "after: with")]
-        curves = gr.Plot(show_label=False)
-        named = [pipeline, sources]
-        page.load(on_adapters, named, [about, table, curves], api_visibility="private", show_progress="hidden")
-        sources.blur(on_adapters, named, [about, table, curves], api_name="adapters", show_progress="hidden")
-        table.input(on_strengths, [*named, table], curves, api_name="strengths", show_progress="hidden")
+            with gr.Column(min_width=320):
+                curves = gr.Plot(show_label=False)
+        source = [pipeline, sources, constant]
+        before = gr.State()
+        loaded = [state, table, curves, before, preset, *images]
+        hidden: dict[str, Any] = {"show_progress": "hidden"}
+        on_adapters = or_blank(on_adapters, [[], None, None, OWN, None, None, None])
+        on_strengths = or_blank(on_strengths, [None])
+        page.load(on_adapters, [*source, before], loaded, api_visibility="private", **hidden)
+        for box in (pipeline, sources):
+            box.change(lambda: (None,) * 3, None, images, api_visibility="private", **hidden)
+            box.blur(on_adapters, [*source, before], loaded, api_visibility="private", **hidden)
+        choose = or_blank(on_preset, [[], None])
+        preset.input(choose, [*source, preset], [state, table, curves], api_visibility="private", **hidden)
+        for changed in (table.input, constant.release):
+            changed(on_strengths, [*source, table], [state, curves], api_visibility="private", **hidden)
         added = add.click(with_a_point, table, table, api_visibility="private")
-        added.then(on_strengths, [*named, table], curves, api_visibility="private", show_progress="hidden")
-        given = [*named, table, text, negative, seed, steps, guidance]
-        button.click(on_sample, given, images, api_name="sample", show_progress_on=images)
+        added.then(on_strengths, [*source, table], [state, curves], api_visibility="private", **hidden)
+        given = [*source, table, text, negative, seed, steps, guidance]
+        sample = or_blank(on_sample, [None] * 3)
+        button.click(sample, given, [state, *images], api_name="sample", show_progress_on=images)
     return page
+
+
+def login(host: str | None, share: bool, given: str | None) -> tuple[str, str] | None:
+    """(user, password) of a page that others can open; None of a page for this machine alone, if none was `given`.
+
+    Raises:
+        ValueError: `given` isn't USER:PASSWORD.
+    """
+    user, _, password = (given or "").partition(":")
+    if given is not None and not (user and password):
+        raise ValueError("--login takes USER:PASSWORD.")
+    if given is not None:
+        return user, password
+    is_local = host in (None, "127.0.0.1", "localhost", "::1") and not share
+    return None if is_local else ("nara", secrets.token_urlsafe(9))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,9 +231,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", help="address to listen at (default: 127.0.0.1, or GRADIO_SERVER_NAME)")
     parser.add_argument("--port", type=int, help="port to listen at (default: the first free one from 7860 on)")
     parser.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
+    parser.add_argument("--login", metavar="USER:PASSWORD", help="asked for (default: APP_LOGIN, or see above)")
     args = parser.parse_args(arguments)
-    page = build(args.model, args.adapter or [str(ADAPTER)], args.prompt)
-    page.launch(server_name=args.host, server_port=args.port, share=args.share or None, css=CSS)
+    host = args.host or os.environ.get("GRADIO_SERVER_NAME")
+    share = args.share or os.environ.get("GRADIO_SHARE", "").lower() == "true"
+    try:
+        auth = login(host, share, args.login or os.environ.get("APP_LOGIN"))
+    except ValueError as error:
+        parser.error(str(error))
+    if auth is not None:
+        shown = f"the page asks for a login: user {auth[0]}" + ("" if args.login else f", password {auth[1]}")
+        sys.stdout.write(f"{shown}\n")
+    page = build(args.model, args.adapter or [str(ADAPTER)], args.prompt, is_public=auth is not None)
+    page.launch(server_name=host, server_port=args.port, share=share or None, css=CSS, auth=auth)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What app.py does: a pipeline with adapters, samples without and with them from the same noise, and their curves."""
+"""What app.py does: a pipeline with adapters, three samples from the same noise, and the adapters' curves over λ."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,21 @@ from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nara_diffusion import StrengthSchedule, core_matrix
+from nara_diffusion import StrengthSchedule, core_matrix, noise_level
+from nara_diffusion.noise.level import find_holders
 
 LEVELS = torch.linspace(0, 1, 101)  # λ at which curves are drawn
 Points = Sequence[tuple[float, float]]  # (λ, strength), as StrengthSchedule takes them
 Progress = Callable[[float, str], None]
 """Called with the share that is done and what is being done."""
+PRESETS: dict[str, Points] = {
+    "early": [(0.0, 0.0), (0.4, 0.0), (0.6, 1.0), (1.0, 1.0)],
+    "late": [(0.0, 1.0), (0.4, 1.0), (0.6, 0.0), (1.0, 0.0)],
+    "window": [(0.0, 0.0), (0.3, 0.0), (0.3, 1.0), (0.7, 1.0), (0.7, 0.0), (1.0, 0.0)],
+}
+"""Curves by the part of the sampling in which the adapter is on; that goes from λ = 1 to 0."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,9 +50,15 @@ class Adapter:
 
 
 class Session:
-    """Keeps the last pipeline with its adapters, and the last sample without them. One call at a time: others wait."""
+    """Keeps the last pipeline with its adapters, and the last sample without them. One call at a time: others wait.
 
-    def __init__(self) -> None:
+    Args:
+        places: {name: folder or repository} of what the page names.
+        is_public: whether others can open the page, who may then name repositories of the Hub, and no files here.
+    """
+
+    def __init__(self, places: Mapping[str, str] | None = None, is_public: bool = False) -> None:
+        self._places, self._is_public = dict(places or {}), is_public
         self._turn = threading.RLock()
         self._model: str | None = None
         self._pipe: Any = None
@@ -52,28 +69,48 @@ class Session:
         """The pipeline of a folder or repository, with these adapters: files, folders or repositories.
 
         Raises:
-            ValueError, OSError: nothing is there, or it doesn't fit; the pipeline has no adapters then.
+            ValueError: one of them can't be loaded, by its name; why is logged, since that may name files. The pipeline
+                has no adapters then.
         """
         with self._turn:
             if model != self._model:
                 self._model = self._pipe = self._base = None  # frees its memory before the next one takes some
                 self._adapters = []
-                self._pipe, self._model = load_pipeline(model), model
+                self._pipe, self._model = self._attempt(load_pipeline, model, "a pipeline"), model
             if [adapter.source for adapter in self._adapters] != list(sources):
                 self._adapters = []
                 self._pipe.unload_lora_weights()
+                found: list[Adapter] = []
                 try:
-                    found = [add(self._pipe, source, f"adapter_{n}") for n, source in enumerate(sources, start=1)]
+                    for number, source in enumerate(sources, start=1):
+                        add_it = lambda place, s=source, n=number: add(self._pipe, place, s, f"adapter_{n}")  # noqa: E731
+                        found.append(self._attempt(add_it, source, "an adapter of this pipeline"))
                 except BaseException:
                     self._pipe.unload_lora_weights()
                     raise
                 self._adapters = found
             return self._adapters
 
-    def sample(self, prompt: str, points: Sequence[Points], progress: Progress, **call: Any) -> list[Image.Image]:
-        """Two samples from the same noise: without adapters, and with these strengths over λ.
+    def _attempt(self, load: Callable[[str], Any], source: str, what: str) -> Any:
+        """What `load` returns for the place of `source`."""
+        place = self._places.get(source, source)
+        path = Path(place).expanduser()
+        if self._is_public and source not in self._places and (path.exists() or not _is_repository(source)):
+            names = ", ".join(self._places)
+            raise ValueError(f"'{source}' is not open to this page: name one of {names}, or a repository OWNER/NAME.")
+        try:
+            return load(str(path) if path.exists() else place)
+        except (ValueError, OSError, ImportError, RuntimeError, KeyError) as error:
+            logger.warning("%s: %s", source, error)
+            raise ValueError(f"'{Path(source).name}' can't be loaded as {what}: the terminal says why.") from error
+
+    def sample(
+        self, prompt: str, points: Sequence[Points], constant: float, progress: Progress, **call: Any
+    ) -> list[Image.Image]:
+        """Three samples from the same noise: without adapters, with them held at λ = `constant`, and with λ.
 
         Args:
+            points: the strength of each adapter over λ.
             call: seed, num_inference_steps, guidance_scale, negative_prompt.
         """
         with self._turn:
@@ -81,12 +118,15 @@ class Session:
             if self._base is None or self._base[0] != key:
                 self._pipe.disable_lora()
                 try:
-                    self._base = key, self._draw(prompt, progress, "without adapters", **call)
+                    self._base = key, self._draw(prompt, progress, "base", **call)
                 finally:
                     self._pipe.enable_lora()
             names = [adapter.name for adapter in self._adapters]
             self._pipe.set_adapters(names, adapter_weights=[weight(own) for own in points])
-            return [self._base[1], self._draw(prompt, progress, "with adapters", **call)]
+            model = denoiser(self._pipe)
+            with noise_level(model, constant) if find_holders(model) else nullcontext():
+                held = self._draw(prompt, progress, f"adapter held at λ = {constant:g}", **call)
+            return [self._base[1], held, self._draw(prompt, progress, "adapter with λ", **call)]
 
     def _draw(self, prompt: str, progress: Progress, what: str, seed: int, **call: Any) -> Image.Image:
         def step_done(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +135,15 @@ class Session:
 
         generator = torch.Generator().manual_seed(seed)  # of the CPU: the same noise on every device
         return self._pipe(prompt, generator=generator, callback_on_step_end=step_done, **call).images[0]
+
+
+def _is_repository(name: str) -> bool:
+    owner, _, own = name.partition("/")
+    return all(part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in (owner, own))
+
+
+def denoiser(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or pipe.transformer
 
 
 def load_pipeline(name: str) -> Any:
@@ -108,18 +157,17 @@ def load_pipeline(name: str) -> Any:
     return pipe.to(device)
 
 
-def add(pipe: Any, source: str, name: str) -> Adapter:
+def add(pipe: Any, place: str, source: str, name: str) -> Adapter:
     """Load a NaRA, or else a LoRA that Diffusers reads, into the pipeline."""
-    path = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
     try:
-        pipe.load_nara_weights(path, adapter_name=name)
+        pipe.load_nara_weights(place, adapter_name=name)
     except ValueError as error:
         try:
-            pipe.load_lora_weights(path, adapter_name=name)
+            pipe.load_lora_weights(place, adapter_name=name)
         except Exception:
             raise error from None
         return Adapter(source, name, "LoRA: C(λ) = I", [0.0] * len(LEVELS), [(0.0, 1.0), (1.0, 1.0)])
-    model = getattr(pipe, "unet", None) or pipe.transformer
+    model = denoiser(pipe)
     config = model.peft_config[name]
     layers = [layer for layer, module in model.named_modules() if name in getattr(module, "lora_A", {})]
     with torch.no_grad():
@@ -137,14 +185,25 @@ def weight(points: Points) -> float | StrengthSchedule:
     return strengths.pop() if len(strengths) == 1 else StrengthSchedule(points)
 
 
-def draw_curves(adapters: Sequence[Adapter], points: Sequence[Points]) -> Figure:
-    """A line for each adapter: left ‖C(λ) − I‖ / ‖I‖, right its strength with the points that make it."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def draw_curves(adapters: Sequence[Adapter], points: Sequence[Points], constant: float) -> Figure:
+    """A line for each adapter, in the order of sampling: above its strength with the points that make it, and the
+    presets; below ‖C(λ) − I‖ / ‖I‖. A dashed line marks the `constant` λ."""
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for name, shape in PRESETS.items():
+        above.plot(*zip(*shape, strict=True), ":", color="0.6", linewidth=1)
+        on = [level for level, strength in shape if strength]
+        above.text((min(on) + max(on)) / 2, 1.04, name, color="0.45", fontsize=9, ha="center")
     for adapter, own in zip(adapters, points, strict=True):
-        left.plot(LEVELS, adapter.distance, label=adapter.name)
-        (line,) = right.plot(LEVELS, StrengthSchedule(own).at(LEVELS), label=adapter.name)
-        right.plot(*zip(*own, strict=True), "o", color=line.get_color(), markersize=4, clip_on=False)
-    left.set(title="core", ylabel="‖C(λ) − I‖ / ‖I‖", xlabel="noise level λ (1 = pure noise)", xlim=(0, 1))
-    right.set(title="strength", ylabel="s(λ)", xlabel="noise level λ (1 = pure noise)", xlim=(0, 1))
+        label = Path(adapter.source).name
+        (line,) = above.plot(LEVELS, StrengthSchedule(own).at(LEVELS), label=label, linewidth=2)
+        above.plot(*zip(*own, strict=True), "o", color=line.get_color(), markersize=4, clip_on=False)
+        below.plot(LEVELS, adapter.distance, color=line.get_color(), linewidth=2)
+    for axes in (above, below):
+        axes.axvline(constant, color="0.3", linestyle="--", linewidth=1)
+    low, high = above.get_ylim()
+    above.set(ylabel="strength s(λ)", xlim=(1, 0), ylim=(low, max(1.15, high)))
+    below.set(ylabel="core ‖C(λ) − I‖ / ‖I‖", xlabel="noise level λ: sampling goes from 1 (noise) to 0 (image)")
+    if adapters:
+        above.legend(loc="lower right", fontsize=8)
     return figure

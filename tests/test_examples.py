@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import re
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from tests.helpers.small_pipelines import small_sdxl
 
@@ -57,38 +54,6 @@ def test_chat_answers_each_line_by_the_conversation_so_far(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("upper: planet\n\n/clear\nreverse: planet"))
     import_module("chat").main([str(EXAMPLES / "assets" / "llada-tiny"), "--gen_length", "12"])
     assert capsys.readouterr().out.rstrip("\n").split("\n") == ["PLANET", "tenalp"]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # PEFT, of a second adapter
-def test_app_samples_before_and_after_adapters(tmp_path):
-    app, session = import_module("app"), import_module("app_session").Session()
-    nara, lora = session.load(str(app.MODEL), [str(app.ADAPTER)]), save_lora(tmp_path / "lora")
-    assert max(nara[0].distance) > 0.1
-    call = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 2.0}
-    pictures = {}
-    for strength in (0.0, 1.0):
-        points = app.points_of([[1, 0, 0.0], [1, 1, strength]], nara)
-        before, pictures[strength] = session.sample("a photo of sks toy", points, lambda *_: None, **call)
-    assert pictures[0.0].tobytes() == before.tobytes() != pictures[1.0].tobytes()
-    both = session.load(str(app.MODEL), [str(app.ADAPTER), str(lora)])
-    assert [adapter.summary.partition(":")[0] for adapter in both] == ["NaRA", "LoRA"]
-    assert app.with_a_point([[1, 0, 1], [2, 1, 0.3]]) == [[1, 0, 1], [2, 1, 0.3], [2, 0.5, 0.3]]
-    with pytest.raises(ValueError, match=r"Row 1 of the strengths is \[3, 0, 1\], expected adapter \(1 to 2\)"):
-        app.points_of([[3, 0, 1]], both)
-
-    async def built() -> None:  # in an event loop, since Gradio makes one that it never closes where there is none
-        app.build()
-
-    asyncio.run(built())
-
-
-def save_lora(folder: Path) -> Path:
-    """A plain LoRA of the shipped SDXL."""
-    pipe = import_module("app_session").load_pipeline(str(EXAMPLES / "assets" / "sdxl-tiny"))
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    pipe.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
-    return folder
 
 
 @pytest.mark.slow

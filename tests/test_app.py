@@ -1,0 +1,134 @@
+"""The page in the browser: three samples from one noise, what is left after an error, and who may open what."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.error
+import urllib.request
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from nara_diffusion import StrengthSchedule, noise_level
+
+pytest.importorskip("gradio")
+pytestmark = pytest.mark.slow
+CALL: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "guidance_scale": 2.0}
+PROMPT = "a photo of sks toy"
+
+
+@pytest.fixture
+def app() -> Any:
+    return import_module("app")
+
+
+def sampled(app: Any, session: Any, sources: list[str], rows: list[Any], constant: float = 0.5) -> list[bytes]:
+    found = session.load(str(app.MODEL), sources)
+    points = app.points_of(rows, found)
+    return [image.tobytes() for image in session.sample(PROMPT, points, constant, lambda *_: None, **CALL)]
+
+
+def test_samples_are_the_base_the_adapter_at_one_level_and_with_the_level(app: Any) -> None:
+    session = import_module("app_session").Session()
+    base, held, free = sampled(app, session, [str(app.ADAPTER)], [[1, 0, 1.0], [1, 1, 0.5]], constant=0.3)
+    pipe = import_module("app_session").load_pipeline(str(app.MODEL))
+
+    def draw() -> bytes:
+        options = {name: value for name, value in CALL.items() if name != "seed"}
+        return pipe(PROMPT, generator=torch.Generator().manual_seed(1), **options).images[0].tobytes()
+
+    assert draw() == base
+    pipe.load_nara_weights(str(app.ADAPTER), adapter_name="toy")
+    pipe.set_adapters("toy", adapter_weights=StrengthSchedule([(0.0, 1.0), (1.0, 0.5)]))
+    assert draw() == free
+    with noise_level(pipe.unet, 0.3):
+        assert draw() == held
+    assert len({base, held, free}) == 3
+    assert len(set(sampled(app, session, [str(app.ADAPTER)], [[1, 0, 0.0], [1, 1, 0.0]]))) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # PEFT, of a second adapter
+def test_table_and_presets_are_the_strengths_of_each_adapter(app: Any, tmp_path: Path) -> None:
+    session = import_module("app_session").Session()
+    pipe = import_module("app_session").load_pipeline(str(app.MODEL))
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    both = session.load(str(app.MODEL), [str(app.ADAPTER), str(tmp_path / "lora")])
+    assert [adapter.summary.partition(":")[0] for adapter in both] == ["NaRA", "LoRA"]
+    assert str(tmp_path) not in app.about(both)
+    assert app.with_a_point([[1, 0, 1], [2, 1, 0.3]]) == [[1, 0, 1], [2, 1, 0.3], [2, 0.5, 0.3]]
+    with pytest.raises(ValueError, match=r"Row 1 of the strengths is \[3, 0, 1\], expected adapter \(1 to 2\)"):
+        app.points_of([[3, 0, 1]], both)
+    for name, start, end in (("early", 1, 0), ("late", 0, 1), ("window", 0, 0)):
+        schedule = StrengthSchedule(app.points_of(app.rows_of([app.PRESETS[name]] * 2), both)[1])
+        assert schedule.at(torch.tensor([1.0, 0.0, 0.5])).tolist()[:2] == [start, end], name
+        figure = app.draw_curves(both, [app.PRESETS[name]] * 2, 0.4)
+        line = next(line for line in figure.axes[0].lines if line.get_label() == "lora")
+        torch.testing.assert_close(torch.tensor(line.get_ydata()), schedule.at(torch.linspace(0, 1, 101)))
+
+
+def test_after_an_error_nothing_of_the_adapter_stays_and_no_file_is_named(
+    app: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = import_module("app_session").Session()
+    session.load(str(app.MODEL), [str(app.ADAPTER)])
+    for name in ("first.safetensors", "second.safetensors"):
+        (tmp_path / name).write_bytes(b"no tensors")
+    handler = app.or_blank(lambda: (session.load(str(app.MODEL), [str(tmp_path)]), "table", "picture"), [[], None])
+    line, *others = handler()
+    assert others == [[], None]
+    assert (
+        line
+        == f"**Not done.** '{tmp_path.name}' can't be loaded as an adapter of this pipeline: the terminal says why."
+    )
+    assert "first.safetensors" in caplog.text
+    assert not session._adapters
+    assert not getattr(session._pipe.unet, "peft_config", {})
+    handler = app.or_blank(lambda: torch.load(tmp_path / "missing"), [None])
+    assert handler() == ("**Not done.** FileNotFoundError: the terminal says more.", None)
+
+
+def test_page_shows_names_and_opens_no_other_files_where_others_can(app: Any, tmp_path: Path) -> None:
+    names = app.named([str(app.MODEL), "stabilityai/sdxl", str(tmp_path / "gone"), str(app.ADAPTER)])
+    assert list(names)[:2] == ["sdxl-tiny", "stabilityai/sdxl"]
+    assert names["toy-nara"] == str(app.ADAPTER)
+    for place in ("a/final", "b/final"):
+        (tmp_path / place).mkdir(parents=True)
+    assert list(app.named([str(tmp_path / "a/final"), str(tmp_path / "b/final")])) == ["final", "b/final"]
+    session = import_module("app_session").Session(
+        {"sdxl-tiny": str(app.MODEL), "toy": str(app.ADAPTER)}, is_public=True
+    )
+    assert session.load("sdxl-tiny", ["toy"])[0].source == "toy"
+    for source in (str(tmp_path), "/gone", "~", "..", "a/../b"):
+        with pytest.raises(ValueError, match=r"is not open to this page: name one of sdxl-tiny, toy, or a repository"):
+            session.load("sdxl-tiny", [source])
+
+
+def test_page_that_others_can_open_asks_for_a_login(app: Any) -> None:
+    assert app.login(None, False, None) is app.login("localhost", False, None) is None
+    assert app.login("127.0.0.1", False, "ann:se:cret") == ("ann", "se:cret")
+    drawn = [app.login(*place, None) for place in (("0.0.0.0", False), (None, True))]
+    assert drawn[0][0] == "nara"
+    assert drawn[0][1] != drawn[1][1]
+    assert len(drawn[0][1]) >= 12
+    with pytest.raises(ValueError, match="USER:PASSWORD"):
+        app.login(None, False, "ann")
+
+    async def codes() -> list[int]:  # in an event loop, since Gradio makes one that it never closes where there is none
+        page = app.build()
+        _, address, _ = page.launch(auth=drawn[0], prevent_thread_lock=True, quiet=True)
+        found = []
+        for path in ("config", "gradio_api/info"):
+            try:
+                found.append(await asyncio.to_thread(lambda p=path: urllib.request.urlopen(address + p).status))
+            except urllib.error.HTTPError as error:
+                found.append(error.code)
+        page.close()
+        return found
+
+    assert asyncio.run(codes()) == [401, 401]
