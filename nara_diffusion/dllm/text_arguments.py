@@ -17,8 +17,7 @@ from nara_diffusion.training.arguments import (
     require,
     window_of,
 )
-from nara_diffusion.training.options import option
-from nara_diffusion.training.parser import spread_options
+from nara_diffusion.training.parser import option, spread_options
 
 
 @dataclass
@@ -26,39 +25,29 @@ class ModelArguments:
     """Model and data"""
 
     pretrained_model_name_or_path: str = option(
-        "", "Folder or Hub id of the model to adapt; none runs the shipped one.", content="base model"
+        "", "Folder or Hub id of the model to adapt; none runs the shipped one."
     )
     load_in_4bit: bool = option(
         False, "Round the frozen weights to 4 bits, NF4 with double quantisation, by bitsandbytes.", rare=True
     )
     load_in_8bit: bool = option(False, "Round the frozen weights to 8 bits, by bitsandbytes.", rare=True)
     model_options: dict[str, Any] = option({}, "How it is loaded:", rare=True)
-    revision: str | None = option(
-        None, "branch, tag or commit on the Hub", content="base model", within="model_options"
-    )
+    revision: str | None = option(None, "branch, tag or commit on the Hub", within="model_options")
     mask_token: str | None = option(
         None, "text of the mask token, where the checkpoint doesn't name it", within="model_options"
     )
-    dataset_name: str | None = option(
-        None, "Data set on the Hub, or NAME:SPLIT, in place of a file.", content="training data"
-    )
-    train_file: str | None = option(
-        None, "File of records: JSON list, JSON Lines, gzip of one, or parquet.", content="training data"
-    )
+    dataset_name: str | None = option(None, "Data set on the Hub, or NAME:SPLIT, in place of a file.")
+    train_file: str | None = option(None, "File of records: JSON list, JSON Lines, gzip of one, or parquet.")
     max_train_samples: int | None = option(
-        None, "Take the first so many training records; none takes all.", unit="records", content="training data"
+        None, "Take the first so many training records; none takes all.", unit="records"
     )
     train_on: str = option(
         "last",
         "Answers of a conversation that are trained on: its last, or all, of which each pass draws one.",
         choices=("last", "all"),
     )
-    validation_file: str | None = option(
-        None, "Records for the validation loss; none holds out --validation_samples.", content="validation data"
-    )
-    test_file: str | None = option(
-        None, "Records for exact match, before and after; none takes the validation ones.", resumable=True
-    )
+    validation_file: str | None = option(None, "Records for the validation loss; none holds out --validation_samples.")
+    test_file: str | None = option(None, "Records for exact match, before and after; none takes the validation ones.")
     validation_samples: int | None = option(
         None,
         "Records held out of the training data, if there is no file; none takes a tenth of them, 128 at most.",

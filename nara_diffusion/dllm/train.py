@@ -57,7 +57,7 @@ from nara_diffusion.training.optimization import build_optimizer, build_schedule
 from nara_diffusion.training.peft_files import load_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.training.report import publish, window_facts
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.training.stream import count_steps, stream_loader
+from nara_diffusion.training.stream import stream_loader
 from nara_diffusion.utils.atomic_write import atomic_write_files
 
 from .text_arguments import Arguments
@@ -142,7 +142,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         sys.stdout.write(f"{shown}\n")
         return results
     stream = GlobalBatchStream(train_rows, args.seed, run.global_batch)
-    steps = count_steps(len(stream.samples), run.global_batch, args.max_train_steps, args.num_train_epochs)
+    steps = run.plan(len(stream.samples))
     model = build_adapter(backbone, args, strength=schedule_of(args))
     check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
     check_positions(model, collator.padded_length(longest, longest_prompt))
@@ -157,7 +157,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     canvas = TrainedCanvas(stream, collator, args.gen_length, args.block_length)
     if run.is_main and (warning := canvas.warning()):
         logger.warning("%s", warning)
-    loader = stream_loader(stream, collator, **run.batches(steps))
+    loader = stream_loader(stream, collator, **run.batches)
     model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
     adapted: Any = run.accelerator.unwrap_model(model)
     sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
@@ -180,7 +180,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     validate = partial(
         validation_losses, run.accelerator, adapted, validation_rows, **held_out, window=objective["window"]
     )
-    train(run, model, optimizer, scheduler, loader, steps, lambda batch: loss(**batch), validate)
+    train(run, model, optimizer, scheduler, loader, lambda batch: loss(**batch), validate)
 
     # Save
     save_adapter(run.accelerator, model, run.folder, write_adapter)

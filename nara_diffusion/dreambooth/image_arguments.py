@@ -16,8 +16,7 @@ from nara_diffusion.training.arguments import (
     require,
 )
 from nara_diffusion.training.methods import method_of
-from nara_diffusion.training.options import option
-from nara_diffusion.training.parser import spread_options
+from nara_diffusion.training.parser import option, spread_options
 
 from .conversion import CONVERSIONS, FLOW
 from .families import family_of
@@ -35,18 +34,14 @@ class ModelArguments:
     """Model"""
 
     pretrained_model_name_or_path: str = option(
-        "", "Folder or Hub id of the model to adapt, which has a model_index.json.", content="base model"
+        "", "Folder or Hub id of the model to adapt, which has a model_index.json."
     )
     pretrained_vae_model_name_or_path: str | None = option(
-        None, "Another autoencoder, such as madebyollin/sdxl-vae-fp16-fix.", content="base model", rare=True
+        None, "Another autoencoder, such as madebyollin/sdxl-vae-fp16-fix.", rare=True
     )
     model_options: dict[str, Any] = option({}, "How it is loaded and called:", rare=True)
-    revision: str | None = option(
-        None, "branch, tag or commit on the Hub", content="base model", within="model_options"
-    )
-    variant: str | None = option(
-        None, "variant of the weight files, such as fp16", content="base model", within="model_options"
-    )
+    revision: str | None = option(None, "branch, tag or commit on the Hub", within="model_options")
+    variant: str | None = option(None, "variant of the weight files, such as fp16", within="model_options")
     max_sequence_length: int | None = option(
         None,
         "tokens of a prompt that are read, in families whose text encoders read more or fewer; none means what the "
@@ -65,15 +60,12 @@ class ModelArguments:
 class DataArguments:
     """Images and captions"""
 
-    instance_data_dir: str | None = option(
-        None, "Folder with images of the subject, or captioned ones.", content="training data"
-    )
+    instance_data_dir: str | None = option(None, "Folder with images of the subject, or captioned ones.")
     instance_prompt: str | None = option(
         None,
         "What they show, with a rare word for the subject: 'a photo of sks dog'. Images without caption get it.",
-        resumable=True,
     )
-    data_options: dict[str, Any] = option({}, "How images are read:", resumable=True, rare=True)
+    data_options: dict[str, Any] = option({}, "How images are read:", rare=True)
     caption_column: str | None = option(None, "key of the captions in metadata.jsonl", within="data_options")
     crops_per_image: int | None = option(
         4,
@@ -107,11 +99,10 @@ class PriorArguments:
     class_data_dir: str | None = option(
         None,
         "Folder of images of the class, trained on too, lest the model forgets it; those that it lacks are generated.",
-        content="training data",
         rare=True,
     )
     class_prompt: str | None = option(None, "What they show: 'a photo of a dog'.", rare=True)
-    num_class_images: int = option(100, "Class images that have to be there.", unit="images", resumable=True, rare=True)
+    num_class_images: int = option(100, "Class images that have to be there.", unit="images", rare=True)
     prior_loss_weight: float = option(1.0, "What the loss on class images counts.", rare=True)
 
 
@@ -191,37 +182,31 @@ class ValidationArguments:
         "Quoted prompts to sample before, after, and every --validation_steps; none takes the instance prompt, or "
         "without one the first four captions.",
         sentences=True,
-        resumable=True,
     )
     num_validation_images: int = option(
         4,
         "Images for each of them, with the seeds --seed, --seed + 1, ….",
         unit="images",
-        resumable=True,
         rare=True,
     )
-    num_inference_steps: int = option(30, "Denoising steps of a sample.", unit="steps", resumable=True)
-    guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.", resumable=True)
+    num_inference_steps: int = option(30, "Denoising steps of a sample.", unit="steps")
+    guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
     validation_data_dir: str | None = option(
         None,
         "Further images of the subject for the validation loss; none takes the training images, on other noise.",
-        content="validation data",
         rare=True,
     )
     similarity_model: str | None = option(
         None,
         "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id; none doesn't.",
-        resumable=True,
     )
     alignment_model: str | None = option(
-        None, "CLIP that compares samples with their prompts: folder or Hub id; none doesn't.", resumable=True
+        None, "CLIP that compares samples with their prompts: folder or Hub id; none doesn't."
     )
     identifier: list[str] | None = option(
-        None, "Words that it is not to read, such as sks, which it doesn't know.", resumable=True, rare=True
+        None, "Words that it is not to read, such as sks, which it doesn't know.", rare=True
     )
-    evaluation_options: dict[str, Any] = option(
-        {}, "How samples are made and losses measured:", resumable=True, rare=True
-    )
+    evaluation_options: dict[str, Any] = option({}, "How samples are made and losses measured:", rare=True)
     sample_batch_size: int = option(4, "images that are sampled at once", unit="images", within="evaluation_options")
     curve_points: int = option(
         10, "noise levels at which the validation loss is measured", unit="points", within="evaluation_options"

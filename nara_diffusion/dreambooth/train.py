@@ -49,7 +49,7 @@ from nara_diffusion.training.measures import before_and_after
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
 from nara_diffusion.training.report import publish, window_facts
 from nara_diffusion.training.run import Run, start_run
-from nara_diffusion.training.stream import count_steps, stream_loader
+from nara_diffusion.training.stream import stream_loader
 
 from .adapter_files import read_average, read_checkpoint, write_adapter, write_checkpoint
 from .cache import LatentCache, PromptCache
@@ -211,13 +211,12 @@ class FineTuning:
     def train(self) -> None:
         """From the start or a checkpoint to the last step; the adapter is written to the run's folder."""
         args, run = self.args, self.run
-        steps = count_steps(len(self.instances), run.global_batch, args.max_train_steps, args.num_train_epochs)
-        batches = run.batches(steps)
-        self.evaluation = self._evaluation(range(batches["first"], batches["stop"]))
+        steps = run.plan(len(self.instances))
+        self.evaluation = self._evaluation(range(run.batches["first"], run.batches["stop"]))
         model = self._model()
         optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
         scheduler = build_scheduler(optimizer, args, steps)
-        loader = stream_loader(self.dataset, collate_samples, **batches)
+        loader = stream_loader(self.dataset, collate_samples, **run.batches)
         denoiser, optimizer, scheduler, loader = run.accelerator.prepare(model, optimizer, scheduler, loader)
         if args.use_ema:
             model.start_average()
@@ -240,7 +239,7 @@ class FineTuning:
         def validate() -> dict[str, float]:
             return self.evaluation.validate(denoiser)
 
-        train(run, denoiser, optimizer, scheduler, loader, steps, loss, validate, on_step=model.update_average)
+        train(run, denoiser, optimizer, scheduler, loader, loss, validate, on_step=model.update_average)
         save_adapter(run.accelerator, denoiser, run.folder, write_adapter)
 
     def _evaluation(self, positions: range) -> Evaluation:

@@ -29,7 +29,7 @@ from nara_diffusion.cores.registry import registered_cores
 from nara_diffusion.noise.level import MASKED_SHARE
 
 from .methods import Method, method_of
-from .options import hint
+from .parser import hint
 
 ALL_LINEAR = "all-linear"
 CORE_FIELDS = {field.name for field in dataclasses.fields(NaraConfig)} - {

@@ -3,8 +3,6 @@
 # ruff: noqa: RUF009 (option() is dataclasses.field() with metadata, not a shared default)
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from nara_diffusion.noise.window import NoiseWindow
 from .adapters import adapter_config, check_adapter, import_core_module
 from .methods import method_of
 from .optimization import OPTIMIZERS, SCHEDULES, check_optimizer
-from .options import given_arguments, option
+from .parser import option
 
 
 @dataclass
@@ -44,7 +42,6 @@ class AdapterArguments:
         None,
         "Start from this adapter: a LoRA's file or folder (PEFT's, Diffusers', …), whose core starts as C = I, or a "
         "NaRA of this package. Its layers, rank, lora_alpha and DoRA have to be those of the flags.",
-        resumable=True,
     )
     core_type: str = option(
         "hypernetwork",
@@ -56,7 +53,6 @@ class AdapterArguments:
         None,
         "Module, or path of a .py file, that is imported first and calls nara_diffusion.register_core; "
         "docs/adapters.md has one.",
-        resumable=True,
         rare=True,
     )
     core_scale: float = option(0.1, "η in C = I + η F(e(λ)).", rare=True)
@@ -143,41 +139,35 @@ class RunArguments:
     """Run, checkpoints and reports"""
 
     output_dir: str | None = option(
-        None, "Folder of everything that is written; none makes a fresh numbered one under outputs/.", resumable=True
+        None, "Folder of everything that is written; none makes a fresh numbered one under outputs/."
     )
     seed: int = option(0, "Seed of the weights, the order of the data, masks and dropout.")
     check: bool = option(
         False,
         "Measure whether λ can help this training, write check.json and check.png, and stop before it; docs/check.md.",
-        resumable=True,
     )
-    logging_steps: int = option(
-        10, "Write to metrics.jsonl every so often.", unit="optimizer steps", resumable=True, rare=True
-    )
+    logging_steps: int = option(10, "Write to metrics.jsonl every so often.", unit="optimizer steps", rare=True)
     validation_steps: int | None = option(
-        100, "Measure the validation loss every so often; none never.", unit="optimizer steps", resumable=True
+        100, "Measure the validation loss every so often; none never.", unit="optimizer steps"
     )
     checkpointing_steps: int | None = option(
-        500, "Write a checkpoint-N folder every so often; none never.", unit="optimizer steps", resumable=True
+        500, "Write a checkpoint-N folder every so often; none never.", unit="optimizer steps"
     )
     checkpoints_total_limit: int | None = option(
-        2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", resumable=True, rare=True
+        2, "Checkpoints to keep, oldest deleted first; none keeps all.", unit="folders", rare=True
     )
     resume_from_checkpoint: str | None = option(
         None,
         "Continue from this checkpoint-N, a folder or one of --output_dir; latest: the one there written last.",
-        resumable=True,
     )
     report_to: list[str] | None = option(
         None,
         "Trackers beside metrics.jsonl: tensorboard, which [train] installs, wandb, or others of accelerate.",
-        resumable=True,
         rare=True,
     )
     hub_model_id: str | None = option(
         None,
         "Repository on the Hub to upload the output folder to, without checkpoints; none uploads nothing.",
-        resumable=True,
         rare=True,
     )
 
@@ -249,25 +239,6 @@ def require(args: Any, expected: str, holds: Any, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and not holds(value):
             raise ValueError(f"{name} must be {expected}, got {value}.")
-
-
-def differences(
-    args: Any, saved: Mapping[str, Any], contents: Collection[str] = (), content: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """{name: (saved value, current value)} of the arguments that a resumed run may not change, and that differ.
-
-    Args:
-        saved: as `given_arguments` returned them.
-        contents: the contents that are compared by digests instead of by their names (see `option`).
-        content: the content whose names are compared, instead of all other arguments.
-    """
-    fields: Sequence[Any] = dataclasses.fields(args)
-    if content:
-        names = {field.name for field in fields if field.metadata["content"] == content}
-    else:
-        names = {f.name for f in fields if not f.metadata["resumable"] and f.metadata["content"] not in contents}
-    now = given_arguments(args)
-    return {name: (saved.get(name), now[name]) for name in sorted(names & now.keys()) if saved.get(name) != now[name]}
 
 
 def check_schedule(args: Any) -> None:

@@ -1,11 +1,12 @@
 """The folder checkpoint-N: all that a run needs to continue after step N as if it had never stopped.
 
-    checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as `formats` or another writer has it
+    checkpoint-N/adapter_config.json, adapter_model.safetensors   the adapter, as the run's writer has it
                  optimizer.bin, scheduler.bin, scaler.pt          as accelerate writes them (scaler.pt with fp16); the
                                                                   optimizer by the engine, see `engines`
                  random_states_P.pkl                              of process P
-                 checkpoint.json                                  step, time, processes, engine, arguments, size and
-                                                                  SHA-256 of each file, digests of data and base model
+                 checkpoint.json                                  the manifest: step, length of the schedule, losses
+                                                                  that aren't logged yet, processes, engine, arguments,
+                                                                  files with their digests, digests of data and base
 
 The place in the data is the step alone: `stream.ShuffledStream` makes the order a function of (seed, position). Neither
 the data nor the frozen base model are in a checkpoint, but it knows them again by their digests. A checkpoint is
@@ -27,63 +28,67 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import load
 
-from nara_diffusion.utils.atomic_write import delete_folder, partial_name, put_in_place
+from nara_diffusion.utils.atomic_write import atomic_write_files, delete_folder, partial_name, put_in_place
 
-from .arguments import differences
 from .digests import digest_file
-from .engines import engine_name, save_state, trained_state
-from .options import given_arguments
+from .engines import engine_name, global_batch, save_state, trained_state
+from .parser import given_arguments
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 FORMAT = 2
+_RUN = ("step", "total_steps", "data_start", "window", "batch", "processes", "engine", "arguments", "digests")
+KEYS = (*_RUN, "written", "files")
 Writer = Callable[[Any, Path, dict[str, Any]], None]
 """Writes an adapter's files: (the model without wrappers, the folder, the model's whole state dict)."""
+
+_LENGTH = "max_train_steps num_train_epochs check logging_steps validation_steps"
+_LENGTH += " checkpointing_steps checkpoints_total_limit report_to hub_model_id"
+_MEASURED = "eval_batch_size generation_steps block_length extract evaluation_options test_file test_samples"
+_MEASURED += " validation_prompts num_validation_images num_inference_steps guidance_scale identifier"
+_MEASURED += " similarity_model alignment_model"
+_DATA = "dataset_name train_file validation_file validation_samples max_train_samples data_options"
+_DATA += " instance_data_dir instance_prompt class_data_dir num_class_images validation_data_dir"
+_PLACES = "pretrained_model_name_or_path pretrained_vae_model_name_or_path init_adapter core_module"
+MAY_CHANGE = frozenset(f"{_LENGTH} {_MEASURED} {_DATA} {_PLACES}".split())
+"""Arguments that a resumed run may give otherwise. Digests tell whether data and base are the same: the order of other
+data starts anew, another base is refused. Arguments that aren't here say what is trained, or how."""
 
 
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(
-    accelerator: Accelerator, args: Any, folder: Path, step: int, digests: Mapping[str, str], write: Writer
-) -> Path:
-    """Write `folder/checkpoint-{step}`. Every process calls it. Of the other checkpoints, those written first are
-    deleted beyond `--checkpoints_total_limit`.
-
-    Args:
-        digests: {what the run rests on: its digest}, for `check_same_content`.
-        write: writes the adapter's files.
+def save_checkpoint(run: Any) -> None:
+    """Write checkpoint-{run.step} into the folder of a `Run`. Every process calls it. Beyond
+    `--checkpoints_total_limit`, those written first are deleted.
 
     Raises:
         OSError: it couldn't be written (a full disk, say); nothing of it is left, earlier checkpoints are untouched.
     """
-    target = folder / f"checkpoint-{step}"
+    accelerator, target = run.accelerator, run.folder / f"checkpoint-{run.step}"
     partial = partial_name(target)  # every process writes its random states into the same folder
-    facts = {"format": FORMAT, "step": step, "arguments": given_arguments(args), "digests": dict(digests)}
     try:
-        if accelerator.is_main_process:
+        if run.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         accelerator.wait_for_everyone()
         for model in accelerator._models:
             state = trained_state(accelerator, model)
-            if accelerator.is_main_process:
-                write(accelerator.unwrap_model(model), partial, state)
+            if run.is_main:
+                run.write(accelerator.unwrap_model(model), partial, state)
         save_state(accelerator, partial)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            facts |= {"processes": accelerator.num_processes, "engine": engine_name(accelerator)}
-            _write_manifest(partial, facts)
+        if run.is_main:
+            _write_manifest(partial, run.facts_of_checkpoint())
             put_in_place(partial, target)
-            _delete_oldest(folder, args.checkpoints_total_limit, newest=target)
+            _delete_oldest(run.folder, run.args.checkpoints_total_limit, newest=target)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"{target} could not be written ({error}): is the disk full? {last_checkpoint(folder)}"
+            f"{target} could not be written ({error}): is the disk full? {last_checkpoint(run.folder)}"
         ) from error
     accelerator.wait_for_everyone()
-    return target
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writer) -> None:
@@ -94,35 +99,27 @@ def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writ
     """
     state = trained_state(accelerator, model)
     if accelerator.is_main_process:
-        partial = partial_name(folder / "adapter")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
-            write(accelerator.unwrap_model(model), partial, state)
-            for entry in partial.iterdir():
-                if (folder / entry.name).is_dir():  # of the run that is resumed
-                    shutil.rmtree(folder / entry.name)
-                entry.replace(folder / entry.name)
+            with atomic_write_files(folder) as partial:
+                write(accelerator.unwrap_model(model), partial, state)
         except Exception as error:
             raise OSError(
                 f"the adapter could not be written to {folder} ({error}): is the disk full? {last_checkpoint(folder)}"
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): [path.stat().st_size, digest_file(path)] for path in paths}
-    text = json.dumps({**facts, "written": time.time(), "files": files}, indent=2)
+    text = json.dumps({"format": FORMAT, **facts, "written": time.time(), "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def _delete_oldest(folder: Path, limit: int | None, newest: Path) -> None:
     """Delete checkpoints beyond `limit`, the oldest first; `newest` stays."""
-    others = [path for path in _in_order_of_writing(folder) if path != newest]
-    for path in others[: len(others) if limit is not None else 0][: max(0, len(others) + 1 - (limit or 0))]:
+    others = [path for path in find_checkpoints(folder) if path != newest]
+    for path in [] if limit is None else others[: max(0, len(others) + 1 - limit)]:
         logger.info("deleting %s (--checkpoints_total_limit %d)", path, limit)
         delete_folder(path)
 
@@ -130,62 +127,46 @@ def _delete_oldest(folder: Path, limit: int | None, newest: Path) -> None:
 # ---------------------------------------------------------------- finding
 
 
-def find_checkpoints(folder: Path) -> dict[int, Path]:
-    """{step: folder} of the complete checkpoints in a run's folder."""
-    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
-    return {int(match[1]): path for path, match in matches.items() if match and path.is_dir()}
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder in the order in which they were written, whatever their steps: a run that went
+    back writes steps anew that are below those of before."""
 
+    def written(path: Path) -> tuple[float, int]:
+        try:
+            when = read_manifest(path)["written"]
+        except ValueError:
+            when = path.stat().st_mtime
+        return when, int(path.name.partition("-")[2])
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint in a run's folder that was written last, whatever its step: a run that went back writes
-    steps anew that are below those of before."""
-    return next(reversed(_in_order_of_writing(folder)), None)
+    return sorted((path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\w+-\d+", path.name)), key=written)
 
 
 def last_checkpoint(folder: Path) -> str:
     """A sentence that names the checkpoint in `folder` from which a run can be resumed."""
-    newest = newest_checkpoint(folder)
-    if newest is None:
+    if not (found := find_checkpoints(folder)):
         return "There is no checkpoint to continue from."
-    return f"To continue, run the same command with --resume_from_checkpoint {newest}"
+    return f"To continue, run the same command with --resume_from_checkpoint {found[-1]}"
 
 
-def resolve_checkpoint(resume_from_checkpoint: str, output_dir: Path | None) -> Path:
-    """The folder that `--resume_from_checkpoint` means: `latest` is the newest in `output_dir`, and a bare
-    `checkpoint-N` lies there or in the current folder.
+def latest_whole(folder: Path) -> Path | None:
+    """The checkpoint in `folder` that was written last and is whole; damaged ones after it are named. None where there
+    is no checkpoint at all.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        ValueError: all are damaged.
     """
-    if resume_from_checkpoint == "latest":
-        newest = newest_checkpoint(output_dir) if output_dir is not None else None
-        if newest is None:
-            where = output_dir if output_dir is not None else "outputs/"
-            raise ValueError(f"--resume_from_checkpoint latest: {where} holds no checkpoint-N folder to continue from.")
-        return newest
-    folder = Path(resume_from_checkpoint)
-    if len(folder.parts) == 1 and output_dir is not None and not (folder / MANIFEST).is_file():
-        folder = output_dir / folder
-    if not (folder / MANIFEST).is_file():
-        present = ", ".join(path.name for _, path in sorted(find_checkpoints(folder.parent).items())) or "none"
-        raise ValueError(
-            f"--resume_from_checkpoint {folder} is no checkpoint: it has no {MANIFEST}. Name a checkpoint-N folder "
-            f"({folder.parent} has {present}), or `latest` with the --output_dir of the run."
-        )
-    return folder
-
-
-def _in_order_of_writing(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run's folder, the oldest first; those of version 0.1 before all others."""
-
-    def written(path: Path) -> float:
+    damage = None
+    for path in reversed(find_checkpoints(folder)):
         try:
-            return read_manifest(path)["written"]
-        except ValueError:
-            return 0.0
-
-    found = find_checkpoints(folder)
-    return [found[step] for step in sorted(found, key=lambda step: (written(found[step]), step))]
+            check_files(path)
+        except ValueError as error:
+            damage = error
+            logger.warning("%s The one before it is taken.", error)
+            continue
+        return path
+    if damage is not None:
+        raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {folder} is whole. {damage}")
+    return None
 
 
 # ---------------------------------------------------------------- checking
@@ -201,73 +182,57 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest.get("format") == FORMAT:
-            names = ("step", "processes", "arguments", "files", "engine", "digests", "written")
-            return {name: manifest[name] for name in names}
+            return {name: manifest[name] for name in KEYS}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is missing or corrupt ({error}). Resume from another checkpoint.") from error
+        raise ValueError(f"{path} is missing or corrupt ({error}).") from error
     raise ValueError(
         f"{checkpoint} is of version 0.1, whose runs this version doesn't continue: finish it with version 0.1, or "
         "start a new one, from its adapter by --init_adapter."
     )
 
 
-def verify_checkpoint(checkpoint: Path, args: Any, accelerator: Accelerator) -> int:
-    """Check that `checkpoint` is complete and was written by a run with these arguments. Returns its step.
-
-    Raises:
-        ValueError: naming the file that is missing or corrupt, the arguments that differ, or the engine.
-    """
-    manifest, engine = read_manifest(checkpoint), engine_name(accelerator)
-    for name, (size, digest) in manifest["files"].items():
+def check_files(checkpoint: Path) -> None:
+    """Raises ValueError with the name of a file that is missing or damaged."""
+    for name, (size, digest) in read_manifest(checkpoint)["files"].items():
         file = checkpoint / name
         if not file.is_file():
-            raise ValueError(f"{checkpoint} is incomplete: {name} is missing. Resume from another checkpoint.")
+            raise ValueError(f"{checkpoint} is incomplete: {name} is missing.")
         if file.stat().st_size != size or digest_file(file) != digest:
-            raise ValueError(f"{file} is corrupt: its content isn't what was saved. Resume from another checkpoint.")
-    if changed := differences(args, manifest["arguments"], manifest["digests"]):
-        raise ValueError(
-            f"{checkpoint} belongs to a run of another configuration ({_listed(changed)}). Give the same arguments "
-            f"(--config {checkpoint.parent / 'config.yaml'} holds them), or start a new run."
-        )
+            raise ValueError(f"{file} is corrupt: its content isn't what was saved.")
+
+
+def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> None:
+    """Refuse a checkpoint that this run can't go on from to the same bits.
+
+    Raises:
+        ValueError: naming the engine, the processes, or the arguments that differ.
+    """
+    manifest, engine, processes = read_manifest(checkpoint), engine_name(accelerator), accelerator.num_processes
+    batch = global_batch(accelerator, args)
     if manifest["engine"] != engine:
         raise ValueError(
             f"{checkpoint} was written under {manifest['engine']} and this run is under {engine}, which keep the "
             "optimizer in other ways: launch it as it was."
         )
-    if manifest["processes"] != accelerator.num_processes:
+    if manifest["processes"] != processes:
+        why = "each of which has random states of its own"
+        if manifest["batch"] != batch:
+            why = f"which makes a global batch of {batch} instead of {manifest['batch']}"
         raise ValueError(
-            f"{checkpoint} was written by {manifest['processes']} processes and this run has "
-            f"{accelerator.num_processes}, which makes another global batch: launch as many."
+            f"{checkpoint} was written by {manifest['processes']} processes and this run has {processes}, "
+            f"{why}: launch as many, or start a new run from its adapter by --init_adapter."
         )
-    return manifest["step"]
-
-
-def check_same_content(checkpoint: Path, args: Any, what: str, digest: str) -> None:
-    """Refuse to resume with other data, in which the step is another place, or on another base model.
-
-    Args:
-        what: the key in the checkpoint's digests.
-        digest: the digest of the current content.
-
-    Raises:
-        ValueError: `checkpoint` has another digest.
-    """
-    manifest = read_manifest(checkpoint)
-    if manifest["digests"].get(what, digest) == digest:
-        return
-    changed = differences(args, manifest["arguments"], content=what)
-    raise ValueError(
-        f"{checkpoint} belongs to a run with {'other' if what.endswith('data') else 'another'} {what}"
-        f"{f' ({_listed(changed)})' if changed else ''}: bring it back as it was, or start a new run."
-    )
+    changed = changed_arguments(args, manifest["arguments"])
+    if refused := {name: values for name, values in changed.items() if name not in MAY_CHANGE}:
+        raise ValueError(
+            f"{checkpoint} belongs to a run of another configuration ({listed(refused)}). Give the same arguments "
+            f"(--config {checkpoint.parent / 'config.yaml'} holds them), or start a new run."
+        )
 
 
 def check_random_states(checkpoint: Path, process: int) -> None:
-    """Refuse to go on unless `load_state` has restored the generators: accelerate silently skips what it can't load.
-    It restores Python's, NumPy's, PyTorch's and CUDA's in this order, so that the last one tells of all.
-
-    Args:
-        process: index of this process, which has a file of its own.
+    """Refuse to go on unless `load_state` has restored the generators of this process: accelerate silently skips what
+    it can't load. It restores Python's, NumPy's, PyTorch's and CUDA's in this order: the last one tells of all.
 
     Raises:
         ValueError: the file can't be read, or holds other states than the generators have now.
@@ -278,15 +243,23 @@ def check_random_states(checkpoint: Path, process: int) -> None:
         pairs = [(saved["torch_manual_seed"], torch.get_rng_state())]
         if torch.cuda.is_available():
             pairs += zip(saved["torch_cuda_manual_seed"], torch.cuda.get_rng_state_all(), strict=True)
-        restored = all(torch.equal(then.cpu(), now.cpu()) for then, now in pairs)
     except Exception as error:  # whatever unpickling raises
         raise ValueError(f"{file} can't be read ({error}): resume from another checkpoint.") from error
-    if not restored:
-        raise ValueError(
-            f"{file} doesn't give the random states back, on other devices say, and dropout would be another one than "
-            "in an uninterrupted run. Resume from another checkpoint."
-        )
+    if not all(torch.equal(then.cpu(), now.cpu()) for then, now in pairs):
+        raise ValueError(f"{file} doesn't give the random states back, on other devices say: dropout would differ.")
 
 
-def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+def changed_arguments(args: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (saved value, current value)} of the arguments that differ, but for those by which a run is resumed.
+
+    Args:
+        saved: as `given_arguments` returned them.
+    """
+    now = given_arguments(args)
+    names = sorted(now.keys() - {"output_dir", "resume_from_checkpoint"})
+    return {name: (saved.get(name), now[name]) for name in names if saved.get(name) != now[name]}
+
+
+def listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The arguments of `changed_arguments`, in words."""
     return ", ".join(f"{name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())

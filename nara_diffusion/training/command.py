@@ -1,11 +1,13 @@
 """The entry point of both train scripts: logging, command line, and errors in one line.
 
-An error that this package raises is shown as one line that says what to do, and so is a stop by Ctrl-C or SIGTERM.
-Any other error keeps its traceback.
+An error that this package raises is shown as one line that says what to do, and so is a stop by Ctrl-C or SIGTERM,
+which Slurm and Kubernetes send before they kill. (In the loop they end the step in progress and save.) Any other error
+keeps its traceback.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -15,14 +17,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .interrupts import Terminated, follow_launcher, sigterm_interrupts
 from .loop import TrainingDiverged
 from .parser import parse_arguments
 
 logger = logging.getLogger(__name__)
 
+_PR_SET_PDEATHSIG = 1
+
 ASSETS = Path(__file__).resolve().parents[2] / "examples" / "assets"
 """The shipped models and data, which a clone of the repository has and a wheel hasn't."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where nothing can be saved."""
 
 
 def run_command(
@@ -41,10 +48,12 @@ def run_command(
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # else a line for each file of a checkpoint
-    follow_launcher()
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        # `accelerate launch` of one process dies of SIGTERM without passing it on: get one when it ends
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with sigterm_interrupts():
-            main(parse_arguments(arguments, description=about, defaults=defaults))
+        main(parse_arguments(arguments, description=about, defaults=defaults))
     except (ValueError, OSError, TrainingDiverged) as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if Path(__file__).resolve().parents[1] not in origin.parents:
@@ -54,6 +63,12 @@ def run_command(
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         logger.info("stopped by %s.", "SIGTERM" if number == signal.SIGTERM else "Ctrl-C")
         sys.exit(128 + number)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def shipped(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""accelerate's engines (one process, DDP, FSDP2, DeepSpeed): preparing a model, its evaluation, and its state.
+"""accelerate's engines (one process, DDP, FSDP2, DeepSpeed): starting one, preparing a model, and its state.
 
 | engine           | weights                        | optimizer, in a checkpoint                          |
 |------------------|--------------------------------|-----------------------------------------------------|
@@ -21,28 +21,127 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.utils import DistributedType, gather_object, load_fsdp_optimizer, save_fsdp_optimizer
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    gather_object,
+    load_fsdp_optimizer,
+    save_fsdp_optimizer,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from nara_diffusion.noise.level import find_holders
 
+from .methods import method_of
+
 DEEPSPEED_FOLDER = "deepspeed"
 T = TypeVar("T")
-SHARDED = {  # engines whose forward runs on all processes or hangs
+SHARDED = {  # engines whose forward runs on all processes or hangs: (what asks for them, their name)
     DistributedType.FSDP: ("ACCELERATE_USE_FSDP", "FSDP"),
     DistributedType.DEEPSPEED: ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
 }
+
+
+# ---------------------------------------------------------------- starting
+
+
+def start_accelerator(args: Any) -> Accelerator:
+    """The engine that the launcher asked for. What `args` say of accumulation and clipping is set over its own files.
+
+    Raises:
+        ValueError: FSDP1, or an engine that accelerate doesn't give here; fewer processes than were launched; a global
+            batch that can't be divided; an adapter, optimizer or precision that the engine would compute otherwise.
+    """
+    asked = {
+        name for kind, (variable, name) in SHARDED.items() if os.environ.get(variable, "").lower() in ("true", "1")
+    }
+    if "FSDP" in asked and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    steps = accumulation_steps(args, launched)
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(logging_dir="."),  # asked for by trackers; `Run.open` gives the true one
+        step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
+    )
+    engine = accelerator.distributed_type
+    for name in asked - {SHARDED.get(engine, ("", ""))[1]}:
+        raise ValueError(
+            f"{name} was asked for, but accelerate gives {engine.value} here: it has {name} on several GPUs or their "
+            f"like only. Launch without {name}, or on GPUs."
+        )
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. On CPU, launch "
+            "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N."
+        )
+    if engine in SHARDED:
+        _check_sharded(accelerator, args, SHARDED[engine][1])
+    if engine == DistributedType.DEEPSPEED:
+        config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
+        config |= {"gradient_accumulation_steps": steps, "gradient_clipping": args.max_grad_norm or 0.0}
+    return accelerator
+
+
+def accumulation_steps(args: Any, processes: int) -> int:
+    """Forwards of one process that make an optimizer step: --gradient_accumulation_steps, or what --global_batch_size
+    leaves to each of `processes`.
+
+    Raises:
+        ValueError: the global batch can't be divided evenly among processes and forwards.
+    """
+    if args.global_batch_size is None:
+        return args.gradient_accumulation_steps
+    together = args.train_batch_size * processes
+    steps, rest = divmod(args.global_batch_size, together)
+    if rest:
+        raise ValueError(
+            f"global_batch_size {args.global_batch_size} isn't a multiple of the {together} samples of one forward "
+            f"(train_batch_size {args.train_batch_size}, {processes} processes): launch another number of processes "
+            f"(--num_processes), or change one of the two."
+        )
+    return steps
+
+
+def global_batch(accelerator: Accelerator, args: Any) -> int:
+    """Samples of one optimizer step, over all processes and accumulated forwards."""
+    return args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+
+
+def _check_sharded(accelerator: Accelerator, args: Any, name: str) -> None:
+    stage = zero_stage(accelerator)
+    wrong = {
+        f"adapter {args.adapter} is saved by running its own small network, whose weights {name} shards": (
+            method_of(args).family == "prompt" and stage in (0, 3)
+        ),
+        f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards": (
+            args.optimizer == "adafactor"
+        ),
+        f"load_in_4bit or load_in_8bit is set, whose weights {name} would shard or cast": (
+            getattr(args, "is_quantised", False)
+        ),
+        "mixed_precision is fp16, in which DeepSpeed would round the trained weights and the core": (
+            stage > 0 and accelerator.mixed_precision == "fp16"
+        ),
+        f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients": (
+            stage > 0 and args.core_start_step > 0
+        ),
+    }
+    for what in (what for what, applies in wrong.items() if applies):
+        raise ValueError(f"{what}: change that, or launch with --multi_gpu.")
 
 
 def engine_name(accelerator: Accelerator) -> str:
     """The engine by the form in which it keeps the optimizer."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return f"FSDP2 with {accelerator.state.fsdp_plugin.state_dict_type.name}"  # type: ignore[union-attr]
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"DeepSpeed ZeRO-{zero_stage(accelerator)}"
-    return "one process or DDP"
+    stage = zero_stage(accelerator)
+    return f"DeepSpeed ZeRO-{stage}" if stage else "one process or DDP"
 
 
 def zero_stage(accelerator: Accelerator) -> int:
@@ -212,8 +311,12 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
     )
 
 
-def load_state(accelerator: Accelerator, folder: Path) -> None:
-    """Restore what `save_state` wrote, after `accelerator.prepare` was called. Every process calls it."""
+def load_state(accelerator: Accelerator, folder: Path, other_schedule: bool = False) -> None:
+    """Restore what `save_state` wrote, after `accelerator.prepare` was called. Every process calls it.
+
+    Args:
+        other_schedule: whether the schedule's length has changed; the next step then has the new one's rates.
+    """
     engine, optimizers = accelerator.distributed_type, accelerator._optimizers
     if engine == DistributedType.FSDP:
         plugin, (model,) = accelerator.state.fsdp_plugin, accelerator._models
@@ -235,6 +338,10 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
         "on_device" if several_devices else "cpu",
     )
     accelerator.step = restored.get("step", accelerator.step)
+    for schedule in [each.scheduler for each in accelerator._schedulers] if other_schedule else []:
+        rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, (peak, share) in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * share(schedule.last_epoch)
 
 
 def _reshard(model: nn.Module) -> None:

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,13 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checkpoints import last_checkpoint, save_checkpoint
-from .interrupts import InterruptRequest
-from .measures import LossWindow
 from .optimization import hold_core
 from .run import Run
 
 logger = logging.getLogger(__name__)
 
+_ECHO = 2.0  # seconds in which a second SIGINT is that of the launcher, which passes on what the terminal sends, too
 # the bar has one line for all
 _SHORT = {
     "loss_low": "low λ",
@@ -55,12 +58,11 @@ def train(
     optimizer: Any,
     scheduler: Any,
     loader: Iterable[Any],
-    total_steps: int,
     compute_loss: Callable[[Any], StepLoss],
     validate: Callable[[], dict[str, float]],
     on_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Take the optimizer steps from `run.step` to `total_steps`, with what `accelerator.prepare` returned.
+    """Take the optimizer steps from `run.step` to `run.total_steps`, with what `accelerator.prepare` returned.
 
     Args:
         compute_loss: batch → `StepLoss`, through `model`'s own `__call__`.
@@ -73,14 +75,13 @@ def train(
         SystemExit: code 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint is written.
     """
     accelerator, args = run.accelerator, run.args
-    window = LossWindow()
-    bar = tqdm(total=total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main)
+    bar = tqdm(total=run.total_steps, initial=run.step, desc="train", unit="step", disable=not run.is_main)
     model.train()
     with InterruptRequest() as interrupt, bar:
         for batch in loader:
             with accelerator.accumulate(model):
                 step = compute_loss(batch)
-                _collect(run, window, step)
+                _collect(run, step)
                 accelerator.backward(step.loss)
                 if accelerator.sync_gradients:
                     _prepare_gradients(run, model, optimizer)
@@ -93,23 +94,23 @@ def train(
                 continue
             run.step += 1
             bar.update()
-            if run.step % args.logging_steps == 0 or run.step == total_steps:
-                _report(run, bar, window, optimizer)
+            if run.step % args.logging_steps == 0 or run.step == run.total_steps:
+                _report(run, bar, optimizer)
             if _due(run.step, args.validation_steps):
                 run.log.write(run.step, validate())
             if number := _signal_of_any_process(run, interrupt.signal):
                 _stop(run, number)
             if _due(run.step, args.checkpointing_steps):
-                save_checkpoint(accelerator, args, run.folder, run.step, run.digests, run.write)
+                save_checkpoint(run)
 
 
-def _collect(run: Run, window: LossWindow, step: StepLoss) -> None:
+def _collect(run: Run, step: StepLoss) -> None:
     """Gather the losses of all processes, and raise if one isn't finite, before it can reach the weights."""
     mine = torch.stack([step.per_sample.detach().float(), step.noise_level.detach().float()], dim=1)  # (b, 2)
     losses, levels = cast(Tensor, run.accelerator.gather(mine)).unbind(1)
     if not losses.isfinite().all():
         raise _diverged(run, f"the loss became {losses[~losses.isfinite()][0].item()}")
-    window.add(losses, levels)
+    run.losses.add(losses, levels)
 
 
 def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None:
@@ -123,8 +124,8 @@ def _prepare_gradients(run: Run, model: torch.nn.Module, optimizer: Any) -> None
         raise _diverged(run, f"the gradient's norm became {float(norm)}")
 
 
-def _report(run: Run, bar: tqdm, window: LossWindow, optimizer: Any) -> None:
-    values = window.means()
+def _report(run: Run, bar: tqdm, optimizer: Any) -> None:
+    values = run.losses.means()
     rates = {group.get("name", "adapter"): group["lr"] for group in optimizer.param_groups}
     values["learning_rate"] = rates["adapter"]
     if "core" in rates:
@@ -142,7 +143,7 @@ def _diverged(run: Run, what: str) -> TrainingDiverged:
 
 
 def _stop(run: Run, number: int) -> None:
-    save_checkpoint(run.accelerator, run.args, run.folder, run.step, run.digests, run.write)
+    save_checkpoint(run)
     if run.is_main:
         logger.warning("stopped after step %d. %s", run.step, last_checkpoint(run.folder))
     run.close()
@@ -159,3 +160,28 @@ def _signal_of_any_process(run: Run, number: int) -> int:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+class InterruptRequest:
+    """`with InterruptRequest() as request: …`; `request.signal` is the signal that came, SIGINT (Ctrl-C) or SIGTERM,
+    or 0. A second Ctrl-C stops at once. Outside the main thread, where Python allows no handlers, it stays 0."""
+
+    def __init__(self) -> None:
+        self.signal, self._came = 0, 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> InterruptRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal and time.monotonic() > self._came + _ECHO:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self._came = number, time.monotonic()

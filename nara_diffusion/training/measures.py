@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from nara_diffusion.noise.window import NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
 
-# thirds of [0, 1]: an adapter's gain depends on λ, so one mean over all λ hides it
-NOISE_BINS = {"loss_low": (0.0, 1 / 3), "loss_mid": (1 / 3, 2 / 3), "loss_high": (2 / 3, 1.0)}
+# all, and thirds of [0, 1]: an adapter's gain depends on λ, so one mean over all λ hides it
+NOISE_BINS = {"loss": (0.0, 1.0), "loss_low": (0.0, 1 / 3), "loss_mid": (1 / 3, 2 / 3), "loss_high": (2 / 3, 1.0)}
 
 
 class LossWindow:
-    """Collects per-sample losses and their λ until `means`, which starts the next window."""
+    """Sums of per-sample losses, of all and of each third of λ, until `means`, which starts the next window.
 
-    def __init__(self) -> None:
-        self._parts: list[Tensor] = []  # (k, 2): loss, λ
+    Args:
+        sums: {name: [sum, number]} of a window that goes on.
+    """
+
+    def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
+        self.sums: dict[str, Any] = dict(sums or {})
 
     def add(self, losses: Tensor, noise_levels: Tensor) -> None:
         """Add losses (b,) at λ (b,)."""
-        self._parts.append(torch.stack([losses, noise_levels], dim=1))
+        losses, levels = losses.double().cpu(), noise_levels.cpu()
+        for name, (low, high) in NOISE_BINS.items():
+            rows = (levels >= low) & ((levels < high) | (high == 1.0))
+            total, number = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + losses[rows].sum().item(), number + int(rows.sum())]
 
     def means(self) -> dict[str, float]:
         """{"loss", "loss_low", "loss_mid", "loss_high"}: means of all, and of each third of λ that isn't empty."""
-        losses, levels = torch.cat(self._parts).unbind(1)
-        self._parts = []
-        means = {"loss": losses.mean().item()}
-        for name, (low, high) in NOISE_BINS.items():
-            rows = (levels >= low) & ((levels < high) | (high == 1.0))
-            means |= {name: losses[rows].mean().item()} if rows.any() else {}
-        return means
+        sums, self.sums = self.sums, {}
+        return {name: total / number for name, (total, number) in sums.items() if number}
 
 
 def validation_means(losses: Tensor, noise_levels: Tensor, window: NoiseWindow) -> dict[str, float]:

@@ -14,7 +14,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PromptLearningConfig
 
 from nara_diffusion import NaraConfig
 
-from .options import hint
+from .parser import hint
 
 _NARA = "arXiv 2605.29716"
 NAMED: dict[str, tuple[str, dict[str, Any], str, str]] = {

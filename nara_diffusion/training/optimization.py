@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from nara_diffusion.tuner.holder import HOLDER_NAME
 
 from .adapters import reads
-from .options import hint
+from .parser import hint
 
 TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
 OPTIMIZERS = {

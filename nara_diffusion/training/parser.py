@@ -1,15 +1,15 @@
 """Arguments of a script: a dataclass is read from flags, from a YAML file, or from both.
 
 Each field is declared with `option(default, help, …)`. Flags win over the file given as `--config`, the file wins over
-the defaults. A file is read as the flags that it stands for, so that both have the same checks:
+the defaults, and both are checked alike:
 
-    bool               --flag, --no-flag, --flag true
+    bool               --flag, --no_flag, --flag true
     list[str]          words separated by spaces or commas; quoted texts, if it is one of `sentences`
     dict[str, Any]     NAME=VALUE …, values as JSON or else as YAML; several flags and the file add up
     X | None           takes `none` too
 
 A field that is declared `within` a dict has no flag: it is set by a NAME=VALUE of that dict (`spread_options`).
-`--help` shows the common options, `--help_all` all of them.
+`--help` shows the common options, `--help_all` all of them. Hyphens in a flag count as underscores.
 """
 
 from __future__ import annotations
@@ -22,17 +22,115 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from transformers.hf_argparser import string_to_bool
 
-from .options import gathered, hint, merged
-from .renamed import RENAMED
-
 Arguments = TypeVar("Arguments")
+
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", list: "TEXT", dict: "NAME=VALUE", bool: "true|false"}
+
+# ---------------------------------------------------------------- names that people try
+
+USUAL = {"lr": "learning_rate", "epochs": "num_train_epochs", "steps": "max_train_steps"}
+"""{name in other programs: ours}."""
+_CORE = "use_rslora num_virtual_tokens core_hidden_dims core_init core_input core_sharing lora_a_init rank_mask_min "
+_CORE += "core_bins core_knots noise_embedding noise_embedding_dim fourier_scale mask_density_radius"
+_GONE = "lr_num_cycles lr_power scale_lr allow_tf32 dataloader_num_workers logging_dir hold_base_outside ema_decay "
+_GONE += "hold_base_share timestep_bias_strategy timestep_bias_multiplier timestep_bias_portion timestep_bias_begin "
+_GONE += "timestep_bias_end shuffle_caption keep_tokens repeats caption_source cache_memory upcast_vae loss_type "
+_GONE += "prior_generation_precision do_edm_style_training huber_c clip_skip adam_weight_decay_text_encoder"
+_PRODIGY = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+RENAMED: dict[str, str] = {
+    **{name: f"give --adapter_options {name}=VALUE." for name in _CORE.split()},
+    **{f"prodigy_{name}": f"give --optimizer_options {name}=VALUE." for name in _PRODIGY},
+    **dict.fromkeys(_GONE.split(), "has gone; the table in CHANGELOG.md says what to do now."),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "give --optimizer_options betas=[0.9,0.999]."),
+    "use_dora": "give --adapter nara_dora or dora, or --adapter_options use_dora=true.",
+    "adam_epsilon": "give --optimizer_options eps=1e-8.",
+    "adam_weight_decay": "give --weight_decay.",
+    "use_8bit_adam": "give --optimizer AdamW8bit.",
+    "push_to_hub": "give --hub_model_id alone, the repository to upload to.",
+    "with_prior_preservation": "give --class_data_dir and --class_prompt alone.",
+    "cache_dir": "has gone; set the environment variable HF_HOME.",
+    "validation_epochs": "give --validation_steps.",
+    "validation_prompt": "give --validation_prompts.",
+}
+"""{flag of version 0.1: what to do now}; it serves one release. Those `within` another the parser knows by itself."""
+
+
+# ---------------------------------------------------------------- declarations
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    rare: bool = False,
+    within: str = "",
+    sentences: bool = False,
+) -> Any:
+    """Declare one argument.
+
+    Args:
+        default: its value when neither the file nor a flag sets it; a list or dict is copied for each instance.
+        help: one sentence for `--help`.
+        unit: what a number counts, for `--help`.
+        choices: the words that are allowed.
+        rare: True if `--help_all` alone shows it.
+        within: the dict argument whose NAME=VALUE sets it, in place of a flag.
+        sentences: for a list: each word of the command line, quoted there, is one element with its spaces and commas.
+    """
+    metadata = {"help": help, "unit": unit, "choices": choices, "rare": rare, "within": within, "sentences": sentences}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: copy(default), metadata=metadata, init=not within)
+    return dataclasses.field(default=default, metadata=metadata, init=not within)
+
+
+def given_arguments(args: Any) -> dict[str, Any]:
+    """{name: value} by which `args`, a dataclass of options, can be made again."""
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
+
+
+def gathered(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of fields that are declared `within` a dict put into that dict."""
+    found: dict[str, Any] = dict(values)
+    for field in dataclasses.fields(cls):
+        if (container := field.metadata["within"]) and field.name in found:
+            found[container] = found.get(container, {}) | {field.name: found.pop(field.name)}
+    return found
+
+
+def spread_options(args: Any) -> None:
+    """Set the fields that are declared `within` a dict from that dict. Arguments call it first in `__post_init__`.
+
+    Raises:
+        ValueError: a dict has another name in it, or a value of another type.
+    """
+    hints = typing.get_type_hints(type(args))
+    fields = {field.name: field for field in dataclasses.fields(args) if field.metadata["within"]}
+    for container in {field.metadata["within"]: 0 for field in fields.values()}:
+        known = {name: field for name, field in fields.items() if field.metadata["within"] == container}
+        for name, value in getattr(args, container).items():
+            if name not in known:
+                raise ValueError(f"{container} has no {name!r}: {hint(name, known)}")
+            setattr(args, name, _converted(f"{container}: {name}", value, hints[name], known[name].metadata))
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown `name`: what may be meant, or what there is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}."
+
+
+# ---------------------------------------------------------------- reading
 
 
 def parse_arguments(
@@ -50,236 +148,160 @@ def parse_arguments(
         defaults: from the arguments that were given, by flag or file, to values in place of the dataclass's defaults.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(cls, description, show_all="--help_all" in words)
-    given = parser.given(words)
+    parser = ArgumentParser(cls, description, show_all="--help_all" in words)
     try:
-        return cls(**merged(gathered(cls, defaults(given)), given))
+        given = parser.given(words)
+        return cls(**_merged(gathered(cls, defaults(given)), given))
     except ValueError as error:
         parser.error(str(error))
 
 
-def build_parser(cls: type, description: str | None = None, show_all: bool = False) -> ArgumentParser:
-    """The parser of `cls`: a group of flags for each class that has some, titled by the start of its docstring."""
-    return ArgumentParser(cls, description, show_all)
-
-
-def spread_options(args: Any) -> None:
-    """Set the fields that are declared `within` a dict from that dict. Arguments call it first in `__post_init__`.
-
-    Raises:
-        ValueError: a dict has another name in it, or a value of another type.
-    """
-    hints = typing.get_type_hints(type(args))
-    fields = {field.name: field for field in dataclasses.fields(args) if field.metadata["within"]}
-    for container in {field.metadata["within"]: 0 for field in fields.values()}:
-        known = {name: field for name, field in fields.items() if field.metadata["within"] == container}
-        for name, value in getattr(args, container).items():
-            if name not in known:
-                raise ValueError(f"{container} has no {name!r}: {hint(name, known)}")
-            try:
-                setattr(args, name, _converted(value, hints[name], known[name].metadata["choices"]))
-            except (ValueError, argparse.ArgumentTypeError) as error:
-                raise ValueError(f"{container}: {name} is {value!r}, expected {error}") from None
-
-
-def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """{name: value} of words NAME=VALUE, or of one that is a JSON object.
-
-    Raises:
-        ValueError: a word is neither.
-    """
-    values: dict[str, Any] = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if word.startswith("{"):
-            values |= json.loads(word)
-        elif not equals or not name.isidentifier():
-            raise ValueError(f"expected NAME=VALUE, got {word!r}")
-        else:
-            values[name] = _read_value(text)
-    return values
-
-
-def _read_value(text: str) -> Any:
-    try:
-        return json.loads(text)  # which reads 1e-4 as a number
-    except ValueError:
-        return None if text.lower() == "none" else yaml.safe_load(text)
-
-
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser for a dataclass of `option` fields, of which it returns those that were given."""
+    """The parser of `cls`, a dataclass of `option` fields: a group of flags for each class that has some, titled by the
+    start of its docstring."""
 
-    def __init__(self, cls: type, description: str | None, show_all: bool) -> None:
-        self._show_all, self._origin = show_all, ""
-        self._within = {field.name: field.metadata["within"] for field in dataclasses.fields(cls) if not field.init}
-        usage = f"%(prog)s {getattr(cls, 'positional', '')}[--config FILE.yaml] [--FLAG VALUE …]"
+    def __init__(self, cls: type, description: str | None = None, show_all: bool = False) -> None:
+        usage = "%(prog)s [--config FILE.yaml] [--FLAG VALUE …]"
         raw: Any = argparse.RawDescriptionHelpFormatter
         super().__init__(usage=usage, description=description, formatter_class=raw, allow_abbrev=False)
-        self._add_options(cls)
+        self._hints = typing.get_type_hints(cls)
+        self._fields = {field.name: field for field in dataclasses.fields(cls)}
+        self._add_options(cls, show_all)
         about = "Arguments as YAML, over which flags win. A core_module in it is code that runs: use files you trust."
         self.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help=about)
         self.add_argument("--help_all", action="help", help="Show all options and exit; --help shows the common ones.")
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
-        """{argument: value} of the command line `words`, over those of the file that it names."""
-        flags = self._parse(words)
-        if (file := flags.pop("config", None)) is None:
-            return flags
-        return merged(self._parse(self._words_of(file), origin=f"--config {file}: "), flags)
+        """{argument: value} of the command line `words`, over those of the file that it names.
 
-    def error(self, message: str) -> typing.NoReturn:
-        """Exit with one line, which names the file of arguments where that has the error."""
-        super().error(f"{self._origin}{message}")
-
-    def _parse(self, words: Sequence[str], origin: str = "") -> dict[str, Any]:
-        self._origin = origin
-        known, unknown = self.parse_known_args(list(words))
+        Raises:
+            ValueError: an unknown flag or key, or a value of another type.
+        """
+        found, unknown = self.parse_known_args([_with_underscores(word) for word in words])
         if unknown:
-            advice = "; ".join(self._advice(word) for word in unknown if word.startswith("--"))
-            self.error(advice or f"unrecognized arguments: {' '.join(unknown)}")
-        self._origin = ""
-        return vars(known)
+            flags = [self._advice(word[2:].partition("=")[0]) for word in unknown if word.startswith("--")]
+            raise ValueError("; ".join(flags) or f"unrecognized arguments: {' '.join(unknown)}")
+        flags = vars(found)
+        file = flags.pop("config", None)
+        values = {name: self._value(f"argument --{name}", name, value) for name, value in flags.items()}
+        return values if file is None else _merged(self._read(file), values)
 
-    def _advice(self, word: str) -> str:
-        name = word[2:].partition("=")[0].replace("-", "_")
+    def _read(self, path: str) -> dict[str, Any]:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--config {path} can't be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"--config {path} must hold `key: value` lines, got {type(content).__name__}")
+        for key in content:
+            if key not in self._fields or not self._fields[key].init:
+                raise ValueError(f"--config {path}: {self._advice(str(key))}")
+        return {name: self._value(f"--config {path}: {name}", name, value) for name, value in content.items()}
+
+    def _value(self, origin: str, name: str, value: Any) -> Any:
+        return _converted(origin, value, self._hints[name], self._fields[name].metadata)
+
+    def _advice(self, name: str) -> str:
+        """What to do about an unknown flag or key."""
         old = name.removeprefix("no_")
-        if old in self._within:
-            return f"--{old}: give --{self._within[old]} {old}=VALUE."
+        if old in self._fields:
+            return f"--{old}: give --{self._fields[old].metadata['within']} {old}=VALUE."
         if old in RENAMED:
             return f"--{old}: {RENAMED[old]}"
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
-        near = difflib.get_close_matches(name, flags, n=1)
+        near = [USUAL[name]] if USUAL.get(name) in flags else difflib.get_close_matches(name, flags, n=1)
         return f"unrecognized --{name}: " + (
             f"did you mean --{near[0]}?" if near else "--help_all lists the known ones."
         )
 
-    def _words_of(self, path: str) -> list[str]:
-        """The command line that a YAML file stands for."""
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            self.error(f"--config {path} can't be read: {error.strerror}")
-        except yaml.YAMLError as error:
-            self.error(f"--config {path} is not valid YAML: {' '.join(str(error).split())}")
-        if not isinstance(content, dict):
-            self.error(f"--config {path} must hold `key: value` lines, got {type(content).__name__}")
-        words: list[str] = []
-        for key, value in content.items():
-            action = self._option_string_actions.get(f"--{key}")
-            if isinstance(value, list) and action is not None and action.nargs == "+":
-                words += [f"--{key}", *map(str, value)]
-            elif isinstance(value, dict):
-                words += [f"--{key}={json.dumps(value)}"]
-            else:
-                words += [f"--{key}={str(value).lower() if value in (None, True, False) else value}"]
-        return words
-
-    def _add_options(self, cls: type) -> None:
-        hints = typing.get_type_hints(cls)
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        inner = [field for field in fields.values() if not field.init]
+    def _add_options(self, cls: type, show_all: bool) -> None:
         groups: dict[str, Any] = {}
+        left = {name: field for name, field in self._fields.items() if field.init}
         for owner in cls.__mro__:
-            own = [fields[name] for name in inspect.get_annotations(owner) if name in fields]
             title = (owner.__doc__ or "").strip().partition("\n")[0]
-            for field in own:
+            for name in [name for name in inspect.get_annotations(owner) if name in left]:
                 group = groups[title] if title in groups else groups.setdefault(title, self.add_argument_group(title))
-                fields.pop(field.name)  # a class may declare an inherited one anew
-                if field.init:
-                    within = [each for each in inner if each.metadata["within"] == field.name]
-                    self._add_option(group, field, hints[field.name], within)
+                self._add_option(group, left.pop(name), show_all)  # a class may declare an inherited one anew
 
-    def _add_option(self, group: Any, field: dataclasses.Field, hint: Any, within: Sequence[dataclasses.Field]) -> None:
-        own, (kind, optional) = field.metadata, _kind_of(hint)
-        names = "\n".join(f"{each.name}: {_help_of(each)}" for each in within)
-        shown = self._show_all or not own["rare"]
+    def _add_option(self, group: Any, field: dataclasses.Field, show_all: bool) -> None:
+        kind, choices = _kind_of(self._hints[field.name])[0], field.metadata["choices"]
+        within = [each for each in self._fields.values() if each.metadata["within"] == field.name]
+        texts = [_help_of(field), *(f"{each.name}: {_help_of(each)}" for each in within)]
+        shown = show_all or not field.metadata["rare"]
         # without a default, so that only what was given is returned
-        settings: dict[str, Any] = {"default": argparse.SUPPRESS}
-        settings["help"] = f"{_help_of(field)} {names}".strip() if shown else argparse.SUPPRESS
+        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        settings["help"] = "\n".join(texts) if shown else argparse.SUPPRESS
+        settings["metavar"] = "{" + ",".join(choices) + "}" if choices else _METAVARS.get(kind, "TEXT")
         if kind is bool:
-            settings |= {"type": string_to_bool, "nargs": "?", "const": True, "metavar": "true|false"}
+            settings |= {"nargs": "?", "const": True}
             off = {"dest": field.name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            group.add_argument(f"--no_{field.name}", f"--no-{field.name}", action="store_false", **off)
+            group.add_argument(f"--no_{field.name}", action="store_false", **off)
         elif kind in (list, dict):
-            item = str if kind is dict else typing.get_args(_without_none(hint))[0]
-            action = _action(kind, optional, own["sentences"], item)
-            settings |= {"action": action, "nargs": "+", "metavar": _METAVARS.get(kind, "TEXT")}
-        else:
-            choices = own["choices"]
-            settings |= {"type": _reader(kind, optional, choices)}
-            settings["metavar"] = "{" + ",".join(choices) + "}" if choices else _METAVARS[kind]
-        flag = f"--{field.name}"
-        added = group.add_argument(*dict.fromkeys((flag, flag.replace("_", "-"))), **settings)
-        added.option_strings = [flag]  # the one with hyphens works, and isn't shown
+            settings |= {"nargs": "+", "action": "extend" if kind is dict else "store"}
+        group.add_argument(f"--{field.name}", **settings)
 
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", dict: "NAME=VALUE"}
-_WORDS: dict[Any, str] = {int: "whole number", float: "number", str: "text"}
+def _with_underscores(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else word
 
 
-def _without_none(hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):
-        return next(member for member in typing.get_args(hint) if member is not type(None))
-    return hint
+def _merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` over `low`; where both have a dict of the same name, its entries one by one."""
+    both = {name for name in low.keys() & high.keys() if isinstance(low[name], dict)}
+    return {**low, **high, **{name: {**low[name], **high[name]} for name in both}}
 
 
-def _kind_of(hint: Any) -> tuple[type, bool]:
+def _kind_of(hint: Any) -> tuple[Any, bool]:
     """(int, float, str, bool, list or dict; may be None) of an annotation such as `float | None` or `list[str]`."""
-    inner = _without_none(hint)
-    return typing.get_origin(inner) or inner, isinstance(hint, types.UnionType)
+    optional = isinstance(hint, types.UnionType)
+    inner = next(each for each in typing.get_args(hint) if each is not type(None)) if optional else hint
+    return typing.get_origin(inner) or inner, optional
 
 
-def _reader(kind: type, optional: bool, choices: Sequence[str]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        if optional and text.lower() == "none":
-            return None
-        if choices and text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
-        return kind(text)
-
-    read.__name__ = _WORDS[kind]  # in argparse's message
-    return read
-
-
-def _converted(value: Any, hint: Any, choices: Sequence[str]) -> Any:
-    """A value of JSON or YAML as the type of an annotation."""
+def _converted(origin: str, value: Any, hint: Any, own: Mapping[str, Any]) -> Any:
+    """A word or words of the command line, or a value of JSON or YAML, as the type of an annotation."""
     kind, optional = _kind_of(hint)
-    if kind is list and not (optional and value is None):
-        return [str(word) for word in (value if isinstance(value, list) else str(value).split(","))]
-    if kind is bool or (optional and value is None):
-        return value if value is None else string_to_bool(str(value).lower())
-    if isinstance(value, bool) and kind is not str:
-        raise ValueError(f"a {_WORDS[kind]}")
+    words = value if isinstance(value, list) else [value]
+    if optional and [str(word).lower() for word in words] == ["none"]:
+        return None
+    if kind is dict:
+        return value if isinstance(value, dict) else _settings(origin, words)
+    if kind is list:
+        return [
+            each for word in words for each in ([word] if own["sentences"] else str(word).replace(",", " ").split())
+        ]
+    text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    if own["choices"] and text not in own["choices"]:
+        raise ValueError(f"{origin}: {text!r} is none of {', '.join(own['choices'])}")
     try:
-        return _reader(kind, optional, choices)(str(value))
-    except ValueError:
-        raise ValueError(f"a {_WORDS[kind]}") from None
+        return string_to_bool(text) if kind is bool else kind(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise ValueError(f"{origin} is {text!r}, expected {_WORDS[kind]}") from None
 
 
-def _action(kind: type, optional: bool, sentences: bool, item: Callable[[str], Any]) -> type[argparse.Action]:
-    """Stores a list of words, or adds words NAME=VALUE to a dict."""
-
-    class Store(argparse.Action):
-        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+def _settings(origin: str, words: Sequence[Any]) -> dict[str, Any]:
+    """{name: value} of words NAME=VALUE, or of one that is a JSON object."""
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = str(word).partition("=")
+        if name.startswith("{"):
+            values |= json.loads(word)
+        elif not equals or not name.isidentifier():
+            raise ValueError(f"{origin}: expected NAME=VALUE, got {word!r}")
+        else:
             try:
-                if kind is dict:
-                    values = {**getattr(namespace, self.dest, {}), **parse_settings(values)}
-                elif optional and [value.lower() for value in values] == ["none"]:
-                    values = None
-                elif not sentences:
-                    values = [item(word) for value in values for word in value.replace(",", " ").split()]
-            except (ValueError, yaml.YAMLError) as error:
-                raise argparse.ArgumentError(self, str(error)) from None
-            setattr(namespace, self.dest, values)
-
-    return Store
+                values[name] = json.loads(text)  # which reads 1e-4 as a number
+            except ValueError:
+                values[name] = None if text.lower() == "none" else yaml.safe_load(text)
+    return values
 
 
 def _help_of(field: dataclasses.Field) -> str:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if isinstance(default, (list, dict)):
-        default = ",".join(map(str, default))
-    shown = str(default).lower() if default is None or isinstance(default, bool) else str(default)
+    shown = ",".join(map(str, default)) if isinstance(default, (list, dict)) else str(default)
+    shown = shown.lower() if default is None or isinstance(default, bool) else shown
     unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
     return f"{field.metadata['help']}{unit} (default: {shown or 'none'})".replace("%", "%%")

@@ -22,7 +22,7 @@ from nara_diffusion.utils.atomic_write import atomic_write
 from .adapters import adapter_config, module_name, title_of
 from .arguments import schedule_of, window_of
 from .methods import method_of
-from .options import given_arguments
+from .parser import given_arguments
 from .run import Run
 
 _STYLE = (

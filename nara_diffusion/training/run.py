@@ -1,9 +1,10 @@
-"""One training run: its accelerator, its folder, the step that it has reached, and its log."""
+"""One training run: its accelerator, its folder, the step that it has reached, its losses, and its log."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,25 +15,18 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from huggingface_hub import HfApi
 
 from nara_diffusion.utils.atomic_write import atomic_write
 
-from .checkpoints import (
-    Writer,
-    check_random_states,
-    check_same_content,
-    resolve_checkpoint,
-    verify_checkpoint,
-)
+from .checkpoints import Writer, changed_arguments, check_random_states, listed, read_manifest
 from .digests import digest_base, digest_texts
-from .engine_checks import accumulation_steps, check_accumulation, check_engine, launched_processes
-from .engines import load_state
-from .measures import MetricLog
+from .engines import engine_name, global_batch, load_state, start_accelerator
+from .measures import LossWindow, MetricLog
 from .methods import method_of
-from .options import given_arguments
-from .run_folder import LOCK, claimed_folder, latest_run
+from .parser import given_arguments
+from .run_folder import CONFIG, LOCK, claimed_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +42,11 @@ class Run:
         write: writes the adapter's files into a checkpoint.
         checkpoint: the folder that the run continues from, or None.
         folder: where the run writes.
+        resumed: the manifest of `checkpoint`; empty without one.
         step: optimizer steps done.
+        total_steps: optimizer steps to do; set by `plan`.
+        data_start: the step at which the training data began: 0, unless a resumed run was given others.
+        losses: of the steps that aren't logged yet.
         log: metrics.jsonl and the trackers; set by `open`.
         hub_id: the repository to upload to, on the main process; else None.
         digests: {content: digest}, set by `record_data_digest` and `record_base_digests`.
@@ -60,10 +58,15 @@ class Run:
     write: Writer
     checkpoint: Path | None
     folder: Path
-    step: int = 0
+    resumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     hub_id: str | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    total_steps: int = 0
     log: MetricLog = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.step, self.data_start = self.resumed.get("step", 0), self.resumed.get("data_start", 0)
+        self.losses = LossWindow(self.resumed.get("window"))
 
     @property
     def is_main(self) -> bool:
@@ -82,13 +85,7 @@ class Run:
     @property
     def global_batch(self) -> int:
         """Samples of one optimizer step, over all processes and accumulated forwards."""
-        accelerator = self.accelerator
-        return self.args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
-
-    def batches(self, total_steps: int) -> dict[str, int]:
-        """The arguments of `stream_loader`: the batch size of a forward, and the positions left to train on."""
-        first, stop = self.step * self.global_batch, total_steps * self.global_batch
-        return {"batch_size": self.args.train_batch_size, "first": first, "stop": stop}
+        return global_batch(self.accelerator, self.args)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,16 +108,23 @@ class Run:
         known = accelerator.device.type in ("cpu", "cuda")
         return known and accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
 
+    # ---------------------------------------------------------------- what it rests on
+
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
-        """Record the digest of data for the run's checkpoints.
+        """Record the digest of data for the run's checkpoints. A resumed run says if they have changed; the order of
+        other training data starts anew, at their first pass. Call it before `plan`.
 
         Args:
-            what: "training data" or "validation data", as `option` has it for the arguments that name them.
-
-        Raises:
-            ValueError: the run resumes a checkpoint that has another digest.
+            what: "training data" or "validation data".
         """
-        self._record(what, digest_texts(texts))
+        self.digests[what] = digest_texts(texts)
+        if self.resumed.get("digests", self.digests).get(what) == self.digests[what]:
+            return
+        anew = ""
+        if what == "training data":
+            self.data_start, anew = self.step, f": their order starts anew at step {self.step}"
+        if self.is_main:
+            logger.warning("%s was written with other %s%s", self.checkpoint, what, anew)
 
     def record_base_digests(self, folders: Mapping[str, Path], variant: str | None = None) -> None:
         """Record the digests of the base model's weights and configurations for the run's checkpoints.
@@ -132,13 +136,38 @@ class Run:
             ValueError: the run resumes a checkpoint that has other digests.
         """
         digests = [digest_base(folders, variant) if self.is_main else {}]
-        for what, digest in broadcast_object_list(digests)[0].items():
-            self._record(what, digest)
+        self.digests |= broadcast_object_list(digests)[0]
+        saved = self.resumed.get("digests", {})
+        for what in (what for what in self.digests if what.startswith("base model")):
+            if saved.get(what, self.digests[what]) != self.digests[what]:
+                raise ValueError(
+                    f"{self.checkpoint} belongs to a run with another {what}: bring it back as it was, or start a new "
+                    "run."
+                )
 
-    def _record(self, what: str, digest: str) -> None:
-        self.digests[what] = digest
-        if self.checkpoint is not None:
-            check_same_content(self.checkpoint, self.args, what, digest)
+    def plan(self, samples: int) -> int:
+        """The optimizer steps of the run, with those done: `--max_train_steps`, or as many as cover
+        `--num_train_epochs` of `samples` training samples.
+
+        Raises:
+            ValueError: the run that is resumed has taken more already.
+        """
+        passes = max(1, math.ceil(self.args.num_train_epochs * samples / self.global_batch))
+        self.total_steps = self.args.max_train_steps or self.data_start + passes
+        if self.total_steps < self.step:
+            raise ValueError(
+                f"the run ends at step {self.total_steps}, and {self.checkpoint} is past it: give --max_train_steps or "
+                "--num_train_epochs beyond, or resume an earlier checkpoint."
+            )
+        return self.total_steps
+
+    @property
+    def batches(self) -> dict[str, int]:
+        """The arguments of `stream_loader`: the batch size of a forward, and the positions left to train on."""
+        first, stop = (self.global_batch * (step - self.data_start) for step in (self.step, self.total_steps))
+        return {"batch_size": self.args.train_batch_size, "first": first, "stop": stop}
+
+    # ---------------------------------------------------------------- beginning and end
 
     def open(self, facts: Mapping[str, str] | None = None) -> None:
         """Save the configuration in the run's folder, and restore a checkpoint's optimizer and random states.
@@ -147,14 +176,12 @@ class Run:
         `facts` about the run are logged.
 
         Raises:
-            ValueError: preparing changed the accumulation, as DeepSpeed's configuration can; a random state can't be
-                restored.
+            ValueError: a random state can't be restored.
         """
-        check_accumulation(self.accelerator, accumulation_steps(self.args, self.accelerator.num_processes))
         self.log = MetricLog(self.accelerator, self.folder, self.step)
         settings = given_arguments(self.args)
         if self.is_main:
-            with atomic_write(self.folder / "config.yaml") as partial:
+            with atomic_write(self.folder / CONFIG) as partial:
                 content = settings | {"output_dir": str(self.folder)}
                 partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self.accelerator.project_configuration.set_directories(str(self.folder))
@@ -162,21 +189,48 @@ class Run:
         if self.args.report_to:
             self.accelerator.init_trackers(self.name, {name: str(value) for name, value in settings.items()})
         if self.checkpoint is not None:
-            load_state(self.accelerator, self.checkpoint)
-            check_random_states(self.checkpoint, self.accelerator.process_index)
+            self._restore(self.checkpoint)
         if self.is_main:
             logger.info("%s", "; ".join(f"{what}: {value}" for what, value in (facts or {}).items()))
             logger.info("output folder: %s", self.folder)
 
+    def _restore(self, checkpoint: Path) -> None:
+        before = self.resumed["total_steps"]
+        load_state(self.accelerator, checkpoint, other_schedule=before != self.total_steps)
+        check_random_states(checkpoint, self.accelerator.process_index)
+        if not self.is_main:
+            return
+        logger.info("goes on from %s", checkpoint)
+        changed = changed_arguments(self.args, self.resumed["arguments"])
+        if changed := {
+            name: pair for name, pair in changed.items() if name not in ("output_dir", "resume_from_checkpoint")
+        }:
+            logger.info("changed arguments: %s", listed(changed))
+        if before != self.total_steps:
+            logger.info("the schedule now has %d steps instead of %d", self.total_steps, before)
+
+    def facts_of_checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run."""
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "data_start": self.data_start,
+            "window": self.losses.sums,
+            "batch": self.global_batch,
+            "processes": self.accelerator.num_processes,
+            "engine": engine_name(self.accelerator),
+            "arguments": given_arguments(self.args),
+            "digests": self.digests,
+        }
+
     def upload(self) -> None:
         """Upload the folder, without its checkpoints, to the repository of `--hub_model_id`, if there is one."""
         if self.hub_id is not None:
-            ignored = ["checkpoint-*/**", ".partial-*", LOCK]
             HfApi().upload_folder(
                 repo_id=self.hub_id,
                 folder_path=str(self.folder),
                 commit_message="End of training",
-                ignore_patterns=ignored,
+                ignore_patterns=["checkpoint-*/**", ".partial-*", LOCK],
             )
 
     def close(self) -> None:
@@ -199,29 +253,14 @@ def start_run(args: Any, name: str, write: Writer) -> Iterator[Run]:
         write: writes the adapter's files into a checkpoint.
 
     Raises:
-        ValueError: the output folder is or holds another run's, or can't be written; there is nothing to resume from,
-            or it doesn't fit this run; a tracker isn't installed; accelerate accumulates otherwise than the arguments
-            say; or see `check_engine`.
+        ValueError: a tracker isn't installed; or see `start_accelerator` and `claimed_folder`.
     """
     if unknown := set(args.report_to or []) - (known := {str(tracker) for tracker in get_available_trackers()}):
         raise ValueError(f"report_to names {min(unknown)!r}, which isn't installed here (installed: {sorted(known)}).")
-    checkpoint = None
-    if args.resume_from_checkpoint is not None:
-        checkpoint = resolve_checkpoint(args.resume_from_checkpoint, latest_run(args, name))
-    steps = accumulation_steps(args, launched_processes())
-    accelerator = Accelerator(
-        gradient_accumulation_steps=steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(logging_dir="."),  # asked for by trackers; `Run.open` gives the true one
-        step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
-    )
-    check_engine(accelerator, args)
-    check_accumulation(accelerator, steps)
-    with claimed_folder(args, name, checkpoint, accelerator.is_main_process) as folder:
-        run = Run(accelerator, args, name, write, checkpoint, folder)
-        if checkpoint is not None:
-            run.step = verify_checkpoint(checkpoint, args, accelerator)
+    accelerator = start_accelerator(args)
+    with claimed_folder(args, name, accelerator) as (folder, checkpoint):
+        resumed = {} if checkpoint is None else read_manifest(checkpoint)
+        run = Run(accelerator, args, name, write, checkpoint, folder, resumed)
         if args.hub_model_id is not None and run.is_main:  # now, so that a missing login shows before the training
             run.hub_id = HfApi().create_repo(args.hub_model_id, exist_ok=True).repo_id
         set_seed(args.seed)

@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from .checkpoints import find_checkpoints
+from .checkpoints import (
+    MANIFEST,
+    MAY_CHANGE,
+    changed_arguments,
+    check_files,
+    check_same_run,
+    find_checkpoints,
+    latest_whole,
+)
 
 OUTPUTS = Path("outputs")
-LOCK = ".lock"
+LOCK, CONFIG, RESULTS = ".lock", "config.yaml", "results.json"
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed_folder(args: Any, name: str, checkpoint: Path | None, is_main: bool) -> Iterator[Path]:
-    """The folder, made by the main process and locked: one run at a time writes to it, and a second one is refused
-    before it loads anything. A run that wrote nothing leaves no folder.
+def claimed_folder(args: Any, name: str, accelerator: Accelerator) -> Iterator[tuple[Path, Path | None]]:
+    """The folder, made by the main process and locked, and the checkpoint in it or elsewhere that the run continues
+    from. One run at a time writes to a folder, and a second one is refused before it loads anything. A run that wrote
+    nothing leaves no folder.
 
     Args:
         name: of numbered folders.
-        checkpoint: that the run continues from, or None.
 
     Raises:
-        ValueError: another run has it or has left something in it, or it can't be written.
+        ValueError: another run has the folder or has left something in it, or it can't be written; there is no such
+            checkpoint, it is damaged, or belongs to another run.
     """
     with ExitStack() as undo:
-        answer: list[Any] = [Path(), ""]
-        if is_main:
+        answer: list[Any] = [None, None, ""]
+        if accelerator.is_main_process:
             try:
-                answer[0] = _claim(args, name, checkpoint, undo)
+                folder = _lock(args, name, undo)
+                answer[:2] = folder, _checkpoint(args, folder)
+                if answer[1] is not None:
+                    check_same_run(answer[1], args, accelerator)
+                for left in folder.glob(".partial-*"):  # by a run that was killed while it wrote
+                    shutil.rmtree(left, ignore_errors=True)
             except ValueError as error:
-                answer[1] = str(error)
-        folder, refusal = broadcast_object_list(answer)
+                answer[2] = str(error)
+        folder, checkpoint, refusal = broadcast_object_list(answer)
         if refusal:
             raise ValueError(refusal)
-        yield folder
+        yield folder, checkpoint
 
 
-def _claim(args: Any, name: str, checkpoint: Path | None, undo: ExitStack) -> Path:
-    folder = checkpoint.parent if checkpoint is not None else OUTPUTS / f"{name}-{max(_numbered(name), default=0) + 1}"
-    if args.output_dir is not None:
-        folder = Path(args.output_dir)
+def _lock(args: Any, name: str, undo: ExitStack) -> Path:
+    folder = _folder_of(args, name)
     lock = FileLock(folder / LOCK)
     try:
         for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
@@ -52,8 +70,8 @@ def _claim(args: Any, name: str, checkpoint: Path | None, undo: ExitStack) -> Pa
             undo.callback(_remove_empty, missing)
         lock.acquire(timeout=0)
     except Timeout:
-        if args.output_dir is None and checkpoint is None:  # another run took the number a moment ago
-            return _claim(args, name, checkpoint, undo)
+        if args.output_dir is None and args.resume_from_checkpoint is None:  # another run took the number a moment ago
+            return _lock(args, name, undo)
         raise ValueError(
             f"--output_dir {folder} is in use by another run: wait for it, or name another folder."
         ) from None
@@ -61,39 +79,58 @@ def _claim(args: Any, name: str, checkpoint: Path | None, undo: ExitStack) -> Pa
         raise ValueError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder.") from error
     undo.callback(lock.release)
     undo.callback((folder / LOCK).unlink, missing_ok=True)
-    if args.output_dir is not None:
-        check_output_dir(folder, checkpoint)
     return folder
 
 
-def check_output_dir(folder: Path, checkpoint: Path | None) -> None:
-    """Refuse a folder that holds something, unless it is the run in it that is resumed from `checkpoint`.
+def _folder_of(args: Any, name: str) -> Path:
+    """Of a run without --output_dir, `latest` means the newest numbered folder that holds a checkpoint."""
+    if args.output_dir is not None:
+        return Path(args.output_dir)
+    if (given := args.resume_from_checkpoint) is not None and len(Path(given).parts) > 1:
+        return Path(given).parent
+    found = {path.name.removeprefix(f"{name}-"): path for path in OUTPUTS.glob(f"{name}-*") if path.is_dir()}
+    runs = {int(number): path for number, path in found.items() if number.isdecimal()}
+    begun = [number for number, path in runs.items() if given is not None and find_checkpoints(path)]
+    return runs[max(begun)] if begun else OUTPUTS / f"{name}-{max(runs, default=0) + 1}"
 
-    Raises:
-        ValueError: naming what was found and the remedies.
-    """
-    if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
-        return
+
+def _checkpoint(args: Any, folder: Path) -> Path | None:
+    """The checkpoint to continue from; None for a run that starts, in a folder that has nothing of another one."""
+    given, checkpoint = args.resume_from_checkpoint, None
+    if given == "latest":
+        if (checkpoint := latest_whole(folder)) is None and not _same_start(args, folder):
+            check_empty(folder)
+        if checkpoint is None:
+            logger.info("--resume_from_checkpoint latest: %s holds no checkpoint, so the run starts anew", folder)
+    elif given is not None:
+        checkpoint = folder / given if len(Path(given).parts) == 1 else Path(given)
+        if not (checkpoint / MANIFEST).is_file():
+            present = ", ".join(sorted(path.name for path in find_checkpoints(checkpoint.parent))) or "none"
+            raise ValueError(
+                f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no {MANIFEST}. Name a checkpoint-N "
+                f"folder ({checkpoint.parent} has {present}), or `latest` with the --output_dir of the run."
+            )
+        check_files(checkpoint)
+    if given != "latest" and (checkpoint is None or checkpoint.parent.resolve() != folder.resolve()):
+        check_empty(folder)
+    return checkpoint
+
+
+def check_empty(folder: Path) -> None:
+    """Raises ValueError, with what was found, for a folder that holds something."""
     if found := sorted(path.name for path in folder.iterdir() if path.name != LOCK):
         raise ValueError(
             f"--output_dir {folder} already holds another run or other files ({', '.join(found[:4])}). Name a fresh "
-            "folder, or continue the run in it with --resume_from_checkpoint latest."
+            "folder, or continue the run in it with --resume_from_checkpoint latest and the same arguments."
         )
 
 
-def latest_run(args: Any, name: str) -> Path | None:
-    """The folder in which `latest` or a bare `checkpoint-N` is looked for: --output_dir, or the newest numbered one
-    that holds a checkpoint."""
-    if args.output_dir is not None:
-        return Path(args.output_dir)
-    runs = _numbered(name)
-    return next((runs[number] for number in sorted(runs, reverse=True) if find_checkpoints(runs[number])), None)
-
-
-def _numbered(name: str) -> dict[int, Path]:
-    """{N: folder} of the folders `outputs/name-N`."""
-    found = {folder.name.removeprefix(f"{name}-"): folder for folder in OUTPUTS.glob(f"{name}-*") if folder.is_dir()}
-    return {int(number): folder for number, folder in found.items() if number.isdecimal()}
+def _same_start(args: Any, folder: Path) -> bool:
+    """Whether a run with these arguments began in `folder` and ended before its first checkpoint."""
+    if not (folder / CONFIG).is_file() or (folder / RESULTS).exists():
+        return False
+    saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    return not changed_arguments(args, saved).keys() - MAY_CHANGE
 
 
 def _remove_empty(folder: Path) -> None:

@@ -8,7 +8,6 @@ samples. To resume, start at k.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,10 +47,3 @@ def stream_loader(
     generator = torch.Generator().manual_seed(0)
     positions: Any = range(first, stop)
     return DataLoader(stream, batch_size=batch_size, sampler=positions, collate_fn=collate, generator=generator)
-
-
-def count_steps(samples: int, global_batch: int, max_train_steps: int | None, num_train_epochs: float) -> int:
-    """Optimizer steps of a run: `max_train_steps`, or as many as cover `num_train_epochs`."""
-    if max_train_steps is not None:
-        return max_train_steps
-    return max(1, math.ceil(num_train_epochs * samples / global_batch))

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from nara_diffusion.training.engine_checks import check_engine
 from peft import PeftModel
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
 from nara_diffusion.training.adapters import add_adapter
-from nara_diffusion.training.engine_checks import check_engine
 from tests.acceptance._commands import Moment, assert_same_bits, by_the_card, ended_early, metrics, results, run
 from tests.acceptance._runs import ASSETS, text_arguments, text_flags
 

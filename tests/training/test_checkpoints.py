@@ -21,18 +21,13 @@ from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
     check_random_states,
     last_checkpoint,
-    read_manifest,
-    resolve_checkpoint,
+    latest_whole,
     save_adapter,
 )
 from nara_diffusion.training.digests import digest_base, digest_texts
-from nara_diffusion.training.engine_checks import accumulation_steps
-from nara_diffusion.training.engines import split_across_processes
-from nara_diffusion.training.interrupts import InterruptRequest
-from nara_diffusion.training.loop import TrainingDiverged
-from nara_diffusion.training.options import given_arguments
-from nara_diffusion.training.parser import parse_arguments
-from nara_diffusion.training.run_folder import check_output_dir
+from nara_diffusion.training.engines import accumulation_steps, split_across_processes
+from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
+from nara_diffusion.training.parser import given_arguments, parse_arguments
 from tests.acceptance._commands import fresh_accelerate, metrics, names
 from tests.acceptance._runs import TEXT, text_arguments
 
@@ -66,25 +61,17 @@ def test_checkpoint_has_a_manifest_of_files_and_digests(run: Path) -> None:
     assert manifest["arguments"]["adapter_options"] == {"core_hidden_dims": [8, 7]}
 
 
-def test_latest_is_the_one_written_last(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_checkpoint("latest", run) == run / "checkpoint-4"
-    assert resolve_checkpoint("checkpoint-3", run) == run / "checkpoint-3"
+def test_latest_is_the_one_written_last(run: Path, tmp_path: Path) -> None:
+    assert latest_whole(run) == run / "checkpoint-4"
     assert last_checkpoint(run).endswith(f"--resume_from_checkpoint {run / 'checkpoint-4'}")
     manifest = run / "checkpoint-3" / "checkpoint.json"
     before = manifest.read_text()
     manifest.write_text(json.dumps(json.loads(before) | {"written": 1e12}))
-    assert resolve_checkpoint("latest", run) == run / "checkpoint-3"
+    assert latest_whole(run) == run / "checkpoint-3"
     manifest.write_text(before)
-    for name, message in {
-        "latest": "holds no checkpoint-N folder",
-        str(run / "checkpoint-9"): r"is no checkpoint: .* has checkpoint-3, checkpoint-4",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            resolve_checkpoint(name, tmp_path)
-    (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "checkpoint.json").write_text("{")
-    with pytest.raises(ValueError, match="missing or corrupt"):
-        read_manifest(tmp_path / "checkpoint-1")
+    named = text_arguments(tmp_path, **SHORT, resume_from_checkpoint=str(run / "checkpoint-9"))
+    with pytest.raises(ValueError, match=r"is no checkpoint: .* has checkpoint-3, checkpoint-4"):
+        dllm.main(named)
 
 
 def test_random_states_that_cannot_be_restored_are_an_error(run: Path) -> None:
@@ -140,7 +127,6 @@ def test_folder_of_another_run_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(dllm, "load_records", None)
     with pytest.raises(ValueError, match="already holds another run or other files"):
         dllm.main(text_arguments(run.parent, **SHORT))
-    check_output_dir(run, run / "checkpoint-4")  # which is resumed
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be written"):
         dllm.main(text_arguments(tmp_path, **SHORT | {"output_dir": tmp_path / "file" / "out"}))
@@ -203,7 +189,7 @@ def test_work_is_split_and_comes_back_in_order() -> None:
 
 def test_second_ctrl_c_stops_at_once_and_the_launcher_s_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0])
-    monkeypatch.setattr("nara_diffusion.training.interrupts.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("nara_diffusion.training.loop.time.monotonic", lambda: next(clock))
     before = signal.getsignal(signal.SIGINT)
     with InterruptRequest() as request:
         for _ in range(2):  # the second within a second, which is the launcher's

@@ -14,9 +14,15 @@ import yaml
 
 from nara_diffusion.dllm.text_arguments import Arguments
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.options import gathered, given_arguments, option
-from nara_diffusion.training.parser import build_parser, parse_arguments, spread_options
-from nara_diffusion.training.renamed import RENAMED
+from nara_diffusion.training.parser import (
+    RENAMED,
+    ArgumentParser,
+    gathered,
+    given_arguments,
+    option,
+    parse_arguments,
+    spread_options,
+)
 
 
 @dataclass
@@ -35,7 +41,6 @@ class Example(Base):
     slow: bool = option(True, "Be slow.", rare=True)
     kind: str | None = option("a", "The kind.", choices=("a", "b"))
     names: list[str] = option(["x"], "Names.")
-    sizes: list[int] | None = option(None, "Sizes.")
     prompts: list[str] | None = option(None, "Prompts.", sentences=True)
     more: dict[str, Any] = option({}, "More:")
     depth: int | None = option(3, "the depth", within="more")
@@ -60,7 +65,7 @@ def parse(*argv: str, **options: Any) -> Example:
         (["--fast", "true", "--slow", "False"], {"fast": True, "slow": False}),
         (["--no-slow", "--no-fast"], {"fast": False, "slow": False}),
         (["--rate", "none", "--kind", "none"], {"rate": None, "kind": None}),
-        (["--names", "q,k", "v", "--sizes", "1", "2,3"], {"names": ["q", "k", "v"], "sizes": [1, 2, 3]}),
+        (["--names", "q,k", "v"], {"names": ["q", "k", "v"]}),
         (["--prompts", "a dog, on grass", "a cat"], {"prompts": ["a dog, on grass", "a cat"]}),
         (["--more", "depth=5", "words=a,b", "dry=true"], {"depth": 5, "words": ["a", "b"], "dry": True}),
         (["--more", "depth=5", "--more", '{"words": ["c"]}'], {"depth": 5, "words": ["c"]}),
@@ -76,7 +81,8 @@ def test_flags_are_read(argv: list[str], expected: dict[str, Any]) -> None:
     ("argv", "said"),
     [
         (["--rnk", "3"], "unrecognized --rnk: did you mean --rank?"),
-        (["--rank", "3.5"], "argument --rank: invalid whole number value: '3.5'"),
+        (["--stray", "3"], "unrecognized --stray: --help_all lists the known ones."),
+        (["--rank", "3.5"], "argument --rank is '3.5', expected a whole number"),
         (["--rank", "0"], "rank must be at least 1, got 0."),
         (["--kind", "c"], "argument --kind: 'c' is none of a, b"),
         (["--fast", "perhaps"], "perhaps"),
@@ -102,8 +108,8 @@ def test_file_is_read_as_the_flags_that_it_stands_for(tmp_path: Path, capsys: py
     assert (args.rank, args.fast, args.names, args.prompts, args.depth) == (2, True, ["q", "k"], ["a, b"], 7)
     assert not args.dry
     for content, said in {
-        "rank: true": "argument --rank",
-        "rank: [3, 4]": "argument --rank",
+        "rank: true": "rank is 'true', expected a whole number",
+        "rank: [3, 4]": "rank is '[3, 4]', expected a whole number",
         "rnk: 1": "did you mean --rank",
         "prodigy_beta3: 0.9": "give --optimizer_options beta3=VALUE",
         "- rank": "must hold `key: value` lines, got list",
@@ -145,7 +151,7 @@ def test_help_has_groups_defaults_and_units_and_hides_rare_options(capsys: pytes
 
 @pytest.mark.parametrize(("cls", "most"), [(Arguments, 60), (DreamBoothArguments, 75)])
 def test_scripts_have_few_options_and_help_fewer(cls: type, most: int) -> None:
-    actions = [action for action in build_parser(cls)._actions if action.dest not in ("help", "help_all")]
+    actions = [action for action in ArgumentParser(cls)._actions if action.dest not in ("help", "help_all")]
     assert len({action.dest for action in actions}) <= most
     assert len({action.dest for action in actions if action.help is not argparse.SUPPRESS}) <= 40
 
@@ -154,10 +160,11 @@ def test_answers_to_old_flags_name_what_the_script_has() -> None:
     for cls in (Arguments, DreamBoothArguments):
         flags = {field.name for field in dataclasses.fields(cls) if field.init}
         assert not flags & RENAMED.keys()
-        parser = build_parser(cls)
+        parser = ArgumentParser(cls)
         titles = [group.title for group in parser._action_groups]
         assert len(titles) == len(set(titles))
-    advice = {name: parser._advice(f"--{name}") for name in ("huber_c", "clip_skip", "cache_latents")}
+    assert parser._advice("lr") == "unrecognized --lr: did you mean --learning_rate?"
+    advice = {name: parser._advice(name) for name in ("huber_c", "clip_skip", "cache_latents")}
     assert "has gone" in advice["huber_c"]
     assert "has gone" in advice["clip_skip"]
     assert advice["cache_latents"] == "--cache_latents: give --data_options cache_latents=VALUE."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from nara_diffusion.training.adapters import CORE_FIELDS
-from nara_diffusion.training.options import gathered
+from nara_diffusion.training.parser import gathered
 
 Arguments = TypeVar("Arguments")
 _ADAPTER = CORE_FIELDS - {"core_type", "core_scale"} | {"use_dora", "use_rslora"}

@@ -19,7 +19,7 @@ from nara_diffusion.dllm.masking import MaskedBatch
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters import build_adapter
 from nara_diffusion.training.arguments import AdapterArguments, OptimizationArguments
-from nara_diffusion.training.options import option
+from nara_diffusion.training.parser import option
 from quality.assets import ASSETS
 from quality.images.settings import BASE
 from quality.options import arguments_of
