@@ -81,7 +81,7 @@ def start_accelerator(args: Any) -> Accelerator:
             "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N."
         )
     if engine in SHARDED:
-        _check_sharded(accelerator, args, SHARDED[engine][1])
+        check_sharded(accelerator, args)
     if engine == DistributedType.DEEPSPEED:
         config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
         config |= {"gradient_accumulation_steps": steps, "gradient_clipping": args.max_grad_norm or 0.0}
@@ -113,8 +113,9 @@ def global_batch(accelerator: Accelerator, args: Any) -> int:
     return args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
 
 
-def _check_sharded(accelerator: Accelerator, args: Any, name: str) -> None:
-    stage = zero_stage(accelerator)
+def check_sharded(accelerator: Accelerator, args: Any) -> None:
+    """Raises ValueError for arguments that an engine of `SHARDED` would train or save otherwise."""
+    stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
     wrong = {
         f"adapter {args.adapter} is saved by running its own small network, whose weights {name} shards": (
             method_of(args).family == "prompt" and stage in (0, 3)
@@ -122,7 +123,7 @@ def _check_sharded(accelerator: Accelerator, args: Any, name: str) -> None:
         f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards": (
             args.optimizer == "adafactor"
         ),
-        f"load_in_4bit or load_in_8bit is set, whose weights {name} would shard or cast": (
+        f"load_in_4bit and load_in_8bit aren't trained under {name}, which shards or casts weights": (
             getattr(args, "is_quantised", False)
         ),
         "mixed_precision is fp16, in which DeepSpeed would round the trained weights and the core": (
@@ -133,7 +134,7 @@ def _check_sharded(accelerator: Accelerator, args: Any, name: str) -> None:
         ),
     }
     for what in (what for what, applies in wrong.items() if applies):
-        raise ValueError(f"{what}: change that, or launch with --multi_gpu.")
+        raise ValueError(f"{what}: give another, or launch with --multi_gpu.")
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from nara_diffusion.training.engine_checks import check_engine
 from peft import PeftModel
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.dllm import load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
 from nara_diffusion.training.adapters import add_adapter
+from nara_diffusion.training.engines import check_sharded
 from tests.acceptance._commands import Moment, assert_same_bits, by_the_card, ended_early, metrics, results, run
 from tests.acceptance._runs import ASSETS, text_arguments, text_flags
 
@@ -90,7 +90,7 @@ def test_both_widths_full_training_and_sharded_engines_are_refused(tmp_path: Pat
     args = text_arguments(tmp_path, load_in_4bit=True)
 
     class Engine:
-        distributed_type, num_processes, is_fsdp2 = DistributedType.FSDP, 1, True
+        distributed_type = DistributedType.FSDP
 
     with pytest.raises(ValueError, match=r"aren't trained under FSDP.*launch with --multi_gpu"):
-        check_engine(Engine(), args)  # type: ignore[arg-type]
+        check_sharded(Engine(), args)  # type: ignore[arg-type]
