@@ -46,7 +46,6 @@ _FIELDS = {
     "lora_alpha": ("lora_alpha", "alpha"),
     "target_modules": ("target_modules",),
     "core_type": ("core_type",),
-    "core_scale": ("core_scale",),
 }
 _VIRTUAL_TOKENS = 20
 
@@ -68,10 +67,10 @@ def check_adapter(args: Any) -> None:
     method = method_of(args)
     if method.family != "nara" and args.core_type != "hypernetwork":
         raise ValueError(f"core_type is {args.core_type!r}, which adapter {args.adapter} doesn't have: give nara.")
-    for name, default in (("core_type", "hypernetwork"), ("core_scale", 0.1)):
-        value = getattr(args, name)
-        if name in method.fixed and value not in (default, method.fixed[name]):
-            raise ValueError(f"{name} is {value!r}, but adapter {args.adapter} means {method.fixed[name]!r}.")
+    if args.core_type not in ("hypernetwork", method.fixed.get("core_type", args.core_type)):
+        raise ValueError(
+            f"core_type is {args.core_type!r}, but adapter {args.adapter} means {method.fixed['core_type']!r}."
+        )
     config: Any = adapter_config(args)
     if args.core_start_step and getattr(config, "core_init", None) == "kaiming":
         raise ValueError(
@@ -142,7 +141,7 @@ def adapter_config(
     try:
         config = method.config(**values)
     except (TypeError, ValueError) as error:
-        window = " The strength is that of the window: --open_window leaves it out."
+        window = " The strength is that of the window: leave --min_noise_level and --max_noise_level out."
         raise ValueError(f"{error}{window if str(error).startswith('strength') else ''}") from error
     return config
 
@@ -151,7 +150,7 @@ def _fields_of(args: Any, method: Method, options: Mapping[str, Any]) -> dict[st
     alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     values = {"r": args.rank, "lora_alpha": alpha, "alpha": alpha, "num_virtual_tokens": _VIRTUAL_TOKENS}
     values["target_modules"] = ALL_LINEAR if args.target_modules == [ALL_LINEAR] else list(args.target_modules)
-    values |= {"core_type": args.core_type, "core_scale": args.core_scale}
+    values["core_type"] = args.core_type
     values |= dict.fromkeys(_dropouts(method), args.lora_dropout)
     if args.adapter == "multi_lora":  # r counts all blocks; each has the scale of a LoRA of rank --rank
         blocks = options.get("core_bins", NaraConfig.core_bins)

@@ -55,7 +55,6 @@ class AdapterArguments:
         "docs/adapters.md has one.",
         rare=True,
     )
-    core_scale: float = option(0.1, "η in C = I + η F(e(λ)).", rare=True)
 
 
 @dataclass
@@ -126,12 +125,6 @@ class WindowArguments:
     max_noise_level: float | None = option(
         None, "Train only where λ is below this; none means 1, which is included.", unit="λ", rare=True
     )
-    open_window: bool = option(
-        False,
-        "Leave the adapter on outside of the window. By default a NaRA's file holds the window as its strength, which "
-        "is 0 outside; a LoRA's can't, and the run says how to give it the schedule.",
-        rare=True,
-    )
 
 
 @dataclass
@@ -173,8 +166,9 @@ class RunArguments:
 
 
 def schedule_of(args: Any) -> StrengthSchedule | None:
-    """The strength that the trained adapter is meant to have; None where it is on at every λ."""
-    return None if args.open_window else window_of(args).as_schedule()
+    """The strength that the trained adapter is meant to have: 0 outside of the window; None without one. A NaRA's file
+    holds it; a LoRA's can't, and the run says how to give it the schedule."""
+    return window_of(args).as_schedule()
 
 
 def window_of(args: Any) -> NoiseWindow:

@@ -22,7 +22,7 @@ from .adapters import CORE_FIELDS
 
 _FREE = {"core_init", "lora_a_init", "noise_convention", "scheduler", "strength"}
 """Fields of a core that say how it starts, or what it was trained for, and not what its tensors mean."""
-_SHARED = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type", "core_scale": "core_scale"}
+_SHARED = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type"}
 """{field: the flag that sets it}; other fields are given by adapter_options."""
 
 

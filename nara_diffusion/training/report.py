@@ -193,9 +193,7 @@ def window_facts(args: Any) -> dict[str, str]:
     if window.is_everything:
         return {}
     until = "≤ λ ≤ 1" if window.high == 1 else f"≤ λ < {window.high:g}"
-    if args.open_window:
-        outside = "the adapter is left on outside, where it was not trained"
-    elif method.family == "nara":
+    if method.family == "nara":
         outside = "the adapter is off outside, by the strength in its file"
     elif method.family == "lora":
         outside = "its file can't hold that: give it its schedule as below"

@@ -127,8 +127,8 @@ def test_missing_target_is_refused_with_what_there_is() -> None:
 
 
 def test_arguments_that_a_method_does_not_read_are_logged_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    arguments("lora", core_scale=0.5, core_learning_rate=1e-3, adapter_options={"fourier_scale": 2.0})
-    assert caplog.messages == ["adapter lora doesn't read core_scale, core_learning_rate, fourier_scale"]
+    arguments("lora", core_learning_rate=1e-3, adapter_options={"fourier_scale": 2.0})
+    assert caplog.messages == ["adapter lora doesn't read core_learning_rate, fourier_scale"]
     shipped = {"rank": 2, "target_modules": ["x"], "core_learning_rate": 1.0, "learning_rate": 0.1}
     assert without_unread(shipped, {"adapter": "lora"}).keys() == shipped.keys() - {"core_learning_rate"}
     assert without_unread(shipped, {"adapter": "full"}) == {"learning_rate": 0.1}
