@@ -38,8 +38,6 @@ _REFUSED = (
     "use_bdlora", "use_qalora", "velora_config", "monteclora_config", "kasa_config", "ensure_weight_tying",
 )  # fmt: skip
 """LoRA options by which PEFT computes the update in another way, without C(λ)."""
-_UNSCALED = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
-"""LoRA options that change the model outside of s · B · C · A."""
 _OF_ONE_MACHINE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision",
     "runtime_config",
@@ -218,9 +216,7 @@ class NaraConfig(LoraConfig):
             self.strength = (given if isinstance(given, StrengthSchedule) else StrengthSchedule(given)).as_lists()
         except ValueError as error:
             raise ValueError(f"strength is {given!r}: {error}") from None
-        unscaled = [name for name in _UNSCALED if getattr(self, name) not in (None, False, "none")]
-        if unscaled or changes_base(self.init_lora_weights):
-            name = unscaled[0] if unscaled else "init_lora_weights"
+        for name in unscaled_fields(self):
             raise ValueError(
                 f"strength depends on λ, but would not reach what {name}={getattr(self, name)!r} changes in the model: "
                 "remove one of the two."
@@ -257,6 +253,13 @@ class NaraConfig(LoraConfig):
 def changes_base(start: Any) -> bool:
     """Whether `init_lora_weights` replaces the base weights: by W − s·B·A, or by LoftQ's quantised ones."""
     return str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
+def unscaled_fields(config: LoraConfig) -> list[str]:
+    """The options of a LoRA by which it changes the model outside of s · B · C · A, where no strength would reach."""
+    names = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+    changed = [name for name in names if getattr(config, name, None) not in (None, False, "none", [])]
+    return [*changed, "init_lora_weights"] if changes_base(config.init_lora_weights) else changed
 
 
 def _is_size(value: Any) -> bool:

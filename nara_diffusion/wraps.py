@@ -39,10 +39,10 @@ from nara_diffusion.tuner.model import NaraModel
 from nara_diffusion.tuner.snapshot import restored_on_error
 from nara_diffusion.tuner.strength import (
     check_strength,
+    give_strength,
     has_strength,
     layers_of,
     live_strengths,
-    replace_schedules,
 )
 
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -204,7 +204,7 @@ def _take_schedules(model: Any, name: str, given: list[StrengthSchedule]) -> Non
             f"adapter_weights has {lost[0]} for a block of {type(model).__name__} in which adapter '{name}' adapts no "
             "layer: name blocks as Diffusers' set_adapters does."
         )
-    replace_schedules(model, name, live_strengths(model, name) | found)
+    give_strength(model, name, live_strengths(model, name) | found)
 
 
 def _schedules(weights: Any) -> list[StrengthSchedule]:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nara_diffusion.cores.float32 import Core
+from nara_diffusion.cores.registry import make_cores
 from nara_diffusion.noise.level import core_holders
 from nara_diffusion.training.loop import StepLoss
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler, hold_core
-from nara_diffusion.tuner.core_set import make_cores
 
 ADAPTER = "default"
 ARMS = ("lora", "untold", "nara")

@@ -1,8 +1,10 @@
-"""The types of cores by name: `NaraConfig(core_type=name)`, and `register_core` for a custom one."""
+"""The types of cores by name, `register_core` for a custom one, and the cores of one adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import keyword
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -94,20 +96,8 @@ def needs_noise(config: Any) -> bool:
         return config.strength is not None or build_core(config, config.r).needs_noise
 
 
-def is_tied_to_rank(config: Any) -> bool:
-    """Whether C has no parameters, but depends on the rank, so that each rank has a core of its own."""
-    return config.core_type in ("rank_mask", "bins")
-
-
 class CustomCore(Core):
-    """A registered core in float32, with a check of the shape of its C.
-
-    Args:
-        core: what the factory has made. rank: r. name: of its type, for messages.
-
-    Raises:
-        ValueError: `core` is no module.
-    """
+    """A registered core, which the factory has made, in float32 and with a check of the shape of its C."""
 
     def __init__(self, core: Any, rank: int, name: str) -> None:
         super().__init__(rank)
@@ -122,11 +112,7 @@ class CustomCore(Core):
         self.needs_density = self.needs_noise and bool(getattr(core, "needs_density", False))
 
     def forward(self, noise_level: Tensor | None = None, mask_density: Tensor | None = None) -> Tensor:
-        """λ (b,), density (b,) or None → C (b or 1, r, r), float32.
-
-        Raises:
-            ValueError: the core returns another shape, or no tensor.
-        """
+        """λ (b,), density (b,) or None → C (b or 1, r, r), float32."""
         signals = (noise_level, mask_density) if self.needs_density else (noise_level,) if self.needs_noise else ()
         device = "cpu" if noise_level is None else noise_level.device.type
         with torch.autocast(device, enabled=False):
@@ -141,14 +127,60 @@ class CustomCore(Core):
         return found.float()
 
 
-def rebuild_core(core: CustomCore, config: Any) -> CustomCore:
+def rebuild_core(core: CustomCore, config: Any) -> Core:
     """`core` as its factory makes it from another configuration, with the tensors that it has: the same objects."""
-    with torch.random.fork_rng(devices=[]):  # what is drawn at random is replaced at once
-        rebuilt = build_core(config, core.rank)
-    assert isinstance(rebuilt, CustomCore)
-    trainable = [(parameter, parameter.requires_grad) for parameter in core.parameters()]
-    rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)
-    for parameter, requires_grad in trainable:
-        parameter.requires_grad = requires_grad
     device = next((tensor.device for tensor in (*core.parameters(), *core.buffers())), None)
+    rebuilt = build_core(config, core.rank)
+    rebuilt.load_state_dict(core.state_dict(keep_vars=True), assign=True)
     return rebuilt.to(device).train(core.training)
+
+
+# ---------------------------------------------------------------------- the cores of one adapter
+
+SHARED = "shared"
+"""The group of all layers, and `nara_core.shared.…` in files."""
+
+
+class CoreSet(nn.ModuleDict):
+    """Group of layers → its core; made by `make_cores`."""
+
+    @property
+    def needs_noise(self) -> bool:
+        return any(bool(core.needs_noise) for core in self.values())
+
+    @property
+    def needs_density(self) -> bool:
+        return any(bool(core.needs_density) for core in self.values())
+
+    def matrix(self, group: str, signals: tuple[Tensor, Tensor | None] | None) -> Tensor:
+        """C (b or 1, r, r), float32, of one group at λ (b,) and density, which a core without noise input ignores."""
+        return self[group].at(*(signals or ()))  # type: ignore[operator]
+
+
+def make_cores(config: Any, ranks: dict[str, int]) -> CoreSet:
+    """The cores that a NaraConfig describes. `ranks`: group → the largest rank among its layers."""
+    return CoreSet({group: build_core(config, rank) for group, rank in ranks.items()})
+
+
+def core_group(config: Any, module_name: str, rank: int) -> str:
+    """The name of the core that an adapted module of this rank reads.
+
+    `core_sharing` makes it one for all modules, one for all modules of that name, or one for each module. A core that
+    has no parameters, but depends on the rank, is one for all modules of that rank.
+    """
+    if config.core_type in ("rank_mask", "bins"):
+        return f"rank-{rank}"
+    if config.core_sharing == "global":
+        return SHARED
+    if config.core_sharing == "module_type":
+        group = re.sub(r"(\.\d+)+$", "", module_name).rpartition(".")[2]  # to_out.0 → to_out
+    else:
+        group = module_name.replace(".", "-")
+    # names of attributes of `nn.ModuleDict`, or that files have with an underscore since they once were
+    taken = hasattr(CoreSet, group) or keyword.iskeyword(group) or group in ("at", "groups")
+    return f"{group}_" if taken else group
+
+
+def with_current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` of a file with the old name of the shared core, `nara_core.global`, replaced by the current one."""
+    return {key.replace("nara_core.global.", f"nara_core.{SHARED}."): tensor for key, tensor in tensors.items()}

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nara_diffusion.noise.level import MASKED_SHARE, NoiseSignals, core_holders, find_holders
+from nara_diffusion.noise.denoisers import set_noise_source
+from nara_diffusion.noise.level import MASKED_SHARE, NoiseSignals, core_holders, find_holders, mask_density_radius
 from nara_diffusion.noise.level import noise_level as noise_level_of
-from nara_diffusion.noise.sources import mask_density_radius, set_noise_source
 
 from .models.backbone import Backbone
 
@@ -168,15 +168,15 @@ def read_noise_from_input_ids(
     Raises:
         ValueError: `model` has no NaRA adapter or no mask token, or see `InputIdsNoise`.
     """
-    before = [(holder, holder.source, holder.source_is_default) for holder in core_holders(model)]
+    before = [(holder, holder.given_source) for holder in core_holders(model)]
     mask = Backbone(model).mask_token_id(mask_token_id)
     source = InputIdsNoise(prompt_lengths, mask_token_id=mask, repeated=repeated)
     set_noise_source(model, source)
     try:
         yield source
     finally:
-        for holder, *former in before:
-            holder.restore_source(*former)
+        for holder, former in before:
+            holder.given_source = former
 
 
 _HIDDEN = -1e4

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.random import stratified_uniform
 
 MIN_NOISE_LEVEL = 1e-3

@@ -23,7 +23,7 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.random import stratified_uniform
 
 _DRAWS = 2**20

@@ -21,13 +21,13 @@ from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
+from nara_diffusion.cores.registry import CoreSet, core_group, make_cores
 from nara_diffusion.layers.offloading import onloaded
 from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.loaders.file import AdapterPart
 from nara_diffusion.loaders.strict import held_tensors
 from nara_diffusion.noise.level import Level, NoiseSignals, as_signals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.tuner.core_set import CoreSet, core_group, make_cores
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.inspection import onloaded_cores
 from nara_diffusion.tuner.strength import layers_of, live_strengths, roots_of

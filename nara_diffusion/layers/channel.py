@@ -11,7 +11,7 @@ the next forward of the whole model.)
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,9 +28,8 @@ class CoreChannel:
     """Hands C(λ) from one adapted model's root to its layers, for the thread and time of one forward.
 
     Args:
-        alone: makes C (b or 1, r, r) of a key for a layer outside of any forward of the root, or raises.
-        to_merge: gives C (1, r, r) of a key for a layer that is being merged, which it gets too, and the λ of that.
-        check_merged: raises if λ is known and is another than that of a merged layer.
+        holder: of the cores. It makes C for a layer outside of any forward of the root (`core_alone`) and for merging
+            (`core_to_merge`), and compares λ with that of merged layers (`check_merged`).
         sample_major: whether a layer may see b · k rows, k consecutive ones a sample, where the root sees b.
         one_level: whether layers see something else than samples first, so that a batch must share its λ.
 
@@ -39,17 +38,8 @@ class CoreChannel:
             model, and key → C.
     """
 
-    def __init__(
-        self,
-        alone: Callable[[Key], Tensor],
-        to_merge: Callable[[Key, Any], tuple[Tensor, Any]],
-        check_merged: Callable[[Any], None],
-        sample_major: bool = False,
-        one_level: bool = False,
-    ) -> None:
-        self.alone = alone
-        self.to_merge = to_merge
-        self.check_merged = check_merged
+    def __init__(self, holder: Any, sample_major: bool = False, one_level: bool = False) -> None:
+        self.holder = holder
         self.sample_major = sample_major
         self.one_level = one_level
         self.local = threading.local()
@@ -71,14 +61,11 @@ class CoreChannel:
             core = pushed[2].get(key)
             if core is not None:
                 return core
-        return self.alone(key)
+        return self.holder.core_alone(key)
 
     def push(self, entry: Entry | None, cores: Mapping[Key, Tensor]) -> None:
-        """Give `cores` to the layers until `take_away`. `entry`: the context that told λ, if one did."""
-        self.local.pushed = (present.get(), entry, cores)
-
-    def take_away(self) -> None:
-        self.local.pushed = None
+        """Give `cores` to the layers. `entry`: the context that told λ, if one did."""
+        self.local.pushed = (None if torch.compiler.is_compiling() else present.get(), entry, cores)
 
     def pushed(self) -> tuple[Entry | None, Entry | None, Mapping[Key, Tensor]] | None:
         """What the running forward has pushed; None if none runs."""
@@ -88,12 +75,8 @@ class CoreChannel:
     def using(self, cores: Mapping[Key, Tensor]) -> Iterator[None]:
         """Give `cores` to the layers inside the context, and what was there before afterwards."""
         before = self.pushed()
-        self.local.pushed = (_present(), None if before is None else before[1], cores)
+        self.push(None if before is None else before[1], cores)
         try:
             yield
         finally:
             self.local.pushed = before
-
-
-def _present() -> Entry | None:
-    return None if torch.compiler.is_compiling() else present.get()

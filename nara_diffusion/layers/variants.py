@@ -109,7 +109,7 @@ class NaraVariant(LoraVariant):
         """The base weight with this adapter merged at one C."""
         check_mergeable(module, active_adapter, self.layer_name)
         rank = module.r[active_adapter]
-        core, level = self.channel.to_merge(self.key, module)
+        core, level = self.channel.holder.core_to_merge(self.key, module)
         A, B = factors(module, active_adapter)
         K = times_core(B, core[:, :rank, :rank])  # (1, d_out, r)
         scaling = module.scaling[active_adapter]
@@ -124,7 +124,7 @@ class NaraVariant(LoraVariant):
     def _check_merged(self, module: Any, args: Any) -> None:
         """Check λ before the forward of a merged layer: its root may not run, and so not check it."""
         if module.merged and not module.disable_adapters and self.merged_at is not None:
-            self.channel.check_merged(self.merged_at)
+            self.channel.holder.check_merged(self.merged_at)
 
     def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight)

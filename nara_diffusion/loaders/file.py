@@ -37,7 +37,7 @@ from nara_diffusion.config import (
     is_naras,
     read_config_file,
 )
-from nara_diffusion.tuner.state_dict import with_current_names
+from nara_diffusion.cores.registry import with_current_names
 from nara_diffusion.utils.atomic_write import atomic_write_files
 from nara_diffusion.utils.naming import is_out_of_reach, listed, naming_source
 

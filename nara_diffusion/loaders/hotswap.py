@@ -18,7 +18,7 @@ from nara_diffusion.cores.registry import CustomCore, rebuild_core
 from nara_diffusion.tuner.holder import holder_of
 from nara_diffusion.tuner.strength import (
     check_strength,
-    default_strengths,
+    for_all_layers,
     give_strength,
     has_strength,
     layers_of,
@@ -96,7 +96,7 @@ def check_swappable(model: nn.Module, component: str, adapter_name: str, part: A
     holder = holder_of(model)
     assert holder is not None
     holder.complete(adapter_name, part.config)
-    check_strength(model, adapter_name, default_strengths(model, part.config, adapter_name))
+    check_strength(model, adapter_name, for_all_layers(model, adapter_name, part.config.strength))
     there = part_of(model, adapter_name).tensors
     if there.keys() != part.tensors.keys():
         different = sorted(there.keys() ^ part.tensors.keys())
@@ -126,7 +126,7 @@ def swap(model: Any, adapter_name: str, part: AdapterPart) -> None:
     _follow(holder.cores[adapter_name], config)
     config = holder.complete(adapter_name, config)
     holder.reconfigure(adapter_name, config)
-    give_strength(model, adapter_name, default_strengths(model, config, adapter_name))
+    give_strength(model, adapter_name, for_all_layers(model, adapter_name, config.strength))
 
 
 def _follow(cores: Any, config: NaraConfig) -> None:

@@ -1,8 +1,12 @@
-"""What the pipelines of Diffusers pass to each class of denoisers as its timestep, read off their sources.
+"""Who tells λ to a model: the timestep of its class of denoisers, or a source that users register or set.
 
-A class is looked up by its name, then by those of its base classes; `register_denoiser` adds one. Where layers see
-b · k rows, k consecutive ones a sample, while the model sees b samples, the class is declared so (`sample_major`):
-frames of a video, timesteps of tokens or frames, tokens of a text inside an embedder. It is never guessed from sizes.
+What the pipelines of Diffusers pass to each class as its timestep was read off their sources. A class is looked up by
+its name, then by those of its base classes; `register_denoiser` adds one. Where layers see b · k rows, k consecutive
+ones a sample, while the model sees b samples, the class is declared so (`sample_major`): frames of a video, timesteps
+of tokens or frames, tokens of a text inside an embedder. It is never guessed from sizes.
+
+An adapter is saved with the name of the definition of λ that it was trained with (`noise_convention`), and is refused
+by a model whose source has another. Registering a source under that name says how to read λ for such an adapter.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .level import as_tensor
-from .timesteps import COUNTED, LARGEST_LOG_SIGMA, TimestepNoise
+from .level import MASKED_SHARE, NoiseSource, as_tensor, core_holders
+from .timesteps import CONVENTIONS, COUNTED, LARGEST_LOG_SIGMA, TimestepNoise
 
 
 @dataclass
@@ -41,20 +45,13 @@ class Denoiser(TimestepNoise):
     schedulers: Sequence[Any] = ()
 
     def read_as(self, convention: str | None) -> Denoiser:
-        """The same for adapters with this `convention`; None is that of the class.
-
-        Models of discrete schedules are trained in EDM's terms too, or converted to a rectified flow: an adapter that
-        says so is read so.
-        """
+        """The same for adapters with this `convention`: models of discrete schedules are trained in EDM's terms too, or
+        converted to a rectified flow."""
         meanings = {"edm": "edm", "flow": "sigma_1000"} if self.meaning == "discrete" else {}
         return replace(self, meaning=meanings.get(convention or "", self.meaning))
 
     def under(self, schedulers: Sequence[Any]) -> Denoiser:
-        """The same while these are the schedulers of the pipelines.
-
-        Raises:
-            ValueError: λ depends on N, and their N differ.
-        """
+        """The same while these are the schedulers of the pipelines, whose N have to agree where λ depends on it."""
         lengths = {length for one in schedulers if (length := one.config.get("num_train_timesteps"))}
         if self.meaning not in COUNTED or not lengths:
             return replace(self, schedulers=schedulers)
@@ -162,23 +159,72 @@ def register_denoiser(
 
 
 def denoiser_of(model: nn.Module) -> Denoiser | None:
-    """The entry of the class of `model`; None if no such denoiser was declared."""
+    """The entry of the class of `model`; None if no such denoiser was declared.
+
+    Some classes serve models that mean different things, which their configuration tells apart.
+    """
     name = next((kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _DENOISERS), None)
-    return None if name is None else _for_config(name, _DENOISERS[name], getattr(model, "config", None))
-
-
-def _for_config(name: str, denoiser: Denoiser, config: Any) -> Denoiser:
-    """Some classes serve models that mean different things, which their configuration tells apart."""
+    if name is None:
+        return None
+    denoiser, config = _DENOISERS[name], getattr(model, "config", None)
     if name == "SanaTransformer2DModel":  # SanaSprint, which alone is conditioned on guidance, is given σ
-        return (
-            replace(denoiser, meaning="sigma") if config.guidance_embeds else _scaled(denoiser, config.timestep_scale)
-        )
-    if name == "CosmosTransformer3DModel":  # Cosmos 1, which alone learns positions, is given ¼ ln σ of EDM
-        return replace(denoiser, meaning="edm") if config.extra_pos_embed_type == "learnable" else denoiser
+        changes = {"meaning": "sigma"} if config.guidance_embeds else {"scale": config.timestep_scale}
+        return replace(denoiser, **changes)
+    if name == "CosmosTransformer3DModel" and config.extra_pos_embed_type == "learnable":  # Cosmos 1: ¼ ln σ of EDM
+        return replace(denoiser, meaning="edm")
     if name == "SanaWMLTX2RefinerTransformer3DModel":  # it is given σ · timestep_scale_multiplier
-        return _scaled(denoiser, config.timestep_scale_multiplier)
+        return replace(denoiser, scale=config.timestep_scale_multiplier)
     return denoiser
 
 
-def _scaled(denoiser: Denoiser, scale: float) -> Denoiser:
-    return replace(denoiser, scale=scale)
+# ---------------------------------------------------------------------- sources that users register or set
+
+
+_sources: dict[str, NoiseSource] = {}
+
+
+def register_noise_source(source: NoiseSource) -> None:
+    """Use `source` for every model whose first adapter has the `noise_convention` of the source.
+
+        register_noise_source(ShareOfFrames())  # whose `convention` is "share_of_frames"
+        pipe.load_nara_weights("adapter")       # trained with NaraConfig(noise_convention="share_of_frames")
+
+    It is a callable (module, args, kwargs) → NoiseSignals, λ (1,) or (b,) in [0, 1]. It holds for models that are
+    adapted afterwards, and takes precedence over the default of their class. All of them share the one source.
+
+    Raises:
+        ValueError: the source names no convention, one that this package defines, or one that another source tells.
+    """
+    name = getattr(source, "convention", None)
+    if not (isinstance(name, str) and name and callable(source)):
+        raise ValueError(
+            f"{source!r} is no source of λ: expected a callable (module, args, kwargs) → NoiseSignals whose attribute "
+            "`convention` names λ's definition."
+        )
+    if name in (*CONVENTIONS, MASKED_SHARE):
+        raise ValueError(
+            f"λ as {name!r} is defined by this package: name your definition otherwise, or give one model a source of "
+            "its own, set_noise_source(model, source)."
+        )
+    if _sources.setdefault(name, source) is not source:
+        raise ValueError(f"λ as {name!r} has a source already, {_sources[name]!r}: name your definition otherwise.")
+
+
+def first_source(denoiser: Denoiser | None, convention: str | None) -> NoiseSource | None:
+    """The default source of λ of a model whose first adapter defines λ so; None if there is none."""
+    if convention in _sources:
+        return _sources[convention]
+    return None if denoiser is None else denoiser.read_as(convention)
+
+
+def set_noise_source(model: nn.Module, source: NoiseSource | None) -> None:
+    """Read λ (1,) or (b,) from `source` at each forward of `model` outside of `noise_level(…)`; None removes it.
+
+    Raises:
+        ValueError: `model` holds no NaRA adapter, or one was trained with another convention of λ.
+    """
+    holders = core_holders(model)
+    for holder in holders:
+        holder.check_source(source)
+    for holder in holders:
+        holder.set_source(source)

@@ -55,11 +55,7 @@ def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def as_signals(noise_level: Level, mask_density: Level | None = None) -> NoiseSignals:
-    """Both by `as_signal`, with one length: a value for the whole batch is repeated to match one value a sample.
-
-    Raises:
-        ValueError: see `as_signal`; or two different lengths.
-    """
+    """Both by `as_signal`, with one length: a value for the whole batch is repeated to match one value a sample."""
     level = as_signal(noise_level)
     if mask_density is None:
         return NoiseSignals(level)
@@ -183,23 +179,24 @@ def backward_pass() -> int:
 
 
 def find_holders(model: nn.Module) -> list[Any]:
-    """The holders of cores at or below `model`.
+    """The holders of cores at or below `model`."""
+    children = (child for module in outer_modules(model) for child in module._modules.values())
+    return [child for child in children if getattr(type(child), "is_core_holder", False)]
 
-    The insides of LoRA layers, three quarters of the modules of an adapted LLaDA-8B, hold none: samplers call this at
-    every step.
+
+def outer_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """`root` and the modules below it, in any order, without the insides of adapted layers and of holders.
+
+    These are five sixths of an adapted SDXL UNet, and samplers look for holders at every step.
     """
-    found, seen, left = [], set(), [model]
+    seen, left = set(), [root]
     while left:
         module = left.pop()
-        if id(module) in seen or "lora_A" in module._modules:
+        if id(module) in seen or "lora_A" in module._modules or getattr(type(module), "is_core_holder", False):
             continue
         seen.add(id(module))
-        for child in module._modules.values():
-            if getattr(type(child), "is_core_holder", False):
-                found.append(child)
-            elif child is not None:
-                left.append(child)
-    return found
+        left.extend(child for child in module._modules.values() if child is not None)
+        yield module
 
 
 def core_holders(model: nn.Module) -> list[Any]:
@@ -216,3 +213,13 @@ def core_holders(model: nn.Module) -> list[Any]:
             f"{type(model).__name__} holds no NaRA adapter: add one first, e.g. get_peft_model(model, NaraConfig(…))."
         )
     return found
+
+
+def mask_density_radius(model: nn.Module) -> int | None:
+    """The radius R, in tokens, of the mask density that the active adapters of `model` read; None if they don't."""
+    radii = {radius for holder in find_holders(model) for radius in holder.density_radii}
+    if len(radii) > 1:
+        raise ValueError(
+            f"Active adapters read mask densities of different radii, {sorted(radii)}: activate one at a time."
+        )
+    return radii.pop() if radii else None

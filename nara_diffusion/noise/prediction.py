@@ -27,7 +27,7 @@ KINDS = ("epsilon", "v_prediction", "sample", FLOW)
 
 
 class Prediction(NamedTuple):
-    """Kind and path, as in the module's docstring; kinds have the names of Diffusers' `prediction_type`."""
+    """Kind and path; kinds have the names of Diffusers' `prediction_type`."""
 
     kind: str
     path: str = "variance preserving"
@@ -54,31 +54,24 @@ def prediction_in(fields: Mapping[str, Any]) -> Prediction | None:
 
 
 def prediction_by(scheduler: Any) -> Prediction | None:
-    """`prediction_of` a scheduler; None if there is no scheduler.
-
-    `from_config` keeps another class's options in the configuration, also those that this class doesn't have.
-    """
+    """`prediction_of` a scheduler; None if there is no scheduler."""
     if scheduler is None:
         return None
-    unread = _PATHS - _options_of(type(scheduler))
+    unread = _unread_paths(type(scheduler))
     config = {name: value for name, value in scheduler.config.items() if name not in unread}
     return prediction_of(type(scheduler).__name__, config)
 
 
 @cache
-def _options_of(kind: type) -> frozenset[str]:
-    """Names of the options that a scheduler's class has; where it passes all on, those that name a path too."""
+def _unread_paths(kind: type) -> frozenset[str]:
+    """Options that a class doesn't have, though `from_config` keeps another class's in its configuration."""
     parameters = inspect.signature(kind).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return frozenset(parameters) | (_PATHS if passes_on else frozenset())
+    return frozenset() if passes_on else _PATHS - frozenset(parameters)
 
 
 def carried_scheduler(configs: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
-    """The fields of the scheduler that the adapters of these names were trained for; None if none was for another.
-
-    Raises:
-        ValueError: two of them were trained for different predictions.
-    """
+    """The fields of the scheduler that the adapters of these names were trained for; None if none was for another."""
     carried = {name: fields for name in names if (fields := getattr(configs.get(name), "scheduler", None)) is not None}
     predictions = {name: prediction_in(fields) for name, fields in carried.items()}
     if len(set(predictions.values())) > 1:
@@ -91,7 +84,7 @@ def carried_scheduler(configs: Mapping[str, Any], names: Iterable[str]) -> dict[
 
 
 def how_to_set(fields: Mapping[str, Any] | None) -> str:
-    """The line that sets a scheduler with these fields."""
+    """The line that sets a scheduler with these fields, for messages."""
     if fields is None:
         return "pipe.scheduler = the one that the base model came with"
     options = (f"{name}={fields[name]!r}" for name in _NAMED if fields.get(name) is not None)

@@ -1,4 +1,4 @@
-"""The strength of an adapter as a function of λ: s(λ), by which its update is multiplied.
+"""The strength of an adapter as a function of λ, and the window of λ that training draws from.
 
     ΔW(λ) = s(λ) · α/r · B C(λ) A            W0 + ΔW(λ) inside DoRA's norm, too
 
@@ -9,6 +9,7 @@ s is piecewise linear between points (λ, strength), and constant before the fir
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -40,7 +41,12 @@ class StrengthSchedule:
 
     def __init__(self, points: Iterable[Sequence[float]]) -> None:
         self.points: tuple[tuple[float, float], ...] = tuple(_pairs(points))
-        _check_order(torch.tensor([level for level, _ in self.points], dtype=torch.float32).tolist())
+        levels = torch.tensor([level for level, _ in self.points], dtype=torch.float32).tolist()
+        for before, after in pairwise(levels):
+            if after < before:
+                raise ValueError(f"points has λ {after:g} after λ {before:g}: pass the points by ascending λ.")
+        if any(first == last for first, last in zip(levels, levels[2:], strict=False)):
+            raise ValueError("points has three points at one λ, of which the middle one would never count: pass two.")
 
     def __call__(self, noise_level: Level) -> Tensor:
         """s(λ) (b,), float32, of λ (b,), or (1,) of a number.
@@ -79,7 +85,6 @@ def is_number(value: Any) -> bool:
 
 
 def _pairs(points: Any) -> Iterator[tuple[float, float]]:
-    """Each point as numbers. Raises ValueError: see `StrengthSchedule`."""
     given = list(points) if isinstance(points, Iterable) and not isinstance(points, (str, bytes, dict)) else []
     if not given:
         raise ValueError(f"points is {points!r}: pass at least one pair (λ, strength), e.g. {_EXAMPLE}.")
@@ -94,9 +99,40 @@ def _pairs(points: Any) -> Iterator[tuple[float, float]]:
         yield float(point[0]), float(point[1])
 
 
-def _check_order(levels: list[float]) -> None:
-    for before, after in pairwise(levels):
-        if after < before:
-            raise ValueError(f"points has λ {after:g} after λ {before:g}: pass the points by ascending λ.")
-    if any(first == last for first, last in zip(levels, levels[2:], strict=False)):
-        raise ValueError("points has three points at one λ, of which the middle one would never count: pass two.")
+@dataclass(frozen=True)
+class NoiseWindow:
+    """The noise levels that training draws λ from: low ≤ λ < high, and λ = 1 too where high is 1.
+
+    Raises:
+        ValueError: a window without a λ of [0, 1].
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(
+                f"low is {self.low} and high {self.high}, expected 0 ≤ low < high ≤ 1: λ is 1 at pure noise, and "
+                "timestep 700 of 1000 is 0.7."
+            )
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether no λ in [0, 1] lies outside."""
+        return self.low <= 0 and self.high >= 1
+
+    def contains(self, noise_level: Tensor) -> Tensor:
+        """Whether λ (b,) lies inside, (b,) bool, in float32 as λ is."""
+        levels = noise_level.float()
+        low, high = levels.new_tensor(self.low), levels.new_tensor(self.high)
+        return (levels >= low) & ((levels < high) | (high == 1))
+
+    def as_schedule(self) -> StrengthSchedule | None:
+        """The strength of an adapter that is off outside: 1 where `contains` is true, else 0; None if always 1."""
+        below = [(self.low, 0.0), (self.low, 1.0)] if self.low > 0 else []
+        above = [(self.high, 1.0), (self.high, 0.0)] if self.high < 1 else []
+        return StrengthSchedule(below + above) if below + above else None
+
+
+EVERYTHING = NoiseWindow()

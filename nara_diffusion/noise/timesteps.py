@@ -7,13 +7,13 @@
     edm          σ / (1 + σ)     x_σ = x + σ ε, t = ¼ ln σ (arXiv 2206.00364) or 2/π atan σ: the σ of the flow with as
                                  much noise
 
-λ = 1 is pure noise in all of them. The convention's name is stored in an adapter (`noise_convention`) and checked when
-a source of λ is set or an adapter is loaded. N is that of a source that a user has set; else of the present scheduler
-of the pipelines that loaded an adapter; else 1000.
+λ = 1 is pure noise in all of them. N is that of a source that a user has set; else of the present scheduler of the
+pipelines that loaded an adapter; else 1000.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
@@ -29,8 +29,7 @@ LARGEST_LOG_SIGMA = math.log(1e6)
 
 
 def _of_angle(angle: Tensor) -> Tensor:
-    """σ / (1 + σ) for σ = tan angle"""
-    return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
+    return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))  # σ / (1 + σ) for σ = tan angle
 
 
 _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
@@ -40,7 +39,6 @@ _MEANINGS: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
     "data_1000": ("flow", lambda t, n: 1 - t / n),
     "data": ("flow", lambda t, n: 1 - t),
     "ratio": ("timestep", lambda t, n: t),
-    # σ / (1 + σ) for σ = tan πt/2
     "angle": ("edm", lambda t, n: _of_angle(t * torch.pi / 2)),
     # σ / (1 + σ) for σ = exp 4t
     "edm": ("edm", lambda t, n: torch.where(4 * t.abs() < LARGEST_LOG_SIGMA, torch.sigmoid(4 * t), torch.nan)),
@@ -97,11 +95,7 @@ class TimestepNoise:
         self.convention = _MEANINGS[self.meaning][0]
 
     def noise_level(self, timestep: float | Tensor) -> Tensor:
-        """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes.
-
-        Raises:
-            ValueError: an empty timestep, or one that does not have this meaning.
-        """
+        """λ (1,) or (b,), float32, of a timestep of any of the accepted shapes and dtypes."""
         t = as_tensor(timestep).float()
         if t.numel() == 0:
             raise ValueError(f"{self.argument} has shape {tuple(t.shape)}: expected a number, (batch,) or (batch, …).")
@@ -122,11 +116,7 @@ class TimestepNoise:
         """Accept any timestep: the user has declared its meaning. `Denoiser` refuses ambiguous ones."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoiseSignals:
-        """λ of one forward of `module`: (b,), or (1,) if all samples have the same.
-
-        Raises:
-            ValueError: the forward has no such argument, or see `noise_level` and `check`.
-        """
+        """λ of one forward of `module`: (b,), or (1,) if all samples have the same."""
         arguments = arguments_of(module, args, kwargs)
         given = [t for name in (self.argument, *self.also) if (t := arguments.get(name)) is not None]
         # a video that is given, without noise, has no timesteps beside those of its sound
@@ -136,9 +126,7 @@ class TimestepNoise:
         if not given:
             names = " and no ".join((self.argument, *self.also))
             raise ValueError(f"λ can't be read: this forward of {type(module).__name__} got no {names}.")
-        level = self.noise_level(given[0])
-        for other in given[1:]:
-            level = torch.maximum(level, self.noise_level(other))
+        level = functools.reduce(torch.maximum, map(self.noise_level, given))
         self.check(given[0])
         # one C for all, where pipelines expand a timestep to the batch: parts of the batch, as PAG's, may see it too
         is_shared = not level.requires_grad and bool((level == level[0]).all())

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nara_diffusion.cores.registry import check_core_type
-from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.noise.strength_schedule import NoiseWindow, StrengthSchedule
 
 from .adapters import adapter_config, check_adapter, import_core_module
 from .methods import method_of

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.noise.strength_schedule import NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
 
 # all, and thirds of [0, 1]: an adapter's gain depends on λ, so one mean over all λ hides it

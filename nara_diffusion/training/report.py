@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from nara_diffusion.cores.registry import BUILT_IN, needs_noise
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .adapters import adapter_config, module_name, title_of

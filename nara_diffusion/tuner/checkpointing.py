@@ -9,13 +9,14 @@ no C and raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from nara_diffusion.layers.channel import CoreChannel, Key
+from nara_diffusion.noise.level import outer_modules
 
 _ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Where Transformers and Diffusers, and where `CheckpointWrapper`, keep the function."""
@@ -34,6 +35,11 @@ class CheckpointWithCore:
             return self.checkpoint(function, *args, **kwargs)
         cores = pushed[2]
         return self.checkpoint(_WithCores(function, tuple(cores), self.channel), *cores.values(), *args, **kwargs)
+
+    def passes(self, channel: CoreChannel) -> bool:
+        """Whether it, or one that it wraps in an adapted part of an adapted model, passes the cores of `channel` on."""
+        inner = self.checkpoint
+        return self.channel is channel or (isinstance(inner, CheckpointWithCore) and inner.passes(channel))
 
 
 class _WithCores:
@@ -61,7 +67,8 @@ def checkpoint_with_core(root: nn.Module, channel: CoreChannel) -> None:
     for module in outer_modules(root):
         for name in _ATTRIBUTES:
             checkpoint = module.__dict__.get(name)
-            if callable(checkpoint) and channel not in _channels(checkpoint):
+            wrapped = isinstance(checkpoint, CheckpointWithCore) and checkpoint.passes(channel)
+            if callable(checkpoint) and not wrapped:
                 setattr(module, name, CheckpointWithCore(checkpoint, channel))
 
 
@@ -72,23 +79,3 @@ def checkpoint_without_core(root: nn.Module, channel: CoreChannel) -> None:
             checkpoint = module.__dict__.get(name)
             if isinstance(checkpoint, CheckpointWithCore) and checkpoint.channel is channel:
                 setattr(module, name, checkpoint.checkpoint)
-
-
-def outer_modules(root: nn.Module) -> Iterator[nn.Module]:
-    """`root` and the modules below it, without the insides of adapted layers: five sixths of an adapted SDXL UNet.
-
-    The order is arbitrary; a module that occurs twice is yielded twice.
-    """
-    left: list[nn.Module | None] = [root]
-    while left:
-        module = left.pop()
-        if module is not None and "lora_A" not in module._modules:
-            left.extend(module._modules.values())
-            yield module
-
-
-def _channels(checkpoint: Any) -> list[CoreChannel]:
-    """The channels whose cores `checkpoint` passes on: two in an adapted part of an adapted model."""
-    if not isinstance(checkpoint, CheckpointWithCore):
-        return []
-    return [checkpoint.channel, *_channels(checkpoint.checkpoint)]

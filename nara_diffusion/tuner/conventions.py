@@ -9,16 +9,26 @@ adapters.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor, nn
+
 from nara_diffusion.cores.registry import needs_noise
-from nara_diffusion.noise.denoisers import Denoiser
-from nara_diffusion.noise.level import NoiseSource
+from nara_diffusion.layers.channel import CoreChannel
+from nara_diffusion.noise.denoisers import Denoiser, first_source
+from nara_diffusion.noise.level import (
+    NoiseSignals,
+    NoiseSource,
+    arguments_of,
+    as_signals,
+    backward_pass,
+    entry_for,
+    outer_modules,
+)
 from nara_diffusion.noise.prediction import carried_scheduler, how_to_set, prediction_by, prediction_in
-from nara_diffusion.noise.sources import first_source
 
 REPLACED = "_nara_replaced_scheduler"
 """The attribute of a pipeline with the scheduler that it had before an adapter's was set."""
@@ -32,48 +42,40 @@ class HasSource:
     """The source of λ of a holder of cores.
 
     Attributes:
+        given_source: that of `set_noise_source`, None if it was removed, `_DEFAULT` before.
         pipelines: weak references to the pipelines that loaded adapters.
         length: N where there is no such pipeline: that of the last one, or of a training; None for 1000.
     """
 
     root: Any
     configs: dict[str, Any]
-    reading: Callable[[], list[str]]
-    depends_on_noise: Callable[[str], bool]
+    channel: CoreChannel
+    reading: Any
+    depends_on_noise: Any
+    needs_density: Any
 
     def init_source(self, denoiser: Denoiser | None) -> None:
-        self._denoiser = denoiser
-        self._source: Any = _DEFAULT
+        self.denoiser = denoiser
+        self.given_source: Any = _DEFAULT
         self.length: int | None = None
         self._made: tuple[Any, NoiseSource | None] | None = None
         self.pipelines: list[weakref.ref[Any]] = []
 
-    # ------------------------------------------------------------------ the source
-
     @property
     def source_is_default(self) -> bool:
-        """Whether no user has set or removed it."""
-        return self._source is _DEFAULT
-
-    @property
-    def source(self) -> NoiseSource | None:
-        """Tells λ to forwards outside of `noise_level(…)`; None if nothing does."""
-        return self._source_with(next(iter(self._defined().values()), None))
+        return self.given_source is _DEFAULT
 
     def present_source(self) -> NoiseSource | None:
-        """`source` with the N, and the meaning of small timesteps, of the pipelines' present schedulers.
-
-        Where the pipelines have gone, N stays the last one.
-        """
+        """Tells λ to forwards outside of `noise_level(…)`, with N and the meaning of small timesteps of the pipelines'
+        present schedulers; None if nothing does."""
         if not self.source_is_default:
-            return self._source
-        convention = next(iter(self._defined().values()), None)
-        schedulers = self.schedulers()
+            return self.given_source
+        convention, schedulers = next(iter(self._defined().values()), None), self.schedulers()
         lengths = [scheduler.config.get("num_train_timesteps") for scheduler in schedulers]
         state = (convention, [*map(id, schedulers)], lengths, self.length)
         if self._made is not None and self._made[0] == state:  # as in the forward before
             return self._made[1]
-        source = first_source(self._denoiser, convention)
+        source = first_source(self.denoiser, convention)
         if isinstance(source, Denoiser):
             if schedulers:
                 source = source.under(schedulers)
@@ -85,16 +87,11 @@ class HasSource:
 
     def set_source(self, source: NoiseSource | None) -> None:
         """See `nara_diffusion.set_noise_source`. Assumed definitions become that of `source`."""
-        self.check_source(source)
-        self._source = source
+        self.given_source = source
         for config in self.configs.values() if source is not None else ():
             if is_assumed(config):
                 config.noise_convention = getattr(source, "convention", None)
                 config.assumes_convention = False
-
-    def restore_source(self, source: NoiseSource | None, is_default: bool) -> None:
-        """Undo `set_source`: what `source` and `source_is_default` were before."""
-        self._source = _DEFAULT if is_default else source
 
     def check_source(self, source: NoiseSource | None) -> None:
         """Raises ValueError if `source` and an adapter define λ differently."""
@@ -102,8 +99,74 @@ class HasSource:
             if not is_assumed(self.configs[name]):
                 _check(source, name, convention, "so pass one that tells it so, or remove the adapter first.")
 
-    def _source_with(self, convention: str | None) -> NoiseSource | None:
-        return first_source(self._denoiser, convention) if self.source_is_default else self._source
+    # ------------------------------------------------------------------ λ of a forward
+
+    def signals_of_forward(self, names: list[str], args: Any, kwargs: Any) -> NoiseSignals | None:
+        """λ and the mask density for a forward of the root; None where none of these adapters needs them."""
+        entry = entry_for(self)
+        if not any(map(self.depends_on_noise, names)):
+            return None
+        if entry is not None and entry.backward != backward_pass():
+            raise ValueError(
+                "A backward pass runs the whole adapted model again (a checkpoint function around it?), and the λ that "
+                "is active now may not be that of the first run: enter `with noise_level(model, value):` inside the "
+                "checkpointed function, or use the model's own `gradient_checkpointing_enable()`."
+            )
+        source = self.present_source() if entry is None else None
+        signals = entry.signals if entry is not None else None
+        if source is not None:
+            signals = as_signals(*source(self.root, args, kwargs))
+        self.check_known(names, signals)
+        if signals is not None and len(signals.noise_level) > 1:
+            self._check_rows(len(signals.noise_level), args, kwargs)
+        return signals
+
+    def _check_rows(self, values: int, args: Any, kwargs: Any) -> None:
+        """Refuse several values of λ which layers of this class of models can't tell apart: these see no samples first,
+        or they may see multiples of the batch, and there is not one value a row of the root's first tensor."""
+        kind = type(self.root).__name__
+        if self.channel.one_level:
+            raise ValueError(
+                f"noise_level has {values} values, but the layers of {kind} see tokens where others see samples, so "
+                "that each cannot get its own C: let the batch share one λ, or run its samples one by one."
+            )
+        if self.denoiser is None or not self.channel.sample_major:
+            return
+        arguments = arguments_of(self.root, args, kwargs)
+        arguments.pop(self.denoiser.argument, None)
+        batch = next((len(one) for one in arguments.values() if isinstance(one, Tensor) and one.dim() > 0), None)
+        if values != batch:
+            raise ValueError(
+                f"noise_level has {values} values, but the batch is {batch}: pass one value, or one a sample of the "
+                "batch as the model sees it (after CFG or repeats)."
+            )
+        if any(map(_splits_batch, outer_modules(self.root))):
+            raise ValueError(
+                f"noise_level has {values} values, but blocks of {kind} run on slices of the batch (forward chunking, "
+                "or FreeNoise's split inference), whose samples cannot be told apart: pass one λ for the whole batch, "
+                "or turn that off (chunking along dim=1 is fine)."
+            )
+
+    def check_known(self, names: list[str], signals: NoiseSignals | None, remedy: str | None = None) -> None:
+        """Raises ValueError if λ or the mask density is not known, and these adapters need it.
+
+        `remedy`: the end of the message, if not the usual.
+        """
+        noisy = [name for name in names if self.depends_on_noise(name)] if signals is None else []
+        if noisy:
+            usual = (
+                "call the model inside `with noise_level(model, value):`, or let it read λ from its own inputs by "
+                f"`set_noise_source(model, source)`.{_how_to_declare(self.root)}"
+            )
+            raise ValueError(
+                f"λ is not known, but adapter(s) {', '.join(map(repr, noisy))} depend on it: {remedy or usual}"
+            )
+        known = signals is not None and signals.mask_density is not None
+        if dense := [] if known else list(filter(self.needs_density, names)):
+            raise ValueError(
+                f"The mask density is not known, but adapter(s) {', '.join(map(repr, dense))} read it: pass "
+                "noise_level(model, value, mask_density=…), or set a source that tells it."
+            )
 
     # ------------------------------------------------------------------ the adapters' definitions of λ
 
@@ -118,15 +181,16 @@ class HasSource:
         Raises:
             ValueError: it has another than the source.
         """
-        others = self._defined(but=name)
-        source = self._source_with(next(iter(others.values()), config.noise_convention))
+        others, own = self._defined(but=name), config.noise_convention
+        first = next(iter(others.values()), own)
+        source = first_source(self.denoiser, first) if self.source_is_default else self.given_source
         if not is_assumed(config):
-            _check(source, name, config.noise_convention, self._remedy(name, config.noise_convention, list(others)))
+            _check(source, name, own, self._remedy(own, list(others)))
         config = copy(config)  # the caller's may serve several models
-        if source is not None and needs_noise(config) and (config.noise_convention is None or is_assumed(config)):
+        if source is not None and needs_noise(config) and (own is None or is_assumed(config)):
             config.noise_convention = getattr(source, "convention", None)
             config.assumes_convention = self.source_is_default
-        elif config.noise_convention is None:
+        elif own is None:
             config.assumes_convention = True
         return config
 
@@ -136,16 +200,15 @@ class HasSource:
         Returns:
             Adapter → its other definition; empty if they now agree.
         """
-        defined, names = self._defined(), [name for name in self.reading() if self.depends_on_noise(name)]
-        others = {name: defined[name] for name in names if name in defined and not is_assumed(self.configs[name])}
-        others = {name: other for name, other in others.items() if other != convention}
-        for name in [] if others else names:
-            config = self.configs[name]
+        configs = {name: self.configs[name] for name in self.reading() if self.depends_on_noise(name)}
+        sure = {n: getattr(c, "noise_convention", None) for n, c in configs.items() if not is_assumed(c)}
+        others = {name: each for name, each in sure.items() if each not in (None, convention)}
+        for config in [] if others else configs.values():
             if is_assumed(config):
                 config.noise_convention, config.assumes_convention = convention, False
         return others
 
-    def _remedy(self, name: str, convention: str | None, others: list[str]) -> str:
+    def _remedy(self, convention: str | None, others: list[str]) -> str:
         """What to do where the source tells λ otherwise than an adapter to be added needs."""
         if others:
             return f"as {' and '.join(map(repr, others))} of this model needs: remove that first, or use another model."
@@ -172,14 +235,8 @@ class HasSource:
         return [scheduler for scheduler in schedulers if hasattr(scheduler, "config")]
 
     def check_prediction(self, names: Iterable[str]) -> None:
-        """Refuse a forward while a pipeline's scheduler expects another prediction.
-
-        Args:
-            names: of the adapters that are read, and of those that are merged.
-
-        Raises:
-            ValueError: it does; or two of the adapters were trained for different predictions.
-        """
+        """Refuse a forward while a pipeline's scheduler expects another prediction than the adapters `names`, read or
+        merged, were trained for; or two of these were trained for different ones."""
         if not self.pipelines:
             return
         configs, pipes = getattr(self.root, "peft_config", {}), self.present_pipelines()
@@ -214,3 +271,16 @@ def _check(source: NoiseSource | None, adapter_name: str, convention: str | None
             f"Adapter '{adapter_name}' was trained with λ defined as {convention!r}, but the source of λ tells "
             f"{told!r}, {remedy}"
         )
+
+
+def _splits_batch(module: nn.Module) -> bool:
+    own = vars(module)
+    chunked = own.get("_chunk_size") is not None and own.get("_chunk_dim") == 0
+    return chunked or (type(module).__name__ == "SplitInferenceModule" and own.get("split_dim") == 0)
+
+
+def _how_to_declare(root: nn.Module) -> str:
+    kinds = [kind.__name__ for kind in type(root).__mro__]
+    if "ModelMixin" not in kinds:  # of Diffusers
+        return ""
+    return f" To have it read its timestep, declare register_denoiser('{kinds[0]}', meaning) before adding adapters."

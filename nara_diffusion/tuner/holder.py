@@ -15,17 +15,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from nara_diffusion.cores.registry import CoreSet
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.noise.denoisers import Denoiser
-from nara_diffusion.noise.level import NoiseSignals, as_signals, backward_pass, entry_for
+from nara_diffusion.noise.level import NoiseSignals, entry_for
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
-from .batch_signals import check_known, check_rows_of_root, of_adapter
 from .checkpointing import checkpoint_with_core, checkpoint_without_core
 from .conventions import REPLACED, HasSource
-from .core_set import CoreSet
 from .inspection import ReadOutsideForwards
 from .merging import MergesCores
 
@@ -64,9 +63,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         self.layers: dict[str, list[Any]] = {}
         self.readers: dict[str, dict[str, Reader]] = {}
         self.channel = CoreChannel(
-            self.core_alone,
-            self.core_to_merge,
-            self.check_merged,
+            self,
             sample_major=denoiser is not None and denoiser.sample_major,
             one_level=denoiser is not None and (denoiser.one_level or denoiser.packed),
         )
@@ -92,7 +89,15 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         """Add an adapter, or replace one. `layers`: those that it adapts."""
         self.cores[name] = cores
         self.configs[name], self.layers[name] = config, layers
-        self.readers[name] = {group: Reader(group) for group in cores}
+        self.readers[name] = {}
+        for group in cores:
+            self.key_of(name, group)
+
+    def key_of(self, name: str, group: str, schedule: StrengthSchedule | None = None) -> Key:
+        """The key by which layers read the core of a group, times a strength over λ."""
+        label = group if schedule is None else f"{group} at {schedule}"
+        self.readers[name][label] = Reader(group, schedule)
+        return name, label
 
     def drop_deleted(self) -> None:
         """Forget the adapters that have left `peft_config`, also if another one has come in their place."""
@@ -161,9 +166,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         if name not in self.cores:
             return False
         cores: Any = self.cores[name]
-        return any(core.needs_noise for core in cores.values()) or any(
-            reader.schedule is not None for reader in self.readers[name].values()
-        )
+        return cores.needs_noise or any(reader.schedule is not None for reader in self.readers[name].values())
 
     @property
     def needs_noise(self) -> bool:
@@ -173,11 +176,11 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
     @property
     def density_radii(self) -> set[int]:
         """The radii of the mask densities that are read."""
-        return {self.configs[name].mask_density_radius for name in self.reading() if self._needs_density(name)}
+        return {self.configs[name].mask_density_radius for name in self.reading() if self.needs_density(name)}
 
-    def _needs_density(self, name: str) -> bool:
+    def needs_density(self, name: str) -> bool:
         cores: Any = self.cores[name]
-        return any(core.needs_density for core in cores.values())
+        return cores.needs_density
 
     # ------------------------------------------------------------------ hooks of the root
 
@@ -205,7 +208,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
             ValueError: λ is needed and not known, or not that of merged layers; or a pipeline's scheduler expects
                 another prediction.
         """
-        self.channel.take_away()
+        self.channel.local.pushed = None
         self.drop_deleted()
         is_disabled = all(layer.disable_adapters for layers in self.layers.values() for layer in layers[:1])
         merged = None if is_disabled else self.merged_at()  # PEFT takes disabled ones out in this forward
@@ -225,47 +228,22 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
                 group.onload_()
         if torch.is_grad_enabled():
             checkpoint_with_core(self.root, self.channel)
-        signals = self._signals(names, args, kwargs)
-        cores = self.make_cores(names, signals)
+        cores = self.make_cores(names, self.signals_of_forward(names, args, kwargs))
         self.channel.push(entry_for(self), _beside_inputs(cores, args, kwargs))
 
-    def _signals(self, names: list[str], args: Any, kwargs: Any) -> NoiseSignals | None:
-        entry = entry_for(self)
-        if not any(map(self.depends_on_noise, names)):
-            return None
-        if entry is not None and entry.backward != backward_pass():
-            raise ValueError(
-                "A backward pass runs the whole adapted model again (a checkpoint function around it?), and the λ that "
-                "is active now may not be that of the first run: enter `with noise_level(model, value):` inside the "
-                "checkpointed function, or use the model's own `gradient_checkpointing_enable()`."
-            )
-        source = self.present_source() if entry is None else self.source
-        signals = entry.signals if entry is not None else None
-        if entry is None and source is not None:
-            signals = as_signals(*source(self.root, args, kwargs))
-        self.check_known(names, signals)
-        if signals is not None and len(signals.noise_level) > 1:
-            check_rows_of_root(self, signals, source, args, kwargs)
-        return signals
-
-    def check_known(self, names: list[str], signals: NoiseSignals | None, remedy: str | None = None) -> None:
-        """Raises ValueError if λ or the mask density is not known, and these adapters need it."""
-        if signals is not None and (signals.mask_density is not None or not any(map(self._needs_density, names))):
-            return
-        noisy, dense = ([n for n in names if needs(n)] for needs in (self.depends_on_noise, self._needs_density))
-        check_known(self.root, noisy, dense, signals, remedy)
+    # ------------------------------------------------------------------ C(λ)
 
     def make_cores(self, names: list[str], signals: NoiseSignals | None) -> dict[Key, Tensor]:
         """Key → C (b or 1, r, r) for these adapters; layers read no C where it is I."""
-        mixed, found = self.mixed_batch(), {}
+        found = {}
         for name in names:
-            own, made = signals if mixed is None else of_adapter(name, signals, mixed), {}
+            own, made = self.of_adapter(name, signals), {}
             cores: Any = self.cores[name]
             for label, (group, schedule) in self.readers[name].items():
                 if schedule is None and isinstance(cores[group], IdentityCore):
                     continue
                 if group not in made:
-                    made[group] = cores[group].at(*(own or ()))
+                    made[group] = cores.matrix(group, own)
                 found[name, label] = _scaled(made[group], schedule, own)
         return found
 
@@ -274,7 +252,7 @@ class CoreHolder(HasSource, MergesCores, ReadOutsideForwards, nn.Module):
         name, label = key
         group, schedule = self.readers[name][label]
         cores: Any = self.cores[name]
-        return _scaled(cores[group].at(*(signals or ())), schedule, signals)
+        return _scaled(cores.matrix(group, signals), schedule, signals)
 
 
 def holder_of(root: Any) -> CoreHolder | None:
@@ -303,7 +281,7 @@ def _before_forward(root: nn.Module, args: Any, kwargs: Any) -> None:
 def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
     holder = holder_of(root)
     if holder is not None:
-        holder.channel.take_away()
+        holder.channel.local.pushed = None
 
 
 def _reads(layer: LoraLayer, name: str) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nara_diffusion.cores.registry import CoreSet
 from nara_diffusion.layers.channel import CoreChannel, Key
 from nara_diffusion.layers.offloading import groups_of
 from nara_diffusion.loaders.strict import PEFT_PREFIX
 from nara_diffusion.noise.level import NoiseSignals, as_signals, backward_pass, core_holders, entry_for, find_holders
-
-from .batch_signals import of_adapter
-from .core_set import CoreSet
 
 
 class ReadOutsideForwards:
@@ -23,10 +21,10 @@ class ReadOutsideForwards:
 
     root: Any
     channel: CoreChannel
-    matrix: Callable[[Key, NoiseSignals | None], Tensor]
-    depends_on_noise: Callable[[str], bool]
-    check_known: Callable[..., None]
-    mixed_batch: Callable[[], list[str] | None]
+    matrix: Any
+    depends_on_noise: Any
+    check_known: Any
+    mixed_batch: Any
 
     @torch.compiler.disable(recursive=True)
     def core_alone(self, key: Key) -> Tensor:
@@ -54,7 +52,17 @@ class ReadOutsideForwards:
                 "called by itself, so that its samples cannot be told apart: pass one value, or call the whole model."
             )
         with self.in_memory():
-            return self.matrix(key, of_adapter(name, signals, self.mixed_batch()))
+            return self.matrix(key, self.of_adapter(name, signals))
+
+    def of_adapter(self, adapter_name: str, signals: NoiseSignals | None) -> NoiseSignals | None:
+        """The signals of the samples whose adapter this is, in a mixed batch; else all."""
+        names = self.mixed_batch()
+        if names is None or signals is None or len(signals.noise_level) == 1:
+            return signals
+        if len(signals.noise_level) != len(names):
+            raise ValueError(f"noise_level has {len(signals.noise_level)} values, but adapter_names has {len(names)}.")
+        rows = [index for index, name in enumerate(names) if name == adapter_name]
+        return NoiseSignals(*(None if signal is None else signal[rows] for signal in signals))  # type: ignore[arg-type]
 
     @contextmanager
     def in_memory(self) -> Iterator[None]:

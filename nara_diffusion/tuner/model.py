@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from peft.utils.save_and_load import _filter_state_dict_for_adapter_name
 from torch import Tensor, nn
 
 from nara_diffusion.config import NaraConfig
-from nara_diffusion.cores.registry import BUILT_IN
+from nara_diffusion.cores.registry import BUILT_IN, core_group, make_cores, with_current_names
 from nara_diffusion.layers.dispatch import (
     check_convolution,
     check_target,
@@ -31,12 +32,10 @@ from nara_diffusion.loaders.strict import PEFT_PREFIX, check_core_precision, che
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.level import find_holders
 
-from .core_set import SHARED, core_group, core_tensors, make_cores
 from .holder import HOLDER_NAME, CoreHolder, drop_idle_holder, holder_of
 from .merging import MergesAtOneLevel
 from .snapshot import restored_on_error
-from .state_dict import refuse_name_in_key, with_current_names
-from .strength import default_strengths, give_strength
+from .strength import for_all_layers, give_strength
 
 _STATE_DICT_REMEDY = "leave state_dict out, or convert A and B alone and give the core as model.state_dict() has it"
 
@@ -90,7 +89,6 @@ class NaraModel(MergesAtOneLevel):
         config = self.peft_config[adapter_name]
         if not isinstance(config, NaraConfig):
             raise ValueError(f"Adapter '{adapter_name}' has a {type(config).__name__}: NaraModel needs a NaraConfig.")
-        self._check_name(model, adapter_name, config)
         if is_dispatched_by_layers(model) and not hasattr(model, "hf_device_map"):
             raise ValueError(
                 f"{type(model).__name__} is offloaded layer by layer, so that a new adapter would have no values: load "
@@ -111,11 +109,12 @@ class NaraModel(MergesAtOneLevel):
                         model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers_only or None
                     )
                 self._add_cores(holder, adapter_name, config, layers, low_cpu_mem_usage)
+                holder.attach()
+                _check_names(model, set(self.peft_config))
                 for layer in layers.values():
                     layer._disable_adapters = bool(states) and all(states)
-                holder.attach()
                 holder.follow_factors()
-                give_strength(model, adapter_name, default_strengths(model, config, adapter_name))
+                give_strength(model, adapter_name, for_all_layers(model, adapter_name, config.strength))
         except BaseException:
             getattr(model, "peft_config", {}).pop(adapter_name, None)
             raise
@@ -140,8 +139,6 @@ class NaraModel(MergesAtOneLevel):
     def _create_and_replace(  # type: ignore[override]
         self, lora_config: NaraConfig, adapter_name: str, target, target_name, parent, current_key, **kwargs: Any
     ) -> None:
-        group = core_group(lora_config, current_key, lora_config.r)
-        refuse_name_in_key(f"{PEFT_PREFIX}{current_key}.{group}", set(self.peft_config) - {adapter_name})
         check_convolution(target, current_key)
         if lora_config.reads_core:
             check_target(target, lora_config.use_dora, current_key)
@@ -159,18 +156,6 @@ class NaraModel(MergesAtOneLevel):
             layer.lora_variant[adapter_name] = variant_class(self._channel, adapter_name, group, current_key, rows)
         if lora_config.lora_a_init == "orthogonal":
             make_directions_orthonormal(layer, adapter_name)
-
-    def _check_name(self, model: nn.Module, adapter_name: str, config: NaraConfig) -> None:
-        """Refuse names that PEFT would confuse when it saves; `_create_and_replace` looks at the names of layers."""
-        others = set(self.peft_config) - {adapter_name}
-        if others:
-            own = model.state_dict()
-            adapted = _filter_state_dict_by_key_prefixes(own, _get_tuner_state_dict_key_prefixes(model))
-            for key in (*adapted, *(key for key in own if key.startswith(HOLDER_NAME))):
-                refuse_name_in_key(f"{PEFT_PREFIX}{key}", {adapter_name})
-            core = core_tensors(config, {SHARED: config.r})
-            parts = (HOLDER_NAME, "cores", *core, "lora_A", "lora_B", "weight", "bias")
-            refuse_name_in_key(".".join(parts), others)
 
     # ------------------------------------------------------------------ removal
 
@@ -293,6 +278,20 @@ def _without_holder(root: nn.Module) -> Iterator[None]:
     finally:
         if holder is not None:
             root._modules[HOLDER_NAME] = holder
+
+
+def _check_names(model: nn.Module, names: set[str]) -> None:
+    """Refuse an adapter that is named like a part of a key: beside another one, PEFT would save neither whole."""
+    for key in model.state_dict() if len(names) > 1 else ():
+        if not any(part in key for part in (".lora_", ".base_layer.", f"{HOLDER_NAME}.")):
+            continue
+        parts = f"{PEFT_PREFIX}{key}".split(".")
+        for before, name in pairwise(parts):
+            if name in names and not before.startswith(("lora_", "cores", "modules_to_save")):
+                raise ValueError(
+                    f"adapter '{name}' is named like a part of '{key}': beside another adapter it would make PEFT "
+                    "leave tensors out when saving. Choose another name."
+                )
 
 
 def _check_mixed_batch(model: nn.Module, adapter_names: list[str]) -> None:

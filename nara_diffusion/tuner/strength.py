@@ -17,10 +17,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant, _DoraConvNdVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from nara_diffusion.config import NaraConfig
+from nara_diffusion.config import NaraConfig, unscaled_fields
+from nara_diffusion.cores.registry import SHARED, CoreSet, core_group
 from nara_diffusion.cores.simple import IdentityCore
 from nara_diffusion.layers.dispatch import check_target, variant_for
 from nara_diffusion.layers.rows import rows_of
@@ -28,8 +28,7 @@ from nara_diffusion.layers.variants import NaraVariant
 from nara_diffusion.noise.denoisers import denoiser_of
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
 
-from .core_set import SHARED, CoreSet, core_group
-from .holder import CoreHolder, Reader, drop_idle_holder, holder_of
+from .holder import CoreHolder, drop_idle_holder, holder_of
 
 _DORA = (DoraLinearVariant, _DoraConvNdVariant)
 
@@ -58,15 +57,13 @@ def set_strength(model: nn.Module, adapter_name: str, strength: StrengthSchedule
             adapter (see `check_strength`).
     """
     checked = _checked(strength)
-    roots = roots_of(model, adapter_name)
-    schedules = {}
-    for root in roots:
-        is_schedule = isinstance(checked, StrengthSchedule)
-        schedules[root] = dict.fromkeys(layers_of(root, adapter_name), checked) if is_schedule else {}
-        check_strength(root, adapter_name, schedules[root])
+    schedule = checked if isinstance(checked, StrengthSchedule) else None
+    schedules = {root: for_all_layers(root, adapter_name, schedule) for root in roots_of(model, adapter_name)}
+    for root, by_layer in schedules.items():
+        check_strength(root, adapter_name, by_layer)
     for root, by_layer in schedules.items():
         if strength is None or by_layer:
-            replace_schedules(root, adapter_name, by_layer)
+            give_strength(root, adapter_name, by_layer)
         for layer in layers_of(root, adapter_name).values():
             layer.set_scale(adapter_name, 1.0 if isinstance(checked, StrengthSchedule) else checked)
 
@@ -84,11 +81,7 @@ def _checked(strength: Any) -> StrengthSchedule | float:
 
 
 def roots_of(model: Any, adapter_name: str) -> list[Any]:
-    """The models at or below `model` that have the adapter, without PEFT's wrappers.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The models at or below `model` that have the adapter, without PEFT's wrappers; at least one."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself, e.g. pipe.unet.")
     roots: list[Any] = [
@@ -111,16 +104,21 @@ def layers_of(root: nn.Module, adapter_name: str) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if adapter_name in layer._all_available_adapter_names()}
 
 
-# ---------------------------------------------------------------------- what an adapter has
+def for_all_layers(root: nn.Module, adapter_name: str, strength: Any) -> dict[str, StrengthSchedule]:
+    """A strength over λ, or its points, for `give_strength`: for all layers of the adapter; empty if it is None."""
+    if strength is None:
+        return {}
+    schedule = strength if isinstance(strength, StrengthSchedule) else StrengthSchedule(strength)
+    return dict.fromkeys(layers_of(root, adapter_name), schedule)
 
 
 def live_strengths(root: nn.Module, adapter_name: str) -> dict[str, StrengthSchedule]:
     """Name of a layer → its strength as a function of λ, for the layers of the adapter that have one."""
     if not has_strength(root, adapter_name):
         return {}
-    readers = holder_of(root).readers[adapter_name]  # type: ignore[union-attr]
-    variants = {name: layer.lora_variant.get(adapter_name) for name, layer in layers_of(root, adapter_name).items()}
-    found = {name: readers[each.key[1]].schedule for name, each in variants.items() if isinstance(each, NaraVariant)}
+    holder: Any = holder_of(root)
+    readers = holder.readers[adapter_name]
+    found = {name: readers[variant.key[1]].schedule for name, variant in _variants(root, adapter_name, holder).items()}
     return {name: schedule for name, schedule in found.items() if schedule is not None}
 
 
@@ -133,63 +131,45 @@ def has_strength(root: nn.Module, adapter_name: str) -> bool:
     return any(reader.schedule is not None for reader in holder.readers.get(adapter_name, {}).values())
 
 
-def shared_schedule(root: Any, adapter_name: str) -> StrengthSchedule | None:
-    """The schedule of an adapter, if it is one for all of its layers."""
-    live, layers = live_strengths(root, adapter_name), layers_of(root, adapter_name)
-    return next(iter(live.values())) if len(live) == len(layers) and len(set(live.values())) == 1 else None
-
-
-def default_strengths(root: nn.Module, config: Any, adapter_name: str) -> dict[str, StrengthSchedule]:
-    """The strengths of a new adapter for `give_strength`, from its configuration."""
-    points = getattr(config, "strength", None)
-    return dict.fromkeys(layers_of(root, adapter_name), StrengthSchedule(points)) if points else {}
+def _variants(root: nn.Module, adapter_name: str, holder: CoreHolder) -> dict[str, NaraVariant]:
+    """Name of a layer → the variant by which it reads its core from this holder."""
+    layers = layers_of(root, adapter_name).items()
+    found = {name: getattr(layer, "lora_variant", {}).get(adapter_name) for name, layer in layers}
+    return {
+        name: variant
+        for name, variant in found.items()
+        if isinstance(variant, NaraVariant) and variant.channel is holder.channel
+    }
 
 
 # ---------------------------------------------------------------------- giving and taking
 
 
-def replace_schedules(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
-    """Replace the schedules of all layers of the adapter; a NaRA's configuration has the one that all of them share.
-
-    Args:
-        by_layer: name of a layer of `root` → its schedule, checked by `check_strength`.
-    """
-    give_strength(root, adapter_name, by_layer)
-    config, holder = root.peft_config[adapter_name], holder_of(root)
-    if not isinstance(config, NaraConfig) or holder is None:
-        return
-    strength = shared_schedule(root, adapter_name)
-    config = copy(config)  # the caller's may serve several models
-    config.strength = None if strength is None else strength.as_lists()
-    holder.reconfigure(adapter_name, holder.complete(adapter_name, config))
-
-
 def give_strength(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
-    """Set the strengths of the layers of an adapter; they replace all previous ones.
+    """Set the strengths over λ of the layers of an adapter; they replace all previous ones. A NaRA's configuration has
+    the one that all of its layers share.
 
     Args:
         by_layer: name of a layer of `root` → its strength, checked by `check_strength`.
     """
     _take_strength(root, adapter_name)
-    if not by_layer:
-        return
     config, layers = root.peft_config[adapter_name], layers_of(root, adapter_name)
-    holder = _holder_with(root, adapter_name, layers)
-    variants: dict[str, NaraVariant] = {}
-    for name, layer in layers.items():
-        if name in by_layer and not isinstance(layer.lora_variant.get(adapter_name), NaraVariant):
-            layer.lora_variant[adapter_name] = _variant_for(root, config, holder, layer, name, adapter_name)
-        variant = layer.lora_variant.get(adapter_name)
-        if isinstance(variant, NaraVariant) and variant.channel is holder.channel:
-            variants[name] = variant
-    wanted = {name: Reader(variant.group, by_layer.get(name)) for name, variant in variants.items()}
-    labels: dict[Reader, str] = {}
-    for reader in wanted.values():
-        same = sum(other.group == reader.group for other in labels)
-        labels.setdefault(reader, reader.group if not same else f"{reader.group} at strength {same}")
-    for name, variant in variants.items():
-        variant.key = (adapter_name, labels[wanted[name]])
-    holder.readers[adapter_name] = {label: reader for reader, label in labels.items()}
+    holder = _holder_with(root, adapter_name, layers) if by_layer else holder_of(root)
+    if holder is None or adapter_name not in holder.cores:
+        return
+    for name in by_layer:
+        variants = layers[name].lora_variant
+        if not isinstance(variants.get(adapter_name), NaraVariant):
+            variants[adapter_name] = _variant_for(root, config, holder, layers[name], name, adapter_name)
+    if by_layer:
+        holder.readers[adapter_name] = {}
+        for name, variant in _variants(root, adapter_name, holder).items():
+            variant.key = holder.key_of(adapter_name, variant.group, by_layer.get(name))
+    if isinstance(config, NaraConfig):
+        config = copy(config)  # the caller's may serve several models
+        shared = len(by_layer) == len(layers) and len(set(by_layer.values())) == 1
+        config.strength = next(iter(by_layer.values())).as_lists() if shared else None
+        holder.reconfigure(adapter_name, holder.complete(adapter_name, config))
 
 
 def _take_strength(root: Any, adapter_name: str) -> None:
@@ -199,17 +179,16 @@ def _take_strength(root: Any, adapter_name: str) -> None:
         return
     config, cores = root.peft_config[adapter_name], holder.cores[adapter_name]
     is_plain = all(isinstance(core, IdentityCore) for core in cores.values())  # type: ignore[operator]
-    for layer in layers_of(root, adapter_name).values():
-        variant = layer.lora_variant.get(adapter_name)
-        if not isinstance(variant, NaraVariant) or variant.channel is not holder.channel:
-            continue
-        variant.key = (adapter_name, variant.group)
+    layers, holder.readers[adapter_name] = layers_of(root, adapter_name), {}
+    for group in cores:  # type: ignore[union-attr]
+        holder.key_of(adapter_name, group)
+    for name, variant in _variants(root, adapter_name, holder).items():
+        variant.key = holder.key_of(adapter_name, variant.group)
         if is_plain:
-            del layer.lora_variant[adapter_name]
-            own = layer.resolve_lora_variant(config=config)
+            del layers[name].lora_variant[adapter_name]
+            own = layers[name].resolve_lora_variant(config=config)
             if own is not None:
-                layer.lora_variant[adapter_name] = own
-    holder.readers[adapter_name] = {group: Reader(group) for group in cores}  # type: ignore[union-attr]
+                layers[name].lora_variant[adapter_name] = own
     if not isinstance(config, NaraConfig):
         holder.remove(adapter_name)
         if holder.source_is_default:  # a source that a user has set serves the next strength too
@@ -240,46 +219,35 @@ def _variant_for(
     return variant_class(holder.channel, adapter_name, group, name, rows_of(root, name))
 
 
-# ---------------------------------------------------------------------- refused
-
-
 def check_strength(root: Any, adapter_name: str, by_layer: Mapping[str, StrengthSchedule]) -> None:
-    """Refuse strengths that would scale only a part of the adapter, or that come after merging.
-
-    Raises:
-        ValueError: the adapter is merged; or it has layers without LoRA variants, biases, or modules of its own.
-    """
+    """Refuse strengths that come after merging, or that would scale only a part of the adapter: it has layers without
+    LoRA variants, biases, or modules of its own."""
     layers = layers_of(root, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Adapter '{adapter_name}' is merged, at the strength that it had: call pipe.unfuse_lora(), or "
             "unmerge_adapter() of the PeftModel, before you change its strength."
         )
-    missed = _missed(root, adapter_name, {name: layers[name] for name in by_layer}) if by_layer else None
-    if missed is not None:
+    fields = unscaled_fields(root.peft_config[adapter_name]) if by_layer else []
+    missed = [f"what {name} changes in the model" for name in fields]
+    missed = missed or list(filter(None, (_missed(layers[name], name, adapter_name) for name in by_layer)))
+    if missed:
         raise ValueError(
-            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed}: give "
-            "this adapter a float."
+            f"Adapter '{adapter_name}' cannot have a strength that depends on λ, which would not reach {missed[0]}: "
+            "give this adapter a float."
         )
 
 
-def _missed(root: Any, adapter_name: str, layers: Mapping[str, Any]) -> str | None:
-    """A part of the adapter that a strength in the place of C would not scale."""
-    for name, module in root.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            return f"'{name}', which is trained and saved as a whole"
-    if getattr(root.peft_config[adapter_name], "bias", "none") != "none":
-        return "the biases that it trains"
-    for name, layer in layers.items():
-        variant = getattr(layer, "lora_variant", {}).get(adapter_name)
-        if not isinstance(layer, LoraLayer) or not isinstance(variant, (NaraVariant, *_DORA, type(None))):
-            return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
-        if layer.lora_bias.get(adapter_name):
-            return f"the bias of B (lora_bias=True) of layer '{name}'"
-        if not isinstance(variant, NaraVariant):
-            check_target(layer, variant is not None, name)
-            variant_for(layer, variant is not None, name)
-            A: Any = layer.lora_A[adapter_name].weight if adapter_name in layer.lora_A else None
-            if A is not None and len(A) != layer.r[adapter_name]:
-                return f"layer '{name}', in which enable_lora_hotswap has made room for rank {len(A)}"
+def _missed(layer: Any, name: str, adapter_name: str) -> str | None:
+    """What a strength in the place of C would not scale, if the layer is such."""
+    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+    if isinstance(variant, NaraVariant):
+        return None
+    if not isinstance(layer, LoraLayer) or not isinstance(variant, (*_DORA, type(None))):
+        return f"layer '{name}', which is adapted by PEFT's {type(layer).__name__}"
+    check_target(layer, variant is not None, name)
+    variant_for(layer, variant is not None, name)
+    A: Any = layer.lora_A[adapter_name].weight if adapter_name in layer.lora_A else None
+    if A is not None and len(A) != layer.r[adapter_name]:
+        return f"layer '{name}', in which enable_lora_hotswap has made room for rank {len(A)}"
     return None

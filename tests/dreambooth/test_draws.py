@@ -16,7 +16,7 @@ from nara_diffusion.dreambooth.draws import (
     torch_generator,
 )
 from nara_diffusion.dreambooth.objectives import build_objective
-from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.noise.strength_schedule import NoiseWindow
 
 LEVELS = torch.arange(1000)
 STRATIFIED: dict[str, Any] = {"seed": 4, "stratified": True}

@@ -16,7 +16,7 @@ from nara_diffusion.dreambooth.image_records import records_from_folder
 from nara_diffusion.dreambooth.objectives import build_objective
 from nara_diffusion.dreambooth.training_step import TrainingStep
 from nara_diffusion.loaders.schedulers import scheduler_fields
-from nara_diffusion.noise.window import NoiseWindow
+from nara_diffusion.noise.strength_schedule import NoiseWindow
 from tests.helpers.denoisers import told
 from tests.helpers.small_pipelines import small_sdxl
 

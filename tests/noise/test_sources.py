@@ -11,9 +11,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from nara_diffusion import StrengthSchedule, noise_level, register_noise_source, set_noise_source
-from nara_diffusion.noise import sources
-from nara_diffusion.noise.level import NoiseSignals, as_signals
-from nara_diffusion.noise.sources import is_noise_aware, mask_density_radius
+from nara_diffusion.noise import denoisers
+from nara_diffusion.noise.level import NoiseSignals, as_signals, find_holders, mask_density_radius
 from tests.helpers.adapted import TwoLayers, adapted, default_core, disturb, nara_config, relative_error
 
 TARGETS = ["first", "second"]
@@ -56,7 +55,7 @@ class Share:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_sources", {})
+    monkeypatch.setattr(denoisers, "_sources", {})
 
 
 @pytest.fixture
@@ -149,14 +148,18 @@ def test_level_that_requires_a_gradient_gets_that_of_finite_differences(model: P
     assert relative_error(leaf.grad, torch.stack(moved)) < 1e-2
 
 
+def _needs_noise(model: nn.Module) -> bool:
+    return any(holder.needs_noise for holder in find_holders(model))
+
+
 def test_model_says_what_its_active_adapters_read() -> None:
-    assert not is_noise_aware(TwoLayers())
-    assert not is_noise_aware(adapted(TwoLayers(), target_modules=TARGETS, core_type="constant"))
+    assert not _needs_noise(TwoLayers())
+    assert not _needs_noise(adapted(TwoLayers(), target_modules=TARGETS, core_type="constant"))
     model = adapted(TwoLayers(), target_modules=TARGETS, core_input="both", mask_density_radius=3)
-    assert is_noise_aware(model)
+    assert _needs_noise(model)
     assert mask_density_radius(model) == 3
     with model.disable_adapter():
-        assert not is_noise_aware(model)
+        assert not _needs_noise(model)
         assert mask_density_radius(model) is None
     model.add_adapter("far", nara_config(target_modules=TARGETS, core_input="both", mask_density_radius=9))
     model.base_model.set_adapter(["default", "far"])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 
 
 def test_window_contains_its_lower_end_and_not_its_upper_one() -> None:

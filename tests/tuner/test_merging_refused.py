@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nara_diffusion import noise_level
-from nara_diffusion.noise.sources import is_noise_aware
+from nara_diffusion.noise.level import core_holders
 from tests.helpers.adapted import (
     OneLayer,
     TwoLayers,
@@ -47,7 +47,7 @@ def test_a_merge_that_one_layer_refuses_touches_none(merge):
     for name, tensor in tensors_of_base(model).items():
         torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(unmerged_output(model, x, 0.35), expected, rtol=1e-5, atol=1e-5)
-    assert is_noise_aware(model)
+    assert core_holders(model)[0].needs_noise
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
@@ -68,4 +68,4 @@ def test_a_safe_merge_of_a_broken_adapter_touches_nothing(merge):
         getattr(model, merge)(noise_level=0.35, safe_merge=True)
     for name, tensor in tensors_of_base(model).items():
         torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-6)
-    assert is_noise_aware(model)
+    assert core_holders(model)[0].needs_noise

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from nara_diffusion.dllm.data.collator import AnswerCollator
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.dllm.models.backbone import evaluating
-from nara_diffusion.noise.window import EVERYTHING, NoiseWindow
+from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.engines import split_across_processes
 from nara_diffusion.training.measures import before_and_after, validation_means
