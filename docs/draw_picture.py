@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from peft import PeftModel
 
-from nara_diffusion.dllm import generate, load_backbone, prompt_text, records_from_file
+from nara_diffusion.dllm import generate, load_backbone, prompt_text, read_records
 
 Step = tuple[float, list[str]]  # λ, and the answer's tokens
 MASK, END = "mask", "end"
@@ -65,7 +65,7 @@ def main(run: str | Path, output: str | Path = "docs/nara.png", question: int = 
     base, tokenizer = load_backbone(settings["pretrained_model_name_or_path"])
     model = PeftModel.from_pretrained(base, run)
     found = -1
-    for record in records_from_file(settings["test_file"]):
+    for record in read_records(settings["test_file"]):
         with model.disable_adapter():
             before = trace(model, tokenizer, record["instruction"], settings["gen_length"])
         after = trace(model, tokenizer, record["instruction"], settings["gen_length"])

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, masked_diffusion_loss, records_from_file
+from nara_diffusion.dllm import AnswerCollator, encode_records, load_backbone, masked_diffusion_loss, read_records
 
 ASSETS = Path(__file__).parent / "assets"
 GEN_LENGTH = 12  # tokens of an answer, enough for every question of the task
@@ -27,7 +27,7 @@ def load_shipped_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def load_rows(tokenizer: PreTrainedTokenizerBase, split: str, only: str = "") -> Dataset:
     """Rows of `split` ("train", "validation" or "test") as token ids; `only` keeps the questions that contain it."""
-    records = records_from_file(ASSETS / "two-step" / f"{split}.jsonl")
+    records = read_records(ASSETS / "two-step" / f"{split}.jsonl")
     chosen = records.filter(lambda record: only in record["instruction"])
     return encode_records(chosen, tokenizer, max_length=64).rows
 

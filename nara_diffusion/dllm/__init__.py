@@ -2,7 +2,7 @@
 
 from nara_diffusion.dllm.data.collator import AnswerCollator
 from nara_diffusion.dllm.data.encoding import EncodedRecords, encode_prompts, encode_records, prompt_text
-from nara_diffusion.dllm.data.records import FieldNames, records_from_file, records_from_hub
+from nara_diffusion.dllm.data.records import read_records
 from nara_diffusion.dllm.evaluation.exact_match import ExactMatch, exact_match, stop_token_ids
 from nara_diffusion.dllm.evaluation.likelihood import log_likelihood
 from nara_diffusion.dllm.evaluation.noise_curve import noise_level_curve
@@ -18,7 +18,6 @@ __all__ = [
     "AnswerCollator",
     "EncodedRecords",
     "ExactMatch",
-    "FieldNames",
     "Generation",
     "GenerationStep",
     "InputIdsNoise",
@@ -38,7 +37,6 @@ __all__ = [
     "noise_level_curve",
     "prompt_text",
     "read_noise_from_input_ids",
-    "records_from_file",
-    "records_from_hub",
+    "read_records",
     "stop_token_ids",
 ]

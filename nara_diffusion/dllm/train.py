@@ -27,7 +27,7 @@ from nara_diffusion.check.check_tasks import text_task
 from nara_diffusion.check.verdict import check_training
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
 from nara_diffusion.dllm.canvas import check_canvas, check_positions
-from nara_diffusion.dllm.data.collator import GlobalBatchStream, TrainedCanvas, with_longest
+from nara_diffusion.dllm.data.collator import GlobalBatchStream, trained_canvas, with_longest
 from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.data.records import load_records
 from nara_diffusion.dllm.evaluation.before_after import (
@@ -145,7 +145,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     steps = run.plan(len(stream.samples))
     model = build_adapter(backbone, args, strength=schedule_of(args))
     check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
-    check_positions(model, collator.padded_length(longest, longest_prompt))
+    check_positions(model, collator.padded_length(longest, longest_prompt, longest))
     if run.checkpoint is not None:
         load_checkpoint(model, run.checkpoint)
     elif args.init_adapter is not None:
@@ -154,8 +154,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     # Train
     optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
-    canvas = TrainedCanvas(stream, collator, args.gen_length, args.block_length)
-    if run.is_main and (warning := canvas.warning()):
+    canvas, warning = trained_canvas(stream, collator, args.gen_length, args.block_length)
+    if run.is_main and warning:
         logger.warning("%s", warning)
     loader = stream_loader(stream, collator, **run.batches)
     model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
@@ -167,9 +167,9 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     facts = {
         "adapter": title_of(args),
         "optimizer steps": f"{steps} of {run.global_batch} samples",
-        "training data": f"{len(stream.samples)} records of {records[0].info.description} (train_on {args.train_on})",
+        "training data": f"{len(stream.samples)} records of {records[0].info.description}, train_on {args.train_on}",
         "validation data": f"{len(validation_rows)} rows of {records[1].info.description}",
-        "canvas": canvas.fact(),
+        "canvas": canvas,
         "trainable parameters": f"{trainable:,}",
         "hardware": run.hardware,
         **window_facts(args),

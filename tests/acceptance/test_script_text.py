@@ -19,7 +19,7 @@ from nara_diffusion.dllm import (
     exact_match,
     load_backbone,
     noise_level_curve,
-    records_from_file,
+    read_records,
 )
 from tests.acceptance._commands import by_the_card, metrics, names, results, run, tensors
 from tests.acceptance._runs import TEXT, text_flags
@@ -98,7 +98,7 @@ def test_card_s_code_loads_the_model_that_was_measured(finished: Path, flags: di
     scope = by_the_card(finished, until="prompt =")
     model, tokenizer = scope["model"], scope["tokenizer"]
     test, validation = (
-        encode_records(records_from_file(flags[name]), tokenizer, max_length=40).rows
+        encode_records(read_records(flags[name]), tokenizer, max_length=40).rows
         for name in ("test_file", "validation_file")
     )
     found, found_curve = results(finished), {}

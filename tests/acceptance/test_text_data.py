@@ -11,11 +11,10 @@ import pytest
 
 from nara_diffusion.dllm import (
     AnswerCollator,
-    FieldNames,
     encode_prompts,
     encode_records,
     prompt_text,
-    records_from_file,
+    read_records,
 )
 from tests.acceptance._tokenizers import SPECIAL, word_tokenizer
 
@@ -41,14 +40,14 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_file_in_each_form_holds_the_same_records(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FORMS[name])
-    assert list(records_from_file(tmp_path / name)) == READ
+    assert list(read_records(tmp_path / name)) == READ
 
 
 def test_fields_under_other_names_are_read_and_an_answer_is_the_output_by_default(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps({"question": "q", "context": "c", "response": " r", "id": 3}))
-    names = FieldNames(instruction="question", input="context", output="response")
+    names = {"instruction": "question", "input": "context", "output": "response"}
     expected = {"instruction": "q", "input": "c", "output": " r", "answer": " r"}
-    assert list(records_from_file(tmp_path / "data.jsonl", names)) == [expected]
+    assert list(read_records(tmp_path / "data.jsonl", names)) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -63,20 +62,20 @@ def test_fields_under_other_names_are_read_and_an_answer_is_the_output_by_defaul
 def test_broken_record_is_refused_with_file_and_place(tmp_path: Path, second: str, named: list[str]) -> None:
     (tmp_path / "data.jsonl").write_text('{"instruction": "a", "output": "b"}\n' + second + "\n")
     with pytest.raises(ValueError, match=r"data\.jsonl") as refusal:
-        records_from_file(tmp_path / "data.jsonl")
+        read_records(tmp_path / "data.jsonl")
     assert all(name in str(refusal.value) for name in named)
 
 
 def records(tmp_path: Path, *pairs: tuple[str, str]):
     lines = [json.dumps({"instruction": question, "output": answer}) for question, answer in pairs]
     (tmp_path / "records.jsonl").write_text("\n".join(lines))
-    return records_from_file(tmp_path / "records.jsonl")
+    return read_records(tmp_path / "records.jsonl")
 
 
 def test_chat_template_frames_prompt_and_answer(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(40, chat=True)
     (tmp_path / "data.jsonl").write_text(LINES)
-    rows = encode_records(records_from_file(tmp_path / "data.jsonl"), tokenizer, max_length=64).rows
+    rows = encode_records(read_records(tmp_path / "data.jsonl"), tokenizer, max_length=64).rows
     prompts = [[USER, 7, 8, 9, TURN, BOT], [USER, 12, TURN, BOT]]
     answers = [[10, 11, TURN, END], [13, 14, 15, TURN, END]]  # the turn as the template closes it
     assert [row["input_ids"] for row in rows] == [p + a for p, a in zip(prompts, answers, strict=True)]
@@ -114,8 +113,7 @@ def test_long_answer_is_cut_and_a_prompt_that_fills_the_length_is_dropped(
         encoded = encode_records(records(tmp_path, *pairs), word_tokenizer(40, chat=True), max_length=8)
     rows = [row["input_ids"] for row in encoded.rows]
     assert rows == [[USER, 7, TURN, BOT, 8, 9, TURN, END], [USER, 7, TURN, BOT, 8, 9, 10, 11]]
-    assert (encoded.total, encoded.truncated, encoded.dropped) == (3, 1, 1)
-    assert "1 of them cut, 1 dropped" in caplog.text
+    assert "records: 3, 1 of them dropped; rows: 2, 1 of them cut" in caplog.text
 
 
 def test_batch_is_padded_with_end_tokens_of_which_a_number_is_trained(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nara_diffusion.dllm import encode_records, records_from_file
+from nara_diffusion.dllm import encode_records, read_records
 from nara_diffusion.dllm.data.records import load_records
 from nara_diffusion.dllm.text_arguments import Arguments
 
@@ -63,16 +63,16 @@ def test_an_end_token_inside_an_answer_is_warned_of(
     for template in (tokenizer.chat_template, None):
         caplog.clear()
         tokenizer.chat_template = template
-        encode_records(records_from_file(write_records(tmp_path / "own.jsonl", outputs)), tokenizer, max_length=500)
+        encode_records(read_records(write_records(tmp_path / "own.jsonl", outputs)), tokenizer, max_length=500)
         (message,) = [message for message in caplog.messages if "the end token" in message]
         assert "2 of 4 outputs have the end token '<|endoftext|>' inside them" in message
-        assert "'AB<|endoftext|>CD'" in message
+        assert "answers 'upper: ab<|endoftext|>cd'" in message
 
 
 def test_a_template_that_adds_text_with_the_generation_prompt_alone_is_refused(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    records = records_from_file(write_records(tmp_path / "own.jsonl", ["AB", "CDE"]))
+    records = read_records(write_records(tmp_path / "own.jsonl", ["AB", "CDE"]))
     expected = encode_records(records, tokenizer, max_length=64).rows["input_ids"][:]
     kept = tokenizer.chat_template
     tokenizer.chat_template = str(kept) + "{% if add_generation_prompt %}<think>\n\n</think>{% endif %}"

@@ -61,7 +61,7 @@ class AnswerCollator:
             )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        answer_lengths = self.answer_lengths(rows)
+        answer_lengths = torch.tensor(self.answer_lengths(rows))
         prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
         input_ids = torch.full((len(rows), int((prompt_lengths + answer_lengths).max())), self.end_token_id)
         for padded, row in zip(input_ids, rows, strict=True):
@@ -71,34 +71,26 @@ class AnswerCollator:
             batch["sample_indices"] = torch.tensor([row["position"] for row in rows])
         return batch
 
-    def answer_lengths(self, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-        """The tokens of each row that are trained on: (b,). A cut answer is trained as it is, since it has no end."""
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        prompt_lengths = torch.tensor([row["prompt_length"] for row in rows])
-        if self.trained_padding == "gen_length":
-            ends = prompt_lengths + (self.gen_length or 0)
-        elif self.trained_padding == "max_length":
-            ends = torch.full_like(lengths, self.max_length or 0)
-        elif self.trained_padding == "longest":
-            ends = torch.tensor([row.get("longest", int(lengths.max())) for row in rows])
-        else:
-            ends = lengths + int(self.trained_padding)
-            ends = ends if self.max_length is None else ends.clamp(max=self.max_length)
-        whole = torch.tensor([self.is_whole(row) for row in rows])
-        return torch.where(whole, torch.maximum(ends, lengths), lengths) - prompt_lengths
+    def answer_lengths(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The tokens of each row that are trained on. A cut answer is trained as it is, since it has no end."""
+        longest, found = max(len(row["input_ids"]) for row in rows), []
+        for row in rows:
+            length, prompt = len(row["input_ids"]), row["prompt_length"]
+            end = self.padded_length(length, prompt, row.get("longest", longest)) if self.is_whole(row) else length
+            found.append(end - prompt)
+        return found
 
     def is_whole(self, row: Mapping[str, Any]) -> bool:
         """Whether the row's answer has its end, and wasn't cut."""
         return int(row["input_ids"][-1]) == self.end_token_id
 
-    def padded_length(self, longest: int, longest_prompt: int) -> int:
-        """The length of the longest row with its trained padding, of rows of `longest` tokens at most."""
-        if self.trained_padding == "gen_length":
-            return max(longest, longest_prompt + (self.gen_length or 0))
-        if self.trained_padding == "max_length":
-            return self.max_length or 0
-        padded = longest if self.trained_padding == "longest" else longest + int(self.trained_padding)
-        return padded if self.max_length is None else min(padded, self.max_length)
+    def padded_length(self, length: int, prompt: int, longest: int) -> int:
+        """The length of a row with its trained padding, beside a row of `longest` tokens."""
+        ends = {"gen_length": prompt + (self.gen_length or 0), "max_length": self.max_length, "longest": longest}
+        if self.trained_padding in ends:
+            return max(length, ends[self.trained_padding])
+        padded = length + int(self.trained_padding)
+        return padded if self.max_length is None else max(length, min(padded, self.max_length))
 
 
 class GlobalBatchStream(ShuffledStream):
@@ -136,44 +128,31 @@ def with_longest(rows: Dataset, global_batch: int) -> Dataset:
     return rows.add_column("longest", [max(lengths[i : i + global_batch]) for i in firsts])  # type: ignore[call-arg]
 
 
-class TrainedCanvas:
+def trained_canvas(
+    stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int | None
+) -> tuple[str, str | None]:
     """What training shows of the canvas that generation fills, by the first samples of its `stream`.
 
-    Args:
-        gen_length, block_length: the tokens that generation fills, in all and at a time.
+    Returns:
+        One line for the run's facts; a warning where generation goes beyond what training shows, else None.
     """
-
-    def __init__(
-        self, stream: ShuffledStream, collator: AnswerCollator, gen_length: int, block_length: int | None
-    ) -> None:
-        rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
-        self.prompts = [row["prompt_length"] for row in rows]
-        self.answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
-        self.trained = collator.answer_lengths(rows).tolist()
-        whole = [n for n, row in zip(self.trained, rows, strict=True) if collator.is_whole(row)]
-        self.short = [n for n in whole if n < gen_length]
-        self.gen_length, self.blocks = gen_length, gen_length // (block_length or gen_length)
-        self.trained_padding = collator.trained_padding
-
-    def fact(self) -> str:
-        """One line for the run's facts."""
-        positions = round(sum(self.prompts + self.trained) / len(self.prompts))
-        return (
-            f"prompts of {_span(self.prompts)} tokens, answers of {_span(self.answers)} tokens with their end, trained "
-            f"to {_span(self.trained)} tokens (trained_padding {self.trained_padding}), {positions} positions a sample "
-            f"on average; generated: gen_length {self.gen_length} in {self.blocks} block{'s' * (self.blocks > 1)}"
-        )
-
-    def warning(self) -> str | None:
-        """One line where generation goes beyond what training shows, else None."""
-        if not self.short:
-            return None
-        return (
-            f"gen_length is {self.gen_length}, and {len(self.short)} of {len(self.trained)} samples end before "
-            f"that, the shortest after {min(self.short)} tokens (trained_padding {self.trained_padding}): what follows "
-            "an answer there is not trained, and generated answers can become worse than the base model's while the "
-            "validation loss falls; give --trained_padding gen_length"
-        )
+    rows = [stream[position] for position in range(min(len(stream.samples), _SAMPLE))]
+    prompts = [row["prompt_length"] for row in rows]
+    answers = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
+    trained, padding = collator.answer_lengths(rows), f"(trained_padding {collator.trained_padding})"
+    blocks = gen_length // (block_length or gen_length)
+    fact = (
+        f"prompts of {_span(prompts)} tokens, answers of {_span(answers)} tokens with their end, trained to "
+        f"{_span(trained)} tokens {padding}, {round(sum(prompts + trained) / len(rows))} positions a sample; "
+        f"generated: gen_length {gen_length} in {blocks} block{'s' * (blocks > 1)}"
+    )
+    short = [n for n, row in zip(trained, rows, strict=True) if n < gen_length and collator.is_whole(row)]
+    warning = (
+        f"gen_length is {gen_length}, and {len(short)} of {len(rows)} samples end before that, the shortest after "
+        f"{min(short, default=0)} tokens {padding}: what follows an answer there is not trained, and generated answers "
+        "can become worse than the base model's while the validation loss falls; give --trained_padding gen_length"
+    )
+    return fact, warning if short else None
 
 
 def _span(numbers: Sequence[int]) -> str:

@@ -41,16 +41,10 @@ class EncodedRecords:
     """Attributes:
     rows: Dataset of `input_ids` (prompt, answer, end), `prompt_length`, `instruction` and `answer`; and `record`, the
         number of the record, which the pairs of a conversation share.
-    total: the number of records before encoding.
-    truncated: the rows whose answer was cut at `max_length`; these have no end token.
-    dropped: the records that were left out, since their prompt fills `max_length`.
-    longest, longest_prompt: the tokens of the longest row, and of the longest prompt among the rows.
+    longest, longest_prompt: the tokens of the longest row, and of the longest prompt.
     """
 
     rows: Dataset
-    total: int
-    truncated: int
-    dropped: int
     longest: int
     longest_prompt: int
 
@@ -68,7 +62,7 @@ class EncodedRecords:
 def encode_records(
     records: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, train_on: str = "last"
 ) -> EncodedRecords:
-    """Tokenise what `records_from_file` or `records_from_hub` returned; `datasets` caches the rows.
+    """Tokenise what `read_records` returned; `datasets` caches the rows.
 
     Args:
         records: with `instruction`, `input`, `output`, `answer`, and `turns` of conversations.
@@ -90,23 +84,19 @@ def encode_records(
     rows = mapped(records, encoder, key, Features(features), batch_size=BATCH, desc="tokenise")
     prompts, numbers, lengths, inside = (rows.with_format("numpy")[name][:] for name in _NUMBERS)
     cut, dropped = int((lengths > max_length).sum()), len(records) - len(set(numbers))
-    summary = f"records: {len(records)}; rows: {len(rows)}, {cut} of them cut, {dropped} dropped"
+    summary = f"records: {len(records)}, {dropped} of them dropped; rows: {len(rows)}, {cut} of them cut"
     if not len(rows):
         raise ValueError(f"nothing is left to train on: the prompts alone fill max_length, {max_length} ({summary})")
-    if cut or dropped:
-        most = sorted(lengths)[int(0.9 * (len(lengths) - 1))]
-        summary += f"; of 10 rows 9 have {most} tokens or fewer, and max_length is {max_length}"
+    most = sorted(lengths)[int(0.9 * (len(rows) - 1))]
+    summary += f"; of 10 rows 9 have {most} tokens or fewer, and max_length is {max_length}"
     logger.log(logging.WARNING if cut or dropped else logging.INFO, "%s", summary)
     if inside.any():
-        first = rows[int(inside.argmax())]
         logger.warning(
             "%d of %d outputs have the end token %r inside them: an answer ends there, and the model learns no "
-            "more than that of it; take the token out, or write it otherwise. The first of them answers %r with %r",
-            *(inside.sum(), len(rows), encoder.end_text, first["instruction"][:100], first["answer"][:100]),
+            "more than that of it; take the token out, or write it otherwise. The first of them answers %r",
+            *(inside.sum(), len(rows), encoder.end_text, rows[int(inside.argmax())]["instruction"][:100]),
         )
-    longest = int(lengths.clip(max=max_length).max())
-    rows = rows.remove_columns(["length", "ends_inside"])
-    return EncodedRecords(rows, len(records), cut, dropped, longest, int(prompts.max()))
+    return EncodedRecords(rows, int(lengths.clip(max=max_length).max()), int(prompts.max()))
 
 
 @dataclass(frozen=True)
@@ -124,10 +114,9 @@ class _Encoder:
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         tokenizer, end = self.tokenizer, end_token_id(self.tokenizer)
         inside = re.compile(rf"{re.escape(self.end_text)}(?!(\s|{re.escape(self.end_text)})*$)")
-        records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        pairs = [
-            pair | {"record": i} for i, record in zip(indices, records, strict=True) for pair in self.pairs(record)
-        ]
+        records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        numbered = zip(indices, records, strict=True)
+        pairs = [pair | {"record": number} for number, record in numbered for pair in self.pairs(record)]
         prompts = encode_prompts(tokenizer, [pair["prompt"] for pair in pairs])
         answers = _ids(tokenizer, [pair["closed"] for pair in pairs], add_special_tokens=False)
         rows: list[dict[str, Any]] = []
@@ -143,23 +132,19 @@ class _Encoder:
 
     def pairs(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The {prompt, output, closed, instruction, answer} of a record; `closed`: the output and its turn's end."""
-        asked = {name: record[name] for name in ("instruction", "output", "answer")}
-        turns, question = record.get("turns"), (record["instruction"], record["input"])
-        if turns and not self.tokenizer.chat_template:
-            raise ValueError(
-                f"the conversation that asks {record['instruction'][:60]!r} needs a tokenizer with a chat template: "
-                "take an instruct model, or set the tokenizer's chat_template"
-            )
-        if not self.tokenizer.chat_template or not record["instruction"]:
-            prompt = prompt_text(self.tokenizer, *question) if record["instruction"] else ""
-            return [asked | {"prompt": prompt, "closed": record["output"]}]
-        pairs = [(turns or _turn(*question), asked)]
-        for i, turn in enumerate(turns or [] if self.train_on == "all" else []):
-            questions = [one["content"] for one in turns[:i] if one["role"] == "user"]
-            if turn["role"] == "assistant" and questions:
-                text = turn["content"]
-                pairs.insert(-1, (turns[:i], {"instruction": questions[-1], "output": text, "answer": text}))
-        return [pair | self.in_template(before, pair["output"]) for before, pair in pairs]
+        last = {name: record[name] for name in ("instruction", "output", "answer")}
+        question, turns = (record["instruction"], record["input"]), record.get("turns") or []
+        if not record["instruction"]:
+            return [last | {"prompt": "", "closed": record["output"]}]
+        if not self.tokenizer.chat_template and not turns:
+            return [last | {"prompt": prompt_text(self.tokenizer, *question), "closed": record["output"]}]
+        pairs = []
+        for i, turn in enumerate(turns if self.train_on == "all" else []):
+            asked = [one["content"] for one in turns[:i] if one["role"] == "user"]
+            if turn["role"] == "assistant" and asked:
+                earlier = {"instruction": asked[-1], "output": turn["content"], "answer": turn["content"]}
+                pairs.append(earlier | self.in_template(turns[:i], turn["content"]))
+        return [*pairs, last | self.in_template(turns or _turn(*question), record["output"])]
 
     def in_template(self, turns: Sequence[Mapping[str, str]], output: str) -> dict[str, str]:
         """The {prompt, closed} of an output after its turns: the assistant's turn, as the template ends it."""
@@ -208,8 +193,13 @@ def chat_text(
     """A conversation, {role, content} a turn, as the tokenizer's chat template writes it.
 
     Raises:
-        ValueError: the template refuses the conversation, as many do a system message.
+        ValueError: there is no template, or it refuses the conversation, as many do a system message.
     """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the conversation {str(turns)[:100]} needs a chat template: take an instruct model, or set the "
+            "tokenizer's chat_template"
+        )
     try:
         text: Any = tokenizer.apply_chat_template(
             [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt

@@ -1,6 +1,6 @@
 """Questions and answers of many forms, from files or the Hub, as one: Datasets of texts that `encoding` tokenises.
 
-The first record shows the form, by the usual names of its fields or by those that `FieldNames` gives:
+The first record shows the form, by the usual names of its fields or by names that are given:
 
     {"messages": [{"role": "user", "content": …}, …]}    a conversation; also "conversations", "from" and "value"
     {"instruction": …, "input": …, "output": …, "answer": …}    as Alpaca and LLM-Adapters have it
@@ -26,94 +26,59 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_MOST_HELD_OUT = 128  # records for validation, of which a tenth is taken where no number is given
 BATCH = 1000  # records of one call
+_MOST_HELD_OUT = 128  # records for validation, of which a tenth is taken where no number is given
 _JSON = json.JSONDecoder(parse_float=str)  # fractions stay as the file writes them
 _USUAL = {
     "messages": ("messages", "conversations"),
     "instruction": ("instruction", "prompt", "question"),
     "input": ("input", "context"),
     "output": ("output", "completion", "response", "answer"),
-    "text": ("text",),
     "answer": ("answer",),
+    "text": ("text",),
 }
 _FORMS = {("messages",): ("answer",), ("instruction", "output"): ("input", "answer"), ("text",): ()}  # needed: may be
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _TEXTS = ("instruction", "input", "output", "answer")
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-@dataclass(frozen=True)
-class FieldNames:
-    """The names of fields in a file; None takes the first usual name that the first record has."""
+def read_records(
+    name: str | Path, fields: Mapping[str, str] | None = None, *, config: str | None = None, limit: int | None = None
+) -> Dataset:
+    """The records of a file (JSON list or JSON Lines, gzipped or not, or parquet), a folder, or a data set on the Hub.
 
-    instruction: str | None = None
-    input: str | None = None
-    output: str | None = None
-    answer: str | None = None
-    messages: str | None = None
-    text: str | None = None
-
-    def found_in(self, record: Any, where: str) -> dict[str, str]:
-        """{what: the name of its field}, of the form that `record` has.
-
-        Raises:
-            ValueError: it has none.
-        """
-        present = list(record) if isinstance(record, Mapping) else []
-        given = {what: name for what, name in vars(self).items() if name is not None}
-        usual = {what: next((name for name in names if name in present), None) for what, names in _USUAL.items()}
-        for needed, more in _FORMS.items():
-            names = {what: given.get(what, usual[what]) for what in (*needed, *more)}
-            if given.keys() <= names.keys() and all(names[what] in present for what in needed):
-                return {what: name for what, name in names.items() if name is not None}
-        raise ValueError(
-            f"{where} has the fields {', '.join(map(str, present)) or f'none, it is {repr(record)[:60]}'}; expected "
-            f"{given or 'messages, or prompt and completion, or instruction and output, or text'}: name them by "
-            "--data_options messages_field=NAME, or instruction_field=NAME output_field=NAME, or text_field=NAME"
-        )
-
-
-def records_from_file(path: str | Path, fields: FieldNames = FieldNames(), *, limit: int | None = None) -> Dataset:
-    """The records of a JSON list, of JSON Lines (both may be gzipped), of a parquet file, or of a folder of such.
-
-    A Dataset of texts `instruction`, `input`, `output`, `answer`; those of conversations have `turns` too, what stands
-    before the output as {role, content}, empty where that is the instruction alone. Its `info.description` names the
-    source and the form.
+    A Dataset of texts `instruction`, `input`, `output`, `answer`; conversations have `turns` too, what stands before
+    the output as {role, content}, empty where that is the instruction alone. Its `info.description` names the source
+    and the form.
 
     Args:
+        name: what has a suffix, or begins with . or / or ~, is a file or folder, and never asked of the Hub; any other
+            name is that of a folder or of a data set on the Hub, and may end in :SPLIT (default: train).
+        fields: {"messages", "instruction", "input", "output", "text" or "answer": the name of its field}.
+        config: configuration of a data set on the Hub.
         limit: take the first so many records.
 
     Raises:
-        ValueError: no such file, an empty or broken one (with the line); a record that has another form than the first,
-            or holds something there that is no text (with its number, or its line).
+        ValueError: it can't be read, is empty or broken (with the line); the first record has no known form; another
+            lacks a field, or holds something there that is no text (with its number, which is that of its line).
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return records_from_hub(str(path), fields=fields, limit=limit)
-    if not path.is_file():
+    path = Path(name).expanduser()
+    if not path.exists() and (str(name).startswith((".", "/", "~")) or re.match(r"\.[A-Za-z]", path.suffix)):
         raise ValueError(f"there is no file {path}")
-    table = path.suffix == ".parquet"
-    rows = _load(str(path), "parquet" if table else "text", data_files=glob.escape(str(path.absolute())), split="train")
-    return _records(rows, fields, str(path), limit, "table" if table else _kind_of(rows))
+    if path.is_file():
+        kind, split, source = "parquet" if path.suffix == ".parquet" else "text", "", str(path)
+        options = {"data_files": glob.escape(str(path.absolute()))}
+    else:
+        kind, _, split = str(path).partition(":")
+        options, source = {"name": config}, str(path) if path.is_dir() else f"{path} on the Hub"
+    return _records(_load(source, kind, split=split or "train", **options), fields or {}, source, limit, kind == "text")
 
 
-def records_from_hub(
-    path: str, *, split: str = "train", fields: FieldNames = FieldNames(), limit: int | None = None, **kwargs: Any
-) -> Dataset:
-    """The records of a data set on the Hub, or of a folder; keyword arguments go to `datasets.load_dataset`.
-
-    Raises:
-        ValueError: it can't be loaded; a record as `records_from_file` refuses it.
-    """
-    source = f"{path if Path(path).is_dir() else f'the Hub, {path}'} ({split})"
-    return _records(_load(source, path, split=split, **kwargs), fields, source, limit, "table")
-
-
-def _load(source: str, path: str, **kwargs: Any) -> Any:
+def _load(source: str, path: str, **options: Any) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(path, **kwargs)
+        return load_dataset(path, **options)
     except Exception as error:  # whatever `datasets` raises: it has a dozen classes for "not found" alone
         raise ValueError(f"{source} can't be read: {error.__cause__ or error}") from error
 
@@ -121,22 +86,14 @@ def _load(source: str, path: str, **kwargs: Any) -> Any:
 def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
     """The (training, validation, test) records that a run's arguments name.
 
-    What has a suffix, or begins as a path, is a file; any other name is one on the Hub, and may end in :SPLIT.
-
     Raises:
-        ValueError: see `records_from_file`; or fewer training records would be left than are held out for validation.
+        ValueError: see `read_records`; or fewer training records would be left than are held out for validation.
     """
-    fields = FieldNames(**{what: getattr(args, f"{what}_field") for what in _USUAL})
-
-    def load(name: str, limit: int | None = None) -> Dataset:
-        if name.startswith((".", "/", "~")) or re.match(r"\.[A-Za-z]", Path(name).suffix):
-            return records_from_file(name, fields, limit=limit)
-        hub, _, split = name.partition(":")
-        return records_from_hub(hub, split=split or "train", fields=fields, limit=limit, name=args.dataset_config_name)
-
-    records = load(args.dataset_name or args.train_file, args.max_train_samples)
+    fields = {what: name for what in _USUAL if (name := getattr(args, f"{what}_field")) is not None}
+    options: dict[str, Any] = {"fields": fields, "config": args.dataset_config_name}
+    records = read_records(args.dataset_name or args.train_file, **options, limit=args.max_train_samples)
     if args.validation_file is not None:
-        validation = load(args.validation_file)
+        validation = read_records(args.validation_file, **options)
     else:
         held_out = args.validation_samples or max(1, min(_MOST_HELD_OUT, len(records) // 10))
         if len(records) - held_out < held_out:
@@ -146,40 +103,56 @@ def load_records(args: Any) -> tuple[Dataset, Dataset, Dataset]:
             )
         parts = records.train_test_split(test_size=held_out, seed=args.seed)
         records, validation = parts["train"], parts["test"]
-    test = validation if args.test_file is None else load(args.test_file)
+    test = validation if args.test_file is None else read_records(args.test_file, **options)
     return records, validation, test.select(range(min(len(test), args.test_samples or len(test))))
 
 
-def normalized(records: Iterable[Mapping[str, Any]], fields: FieldNames = FieldNames(), *, source: str) -> Dataset:
-    """`records` as those of a file, which messages call `source`. Raises ValueError as `records_from_file`."""
+def normalized(
+    records: Iterable[Mapping[str, Any]], fields: Mapping[str, str] | None = None, *, source: str
+) -> Dataset:
+    """`records` as those of a file, which messages call `source`. Raises ValueError as `read_records`."""
     from datasets import Dataset
 
-    return _records(Dataset.from_dict({"text": [json.dumps(one) for one in records]}), fields, source, None, "lines")
+    return _records(Dataset.from_dict({"text": [json.dumps(one) for one in records]}), fields or {}, source, None, True)
 
 
-def _kind_of(rows: Dataset) -> str:
-    """Whether lines of text are one JSON list, or an object each."""
-    return "list" if "".join(rows[:BATCH]["text"]).lstrip("\ufeff \t").startswith("[") else "lines"
-
-
-def _records(rows: Dataset, fields: FieldNames, source: str, limit: int | None, kind: str) -> Dataset:
-    """What `datasets` has loaded as records; for `kind`, see `_Reader`."""
+def _records(rows: Dataset, fields: Mapping[str, str], source: str, limit: int | None, is_json: bool) -> Dataset:
+    """What `datasets` has loaded, tables of the fields or lines of JSON, as records."""
     from datasets import Features, List, Value
 
-    head = rows if kind == "list" else rows.select(range(min(BATCH, len(rows))))
-    first = next(_Reader(source, kind, {}).numbered(head[:], range(len(head))), None)  # type: ignore[arg-type]
+    head = rows[:BATCH]
+    kind = "lines" if is_json else "table"
+    if is_json and "".join(head["text"]).lstrip("\ufeff \t").startswith("["):
+        kind, head = "list", rows[:]
+    elif limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    first = next(_Reader(source, kind, {}).numbered(head, range(len(rows))), None)
     if first is None:
         raise ValueError(f"{source} holds no records")
-    reader = _Reader(source, kind, fields.found_in(first[1], first[0]), limit)
-    if kind != "list" and limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
+    reader = _Reader(source, kind, _form(first[1], fields, first[0]), limit)
     features: dict[str, Any] = dict.fromkeys(_TEXTS, Value("string"))
     if "messages" in reader.names:
         features["turns"] = List({"role": Value("string"), "content": Value("string")})
     size = len(rows) if kind == "list" else BATCH
     records = mapped(rows, reader, vars(reader), Features(features), batch_size=size, desc="read")
-    records.info.description = f"{source}, fields {reader.form}"
+    named = (name if name == what else f"{name} as {what}" for what, name in reader.names.items())
+    records.info.description = f"{source} (fields {', '.join(named)})"
     return records
+
+
+def _form(record: Any, given: Mapping[str, str], where: str) -> dict[str, str]:
+    """{what: the name of its field}, of the form that `record` has. Raises ValueError if it has none."""
+    present = list(record) if isinstance(record, Mapping) else []
+    usual = {what: next((name for name in names if name in present), None) for what, names in _USUAL.items()}
+    for needed, more in _FORMS.items():
+        names = {what: given.get(what, usual[what]) for what in (*needed, *more)}
+        if given.keys() <= names.keys() and all(names[what] in present for what in needed):
+            return {what: names[what] for what in _USUAL if names.get(what)}
+    raise ValueError(
+        f"{where} has the fields {', '.join(map(str, present)) or f'none, it is {repr(record)[:60]}'}; expected "
+        f"{dict(given) or 'messages, or prompt and completion, or instruction and output, or text'}: name them by "
+        "--data_options messages_field=NAME, or instruction_field=NAME output_field=NAME, or text_field=NAME"
+    )
 
 
 def mapped(
@@ -194,26 +167,18 @@ def mapped(
 
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     workers = min(os.cpu_count() or 1, len(rows) // max(batch_size, 10 * BATCH))
-    return rows.map(
-        function,
-        with_indices=True,
-        batched=True,
-        batch_size=batch_size,
-        features=features,
-        remove_columns=rows.column_names,
-        new_fingerprint=Hasher.hash([rows._fingerprint, key, code]),
-        num_proc=workers if workers > 1 else None,
-        desc=desc,
-    )
+    options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": True, "features": features}
+    options |= {"remove_columns": rows.column_names, "num_proc": workers if workers > 1 else None, "desc": desc}
+    return rows.map(function, new_fingerprint=Hasher.hash([rows._fingerprint, key, code]), **options)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Batches of what `datasets` has loaded to batches of records.
+    """Makes batches of what `datasets` has loaded to batches of records.
 
     Attributes:
         kind: "table" of the fields; "lines" of text with an object of JSON each; "list", which its lines are together.
-        names: {what: the name of its field}, see `FieldNames.found_in`.
+        names: {what: the name of its field}.
         limit: the number of records to take of a list.
     """
 
@@ -222,24 +187,20 @@ class _Reader:
     names: Mapping[str, str]
     limit: int | None = None
 
-    @property
-    def form(self) -> str:
-        return ", ".join(name if name == what else f"{name} (as {what})" for what, name in self.names.items())
-
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         rows = [self.row(record, where) for where, record in self.numbered(batch, indices)]
         return {what: [row[what] for row in rows] for what in (*_TEXTS, *["turns"] * ("messages" in self.names))}
 
     def numbered(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Iterator[tuple[str, Any]]:
-        """(what messages call it, record); the number of a record is that of its line."""
+        """(what messages call it, record)"""
         if self.kind == "list":
             found = enumerate(self.parsed("\n".join(batch["text"]), 1)[: self.limit])
         elif self.kind == "lines":
-            lines = zip(indices, batch["text"], strict=True)
+            lines = zip(indices, batch["text"], strict=False)
             found = ((i, self.parsed(line, i + 1)) for i, line in lines if line.strip("\ufeff \t"))
         else:
             columns = zip(*batch.values(), strict=True)
-            found = ((i, dict(zip(batch, row, strict=True))) for i, row in zip(indices, columns, strict=True))
+            found = ((i, dict(zip(batch, row, strict=True))) for i, row in zip(indices, columns, strict=False))
         yield from ((f"record {i + 1} of {self.source}", record) for i, record in found)
 
     def parsed(self, text: str, line: int) -> Any:
@@ -253,7 +214,7 @@ class _Reader:
             ) from None
 
     def row(self, record: Any, where: str) -> dict[str, Any]:
-        """A record as one of `records_from_file`."""
+        """A record as one of `read_records`."""
         if not isinstance(record, Mapping):
             raise ValueError(f"{where}: expected an object, found {repr(record)[:60]}")
         if "messages" in self.names:
@@ -267,8 +228,8 @@ class _Reader:
     def text(self, record: Mapping[str, Any], what: str, where: str) -> str:
         """The text of a field, unchanged: white space at the start of an output can be Python's."""
         name = self.names.get(what)
-        value = None if name is None else record.get(name)
-        if value is not None and not isinstance(value, str | int | float):
+        value = record.get(name, "") if name else ""
+        if not isinstance(value, str | int | float | None):
             raise ValueError(f"{where}: its {what}, field {name!r}, is {repr(value)[:60]}: expected a text or a number")
         text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         if not text.strip() and what != "input":
@@ -282,7 +243,7 @@ class _Reader:
 def _conversation(messages: Any, where: str) -> dict[str, Any]:
     """The record of a list of messages; those after the assistant's last are left out."""
     turns = []
-    for message in messages if isinstance(messages, Sequence) and not isinstance(messages, str) else [messages]:
+    for message in messages if isinstance(messages, list) else [messages]:
         known = message if isinstance(message, Mapping) else {}
         role, content = known.get("role", known.get("from")), known.get("content", known.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
@@ -292,9 +253,11 @@ def _conversation(messages: Any, where: str) -> dict[str, Any]:
         turns.pop()
     questions = [turn["content"] for turn in turns if turn["role"] == "user"]
     if not questions or not turns[-1]["content"].strip():
-        raise ValueError(
-            f"{where}: expected a message of a user and an answer of the assistant, found {messages!r:.100}"
-        )
+        raise ValueError(f"{where}: expected a user's message and the assistant's answer, found {messages!r:.100}")
     *before, answer = turns
-    before = [] if len(before) == 1 and questions == [before[0]["content"]] else before
-    return {"turns": before, "instruction": questions[-1], "input": "", "output": answer["content"]}
+    return {
+        "turns": [] if len(before) == 1 else before,  # a user's message alone
+        "instruction": questions[-1],
+        "input": "",
+        "output": answer["content"],
+    }
