@@ -7,6 +7,7 @@ UNet's modules are those of Stability's code, as ldm/modules/diffusionmodules/op
 from __future__ import annotations
 
 import copy
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,43 @@ class Flow:
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return sigma
+
+
+class Distilled(Discrete):
+    """ModelSamplingDiscreteDistilled, that of LCM: 50 of the 1000 sigmas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigmas = self.sigmas[19::20]
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 20 * super().timestep(sigma) + 19
+
+
+class ContinuousEDM:
+    """ModelSamplingContinuousEDM: no schedule; the thousand sigmas are for ComfyUI's schedulers alone."""
+
+    def __init__(self) -> None:
+        self.sigmas = torch.linspace(math.log(0.002), math.log(120), 1000).exp()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 0.25 * sigma.log()
+
+
+class DiscreteEDM(Discrete):
+    """ModelSamplingDiscreteEDM: a schedule, but no timesteps of it."""
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 0.25 * sigma.log()
+
+
+class StableCascade(Discrete):
+    """StableCascadeSampling: 10 000 sigmas, and a timestep in [0, 1]."""
+
+    num_timesteps = 10_000
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 1 - 2 / torch.pi * (1 / (sigma**2 + 1)).sqrt().asin()
 
 
 class EPS:

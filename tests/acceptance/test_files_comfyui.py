@@ -1,4 +1,7 @@
-"""ComfyUI's node on the stored files: what the model says there is what it says in Diffusers."""
+"""ComfyUI's node: what the model says there is what it says in Diffusers, at the λ of the sampling at work.
+
+A sampling whose σ tells no λ is refused.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nara_diffusion import noise_level
+from nara_diffusion import NaraConfig, StrengthSchedule, noise_level
 from tests.acceptance import _bases, _files
-from tests.acceptance._comfyui import CONST, EPS, V_PREDICTION, Discrete, Flow, Named, Patcher, comfyui
+from tests.acceptance._comfyui import (
+    CONST,
+    EPS,
+    V_PREDICTION,
+    ContinuousEDM,
+    Discrete,
+    DiscreteEDM,
+    Distilled,
+    Flow,
+    Named,
+    Patcher,
+    StableCascade,
+    comfyui,
+)
 from tests.acceptance._comfyui import named_as_stability_does as renamed
 
 PIPELINES = _files.FILES / "pipelines"
@@ -35,6 +51,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     pipe.load_nara_weights(_files.FILES / "peft" / "converted")
     pipe.save_nara_weights(folder, weight_name="converted.safetensors")
     with comfyui(folder) as found:
+        found.folder = folder
         yield found
 
 
@@ -52,10 +69,23 @@ def sdxl(unet: Any = None, *kinds: type) -> Patcher:
     return Patcher(renamed(unet), own, apply_model)
 
 
-def sampled(patcher: Patcher, timesteps: Tensor = _bases.TIMESTEPS) -> Tensor:
-    """What the model says at the stored outputs' timesteps, a row each."""
+def sampled(patcher: Patcher, sigma: Tensor | None = None) -> Tensor:
+    """What the model says at σ (3,), those of the stored outputs' timesteps by default."""
+    sigma = patcher.model.model_sampling.sigmas[_bases.TIMESTEPS] if sigma is None else sigma
     x, context, y = _bases.unet_inputs()
-    return patcher.sample(x, patcher.model.model_sampling.sigmas[timesteps], context=context, y=y)
+    return patcher.sample(x, sigma, context=context, y=y)
+
+
+def saved(comfy: SimpleNamespace, **changes: Any) -> tuple[Any, str]:
+    """A pipeline with a NaRA, and the file in which it is saved."""
+    pipe, file = _bases.sdxl(), "mine.safetensors"
+    options = {"r": 4, "lora_alpha": 3, "target_modules": ["to_q", "conv1", "time_emb_proj"], "core_hidden_dims": (6,)}
+    pipe.unet.add_adapter(NaraConfig(**{**options, **changes}), "mine")
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_" in name or "core" in name:
+            parameter.data.copy_(0.3 * _bases.drawn(name, *parameter.shape))
+    pipe.save_nara_weights(comfy.folder, "mine", weight_name=file)
+    return pipe, file
 
 
 @pytest.mark.parametrize("name", ["sdxl_float32", "sdxl_bfloat16"])
@@ -119,6 +149,9 @@ def test_the_three_projections_of_flux_in_one_matrix_have_each_its_core(comfy, o
         wanted = torch.cat([layer(hidden) for layer in (double.to_q, double.to_k, double.to_v)], dim=-1)
     _files.assert_near(found, wanted, pipe.transformer)
     assert (plain - wanted).abs().max() > 0.1
+    patched.model.model_sampling = sampling(Discrete, EPS)
+    with pytest.raises(ValueError, match="λ is"):
+        patched.sample(x, _bases.LEVELS)
 
 
 def joined(*layers: Any) -> nn.Linear:
@@ -176,26 +209,61 @@ def test_file_with_text_encoders_is_refused_without_a_clip(comfy) -> None:
         comfy.load(sdxl(), "sdxl_float32.safetensors", "sdxl", 1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "base", "kinds"), [("sdxl_float32", "sdxl", (Flow, CONST)), ("flux_float32", "flux", (Discrete, EPS))]
-)
-def test_sigma_of_another_kind_of_model_is_refused(name, base, kinds, comfy) -> None:
-    if base == "sdxl":
-        model = sdxl(None, *kinds)
-    else:
-        pipe = _bases.flux()
-        single, double = pipe.transformer.single_transformer_blocks[0], pipe.transformer.transformer_blocks[0].attn
-        linear1 = joined(single.attn.to_q, single.attn.to_k, single.attn.to_v, single.proj_mlp)
-        qkv = joined(double.to_q, double.to_k, double.to_v)
-        model = Patcher(flux_model(pipe, qkv, linear1), sampling(*kinds), lambda x, sigma: linear1(x))
-    patched, _ = comfy.load(model, f"{name}.safetensors", base, 1.0, "a CLIP")
-    with pytest.raises(ValueError, match="λ is"):
-        patched.sample(_bases.drawn("x", 3, 5, 32), torch.tensor([0.2, 0.5, 0.7]))
-
-
 def test_node_declares_what_comfyui_reads(comfy) -> None:
     declared = comfy.node.INPUT_TYPES()
     assert "sdxl_float32.safetensors" in declared["required"]["nara_name"][0]
     assert {"sd15", "sdxl", "sd3", "flux"} <= set(declared["required"]["base"][0])
     assert declared["required"]["strength"][1]["default"] == 1.0
     assert comfy.node.RETURN_TYPES == ("MODEL", "CLIP")
+
+
+# ---------------------------------------------------------------- other samplings
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"core_type": "knots", "core_sharing": "layer", "rank_pattern": {"conv1": 3}, "use_rslora": True},
+        {"core_type": "bins", "core_bins": 2, "strength": StrengthSchedule([(0, 1.0), (0.6, 0.2)])},
+    ],
+    ids=["knots", "bins"],
+)
+def test_lcm_has_the_noise_level_of_its_timestep_not_of_its_fifty_sigmas(changes, comfy) -> None:
+    (pipe, file), model = saved(comfy, **changes), sdxl(None, Distilled, EPS)
+    patched, _ = comfy.load(model, file, "sdxl", 1.0)
+    found = sampled(patched, model.model.model_sampling.sigmas[[0, 0, 40]])
+    x, context, y = _bases.unet_inputs()
+    wanted = _bases.unet_output(pipe.unet, x, torch.tensor([19, 19, 819]), context, y)
+    _files.assert_near(found, wanted, pipe.unet)
+
+
+@pytest.mark.parametrize("schedule", [ContinuousEDM, DiscreteEDM, StableCascade])
+def test_a_sampling_without_timesteps_is_refused(schedule: type, comfy) -> None:
+    patched, _ = comfy.load(sdxl(None, schedule, V_PREDICTION), saved(comfy)[1], "sdxl", 1.0)
+    with pytest.raises(ValueError, match=rf"{schedule.__name__}.*choose the node ModelSamplingDiscrete"):
+        sampled(patched, torch.tensor([0.5, 1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("convention", "message"),
+    [("edm", r"σ / \(1 \+ σ\).*Flow"), ("timestep", "λ is")],
+)
+def test_sigma_of_another_kind_of_model_is_refused(convention, message, comfy) -> None:
+    file = saved(comfy, noise_convention=convention)[1]
+    patched, _ = comfy.load(sdxl(None, Flow, CONST), file, "sdxl", 1.0)
+    with pytest.raises(ValueError, match=message):
+        sampled(patched, torch.tensor([0.1, 0.5, 0.9]))
+
+
+@pytest.mark.parametrize("what", ["compiled", "replaced"])
+def test_a_model_that_changed_after_loading_is_refused(what: str, comfy) -> None:
+    """Compiled code doesn't call new hooks, and would keep the λ of an earlier step."""
+    model = sdxl()
+    patched, _ = comfy.load(model, saved(comfy)[1], "sdxl", 1.0)
+    if what == "compiled":
+        model.model.diffusion_model.get_submodule("middle_block.1").compile(backend="eager")
+    else:
+        model.model.diffusion_model = nn.Sequential(model.model.diffusion_model)
+    with pytest.raises(ValueError, match=r"is compiled|modules aren't in this model"):
+        sampled(patched)

@@ -228,24 +228,3 @@ def test_conversion_of_a_plain_lora_keeps_its_scheduler_beside_it(conversion: Ca
     saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert saved["prediction_type"] == "v_prediction"
     assert by_the_card(out, until="image = ")["pipe"].scheduler.config.prediction_type == "v_prediction"
-
-
-@pytest.mark.slow
-def test_run_in_a_window_draws_as_the_base_outside_of_it(sdxl: dict[str, Any], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run("dreambooth_sdxl.py", **{**sdxl, **SHORT, "max_train_steps": 4}, max_noise_level=0.3, output_dir=out)
-    steps = [line for line in metrics(out) if "loss" in line]
-    assert all("loss_low" in line and "loss_mid" not in line and "loss_high" not in line for line in steps)
-    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl["pretrained_model_name_or_path"])
-    conditions = {"text_embeds": torch.randn(1, 24), "time_ids": torch.randn(1, 6)}
-    inputs: dict[str, Any] = {"encoder_hidden_states": torch.randn(1, 5, 40), "added_cond_kwargs": conditions}
-    sample = torch.randn(1, 4, 8, 8)
-
-    def predict(timestep: int) -> torch.Tensor:
-        with torch.no_grad():
-            return pipe.unet(sample, timestep, **inputs).sample
-
-    before = {timestep: predict(timestep) for timestep in (100, 700)}
-    pipe.load_nara_weights(out)
-    torch.testing.assert_close(predict(700), before[700])
-    assert (predict(100) - before[100]).abs().max() > 1e-5

@@ -155,23 +155,6 @@ def test_run_with_another_adapter_is_loaded_by_its_card(
 
 
 @pytest.mark.slow
-def test_run_in_a_window_trains_its_levels_and_leaves_the_others_to_the_base(
-    flags: dict[str, Any], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    run("dllm.py", **{**flags, **SHORT, "max_train_steps": 4}, min_noise_level=0.7, output_dir=out)
-    steps = [line for line in metrics(out) if "loss" in line]
-    assert len(steps) == 4
-    assert all("loss_high" in line and "loss_low" not in line and "loss_mid" not in line for line in steps)
-    base = load_backbone(str(flags["pretrained_model_name_or_path"]))[0]
-    with torch.no_grad():
-        plain = base(IDS).logits
-    model = PeftModel.from_pretrained(base, out)
-    torch.testing.assert_close(logits(model, 0.3), plain)
-    assert (logits(model, 0.9) - plain).abs().max() > 1e-4
-
-
-@pytest.mark.slow
 def test_run_on_dream_s_files_trains_the_shifted_model(flags: dict[str, Any], tmp_path: Path) -> None:
     out, dream = tmp_path / "out", flags["pretrained_model_name_or_path"].with_name("dream-tiny")
     run("dllm.py", **{**flags, **SHORT, "pretrained_model_name_or_path": dream}, output_dir=out)

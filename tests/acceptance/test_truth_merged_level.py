@@ -15,9 +15,8 @@ from nara_diffusion import noise_level, set_noise_source, set_strength
 from nara_diffusion.dllm import read_noise_from_input_ids
 from nara_diffusion.noise.level import NoiseSignals
 from nara_diffusion.noise.strength_schedule import StrengthSchedule
-from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config, nara_config
-from tests.helpers.small_pipelines import small_sdxl
-from tests.loaders.adapters import predict, trained
+from tests.acceptance._lives import add_nara, frozen_sd, predict
+from tests.helpers.adapted import TwoLayers, adapted, disturb, lora_config
 
 X = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +39,7 @@ def run(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["NaRA", "LoRA with a schedule"])
-def test_a_source_that_tells_another_level_is_warned_of_once_a_merge(kind):
+def test_a_source_that_tells_another_level_is_warned_of_once_a_merge(kind: str) -> None:
     if kind == "NaRA":
         model: Any = adapted(TwoLayers(), target_modules=["first"])
     else:
@@ -49,47 +48,30 @@ def test_a_source_that_tells_another_level_is_warned_of_once_a_merge(kind):
         set_strength(model, "default", StrengthSchedule([(0, 1.0), (1, 0.2)]))
     with noise_level(model, 0.3):
         expected = run(model)
-    source = Source([0.3, 0.3])
+    source, said = Source(None), r"merged at noise_level 0\.3.* source tells \[0\.3, 0\.7.*unmerge_adapter"
     set_noise_source(model, source)
     for _ in range(2):
         with noise_level(model, 0.3):
             model.merge_adapter()
-        source.levels = [0.3, 0.3]
-        torch.testing.assert_close(run(model), expected)  # without a warning, which would be an error
+        for source.levels in (None, [0.3, 0.3]):  # a source that can't tell stops no merged model
+            torch.testing.assert_close(run(model), expected)  # without a warning, which would be an error
         source.levels = [0.3, 0.7]
-        with pytest.warns(
-            UserWarning, match=r"merged at noise_level 0\.3.* source tells \[0\.3, 0\.7.*unmerge_adapter"
-        ):
+        with pytest.warns(UserWarning, match=said):
             torch.testing.assert_close(run(model), expected)
         run(model)  # said once
         model.unmerge_adapter()
 
 
-def test_a_source_that_cannot_tell_stops_no_merged_model():
-    model = adapted(TwoLayers(), target_modules=["first"])
-    set_noise_source(model, Source(None))
-    model.merge_adapter(noise_level=0.3)
-    run(model)
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-def test_the_timestep_of_a_denoiser_and_the_masks_of_a_text_are_such_sources(tiny_llama):
-    pipe = small_sdxl()
-    pipe.unet = get_peft_model(pipe.unet, nara_config(target_modules=["to_q"]))
-    disturb(pipe.unet)
-    pipe.unet.merge_adapter(noise_level=0.3)
-    with pytest.warns(UserWarning, match=r"merged at noise_level 0\.3.* source tells \[0\.033.*, 0\.87"):
-        predict(pipe)
+def test_masks_of_a_text_are_such_a_source(tiny_llama: Any) -> None:
     model = adapted(tiny_llama, target_modules=["q_proj"])
     model.merge_adapter(noise_level=0.5)
-    ids = torch.tensor([[3, 4, 49, 5]])
     with read_noise_from_input_ids(model, 0), pytest.warns(UserWarning, match=r"source tells \[0\.25\]"):
-        model(ids)
+        model(torch.tensor([[3, 4, 49, 5]]))
 
 
 @pytest.mark.filterwarnings("ignore:Already unmerged")
-def test_fusing_has_said_so_and_says_no_more(caplog):
-    pipe = trained(text=False)
+def test_fusing_has_said_so_and_says_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = add_nara(frozen_sd())
     with noise_level(pipe.unet, 0.3), caplog.at_level(logging.WARNING):
         pipe.fuse_lora(components=["unet"])
     assert "is fused at noise_level 0.3: until unfuse_lora() every step" in caplog.text
