@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -96,21 +95,3 @@ def test_loras_and_strengths_of_knots_bins_and_masks_are_the_nara(name: str, num
         lora.save_pretrained(tmp_path / str(index))
     host = played([tmp_path / str(index) for index in range(number)], parts.schedules)
     _files.assert_near(_bases.text_output(host), _files.expected("peft")[name], host)
-
-
-def test_loras_of_a_hypernetwork_tell_the_error_of_their_sum(tmp_path: Path) -> None:
-    model = language("nara")
-    parts = to_lora_bins(model, bins=4)
-    parts.save_pretrained(tmp_path)
-    entries = json.loads((tmp_path / "lora_bins.json").read_text())["loras"]
-    assert len(entries) == len(parts.loras) <= 4
-    strengths = [StrengthSchedule(entry["strength"]).at(GRID).double() for entry in entries]
-    torch.testing.assert_close(sum(strengths), torch.ones(256).double())
-    wanted, found = naras_updates(model, GRID), dict[str, Any]()
-    for entry, strength in zip(entries, strengths, strict=True):
-        for name, update in loras_updates(tmp_path / entry["folder"]).items():
-            found[name] = found.get(name, 0) + strength[:, None, None] * update
-    measured = error(found, wanted)
-    assert parts.error.worst_update == pytest.approx(measured.max().item(), rel=0.05)
-    assert parts.error.mean_update == pytest.approx(measured.square().mean().sqrt().item(), rel=0.02)
-    assert parts.error.mean_update < to_lora(model, noise_level="best").error.mean_update

@@ -58,10 +58,9 @@ def test_inspect_without_json_prints_the_same_for_people(source: Path, capsys) -
         assert word in text
 
 
-@pytest.mark.parametrize("source", [PEFT / "layer", PIPELINES / "flux_bfloat16"], ids=lambda path: path.name)
-def test_plot_writes_a_png(source: Path, tmp_path: Path, capsys) -> None:
+def test_plot_writes_a_png(tmp_path: Path, capsys) -> None:
     output = tmp_path / "new" / "core.png"
-    nara("plot", source, "--output", output, "--points", 11)
+    nara("plot", PEFT / "layer", "--output", output, "--points", 11)
     assert output.read_bytes().startswith(b"\x89PNG\r\n")
     assert str(output) in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["core.png"]

@@ -54,11 +54,6 @@ def test_base_of_the_files_has_the_same_bytes_as_when_they_were_written(name: st
     assert _bases.digest(_bases.BASES[name]()) == stored[name]
 
 
-def test_base_without_an_adapter_says_what_it_said(outputs: dict[str, torch.Tensor]) -> None:
-    for name, model in (("language", _bases.language_model()), ("mixed", _bases.mixed_model())):
-        _files.assert_near(_bases.plain_text_output(model), outputs[f"base.{name}"], model)
-
-
 @pytest.mark.parametrize("name", OF_TEXT)
 def test_peft_folder_of_0_1_computes_the_stored_outputs_and_is_saved_as_it_was(name: str, outputs, tmp_path) -> None:
     model = loaded(name)

@@ -5,24 +5,23 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.acceptance._broken import change_tensors
 from tests.acceptance._lives import FILE, frozen_sd, save_nara
 
 
 def saved(folder: Path, component: str, factor: str, value: float) -> str:
     """A NaRA in float32, one element of which is `value`; what an error says of it."""
     save_nara(folder, text=True, target_modules=["to_q", "conv1"])
-    changed = []
-
-    def change(tensors: dict[str, Tensor]) -> tuple[str, ...]:
-        changed.append(max(key for key in tensors if key.startswith(component) and f"lora_{factor}" in key))
-        tensors[changed[0]].view(-1)[3] = value
-        return ()
-
-    change_tensors(folder / FILE, change)
-    module = changed[0].removeprefix(f"{component}.").partition(".lora_")[0]
+    with safe_open(folder / FILE, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / FILE)
+    key = max(key for key in tensors if key.startswith(component) and f"lora_{factor}" in key)
+    tensors[key].view(-1)[3] = value
+    save_file(tensors, folder / FILE, metadata=metadata)
+    module = key.removeprefix(f"{component}.").partition(".lora_")[0]
     return rf"{component}: .*{module}\.lora_{factor}\.(toy\.)?weight"
 
 
