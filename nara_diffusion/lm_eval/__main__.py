@@ -7,6 +7,7 @@ and that of the subcommand is run:
     nara-eval ls tasks
     accelerate launch -m nara_diffusion.lm_eval --model_args … --tasks …     # all GPUs
     nara-eval run --help                                                             # all flags
+    nara-eval --config llada_instruct_gsm8k_blocks                # the settings of a published result, presets.yaml
 
 docs/evaluation.md describes the paper's test sets, the settings of the sampler, and code benchmarks.
 """
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-TASKS = Path(__file__).parent / "tasks"
+import yaml
+
+TASKS, PRESETS = Path(__file__).parent / "tasks", Path(__file__).parent / "presets.yaml"
 MODEL = "nara_dllm"
 HELP = ("-h", "--help")
 
@@ -64,26 +67,50 @@ def with_defaults(argv: list[str]) -> list[str]:
 
 
 def adjusted(args: argparse.Namespace) -> argparse.Namespace:
-    """Add this package's task files to include_path, and set model and device if no flag and no file sets them.
+    """Fill in what no flag says: the settings of --config, this package's tasks, the model and the device.
+
+    Flags win. --model_args and --gen_kwargs replace single entries of a file's, not all of them.
 
     Raises:
-        ValueError, OSError: the file of --config can't be read.
+        ValueError, OSError: see `read_config`.
+    """
+    from lm_eval.utils import simple_parse_args_string
+
+    is_run = hasattr(args, "model")
+    file = read_config(args.config) if is_run and args.config is not None else {}
+    for name, value in file.items():
+        given = getattr(args, name, None)
+        if isinstance(given, dict):
+            setattr(args, name, {**(simple_parse_args_string(value) if isinstance(value, str) else value), **given})
+        elif given is None or given is False:
+            setattr(args, name, value)
+    if hasattr(args, "include_path"):
+        own: Any = args.include_path or []
+        args.include_path = [str(TASKS), *([own] if isinstance(own, str) else own)]
+    if is_run:
+        args.config = None
+        args.model = args.model or MODEL
+        args.device = args.device or ("auto" if args.model == MODEL else None)  # lm-eval's is cuda:0, wherever it runs
+    return args
+
+
+def read_config(config: str) -> dict[str, Any]:
+    """The settings in the file `config`, or of the preset of that name.
+
+    Raises:
+        ValueError, OSError: there is neither; or the file can't be read.
     """
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    path = getattr(args, "config", None)
+    presets = yaml.safe_load(PRESETS.read_text(encoding="utf-8"))
+    if not Path(config).exists() and config in presets:
+        return presets[config]
+    if not Path(config).exists():
+        raise ValueError(f"--config {config}: there is no such file, and the presets are {', '.join(presets)}")
     try:
-        file: dict[str, Any] = {} if path is None else EvaluatorConfig.load_yaml_config(path)
+        return EvaluatorConfig.load_yaml_config(config)
     except TypeError as error:  # lm-eval's error for a file without keys
         raise ValueError(str(error)) from None
-    if hasattr(args, "include_path"):
-        own: Any = args.include_path or file.get("include_path") or []
-        args.include_path = [str(TASKS), *([own] if isinstance(own, str) else own)]
-    if hasattr(args, "model"):
-        args.model = args.model or file.get("model") or MODEL
-        # lm-eval's default is cuda:0, wherever it runs
-        args.device = args.device or file.get("device") or ("auto" if args.model == MODEL else None)
-    return args
 
 
 if __name__ == "__main__":

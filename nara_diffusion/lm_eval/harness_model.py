@@ -22,14 +22,20 @@ from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather, gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from nara_diffusion.dllm import log_likelihood, stop_token_ids
+import nara_diffusion  # noqa: F401 (registers NaRA with PEFT)
+from nara_diffusion.dllm import load_backbone, log_likelihood, stop_token_ids
 from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, text_before_end
 from nara_diffusion.dllm.models.backbone import Backbone
+from nara_diffusion.loaders.file import load_peft_adapter
+from nara_diffusion.utils.naming import naming_source
 
-from .harness_text import ALPACA, SETTINGS, encode, encode_pair, read_gen_kwargs, templated
-from .load_model import load_model
+from .harness_text import ALPACA, SETTINGS, cut, encode, encode_pair, read_gen_kwargs, templated, windows_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +47,22 @@ class NaraDLLM(LM):
 
     Args (--model_args):
         pretrained: folder or repository of the model; left out, it is the one that the adapter names.
-        peft: folder or repository of any adapter that PEFT loads, such as a NaRA.
+        peft, peft_revision: folder or repository of any adapter that PEFT loads, such as a NaRA.
         batch_size: sequences of one forward, 1 or more; also by --batch_size.
         max_length: tokens of prompt and answer together; longer prompts lose their start. Default: the model's limit.
         samples: number of random masks by which a likelihood is estimated, 1 or more; answers with no more possible
             masks than that are scored exactly.
         seed: the seed of those masks.
+        cfg_scale: classifier-free guidance in likelihoods; for answers it belongs to --gen_kwargs.
         greedy: whether loglikelihood also checks if greedy sampling gives the text, which costs one forward for each
             token; some tasks report it (LAMBADA's acc), most don't.
-        device, dtype, load_in_8bit, load_in_4bit, revision, peft_revision, **backbone: see `load_model`.
+        device: of the model, unless there is a device_map.
+        **backbone: further arguments of `load_backbone`: dtype, load_in_8bit, load_in_4bit, mask_token, shift_logits,
+            revision, attn_implementation, device_map, ….
 
     Raises:
-        ValueError: as `load_model`; batch_size="auto"; sampler settings, which belong to --gen_kwargs.
+        ValueError: neither `pretrained` nor `peft`; batch_size="auto"; sampler settings, which belong to --gen_kwargs;
+            a max_length beyond the model's positions; see also `load_backbone`.
     """
 
     def __init__(
@@ -65,30 +75,35 @@ class NaraDLLM(LM):
         max_length: int | None = None,
         samples: int = 128,
         seed: int = 0,
+        cfg_scale: float = 0.0,
         greedy: bool = True,
         device: str | torch.device | None = None,
-        **loading: Any,
+        **backbone: Any,
     ) -> None:
         super().__init__()
-        misplaced = sorted(loading.keys() & set(SETTINGS))
+        misplaced = sorted(backbone.keys() & set(SETTINGS))
         if misplaced:
             raise ValueError(f"{', '.join(misplaced)} in --model_args: the sampler's settings belong to --gen_kwargs")
         if not str(batch_size).isdecimal() or max_batch_size is not None:
             raise ValueError(f"--batch_size {batch_size}: nara_dllm doesn't look for one, name it: --batch_size 8")
         self.batch_size, self.samples, self.seed, self.greedy = int(batch_size), int(samples), int(seed), bool(greedy)
+        self.cfg_scale = float(cfg_scale)
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7)).to_kwargs()  # for others' longer questions
         is_cpu = str(device) == "cpu" or not torch.accelerator.is_available()
         self.processes = PartialState(cpu=is_cpu, **patience)
         self._rank, self._world_size = self.processes.process_index, self.processes.num_processes
         is_own = self._world_size > 1 or device in (None, "auto")
-        place: Any = self.processes.device if is_own else device
-        self.model, self.tokenizer = load_model(pretrained, peft, device=place, **loading)
+        self.model, self.tokenizer = _load(pretrained, peft, self.processes.device if is_own else device, **backbone)
         self.backbone = Backbone(self.model)
         self._device = self.backbone.device
-        limit = max_length or self.backbone.position_limit
-        if limit is None:
+        limit = self.backbone.position_limit
+        if limit is None and max_length is None:
             raise ValueError("the model's configuration has no limit of positions: add max_length=N to --model_args")
-        self.max_length = int(limit)
+        self.max_length = int(max_length or limit or 0)
+        if limit is not None and self.max_length > limit:
+            raise ValueError(
+                f"max_length is {max_length} and the model has {limit} positions: lower it, or leave it out"
+            )
         self.ends = stop_token_ids(self.model, self.tokenizer)
         # Dream's own evaluation opens each text by a BOS token, since it predicts the next token
         bos: Any = self.tokenizer.bos_token_id
@@ -148,16 +163,17 @@ class NaraDLLM(LM):
         prompts = self._fitting(prompts, [self.max_length - sampling["gen_length"] for _, sampling in how])
         answers: list[str] = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (repr(how[i]), -len(prompts[i])))
-        vocabulary = self.tokenizer.get_vocab()
+        vocabulary, chat = self.tokenizer.get_vocab(), self.has_template and bool(self.tokenizer.chat_template)
         with self._progress(len(requests), "generate") as bar:
             for _, group in groupby(order, key=lambda i: how[i]):
                 for batch in _split(list(group), self.batch_size):
                     until, sampling = how[batch[0]]
                     special = [vocabulary[stop] for stop in until if stop in self.tokenizer.all_special_tokens]
                     ends = [*self.ends, *special]
-                    found = answer_prompts(self.model, [prompts[i] for i in batch], eos_token_id=ends, **sampling)
+                    options = {"chat": chat, "eos_token_id": ends, **sampling}
+                    found = answer_prompts(self.model, [prompts[i] for i in batch], **options)
                     for i, answer in zip(batch, found.answers.tolist(), strict=True):
-                        answers[i] = _cut(text_before_end(self.tokenizer, answer, ends), until)
+                        answers[i] = cut(text_before_end(self.tokenizer, answer, ends), until)
                         self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                     bar.update(len(batch))
         return answers
@@ -203,7 +219,7 @@ class NaraDLLM(LM):
             for request in requests:
                 (text,) = request.args
                 opening, tokens = encode_pair(self.tokenizer, "", text, has_template=False) if text else ([], [])
-                windows = _windows(self._opened(opening), tokens, self.max_length)
+                windows = windows_of(self._opened(opening), tokens, self.max_length)
                 totals.append(sum(self._log_likelihoods(windows)) if text else 0.0)
                 self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
                 bar.update()
@@ -211,9 +227,7 @@ class NaraDLLM(LM):
 
     def _log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """The likelihood bound of each (prompt, answer), in nats."""
-        input_ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor([*prompt, *answer]) for prompt, answer in pairs], True
-        )
+        input_ids = pad_sequence([torch.tensor([*prompt, *answer]) for prompt, answer in pairs], batch_first=True)
         estimates = log_likelihood(
             self.model,
             input_ids.to(self._device),
@@ -222,6 +236,7 @@ class NaraDLLM(LM):
             samples=self.samples,
             batch_size=self.batch_size,
             seed=self.seed,
+            cfg_scale=self.cfg_scale,
             sample_indices=[0] * len(pairs),  # so that the choices of a question are compared on equal masks
         )
         return estimates.tolist()
@@ -233,7 +248,8 @@ class NaraDLLM(LM):
         for length, group in groupby(order, key=lambda i: len(pairs[i][1])):
             for batch in _split(list(group), self.batch_size):
                 prompts = [pairs[i][0] for i in batch]
-                result = answer_prompts(self.model, prompts, gen_length=length, stop_at_eos=False)
+                options = {"gen_length": length, "stop_at_eos": False, "cfg_scale": self.cfg_scale}
+                result = answer_prompts(self.model, prompts, **options)
                 for i, answer in zip(batch, result.answers.tolist(), strict=True):
                     found[i] = answer == pairs[i][1]
         return found
@@ -257,16 +273,27 @@ def _split(items: Sequence[int], size: int) -> Iterable[Sequence[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _cut(text: str, until: Sequence[str]) -> str:
-    """`text` up to the first occurrence of any text in `until`."""
-    places = [text.find(stop) for stop in until if stop]
-    return text[: min((place for place in places if place >= 0), default=len(text))]
-
-
-def _windows(opening: list[int], tokens: list[int], size: int) -> list[tuple[list[int], list[int]]]:
-    """Pairs (context, tokens to score) that score each token once; `opening` is the context of the first."""
-    first = size - len(opening)
-    step = max(size - size // 2, 1)
-    later = range(first, len(tokens), step)
-    pairs = [(tokens[max(start + step - size, 0) : start], tokens[start : start + step]) for start in later]
-    return [(opening, tokens[:first]), *pairs]
+def _load(
+    pretrained: str | None,
+    peft: str | None,
+    device: str | torch.device | None,
+    *,
+    dtype: str = "auto",
+    peft_revision: str | None = None,
+    **backbone: Any,
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The model in evaluation mode on its device, with its adapter active; and its tokenizer."""
+    if pretrained is None and peft is None:
+        raise ValueError("--model_args names no model: pretrained=FOLDER_OR_REPOSITORY, or peft=ADAPTER, or both")
+    if pretrained is None:
+        with naming_source(str(peft), CONFIG_NAME, "an adapter of PEFT's"):
+            pretrained = PeftConfig.from_pretrained(str(peft)).base_model_name_or_path
+    if not pretrained:
+        raise ValueError(f"the adapter {peft} doesn't name the model it belongs to: add pretrained=… to --model_args")
+    if backbone.get("load_in_8bit") or backbone.get("load_in_4bit"):
+        backbone.setdefault("device_map", {"": str(device)})  # quantised weights can't be moved later
+    model, tokenizer = load_backbone(pretrained, dtype=dtype, **backbone)
+    adapted: torch.nn.Module = model if "device_map" in backbone else model.to(device)  # type: ignore[arg-type]
+    if peft is not None:
+        adapted = load_peft_adapter(adapted, peft, **({} if peft_revision is None else {"revision": peft_revision}))
+    return adapted.eval(), tokenizer

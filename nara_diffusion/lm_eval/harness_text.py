@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,11 +12,10 @@ from nara_diffusion.dllm.data.encoding import chat_text, prompt_text
 from nara_diffusion.dllm.decoding import Sampling
 
 ALPACA = "alpaca"  # lm-eval's name for the template of a tokenizer that has none
-SETTINGS = ("gen_length", "steps", "block_length", "temperature", "cfg_scale", "remasking", "confidence_threshold")
-_WHOLE = ("gen_length", "steps", "block_length")
+SETTINGS = tuple(field.name for field in fields(Sampling))
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first wins
 _DEFAULT_LENGTH = 256
-_OF_OTHERS = ("top_p", "top_k", "min_p", "num_beams", "repetition_penalty")  # which task files set, and greedy ignores
+_OF_OTHERS = ("top_k", "min_p", "num_beams", "repetition_penalty")  # which task files set, and greedy ignores
 _QUESTION = "QUESTION"  # any text that no template has after the user's
 
 
@@ -38,10 +38,10 @@ def read_gen_kwargs(gen_kwargs: Mapping[str, Any]) -> tuple[tuple[str, ...], dic
         raise ValueError(f"gen_kwargs has {', '.join(unknown)}; the sampler's settings are {', '.join(SETTINGS)}")
     sampling: dict[str, Any] = {"gen_length": (lengths or [_DEFAULT_LENGTH])[0], **given}
     try:
-        sampling = {n: int(v) if n in _WHOLE else v if n == "remasking" else float(v) for n, v in sampling.items()}
+        sampling |= {n: int(sampling[n]) for n in ("gen_length", "steps", "block_length") if n in sampling}
+        Sampling(**sampling)  # raises the errors of `generate` before the first answer is generated
     except (TypeError, ValueError) as error:
-        raise ValueError(f"gen_kwargs has a setting that is no number: {error}") from None
-    Sampling(**sampling)  # raises the errors of `generate` before the first answer is generated
+        raise ValueError(f"gen_kwargs: {error}") from None
     return (until,) if isinstance(until, str) else tuple(until), sampling
 
 
@@ -120,3 +120,18 @@ def _divided(tokenizer: PreTrainedTokenizerBase, context: str) -> tuple[str, str
     opening = prompt_text(tokenizer, _QUESTION).rpartition(_QUESTION)[2]  # what follows the user's text
     before, found, begun = context.rpartition(opening) if opening else ("", "", "")
     return (before + opening, begun) if found else (context, "")
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """`text` up to the first occurrence of any text in `until`."""
+    places = [text.find(stop) for stop in until if stop]
+    return text[: min((place for place in places if place >= 0), default=len(text))]
+
+
+def windows_of(opening: list[int], tokens: list[int], size: int) -> list[tuple[list[int], list[int]]]:
+    """Pairs (context, tokens to score) that score each token once; `opening` is the context of the first."""
+    first = size - len(opening)
+    step = max(size - size // 2, 1)
+    later = range(first, len(tokens), step)
+    pairs = [(tokens[max(start + step - size, 0) : start], tokens[start : start + step]) for start in later]
+    return [(opening, tokens[:first]), *pairs]

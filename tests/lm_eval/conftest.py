@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,23 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data sets of one test are not those of the next."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(autouse=True)
+def _own_tasks_and_loggers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Reading lm-eval's thousands of task files takes longer than everything else here, and lm-eval sets its logger up
+    for the whole process, on a stderr that pytest then closes."""
+
+    tasks = pytest.importorskip("lm_eval.tasks")
+    build = tasks.TaskManager.__init__
+
+    def without_defaults(self: Any, *args: object, **kwargs: object) -> None:
+        build(self, *args, **{**kwargs, "include_defaults": False})
+
+    monkeypatch.setattr(tasks.TaskManager, "__init__", without_defaults)
+    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
+    yield
+    logger = logging.getLogger("lm_eval")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.propagate = True

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +13,12 @@ import pytest
 import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.tasks import TaskManager
 
 from nara_diffusion.lm_eval.__main__ import TASKS, adjusted, main, with_defaults
 
 from .conftest import LLADA_TINY, ROWS
 
 ROOT = Path(__file__).parents[2]
-BUILD = TaskManager.__init__
-
-
-@pytest.fixture(autouse=True)
-def _own_tasks_and_loggers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Reading lm-eval's thousands of task files takes longer than everything else here, and lm-eval sets its logger up
-    for the whole process, on a stderr that pytest then closes."""
-
-    def without_defaults(self: TaskManager, *args: object, **kwargs: object) -> None:
-        BUILD(self, *args, **{**kwargs, "include_defaults": False})  # type: ignore[arg-type]
-
-    monkeypatch.setattr(TaskManager, "__init__", without_defaults)
-    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
-    yield
-    logger = logging.getLogger("lm_eval")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    logger.propagate = True
 
 
 def results_in(folder: Path) -> dict[str, Any]:
@@ -67,8 +46,15 @@ def test_three_kinds_of_request_in_one_run(
     ("flags", "message"),
     [
         (["--batch_size", "auto"], "nara-eval: --batch_size auto: nara_dllm doesn't look for one"),
-        (["--gen_kwargs", "steps=5,gen_length=8,block_length=4"], "nara-eval: steps is 5 and there are 2 blocks"),
+        (
+            ["--gen_kwargs", "steps=5,gen_length=8,block_length=4"],
+            "nara-eval: gen_kwargs: steps is 5 and there are 2 blocks",
+        ),
         (["--tasks", "nonsense"], "nara-eval: .*nonsense"),
+        (
+            ["--config", "llada_base"],
+            "nara-eval: --config llada_base: there is no such file, and the presets are .*dream_",
+        ),
         (["--tasks", "nara_mbpp"], "nara-eval: .*mbpp"),  # without --confirm_run_unsafe_code
     ],
 )
@@ -120,6 +106,15 @@ def test_a_file_of_arguments_has_our_model_and_flags_win(
     assert (found.model, found.device, found.include_path) == (model, device, [str(TASKS), *paths])
 
 
+def test_a_preset_is_named_and_flags_win_entry_by_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--config", "llada_base_generation", "--model_args", "peft=mine", "--gen_kwargs", "steps=256"]
+    monkeypatch.setattr("sys.argv", ["nara-eval", *with_defaults([*flags, "--tasks", "gsm8k"])])
+    found = EvaluatorConfig.from_cli(adjusted(HarnessCLI().parse_args()))
+    assert found.model_args == {"pretrained": "GSAI-ML/LLaDA-8B-Base", "peft": "mine"}
+    assert found.gen_kwargs == {"gen_length": 1024, "steps": 256, "block_length": 1024}
+    assert (found.tasks, found.model) == (["gsm8k"], "nara_dllm")
+
+
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval._cli", None)
     with pytest.raises(SystemExit, match=re.escape("nara-eval needs lm-eval: pip install -e '.[eval]'")):
@@ -129,7 +124,6 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 PROGRAM = """
 import json, sys
 from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 from nara_diffusion.lm_eval.harness_model import NaraDLLM
 
 def evaluate(pretrained, peft, tasks, output):

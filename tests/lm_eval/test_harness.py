@@ -108,6 +108,22 @@ def test_loglikelihood_is_the_bound_at_the_level_of_each_mask(harness: NaraDLLM)
         harness.loglikelihood(requests("loglikelihood", ("a", " " + "b" * 80)))
 
 
+def test_loglikelihood_is_guided_by_cfg_scale(harness: NaraDLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "cfg_scale", 1.5)
+    monkeypatch.setattr(harness, "greedy", False)
+    ((value, _),) = harness.loglikelihood(requests("loglikelihood", ("upper: house", " H")))
+    whole = encode(harness.tokenizer, "upper: house H", has_template=False)
+    prompt, answer = whole[:-2], whole[-2:]
+    blind, at = [MASK] * len(prompt), AtLevel(harness)
+    expected = 0.0
+    for places, weight in (([0], 0.5), ([1], 0.5), ([0, 1], 0.5)):  # 1 / (k · C(2, k)), a mask each
+        shown = [MASK if j in places else token for j, token in enumerate(answer)]
+        told, free = (at(before + shown, len(places) / 2)[-2:] for before in (prompt, blind))
+        log_p = (2.5 * told - 1.5 * free).log_softmax(-1)
+        expected += weight * sum(log_p[j, answer[j]].item() for j in places)
+    assert value == pytest.approx(expected, rel=1e-4)
+
+
 def test_loglikelihood_rolling_scores_windows_that_see_what_stands_before(harness: NaraDLLM) -> None:
     harness.max_length = 6
     ids = harness.tokenizer("abcdefghij").input_ids
@@ -155,17 +171,23 @@ def test_read_gen_kwargs() -> None:
     for given, until, sampling in [
         ({}, (), {"gen_length": 256}),
         ({"max_gen_toks": 8, "until": "x", "temperature": 0.7, "do_sample": False}, ("x",), {"gen_length": 8}),
-        ({"gen_length": 6, "max_gen_toks": 8, "steps": 3.0, "top_p": 0.9}, (), {"gen_length": 6, "steps": 3}),
-        ({"max_tokens": 4, "temperature": 0.5}, (), {"gen_length": 4, "temperature": 0.5}),
+        ({"gen_length": 6, "max_gen_toks": 8, "steps": 3.0, "top_k": 9}, (), {"gen_length": 6, "steps": 3}),
+        ({"max_tokens": 4, "temperature": 0.5, "top_p": 0.9}, (), {"gen_length": 4, "temperature": 0.5, "top_p": 0.9}),
+        (
+            {"max_tokens": 4, "logits_eos_inf": True, "remasking": "entropy"},
+            (),
+            {"gen_length": 4, "logits_eos_inf": True, "remasking": "entropy"},
+        ),
     ]:
         assert read_gen_kwargs(given) == (until, sampling)
 
 
 def test_read_gen_kwargs_refuses_what_the_sampler_lacks() -> None:
     for given, message in [
-        ({"top_p": 0.9, "temperature": 1}, "gen_kwargs has top_p; the sampler's settings are"),
+        ({"top_k": 9, "temperature": 1}, "gen_kwargs has top_k; the sampler's settings are"),
         ({"beams": 3}, "gen_kwargs has beams"),
-        ({"steps": "many"}, "no number"),
+        ({"steps": "many"}, "gen_kwargs: .*'many'"),
+        ({"temperature": "hot"}, "gen_kwargs: .*'str'"),
         ({"gen_length": 8, "block_length": 4, "steps": 5}, "steps is 5 and there are 2 blocks"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -176,6 +198,7 @@ def test_impossible_arguments_are_refused_by_name() -> None:
     for arguments, message in [
         ({}, "names no model"),
         ({"pretrained": LLADA_TINY, "gen_length": 12}, "gen_length in --model_args: .* belong to --gen_kwargs"),
+        ({"pretrained": LLADA_TINY, "max_length": 65}, "max_length is 65 and the model has 64 positions"),
         ({"pretrained": LLADA_TINY, "batch_size": "auto"}, "--batch_size auto: .* name it"),
         ({"peft": "outputs/dllm-9"}, "There is no folder 'outputs/dllm-9', and an adapter of PEFT's .* not reached"),
     ]:
