@@ -42,7 +42,8 @@ def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], **sampling: 
         text = readable(tokenizer, step.sequences[0, ids.shape[1] :], step.masked[0]) if step.masked.any() else ""
         print(f"\r\x1b[2K{' '.join(text.split())[-79:]}", end="", flush=True)
 
-    sampling |= {"eos_token_id": stop_token_ids(model, tokenizer), "on_step_end": show if sys.stdout.isatty() else None}
+    sampling |= {"eos_token_id": stop_token_ids(model, tokenizer), "chat": bool(tokenizer.chat_template)}
+    sampling |= {"on_step_end": show if sys.stdout.isatty() else None}
     sequences: Any = generate(model, ids, **sampling)
     return tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--strength", type=float, help="factor of the adapter's update (default: 1)")
     parser.add_argument("--gen_length", type=int, default=128, help="tokens of an answer (default: 128)")
     parser.add_argument("--steps", type=int, help="forwards of an answer (default: one for each token)")
-    parser.add_argument("--block_length", type=int, help="tokens of a block (default: one block)")
+    parser.add_argument("--block_length", type=int, help="tokens of a block (default: as in the model's own chat)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     args = parser.parse_args(argv)
     model, tokenizer = load_backbone(args.model, dtype="auto")

@@ -26,6 +26,7 @@ from diffusers.utils.outputs import BaseOutput
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nara_diffusion.dllm import GenerationStep, encode_prompts, load_backbone, prompt_text
+from nara_diffusion.dllm.canvas import check_canvas
 from nara_diffusion.dllm.data.encoding import chat_text
 from nara_diffusion.dllm.evaluation.exact_match import answer_prompts, decode_answer, stop_token_ids
 from nara_diffusion.dllm.models.backbone import Backbone
@@ -140,8 +141,9 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
                 the λ at which the model ran, and tensors those of the next argument. A dict that it returns with
                 "sequences" replaces them. `pipe._interrupt = True` stops; what is masked then stays so.
             callback_on_step_end_tensor_inputs: of "sequences" (b, l) and "masked" (b, gen_length).
-            **sampling: of `nara_diffusion.dllm.generate`: steps, block_length, temperature, cfg_scale, remasking,
-                confidence_threshold, stop_at_eos, generator.
+            **sampling: of `nara_diffusion.dllm.generate`: stop_at_eos, generator, and the settings of `Sampling`: steps,
+                temperature, …. Where a chat template is applied, `block_length` is by default that of the model's own
+                chat (LLaDA: 32), if it divides `gen_length`.
 
         Raises:
             ValueError: prompts or arguments that can't be; each by name.
@@ -152,6 +154,7 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
         texts = [self.prompt_text(one, apply_template) for one in prompts for _ in range(num_answers_per_prompt)]
         if not texts:
             raise ValueError(f"prompt is {prompt!r}, expected a text, a list of texts, a chat, or a list of chats")
+        check_canvas(self.transformer, 0, gen_length)
         ends = stop_token_ids(self.transformer, self.tokenizer)
         self._interrupt = False
         progress_bar: Any = self.progress_bar
@@ -165,7 +168,8 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
                     step.sequences = changed.get("sequences", step.sequences)
                 step.stop = self._interrupt
 
-            options = {"gen_length": gen_length, "eos_token_id": ends, "on_step_end": step_end, **sampling}
+            options = {"gen_length": gen_length, "eos_token_id": ends, "on_step_end": step_end}
+            options |= {"chat": apply_template and bool(self.tokenizer.chat_template), **sampling}
             ids = encode_prompts(self.tokenizer, texts)
             result = answer_prompts(self.transformer, ids, device=self._execution_device, **options)
         self.maybe_free_model_hooks()

@@ -6,7 +6,6 @@ far training shows it: `data.collator`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from .models.backbone import Backbone
 
-logger = logging.getLogger(__name__)
+_MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -89,33 +88,32 @@ def mask_in_a_text(mask_token_id: int) -> str:
     )
 
 
-def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int) -> None:
-    """Refuse a canvas beyond the positions that `model` can tell apart.
+def check_positions(model: nn.Module, length: int, what: str, remedy: str) -> None:
+    """Refuse a text of `length` tokens that is longer than the positions that `model` knows.
 
     Raises:
-        ValueError: with what was given, and the limit.
+        ValueError: `what`, the limit, and the `remedy`.
     """
-    limit, length = Backbone(model).position_limit, longest_prompt + gen_length
+    limit = Backbone(model).position_limit
     if limit is not None and length > limit:
-        raise ValueError(
-            f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}, together {length}, and "
-            f"the model has {limit} positions: lower gen_length, or leave out long prompts"
-        )
+        raise ValueError(f"{what}, and the model has {limit} positions: {remedy}")
 
 
-def check_positions(model: nn.Module, longest: int) -> None:
-    """Refuse samples of up to `longest` tokens beyond a table of learned positions; warn of those beyond rotary ones.
+def check_canvas(model: nn.Module, longest_prompt: int, gen_length: int) -> None:
+    """Refuse a canvas beyond the model's positions; see `check_positions`."""
+    length = longest_prompt + gen_length
+    what = f"the longest prompt has {longest_prompt} tokens and gen_length is {gen_length}, together {length}"
+    check_positions(model, length, what, "lower gen_length, or leave out long prompts")
+
+
+def checked_lengths(model: nn.Module, max_length: int | None, gen_length: int) -> int:
+    """`max_length` of a training run; None is 512, or as many as the model has positions.
 
     Raises:
-        ValueError: with what was given, the limit and the remedy.
+        ValueError: one of both is beyond the model's positions.
     """
-    backbone = Backbone(model)
-    limit = backbone.position_limit
-    if limit is None or longest <= limit:
-        return
-    message = (
-        f"samples have up to {longest} tokens, and the model knows {limit} positions: --max_length {limit} cuts them"
-    )
-    if backbone.position_table is not None:
-        raise ValueError(message)
-    logger.warning("%s; what it makes of tokens beyond is worse, and `generate` doesn't go there", message)
+    check_positions(model, gen_length + 1, f"gen_length is {gen_length}", "lower it, prompt and answer share them")
+    if max_length is None:
+        return min(_MAX_LENGTH, Backbone(model).position_limit or _MAX_LENGTH)
+    check_positions(model, max_length, f"max_length is {max_length}", "lower it, longer answers are cut")
+    return max_length

@@ -22,7 +22,7 @@ model is sure of them (parallel decoding).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -104,6 +104,13 @@ class Sampling:
     def is_random(self) -> bool:
         """Whether random numbers are drawn."""
         return self.temperature > 0 or self.remasking == "random"
+
+    def changed(self) -> dict[str, Any]:
+        """gen_length, and the settings that aren't the defaults."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value for name, value in values.items() if name == "gen_length" or value != getattr(Sampling, name)
+        }
 
     def tokens_per_step(self) -> list[int]:
         """The number of tokens that each step of a block places by `steps`; ones for the other rules."""

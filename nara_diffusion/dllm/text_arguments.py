@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nara_diffusion.dllm.decoding import REMASKING
 from nara_diffusion.dllm.masking import check_drawable
 from nara_diffusion.training.arguments import (
     AdapterArguments,
@@ -65,8 +66,11 @@ class ModelArguments:
     output_field: str | None = option(None, "field with what the model learns to write", within="data_options")
     text_field: str | None = option(None, "field with a text that has no prompt", within="data_options")
     answer_field: str | None = option(None, "field that a generation is compared with", within="data_options")
-    max_length: int = option(
-        512, "Length of prompt and answer together, without padding; longer answers are cut.", unit="tokens"
+    max_length: int | None = option(
+        None,
+        "Length of prompt and answer together, without padding; longer answers are cut. None takes 512, or the "
+        "model's positions where it has fewer.",
+        unit="tokens",
     )
 
 
@@ -86,7 +90,10 @@ class ObjectiveArguments:
     gen_length: int = option(128, "Length of a generated answer.", unit="tokens")
     generation_steps: int | None = option(None, "Denoising steps of an answer; none takes one a token.", unit="steps")
     block_length: int | None = option(
-        None, "Block that is finished before the next is begun; none is one.", unit="tokens"
+        None,
+        "Block that is finished before the next is begun; none takes that of the model's own chat (LLaDA: 32), where "
+        "the tokenizer has a chat template and it divides gen_length, else one block.",
+        unit="tokens",
     )
     extract: str = option(
         "text", "What is compared: text, the last number, choice.", choices=("text", "number", "choice")
@@ -94,11 +101,13 @@ class ObjectiveArguments:
     evaluation_options: dict[str, Any] = option({}, "How answers are generated and losses measured:", rare=True)
     temperature: float = option(0.0, "of sampling; 0 takes the likeliest token", within="evaluation_options")
     cfg_scale: float = option(0.0, "classifier-free guidance; 0 disables it", within="evaluation_options")
-    remasking: str = option(
-        "low_confidence",
-        "which tokens stay masked, low_confidence or random",
-        choices=("low_confidence", "random"),
+    top_p: float | None = option(
+        None,
+        "of sampling; the likeliest tokens with this probability together; none takes all",
         within="evaluation_options",
+    )
+    remasking: str = option(
+        "low_confidence", "the order of placing tokens", choices=REMASKING, within="evaluation_options"
     )
     curve_points: int = option(
         10, "noise levels at which the picture shows the loss", unit="points", within="evaluation_options"

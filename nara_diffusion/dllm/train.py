@@ -20,16 +20,18 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from nara_diffusion.check.check_tasks import text_task
 from nara_diffusion.check.verdict import check_training
 from nara_diffusion.dllm import AnswerCollator, encode_records, exact_match, load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.canvas import check_canvas, check_positions
+from nara_diffusion.dllm.canvas import check_canvas, check_positions, checked_lengths
 from nara_diffusion.dllm.data.collator import GlobalBatchStream, trained_canvas, with_longest
 from nara_diffusion.dllm.data.encoding import end_token_id
 from nara_diffusion.dllm.data.records import load_records
+from nara_diffusion.dllm.decoding import Sampling, chat_settings
 from nara_diffusion.dllm.evaluation.before_after import (
     compare,
     measure,
@@ -64,8 +66,8 @@ from .text_arguments import Arguments
 
 logger = logging.getLogger(__name__)
 
-# Arguments that `exact_match` takes under the same name.
-SAMPLING = ("gen_length", "block_length", "temperature", "cfg_scale", "remasking", "extract")
+# Arguments that `generate` takes under the same name.
+SAMPLING = ("gen_length", "block_length", "temperature", "top_p", "cfg_scale", "remasking")
 
 # What a run does where no model is named; the flags' own defaults suit models of some billion parameters.
 SHIPPED_DATA = {
@@ -119,14 +121,17 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     if args.is_quantised:
         prepare_quantised(backbone)
     run.record_base_digests({"": local_folder(args.pretrained_model_name_or_path, revision=args.revision)})
+    max_length = checked_lengths(backbone, args.max_length, args.gen_length)
+    settings = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
+    sampling = Sampling(**(chat_settings(backbone, settings) if tokenizer.chat_template else settings))
     with run.accelerator.main_process_first():
-        encode = partial(encode_records, tokenizer=tokenizer, max_length=args.max_length, train_on=args.train_on)
+        encode = partial(encode_records, tokenizer=tokenizer, max_length=max_length, train_on=args.train_on)
         encoded = [encode(part) for part in records]
     for what, part in zip(("training data", "validation data"), encoded, strict=False):
         run.record_data_digest(what, [part.digest()])
     train_rows, validation_rows, test_rows = (part.rows for part in encoded)
     padding = int(args.trained_padding) if args.trained_padding.isdecimal() else args.trained_padding
-    collator = AnswerCollator(end_token_id(tokenizer), padding, args.max_length, args.gen_length)
+    collator = AnswerCollator(end_token_id(tokenizer), padding, max_length, args.gen_length)
     validation_rows = with_longest(validation_rows, run.global_batch)
     longest, longest_prompt = (max(getattr(part, name) for part in encoded) for name in ("longest", "longest_prompt"))
     canvas_prompt = longest_prompt if padding == "gen_length" else encoded[-1].longest_prompt  # of the test records
@@ -145,7 +150,8 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     steps = run.plan(len(stream.samples))
     model = build_adapter(backbone, args, strength=schedule_of(args))
     check_canvas(model, canvas_prompt, args.gen_length)  # once more: the adapter may take some positions
-    check_positions(model, collator.padded_length(longest, longest_prompt, longest))
+    padded = collator.padded_length(longest, longest_prompt, longest)
+    check_positions(model, padded, f"samples have up to {padded} tokens", "lower --max_length")
     if run.checkpoint is not None:
         load_checkpoint(model, run.checkpoint)
     elif args.init_adapter is not None:
@@ -154,15 +160,14 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
     # Train
     optimizer = build_optimizer(model, args, fused=run.fuses_optimizer)
     scheduler = build_scheduler(optimizer, args, steps)
-    canvas, warning = trained_canvas(stream, collator, args.gen_length, args.block_length)
+    canvas, warning = trained_canvas(stream, collator, args.gen_length, sampling.block)
     if run.is_main and warning:
         logger.warning("%s", warning)
     loader = stream_loader(stream, collator, **run.batches)
     model, optimizer, scheduler, loader = prepare(run.accelerator, model, optimizer, scheduler, loader)
     adapted: Any = run.accelerator.unwrap_model(model)
-    sampling: dict[str, Any] = {name: getattr(args, name) for name in SAMPLING} | {"steps": args.generation_steps}
     hardest: Any = max(test_rows, key=lambda row: row["prompt_length"])  # type: ignore[index]
-    exact_match(adapted, tokenizer, [hardest], **sampling, progress=False)  # bad settings show now
+    exact_match(adapted, tokenizer, [hardest], **asdict(sampling), progress=False)  # what can't be shows now
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     facts = {
         "adapter": title_of(args),
@@ -188,7 +193,7 @@ def fine_tune(args: Arguments, run: Run) -> dict[str, Any]:
         with atomic_write_files(run.folder) as unfinished:
             tokenizer.save_pretrained(unfinished)  # a model folder has one
     parts = (tokenizer, validation_rows, test_rows)
-    options = {**held_out, "curve_points": args.curve_points, **sampling}
+    options = {**held_out, "curve_points": args.curve_points, "extract": args.extract, "sampling": sampling}
     load_base = partial(load_whole, run.accelerator, lambda: load(dtype=run.dtype)[0].to(run.accelerator.device))
     with base_model(adapted, load_base) as base:
         before = measure(run.accelerator, base, *parts, **options)

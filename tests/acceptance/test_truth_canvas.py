@@ -162,7 +162,7 @@ def test_a_canvas_beyond_the_models_positions_is_refused_before_training(
     arguments, tmp_path: Path, gen_length: int, lengths: tuple[int, int]
 ) -> None:
     train_file = write_reversals(tmp_path / "own.jsonl", 9, lengths)
-    args = arguments(gen_length=gen_length, train_file=train_file, max_length=100)
+    args = arguments(gen_length=gen_length, train_file=train_file)
     message = rf"the longest prompt has \d+ tokens and gen_length is {gen_length}, together \d+, and the model has 64"
     with pytest.raises(ValueError, match=message):
         main(args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nara_diffusion.dllm import generate, load_backbone, masked_diffusion_loss
-from nara_diffusion.dllm.canvas import check_positions
+from nara_diffusion.dllm.canvas import check_canvas
 from nara_diffusion.dllm.models.backbone import Backbone
 from nara_diffusion.dllm.models.shifted_logits import ShiftedLlamaForCausalLM, ShiftedQwen2ForCausalLM
 from tests.acceptance._text import backbone, nara
@@ -167,18 +166,9 @@ def test_table_of_positions_ends_where_the_model_does(model: Any) -> None:
     model(torch.full((2, 19), 7))
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((2, 20), 7))
-    check_positions(model, 19)
-    with pytest.raises(ValueError, match=r"up to 20 tokens, and the model knows 19 positions: --max_length 19"):
-        check_positions(model, 20)
-
-
-def test_rotary_positions_are_warned_of_where_samples_are_longer(caplog: pytest.LogCaptureFixture) -> None:
-    model = backbone(VOCABULARY)
-    with caplog.at_level(logging.WARNING):
-        check_positions(model, 64)
-        assert caplog.messages == []
-        check_positions(model, 65)
-    assert "samples have up to 65 tokens, and the model knows 64 positions" in caplog.text
+    check_canvas(model, 10, 9)
+    with pytest.raises(ValueError, match=r"prompt has 11 tokens and gen_length is 9, together 20, .* has 19 positions"):
+        check_canvas(model, 11, 9)
 
 
 # ---------------------------------------------------------------------- loading

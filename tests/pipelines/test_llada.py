@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nara_diffusion.dllm import load_backbone, prompt_text
+from nara_diffusion.dllm.decoding import CHAT_BLOCK_LENGTHS
 from pipelines.llada import LLaDAPipeline
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,25 @@ def test_several_answers_a_prompt_differ_at_a_temperature(pipe: LLaDAPipeline) -
     starts = result.prompt_lengths.tolist()
     assert starts[0] == starts[1] != starts[2] == starts[3]
     assert not torch.equal(result.answers[0], result.answers[1])
+
+
+def test_a_chat_prompt_is_answered_in_the_blocks_of_the_models_own_chat(
+    pipe: LLaDAPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHAT_BLOCK_LENGTHS, "llama", 3)
+    for template, settings, block in ((True, {}, 3), (False, {}, 12), (True, {"block_length": 6}, 6)):
+        text = USER["content"] if template else pipe.prompt_text(USER["content"])
+        expected = pipe(text, **LENGTH, apply_template=template, block_length=block)
+        order: list[int] = []
+
+        def watch(pipe: Any, step: int, level: Any, tensors: dict[str, torch.Tensor], order: list[int] = order) -> None:
+            order.extend(j for j in range(12) if not tensors["masked"][0, j] and j not in order)
+
+        names = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": ["masked"], "stop_at_eos": False}
+        found = pipe(text, **LENGTH, apply_template=template, **settings, **names)
+        assert [j // block for j in order] == sorted(j // block for j in order)  # block after block
+        assert block < 12 or order != sorted(order)
+        assert found.texts == expected.texts
 
 
 def test_callback_sees_each_step_and_changes_it(pipe: LLaDAPipeline) -> None:
@@ -85,6 +105,7 @@ def test_prompts_and_arguments_are_refused(pipe: LLaDAPipeline) -> None:
         ([{"role": "assistant", "content": "a"}], {}, "doesn't end with the user's turn"),
         ([USER], {"apply_template": False}, "without a chat template"),
         ("a", {"block_length": 5}, "block_length 5 doesn't divide gen_length 12"),
+        ("a", {"gen_length": 65}, "gen_length is 65, .* and the model has 64 positions"),
         ("a" * 100, {}, r"the longest prompt has \d+ tokens and gen_length is 12, .* and the model has 64 positions"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from nara_diffusion.dllm.data.collator import AnswerCollator
+from nara_diffusion.dllm.decoding import Sampling
 from nara_diffusion.dllm.loss import masked_diffusion_loss
 from nara_diffusion.dllm.models.backbone import evaluating
 from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
@@ -44,7 +45,7 @@ from nara_diffusion.dllm import encode_prompts, generate, load_backbone, prompt_
 
 {loading}
 prompt = torch.tensor(encode_prompts(tokenizer, [prompt_text(tokenizer, {instruction!r})]))
-tokens = generate(model, prompt, gen_length={gen_length}, steps={steps}, block_length={block_length})
+tokens = generate(model, prompt, {sampling})
 print(tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True))
 ```"""
 _ENDING = """\
@@ -60,6 +61,7 @@ class Measurement:
     generations: one {instruction, generation, extracted, answer, correct} a test row.
     noise_levels, curve: λ, and the loss there in nats a masked token.
     validation_loss: the training objective on the validation rows.
+    sampling: the settings of the generations.
     """
 
     exact_match: float
@@ -67,6 +69,7 @@ class Measurement:
     noise_levels: list[float]
     curve: list[float]
     validation_loss: float
+    sampling: Sampling
 
 
 def measure(
@@ -80,14 +83,16 @@ def measure(
     seed: int,
     batch_size: int,
     curve_points: int,
-    **generation: Any,
+    extract: str,
+    sampling: Sampling,
 ) -> Measurement:
     """Measure `model` with its adapter enabled or disabled, as it is now.
 
     Args:
         model: without DDP's wrapper, whose forward has to run equally often on all processes.
         curve_points: the number of λ, equally spaced up to 1.
-        **generation: further arguments of `exact_match`.
+        extract: the rule of `exact_match`.
+        sampling: the settings of `generate`.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "progress": accelerator.is_main_process}
     levels = [(i + 1) / curve_points for i in range(curve_points)]
@@ -95,7 +100,8 @@ def measure(
     def generate(indices: Sequence[int]) -> list[dict[str, Any]]:
         generator = torch.Generator(accelerator.device).manual_seed(seed)
         rows: Any = test_rows.select(indices)
-        return exact_match(model, tokenizer, rows, generator=generator, **options, **generation).generations
+        settings = {**asdict(sampling), "extract": extract, **options}
+        return exact_match(model, tokenizer, rows, generator=generator, **settings).generations
 
     def losses(indices: Sequence[int]) -> list[float]:
         rows: Any = validation_rows
@@ -105,7 +111,7 @@ def measure(
     curve = split_across_processes(accelerator, len(levels), losses)
     validation = validation_losses(accelerator, model, validation_rows, collator, seed=seed, batch_size=batch_size)
     share = sum(generation["correct"] for generation in generations) / len(generations)
-    return Measurement(share, generations, levels, curve, validation["validation_loss"])
+    return Measurement(share, generations, levels, curve, validation["validation_loss"], sampling)
 
 
 @torch.no_grad()
@@ -191,13 +197,13 @@ def write_run_report(
         about=f"for the masked-diffusion language model `{base}`, trained on `{args.dataset_name or args.train_file}`.",
         figures=_figures(before, after),
         how_good=("", _ENDING),
-        loading=_loading(args, after.generations[0]["instruction"], load_from),
+        loading=_loading(args, after, load_from),
         tags=["masked-diffusion", "text-generation"],
         library="transformers" if args.adapter == "full" else "peft",
     )
 
 
-def _loading(args: Any, instruction: str, folder: str) -> str:
+def _loading(args: Any, measured: Measurement, folder: str) -> str:
     """The code in the card that loads the adapter."""
     is_whole = args.adapter == "full"
     names = ("mask_token",) if is_whole else ("mask_token", "revision", "load_in_4bit", "load_in_8bit")
@@ -212,10 +218,8 @@ def _loading(args: Any, instruction: str, folder: str) -> str:
     code = _LOADING.format(
         imports=imports,
         loading=core_import(args) + "\n".join(lines),
-        instruction=instruction,
-        gen_length=args.gen_length,
-        steps=args.generation_steps,
-        block_length=args.block_length,
+        instruction=measured.generations[0]["instruction"],
+        sampling=", ".join(f"{name}={value!r}" for name, value in measured.sampling.changed().items()),
     )
     if reads_noise(args) or needs_schedule(args):
         code += "\n\nIn `generate` the adapter runs at λ, the masked share of the answer, at each step."

@@ -72,6 +72,7 @@ def exact_match(
             *(len(nameless), len(rows), extract, nameless[0]),
         )
     ends = stop_token_ids(model, tokenizer)
+    sampling = {"chat": bool(tokenizer.chat_template), "eos_token_id": ends, "gen_length": gen_length, **sampling}
     by_length = sorted(range(len(rows)), key=lambda i: rows[i]["prompt_length"])
     generations: dict[int, dict[str, Any]] = {}
     forwards = 0
@@ -79,7 +80,7 @@ def exact_match(
         for start in range(0, len(rows), batch_size):
             indices = by_length[start : start + batch_size]
             prompts = [rows[i]["input_ids"][: rows[i]["prompt_length"]] for i in indices]
-            result = answer_prompts(model, prompts, gen_length=gen_length, **{"eos_token_id": ends, **sampling})
+            result = answer_prompts(model, prompts, **sampling)
             forwards += result.forwards
             for i, answer in zip(indices, result.answers.tolist(), strict=True):
                 row, text = rows[i], decode_answer(tokenizer, answer, ends)
