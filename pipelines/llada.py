@@ -141,9 +141,9 @@ class LLaDAPipeline(LoraBaseMixin, DiffusionPipeline):
                 the λ at which the model ran, and tensors those of the next argument. A dict that it returns with
                 "sequences" replaces them. `pipe._interrupt = True` stops; what is masked then stays so.
             callback_on_step_end_tensor_inputs: of "sequences" (b, l) and "masked" (b, gen_length).
-            **sampling: of `nara_diffusion.dllm.generate`: stop_at_eos, generator, and the settings of `Sampling`: steps,
-                temperature, …. Where a chat template is applied, `block_length` is by default that of the model's own
-                chat (LLaDA: 32), if it divides `gen_length`.
+            **sampling: of `nara_diffusion.dllm.generate`: stop_at_eos, generator, and the settings of `Sampling`, as
+                steps and temperature. Where a chat template is applied, `block_length` is by default that of the
+                model's own chat (LLaDA: 32), if it divides `gen_length`.
 
         Raises:
             ValueError: prompts or arguments that can't be; each by name.

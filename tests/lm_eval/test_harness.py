@@ -200,7 +200,7 @@ def test_impossible_arguments_are_refused_by_name() -> None:
         ({"pretrained": LLADA_TINY, "gen_length": 12}, "gen_length in --model_args: .* belong to --gen_kwargs"),
         ({"pretrained": LLADA_TINY, "max_length": 65}, "max_length is 65 and the model has 64 positions"),
         ({"pretrained": LLADA_TINY, "batch_size": "auto"}, "--batch_size auto: .* name it"),
-        ({"peft": "outputs/dllm-9"}, "There is no folder 'outputs/dllm-9', and an adapter of PEFT's .* not reached"),
+        ({"peft": "outputs/dllm-9"}, "There is no folder 'outputs/dllm-9', and the Hub, .* can't be reached"),
     ]:
         with pytest.raises(ValueError, match=message):
             NaraDLLM(**{"device": "cpu", **arguments})
