@@ -33,7 +33,7 @@ from nara_diffusion.loaders.schedulers import build_scheduler
 from nara_diffusion.loaders.strict import check_loaded, check_tensors
 
 from .denoiser import ADAPTER, AdaptedDenoiser
-from .families import family_of
+from .pipelines import family_of
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 TRAINABLE = "trainable.safetensors"

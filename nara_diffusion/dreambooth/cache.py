@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from .dataset import TrainingSample
 from .draws import seeded_normal
-from .families import family_of
 from .family import Embeddings, Family, stack_padded
+from .pipelines import family_of
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from nara_diffusion.noise.denoisers import passes_log_sigma
-from nara_diffusion.noise.prediction import FLOW, ZERO_SNR, prediction_by
+from nara_diffusion.noise.prediction import FLOW, ZERO_SNR, Prediction, prediction_by
 
 from .objectives import Objective, build_objective, rows
 
@@ -52,12 +52,11 @@ def converted_scheduler(scheduler: Any, prediction_type: str | None, rescale_bet
     Raises:
         ValueError: a base that can't be converted so.
     """
-    own = prediction_by(scheduler)
-    kind = (own.kind if own else "epsilon") if prediction_type is None else prediction_type
-    has_zero_snr = own is not None and own.path == ZERO_SNR
-    if own is not None and own.kind == kind and (has_zero_snr or not rescale_betas_zero_snr):
+    own = prediction_by(scheduler) or Prediction("epsilon", "unknown")
+    kind, has_zero_snr = prediction_type or own.kind, own.path == ZERO_SNR
+    if own.path != "unknown" and own.kind == kind and (has_zero_snr or not rescale_betas_zero_snr):
         return scheduler
-    has_betas = "beta_schedule" in scheduler.config and own is not None and own.path != "rectified flow"
+    has_betas = "beta_schedule" in scheduler.config and own.path not in ("rectified flow", "unknown")
     if passes_log_sigma(scheduler) or not has_betas:
         raise ValueError(
             f"{type(scheduler).__name__} has no betas to convert the model to: leave prediction_type and "
@@ -86,8 +85,7 @@ def converted_scheduler(scheduler: Any, prediction_type: str | None, rescale_bet
 class IdentityReading:
     """What a base model predicts, read as the prediction that an objective asks for.
 
-        sample, timestep = reading.base_inputs(corrupted.model_input, indices)
-        prediction = reading.prediction(corrupted.model_input, base(sample, timestep), indices)
+        prediction = reading.prediction(x, base(*reading.base_inputs(x, indices)), indices)
 
     Args:
         base_scheduler: of the base; it has betas and predicts ε, v or x.

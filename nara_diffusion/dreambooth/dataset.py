@@ -4,11 +4,8 @@
     time_ids = (H, W, top, left, h, w)
 
 as in SDXL's training (arXiv 2307.01952, section 2.2): the original size is that of the upright file, top and left are
-counted in the scaled, already mirrored image.
-
-Image, crop, flip and dropped caption of position p are functions of (seed, p): the same in every process, with any
-number of workers, and after a resume. A class image (prior preservation) comes from a stream of its own and is cut to
-the bucket of the instance image that it stands beside, so that one forward takes both.
+counted in the scaled, already mirrored image. All that position p holds is a function of (seed, p). A class image
+(prior preservation) has a stream of its own, and is cut to its instance image's bucket: one forward takes both.
 """
 
 from __future__ import annotations
@@ -117,8 +114,7 @@ class DreamBoothDataset(Dataset):
         seed: of order, crops, flips and dropped captions.
         class_images: for prior preservation, or none.
         crop: "center" or "random".
-        crops_per_image: positions of random crops, drawn once for each image, to bound a cache of latents (5 images × 4
-            crops × 2 flips are 40 latents, at 1024² 20 MiB); None for any position.
+        crops_per_image: positions of random crops of an image, to bound a cache of latents; None for any position.
         flip: mirror half of the samples.
         caption_dropout: the probability that an instance has the empty prompt in place of its caption.
     """
@@ -139,16 +135,15 @@ class DreamBoothDataset(Dataset):
         self.instances, self.class_images = list(instances), list(class_images)
         self.crop, self.crops_per_image, self.flip = crop, crops_per_image, flip
         self.seed, self.caption_dropout = seed, caption_dropout
-        nearest = [find_nearest_bucket(*image.size, buckets) for image in self.instances]
-        self.targets = [buckets[number] for number in nearest]  # type: ignore[index]  (None without buckets)
+        self.targets = [buckets[find_nearest_bucket(*image.size, buckets) or 0] for image in self.instances]
         self._order = BucketOrder(self.targets, batch_size, seed)
         numbers = [{"image": i} for i in range(len(self.class_images))]
         self._class_order = ShuffledStream(numbers, seed + 1) if numbers else None
         pairs = zip(self.instances, self.targets, strict=True)
         small = [image.name for image, (h, w) in pairs if image.size[0] < h or image.size[1] < w]
         if small:
-            what = f"{len(small)} of {len(self.instances)} images are enlarged, and teach blur ({small[0]})"
-            logger.warning("%s: lower --resolution, or use larger images", what)
+            of = f"{len(small)} of {len(self.instances)}"
+            logger.warning("%s images are enlarged, and teach blur (%s): lower --resolution", of, small[0])
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return {"samples": self.samples_at(position)}
@@ -200,13 +195,8 @@ def _middle(image: ImageRecord, target: Size) -> tuple[int, int]:
 
 
 def collate_samples(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Items of one bucket → a batch of B rows: all b instances, then, with prior preservation, their b class images.
-
-    Returns:
-        samples: the B samples.
-        prompts: their B prompts.
-        time_ids: (B, 6) float32, (H, W, top, left, h, w).
-    """
+    """Items of one bucket → {"samples", "prompts", "time_ids" (B, 6) float32} of B rows: all b instances, then, with
+    prior preservation, their b class images."""
     samples = [sample for row in zip(*(item["samples"] for item in items), strict=True) for sample in row]
     return {
         "samples": samples,

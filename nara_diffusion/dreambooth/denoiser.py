@@ -22,8 +22,8 @@ from nara_diffusion.loaders.insertion import check_storable
 from nara_diffusion.noise.level import find_holders
 from nara_diffusion.training.adapters import CORE_FIELDS, check_target_modules, recompute_activations
 
-from .families import family_of
 from .family import Embeddings, Family
+from .pipelines import family_of
 
 ADAPTER = "default"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

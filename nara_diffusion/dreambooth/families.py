@@ -33,20 +33,22 @@ SD = Family(
     pipelines=("StableDiffusionPipeline",),
     # states (b, 77, d)
     encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[:1],
-    caller=lambda unet, call: unet(call.sample, call.timestep, call.embeddings[0], return_dict=False)[0],
+    inputs=lambda call: {
+        "sample": call.sample, "timestep": call.timestep, "encoder_hidden_states": call.embeddings[0]
+    },
     divisor=_unet_divisor,
     denoiser="unet",
     text_encoders=("text_encoder",),
     defaults={"resolution": 512, "guidance_scale": 7.5},
     is_flow=False,
-)
+)  # fmt: skip
 
 
-def _call_sdxl(unet: Any, call: Call) -> Tensor:
+def _sdxl_inputs(call: Call) -> dict[str, Any]:
     states, pooled = call.embeddings
     # bf16 doesn't hold all whole numbers above 256, which sizes and crop positions are
     conditions = {"text_embeds": pooled, "time_ids": call.time_ids.float()}
-    return unet(call.sample, call.timestep, states, added_cond_kwargs=conditions, return_dict=False)[0]
+    return {**SD.inputs(call), "encoder_hidden_states": states, "added_cond_kwargs": conditions}
 
 
 def _fit_sdxl(pipe: Any, family: Family) -> Family:
@@ -67,7 +69,7 @@ SDXL = Family(
     encoder=lambda pipe, prompts, length: pipe.encode_prompt(
         prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False
     )[::2],
-    caller=_call_sdxl,
+    inputs=_sdxl_inputs,
     divisor=_unet_divisor,
     denoiser="unet",
     text_encoders=("text_encoder", "text_encoder_2"),
@@ -90,26 +92,23 @@ def _fit_guidance(pipe: Any, family: Family) -> Family:
     return family if pipe.transformer.config.guidance_embeds else replace(family, guidance=None)
 
 
-def _patches_divisor(pipe: Any) -> int:
-    """With patches of 2 × 2 latents."""
-    return pipe.vae_scale_factor * 2
+def _packed(call: Call) -> dict[str, Any]:
+    """Tokens (b, h w / 4, 4 c) and σ."""
+    return {
+        "hidden_states": FluxPipeline._pack_latents(call.sample, *call.sample.shape),
+        "timestep": call.timestep.float() / N,
+        "encoder_hidden_states": call.embeddings[0],
+    }
+
+
+def _unpacked(tokens: Tensor, call: Call) -> Tensor:
+    return FluxPipeline._unpack_latents(tokens, *call.sample.shape[2:], 1)
 
 
 ATTENTION_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
-
-
-def _call_sd3(transformer: Any, call: Call) -> Tensor:
-    states, pooled = call.embeddings
-    return transformer(
-        hidden_states=call.sample,
-        timestep=call.timestep,
-        encoder_hidden_states=states,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0]
 
 
 SD3 = Family(
@@ -120,7 +119,12 @@ SD3 = Family(
     encoder=lambda pipe, prompts, length: pipe.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
     )[::2],
-    caller=_call_sd3,
+    inputs=lambda call: {
+        "hidden_states": call.sample,
+        "timestep": call.timestep,
+        "encoder_hidden_states": call.embeddings[0],
+        "pooled_projections": call.embeddings[1],
+    },
     divisor=lambda pipe: pipe.vae_scale_factor * pipe.transformer.config.patch_size,
     targets=ATTENTION_TARGETS,
     defaults={
@@ -130,21 +134,15 @@ SD3 = Family(
 )  # fmt: skip
 
 
-def _call_flux(transformer: Any, call: Call) -> Tensor:
-    states, pooled = call.embeddings
-    b, c, h, w = call.sample.shape
-    device, dtype = call.sample.device, call.sample.dtype
-    tokens = transformer(
-        hidden_states=FluxPipeline._pack_latents(call.sample, b, c, h, w),
-        timestep=call.timestep.float() / N,
-        guidance=_guidance(call),
-        pooled_projections=pooled,
-        encoder_hidden_states=states,
-        txt_ids=torch.zeros(states.shape[1], 3, device=device, dtype=dtype),
-        img_ids=FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, device, dtype),
-        return_dict=False,
-    )[0]
-    return FluxPipeline._unpack_latents(tokens, h, w, 1)
+def _flux_inputs(call: Call) -> dict[str, Any]:
+    (states, pooled), (b, _, h, w) = call.embeddings, call.sample.shape
+    like: dict[str, Any] = {"device": call.sample.device, "dtype": call.sample.dtype}
+    return _packed(call) | {
+        "guidance": _guidance(call),
+        "pooled_projections": pooled,
+        "txt_ids": torch.zeros(states.shape[1], 3, **like),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, **like),
+    }
 
 
 FLUX = Family(
@@ -153,8 +151,8 @@ FLUX = Family(
     pipelines=("FluxPipeline",),
     # states of T5, and the pooled state of CLIP
     encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, None, max_sequence_length=length)[:2],
-    caller=_call_flux,
-    divisor=_patches_divisor,
+    inputs=_flux_inputs,
+    output=_unpacked,
     targets=(*ATTENTION_TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     defaults={"resolution": 1024, "guidance_scale": 3.5, "num_inference_steps": 28},
     fit=_fit_guidance,
@@ -163,19 +161,16 @@ FLUX = Family(
 )
 
 
-def _call_flux2(transformer: Any, call: Call) -> Tensor:
-    (states,) = call.embeddings
-    device = call.sample.device
-    tokens = transformer(
-        hidden_states=Flux2Pipeline._pack_latents(call.sample),  # (b, h w, c), latents are of patches
-        timestep=call.timestep.float() / N,
-        guidance=_guidance(call),
-        encoder_hidden_states=states,
-        txt_ids=Flux2Pipeline._prepare_text_ids(states).to(device),
-        img_ids=Flux2Pipeline._prepare_latent_ids(call.sample).to(device),
-        return_dict=False,
-    )[0]
-    return tokens.transpose(1, 2).reshape(call.sample.shape)
+def _flux2_inputs(call: Call) -> dict[str, Any]:
+    (states,), device = call.embeddings, call.sample.device
+    return {
+        "hidden_states": Flux2Pipeline._pack_latents(call.sample),  # (b, h w, c), latents are of patches
+        "timestep": call.timestep.float() / N,
+        "guidance": _guidance(call),
+        "encoder_hidden_states": states,
+        "txt_ids": Flux2Pipeline._prepare_text_ids(states).to(device),
+        "img_ids": Flux2Pipeline._prepare_latent_ids(call.sample).to(device),
+    }
 
 
 FLUX2 = Family(
@@ -184,8 +179,8 @@ FLUX2 = Family(
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     # states of a language model
     encoder=lambda pipe, prompts, length: pipe.encode_prompt(prompts, max_sequence_length=length)[:1],
-    caller=_call_flux2,
-    divisor=_patches_divisor,
+    inputs=_flux2_inputs,
+    output=lambda tokens, call: tokens.transpose(1, 2).reshape(call.sample.shape),
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 28},
     fit=_fit_guidance,
     max_sequence_length=512,
@@ -200,24 +195,17 @@ def _encode_z_image(pipe: Any, prompts: list[str], length: int | None) -> Embedd
     return stack_padded(states), stack_padded(kept)
 
 
-def _call_z_image(transformer: Any, call: Call) -> Tensor:
-    states, kept = call.embeddings
-    frames = transformer(
-        list(call.sample[:, :, None].unbind(0)),  # b times (c, 1, h, w)
-        (N - call.timestep.float()) / N,  # as the pipeline rounds it: the transformer multiplies it by N
-        [own[mask.bool()] for own, mask in zip(states, kept, strict=True)],
-        return_dict=False,
-    )[0]
-    return -torch.stack(frames)[:, :, 0]
-
-
 Z_IMAGE = Family(
     name="z-image",
     title="Z-Image",
     pipelines=("ZImagePipeline",),
     encoder=_encode_z_image,
-    caller=_call_z_image,
-    divisor=_patches_divisor,
+    inputs=lambda call: {
+        "x": list(call.sample[:, :, None].unbind(0)),  # b times (c, 1, h, w)
+        "t": (N - call.timestep.float()) / N,  # as the pipeline rounds it: the transformer multiplies it by N
+        "cap_feats": [own[mask.bool()] for own, mask in zip(*call.embeddings, strict=True)],
+    },
+    output=lambda frames, call: -torch.stack(frames)[:, :, 0],
     defaults={"resolution": 1024, "guidance_scale": 5.0, "num_inference_steps": 30},
     max_sequence_length=512,
 )
@@ -229,18 +217,10 @@ def _encode_qwen_image(pipe: Any, prompts: list[str], length: int | None) -> Emb
     return states, torch.ones(states.shape[:2], dtype=torch.int64, device=states.device) if mask is None else mask
 
 
-def _call_qwen_image(transformer: Any, call: Call) -> Tensor:
-    states, mask = call.embeddings
-    b, c, h, w = call.sample.shape
-    tokens = transformer(
-        hidden_states=FluxPipeline._pack_latents(call.sample, b, c, h, w),
-        timestep=call.timestep.float() / N,
-        encoder_hidden_states=states,
-        encoder_hidden_states_mask=None if mask.all() else mask,
-        img_shapes=[[(1, h // 2, w // 2)]] * b,
-        return_dict=False,
-    )[0]
-    return FluxPipeline._unpack_latents(tokens, h, w, 1)
+def _qwen_image_inputs(call: Call) -> dict[str, Any]:
+    mask, (b, _, h, w) = call.embeddings[1], call.sample.shape
+    shapes = [[(1, h // 2, w // 2)]] * b
+    return _packed(call) | {"encoder_hidden_states_mask": None if mask.all() else mask, "img_shapes": shapes}
 
 
 def _sampling_qwen_image(call: dict[str, Any], count: int) -> dict[str, Any]:
@@ -255,25 +235,21 @@ QWEN_IMAGE = Family(
     title="Qwen-Image",
     pipelines=("QwenImagePipeline",),
     encoder=_encode_qwen_image,
-    caller=_call_qwen_image,
-    divisor=_patches_divisor,
+    inputs=_qwen_image_inputs,
+    output=_unpacked,
     defaults={"resolution": 1024, "guidance_scale": 4.0, "num_inference_steps": 30},
     sampling=_sampling_qwen_image,
     max_sequence_length=512,
 )
 
 
-def _call_wan(transformer: Any, call: Call) -> Tensor:
+def _wan_inputs(call: Call) -> dict[str, Any]:
     """An image is a video of one frame; the timestep is one for each token in Wan 2.2's 5B."""
     timestep, (height, width) = call.timestep, call.sample.shape[2:]
     if call.family.timestep_of_tokens:
         timestep = timestep[:, None].expand(-1, (height // 2) * (width // 2))
-    return transformer(
-        hidden_states=call.sample[:, :, None],  # (b, c, 1, h, w)
-        timestep=timestep,
-        encoder_hidden_states=call.embeddings[0],
-        return_dict=False,
-    )[0][:, :, 0]
+    frames = call.sample[:, :, None]  # (b, c, 1, h, w)
+    return {"hidden_states": frames, "timestep": timestep, "encoder_hidden_states": call.embeddings[0]}
 
 
 def _fit_wan(pipe: Any, family: Family) -> Family:
@@ -293,7 +269,8 @@ WAN = Family(
     encoder=lambda pipe, prompts, length: pipe.encode_prompt(
         prompts, do_classifier_free_guidance=False, max_sequence_length=length
     )[:1],
-    caller=_call_wan,
+    inputs=_wan_inputs,
+    output=lambda frames, call: frames[:, :, 0],
     divisor=lambda pipe: pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1],
     defaults={"resolution": 512, "guidance_scale": 5.0, "num_inference_steps": 30},
     fit=_fit_wan,
@@ -306,17 +283,3 @@ WAN = Family(
 
 FAMILIES = (SD, SDXL, SD3, FLUX, FLUX2, Z_IMAGE, QWEN_IMAGE, WAN)
 BY_PIPELINE = {pipeline: family for family in FAMILIES for pipeline in family.pipelines}
-
-
-def family_named(pipeline: str) -> Family:
-    """The family of a pipeline's class name. Raises ValueError if no family has it."""
-    if pipeline not in BY_PIPELINE:
-        known = ", ".join(f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES)
-        raise ValueError(f"{pipeline} is no class of pipelines that can be trained here: expected {known}.")
-    return BY_PIPELINE[pipeline]
-
-
-def family_of(pipe: Any) -> Family:
-    """The family of a pipeline, with its settings. Raises ValueError if none has its class or can train it."""
-    family = family_named(type(pipe).__name__)
-    return family.fit(pipe, family)

@@ -4,8 +4,8 @@
     x_λ (b, c, h, w), timestep (b,), embeddings → predict → prediction (b, c, h, w)
 
 x_λ, the timestep and the prediction are those of the objective; for a rectified flow x_σ = (1 − σ) x + σ ε, N σ and
-ε − x. Only the family's `caller` converts them to what the denoiser takes: σ, 1 − σ, tokens in place of a grid, the
-negative. `families` lists them.
+ε − x. Only the family's `inputs` and `output` convert them to what the denoiser takes: σ, 1 − σ, tokens in place of a
+grid, the negative. `families` lists them.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class Family:
         title: for messages.
         pipelines: names of the pipelines' classes, as in `model_index.json`.
         encoder: (pipe, prompts, max_sequence_length) → embeddings, by the pipeline's own `encode_prompt`.
-        caller: (denoiser, `Call`) → prediction.
-        divisor: pipe → the number that the sides of images have to be multiples of.
+        inputs: `Call` → arguments of the denoiser's forward.
+        output: (what it returns, `Call`) → prediction.
+        divisor: pipe → the number that the sides of images have to be multiples of; patches of 2 × 2 latents.
         denoiser: the name of the component.
         text_encoders: the components that can be trained too.
         cut_short: those of `text_encoders` whose last layer isn't used.
@@ -69,8 +70,9 @@ class Family:
     title: str
     pipelines: tuple[str, ...]
     encoder: Callable[[Any, list[str], int | None], Embeddings]
-    caller: Callable[[Any, Call], Tensor]
-    divisor: Callable[[Any], int]
+    inputs: Callable[[Call], dict[str, Any]]
+    output: Callable[[Any, Call], Tensor] = lambda output, call: output
+    divisor: Callable[[Any], int] = lambda pipe: pipe.vae_scale_factor * 2
     denoiser: str = "transformer"
     text_encoders: tuple[str, ...] = ()
     cut_short: tuple[str, ...] = ()
@@ -104,7 +106,8 @@ class Family:
         names = denoiser.named_parameters()
         dtype = next(p.dtype for name, p in names if not any(part in name for part in kept))
         cast = tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in embeddings)
-        return self.caller(denoiser, Call(sample.to(dtype), timestep, cast, time_ids, self))
+        call = Call(sample.to(dtype), timestep, cast, time_ids, self)
+        return self.output(denoiser(**self.inputs(call), return_dict=False)[0], call)
 
 
 def stack_padded(tensors: Sequence[Tensor]) -> Tensor:

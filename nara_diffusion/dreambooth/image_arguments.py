@@ -19,10 +19,9 @@ from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.parser import option, spread_options
 
 from .conversion import CONVERSIONS, FLOW
-from .families import family_of
 from .family import TRANSFORMER_TARGETS, Family
 from .image_records import check_prompt
-from .pipelines import family_of_model
+from .pipelines import family_of, family_of_model
 
 UNET_TARGETS = list(TRANSFORMER_TARGETS)
 WEIGHTING = ("cosmap", "sigma_sqrt")
@@ -40,18 +39,14 @@ class ModelArguments:
         None, "Another autoencoder, such as madebyollin/sdxl-vae-fp16-fix.", rare=True
     )
     model_options: dict[str, Any] = option({}, "How it is loaded and called:", rare=True)
-    revision: str | None = option(None, "branch, tag or commit on the Hub", within="model_options")
+    revision: str | None = option(None, "branch, tag or commit", within="model_options")
     variant: str | None = option(None, "variant of the weight files, such as fp16", within="model_options")
     max_sequence_length: int | None = option(
-        None,
-        "tokens of a prompt that are read, in families whose text encoders read more or fewer; none means what the "
-        "family's pipeline does",
-        unit="tokens",
-        within="model_options",
+        None, "tokens of a prompt, where there is a choice; none means what its pipeline does", within="model_options"
     )
     training_guidance_scale: float | None = option(
         None,
-        "what a denoiser with distilled guidance (FLUX) reads in training; none means its samples' default",
+        "what distilled guidance (FLUX) reads in training; none: its samples' default",
         within="model_options",
     )
 
@@ -68,10 +63,7 @@ class DataArguments:
     data_options: dict[str, Any] = option({}, "How images are read:", rare=True)
     caption_column: str | None = option(None, "key of the captions in metadata.jsonl", within="data_options")
     crops_per_image: int | None = option(
-        4,
-        "places of random crops, to bound the cache of latents; none means anywhere, anew each time",
-        unit="places",
-        within="data_options",
+        4, "places of random crops, to bound the cache of latents; none means anywhere", within="data_options"
     )
     cache_latents: bool = option(
         True, "keep what the autoencoder says of each crop instead of running it each step", within="data_options"
@@ -85,10 +77,7 @@ class DataArguments:
     center_crop: bool = option(False, "Cut the middle; otherwise one of a few random places at each draw.", rare=True)
     random_flip: bool = option(False, "Mirror half of the samples.", rare=True)
     caption_dropout: float = option(
-        0.0,
-        "Probability that a sample has the empty prompt in place of its caption; class images keep theirs.",
-        unit="probability",
-        rare=True,
+        0.0, "Share of samples with the empty prompt in place of their caption; class images keep theirs.", rare=True
     )
 
 
@@ -102,7 +91,7 @@ class PriorArguments:
         rare=True,
     )
     class_prompt: str | None = option(None, "What they show: 'a photo of a dog'.", rare=True)
-    num_class_images: int = option(100, "Class images that have to be there.", unit="images", rare=True)
+    num_class_images: int = option(100, "Class images that have to be there.", rare=True)
     prior_loss_weight: float = option(1.0, "What the loss on class images counts.", rare=True)
 
 
@@ -113,16 +102,12 @@ class ImageAdapterArguments(AdapterArguments):
     target_modules: list[str] = option(UNET_TARGETS, "Names of the denoiser's modules to adapt, or all-linear.")
     train_text_encoder: bool = option(
         False,
-        "Also adapt the text encoders of Stable Diffusion 1, 2 and XL, with the same options; there C = I, since they "
-        "know no λ.",
+        "Also adapt the text encoders of Stable Diffusion 1, 2 and XL, by the same options; C = I: they know no λ.",
         rare=True,
     )
     text_encoder_lr: float | None = option(None, "Learning rate of those; none means --learning_rate.", rare=True)
     use_ema: bool = option(
-        False,
-        "Save, sample and measure an exponential moving average of what is trained, by Diffusers' EMAModel, in place "
-        "of its last step.",
-        rare=True,
+        False, "Save, sample and measure a moving average of what is trained (Diffusers' EMAModel).", rare=True
     )
 
 
@@ -133,8 +118,8 @@ class ObjectiveArguments:
     prediction_type: str | None = option(
         None,
         "Teach the model to predict this in place of what it does: epsilon (the noise), v_prediction on the same "
-        "schedule, or flow_prediction (the velocity of a rectified flow); none leaves it. The adapter's file carries "
-        "the scheduler that then samples. Before training, the log says the loss of the base read by the identity.",
+        "schedule, or flow_prediction (the velocity of a rectified flow). The adapter's file carries the scheduler "
+        "that then samples. Before training, the log says the loss of the base read by the identity.",
         choices=CONVERSIONS,
         rare=True,
     )
@@ -153,9 +138,7 @@ class ObjectiveArguments:
     )
     objective_options: dict[str, Any] = option({}, "Further settings of the objective:", rare=True)
     rescale_betas_zero_snr: bool = option(
-        False,
-        "a schedule that ends in pure noise, for dark and bright images; with --prediction_type v_prediction",
-        within="objective_options",
+        False, "a schedule that ends in pure noise; with --prediction_type v_prediction", within="objective_options"
     )
     noise_offset: float = option(
         0.0, "standard deviation of a shift of each channel's noise, 0.1 at most as a rule", within="objective_options"
@@ -166,10 +149,7 @@ class ObjectiveArguments:
     logit_std: float = option(1.0, "standard deviation of logit_normal", within="objective_options")
     mode_scale: float = option(1.29, "scale of mode", within="objective_options")
     flow_shift: float | None = option(
-        None,
-        "s of σ → s σ / (1 + (s − 1) σ) of a rectified flow; none means what the scheduler says, 1 where it depends on "
-        "the size",
-        within="objective_options",
+        None, "s of σ → s σ / (1 + (s − 1) σ); none: the scheduler's, 1 if by size", within="objective_options"
     )
 
 
@@ -183,13 +163,8 @@ class ValidationArguments:
         "without one the first four captions.",
         sentences=True,
     )
-    num_validation_images: int = option(
-        4,
-        "Images for each of them, with the seeds --seed, --seed + 1, ….",
-        unit="images",
-        rare=True,
-    )
-    num_inference_steps: int = option(30, "Denoising steps of a sample.", unit="steps")
+    num_validation_images: int = option(4, "Images for each of them, with the seeds --seed, --seed + 1, ….", rare=True)
+    num_inference_steps: int = option(30, "Denoising steps of a sample.")
     guidance_scale: float = option(5.0, "Classifier-free guidance of samples; 1 disables it.")
     validation_data_dir: str | None = option(
         None,
@@ -197,20 +172,15 @@ class ValidationArguments:
         rare=True,
     )
     similarity_model: str | None = option(
-        None,
-        "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id; none doesn't.",
+        None, "DINO, DINOv2 or CLIP that compares samples with the subject: folder or Hub id."
     )
-    alignment_model: str | None = option(
-        None, "CLIP that compares samples with their prompts: folder or Hub id; none doesn't."
-    )
+    alignment_model: str | None = option(None, "CLIP that compares samples with their prompts: folder or Hub id.")
     identifier: list[str] | None = option(
         None, "Words that it is not to read, such as sks, which it doesn't know.", rare=True
     )
     evaluation_options: dict[str, Any] = option({}, "How samples are made and losses measured:", rare=True)
-    sample_batch_size: int = option(4, "images that are sampled at once", unit="images", within="evaluation_options")
-    curve_points: int = option(
-        10, "noise levels at which the validation loss is measured", unit="points", within="evaluation_options"
-    )
+    sample_batch_size: int = option(4, "images that are sampled at once", within="evaluation_options")
+    curve_points: int = option(10, "noise levels at which the validation loss is measured", within="evaluation_options")
 
 
 @dataclass

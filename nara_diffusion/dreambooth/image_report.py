@@ -21,8 +21,8 @@ from nara_diffusion.training.report import (
 )
 
 from .comparison import Evaluation, Measurement
-from .families import family_of
 from .family import Family
+from .pipelines import family_of
 from .samples import SampleSettings, write_grid, write_images
 
 GRID = "samples.png"

@@ -118,58 +118,47 @@ def build_objective(
     Raises:
         ValueError: an unknown prediction type, a schedule without betas, or min-SNR with EDM's weights.
     """
-    prediction = prediction_by(scheduler)
-    if prediction is not None and prediction.kind == FLOW:
-        shift = scheduler_shift(scheduler) if shift is None else shift
-        return _flow(scheduler.config.num_train_timesteps, shift, snr_gamma, weighting_scheme)
-    kind, is_edm = scheduler.config.get("prediction_type", "epsilon"), passes_log_sigma(scheduler)
+    prediction, config = prediction_by(scheduler), scheduler.config
+    kind, is_edm = config.get("prediction_type", "epsilon"), passes_log_sigma(scheduler)
     known = ("epsilon", "v_prediction") if is_edm else ("epsilon", "v_prediction", "sample")
-    if kind not in known or not (is_edm or "beta_schedule" in scheduler.config):
+    if prediction is not None and prediction.kind == FLOW:
+        own = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift")) or 1.0
+        objective = _flow(config.num_train_timesteps, float(own if shift is None else shift), weighting_scheme)
+    elif kind not in known or not (is_edm or "beta_schedule" in config):
         raise ValueError(
             f"{type(scheduler).__name__} with prediction_type {kind!r} is no schedule to train with: expected one with "
             f"betas, or an EDM one, and one of {', '.join(known)}."
         )
-    if not is_edm:
-        return _discrete(scheduler, kind, snr_gamma)
-    if snr_gamma is not None:
+    elif is_edm and snr_gamma is not None:
         raise ValueError(f"snr_gamma is {snr_gamma}, but EDM has weights of its own: leave snr_gamma out.")
-    return _edm(scheduler, kind)
+    else:
+        objective = _edm(scheduler, kind) if is_edm else _discrete(scheduler, kind)
+    return objective if snr_gamma is None else replace(objective, weight=_min_snr_weight(objective, snr_gamma))
 
 
-def scheduler_shift(scheduler: Any) -> float:
-    """s by which the scheduler of a rectified flow shifts its σ at any size of image."""
-    if scheduler.config.get("use_dynamic_shifting"):
-        return 1.0
-    return float(scheduler.config.get("shift", scheduler.config.get("flow_shift")) or 1.0)
-
-
-def min_snr_weight(gamma: float, p: Tensor, q: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """w (N,) float32 of the module's docstring. An ε at SNR 0, which says nothing of x, counts 1, the limit."""
-    weight = torch.minimum(p**2, gamma * q**2) / (alpha * q - beta * p) ** 2
+def _min_snr_weight(objective: Objective, gamma: float) -> Tensor:
+    """An ε at SNR 0, which says nothing of x, counts 1, the limit."""
+    p, q = objective.p, objective.q
+    weight = torch.minimum(p**2, gamma * q**2) / (objective.alpha * q - objective.beta * p) ** 2
     return weight.nan_to_num(1.0).float()
 
 
-def _discrete(scheduler: Any, kind: str, snr_gamma: float | None) -> Objective:
+def _discrete(scheduler: Any, kind: str) -> Objective:
     training: Any = DDPMScheduler.from_config(scheduler.config)
     alphas = training.alphas_cumprod.double()  # ᾱ (N,)
     p, q = alphas.sqrt(), (1 - alphas).sqrt()
     one, nothing = torch.ones_like(p), torch.zeros_like(p)
     alpha, beta = {"epsilon": (nothing, one), "v_prediction": (-q, p), "sample": (one, nothing)}[kind]
-    weight = one.float() if snr_gamma is None else min_snr_weight(snr_gamma, p, q, alpha, beta)
     source = TimestepNoise("discrete", num_train_timesteps=len(p))
-    return Objective(kind, source, p, q, alpha, beta, torch.arange(len(p)), weight)
+    return Objective(kind, source, p, q, alpha, beta, torch.arange(len(p)), one.float())
 
 
-def _flow(levels: int, shift: float, snr_gamma: float | None, weighting_scheme: str) -> Objective:
+def _flow(levels: int, shift: float, weighting_scheme: str) -> Objective:
     u = torch.arange(1, levels + 1, dtype=torch.float64) / levels
     sigma = shift * u / (1 + (shift - 1) * u)  # (N,)
-    p, one = 1 - sigma, torch.ones_like(sigma)
-    if snr_gamma is None:
-        weight = compute_loss_weighting_for_sd3(weighting_scheme, sigma).float()
-    else:
-        weight = min_snr_weight(snr_gamma, p, sigma, -one, one)
+    one, weight = torch.ones_like(sigma), compute_loss_weighting_for_sd3(weighting_scheme, sigma).float()
     source = TimestepNoise("sigma_1000", num_train_timesteps=levels)
-    return Objective(FLOW, source, p, sigma, -one, one, (levels * sigma).float(), weight)
+    return Objective(FLOW, source, 1 - sigma, sigma, -one, one, (levels * sigma).float(), weight)
 
 
 def _edm(scheduler: Any, kind: str) -> Objective:

@@ -21,8 +21,22 @@ from nara_diffusion.noise.prediction import FLOW, prediction_by
 from nara_diffusion.training.digests import local_folder
 from nara_diffusion.utils.naming import naming_source
 
-from .families import family_named
+from .families import BY_PIPELINE, FAMILIES
 from .family import Family
+
+
+def family_named(pipeline: str) -> Family:
+    """The family of a pipeline's class name. Raises ValueError if no family has it."""
+    if pipeline not in BY_PIPELINE:
+        known = ", ".join(f"{family.title} ({' or '.join(family.pipelines)})" for family in FAMILIES)
+        raise ValueError(f"{pipeline} is no class of pipelines that can be trained here: expected {known}.")
+    return BY_PIPELINE[pipeline]
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a pipeline, with its settings. Raises ValueError if none has its class or can train it."""
+    family = family_named(type(pipe).__name__)
+    return family.fit(pipe, family)
 
 
 def family_of_model(name: str, **hub: Any) -> Family:
