@@ -46,7 +46,6 @@ from nara_diffusion.training.adapters import (
     build_adapter,
     recompute_activations,
     title_of,
-    without_unread,
 )
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
@@ -92,7 +91,7 @@ def shipped_run(given: Mapping[str, Any]) -> dict[str, Any]:
     if "pretrained_model_name_or_path" in given:
         return {}
     data = {} if {"train_file", "dataset_name"} & given.keys() else SHIPPED_DATA
-    return without_unread(shipped(SHIPPED_RUN | data), given)
+    return shipped(SHIPPED_RUN | data)
 
 
 def main(args: Arguments) -> dict[str, Any]:

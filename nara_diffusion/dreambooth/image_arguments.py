@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import (
     AdapterArguments,
     OptimizationArguments,
@@ -15,7 +16,6 @@ from nara_diffusion.training.arguments import (
     check_schedule,
     require,
 )
-from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.parser import option, spread_options
 
 from .conversion import CONVERSIONS, FLOW

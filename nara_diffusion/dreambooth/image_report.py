@@ -8,8 +8,8 @@ from typing import Any
 
 from nara_diffusion.export.plain_lora import SCHEDULER
 from nara_diffusion.noise.prediction import prediction_by
+from nara_diffusion.training.adapters import method_of
 from nara_diffusion.training.arguments import schedule_of, window_of
-from nara_diffusion.training.methods import method_of
 from nara_diffusion.training.report import (
     core_import,
     format_table,

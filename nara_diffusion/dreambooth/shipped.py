@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from nara_diffusion.training.adapters import without_unread
 from nara_diffusion.training.command import ASSETS, shipped
 
 from .families import SD3
@@ -74,8 +73,8 @@ def shipped_run(given: Mapping[str, Any], values: Mapping[str, Any] = SHIPPED_RU
             values["pretrained_model_name_or_path"],
             values["resolution"],
         )
-        return without_unread(shipped(values), given)
-    return without_unread(shipped({**values, **SHIPPED_DATA}), given)
+        return shipped(values)
+    return shipped({**values, **SHIPPED_DATA})
 
 
 def family_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

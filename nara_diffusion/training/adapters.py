@@ -1,23 +1,28 @@
-"""From the method that `--adapter` names, and its options, to an adapted model."""
+"""From the method that `--adapter` names, and its options, to an adapted model.
+
+NaRA's family is from this package, all other methods are PEFT's, by the name of their PeftType in small letters. Some
+names are short for a method with fixed fields: `dora` is `lora` with use_dora.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import logging
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PromptLearningConfig,
     get_peft_model,
 )
 from torch import nn
@@ -28,7 +33,6 @@ from nara_diffusion.config import changes_base
 from nara_diffusion.cores.registry import registered_cores
 from nara_diffusion.noise.level import MASKED_SHARE
 
-from .methods import Method, method_of
 from .parser import hint
 
 ALL_LINEAR = "all-linear"
@@ -37,17 +41,74 @@ CORE_FIELDS = {field.name for field in dataclasses.fields(NaraConfig)} - {
 }
 """What NaraConfig adds to LoraConfig."""
 
-logger = logging.getLogger(__name__)
-
-_DATA_DRIVEN = ("corda", "eva", "lora_ga")
-# arguments of an adapter: the fields that they set
-_FIELDS = {
-    "rank": ("r",),
-    "lora_alpha": ("lora_alpha", "alpha"),
-    "target_modules": ("target_modules",),
-    "core_type": ("core_type",),
+_NARA = "arXiv 2605.29716"
+_KNOTS = {"core_type": "knots", "core_sharing": "layer", "core_scale": 1.0}
+NAMED: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "nara": ("nara", {}, "NaRA", _NARA),
+    "nara_dora": ("nara", {"use_dora": True}, "NaRA-DoRA", _NARA),
+    "nara_c": ("nara", {"core_type": "constant"}, "NaRA-C", _NARA),
+    "nara_knots": ("nara", _KNOTS, "NaRA-Knots", "RESULTS.md"),
+    "tlora": ("nara", {"core_type": "rank_mask"}, "T-LoRA", "arXiv 2507.05964"),
+    "multi_lora": ("nara", {"core_type": "bins"}, "Multi-LoRA", _NARA),
+    "lora": ("lora", {}, "LoRA", "arXiv 2106.09685"),
+    "dora": ("lora", {"use_dora": True}, "DoRA", "arXiv 2402.09353"),
+    "hira": ("hira", {}, "HiRA", "ICLR 2025"),
+    "prompt_tuning": ("prompt_tuning", {}, "Prompt tuning", "arXiv 2104.08691"),
+    "p_tuning": ("p_tuning", {}, "P-tuning", "arXiv 2103.10385"),
 }
+"""{name: (method, fields that it fixes, what people call it, where it was published)}."""
+_REFUSED = {
+    "adalora": "drops directions by a step of its own after each optimizer step, which this trainer doesn't take",
+    "xlora": "mixes adapters that are trained already",
+}
+_DATA_DRIVEN = ("corda", "eva", "lora_ga")
 _VIRTUAL_TOKENS = 20
+
+
+# ---------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """Attributes:
+    name: of PEFT's type in small letters, "nara" or "full".
+    title: what people call it.
+    source: where it was published; of other methods of PEFT, "PEFT".
+    fixed: fields of the configuration that its name decides.
+    config: the class of its configuration; None for all weights.
+    """
+
+    name: str
+    title: str
+    source: str
+    fixed: Mapping[str, Any]
+    config: Any
+
+    @property
+    def family(self) -> Literal["nara", "lora", "other", "prompt", "full"]:
+        """ "nara" (a core), "lora" (peft.LoraConfig), "prompt" (virtual tokens), "other" of PEFT's, "full"."""
+        if self.name in ("nara", "lora", "full"):
+            return self.name  # type: ignore[return-value]
+        return "prompt" if issubclass(self.config, PromptLearningConfig) else "other"
+
+
+def method_of(args: Any) -> Method:
+    """The method that `args.adapter` names.
+
+    Raises:
+        ValueError: there is none of that name, or it can't be trained here.
+    """
+    chosen = args.adapter
+    if chosen == "full":
+        return Method("full", "full fine-tuning", "all weights", {}, None)
+    name, fixed, title, source = NAMED.get(chosen, (chosen, {}, chosen.replace("_", " "), "PEFT"))
+    config = NaraConfig if name == "nara" else PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper())  # type: ignore[call-overload]
+    if name in _REFUSED:
+        raise ValueError(f"adapter {chosen} can't be trained here: it {_REFUSED[name]}. Give nara, lora or dora.")
+    if config is None or chosen != chosen.lower():
+        known = [*NAMED, "full", *(str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)]
+        raise ValueError(f"adapter is {chosen!r}, which is no method: {hint(chosen, dict.fromkeys(known))}")
+    return Method(name, title, source, fixed, config)
 
 
 def title_of(args: Any) -> str:
@@ -62,44 +123,20 @@ def title_of(args: Any) -> str:
     return f"{title}-DoRA".replace("LoRA-DoRA", "DoRA") if has_dora else title
 
 
+# ---------------------------------------------------------------- configurations
+
+
 def check_adapter(args: Any) -> None:
-    """Raises ValueError for settings that contradict the method, and logs arguments that it doesn't read."""
-    method = method_of(args)
-    if method.family != "nara" and args.core_type != "hypernetwork":
-        raise ValueError(f"core_type is {args.core_type!r}, which adapter {args.adapter} doesn't have: give nara.")
-    if args.core_type not in ("hypernetwork", method.fixed.get("core_type", args.core_type)):
-        raise ValueError(
-            f"core_type is {args.core_type!r}, but adapter {args.adapter} means {method.fixed['core_type']!r}."
-        )
-    config: Any = adapter_config(args)
+    """Raises ValueError for settings that contradict the method."""
+    method, config = method_of(args), adapter_config(args)
+    meant = method.fixed.get("core_type", args.core_type if method.family == "nara" else "none")
+    if args.core_type not in ("hypernetwork", meant):
+        raise ValueError(f"core_type is {args.core_type!r}, but that of adapter {args.adapter} is {meant}.")
     if args.core_start_step and getattr(config, "core_init", None) == "kaiming":
         raise ValueError(
             "core_start_step trains A and B with C = I first, but core_init 'kaiming' starts from another C: "
             "use core_init 'zero_last', or core_start_step 0."
         )
-    defaults = {field.name: field for field in dataclasses.fields(args)}
-    unread = [name for name in (*_FIELDS, "lora_dropout", "core_learning_rate") if not reads(args, name)]
-    unread = [name for name in unread if name != "target_modules" and getattr(args, name) != defaults[name].default]
-    unread += [name for name in args.adapter_options if _is_unread_core(method, name)]
-    if unread:
-        logger.warning("adapter %s doesn't read %s", args.adapter, ", ".join(unread))
-
-
-def reads(args: Any, name: str) -> bool:
-    """Whether the method that `args` name reads the argument `name` of an adapter."""
-    method = method_of(args)
-    if name == "core_learning_rate":
-        core_type = method.fixed.get("core_type", getattr(args, "core_type", "hypernetwork"))
-        return method.family == "nara" and core_type not in ("identity", "rank_mask", "bins")
-    known = set() if method.config is None else {field.name for field in dataclasses.fields(method.config)}
-    return bool(known & {*_FIELDS.get(name, ()), *(_dropouts(method) if name == "lora_dropout" else ())})
-
-
-def without_unread(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, which stand in for arguments that weren't `given`, without those that the given method doesn't read."""
-    chosen = SimpleNamespace(adapter=given.get("adapter", "nara"), core_type=given.get("core_type", "hypernetwork"))
-    own = (*_FIELDS, "core_learning_rate")
-    return {name: value for name, value in values.items() if name not in own or reads(chosen, name)}
 
 
 def adapter_config(
@@ -110,7 +147,8 @@ def adapter_config(
     strength: StrengthSchedule | None = None,
     **fields: Any,
 ) -> PeftConfig | None:
-    """The configuration of the adapter that `args` (an AdapterArguments) describe; None for full fine-tuning.
+    """The configuration of the adapter that `args` (an AdapterArguments) describe; None for full fine-tuning. A core's
+    fields in `adapter_options`, which a file of arguments may hold for several methods, are left out where it has none.
 
     Args:
         noise_convention: how λ is defined, for adapters that depend on it.
@@ -122,58 +160,75 @@ def adapter_config(
         ValueError: `adapter_options` names a field that the configuration lacks, or has a value that it refuses.
     """
     method = method_of(args)
-    options = {name: value for name, value in args.adapter_options.items() if not _is_unread_core(method, name)}
+    own = method.family == "nara"
+    options = {name: value for name, value in args.adapter_options.items() if own or name not in CORE_FIELDS}
     known = [] if method.config is None else [field.name for field in dataclasses.fields(method.config) if field.init]
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"adapter_options holds {name!r}, which adapter {args.adapter} lacks: {hint(name, known)}")
         if method.fixed.get(name, value) != value:
             raise ValueError(f"adapter {args.adapter} means {name} {method.fixed[name]!r}, adapter_options {value!r}.")
-        if isinstance(value, list):
-            options[name] = tuple(value) if name == "core_hidden_dims" else value
     if method.config is None:
         return None
-    _check_start(options.get("init_lora_weights", True))
-    values = _fields_of(args, method, options)
-    if method.family == "nara":
+    start = options.get("init_lora_weights", True)
+    if changes_base(start) or start in _DATA_DRIVEN:
+        why = "needs a pass over data first" if start in _DATA_DRIVEN else "changes the base weights"
+        raise ValueError(f"init_lora_weights={start} {why}: leave it out, or give true, gaussian or orthogonal.")
+    if "core_hidden_dims" in options:
+        options["core_hidden_dims"] = tuple(options["core_hidden_dims"])
+    values = _values(args, method, options)
+    if own:
         values |= {"noise_convention": noise_convention, "scheduler": scheduler, "strength": strength}
-    values = {name: value for name, value in values.items() if name in known} | dict(method.fixed) | options | fields
     try:
-        config = method.config(**values)
+        return method.config(
+            **{name: value for name, value in values.items() if name in known} | dict(method.fixed) | options | fields
+        )
     except (TypeError, ValueError) as error:
         window = " The strength is that of the window: leave --min_noise_level and --max_noise_level out."
         raise ValueError(f"{error}{window if str(error).startswith('strength') else ''}") from error
-    return config
 
 
-def _fields_of(args: Any, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    alpha = args.rank if args.lora_alpha is None else args.lora_alpha
-    values = {"r": args.rank, "lora_alpha": alpha, "alpha": alpha, "num_virtual_tokens": _VIRTUAL_TOKENS}
-    values["target_modules"] = ALL_LINEAR if args.target_modules == [ALL_LINEAR] else list(args.target_modules)
-    values["core_type"] = args.core_type
-    values |= dict.fromkeys(_dropouts(method), args.lora_dropout)
+def _values(args: Any, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """{field, of whatever method: value} of the arguments that have a flag."""
+    rank, alpha = args.rank, args.rank if args.lora_alpha is None else args.lora_alpha
     if args.adapter == "multi_lora":  # r counts all blocks; each has the scale of a LoRA of rank --rank
         blocks = options.get("core_bins", NaraConfig.core_bins)
-        scale = math.sqrt(blocks) if options.get("use_rslora") else blocks
-        values |= {"r": blocks * args.rank, "lora_alpha": alpha * scale}
-    return values
+        rank, alpha = blocks * rank, alpha * (math.sqrt(blocks) if options.get("use_rslora") else blocks)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "alpha": alpha,
+        "num_virtual_tokens": _VIRTUAL_TOKENS,
+        "target_modules": ALL_LINEAR if args.target_modules == [ALL_LINEAR] else list(args.target_modules),
+        "core_type": args.core_type,
+        "lora_dropout": args.lora_dropout,
+        f"{method.name}_dropout": args.lora_dropout,
+    }
 
 
-def _is_unread_core(method: Method, name: str) -> bool:
-    """Whether the field is a core's, which a file of arguments may hold for several methods, and this one has none."""
-    return name in CORE_FIELDS and method.family != "nara"
+def import_core_module(name: str) -> None:
+    """Import the module `name`, or, where it ends in .py, the file of that path, whose folder joins `sys.path`.
+
+    Raises:
+        ValueError: there is no such module or file, it fails, or no core is registered then.
+    """
+    folder = str(Path(name).resolve().parent)
+    if name.endswith(".py") and folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        importlib.import_module(module_name(name))
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"core_module {name!r} can't be imported: {type(error).__name__}: {error}") from error
+    if not registered_cores():
+        raise ValueError(f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it.")
 
 
-def _dropouts(method: Method) -> tuple[str, str]:
-    return "lora_dropout", f"{method.name}_dropout"
+def module_name(name: str) -> str:
+    """The name under which Python imports the module that `--core_module` names."""
+    return Path(name).stem if name.endswith(".py") else name
 
 
-def _check_start(start: Any) -> None:
-    """Refuse initialisations of A and B that change the base weights, or need a pass over data."""
-    kind = str(start).lower()
-    if changes_base(start) or kind in _DATA_DRIVEN:
-        why = "needs a pass over data first" if kind in _DATA_DRIVEN else "changes the base weights"
-        raise ValueError(f"init_lora_weights={start} {why}: leave it out, or give true, gaussian or orthogonal.")
+# ---------------------------------------------------------------- models
 
 
 def build_adapter(
@@ -250,28 +305,3 @@ def recompute_activations(model: PreTrainedModel) -> None:
     # its name up to transformers 5.23 and, as a deprecated one, since
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
-
-
-def import_core_module(name: str) -> None:
-    """Import the module `name`, or, where it ends in .py, the file of that path, whose folder joins `sys.path`.
-
-    Raises:
-        ValueError: there is no such module or file, it fails, or no core is registered then.
-    """
-    path = Path(name)
-    if name.endswith(".py") and str(path.resolve().parent) not in sys.path:
-        sys.path.append(str(path.resolve().parent))
-    try:
-        found = importlib.import_module(module_name(name))
-    except Exception as error:  # whatever the user's code raises
-        raise ValueError(f"core_module {name!r} can't be imported: {type(error).__name__}: {error}") from error
-    file = getattr(found, "__file__", None)
-    if name.endswith(".py") and (file is None or Path(file).resolve() != path.resolve()):
-        raise ValueError(f"core_module is {name!r}, but Python takes its name for {file}: rename the file.")
-    if not registered_cores():
-        raise ValueError(f"core_module {name!r} registers no core: call nara_diffusion.register_core(NAME, …) in it.")
-
-
-def module_name(name: str) -> str:
-    """The name under which Python imports the module that `--core_module` names."""
-    return Path(name).stem if name.endswith(".py") else name

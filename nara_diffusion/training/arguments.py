@@ -10,8 +10,7 @@ from typing import Any
 from nara_diffusion.cores.registry import check_core_type
 from nara_diffusion.noise.strength_schedule import NoiseWindow, StrengthSchedule
 
-from .adapters import adapter_config, check_adapter, import_core_module
-from .methods import method_of
+from .adapters import adapter_config, check_adapter, import_core_module, method_of
 from .optimization import OPTIMIZERS, SCHEDULES, check_optimizer
 from .parser import option
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from nara_diffusion.noise.level import find_holders
 
-from .methods import method_of
+from .adapters import method_of
 
 DEEPSPEED_FOLDER = "deepspeed"
 T = TypeVar("T")
@@ -52,16 +52,17 @@ def start_accelerator(args: Any) -> Accelerator:
     """The engine that the launcher asked for. What `args` say of accumulation and clipping is set over its own files.
 
     Raises:
-        ValueError: FSDP1, or an engine that accelerate doesn't give here; fewer processes than were launched; a global
-            batch that can't be divided; an adapter, optimizer or precision that the engine would compute otherwise.
+        ValueError: FSDP1, or an engine that needs a GPU without one; a global batch that can't be divided; an
+            adapter, optimizer or precision that the engine would compute otherwise.
     """
-    asked = {
-        name for kind, (variable, name) in SHARDED.items() if os.environ.get(variable, "").lower() in ("true", "1")
-    }
-    if "FSDP" in asked and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    steps = accumulation_steps(args, launched)
+    for variable, name in SHARDED.values():
+        if os.environ.get(variable, "").lower() not in ("true", "1"):
+            continue
+        if name == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ValueError("accelerate is set to FSDP1, which PyTorch gives up: launch with --fsdp_version 2.")
+        if not torch.accelerator.is_available() and "ACCELERATE_TORCH_DEVICE" not in os.environ:
+            raise ValueError(f"{name} was asked for, which accelerate has on GPUs only, and there is none here.")
+    steps = accumulation_steps(args, int(os.environ.get("WORLD_SIZE", 1)))
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps),
         mixed_precision=args.mixed_precision,
@@ -69,20 +70,9 @@ def start_accelerator(args: Any) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir="."),  # asked for by trackers; `Run.open` gives the true one
         step_scheduler_with_optimizer=False,  # the loop steps the schedule once an optimizer step
     )
-    engine = accelerator.distributed_type
-    for name in asked - {SHARDED.get(engine, ("", ""))[1]}:
-        raise ValueError(
-            f"{name} was asked for, but accelerate gives {engine.value} here: it has {name} on several GPUs or their "
-            f"like only. Launch without {name}, or on GPUs."
-        )
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. On CPU, launch "
-            "with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N."
-        )
-    if engine in SHARDED:
+    if accelerator.distributed_type in SHARDED:
         check_sharded(accelerator, args)
-    if engine == DistributedType.DEEPSPEED:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config  # type: ignore[union-attr]
         config |= {"gradient_accumulation_steps": steps, "gradient_clipping": args.max_grad_norm or 0.0}
     return accelerator
@@ -116,25 +106,19 @@ def global_batch(accelerator: Accelerator, args: Any) -> int:
 def check_sharded(accelerator: Accelerator, args: Any) -> None:
     """Raises ValueError for arguments that an engine of `SHARDED` would train or save otherwise."""
     stage, name = zero_stage(accelerator), SHARDED[accelerator.distributed_type][1]
-    wrong = {
-        f"adapter {args.adapter} is saved by running its own small network, whose weights {name} shards": (
-            method_of(args).family == "prompt" and stage in (0, 3)
-        ),
-        f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards": (
-            args.optimizer == "adafactor"
-        ),
-        f"load_in_4bit and load_in_8bit aren't trained under {name}, which shards or casts weights": (
-            getattr(args, "is_quantised", False)
-        ),
-        "mixed_precision is fp16, in which DeepSpeed would round the trained weights and the core": (
-            stage > 0 and accelerator.mixed_precision == "fp16"
-        ),
-        f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients": (
-            stage > 0 and args.core_start_step > 0
-        ),
-    }
-    for what in (what for what, applies in wrong.items() if applies):
-        raise ValueError(f"{what}: give another, or launch with --multi_gpu.")
+    wrong = ""
+    if method_of(args).family == "prompt" and stage in (0, 3):
+        wrong = f"adapter {args.adapter} is saved by running its own small network, whose weights {name} shards"
+    elif args.optimizer == "adafactor":
+        wrong = f"optimizer adafactor takes means over the rows of whole matrices, which {name} shards"
+    elif getattr(args, "is_quantised", False):
+        wrong = f"load_in_4bit and load_in_8bit aren't trained under {name}, which shards or casts weights"
+    elif stage and accelerator.mixed_precision == "fp16":
+        wrong = "mixed_precision is fp16, in which DeepSpeed would round the trained weights and the core"
+    elif stage and args.core_start_step:
+        wrong = f"core_start_step is {args.core_start_step}, but DeepSpeed steps as soon as it has the gradients"
+    if wrong:
+        raise ValueError(f"{wrong}: give another, or launch with --multi_gpu.")
 
 
 def engine_name(accelerator: Accelerator) -> str:
@@ -155,15 +139,10 @@ def zero_stage(accelerator: Accelerator) -> int:
 def split_across_processes(
     accelerator: Accelerator, count: int, work: Callable[[Sequence[int]], Sequence[Any]]
 ) -> list[Any]:
-    """The results for 0 … count − 1, in order, on every process, of which each computes a share.
-
-    Args:
-        count: number of items.
-        work: indices → one picklable result for each of them.
-    """
+    """The results of `work` (indices → a picklable one for each) for 0 … count − 1, in order, on every process, of
+    which each computes a share."""
     mine = range(accelerator.process_index, count, accelerator.num_processes)
-    if accelerator.distributed_type in SHARDED:
-        mine = range(count)
+    mine = range(count) if accelerator.distributed_type in SHARDED else mine
     results = dict(gather_object(list(zip(mine, work(mine) if mine else [], strict=True))))
     return [results[i] for i in range(count)]
 
@@ -229,12 +208,11 @@ def loading_in(accelerator: Accelerator, dtype: torch.dtype) -> Iterator[None]:
         yield
         return
     plugin: Any = accelerator.state.deepspeed_plugin
-    try:
-        with _without_bf16(accelerator):
-            plugin.set_deepspeed_weakref()  # a copy of the configuration, for `from_pretrained`
-            yield
-    finally:
+    with ExitStack() as undo:
+        undo.callback(plugin.set_deepspeed_weakref)  # a copy of the configuration, for `from_pretrained`
+        undo.enter_context(_without_bf16(accelerator))
         plugin.set_deepspeed_weakref()
+        yield
 
 
 def load_whole(accelerator: Accelerator, load: Callable[[], T]) -> T:
@@ -257,15 +235,8 @@ def load_whole(accelerator: Accelerator, load: Callable[[], T]) -> T:
 
 
 def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """{name in the model without wrappers: whole tensor} of all that is trained, and of buffers; called by every
-    process. Frozen parameters are in it where that costs nothing.
-
-    Args:
-        model: as `accelerator.prepare` returned it.
-
-    Returns:
-        On the main process; others may get less under FSDP and ZeRO-3.
-    """
+    """{name in the model without wrappers: whole tensor}, on the main process, of all that is trained, and of buffers;
+    of `model` as `accelerator.prepare` returned it. Every process calls it."""
     if accelerator.distributed_type == DistributedType.FSDP:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -281,7 +252,6 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
             if not parameter.requires_grad:
                 state.pop(name, None)
             elif name in state:
-                # one at a time, so that no device has to hold them all
                 with deepspeed.zero.GatheredParameters([parameter]):
                     if accelerator.is_main_process:
                         state[name] = parameter.detach().cpu().clone()
@@ -290,26 +260,16 @@ def trained_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tenso
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
     """Write optimizer, schedule, scaler and random states, but no weights, to `folder`. Every process calls it."""
-    engine, optimizers = accelerator.distributed_type, accelerator._optimizers
+    engine, (model,), (optimizer,) = accelerator.distributed_type, accelerator._models, accelerator._optimizers
     if engine == DistributedType.FSDP:
-        plugin, (model,) = accelerator.state.fsdp_plugin, accelerator._models
         _reshard(model)
-        for number, optimizer in enumerate(optimizers):
-            # without accelerate's wrapper, whose scaler would see the steps by which PyTorch makes room for states
-            save_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, model, str(folder), number)
+        # without accelerate's wrapper, whose scaler would see the steps by which PyTorch makes room for states
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0)
     elif engine == DistributedType.DEEPSPEED:
-        options: dict[str, Any] = {"save_latest": False, "exclude_frozen_parameters": True}
-        accelerator._models[0].save_checkpoint(str(folder), DEEPSPEED_FOLDER, **options)
-    save_accelerator_state(
-        str(folder),
-        [],
-        [] if engine in SHARDED else optimizers,
-        accelerator._schedulers,
-        accelerator._dataloaders,
-        accelerator.process_index,
-        accelerator.step,
-        accelerator.scaler,
-    )
+        model.save_checkpoint(str(folder), DEEPSPEED_FOLDER, save_latest=False, exclude_frozen_parameters=True)
+    own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
+    state = ([], own, accelerator._schedulers, accelerator._dataloaders, rank, accelerator.step, accelerator.scaler)
+    save_accelerator_state(str(folder), *state)
 
 
 def load_state(accelerator: Accelerator, folder: Path, other_schedule: bool = False) -> None:
@@ -318,27 +278,16 @@ def load_state(accelerator: Accelerator, folder: Path, other_schedule: bool = Fa
     Args:
         other_schedule: whether the schedule's length has changed; the next step then has the new one's rates.
     """
-    engine, optimizers = accelerator.distributed_type, accelerator._optimizers
+    engine, (model,), (optimizer,) = accelerator.distributed_type, accelerator._models, accelerator._optimizers
     if engine == DistributedType.FSDP:
-        plugin, (model,) = accelerator.state.fsdp_plugin, accelerator._models
         _reshard(model)
-        for number, optimizer in enumerate(optimizers):
-            load_fsdp_optimizer(plugin, accelerator, optimizer.optimizer, model, str(folder), number)
+        load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer.optimizer, model, str(folder), 0)
     elif engine == DistributedType.DEEPSPEED:
         # its float32 weights with it; the frozen ones aren't there
-        accelerator._models[0].load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)
-    several_devices = accelerator.num_processes > 1 and accelerator.multi_device
-    restored = load_accelerator_state(
-        str(folder),
-        [],
-        [] if engine in SHARDED else optimizers,
-        accelerator._schedulers,
-        accelerator._dataloaders,
-        accelerator.process_index,
-        accelerator.scaler,
-        "on_device" if several_devices else "cpu",
-    )
-    accelerator.step = restored.get("step", accelerator.step)
+        model.load_checkpoint(str(folder), DEEPSPEED_FOLDER, load_module_strict=False)
+    own, rank = [] if engine in SHARDED else [optimizer], accelerator.process_index
+    state = ([], own, accelerator._schedulers, accelerator._dataloaders, rank, accelerator.scaler)
+    accelerator.step = load_accelerator_state(str(folder), *state).get("step", accelerator.step)
     for schedule in [each.scheduler for each in accelerator._schedulers] if other_schedule else []:
         rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         for group, (peak, share) in zip(schedule.optimizer.param_groups, rates, strict=True):

@@ -14,7 +14,6 @@ from transformers import get_scheduler
 
 from nara_diffusion.tuner.holder import HOLDER_NAME
 
-from .adapters import reads
 from .parser import hint
 
 TEXT_ENCODER_MARK = "text_encoder"  # what a parameter's name starts with
@@ -113,8 +112,6 @@ def _parameter_groups(model: nn.Module, args: Any) -> list[dict[str, Any]]:
             f"core_start_step is {args.core_start_step}, but adapter {args.adapter} with core_type {args.core_type} "
             "has no core to train: leave it at 0."
         )
-    if not members["core"] and args.core_learning_rate is not None and reads(args, "core_learning_rate"):
-        logger.warning("core_learning_rate isn't read: core_type %r trains nothing", args.core_type)
     return [{"name": group, "params": members[group], "lr": rate} for group, rate in rates.items() if members[group]]
 
 

@@ -19,9 +19,8 @@ from nara_diffusion.cores.registry import BUILT_IN, needs_noise
 from nara_diffusion.noise.strength_schedule import EVERYTHING, NoiseWindow
 from nara_diffusion.utils.atomic_write import atomic_write
 
-from .adapters import adapter_config, module_name, title_of
+from .adapters import adapter_config, method_of, module_name, title_of
 from .arguments import schedule_of, window_of
-from .methods import method_of
 from .parser import given_arguments
 from .run import Run
 

@@ -20,7 +20,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed import TCPStore
 
-from tests.acceptance._commands import forkserver, run, words
+from tests.acceptance._commands import Moment, forkserver, run, words
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 ENGINES: dict[str, dict[str, str]] = {
@@ -44,8 +44,15 @@ Command = tuple[str, str, dict[str, Any]]
 """(engine, script, flags)."""
 
 
-def in_two_processes(commands: Sequence[Command], folder: Path, refused: bool = False) -> None:
-    """Run them one after the other; of DeepSpeed, which keeps the groups of its first run's processes, one a call."""
+def in_two_processes(
+    commands: Sequence[Command], folder: Path, refused: bool = False, moment: Moment | None = None
+) -> None:
+    """Run them one after the other; of DeepSpeed, which keeps the groups of its first run's processes, one a call.
+
+    Args:
+        refused: whether both are expected to refuse the command.
+        moment: when the first process gets a signal.
+    """
     (folder / "zero-3.json").write_text(json.dumps(ZERO_3))
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
     lines = [
@@ -53,7 +60,7 @@ def in_two_processes(commands: Sequence[Command], folder: Path, refused: bool = 
         for (engine, script, flags), store in zip(commands, stores, strict=True)
     ]
     forkserver()
-    mp.start_processes(_worker, args=(lines, folder, refused), nprocs=2, start_method="forkserver")
+    mp.start_processes(_worker, args=(lines, folder, refused, moment), nprocs=2, start_method="forkserver")
 
 
 def refused_in_two_processes(command: Command, folder: Path) -> str:
@@ -64,7 +71,9 @@ def refused_in_two_processes(command: Command, folder: Path) -> str:
     return said[0]
 
 
-def _worker(rank: int, lines: list[tuple[str, str, list[str], int]], folder: Path, refused: bool) -> None:
+def _worker(
+    rank: int, lines: list[tuple[str, str, list[str], int]], folder: Path, refused: bool, moment: Moment | None
+) -> None:
     plain, prepare_backend = dict(os.environ), PartialState._prepare_backend
     for engine, script, line, port in lines:
         os.environ.clear()
@@ -79,6 +88,8 @@ def _worker(rank: int, lines: list[tuple[str, str, list[str], int]], folder: Pat
             PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
         if engine.startswith("zero"):
             _use_deepspeed(engine, folder)
+        if moment is not None and rank == 0:
+            moment.arm(Path(line[line.index("--output_dir") + 1]))
         if not refused:
             run(script, *line)
             continue

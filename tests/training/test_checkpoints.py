@@ -7,7 +7,6 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ from nara_diffusion.training.checkpoints import (
     save_adapter,
 )
 from nara_diffusion.training.digests import digest_base, digest_texts
-from nara_diffusion.training.engines import accumulation_steps, split_across_processes
 from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
 from nara_diffusion.training.parser import given_arguments, parse_arguments
 from tests.acceptance._commands import fresh_accelerate, metrics, names
@@ -173,18 +171,6 @@ def test_digests_know_texts_and_weights_again(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"3")
     assert digest_base({"": tmp_path})["base model"] not in (own["base model"], half["base model"])
-
-
-@pytest.mark.parametrize(("batch", "processes", "steps"), [(32, 2, 4), (8, 2, 1)])
-def test_global_batch_is_divided_among_processes(batch: int, processes: int, steps: int) -> None:
-    args = SimpleNamespace(global_batch_size=batch, train_batch_size=4, gradient_accumulation_steps=1)
-    assert accumulation_steps(args, processes) == steps
-    with pytest.raises(ValueError, match="isn't a multiple of the 12 samples"):
-        accumulation_steps(args, 3)
-
-
-def test_work_is_split_and_comes_back_in_order() -> None:
-    assert split_across_processes(Accelerator(), 5, lambda indices: [index**2 for index in indices]) == [0, 1, 4, 9, 16]
 
 
 def test_second_ctrl_c_stops_at_once_and_the_launcher_s_echo_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from nara_diffusion.training.adapters import CORE_FIELDS
 from nara_diffusion.training.parser import gathered
 
 Arguments = TypeVar("Arguments")
-_ADAPTER = CORE_FIELDS - {"core_type", "core_scale"} | {"use_dora", "use_rslora"}
+_ADAPTER = CORE_FIELDS - {"core_type"} | {"use_dora", "use_rslora"}
 
 
 def arguments_of(cls: type[Arguments], values: Mapping[str, Any]) -> Arguments:

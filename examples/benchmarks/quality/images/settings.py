@@ -8,8 +8,7 @@ from typing import Any
 from peft import inject_adapter_in_model
 
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
-from nara_diffusion.training.adapters import adapter_config, check_target_modules, without_unread
-from nara_diffusion.training.methods import NAMED
+from nara_diffusion.training.adapters import NAMED, adapter_config, check_target_modules
 from quality.assets import ASSETS
 from quality.images.held_out import BACKBONE, SIZE, SUBJECTS, check_subject, instance_prompt
 from quality.options import arguments_of
@@ -69,7 +68,7 @@ def arguments(subject: str, method: str, seed: int, overrides: dict[str, Any]) -
     check_subject(subject)
     data = {"instance_data_dir": str(ASSETS / SUBJECTS[subject]), "instance_prompt": instance_prompt(subject)}
     adapter = {} if method in (BASE, "full") else {"adapter": method}
-    values = without_unread(DEFAULTS, adapter) | data | overrides | adapter | {"seed": seed}
+    values = DEFAULTS | data | overrides | adapter | {"seed": seed}
     return arguments_of(DreamBoothArguments, values)
 
 
