@@ -41,6 +41,7 @@ from nara_diffusion.dllm.evaluation.before_after import (
     write_run_report,
 )
 from nara_diffusion.dllm.models.pretrained import prepare_quantised
+from nara_diffusion.training.adapter_weights import load_checkpoint, start_from, write_adapter, write_checkpoint
 from nara_diffusion.training.adapters import (
     base_model,
     build_adapter,
@@ -48,14 +49,11 @@ from nara_diffusion.training.adapters import (
     title_of,
 )
 from nara_diffusion.training.arguments import schedule_of, window_of
-from nara_diffusion.training.checkpoints import save_adapter
+from nara_diffusion.training.checkpoints import local_folder, save_adapter
 from nara_diffusion.training.command import ASSETS, run_command, shipped
-from nara_diffusion.training.digests import local_folder
 from nara_diffusion.training.engines import load_whole, loading_in, prepare
-from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler
-from nara_diffusion.training.peft_files import load_checkpoint, write_adapter, write_checkpoint
 from nara_diffusion.training.report import publish, window_facts
 from nara_diffusion.training.run import Run, start_run
 from nara_diffusion.training.stream import stream_loader

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nara_diffusion.noise.prediction import FLOW, prediction_by
-from nara_diffusion.training.digests import local_folder
+from nara_diffusion.training.checkpoints import local_folder
 from nara_diffusion.utils.naming import naming_source
 
 from .families import BY_PIPELINE, FAMILIES

@@ -39,11 +39,11 @@ from nara_diffusion.check.check_tasks import image_task
 from nara_diffusion.check.verdict import check_training
 from nara_diffusion.loaders.schedulers import scheduler_fields
 from nara_diffusion.noise.prediction import prediction_by
+from nara_diffusion.training.adapter_weights import start_from
 from nara_diffusion.training.adapters import adapter_config, check_target_modules, title_of
 from nara_diffusion.training.arguments import schedule_of, window_of
 from nara_diffusion.training.checkpoints import save_adapter
 from nara_diffusion.training.command import run_command
-from nara_diffusion.training.init_adapter import start_from
 from nara_diffusion.training.loop import train
 from nara_diffusion.training.measures import before_and_after
 from nara_diffusion.training.optimization import build_optimizer, build_scheduler

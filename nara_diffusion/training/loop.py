@@ -27,14 +27,6 @@ from .run import Run
 logger = logging.getLogger(__name__)
 
 _ECHO = 2.0  # seconds in which a second SIGINT is that of the launcher, which passes on what the terminal sends, too
-# the bar has one line for all
-_SHORT = {
-    "loss_low": "low λ",
-    "loss_mid": "mid λ",
-    "loss_high": "high λ",
-    "learning_rate": "lr",
-    "core_learning_rate": "core lr",
-}
 
 
 class StepLoss(Protocol):
@@ -131,7 +123,7 @@ def _report(run: Run, bar: tqdm, optimizer: Any) -> None:
     if "core" in rates:
         values["core_learning_rate"] = rates["core"]
     run.log.write(run.step, values)
-    bar.set_postfix({_SHORT.get(name, name): f"{value:.3g}" for name, value in values.items()})
+    bar.set_postfix(loss=f"{values['loss']:.3g}", lr=f"{values['learning_rate']:.3g}")
 
 
 def _diverged(run: Run, what: str) -> TrainingDiverged:

@@ -58,8 +58,7 @@ def build_optimizer(model: nn.Module, args: Any, *, fused: bool = False) -> torc
         fused: whether AdamW updates all parameters in one call; `Run.fuses_optimizer` says where that is right.
 
     Raises:
-        ValueError: nothing in `model` is trainable; `core_start_step` is set and there is no core; or Prodigy, which
-            has one rate, is given several.
+        ValueError: nothing in `model` is trainable; or `core_start_step` is set and there is no core.
     """
     groups = _parameter_groups(model, args)
     options = {"weight_decay": args.weight_decay, **_DEFAULTS.get(args.optimizer, {}), **args.optimizer_options}
@@ -69,14 +68,7 @@ def build_optimizer(model: nn.Module, args: Any, *, fused: bool = False) -> torc
     if args.optimizer == "AdamW" and fused:
         options.setdefault("fused", True)
     if args.optimizer == "prodigy":
-        rates = {group["name"]: group["lr"] for group in groups}
-        if len(set(rates.values())) > 1:
-            raise ValueError(f"prodigy has one learning rate for all, got {rates}: give learning_rate alone.")
-        if args.learning_rate < 0.1:
-            logger.warning(
-                "prodigy multiplies the rate that it finds by learning_rate %g: 1 is usual", args.learning_rate
-            )
-        options["lr"] = args.learning_rate
+        options["lr"] = args.learning_rate  # it has one for all, and refuses others
     return _class_of(args.optimizer)(groups, **options)
 
 

@@ -21,8 +21,15 @@ from huggingface_hub import HfApi
 from nara_diffusion.utils.atomic_write import atomic_write
 
 from .adapters import method_of
-from .checkpoints import Writer, changed_arguments, check_random_states, listed, read_manifest
-from .digests import digest_base, digest_texts
+from .checkpoints import (
+    Writer,
+    changed_arguments,
+    check_random_states,
+    digest_base,
+    digest_texts,
+    listed,
+    read_manifest,
+)
 from .engines import engine_name, global_batch, load_state, start_accelerator
 from .measures import LossWindow, MetricLog
 from .parser import given_arguments

@@ -19,11 +19,12 @@ from nara_diffusion.dllm import train as dllm
 from nara_diffusion.dreambooth.image_arguments import DreamBoothArguments
 from nara_diffusion.training.checkpoints import (
     check_random_states,
+    digest_base,
+    digest_texts,
     last_checkpoint,
     latest_whole,
     save_adapter,
 )
-from nara_diffusion.training.digests import digest_base, digest_texts
 from nara_diffusion.training.loop import InterruptRequest, TrainingDiverged
 from nara_diffusion.training.parser import given_arguments, parse_arguments
 from tests.acceptance._commands import fresh_accelerate, metrics, names

@@ -1,4 +1,9 @@
-"""`--init_adapter`: training starts from a saved LoRA or NaRA, which has to agree with the other arguments."""
+"""What weights start from and are saved to: `--init_adapter`, and the files of a language model's fine-tuning.
+
+an adapter         adapter_config.json, adapter_model.safetensors: PEFT's format, for PeftModel.from_pretrained
+all weights        config.json, model.safetensors: transformers' format, for load_backbone
+in a checkpoint    the same, and for virtual tokens trainable.safetensors: the network that makes P-tuning's
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from nara_diffusion import NaraConfig
 from nara_diffusion.config import changes_base, is_naras, read_config_file
 from nara_diffusion.export.from_lora import check_identity, copy_tensors
 from nara_diffusion.export.read_lora import read_lora
-from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, naming
-from nara_diffusion.loaders.strict import check_loaded
+from nara_diffusion.loaders.file import METADATA_KEY, WEIGHTS_NAME, AdapterFile, load_whole_model, naming
+from nara_diffusion.loaders.strict import check_loaded, check_tensors
 from nara_diffusion.noise.prediction import Prediction, prediction_in
 
 from .adapters import CORE_FIELDS
+
+TRAINABLE = "trainable.safetensors"
 
 _FREE = {"core_init", "lora_a_init", "noise_convention", "scheduler", "strength"}
 """Fields of a core that say how it starts, or what it was trained for, and not what its tensors mean."""
 _SHARED = {"r": "rank", "lora_alpha": "lora_alpha", "core_type": "core_type"}
 """{field: the flag that sets it}; other fields are given by adapter_options."""
+
+# ---------------------------------------------------------------- --init_adapter
 
 
 def start_from(
@@ -68,7 +79,10 @@ def start_from(
             set_peft_model_state_dict(root, part.tensors, adapter_name="default")
             check_loaded(root, "default", part.tensors, origin)
         else:
-            _check_lora(root, config, part, origin)
+            if changes_base(part.config.init_lora_weights):
+                raise ValueError(f"{origin} took its start out of the base weights, which this run's base still has.")
+            if isinstance(config, NaraConfig) and config.core_type != "identity":
+                check_identity(root, "default", config)
             copy_tensors(part, root, "default", origin)
 
 
@@ -82,13 +96,6 @@ def _is_naras(path: Path) -> bool:
             return METADATA_KEY in (file.metadata() or {})
     except SafetensorError:
         return False  # the code that reads the file raises
-
-
-def _check_lora(root: Any, config: Any, lora: Any, origin: str) -> None:
-    if changes_base(lora.config.init_lora_weights):
-        raise ValueError(f"{origin} took its start out of the base weights, which this run's base still has.")
-    if isinstance(config, NaraConfig) and config.core_type != "identity":
-        check_identity(root, "default", config)
 
 
 def _check_same(config: Any, given: NaraConfig, origin: str) -> None:
@@ -107,3 +114,43 @@ def _check_same(config: Any, given: NaraConfig, origin: str) -> None:
         )
     if None not in (here := config.noise_convention, there := given.noise_convention) and here != there:
         raise ValueError(f"{origin} was trained with λ as {there!r}, this run's is {here!r}.")
+
+
+# ---------------------------------------------------------------- a language model's files
+
+
+def write_adapter(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Write what a user loads onto the base model, or instead of it. It is a `checkpoints.Writer`."""
+    if isinstance(model, PeftModel):
+        # embeddings are the base model's; PEFT would look its configuration up again to find that out
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run writes its own
+    else:
+        model.save_pretrained(str(folder), state_dict=state)
+
+
+def write_checkpoint(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Write what `load_checkpoint` reads. It is a `checkpoints.Writer`."""
+    write_adapter(model, folder, state)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        tensors = {name: state[name].detach().cpu().contiguous() for name in _trainable(model)}
+        save_file(tensors, folder / TRAINABLE)
+
+
+def load_checkpoint(model: Any, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint into `model`, before accelerate wraps it."""
+    if (checkpoint / TRAINABLE).is_file():
+        tensors, trainable = load_file(checkpoint / TRAINABLE), _trainable(model)
+        check_tensors(tensors, trainable)
+        for name, parameter in trainable.items():
+            parameter.data.copy_(tensors[name])
+    elif isinstance(model, PeftModel):
+        tensors = load_peft_weights(str(checkpoint), device="cpu")
+        set_peft_model_state_dict(model, tensors)
+        check_loaded(model, "default", tensors, str(checkpoint))
+    else:
+        model.load_state_dict(load_whole_model(type(model), checkpoint, dtype=model.dtype).state_dict())
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
