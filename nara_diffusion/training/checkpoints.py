@@ -66,9 +66,7 @@ data starts anew, another base is refused. Arguments that aren't here say what i
 def save_checkpoint(run: Any) -> None:
     """Write checkpoint-{run.step} into the folder of a `Run`. Every process calls it. Beyond
     `--checkpoints_total_limit`, those written first are deleted.
-
-    Raises:
-        OSError: it couldn't be written (a full disk, say); nothing of it is left, earlier checkpoints are untouched.
+    Raises OSError, on a full disk say: nothing of it is left then, and earlier checkpoints are untouched.
     """
     accelerator, target = run.accelerator, run.folder / f"checkpoint-{run.step}"
     partial = partial_name(target)  # every process writes its random states into the same folder
@@ -96,11 +94,7 @@ def save_checkpoint(run: Any) -> None:
 
 
 def save_adapter(accelerator: Accelerator, model: Any, folder: Path, write: Writer) -> None:
-    """Write the adapter's files to `folder`. Every process calls it.
-
-    Raises:
-        OSError: they couldn't be written (a full disk, say); neither is there then, checkpoints are untouched.
-    """
+    """Write the adapter's files to `folder`. Every process calls it. Raises OSError, as `save_checkpoint`."""
     state = trained_state(accelerator, model)
     if accelerator.is_main_process:
         try:
@@ -154,11 +148,7 @@ def last_checkpoint(folder: Path) -> str:
 
 def latest_whole(folder: Path) -> Path | None:
     """The checkpoint in `folder` that was written last and is whole; damaged ones after it are named. None where there
-    is no checkpoint at all.
-
-    Raises:
-        ValueError: all are damaged.
-    """
+    is no checkpoint at all. Raises ValueError if all are damaged."""
     damage = None
     for path in reversed(find_checkpoints(folder)):
         try:
@@ -177,11 +167,7 @@ def latest_whole(folder: Path) -> Path | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The content of checkpoint.json.
-
-    Raises:
-        ValueError: it is missing or corrupt, or of version 0.1.
-    """
+    """The content of checkpoint.json. Raises ValueError for one that is missing, corrupt, or of version 0.1."""
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -206,11 +192,8 @@ def check_files(checkpoint: Path) -> None:
 
 
 def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> None:
-    """Refuse a checkpoint that this run can't go on from to the same bits.
-
-    Raises:
-        ValueError: naming the engine, the processes, or the arguments that differ.
-    """
+    """Raises ValueError with the engine, the processes or the arguments that differ, of a checkpoint that this run
+    can't go on from to the same bits."""
     manifest, engine, processes = read_manifest(checkpoint), engine_name(accelerator), accelerator.num_processes
     batch = global_batch(accelerator, args)
     if manifest["engine"] != engine:
@@ -235,12 +218,8 @@ def check_same_run(checkpoint: Path, args: Any, accelerator: Accelerator) -> Non
 
 
 def check_random_states(checkpoint: Path, process: int) -> None:
-    """Refuse to go on unless `load_state` has restored the generators of this process: accelerate silently skips what
-    it can't load. It restores Python's, NumPy's, PyTorch's and CUDA's in this order: the last one tells of all.
-
-    Raises:
-        ValueError: the file can't be read, or holds other states than the generators have now.
-    """
+    """Raises ValueError unless `load_state` has restored the generators of this process: accelerate silently skips what
+    it can't load. It restores Python's, NumPy's, PyTorch's and CUDA's in this order: the last one tells of all."""
     file = checkpoint / f"random_states_{process}.pkl"
     try:
         saved = load(file)
@@ -254,11 +233,8 @@ def check_random_states(checkpoint: Path, process: int) -> None:
 
 
 def changed_arguments(args: Any, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: (saved value, current value)} of the arguments that differ, but for those by which a run is resumed.
-
-    Args:
-        saved: as `given_arguments` returned them.
-    """
+    """{name: (saved value, current value)} of the arguments that differ from `saved`, as `given_arguments` returned
+    them, but for those by which a run is resumed."""
     now = given_arguments(args)
     names = sorted(now.keys() - {"output_dir", "resume_from_checkpoint"})
     return {name: (saved.get(name), now[name]) for name in names if saved.get(name) != now[name]}
@@ -288,12 +264,8 @@ def digest_file(path: Path) -> str:
 
 
 def digest_base(folders: Mapping[str, Path], variant: str | None = None) -> dict[str, str]:
-    """{what: its digest} of a model's files, which don't depend on the engine: of all weights, of each configuration.
-
-    Args:
-        folders: {component: its folder}; the component is "" where the model has no others.
-        variant: of the weight files, such as fp16.
-    """
+    """{what: its digest} of a model's files: of all weights, those of `variant` (fp16, say) where there are some, and
+    of each configuration. `folders` are {component: its folder}; a component is "" where the model has no others."""
     weights = [(name, file) for name, folder in folders.items() for file in _weight_files(folder, variant)]
     found = {"base model": digest_texts(text for name, file in weights for text in (name, digest_file(file)))}
     for name, folder in folders.items():

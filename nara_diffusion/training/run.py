@@ -118,12 +118,8 @@ class Run:
     # ---------------------------------------------------------------- what it rests on
 
     def record_data_digest(self, what: str, texts: Iterable[str]) -> None:
-        """Record the digest of data for the run's checkpoints. A resumed run says if they have changed; the order of
-        other training data starts anew, at their first pass. Call it before `plan`.
-
-        Args:
-            what: "training data" or "validation data".
-        """
+        """Record the digest of "training data" or "validation data" for the run's checkpoints. A resumed run says
+        if they have changed; the order of other training data starts anew. Call it before `plan`."""
         self.digests[what] = digest_texts(texts)
         if self.resumed.get("digests", self.digests).get(what) == self.digests[what]:
             return
@@ -134,14 +130,8 @@ class Run:
             logger.warning("%s was written with other %s%s", self.checkpoint, what, anew)
 
     def record_base_digests(self, folders: Mapping[str, Path], variant: str | None = None) -> None:
-        """Record the digests of the base model's weights and configurations for the run's checkpoints.
-
-        Args:
-            folders, variant: see `digest_base`.
-
-        Raises:
-            ValueError: the run resumes a checkpoint that has other digests.
-        """
+        """Record the digests of the base model (see `digest_base`) for the run's checkpoints. Raises ValueError if the
+        run resumes a checkpoint with others."""
         digests = [digest_base(folders, variant) if self.is_main else {}]
         self.digests |= broadcast_object_list(digests)[0]
         saved = self.resumed.get("digests", {})
@@ -154,11 +144,7 @@ class Run:
 
     def plan(self, samples: int) -> int:
         """The optimizer steps of the run, with those done: `--max_train_steps`, or as many as cover
-        `--num_train_epochs` of `samples` training samples.
-
-        Raises:
-            ValueError: the run that is resumed has taken more already.
-        """
+        `--num_train_epochs` of `samples` training samples. Raises ValueError if a checkpoint is past them."""
         passes = max(1, math.ceil(self.args.num_train_epochs * samples / self.global_batch))
         self.total_steps = self.args.max_train_steps or self.data_start + passes
         if self.total_steps < self.step:
@@ -177,14 +163,8 @@ class Run:
     # ---------------------------------------------------------------- beginning and end
 
     def open(self, facts: Mapping[str, str] | None = None) -> None:
-        """Save the configuration in the run's folder, and restore a checkpoint's optimizer and random states.
-
-        Called when data and model have proved usable, and `accelerator.prepare` has seen what is to be restored.
-        `facts` about the run are logged.
-
-        Raises:
-            ValueError: a random state can't be restored.
-        """
+        """Save the configuration in the run's folder, restore a checkpoint's optimizer and random states, and log
+        `facts`. Called when data and model have proved usable, and `accelerator.prepare` has seen what is restored."""
         self.log = MetricLog(self.accelerator, self.folder, self.step)
         settings = given_arguments(self.args)
         if self.is_main:
@@ -252,12 +232,8 @@ class Run:
 
 @contextmanager
 def start_run(args: Any, name: str, write: Writer) -> Iterator[Run]:
-    """Check what can be checked before anything is loaded, start accelerate, and seed every generator.
-
-    Use it as `with start_run(…) as run`: the folder is this run's inside of the block.
-
-    Args:
-        write: writes the adapter's files into a checkpoint.
+    """`with start_run(…) as run`: check what can be checked before anything is loaded, start accelerate, take the
+    folder, and seed every generator. `write` writes the adapter's files into a checkpoint.
 
     Raises:
         ValueError: a tracker isn't installed; or see `start_accelerator` and `claimed_folder`.

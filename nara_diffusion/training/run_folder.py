@@ -32,12 +32,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def claimed_folder(args: Any, name: str, accelerator: Accelerator) -> Iterator[tuple[Path, Path | None]]:
-    """The folder, made by the main process and locked, and the checkpoint in it or elsewhere that the run continues
-    from. One run at a time writes to a folder, and a second one is refused before it loads anything. A run that wrote
-    nothing leaves no folder.
-
-    Args:
-        name: of numbered folders.
+    """The folder, made by the main process and locked, and the checkpoint that the run continues from, or None. One run
+    at a time writes to a folder, and a second one is refused before it loads anything. A run that wrote nothing leaves
+    no folder. `name` is that of numbered ones.
 
     Raises:
         ValueError: another run has the folder or has left something in it, or it can't be written; there is no such
